@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from tunewright.cli.app import TRAIN, Force, app, command
 from tunewright.cli.console import CANT_TELL, RESUMES, Session
@@ -134,23 +133,12 @@ def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
 
 def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[RenderableType]:
     """Return each trial at each rung, its outcome, and the winner."""
+    from tunewright.cli.blocks import rendered
     from tunewright.core.progress import duration
-    from tunewright.training.sweep.successive_halving import measured_text
+    from tunewright.report.sections.sweep import section
 
-    head, ledger = result.ledger.head, result.ledger
-    table = Table(
-        title=f"Sweep {head.sweep}, compared on the dev split; the test split stays closed", title_justify="left"
-    )
-    table.add_column("trial", no_wrap=True)
-    for number, step in enumerate(head.rungs, start=1):
-        table.add_column(f"rung {number}: step {step:,}", justify="right", no_wrap=True)
-    table.add_column("outcome")
-    for name in head.trials:
-        entries = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
-        table.add_row(
-            name, *("" if e is None else measured_text(e, head.metric) for e in entries), ledger.outcome(name)
-        )
-    parts: list[RenderableType] = [table, f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
+    ledger = result.ledger
+    parts = [*rendered(section(ledger)), f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
     if result.winner is None or result.adapter is None:
         left_out = any(entry.event == "left out" for entry in ledger.entries)
         what_to_do = "A larger --minutes resumes from here." if left_out else "Try lower rates with --rate."
@@ -162,7 +150,8 @@ def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Renderabl
         values = ", ".join(f"train.{key}: {_plain(value)}" for key, value in written.items())
         parts.append(f"Written to tunewright.yaml: {values}")
     parts.append(
-        f"Its dev score is the best of {len(head.trials)}, so it is optimistic. `tunewright evaluate` measures on test."
+        f"Its dev score is the best of {len(ledger.head.trials)}, so it is optimistic. `tunewright evaluate` measures "
+        "on test."
     )
     return parts
 

@@ -13,7 +13,7 @@ from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.metrics import metric_label, score_text
-from tunewright.report.sections import learning_curve
+from tunewright.report.sections import learning_curve, sweep
 from tunewright.studio.charts import comparison_charts, curve_chart, run_charts, sweep_chart
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -176,20 +176,12 @@ def _by_step(runs: Sequence[TrainingRun]) -> list[tuple[int, list[str]]]:
 
 def sweep_page(visit: Visit) -> Response:
     """Show each trial of a sweep at each rung, and its outcome."""
-    from tunewright.training.sweep.successive_halving import measured_text
-
     ledger = visit.project.runs.sweep(visit.place["sweep"])
-    head = ledger.head
-    trials = []
-    for name in head.trials:
-        results = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
-        shown = ["" if each is None else measured_text(each, head.metric) for each in results]
-        trials.append((name, shown, ledger.outcome(name)))
     return visit.page(
         "sweep.html.j2",
-        f"Sweep {head.sweep}",
-        head=head,
-        trials=trials,
+        f"Sweep {ledger.head.sweep}",
+        blocks=sweep.section(ledger).blocks,
+        trials=len(ledger.head.trials),
         charts=[sweep_chart(ledger)],
         took=duration(ledger.seconds),
     )

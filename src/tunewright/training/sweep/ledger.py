@@ -15,6 +15,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines, write_text
 from tunewright.core.log import numbered_lines, parse_line
+from tunewright.metrics import score_text
 
 LEDGER = "ledger.jsonl"
 
@@ -166,3 +167,11 @@ class Ledger:
     def seconds(self) -> float:
         """The time spent on the sweep so far."""
         return sum(entry.seconds for entry in self.entries)
+
+
+def measured_text(entry: Entry, metric: MetricName | None) -> str:
+    """Return a trial's dev result at a rung, such as ``62.5%, loss 0.512``."""
+    if entry.dev_loss is None:
+        return "diverged"
+    score = f"{score_text(metric, entry.dev_metric)}, " if metric and entry.dev_metric is not None else ""
+    return f"{score}loss {entry.dev_loss:.3f}"

@@ -9,12 +9,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean
 
-from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, duration
-from tunewright.metrics import score_text
 from tunewright.training.divergence import DivergedError
-from tunewright.training.sweep.ledger import Entry, Event, Ledger
+from tunewright.training.sweep.ledger import Entry, Event, Ledger, measured_text
 from tunewright.training.sweep.search_space import Schedule, TrainingSpeed, Trial, advancing_trials
 
 FIRST_STEPS = 5
@@ -267,14 +265,6 @@ class SuccessiveHalving:
         count = max((k for k in range(1, trials + 1) if self.schedule.seconds(k, 0, pace) <= self.budget), default=0)
         allowed = "all of them" if count == trials else f"{count} of them"
         self.reporter.say(f"{estimate}. The budget of {duration(self.budget)} is enough for {allowed}.")
-
-
-def measured_text(entry: Entry, metric: MetricName | None) -> str:
-    """Return a trial's dev result at a rung, such as ``62.5%, loss 0.512``."""
-    if entry.dev_loss is None:
-        return "diverged"
-    score = f"{score_text(metric, entry.dev_metric)}, " if metric and entry.dev_metric is not None else ""
-    return f"{score}loss {entry.dev_loss:.3f}"
 
 
 def _values(progress: Progress) -> dict[str, float | int | None]:
