@@ -17,7 +17,7 @@ def test_summary_counts_items_and_names_their_inputs_when_inputs_have_several_re
     assert "of these 30 items (5 distinct inputs with 6.0 references each), " in summary(evidence).meaning
     assert "of these 30 items, " in summary(make_evidence(make_items(30), metric="bleu")).meaning
     page = render_report(evidence, make_items(30), make_history())
-    assert "30 items in 15 clusters, 5 distinct inputs with 6.0 references each" in page
+    assert "30 held-out test items in 15 clusters, 5 distinct inputs with 6.0 references each, kept apart" in page
 
 
 def test_contrasts_name_no_independent_items_when_clusters_are_few() -> None:
