@@ -69,6 +69,33 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Series:
+    """One arm: the indices of the bands in which it is scored, with its values and interval ends."""
+
+    name: str
+    tone: Tone
+    points: tuple[tuple[int, float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Bands of items next to each other, each with all arms from 0 to 100. A table has the same numbers."""
+
+    template: ClassVar[str] = "figure.html.j2"
+    name: str
+    """Prefix of the drawing's ids, unique on the page."""
+    title: str
+    """The accessible title, read by screen readers."""
+    bands: tuple[str, ...]
+    series: tuple[Series, ...]
+    axis: str
+    """The label of the scores."""
+    below: str
+    """The label of the bands."""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A finished drawing (an ``<svg>`` element) with its caption."""
 
@@ -149,7 +176,7 @@ class Items:
     summary: str = ""
 
 
-Block = Lead | Notes | Figure | Drawing | Table | Items
+Block = Lead | Notes | Figure | Bands | Drawing | Table | Items
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from tunewright.core.text import visible
 from tunewright.evidence.causes import ProjectFacts
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence, Item
-from tunewright.report.blocks import Figure, Section
-from tunewright.report.plots import forest_plot
+from tunewright.report.blocks import Bands, Figure, Section
+from tunewright.report.plots import bands_plot, forest_plot
 from tunewright.report.sections import (
     access_log,
     arms,
@@ -83,8 +83,8 @@ def render_report(
     )
 
 
-def _drawn(figure: Figure) -> Markup:
-    return Markup(forest_plot(figure))
+def _drawn(block: Figure | Bands) -> Markup:
+    return Markup(bands_plot(block) if isinstance(block, Bands) else forest_plot(block))
 
 
 def page_sections(

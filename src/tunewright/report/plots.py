@@ -6,7 +6,6 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
@@ -268,56 +267,35 @@ _PANEL, _BELOW, _LEGEND, _MARKS = 180.0, 54.0, 20.0, "osD^vP"
 _LETTERS = 44  # letters per legend line, next to the marks
 
 
-@dataclass(frozen=True)
-class Series:
-    """One arm: the indices of the bands in which it is scored, with its values and interval ends."""
-
-    name: str
-    tone: blocks.Tone
-    points: tuple[tuple[int, float, float, float], ...]
-
-
-def bands_plot(name: str, title: str, bands: Sequence[str], series: Sequence[Series], *, axis: str, below: str) -> str:
-    """Draw the bands next to each other, each with all its arms.
-
-    Args:
-        name: prefix of the SVG's ids, unique on the page.
-        title: the accessible title, read by screen readers.
-        bands: their labels.
-        series: the arms, from 0 to 100.
-        axis: the label of the scores.
-        below: the label of the bands.
-
-    Returns:
-        An ``<svg>`` element.
-    """
-    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+def bands_plot(shown: blocks.Bands) -> str:
+    """Draw bands next to each other as an ``<svg>`` element."""
+    series = shown.series
+    with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
         columns = max((n for n in (4, 3, 2) if _fits(series, n)), default=1)
         height = _PANEL + _BELOW + 8 + _LEGEND * math.ceil(len(series) / columns)
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         axes = figure.add_axes((0.11, _BELOW / height, 0.87, _PANEL / height))
         for place, each in enumerate(series):
             offset = (place - (len(series) - 1) / 2) * 0.6 / max(len(series), 1)
-            mark = _MARKS[place % len(_MARKS)]
-            colour = TONES[each.tone]
+            mark, colour = _MARKS[place % len(_MARKS)], TONES[each.tone]
             for band, value, low, high in each.points:
                 x = band + offset
                 axes.plot([x, x], [low, high], colour, lw=2.5, solid_capstyle="round", clip_on=False)
                 axes.plot([x], [value], colour, marker=mark, markersize=7, clip_on=False)
             axes.plot([], [], colour, label=each.name, marker=mark, markersize=7, linestyle="")
-        axes.set_xlim(-0.5, len(bands) - 0.5)
+        axes.set_xlim(-0.5, len(shown.bands) - 0.5)
         axes.set_ylim(0, 100)
-        axes.set_xticks(range(len(bands)), bands)
+        axes.set_xticks(range(len(shown.bands)), shown.bands)
         axes.tick_params(axis="x", length=0)
-        axes.set_xlabel(below)
-        axes.set_ylabel(axis)
+        axes.set_xlabel(shown.below)
+        axes.set_ylabel(shown.axis)
         axes.grid(axis="y", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=INK, handletextpad=0.3)
-        return inline(figure, name, title)
+        return inline(figure, shown.name, shown.title)
 
 
-def _fits(series: Sequence[Series], columns: int) -> bool:
+def _fits(series: Sequence[blocks.Series], columns: int) -> bool:
     """Return whether the names fit into legend lines of ``columns`` columns, each as wide as its longest name."""
     rows = math.ceil(len(series) / columns)
     widths = [max(len(each.name) + 3 for each in series[at : at + rows]) for at in range(0, len(series), rows)]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from markupsafe import Markup
-
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.train_similarity import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.metrics import axis_label, points_text
-from tunewright.report.blocks import Cell, Drawing, Lead, Row, Section, Table, cells, columns
-from tunewright.report.plots import Series, bands_plot
+from tunewright.report.blocks import Bands, Cell, Lead, Row, Section, Series, Table, cells, columns
 from tunewright.report.sections.arms import TONES
 from tunewright.report.text import counted, percent_interval, points_interval
 
@@ -20,13 +17,13 @@ def section(evidence: Evidence) -> Section | None:
     found = evidence.train_similarity
     if found is None:
         return None
-    drawn = bands_plot(
+    figure = Bands(
         "train-similarity",
         f"Arms by {axis_label(evidence.metric)} in bands of similarity to the nearest training input",
-        [f"{_name(band)}\n{counted(band.items, 'item')}" for band in found.bands],
+        tuple(f"{_name(band)}\n{counted(band.items, 'item')}" for band in found.bands),
         _series(evidence, found.bands),
-        axis=axis_label(evidence.metric),
-        below="similarity of the nearest training input",
+        axis_label(evidence.metric),
+        "similarity of the nearest training input",
     )
     lead = (
         f"The {evidence.split} items by similarity to the training rows: the {found.similarity}. "
@@ -36,7 +33,7 @@ def section(evidence: Evidence) -> Section | None:
     return Section(
         "train-similarity",
         "Does it only work on near copies?",
-        (Lead(lead), Drawing(Markup(drawn)), _table(evidence, found)),
+        (Lead(lead), figure, _table(evidence, found)),
     )
 
 
@@ -47,13 +44,13 @@ def templates_section(evidence: Evidence) -> Section | None:
         return None
     named = {"seen template": found.seen, "new template": found.new}
     bands = {name: part for name, part in named.items() if part is not None}
-    drawn = bands_plot(
+    figure = Bands(
         "output-templates",
         f"Arms by {axis_label(evidence.metric)} on items with a seen and with a new output template",
-        [f"{name}\n{counted(part.items, 'item')}" for name, part in bands.items()],
+        tuple(f"{name}\n{counted(part.items, 'item')}" for name, part in bands.items()),
         _series(evidence, list(bands.values())),
-        axis=axis_label(evidence.metric),
-        below="output template: quoted strings and numbers masked",
+        axis_label(evidence.metric),
+        "output template: quoted strings and numbers masked",
     )
     arms = [arm.name for arm in evidence.arms]
     head = columns("Output template", "Items", *arms, f"{found.treatment} − {found.control}, points")
@@ -66,7 +63,7 @@ def templates_section(evidence: Evidence) -> Section | None:
                 f"The {evidence.split} items by whether a training row has the same output once quoted strings "
                 f"and numbers are masked. {_template_answer(found, evidence.items)} These bands decide nothing."
             ),
-            Drawing(Markup(drawn)),
+            figure,
             Table("Table of scores by output template", head, rows),
         ),
     )
@@ -84,8 +81,8 @@ def _template_answer(found: OutputTemplates, items: int) -> str:
     )
 
 
-def _series(evidence: Evidence, bands: Sequence[Subset]) -> list[Series]:
-    return [
+def _series(evidence: Evidence, bands: Sequence[Subset]) -> tuple[Series, ...]:
+    return tuple(
         Series(
             arm.name,
             TONES[arm.kind],
@@ -96,7 +93,7 @@ def _series(evidence: Evidence, bands: Sequence[Subset]) -> list[Series]:
             ),
         )
         for arm in evidence.arms
-    ]
+    )
 
 
 def _answer(evidence: Evidence, found: TrainSimilarity) -> str:
