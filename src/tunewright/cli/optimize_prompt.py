@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from tunewright.cli.app import TRAIN, app, command
 from tunewright.cli.console import RESUMES, Session
 
 if TYPE_CHECKING:
     from tunewright.evaluation.prompt_optimization.run import OptimizePromptEstimate
-    from tunewright.evidence.prompt_optimization import OptimizedPrompt
 
 
 @command(app, "optimize-prompt", panel=TRAIN, example="tunewright optimize-prompt --estimate", kept=RESUMES)
@@ -31,13 +29,14 @@ def optimize_prompt(
         expected = run.project.estimate_optimize_prompt()
         run.show(expected, estimate_text(expected))
         return
+    from tunewright.cli.blocks import rendered
+    from tunewright.report.sections.prompt_optimization import section
+
     result = run.project.optimize_prompt()
     prompt = result.prompt
     run.show(
         {"file": str(result.file), "optimized": result.optimized, "prompt": prompt.model_dump(mode="json")},
-        candidates_table(prompt),
-        prompt.summary,
-        *([f"Instruction:\n{prompt.instruction}"] if prompt.instruction else []),
+        *rendered(section(prompt)),
         f"Prompt: {result.file}",
     )
 
@@ -53,19 +52,3 @@ def estimate_text(estimate: OptimizePromptEstimate) -> str:
         f"At most about {estimate.prompt_tokens:,} prompt tokens (4 characters each), {replies}\n"
         f"Cost: {cost}"
     )
-
-
-def candidates_table(prompt: OptimizedPrompt) -> Table:
-    """Return the accepted candidates with their scores; the chosen one is marked."""
-    table = Table(title="Instructions", title_justify="left")
-    for name in ("instruction", "made from", "validation", "dev", ""):
-        table.add_column(name, justify="right" if name in {"validation", "dev"} else "left", no_wrap=True)
-    for place, each in enumerate(prompt.candidates):
-        table.add_row(
-            "the pairs' own" if place == 0 else each.digest,
-            ", ".join(prompt.candidates[parent].digest if parent else "own" for parent in each.parents),
-            f"{100 * each.validation:.1f}",
-            "" if each.dev is None else f"{100 * each.dev:.1f}",
-            "chosen" if place == prompt.chosen else "",
-        )
-    return table

@@ -1,24 +1,23 @@
-"""Part of the prompting section: the optimized instruction and its history, or that no optimizer was run."""
+"""Section on the optimized instruction and its history."""
 
 from __future__ import annotations
 
-from tunewright.evidence.prompt_optimization import NOT_RUN, OptimizedPrompt
-from tunewright.evidence.schema import Evidence
-from tunewright.report.blocks import Block, Lead, Notes, Row, Table, cells, columns
+from tunewright.evidence.prompt_optimization import OptimizedPrompt
+from tunewright.report.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
 
 
-def blocks(evidence: Evidence) -> tuple[Block, ...]:
+def section(prompt: OptimizedPrompt) -> Section:
     """Return the optimization's summary, its candidates and the chosen instruction."""
-    prompt = evidence.prompt_optimization
-    if prompt is None:
-        return (Notes((NOT_RUN,)),)
+    blocks: list[Block] = [Lead(prompt.summary), _candidates(prompt)]
     notes = [f"The chosen instruction ({prompt.digest}): {prompt.instruction}"] if prompt.instruction else []
     notes += [f"Optimization: {note}." for note in prompt.notes]
-    return (Lead(prompt.summary), _candidates(prompt), *((Notes(tuple(notes)),) if notes else ()))
+    if notes:
+        blocks.append(Notes(tuple(notes)))
+    return Section("optimized-prompt", "The optimized prompt", tuple(blocks))
 
 
 def _candidates(prompt: OptimizedPrompt) -> Table:
-    head = columns("Instruction", "Made from", "Validation rows", "Dev", "")
+    head = columns("Instruction", Column("Made from", words=True), "Validation", "Dev", Column("Result", words=True))
     rows = []
     for place, each in enumerate(prompt.candidates):
         parents = ", ".join(prompt.candidates[parent].digest if parent else "own" for parent in each.parents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tunewright.evidence.prompt_optimization import NOT_RUN
 from tunewright.evidence.schema import Advice, Evidence, Fold, Narrowing, SeedSpread
 from tunewright.metrics import axis_label
 from tunewright.report.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
@@ -27,7 +28,8 @@ def section(evidence: Evidence) -> Section | None:
             Lead("Demonstrations that are the same for every question depend on which ones were drawn:"),
             _draws(evidence.static),
         ]
-    blocks += prompt_optimization.blocks(evidence)
+    optimized = evidence.prompt_optimization
+    blocks += prompt_optimization.section(optimized).blocks if optimized else (Notes((NOT_RUN,)),)
     if evidence.left_out:
         blocks.append(Notes(tuple(f"Left out: {each.name}, as {each.why}." for each in evidence.left_out)))
     if evidence.budget is not None:
