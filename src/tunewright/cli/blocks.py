@@ -39,7 +39,12 @@ def _table(block: blocks.Table) -> Table:
         spaced = any(" " in row.cells[place].text for row in block.rows)
         # Rows are found by their first cell, and numbers are read as one; a heading of several words may wrap.
         whole = place == 0 or (not column.words and (spaced or " " not in name))
-        table.add_column(name, justify="left" if column.words else "right", no_wrap=whole, overflow="fold")
+        table.add_column(
+            name,
+            justify="left" if column.words else "right",
+            no_wrap=whole,
+            overflow="ellipsis" if whole else "fold",
+        )
     for row in block.rows:
         cells = (row.cells[place] for place in places)
         table.add_row(*(Text(cell.text, style=_COLOURS[cell.tone]) for cell in cells))

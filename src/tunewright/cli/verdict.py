@@ -63,12 +63,14 @@ def access_log(run: Session) -> None:
 
 def verdict_text(decision: Verdict) -> Text:
     """Return the decision and its reasons."""
+    from tunewright.report.text import cause_text
+
     on_dev = " (on dev)" if decision.split == "dev" else ""
     text = Text(f"Verdict{on_dev}: {decision.decision}\n", style=_COLOURS[decision.decision])
     lines = [f"  {reason}" for reason in decision.reasons]
     if decision.causes:
         lines.append("Likely causes:")
-        lines += [f"  - {cause.what}: {cause.evidence}. Next: {cause.next_command}." for cause in decision.causes]
+        lines += [f"  - {cause_text(cause)}" for cause in decision.causes]
     for each in decision.replacements:
         lines.append(f"Incumbent {each.incumbent.name}: {each.outcome}")
         lines += [f"  {reason}" for reason in each.reasons]

@@ -33,7 +33,7 @@ def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> s
         f"## {headline(result)}: {plain(evidence.project)}",
         plain(measured),
         bullets([plain(reason) for reason in reasons if reason not in below]),
-        "Known causes:" if result.causes else "",
+        "Likely causes:" if result.causes else "",
         bullets([plain(cause_text(cause)) for cause in result.causes]),
         *markdown(*evaluation.sections(evidence)),
         _made_with(evidence),
