@@ -102,8 +102,8 @@ def test_comment_tables_have_all_figures_of_arms_and_contrasts() -> None:
         assert row[0].strip() == f"{contrast.treatment} − {contrast.control}"
         assert row[2] == points_text(contrast.difference)
         raw, adjusted = contrast.p_value, contrast.p_adjusted
-        assert row[4] == ("< 1e-15" if raw < 1e-15 else f"{raw:.2g}")
-        assert row[5] == ("none" if adjusted is None else "< 1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
+        assert row[4] == ("<1e-15" if raw < 1e-15 else f"{raw:.2g}")
+        assert row[5] == ("none" if adjusted is None else "<1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
         assert row[6:] == [
             str(contrast.fixed), str(contrast.broken), f"{100 * contrast.minimum_detectable_effect:.1f}",
         ]  # fmt: skip

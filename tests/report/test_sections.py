@@ -91,8 +91,8 @@ def test_contrasts_have_raw_and_adjusted_p_values() -> None:
         assert row[1:3] == [metric_label(contrast.metric), points_text(contrast.difference)]
         assert row[3].startswith(f"{points_text(contrast.interval.low)} to {points_text(contrast.interval.high)}")
         raw, adjusted = contrast.p_value, contrast.p_adjusted
-        assert row[4] == ("< 1e-15" if raw < 1e-15 else f"{raw:.2g}") + f" {contrast.test}"
-        assert row[5] == ("none" if adjusted is None else "< 1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
+        assert row[4] == ("<1e-15" if raw < 1e-15 else f"{raw:.2g}") + f" {contrast.test}"
+        assert row[5] == ("none" if adjusted is None else "<1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
         assert row[6:8] == [str(contrast.fixed), str(contrast.broken)]
         assert row[8].startswith(f"{100 * contrast.minimum_detectable_effect:.1f}")
 

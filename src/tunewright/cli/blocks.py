@@ -37,8 +37,8 @@ def _table(block: blocks.Table) -> Table:
         if name[1:2].islower():  # no acronym
             name = name[0].lower() + name[1:]
         spaced = any(" " in row.cells[place].text for row in block.rows)
-        # Rows are found by their first cell, and numbers are read as one; a heading of several words may wrap.
-        whole = place == 0 or (not column.words and (spaced or " " not in name))
+        # Words wrap at their blanks, a number never does, and a heading only if it has several words.
+        whole = not spaced if column.words else spaced or " " not in name
         table.add_column(
             name,
             justify="left" if column.words else "right",

@@ -71,8 +71,8 @@ def _row(contrast: Contrast, decides: bool, several: list[Column]) -> Row:
 
 
 def _p(p_value: float) -> str:
-    """Return a p-value below a heading that names it: ``0.031``, ``5.5e-05``, ``< 1e-15``."""
-    return "< 1e-15" if p_value < 1e-15 else f"{p_value:.2g}"
+    """Return a p-value below a heading that names it: ``0.031``, ``5.5e-05``, ``<1e-15``."""
+    return "<1e-15" if p_value < 1e-15 else f"{p_value:.2g}"
 
 
 def _worth(contrast: Contrast) -> str:
