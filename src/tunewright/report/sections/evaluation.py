@@ -1,4 +1,4 @@
-"""What an evaluation measured, in the order in which the terminal, a comment and the studio show it."""
+"""The sections of an evaluation in the order in which the terminal, a comment and the studio show them."""
 
 from __future__ import annotations
 

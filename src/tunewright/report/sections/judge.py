@@ -64,8 +64,8 @@ def _preference(found: Preference) -> list[Row]:
     name = f"{found.treatment} against {found.opponent}"
     rows = [Row(cells(name, *_rate(found.rate), flips, f"{sum(found.unscored.values())}"))]
     if found.stripped is not None:
-        name = Cell("without markdown", f"{found.stripped_texts} pairs have some")
-        rows.append(Row(cells(name, *_rate(found.stripped), "", "")))
+        note = f"{found.stripped_texts} pairs have some"
+        rows.append(Row(cells(Cell("without markdown", note), *_rate(found.stripped), "", "")))
     if found.length_controlled is not None:
         equal = found.length_controlled
         numbers = (f"{100 * equal.value:.1f}", percent_interval(equal.interval))
