@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_verdict_names_outcome_cost_break_even_and_latency(evaluated: Evaluated)
     assert f"Incumbent hosted: {found.drop.outcome}" in text
     assert "Cost of 1,000 calls: tuned" in text and "Latency, 95th percentile: tuned" in text
     markdown = tunewright("verdict", "--markdown", "-p", evaluated.folder).stdout
-    assert f"**Incumbent hosted: {found.drop.outcome}**" in markdown
+    assert re.search(rf"^\| hosted \| .* \| {found.drop.outcome} \|$", markdown, re.MULTILINE)
     report = tunewright("report", "-p", evaluated.folder, "--json").document["report"]
     assert "Against the models in use" in Path(report).read_text(encoding="utf-8")
 
