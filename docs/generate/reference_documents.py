@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel
-from reference_sources import API, DOCUMENTS, ROW_ERRORS
+from reference_sources import API, DOCUMENTS, OPTIONS, ROW_ERRORS, Option
 
 
 def pages() -> dict[str, str]:
@@ -44,10 +45,21 @@ def _python() -> str:
     ]
     for title, members in API.items():
         out.append(f"## {title}\n")
-        out += [
-            f"::: {each.__module__}.{each.__qualname__}\n    options:\n      heading_level: 3\n" for each in members
-        ]
+        for each in members:
+            out.append(f"::: {each.__module__}.{each.__qualname__}\n    options:\n      heading_level: 3\n")
+            out += _options(each) if each in OPTIONS else []
     return "\n".join(out)
+
+
+def _options(of: Any) -> list[str]:
+    """Return the table of an options class's fields."""
+    hints = get_type_hints(of, include_extras=True)
+    rows = []
+    for field in dataclasses.fields(of):
+        about = next((each for each in get_args(hints[field.name]) if isinstance(each, Option)), None)
+        if about is not None:
+            rows.append(f"| `{field.name}` | {_cell(about.help)} | {_cell(about.default or str(field.default))} |")
+    return ["| field | meaning | default |", "| --- | --- | --- |", *rows, ""]
 
 
 def _schemas() -> str:

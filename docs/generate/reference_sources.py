@@ -19,6 +19,7 @@ from tunewright.api.export import ProjectExport
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
+from tunewright.core.options import Option
 from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.readers.row_errors import CODES as ROW_ERRORS
 from tunewright.data.versions.version import Manifest as VersionManifest
@@ -39,6 +40,7 @@ __all__ = [
     "API",
     "COMMANDS",
     "DOCUMENTS",
+    "OPTIONS",
     "ROUTES",
     "ROW_ERRORS",
     "SERVING_SOURCE",
@@ -47,6 +49,7 @@ __all__ = [
     "CompletionRequest",
     "Config",
     "MessagesRequest",
+    "Option",
     "ResponsesRequest",
     "error_document",
     "parse_request",
@@ -61,9 +64,12 @@ def functions_of(group: type) -> tuple[Any, ...]:
     return tuple(each for each in vars(group).values() if inspect.isfunction(each) and "." not in each.__qualname__)
 
 
+OPTIONS = (AddOptions, ColumnMapping)
+"""Options classes, whose fields are documented by their `Option`."""
+
 API: dict[str, tuple[Any, ...]] = {
     "The project": (Project, *functions_of(Project)),
-    "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),
+    "project.data": (ProjectData, *functions_of(ProjectData), *OPTIONS),
     "project.adapters": functions_of(ProjectAdapters),
     "project.export": functions_of(ProjectExport),
     "project.keys": (SigningKeys,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import reference_cli  # noqa: E402
 import reference_config  # noqa: E402
 import reference_documents  # noqa: E402
 import reference_http  # noqa: E402
-from reference_sources import COMMANDS, DOCUMENTS, ROUTES, Config  # noqa: E402
+from reference_sources import COMMANDS, DOCUMENTS, OPTIONS, ROUTES, Config  # noqa: E402
 
 ENTRIES = reference_cli.entries()
 KEYS = reference_config.keys()
@@ -52,6 +53,13 @@ def test_command_example_names_its_command_and_valid_options(entry: reference_cl
         assert words[: len(entry.name.split())] == entry.name.split(), example
         used = {word.partition("=")[0] for word in words if word.startswith("-")}
         assert used <= known, example
+
+
+def test_python_page_describes_every_field_of_an_options_class() -> None:
+    page = reference_documents.pages()["reference/python.md"]
+    for field in (each for options in OPTIONS for each in dataclasses.fields(options) if each.name != "mapping"):
+        assert f"| `{field.name}` | " in page, field.name
+    assert "| `presidio` | spaCy model that also finds names and places. | patterns only |" in page
 
 
 def test_reference_describes_every_config_key() -> None:
