@@ -1,4 +1,4 @@
-"""One display over all answers, weighted by what each is expected to take."""
+"""One display over all answers, weighted by their tokens, and the time until the last one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from tunewright.core.progress import LogReporter, LogTask, Task
-from tunewright.evaluation.eta import Countdown, Work
-from tunewright.evaluation.speed import TimedBatch, fitted
+from tunewright.evaluation import countdown as module
+from tunewright.evaluation.countdown import Countdown, Work, tokens_each
 
 
 class _Seen(LogReporter):
@@ -33,13 +33,17 @@ class _Seen(LogReporter):
         yield Counting()
 
 
+def _arms() -> list[Work]:
+    return [Work("zero-shot", "dev", 10, 0, 1.0), Work("retrieved-8", "dev", 10, 0, 9.0)]
+
+
 def test_countdown_weights_slow_answers_more() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
-    countdown.plan("first", [Work("zero-shot on dev", 10, 0, 1.0), Work("retrieved-8 on dev", 10, 0, 9.0)])
+    countdown.plan("first", _arms())
     with countdown.shown():
-        for title in ("zero-shot on dev", "retrieved-8 on dev"):
-            with countdown.arm(title, 10) as task:
+        for title, tokens in (("zero-shot on dev", 1.0), ("retrieved-8 on dev", 9.0)):
+            with countdown.arm(title, 10, tokens) as task:
                 for _ in range(10):
                     task.advance()
     assert reporter.opened == [("All answers", 100, "percent")]
@@ -51,23 +55,27 @@ def test_countdown_weights_slow_answers_more() -> None:
 def test_countdown_counts_arms_that_are_answered_at_once() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
-    countdown.plan("first", [Work("zero-shot on dev", 10, 0, 1.0), Work("retrieved-8 on dev", 10, 0, 9.0)])
+    countdown.plan("first", _arms())
     with countdown.shown():
-        with countdown.arm("zero-shot on dev", 10) as fast, countdown.arm("retrieved-8 on dev", 10) as slow:
+        with (
+            countdown.arm("zero-shot on dev", 10, 1.0) as fast,
+            countdown.arm("retrieved-8 on dev", 10, 9.0) as slow,
+        ):
             slow.advance(5)
             fast.advance(10)
             slow.advance(5)
-        with countdown.arm("noise floor", 4) as task:
+        with countdown.arm("noise floor", 4, 1.0) as task:
             task.advance(4)
     assert (45, "5 of 20 answers, retrieved-8 on dev") in reporter.steps
     assert (55, "15 of 20 answers, zero-shot on dev") in reporter.steps
     assert (100, "20 of 20 answers, retrieved-8 on dev") in reporter.steps
+    assert reporter.steps[-1] == (100, "24 of 24 answers, noise floor")
 
 
 def test_countdown_starts_with_stored_answers_done() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
-    countdown.plan("first", [Work("zero-shot on dev", 5, 15, 2.0)])
+    countdown.plan("first", [Work("zero-shot", "dev", 5, 15, 2.0)])
     with countdown.shown():
         assert reporter.steps == [(75, "15 of 20 answers")]
 
@@ -75,13 +83,13 @@ def test_countdown_starts_with_stored_answers_done() -> None:
 def test_countdown_never_moves_backwards_when_a_stage_grows() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
-    countdown.plan("first", [Work("a on dev", 10, 0, 1.0)])
-    countdown.plan("later", [Work("guess", 10, 0, 1.0)])
+    countdown.plan("first", [Work("a", "dev", 10, 0, 1.0)])
+    countdown.plan("later", [Work("guess", "", 10, 0, 1.0)])
     with countdown.shown():
-        with countdown.arm("a on dev", 10) as task:
+        with countdown.arm("a on dev", 10, 1.0) as task:
             task.advance(10)
-        countdown.plan("later", [Work("b on dev", 90, 0, 1.0)])
-        with countdown.arm("b on dev", 90) as task:
+        countdown.plan("later", [Work("b", "dev", 90, 0, 1.0)])
+        with countdown.arm("b on dev", 90, 1.0) as task:
             for _ in range(90):
                 task.advance()
     shown = [percent for percent, _ in reporter.steps]
@@ -90,38 +98,72 @@ def test_countdown_never_moves_backwards_when_a_stage_grows() -> None:
     assert reporter.steps[-1][1] == "100 of 100 answers, b on dev"
 
 
-def test_countdown_drops_missing_answers_with_their_stage() -> None:
-    countdown = Countdown(_Seen())
-    countdown.plan("first", [Work("guess", 10, 0, 1.0), Work("zero-shot on dev", 0, 20, 1.0)])
+def test_countdown_expects_nothing_more_of_closed_stages() -> None:
+    reporter = _Seen()
+    countdown = Countdown(reporter)
+    countdown.plan("first", [Work("guess", "", 10, 0, 1.0), Work("zero-shot", "dev", 0, 20, 1.0)])
+    countdown.plan("later", [Work("tuned", "dev", 20, 0, 1.0)])
     countdown.close("first", "never planned")
-    assert countdown.counts == (20, 20)
+    with countdown.shown():
+        assert reporter.steps == [(50, "20 of 40 answers")]
 
 
 def test_countdown_shows_each_arm_without_a_plan() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
-    with countdown.shown(), countdown.arm("tuned on the fold", 7) as task:
+    with countdown.shown(), countdown.arm("tuned on the fold", 7, 1.0) as task:
         task.advance()
     assert reporter.opened == [("tuned on the fold", 7, "answers")]
 
 
-def test_speed_separates_prompt_and_answer_tokens_from_two_batches() -> None:
-    read, write = fitted(
-        [
-            TimedBatch(rows=8, read=100, written=200, seconds=100 * 0.002 + 200 * 0.03),
-            TimedBatch(rows=8, read=4000, written=150, seconds=4000 * 0.002 + 150 * 0.03),
-        ]
-    )
-    assert read == pytest.approx(0.002)
-    assert write == pytest.approx(0.03)
+def test_tokens_of_an_answer_are_its_prompt_and_its_limit() -> None:
+    assert tokens_each([(1, 2), (3, 4, 5, 6)], 10) == 13
 
 
-def test_speed_is_never_negative() -> None:
-    read, write = fitted(
-        [
-            TimedBatch(rows=8, read=100, written=200, seconds=9.0),
-            TimedBatch(rows=8, read=4000, written=150, seconds=5.0),
-        ]
-    )
-    assert read >= 0
-    assert write > 0
+class _Clock:
+    """A clock that an arm's answers advance."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    found = _Clock()
+    monkeypatch.setattr(module, "monotonic", found)
+    return found
+
+
+def test_time_of_missing_answers_follows_the_speed_of_the_answers_so_far(clock: _Clock) -> None:
+    countdown = Countdown(LogReporter())
+    short, long = Work("zero-shot", "dev", 10, 0, 10.0), Work("retrieved-8", "dev", 10, 0, 90.0)
+    unknown = Work("the best prompting arm", "test", 5, 0, None)
+    countdown.plan("first", [short, long])
+    countdown.plan("contest", [unknown])
+    assert countdown.expected() is None
+    with countdown.shown(), countdown.arm("zero-shot on dev", 10, 10.0) as task:
+        clock.now += 50.0
+        task.advance(10)
+    # 50 s for 100 tokens; the arm that is not known yet counts as much as the longest of those that are counted.
+    assert countdown.expected() == pytest.approx(50 + 0.5 * (900 + 5 * 90))
+    assert countdown.expected([long]) == pytest.approx(50 + 0.5 * 5 * 10)
+    assert countdown.expected([long, unknown]) == pytest.approx(50)
+
+
+def test_first_arm_which_loads_the_model_counts_until_another_is_answered(clock: _Clock) -> None:
+    countdown = Countdown(LogReporter())
+    for seconds in (60.0, 1.0):
+        with countdown.arm("an arm", 10, 1.0):
+            clock.now += seconds
+    countdown.plan("later", [Work("tuned", "test", 20, 0, 1.0)])
+    assert countdown.expected() == pytest.approx(61 + 2)
+
+
+def test_interrupted_arm_does_not_count_for_the_speed(clock: _Clock) -> None:
+    countdown = Countdown(LogReporter())
+    with pytest.raises(KeyboardInterrupt), countdown.arm("an arm", 10, 1.0):
+        raise KeyboardInterrupt
+    assert countdown.expected() is None

@@ -1,4 +1,4 @@
-"""The page that starts an evaluation: its answers and their time before anything is pressed."""
+"""The page that starts an evaluation: its answers before anything is pressed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 import tunewright as library
 from command_line import tiny_project, tunewright
 from studio_client import Browser, restarted
-from tunewright.core.progress import minutes_text
 from tunewright.studio.jobs import Jobs
 
 
@@ -43,32 +42,29 @@ def _send(browser: Browser, **fields: str) -> tuple[int, str]:
     return answer.status_code, unescape(answer.text)
 
 
-def test_evaluation_names_its_time_before_it_is_started(project: Path) -> None:
+def test_evaluation_counts_its_answers_before_it_is_started(project: Path) -> None:
     with restarted(project) as browser:
         assert 'href="/evaluate"' in browser.get("/")
-        page = browser.get("/evaluate")
-        assert page.count("not measured yet") == 2 and 'value="estimate"' in page
+        page = unescape(browser.get("/evaluate"))
         assert not list((project / ".tunewright").glob("generations/*")), "the page computed answers"
         for split in ("test", "dev"):
-            expected = library.open(project).estimate_evaluation(dev=split == "dev", measure=False)
-            assert expected.seconds is None and expected.missing == expected.answers > 0
+            expected = library.open(project).estimate_evaluation(dev=split == "dev", embed=False)
+            assert expected.missing == expected.answers > 0
             assert f"<td>{expected.answers:,} of {expected.answers:,}</td>" in page
 
         ran = tunewright("evaluate", "--estimate", "-p", project, "--json")
         answers = ran.document["answers"]
-        assert answers["seconds"] > 0 and answers["kept"] > 0, ran.stderr
+        assert set(answers) == {"text", "answers", "kept"}
+        assert answers["kept"] == 0 and answers["text"].startswith("To answer: "), ran.stderr
+        assert not list((project / ".tunewright").glob("generations/*")), "the estimate computed answers"
         assert not (project / "evaluations" / "access_log.jsonl").exists(), "the test split was opened"
-        page = unescape(browser.get("/evaluate"))
-        assert minutes_text(answers["seconds"]) in page and 'value="estimate"' not in page
-        assert f"<td>{answers['answers'] - answers['kept']:,} of {answers['answers']:,}</td>" in page
         assert answers["text"] in page
-        assert "not measured yet" not in page
 
         assert _send(browser, action="evaluate", adapter="nobody")[0] == 400
         code, text = _send(browser, action="evaluate", adapter=_adapter(project), minutes="0")
         assert code == 400 and "a number above 0 (got '0')" in text
         assert _send(browser, action="guess", adapter=_adapter(project))[0] == 400
-        # The project's page asks for the command; it is started where its time is shown.
+        # The project's page asks for the command; it is started where its answers are shown.
         assert browser.send("/jobs", "/", command="evaluate").url.path == "/evaluate"
         assert Jobs(project / ".tunewright" / "jobs", project).all() == []
 
@@ -84,18 +80,14 @@ def test_page_without_an_adapter_says_what_decides_the_time(tmp_path: Path) -> N
     with restarted(folder) as browser:
         page = browser.get("/evaluate")
         assert re.search(r"11 prompting arms answer \d+ dev rows, then at least 3 arms answer \d+ test rows", page)
-        assert "Show its times" not in page and 'value="run"' in page
+        assert "Show its answers" not in page and 'value="run"' in page
 
 
 @pytest.mark.slow
-def test_time_is_measured_and_an_evaluation_limited_by_buttons(project: Path) -> None:
+def test_evaluation_is_started_and_limited_by_buttons(project: Path) -> None:
     jobs = Jobs(project / ".tunewright" / "jobs", project)
     name = _adapter(project)
     with restarted(project) as browser:
-        _send(browser, action="estimate", adapter=name, split="test")
-        _wait_for_end(jobs)
-        assert 'href="/evaluate">Start the evaluation' in browser.get(f"/jobs/{jobs.all()[0].id}")
-        assert "less than a minute" in browser.get("/evaluate")
         _send(browser, action="evaluate", adapter=name, split="dev", minutes="5")
         _wait_for_end(jobs)
         job = jobs.all()[0]

@@ -36,8 +36,8 @@ from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmP
 from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import answer_losses
-from tunewright.evaluation.prompt_search import advise, first_items
-from tunewright.evaluation.schedule import Schedule
+from tunewright.evaluation.prompt_search import advice_file, advise, first_items
+from tunewright.evaluation.workload import Workload, limit_time
 from tunewright.evidence.schema import Advice
 from tunewright.training.rows import trained_spans
 from tunewright.training.train import training_inputs
@@ -82,14 +82,12 @@ class Adviser:
         if pilots is None:
             self.left_out["gain"] = "--no-pilot"
         self.countdown = self.generator.countdown
-        turns = 0
+        self._turns = 0
         if self.config.regressions.samples:
-            turns = self._meter().sampler.turns_missing(GENERIC_SAMPLES)
+            self._turns = self._meter().sampler.turns_missing(GENERIC_SAMPLES)
         else:
             self.left_out["generic text"] = "regressions.samples is 0"
-        arm_runner.schedule = Schedule(
-            arm_runner, minutes=minutes, pilots=len(self.parts), turns=turns, known=self._found
-        )
+        limit_time(arm_runner, minutes, pilots=len(self.parts))
 
     @property
     def generator(self) -> Generator:
@@ -111,7 +109,11 @@ class Adviser:
             UserError: any error of measuring the arms or of a training.
             KeyboardInterrupt: stopped by a signal; the next call resumes from there.
         """
-        prompting = advise(self.arm_runner)
+        known = advice_file(self.arm_runner)
+        measured = known.exists() and self._file(known).exists()
+        pilots, turns = (0, 0) if measured else (len(self.parts), self._turns)
+        # No variable holds the workload: its arm runner's base is freed before the pilots are trained.
+        prompting = advise(self.arm_runner, Workload(self.arm_runner, pilots=pilots, turns=turns).announce)
         file = self._file(prompting.file)
         access_log = AccessLog(self.project.evaluations)
         if file.exists():
@@ -120,10 +122,6 @@ class Adviser:
         signals = self._signals(file.stem, prompting.advice)
         access_log.write(file, json_document(signals.model_dump(mode="json")))
         return AdviceResult(file, signals, measured=True)
-
-    def _found(self, prompting: Path) -> bool:
-        """Return whether all signals were measured before with this prompting choice."""
-        return prompting.exists() and self._file(prompting).exists()
 
     def _file(self, prompting: Path) -> Path:
         """Return the path of the stored signals, named by a digest of their inputs."""

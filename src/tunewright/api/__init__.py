@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
-    from tunewright.evaluation.schedule import AnswersEstimate
+    from tunewright.evaluation.workload import AnswersEstimate
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult
 
@@ -190,13 +190,12 @@ class Project(ProjectContext):
     def prompting(self) -> AdviseResult:
         """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune."""
         from tunewright.evaluation.prompt_search import advise
-        from tunewright.evaluation.schedule import Schedule
+        from tunewright.evaluation.workload import Workload
 
         self._report_detectable_effects()
         with self.model_workers() as workers:
             arm_runner = self.arm_runner(workers=workers)
-            arm_runner.schedule = Schedule(arm_runner)
-            return advise(arm_runner)
+            return advise(arm_runner, Workload(arm_runner).announce)
 
     def optimize_prompt(self) -> OptimizePromptResult:
         """Search for a better instruction with GEPA and the config's reflection model, and choose on dev.
@@ -357,29 +356,25 @@ class Project(ProjectContext):
             return evaluate_on_dev(*self._contest(tuned, "dev", minutes, workers))
 
     def estimate_evaluation(
-        self, adapter: str | None = None, *, dev: bool = False, measure: bool = True
+        self, adapter: str | None = None, *, dev: bool = False, embed: bool = True
     ) -> AnswersEstimate:
-        """Return the answers that :meth:`evaluate` has to compute here, and their expected time.
+        """Return the number of answers that :meth:`evaluate` has to compute; none is computed.
 
         Args:
             adapter: a name or its beginning (None: the newest).
             dev: estimate :meth:`evaluate_on_dev` instead.
-            measure: time two batches of dev prompts if the speed of this machine is not known. Otherwise nothing is
-                loaded or computed, and the time may be unknown.
+            embed: compute vectors of dense retrieval that are not kept. Otherwise no model is loaded.
 
         Raises:
-            UserError: no adapter, or one that does not fit; also without ``measure`` if vectors of dense retrieval have
-                to be computed first.
+            UserError: no adapter, or one that does not fit; also without ``embed`` if vectors have to be computed.
         """
-        from tunewright.evaluation.schedule import Schedule
-        from tunewright.evaluation.workload import Contest
+        from tunewright.evaluation.workload import Contest, Workload
 
         tuned = find_adapter(self.folder.adapters, adapter)
         with self.model_workers() as workers:
             arm_runner = self.arm_runner(tuned, workers)
-            arm_runner.embeddings.kept_only = not measure
-            contest = Contest(tuned, "dev" if dev else "test")
-            return Schedule(arm_runner, contest=contest).estimate(measure=measure)
+            arm_runner.embeddings.kept_only = not embed
+            return Workload(arm_runner, Contest(tuned, "dev" if dev else "test")).estimate()
 
     def estimate_incumbents(self, *, dev: bool = False) -> list[IncumbentEstimate]:
         """Return the calls, tokens and cost of the incumbents' answers in :meth:`evaluate`, without sending anything.
@@ -416,12 +411,12 @@ class Project(ProjectContext):
         """Return the arm runner, the adapter and the advice that names its best prompting arm."""
         from tunewright.evaluation.incumbents import require_ready
         from tunewright.evaluation.prompt_search import advise
-        from tunewright.evaluation.schedule import Schedule
-        from tunewright.evaluation.workload import Contest
+        from tunewright.evaluation.workload import Contest, Workload, limit_time
 
         arm_runner = self.arm_runner(tuned, workers)
         require_ready(self.folder, arm_runner.version, self._asked_splits(split), self.reporter)
-        arm_runner.schedule = Schedule(arm_runner, minutes=minutes, contest=Contest(tuned, split))
+        contest = Contest(tuned, split)
+        limit_time(arm_runner, minutes, contest=contest)
         # Keys added since the adapter was trained had the effect of their defaults.
         trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
         settings = self.folder.config.train
@@ -431,7 +426,7 @@ class Project(ProjectContext):
                 f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
                 "adapter with the new values."
             )
-        return arm_runner, tuned, advise(arm_runner).advice
+        return arm_runner, tuned, advise(arm_runner, Workload(arm_runner, contest).announce).advice
 
     def regressions(self, adapter: str | None = None) -> BenchmarkResult:
         """Measure the benchmarks of the config's regressions section with an adapter off and on.

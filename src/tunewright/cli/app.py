@@ -49,7 +49,7 @@ Minutes = Annotated[
     float | None,
     typer.Option(
         "--minutes",
-        help="Time limit for generating answers, estimated from the speed measured here. Arms are left out by name: "
+        help="Time limit for generating answers, estimated from the speed of those so far. Arms are left out by name: "
         "first those that decide nothing, then those with the most demonstrations.",
         show_default="no limit",
     ),

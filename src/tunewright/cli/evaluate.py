@@ -32,8 +32,7 @@ def evaluate(
         bool,
         typer.Option(
             "--estimate",
-            help="Estimate the time of the answers on this machine, and calls, tokens and cost of the incumbents'; "
-            "send nothing.",
+            help="Count the answers to compute, and estimate calls, tokens and cost of the incumbents'; send nothing.",
         ),
     ] = False,
 ) -> None:

@@ -18,11 +18,6 @@ def without_milliseconds(time: str) -> str:
     return datetime.fromisoformat(time).isoformat(timespec="seconds")
 
 
-def seconds_since(time: str) -> float:
-    """Return the seconds since a time of :func:`now`."""
-    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
-
-
 def minute(seconds: float | None) -> str:
     """Return seconds since 1970 as a time in UTC to the minute, or a dash."""
     return "-" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")

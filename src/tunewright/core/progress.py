@@ -91,13 +91,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def minutes_text(seconds: float) -> str:
-    """Return an expected duration, rounded: ``less than a minute``, ``about 7 minutes``, ``about 3.5 hours``."""
-    if seconds < 60:
-        return "less than a minute"
-    minutes = round(seconds / 60)
-    if minutes >= 90:
-        return f"about {seconds / 3600:.1f} hours"
-    return "about 1 minute" if minutes == 1 else f"about {minutes} minutes"

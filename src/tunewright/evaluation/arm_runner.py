@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
@@ -16,15 +16,19 @@ from tunewright.config import Config, Quantization
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
+from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
+from tunewright.evaluation.countdown import Work, tokens_each
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.evaluation.embeddings import Embeddings
 from tunewright.evaluation.generations import ArmPrompts, Generator, Prompt
 from tunewright.evaluation.optimized_prompts import find_optimized
+from tunewright.evaluation.time_limit import TimeLimit
+from tunewright.evidence.common import Budget
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import SCHEMA_VERSION, Arm
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
@@ -33,9 +37,6 @@ from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, refe
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.training.packing.groups import common_prefix
-
-if TYPE_CHECKING:
-    from tunewright.evaluation.schedule import Schedule
 
 
 class ArmRunner:
@@ -72,7 +73,8 @@ class ArmRunner:
         self.embeddings = Embeddings(project, generator, self.context)
         self.demonstrations = Demonstrations(version.domain_of("train"), project.config.seed, self.embeddings.of)
         self._limit = limit
-        self.schedule: Schedule | None = None
+        self.time_limit: TimeLimit | None = None
+        """The limit of ``--minutes``, if any."""
         self._warned_of: set[Split] = set()
         self._built: dict[tuple[ArmPlan, str], Prompt] = {}
 
@@ -124,6 +126,11 @@ class ArmRunner:
     def prompting_arms(self) -> list[ArmPlan]:
         """Every arm that needs no training."""
         return prompting_arms(self.settings, self.optimized)
+
+    @property
+    def budget(self) -> Budget | None:
+        """The arms that the time limit leaves out; None if it leaves out no arm."""
+        return None if self.time_limit is None else self.time_limit.budget
 
     def inputs(self, limit: int) -> dict[str, Any]:
         """Return everything that decides an arm's answers, apart from its adapter."""
@@ -210,6 +217,13 @@ class ArmRunner:
             for plan, adapter in arms
         ]
         self.generator.answer_together(asked, self.limit)
+
+    def work(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> Work:
+        """Return the number of answers to these rows, by their prompts and the journal; arguments as `answers`."""
+        prompts = set(self.prompts(plan, members)[0])
+        kept = self.generator.kept(self.limit, adapter if plan.adapted else None, constrained=plan.constrained)
+        missing = sum(digest(prompt) not in kept for prompt in prompts)
+        return Work(plan.name, split, missing, len(prompts) - missing, tokens_each(prompts, self.limit))
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> tuple[list[Prompt], int]:
         """Return the prompts of these rows, and the number that show fewer demonstrations to fit the context.

@@ -141,7 +141,7 @@ TUNED_CONSTRAINED = ArmPlan("tuned", constrained=True)
 BEST_PROMPTING = "best-prompting"
 """In a cross-validation, each fold's own best prompting arm, where these differ."""
 TUNED_RETRIEVED = "tuned+retrieved"
-"""There, each fold's adapter with its own best retrieved demonstrations, where these differ."""
+"""The adapter with the best retrieved demonstrations, before these are known or where they differ between folds."""
 
 
 def plan_of(arm: Arm) -> ArmPlan:
@@ -177,6 +177,21 @@ def prompting_arms(settings: EvaluateConfig, optimized: str | None = None) -> li
     if settings.structured_outputs is None:
         return free
     return [*free, *(replace(plan, constrained=True) for plan in [*zero_shot, *retrieved])]
+
+
+def always_answered(plans: Sequence[ArmPlan]) -> set[ArmPlan]:
+    """Return the prompting arms that no time limit leaves out: zero-shot and the fewest retrieved demonstrations."""
+    retrieved = sorted((plan for plan in plans if plan.kind == "retrieved"), key=lambda plan: plan.shots)
+    return {ZERO_SHOT, *retrieved[:1]}
+
+
+def by_value(plans: Sequence[ArmPlan]) -> list[ArmPlan]:
+    """Return prompting arms in the order in which they are answered; a time limit leaves out the last ones.
+
+    Those that are never left out come first, then few demonstrations before many, retrieved before static.
+    """
+    first = always_answered(plans)
+    return sorted(plans, key=lambda plan: (plan not in first, plan.shots, plan.kind == "static"))
 
 
 def _retrieved(settings: EvaluateConfig, shots: Sequence[int]) -> list[ArmPlan]:

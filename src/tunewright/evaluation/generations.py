@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +27,8 @@ from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, read_answers
 from tunewright.evaluation.answer_worker import WorkerModel
 from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers
+from tunewright.evaluation.countdown import Countdown, tokens_each
 from tunewright.evaluation.embedded_answers import EmbeddedAnswers
-from tunewright.evaluation.eta import Countdown
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.requests import Completion, Request
@@ -184,11 +183,6 @@ class Generator:
             return self._cluster.rows
         return self._embedded.rows if self._vllm is None else self._vllm.rows
 
-    @property
-    def workers_at_once(self) -> int:
-        """Number of workers that answer at once: 1 without a cluster."""
-        return 1 if self.workers is None else self.workers.count
-
     @cached_property
     def constraints(self) -> AnswerConstraints | None:
         """The constraints that constrained answers have to match."""
@@ -208,9 +202,12 @@ class Generator:
         known = dict(read_answers(journal))
         missing = sorted({p for p in prompts if digest(p) not in known})
         if missing:
-            with self.countdown.arm(title, len(missing)) as task:
+            with (
+                self.countdown.arm(title, len(missing), tokens_each(missing, max_new_tokens)) as task,
+                log.journal(journal) as file,
+            ):
                 requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
-                known |= self._journalled(journal, requests, adapter, task.advance)
+                self.generate(requests, self._keeping(file, requests, known, task.advance), adapter=adapter)
         return self._as_answers(prompts, known)
 
     def answer_together(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
@@ -235,7 +232,8 @@ class Generator:
                 known[journal] |= {digest(prompt) for prompt in missing}
                 if journal not in files:
                     files[journal] = stack.enter_context(log.journal(journal))
-                task = stack.enter_context(self.countdown.arm(arm.title, len(missing)))
+                tokens = tokens_each(missing, max_new_tokens)
+                task = stack.enter_context(self.countdown.arm(arm.title, len(missing), tokens))
                 requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
                 keep = self._keeping(files[journal], requests, {}, task.advance)
                 asked.append(self._of_arm(requests, keep, self.chat.stop_ids, arm.adapter, None))
@@ -246,25 +244,6 @@ class Generator:
         """Return the digests of the prompts that already have an answer in the journal."""
         journal = self._journal(max_new_tokens, adapter, constrained=constrained)
         return frozenset(key for key, _ in read_answers(journal))
-
-    def timed(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
-    ) -> tuple[float, list[Answer]]:
-        """Answer distinct prompts and time it; answers missing from the journal are added.
-
-        The engine is started and warmed up before the clock starts.
-
-        Returns:
-            Seconds, and the answers in the prompts' order.
-        """
-        self.generate(self.requests(prompts[:1], 2, adapter), adapter=adapter)
-        requests = self.requests(prompts, max_new_tokens, adapter)
-        journal = self._journal(max_new_tokens, adapter)
-        known = self.kept(max_new_tokens, adapter)
-        began = time.perf_counter()
-        found = self._journalled(journal, requests, adapter, lambda: None, known)
-        seconds = time.perf_counter() - began
-        return seconds, self._as_answers(prompts, found)
 
     def _as_answers(self, prompts: Sequence[Prompt], known: Mapping[str, tuple[str, bool]]) -> list[Answer]:
         """Return the prompts' answers, with token counts from the text, since the journal keeps no token ids."""
@@ -279,38 +258,19 @@ class Generator:
     def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Path:
         return self.folder / f"{self.decoding(max_new_tokens, adapter, constrained=constrained).key[:16]}.jsonl"
 
-    def _journalled(
-        self,
-        journal: Path,
-        requests: Sequence[Request],
-        adapter: Adapter | None,
-        advance: Callable[[], None],
-        known: frozenset[str] = frozenset(),
-    ) -> dict[str, tuple[str, bool]]:
-        """Answer requests by the digests of their prompts, journalling each answer as soon as it is complete.
-
-        Answers of ``known`` digests are not journalled: the first answer stays.
-        """
-        found: dict[str, tuple[str, bool]] = {}
-        with log.journal(journal) as file:
-            self.generate(requests, self._keeping(file, requests, found, advance, known), adapter=adapter)
-        return found
-
     def _keeping(
         self,
         file: TextIO,
         requests: Sequence[Request],
         found: dict[str, tuple[str, bool]],
         advance: Callable[[], None],
-        known: frozenset[str] = frozenset(),
     ) -> Callable[[int, Completion], None]:
-        """Return a function that adds a request's answer to ``found``, and to the journal unless it is ``known``."""
+        """Return a function that adds a request's answer to ``found`` and to the journal."""
 
         def keep(index: int, completion: Completion) -> None:
             key = digest(requests[index].prompt_ids)
             found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
-            if key not in known:
-                log.keep(file, {"prompt": key, "text": found[key][0], "truncated": found[key][1]})
+            log.keep(file, {"prompt": key, "text": found[key][0], "truncated": found[key][1]})
             advance()
 
         return keep

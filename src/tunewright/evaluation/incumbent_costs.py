@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -16,10 +17,13 @@ from tunewright.endpoints.replies import cost
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED
 from tunewright.evaluation.frozen_answers import FrozenSet
-from tunewright.evaluation.speed import adapted_batch, latencies
+from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evidence.incumbents import Incumbents, Latency, Serving, TunedServing
 from tunewright.evidence.schema import Arm, Evidence
 
+_BATCH_ROWS = 64
+_BATCH_TOKENS = 8192
+"""Prompt tokens of the timed batch: a few seconds on a CPU."""
 TIMED_ALONE = 40
 """Items whose tuned answer is timed alone: two of them lie above the 95th percentile."""
 
@@ -74,16 +78,32 @@ def measured_tuned(arm_runner: ArmRunner, adapter: Adapter, members: Sequence[Me
     generator, limit = arm_runner.generator, arm_runner.limit
     prompts, _ = arm_runner.prompts(TUNED, members)
     distinct = list(dict.fromkeys(prompts))
-    batch = adapted_batch(
-        generator, limit, lambda: distinct, adapter, {"dataset": arm_runner.version.digest, "incumbents": True}
-    )
+    batch = distinct[: min(generator.rows, _BATCH_ROWS)]
+    while len(batch) > 1 and sum(map(len, batch)) > _BATCH_TOKENS:
+        batch.pop()
     draw = random.Random(f"{arm_runner.project.config.seed}:latency")
     alone = draw.sample(distinct, min(TIMED_ALONE, len(distinct)))
+    generator.generate(generator.requests(batch[:1], 2, adapter), adapter=adapter)  # starts the engine
+    seconds = _seconds(generator, sorted(batch), limit, adapter)
+    with generator.reporter.task("measuring the latency of tuned", len(alone), "answers") as task:
+        times = []
+        for prompt in alone:
+            times.append(_seconds(generator, [prompt], limit, adapter, at_once=1))
+            task.advance()
     used = generator.used
-    how = f"one at a time on this machine, {used.name} on {used.device}"
-    latency = latency_of(latencies(generator, alone, limit, adapter), how)
+    latency = latency_of(times, f"one at a time on this machine, {used.name} on {used.device}")
     training = adapter.lineage.get("training", {}).get("seconds")
-    return tuned_side(arm_runner.project.config, arm, batch.seconds / batch.rows, batch.rows, latency, training)
+    return tuned_side(arm_runner.project.config, arm, seconds / len(batch), len(batch), latency, training)
+
+
+def _seconds(
+    generator: Generator, prompts: Sequence[Prompt], limit: int, adapter: Adapter, at_once: int | None = None
+) -> float:
+    """Return the seconds of these answers; the journal is neither read nor written."""
+    requests = generator.requests(prompts, limit, adapter)
+    began = time.perf_counter()
+    generator.generate(requests, adapter=adapter, at_once=at_once)
+    return time.perf_counter() - began
 
 
 def tuned_side(

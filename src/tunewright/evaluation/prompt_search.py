@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, scored_arms
-from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, plan_of, prompting_arms
+from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, by_value, other_instructions, plan_of, prompting_arms
 from tunewright.evaluation.generations import Generator
 from tunewright.evidence.schema import Advice, Arm, LeftOut, Narrowing, SeedSpread
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, scored_contrast
@@ -77,25 +77,32 @@ class AdviseResult:
     """False when the same arms had already been measured."""
 
 
-def advise(arm_runner: ArmRunner) -> AdviseResult:
+def advise(arm_runner: ArmRunner, announce: Callable[[Advice | None], None] | None = None) -> AdviseResult:
     """Measure the prompting arms on the dev split with the untuned base, and choose the best.
+
+    Args:
+        arm_runner: measures the arms. Its time limit, if any, leaves out those that there is no time for.
+        announce: called before the first answer, with the stored advice if these arms were measured before.
 
     Raises:
         UserError: evaluate.instructions cannot replace the pairs' own, or a metric suits none of the pairs. Also if no
-            arm fits the base's context, no reference matches evaluate.structured_outputs, or the budget is too small.
+            arm fits the base's context, no reference matches evaluate.structured_outputs, or the minutes are too few.
     """
-    schedule = arm_runner.schedule
-    if schedule is not None:
-        schedule.settle()
-    left_out = schedule.budget.left_out if schedule is not None and schedule.budget is not None else ()
-    file = advice_file(arm_runner, left_out)
-    if (known := known_advice(arm_runner, file)) is not None:
-        return AdviseResult(file, known, measured=False)
-    if schedule is None:  # a schedule has already prepared it
+    file = advice_file(arm_runner)
+    known = known_advice(arm_runner, file)
+    if known is None:
         prepare(arm_runner)
-    with arm_runner.generator.countdown.shown():
-        advice = _Choice(arm_runner).advice()
-    arm_runner.generator.countdown.close("entrants", "finalists")
+    if announce is not None:
+        announce(known)
+    if known is None:
+        with arm_runner.generator.countdown.shown():
+            advice = _Choice(arm_runner).advice()
+        arm_runner.generator.countdown.close("entrants", "finalists")
+        file = advice_file(arm_runner)
+        # With the arms that were left out meanwhile, the choice may have been made before.
+        known = known_advice(arm_runner, file)
+    if known is not None:
+        return AdviseResult(file, known, measured=False)
     document = json_document(advice.model_dump(mode="json"))
     if (access_log := _access_log(arm_runner)) is not None:
         access_log.write(file, document)
@@ -104,14 +111,10 @@ def advise(arm_runner: ArmRunner) -> AdviseResult:
     return AdviseResult(file, advice, measured=True)
 
 
-def advice_file(arm_runner: ArmRunner, left_out: Sequence[str] = ()) -> Path:
-    """Return the advice file's path, whether or not it exists.
-
-    Args:
-        arm_runner: measures the arms.
-        left_out: arms that do not fit in the budget.
-    """
+def advice_file(arm_runner: ArmRunner) -> Path:
+    """Return the path of the advice on all arms that are not left out, whether or not it exists."""
     decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings, arm_runner.optimized)}
+    left_out = arm_runner.budget.left_out if arm_runner.budget else ()
     decides["arms"] = [name for name in decides["arms"] if name not in left_out]
     return arm_runner.folder / f"advice-{digest(decides)[:12]}.json"
 
@@ -179,9 +182,8 @@ class _Choice:
         self._settings = arm_runner.settings
         self._metric = arm_runner.scorers[0].name
         self._dev = arm_runner.version.examples("dev")
-        self._schedule = arm_runner.schedule
-        self._budget = None if self._schedule is None else self._schedule.budget
-        self._left_out = {} if self._budget is None else dict.fromkeys(self._budget.prompting, self._budget.why)
+        self._time_limit = arm_runner.time_limit
+        self._left_out: dict[str, str] = {}
 
     def advice(self) -> Advice:
         dev, first = self._dev, first_rows(self._arm_runner)
@@ -204,8 +206,11 @@ class _Choice:
                 f"{len(going_on)} of {len(entrants)} prompting arms advance from {len(first)} dev items to all "
                 f"{len(dev)}: {', '.join(narrowing.finalists)}"
             )
-            if self._schedule is not None:
-                self._schedule.expect("finalists", going_on, dev, "dev", counted=len(first))
+            countdown = self._arm_runner.generator.countdown
+            if countdown.works:  # else nothing was announced, as in folds
+                works = [self._arm_runner.work(plan, dev, "dev") for plan in going_on]
+                # The first items are counted among those of all entrants.
+                countdown.plan("finalists", [replace(work, kept=max(work.kept - len(first), 0)) for work in works])
             self._answer_together(going_on, dev)
             on_all = {plan: given for plan in going_on if (given := self._answers(plan, dev)) is not None}
             arms = self._scored(dev, on_all)[1]
@@ -213,6 +218,10 @@ class _Choice:
             raise UserError(
                 "No prompt fits the base's context", fix="Shorten the examples or use a base with a longer context."
             )
+        if self._time_limit is not None:
+            self._time_limit.settle()
+        if (budget := self._arm_runner.budget) is not None:
+            self._left_out = dict.fromkeys(budget.prompting, budget.why) | self._left_out
         # If none of the finalists retrieves, the first items decide the best retrieved arm.
         retrieving = _of_kind("retrieved", arms) or _of_kind("retrieved", entrants)
         return Advice(
@@ -230,17 +239,20 @@ class _Choice:
             left_out=tuple(LeftOut(name=name, why=why) for name, why in self._left_out.items()),
             max_new_tokens=self._arm_runner.limit,
             engine=self._arm_runner.generator.used,
-            budget=self._budget,
+            budget=budget,
         )
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
         """Return all arms' answers to the first items, and the best arm with the other instructions too."""
-        answered: dict[ArmPlan, list[Answer]] = {}
-        plans = [plan for plan in self._arm_runner.prompting_arms if plan.name not in self._left_out]
-        self._answer_together(plans, first)
-        for plan in plans:
-            if (given := self._answers(plan, first)) is not None:
-                answered[plan] = given
+        plans, limit = self._arm_runner.prompting_arms, self._time_limit
+        if limit is None:  # else each arm waits for the estimate of its time
+            self._answer_together(plans, first)
+        found: dict[ArmPlan, list[Answer]] = {}
+        for plan in by_value(plans):
+            if (limit is None or limit.allows(plan.name)) and (given := self._answers(plan, first)) is not None:
+                found[plan] = given
+        # Ties go to the arm that the config names first, whatever the order of answering.
+        answered = {plan: found[plan] for plan in plans if plan in found}
         with_shots = {plan: given for plan, given in answered.items() if plan.shots}
         optimized = self._arm_runner.optimized
         if with_shots and (self._settings.instructions or optimized):

@@ -6,11 +6,13 @@ import random
 from collections.abc import Sequence
 
 from tunewright.data.versions import Member
+from tunewright.evaluation.countdown import tokens_each
 from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evidence.common import NoiseFloor
 from tunewright.metrics import Scorer, score_all
 
 MOST_ITEMS = 100
+NOISE = "noise floor"
 
 
 def noise_floor(
@@ -40,7 +42,8 @@ def noise_floor(
     most = min(generator.rows, len(places))
     sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))
-    with generator.countdown.arm("noise floor", 2 * len(places)) as task:
+    tokens = tokens_each([prompts[place] for place in places], limit)
+    with generator.countdown.arm(NOISE, 2 * len(places), tokens) as task:
         answers = []
         for order, size in zip((places, shuffled), sizes, strict=True):
             requests = generator.requests([prompts[place] for place in order], limit)

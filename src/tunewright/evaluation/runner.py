@@ -29,6 +29,7 @@ from tunewright.evaluation.arms import (
     tuned_optimized,
     tuned_retrieved,
 )
+from tunewright.evaluation.countdown import Work
 from tunewright.evaluation.incumbent_costs import repriced
 from tunewright.evaluation.incumbents import IncumbentArms, declared_incumbents, incumbent_inputs
 from tunewright.evaluation.repeats import noise_floor
@@ -194,7 +195,7 @@ def _settle(
     arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]
 ) -> _EvaluationInputs:
     settings, config = arm_runner.settings, arm_runner.project.config
-    budget, parent = _budget(arm_runner), parent_of(arm_runner, adapter)
+    budget, parent = arm_runner.budget, parent_of(arm_runner, adapter)
     plans = contest(
         advice,
         with_retrieved=settings.tuned_retrieved,
@@ -221,34 +222,37 @@ def _settle(
     return _EvaluationInputs(plans, declared, digest(inputs)[:12], parent)
 
 
-def _budget(arm_runner: ArmRunner) -> Budget | None:
-    return None if arm_runner.schedule is None else arm_runner.schedule.budget
-
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """The progress of an evaluation."""
-
-    plans: list[ArmPlan]
-    evaluated: bool
-    """Its evidence exists."""
-    opened: bool
-    """Its prompts may be made: its line is in the access log, or it is on dev."""
-
-
-def evaluation_progress(
+def evaluation_work(
     arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]
-) -> EvaluationProgress:
-    """Return the progress of an adapter's evaluation; nothing is opened.
+) -> list[Work] | None:
+    """Return the answers of an adapter's evaluation: an empty list if its evidence exists.
+
+    None while the test split is closed, so that its prompts may not be made. Nothing is opened here.
 
     Raises:
         UserError: the access log is damaged.
     """
     settled = _settle(arm_runner, adapter, advice, split)
-    openings = AccessLog(arm_runner.folder).openings
-    evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
-    opened = split == "dev" or any(o.evaluation == settled.identity for o in openings)
-    return EvaluationProgress(settled.plans, evaluated, opened)
+    if (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists():
+        return []
+    if split == "test" and all(o.evaluation != settled.identity for o in AccessLog(arm_runner.folder).openings):
+        return None
+    return _work(arm_runner, adapter, settled, split)
+
+
+def _work(
+    arm_runner: ArmRunner, adapter: Adapter, settled: _EvaluationInputs, split: Literal["test", "dev"]
+) -> list[Work]:
+    # On dev, the base's arms were answered while a prompt was chosen.
+    plans = [plan for plan in settled.plans if plan.adapted or split == "test"]
+    members = arm_runner.version.examples(split)
+    return [
+        replace(
+            arm_runner.work(plan, members, split, settled.adapter_of(plan, adapter)),
+            optional=plan.adapted and plan not in (TUNED, PARENT),
+        )
+        for plan in plans
+    ]
 
 
 def _folder(arm_runner: ArmRunner, settled: _EvaluationInputs, split: Literal["test", "dev"]) -> Path:
@@ -300,8 +304,7 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
     report_references([m.example for m in test], "test item", arm_runner.reporter)
     check_references(arm_runner.scorers, [m.example for m in test], "test", arm_runner.reporter)
     hosted = incumbents.ask()
-    if arm_runner.schedule is not None:
-        arm_runner.schedule.expect("contest", settled.plans, test, "test", adapter)
+    arm_runner.generator.countdown.plan("contest", _work(arm_runner, adapter, settled, "test"))
     with arm_runner.generator.countdown.shown():
         arm_runner.answer_together([(plan, settled.adapter_of(plan, adapter)) for plan in settled.plans], test, "test")
         answers = {
@@ -333,10 +336,7 @@ def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> 
     report_references([m.example for m in dev], "dev item", arm_runner.reporter)
     incumbents = IncumbentArms(arm_runner, "dev")
     hosted = incumbents.ask()
-    if arm_runner.schedule is not None:
-        # The others were counted while a prompt was chosen.
-        tuned = [plan for plan in settled.plans if plan.adapted]
-        arm_runner.schedule.expect("contest", tuned, dev, "dev", adapter)
+    arm_runner.generator.countdown.plan("contest", _work(arm_runner, adapter, settled, "dev"))
     with arm_runner.generator.countdown.shown():
         arm_runner.answer_together([(plan, settled.adapter_of(plan, adapter)) for plan in settled.plans], dev, "dev")
         answers = {
@@ -412,7 +412,7 @@ def _evidence(
         narrowing=advice.narrowing,
         static=advice.static,
         left_out=advice.left_out,
-        budget=_budget(arm_runner),
+        budget=arm_runner.budget,
         best_prompting=advice.best,
         arms=[measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan in settled.plans],
         contrasts=measured_contrasts(scored, settled.declared, config.seed),

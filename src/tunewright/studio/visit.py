@@ -28,7 +28,7 @@ from tunewright.studio.playing import Playing
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.data.dedup.leakage import LeakageReport
-    from tunewright.evaluation.schedule import AnswersEstimate
+    from tunewright.evaluation.workload import AnswersEstimate
 
 
 class PageReporter(LogReporter):

@@ -19,7 +19,7 @@ from tunewright.endpoints.client import Endpoint
 from tunewright.endpoints.replies import Reply, cost, estimated_tokens
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import Instruction, find_instruction
-from tunewright.evaluation.eta import Countdown
+from tunewright.evaluation.countdown import Countdown
 from tunewright.evaluation.judge.runner import task_text
 from tunewright.evaluation.optimized_prompts import instruction_digest, load, store
 from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, ReflectionUsage

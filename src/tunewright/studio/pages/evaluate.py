@@ -1,4 +1,4 @@
-"""Starting an evaluation or the whole pipeline: its choices, and how long each takes."""
+"""Starting an evaluation or the whole pipeline: its choices, and the answers that each has to compute."""
 
 from __future__ import annotations
 
@@ -10,35 +10,27 @@ from starlette.responses import Response
 
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.core.errors import UserError
-from tunewright.core.progress import minutes_text
 from tunewright.core.text import count_of
 from tunewright.data.versions import current_manifest
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
-    from tunewright.evaluation.schedule import AnswersEstimate
+    from tunewright.evaluation.workload import AnswersEstimate
 
 EVALUATE_PAGE = "/evaluate"
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """An evaluation on one split: its answers and their time, or the reason why they are unknown."""
+    """An evaluation on one split: its answers, or the reason why they are unknown."""
 
     split: str
     estimate: AnswersEstimate | None
     unknown: str = ""
 
-    @property
-    def time(self) -> str:
-        """Its time in words; empty if it is not known."""
-        if self.estimate is None or self.estimate.seconds is None:
-            return ""
-        return minutes_text(self.estimate.seconds) if self.estimate.missing else "nothing left to compute"
-
 
 def evaluate_page(visit: Visit) -> Response:
-    """Show how long an evaluation takes, and start it with the choices of the command line."""
+    """Show how many answers an evaluation has to compute, and start it with the choices of the command line."""
     folder = visit.project.folder
     manifest = current_manifest(folder.dataset)
     adapters = [a for a in list_adapters(folder.adapters) if manifest and a.dataset in (None, manifest.digest)]
@@ -51,7 +43,6 @@ def evaluate_page(visit: Visit) -> Response:
         chosen=chosen,
         choices=choices,
         first=choices[0] if choices else None,
-        measured=any(choice.time for choice in choices),
         items=_items(visit) if manifest else "",
         runs=bool(folder.config.data.sources),
         hosted=[each.name for each in folder.config.evaluate.incumbents],
@@ -84,7 +75,6 @@ def _estimate(visit: Visit, adapter: Adapter, *, dev: bool) -> AnswersEstimate:
     files = [
         folder.root / "tunewright.yaml",
         *sorted(folder.work.glob("generations/*")),
-        *sorted(folder.work.glob("speeds/*")),
         *sorted(folder.evaluations.glob("*.json*")),
         *sorted(folder.evaluations.glob("[!.]*/evidence.json")),
     ]
@@ -93,7 +83,7 @@ def _estimate(visit: Visit, adapter: Adapter, *, dev: bool) -> AnswersEstimate:
     deciding = (stamps, None if manifest is None else manifest.digest)
     key = (adapter.digest, dev)
     if key not in kept or kept[key][0] != deciding:
-        found = visit.project.estimate_evaluation(adapter.name, dev=dev, measure=False)
+        found = visit.project.estimate_evaluation(adapter.name, dev=dev, embed=False)
         kept[key] = (deciding, found)
     return kept[key][1]
 
@@ -112,7 +102,7 @@ def _items(visit: Visit) -> str:
 
 
 def start_evaluation(visit: Visit) -> Response:
-    """Start an evaluation, the timing of its answers, or the whole pipeline."""
+    """Start an evaluation or the whole pipeline."""
     form, action = visit.form, visit.form.get("action", "")
     if action == "run":
         return visit.go(path_of("jobs", visit.jobs.start("run").id))
@@ -120,12 +110,10 @@ def start_evaluation(visit: Visit) -> Response:
     known = {each.name for each in list_adapters(visit.project.folder.adapters)}
     if adapter not in known:
         raise UserError(f"No adapter is named {adapter!r}", fix="Go back and choose one of the list.")
-    words = ["evaluate", adapter, *(["--dev"] if form.get("split") == "dev" else [])]
-    if action == "estimate":
-        words.append("--estimate")
-    elif action != "evaluate":
+    if action != "evaluate":
         raise UserError(f"The page has no action {action!r}", fix="Use its buttons.")
-    elif minutes := form.get("minutes", "").strip():
+    words = ["evaluate", adapter, *(["--dev"] if form.get("split") == "dev" else [])]
+    if minutes := form.get("minutes", "").strip():
         words += ["--minutes", f"{_minutes(minutes):g}"]
     return visit.go(path_of("jobs", visit.jobs.start(*words).id))
 

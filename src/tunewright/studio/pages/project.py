@@ -210,8 +210,6 @@ def _next_page(job: Job) -> tuple[str, str] | None:
         return page, "start it again, which resumes from what was finished"
     if job.state != "done":
         return None
-    if "--estimate" in job.command and job.title == "evaluate":
-        return EVALUATE_PAGE, "start the evaluation, whose time is known now"
     if job.title == "data suspects":
         options = dict(zip(job.command, job.command[1:], strict=False))
         adapter = options.get("--adapter", "")
