@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tunewright.evidence.common import Score
 from tunewright.evidence.human_eval import AnswerReview, RaterAgreement, human_eval_line
 from tunewright.evidence.schema import Evidence
@@ -34,8 +36,7 @@ def section(review: AnswerReview) -> Section:
         blocks.append(_win_rates(review, review.win_rate))
     blocks.append(_strata(review))
     if review.agreements:
-        head = columns("Raters", "Items both judged", "Agreed", "Cohen’s kappa", "95% interval")
-        blocks.append(Table("Table of agreement", head, tuple(_agreement(each) for each in review.agreements)))
+        blocks.append(agreement_table(review.agreements))
     wins, losses = review.preferred
     notes = [
         f"Of {review.answered:,} judged pairs {review.treatment} is preferred on {wins:,}, {review.control} on "
@@ -81,6 +82,12 @@ def _strata(review: AnswerReview) -> Table:
     if review.same:
         rows.append(Row(cells("equal answers", f"{review.same:,}", "", "", "", "", f"{review.same:,}")))
     return Table("Table of strata", head, tuple(rows))
+
+
+def agreement_table(found: Sequence[RaterAgreement]) -> Table:
+    """Return how far two raters each agree, beyond what chance gives."""
+    head = columns("Raters", "Items both judged", "Agreed", "Kappa (Cohen)", "95% interval")
+    return Table("Table of agreement", head, tuple(map(_agreement, found)))
 
 
 def _agreement(each: RaterAgreement) -> Row:

@@ -33,7 +33,7 @@ def section(evidence: Evidence) -> Section | None:
         ),
         Table("Table of incumbents", _HEAD, tuple(_row(each) for each in outcomes)),
         Table("Table of costs and latencies", _SIDES, tuple(_sides(evidence)), detail=True),
-        Notes((*notes, *(_frozen(each) for each in found.compared)), detail=True),
+        Notes(tuple(notes), detail=True),
     )
     return Section("incumbents", "Against the models in use", blocks)
 
@@ -75,8 +75,8 @@ def _row(each: Replacement) -> Row:
 
 def _sides(evidence: Evidence) -> list[Row]:
     assert evidence.incumbents is not None
-    sides: list[tuple[str, Serving]] = [("tuned", evidence.incumbents.tuned)]
-    sides += [(each.arm, each.serving) for each in evidence.incumbents.compared]
+    sides: list[tuple[str | Cell, Serving]] = [("tuned", evidence.incumbents.tuned)]
+    sides += [(Cell(each.arm, _frozen(each)), each.serving) for each in evidence.incumbents.compared]
     return [Row(cells(name, _cost(side), *_latency(side))) for name, side in sides]
 
 
@@ -98,7 +98,7 @@ def _frozen(found: Incumbent) -> str:
     versions = ", ".join(f"{name} ({count:,})" for name, count in found.versions.items())
     paid = "cost unknown" if found.cost is None else f"cost {amount(found.cost)}"
     return (
-        f"{found.arm}: {counted(found.answered, 'answer')} of {versions} from {found.url}, {found.first[:16]} to "
+        f"{counted(found.answered, 'answer')} of {versions} from {found.url}, {found.first[:16]} to "
         f"{found.last[:16]} UTC; {found.prompt_tokens:,} prompt and {found.completion_tokens:,} reply tokens, {paid}. "
         f"Frozen in {found.file} (SHA-256 {found.file_digest[:12]}…)."
     )

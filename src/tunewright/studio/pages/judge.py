@@ -13,6 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.review.label_models import excerpt
 from tunewright.evidence.human_eval import RaterAgreement
 from tunewright.evidence.schema import Evidence, Item
+from tunewright.report.sections import human_eval
 from tunewright.report.sections import judge as findings
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -75,6 +76,7 @@ def judge_page(visit: Visit) -> Response:
         judgement=judgement,
         blocks=findings.section(judgement).blocks if judgement else (),
         agreements=_agreements(evidence),
+        agreement_table=human_eval.agreement_table,
         people=evidence.human_eval is not None,
         arms=_arms(evidence),
         outcomes=_OUTCOMES,
