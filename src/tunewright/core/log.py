@@ -57,13 +57,13 @@ class SealedLine(BaseModel):
     @classmethod
     def parse(cls, line: bytes, where: str, name: str) -> Self:
         """Parse a line; errors are those of `parse_line` and `require_seal`."""
-
-        def fields(text: bytes) -> Self:
-            return cls.model_validate({key: value for key, value in dict(json.loads(text)).items() if key != "digest"})
-
-        parsed = parse_line(fields, line, where, f"Not a {name}")
+        parsed = parse_line(cls._unsealed, line, where, f"Not a {name}")
         require_seal(parsed.line, line, where, name)
         return parsed
+
+    @classmethod
+    def _unsealed(cls, line: bytes) -> Self:
+        return cls.model_validate({key: value for key, value in dict(json.loads(line)).items() if key != "digest"})
 
 
 def parse_line(validate: Callable[[bytes], _T], line: bytes, where: str, wrong: str, fix: str = RESTORE) -> _T:
