@@ -12,6 +12,7 @@ from tunewright.report import blocks
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_WORD = 10  # characters
 _COLOURS = {"": "", "yes": "green", "no": "bold red", "open": "yellow"}
 
 
@@ -39,8 +40,11 @@ def _table(block: blocks.Table) -> Table:
         spaced = any(" " in row.cells[place].text for row in block.rows)
         # Words wrap at their blanks, a number never does, and a heading only if it has several words.
         whole = not spaced if column.words else spaced or " " not in name
+        texts = [name, *(row.cells[place].text for row in block.rows)]
         table.add_column(
             name,
+            # A word is broken only if it is longer than a narrow terminal has room for.
+            min_width=min(_WORD, max(len(word) for text in texts for word in text.split() or [""])),
             justify="left" if column.words else "right",
             no_wrap=whole,
             overflow="ellipsis" if whole else "fold",

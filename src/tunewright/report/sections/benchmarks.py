@@ -38,7 +38,14 @@ def section(found: Benchmarks) -> Section:
             caption = "An upright mark is a suite's margin." if any(bar.margin is not None for bar in bars) else ""
             blocks.append(Figure(f"regressions-{place}", title, bars, axis, zero=True, caption=caption))
     if found.suites:
-        blocks.append(Table("Table of suites", _SUITES, tuple(map(_row, found.suites))))
+        rows = tuple(map(_row, found.suites))
+        used = [
+            place
+            for place, column in enumerate(_SUITES)
+            if column.name not in _MAY_BE_EMPTY or any(row.cells[place].text not in ("", "none") for row in rows)
+        ]
+        rows = tuple(Row(tuple(row.cells[place] for place in used)) for row in rows)
+        blocks.append(Table("Table of suites", tuple(_SUITES[place] for place in used), rows))
     controls = tuple(_control(suite, control) for suite in found.suites for control in suite.controls)
     if controls:
         blocks.append(Table("Table of the suites' controls", _CONTROLS, controls))
@@ -56,6 +63,7 @@ def section(found: Benchmarks) -> Section:
     return Section("regressions", "What was forgotten", tuple(blocks))
 
 
+_MAY_BE_EMPTY = ("Margin", "Items needed")
 _SUITES = columns(
     "Suite",
     "Items",
