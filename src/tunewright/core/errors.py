@@ -35,7 +35,8 @@ class UserError(ValueError):
 def first_fault(error: ValidationError) -> str:
     """Return the first fault of a document: the path of its key, and pydantic's message."""
     first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    key = ".".join(map(str, first["loc"]))  # empty if the text is not JSON
+    return f"{key}: {first['msg']}" if key else first["msg"]
 
 
 OUT_OF_MEMORY = UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")
