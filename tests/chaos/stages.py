@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,15 +127,21 @@ class Stages:
         return self.server.start(*words, *project, fault=fault, memory=memory, warming=warming)
 
     def wait(self, started: Command) -> Ended:
-        """Wait for a command's end, and end it if it hangs."""
-        from signal import SIGKILL
+        """Wait for a command's end; a command that hangs is ended and fails the test."""
+        hung = threading.Event()
 
-        watch = threading.Timer(HANG_S, lambda: started.send(SIGKILL))
+        def end() -> None:
+            hung.set()
+            started.send(signal.SIGKILL)
+
+        watch = threading.Timer(HANG_S, end)
         watch.start()
         try:
-            return started.wait()
+            ended = started.wait()
         finally:
             watch.cancel()
+        assert not hung.is_set(), f"the command hung for {HANG_S} s: {ended}"
+        return ended
 
     def run(self, command: tuple[str, ...], fault: Fault | None = None, memory: int | None = None) -> Ended:
         """Run a command to its end."""

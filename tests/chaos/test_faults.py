@@ -25,8 +25,8 @@ COMMANDS = ("add", "train", "evaluate", "judge", "deploy", "promote", "export")
 TRIES, TRIES_OF_SLOW = 3, 2
 DAY = 86_400
 MEGABYTE = 1 << 20
-IGNORED = re.compile(r"Exception ignored in: .*\nTraceback .*\n(?:  .*\n)*MemoryError: \n")
-"""Printed by Python where a library's generator is closed without memory; the command continues to its own message."""
+IGNORED = re.compile(r"Exception ignored in(?: thread started by)?: .*\n(?:Traceback .*\n(?:  .*\n)*)?MemoryError: \n")
+"""Printed by Python where a generator is closed or a thread begins without memory: the command has its own message."""
 
 
 def each_command(fault: str) -> pytest.MarkDecorator:
@@ -189,4 +189,4 @@ def test_command_with_too_little_memory_leaves_the_old_or_the_new_state(name: st
             assert_reported(replace(ended, stderr=IGNORED.sub("", ended.stderr)), CASES[name].codes)
         reached.append(ended.code)
         assert_old_or_new(name, stages, None if ended.had_no_memory_for_a_message else ended)
-    assert 2 in reached
+    assert set(reached) - set(CASES[name].codes), "no limit was reached"

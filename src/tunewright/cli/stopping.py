@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -28,6 +29,8 @@ PATIENCE_S = 4.0
 """Time for the main thread to clean up; then the process ends as if killed, from which every command recovers."""
 _ANNOUNCE_S = 0.2
 """Time for the announcement to precede the main thread's last output; a KeyboardInterrupt may have no signal."""
+_END_S = 1.0
+"""Time for the watcher to see its pipe closed; a watcher that had no memory to begin never does."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -81,7 +84,7 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) 
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watcher = _SignalWatcher(reading, kept, as_json=as_json, quiet=quiet, log_json=log_json)
-    watcher.start()
+    start_new_thread(watcher.watch, ())
     stopped = False
     try:
         yield
@@ -94,13 +97,18 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) 
         if not (stopped and _alone):
             signal.set_wakeup_fd(before)
             os.close(writing)  # the watcher reads the end of the pipe
-            watcher.join()
+            watcher.ended.wait(_END_S)
             os.close(reading)
 
 
-class _SignalWatcher(threading.Thread):
+class _SignalWatcher:
+    """Reads signals in a thread that the main thread never waits for.
+
+    ``Thread.start`` waits for the new thread without a limit, also when that has no memory to begin
+    (https://github.com/python/cpython/issues/140746): a command with too little memory would hang.
+    """
+
     def __init__(self, reading: int, kept: str, *, as_json: bool, quiet: bool, log_json: bool) -> None:
-        super().__init__(name="tunewright-signals", daemon=True)
         self.reading = reading
         self.kept = kept
         self.as_json = as_json
@@ -109,9 +117,16 @@ class _SignalWatcher(threading.Thread):
         self.asked = 0
         """Signals so far."""
         self.announced = threading.Event()
+        self.ended = threading.Event()
 
-    def run(self) -> None:
+    def watch(self) -> None:
         """Read signals until the pipe is closed."""
+        try:
+            self._read()
+        finally:
+            self.ended.set()
+
+    def _read(self) -> None:
         until = math.inf
         while True:
             ready, _, _ = select.select([self.reading], [], [], 0.1 if self.asked else None)
