@@ -188,5 +188,8 @@ def test_command_with_too_little_memory_leaves_the_old_or_the_new_state(name: st
         if not ended.had_no_memory_for_a_message:
             assert_reported(replace(ended, stderr=IGNORED.sub("", ended.stderr)), CASES[name].codes)
         reached.append(ended.code)
+        if "Micro-batch:" in ended.stderr:  # its steps, with which the next command resumes, differ in the last bits
+            assert_reported(stages.run(CASES[name].command), CASES[name].codes)
+            continue
         assert_old_or_new(name, stages, None if ended.had_no_memory_for_a_message else ended)
     assert set(reached) - set(CASES[name].codes), "no limit was reached"
