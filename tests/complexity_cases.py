@@ -32,7 +32,7 @@ from tunewright.data.readers import read_pairs
 from tunewright.data.readers.mapping import compile_jmespath
 from tunewright.data.versions.diff import marked
 from tunewright.generation.text_stream import StopFilter
-from tunewright.report.markdown import plain
+from tunewright.render.markdown import plain
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.messages_api import MessagesRequest
 from tunewright.serving.gateway.parsing import parse_request

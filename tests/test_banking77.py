@@ -23,7 +23,6 @@ from rich.console import Console, RenderableType
 from command_line import tunewright
 from factories import pair
 from real_data import SHARED
-from tunewright.cli.blocks import rendered
 from tunewright.cli.data import leakage_text, version_table
 from tunewright.cli.verdict import verdict_text
 from tunewright.config.io import load_config
@@ -38,6 +37,7 @@ from tunewright.evidence.schema import Advice, Arm, Evidence, load_evidence
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.verdict import SIGNIFICANT, verdict
 from tunewright.metrics import open_scorers
+from tunewright.render.terminal import rendered
 from tunewright.report.sections.evaluation import sections
 from tunewright.report.sections.prompting import advice_section
 

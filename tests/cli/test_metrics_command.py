@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from command_line import tiny_project, tunewright
-from tunewright.cli.blocks import rendered
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import holm
+from tunewright.render.terminal import rendered
 from tunewright.report.sections.evaluation import sections
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,8 @@ from tunewright.evidence.benchmarks import suite_text
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.metrics import points_text
-from tunewright.report.markdown import plain, verdict_markdown
+from tunewright.render.markdown import plain
+from tunewright.report.markdown import verdict_markdown
 
 EVIDENCE = make_evidence(make_items(60), also=["bleu"])
 FULL = EVIDENCE.model_copy(update={"regressions": GENERAL, "judge": JUDGE, "human_eval": REVIEW})

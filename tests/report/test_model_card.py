@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from factories import make_evidence, make_items
 from report_evidence import GENERAL, full_evidence
 from tunewright.evidence.verdict import verdict
-from tunewright.report.markdown import plain
+from tunewright.render.markdown import plain
 from tunewright.report.model_card import CardSubject, model_card
 
 BASE = "meta-llama/Llama-3.1-8B-Instruct"

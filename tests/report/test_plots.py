@@ -7,8 +7,9 @@ import matplotlib as mpl
 import pytest
 
 from signals_factory import break_even
-from tunewright.report.blocks import Bar, Figure
-from tunewright.report.plots import break_even_figure, forest_plot, training_plot
+from tunewright.render.blocks import Bar, Figure
+from tunewright.render.plots import forest_plot
+from tunewright.report.plots import break_even_figure, training_plot
 
 
 def _ends(svg: str, colour: str) -> list[tuple[float, float]]:

@@ -62,7 +62,7 @@ def advise(
 def advice_tables(result: AdviceResult) -> list[RenderableType]:
     """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
     from tunewright.advisor.explanations import changes, expectations
-    from tunewright.cli.blocks import rendered
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.prompting import advice_section
 
     signals, decision = result.signals, result.decision

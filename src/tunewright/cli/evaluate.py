@@ -77,7 +77,7 @@ def crossval(
 
 
 def _show(run: Session, result: EvaluateResult) -> None:
-    from tunewright.cli.blocks import rendered
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.evaluation import sections
 
     run.show(

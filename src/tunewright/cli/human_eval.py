@@ -136,7 +136,7 @@ def _show_progress(run: Session, blind: BlindReview) -> None:
 
 
 def _show_results(run: Session, evaluation: Path | None, against: str | None) -> int:
-    from tunewright.cli.blocks import rendered
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.human_eval import section
 
     review = run.unopened.human_eval_results(evaluation, against=against)

@@ -33,8 +33,8 @@ def judge(
 
     The model is the config's judge. Its replies are stored, so a stopped run resumes and pays for nothing twice.
     """
-    from tunewright.cli.blocks import rendered
     from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.judge import section
 
     if estimate and keep_preferences:

@@ -29,7 +29,7 @@ def optimize_prompt(
         expected = run.project.estimate_optimize_prompt()
         run.show(expected, estimate_text(expected))
         return
-    from tunewright.cli.blocks import rendered
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.prompt_optimization import section
 
     result = run.project.optimize_prompt()

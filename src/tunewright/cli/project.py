@@ -144,10 +144,10 @@ def demo(
 ) -> int:
     """Run the pipeline on an example project, then serve its result to two tenants and ask it a held-out question."""
     from tunewright.cli.advise import advice_tables
-    from tunewright.cli.blocks import rendered
     from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo
     from tunewright.demo_tenants import show_two_tenants
     from tunewright.evidence.schema import load_items
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections import judge, learning_curve
 
     project = open_demo(directory, run.reporter, whole=whole, cluster=run.cluster)
@@ -180,7 +180,7 @@ def demo(
 
 def show_prompting(run: Session, advice: Advice) -> None:
     """Print the prompting arms' scores as progress, on stderr."""
-    from tunewright.cli.blocks import rendered
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.prompting import advice_section
 
     run.note(*rendered(advice_section(advice)))
@@ -188,7 +188,7 @@ def show_prompting(run: Session, advice: Advice) -> None:
 
 def run_tables(result: RunResult) -> list[RenderableType]:
     """Return the pipeline's result as tables."""
-    from tunewright.cli.blocks import rendered
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.evaluation import sections
 
     measured = rendered(*sections(result.evaluated.evidence))

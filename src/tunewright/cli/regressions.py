@@ -19,7 +19,7 @@ def regressions(run: Session, adapter: Adapter = None) -> int:
 
     The suites are those of the config's `regressions` section; `evaluate` measures them too. Resumes where it stopped.
     """
-    from tunewright.cli.blocks import rendered
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.benchmarks import section
 
     result = run.project.regressions(adapter)

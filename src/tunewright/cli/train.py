@@ -110,8 +110,8 @@ def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, wr
 
 def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
     from tunewright.api import CURVE_PLOT, SEEDS
-    from tunewright.cli.blocks import rendered
     from tunewright.evidence.learning_curve import more_data
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.learning_curve import section
 
     result = run.project.curve(seeds=SEEDS if seeds is None else seeds, force=force)
@@ -133,8 +133,8 @@ def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
 
 def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[RenderableType]:
     """Return each trial at each rung, its outcome, and the winner."""
-    from tunewright.cli.blocks import rendered
     from tunewright.core.progress import duration
+    from tunewright.render.terminal import rendered
     from tunewright.report.sections.sweep import section
 
     ledger = result.ledger

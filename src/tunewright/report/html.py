@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from tunewright.advisor.signals import Signals
 from tunewright.core.io import write_text
-from tunewright.core.text import visible
 from tunewright.evidence.causes import ProjectFacts
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence, Item
-from tunewright.report.blocks import Bands, Figure, Section
-from tunewright.report.plots import bands_plot, forest_plot
+from tunewright.render.blocks import Section
+from tunewright.render.html import page_templates
 from tunewright.report.sections import (
     access_log,
     arms,
@@ -67,24 +63,16 @@ def render_report(
     known: ProjectFacts | None = None,
 ) -> str:
     """Return the report as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("tunewright.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return (
+        page_templates("tunewright.report")
+        .get_template("page.html.j2")
+        .render(
+            project=evidence.project,
+            id=evidence.id,
+            summary=summary.summary(evidence, known),
+            sections=page_sections(evidence, test_items, history, curve, advice),
+        )
     )
-    environment.filters |= {"visible": visible, "drawn": _drawn}
-    return environment.get_template("page.html.j2").render(
-        project=evidence.project,
-        id=evidence.id,
-        summary=summary.summary(evidence, known),
-        sections=page_sections(evidence, test_items, history, curve, advice),
-    )
-
-
-def _drawn(block: Figure | Bands) -> Markup:
-    return Markup(bands_plot(block) if isinstance(block, Bands) else forest_plot(block))
 
 
 def page_sections(

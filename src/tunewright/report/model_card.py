@@ -17,7 +17,7 @@ from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.export.parity import Figures
 from tunewright.metrics import metric_label
-from tunewright.report.markdown import bullets, markdown, plain, table
+from tunewright.render.markdown import bullets, markdown, plain, table
 from tunewright.report.sections import arms, benchmarks, contrasts
 from tunewright.report.text import headline, metric_order
 

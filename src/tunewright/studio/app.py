@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
 from anyio import sleep, to_thread
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -34,6 +33,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
 from tunewright.evaluation.training_runs import TrainingRuns
+from tunewright.render.html import page_templates
 from tunewright.serving.gateway.server import serve
 from tunewright.studio.access import (
     MAX_SIGN_IN,
@@ -107,14 +107,8 @@ class Studio:
         self._lock = Lock()  # pages read and write the project's files one at a time
         self._cache = Cache(Playing(self._root))
         self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
-        self._templates = Environment(
-            loader=PackageLoader("tunewright.studio"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._templates.filters |= {"visible": visible, "commands": by_commands, "role": role, "capital": capital}
+        self._templates = page_templates("tunewright.studio")
+        self._templates.filters |= {"commands": by_commands, "role": role, "capital": capital}
         self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 

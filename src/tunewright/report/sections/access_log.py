@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.logged_access import Declared, EarlierAccess, openings_text
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
-from tunewright.report.blocks import Block, Lead, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Lead, Row, Section, Table, cells, columns
 
 
 def section(evidence: Evidence) -> Section | None:

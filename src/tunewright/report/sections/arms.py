@@ -8,7 +8,7 @@ from tunewright.config import MetricName
 from tunewright.evidence.common import ArmScore, Budget
 from tunewright.evidence.schema import Advice, Arm, ArmKind, Evidence
 from tunewright.metrics import axis_label
-from tunewright.report.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, Tone, cells
+from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, Tone, cells
 from tunewright.report.text import capitalised, metric_order, percent_interval
 
 TONES: dict[ArmKind, Tone] = {

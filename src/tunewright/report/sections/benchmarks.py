@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunewright.evidence.benchmarks import Benchmarks, Control, Result, Suite, Unit
-from tunewright.report.blocks import (
+from tunewright.render.blocks import (
     Bar,
     Block,
     Cell,

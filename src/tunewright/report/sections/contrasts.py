@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.verdict import changed_words, fewest_clusters
 from tunewright.metrics import metric_label, points_text
-from tunewright.report.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import capitalised, points_interval
 
 

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from tunewright.advisor.explanations import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
 from tunewright.evidence.schema import Arm, Evidence
-from tunewright.report.blocks import Block, Cell, Drawing, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Cell, Drawing, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.plots import break_even_figure
 from tunewright.report.text import counted
 

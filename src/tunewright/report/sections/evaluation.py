@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunewright.evidence.schema import Evidence
-from tunewright.report.blocks import Section
+from tunewright.render.blocks import Section
 from tunewright.report.sections import arms, benchmarks, contrasts, incumbents, prompting
 
 

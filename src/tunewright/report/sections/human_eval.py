@@ -8,7 +8,7 @@ from tunewright.evidence.common import Score
 from tunewright.evidence.human_eval import AnswerReview, RaterAgreement, human_eval_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text
-from tunewright.report.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import percent_interval
 
 _DECIDES_NOTHING = (

@@ -7,7 +7,7 @@ from tunewright.evidence.replacement import Replacement, amount
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.metrics import points_text
-from tunewright.report.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import counted, points_interval
 
 

@@ -11,7 +11,7 @@ from tunewright.core.text import changes
 from tunewright.evidence.items import CHANGES, Change, change_of
 from tunewright.evidence.schema import Contrast, Evidence, Item
 from tunewright.evidence.verdict import changed_words
-from tunewright.report.blocks import Block, Items, Lead, Section, ShownAnswer, ShownItem
+from tunewright.render.blocks import Block, Items, Lead, Section, ShownAnswer, ShownItem
 from tunewright.report.text import capitalised
 
 SHOWN_FIXED = 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.judge import Control, JudgedArm, JudgedContrast, Judgement, JudgeUsage, Preference, WinRate
 from tunewright.evidence.preferences import judge_line
 from tunewright.metrics import p_text, points_text
-from tunewright.report.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import percent_interval, points_interval
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.metrics import score_text
-from tunewright.report.blocks import Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Column, Lead, Notes, Row, Section, Table, cells, columns
 
 
 def section(curve: Curve) -> Section:

@@ -8,7 +8,7 @@ from typing import Any
 from tunewright.core.io import digest
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
-from tunewright.report.blocks import Lead, Notes, Row, Section, Table, cells
+from tunewright.render.blocks import Lead, Notes, Row, Section, Table, cells
 from tunewright.report.text import metric_order
 
 

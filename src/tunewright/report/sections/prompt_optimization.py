@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
-from tunewright.report.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
 
 
 def section(prompt: OptimizedPrompt) -> Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.prompt_optimization import NOT_RUN
 from tunewright.evidence.schema import Advice, Evidence, Fold, Narrowing, SeedSpread
 from tunewright.metrics import axis_label
-from tunewright.report.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.sections import prompt_optimization
 from tunewright.report.sections.arms import arms_figure, arms_table, left_out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.report.blocks import Column, Lead, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Column, Lead, Row, Section, Table, cells, columns
 from tunewright.training.sweep.ledger import Ledger, measured_text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.train_similarity import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.metrics import axis_label, points_text
-from tunewright.report.blocks import Bands, Cell, Lead, Row, Section, Series, Table, cells, columns
+from tunewright.render.blocks import Bands, Cell, Lead, Row, Section, Series, Table, cells, columns
 from tunewright.report.sections.arms import TONES
 from tunewright.report.text import counted, percent_interval, points_interval
 

@@ -12,7 +12,7 @@ from tunewright.config import MetricName
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label, score_text
-from tunewright.report.blocks import Drawing, Lead, Section
+from tunewright.render.blocks import Drawing, Lead, Section
 from tunewright.report.plots import curve_figure, training_plot
 from tunewright.report.sections import learning_curve
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.report import blocks
+from tunewright.render import blocks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

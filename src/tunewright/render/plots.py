@@ -1,0 +1,180 @@
+"""Figures as inline SVG in the colours of the page, so that one drawing serves light and dark mode."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tunewright.render import blocks
+
+# Matplotlib does not support CSS: these placeholders are replaced by the page's colours in the finished SVG.
+INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"
+TONES: dict[blocks.Tone, str] = {"tuned": TUNED, "prompting": PROMPTING, "plain": PLAIN}
+PAGE_COLOURS = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    TUNED: "var(--tuned)",
+    PROMPTING: "var(--prompting)",
+    PLAIN: "var(--plain)",
+}
+
+# colours of a standalone file, readable on white and on black
+FILE_COLOURS = {
+    INK: "#808080",
+    MUTED: "#808080",
+    LINE: "#b0b0b0",
+    TUNED: "#3b82c4",
+    PROMPTING: "#c47f1e",
+    PLAIN: "#9a9a9a",
+}
+
+WIDTH = 460.0  # points, which become SVG units: text of 12 units stays readable on a phone 400 pixels wide
+_ROW, _HEAD, FOOT = 30.0, 12.0, 40.0
+_LABELS, _TEXTS = 96.0, 56.0  # to the left and right of a forest plot's axis
+_LETTER, _MOST_LABELS = 6.0, 190.0  # width of a letter; maximum width of the labels
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # real text, which can be read aloud, selected and scaled
+    "text.parse_math": False,  # show dollar signs literally
+    "font.size": 12.0,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": LINE,
+    "legend.frameon": False,
+}
+
+_SVG = "http://www.w3.org/2000/svg"
+_XLINK = "http://www.w3.org/1999/xlink"
+
+
+def forest_plot(shown: blocks.Figure) -> str:
+    """Draw a forest plot as an ``<svg>`` element: one interval per row on a common axis."""
+    bars, margin = shown.bars, shown.margin
+    head = _HEAD if margin is None else _HEAD + 14
+    height = head + _ROW * len(bars) + FOOT
+    names = [_short(bar.label) for bar in bars]
+    left = min(max(_LABELS, 20 + _LETTER * max(len(line) for name in names for line in name.split("\n"))), _MOST_LABELS)
+    with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        axes = figure.add_axes((left / WIDTH, FOOT / height, 1 - (left + _TEXTS) / WIDTH, _ROW * len(bars) / height))
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(shown.axis)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="x", linewidth=0.7)
+        axes.set_axisbelow(True)
+        beside = axes.get_yaxis_transform()  # x in axes, y in data coordinates, for the labels
+        for row, bar in enumerate(bars):
+            colour = TONES[bar.tone]
+            axes.plot([bar.low, bar.high], [row, row], colour, lw=3, solid_capstyle="round", clip_on=False)
+            axes.plot([bar.value], [row], colour, marker="o", markersize=9, clip_on=False)
+            axes.text(-0.05, row, names[row], ha="right", va="center", transform=beside)
+            if bar.margin is not None:
+                axes.plot([bar.margin] * 2, [row - 0.32, row + 0.32], INK, lw=2.5, clip_on=False)
+            axes.text(1.05, row, bar.text, ha="left", va="center", transform=beside)
+        if margin is not None or shown.zero:
+            axes.axvline(0, color=MUTED, linewidth=1)
+        if margin is not None:
+            axes.axvline(margin, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.text(margin, -0.55, f"margin +{margin:g}", ha="center", va="bottom", fontsize=11)
+        if shown.limits is not None:
+            axes.set_xlim(*shown.limits)
+        return inline(figure, shown.name, shown.title)
+
+
+def _short(label: str) -> str:
+    """Return a name wrapped to fit next to the axis; the table below has it in full."""
+    most = int((_MOST_LABELS - 20) / _LETTER)
+    return "\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in label.split("\n"))
+
+
+def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
+    """Return the figure as an ``<svg>`` element with page colours, prefixed ids, a title and no fixed size."""
+    buffer = io.StringIO()
+    # No date or program version: the same evidence must give the same bytes.
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        _own_ids(element, name)
+    for size in ("width", "height"):
+        del root.attrib[size]
+    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
+    heading = ElementTree.Element(f"{{{_SVG}}}title", {"id": f"{name}-title"})
+    heading.text = title
+    root.insert(0, heading)
+    text = ElementTree.tostring(root, encoding="unicode")
+    for stand_in, colour in colours.items():
+        text = text.replace(stand_in, colour)
+    return text
+
+
+def _own_ids(element: ElementTree.Element, name: str) -> None:
+    """Prefix an element's id and its references, since several figures share one page."""
+    for key, value in element.attrib.items():
+        if key == "id":
+            element.set(key, f"{name}-{value}")
+        elif key == f"{{{_XLINK}}}href":
+            element.set(key, value.replace("#", f"#{name}-", 1))
+        elif "url(#" in value:
+            element.set(key, re.sub(r"url\(#", f"url(#{name}-", value))
+
+
+# heights of the axes, of the space below them, and of a legend line
+_PANEL, _BELOW, _LEGEND, _MARKS = 180.0, 54.0, 20.0, "osD^vP"
+_LETTERS = 44  # letters per legend line, next to the marks
+
+
+def bands_plot(shown: blocks.Bands) -> str:
+    """Draw bands next to each other as an ``<svg>`` element."""
+    series = shown.series
+    with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
+        columns = max((n for n in (4, 3, 2) if _fits(series, n)), default=1)
+        height = _PANEL + _BELOW + 8 + _LEGEND * math.ceil(len(series) / columns)
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        axes = figure.add_axes((0.11, _BELOW / height, 0.87, _PANEL / height))
+        for place, each in enumerate(series):
+            offset = (place - (len(series) - 1) / 2) * 0.6 / max(len(series), 1)
+            mark, colour = _MARKS[place % len(_MARKS)], TONES[each.tone]
+            for band, value, low, high in each.points:
+                x = band + offset
+                axes.plot([x, x], [low, high], colour, lw=2.5, solid_capstyle="round", clip_on=False)
+                axes.plot([x], [value], colour, marker=mark, markersize=7, clip_on=False)
+            axes.plot([], [], colour, label=each.name, marker=mark, markersize=7, linestyle="")
+        axes.set_xlim(-0.5, len(shown.bands) - 0.5)
+        axes.set_ylim(0, 100)
+        axes.set_xticks(range(len(shown.bands)), shown.bands)
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlabel(shown.below)
+        axes.set_ylabel(shown.axis)
+        axes.grid(axis="y", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=INK, handletextpad=0.3)
+        return inline(figure, shown.name, shown.title)
+
+
+def _fits(series: Sequence[blocks.Series], columns: int) -> bool:
+    """Return whether the names fit into legend lines of ``columns`` columns, each as wide as its longest name."""
+    rows = math.ceil(len(series) / columns)
+    widths = [max(len(each.name) + 3 for each in series[at : at + rows]) for at in range(0, len(series), rows)]
+    return sum(widths) <= _LETTERS + 3 * columns
