@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tunewright.engines.protocol import Delta, EngineStoppedError, Event, RequestFailedError, TokenSink
 from tunewright.generation.requests import Request
 from tunewright.serving.engines.replica import Replica
 
-if TYPE_CHECKING:
-    from tunewright.serving.engines.replicas import Replicas
+
+class ReplicaPool(Protocol):
+    """Assigns replicas to requests; ``user`` is the request that holds its adapter in the replica's memory."""
+
+    def assign(
+        self, adapter: str | None, user: object, tried: Collection[str]
+    ) -> tuple[Replica, Future[None] | None]: ...
+
+    def give_back(self, replica: Replica, adapter: str | None, user: object) -> None: ...
 
 
 class Relay:
@@ -25,7 +32,7 @@ class Relay:
         request, sink, tenant: see :meth:`tunewright.engines.protocol.Engine.submit`.
     """
 
-    def __init__(self, pool: Replicas, request: Request, sink: TokenSink, tenant: str) -> None:
+    def __init__(self, pool: ReplicaPool, request: Request, sink: TokenSink, tenant: str) -> None:
         self._pool = pool
         self._request = request
         self._sink = sink

@@ -314,7 +314,7 @@ class Replicas:
             thread.join(max(0.0, until - time.monotonic()))
         self._held.close()
 
-    def assign(self, adapter: str | None, user: Relay, tried: Collection[str]) -> tuple[Replica, Future[None] | None]:
+    def assign(self, adapter: str | None, user: object, tried: Collection[str]) -> tuple[Replica, Future[None] | None]:
         """Return the replica that answers a request, and the load of its adapter if it must wait for that.
 
         The request counts as the replica's until :meth:`give_back`.
@@ -335,7 +335,7 @@ class Replicas:
                 return replica, None
             return replica, self._bring(replica, adapter)
 
-    def give_back(self, replica: Replica, adapter: str | None, user: Relay) -> None:
+    def give_back(self, replica: Replica, adapter: str | None, user: object) -> None:
         """Note that a request has left a replica."""
         with self._changed:
             replica.load -= 1
