@@ -83,7 +83,7 @@ def write_project(folder: Path) -> None:
 
 
 def _recorded_decodings() -> dict[str, object]:
-    """What decides the answers of each journal, by its name; filled while arms answer."""
+    """Collect, while arms answer, the facts that decide the answers of each journal, by the journal's name."""
     found: dict[str, object] = {}
     decoding = Generator.decoding
 
