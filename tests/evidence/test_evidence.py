@@ -9,8 +9,11 @@ from pydantic import ValidationError
 from factories import cross_fitted, make_evidence, make_items, with_contrast
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
+from tunewright.evidence.prompts import PROMPTS_FILE, PromptMessages, load_messages
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Contrast, find_evaluation, load_evidence, load_items
+from tunewright.evidence.verdict import verdict
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "banking77"
 ITEMS = make_items(8)
 EVIDENCE = make_evidence(ITEMS)
 
@@ -55,18 +58,42 @@ def test_missing_evidence_names_the_command(tmp_path: Path) -> None:
     assert caught.value.where == str(tmp_path / EVIDENCE_FILE)
 
 
+def test_evidence_of_schema_2_opens_and_keeps_its_version(tmp_path: Path) -> None:
+    older = EVIDENCE.model_dump(mode="json") | {"schema_version": 2}
+    write_text(tmp_path / EVIDENCE_FILE, json.dumps(older))
+    assert load_evidence(tmp_path).model_dump(mode="json") == older
+    golden = load_evidence(GOLDEN)
+    assert golden.schema_version == 2 and verdict(golden).decision == "can't tell"
+
+
+def test_prompts_hold_each_message_once_and_read_back(tmp_path: Path) -> None:
+    system, shown = {"role": "system", "content": "Cite.\u2028"}, {"role": "user", "content": "a"}
+    questions = [{"role": "user", "content": f"question {number}"} for number in range(3)]
+    messages = PromptMessages()
+    numbers = [messages.add([system, shown, question]) for question in questions]
+    assert messages.add([shown, system]) == (2, 1)
+    write_text(tmp_path / PROMPTS_FILE, messages.text)
+    found = load_messages(tmp_path)
+    assert found is not None and len(found) == 5
+    assert [[found[number - 1] for number in each] for each in numbers] == [[system, shown, q] for q in questions]
+
+
+def test_messages_of_older_evidence_are_none(tmp_path: Path) -> None:
+    assert load_messages(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     "change", [{"schema_version": "2"}, {"contrasts": []}, {"margin": "much"}, {"unknown": 1}, {"arms": None}]
 )
 def test_read_evidence_refuses_other_content(tmp_path: Path, change: dict[str, object]) -> None:
     write_text(tmp_path / EVIDENCE_FILE, json.dumps(EVIDENCE.model_dump() | change))
-    with pytest.raises(UserError, match="Not evidence of schema 2"):
+    with pytest.raises(UserError, match="Not evidence of schema 2 or 3"):
         load_evidence(tmp_path)
 
 
 def test_evidence_of_an_older_schema_asks_for_another_evaluation(tmp_path: Path) -> None:
     write_text(tmp_path / EVIDENCE_FILE, json.dumps({"schema_version": 1, "bleu_signature": "nrefs:1"}))
-    with pytest.raises(UserError, match="Evidence of schema 1; this tunewright reads schema 2") as caught:
+    with pytest.raises(UserError, match="Evidence of schema 1; this tunewright reads schema 2 or 3") as caught:
         load_evidence(tmp_path)
     assert "Evaluate again" in str(caught.value.fix)
 

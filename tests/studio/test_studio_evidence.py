@@ -17,6 +17,7 @@ from factories import make_evidence, make_items
 from people_helpers import save
 from stand_in import stand_in, with_incumbents
 from studio_client import Browser, restarted
+from tunewright.evidence.prompts import PROMPTS_FILE
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Item
 from tunewright.evidence.verdict import verdict
 
@@ -127,7 +128,7 @@ def test_changed_evidence_is_one_message(browser: Browser, project: Path, file: 
 
 
 @pytest.mark.slow
-def test_prompts_are_those_that_the_models_answered(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_prompts_page_shows_what_the_models_were_given(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder, 240)
     project = library.open(folder)
     project.data.add([folder / "pairs.jsonl"])
@@ -136,26 +137,44 @@ def test_prompts_are_those_that_the_models_answered(tmp_path: Path, tiny_base_fo
     key = project.evidence(evidence.id)[1][0].key
     prompts = {each.arm: each for each in library.open(folder).item_prompts(evidence.id, key)}
     assert set(prompts) == {arm.name for arm in evidence.arms}
-    assert all(each.answered and each.missing is None for each in prompts.values())
+    assert all(each.tokens and each.missing is None for each in prompts.values())
     best = evidence.arm(evidence.best_prompting)
     assert len(prompts[best.name].demonstrations) == best.shots
     text = "".join(token.text for token in prompts[best.name].tokens)
-    for row in prompts[best.name].demonstrations:
-        assert row.example.output in text and row.split == "train"
+    train = {member.key for member in project.data.version().examples("train")}
+    for row_key, row in prompts[best.name].demonstrations:
+        assert row is not None and row.output in text and row_key in train
+    asked = [message["content"] for message in prompts[best.name].messages]
+    assert len(asked) >= 2 * best.shots + 1 and all(content in text for content in asked)
     with restarted(folder) as browser:
         page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
-        assert page.count("the model saw this prompt") == len(prompts)
+        assert page.count("exactly those that the model was given") == len(prompts)
         more = folder / "more.jsonl"
         more.write_text('{"prompt": "something new", "completion": "something"}\n')
         library.open(folder).data.add([more])
-        assert "the model saw this prompt" in browser.get(f"/evidence/{evidence.id}/1/prompts")
-        shutil.rmtree(folder / ".tunewright" / "generations")  # as in a copy of the project
-        page = browser.get(f"/evidence/{evidence.id}/1/prompts")
-        assert page.count("The journal of answers is not here") == len(prompts) and "another prompt" not in page
+        shutil.rmtree(folder / ".tunewright")  # as in a copy of the project
+        assert unescape(browser.get(f"/evidence/{evidence.id}/1/prompts")) == page
         config = folder / "tunewright.yaml"
         config.write_text(config.read_text().replace("train:\n", "chat:\n  template: plain\ntrain:\n", 1))
-        refused = browser.client.get(f"/evidence/{evidence.id}/1/prompts")
-        assert refused.status_code == 400
+    with restarted(folder) as browser:
+        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
+        assert page.count("The base or the chat template has changed") == len(prompts)
+        assert all(content in page for content in asked)
+        (folder / "evaluations" / evidence.id / PROMPTS_FILE).unlink()  # as after a purge of rows
+        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
+        assert page.count("The prompts were deleted") == len(prompts)
+        assert library.open(folder).verdict(evidence.id).reasons
+
+
+def test_evidence_of_schema_2_says_that_it_has_no_prompts(project: Path, items: list[Item]) -> None:
+    older = make_evidence(items).model_copy(update={"schema_version": 2, "id": "ba9876543210"})
+    save(project / "evaluations" / older.id, items, older)
+    found = library.open(project).item_prompts(older.id, items[0].key)
+    assert [each.arm for each in found] == [arm.name for arm in older.arms]
+    with restarted(project) as browser:
+        page = unescape(browser.get(f"/evidence/{older.id}/1/prompts"))
+        assert page.count("stored no prompts") == len(found)
+    assert library.open(project).verdict(older.id) == verdict(older)
 
 
 @pytest.mark.slow
@@ -171,27 +190,22 @@ def test_prompts_of_hosted_models_dense_arms_and_folds_are_shown(tmp_path: Path,
         evidence = project.evaluate().evidence
     _, items = project.evidence(evidence.id)
     prompts = {each.arm: each for each in library.open(folder).item_prompts(evidence.id, items[0].key)}
-    assert all(each.answered and each.missing is None for each in prompts.values())
-    request = prompts["incumbent-hosted"].request
-    assert request is not None and not prompts["incumbent-hosted"].tokens
-    assert [turn["content"] for turn in request.conversation] == ["Say the first word.", items[0].input]
+    assert all(each.missing is None for each in prompts.values())
+    hosted_prompt = prompts["incumbent-hosted"]
+    assert [each.arm for each in prompts.values() if not each.tokens] == ["incumbent-hosted"] and hosted_prompt.hosted
+    assert [turn["content"] for turn in hosted_prompt.messages] == ["Say the first word.", items[0].input]
     assert [len(prompts[name].demonstrations) for name in ("tuned+retrieved-2-dense", "zero-shot")] == [2, 0]
 
     folds = library.open(folder).crossval(folds=2, force=True).evidence
     for item in project.evidence(folds.id)[1][::20]:
         found = library.open(folder).item_prompts(folds.id, item.key)
         assert [each.arm for each in found] == [arm.name for arm in folds.arms]
-        assert all(each.answered for each in found), [each.missing for each in found]
+        assert all(each.tokens for each in found), [each.missing for each in found]
         own = {each.own for each in found if each.arm == "best-prompting"}
         assert own <= {fold.best_prompting for fold in folds.folds}
     with restarted(folder) as browser:
         page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
-        assert "Say the first word." in page and "exactly this request" in page
-        assert page.count("the model saw this prompt") == len(prompts)
+        assert "Say the first word." in page and page.count("A hosted model was sent this conversation") == 1
+        assert page.count("exactly those that the model was given") == len(prompts) - 1
         page = unescape(browser.get(f"/evidence/{folds.id}/1/prompts"))
-        assert page.count("the model saw this prompt") == len(folds.arms)
-        shutil.rmtree(folder / ".tunewright" / "embeddings")
-        (folder / "incumbents").rename(folder / "elsewhere")
-        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
-        assert "The vectors of the retriever dense are no longer in" in page
-        assert "The file of frozen answers is missing" in page
+        assert page.count("exactly those that the model was given") == len(folds.arms)

@@ -5,7 +5,8 @@ An evaluation is given as its ID, folder or evidence file; None is the newest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -13,23 +14,27 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
+from tunewright.data.examples import Example, Message
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.samples import outcome
 from tunewright.data.versions.members import read_places
+from tunewright.data.versions.rows import has_rows, read_rows
 from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
 from tunewright.evaluation.access_log import AccessLog, amendable, load_checked
 from tunewright.evidence.causes import Labels, ProjectFacts, decided
 from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.logged_access import LoggedAccess
+from tunewright.evidence.prompts import PROMPTS_FILE, StoredPrompt, load_messages
 from tunewright.evidence.schema import Evidence, Item, find_evaluation, load_items
 from tunewright.evidence.verdict import Verdict
 
 if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
+    from tunewright.chat.inspection import TokenView
     from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
-    from tunewright.evaluation.item_prompts import ArmPrompt
     from tunewright.evaluation.judge.rows import JudgedItem
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
     from tunewright.evaluation.kept_preferences import KeptPreferences
@@ -316,22 +321,84 @@ def evidence(project: ProjectContext, evaluation: str | Path | None = None) -> t
     return evidence, load_items(_folder(evaluation_folder(project, evaluation)))
 
 
-def item_prompts(project: ProjectContext, evaluation: str | Path | None, key: str) -> list[ArmPrompt]:
-    """Return the prompt of each arm for one item: its tokens, and the demonstrations in it.
+@dataclass(frozen=True)
+class ArmPrompt:
+    """The prompt of one arm for an item, or the reason why it is missing."""
 
-    The prompts are built again as they were for the evaluation, and looked up in the journal of answers.
+    arm: str
+    messages: Sequence[Mapping[str, Any]] = ()
+    """In the form of OpenAI's API; the functions are a first message of the role ``tools``."""
+    tokens: Sequence[TokenView] = ()
+    """Empty for a hosted model, and if the base or the chat template has changed since the evaluation."""
+    hosted: bool = False
+    demonstrations: Sequence[tuple[str, Example | None]] = ()
+    """Pair keys in the prompt's order, with the rows that the dataset still has."""
+    dropped: bool = False
+    """Demonstrations were dropped because they did not fit the base's context."""
+    missing: str | None = None
+    """The reason why no prompt can be shown."""
+    own: str = ""
+    """The arm that the item's fold chose in the place of ``arm``; empty: there is no fold, or all chose the same."""
+
+
+def item_prompts(project: ProjectContext, evaluation: str | Path | None, key: str) -> list[ArmPrompt]:
+    """Return each arm's prompt for one item, as it was stored when the arm answered.
 
     Args:
         evaluation: ID, folder or evidence file (None: the newest).
         key: the item's pair key.
 
     Raises:
-        UserError: as :meth:`verdict`; or another dataset version, base or chat template.
+        UserError: as :meth:`verdict`, or no such item.
     """
-    from tunewright.evaluation.item_prompts import item_prompts
+    found, items = evidence(project, evaluation)
+    messages = load_messages(_folder(evaluation_folder(project, evaluation)))
+    item = next((each for each in items if each.key == key), None)
+    if item is None:
+        raise UserError(f"The evaluation has no item {key[:12]!r}", where=found.id)
+    if item.prompts is None:
+        missing = "An earlier version of tunewright wrote this evaluation, and stored no prompts."
+        return [ArmPrompt(arm.name, missing=missing) for arm in found.arms]
+    if messages is None:
+        missing = f"The prompts were deleted: {PROMPTS_FILE} is not in the evaluation's folder."
+        return [ArmPrompt(arm.name, missing=missing) for arm in found.arms]
+    return [
+        _arm_prompt(project, found, arm.name, item.prompts[arm.name], messages)
+        if arm.name in item.prompts
+        else ArmPrompt(arm.name, missing="The model gave no answer to this item.")
+        for arm in found.arms
+    ]
 
-    evidence = _evidence(project, evaluation)
-    return item_prompts(project.folder, evidence, key, project.base, project.chat, project.reporter)
+
+def _arm_prompt(
+    project: ProjectContext, found: Evidence, arm: str, stored: StoredPrompt, messages: Sequence[Mapping[str, Any]]
+) -> ArmPrompt:
+    turns = [messages[number - 1] for number in stored.messages]
+    rows = project.folder.dataset / "rows"
+    shown = read_rows(rows, has_rows(rows, stored.demonstrations))
+    return ArmPrompt(
+        arm,
+        turns,
+        _prompt_tokens(project, found, stored.tokens, turns),
+        hosted=stored.tokens is None,
+        demonstrations=[(key, shown.get(key)) for key in stored.demonstrations],
+        dropped=stored.dropped,
+        own=stored.plan or "",
+    )
+
+
+def _prompt_tokens(
+    project: ProjectContext, found: Evidence, stored: str | None, turns: Sequence[Mapping[str, Any]]
+) -> Sequence[TokenView]:
+    """Return the tokens of messages, if they are those that the model was given."""
+    from tunewright.chat.format import Tokens
+    from tunewright.chat.inspection import view
+
+    recorded = found.lineage["base"]["digest"], found.lineage["template_digest"]
+    if stored is None or (project.base.digest, project.chat.digest) != recorded:
+        return ()
+    ids = project.chat.prompt([Message.from_dict(turn) for turn in turns])
+    return view(project.chat, Tokens(ids, (False,) * len(ids))) if digest(ids) == stored else ()
 
 
 def _evidence(project: ProjectContext, evaluation: str | Path | None) -> Evidence:

@@ -185,9 +185,9 @@ class Playground:
         plan = _best(runner)
         example = Example((*conversation(question, shared_system(version)), Message("assistant", "")))
         member = Member(example, example.pair_key, "test", example.pair_key)
-        (prompt,), _ = runner.prompts(plan, [member])
+        (prompt,) = runner.prompts(plan, [member])
         (request,) = runner.generator.requests(
-            [prompt], runner.limit if limit is None else limit, constrained=plan.constrained
+            [prompt.ids], runner.limit if limit is None else limit, constrained=plan.constrained
         )
         return _Prepared(request, plan.name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
+from tunewright.data.examples import Message
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.answer_journal import Answer
@@ -30,13 +31,41 @@ from tunewright.evaluation.optimized_prompts import find_optimized
 from tunewright.evaluation.time_limit import TimeLimit
 from tunewright.evidence.common import Budget
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
-from tunewright.evidence.schema import SCHEMA_VERSION, Arm
+from tunewright.evidence.prompts import PromptMessages, StoredPrompt
+from tunewright.evidence.schema import MEASUREMENT_VERSION, Arm
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.statistics import RESAMPLES
 from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, references_of, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.training.packing.groups import common_prefix
+
+
+@dataclass(frozen=True)
+class BuiltPrompt:
+    """An arm's prompt for a row, within the base's context."""
+
+    ids: Prompt
+    messages: tuple[Message, ...]
+    demonstrations: tuple[Member, ...]
+    """In the prompt's order."""
+    dropped: bool = False
+    """It has fewer demonstrations than the arm, to fit the context."""
+
+    def stored(self, messages: PromptMessages, plan: str | None = None) -> StoredPrompt:
+        """Return the evidence's entry, with its messages among those of the evaluation.
+
+        Args:
+            messages: the evaluation's.
+            plan: the name of the item's own arm, where the folds differ.
+        """
+        return StoredPrompt(
+            messages=messages.add([replace(message, weight=1).as_dict() for message in self.messages]),
+            tokens=digest(self.ids),
+            demonstrations=tuple(shown.key for shown in self.demonstrations),
+            dropped=self.dropped,
+            plan=plan,
+        )
 
 
 class ArmRunner:
@@ -76,7 +105,7 @@ class ArmRunner:
         self.time_limit: TimeLimit | None = None
         """The limit of ``--minutes``, if any."""
         self._warned_of: set[Split] = set()
-        self._built: dict[tuple[ArmPlan, str], Prompt] = {}
+        self._built: dict[tuple[ArmPlan, str], BuiltPrompt] = {}
 
     @cached_property
     def limit(self) -> int:
@@ -145,7 +174,7 @@ class ArmRunner:
             "structured_outputs": self.generator.grammar.rule if self.generator.grammar else None,
             "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],
             "seed": self.project.config.seed,
-            "schema": SCHEMA_VERSION,
+            "schema": MEASUREMENT_VERSION,
             **references_inputs(self.version.domain),
             **self.generator.engine.identity,
         }
@@ -156,7 +185,7 @@ class ArmRunner:
         fewest = min(len(self.demonstrations.shown(plan, m)) for m in members)
         if fewest < plan.shots:
             return f"the training rows have only {fewest} demonstrations for a question"
-        too_long = sum(not self._fits(self._whole_prompt(plan, m)) for m in members)
+        too_long = sum(not self._fits(self._whole_prompt(plan, m).ids) for m in members)
         if too_long:
             return (
                 f"{too_long} of {len(members)} prompts do not fit the base's context of {self.context:,} tokens with "
@@ -181,15 +210,19 @@ class ArmRunner:
             UserError: a row does not fit the base's context even alone.
         """
         assert adapter is not None or not plan.adapted
-        prompts, cut = self.prompts(plan, members)
-        if cut:
+        prompts = self.prompts(plan, members)
+        if cut := sum(prompt.dropped for prompt in prompts):
             self.reporter.warn(
                 f"{plan.name} on {split}: {cut} of {len(members)} prompts show fewer demonstrations, to fit the base's "
                 f"context of {self.context:,} tokens with an answer of {self.limit}"
             )
         title = f"{plan.name} on {split}"
         return self.generator.answer(
-            title, prompts, self.limit, adapter if plan.adapted else None, constrained=plan.constrained
+            title,
+            [prompt.ids for prompt in prompts],
+            self.limit,
+            adapter if plan.adapted else None,
+            constrained=plan.constrained,
         )
 
     def answer_together(
@@ -210,7 +243,7 @@ class ArmRunner:
         asked = [
             ArmPrompts(
                 f"{plan.name} on {split}",
-                self.prompts(plan, members)[0],
+                [prompt.ids for prompt in self.prompts(plan, members)],
                 adapter if plan.adapted else None,
                 constrained=plan.constrained,
             )
@@ -220,20 +253,19 @@ class ArmRunner:
 
     def work(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> Work:
         """Return the number of answers to these rows, by their prompts and the journal; arguments as `answers`."""
-        prompts = set(self.prompts(plan, members)[0])
+        prompts = {prompt.ids for prompt in self.prompts(plan, members)}
         kept = self.generator.kept(self.limit, adapter if plan.adapted else None, constrained=plan.constrained)
         missing = sum(digest(prompt) not in kept for prompt in prompts)
         return Work(plan.name, split, missing, len(prompts) - missing, tokens_each(prompts, self.limit))
 
-    def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> tuple[list[Prompt], int]:
-        """Return the prompts of these rows, and the number that show fewer demonstrations to fit the context.
+    def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> list[BuiltPrompt]:
+        """Return the prompts of these rows, each with as many demonstrations as fit the context.
 
         Raises:
             UserError: a row does not fit the base's context even alone.
         """
         self.demonstrations.prepare(plan, members)
-        built = [self.fitting_prompt(plan, member) for member in members]
-        return [prompt for prompt, _, _ in built], sum(cut for _, _, cut in built)
+        return [self._fitting_prompt(plan, member) for member in members]
 
     def dev_scores(self, adapter: Adapter | None) -> Scores:
         """Score the dev split by the deciding metric, zero-shot, with the adapter or the base alone."""
@@ -242,53 +274,50 @@ class ArmRunner:
         answers = self.answers(plan, dev, "dev", adapter)
         return score_all(self.scorers[0], [a.text for a in answers], [m.example for m in dev])
 
-    def fitting_prompt(self, plan: ArmPlan, member: Member) -> tuple[Prompt, list[Member], bool]:
-        """Return the prompt with as many demonstrations as fit, those demonstrations, and whether one was dropped.
-
-        Raises:
-            UserError: the row does not fit the base's context even alone.
-        """
+    def _fitting_prompt(self, plan: ArmPlan, member: Member) -> BuiltPrompt:
         prompt = self._whole_prompt(plan, member)
-        shown = kept = self.demonstrations.shown(plan, member)
+        shown = prompt.demonstrations
         left = len(shown)
-        while not self._fits(prompt) and left:
+        while not self._fits(prompt.ids) and left:
             left -= 1
             # The least similar ones go first.
             kept = shown[:left] if plan.order == "similar_first" else shown[len(shown) - left :]
-            prompt = self._prompt(plan, member, kept)
-        if not self._fits(prompt):
+            prompt = replace(self._prompt(plan, member, kept), dropped=True)
+        if not self._fits(prompt.ids):
             raise UserError(
-                f"Row {member.key[:12]} alone makes a prompt of {len(prompt):,} tokens; with an answer of "
+                f"Row {member.key[:12]} alone makes a prompt of {len(prompt.ids):,} tokens; with an answer of "
                 f"{self.limit} it does not fit the base's context of {self.context:,}",
                 where="evaluate.max_new_tokens",
                 fix="Shorten the row or the answers, or use a base with a longer context.",
             )
-        return prompt, kept, left < len(shown)
+        return prompt
 
     def _fits(self, prompt: Prompt) -> bool:
         return len(prompt) + self.limit <= self.context
 
-    def _whole_prompt(self, plan: ArmPlan, member: Member) -> Prompt:
+    def _whole_prompt(self, plan: ArmPlan, member: Member) -> BuiltPrompt:
         key = (plan, member.key)
         if key not in self._built:
             self._built[key] = self._prompt(plan, member, self.demonstrations.shown(plan, member))
         return self._built[key]
 
-    def _prompt(self, plan: ArmPlan, member: Member, shown: Sequence[Member]) -> Prompt:
+    def _prompt(self, plan: ArmPlan, member: Member, shown: Sequence[Member]) -> BuiltPrompt:
         if plan.optimized is not None:
             assert self.optimization is not None
             return self.instructed(member, self.optimization.instruction, shown)
         text = self.settings.instructions[plan.instruction - 1] if plan.instruction else None
         return self.instructed(member, text, shown)
 
-    def instructed(self, member: Member, text: str | None, shown: Sequence[Member] = ()) -> Prompt:
+    def instructed(self, member: Member, text: str | None, shown: Sequence[Member] = ()) -> BuiltPrompt:
         """Return a row's prompt with an instruction in place of the pairs' own (None: theirs).
 
         Raises:
             UserError: the pairs share no single instruction, or the template refuses the conversation.
         """
         messages = with_demonstrations(member, shown)
-        return self.generator.prompt(messages if text is None else self.instruction.replaced(messages, text))
+        if text is not None:
+            messages = self.instruction.replaced(messages, text)
+        return BuiltPrompt(self.generator.prompt(messages), messages, tuple(shown))
 
 
 def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:

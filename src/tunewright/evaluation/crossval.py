@@ -30,6 +30,7 @@ from tunewright.evaluation.answer_constraints import grammar_of
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import (
     ArmRunner,
+    BuiltPrompt,
     measured_arm,
     measured_with,
     references_inputs,
@@ -50,7 +51,8 @@ from tunewright.evaluation.runner import (
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.logged_access import LoggedAccess
-from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold
+from tunewright.evidence.prompts import PromptMessages
+from tunewright.evidence.schema import EVIDENCE_FILE, MEASUREMENT_VERSION, Advice, Evidence, Fold
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
@@ -70,6 +72,8 @@ class _Done:
     plans: list[ArmPlan]
     answers: dict[str, list[Answer]]
     """Answers to the fold's test rows, by arm."""
+    prompts: dict[str, list[BuiltPrompt]]
+    """The prompts that they answer."""
     longer: int
     """Number of the fold's test rows whose reference is longer than an answer may be."""
 
@@ -152,7 +156,7 @@ class CrossValidation:
             "quantization": self.quantization,
             "metrics": [metric_inputs(metric, self.project.root) for metric in settings.metrics],
             "margin": settings.margin,
-            "schema": SCHEMA_VERSION,
+            "schema": MEASUREMENT_VERSION,
             **choosing_inputs(settings),
             **references_inputs(self.items),
             "tuned_retrieved": settings.tuned_retrieved,
@@ -189,7 +193,13 @@ class CrossValidation:
                 seconds = time.monotonic() - began
                 self.reporter.say(f"The fold took {duration(seconds)}. {left} left: about {duration(left * seconds)}.")
         roles = self._roles(done)
-        answers = {role.name: _in_order(self.items, done, role) for role in roles}
+        keys = [m.key for m in self.items]
+        by_key = {role.name: _by_key(done, role) for role in roles}
+        answers = {name: [found[key][0] for key in keys] for name, found in by_key.items()}
+        messages = PromptMessages()
+        prompts = {
+            name: [found[key][1].stored(messages, found[key][2]) for key in keys] for name, found in by_key.items()
+        }
         scored = scored_arms(self.scorers, self.items, answers)
         evidence = self._evidence(done, roles, answers, scored)
         nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
@@ -210,7 +220,8 @@ class CrossValidation:
             }
         )
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
-        save_evaluation(folder, evidence, self.items, answers, scored, Distances(nearest, new), fold_of)
+        distances = Distances(nearest, new)
+        save_evaluation(folder, evidence, self.items, answers, scored, distances, prompts, messages, fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
 
     def _new_templates(self) -> dict[str, bool] | None:
@@ -263,8 +274,9 @@ class CrossValidation:
         plans = contest(advice, with_retrieved=self.config.evaluate.tuned_retrieved)
         members = version.examples("test")
         answers = {plan.name: arm_runner.answers(plan, members, "the fold", trained.adapter) for plan in plans}
+        prompts = {plan.name: arm_runner.prompts(plan, members) for plan in plans}
         longer = arm_runner.longer_than_limit(members)
-        return _Done(version, trained.adapter, trained.trained, advice, plans, answers, longer)
+        return _Done(version, trained.adapter, trained.trained, advice, plans, answers, prompts, longer)
 
     def _training(self, number: int) -> Training:
         facts: dict[str, Any] = {
@@ -346,12 +358,14 @@ class CrossValidation:
         )
 
 
-def _in_order(members: Sequence[Member], done: Sequence[_Done], role: _Role) -> list[Answer]:
-    """Return the folds' answers together, in the members' order."""
-    by_key: dict[str, Answer] = {}
+def _by_key(done: Sequence[_Done], role: _Role) -> dict[str, tuple[Answer, BuiltPrompt, str | None]]:
+    """Return all folds' answers and prompts by pair key, with the fold's own arm where these differ."""
+    found: dict[str, tuple[Answer, BuiltPrompt, str | None]] = {}
     for fold, plan in zip(done, role.plans, strict=True):
-        by_key |= {m.key: a for m, a in zip(fold.version.examples("test"), fold.answers[plan.name], strict=True)}
-    return [by_key[m.key] for m in members]
+        own = plan.name if role.plan.kind == "mixed" else None
+        answered = zip(fold.version.examples("test"), fold.answers[plan.name], fold.prompts[plan.name], strict=True)
+        found |= {member.key: (answer, prompt, own) for member, answer, prompt in answered}
+    return found
 
 
 def _told(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> Fold:

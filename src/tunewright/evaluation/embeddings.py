@@ -30,10 +30,6 @@ _HOW = "mean over tokens, a third of the layers"
 """Part of every key of the base's vectors: change it when the way to compute them changes."""
 
 
-class MissingVectorsError(UserError):
-    """Vectors that are not kept, where none may be computed."""
-
-
 class Embeddings:
     """Vectors of texts, each set of texts computed in one pass and kept in the project's working folder.
 
@@ -56,8 +52,7 @@ class Embeddings:
         """Return the texts' vectors for a dense retriever, [texts, width].
 
         Raises:
-            UserError: the embedding model cannot be loaded.
-            MissingVectorsError: the vectors are not kept, and none may be computed.
+            UserError: the embedding model cannot be loaded, or no vector may be computed and these are not kept.
         """
         compute = self._of_base if retriever == "dense" else self._of_model
         file = self._project.work / "embeddings" / f"{digest([self.identity(retriever), list(texts)])[:16]}.npy"
@@ -65,7 +60,7 @@ class Embeddings:
             kept: Vectors = np.load(file)
             return kept
         if self.kept_only:
-            raise MissingVectorsError(
+            raise UserError(
                 f"The retriever {retriever} has no vectors of {len(texts):,} inputs yet",
                 fix="tunewright evaluate --estimate computes those of training and dev rows.",
             )

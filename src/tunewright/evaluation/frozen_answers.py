@@ -17,7 +17,7 @@ from tunewright.config import IncumbentConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, digest, text_lines
+from tunewright.core.io import canonical_json, digest
 from tunewright.core.log import numbered_lines, parse_line
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message, ToolCall, call_id
@@ -171,6 +171,12 @@ class IncumbentModel:
             turns.insert(0, {"role": "system", "content": self.config.system_prompt})
         return ChatRequest(tuple(turns), functions)
 
+    def messages(self, example: Example) -> list[dict[str, Any]]:
+        """Return a row's request as messages, its functions as one of the role ``tools``."""
+        request = self.request(example)
+        functions = [{"role": "tools", "content": canonical_json(tools)} for tools in request.parameters.values()]
+        return [*functions, *request.conversation]
+
     def estimate(self, members: Sequence[Member]) -> IncumbentEstimate:
         """Estimate the calls that these rows still need; nothing is sent."""
         missing = self._missing(members)
@@ -321,29 +327,6 @@ class IncumbentModel:
         if len(frozen.versions) > 1:
             counts = ", ".join(f"{name} ({count:,})" for name, count in frozen.versions.items())
             self.reporter.warn(f"{self.arm} changed its model version on {split}: {counts}")
-
-
-def frozen_request(project: ProjectFolder, path: Path, member: Member, reporter: Reporter) -> tuple[ChatRequest, bool]:
-    """Return a row's request as a frozen file's header decides it, and True if the file answers exactly this request.
-
-    Raises:
-        UserError: the file is missing or was changed.
-    """
-    if not path.exists():
-        raise UserError("The file of frozen answers is missing", where=str(path), fix="Restore the file from git.")
-    AccessLog(project.evaluations).require(path)
-    answers = read_frozen(path)
-    header = FrozenHeader.model_validate_json(next(iter(text_lines(path.read_text(encoding="utf-8")))))
-    config = IncumbentConfig(
-        name=header.incumbent,
-        base_url=header.url,
-        model=header.model,
-        parameters=header.parameters,
-        system_prompt=header.system_prompt,
-    )
-    model = IncumbentModel(project, config, reporter)
-    key = model.key(member)
-    return model.request(member.example), any(answer.request == key for answer in answers)
 
 
 def read_frozen(path: Path) -> list[FrozenAnswer]:

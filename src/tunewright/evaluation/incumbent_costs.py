@@ -76,8 +76,7 @@ def measured_tuned(arm_runner: ArmRunner, adapter: Adapter, members: Sequence[Me
         arm: the tuned arm on them, for its tokens.
     """
     generator, limit = arm_runner.generator, arm_runner.limit
-    prompts, _ = arm_runner.prompts(TUNED, members)
-    distinct = list(dict.fromkeys(prompts))
+    distinct = list(dict.fromkeys(prompt.ids for prompt in arm_runner.prompts(TUNED, members)))
     batch = distinct[: min(generator.rows, _BATCH_ROWS)]
     while len(batch) > 1 and sum(map(len, batch)) > _BATCH_TOKENS:
         batch.pop()

@@ -20,6 +20,7 @@ from tunewright.evaluation.incumbent_costs import incumbent_serving, measured_tu
 from tunewright.evidence.common import ArmScore
 from tunewright.evidence.incumbents import Incumbent, Incumbents, measured_drop
 from tunewright.evidence.logged_access import Declared
+from tunewright.evidence.prompts import PromptMessages, StoredPrompt
 from tunewright.evidence.schema import Arm
 from tunewright.evidence.scoring import ScoredArms, leave_out, score_arm, score_of
 from tunewright.metrics import score_all, score_text
@@ -142,6 +143,18 @@ class IncumbentArms:
                 for answer in frozen.answers
             ]
             for arm, frozen in self._frozen.items()
+        }
+
+    def prompts(self, messages: PromptMessages) -> dict[str, list[StoredPrompt | None]]:
+        """Return each item's request by arm, None without an answer; ``messages`` gets the messages."""
+        return {
+            model.arm: [
+                None
+                if place in self._frozen[model.arm].gaps
+                else StoredPrompt(messages=messages.add(model.messages(m.example)))
+                for place, m in enumerate(self.members)
+            ]
+            for model in self.models
         }
 
     def scored(self, scored: ScoredArms) -> ScoredArms:

@@ -37,6 +37,7 @@ from tunewright.evaluation.train_similarity import Distances, scores_by_distance
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.common import Budget
 from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
+from tunewright.evidence.prompts import PROMPTS_FILE, PromptMessages, StoredPrompt
 from tunewright.evidence.schema import (
     DEV_PREFIX,
     EVIDENCE_FILE,
@@ -311,8 +312,8 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
             plan.name: arm_runner.answers(plan, test, "test", settled.adapter_of(plan, adapter))
             for plan in settled.plans
         }
-        prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
-        noise = noise_floor(arm_runner.generator, test, prompts, arm_runner.limit, arm_runner.scorers[0], config.seed)
+        asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
+        noise = noise_floor(arm_runner.generator, test, asked, arm_runner.limit, arm_runner.scorers[0], config.seed)
     answers |= hosted
     scored = incumbents.scored(scored_arms(arm_runner.scorers, test, answers))
     settled = replace(settled, declared=opening.declared)
@@ -320,7 +321,9 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
     evidence = _with_incumbents(evidence, incumbents, scored, adapter)
     evidence, distances = _by_distance(arm_runner, evidence, scored, "test")
     evidence = evidence.model_copy(update={"noise_floor": noise, "opening": opening, "openings": earlier})
-    save_evaluation(folder, evidence, test, answers, scored, distances)
+    messages = PromptMessages()
+    prompts = _prompts(arm_runner, settled, test, messages) | incumbents.prompts(messages)
+    save_evaluation(folder, evidence, test, answers, scored, distances, prompts, messages)
     return EvaluateResult(folder, evidence, evaluated=True)
 
 
@@ -347,7 +350,9 @@ def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> 
     evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "dev")
     evidence = _with_incumbents(evidence, incumbents, scored, adapter)
     evidence, distances = _by_distance(arm_runner, evidence, scored, "dev")
-    save_evaluation(folder, evidence, dev, answers, scored, distances)
+    messages = PromptMessages()
+    prompts = _prompts(arm_runner, settled, dev, messages) | incumbents.prompts(messages)
+    save_evaluation(folder, evidence, dev, answers, scored, distances, prompts, messages)
     return EvaluateResult(folder, evidence, evaluated=True)
 
 
@@ -441,6 +446,15 @@ def _evidence(
     )
 
 
+def _prompts(
+    arm_runner: ArmRunner, settled: _EvaluationInputs, members: Sequence[Member], messages: PromptMessages
+) -> dict[str, Sequence[StoredPrompt | None]]:
+    """Return the prompts that the arms have answered, for the items."""
+    return {
+        plan.name: [prompt.stored(messages) for prompt in arm_runner.prompts(plan, members)] for plan in settled.plans
+    }
+
+
 def save_evaluation(
     folder: Path,
     evidence: Evidence,
@@ -448,11 +462,14 @@ def save_evaluation(
     answers: Mapping[str, Sequence[Answer]],
     scored: ScoredArms,
     distances: Distances,
+    prompts: Mapping[str, Sequence[StoredPrompt | None]],
+    messages: PromptMessages,
     fold_of: Mapping[str, int] | None = None,
 ) -> None:
-    """Write evidence and items atomically, with a line in the access log that binds both.
+    """Write evidence, items and prompts atomically, with a line in the access log that binds them.
 
-    ``distances`` holds each item's similarity to the training rows, if measured; ``fold_of`` maps pair keys to folds.
+    ``distances`` holds each item's similarity to the training rows, if measured; ``prompts`` each arm's prompts in the
+    members' order, of these ``messages``; ``fold_of`` maps pair keys to folds.
     """
     references = references_of([m.example for m in members])
     items = [
@@ -468,11 +485,13 @@ def save_evaluation(
             nearest=distances.nearest.get(m.key),
             new_template=None if distances.new_template is None else distances.new_template[m.key],
             fold=None if fold_of is None else fold_of[m.key],
+            prompts={name: prompt for name, built in prompts.items() if (prompt := built[i]) is not None},
         )
         for i, m in enumerate(members)
     ]
     files = {
         ITEMS_FILE: "".join(item.model_dump_json(exclude_none=True) + "\n" for item in items),
+        PROMPTS_FILE: messages.text,
         EVIDENCE_FILE: json_document(evidence.model_dump(mode="json")),
     }
     AccessLog(folder.parent).add(folder, files)

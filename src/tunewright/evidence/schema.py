@@ -20,10 +20,15 @@ from tunewright.evidence.incumbents import Incumbents
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.logged_access import Design, EarlierAccess, LoggedAccess
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
+from tunewright.evidence.prompts import StoredPrompt
 from tunewright.evidence.train_similarity import OutputTemplates, TrainSimilarity
 from tunewright.metrics import Kind
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
+READ_VERSIONS = (2, SCHEMA_VERSION)
+"""Schema 2 has no prompts next to its items."""
+MEASUREMENT_VERSION = 2
+"""Part of the inputs that name advice and evaluations: increment it when they would measure something else."""
 EVIDENCE_FILE = "evidence.json"
 ITEMS_FILE = "items.jsonl"
 DEV_PREFIX = "dev-"
@@ -125,7 +130,7 @@ class Narrowing(Part):
 class Advice(Part):
     """Prompting arms measured on the dev split with the untuned base; ``advice-ID.json``."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     metric: Annotated[MetricName, Field(description="Metric that selected the best arm.")]
     metrics: dict[MetricName, Measured]
     items: int
@@ -193,7 +198,7 @@ class Fold(Part):
 class Evidence(Part):
     """The measurements and inputs of an evaluation."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Annotated[Literal[2, 3], Field(description="2: no prompts are stored.")] = SCHEMA_VERSION
     id: Annotated[
         str,
         Field(
@@ -360,6 +365,10 @@ class Item(Part):
     fold: Annotated[int | None, Field(description="In a cross-fitted evaluation, the fold whose adapter answered.")] = (
         None
     )
+    prompts: Annotated[
+        dict[str, StoredPrompt] | None,
+        Field(description="Arm name to its prompt, for the arms that answered; null in older evidence."),
+    ] = None
 
 
 def load_evidence(path: Path) -> Evidence:
@@ -378,7 +387,7 @@ def load_evidence(path: Path) -> Evidence:
     except (ValidationError, UnicodeDecodeError) as error:
         first = str(error).splitlines()
         raise UserError(
-            f"Not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
+            f"Not evidence of schema {' or '.join(map(str, READ_VERSIONS))}: {' '.join(first[:3])}",
             where=str(file),
             fix="Restore the file, or remove its folder and evaluate again: existing answers are reused.",
         ) from None
@@ -387,9 +396,9 @@ def load_evidence(path: Path) -> Evidence:
 def _require_schema(text: str, file: Path) -> None:
     """Refuse evidence of another schema version, before validation reports every field as an error."""
     version = _peek(text).get("schema_version")
-    if isinstance(version, int) and version != SCHEMA_VERSION:
+    if isinstance(version, int) and version not in READ_VERSIONS:
         raise UserError(
-            f"Evidence of schema {version}; this tunewright reads schema {SCHEMA_VERSION}",
+            f"Evidence of schema {version}; this tunewright reads schema {' or '.join(map(str, READ_VERSIONS))}",
             where=str(file),
             fix="Evaluate again: `tunewright evaluate` (or `crossval`). Existing answers are reused.",
         )

@@ -89,7 +89,7 @@ class InstructionAdapter:
             UserError: the template refuses it, or a prompt does not fit the base's context.
         """
         arm_runner = self._arm_runner
-        prompts = [arm_runner.instructed(member, None if text == self._own else text) for member in members]
+        prompts = [arm_runner.instructed(member, None if text == self._own else text).ids for member in members]
         longest = max(map(len, prompts))
         if longest + arm_runner.limit > arm_runner.context:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -146,7 +147,7 @@ def _versions(evidence: Evidence) -> dict[str, str]:
 
 
 def prompts_page(visit: Visit) -> Response:
-    """Show each arm's prompt for an item as tokens, and the demonstrations in it."""
+    """Show each arm's stored prompt for an item as tokens, and the demonstrations in it."""
     _, items = visit.project.evidence(visit.place["evaluation"])
     number, item = _item(visit, items)
     return visit.page(
@@ -161,9 +162,9 @@ def prompts_page(visit: Visit) -> Response:
     )
 
 
-def _turn_text(turn: Any) -> str:
-    """Return what a turn says; a turn with more than a text, or another part of a request, as JSON."""
-    if isinstance(turn, dict) and turn.keys() == {"role", "content"}:
+def _turn_text(turn: Mapping[str, Any]) -> str:
+    """Return what a turn says; a turn with more than a text as JSON."""
+    if turn.keys() == {"role", "content"}:
         return str(turn["content"])
     return json.dumps(turn, ensure_ascii=False, indent=1)
 
