@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,26 @@ def test_changed_adapters_are_neither_pushed_nor_imported(ours: Path, other: Pat
     with (there / WEIGHTS).open("ab") as file:
         file.write(b"!")
     assert "differ from the manifest" in refused_import(other, f"file://{there}")
-    outside = {**manifest, "files": {**manifest["files"], "../../tunewright.yaml": manifest["files"][WEIGHTS]}}
-    (there / MANIFEST).write_text(canonical_json(outside))
-    assert "leads out of the folder" in refused_import(other, f"file://{there}")
+    for name, reason in (
+        ("../../tunewright.yaml", "leads out of the folder"),
+        ("/adapter_config.json", "not part of an adapter"),
+        ("C:adapter_config.json", "not part of an adapter"),
+        ("checkpoints/step-1\\..\\adapter_config.json", "not part of an adapter"),
+        ("checkpoints//adapter_config.json", "not part of an adapter"),
+        (MANIFEST, "there twice"),
+    ):
+        outside = {**manifest, "files": {**manifest["files"], name: manifest["files"][WEIGHTS]}}
+        (there / MANIFEST).write_text(canonical_json(outside))
+        assert reason in refused_import(other, f"file://{there}")
     (there / MANIFEST).unlink()
     assert "manifest.json is missing" in refused_import(other, f"file://{there}")
+
+
+@pytest.mark.parametrize("url", ["file://{}/a.zip", "file://{}/a.tar.gz?signed=1", "zip://a::file://{}/a.bin"])
+def test_archive_at_a_url_is_refused(url: str, other: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
+        archive.writestr(f"a/{MANIFEST}", "{}")
+    assert "archives are not imported" in refused_import(other, url.format(tmp_path))
 
 
 def test_server_imports_a_released_adapter_from_the_store(trained: Path, other: Path, tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tarfile
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,42 +113,6 @@ def test_system_prompt_of_a_foreign_adapter_is_the_stated_one(stock: Path, ours:
     refusal = "The system prompt has more than 30 combining marks in a row, from character 2"
     assert refusal in refused_import(other, stock, "--base-matches", "--system-prompt", marks)
     assert "The system prompt is empty" in refused_import(other, stock, "--base-matches", "--system-prompt", " ")
-
-
-def _zip(folder: Path, target: Path) -> Path:
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as opened:
-        for path in sorted(folder.rglob("*")):
-            opened.write(path, f"{folder.name}/{path.relative_to(folder)}")
-    return target
-
-
-def _tar(mode: Any) -> Callable[[Path, Path], Path]:
-    def write(folder: Path, target: Path) -> Path:
-        with tarfile.open(target, mode) as tar:
-            tar.add(folder, f"./{folder.name}")
-        return target
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [
-        ("a.zip", _zip),
-        ("a.tar", _tar("w:")),
-        ("a.tar.gz", _tar("w:gz")),
-        ("a.tar.xz", _tar("w:xz")),
-        ("a.tbz", _tar("w:bz2")),
-    ],
-)
-def test_archives_import_the_same_files_as_the_folder(
-    name: str, write: Callable[[Path, Path], Path], ours: Path, other: Path, tmp_path: Path
-) -> None:
-    ran = import_adapter(other, write(ours, tmp_path / name))
-    assert ran.code == 0, ran.stdout
-    stored = Path(ran.document["folder"])
-    assert {path: data for path, data in tree(stored).items() if path != "local.json"} == tree(ours)
-    assert import_adapter(other, ours).document["new"] is False
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -279,7 +240,7 @@ def test_import_removes_leftovers_of_killed_imports_only(stock: Path, other: Pat
 
 
 def test_import_reports_a_missing_source(other: Path) -> None:
-    assert "No such folder or archive" in refused_import(other, Path("nowhere"))
+    assert "No such folder" in refused_import(other, Path("nowhere"))
 
 
 def test_import_of_a_known_adapter_overwrites_nothing(stock: Path, other: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from tunewright.adapters.foreign.header import Entry, parse_header, read_header
+from tunewright.adapters.foreign.weights import Entry, parse_header, read_header
 from tunewright.core.errors import UserError
 
 NAMES = st.text("abz_.019", min_size=1, max_size=12)

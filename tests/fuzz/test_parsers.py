@@ -23,11 +23,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tunewright.adapters.foreign.archives import quarantine_archive
 from tunewright.adapters.foreign.config import read_config
-from tunewright.adapters.foreign.header import read_header
 from tunewright.adapters.foreign.metadata import check_history, check_lineage, check_replay
-from tunewright.adapters.foreign.quarantine import QuarantinedFiles
+from tunewright.adapters.foreign.weights import read_header
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.private_keys import PrivateKey
 from tunewright.config import DataConfig, GatewayConfig
@@ -100,18 +98,6 @@ def _read_metadata(content: bytes, folder: Path) -> None:
         except UserError as error:
             assert error.what
     check_replay(folder / "lines", "x")
-
-
-def _unpack(content: bytes, folder: Path) -> None:
-    with TemporaryDirectory(dir=folder) as inner:
-        archive, target = Path(inner) / "archive", Path(inner) / "files"
-        target.mkdir()
-        archive.write_bytes(content)
-        try:
-            quarantine_archive(archive, QuarantinedFiles(target, "archive"))
-        finally:
-            there = {path.name for path in folder.iterdir()}
-            assert there <= {Path(inner).name, *NAMES}, "a member was written elsewhere"
 
 
 def _read_rows(name: str, data: DataConfig) -> Callable[[bytes, Path], None]:
@@ -260,7 +246,6 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "safetensors": _read_safetensors,
     "adapter_config": _read_adapter_config,
     "metadata": _read_metadata,
-    "archive": _unpack,
     "jsonl": _read_rows("a.jsonl", DataConfig()),
     "json": _read_rows("a.json", DataConfig(rows="rows[]")),
     "csv": _read_rows("a.csv", DataConfig()),

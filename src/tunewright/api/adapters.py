@@ -146,11 +146,11 @@ def import_(
     unsigned: bool = False,
     system_prompt: str | None = None,
 ) -> ImportResult:
-    """Import a foreign adapter from a folder, a zip or tar archive or a URL, if it passes all checks.
+    """Import a foreign adapter from a folder or a URL, if it passes all checks.
 
     Args:
-        source: the folder, the archive, or the URL of an adapter that `push` copied (s3://bucket/NAME-DIGEST).
-        name: name in the project (None: the manifest's, or that of the folder or archive).
+        source: the folder, or the URL of an adapter that `push` copied (s3://bucket/NAME-DIGEST).
+        name: name in the project (None: the manifest's, or that of the folder).
         base_matches: you assert that it was trained on this project's base and chat template; for adapters that do
             not state it.
         quantization: you assert how the base was quantized during training; for adapters that do not state it
@@ -167,7 +167,7 @@ def import_(
 
     found = RemoteFiles(str(source)) if "://" in str(source) else Path(source)
     if isinstance(found, Path) and not found.exists():
-        raise UserError("No such folder or archive", where=str(source))
+        raise UserError("No such folder", where=str(source))
     by = current_author(project.folder.root)
     said = ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt)
     return adapter_importer(project).import_adapter(found, said)

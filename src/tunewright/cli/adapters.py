@@ -103,15 +103,11 @@ def adapters_push(
     run.show({"adapters": pushed}, "\n".join(lines))
 
 
-@command(adapters_app, "import", example="tunewright adapters import legal-lora.zip --unsigned")
+@command(adapters_app, "import", example="tunewright adapters import legal-lora --unsigned")
 def adapters_import(
     run: Session,
-    source: Annotated[
-        str, typer.Argument(help="Folder, zip or tar archive, or URL of a pushed adapter (s3://bucket/NAME-DIGEST).")
-    ],
-    name: Annotated[
-        str | None, typer.Option(help="Name of the imported adapter.", show_default="the folder's or archive's")
-    ] = None,
+    source: Annotated[str, typer.Argument(help="Folder, or URL of a pushed adapter (s3://bucket/NAME-DIGEST).")],
+    name: Annotated[str | None, typer.Option(help="Name of the imported adapter.", show_default="the folder's")] = None,
     base_matches: Annotated[
         bool,
         typer.Option(

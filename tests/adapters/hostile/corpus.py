@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Build = Callable[[Path], Path]
-"""Writes a hostile adapter below a folder, and returns the folder or archive to import."""
+"""Writes a hostile adapter below a folder, and returns the path to import."""
 
 CORPUS: dict[str, tuple[Build, str]] = {}
 """By name: who builds it, and words of the reason (a regular expression)."""

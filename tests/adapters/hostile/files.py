@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import socket
 from pathlib import Path
 
@@ -144,13 +145,23 @@ def weights_that_are_a_pipe(at: Path) -> Path:
     return folder
 
 
-@hostile("Neither a folder nor a plain file")
+@hostile("archives are not imported")
+def an_adapter_in_a_zip(at: Path) -> Path:
+    return Path(shutil.make_archive(str(at / "evil"), "zip", write_adapter(at / "good")))
+
+
+@hostile("archives are not imported")
+def an_adapter_in_a_compressed_tar(at: Path) -> Path:
+    return Path(shutil.make_archive(str(at / "evil"), "gztar", write_adapter(at / "good")))
+
+
+@hostile("Not a folder")
 def an_archive_that_is_a_pipe(at: Path) -> Path:
     os.mkfifo(at / "evil.tar")
     return at / "evil.tar"
 
 
-@hostile("Neither a folder nor a plain file")
+@hostile("Not a folder")
 def an_archive_that_is_an_endless_device(at: Path) -> Path:
     return Path("/dev/zero")
 

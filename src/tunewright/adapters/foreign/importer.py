@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.adapters.compatibility import require_compatible
-from tunewright.adapters.foreign.archives import quarantine_archive
 from tunewright.adapters.foreign.config import ForeignConfig, read_config
 from tunewright.adapters.foreign.metadata import check_history, check_lineage, check_replay
 from tunewright.adapters.foreign.quarantine import (
-    LARGEST,
-    MEGABYTE,
+    NO_ARCHIVE,
     README,
     QuarantinedFiles,
     quarantine,
@@ -42,7 +38,7 @@ from tunewright.adapters.system_prompt import stated_system_prompt
 from tunewright.config import Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
-from tunewright.core.io import new_folder, write_json, writing
+from tunewright.core.io import new_folder, write_json
 from tunewright.core.progress import Reporter
 from tunewright.core.remote_files import RemoteFiles
 from tunewright.models.bases import Base
@@ -53,7 +49,7 @@ if TYPE_CHECKING:
 
 
 Source = Path | RemoteFiles
-"""A folder, an archive, or the URL of an adapter that was pushed."""
+"""A folder, or the URL of an adapter that was pushed."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class AdapterImporter:
         self._shape = read_shape(base.folder / "config.json")
 
     def import_adapter(self, source: Source, said: ImportStatement) -> ImportResult:
-        """Check the adapter in a folder or archive or at a URL, and store it.
+        """Check the adapter in a folder or at a URL, and store it.
 
         Raises:
             UserError: the reason for a refusal; then nothing is stored.
@@ -122,7 +118,7 @@ class AdapterImporter:
             files = place / "adapter"
             files.mkdir()
             # From here on only the copy is read, so a source that changes meanwhile cannot pass another check.
-            self._take(source, place, files)
+            self._take(source, files)
             configs = self._configs(files, str(source))
             config = configs[files]
             self._require_statement(files, config, source, said)
@@ -148,7 +144,7 @@ class AdapterImporter:
                         entry.replace(temporary / entry.name)
             return ImportResult(Adapter(target), new, signed, lineage)
 
-    def _take(self, source: Source, place: Path, files: Path) -> None:
+    def _take(self, source: Source, files: Path) -> None:
         """Copy the source into quarantine; from then on only the copy is read."""
         intake = QuarantinedFiles(files, str(source))
         if isinstance(source, RemoteFiles):
@@ -156,10 +152,7 @@ class AdapterImporter:
         elif source.is_dir():
             quarantine_folder(source, intake)
         else:
-            archive = place / ".archive"
-            with writing(place):
-                _copy_file(source, archive)
-            quarantine_archive(archive, intake)
+            raise UserError(NO_ARCHIVE, where=str(source), fix="Unpack it, and import its folder.")
         missing = [name for name in (CONFIG, WEIGHTS) if name not in intake.files]
         if missing:
             raise UserError(f"Not an adapter: {' and '.join(missing)} missing", where=str(source))
@@ -251,9 +244,7 @@ class AdapterImporter:
                     f"The manifest names the adapter already: {manifest.name}", where="--name", fix="Remove --name."
                 )
             return manifest.name[:-13]
-        stem = said.name or Path(str(source)).resolve().name.partition(".tar")[0].removesuffix(".zip").removesuffix(
-            ".tgz"
-        )
+        stem = said.name or Path(str(source)).resolve().name
         suffix = f"-{adapter_digest(files)[:12]}"
         stem = stem.removesuffix(suffix)
         if not NAME.fullmatch(stem + suffix):
@@ -320,20 +311,3 @@ def _rename_errors(source: Source, files: Path) -> Iterator[None]:
     except UserError as error:
         where = error.where and error.where.replace(str(files), str(source))
         raise UserError(error.what, where=where, fix=error.fix) from None
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    """Copy a plain file up to the size limit of an adapter."""
-    try:
-        handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # reading a pipe would block
-    except OSError as error:
-        raise UserError(f"Cannot read the file: {error.strerror}", where=str(source)) from None
-    with os.fdopen(handle, "rb") as file, target.open("xb") as copy:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError("Neither a folder nor a plain file", where=str(source))
-        copied = 0
-        while chunk := file.read(MEGABYTE):
-            copied += len(chunk)
-            if copied > LARGEST + MEGABYTE:
-                raise UserError(f"Larger than {LARGEST // MEGABYTE:,} MB, the limit for an adapter", where=str(source))
-            copy.write(chunk)

@@ -1,8 +1,8 @@
 """Quarantine: a foreign adapter is copied here before it is read, so that the checked files are the stored files.
 
-From a folder, only plain files are opened, by file descriptor and without following links. From an archive, only plain
-members with allowed names are written. Bytes are counted as they arrive: sizes that a file system or an archive claims
-are ignored.
+From a folder, only plain files are opened, by file descriptor and without following links. From a URL, only the files
+that a manifest names are fetched. Bytes are counted as they arrive: sizes that a file system or a server claims are
+ignored.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tunewright.core.locks import in_use, remove_abandoned
 from tunewright.core.remote_files import RemoteFiles
 
 README = "README.md"
+
+NO_ARCHIVE = "Not a folder: archives are not imported"
 
 MEGABYTE = 1 << 20
 
@@ -94,7 +96,7 @@ class QuarantinedFiles:
         self._members = 0
 
     def count(self, name: str) -> None:
-        """Count one more file, folder or member.
+        """Count one more file or folder.
 
         Raises:
             UserError: more than an adapter has.
@@ -127,7 +129,7 @@ class QuarantinedFiles:
             while chunk := source.read(MEGABYTE):
                 taken += len(chunk)
                 self._bytes += len(chunk)
-                # Counted while copying: the size in a file system or an archive may be wrong or change.
+                # Counted while copying: the size that a file system or a server states may be wrong or change.
                 if taken > cap or self._bytes > LARGEST:
                     most = cap if taken > cap else LARGEST
                     what = "The file is" if taken > cap else "All files together are"
@@ -144,14 +146,18 @@ def require_known(name: str, where: str) -> None:
     Raises:
         UserError: naming the reason.
     """
-    where = f"{where}, {name!a}"
-    require_plain_path(name, where)
     folder, _, file = name.rpartition("/")
-    lowered = file.lower()
-    if folder and not (_CHECKPOINT.fullmatch(folder) and file in (CONFIG, WEIGHTS)):
-        raise UserError("This file is not part of an adapter", where=where)
-    if file in CAPS:
+    if name in CAPS or (file in (CONFIG, WEIGHTS) and _CHECKPOINT.fullmatch(folder)):
         return
+    # Every other path is refused; the rest only finds the reason that helps most.
+    where = f"{where}, {name!a}"
+    lowered = file.lower()
+    if not name.isascii():
+        raise UserError("The name has non-ASCII characters, which can imitate another name", where=where)
+    if not name.isprintable():
+        raise UserError("The name has control characters", where=where)
+    if ".." in name.split("/"):
+        raise UserError("The path leads out of the folder (..)", where=where)
     if lowered.endswith(_PICKLES):
         raise UserError("A pickle can run code when it is read: only safetensors are allowed", where=where)
     if lowered.endswith(_CODE):
@@ -163,27 +169,6 @@ def require_known(name: str, where: str) -> None:
         where=where,
         fix=f"Required are {CONFIG} and {WEIGHTS}; {README}, {LINEAGE}, {MANIFEST} and {SIGNATURE} are optional.",
     )
-
-
-def require_plain_path(name: str, where: str) -> None:
-    """Refuse a path that could lead out of its folder, or mean another path on another system.
-
-    Raises:
-        UserError: naming the reason.
-    """
-    parts = name.split("/")
-    if not name.isascii():
-        raise UserError("The name has non-ASCII characters, which can imitate another name", where=where)
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
-        raise UserError("The name has control characters", where=where)
-    if name.startswith("/"):
-        raise UserError("The path is absolute", where=where)
-    if "\\" in name or re.match("[A-Za-z]:", name):
-        raise UserError("The path is a Windows path", where=where)
-    if ".." in parts:
-        raise UserError("The path leads out of the folder (..)", where=where)
-    if "" in parts or "." in parts:
-        raise UserError("The path has empty parts", where=where)
 
 
 def quarantine_folder(source: Path, intake: QuarantinedFiles) -> None:
@@ -207,6 +192,8 @@ def quarantine_remote(source: RemoteFiles, intake: QuarantinedFiles) -> None:
         UserError: no manifest, a file that is missing, a name that is not allowed, a limit that is exceeded, or the
             remote refuses.
     """
+    if _ARCHIVE.search(source.url):
+        raise UserError(NO_ARCHIVE, where=intake.where, fix="Unpack it, and import its folder or push it to a URL.")
     if not source.has(MANIFEST):
         raise UserError(f"No adapter: {MANIFEST} is missing", where=intake.where, fix=_PUSH)
 
@@ -225,6 +212,7 @@ def quarantine_remote(source: RemoteFiles, intake: QuarantinedFiles) -> None:
         take(name)
 
 
+_ARCHIVE = re.compile(r"^(zip|tar|libarchive)://|\.(zip|tar|t[bgx]z2?|tar\.[a-z0-9]+)(\?.*)?$", re.IGNORECASE)
 _PUSH = "Push it from its project (tunewright adapters push URL NAME), and import URL/NAME-DIGEST."
 
 
