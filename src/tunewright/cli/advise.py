@@ -14,7 +14,7 @@ from tunewright.cli.console import RESUMES, Session
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from tunewright.render.terminal import Part
 
     from tunewright.advisor.result import AdviceResult
     from tunewright.advisor.signals import Signals
@@ -59,10 +59,9 @@ def advise(
     return result.decision.exit_code
 
 
-def advice_tables(result: AdviceResult) -> list[RenderableType]:
+def advice_tables(result: AdviceResult) -> list[Part]:
     """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
     from tunewright.advisor.explanations import changes, expectations
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.prompting import advice_section
 
     signals, decision = result.signals, result.decision
@@ -73,7 +72,7 @@ def advice_tables(result: AdviceResult) -> list[RenderableType]:
     lines += [f"Few pairs: {line}" for line in expectations(signals)]
     answer.append("".join(f"\n  {line}" for line in lines), style="default")
     return [
-        *rendered(advice_section(signals.prompting)),
+        advice_section(signals.prompting),
         scores_plot(signals),
         signals_table(signals),
         answer,

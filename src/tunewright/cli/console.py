@@ -28,6 +28,7 @@ from tunewright.core import tracing
 from tunewright.core.errors import OUT_OF_MEMORY, UserError
 from tunewright.core.io import refused
 from tunewright.core.text import visible
+from tunewright.render.terminal import Part, rendered
 from tunewright.training import distributed
 
 if TYPE_CHECKING:
@@ -174,8 +175,8 @@ class Session:
 
         return Project(ProjectFolder(self.folder), self.reporter)
 
-    def show(self, document: object, *people: RenderableType, alone: str | None = None) -> None:
-        """Print the command's result on stdout: ``document`` with ``--json``, else text and tables.
+    def show(self, document: object, *people: Part, alone: str | None = None) -> None:
+        """Print the command's result on stdout: ``document`` with ``--json``, else text, documents and tables.
 
         Dataclasses and models in ``document`` are printed by their fields, and paths as text.
 
@@ -194,14 +195,14 @@ class Session:
             self.print_out(alone)
             self.note(*people)
         elif sys.stdout.isatty():
-            for part in people:
+            for part in rendered(*people):
                 _Console().print(part, markup=False, highlight=False)
         else:
-            self.print_out("".join(map(plain_text, people)))
+            self.print_out("".join(map(plain_text, rendered(*people))))
 
-    def note(self, *people: RenderableType) -> None:
+    def note(self, *people: Part) -> None:
         """Print text and tables on stderr."""
-        for part in people:
+        for part in rendered(*people):
             if self.log_json:
                 self.reporter.say(plain_text(part).rstrip())
             else:

@@ -77,7 +77,6 @@ def crossval(
 
 
 def _show(run: Session, result: EvaluateResult) -> None:
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.evaluation import sections
 
     run.show(
@@ -87,7 +86,7 @@ def _show(run: Session, result: EvaluateResult) -> None:
             "split": result.evidence.split,
             "evidence": result.evidence.model_dump(mode="json"),
         },
-        *rendered(*sections(result.evidence)),
+        *sections(result.evidence),
         f"Evidence: {result.folder}",
     )
 

@@ -136,11 +136,10 @@ def _show_progress(run: Session, blind: BlindReview) -> None:
 
 
 def _show_results(run: Session, evaluation: Path | None, against: str | None) -> int:
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.human_eval import section
 
     review = run.unopened.human_eval_results(evaluation, against=against)
-    run.show({**review.model_dump(mode="json"), "decision": review.decision}, *rendered(section(review)))
+    run.show({**review.model_dump(mode="json"), "decision": review.decision}, section(review))
     return EXIT_CODES[review.decision]
 
 

@@ -16,7 +16,7 @@ from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.verdict import verdict_text
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from tunewright.render.terminal import Part
 
     from tunewright.api import RunResult
     from tunewright.demo import DemoAnswers
@@ -147,7 +147,6 @@ def demo(
     from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo
     from tunewright.demo_tenants import show_two_tenants
     from tunewright.evidence.schema import load_items
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections import judge, learning_curve
 
     project = open_demo(directory, run.reporter, whole=whole, cluster=run.cluster)
@@ -171,8 +170,8 @@ def demo(
     if whole:
         rest = measure_slow_parts(project, result.evaluated.folder)
         document |= rest.as_dict()
-        shown += [*advice_tables(rest.advice), *rendered(learning_curve.section(rest.curve.curve))]
-        shown += [*rendered(judge.section(rest.judged.judgement)), f"Report: {rest.report}"]
+        shown += [*advice_tables(rest.advice), learning_curve.section(rest.curve.curve)]
+        shown += [judge.section(rest.judged.judgement), f"Report: {rest.report}"]
     run.show(document, *shown)
     run.report_review_status(directory)
     return result.verdict.exit_code
@@ -180,19 +179,16 @@ def demo(
 
 def show_prompting(run: Session, advice: Advice) -> None:
     """Print the prompting arms' scores as progress, on stderr."""
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.prompting import advice_section
 
-    run.note(*rendered(advice_section(advice)))
+    run.note(advice_section(advice))
 
 
-def run_tables(result: RunResult) -> list[RenderableType]:
+def run_tables(result: RunResult) -> list[Part]:
     """Return the pipeline's result as tables."""
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.evaluation import sections
 
-    measured = rendered(*sections(result.evaluated.evidence))
-    return [*measured, verdict_text(result.verdict), f"Report: {result.report}"]
+    return [*sections(result.evaluated.evidence), verdict_text(result.verdict), f"Report: {result.report}"]
 
 
 def run_document(result: RunResult) -> dict[str, Any]:
@@ -220,9 +216,9 @@ def answers_table(answered: DemoAnswers) -> Table:
     return table
 
 
-def two_tenants_tables(shown: TwoTenants) -> list[RenderableType]:
+def two_tenants_tables(shown: TwoTenants) -> list[Part]:
     """Return tables of the models, answers and usage of each of two tenants on one server."""
-    from tunewright.cli.releases import releases_tables
+    from tunewright.serving.tenants.blocks import releases_blocks
 
     title = f"Two tenants on one base, asked: {shown.question}\nReference: {shown.reference}"
     table = Table(title=title, title_justify="left")
@@ -239,7 +235,7 @@ def two_tenants_tables(shown: TwoTenants) -> list[RenderableType]:
             f"{visit.requests} request{'' if visit.requests == 1 else 's'}\n{visit.tokens} tokens",
         )
     return [
-        *releases_tables(shown.releases),
+        *releases_blocks(shown.releases),
         table,
         f"To look at it later: tunewright releases --database-url {shown.state}",
     ]

@@ -19,7 +19,6 @@ def regressions(run: Session, adapter: Adapter = None) -> int:
 
     The suites are those of the config's `regressions` section; `evaluate` measures them too. Resumes where it stopped.
     """
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.benchmarks import section
 
     result = run.project.regressions(adapter)
@@ -29,7 +28,7 @@ def regressions(run: Session, adapter: Adapter = None) -> int:
         if result.folder
         else "`tunewright evaluate` adds it to the adapter's evidence, once there is some."
     )
-    run.show(regressions_document(result), *rendered(section(result.benchmarks)), *standing.reasons, evidence)
+    run.show(regressions_document(result), section(result.benchmarks), *standing.reasons, evidence)
     return standing.exit_code
 
 

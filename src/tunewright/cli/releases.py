@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,18 +11,14 @@ from tunewright.cli.app import DEPLOY, app, command
 from tunewright.cli.console import Session
 from tunewright.cli.serve import Engine, isolation_table
 from tunewright.cli.verdict import verdict_text
-from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.api.releases import DeployResult
-    from tunewright.serving.tenants import Release, ServingCheck
+    from tunewright.serving.tenants import ServingCheck
     from tunewright.serving.tenants.release_record import Estimate
-    from tunewright.serving.tenants.usage import ShadowLine
-
-AUTHOR_WIDTH = 16  # columns; a name from git may be long
 
 Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
 TestedOn = Annotated[
@@ -112,6 +107,8 @@ def promote(run: Session, alias: Alias, engine: TestedOn = None, untested: Untes
 
 def _show(run: Session, alias: str, result: DeployResult) -> int | None:
     """Show a release, or the isolation test or the serving check that it did not pass."""
+    from tunewright.serving.tenants.blocks import releases_blocks
+
     checked = [] if result.serving is None else serving_tables(result.serving)
     if result.release is None and result.serving is not None:
         run.show(result.as_dict(), *checked, f"{alias} is unchanged.")
@@ -123,7 +120,7 @@ def _show(run: Session, alias: str, result: DeployResult) -> int | None:
         return result.exit_code
     running = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
     text = running if result.servers else "No server is running: `tunewright serve` starts one."
-    run.show(result.as_dict(), *checked, *releases_tables([result.release]), text)
+    run.show(result.as_dict(), *checked, *releases_blocks([result.release]), text)
     return None
 
 
@@ -136,8 +133,10 @@ def rollback(
     ] = None,
 ) -> None:
     """Drop an alias's candidate or, if it has none, restore an earlier release."""
+    from tunewright.serving.tenants.blocks import releases_blocks
+
     made = run.project.rollback(alias, to)
-    run.show(made.as_dict(), *releases_tables([made]))
+    run.show(made.as_dict(), *releases_blocks([made]))
 
 
 @command(
@@ -145,15 +144,19 @@ def rollback(
 )
 def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
     """Stop answering on an alias, as if it did not exist. `rollback` or `deploy` restores it."""
+    from tunewright.serving.tenants.blocks import releases_blocks
+
     made = run.project.undeploy(alias, because=because)
-    run.show(made.as_dict(), *releases_tables([made]))
+    run.show(made.as_dict(), *releases_blocks([made]))
 
 
 @command(app, "shadow", panel=DEPLOY, example="tunewright shadow legal", status=False, database=True)
 def shadow(run: Session, alias: Alias) -> None:
     """Compare the answers of an alias's shadow candidates with the answers that were returned."""
+    from tunewright.serving.tenants.blocks import shadow_blocks
+
     lines = run.project.shadow(alias)
-    run.show({"asked": lines}, *shadow_tables(lines))
+    run.show({"asked": lines}, *shadow_blocks(lines))
 
 
 @command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, database=True)
@@ -161,59 +164,11 @@ def releases(
     run: Session, alias: Annotated[str | None, typer.Argument(help="Alias to list.", show_default="all")] = None
 ) -> None:
     """List the releases: which adapter each alias answered with, since when, and on what grounds."""
+    from tunewright.serving.tenants.blocks import releases_blocks
+
     known = run.project.releases(alias)
     document = {"releases": [release.as_dict() for release in known]}
-    run.show(document, *(releases_tables(known) if known else ["Nothing has been released yet."]))
-
-
-def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
-    """Return the releases, each with its candidate, and the reasons of those that were forced."""
-    table = Table()
-    for name in ("release", "action", "answers with", "verdict", "isolation test", "serving check", "by", "when"):
-        table.add_column(name, overflow="fold", max_width=AUTHOR_WIDTH if name == "by" else None)
-    for release in releases:
-        candidate = "" if release.candidate is None else f"; {release.candidate.adapter} {release.candidate.summary}"
-        bare = "" if release.system_prompt else ", without its system prompt"
-        bare += "" if release.grammar is None else ", constrained"
-        verdict = "" if release.undeployed else release.grounds.verdict or "not evaluated"
-        restores = "" if release.restores is None else f" to {release.restores}"
-        table.add_row(
-            f"{release.alias} {release.number}",
-            f"{release.action}{restores}",
-            f"nothing; was {release.adapter}" if release.undeployed else f"{release.adapter}{bare}{candidate}",
-            f"{verdict}, forced" if release.grounds.because is not None and not release.undeployed else verdict,
-            _isolation(release),
-            _serving(release),
-            release.author or "",
-            minute(release.created),
-        )
-    made_known = ("deploy", "canary", "shadow")
-    forced = [each for each in releases if each.grounds.because is not None and each.action in made_known]
-    untested = [each for each in releases if each.grounds.untested is not None and each.action != "rollback"]
-    ended = [each for each in releases if each.undeployed and each.grounds.because is not None]
-    return [
-        table,
-        *(f"{each.alias} {each.number} was forced: {each.grounds.because}" for each in forced),
-        *(f"{each.alias} {each.number} was not tested: {each.grounds.untested}" for each in untested),
-        *(f"{each.alias} {each.number} was undeployed: {each.grounds.because}" for each in ended),
-    ]
-
-
-def _isolation(release: Release) -> str:
-    test = release.grounds.isolation
-    if test is None:
-        if release.undeployed:
-            return ""
-        return "none" if release.grounds.untested is None else "left out"
-    return f"{test.verdict} on {test.engine}, {test.tested[:16].replace('T', ' ')}"
-
-
-def _serving(release: Release) -> str:
-    check = release.grounds.serving
-    if check is None:
-        return "" if release.undeployed else "none" if release.grounds.untested is None else "left out"
-    own = next(each for each in check.figures if each.served == "adapter")
-    return f"{check.summary}, {100 * own.same.value:.0f}% the same"
+    run.show(document, *(releases_blocks(known) if known else ["Nothing has been released yet."]))
 
 
 _SERVED = {"adapter": "the adapter", "identity": "an identity adapter", "merged": "merged into the base"}
@@ -239,26 +194,3 @@ def serving_tables(check: ServingCheck) -> list[RenderableType]:
 
 def _share(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.0f}% ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
-
-
-def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:
-    """Return counts of identical and other answers by shadow candidate, and the newest that differ."""
-    from tunewright.api.shadows import differing_lines, shadow_counts
-
-    if not lines:
-        return ["No shadow candidate has answered yet."]
-    counts = Table()
-    counts.add_column("candidate")
-    for name in ("asked", "the same", "other", "no answer"):
-        counts.add_column(name, justify="right")
-    for each in shadow_counts(lines):
-        counts.add_row(each.candidate, *map(str, (each.asked, each.same, each.other, each.unanswered)))
-    others = differing_lines(lines)
-    if not others:
-        return [counts]
-    pairs = Table(title=f"The newest {min(differing, len(others))} that differ", title_justify="left", show_lines=True)
-    for name in ("request", "tenant", "answered", "in the shadow"):
-        pairs.add_column(name)
-    for line in others[-differing:]:
-        pairs.add_row(str(line.request), line.tenant, line.answer, line.shadow_answer)
-    return [counts, pairs]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import Session
@@ -14,11 +12,8 @@ from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.serving.tenants import Key, NewKey, Tenant
-    from tunewright.serving.tenants.usage import UsageSum
-    from tunewright.serving.tenants.usage_rollup import DayTotal
-
-_SHORT = 12  # digits of a digest
+    from tunewright.render import blocks
+    from tunewright.serving.tenants import NewKey, Tenant
 
 tenant_app = group("tenant", DEPLOY, "Manage tenants: aliases, limits, API keys and usage.")
 key_app = group("key", DEPLOY, "Manage a tenant's API keys.", within=tenant_app)
@@ -54,7 +49,7 @@ def tenant_add(
     with run.project.state(make=True) as state:
         made = state.tenants.add(name, alias or (), limits)
         state.releases.report_unreleased(made.aliases, run.reporter)
-    run.show(made, tenants_table([made]), f"`tunewright tenant key add {name}` makes a key for it.")
+    run.show(made, _tenants(made), f"`tunewright tenant key add {name}` makes a key for it.")
 
 
 @command(tenant_app, "list", example="tunewright tenant list", status=False, database=True)
@@ -63,7 +58,7 @@ def tenant_list(run: Session) -> None:
     with run.project.state() as state:
         known = state.tenants.list()
     document = {"tenants": known}
-    run.show(document, tenants_table(known) if known else "No tenants: the server requires no key.")
+    run.show(document, _tenants(*known) if known else "No tenants: the server requires no key.")
 
 
 @command(tenant_app, "grant", example="tunewright tenant grant acme legal", status=False, database=True)
@@ -72,7 +67,7 @@ def tenant_grant(run: Session, name: Name, aliases: Aliases) -> None:
     with run.project.state() as state:
         changed = state.tenants.grant(name, aliases)
         state.releases.report_unreleased(aliases, run.reporter)
-    run.show(changed, tenants_table([changed]))
+    run.show(changed, _tenants(changed))
 
 
 @command(tenant_app, "revoke", example="tunewright tenant revoke acme legal", status=False, database=True)
@@ -80,7 +75,7 @@ def tenant_revoke(run: Session, name: Name, aliases: Aliases) -> None:
     """Stop a tenant from calling aliases, from its next request on."""
     with run.project.state() as state:
         changed = state.tenants.revoke(name, aliases)
-    run.show(changed, tenants_table([changed]))
+    run.show(changed, _tenants(changed))
 
 
 @command(tenant_app, "disable", example="tunewright tenant disable acme", status=False, database=True)
@@ -89,7 +84,7 @@ def tenant_disable(run: Session, name: Name) -> None:
     with run.project.state() as state:
         disabled = state.tenants.disable(name)
     text = f"The aliases that {name} could call still answer: `tunewright undeploy ALIAS` stops one."
-    run.show(disabled, tenants_table([disabled]), text)
+    run.show(disabled, _tenants(disabled), text)
 
 
 @command(tenant_app, "limit", example="tunewright tenant limit acme --tokens 100000", status=False, database=True)
@@ -104,7 +99,7 @@ def tenant_limit(
         limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
         if limits != found.limits:
             found = state.tenants.limit(name, limits)
-    run.show(found, tenants_table([found]))
+    run.show(found, _tenants(found))
 
 
 @command(tenant_app, "usage", example="tunewright tenant usage acme --since 2026-11-01", status=False, database=True)
@@ -116,6 +111,7 @@ def tenant_usage(
     csv: Annotated[bool, typer.Option("--csv", help="Print every request as CSV on stdout.")] = False,
 ) -> None:
     """Show requests and tokens by tenant, alias and adapter."""
+    from tunewright.serving.tenants.blocks import days_table, usage_table
     from tunewright.serving.tenants.times import iso, parse_time
     from tunewright.serving.tenants.usage import usage_csv
 
@@ -212,29 +208,17 @@ def key_revoke(run: Session, key: Prefix) -> None:
 @command(key_app, "list", example="tunewright tenant key list acme", status=False, database=True)
 def key_list(run: Session, tenant: AnyName = None) -> None:
     """List keys by prefix: tenant, aliases, expiry and last use."""
+    from tunewright.serving.tenants.blocks import keys_table
+
     with run.project.state() as state:
         known = state.keys.list(tenant)
     run.show({"keys": [key.as_dict() for key in known]}, keys_table(known) if known else "No keys.")
 
 
-def tenants_table(tenants: Sequence[Tenant]) -> Table:
-    """Return the table of tenants, with a dash for no limit."""
-    table = Table()
-    for name in ("tenant", "aliases"):
-        table.add_column(name)
-    for name in ("requests/min", "tokens/min", "concurrency", "keys"):
-        table.add_column(name, justify="right")
-    for tenant in tenants:
-        limits = tenant.limits
-        table.add_row(
-            tenant.name,
-            ", ".join(tenant.aliases) or "none",
-            _count(limits.requests_per_minute),
-            _count(limits.tokens_per_minute),
-            _count(limits.concurrency),
-            str(tenant.keys),
-        )
-    return table
+def _tenants(*tenants: Tenant) -> blocks.Table:
+    from tunewright.serving.tenants.blocks import tenants_table
+
+    return tenants_table(tenants)
 
 
 def new_key_text(made: NewKey) -> str:
@@ -242,61 +226,3 @@ def new_key_text(made: NewKey) -> str:
     scope = "all aliases of" if made.key.aliases is None else f"{', '.join(made.key.aliases)} of"
     until = f" until {minute(made.key.expires)} (UTC)" if made.key.expires is not None else ""
     return f"Good for {scope} {made.key.tenant}{until}. It is not shown again: only its hash is stored."
-
-
-def keys_table(keys: Sequence[Key]) -> Table:
-    """Return the table of keys by prefix."""
-    table = Table()
-    for name in ("key", "tenant", "aliases", "state", "made", "expires", "last used"):
-        table.add_column(name, overflow="fold")
-    for key in keys:
-        state = key.state if key.replaced_by is None else f"{key.state}, replaced\nby {key.replaced_by}"
-        table.add_row(
-            key.prefix,
-            key.tenant,
-            "all" if key.aliases is None else ", ".join(key.aliases),
-            state,
-            minute(key.created),
-            minute(key.expires),
-            minute(key.last_used),
-        )
-    return table
-
-
-def usage_table(sums: Sequence[UsageSum]) -> Table:
-    """Return usage by tenant, alias and adapter, with the mean time to the first token."""
-    table = Table()
-    for name in ("tenant", "alias", "adapter"):
-        table.add_column(name)
-    for name in ("requests", "in progress", "prompt tokens", "answer tokens", "first token, s"):
-        table.add_column(name, justify="right")
-    for each in sums:
-        first = each.mean_first_token_s
-        table.add_row(
-            each.tenant,
-            each.alias,
-            each.digest[:_SHORT],
-            f"{each.requests:,}",
-            f"{each.in_flight:,}",
-            f"{each.prompt_tokens:,}",
-            f"{each.completion_tokens:,}",
-            "-" if first is None else f"{first:.3f}",
-        )
-    return table
-
-
-def days_table(days: Sequence[DayTotal]) -> Table:
-    """Return usage by day, tenant, alias and adapter."""
-    table = Table()
-    for name in ("day", "tenant", "alias", "adapter"):
-        table.add_column(name)
-    for name in ("requests", "prompt tokens", "answer tokens"):
-        table.add_column(name, justify="right")
-    for each in days:
-        counts = (each.requests, each.prompt_tokens, each.completion_tokens)
-        table.add_row(each.day, each.tenant, each.alias, each.digest[:_SHORT], *(f"{count:,}" for count in counts))
-    return table
-
-
-def _count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"

@@ -11,7 +11,7 @@ from tunewright.cli.console import CANT_TELL, RESUMES, Session
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from tunewright.render.terminal import Part
 
     from tunewright.config import MetricName
     from tunewright.training.sweep.sweep import SweepResult
@@ -111,7 +111,6 @@ def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, wr
 def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
     from tunewright.api import CURVE_PLOT, SEEDS
     from tunewright.evidence.learning_curve import more_data
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.learning_curve import section
 
     result = run.project.curve(seeds=SEEDS if seeds is None else seeds, force=force)
@@ -125,20 +124,19 @@ def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
             "reasons": list(found.reasons),
             "curve": result.curve.model_dump(mode="json"),
         },
-        *rendered(section(result.curve)),
+        section(result.curve),
         f"Curve: {result.folder / CURVE_PLOT}",
     )
     return found.exit_code
 
 
-def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[RenderableType]:
+def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Part]:
     """Return each trial at each rung, its outcome, and the winner."""
     from tunewright.core.progress import duration
-    from tunewright.render.terminal import rendered
     from tunewright.report.sections.sweep import section
 
     ledger = result.ledger
-    parts = [*rendered(section(ledger)), f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
+    parts: list[Part] = [section(ledger), f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
     if result.winner is None or result.adapter is None:
         left_out = any(entry.event == "left out" for entry in ledger.entries)
         what_to_do = "A larger --minutes resumes from here." if left_out else "Try lower rates with --rate."

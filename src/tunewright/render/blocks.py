@@ -6,6 +6,7 @@ what is marked as a detail.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -132,6 +133,8 @@ class Column:
     name: str
     words: bool = False
     detail: bool = False
+    of: Literal["", "alias", "digest", "row", "tenant"] = ""
+    """Kind of thing that the column names: the studio links to its page, and shows digests as code."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,16 @@ class Section:
     anchor: str
     title: str
     blocks: tuple[Block, ...] = field(default=())
+
+
+def table(label: str, head: Sequence[str | Column], rows: Iterable[Iterable[str | Cell]]) -> Table:
+    """Return a table with this accessible name; `columns` and `cells` say what plain texts are."""
+    return Table(label, columns(*head), tuple(Row(cells(*row)) for row in rows))
+
+
+def words(*names: str) -> tuple[str | Column, ...]:
+    """Return columns of words."""
+    return tuple(Column(name, words=True) for name in names)
 
 
 def columns(*names: str | Column) -> tuple[Column, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -9,8 +12,13 @@ from tunewright.core.text import visible
 from tunewright.render.blocks import Bands, Figure
 
 
-def page_templates(package: str) -> Environment:
-    """Return the environment of a package's pages, which lay out blocks with ``blocks.html.j2``."""
+def page_templates(package: str, pages: Mapping[str, str] = MappingProxyType({})) -> Environment:
+    """Return the environment of a package's pages, which lay out blocks with ``blocks.html.j2``.
+
+    Args:
+        package: the package with the folder ``templates``.
+        pages: for each kind of thing that a column names, the address of its page without the name.
+    """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("tunewright.render")]),
         autoescape=True,
@@ -19,6 +27,7 @@ def page_templates(package: str) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"visible": visible, "drawn": _drawn}
+    environment.globals["pages"] = pages
     return environment
 
 

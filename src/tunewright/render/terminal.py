@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tunewright.render import blocks
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 _WORD = 10  # characters
 _COLOURS = {"": "", "yes": "green", "no": "bold red", "open": "yellow"}
 
 
-def rendered(*sections: blocks.Section) -> list[RenderableType]:
-    """Return sections for the terminal. Titles, figures and details are left out; tables have the numbers."""
-    parts: list[RenderableType] = []
-    for block in (block for section in sections for block in section.blocks):
-        if isinstance(block, blocks.Lead):
-            parts.append(block.text)
-        elif isinstance(block, blocks.Notes) and not block.detail:
-            parts += block.lines
-        elif isinstance(block, blocks.Table) and not block.detail:
-            parts.append(_table(block))
-    return parts
+Part = blocks.Section | blocks.Block | RenderableType
+"""A part of a result: a document, or something of rich."""
+
+
+def rendered(*parts: Part) -> Iterator[RenderableType]:
+    """Yield parts for the terminal. Titles, figures and details are left out; tables have the numbers."""
+    for part in parts:
+        if isinstance(part, blocks.Section):
+            yield from rendered(*part.blocks)
+        elif isinstance(part, blocks.Lead):
+            yield part.text
+        elif isinstance(part, blocks.Notes):
+            yield from () if part.detail else part.lines
+        elif isinstance(part, blocks.Table):
+            yield from () if part.detail else (_table(part),)
+        elif not isinstance(part, blocks.Block):
+            yield part
 
 
 def _table(block: blocks.Table) -> Table:

@@ -66,6 +66,7 @@ _MOST_ENDED = 8
 """Forms without a session that are read at once, to return what was typed. Strangers can send them too."""
 _MOST_NAME = 200  # bytes of an upload's name; file systems allow 255, and the temporary name is longer
 _UPLOAD = "/data/upload"
+_PAGES = {"alias": "/deploy/", "row": "/rows/", "tenant": "/tenants/"}
 _LOOPBACK = ("127.0.0.1", "localhost")
 _STATIC = Path(str(files("tunewright.studio") / "static"))
 
@@ -107,7 +108,7 @@ class Studio:
         self._lock = Lock()  # pages read and write the project's files one at a time
         self._cache = Cache(Playing(self._root))
         self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
-        self._templates = page_templates("tunewright.studio")
+        self._templates = page_templates("tunewright.studio", _PAGES)
         self._templates.filters |= {"commands": by_commands, "role": role, "capital": capital}
         self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.audit_text import audit_details
-from tunewright.api.shadows import differing_lines, shadow_counts
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.studio.jobs import SERVER
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 _ADAPTERS = 20  # newest ones on the page
 _JOBS = 5
-_DIFFERING = 10  # answers of a shadow
 _LINES = 100  # of the audit log on a page
 _TRIALS = ("all", "canary", "shadow")
 _MADE = {
@@ -149,22 +146,25 @@ def _share(text: str) -> str:
 
 def alias_page(visit: Visit) -> Response:
     """Show an alias: what it answers with, its trial, and its history."""
+    from tunewright.serving.tenants.blocks import releases_blocks, shadow_blocks, usage_table
+
     require_state(visit)
     alias = visit.place["alias"]
     with visit.project.state() as state:
         history, shadows, usage = state.releases.history(alias), state.usage.shadow_lines(alias), state.usage.sums()
+    now = history[-1]
+    used = [each for each in usage if each.alias == alias]
     return visit.page(
         "alias.html.j2",
         f"Alias {alias}",
-        now=history[-1],
-        live=next((each for each in history[::-1] if each.action not in _TRIALS), history[-1]),
+        now=now,
+        live=next((each for each in history[::-1] if each.action not in _TRIALS), now),
         made=made,
         history=history[::-1],
         running=visit.jobs.running(),
-        usage=[each for each in usage if each.alias == alias],
-        shadows=shadow_counts(shadows),
-        differing=differing_lines(shadows)[-_DIFFERING:][::-1],
-        minute=minute,
+        usage=usage_table(used, now) if used else None,
+        shadows=shadow_blocks(shadows) if shadows else (),
+        releases=releases_blocks(history[::-1]),
     )
 
 
@@ -221,6 +221,8 @@ def start_server(visit: Visit) -> Response:
 
 def audit_page(visit: Visit) -> Response:
     """Show the changes to tenants, keys, limits and releases, newest first, and check them if asked."""
+    from tunewright.serving.tenants.blocks import audit_table
+
     lines: Sequence[AuditLine] = ()
     check = None
     if visit.project.has_state:
@@ -233,7 +235,7 @@ def audit_page(visit: Visit) -> Response:
     return visit.page(
         "audit.html.j2",
         "Audit log",
-        lines=[(line, audit_details(line)) for line in lines[(page - 1) * _LINES : page * _LINES]],
+        lines=audit_table(lines[(page - 1) * _LINES : page * _LINES]),
         count=len(lines),
         page=page,
         pages=pages,

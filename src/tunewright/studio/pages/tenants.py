@@ -41,6 +41,8 @@ class Day:
 
 def tenants_page(visit: Visit) -> Response:
     """Show all tenants and their usage."""
+    from tunewright.serving.tenants.blocks import tenants_table, usage_table
+
     tenants: Sequence[Tenant] = ()
     days: Sequence[Day] = ()
     sums: Sequence[UsageSum] = ()
@@ -48,7 +50,14 @@ def tenants_page(visit: Visit) -> Response:
         with visit.project.state() as state:
             tenants, sums = state.tenants.list(), state.usage.sums()
             days = _days(state.usage.by_day(None, _since()))
-    return visit.page("tenants.html.j2", "Tenants", tenants=tenants, live=_offered(visit), days=days, sums=sums)
+    return visit.page(
+        "tenants.html.j2",
+        "Tenants",
+        tenants=[tenants_table(tenants)] if tenants else [],
+        live=_offered(visit),
+        days=days,
+        usage=[usage_table(sums)] if sums else [],
+    )
 
 
 def _offered(visit: Visit, more: Sequence[str] = ()) -> list[tuple[str, bool]]:
@@ -86,6 +95,8 @@ def add_tenant(visit: Visit) -> Response:
 
 def tenant_page(visit: Visit) -> Response:
     """Show one tenant: aliases, limits, keys and usage."""
+    from tunewright.serving.tenants.blocks import usage_table
+
     require_state(visit)
     name = visit.place["tenant"]
     with visit.project.state() as state:
@@ -99,7 +110,7 @@ def tenant_page(visit: Visit) -> Response:
         limits=dict(zip(_LIMITS, _shown(tenant.limits), strict=True)),
         keys=keys,
         days=days,
-        sums=sums,
+        usage=[usage_table(sums)] if sums else [],
         minute=minute,
     )
 
