@@ -23,8 +23,9 @@ from load_tenants import Tenant, release
 
 from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
-from tunewright.serving.isolation.checks import TOLERANCE
-from tunewright.serving.isolation.probes import PROBE_MARGIN, Digest, GreedyAnswer, Ids, Reference
+from tunewright.gate.answers import Digest, GreedyAnswer, Ids
+from tunewright.gate.isolation import TOLERANCE
+from tunewright.gate.probes import PROBE_MARGIN, Reference
 from tunewright.serving.tenants import State
 
 TOKENS = 4
@@ -224,7 +225,7 @@ def mixed(
     Raises:
         UserError: no prompt distinguishes some tenant's adapter.
     """
-    from tunewright.serving.isolation.reference import PeftReference
+    from tunewright.gate.reference import PeftReference
 
     chat, dtype = opened.chat, opened.folder.config.train.dtype
     adapters = {one.adapter.digest: one.adapter.folder for one in (*tenants, *others)}

@@ -15,10 +15,10 @@ from tool_families import FAMILIES, family, openai
 from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
-from tunewright.export.function_conversations import function_conversations
 from tunewright.export.gguf.model import write_model
 from tunewright.export.llamacpp import running
 from tunewright.export.weights import Weights
+from tunewright.gate.function_conversations import function_conversations
 
 CITIES = ["Oslo", "Rome", "Lima", "Kyiv", "Cairo", "Quito", "Seoul", "Tokyo", "Paris", "Delhi", "Accra", "Dakar"]
 FUNCTION = {

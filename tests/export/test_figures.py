@@ -10,9 +10,9 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from tunewright.export.distributions import TopTokens, distance
-from tunewright.export.parity import LIMITS, Figures, shortcomings
-from tunewright.export.probe import places
+from tunewright.gate.distributions import TopTokens, distance
+from tunewright.gate.parity import LIMITS, Figures, shortcomings
+from tunewright.gate.prompts import places
 
 
 def _distributions(seed: int, spread: float = 2.0) -> Any:

@@ -10,10 +10,10 @@ from engine_kinds import TOKENIZER
 
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine
-from tunewright.serving.isolation.checks import TOLERANCE, check_isolation
-from tunewright.serving.isolation.probes import Digest
-from tunewright.serving.isolation.reference import PeftReference
-from tunewright.serving.isolation.result import IsolationResult
+from tunewright.gate.answers import Digest
+from tunewright.gate.isolation import TOLERANCE, check_isolation
+from tunewright.gate.reference import PeftReference
+from tunewright.gate.results import IsolationResult
 
 PROMPTS = tuple(
     tuple(TOKENIZER(text).input_ids)

@@ -25,9 +25,10 @@ from load_tenants import Tenant
 from tiny import byte_tokenizer
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
+from tunewright.gate.answers import Answer, Digest, GreedyAnswer, Ids
+from tunewright.gate.probes import PROBE_MARGIN
+from tunewright.gate.reference import PeftReference
 from tunewright.models.bases import Base
-from tunewright.serving.isolation.probes import PROBE_MARGIN, Answer, Digest, GreedyAnswer, Ids
-from tunewright.serving.isolation.reference import PeftReference
 
 TOLERANCE = 0.5
 FAR, CLOSE = PROBE_MARGIN * TOLERANCE, PROBE_MARGIN * TOLERANCE - 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,65 +12,10 @@ from tunewright.api.serving import adapter_of, choose_served, refuse_names, rele
 from tunewright.config import Config, EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
-from tunewright.data.examples import Message
-from tunewright.data.versions import Member, has_version, load_version
 
 if TYPE_CHECKING:
-    from tunewright.export.probe import Probe
-    from tunewright.serving.isolation.result import IsolationResult
+    from tunewright.gate.results import IsolationResult
     from tunewright.serving.tenants import IsolationTest, ServingCheck, State
-
-DEV_PROMPTS = 16
-"""Number of dev items tried first: an adapter differs most on its own task."""
-GENERAL = (
-    "What is the capital of Norway?",
-    "Write a short poem about the sea.",
-    "List three uses of copper.",
-    "Translate into French: The shop opens at nine.",
-    "Why is the sky blue?",
-    "2, 4, 8, 16,",
-    "Dear customer,",
-    "def add(a, b):",
-)
-"""Prompts tried after the dev items, or alone on a machine without the data, such as a server."""
-
-
-ANSWER_TOKENS = 64
-"""Tokens of an answer to a general question in the serving check."""
-
-
-def serving_probe(opened: ProjectContext) -> Probe:
-    """Return the prompts of the serving check: dev items, or general questions on a machine without the data.
-
-    Raises:
-        UserError: no dev row fits the base's context.
-    """
-    from tunewright.chat.answers import stop_strings
-    from tunewright.export.probe import Probe, draw_probe
-    from tunewright.models.loading import context_length
-
-    config, chat = opened.folder.config, opened.chat
-    if has_version(opened.folder.dataset):
-        version = load_version(opened.folder.dataset)
-        if version.domain_of("dev"):
-            return draw_probe(version, chat, config, context_length(opened.base), None, opened.reporter)
-    opened.reporter.warn(
-        "There are no dev items here: the serving check asks general questions, and no JSON or calls are checked."
-    )
-    prompts = tuple(chat.prompt((Message("user", text),)) for text in GENERAL)
-    return Probe((), prompts, config.evaluate.max_new_tokens or ANSWER_TOKENS, stop_strings(config, chat))
-
-
-def probe_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
-    """Return prompts on which the models probably differ, in the order to try them."""
-    members: Sequence[Member] = ()
-    if has_version(opened.folder.dataset):
-        members = load_version(opened.folder.dataset).domain_of("dev")
-    if not members:
-        opened.reporter.say("There are no dev items here: the isolation test asks general questions.")
-    drawn = random.Random(opened.folder.config.seed).sample(members, min(DEV_PROMPTS, len(members)))
-    asked = [member.example.prompt for member in drawn] + [(Message("user", text),) for text in GENERAL]
-    return list(dict.fromkeys(opened.chat.prompt(messages) for messages in asked))
 
 
 def self_test(
@@ -91,8 +35,9 @@ def self_test(
     Raises:
         UserError: as for :meth:`serve`, or no adapter.
     """
+    from tunewright.gate.prompts import isolation_prompts
     from tunewright.serving.engines.scaling import largest_number
-    from tunewright.serving.isolation.runner import IsolationRunner
+    from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
 
     folder, config = project.folder, project.folder.config
     number = largest_number(replicas or config.serve.replicas, max_replicas or config.serve.max_replicas)
@@ -107,10 +52,8 @@ def self_test(
                 spare = config.serve.spare_adapters
     if held is None:
         held, folders = choose_served(project, adapters)
-    runner = IsolationRunner(
-        config, project.base, project.chat, held, folders, engine or config.serve.engine, spare, project.reporter
-    )
-    return runner.run(probe_prompts(project))
+    on = EngineUnderTest(config, project.base, project.chat, held, engine or config.serve.engine, project.reporter)
+    return IsolationRunner(on, folders, spare).run(isolation_prompts(project))
 
 
 def _with_replicas(config: Config, replicas: int, *, limited: bool = True) -> Config:
@@ -135,7 +78,7 @@ class ReleaseGate:
     def __init__(
         self, opened: ProjectContext, state: State, alias: str, adapter: Adapter, engine: EngineName | None
     ) -> None:
-        from tunewright.serving.isolation.runner import IsolationRunner
+        from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
 
         self._context = opened
         self._state = state
@@ -146,16 +89,11 @@ class ReleaseGate:
         adapters = {each.digest: each for each in (*others, *own, adapter)}.values()
         # One engine: all replicas are alike, and the server's own ones are running.
         config = _with_replicas(opened.folder.config, 1, limited=False)
-        self._test = IsolationRunner(
-            config,
-            opened.base,
-            opened.chat,
-            config.serve.quantization or trained_quantization(list(adapters)),
-            {each.name: each.folder for each in adapters},
-            engine or config.serve.engine,
-            config.serve.spare_adapters,
-            opened.reporter,
-        )
+        held = config.serve.quantization or trained_quantization(list(adapters))
+        kind = engine or config.serve.engine
+        self._engine = EngineUnderTest(config, opened.base, opened.chat, held, kind, opened.reporter)
+        named = {each.name: each.folder for each in adapters}
+        self._test = IsolationRunner(self._engine, named, config.serve.spare_adapters)
 
     def require_isolation(self) -> tuple[IsolationTest, bool]:
         """Test all adapters that are in memory together during the switch, unless this set has already passed.
@@ -163,6 +101,8 @@ class ReleaseGate:
         Returns:
             The test, and whether the release may go live.
         """
+        from tunewright.gate.prompts import isolation_prompts
+
         say = self._context.reporter.say
         known = self._state.releases.passed(self._test.subject)
         if known is not None and not self._across(known):
@@ -172,8 +112,8 @@ class ReleaseGate:
             )
             return known, True
         count = len(self._test.folders)
-        say(f"Isolation test on {self._test.engine}: the base and {count} adapter{'' if count == 1 else 's'}")
-        test = self._test.record(probe_prompts(self._context))
+        say(f"Isolation test on {self._engine.kind}: the base and {count} adapter{'' if count == 1 else 's'}")
+        test = self._test.record(isolation_prompts(self._context))
         say(f"Isolation test: {test.summary}, {duration(test.seconds)}")
         passes = test.verdict != "not isolated" and not self._across(test)
         if passes:
@@ -186,15 +126,16 @@ class ReleaseGate:
 
     def serving_check(self) -> ServingCheck:
         """Compare the adapter's answers through the engine with the trained model's, unless that was done before."""
-        from tunewright.serving.fidelity.runner import ServingCheckRunner
+        from tunewright.gate.prompts import serving_probe
+        from tunewright.serving.release_tests import ServingCheckRunner
 
         say = self._context.reporter.say
-        runner = ServingCheckRunner(self._test, self._adapter, serving_probe(self._context))
+        runner = ServingCheckRunner(self._engine, self._adapter, serving_probe(self._context))
         known = self._state.releases.checked(runner.subject)
         if known is not None:
             say(f"Serving check: {known.summary} on {known.checked[:16].replace('T', ' ')}, and not run again.")
             return known
-        say(f"Serving check on {self._test.engine}: {len(runner.probe.prompts)} prompts")
+        say(f"Serving check on {self._engine.kind}: {len(runner.probe.prompts)} prompts")
         check = runner.run()
         say(f"Serving check: {check.summary}, {duration(check.seconds)}")
         return check

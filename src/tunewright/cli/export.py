@@ -14,7 +14,7 @@ from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
-    from tunewright.export.parity import Figures, Limits
+    from tunewright.gate.parity import Figures, Limits
 
 export_app = group(
     "export",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.api.releases import DeployResult
+    from tunewright.gate.results import Estimate
     from tunewright.serving.tenants import ServingCheck
-    from tunewright.serving.tenants.release_record import Estimate
 
 Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
 TestedOn = Annotated[

@@ -13,7 +13,7 @@ from tunewright.cli.console import Session
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.serving.isolation.result import IsolationResult
+    from tunewright.gate.results import IsolationResult
     from tunewright.serving.tenants import IsolationTest
 
 EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}

@@ -9,13 +9,13 @@ from typing import Any
 
 from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.lineage import packages
-from tunewright.adapters.registry import Adapter
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, write_json
 from tunewright.core.locks import in_use, remove_abandoned
-from tunewright.export.parity import LIMITS, Figures, Precision, shortcomings
 from tunewright.export.record import RECORD, Export, Kind, MergeMeasurement, read_record
+from tunewright.export.source import Source
+from tunewright.gate.parity import LIMITS, Figures, Precision, shortcomings
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,30 @@ def find_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None
 
 
 def export(
-    target: Path, kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], build: Callable[[Path], BuiltArtifact]
+    source: Source, kind: Kind, target: Path, made_of: Mapping[str, Any], build: Callable[[Path], BuiltArtifact]
 ) -> ExportResult:
-    """Have ``build`` fill a temporary folder and measure it; if it passes, it becomes ``target``.
+    """Return the artifact at ``target``, or make it: ``build`` fills a temporary folder and measures it.
 
-    A folder that fails is removed, and its record stays as ``TARGET.failed.json``.
+    A folder that passes becomes ``target``. One that fails is removed, and its record stays as ``TARGET.failed.json``.
+
+    Args:
+        source: the exported adapter.
+        kind: the kind of artifact in its record.
+        target: the folder of the artifact.
+        made_of: the inputs that determine it.
+        build: writes the files and compares them with the trained model.
+
+    Raises:
+        UserError: the folder has other contents.
     """
+    existing = find_export(target, made_of)
+    if existing is not None:
+        return existing
     remove_abandoned(target.parent.glob(f".{target.name}.*/"))  # of killed exports to the same folder
     failed = target.with_name(f"{target.name}.failed.json")
     try:
         with new_folder(target) as temporary, in_use(temporary):
-            record = _record(kind, adapter, made_of, build(temporary), temporary)
+            record = _record(source, kind, made_of, build(temporary), temporary)
             write_json(temporary / RECORD, record.model_dump(mode="json"))
             if record.shortcomings:
                 raise _ParityError(record)
@@ -126,12 +139,12 @@ def export(
     return ExportResult(target, record, target / RECORD, made=True)
 
 
-def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: BuiltArtifact, folder: Path) -> Export:
+def _record(source: Source, kind: Kind, made_of: Mapping[str, Any], built: BuiltArtifact, folder: Path) -> Export:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Export(
         kind=kind,
         made_of=dict(made_of),
-        lineage=adapter.lineage,
+        lineage=source.adapter.lineage,
         ways=built.ways,
         way=built.way,
         figures=built.figures,
@@ -139,7 +152,7 @@ def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: Bui
         shortcomings=built.shortcomings,
         notes=built.notes,
         files={path.relative_to(folder).as_posix(): file_digest(path) for path in files},
-        packages={**packages(trained_quantization([adapter])), **built.packages},
+        packages={**packages(trained_quantization([source.adapter])), **built.packages},
         created=now(),
     )
 

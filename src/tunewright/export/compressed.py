@@ -25,10 +25,12 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
 from tunewright.engines.llmcompressor import worker
-from tunewright.export.merge import load_folder, observe_folder, save_settings, write_merged
-from tunewright.export.parity import Precision
-from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
+from tunewright.export.artifact import BuiltArtifact
+from tunewright.export.merge import choose_merge_method, load_folder, observe_folder, save_settings, write_merged
+from tunewright.export.source import Source
+from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights
+from tunewright.gate.parity import Precision
 from tunewright.models.bases import Base
 from tunewright.models.loading import device, text_settings
 from tunewright.training.rows import encode_members
@@ -136,6 +138,16 @@ def compression(
             fix="Use --scheme fp8, which needs no rows.",
         )
     return Compression(scheme, environment, group, rows)
+
+
+def build_compressed(folder: Path, source: Source, how: Compression) -> BuiltArtifact:
+    """Write base and adapter as one quantized model, and compare it with the trained model."""
+    project, trained = source.project, measure_trained(source)
+    weights, way, ways = choose_merge_method(trained, project.reporter)
+    write_compressed(folder, how, weights, project.base, project.chat, trained.system_prompt, project.reporter)
+    figures = trained.figures(observe_compressed(folder, trained, project.reporter))
+    notes = (*how.notes, *source.notes())
+    return BuiltArtifact(figures, PRECISIONS[how.scheme], way, ways, notes, packages=how.packages)
 
 
 def write_compressed(

@@ -14,11 +14,16 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.hub import hub_silence
-from tunewright.core.io import link_or_copy, write_json
+from tunewright.core.io import link_or_copy, write_json, write_text
 from tunewright.data.examples import Message
+from tunewright.evaluation.access_log import load_checked
+from tunewright.evidence.schema import evidence_on
+from tunewright.export.artifact import BuiltArtifact, ExportResult
 from tunewright.export.merge import save_tokenizer
 from tunewright.export.record import RECORD, Export
+from tunewright.export.source import Source
 from tunewright.export.templates import count_equal_renderings
+from tunewright.report.model_card import CardSubject, model_card
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
@@ -67,7 +72,64 @@ def require_hub_id(name: str, where: str) -> None:
         raise UserError(f"Not a hub id: {name!r}", where=where, fix="Use OWNER/NAME.")
 
 
-def write_adapter(
+def card(
+    source: Source,
+    merged: ExportResult | None,
+    base_model: str | None,
+    model_license: str | None,
+    repository: str | None,
+) -> tuple[str, str | None]:
+    """Return the model card, and the ID of the evidence in it."""
+    project, adapter = source.project, source.adapter
+    folder = project.folder.evaluations
+    found = evidence_on(folder, adapter.digest, project.reporter)
+    if found is not None:
+        found = load_checked(folder / found.id, folder, project.reporter)
+    subject = CardSubject(
+        adapter.name,
+        adapter.lineage,
+        repository,
+        base_model,
+        model_license,
+        source.system_prompt.text is not None,
+        merged.record.figures if merged else None,
+    )
+    return model_card(subject, found), found.id if found else None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """The contents of a repository folder."""
+
+    source: Source
+    merged: ExportResult | None
+    """The merged model; None publishes the adapter in PEFT's form."""
+    base_model: str | None
+    """The base's hub id."""
+    card: str
+    evidence: str | None
+    """ID of the evidence in the card."""
+
+    def build(self, folder: Path) -> BuiltArtifact:
+        """Write the files."""
+        if self.merged is not None and self.merged.folder is not None:
+            _copy_merged(folder, self.merged.folder, list(self.merged.record.files))
+        else:
+            chat, system = self.source.project.chat, self.source.system_prompt.text
+            _write_adapter(folder, self.source.adapter, self.base_model, chat, system)
+            _check_template(folder, chat, self.source.dev_prompts, system)
+        write_text(folder / CARD, self.card)
+        notes = []
+        if self.evidence is None:
+            name = self.source.adapter.name
+            notes.append(f"the card says that there is no evidence: run `tunewright evaluate {name}`")
+        if self.base_model is None:
+            notes.append("the card names no base model, because the base is not a hub id: use --base-model")
+        figures = self.merged.record.figures if self.merged else None
+        return BuiltArtifact(figures, "16-bit", "original", notes=tuple(notes))
+
+
+def _write_adapter(
     folder: Path, adapter: Adapter, base_model: str | None, chat: ChatFormat, system_prompt: str | None
 ) -> None:
     """Write the adapter's files and the tokenizer with the template of training.
@@ -80,7 +142,7 @@ def write_adapter(
     save_tokenizer(folder, chat, system_prompt)
 
 
-def check_template(
+def _check_template(
     folder: Path, chat: ChatFormat, conversations: Sequence[Sequence[Message]], system_prompt: str | None
 ) -> None:
     """Check that the folder's own tokenizer and template render conversations to the ids of training.
@@ -102,7 +164,7 @@ def check_template(
         )
 
 
-def copy_merged(folder: Path, merged: Path, names: list[str]) -> None:
+def _copy_merged(folder: Path, merged: Path, names: list[str]) -> None:
     """Copy the files of a merged model."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,16 +19,14 @@ from typing import Any
 import httpx
 import torch
 
-from tunewright.chat.answers import answer_text
 from tunewright.chat.templates import Template
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.export.distributions import TopTokens
 from tunewright.export.templates import equivalent_conversations
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
-from tunewright.generation.requests import Completion
-from tunewright.generation.text_stream import TextStream
+from tunewright.gate.answers import cut, ended
+from tunewright.gate.distributions import TopTokens
 
 TOP_TOKENS = 1000
 """Likeliest tokens requested from llama.cpp at each place; a whole vocabulary would be 5 MB of JSON each time."""
@@ -166,9 +164,8 @@ def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: P
         rendered = sum(map(renders, (member.example.prompt for member in probe.members), probe.prompts))
         functions_rendered = sum(renders(asked, chat.prompt(asked)) for asked in probe.functions)
         with reporter.task(f"{(lora or model).name} in llama.cpp", len(probe.prompts), "prompts") as task:
-            for member, prompt in zip(probe.members, probe.prompts, strict=True):
-                ids, text = _cut(engine.answer(prompt, probe.limit), trained)
-                answers.append((ids, answer_text(chat, Completion(ids, "stop", text), member.example.prompt)))
+            for prompt in probe.prompts:
+                answers.append(cut(ended(engine.answer(prompt, probe.limit), chat.stop_ids), probe.stop, chat))
                 task.advance()
         listed = []
         with reporter.task("distributions in llama.cpp", len(trained.log_probs), "places") as task:
@@ -177,8 +174,8 @@ def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: P
                     listed.append(engine.next_token(ids[:place]))
                     task.advance()
     return ArtifactOutputs(
-        answers=[ids for ids, _ in answers],
-        texts=[text for _, text in answers],
+        answers=[answer.ids for answer in answers],
+        texts=trained.texts(answers),
         distributions=listed,
         rendered=rendered,
         functions_rendered=functions_rendered,
@@ -209,17 +206,3 @@ def _error_of(log: bytes) -> str:
     lines = log.decode("utf-8", "replace").strip().splitlines()
     errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
     return errors[0] if errors else " ".join(lines[-_LOG_LINES:])
-
-
-def _cut(ids: tuple[int, ...], trained: TrainedModel) -> tuple[tuple[int, ...], str | None]:
-    """Return an answer without its end token, cut at a stop string, with the text before that."""
-    ends = [place for place, token in enumerate(ids) if token in trained.chat.stop_ids]
-    ids = ids[: ends[0]] if ends else ids
-    if not trained.probe.stop:
-        return ids, None
-    stream, text = TextStream(trained.chat.text, trained.probe.stop), ""
-    for place, token in enumerate(ids):
-        text += stream.push(token)
-        if stream.stopped:
-            return ids[: place + 1], text
-    return ids, text + stream.flush()

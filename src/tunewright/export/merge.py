@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from tunewright.adapters.compatibility import trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
-from tunewright.export.distributions import answer, distance, distributions
+from tunewright.export.artifact import BuiltArtifact
 from tunewright.export.record import MergeMeasurement
+from tunewright.export.source import Source
 from tunewright.export.templates import count_equal_renderings, exported_template
-from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
+from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype
-from tunewright.generation.requests import Completion
+from tunewright.gate.distributions import answer, distance, distributions
 from tunewright.models.bases import INDEX, Base
 from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.loading import device, load_model
@@ -28,6 +28,15 @@ from tunewright.models.loading import device, load_model
 _GENERATION = "generation_config.json"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 """Files of a base that reads images: without them neither transformers nor vLLM loads the full model."""
+
+
+def build_merged(folder: Path, source: Source) -> BuiltArtifact:
+    """Write base and adapter as one model, and compare it with the trained model."""
+    project, trained = source.project, measure_trained(source)
+    weights, way, ways = choose_merge_method(trained, project.reporter)
+    write_merged(folder, weights, project.base, project.chat, trained.system_prompt, project.reporter)
+    figures = trained.figures(observe_merged(folder, trained, project.reporter))
+    return BuiltArtifact(figures, "16-bit", way, ways, source.notes())
 
 
 def choose_merge_method(
@@ -144,7 +153,7 @@ def observe_folder(model: Any, folder: Path, trained: TrainedModel, reporter: Re
         completions = answer(model, probe, chat, None, task.advance)
     return ArtifactOutputs(
         answers=[completion.ids for completion in completions],
-        texts=_texts(trained, completions),
+        texts=trained.texts(completions),
         distributions=distributions(model, trained.contexts),
         rendered=count_equal_renderings(
             tokenizer, chat.template, [m.example.prompt for m in probe.members], probe.prompts, trained.system_prompt
@@ -158,12 +167,3 @@ def observe_folder(model: Any, folder: Path, trained: TrainedModel, reporter: Re
         ),
         arithmetic=trained.arithmetic,
     )
-
-
-def _texts(trained: TrainedModel, completions: Sequence[Completion]) -> list[str]:
-    from tunewright.chat.answers import answer_text
-
-    return [
-        answer_text(trained.chat, completion, member.example.prompt)
-        for completion, member in zip(completions, trained.probe.members, strict=True)
-    ]

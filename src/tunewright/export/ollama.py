@@ -7,32 +7,27 @@ from pathlib import Path
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
-from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import link_or_copy, write_text
 from tunewright.export.artifact import BuiltArtifact, ExportResult
+from tunewright.export.gguf.artifact import base_file
 from tunewright.export.gguf.tensors import PRECISIONS, FileType
 from tunewright.export.go_template import go_template, strips_whitespace
+from tunewright.export.source import Source
 
 MODELFILE = "Modelfile"
 
 
-def ollama_built(
-    folder: Path,
-    parts: ExportResult,
-    base: Path | None,
-    chat: ChatFormat,
-    system_prompt: str | None,
-    config: Config,
-    file_type: FileType,
+def build_ollama(
+    folder: Path, source: Source, parts: ExportResult, file_type: FileType, *, lora: bool
 ) -> BuiltArtifact:
-    """Fill ``folder`` for Ollama from measured GGUF files: a merged one, or a LoRA file with ``base`` under it."""
+    """Fill ``folder`` for Ollama from measured GGUF files: a merged one, or a LoRA file with its base under it."""
+    project, record = source.project, parts.record
     assert parts.folder is not None
-    (file,) = (parts.folder / name for name in parts.record.files if name.endswith(".gguf"))
-    model, lora = (file, None) if base is None else (base, file)
-    stop, context = stop_strings(config, chat), config.train.max_length
-    notes = write_ollama(folder, chat, system_prompt, stop, model, lora, context)
-    record = parts.record
+    (file,) = (parts.folder / name for name in record.files if name.endswith(".gguf"))
+    model, adapter = (base_file(project, file_type), file) if lora else (file, None)
+    stop, context = stop_strings(project.folder.config, project.chat), project.folder.config.train.max_length
+    notes = write_ollama(folder, project.chat, source.system_prompt.text, stop, model, adapter, context)
     return BuiltArtifact(record.figures, PRECISIONS[file_type], record.way, record.ways, (*record.notes, *notes))
 
 

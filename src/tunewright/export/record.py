@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.evidence.common import Part
-from tunewright.export.parity import Figures, Limits
+from tunewright.gate.parity import Figures, Limits
 
 RECORD = "export.json"
 

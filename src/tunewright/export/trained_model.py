@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
 from tunewright.core.progress import Reporter
-from tunewright.export.distributions import Context, TopTokens, answer, distance, distributions
-from tunewright.export.parity import Figures
-from tunewright.export.probe import Probe, contexts
+from tunewright.export.source import Source
 from tunewright.export.weights import Weights, put_into, trained_dtype
+from tunewright.gate.distributions import Context, TopTokens, answer, distance, distributions
+from tunewright.gate.parity import Figures
+from tunewright.gate.prompts import Probe, contexts, draw_probe
 from tunewright.generation.requests import Completion
-from tunewright.metrics import Scorer, score_all
+from tunewright.metrics import Scorer, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.models.memory.plan import available_memory, gigabytes
@@ -77,15 +77,13 @@ class TrainedModel:
     @property
     def contexts(self) -> list[Context]:
         """The prompts with its answers, and the places in them."""
-        ended = [completion.finish == "stop" and completion.before_stop is None for completion in self.completions]
-        return contexts(self.probe, self.answers, ended)
+        return contexts(self.probe, self.completions)
 
-    @cached_property
-    def texts(self) -> list[str]:
-        """The model's answers as text."""
+    def texts(self, completions: Sequence[Completion]) -> list[str]:
+        """Return answers to the probe's prompts as text."""
         return [
             answer_text(self.chat, completion, member.example.prompt)
-            for completion, member in zip(self.completions, self.probe.members, strict=True)
+            for completion, member in zip(completions, self.probe.members, strict=True)
         ]
 
     def score(self, texts: Sequence[str]) -> float:
@@ -110,7 +108,7 @@ class TrainedModel:
             greedy=same / len(self.answers),
             metric=self.scorer.name,
             score=self.score(seen.texts),
-            trained_score=self.score(self.texts),
+            trained_score=self.score(self.texts(self.completions)),
             rendered=seen.rendered,
             functions=len(self.probe.functions),
             functions_rendered=seen.functions_rendered,
@@ -128,30 +126,23 @@ def load_trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
     return with_adapters(model, {adapter.name: adapter.folder})
 
 
-def measure_trained(
-    base: Base,
-    adapter: Adapter,
-    chat: ChatFormat,
-    system_prompt: str | None,
-    probe: Probe,
-    scorer: Scorer,
-    reporter: Reporter,
-) -> TrainedModel:
-    """Have the trained model answer the probe, with the adapter on and off."""
+def measure_trained(source: Source) -> TrainedModel:
+    """Have the trained model answer dev prompts of the version that it was trained on, with the adapter on and off."""
+    project, adapter, system = source.project, source.adapter, source.system_prompt.text
+    config, base, chat, reporter = project.folder.config, project.base, project.chat, project.reporter
+    probe = draw_probe(project, source.version, system)
+    scorer = open_scorers(config.evaluate, project.folder.root)[0]
     arithmetic = _arithmetic(base, reporter)
     reporter.say(f"Loading {base.spec} as {adapter.name} was trained on it, in {arithmetic}")
     model = load_trained_model(base, adapter, arithmetic)
     with reporter.task("the trained model's answers", len(probe.prompts), "prompts") as task:
         completions = answer(model, probe, chat, adapter.name, task.advance)
-    ended = [completion.finish == "stop" and completion.before_stop is None for completion in completions]
-    asked = contexts(probe, [completion.ids for completion in completions], ended)
+    asked = contexts(probe, completions)
     model.set_adapter(adapter.name)
     with_adapter = distributions(model, asked)
     with model.disable_adapter():
         without = distributions(model, asked)
-    return TrainedModel(
-        adapter, base, chat, system_prompt, probe, scorer, arithmetic, completions, with_adapter, without
-    )
+    return TrainedModel(adapter, base, chat, system, probe, scorer, arithmetic, completions, with_adapter, without)
 
 
 def _arithmetic(base: Base, reporter: Reporter) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.verdict import verdict
-from tunewright.export.parity import Figures
+from tunewright.gate.parity import Figures
 from tunewright.metrics import metric_label
 from tunewright.render.markdown import bullets, markdown, plain, table
 from tunewright.report.sections import arms, benchmarks, contrasts

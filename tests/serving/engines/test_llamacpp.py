@@ -27,14 +27,14 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines.child import Plan
 from tunewright.engines.protocol import Engine, EngineStoppedError, stream
+from tunewright.gate.answers import Answer
+from tunewright.gate.isolation import TOLERANCE
+from tunewright.gate.reference import PeftReference
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
 from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file
 from tunewright.serving.engines.start import EngineSpec, load_all, start_engine
-from tunewright.serving.isolation.checks import TOLERANCE
-from tunewright.serving.isolation.probes import Answer
-from tunewright.serving.isolation.reference import PeftReference
 
 
 @pytest.fixture(scope="module")

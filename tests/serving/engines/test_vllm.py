@@ -19,9 +19,9 @@ from isolation_helpers import PROMPTS, failed, result_of
 from tunewright.engines.protocol import Engine, EngineStoppedError, stream
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.engines.vllm.launch import list_adapters
+from tunewright.gate.reference import PeftReference
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
-from tunewright.serving.isolation.reference import PeftReference
 
 pytestmark = pytest.mark.vllm
 
@@ -146,8 +146,8 @@ def test_isolation_test_detects_a_stale_prefix_cache(
             return before, await _ids(engine, Request(prompt, new, 8))
 
         before, after = asyncio.run(replace())
-        from tunewright.serving.isolation.checks import TOLERANCE
-        from tunewright.serving.isolation.probes import Answer
+        from tunewright.gate.answers import Answer
+        from tunewright.gate.isolation import TOLERANCE
 
         (right,) = reference.shortfalls(old, prompt, [Answer(tuple(before), "length" if len(before) == 8 else "stop")])
         (wrong,) = reference.shortfalls(new, prompt, [Answer(tuple(after), "length" if len(after) == 8 else "stop")])

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tunewright.data.examples import Example, Message, ToolCall
-from tunewright.serving.fidelity.figures import ComparedAnswer, serving_figures, shortcomings, well_formed
-from tunewright.serving.tenants.release_record import ServingFigures
+from tunewright.gate.results import ServingFigures
+from tunewright.gate.serving_check import ComparedAnswer, serving_figures, shortcomings, well_formed
 
 GOOD = ComparedAnswer(
     "a", [1e-7, 1e-7], [0.5, 0.5], same=True, shortfall=0.0, trained_well_formed=True, well_formed=True

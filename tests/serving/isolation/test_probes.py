@@ -14,18 +14,10 @@ from scripted_engine import ScriptedEngine
 from hypothesis_settings import examples
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Delta
+from tunewright.gate.answers import END, Answer, Digest, GreedyAnswer, Ids
+from tunewright.gate.isolation import check_isolation
+from tunewright.gate.probes import PER_MODEL, PROBE_MARGIN, find_probes
 from tunewright.generation.requests import Request
-from tunewright.serving.isolation.checks import check_isolation
-from tunewright.serving.isolation.probes import (
-    END,
-    PER_MODEL,
-    PROBE_MARGIN,
-    Answer,
-    Digest,
-    GreedyAnswer,
-    Ids,
-    find_probes,
-)
 
 TOKENS, VOCABULARY, STOP = 4, 5, 0
 TOLERANCE = 0.5

@@ -14,8 +14,8 @@ from states import DIGESTS, SHIP
 
 from hypothesis_settings import examples
 from tunewright.core.errors import UserError
+from tunewright.gate.results import IsolationTest
 from tunewright.serving.tenants import Candidate, Grounds, Release, State
-from tunewright.serving.tenants.release_record import IsolationTest
 
 ALIASES = st.sampled_from(["courts", "forms"])
 NAMES = st.sampled_from("abc")

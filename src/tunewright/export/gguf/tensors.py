@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tunewright.core.errors import UserError
 from tunewright.export.gguf.mixtures import Mixture, quantize_rows
-from tunewright.export.parity import Precision
+from tunewright.gate.parity import Precision
 
 FileType = Literal["f16", "q8_0", "q4_k_m", "q5_k_m"]
 

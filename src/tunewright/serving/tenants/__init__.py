@@ -9,20 +9,14 @@ from types import TracebackType
 from typing import Any
 
 from tunewright.core.io import canonical_json
+from tunewright.gate.results import IsolationCheck, IsolationTest, ServingCheck
 from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.tenants.audit_replay import replay
 from tunewright.serving.tenants.database import Database, StateUnavailableError, exists
 from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys, NewKey
 from tunewright.serving.tenants.migrations import upgrade
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
-from tunewright.serving.tenants.release_record import (
-    Candidate,
-    Grounds,
-    IsolationCheck,
-    IsolationTest,
-    Release,
-    ServingCheck,
-)
+from tunewright.serving.tenants.release_record import Candidate, Grounds, Release
 from tunewright.serving.tenants.releases import Releases
 from tunewright.serving.tenants.tenants import Tenant, Tenants
 from tunewright.serving.tenants.usage import Usage

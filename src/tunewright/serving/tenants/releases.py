@@ -15,17 +15,10 @@ from sqlalchemy import Connection, Row, func, insert, select
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.gate.results import IsolationTest, ServingCheck
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.release_record import (
-    Action,
-    Answer,
-    Candidate,
-    Grounds,
-    IsolationTest,
-    Release,
-    ServingCheck,
-)
+from tunewright.serving.tenants.release_record import Action, Answer, Candidate, Grounds, Release
 from tunewright.serving.tenants.tables import audit, releases
 from tunewright.serving.tenants.tenants import check_name
 

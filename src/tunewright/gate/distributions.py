@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tunewright.chat import ChatFormat
-from tunewright.export.parity import TOP
-from tunewright.export.probe import Probe
+from tunewright.gate.parity import TOP
+from tunewright.gate.prompts import Probe
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion, Request
 

@@ -19,16 +19,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import product, zip_longest
 from pathlib import Path
 
 from tunewright.core.progress import Reporter
-from tunewright.engines.protocol import Engine, stream
-from tunewright.generation.requests import Finish, Request
-from tunewright.serving.isolation.probes import TOKENS, Answer, Digest, Ids, Probes, Reference, find_probes
-from tunewright.serving.isolation.result import Check, Failure, IsolationResult
+from tunewright.engines.protocol import Engine
+from tunewright.gate.answers import Answer, Digest, Ids, ask
+from tunewright.gate.probes import TOKENS, Probes, Reference, find_probes
+from tunewright.gate.results import Check, Failure, IsolationResult
+from tunewright.generation.requests import Request
 
 TOLERANCE = {"bfloat16": 0.75, "float32": 0.05, "f16": 0.1, "q8_0": 1.5}
 """Maximum nats by which a correct token may fall short, by the precision of the arithmetic.
@@ -68,14 +69,8 @@ class _Session:
     observations: list[_Observation] = field(default_factory=list)
 
     async def send(self, check: str, model: Digest, prompt: Ids) -> None:
-        ids: list[int] = []
-        finish: Finish | None = None
-        async with aclosing(stream(self.engine, Request(prompt, model, TOKENS))) as deltas:
-            async for delta in deltas:
-                ids += delta.ids
-                finish = delta.finish
-        assert finish is not None
-        self.observations.append(_Observation(check, model, prompt, Answer(tuple(ids), finish)))
+        answer, _ = await ask(self.engine, Request(prompt, model, TOKENS))
+        self.observations.append(_Observation(check, model, prompt, answer))
 
     async def send_together(self, check: str, requests: Iterable[tuple[Digest, Ids]]) -> None:
         """Send requests at once, in random order: their rows share batches."""

@@ -11,11 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tunewright.generation.requests import Finish
-
-Digest = str | None
-"""A model: an adapter's digest, or None for the base."""
-Ids = tuple[int, ...]
+from tunewright.gate.answers import Answer, Digest, GreedyAnswer, Ids
 
 PROBE_MARGIN = 2.0
 """Minimum shortfall of a wrong answer to a probe, in tolerances. More than one tolerance is a failure."""
@@ -23,40 +19,8 @@ TOKENS = 8
 """Tokens of an answer: enough for models to differ, few enough for many requests."""
 PER_MODEL = 2
 """Minimum number of probes of a model."""
-END = -1
-"""Placeholder for all tokens that end an answer."""
 _GROUP = 2
 """Prompts that are tried at once."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer."""
-
-    ids: Ids
-    finish: Finish
-
-    @property
-    def choices(self) -> Ids:
-        """The model's choices: its tokens, and the end if it chose to end."""
-        return (*self.ids, END) if self.finish == "stop" else self.ids
-
-
-@dataclass(frozen=True)
-class GreedyAnswer:
-    """A model's greedy answer, and the alternatives to each choice."""
-
-    answer: Answer
-    behind: tuple[Mapping[int, float], ...]
-    """For each choice, by how many nats other tokens are less likely: the likeliest tokens, and :data:`END`."""
-
-    def shortfall(self, other: Answer) -> float:
-        """Return by how many nats another answer is less likely where it diverges; its later tokens may be worse."""
-        for own, theirs, behind in zip(self.answer.choices, other.choices, self.behind, strict=False):
-            if own != theirs:
-                # An unlisted token is less likely than all listed ones.
-                return behind.get(theirs, max(behind[token] for token in behind if token != END))
-        return 0.0
 
 
 class Reference(Protocol):

@@ -14,12 +14,6 @@ from tunewright.config import MetricName
 from tunewright.evidence.common import Part
 from tunewright.metrics.labels import score_text
 
-PROMPTS = 32
-"""Held-out prompts that are answered, or all if there are fewer."""
-
-PLACES = 8
-"""Places of each answer at which full distributions are compared, spread evenly from its first token to its end."""
-
 TOP = 100
 """The trained model's likeliest tokens at a place whose log-probabilities are compared. No decoding reaches the tokens
 below them, and engines list only a limited number.

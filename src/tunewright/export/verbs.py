@@ -1,0 +1,208 @@
+"""Commands that export adapters for other engines: ``tunewright export …``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.export.source import Source
+from tunewright.models.bases import hub_id
+from tunewright.open_project import OpenProject
+
+if TYPE_CHECKING:
+    from tunewright.export.artifact import ExportResult
+    from tunewright.export.compressed import Scheme
+    from tunewright.export.gguf.tensors import FileType
+    from tunewright.export.hub import HubResult
+    from tunewright.export.record import Kind
+
+
+def merge(project: OpenProject, adapter: str | None = None, *, to: str | Path | None = None) -> ExportResult:
+    """Merge base and adapter (the newest by default) into one model, which transformers and vLLM load.
+
+    The result is compared with the trained model on dev prompts, and kept only if it matches. For an adapter
+    trained on an NF4 base, both ways to merge are measured and the closer one is kept.
+
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        to: the output folder (None: exports/NAME-merged).
+
+    Raises:
+        UserError: no such adapter, an adapter that does not fit, or a folder with other contents.
+    """
+    from tunewright.export.artifact import export
+    from tunewright.export.merge import build_merged
+
+    source = Source.find(project, adapter)
+    made_of = source.inputs("merged")
+    return export(source, "merged", source.target("merged", to), made_of, lambda folder: build_merged(folder, source))
+
+
+def gguf(
+    project: OpenProject,
+    adapter: str | None = None,
+    *,
+    merged: bool = False,
+    file_type: FileType = "f16",
+    to: str | Path | None = None,
+) -> ExportResult:
+    """Export the adapter (the newest by default) as a LoRA GGUF file, or ``merged`` with its base as one model.
+
+    llama.cpp runs the file on dev prompts. It is kept only if it matches the trained model.
+
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        merged: write base and adapter as one file; otherwise the adapter alone, for use with a GGUF of the base.
+        file_type: f16, q8_0 (8 bits, one scale per 32 weights), or llama.cpp's mixtures q5_k_m and q4_k_m. An
+            adapter alone stays in f16 with the last two: they are the type of its base.
+        to: the output folder (None: exports/NAME-gguf-TYPE, or exports/NAME-merged-gguf-TYPE).
+
+    Raises:
+        UserError: llama.cpp is not installed, GGUF does not support the model, or as for :meth:`merge`.
+    """
+    from tunewright.export.artifact import export
+    from tunewright.export.gguf.artifact import build_lora, build_model
+    from tunewright.export.gguf.model import require_gguf
+    from tunewright.export.llamacpp import require_llamacpp
+
+    require_llamacpp()
+    require_gguf(project.base)
+    source = Source.find(project, adapter)
+    what = "merged-gguf" if merged else "gguf"
+    kind: Kind = "gguf-merged" if merged else "gguf-lora"
+    build = build_model if merged else build_lora
+    made_of = source.inputs(what, file_type=file_type)
+    target = source.target(f"{what}-{file_type}", to)
+    return export(source, kind, target, made_of, lambda folder: build(folder, source, file_type))
+
+
+def compressed(
+    project: OpenProject, adapter: str | None = None, *, scheme: Scheme = "fp8", to: str | Path | None = None
+) -> ExportResult:
+    """Merge base and adapter (the newest by default) and quantize them with llm-compressor, for vLLM.
+
+    transformers loads the compressed files. They are kept only if they match the trained model.
+
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        scheme: fp8 (8-bit floats, without calibration), or w4a16 (4-bit integers by GPTQ, calibrated on training
+            rows).
+        to: the output folder (None: exports/NAME-compressed-SCHEME).
+
+    Raises:
+        UserError: llm-compressor is not installed, does not support the model or fails, or as for :meth:`merge`.
+    """
+    from tunewright.export.artifact import export
+    from tunewright.export.compressed import build_compressed, compression, require_compressed
+
+    environment = require_compressed(project.base)
+    source = Source.find(project, adapter)
+    trained_by = source.adapter.lineage.get("config", {}).get("train", {})
+    how = compression(
+        scheme,
+        environment,
+        project.base,
+        project.chat,
+        source.version,
+        max_length=trained_by.get("max_length", project.folder.config.train.max_length),
+        seed=project.folder.config.seed,
+    )
+    made_of = source.inputs("compressed", **how.inputs)
+    target = source.target(f"compressed-{scheme}", to)
+    return export(source, "compressed", target, made_of, lambda folder: build_compressed(folder, source, how))
+
+
+def ollama(
+    project: OpenProject,
+    adapter: str | None = None,
+    *,
+    lora: bool = False,
+    file_type: FileType = "f16",
+    to: str | Path | None = None,
+) -> ExportResult:
+    """Export a folder for ``ollama create``: the GGUF of :meth:`gguf`, and a Modelfile with the training template.
+
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        lora: write base and adapter as separate files; otherwise both merged into one.
+        file_type: f16, q8_0, q5_k_m or q4_k_m.
+        to: the output folder (None: exports/NAME-ollama-TYPE).
+
+    Raises:
+        UserError: as for :meth:`gguf`, or Ollama's template language cannot express the chat template.
+    """
+    from tunewright.export.artifact import export, find_export
+    from tunewright.export.go_template import go_template
+    from tunewright.export.ollama import build_ollama
+
+    source = Source.find(project, adapter)
+    go_template(project.chat)  # refuse unsupported templates before measuring
+    if lora:
+        project.reporter.warn(
+            "Ollama 0.34.1 and newer refuse ADAPTER in a Modelfile: only older versions can create a model from "
+            "this folder. Leave out --lora: base and adapter are then merged into one file."
+        )
+    target = source.target(f"ollama-{'lora-' if lora else ''}{file_type}", to)
+    made_of = source.inputs("ollama", lora=lora, file_type=file_type)
+    found = find_export(target, made_of)
+    if found is not None:  # its GGUF files need not be there any more
+        return found
+    parts = gguf(project, source.adapter.name, merged=not lora, file_type=file_type)
+    if parts.folder is None:
+        return parts
+    return export(
+        source, "ollama", target, made_of, lambda folder: build_ollama(folder, source, parts, file_type, lora=lora)
+    )
+
+
+def hub(
+    project: OpenProject,
+    adapter: str | None = None,
+    *,
+    merged: bool = False,
+    base_model: str | None = None,
+    model_license: str | None = None,
+    push: str | None = None,
+    public: bool = False,
+    to: str | Path | None = None,
+) -> HubResult:
+    """Write a repository folder for the Hugging Face hub, with a model card from lineage, evidence and verdict.
+
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        merged: publish the model of :meth:`merge`; otherwise the adapter in PEFT's form.
+        base_model: the base's hub id (None: the config's base_model, if that is a hub id).
+        model_license: the model's license as the hub names it, such as apache-2.0 (None: none is stated).
+        push: the repository OWNER/NAME to create and commit to (None: nothing leaves this machine).
+        public: make a new repository public; otherwise it is private.
+        to: the output folder (None: exports/NAME-hub, or exports/NAME-hub-merged).
+
+    Raises:
+        UserError: an id that is not OWNER/NAME, a merged model that differs from the trained one, evidence that was
+            changed, a hub that is unreachable or refuses, or as for :meth:`merge`.
+    """
+    from tunewright.export import hub
+    from tunewright.export.artifact import export
+
+    for name, where in ((base_model, "--base-model"), (push, "--push")):
+        if name is not None:
+            hub.require_hub_id(name, where)
+    source = Source.find(project, adapter)
+    tuned, base_model = source.adapter, base_model or hub_id(project.base)
+    model = merge(project, tuned.name) if merged else None
+    if model is not None and model.folder is None:
+        raise UserError(
+            f"The merged model differs from the trained one: {'; '.join(model.record.shortcomings)}",
+            where=str(model.numbers),
+            fix="Publish the adapter: run the same command without --merged.",
+        )
+    repository = hub.Repository(source, model, base_model, *hub.card(source, model, base_model, model_license, push))
+    target = source.target(f"hub{'-merged' if merged else ''}", to)
+    made_of = {"kind": "hub", "merged": merged, "adapter": tuned.digest, "card": digest(repository.card)}
+    result = export(source, "hub", target, made_of, repository.build)
+    assert result.folder is not None
+    message = f"{tuned.name}{f', evidence {repository.evidence}' if repository.evidence else ''}"
+    pushed = hub.push(result.folder, hub.Destination(push, not public), message) if push else None
+    return hub.HubResult(result.folder, result.record, result.made, repository.evidence, pushed)

@@ -1,0 +1,1 @@
+"""The gate: does an engine, or an exported file, answer as the trained model does?"""

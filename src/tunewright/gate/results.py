@@ -1,0 +1,246 @@
+"""Results of the isolation test and the serving check, and their records in a release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+IsolationVerdict = Literal["isolated", "not isolated", "can't tell"]
+_MAX_REASONS = 8
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A wrong answer."""
+
+    asked: str
+    """The model that should have answered."""
+    shortfall: float
+    """In nats."""
+    like: str | None
+    """The model that could have given this answer, if there is one."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One pattern of requests, and its result."""
+
+    name: str
+    asked: int
+    """The number of requests."""
+    worst: float
+    """The largest shortfall, in nats."""
+    failures: tuple[Failure, ...]
+
+    @property
+    def wrong(self) -> int:
+        """The number of wrong answers."""
+        return len(self.failures)
+
+
+@dataclass(frozen=True)
+class IsolationResult:
+    """The result of the test."""
+
+    engine: str
+    tolerance: float
+    models: tuple[str, ...]
+    checks: tuple[Check, ...]
+    alike: tuple[tuple[str, str], ...]
+    """Pairs that no probe distinguishes: if one answered for the other, the test would not detect it."""
+
+    @property
+    def verdict(self) -> IsolationVerdict:
+        """The verdict: any wrong answer decides it; without one, the probes must distinguish every pair of models."""
+        if any(check.failures for check in self.checks):
+            return "not isolated"
+        return "can't tell" if self.alike else "isolated"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The reasons for a verdict other than "isolated", one per line, shortened to the first few and a count."""
+        lines = [
+            f"{check.name}: a request for {failure.asked} got "
+            + (
+                f"the answer of {failure.like}"
+                if failure.like
+                else f"an answer that falls short by {failure.shortfall:.1f} nats"
+            )
+            for check in self.checks
+            for failure in check.failures
+        ]
+        if len(lines) > _MAX_REASONS:
+            lines[_MAX_REASONS:] = [f"and {len(lines) - _MAX_REASONS} more"]
+        return (
+            *lines,
+            *(f"{one} and {other} give the same answers to all prompts" for one, other in self.alike),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as ``--json`` prints it."""
+        checks = [
+            {
+                "name": check.name,
+                "asked": check.asked,
+                "worst_shortfall": round(check.worst, 4),
+                "failures": [
+                    {"asked": f.asked, "shortfall": round(f.shortfall, 4), "like": f.like} for f in check.failures
+                ],
+            }
+            for check in self.checks
+        ]
+        return {
+            "verdict": self.verdict,
+            "engine": self.engine,
+            "tolerance_nats": self.tolerance,
+            "models": list(self.models),
+            "checks": checks,
+            "alike": [list(pair) for pair in self.alike],
+        }
+
+
+@dataclass(frozen=True)
+class IsolationCheck:
+    """One check of the test: one pattern of requests."""
+
+    name: str
+    asked: int
+    wrong: int
+    """The number of answers from a wrong model."""
+    worst: float
+    """The largest shortfall, in nats."""
+
+
+@dataclass(frozen=True)
+class IsolationTest:
+    """A run of the test, and its result."""
+
+    verdict: IsolationVerdict
+    subject: str
+    """The SHA-256 of everything the result depends on; an equal subject need not be tested again."""
+    engine: str
+    device: str
+    """The GPU's name, or the kind of processor."""
+    base: str
+    """The base's digest."""
+    adapters: tuple[str, ...]
+    """The digests of all adapters that were loaded together."""
+    versions: dict[str, str]
+    """Versions of packages; those of the engine's environment as ``vllm:torch``."""
+    tolerance: float
+    """Maximum nats by which a correct token may be less likely than the reference's choice."""
+    checks: tuple[IsolationCheck, ...]
+    alike: tuple[tuple[str, str], ...]
+    """Pairs of models, by name, that no prompt distinguishes."""
+    reasons: tuple[str, ...]
+    """The reasons why the result is "not isolated" or "can't tell"."""
+    tested: str
+    """The time of the end, as ISO 8601 in UTC."""
+    seconds: float
+
+    @property
+    def summary(self) -> str:
+        """The result in a few words."""
+        return f"{self.verdict} on {self.engine}"
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> IsolationTest:
+        """Return the test that the state has stored as JSON."""
+        lists = {
+            "adapters": tuple(stored["adapters"]),
+            "checks": tuple(IsolationCheck(**check) for check in stored["checks"]),
+            "alike": tuple((one, other) for one, other in stored["alike"]),
+            "reasons": tuple(stored["reasons"]),
+        }
+        return cls(**{**stored, **lists})
+
+
+ServedAs = Literal["adapter", "identity", "merged"]
+"""A model of the serving check: the adapter, an adapter of the same shape that changes nothing, or base and adapter
+merged into one model."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ServingFigures:
+    """One model's answers through the engine, compared with those of the same model under PEFT.
+
+    The identity adapter is compared with the base, the other two with the adapter.
+    """
+
+    served: ServedAs
+    prompts: int
+    places: int
+    """Places of the answers at which distributions were compared."""
+    kl: Estimate | None
+    """Mean KL divergence from PEFT to the engine, in nats; None if the engine reported no place."""
+    kl_limit: float
+    effect: float
+    """Mean KL divergence from the reference to the base at the same places, in nats; 0 for the identity adapter."""
+    same: Estimate
+    """The share of answers that are the same, token by token."""
+    wrong: Estimate
+    """The share of answers that leave the reference's at a token that is not nearly as likely."""
+    formed: int
+    """The number of prompts whose ideal answer is JSON or has calls."""
+    well_formed: Estimate | None
+    """The share of these whose answer is well-formed; None without such prompts."""
+    trained_well_formed: Estimate | None
+    change: Estimate | None
+    """The first share minus the second, paired."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> ServingFigures:
+        """Return the figures that the state has stored as JSON."""
+        fields: dict[str, Any] = {k: Estimate(**v) if isinstance(v, dict) else v for k, v in stored.items()}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class ServingCheck:
+    """A run of the serving check, and its result."""
+
+    subject: str
+    """The SHA-256 of everything the result depends on; an equal subject need not be checked again."""
+    engine: str
+    device: str
+    base: str
+    """The base's digest."""
+    adapter: str
+    """The adapter's digest."""
+    versions: dict[str, str]
+    tolerance: float
+    """Nats by which another token may be less likely in an answer that is not wrong."""
+    figures: tuple[ServingFigures, ...]
+    left_out: str | None
+    """The reason why the merged model was not served."""
+    reasons: tuple[str, ...]
+    """The reasons why the check fails; empty if it passes."""
+    checked: str
+    """The time of the end, as ISO 8601 in UTC."""
+    seconds: float
+
+    @property
+    def passes(self) -> bool:
+        """True if no figure is beyond its limit."""
+        return not self.reasons
+
+    @property
+    def summary(self) -> str:
+        """The result in a few words."""
+        return f"{'passed' if self.passes else 'failed'} on {self.engine}"
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> ServingCheck:
+        """Return the check that the state has stored as JSON."""
+        figures = tuple(ServingFigures.of(each) for each in stored["figures"])
+        return cls(**{**stored, "figures": figures, "reasons": tuple(stored["reasons"])})

@@ -1,1 +1,0 @@
-"""The serving check: an engine answers held-out prompts as the model under PEFT does."""

@@ -1,1 +1,0 @@
-"""Isolation test: proof that an engine never answers with another tenant's adapter."""
