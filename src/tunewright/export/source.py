@@ -42,7 +42,7 @@ class Source:
 
     @cached_property
     def system_prompt(self) -> SystemPrompt:
-        """The adapter's trained system prompt, or the reason why there is none."""
+        """The adapter's trained system prompt, or the reason for its absence."""
         return system_prompt(self.adapter, self.project.folder.dataset)
 
     @property
