@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from prepare_bfcl import convert
 from real_data import SHARED
 from tunewright.config import DataConfig
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, ToolCall
 from tunewright.data.readers.validate import example_from_object
-from tunewright.examples.bfcl import convert
 
 FOLDER = SHARED / "bfcl"
 needs_bfcl = pytest.mark.skipif(

@@ -26,7 +26,7 @@ import sys
 from importlib.metadata import packages_distributions
 from tunewright.cli import commands
 from typer.testing import CliRunner
-assert CliRunner().invoke(commands(), ["init", sys.argv[1]]).exit_code == 0
+assert CliRunner().invoke(commands(), ["init", sys.argv[1], "--example", "orders"]).exit_code == 0
 known = packages_distributions()
 print(*{name for module in sys.modules for name in known.get(module.partition(".")[0], ())})
 """
@@ -58,9 +58,13 @@ def main() -> None:
 
 
 def check_content(wheel: Path) -> None:
-    """Every file of the package that git knows is in the wheel, and nothing else."""
-    tracked = output("git", "-C", str(ROOT), "ls-files", "src/tunewright").split()
-    wanted = {name.removeprefix("src/") for name in tracked if (ROOT / name).exists()}
+    """Every file of the package and of the example projects that git knows is in the wheel, and nothing else."""
+    tracked = output("git", "-C", str(ROOT), "ls-files", "src/tunewright", "examples/bfcl", "examples/orders").split()
+    wanted = {
+        name.removeprefix("src/") if name.startswith("src/") else f"tunewright/{name}"
+        for name in tracked
+        if (ROOT / name).exists()
+    }
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("tunewright/")}
     assert wanted == packed, f"missing: {sorted(wanted - packed)}; not in git: {sorted(packed - wanted)}"
@@ -79,6 +83,8 @@ def check_install(python: str, wheel: Path, needed: list[str], folder: Path) -> 
     run(command, "init", str(folder / "project"))
     assert "train:" in (folder / "project" / "tunewright.yaml").read_text(encoding="utf-8")
     run(command, "data", "--help")
+    run(command, "init", str(folder / "orders"), "--example", "orders")
+    assert (folder / "orders" / "agent.py").read_bytes() == (ROOT / "examples" / "orders" / "agent.py").read_bytes()
 
 
 def interpreters() -> dict[int, str]:

@@ -22,16 +22,17 @@ from typing import Any
 import pytest
 import yaml
 
+import agent
+import prepare_orders as orders
 from command_line import Ran, tunewright, write_jsonl
 from tiny import CHATML
 from tool_families import family
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message
-from tunewright.examples import orders, orders_agent
 
 pytestmark = pytest.mark.slow
 
-KNOWN = [(number, item, date) for number, item, _, date in orders_agent.ORDERS]
+KNOWN = [(number, item, date) for number, item, _, date in agent.ORDERS]
 NUMBERS = [number for number, *_ in KNOWN] + ["20461", "61158"]
 ITEMS = [item for _, item, _ in KNOWN] + ["atlas"]
 DATES = [date for *_, date in KNOWN] + ["30 June"]

@@ -69,7 +69,7 @@ def test_init_example_creates_a_complete_project(tmp_path: Path) -> None:
 
 def test_init_bfcl_converts_its_data(tmp_path: Path) -> None:
     item = {"id": "irrelevance_0", "question": [[{"role": "user", "content": "Hi"}]]}
-    function = {"name": "f", "description": "F.", "parameters": {"type": "dict", "properties": {}, "required": []}}
+    function = {"name": "f", "parameters": {"type": "dict", "properties": {}, "required": []}}
     folder = tmp_path / "data"
     folder.mkdir()
     lines = [{**item, "function": [function]}, {**item, "id": "irrelevance_1", "function": []}]

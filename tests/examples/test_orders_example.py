@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import agent
+import prepare_orders as orders
 from command_line import tunewright
 from tunewright.core.io import canonical_json
-from tunewright.examples import orders, orders_agent
 
 
 def test_agent_declares_the_functions_of_the_rows() -> None:
-    assert orders_agent.TOOLS == orders.TOOLS
-    assert set(orders_agent.FUNCTIONS) == {tool["function"]["name"] for tool in orders.TOOLS}
+    assert agent.TOOLS == orders.TOOLS
+    assert set(agent.FUNCTIONS) == {tool["function"]["name"] for tool in orders.TOOLS}
 
 
 def test_no_order_of_the_agents_database_is_in_a_row() -> None:
     text = canonical_json(orders.rows())
-    assert not [number for number, *_ in orders_agent.ORDERS if number in text]
+    assert not [number for number, *_ in agent.ORDERS if number in text]
 
 
 def test_init_orders_writes_rows_that_are_added_without_a_fault(tmp_path: Path) -> None:
@@ -32,8 +33,8 @@ def test_init_orders_writes_rows_that_are_added_without_a_fault(tmp_path: Path) 
 
 
 def test_cancelled_order_stays_cancelled_and_a_shipped_one_is_refused() -> None:
-    assert orders_agent.cancel_order("48213") == {"cancelled": True}
-    assert orders_agent.find_order("48213")["state"] == "cancelled"
-    assert orders_agent.cancel_order("48213")["cancelled"] is False
-    assert orders_agent.cancel_order("90377") == {"cancelled": False, "reason": "shipped on 2 April"}
-    assert orders_agent.cancel_order("00000") == {"cancelled": False, "reason": "no such order"}
+    assert agent.cancel_order("48213") == {"cancelled": True}
+    assert agent.find_order("48213")["state"] == "cancelled"
+    assert agent.cancel_order("48213")["cancelled"] is False
+    assert agent.cancel_order("90377") == {"cancelled": False, "reason": "shipped on 2 April"}
+    assert agent.cancel_order("00000") == {"cancelled": False, "reason": "no such order"}

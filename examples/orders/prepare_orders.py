@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from importlib.resources import files
 from typing import Any
 
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.io import canonical_json
+from tunewright.core.progress import Reporter
 
 NAME = "orders"
 ROWS_FILE = "orders.jsonl"
-AGENT_FILE = "agent.py"
 ROWS = 320
 
 _ORDER = {
@@ -26,7 +25,7 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": name, "description": description, "parameters": _ORDER}}
     for name, description in (("find_order", "Look an order up."), ("cancel_order", "Cancel an order."))
 ]
-"""The two functions. ``orders_agent.py`` declares the same."""
+"""The two functions. ``agent.py`` declares the same."""
 
 _SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"sources": [ROWS_FILE]},
@@ -160,24 +159,8 @@ def rows(count: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
     return drawn
 
 
-def agent() -> str:
-    """Return the agent's program: a loop of the ``openai`` SDK over two functions on an SQLite database."""
-    return files("tunewright.examples").joinpath("orders_agent.py").read_text(encoding="utf-8")
-
-
-def project_files() -> dict[str, str]:
-    """Return the project's files by name."""
+def project_files(_data: None, _reporter: Reporter) -> dict[str, str]:
+    """Return the prepared files of the project by name: its config and rows."""
     config = write_config({"name": NAME, "base_model": "bundled:smollm2-135m-instruct", **_SECTIONS})
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
-    return {CONFIG_FILE: config, ROWS_FILE: "".join(lines), AGENT_FILE: agent(), "README.md": _README}
-
-
-_README = f"""# {NAME}
-
-{ROWS} conversations of a bookshop's order desk, which looks orders up and cancels them with two functions. A fixed seed
-makes them.
-
-    tunewright run              the whole pipeline: data, advise, train, evaluate, verdict, report
-    tunewright serve            the base and the adapter behind an OpenAI-compatible API
-    python agent.py ADAPTER     an agent that talks to the server and calls the functions
-"""
+    return {CONFIG_FILE: config, ROWS_FILE: "".join(lines)}

@@ -11,8 +11,8 @@ import pytest
 
 from bfcl_rows import FOLDER, items, needs_bfcl
 from command_line import tunewright
+from prepare_bfcl import CATEGORIES, NO_FUNCTION_FITS, Converted, convert
 from tunewright.core.errors import UserError
-from tunewright.examples.bfcl import CATEGORIES, NO_FUNCTION_FITS, Converted, convert
 
 PLAY = {
     "name": "spotify.play",
@@ -59,6 +59,14 @@ def test_types_become_json_schema(tmp_path: Path) -> None:
         },
         "required": ["artist"],
     }
+
+
+def test_function_may_lack_a_description_and_parameters(tmp_path: Path) -> None:
+    bare = {key: value for key, value in PLAY.items() if key != "description"}
+    (row,) = _converted(tmp_path, [{"spotify.play": {"artist": ["Björk"]}}], functions=[bare]).rows
+    assert row["tools"][0]["function"].keys() == {"name", "parameters"}
+    (row,) = _converted(tmp_path, [{"stop": {}}], functions=[{"name": "stop", "description": "Stop."}]).rows
+    assert row["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +132,7 @@ def test_item_that_cannot_be_a_row_is_named_with_its_reason(tmp_path: Path, trut
         ),
         ([PLAY, {**PLAY, "name": "spotify_play"}], "two functions have the same name"),
         ([{**PLAY, "parameters": {"type": "HashMap"}}], "the type 'HashMap' is unknown"),
+        ([{"description": "Play music."}], "a function has no name"),
     ],
 )
 def test_functions_that_no_api_takes_are_named(tmp_path: Path, functions: Any, reason: str) -> None:

@@ -105,16 +105,14 @@ class Converted:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
 
 
-def project_files(folder: Path, reporter: Reporter) -> dict[str, str]:
-    """Return the project's files by name.
-
-    Args:
-        folder: BFCL's files.
-        reporter: reports the number of rows, and of items that are left out.
+def project_files(folder: Path | None, reporter: Reporter) -> dict[str, str]:
+    """Return the prepared files of the project by name: its config, its rows, and the items that cannot be rows.
 
     Raises:
-        UserError: as for :func:`convert`.
+        UserError: no folder, or as for :func:`convert`.
     """
+    if folder is None:
+        raise UserError(f"The example {NAME} needs its data", where="--data", fix=WHERE)
     converted = convert(folder)
     if not converted.rows:
         raise UserError(f"No item can be a row\n{_some(converted.left_out)}", where=str(folder), fix=WHERE)
@@ -249,11 +247,13 @@ def _row(item: dict[str, Any], category: str, answers: dict[str, Any]) -> dict[s
 
 
 def _tool(function: dict[str, Any]) -> dict[str, Any]:
-    declared = {
-        "name": _name(function["name"]),
-        "description": function["description"],
-        "parameters": _schema(function["parameters"]),
-    }
+    if not isinstance(function.get("name"), str):
+        raise _UnconvertibleError("a function has no name")
+    declared: dict[str, Any] = {"name": _name(function["name"])}
+    # OpenAI's API, too, takes functions without a description or parameters.
+    if "description" in function:
+        declared["description"] = function["description"]
+    declared["parameters"] = _schema(function.get("parameters", {"type": "dict", "properties": {}}))
     return {"type": "function", "function": declared}
 
 
