@@ -14,11 +14,10 @@ from tunewright.cli.console import RESUMES, Session
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.render.terminal import Part
-
     from tunewright.advisor.result import AdviceResult
     from tunewright.advisor.signals import Signals
     from tunewright.evidence.common import Interval, Score
+    from tunewright.render.terminal import Part
 
 _COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold cyan", "can't tell": "bold yellow"}
 _WIDTH = 41

@@ -16,12 +16,11 @@ from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.verdict import verdict_text
 
 if TYPE_CHECKING:
-    from tunewright.render.terminal import Part
-
     from tunewright.api import RunResult
     from tunewright.demo import DemoAnswers
     from tunewright.demo_tenants import TwoTenants
     from tunewright.evidence.schema import Advice
+    from tunewright.render.terminal import Part
 
 _SHORT = 12
 _STAGES = {"data": 0.1, "advise": 6.0, "train": 6.0, "evaluate": 6.0, "report": 0.1}

@@ -11,9 +11,8 @@ from tunewright.cli.console import CANT_TELL, RESUMES, Session
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.render.terminal import Part
-
     from tunewright.config import MetricName
+    from tunewright.render.terminal import Part
     from tunewright.training.sweep.sweep import SweepResult
 
 

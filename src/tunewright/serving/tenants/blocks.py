@@ -71,7 +71,10 @@ def days_table(days: Sequence[DayTotal]) -> Table:
 
 def releases_blocks(releases: Sequence[Release]) -> tuple[Block, ...]:
     """Return the releases, each with its candidate, and the reasons of those that were forced."""
-    head = ("Release", *words("Action", "Answers with", "Verdict", "Isolation test", "Serving check", "By", "When (UTC)"))
+    head = (
+        "Release",
+        *words("Action", "Answers with", "Verdict", "Isolation test", "Serving check", "By", "When (UTC)"),
+    )
     found = table("Releases", head, map(_release, releases))
     reasons = []
     for each in releases:
