@@ -20,9 +20,9 @@ from tunewright.api import Project
 from tunewright.config import IncumbentConfig
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
-from tunewright.endpoints import client
 from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, read_frozen
 from tunewright.evaluation.incumbents import require_ready
+from tunewright.model_io import client
 
 PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a call
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tunewright.config import Quantization
 from tunewright.core.io import digest
-from tunewright.core.log import read_journal
+from tunewright.model_io.replies import Journal
 
 ENGINE = "decoding-2"
 """Part of every key with peft: increment it when a change to the decoding loop changes answers."""
@@ -58,6 +58,10 @@ class Decoding:
         return digest(asdict(self))
 
 
-def read_answers(journal: Path) -> Iterator[tuple[str, tuple[str, bool]]]:
-    """Yield the digest of each prompt with its answer."""
-    return ((row["prompt"], (row["text"], row["truncated"])) for row in read_journal(journal))
+def answer_journal(folder: Path, decoding: Decoding) -> Journal[tuple[str, bool]]:
+    """Return the journal of answers so decoded: text and truncation by the digest of the prompt."""
+    return Journal(
+        folder / f"{decoding.key[:16]}.jsonl",
+        lambda row: (row["prompt"], (row["text"], row["truncated"])),
+        lambda prompt, answer: {"prompt": prompt, "text": answer[0], "truncated": answer[1]},
+    )

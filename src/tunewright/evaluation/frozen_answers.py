@@ -24,11 +24,11 @@ from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.tool_limits import ArgumentsError
 from tunewright.data.tools import canonical_arguments
 from tunewright.data.versions import Member
-from tunewright.endpoints.budget import Budget
-from tunewright.endpoints.client import Endpoint
-from tunewright.endpoints.replies import ChatRequest, Reply, cost, estimated_tokens
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.common import Part
+from tunewright.model_io.budget import Budget
+from tunewright.model_io.client import Endpoint
+from tunewright.model_io.replies import ChatRequest, Reply, cost, estimated_tokens
 
 Split = Literal["test", "dev"]
 
@@ -179,8 +179,8 @@ class IncumbentModel:
 
     def estimate(self, members: Sequence[Member]) -> IncumbentEstimate:
         """Estimate the calls that these rows still need; nothing is sent."""
-        missing = self._missing(members)
-        every = {self.key(m) for m in members}
+        wanted = {self.key(m) for m in members}
+        missing = self.endpoint.journal.missing(self._unfrozen(members))
         prompt = sum(estimated_tokens(self.request(m.example).text) for m in missing.values())
         completion = sum(estimated_tokens(m.example.output) for m in missing.values())
         limit = self.config.reply_limit
@@ -188,7 +188,7 @@ class IncumbentModel:
         return IncumbentEstimate(
             name=self.config.name,
             calls=len(missing),
-            known=sum(key in self._frozen or key in self.endpoint.journal.replies for key in every),
+            known=sum(key in self._frozen or key in self.endpoint.journal.answers for key in wanted),
             prompt_tokens=prompt,
             completion_tokens=completion,
             most_completion_tokens=most,
@@ -213,7 +213,7 @@ class IncumbentModel:
                 fix="Check base_url, model, parameters and system_prompt, which identify frozen answers, and the "
                 "folder incumbents.",
             )
-        if self._missing(members):
+        if self.endpoint.journal.missing(self._unfrozen(members)):
             self.endpoint.require_key()
 
     def answers(self, members: Sequence[Member], split: Split) -> FrozenSet:
@@ -223,11 +223,12 @@ class IncumbentModel:
             UserError: the endpoint fails or the budget is used up (replies are kept), or a file was changed.
         """
         keys = [self.key(m) for m in members]
-        missing = self._missing(members)
-        if missing:
+        unfrozen = self._unfrozen(members)
+        if missing := self.endpoint.journal.missing(unfrozen):
             where = f"{self.config.model} at {self.config.base_url}"
             self.reporter.say(f"{split.capitalize()} items are sent to {where} ({len(missing):,} calls)")
-        replies = self._asked(members, split)
+        requests = [self.request(member.example) for member in unfrozen.values()]
+        replies = dict(zip(unfrozen, self.endpoint.ask(f"{self.arm} on {split}", requests), strict=True))
         lines = [self._line(m, key, replies) for m, key in zip(members, keys, strict=True)]
         rows = digest(sorted(line.request for line in lines if line is not None))
         frozen = FrozenSet(self.folder / f"{self.config.name}-{split}-{rows[:12]}.jsonl", lines)
@@ -242,12 +243,11 @@ class IncumbentModel:
         """Return the digest of a row's request, which identifies its answer."""
         return self.endpoint.journal.key(self.request(member.example))
 
-    def _missing(self, members: Sequence[Member]) -> dict[str, Member]:
-        """Return the rows to ask, one for each distinct request."""
+    def _unfrozen(self, members: Sequence[Member]) -> dict[str, Member]:
+        """Return the rows that the endpoint answers, one for each distinct request."""
         if self.config.frozen:
             return {}
-        wanted = {self.key(m): m for m in members}
-        return {k: m for k, m in wanted.items() if k not in self._frozen and k not in self.endpoint.journal.replies}
+        return {key: member for member in members if (key := self.key(member)) not in self._frozen}
 
     @cached_property
     def _frozen(self) -> Mapping[str, FrozenAnswer]:
@@ -255,17 +255,6 @@ class IncumbentModel:
         files = sorted(self.folder.glob("[!.]*.jsonl"))
         AccessLog(self.evaluations).require(*files)
         return {line.request: line for file in files for line in read_frozen(file)}
-
-    def _asked(self, members: Sequence[Member], split: Split) -> dict[str, Reply]:
-        """Return the replies of rows that are not frozen, by request."""
-        if self.config.frozen:
-            return {}
-        wanted = {self.key(m): self.request(m.example) for m in members}
-        asked = {key: said for key, said in wanted.items() if key not in self._frozen}
-        if not asked:
-            return {}
-        replies = self.endpoint.ask(f"{self.arm} on {split}", list(asked.values()))
-        return dict(zip(asked, replies, strict=True))
 
     def _line(self, member: Member, key: str, replies: Mapping[str, Reply]) -> FrozenAnswer | None:
         if key in self._frozen:

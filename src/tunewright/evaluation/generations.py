@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
@@ -16,7 +16,6 @@ from tunewright.chat.answers import answer_text, stop_strings
 from tunewright.chat.call_grammar import CallGrammars
 from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
-from tunewright.core import log
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.core.workers import ModelWorkers
@@ -24,7 +23,7 @@ from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
-from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, read_answers
+from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, answer_journal
 from tunewright.evaluation.answer_worker import WorkerModel
 from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers
 from tunewright.evaluation.countdown import Countdown, tokens_each
@@ -32,6 +31,7 @@ from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.requests import Completion, Request
+from tunewright.model_io.replies import Journal
 from tunewright.models.bases import Base
 from tunewright.models.loading import device
 from tunewright.training.self_samples import BATCH
@@ -199,16 +199,15 @@ class Generator:
     ) -> list[Answer]:
         """Return the answers in the prompts' order, constrained by the grammar or free."""
         journal = self._journal(max_new_tokens, adapter, constrained=constrained)
-        known = dict(read_answers(journal))
-        missing = sorted({p for p in prompts if digest(p) not in known})
+        missing = sorted(journal.missing({digest(prompt): prompt for prompt in prompts}).values())
         if missing:
             with (
                 self.countdown.arm(title, len(missing), tokens_each(missing, max_new_tokens)) as task,
-                log.journal(journal) as file,
+                journal.keeping() as keep,
             ):
                 requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
-                self.generate(requests, self._keeping(file, requests, known, task.advance), adapter=adapter)
-        return self._as_answers(prompts, known)
+                self.generate(requests, self._keeping(requests, keep, task.advance), adapter=adapter)
+        return self._as_answers(prompts, journal.answers)
 
     def answer_together(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
         """Have the workers of a cluster compute the missing answers of several arms at once, into the journals.
@@ -217,33 +216,28 @@ class Generator:
         """
         if self._cluster is None:
             return
-        known: dict[Path, set[str]] = {}
+        claimed: set[tuple[Path, str]] = set()
         with ExitStack() as stack:
-            files: dict[Path, TextIO] = {}
             asked = []
             for arm in arms:
                 journal = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained)
-                if journal not in known:
-                    known[journal] = {key for key, _ in read_answers(journal)}
-                missing = sorted({prompt for prompt in arm.prompts if digest(prompt) not in known[journal]})
+                wanted = journal.missing({digest(prompt): prompt for prompt in arm.prompts})
+                # An arm with the same prompts finds these answers in the journal.
+                missing = sorted(prompt for key, prompt in wanted.items() if (journal.path, key) not in claimed)
                 if not missing:
                     continue
-                # An arm with the same prompts finds these answers in the journal.
-                known[journal] |= {digest(prompt) for prompt in missing}
-                if journal not in files:
-                    files[journal] = stack.enter_context(log.journal(journal))
+                claimed |= {(journal.path, key) for key in wanted}
                 tokens = tokens_each(missing, max_new_tokens)
                 task = stack.enter_context(self.countdown.arm(arm.title, len(missing), tokens))
                 requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
-                keep = self._keeping(files[journal], requests, {}, task.advance)
+                keep = self._keeping(requests, stack.enter_context(journal.keeping()), task.advance)
                 asked.append(self._of_arm(requests, keep, self.chat.stop_ids, arm.adapter, None))
             if asked:
                 self._by_workers(asked)
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
         """Return the digests of the prompts that already have an answer in the journal."""
-        journal = self._journal(max_new_tokens, adapter, constrained=constrained)
-        return frozenset(key for key, _ in read_answers(journal))
+        return frozenset(self._journal(max_new_tokens, adapter, constrained=constrained).answers)
 
     def _as_answers(self, prompts: Sequence[Prompt], known: Mapping[str, tuple[str, bool]]) -> list[Answer]:
         """Return the prompts' answers, with token counts from the text, since the journal keeps no token ids."""
@@ -255,25 +249,20 @@ class Generator:
             for (text, truncated), prompt, ids in zip(found, prompts, counts, strict=True)
         ]
 
-    def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Path:
-        return self.folder / f"{self.decoding(max_new_tokens, adapter, constrained=constrained).key[:16]}.jsonl"
+    def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool) -> Journal[tuple[str, bool]]:
+        return answer_journal(self.folder, self.decoding(max_new_tokens, adapter, constrained=constrained))
 
     def _keeping(
-        self,
-        file: TextIO,
-        requests: Sequence[Request],
-        found: dict[str, tuple[str, bool]],
-        advance: Callable[[], None],
+        self, requests: Sequence[Request], keep: Callable[[str, tuple[str, bool]], None], advance: Callable[[], None]
     ) -> Callable[[int, Completion], None]:
-        """Return a function that adds a request's answer to ``found`` and to the journal."""
+        """Return a function that keeps a request's answer."""
 
-        def keep(index: int, completion: Completion) -> None:
-            key = digest(requests[index].prompt_ids)
-            found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
-            log.keep(file, {"prompt": key, "text": found[key][0], "truncated": found[key][1]})
+        def keep_completion(index: int, completion: Completion) -> None:
+            prompt = requests[index].prompt_ids
+            keep(digest(prompt), (self.text(prompt, completion), completion.finish == "length"))
             advance()
 
-        return keep
+        return keep_completion
 
     def requests(
         self,

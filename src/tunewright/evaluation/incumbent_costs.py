@@ -13,13 +13,13 @@ import numpy as np
 from tunewright.adapters.registry import Adapter
 from tunewright.config import Config, IncumbentConfig, PriceConfig
 from tunewright.data.versions import Member
-from tunewright.endpoints.replies import cost
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED
 from tunewright.evaluation.frozen_answers import FrozenSet
 from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evidence.incumbents import Incumbents, Latency, Serving, TunedServing
 from tunewright.evidence.schema import Arm, Evidence
+from tunewright.model_io.replies import cost
 
 _BATCH_ROWS = 64
 _BATCH_TOKENS = 8192

@@ -18,10 +18,11 @@ from tunewright.data.readers.generated_rows import GENERATED
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.metrics import Scorer
+from tunewright.model_io.client import Calls, Usage
 from tunewright.synthesis.agreement import choose, needs_no_reference, score_of
 from tunewright.synthesis.inputs import Input, screen_inputs
 from tunewright.synthesis.rubric import JudgeCalls, RubricJudge
-from tunewright.synthesis.teachers import Calls, Sample, Teacher, Usage
+from tunewright.synthesis.teachers import Sample, Teacher
 
 DISAGREE = "samples disagree"
 FORM = "not in the form of evaluate.structured_outputs"

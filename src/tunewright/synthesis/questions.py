@@ -20,10 +20,11 @@ from tunewright.data.readers.generated_rows import DOCUMENT_GROUP, GENERATED, PA
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.validate import example_from_object
 from tunewright.data.versions import DatasetVersion
+from tunewright.model_io.client import Usage
 from tunewright.synthesis.documents import Document, Passage, read_document
 from tunewright.synthesis.generate import Estimate, warn_of_versions, write_rows
 from tunewright.synthesis.inputs import Input, screen_inputs
-from tunewright.synthesis.teachers import Prompt, Sample, Teacher, Usage
+from tunewright.synthesis.teachers import Prompt, Sample, Teacher
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

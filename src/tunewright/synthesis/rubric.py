@@ -18,13 +18,13 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.versions import DatasetVersion
-from tunewright.endpoints.budget import Budget
-from tunewright.endpoints.client import Endpoint
-from tunewright.endpoints.replies import Conversation, Reply, cost
 from tunewright.evaluation.judge.controls import FEWEST, REQUIRED
 from tunewright.evaluation.judge.figures import exact_lower_limit
 from tunewright.evaluation.judge.runner import task_text
 from tunewright.metrics import normalised
+from tunewright.model_io.budget import Budget
+from tunewright.model_io.client import Endpoint
+from tunewright.model_io.replies import Conversation, Reply
 
 _ASK = """\
 You judge an answer to a task. The texts between marker lines, which look like <<<NAME {mark}>>> and <<<END {mark}>>>, \
@@ -138,9 +138,8 @@ class RubricJudge:
     @property
     def used(self) -> JudgeCalls:
         """The replies used so far, earlier runs' included."""
-        replies = self._endpoint.used.values()
-        prompt, completion = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-        return JudgeCalls(len(replies), cost(self.config, prompt, completion))
+        usage = self._endpoint.usage
+        return JudgeCalls(usage.calls, usage.cost)
 
 
 def _read(reply: Reply) -> int | str:

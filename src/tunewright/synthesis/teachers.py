@@ -14,16 +14,15 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.core.log import journal, keep, read_journal
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.readers.generated_rows import unmapped
 from tunewright.data.readers.row_errors import CODES, RowError
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.validate import example_from_turns
-from tunewright.endpoints.budget import Budget
-from tunewright.endpoints.client import Endpoint
-from tunewright.endpoints.replies import ChatRequest, Reply, cost, estimated_tokens
+from tunewright.model_io.budget import Budget
+from tunewright.model_io.client import Calls, Endpoint, Usage
+from tunewright.model_io.replies import ChatRequest, Journal, Reply
 
 if TYPE_CHECKING:
     from tunewright.evaluation.generations import Generator
@@ -48,31 +47,6 @@ class Sample:
     """The teacher's version."""
     when: str
     """UTC, ISO 8601."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Calls and tokens of a run; ``cost`` is None without prices, and 0 for a local teacher."""
-
-    calls: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float | None
-
-
-@dataclass(frozen=True)
-class Calls:
-    """The calls of a run before it is started; tokens are guessed from characters (4 each).
-
-    ``known`` calls have a kept answer. The other numbers are of the calls still to make; None: no limit on replies, or
-    no prices.
-    """
-
-    calls: int
-    known: int
-    prompt_tokens: int
-    most_completion_tokens: int | None
-    most_cost: float | None
 
 
 def with_instruction(prompt: Prompt, instruction: str | None) -> Prompt:
@@ -146,18 +120,7 @@ class EndpointTeacher:
 
     def calls(self, prompts: Sequence[Prompt], samples: int) -> Calls:
         """Return what sampling takes."""
-        requests = {self._endpoint.journal.key(r): r for prompt in prompts for r in self._requests(prompt, samples)}
-        missing = [request for request in requests.values() if not self._endpoint.is_known(request)]
-        tokens = sum(estimated_tokens(request.text) for request in missing)
-        limit = self.config.reply_limit
-        most = None if limit is None else limit * len(missing)
-        return Calls(
-            calls=len(requests),
-            known=len(requests) - len(missing),
-            prompt_tokens=tokens,
-            most_completion_tokens=most,
-            most_cost=None if most is None else cost(self.config, tokens, most),
-        )
+        return self._endpoint.estimate(request for prompt in prompts for request in self._requests(prompt, samples))
 
     def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[Sample]]:
         """Return the samples of each prompt.
@@ -197,9 +160,7 @@ class EndpointTeacher:
     @property
     def used(self) -> Usage:
         """The replies used so far, earlier runs' included."""
-        replies = self._endpoint.used.values()
-        prompt, completion = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-        return Usage(len(replies), prompt, completion, cost(self.config, prompt, completion))
+        return self._endpoint.usage
 
 
 class LocalTeacher:
@@ -235,7 +196,11 @@ class LocalTeacher:
             self.config.parameters,
             self._seed,
         ]
-        self._journal = project.work / "generate" / f"local-{digest(decides)[:16]}.jsonl"
+        self._journal: Journal[dict[str, Any]] = Journal(
+            project.work / "generate" / f"local-{digest(decides)[:16]}.jsonl",
+            lambda row: (row.pop("key"), row),
+            lambda key, sampled: {"key": key, **sampled},
+        )
         self._used: list[tuple[int, int]] = []
 
     @property
@@ -245,9 +210,8 @@ class LocalTeacher:
 
     def calls(self, prompts: Sequence[Prompt], samples: int) -> Calls:
         """Return what sampling takes."""
-        kept = {row["key"]: row for row in read_journal(self._journal)}
-        wanted = {(ids, number) for _, ids in self._encoded(prompts) for number in range(samples)}
-        missing = [each for each in wanted if _sample_key(*each) not in kept]
+        wanted = self._wanted(self._encoded(prompts), samples)
+        missing = self._journal.missing(wanted).values()
         return Calls(
             calls=len(wanted),
             known=len(wanted) - len(missing),
@@ -259,32 +223,34 @@ class LocalTeacher:
     def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[Sample]]:
         """Return the samples of each prompt; a resumed run computes only the missing ones."""
         encoded = self._encoded(prompts)
-        kept = {row["key"]: row for row in read_journal(self._journal)}
         asked = {ids: prompt for prompt, ids in encoded}
-        missing = sorted(
-            (ids, number) for ids in asked for number in range(samples) if _sample_key(ids, number) not in kept
-        )
+        wanted = self._wanted(encoded, samples)
+        missing = sorted(self._journal.missing(wanted).values())
         if missing:
-            with self._reporter.task(title, len(asked) * samples, "samples") as task, journal(self._journal) as file:
-                task.advance(len(asked) * samples - len(missing))
+            with self._reporter.task(title, len(wanted), "samples") as task, self._journal.keeping() as keep:
+                task.advance(len(wanted) - len(missing))
 
                 def complete(index: int, completion: Completion) -> None:
                     ids, number = missing[index]
                     turn = answer_message(self._generator.chat, completion, asked[ids]).as_dict()
                     cut = completion.finish == "length"
-                    entry = {"key": _sample_key(ids, number), "turn": turn, "cut": cut, "when": now()}
-                    entry["tokens"] = len(completion.ids)
-                    kept[str(entry["key"])] = entry
-                    keep(file, entry)
+                    entry = {"turn": turn, "cut": cut, "when": now(), "tokens": len(completion.ids)}
+                    keep(_sample_key(ids, number), entry)
                     task.advance()
 
                 self._generator.generate(self._requests(missing), complete)
         found = []
         for prompt, ids in encoded:
-            entries = [kept[_sample_key(ids, number)] for number in range(samples)]
+            entries = [self._journal.answers[_sample_key(ids, number)] for number in range(samples)]
             self._used += [(len(ids), entry["tokens"]) for entry in entries]
             found.append([self._sample(prompt, entry) for entry in entries])
         return found
+
+    def _wanted(
+        self, encoded: Sequence[tuple[Prompt, tuple[int, ...]]], samples: int
+    ) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Return ids and number of each distinct sample by its key."""
+        return {_sample_key(ids, number): (ids, number) for _, ids in encoded for number in range(samples)}
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[tuple[Prompt, tuple[int, ...]]]:
         instruction = self.config.instruction

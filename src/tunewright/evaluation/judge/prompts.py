@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.core.io import digest
-from tunewright.endpoints.replies import Reply
 from tunewright.evaluation.judge.rows import Outcome
+from tunewright.model_io.replies import Reply
 
 Kind = Literal["correctness", "pairwise"]
 Verdict = Literal["correct", "incorrect", "A", "B", "tie"]

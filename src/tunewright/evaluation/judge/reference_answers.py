@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.endpoints.client import Endpoint
-from tunewright.endpoints.replies import Conversation
 from tunewright.evidence.schema import Item
+from tunewright.model_io.client import Endpoint
+from tunewright.model_io.replies import Conversation
 
 REFERENCE_MODEL = "reference model"
 """Its name among the arms."""

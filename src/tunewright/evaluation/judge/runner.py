@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,9 +14,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version, short
-from tunewright.endpoints.budget import Budget
-from tunewright.endpoints.client import Endpoint
-from tunewright.endpoints.replies import Conversation, cost, estimated_tokens
 from tunewright.evaluation.access_log import amendable
 from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
 from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
@@ -27,6 +24,9 @@ from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRo
 from tunewright.evidence.common import Part
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
 from tunewright.evidence.schema import Evidence, Item, load_items
+from tunewright.model_io.budget import Budget
+from tunewright.model_io.client import Endpoint
+from tunewright.model_io.replies import Conversation
 
 
 def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
@@ -168,24 +168,17 @@ class Judge:
         prompts = self._test_prompts()
         controls = {q for case in self.cases for q in case.questions}
         questions = set(self._ballot(self._expected_answers(prompts)).questions) - controls
-        asked = [(self.endpoint, _conversation(q)) for q in (*controls, *questions)]
+        estimates = [self.endpoint.estimate(map(_conversation, (*controls, *questions)))]
         if self.other is not None:
-            asked += [(self.other, prompt) for prompt in {self.other.journal.key(p): p for p in prompts}.values()]
-        missing = [(endpoint, said) for endpoint, said in asked if not endpoint.is_known(said)]
-        tokens = [sum(estimated_tokens(message["content"]) for message in said) for _, said in missing]
-        limits = [endpoint.config.reply_limit for endpoint, _ in missing]
-        costs = [
-            None if limit is None else cost(endpoint.config, count, limit)
-            for (endpoint, _), count, limit in zip(missing, tokens, limits, strict=True)
-        ]
+            estimates.append(self.other.estimate(prompts))
         return Estimate(
             controls=len(controls),
             questions=len(questions),
-            reference_answers=len(asked) - len(controls) - len(questions),
-            known=len(asked) - len(missing),
-            prompt_tokens=sum(tokens),
-            most_completion_tokens=_total(limits),
-            most_cost=_total(costs),
+            reference_answers=sum(each.calls for each in estimates[1:]),
+            known=sum(each.known for each in estimates),
+            prompt_tokens=sum(each.prompt_tokens for each in estimates),
+            most_completion_tokens=_total([each.most_completion_tokens for each in estimates]),
+            most_cost=_total([each.most_cost for each in estimates]),
         )
 
     def _expected_answers(self, prompts: Sequence[Conversation]) -> ReferenceAnswers | None:
@@ -332,15 +325,7 @@ def _replaced(earlier: Judgement | None, new: Judgement) -> tuple[str, ...]:
 
 
 def _spent(endpoint: Endpoint) -> JudgeUsage:
-    replies = endpoint.used.values()
-    prompt, completion = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-    return JudgeUsage(
-        calls=len(replies),
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        estimated=sum(r.estimated for r in replies),
-        cost=cost(endpoint.config, prompt, completion),
-    )
+    return JudgeUsage(estimated=endpoint.uncounted, **asdict(endpoint.usage))
 
 
 def _lines(rows: Sequence[Part]) -> str:

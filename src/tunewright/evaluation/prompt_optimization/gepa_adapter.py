@@ -14,12 +14,12 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
-from tunewright.endpoints.replies import Reply
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import Instruction
 from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.judge.runner import task_text
 from tunewright.metrics import score_all
+from tunewright.model_io.replies import Reply
 
 INSTRUCTION = "instruction"
 """Name of the only text that GEPA evolves."""

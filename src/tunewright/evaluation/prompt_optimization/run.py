@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,9 +14,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import WithoutBars
 from tunewright.data.versions import Member
-from tunewright.endpoints.budget import Budget
-from tunewright.endpoints.client import Endpoint
-from tunewright.endpoints.replies import Reply, cost, estimated_tokens
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import Instruction, find_instruction
 from tunewright.evaluation.countdown import Countdown
@@ -24,6 +21,9 @@ from tunewright.evaluation.judge.runner import task_text
 from tunewright.evaluation.optimized_prompts import instruction_digest, load, store
 from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, ReflectionUsage
 from tunewright.metrics import check_references, score_all
+from tunewright.model_io.budget import Budget
+from tunewright.model_io.client import Endpoint
+from tunewright.model_io.replies import Reply, cost, estimated_tokens
 
 if TYPE_CHECKING:
     from gepa.core.adapter import GEPAAdapter
@@ -272,8 +272,7 @@ class PromptOptimization:
         on_dev = {place: self._on_dev(adapter, texts[place]) for place in [0, *ranked[:_FINALISTS]]}
         dev = {place: score for place, score in on_dev.items() if score is not None}
         best = max(dev, key=lambda place: (dev[place], -place))
-        usage, model = self.endpoint.used.values(), self.endpoint.config
-        prompt, completion = sum(r.prompt_tokens for r in usage), sum(r.completion_tokens for r in usage)
+        model = self.endpoint.config
         return OptimizedPrompt(
             id=self.identity,
             created=now(),
@@ -301,11 +300,8 @@ class PromptOptimization:
                 model=str(model.model),
                 url=str(model.base_url),
                 parameters=model.parameters,
-                calls=len(usage),
-                prompt_tokens=prompt,
-                completion_tokens=completion,
-                estimated=sum(r.estimated for r in usage),
-                cost=cost(model, prompt, completion),
+                estimated=self.endpoint.uncounted,
+                **asdict(self.endpoint.usage),
             ),
             stopped=self._end or f"max_metric_calls ({self.settings.max_metric_calls:,}) was reached",
             notes=tuple(f"{what} ({count} times)" for what, count in sorted(adapter.gaps.items())),

@@ -18,10 +18,10 @@ from scripted_judge import Server, honest, scripted
 from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.endpoints import client
-from tunewright.endpoints.budget import Budget
-from tunewright.endpoints.client import MAX_REPLY, MAX_TOKENS, Endpoint
-from tunewright.endpoints.replies import Reply
+from tunewright.model_io import client
+from tunewright.model_io.budget import Budget
+from tunewright.model_io.client import MAX_REPLY, MAX_TOKENS, Endpoint
+from tunewright.model_io.replies import Reply
 
 CONVERSATION = ({"role": "user", "content": "a question"},)
 
@@ -54,7 +54,7 @@ def _refusal(server: Server, folder: Path, response: Response) -> str:
     with pytest.raises(UserError) as caught:
         asking.ask("t", [CONVERSATION])
     assert caught.value.where == "judge.base_url" and "scripted at" in caught.value.what
-    assert not asking.journal.replies
+    assert not asking.journal.answers
     return caught.value.what
 
 
@@ -122,8 +122,8 @@ def test_reply_with_impossible_token_counts_is_refused(served: Server, tmp_path:
 
 def test_budget_does_not_grow_by_a_journal_with_negative_counts(served: Server, tmp_path: Path) -> None:
     asking = endpoint(served, tmp_path)
-    with asking.journal.appending() as file:
-        asking.journal.keep(file, asking.journal.key(CONVERSATION), Reply("an answer", "stop", -(10**9), 0))
+    with asking.journal.keeping() as keep:
+        keep(asking.journal.key(CONVERSATION), Reply("an answer", "stop", -(10**9), 0))
     purse = Budget(0.5, "judge.budget")
     endpoint(served, tmp_path, purse).ask("t", [CONVERSATION])
     assert purse.spent == 0

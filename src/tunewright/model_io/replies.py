@@ -1,17 +1,20 @@
-"""Replies of an endpoint, each journalled as soon as it arrives, so that none is paid for twice."""
+"""Answers of models, each journalled as soon as it is complete, so that none is computed or paid for twice."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Generic, TypeVar
 
 from tunewright.config import EndpointConfig
 from tunewright.core.io import digest
 from tunewright.core.log import journal, keep, read_journal
+
+Asked = TypeVar("Asked")
+Kept = TypeVar("Kept")
 
 Message = dict[str, Any]
 Conversation = tuple[Message, ...]
@@ -74,10 +77,52 @@ def cost(endpoint: EndpointConfig, prompt_tokens: int, completion_tokens: int) -
     return (prompt_tokens * endpoint.price_input + completion_tokens * endpoint.price_output) / 1e6
 
 
-class Journal:
-    """Replies on disk, by a digest of everything that decides them: endpoint, model, parameters and conversation.
+class Journal(Generic[Kept]):
+    """A model's answers by the digest of what was asked, in a file that gets each one as soon as it is complete.
 
-    A half-written line from a killed run is skipped, and its conversation is asked again.
+    A repeated run finds them. A half-written line of a killed run is skipped, and its answer is asked again.
+
+    Args:
+        path: the file, which is named after everything else that decides the answers.
+        parse: returns the key and the answer of a row; KeyError and TypeError: the row has another form.
+        row: returns the row of an answer; None: it is not written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parse: Callable[[dict[str, Any]], tuple[str, Kept]],
+        row: Callable[[str, Kept], dict[str, Any] | None],
+    ) -> None:
+        self.path = path
+        self.answers: dict[str, Kept] = {}
+        self._row = row
+        for each in read_journal(path):
+            with suppress(KeyError, TypeError):
+                key, answer = parse(each)
+                self.answers[key] = answer
+
+    def missing(self, wanted: Mapping[str, Asked]) -> dict[str, Asked]:
+        """Return what has no answer yet."""
+        return {key: asked for key, asked in wanted.items() if key not in self.answers}
+
+    @contextmanager
+    def keeping(self) -> Iterator[Callable[[str, Kept], None]]:
+        """Open the file, and provide a function that keeps an answer."""
+        with journal(self.path) as file:
+
+            def keep_answer(key: str, answer: Kept) -> None:
+                self.answers[key] = answer
+                row = self._row(key, answer)
+                if row is not None:
+                    keep(file, row)
+
+            yield keep_answer
+
+
+class ReplyJournal(Journal[Reply]):
+    """Replies of an endpoint; keys are digests of everything that decides them: endpoint, model, parameters and
+    conversation.
     """
 
     def __init__(self, folder: Path, endpoint: EndpointConfig) -> None:
@@ -86,8 +131,7 @@ class Journal:
             "model": endpoint.model,
             "parameters": endpoint.parameters,
         }
-        self.path = folder / f"{digest(self._asked)[:16]}.jsonl"
-        self.replies = dict(_read(self.path))
+        super().__init__(folder / f"{digest(self._asked)[:16]}.jsonl", _parse_reply, _reply_row)
 
     def key(self, request: Conversation | ChatRequest) -> str:
         """Return the key of a reply to a request."""
@@ -97,23 +141,16 @@ class Journal:
             own["sample"] = request.sample
         return digest({**self._asked, **own, "messages": list(request.conversation)})
 
-    def appending(self) -> AbstractContextManager[TextIO]:
-        """Open the file for `keep`."""
-        return journal(self.path)
-
-    def keep(self, file: TextIO, key: str, reply: Reply) -> None:
-        """Store a reply; refusals are not written to disk, since an endpoint may change its mind."""
-        self.replies[key] = reply
-        if reply.refused is None:
-            keep(file, {"key": key, **asdict(reply)})
-
 
 def as_request(request: Conversation | ChatRequest) -> ChatRequest:
     """Return the request; a conversation alone has no parameters of its own."""
     return request if isinstance(request, ChatRequest) else ChatRequest(request)
 
 
-def _read(path: Path) -> Iterator[tuple[str, Reply]]:
-    for row in read_journal(path):
-        with suppress(KeyError, TypeError):  # a row of another form is asked again
-            yield row.pop("key"), Reply(**{**row, "tool_calls": tuple(row.get("tool_calls", ()))})
+def _parse_reply(row: dict[str, Any]) -> tuple[str, Reply]:
+    return row.pop("key"), Reply(**{**row, "tool_calls": tuple(row.get("tool_calls", ()))})
+
+
+def _reply_row(key: str, reply: Reply) -> dict[str, Any] | None:
+    # An endpoint may change its mind about a refusal.
+    return {"key": key, **asdict(reply)} if reply.refused is None else None

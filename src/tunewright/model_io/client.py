@@ -13,13 +13,13 @@ import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import httpx
 from aiolimiter import AsyncLimiter
@@ -30,8 +30,16 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
-from tunewright.endpoints.budget import Budget, OutOfBudgetError
-from tunewright.endpoints.replies import ChatRequest, Conversation, Journal, Reply, as_request, cost, estimated_tokens
+from tunewright.model_io.budget import Budget, OutOfBudgetError
+from tunewright.model_io.replies import (
+    ChatRequest,
+    Conversation,
+    Reply,
+    ReplyJournal,
+    as_request,
+    cost,
+    estimated_tokens,
+)
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks for a longer wait (a daily quota) ends the run, which can be resumed later."""
@@ -85,6 +93,31 @@ class _Failure:
             await asyncio.wait_for(self._happened.wait(), seconds)
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Calls and tokens of a run; ``cost`` is None without prices, and 0 for a model on this machine."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of a run before it is started; tokens are guessed from characters (4 each).
+
+    ``known`` calls have a kept answer. The other numbers are of the calls still to make; None: no limit on replies, or
+    no prices.
+    """
+
+    calls: int
+    known: int
+    prompt_tokens: int
+    most_completion_tokens: int | None
+    most_cost: float | None
+
+
 class Endpoint:
     """A model behind an endpoint.
 
@@ -99,7 +132,7 @@ class Endpoint:
     def __init__(self, config: EndpointConfig, where: str, folder: Path, purse: Budget, reporter: Reporter) -> None:
         self.config = config
         self.where = where
-        self.journal = Journal(folder, config)
+        self.journal = ReplyJournal(folder, config)
         self.used: dict[str, Reply] = {}
         self._purse = purse
         self._reporter = reporter
@@ -114,7 +147,7 @@ class Endpoint:
         """
         keys = [self.journal.key(request) for request in requests]
         wanted = dict(zip(keys, map(as_request, requests), strict=True))
-        missing = {key: wanted[key] for key in wanted if key not in self.journal.replies}
+        missing = self.journal.missing(wanted)
         for key in wanted.keys() - missing.keys() - self.used.keys():
             self._use(key)
         if missing:
@@ -124,7 +157,7 @@ class Endpoint:
                 if len(missing) < len(wanted):
                     task.advance(len(wanted) - len(missing))
                 run_async(self._ask_all(missing, task))
-        return [self.journal.replies[key] for key in keys]
+        return [self.journal.answers[key] for key in keys]
 
     def require_key(self) -> None:
         """Check the key before anything is sent.
@@ -136,10 +169,37 @@ class Endpoint:
 
     def is_known(self, request: Conversation | ChatRequest) -> bool:
         """Return whether the journal has a reply to this request."""
-        return self.journal.key(request) in self.journal.replies
+        return self.journal.key(request) in self.journal.answers
+
+    def estimate(self, requests: Iterable[Conversation | ChatRequest]) -> Calls:
+        """Return what asking takes; nothing is sent."""
+        wanted = {self.journal.key(request): as_request(request) for request in requests}
+        missing = self.journal.missing(wanted)
+        tokens = sum(estimated_tokens(request.text) for request in missing.values())
+        limit = self.config.reply_limit
+        most = None if limit is None else limit * len(missing)
+        return Calls(
+            calls=len(wanted),
+            known=len(wanted) - len(missing),
+            prompt_tokens=tokens,
+            most_completion_tokens=most if missing else 0,
+            most_cost=(None if most is None else cost(self.config, tokens, most)) if missing else 0.0,
+        )
+
+    @property
+    def usage(self) -> Usage:
+        """The replies used so far, earlier runs' included."""
+        replies = self.used.values()
+        prompt, completion = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
+        return Usage(len(replies), prompt, completion, cost(self.config, prompt, completion))
+
+    @property
+    def uncounted(self) -> int:
+        """Number of used replies whose tokens the endpoint did not count."""
+        return sum(reply.estimated for reply in self.used.values())
 
     def _use(self, key: str) -> None:
-        self.used[key] = self.journal.replies[key]
+        self.used[key] = self.journal.answers[key]
         self._purse.pay(self._cost(self.used[key]))
 
     def _cost(self, reply: Reply) -> float:
@@ -152,7 +212,7 @@ class Endpoint:
         rate = self.config.requests_per_minute
         limiter = AsyncLimiter(1, 60 / rate) if rate else None
 
-        async def work(client: httpx.AsyncClient, file: TextIO) -> None:
+        async def work(client: httpx.AsyncClient, keep: Callable[[str, Reply], None]) -> None:
             for key, request in waiting:
                 if failure:
                     return
@@ -161,16 +221,16 @@ class Endpoint:
                 except UserError as error:
                     failure.report(error)
                     return
-                self.journal.keep(file, key, reply)
+                keep(key, reply)
                 self._use(key)
                 task.advance(note=_retries_text(self._retried))
 
         headers = {"Accept-Encoding": "gzip"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         limits = httpx.Limits(max_connections=self.config.concurrency)
-        with self.journal.appending() as file:
+        with self.journal.keeping() as keep:
             # No httpx timeout: the time limit covers a whole request and is set around it.
             async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
-                await asyncio.gather(*(work(client, file) for _ in range(self.config.concurrency)))
+                await asyncio.gather(*(work(client, keep) for _ in range(self.config.concurrency)))
         if self._retried:
             self._reporter.say(f"Requests sent again: {_retries_text(self._retried)}")
         if failure.error is not None:

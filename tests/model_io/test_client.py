@@ -23,11 +23,11 @@ from scripted_judge import Server, honest, scripted, write_project
 from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.endpoints import client
-from tunewright.endpoints.budget import Budget
-from tunewright.endpoints.client import Endpoint
 from tunewright.evaluation.judge.rows import ROWS_FILE
 from tunewright.evidence.schema import load_evidence
+from tunewright.model_io import client
+from tunewright.model_io.budget import Budget
+from tunewright.model_io.client import Endpoint
 
 CONTROL_QUESTIONS = 14 * 6
 CONVERSATIONS = [({"role": "user", "content": f"question {n}"},) for n in range(12)]

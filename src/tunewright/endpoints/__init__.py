@@ -1,1 +1,0 @@
-"""Models behind OpenAI-compatible endpoints: requests with limits, retries and a budget, each reply kept."""
