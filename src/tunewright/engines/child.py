@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import socket
 import stat
-import subprocess
 import tempfile
 import threading
 import time
@@ -22,14 +20,12 @@ import httpx
 
 from tunewright.core.errors import UserError
 from tunewright.core.locks import lock
+from tunewright.core.processes import Process, end, last_lines, start
 from tunewright.core.progress import Reporter, duration
 
 START_SECONDS = 900
 """The longest start: with a GPU, vLLM compiles the model first."""
 STOP_SECONDS = 20
-TIDY_SECONDS = 5.0
-"""The time that a stopped server's other processes may take to end. Python's resource tracker is the last one.
-It frees their shared memory (hundreds of MB in vLLM), and nothing else would."""
 GIVE_UP = 5
 """Consecutive failures after which the child is not restarted."""
 PROBE_SECONDS = 15.0
@@ -103,7 +99,7 @@ class Child:
         )
         self._closing: set[asyncio.Future[None]] = set()
         self._reporter = reporter
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._changed = threading.Condition()
         self._failure_reason: str | None = f"{self._plan.name} is starting."
         self._first_failure: str | None = None
@@ -174,9 +170,7 @@ class Child:
 
     def said(self, lines: int = 12) -> str:
         """Return the end of its log."""
-        with suppress(FileNotFoundError):
-            return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-        return ""
+        return last_lines(self.log, lines)
 
     def stop(self) -> None:
         """Stop it: first by SIGTERM, then by SIGKILL."""
@@ -239,15 +233,7 @@ class Child:
         self.socket.unlink(missing_ok=True)
         self.starts += 1
         with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                self._plan.command,
-                env=dict(self._plan.variables),
-                cwd=self.folder,
-                stdin=subprocess.PIPE,  # closed when the gateway ends, which ends the child
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the gateway, which finishes its answers first
-            )
+            process = start(self._plan.command, env=self._plan.variables, cwd=self.folder, stdout=log, stderr=log)
         self._process = process
         self._end = "crashed"
         try:
@@ -256,12 +242,10 @@ class Child:
                 self._set_failure_reason(None)
                 self._watch(process)
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            _end(process)
+            end(process, STOP_SECONDS)
         return ready
 
-    def _await_ready(self, process: subprocess.Popen[bytes]) -> bool:
+    def _await_ready(self, process: Process) -> bool:
         began = time.monotonic()
         while process.poll() is None and not self._stopping.wait(0.05):
             if self._answers():
@@ -270,7 +254,7 @@ class Child:
                 return False
         return False
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self, process: Process) -> None:
         """Wait until it ends, must stop, fails its health checks, or computes nothing although it has requests."""
         checked = polled = time.monotonic()
         missed, stuck, signs = 0, 0.0, self._signs()
@@ -327,28 +311,6 @@ class Child:
 def socket_in(folder: Path) -> Path:
     """Return the socket of a server with this private folder; llama.cpp recognizes a Unix socket by the suffix."""
     return folder / "engine.sock"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its descendants."""
-    for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            if number == signal.SIGKILL or _group_ends(process.pid):
-                return
-
-
-def _group_ends(group: int) -> bool:
-    until = time.monotonic() + TIDY_SECONDS
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 FOLDER_PREFIX = "tunewright-engine-"

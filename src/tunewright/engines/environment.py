@@ -6,7 +6,6 @@ import json
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from packaging.requirements import Requirement
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
+from tunewright.core.processes import run
 from tunewright.core.progress import Reporter, Task
 
 Build = Literal["cpu", "cuda"]
@@ -111,8 +111,8 @@ def build_for_this_machine() -> Build:
     """Return "cuda" if a driver answers, else "cpu"."""
     if shutil.which("nvidia-smi") is None:
         return "cpu"
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return "cuda" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
+    listed = run(["nvidia-smi", "-L"])
+    return "cuda" if listed.code == 0 and "GPU" in listed.stdout else "cpu"
 
 
 def default_folder(tool: Tool, build: Build) -> Path:
@@ -222,8 +222,8 @@ def _finish(tool: Tool, environment: Environment, to: Path | None, reporter: Rep
 
 def _unmet(tool: Tool, folder: Path) -> str:
     """Return what `pip check` reports, without what the pins leave out on purpose."""
-    found = subprocess.run([str(folder / "bin" / "pip"), "check"], capture_output=True, text=True, check=False)
-    lines = found.stdout.splitlines() if found.returncode else []
+    found = run([str(folder / "bin" / "pip"), "check"])
+    lines = found.stdout.splitlines() if found.code else []
     return "\n".join(line for line in lines if not line.startswith(tool.unmet))
 
 
@@ -305,8 +305,8 @@ def _run(command: Sequence[str], folder: Path) -> str:
     Raises:
         UserError: it fails; the message has the end of its output.
     """
-    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if ran.returncode != 0:
+    ran = run(command)
+    if ran.code != 0:
         tail = "\n".join((ran.stdout + ran.stderr).strip().splitlines()[-_TAIL:])
         raise UserError(
             f"{Path(command[0]).name} {' '.join(command[1:3])} failed:\n{tail}",

@@ -6,8 +6,6 @@ import io
 import os
 import re
 import shutil
-import signal
-import subprocess
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
+from tunewright.core.processes import ENOUGH_MEMORY, KILLED, Process, StillRunningError, end, last_lines, start
 from tunewright.core.progress import Reporter, Task
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
@@ -219,14 +218,8 @@ def _run(environment: Environment, job: dict[str, Any], parts: int, task: Task) 
     with TemporaryDirectory() as work, (Path(work) / "log").open("wb") as log:
         path = Path(log.name)
         write_json(Path(work) / "job.json", job)
-        child = subprocess.Popen(
-            [str(environment.python), "-I", worker.__file__, str(Path(work) / "job.json")],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            cwd=work,
-            env=variables,
-        )
+        command = [str(environment.python), "-I", worker.__file__, str(Path(work) / "job.json")]
+        child = start(command, stdout=log, stderr=log, cwd=Path(work), env=variables)
         done = 0
         try:
             while (code := _ended(child)) is None:
@@ -234,27 +227,23 @@ def _run(environment: Environment, job: dict[str, Any], parts: int, task: Task) 
                     task.advance(now - done)
                     done = now
         finally:
-            child.kill()
-            child.communicate()
-        if code == -signal.SIGKILL:
-            raise UserError(
-                "llm-compressor was killed", fix="Check that it has enough memory, and run the same command again."
-            )
+            end(child)
+        if code == KILLED:
+            raise UserError("llm-compressor was killed", fix=ENOUGH_MEMORY)
         if code:
-            tail = "\n".join(path.read_bytes().decode("utf-8", "replace").strip().splitlines()[-_TAIL:])
             raise UserError(
-                f"llm-compressor failed:\n{tail}",
+                f"llm-compressor failed:\n{last_lines(path, _TAIL)}",
                 where=str(environment.folder),
                 fix="Correct the cause and run the same command again.",
             )
         task.advance(parts - done)
 
 
-def _ended(child: subprocess.Popen[bytes]) -> int | None:
+def _ended(child: Process) -> int | None:
     """Return the exit code; None if the child still runs a second later."""
     try:
         return child.wait(1)
-    except subprocess.TimeoutExpired:
+    except StillRunningError:
         return None
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +19,7 @@ import torch
 
 from tunewright.chat.templates import Template
 from tunewright.core.errors import UserError
+from tunewright.core.processes import ENOUGH_MEMORY, KILLED, PIPE, Process, end, start
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.export.templates import equivalent_conversations
@@ -43,7 +42,7 @@ class EngineFailedError(Exception):
 
 def _without_answer(how: str) -> UserError:
     """Return the error for a llama.cpp that ends or hangs without a word about the file."""
-    return UserError(f"llama.cpp {how}", fix="Check that it has enough memory, and run the same command again.")
+    return UserError(f"llama.cpp {how}", fix=ENOUGH_MEMORY)
 
 
 def require_llamacpp() -> None:
@@ -65,7 +64,7 @@ class LlamaCpp:
     """A running llama.cpp."""
 
     client: httpx.Client
-    child: subprocess.Popen[str]
+    child: Process
 
     def prompt_ids(self, messages: Sequence[Message], template: Template) -> list[int]:
         """Return a conversation's ids by the file's own chat template and tokenizer.
@@ -97,7 +96,7 @@ class LlamaCpp:
         except httpx.TransportError as error:
             if isinstance(error, httpx.TimeoutException):
                 raise _without_answer(f"did not answer within {_ANSWER_S:g} s") from error
-            if self.child.wait(_ANSWER_S) == -signal.SIGKILL:
+            if self.child.wait(_ANSWER_S) == KILLED:
                 raise _without_answer("was killed") from error
             raise EngineFailedError(f"llama.cpp exited: {error}") from error
         if reply.is_error:
@@ -117,23 +116,17 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
     key = secrets.token_hex(16)
     arguments = [str(model), str(context), str(torch.get_num_threads()), key, *([str(lora)] if lora else [])]
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tunewright.export.llamacpp_child", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
+        child = start([sys.executable, "-m", "tunewright.export.llamacpp_child", *arguments], stdout=PIPE, stderr=log)
         try:
             assert child.stdout is not None
             limit = threading.Timer(_ANSWER_S, child.kill)  # it may hang while it loads the file
             limit.start()
             try:
-                address = child.stdout.readline().strip()
+                address = child.stdout.readline().decode().strip()
             finally:
                 limit.cancel()
             if not address:
-                if child.wait() == -signal.SIGKILL:  # an invalid file ends it in another way
+                if child.wait() == KILLED:  # an invalid file ends it in another way
                     raise _without_answer(f"was killed, or did not load the file within {_ANSWER_S:g} s")
                 log.seek(0)
                 raise EngineFailedError(f"llama.cpp rejected the file: {_error_of(log.read())}")
@@ -141,8 +134,7 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
             with httpx.Client(base_url=address, headers=headers, timeout=_ANSWER_S, trust_env=False) as client:
                 yield LlamaCpp(client, child)
         finally:
-            child.kill()
-            child.communicate()
+            end(child)
 
 
 def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: Path | None = None) -> ArtifactOutputs:

@@ -1,16 +1,20 @@
 """A child process for llama.cpp, because an invalid file may end the process (``GGML_ASSERT``).
 
-Usage: python -m tunewright.export.llamacpp_child MODEL CONTEXT THREADS KEY [LORA]. It prints its address, and exits
-when its standard input ends.
+Usage: python -m tunewright.export.llamacpp_child MODEL CONTEXT THREADS KEY [LORA]. It prints its address, and ends
+with its parent.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+
+from tunewright.core.processes import end_with_parent
 
 
 def main(model: str, context: str, threads: str, key: str, lora: str | None = None) -> None:
-    """Serve a GGUF file on loopback until standard input ends."""
+    """Serve a GGUF file on loopback."""
+    end_with_parent()
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -27,7 +31,7 @@ def main(model: str, context: str, threads: str, key: str, lora: str | None = No
     server = xllamacpp.Server(params)
     sys.stdout.write(f"{server.listening_address}\n")
     sys.stdout.flush()
-    sys.stdin.read()
+    threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +17,8 @@ from threading import Thread
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from tunewright.core.processes import PIPE, Process, end, start
 
 START_SECONDS = 60.0
 
@@ -45,7 +46,7 @@ class GrammarProcess:
 
     def __init__(self, tokenizer: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Process | None = None
 
     def fault(self, rules: str, seconds: float) -> str | None:
         """Return why a grammar must not be compiled here; None once the child has compiled it, or found its error.
@@ -63,15 +64,13 @@ class GrammarProcess:
     def end(self) -> None:
         """Kill the child, if it runs."""
         if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
+            end(self._child)
             self._child = None
 
     def _start(self) -> None:
         self.end()
-        # -P: nothing is imported from the working directory. Ctrl-C is for the server, which finishes its answers.
-        command = [sys.executable, "-P", "-m", __name__]
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        # -P: nothing is imported from the working directory.
+        self._child = start([sys.executable, "-P", "-m", __name__], stdout=PIPE)
         if self._ask(self._tokenizer, START_SECONDS) is not None:
             self.end()
             raise ChildProcessError(f"the process does not answer within {START_SECONDS:g} s, or ends")

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -22,6 +21,7 @@ from tunewright.core.author import AUTHOR_VARIABLE, stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
+from tunewright.core.processes import NOTHING, start
 from tunewright.studio.job_log import JobProgress, newest
 
 JobState = Literal["running", "done", "stopped", "failed", "ended"]
@@ -156,12 +156,10 @@ class Jobs:
         write_text(folder / "job.json", json.dumps({"command": command, "started": now()}))
         # Its progress is for the page, whatever the environment says; the page shows the log as text.
         program = (sys.executable, "-m", "tunewright", "--log-format", "json")
-        child = subprocess.Popen(
+        child = start(
             ["/bin/sh", "-c", _SHELL, str(folder), *program, *command],
-            stdin=subprocess.DEVNULL,
+            stdin=NOTHING,
             env=os.environ | ({AUTHOR_VARIABLE: author} if author else {}),
-            # Ctrl-C for the studio does not reach it.
-            start_new_session=True,
         )
         while not (folder / "pid").exists() and child.poll() is None:
             time.sleep(0.002)

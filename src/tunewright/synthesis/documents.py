@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
+from tunewright.core.processes import run
 from tunewright.synthesis import document_formats
 from tunewright.synthesis.document_formats import READERS, SEPARATOR, Section
 
@@ -96,15 +96,15 @@ def read_document(path: Path, longest: int) -> Document:
 def _parse_apart(path: Path) -> list[Section]:
     """Return a document's sections, parsed in a process of its own: a parser is not trusted with memory and time."""
     command = (sys.executable, "-P", "-m", document_formats.__name__, str(path), str(MAX_MEMORY), str(MAX_SECONDS))
-    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if ran.returncode == 0:
+    ran = run(command)
+    if ran.code == 0:
         result = json.loads(ran.stdout)
         if error := result.get("error"):
             raise UserError(**error)
         return [Section(**section) for section in result["sections"]]
-    reason = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    reason = ran.stderr.strip().rpartition("\n")[2]
     what = f"The document cannot be parsed: {reason[:200]}"
-    if ran.returncode < 0 or reason.startswith("MemoryError"):
+    if ran.code < 0 or reason.startswith("MemoryError"):
         what = f"Parsing the document takes over {MAX_MEMORY >> 30} GiB of memory or {MAX_SECONDS} s of processor time"
     raise UserError(what, where=str(path), fix="Split it, or leave it out.")
 

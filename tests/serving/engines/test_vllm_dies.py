@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from fake_vllm import DIE, ENDLESS, FAIL, LOSE_CORE
-from tunewright.engines.child import PrivateFolder, _end
+from tunewright.core.processes import end
+from tunewright.engines.child import STOP_SECONDS, PrivateFolder
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.generation.requests import Request
@@ -91,7 +92,7 @@ def test_vllm_restarts_and_fails_running_requests_when_it_hangs(
 def test_child_waits_a_limited_time_for_its_helper_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignores: bool
 ) -> None:
-    monkeypatch.setattr("tunewright.engines.child.TIDY_SECONDS", 1.0 if ignores else 60.0)
+    monkeypatch.setattr("tunewright.core.processes.TIDY_SECONDS", 1.0 if ignores else 60.0)
     (tmp_path / "shared-memory").touch()
     tracker = "trap '' TERM; echo $$ > tracker; cat > /dev/null; sleep " + (
         "600" if ignores else "0.3; rm shared-memory"
@@ -103,7 +104,7 @@ def test_child_waits_a_limited_time_for_its_helper_processes(
     )
     server = subprocess.Popen([sys.executable, "-c", program, tracker], cwd=tmp_path, start_new_session=True)
     wait_until(lambda: (tmp_path / "tracker").exists() and (tmp_path / "tracker").read_text())
-    _end(server)
+    end(server, STOP_SECONDS)
     assert server.poll() is not None
     assert (tmp_path / "shared-memory").exists() == ignores
     wait_until(lambda: not alive(int((tmp_path / "tracker").read_text())))

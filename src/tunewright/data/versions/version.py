@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import shutil
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from tunewright.core.author import stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError, first_fault
 from tunewright.core.io import digest as json_digest
+from tunewright.core.processes import run
 from tunewright.core.spill import repeated
 from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
@@ -158,13 +158,8 @@ def current_author(folder: Path) -> str | None:
     """Return the stated author, else git's user.name for this folder, else the login name, else None."""
     if stated := stated_author():
         return stated
-    if shutil.which("git"):
-        command = ["git", "config", "user.name"]
-        result = subprocess.run(
-            command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False
-        )
-        if name := " ".join(result.stdout.split()):
-            return name
+    if shutil.which("git") and (name := " ".join(run(["git", "config", "user.name"], cwd=folder).stdout.split())):
+        return name
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a process whose user has no name, in a container for example

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tunewright.core.errors import UserError
+from tunewright.core.processes import run
 from tunewright.core.workers import ModelWorkers, on_machine
 from tunewright.engines import environment
 from tunewright.engines.environment import VLLM, Build, Environment
@@ -91,8 +91,8 @@ def _smallest_card() -> int:
     Another process asks: Ray hides the GPUs from this one, which would keep some of their memory.
     """
     variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    asked = subprocess.run([sys.executable, "-c", _CARDS], env=variables, capture_output=True, text=True, check=False)
-    if asked.returncode != 0:
+    asked = run([sys.executable, "-c", _CARDS], env=variables)
+    if asked.code != 0:
         fix = "Install torch for its GPUs there, or start Ray there with --num-gpus 0."
         raise UserError("torch finds no CUDA card, and Ray has GPUs", where="compute.cluster", fix=fix)
     return int(asked.stdout)

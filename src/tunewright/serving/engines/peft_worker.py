@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.core.errors import UserError
-from tunewright.engines.parent import end_with_parent
+from tunewright.core.processes import end_with_parent
 from tunewright.engines.protocol import AdapterFailedError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import Any
 
-from tunewright.engines.parent import end_with_parent
+from tunewright.core.processes import end_with_parent
 
 
 def main(text: str) -> None:

@@ -1,0 +1,125 @@
+"""Child processes. Each has a process group of its own, so that Ctrl-C is for the parent, which ends the whole group.
+
+No other module starts a process, but for the editor that `data review` opens on the user's terminal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+Process = subprocess.Popen[bytes]
+StillRunningError = subprocess.TimeoutExpired
+PIPE = subprocess.PIPE
+NOTHING = subprocess.DEVNULL
+
+KILLED = -signal.SIGKILL
+"""The exit code of a process that was killed, by the system where it needs memory."""
+ENOUGH_MEMORY = "Check that it has enough memory, and run the same command again."
+"""The remedy for a killed process."""
+TIDY_SECONDS = 5.0
+"""The time that a stopped process's descendants may take to end. Python's resource tracker is the last one.
+It frees their shared memory (hundreds of MB in vLLM), and nothing else would."""
+
+
+def start(
+    command: Sequence[str],
+    *,
+    stdin: int = PIPE,
+    stdout: int | IO[bytes] | None = None,
+    stderr: int | IO[bytes] | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Process:
+    """Start a process, which :func:`end` ends.
+
+    Its standard input is a pipe that the system closes when this process ends. A child that has to end then calls
+    :func:`end_with_parent`, or reads to the end.
+    """
+    return subprocess.Popen(
+        command, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=env, start_new_session=True
+    )
+
+
+def end(process: Process, patience: float = 0.0) -> None:
+    """End a process and its descendants: by SIGTERM if there are seconds to wait for that, then by SIGKILL."""
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+    for number in (signal.SIGTERM, signal.SIGKILL)[0 if patience else 1 :]:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(StillRunningError):
+            process.wait(patience if number == signal.SIGTERM else None)
+            if number == signal.SIGKILL or _group_ends(process.pid):
+                break
+    for output in (process.stdout, process.stderr):
+        if output is not None:
+            output.close()
+
+
+def _group_ends(group: int) -> bool:
+    until = time.monotonic() + TIDY_SECONDS
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The exit code and the output of a process."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
+    """Run a process to its end, without input."""
+    with TemporaryFile() as stdout, TemporaryFile() as stderr:
+        process = start(command, stdin=NOTHING, stdout=stdout, stderr=stderr, cwd=cwd, env=env)
+        try:
+            code = process.wait()
+        finally:
+            if process.returncode is None:
+                end(process)
+        for file in (stdout, stderr):
+            file.seek(0)
+        return Finished(code, *(file.read().decode("utf-8", "replace") for file in (stdout, stderr)))
+
+
+def last_lines(log: Path, count: int) -> str:
+    """Return the last lines of a log, which may not exist."""
+    with suppress(FileNotFoundError):
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-count:])
+    return ""
+
+
+def end_with_parent() -> None:
+    """End this process together with its parent, however that ends, even while it computes."""
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    if sys.platform == "linux":
+        # A hanging process does not read its input: Linux kills it (PR_SET_PDEATHSIG).
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def _end_with_stdin() -> None:
+    # Not through sys.stdin: Python would wait for its lock at exit.
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
