@@ -16,7 +16,8 @@ from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config import MetricName
 from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import Curve, Point, more_data
-from tunewright.report.plots import curve_plot
+from tunewright.render.plots import lines_file
+from tunewright.report.sections.learning_curve import lines
 
 pytestmark = pytest.mark.slow
 
@@ -165,5 +166,5 @@ def test_curve_answer_depends_on_the_interval(curve: Curve, answer: str, code: i
 
 def test_curve_plot_is_reproducible() -> None:
     curve = _curve(0.06, 0.02, 0.10, metric="bleu")
-    assert curve_plot(curve) == curve_plot(curve)
-    assert "BLEU" in curve_plot(curve)
+    assert lines_file(lines(curve)) == lines_file(lines(curve))
+    assert "BLEU" in lines_file(lines(curve))

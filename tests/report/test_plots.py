@@ -8,8 +8,8 @@ import pytest
 
 from signals_factory import break_even
 from tunewright.render.blocks import Bar, Figure
-from tunewright.render.plots import forest_plot
-from tunewright.report.plots import break_even_figure, training_plot
+from tunewright.render.plots import forest_plot, lines_plot
+from tunewright.report.sections import cost, training
 
 
 def _ends(svg: str, colour: str) -> list[tuple[float, float]]:
@@ -56,7 +56,7 @@ def _lines(svg: str, colour: str, points: int = 3) -> list[list[tuple[float, flo
 
 
 def test_training_plot_shows_losses_dev_score_and_kept_step() -> None:
-    svg = training_plot("l", "t", RUN, "exact_match")
+    svg = lines_plot(training.lines(RUN, "exact_match"))
     (train,) = _lines(svg, "var(--plain)")
     losses, scores = _lines(svg, "var(--tuned)")
     kept = _lines(svg, "currentColor", points=2)
@@ -76,7 +76,7 @@ def test_training_plot_shows_losses_dev_score_and_kept_step() -> None:
 
 def test_training_plot_without_dev_scores_shows_only_losses() -> None:
     run = [{key: value for key, value in row.items() if key != "eval_metric"} for row in RUN]
-    svg = training_plot("l", "t", run, "exact_match")
+    svg = lines_plot(training.lines(run, "exact_match"))
     (losses,) = _lines(svg, "var(--tuned)")
     (kept,) = _lines(svg, "currentColor", points=2)
     assert kept[0][0] == kept[1][0] == losses[2][0]
@@ -85,13 +85,13 @@ def test_training_plot_without_dev_scores_shows_only_losses() -> None:
 
 def test_plot_does_not_change_the_global_style() -> None:
     before = dict(mpl.rcParams)
-    training_plot("l", "loss", RUN, "bleu")
+    lines_plot(training.lines(RUN, "bleu"))
     assert dict(mpl.rcParams) == before
 
 
 def test_break_even_lines_cross_at_the_break_even() -> None:
     even = break_even((45_000, 50_000, 56_000))
-    svg = break_even_figure("b", even)
+    svg = lines_plot(cost.lines(even)[0])
     (prompting,) = _lines(svg, "var(--prompting)", points=2)
     (tuned,) = _lines(svg, "var(--tuned)", points=2)
     (mark,) = _upright(svg)

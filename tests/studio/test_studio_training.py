@@ -196,7 +196,7 @@ def test_sweep_and_curve_are_read_from_their_files(browser: Browser, project: Pa
     assert [line["points"] for line in _charts(page)[0]["lines"]] == [[[10, 25]], [[10, 50]]]
     page = unescape(browser.get(f"/train/curves/{CURVE.id}"))
     assert "Would more data help? Yes" in page and "1,782" in page
-    assert [len(line["points"]) for line in _charts(page)[0]["lines"]] == [3, 3]
+    assert [len(line["points"]) for line in _charts(page)[0]["lines"]] == [3, 3, 3], "the mean and two seeds"
     ledger.path.write_text("{}\n")
     (project / "curves" / CURVE.id / CURVE_FILE).write_text("{}")
     for path in (

@@ -312,7 +312,8 @@ class Project(ProjectContext):
         """
         from tunewright.core.io import write_text
         from tunewright.evaluation.learning_curve import LearningCurve
-        from tunewright.report.plots import curve_plot
+        from tunewright.render.plots import lines_file
+        from tunewright.report.sections.learning_curve import lines
 
         if seeds < 2:
             raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
@@ -323,7 +324,7 @@ class Project(ProjectContext):
                 self.folder, version, self.base, chat, self.reporter, trainings, seeds=seeds, force=force
             )
             result = curve.run()
-        write_text(result.folder / CURVE_PLOT, curve_plot(result.curve))
+        write_text(result.folder / CURVE_PLOT, lines_file(lines(result.curve)))
         return result
 
     def evaluate(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from markupsafe import Markup
-
 
 @dataclass(frozen=True)
 class Lead:
@@ -97,11 +95,44 @@ class Bands:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A finished drawing (an ``<svg>`` element) with its caption."""
+class Line:
+    """A line of a chart."""
 
-    template: ClassVar[str] = "drawing.html.j2"
-    svg: Markup
+    label: str
+    points: tuple[tuple[float, float], ...]
+    tone: Tone = "plain"
+    dots: bool = False
+    """Mark each point: there are few."""
+    joined: bool = True
+    key: str = ""
+    """Key of the values that a running training adds; empty: the line does not grow."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines over one axis. A table has the same numbers."""
+
+    template: ClassVar[str] = "lines.html.j2"
+    name: str
+    """Prefix of the drawing's ids, unique on the page."""
+    title: str
+    """The accessible title, read by screen readers."""
+    lines: tuple[Line, ...]
+    axis: str
+    """The label of the values."""
+    below: str = "step"
+    scale: float = 1.0
+    """Factor of the values that a running training adds."""
+    bounds: tuple[float, float] | None = None
+    """Values that the axis may not go beyond; None: no limits."""
+    doubling: bool = False
+    """Equal ratios are equally far apart, and each point of the first line has a tick."""
+    mark: tuple[float, str] | None = None
+    """A place on the axis below that is marked, with its label."""
+    band: tuple[float, float] | None = None
+    """An interval on the axis below that is shaded."""
+    lower: Lines | None = None
+    """A lower panel on the same axis."""
     caption: str = ""
 
 
@@ -179,7 +210,8 @@ class Items:
     summary: str = ""
 
 
-Block = Lead | Notes | Figure | Bands | Drawing | Table | Items
+Drawn = Figure | Bands | Lines
+Block = Lead | Notes | Drawn | Table | Items
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunewright.core.text import visible
-from tunewright.render.blocks import Bands, Figure
+from tunewright.render.blocks import Drawn
 
 
 def page_templates(package: str, pages: Mapping[str, str] = MappingProxyType({})) -> Environment:
@@ -31,7 +31,7 @@ def page_templates(package: str, pages: Mapping[str, str] = MappingProxyType({})
     return environment
 
 
-def _drawn(block: Figure | Bands) -> Markup:
-    from tunewright.render.plots import bands_plot, forest_plot
+def _drawn(block: Drawn) -> Markup:
+    from tunewright.render.plots import drawn
 
-    return Markup(bands_plot(block) if isinstance(block, Bands) else forest_plot(block))
+    return Markup(drawn(block))

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from tunewright.render.blocks import Block, Figure, Lead, Notes, Row, Section, Table
+from tunewright.render.blocks import Block, Drawn, Lead, Notes, Row, Section, Table
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&#@$]")
 _OPENS_A_LIST = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+]))(.)")
@@ -45,7 +45,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[bo
 
 def markdown(*sections: Section) -> list[str]:
     """Return the paragraphs, lists and tables of sections; a row that decides is bold."""
-    return [_block(block) for section in sections for block in section.blocks if not isinstance(block, Figure)]
+    return [_block(block) for section in sections for block in section.blocks if not isinstance(block, Drawn)]
 
 
 def _block(block: Block) -> str:

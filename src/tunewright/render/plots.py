@@ -6,10 +6,12 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -105,6 +107,61 @@ def _short(label: str) -> str:
     return "\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in label.split("\n"))
 
 
+_LEFT, _RIGHT, _TOP = 60.0, 12.0, 18.0  # around the panels of lines
+_UPPER, _LOWER = 172.0, 80.0  # heights of the panels
+
+
+def lines_plot(shown: blocks.Lines, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
+    """Draw lines as an ``<svg>`` element: panels over one axis."""
+    panels = [shown] if shown.lower is None else [shown, shown.lower]
+    height = _TOP + _UPPER + FOOT * len(panels) + (_LOWER if shown.lower else 0)
+    with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        first: Axes | None = None
+        top = height - _TOP
+        for panel, size in zip(panels, (_UPPER, _LOWER), strict=False):
+            box = (_LEFT / WIDTH, (top - size) / height, 1 - (_LEFT + _RIGHT) / WIDTH, size / height)
+            axes = figure.add_axes(box, sharex=first)
+            _draw_lines(axes, panel, shown)
+            first = first or axes
+            top -= size + FOOT
+        axes.set_xlabel(shown.below)
+        if shown.mark is not None and first is not None:
+            above = first.get_xaxis_transform()
+            first.text(shown.mark[0], 1.02, shown.mark[1], ha="center", va="bottom", fontsize=11, transform=above)
+        return inline(figure, shown.name, shown.title, colours)
+
+
+def _draw_lines(axes: Axes, panel: blocks.Lines, shown: blocks.Lines) -> None:
+    axes.set_ylabel(panel.axis)
+    axes.yaxis.set_major_locator(MaxNLocator(5 if panel is shown else 3))
+    axes.grid(axis="y", linewidth=0.7)
+    axes.set_axisbelow(True)
+    marks = cycle(_MARKS)
+    for line in panel.lines:
+        if line.points:
+            marker = next(marks) if line.dots else ""
+            style, width = "-" if line.joined else "", 1.5 if line.tone == "plain" else 2
+            look: dict[str, Any] = {"linestyle": style, "linewidth": width, "marker": marker, "color": TONES[line.tone]}
+            axes.plot(*zip(*line.points, strict=True), label=line.label, **look)
+    axes.set_ylim(0, 1.08 * max((y for line in panel.lines for _, y in line.points), default=0) or 1)
+    if len(panel.lines) > 1:
+        axes.legend(loc="best", labelcolor=INK)
+    if shown.doubling:
+        axes.set_xscale("log", base=2)
+        ticks = [x for x, _ in shown.lines[0].points]
+        axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    if shown.band is not None:
+        axes.set_xlim(axes.get_xlim())
+        axes.axvspan(*shown.band, color=LINE, alpha=0.5, linewidth=0)
+    if shown.mark is not None:
+        axes.axvline(shown.mark[0], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+
+
 def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
     """Return the figure as an ``<svg>`` element with page colours, prefixed ids, a title and no fixed size."""
     buffer = io.StringIO()
@@ -178,3 +235,19 @@ def _fits(series: Sequence[blocks.Series], columns: int) -> bool:
     rows = math.ceil(len(series) / columns)
     widths = [max(len(each.name) + 3 for each in series[at : at + rows]) for at in range(0, len(series), rows)]
     return sum(widths) <= _LETTERS + 3 * columns
+
+
+def drawn(block: blocks.Drawn) -> str:
+    """Draw a figure as an ``<svg>`` element in the page's colours."""
+    match block:
+        case blocks.Lines():
+            return lines_plot(block)
+        case blocks.Bands():
+            return bands_plot(block)
+        case blocks.Figure():
+            return forest_plot(block)
+
+
+def lines_file(shown: blocks.Lines) -> str:
+    """Return lines as a standalone SVG file."""
+    return lines_plot(shown, FILE_COLOURS) + "\n"

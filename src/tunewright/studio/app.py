@@ -8,6 +8,7 @@ import ipaddress
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -109,7 +110,7 @@ class Studio:
         self._cache = Cache(Playing(self._root))
         self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
         self._templates = page_templates("tunewright.studio", _PAGES)
-        self._templates.filters |= {"commands": by_commands, "role": role, "capital": capital}
+        self._templates.filters |= {"commands": by_commands, "fields": asdict, "role": role, "capital": capital}
         self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from tunewright.advisor.explanations import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
 from tunewright.evidence.schema import Arm, Evidence
-from tunewright.render.blocks import Block, Cell, Drawing, Lead, Notes, Row, Section, Table, cells, columns
-from tunewright.report.plots import break_even_figure
+from tunewright.render.blocks import Block, Cell, Lead, Line, Lines, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import counted
 
 _UNMEASURED = "No break-even was measured on these data and this base: `tunewright advise` measures it."
@@ -64,15 +61,29 @@ def _pays(advice: Signals | None) -> tuple[Block, ...]:
     head = columns("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
     calls = Table("Table of calls", head, tuple(_call(even, call) for call in (even.prompting, even.tuned)))
     once = Table("Table of what training costs", columns("Costs other than calls", f"Costs{unit}"), _once(even))
-    return (Lead(break_even_text(advice)), *_drawn(even), calls, once, Notes(_grounds(advice, even)))
+    return (Lead(break_even_text(advice)), *lines(even), calls, once, Notes(_grounds(advice, even)))
 
 
-def _drawn(even: BreakEven) -> tuple[Block, ...]:
-    """Return a figure of both costs by number of calls, or nothing if the lines never cross."""
-    if even.calls is None:
+def lines(even: BreakEven) -> tuple[Lines, ...]:
+    """Return both total costs by number of calls, or nothing if the lines never cross."""
+    if even.calls is None or even.calls_low is None:
         return ()
-    caption = "The band is the 95% interval of the number of calls from which on training pays."
-    return (Drawing(Markup(break_even_figure("break-even", even)), caption),)
+    end, once = 2 * even.calls, even.once.total
+    return (
+        Lines(
+            "break-even",
+            f"Costs of {even.prompting.arm} and of training by the number of calls",
+            (
+                Line(even.prompting.arm, ((0, 0), (end, end * even.prompting.cost)), "prompting"),
+                Line("training, then tuned", ((0, once), (end, once + end * even.tuned.cost)), "tuned"),
+            ),
+            "cost" if even.unit == "money" else "machine time, hours",
+            below="calls",
+            mark=(even.calls, f"{even.calls:,.0f}"),
+            band=(even.calls_low, min(even.calls_high or end, end)),
+            caption="The band is the 95% interval of the number of calls from which on training pays.",
+        ),
+    )
 
 
 def _call(even: BreakEven, call: Call) -> Row:

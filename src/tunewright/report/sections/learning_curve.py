@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from tunewright.evidence.learning_curve import Curve, more_data
-from tunewright.metrics import score_text
-from tunewright.render.blocks import Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.metrics import axis_label, score_text
+from tunewright.render.blocks import Column, Lead, Line, Lines, Notes, Row, Section, Table, cells, columns
 
 
 def section(curve: Curve) -> Section:
@@ -21,7 +23,28 @@ def section(curve: Curve) -> Section:
                 "the rows."
             ),
             Table("Table of scores by share and seed", head, tuple(_row(curve, share) for share in curve.shares)),
+            lines(curve),
         ),
+    )
+
+
+def lines(curve: Curve) -> Lines:
+    """Return the mean score by training rows, and each training's."""
+    means = tuple((fmean(p.rows for p in curve.points if p.share == s), 100 * curve.mean(s)) for s in curve.shares)
+    measured = sorted((p.rows, 100 * p.score, p.seed) for p in curve.points)
+    trainings = (
+        Line(f"seed {seed}", tuple((rows, score) for rows, score, s in measured if s == seed), dots=True, joined=False)
+        for seed in curve.seeds
+    )
+    return Lines(
+        f"curve-{curve.id}",
+        f"Score on {curve.items} dev items by training rows",
+        (Line(f"mean of {len(curve.seeds)} seeds", means, "tuned"), *trainings),
+        axis_label(curve.metric),
+        below="training rows",
+        bounds=(0, 100),
+        doubling=True,
+        caption=f"Each point is an adapter trained on a part of the rows; {curve.method}.",
     )
 
 

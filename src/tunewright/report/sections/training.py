@@ -1,4 +1,4 @@
-"""Section on the training run by step, and on the benefit of more data."""
+"""Section on the training run by step."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from markupsafe import Markup
-
 from tunewright.config import MetricName
-from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence
-from tunewright.metrics import metric_label, score_text
-from tunewright.render.blocks import Drawing, Lead, Section
-from tunewright.report.plots import curve_figure, training_plot
-from tunewright.report.sections import learning_curve
-from tunewright.training.checkpoint_selection import best_evaluation, evaluations
+from tunewright.metrics import axis_label, metric_label, score_text
+from tunewright.render.blocks import Lead, Line, Lines, Section
+from tunewright.training.checkpoint_selection import best_evaluation, evaluations, pairs_loss
 
 
 def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | None:
@@ -26,16 +21,33 @@ def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | 
     if not history:
         return Section("training", "Training", (Lead(f"{trained} This adapter has no loss history."),))
     metric = _trained_by(evidence)
-    title = "Training and dev loss, and the score on dev, by optimizer step"
-    drawn = training_plot("loss", title, history, metric)
-    return Section("training", "Training", (Drawing(Markup(drawn), f"{trained} {_loss_words(history, metric)}"),))
+    caption = f"{trained} {_loss_words(history, metric)}"
+    return Section("training", "Training", (replace(lines(history, metric), caption=caption),))
 
 
-def curve_section(curve: Curve) -> Section:
-    """Return the learning curve that was measured on the same data, with its drawing."""
-    found = learning_curve.section(curve)
-    caption = f"Each point is an adapter trained on a part of the rows; {curve.method}."
-    return replace(found, blocks=(*found.blocks, Drawing(Markup(curve_figure("curve", curve)), caption)))
+def lines(history: Sequence[dict[str, Any]], metric: MetricName) -> Lines:
+    """Return a run by step: train and dev loss, the dev metric below, and the selected step.
+
+    Args:
+        history: the run's rows: ``step`` with ``loss`` (and ``pair_loss``, which is then drawn instead) or with
+            ``epoch``, ``eval_loss`` and, if dev rows were answered, ``eval_metric``.
+        metric: the metric in ``eval_metric``.
+    """
+    train = tuple((row["step"], loss) for row in history if (loss := pairs_loss(row)) is not None)
+    evaluated = evaluations(history)
+    dev = tuple((each.step, each.dev_loss) for each in evaluated)
+    scores = tuple((each.step, 100 * each.dev_metric) for each in evaluated if each.dev_metric is not None)
+    unit = ", %" if axis_label(metric).endswith("%") else ""
+    score = Lines("loss-score", "", (Line("dev score", scores, "tuned", dots=True),), f"dev score{unit}")
+    return Lines(
+        "loss",
+        "Training and dev loss, and the score on dev, by optimizer step",
+        (Line("train", train), Line("dev", dev, "tuned", dots=True)),
+        "loss (nats per token)",
+        below="optimizer step",
+        mark=(best_evaluation(evaluated).step, "kept") if evaluated else None,
+        lower=score if scores else None,
+    )
 
 
 def _trained_by(evidence: Evidence) -> MetricName:

@@ -14,7 +14,7 @@ from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.metrics import metric_label, score_text
 from tunewright.report.sections import learning_curve, sweep
-from tunewright.studio.charts import comparison_charts, curve_chart, run_charts, sweep_chart
+from tunewright.studio.charts import comparison_charts, run_charts
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _LAST_STEPS = 20
@@ -182,7 +182,6 @@ def sweep_page(visit: Visit) -> Response:
         f"Sweep {ledger.head.sweep}",
         blocks=sweep.section(ledger).blocks,
         trials=len(ledger.head.trials),
-        charts=[sweep_chart(ledger)],
         took=duration(ledger.seconds),
     )
 
@@ -194,7 +193,6 @@ def curve_page(visit: Visit) -> Response:
         "curve.html.j2",
         f"Learning curve {curve.id}",
         blocks=learning_curve.section(curve).blocks,
-        charts=[curve_chart(curve)],
     )
 
 

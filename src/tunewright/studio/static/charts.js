@@ -75,6 +75,7 @@ class Chart {
         value: (_, value) => shown(value),
         points: { show: line.dots || line.points.length === 1, size: 6 },
         spanGaps: true,
+        ...(line.joined ? {} : { paths: () => null }),
       };
     });
     this.plot = new uPlot({
