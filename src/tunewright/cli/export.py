@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from tunewright.cli.app import DEPLOY, Adapter, command, group
 from tunewright.cli.console import MEASURED_NO, Session
@@ -14,7 +13,6 @@ from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
-    from tunewright.gate.parity import Figures, Limits
 
 export_app = group(
     "export",
@@ -108,34 +106,13 @@ def hub(
 
 
 def _show(run: Session, result: ExportResult) -> int | None:
+    from tunewright.gate.parity import figures_blocks
+
     done = "Exported to" if result.made else "Already exported and unchanged:"
     text = f"{done} {result.folder}" if result.good else f"Not kept. Its figures are in {result.numbers}"
-    faults = "\n".join(f"Differs from the trained model: {fault}." for fault in result.record.shortcomings)
-    notes = "\n".join(f"Note: {note}" for note in result.record.notes)
-    tables = [_table(result.record.figures, result.record.limits)] if result.record.figures else []
-    run.show(result.as_dict(), *tables, *filter(None, (notes, faults)), text)
+    record = result.record
+    notes = [f"Note: {note}" for note in record.notes]
+    faults = [f"Differs from the trained model: {fault}." for fault in record.shortcomings]
+    figures = figures_blocks(record.figures, record.limits) if record.figures else ()
+    run.show(result.as_dict(), *figures, *notes, *faults, text)
     return None if result.good else MEASURED_NO
-
-
-def _table(found: Figures, limits: Limits) -> Table:
-
-    from tunewright.metrics.labels import score_text
-
-    table = Table(
-        title=f"Compared with the trained model on {found.prompts} dev prompts ({found.places} answer tokens)",
-        title_justify="left",
-    )
-    for column in ("", "measured", "allowed"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    scores = [score_text(found.metric, score) for score in (found.score, found.trained_score)]
-    table.add_row("mean KL, nats", f"{found.kl:.2g}", f"{limits.kl:g}")
-    table.add_row("of the adapter's effect lost", f"{100 * found.lost:.2g}%", f"{100 * limits.lost:g}%")
-    table.add_row("largest change of a log-probability", f"{found.max_logit:.2g}", f"{limits.max_logit:g}")
-    table.add_row("same likeliest token", f"{100 * found.top1:.1f}%", f"{100 * limits.top1:g}%")
-    table.add_row("same greedy answer", f"{100 * found.greedy:.1f}%", f"{100 * limits.greedy:g}%")
-    table.add_row("score", scores[0], f"{scores[1]} - {100 * limits.score:g}")
-    table.add_row("prompts rendered as in training", f"{found.rendered}", f"{found.prompts}")
-    if found.functions:
-        table.add_row("conversations with functions, likewise", f"{found.functions_rendered}", f"{found.functions}")
-    table.add_row("KL from the base, nats", f"{found.from_base:.2g}", "")
-    return table

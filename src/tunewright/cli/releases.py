@@ -5,20 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from tunewright.cli.app import DEPLOY, app, command
 from tunewright.cli.console import Session
-from tunewright.cli.serve import Engine, isolation_table
+from tunewright.cli.serve import Engine
 from tunewright.cli.verdict import verdict_text
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from tunewright.api.releases import DeployResult
-    from tunewright.gate.results import Estimate
-    from tunewright.serving.tenants import ServingCheck
 
 Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
 TestedOn = Annotated[
@@ -107,15 +102,16 @@ def promote(run: Session, alias: Alias, engine: TestedOn = None, untested: Untes
 
 def _show(run: Session, alias: str, result: DeployResult) -> int | None:
     """Show a release, or the isolation test or the serving check that it did not pass."""
+    from tunewright.gate.results import isolation_blocks, serving_blocks
     from tunewright.serving.tenants.blocks import releases_blocks
 
-    checked = [] if result.serving is None else serving_tables(result.serving)
+    checked = [] if result.serving is None else serving_blocks(result.serving)
     if result.release is None and result.serving is not None:
         run.show(result.as_dict(), *checked, f"{alias} is unchanged.")
         return result.exit_code
     if result.release is None:
         assert result.isolation is not None
-        table = isolation_table(result.isolation, len(result.isolation.adapters))
+        table = isolation_blocks(result.isolation, len(result.isolation.adapters))
         run.show(result.as_dict(), *table, f"{alias} is unchanged.")
         return result.exit_code
     running = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
@@ -169,28 +165,3 @@ def releases(
     known = run.project.releases(alias)
     document = {"releases": [release.as_dict() for release in known]}
     run.show(document, *(releases_blocks(known) if known else ["Nothing has been released yet."]))
-
-
-_SERVED = {"adapter": "the adapter", "identity": "an identity adapter", "merged": "merged into the base"}
-
-
-def serving_tables(check: ServingCheck) -> list[RenderableType]:
-    """Return the figures of a serving check with their 95% intervals, and its conclusion."""
-    title = f"Answers through {check.engine}, compared with PEFT's"
-    table = Table("served", "answers", "KL, nats", "allowed", "the same", "wrong", "well-formed", "change", title=title)
-    for each in check.figures:
-        kl = "none reported" if each.kl is None else f"{each.kl.value:.2g} ({each.kl.low:.2g} to {each.kl.high:.2g})"
-        formed, change = "no JSON or calls", ""
-        if each.well_formed is not None and each.change is not None:
-            formed = f"{100 * each.well_formed.value:.0f}% of {each.formed}"
-            change = f"{100 * each.change.value:+.0f} ({100 * each.change.low:+.0f} to {100 * each.change.high:+.0f})"
-        same, wrong = _share(each.same), _share(each.wrong)
-        table.add_row(_SERVED[each.served], str(each.prompts), kl, f"{each.kl_limit:.2g}", same, wrong, formed, change)
-    left_out = [f"The merged model was not served: {check.left_out}."] if check.left_out else []
-    if check.passes:
-        return [table, *left_out, f"{check.engine} answers as the trained model does, within these intervals."]
-    return [table, *left_out, "\n".join([*check.reasons, f"{check.engine} does NOT answer as the trained model does."])]
-
-
-def _share(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.0f}% ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from tunewright.cli.app import DEPLOY, app, command, refuse_unused
 from tunewright.cli.console import Session
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from tunewright.gate.results import IsolationResult
-    from tunewright.serving.tenants import IsolationTest
 
 EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}
 
@@ -113,11 +106,13 @@ def serve(
     reaches every adapter.
     """
     if self_test:
+        from tunewright.gate.results import isolation_blocks
+
         listening = {"--host": host, "--port": port, "--metrics-port": metrics_port, "--metrics-host": metrics_host}
         gateway = {"--no-auth": no_auth, "--no-system-prompt": no_system_prompt, "--constrain": constrain}
         refuse_unused("--self-test", {**{name: given is not None for name, given in listening.items()}, **gateway})
         result = run.project.self_test(adapters or (), engine=engine, replicas=replicas, max_replicas=max_replicas)
-        run.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
+        run.show(result.as_dict(), *isolation_blocks(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]
     service = run.project.serve(
         adapters or (),
@@ -150,24 +145,3 @@ def serve(
 
     service.run(started)
     return None
-
-
-def isolation_table(result: IsolationResult | IsolationTest, adapters: int) -> list[RenderableType]:
-    """Return the checks, the failures, and the conclusion for the base and ``adapters`` adapters."""
-    table = Table("engine asked", "answers", "worst shortfall", "wrong", title=f"Isolation of {result.engine}")
-    for check in result.checks:
-        wrong = str(check.wrong or "none") if check.asked else "not run: needs two adapters"
-        table.add_row(check.name, str(check.asked), f"{check.worst:.3f} nats", wrong)
-    return [table, "\n".join([*result.reasons, _conclusion(result, adapters)])]
-
-
-def _conclusion(result: IsolationResult | IsolationTest, adapters: int) -> str:
-    models = f"the base and {adapters} adapter{'' if adapters == 1 else 's'}"
-    if result.verdict == "isolated":
-        return (
-            f"Isolated: {result.engine} keeps {models} apart; no token fell short of the reference's choice by over "
-            f"{result.tolerance} nats."
-        )
-    if result.verdict == "not isolated":
-        return f"NOT isolated: {result.engine} answers with a model other than the requested one. Do not serve."
-    return f"Can't tell: no answer was wrong, but some of {models} give the same answers."

@@ -13,6 +13,7 @@ from pydantic import Field
 from tunewright.config import MetricName
 from tunewright.evidence.common import Part
 from tunewright.metrics.labels import score_text
+from tunewright.render.blocks import Block, Lead, table
 
 TOP = 100
 """The trained model's likeliest tokens at a place whose log-probabilities are compared. No decoding reaches the tokens
@@ -117,3 +118,22 @@ def shortcomings(figures: Figures, limits: Limits) -> list[str]:
 def _too_many(same: float, needed: float, of: int) -> bool:
     """Return whether more differ than allowed."""
     return round((1 - same) * of) > max((1 - needed) * of, FEW)
+
+
+def figures_blocks(found: Figures, limits: Limits) -> tuple[Block, ...]:
+    """Return the figures next to their limits."""
+    own, trained = (score_text(found.metric, score) for score in (found.score, found.trained_score))
+    rows = [
+        ("mean KL, nats", f"{found.kl:.2g}", f"{limits.kl:g}"),
+        ("of the adapter's effect lost", f"{100 * found.lost:.2g}%", f"{100 * limits.lost:g}%"),
+        ("largest change of a log-probability", f"{found.max_logit:.2g}", f"{limits.max_logit:g}"),
+        ("same likeliest token", f"{100 * found.top1:.1f}%", f"{100 * limits.top1:g}%"),
+        ("same greedy answer", f"{100 * found.greedy:.1f}%", f"{100 * limits.greedy:g}%"),
+        ("score", own, f"{trained} - {100 * limits.score:g}"),
+        ("prompts rendered as in training", f"{found.rendered}", f"{found.prompts}"),
+    ]
+    if found.functions:
+        rows.append(("conversations with functions, likewise", f"{found.functions_rendered}", f"{found.functions}"))
+    rows.append(("KL from the base, nats", f"{found.from_base:.2g}", ""))
+    title = f"Compared with the trained model on {found.prompts} dev prompts ({found.places} answer tokens)"
+    return Lead(title), table(title, ("", "Measured", "Allowed"), rows)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tunewright.core.text import count_of
+from tunewright.render.blocks import Block, Lead, Notes, table, words
+
 IsolationVerdict = Literal["isolated", "not isolated", "can't tell"]
 _MAX_REASONS = 8
 
@@ -244,3 +247,55 @@ class ServingCheck:
         """Return the check that the state has stored as JSON."""
         figures = tuple(ServingFigures.of(each) for each in stored["figures"])
         return cls(**{**stored, "figures": figures, "reasons": tuple(stored["reasons"])})
+
+
+def isolation_blocks(result: IsolationResult | IsolationTest, adapters: int) -> tuple[Block, ...]:
+    """Return the checks, the failures, and the conclusion for the base and ``adapters`` adapters."""
+    rows = []
+    for check in result.checks:
+        wrong = str(check.wrong or "none") if check.asked else "not run: needs two adapters"
+        rows.append((check.name, str(check.asked), f"{check.worst:.3f} nats", wrong))
+    title = f"Isolation of {result.engine}"
+    head = ("Engine asked", "Answers", "Worst shortfall", *words("Wrong"))
+    return Lead(title), table(title, head, rows), Notes((*result.reasons, _isolation_conclusion(result, adapters)))
+
+
+def _isolation_conclusion(result: IsolationResult | IsolationTest, adapters: int) -> str:
+    models = f"the base and {count_of(adapters, 'adapter')}"
+    if result.verdict == "isolated":
+        return (
+            f"Isolated: {result.engine} keeps {models} apart; no token fell short of the reference's choice by over "
+            f"{result.tolerance} nats."
+        )
+    if result.verdict == "not isolated":
+        return f"NOT isolated: {result.engine} answers with a model other than the requested one. Do not serve."
+    return f"Can't tell: no answer was wrong, but some of {models} give the same answers."
+
+
+_SERVED = {"adapter": "the adapter", "identity": "an identity adapter", "merged": "merged into the base"}
+
+
+def serving_blocks(check: ServingCheck) -> tuple[Block, ...]:
+    """Return the figures of a serving check with their 95% intervals, and its conclusion."""
+    rows = []
+    for each in check.figures:
+        kl = "none reported" if each.kl is None else f"{each.kl.value:.2g} ({each.kl.low:.2g} to {each.kl.high:.2g})"
+        formed, change = "no JSON or calls", ""
+        if each.well_formed is not None and each.change is not None:
+            formed = f"{100 * each.well_formed.value:.0f}% of {each.formed}"
+            change = f"{100 * each.change.value:+.0f} ({100 * each.change.low:+.0f} to {100 * each.change.high:+.0f})"
+        same, wrong = _share(each.same), _share(each.wrong)
+        rows.append((_SERVED[each.served], str(each.prompts), kl, f"{each.kl_limit:.2g}", same, wrong, formed, change))
+    shares = words("The same", "Wrong", "Well-formed", "Change")
+    head = ("Served", "Answers", *words("KL, nats"), "Allowed", *shares)
+    title = f"Answers through {check.engine}, compared with PEFT's"
+    left_out = [f"The merged model was not served: {check.left_out}."] if check.left_out else []
+    if check.passes:
+        conclusion = f"{check.engine} answers as the trained model does, within these intervals."
+    else:
+        conclusion = f"{check.engine} does NOT answer as the trained model does."
+    return Lead(title), table(title, head, rows), Notes((*left_out, *check.reasons, conclusion))
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.0f}% ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
