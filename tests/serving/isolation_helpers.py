@@ -44,4 +44,4 @@ def result_of(engine: Engine, reference: PeftReference, adapters: dict[str, Path
 
 def failed(result: IsolationResult) -> set[str]:
     """The checks that failed."""
-    return {check.name for check in result.checks if check.failures}
+    return {check.name for check in result.checks if check.wrong}

@@ -30,14 +30,6 @@ _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class Destination:
-    """A repository on the hub."""
-
-    repository: str
-    private: bool
-
-
-@dataclass(frozen=True)
 class HubResult:
     """A repository folder, and the place where it was pushed."""
 
@@ -171,7 +163,7 @@ def _copy_merged(folder: Path, merged: Path, names: list[str]) -> None:
         link_or_copy(merged / name, folder / name)
 
 
-def push(folder: Path, destination: Destination, message: str) -> str:
+def push(folder: Path, name: str, message: str, *, private: bool) -> str:
     """Create the repository if it does not exist, and commit the folder to it without its own record.
 
     Returns:
@@ -182,7 +174,6 @@ def push(folder: Path, destination: Destination, message: str) -> str:
     """
     from huggingface_hub import HfApi, constants, errors
 
-    name = destination.repository
     if (silence := hub_silence(constants.ENDPOINT)) is not None:
         raise UserError(
             f"The hub ({constants.ENDPOINT}) is unreachable: {silence}",
@@ -192,7 +183,7 @@ def push(folder: Path, destination: Destination, message: str) -> str:
     api = HfApi(endpoint=constants.ENDPOINT)
     fix = "Run `hf auth login` (or set HF_TOKEN) with a token that may write to the repository."
     try:
-        api.create_repo(name, private=destination.private, exist_ok=True)
+        api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=[RECORD])
     except errors.HfHubHTTPError as error:
         raise UserError(f"The hub refused the push to {name}: {error}", where="--push", fix=fix) from error

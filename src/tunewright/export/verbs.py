@@ -204,5 +204,5 @@ def hub(
     result = export(source, "hub", target, made_of, repository.build)
     assert result.folder is not None
     message = f"{tuned.name}{f', evidence {repository.evidence}' if repository.evidence else ''}"
-    pushed = hub.push(result.folder, hub.Destination(push, not public), message) if push else None
+    pushed = hub.push(result.folder, push, message, private=not public) if push else None
     return hub.HubResult(result.folder, result.record, result.made, repository.evidence, pushed)

@@ -28,7 +28,7 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
 from tunewright.gate.answers import Answer, Digest, Ids, ask
 from tunewright.gate.probes import TOKENS, Probes, Reference, find_probes
-from tunewright.gate.results import Check, Failure, IsolationResult
+from tunewright.gate.results import Failure, IsolationCheck, IsolationResult
 from tunewright.generation.requests import Request
 
 TOLERANCE = {"bfloat16": 0.75, "float32": 0.05, "f16": 0.1, "q8_0": 1.5}
@@ -196,7 +196,7 @@ def check_isolation(
     reference.unload()
     answers = _collect(start, probes, long_probes, folders, reporter, seed)
     scorer = _Scorer(reference, {**probes.answers, **long_probes.answers})
-    checks = _scored(answers, probes, scorer, tolerance, names, reporter)
+    checks, failures = _scored(answers, probes, scorer, tolerance, names, reporter)
     reference.unload()
     alike = sorted({_sorted(names[one], names[other]) for one, other in probes.alike & long_probes.alike})
     return IsolationResult(
@@ -204,6 +204,7 @@ def check_isolation(
         tolerance,
         tuple(names[model] for model in models),
         checks,
+        failures,
         tuple(alike),
     )
 
@@ -292,7 +293,7 @@ def _scored(
     tolerance: float,
     names: Mapping[Digest, str],
     reporter: Reporter,
-) -> tuple[Check, ...]:
+) -> tuple[tuple[IsolationCheck, ...], tuple[Failure, ...]]:
     # By model first: the reference holds one adapter at a time.
     by_model: dict[Digest, dict[Ids, list[_Observation]]] = {}
     for observation in answers.observations:
@@ -304,15 +305,15 @@ def _scored(
                 nats = scorer.shortfalls(model, prompt, [observation.answer for observation in observed])
                 short |= zip(observed, nats, strict=True)
             task.advance()
-    checks = []
+    checks: list[IsolationCheck] = []
+    failures: list[Failure] = []
     for name in answers.checks:
         own = [observation for observation in answers.observations if observation.check == name]
-        failures = []
-        for observation in own:
-            if short[observation] > tolerance:
-                source = scorer.source(observation, probes.prompts, tolerance)
-                like = None if source is None else names[source[0]]
-                failures.append(Failure(names[observation.model], short[observation], like))
+        wrong = [observation for observation in own if short[observation] > tolerance]
+        for observation in wrong:
+            source = scorer.source(observation, probes.prompts, tolerance)
+            like = None if source is None else names[source[0]]
+            failures.append(Failure(name, names[observation.model], short[observation], like))
         worst = max((short[observation] for observation in own), default=0.0)
-        checks.append(Check(name, len(own), worst, tuple(failures)))
-    return tuple(checks)
+        checks.append(IsolationCheck(name, len(own), len(wrong), round(worst, 4)))
+    return tuple(checks), tuple(failures)

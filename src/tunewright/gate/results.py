@@ -17,6 +17,7 @@ _MAX_REASONS = 8
 class Failure:
     """A wrong answer."""
 
+    check: str
     asked: str
     """The model that should have answered."""
     shortfall: float
@@ -26,20 +27,16 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One pattern of requests, and its result."""
+class IsolationCheck:
+    """One check of the test: one pattern of requests."""
 
     name: str
     asked: int
     """The number of requests."""
+    wrong: int
+    """The number of answers from a wrong model."""
     worst: float
     """The largest shortfall, in nats."""
-    failures: tuple[Failure, ...]
-
-    @property
-    def wrong(self) -> int:
-        """The number of wrong answers."""
-        return len(self.failures)
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,15 @@ class IsolationResult:
     engine: str
     tolerance: float
     models: tuple[str, ...]
-    checks: tuple[Check, ...]
+    checks: tuple[IsolationCheck, ...]
+    failures: tuple[Failure, ...]
     alike: tuple[tuple[str, str], ...]
     """Pairs that no probe distinguishes: if one answered for the other, the test would not detect it."""
 
     @property
     def verdict(self) -> IsolationVerdict:
         """The verdict: any wrong answer decides it; without one, the probes must distinguish every pair of models."""
-        if any(check.failures for check in self.checks):
+        if self.failures:
             return "not isolated"
         return "can't tell" if self.alike else "isolated"
 
@@ -64,14 +62,13 @@ class IsolationResult:
     def reasons(self) -> tuple[str, ...]:
         """The reasons for a verdict other than "isolated", one per line, shortened to the first few and a count."""
         lines = [
-            f"{check.name}: a request for {failure.asked} got "
+            f"{failure.check}: a request for {failure.asked} got "
             + (
                 f"the answer of {failure.like}"
                 if failure.like
                 else f"an answer that falls short by {failure.shortfall:.1f} nats"
             )
-            for check in self.checks
-            for failure in check.failures
+            for failure in self.failures
         ]
         if len(lines) > _MAX_REASONS:
             lines[_MAX_REASONS:] = [f"and {len(lines) - _MAX_REASONS} more"]
@@ -82,16 +79,13 @@ class IsolationResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as ``--json`` prints it."""
+        failures: dict[str, list[dict[str, Any]]] = {check.name: [] for check in self.checks}
+        for each in self.failures:
+            shortfall = round(each.shortfall, 4)
+            failures[each.check].append({"asked": each.asked, "shortfall": shortfall, "like": each.like})
         checks = [
-            {
-                "name": check.name,
-                "asked": check.asked,
-                "worst_shortfall": round(check.worst, 4),
-                "failures": [
-                    {"asked": f.asked, "shortfall": round(f.shortfall, 4), "like": f.like} for f in check.failures
-                ],
-            }
-            for check in self.checks
+            {"name": c.name, "asked": c.asked, "worst_shortfall": c.worst, "failures": failures[c.name]}
+            for c in self.checks
         ]
         return {
             "verdict": self.verdict,
@@ -101,18 +95,6 @@ class IsolationResult:
             "checks": checks,
             "alike": [list(pair) for pair in self.alike],
         }
-
-
-@dataclass(frozen=True)
-class IsolationCheck:
-    """One check of the test: one pattern of requests."""
-
-    name: str
-    asked: int
-    wrong: int
-    """The number of answers from a wrong model."""
-    worst: float
-    """The largest shortfall, in nats."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from tunewright.gate import isolation
 from tunewright.gate.answers import Digest, Ids
 from tunewright.gate.prompts import Probe
 from tunewright.gate.reference import PeftReference, ReferenceAnswer
-from tunewright.gate.results import IsolationCheck, IsolationResult, IsolationTest, ServingCheck
+from tunewright.gate.results import IsolationResult, IsolationTest, ServingCheck
 from tunewright.gate.serving_check import LOST, NOISE, WRONG, ServingComparison, shortcomings
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
@@ -183,7 +183,6 @@ class IsolationRunner:
         began = monotonic()
         result = self.run(prompts)
         seconds = round(monotonic() - began, 1)
-        checks = tuple(IsolationCheck(c.name, c.asked, c.wrong, round(c.worst, 4)) for c in result.checks)
         return IsolationTest(
             verdict=result.verdict,
             subject=self.subject,
@@ -193,7 +192,7 @@ class IsolationRunner:
             adapters=tuple(sorted(self.folders)),
             versions=self.on.versions,
             tolerance=result.tolerance,
-            checks=checks,
+            checks=result.checks,
             alike=result.alike,
             reasons=result.reasons,
             tested=now(),

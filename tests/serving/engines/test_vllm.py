@@ -100,7 +100,7 @@ def test_isolation_test_detects_vllms_last_slot_bug(
     assert result.verdict == "not isolated"
     # Either pattern batches the base with adapters; which of them meets in a batch depends on the machine.
     assert failed(result) & {"the base in the mix", "all mixed"}
-    wrong = [failure for check in result.checks for failure in check.failures]
+    wrong = result.failures
     assert {failure.asked for failure in wrong} == {"base"}
     assert all(failure.like is not None and failure.like.startswith("adapter") for failure in wrong if failure.like)
 

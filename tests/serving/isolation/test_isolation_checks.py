@@ -77,8 +77,7 @@ def test_planted_bug_is_detected_by_its_checks(
         result = result_of(engine, reference, small_adapters)
     assert result.verdict == "not isolated"
     assert seen_by <= failed(result)
-    failures = [failure for check in result.checks for failure in check.failures]
-    assert any(failure.like is not None for failure in failures), "it says whose answer it was"
+    assert any(failure.like is not None for failure in result.failures), "it says whose answer it was"
 
 
 def test_verdict_is_cannot_tell_when_two_adapters_are_indistinguishable(
