@@ -152,7 +152,7 @@ class AdapterImporter:
         elif source.is_dir():
             quarantine_folder(source, intake)
         else:
-            raise UserError(NO_ARCHIVE, where=str(source), fix="Unpack it, and import its folder.")
+            raise UserError(NO_ARCHIVE, where=str(source), fix="Give the adapter's folder. Unpack an archive first.")
         missing = [name for name in (CONFIG, WEIGHTS) if name not in intake.files]
         if missing:
             raise UserError(f"Not an adapter: {' and '.join(missing)} missing", where=str(source))
