@@ -155,8 +155,10 @@ def decide(signals: Signals) -> Decision:
     grounds = Grounds(signals)
     best, margin = signals.prompting.best, f"{100 * signals.margin:g} points"
     if not grounds.enough_clusters:
-        return _cannot(
-            f"{grounds.clusters} independent dev clusters are too few (at least {FEWEST_CLUSTERS} are needed)."
+        return Decision(
+            "can't tell",
+            None,
+            f"{grounds.clusters} independent dev clusters are too few (at least {FEWEST_CLUSTERS} are needed).",
         )
     if grounds.beats:
         beyond = ", even if twice the demonstrations gained as much again" if grounds.headroom > 0 else ""
@@ -165,7 +167,7 @@ def decide(signals: Signals) -> Decision:
         return Decision("fine-tune", None, f"The pilot is as good as {best}, and its shorter prompts pay for it.")
     if grounds.no_gain:
         return _without_gain(signals, grounds)
-    return _cannot(_unsettled(signals))
+    return Decision("can't tell", None, _unsettled(signals))
 
 
 def _without_gain(signals: Signals, grounds: Grounds) -> Decision:
@@ -173,7 +175,7 @@ def _without_gain(signals: Signals, grounds: Grounds) -> Decision:
     best = signals.prompting.best
     if grounds.pays == "yes" and grounds.reach > -signals.margin:
         why = f"Cheaper calls would pay for training, but it is not shown to be as good as {best}."
-        return _cannot(why)
+        return Decision("can't tell", None, why)
     kind = next(a.kind for a in signals.prompting.arms if a.name == signals.cheapest)
     why = f"No adapter of these rows can beat {best} by more than the margin of {100 * signals.margin:g} points"
     if grounds.pays == "no":
@@ -191,7 +193,3 @@ def _unsettled(signals: Signals) -> str:
     if gain.contrast.interval.high <= signals.margin:
         return f"The pilot does not beat {signals.prompting.best}, but all {gain.all_rows:,} rows may."
     return f"The interval of the pilot's gain over {signals.prompting.best} includes values on both sides of {margin}."
-
-
-def _cannot(why: str) -> Decision:
-    return Decision("can't tell", None, why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.chat.format import ChatFormat
@@ -23,6 +24,8 @@ _ID = "/[a-zA-Z0-9]{9}/"
 _SPACE = r"/[ \t\r\n]+/?"
 # As transformers' `tojson` writes JSON in templates, and so in training.
 _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_text = partial(json.dumps, ensure_ascii=False)
+"""Return a literal: Lark's have JSON's syntax."""
 
 
 _CHOICES: tuple[Literal["auto"], Literal["required"]] = ("auto", "required")
@@ -171,8 +174,3 @@ def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mark(form: CallForm, mark: str) -> str:
     return f"<[{form.control[mark]}]>" if mark in form.control else _text(mark)
-
-
-def _text(text: str) -> str:
-    """Return a literal: Lark's have JSON's syntax."""
-    return json.dumps(text, ensure_ascii=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import regex
 
@@ -31,6 +32,8 @@ from tunewright.core.io import canonical_json
 _SPACE = r"\s{0,99}"
 _MORE = rf'"(?:id|type)"{_SPACE}:{_SPACE}"[^"]{{0,99}}"'
 _BUILTIN = "|".join(sorted(BUILTIN))
+
+_compiled = partial(regex.compile, flags=regex.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,6 @@ def _syntax(form: CallForm) -> _Syntax:
     tag = mark["<|python_tag|>"]
     first = rf'{_SPACE}(?:{tag}{_SPACE}(?P<builtin>{_BUILTIN})\.call\(query="|(?:{tag})?{_SPACE}{head})'
     return _Syntax(key, None, _compiled(first), None, _compiled(tail))
-
-
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    return regex.compile(pattern, regex.DOTALL)
 
 
 class CallStream:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter
 from pathlib import Path
@@ -55,6 +55,7 @@ Minutes = Annotated[
     ),
 ]
 
+_option = partial(Parameter, kind=Parameter.POSITIONAL_OR_KEYWORD)
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 
 
@@ -187,10 +188,10 @@ def command(
             place = [each.name for each in own].index("options")
             own[place : place + 1] = _options(options)
         shared = [
-            *([_option("cluster", Cluster, None)] if cluster else []),
-            *([_option("database_url", DatabaseUrl, None)] if database else []),
-            *([_option("project", Folder, Path())] if project else []),
-            *([_option("json", Json, False)] if json else []),
+            *([_option("cluster", annotation=Cluster, default=None)] if cluster else []),
+            *([_option("database_url", annotation=DatabaseUrl, default=None)] if database else []),
+            *([_option("project", annotation=Folder, default=Path())] if project else []),
+            *([_option("json", annotation=Json, default=False)] if json else []),
         ]
 
         @wraps(function)
@@ -252,7 +253,7 @@ def _options(of: type[Any]) -> list[Parameter]:
         assert isinstance(about, Option)
         name = about.name or f"--{each.name.replace('_', '-')}"
         shown = typer.Option(each.default, name, help=about.help, show_default=about.default or True)
-        made.append(_option(each.name, kind, shown))
+        made.append(_option(each.name, annotation=kind, default=shown))
     return made
 
 
@@ -265,7 +266,3 @@ def _filled(of: type[Any], values: dict[str, Any]) -> Any:
             for each in fields(of)
         }
     )
-
-
-def _option(name: str, annotation: Any, default: object) -> Parameter:
-    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)

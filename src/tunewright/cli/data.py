@@ -271,7 +271,9 @@ def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType
     from tunewright.training.lengths import PERCENTILES
 
     table = Table(title=f"Rows in tokens, version {report.version[:12]}, {report.base}", title_justify="left")
-    for name in ("split", "rows", *map(_percentile, PERCENTILES), "tokens", "trained"):
+    names = {0: "shortest", 50: "median", 100: "longest"}
+    percentiles = (names.get(percent, f"{percent}%") for percent in PERCENTILES)
+    for name in ("split", "rows", *percentiles, "tokens", "trained"):
         table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
     for split in report.splits:
         lengths = (f"{split.percentiles[p]:,}" for p in PERCENTILES)
@@ -292,10 +294,6 @@ def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType
             f"Every row is whole and within {report.max_length:,} tokens, and ends with its end token, trained."
         )
     return parts
-
-
-def _percentile(percent: int) -> str:
-    return {0: "shortest", 50: "median", 100: "longest"}.get(percent, f"{percent}%")
 
 
 def _histogram(report: LengthReport) -> Text:

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from tunewright.cli.live import ConsoleReporter, LineTask
 from tunewright.core import tracing
-from tunewright.core.progress import Task
 from tunewright.core.text import visible
 
 log = logging.getLogger("tunewright")
@@ -75,26 +74,6 @@ def _log_exception(kind: type[BaseException], error: BaseException, trace: Trace
     sys.stderr.write(json_line("critical", message, at=time.time(), exception=text) + "\n")
 
 
-class JsonReporter(ConsoleReporter):
-    """Reports to the log of :func:`json_log`; questions are asked at the terminal, if there is one."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console, live=False)
-
-    def say(self, message: str) -> None:
-        log.info(message)
-
-    def warn(self, message: str) -> None:
-        log.warning(message)
-
-    def error(self, document: Mapping[str, Any]) -> None:
-        """Report the error that ends the command, with its place and its fix."""
-        log.error(document["what"], extra={"fields": {"where": document["where"], "fix": document["fix"]}})
-
-    def _lines(self, title: str, total: int, unit: str) -> Task:
-        return _JsonTask(self.console, title, total, unit)
-
-
 class _JsonTask(LineTask):
     """Progress with its numbers in fields, and the values measured since the last line."""
 
@@ -110,3 +89,22 @@ class _JsonTask(LineTask):
         if self._measured:
             fields["measured"], self._measured = self._measured, {}
         log.info(text, extra={"fields": fields})
+
+
+class JsonReporter(ConsoleReporter):
+    """Reports to the log of :func:`json_log`; questions are asked at the terminal, if there is one."""
+
+    line_task = _JsonTask
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, live=False)
+
+    def say(self, message: str) -> None:
+        log.info(message)
+
+    def warn(self, message: str) -> None:
+        log.warning(message)
+
+    def error(self, document: Mapping[str, Any]) -> None:
+        """Report the error that ends the command, with its place and its fix."""
+        log.error(document["what"], extra={"fields": {"where": document["where"], "fix": document["fix"]}})

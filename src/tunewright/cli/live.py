@@ -287,6 +287,9 @@ class ConsoleReporter:
         live: redraw bars in place where the terminal can; else progress is lines, as in a log.
     """
 
+    line_task: type[LineTask] = LineTask
+    """Progress where it is lines."""
+
     def __init__(self, console: Console, *, live: bool = True) -> None:
         self.console = console
         self._live = live and console.is_terminal and not console.is_dumb_terminal
@@ -336,13 +339,10 @@ class ConsoleReporter:
         ):
             yield task
 
-    def _lines(self, title: str, total: int, unit: str) -> Task:
-        return LineTask(self.console, title, total, unit)
-
     @contextmanager
     def _task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         if not self._live:
-            yield self._lines(title, total, unit)
+            yield self.line_task(self.console, title, total, unit)
         elif self._screen is None:
             with self._drawn({}) as screen:
                 yield _BarTask(screen, title, total)

@@ -42,12 +42,8 @@ MANIFEST = "manifest.json"
 """In a sealed folder: file names and their SHA-256 digests, written last."""
 
 
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def canonical_json(value: Any) -> str:
-    """Return the only spelling of a value: sorted keys, no spaces, UTF-8 kept, no NaN (after RFC 8785)."""
-    return _CANONICAL.encode(value)
+canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+"""Return the only spelling of a value: sorted keys, no spaces, UTF-8 kept, no NaN (after RFC 8785)."""
 
 
 def text_lines(text: str) -> list[str]:

@@ -110,10 +110,8 @@ class _ValueFindings:
     personal: list[str] = field(default_factory=list)
 
 
-@cache
-def _finder(presidio: str) -> Finder:
-    """Return a model's finder, loaded once in each process."""
-    return open_presidio(presidio)
+_finder = cache(open_presidio)
+"""Return a model's finder, loaded once in each process."""
 
 
 def _screened(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:

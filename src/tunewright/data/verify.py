@@ -29,7 +29,7 @@ from tunewright.data.versions import (
 )
 from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, read_kept_pairs
 from tunewright.data.versions.members import MEMBERS, places_of, read_members
-from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, erased_metadata, parse_removal
+from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, erased_metadata
 from tunewright.data.versions.rows import BadRow, scan_rows
 
 
@@ -156,7 +156,7 @@ def _check_removals(path: Path) -> tuple[list[IntegrityIssue], dict[str, Removal
     damage, events = [], []
     for number, line in numbered_lines(_read(path)):
         try:
-            events.append(parse_removal(line, f"{path}:{number}"))
+            events.append(Removal.parse(line, f"{path}:{number}", "removal"))
         except UserError as error:
             damage.append(IntegrityIssue(error.where or str(path), error.what))
     return damage, Removals(tuple(events)).purged

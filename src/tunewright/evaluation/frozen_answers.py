@@ -295,11 +295,9 @@ class IncumbentModel:
         lines = [header, *(line for line in frozen.answers if line is not None)]
         text = "".join(f"{canonical_json(line.model_dump(mode='json'))}\n" for line in lines)
         AccessLog(self.evaluations).write(frozen.path, text)
-        self.reporter.say(f"Frozen: {len(lines) - 1:,} answers of {self.arm} in {self.relative(frozen.path)}")
-
-    def relative(self, path: Path) -> str:
-        """Return a path relative to the project."""
-        return os.path.relpath(path, self.folder.parent)
+        self.reporter.say(
+            f"Frozen: {len(lines) - 1:,} answers of {self.arm} in {os.path.relpath(frozen.path, self.folder.parent)}"
+        )
 
     def _report(self, frozen: FrozenSet, split: Split) -> None:
         """Report gaps, cut answers and changes of the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -218,7 +219,7 @@ class IncumbentArms:
             arm=model.arm,
             model=str(config.model),
             url=str(config.base_url),
-            file=model.relative(frozen.path),
+            file=os.path.relpath(frozen.path, model.folder.parent),
             file_digest=file_digest(frozen.path),
             versions=frozen.versions,
             first=times[0] if times else "",

@@ -99,8 +99,7 @@ class TrainingRuns:
         Raises:
             UserError: an unreadable lineage.
         """
-        adapters = [self._of(adapter) for adapter in reversed(list_adapters(self._project.adapters))]
-        return [*self._unfinished(), *adapters]
+        return [*self._unfinished(), *reversed([*_finished(self._project.adapters)])]
 
     def find(self, name: str) -> TrainingRun:
         """Return a run by its name; that of an unfinished run also finds the adapter that it became.
@@ -109,21 +108,17 @@ class TrainingRuns:
             UserError: there is no such run, for example because it was removed.
         """
         inputs = self._inputs_of(name)
-        for adapter in self._adapters():
-            known = [str(adapter.lineage.get("inputs_digest")), *adapter.local.get("also_inputs", [])]
-            if adapter.name == name or (inputs is not None and any(each.startswith(inputs) for each in known)):
-                return self._of(adapter)
+        project = self._project
+        for run in _finished(project.adapters, project.curve_adapters, project.fold_adapters, project.pilot_adapters):
+            assert run.adapter is not None
+            known = [str(run.adapter.lineage.get("inputs_digest")), *run.adapter.local.get("also_inputs", [])]
+            if run.name == name or (inputs is not None and any(each.startswith(inputs) for each in known)):
+                return run
         for run in self._unfinished():
             if run.name == name:
                 return run
         fix = "It was removed. Choose another one on the page Train."
         raise UserError(f"There is no training run {name!r}", fix=fix)
-
-    def _adapters(self) -> Iterator[Adapter]:
-        """Yield the stored adapters, then those of learning curves, cross-validations and pilots."""
-        project = self._project
-        for folder in (project.adapters, project.curve_adapters, project.fold_adapters, project.pilot_adapters):
-            yield from list_adapters(folder)
 
     def compare(self, names: Sequence[str]) -> RunComparison:
         """Return runs with the values of the config that differ between them.
@@ -175,9 +170,6 @@ class TrainingRuns:
             if folder.is_dir():
                 yield TrainingRun(f"{folder.parent.name}{_OF_SWEEP}{folder.name}", folder, metric)
 
-    def _of(self, adapter: Adapter) -> TrainingRun:
-        return TrainingRun(adapter.name, adapter.folder, adapter.lineage.get("training", {}).get("metric"), adapter)
-
     def _inputs_of(self, name: str) -> str | None:
         """Return the digest of the inputs of a run whose working folder had this name, or its beginning."""
         sweep, of_sweep, trial = name.partition(_OF_SWEEP)
@@ -214,3 +206,9 @@ def _inside(folder: Path, name: str) -> Path:
     if Path(name).name != name or name.startswith("."):
         raise UserError(f"Invalid ID {name!r}", where=str(folder), fix="Choose one on the page Train.")
     return folder / name
+
+
+def _finished(*folders: Path) -> Iterator[TrainingRun]:
+    """Yield the runs of the adapters in these folders, in order."""
+    for adapter in (each for folder in folders for each in list_adapters(folder)):
+        yield TrainingRun(adapter.name, adapter.folder, adapter.lineage.get("training", {}).get("metric"), adapter)

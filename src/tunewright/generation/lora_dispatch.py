@@ -87,7 +87,8 @@ class LoraDispatch:
     def add(self, name: str, loras: Mapping[str, Lora]) -> None:
         """Add an adapter to a base without built-in ones; ``loras`` maps layer names to weights."""
         assert not isinstance(self._model, PeftModel), "a PeftModel has adapter layers already"
-        new = {layer: _LoraLinear.from_base(self._model.get_submodule(layer)) for layer in loras.keys() - self._linear}
+        bare = {layer: self._model.get_submodule(layer) for layer in loras.keys() - self._linear}
+        new = {name: _LoraLinear(layer, layer.forward, {}, round_delta=_is_4bit(layer)) for name, layer in bare.items()}
         self._linear |= new
         self._last = None  # its slots may hold this name's earlier weights
         if self._attached:
@@ -293,11 +294,6 @@ class _LoraLinear:
             for name, down in layer.lora_A.items()
         }
         return cls(layer, layer.base_layer, loras, round_delta=_is_4bit(layer.base_layer))
-
-    @classmethod
-    def from_base(cls, layer: nn.Module) -> _LoraLinear:
-        """Wrap a layer of the base, without adapters yet."""
-        return cls(layer, layer.forward, {}, round_delta=_is_4bit(layer))
 
     def add(self, name: str, lora: Lora) -> None:
         """Add an adapter, or replace its weights."""

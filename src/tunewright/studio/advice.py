@@ -27,7 +27,8 @@ _PAGES = {
 }
 """The page that does the work of a command: its path and its name. More words of a command come first."""
 _COMMAND = re.compile(r"\btunewright ([a-z][a-z-]*(?: [a-z][a-z-]*)?)")
-_QUOTED = re.compile(r"`(tunewright [^`]+)`")
+by_commands = re.compile(r"`(tunewright [^`]+)`").split
+"""Return the pieces of a text: every second one is a command. Other quotes stay, as part of what people typed."""
 _OPTION = re.compile(r"(?<![\w-])--[a-z]")
 _KEYS = [
     f"{section}.{key}"
@@ -60,11 +61,6 @@ def advice(fix: str | None) -> Advice:
 def note(message: str) -> Advice:
     """Return a message in the same parts; its first sentence stays first, because it says what the matter is."""
     return _parted(_SENTENCE.split(message), 1)
-
-
-def by_commands(text: str) -> list[str]:
-    """Return the pieces of a text: every second one is a command. Other quotes stay, as part of what people typed."""
-    return _QUOTED.split(text)
 
 
 def _parted(sentences: list[str], kept: int) -> Advice:

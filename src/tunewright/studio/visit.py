@@ -178,7 +178,10 @@ class Visit:
             messages=[*self.session.take_messages(), *self._reported()],
             **values,
         )
-        return HTMLResponse(_disabled(text) if self.session.read_only else text)
+        if self.session.read_only:
+            # Forms that change something have no live button; no row can hold markup of a form.
+            text = _POST_FORM.sub(lambda form: _LIVE_BUTTON.sub("<button disabled", form[0]), text)
+        return HTMLResponse(text)
 
     def go(self, path: str, *messages: Notice) -> Response:
         """Return a redirection to a page, which shows the messages."""
@@ -190,11 +193,6 @@ class Visit:
         reporter = self.project.reporter
         messages = reporter.messages if isinstance(reporter, PageReporter) else []
         return [message.replace(f"{self.project.folder.root}/", "") for message in messages]
-
-
-def _disabled(page: str) -> str:
-    """Return a page whose forms that change something have no live button; no row can hold markup of a form."""
-    return _POST_FORM.sub(lambda form: _LIVE_BUTTON.sub("<button disabled", form[0]), page)
 
 
 _POST_FORM = re.compile('<form method="post".*?</form>', re.DOTALL)

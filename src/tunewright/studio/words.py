@@ -6,17 +6,13 @@ import re
 
 ROLES = {"system": "Instructions", "user": "Question", "assistant": "Answer", "tool": "Tool result"}
 """Roles of a conversation, as the people say who review its pairs."""
-_TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
+TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
+"""A role at the beginning of a line."""
 
 
 def role(name: str) -> str:
     """Return a role's word; an unknown role stays."""
     return ROLES.get(name, name)
-
-
-def turns(text: str) -> str:
-    """Return a conversation whose lines begin with roles, with their words."""
-    return _TURN.sub(lambda turn: f"{role(turn[1])}: ", text)
 
 
 def capital(text: str) -> str:

@@ -66,10 +66,6 @@ class Evaluation:
         """A sort key, larger is better: the metric, then the dev loss; among equal evaluations the earlier one wins."""
         return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss, -self.step)
 
-    def folder(self, work: Path) -> Path:
-        """Return the folder of this evaluation's adapter in the run's working folder."""
-        return adapter_folder(work, self.step)
-
 
 def adapter_folder(work: Path, step: int) -> Path:
     """Return the folder of the adapter that was evaluated after ``step``."""

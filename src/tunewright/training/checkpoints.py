@@ -128,7 +128,7 @@ def add_evaluation(checkpoint: Path, state: Any, base: Base) -> None:
 
 def _remove_unneeded_adapters(work: Path) -> None:
     """Remove evaluated adapters that no checkpoint needs; the older checkpoint counts, as the run may resume there."""
-    needed = {e.folder(work) for checkpoint in _newest_first(work) for e in _needed(checkpoint)}
+    needed = {adapter_folder(work, e.step) for checkpoint in _newest_first(work) for e in _needed(checkpoint)}
     for folder in set((work / "evaluated").glob("step-*")) - needed:
         _remove(folder)
 
@@ -193,7 +193,7 @@ def _missing_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
     """Return faults of the evaluated adapters that a checkpoint needs; that of its own step is restored from it."""
     faults = []
     for evaluation in _needed(checkpoint):
-        kept = evaluation.folder(work)
+        kept = adapter_folder(work, evaluation.step)
         lost = damage(kept)
         if lost and evaluation.step == step_of(checkpoint):
             _keep(checkpoint, kept, base)

@@ -98,7 +98,10 @@ def draw_replay(
     finally:
         stop()
     reporter.say(f"Replay: {drawn.summary()}.")
-    encoded = encode_members(chat, [_member(sample.example) for sample in drawn.used], limit)
+    examples = [sample.example for sample in drawn.used]
+    encoded = encode_members(
+        chat, [Member(each, each.pair_key, "train", each.pair_key, mixed=True) for each in examples], limit
+    )
     rows = encoded.rows
     lineage = {
         **sampler.about,
@@ -152,7 +155,8 @@ def sample_filter(
     def screen(examples: Mapping[str, Example]) -> dict[str, str]:
         reasons: dict[str, str] = {}
         for key, example in examples.items():
-            encoded = encode_members(chat, [_member(example)], limit)
+            member = Member(example, example.pair_key, "train", example.pair_key, mixed=True)
+            encoded = encode_members(chat, [member], limit)
             if encoded.faults:
                 reasons[key] = encoded.faults[0]
             elif encoded.too_long:
@@ -163,10 +167,6 @@ def sample_filter(
         return reasons
 
     return screen
-
-
-def _member(example: Example) -> Member:
-    return Member(example, example.pair_key, "train", example.pair_key, mixed=True)
 
 
 def _benchmarks(project: ProjectFolder) -> dict[str, list[str]]:

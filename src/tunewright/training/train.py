@@ -34,6 +34,7 @@ from tunewright.models.quantized import require_bitsandbytes
 from tunewright.training import distributed
 from tunewright.training.checkpoint_selection import (
     Evaluation,
+    adapter_folder,
     best_evaluation,
     evaluations,
     evaluations_to_keep,
@@ -315,7 +316,7 @@ def _store(
     best = best_evaluation(evaluated)
     kept = evaluations_to_keep(evaluated)
     for each in kept:
-        require_intact(each.folder(work))
+        require_intact(adapter_folder(work, each.step))
     lineage = {
         **inputs,
         "rendering": {name: _rendering(encoded) for name, encoded in run.splits.items()},
@@ -331,8 +332,8 @@ def _store(
     return store_adapter(
         place,
         config.name,
-        best.folder(work),
-        {f"step-{e.step}": e.folder(work) for e in kept if e is not best},
+        adapter_folder(work, best.step),
+        {f"step-{e.step}": adapter_folder(work, e.step) for e in kept if e is not best},
         lineage,
         run.history,
         servable=config.train.require_vllm_compatible,

@@ -53,35 +53,28 @@ class Job(Generic[Value]):
     value: Value
 
 
+@dataclass(frozen=True)
 class Trainings:
-    """The place where independent trainings are done.
+    """The place where independent trainings are done."""
 
-    Args:
-        workers: they train, each job in a process of its own; those of this process train here.
-        base: the base.
-        reporter: shows progress, and what the trainings report.
-        needs: what one training takes of a machine.
-        site: what every machine must have; None: the trainings are done here.
-    """
-
-    def __init__(
-        self, workers: Workers, base: Base, reporter: Reporter, needs: Needs = ONE_CPU, site: Site | None = None
-    ) -> None:
-        self.workers, self.base, self.reporter, self._needs, self._site = workers, base, reporter, needs, site
-
-    def reporting_to(self, reporter: Reporter) -> Trainings:
-        """Return the same with another reporter."""
-        return Trainings(self.workers, self.base, reporter, self._needs, self._site)
+    workers: Workers
+    """They train, each job in a process of its own; those of this process train here."""
+    base: Base
+    reporter: Reporter
+    needs: Needs = ONE_CPU
+    """What one training takes of a machine."""
+    site: Site | None = None
+    """What every machine must have; None: the trainings are done here."""
 
     @property
     def on_cluster(self) -> bool:
         """True if other processes train."""
-        return self._site is not None
+        return self.site is not None
 
     @property
     def at_once(self) -> int:
         """Number of trainings at once."""
-        return _at_once(self.workers, self._needs) if self.on_cluster else 1
+        return _at_once(self.workers, self.needs) if self.on_cluster else 1
 
     def run(
         self, step: Callable[[Base, Shared, Value, Reporter], Result], shared: Shared, jobs: Sequence[Job[Value]]
@@ -95,16 +88,16 @@ class Trainings:
             UserError: any error of a training; the others are stopped, with a checkpoint saved.
             KeyboardInterrupt: as before, by a signal.
         """
-        if self._site is None:
+        if self.site is None:
             for job in jobs:
                 yield step(self.base, shared, job.value, self.reporter)
             return
-        sent = _Sent(step, shared, self._site, torch.get_num_threads())
+        sent = _Sent(step, shared, self.site, torch.get_num_threads())
         with (
             self.reporter.task("Training on the cluster", len(jobs), "trainings") as task,
             _steps_shown(task, jobs),
         ):
-            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self._needs, here=False):
+            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self.needs, here=False):
                 done.messages.report_to(self.reporter)
                 yield done.result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jmespath
@@ -66,11 +66,13 @@ def check_groups(data: DataConfig) -> None:
             _expression(group)
 
 
-@lru_cache(maxsize=16)
-def _expression(group: str) -> jmespath.parser.ParsedResult:
-    return compile_jmespath(
-        group, "data.group_by", "Such as parent.id, parent.sql[0] or parent.parent.title: docs/how-to/file-formats.md."
+_expression = lru_cache(maxsize=16)(
+    partial(
+        compile_jmespath,
+        where="data.group_by",
+        fix="Such as parent.id, parent.sql[0] or parent.parent.title: docs/how-to/file-formats.md.",
     )
+)
 
 
 def value_above(group: str, parent: Parent | None) -> Any:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json, writing
-from tunewright.core.progress import Reporter, Task
+from tunewright.core.progress import Reporter
 from tunewright.data.dedup import comparison_texts, find_clusters
 from tunewright.data.dedup.similarity import near_pairs
 from tunewright.data.dedup.sketches import Mask
@@ -325,6 +324,7 @@ class _Recorder:
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
+        self.secret, self.task = reporter.secret, reporter.task
         self.said: list[str] = []
         self.warned: list[str] = []
 
@@ -335,14 +335,6 @@ class _Recorder:
     def warn(self, message: str) -> None:
         self.warned.append(message)
         self._reporter.warn(message)
-
-    def secret(self, prompt: str) -> str | None:
-        return self._reporter.secret(prompt)
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        with self._reporter.task(title, total, unit) as task:
-            yield task
 
 
 def stored_suspects(file: Path) -> SuspectList:

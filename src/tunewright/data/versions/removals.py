@@ -97,16 +97,7 @@ def events_in(data: bytes, where: str) -> list[Removal]:
     Raises:
         UserError: a line is not an event, or was changed.
     """
-    return [parse_removal(line, f"{where}:{number}") for number, line in numbered_lines(data)]
-
-
-def parse_removal(line: bytes, where: str) -> Removal:
-    """Parse a line of the log.
-
-    Raises:
-        UserError: the line is not an event, or its digest does not match.
-    """
-    return Removal.parse(line, where, "removal")
+    return [Removal.parse(line, f"{where}:{number}", "removal") for number, line in numbered_lines(data)]
 
 
 def append_removals(dataset: Path, events: Sequence[Removal]) -> None:

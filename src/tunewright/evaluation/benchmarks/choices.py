@@ -44,6 +44,11 @@ class Question:
     group: str | None = None
     """A passage or the like that the question shares with others; None if the file does not say."""
 
+    @property
+    def revealed(self) -> Question:
+        """The question after its right answer, for a control."""
+        return replace(self, text=f"The right answer is: {self.choices[self.gold]}\n{self.text}")
+
 
 def read_questions(path: Path) -> list[Question]:
     """Load the questions of a JSONL file of objects with ``query``, ``choices`` and ``gold``.
@@ -181,7 +186,7 @@ class ChoicesSuite:
         long = f"questions are longer than the base's context of {limit:,} tokens"
         # The control that reveals the answer makes the longest rows.
         asked, left_out = items_that_fit(
-            self.name, self.questions, lambda q: tokens(tokenizer, _told(q)) <= limit, long, bench
+            self.name, self.questions, lambda q: tokens(tokenizer, q.revealed) <= limit, long, bench
         )
         if len(asked) < 2:
             raise UserError(f"No two questions fit the base's context of {limit:,} tokens", where=self.name)
@@ -196,7 +201,7 @@ class ChoicesSuite:
             replace(q, text=some[other].text) for q, other in zip(some, derangement(len(some), bench.seed), strict=True)
         ]
         mixed_up = self._scores(bench, others, None, "questions dealt to other choices")
-        scores = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers given")
+        scores = self._scores(bench, [q.revealed for q in some[:_TOLD_ITEMS]], None, "answers given")
         return [
             Control(
                 name="the right answer given before the question",
@@ -232,7 +237,3 @@ class ChoicesSuite:
                     kept.add(dict(zip([name for name, _ in part], found, strict=True)))
         right = [likeliest(kept.known[name]) == q.gold for name, q in zip(names, asked, strict=True)]
         return np.array(right, dtype=np.float64)
-
-
-def _told(question: Question) -> Question:
-    return replace(question, text=f"The right answer is: {question.choices[question.gold]}\n{question.text}")

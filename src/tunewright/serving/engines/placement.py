@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, zip_longest
 from math import inf
+from operator import attrgetter
 
 FREE = 0.5
 """A replica with at most this share of its rows in use is never busy."""
@@ -46,6 +47,10 @@ class Candidate:
     load: float
     warm: bool = False
     room: bool = True
+
+
+_load = attrgetter("load")
+"""Order of replicas; of equal ones the first is the least."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,14 @@ class Placement:
             now: seconds that never go back.
         """
         if digest is None:
-            return Choice(_least_loaded(candidates).name)
+            return Choice(min(candidates, key=_load).name)
         by_name = {candidate.name: candidate for candidate in candidates}
         order = [by_name[name] for name in rendezvous_order(digest, tuple(sorted(by_name)))]
         chosen = order[: self._width(digest, order, now)]
         warm = [each for each in chosen if each.warm] or [each for each in order if each.warm]
         if not warm:
-            return Choice(_least_loaded(chosen).name)
-        return Choice(_least_loaded(warm).name, tuple(each.name for each in chosen if not each.warm and each.room))
+            return Choice(min(chosen, key=_load).name)
+        return Choice(min(warm, key=_load).name, tuple(each.name for each in chosen if not each.warm and each.room))
 
     def forget(self, digest: str) -> None:
         """Drop what is remembered of an adapter that is not served any more."""
@@ -110,11 +115,6 @@ class Placement:
         else:
             self._widths.pop(digest, None)
         return min(width, len(order))
-
-
-def _least_loaded(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the least loaded one; of equal ones the first."""
-    return min(candidates, key=lambda each: each.load)
 
 
 class Residents:

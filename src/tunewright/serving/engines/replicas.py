@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError, TokenSink
 from tunewright.generation.requests import Request
@@ -77,7 +77,9 @@ class Replicas:
         # Guards everything below: requests may come from several event loops.
         self._changed = threading.Condition(threading.RLock())
         self._room = room
-        self._replicas = {name: self._replica(name, engine) for name, engine in engines.items()}
+        self._replicas = {
+            name: Replica(name, engine, Residents(room), self._changed) for name, engine in engines.items()
+        }
         self._placement = placement or Placement()
         self._held = held or ExitStack()
         self._starter = starter
@@ -202,7 +204,10 @@ class Replicas:
                 raise EngineStoppedError(self._stopped)
             self._folders.pop(digest, None)
             self._placement.forget(digest)
-            freeing = [self._run(replica.unload_adapter(digest)) for replica in self._replicas.values()]
+            freeing = [
+                asyncio.run_coroutine_threadsafe(replica.unload_adapter(digest), self._loop)
+                for replica in self._replicas.values()
+            ]
         for done in freeing:
             await asyncio.shield(asyncio.wrap_future(done))
 
@@ -225,7 +230,7 @@ class Replicas:
             with self._changed:
                 stopped = self._stopped
                 if stopped is None:
-                    self._replicas[name] = replica = self._replica(name, engine)
+                    self._replicas[name] = replica = Replica(name, engine, Residents(self._room), self._changed)
                     replica.phase = "joining"
                     others = {each.name: each.residents for each in self._replicas.values() if each.serving}
                     loads = [self._bring(replica, digest) for digest in adapters_taken_over(name, others, self._room)]
@@ -306,7 +311,8 @@ class Replicas:
         with ThreadPoolExecutor(max(1, len(engines))) as pool:
             list(pool.map(lambda engine: engine.stop(), engines))
         if self._thread.is_alive():
-            self._run(_cancel_all()).add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+            cancelled = asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)
+            cancelled.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
             self._thread.join()
             self._loop.close()
         until = time.monotonic() + _END_SECONDS
@@ -349,9 +355,6 @@ class Replicas:
         with self._changed:
             self._changed.notify_all()
 
-    def _replica(self, name: str, engine: Engine) -> Replica:
-        return Replica(name, engine, Residents(self._room), self._changed)
-
     def _now(self) -> list[Replica]:
         with self._changed:
             return list(self._replicas.values())
@@ -382,7 +385,8 @@ class Replicas:
         """Return the load of an adapter on a replica, which is started unless it is in progress."""
         loading = self._loading.get((replica, digest))
         if loading is None:
-            loading = self._loading[replica, digest] = self._run(self._load_on(replica, digest))
+            loading = asyncio.run_coroutine_threadsafe(self._load_on(replica, digest), self._loop)
+            self._loading[replica, digest] = loading
         return loading
 
     async def _load_on(self, replica: Replica, digest: str) -> None:
@@ -391,9 +395,6 @@ class Replicas:
         finally:
             with self._changed:
                 self._loading.pop((replica, digest), None)
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _in_background(self, work: Callable[[], T]) -> Future[T]:
         """Run a function in a thread that the process does not wait for when it ends."""

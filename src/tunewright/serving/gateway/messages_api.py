@@ -258,6 +258,24 @@ class MessagesRequest(Part):
         return as_request(MessagesChatRequest, fields, names)
 
 
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""https://docs.anthropic.com/en/api/errors"""
+
+
+def error_document(error: ApiError) -> Document:
+    """Return an error in Anthropic's format."""
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
 class MessagesFormat:
     """The documents of one message, complete or as the events of a stream.
 
@@ -309,9 +327,7 @@ class MessagesFormat:
             {"type": "message_stop"},
         ]
 
-    def error_chunk(self, error: ApiError) -> Document:
-        """Return the event of an error."""
-        return error_document(error)
+    error_chunk = staticmethod(error_document)
 
     def _begin(self, kind: Literal["text", "tool_use"], block: Document) -> list[Document]:
         ended = self._end()
@@ -356,21 +372,3 @@ def _stop(answer: Answer | None) -> Document:
 def _usage(usage: Usage) -> Document:
     cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
     return {"input_tokens": usage.prompt_tokens, **cached, "output_tokens": usage.completion_tokens}
-
-
-_ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-"""https://docs.anthropic.com/en/api/errors"""
-
-
-def error_document(error: ApiError) -> Document:
-    """Return an error in Anthropic's format."""
-    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}

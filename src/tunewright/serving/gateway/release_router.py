@@ -57,7 +57,8 @@ class ReleaseRouter:
         self._engine = engine
         self._locate = locate
         self._reporter = reporter
-        self._routes: dict[str, Release] = {}
+        self.routes: dict[str, Release] = {}
+        """The live release of each alias."""
         self._loaded: dict[str, SystemPrompt] = {}
         self._users: Counter[str] = Counter()  # requests and shadows that need an adapter
         self._newest = -1
@@ -66,13 +67,13 @@ class ReleaseRouter:
     @property
     def names(self) -> list[str]:
         """The aliases with a live release."""
-        return sorted(self._routes)
+        return sorted(self.routes)
 
     @property
     def released(self) -> list[Released]:
         """The adapters of each alias: the live one and its candidate."""
         released = []
-        for alias, release in sorted(self._routes.copy().items()):
+        for alias, release in sorted(self.routes.copy().items()):
             released.append(Released(alias, release.digest, "live", release.number))
             if release.candidate is not None:
                 role: Literal["canary", "shadow"] = "shadow" if release.candidate.share is None else "canary"
@@ -89,7 +90,7 @@ class ReleaseRouter:
         """The system messages added to requests without one, by alias."""
         prompts = {
             alias: self.system_prompt(release.digest, release.system_prompt)
-            for alias, release in self._routes.copy().items()
+            for alias, release in self.routes.copy().items()
         }
         return {alias: text for alias, text in prompts.items() if text is not None}
 
@@ -106,10 +107,6 @@ class ReleaseRouter:
     def system_prompt(self, digest: str, added: bool) -> str | None:
         """Return the system prompt of a loaded adapter, if its release has it ``added``."""
         return self._loaded[digest].text if added else None
-
-    def route(self, alias: str) -> Release | None:
-        """Return the live release of an alias."""
-        return self._routes.get(alias)
 
     def acquire(self, digest: str) -> bool:
         """Keep an adapter loaded until :meth:`release`; return False if it is not loaded."""
@@ -143,13 +140,13 @@ class ReleaseRouter:
         """
         newest = await self._async_state.read(self._state.releases.newest)
         live = await self._async_state.read(self._state.releases.live)
-        for alias in self._routes.keys() - live.keys():
-            del self._routes[alias]
+        for alias in self.routes.keys() - live.keys():
+            del self.routes[alias]
             self._reporter.say(f"{alias} is undeployed")
         for alias in self._failed.keys() - live.keys():
             del self._failed[alias]
         for alias, release in live.items():
-            before = self._routes.get(alias)
+            before = self.routes.get(alias)
             if before is not None and before.id == release.id:
                 continue
             try:
@@ -158,7 +155,7 @@ class ReleaseRouter:
                 self._report_failure(release, before, str(error))
                 continue
             self._failed.pop(alias, None)
-            self._routes[alias] = release
+            self.routes[alias] = release
             self._report(release)
         self._newest = newest
 
@@ -168,7 +165,7 @@ class ReleaseRouter:
         Raises:
             AdapterFailedError, EngineStoppedError: the engine could not free one.
         """
-        needed = {digest for release in self._routes.values() for digest in release.digests}
+        needed = {digest for release in self.routes.values() for digest in release.digests}
         for digest in self._loaded.keys() - needed:
             if digest not in self._users:
                 del self._loaded[digest]

@@ -83,9 +83,10 @@ class RequestHandler:
         """True if each answer is complete, in its ``text``."""
         return all(request.finished for request in self.requests)
 
-    def usage(self, tokens: int) -> Usage:
-        """Return OpenAI's ``usage``, given the number of generated tokens."""
-        return Usage(sum(request.prompt_tokens for request in self.requests), tokens)
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(request.prompt_tokens for request in self.requests)
 
     def abort(self, error: ApiError) -> None:
         """End each unfinished answer after its computed text; the client receives the error."""
@@ -145,7 +146,7 @@ class RequestHandler:
             finish = last[index].finish
             assert finish is not None
             answers.append(self.answer(index, finish))
-        return answers, self.usage(sum(chunk.tokens for chunk in last.values()))
+        return answers, Usage(self.prompt_tokens, sum(chunk.tokens for chunk in last.values()))
 
     def settle(self) -> RequestUsage | None:
         """Record the usage; later calls record nothing and return None."""

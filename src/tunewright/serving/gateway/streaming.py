@@ -18,6 +18,7 @@ from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import TextChunk
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.responses import ResponseFormat
+from tunewright.serving.gateway.schemas import Usage
 
 T = TypeVar("T")
 
@@ -109,7 +110,7 @@ async def sse_events(
 
     Events available at the same moment are yielded together, since sending costs more than encoding.
     """
-    documents = response_format.first_chunks(handler.usage(0))
+    documents = response_format.first_chunks(Usage(handler.prompt_tokens, 0))
     unfinished, tokens = len(handler.requests), 0
     try:
         item: tuple[int, TextChunk] | None = first
@@ -123,7 +124,7 @@ async def sse_events(
                 documents += response_format.finish_chunks(index, handler.answer(index, chunk.finish))
                 unfinished, tokens = unfinished - 1, tokens + chunk.tokens
             if not unfinished:
-                documents += response_format.last_chunks(handler.usage(tokens))
+                documents += response_format.last_chunks(Usage(handler.prompt_tokens, tokens))
             yield "".join(map(_sse, documents)) + ("" if unfinished else response_format.end)
             documents = []
             item = await anext(rest, None)

@@ -337,7 +337,7 @@ class TenantPrincipal:
     def target(self, body: RequestBody) -> Target:
         """Return the adapter of an alias; a missing alias and one of another tenant give the same error."""
         router = self.auth.router
-        release = router.route(body.model) if body.model in self.caller.aliases else None
+        release = router.routes.get(body.model) if body.model in self.caller.aliases else None
         if release is None:
             raise model_not_found(body.model, self)
         digest, shadow, grammar, shadow_grammar = release.digest, None, release.grammar, None
@@ -380,8 +380,7 @@ def in_canary_share(tenant: str, body: RequestBody, digest: str, share: float) -
     return int.from_bytes(hashed[:8]) < share * 2**64
 
 
-def _unauthorized(message: str) -> ApiError:
-    return ApiError(message, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+_unauthorized = partial(ApiError, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _over_limit(error: LimitExceededError) -> ApiError:

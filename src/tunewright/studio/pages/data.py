@@ -22,7 +22,7 @@ from tunewright.data.versions.diff import comparability, summary, word_changes
 from tunewright.evidence.split_power import split_power, split_power_text
 from tunewright.studio.access import ChangedRows
 from tunewright.studio.visit import Handlers, PageReporter, Visit
-from tunewright.studio.words import role, turns
+from tunewright.studio.words import TURN, role
 
 if TYPE_CHECKING:
     from tunewright.data.add_plan import Effect
@@ -179,7 +179,7 @@ def fix_file(visit: Visit) -> Response:
 
 
 def _short(text: str | None) -> str:
-    text = turns(text or "")
+    text = TURN.sub(lambda turn: f"{role(turn[1])}: ", text or "")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

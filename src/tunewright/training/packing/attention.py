@@ -200,10 +200,8 @@ def _seen(queries: int, before: int, window: int | None, device: torch.device | 
     return seen if window is None else seen & (key > position - window)
 
 
-@lru_cache(maxsize=256)
-def _mask(queries: int, before: int, window: int | None) -> Tensor:
-    """Return `_seen` on the CPU, cached: layers and batches ask for the same masks again."""
-    return _seen(queries, before, window)
+# On the CPU: layers and batches ask for the same masks again.
+_mask = lru_cache(maxsize=256)(_seen)
 
 
 @lru_cache(maxsize=256)

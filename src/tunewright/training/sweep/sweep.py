@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tunewright.chat import ChatFormat
 from tunewright.config import metric_name
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import digest
-from tunewright.core.progress import Reporter, Task
+from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion
 from tunewright.models.bases import Base
 from tunewright.models.hf_logging import quiet_transformers
@@ -94,7 +93,7 @@ class Sweep:
         self.chat = chat
         self.reporter = reporter
         self.once = _OnceReporter(reporter)
-        self.trainings = trainings.reporting_to(self.once)
+        self.trainings = replace(trainings, reporter=self.once)
         self.forced = require_min_examples(len(version.domain_of("train")), force=force, reporter=reporter)
         own = project.config.train
         self.trials = make_trials(own, rates or default_rates(own.learning_rate, hidden_size(base)))
@@ -252,6 +251,7 @@ class _OnceReporter:
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
+        self.secret, self.task = reporter.secret, reporter.task
         self.said: set[str] = set()
 
     def say(self, message: str) -> None:
@@ -263,9 +263,3 @@ class _OnceReporter:
         if message not in self.said:
             self.said.add(message)
             self.reporter.warn(message)
-
-    def secret(self, prompt: str) -> str | None:
-        return self.reporter.secret(prompt)
-
-    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
-        return self.reporter.task(title, total, unit)
