@@ -33,7 +33,6 @@ from unittest.mock import patch
 from tunewright.adapters.registry import list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.api.context import ProjectContext
-from tunewright.api.serving import adapter_of
 from tunewright.chat import ChatFormat
 from tunewright.chat.format import Tokens
 from tunewright.config import Config
@@ -45,6 +44,7 @@ from tunewright.generation.requests import Request
 from tunewright.serving.gateway.admission import AdmissionQueue, Slot
 from tunewright.serving.gateway.app_factory import Service, TenantSource
 from tunewright.serving.gateway.auth import ServedAdapter
+from tunewright.serving.served_adapters import adapter_of
 from tunewright.serving.tenants import State
 
 

@@ -11,11 +11,10 @@ from pydantic import BaseModel
 
 import tunewright.serving
 from tunewright.adapters.manifest import Manifest as AdapterManifest
-from tunewright.adapters.signing_keys import SigningKeys
 from tunewright.api import Project, RunResult
-from tunewright.api.adapters import ProjectAdapters
 from tunewright.api.data import ProjectData
 from tunewright.api.export import ProjectExport
+from tunewright.api.groups import ProjectAdapters, ProjectKeys
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -72,7 +71,7 @@ API: dict[str, tuple[Any, ...]] = {
     "project.data": (ProjectData, *functions_of(ProjectData), *OPTIONS),
     "project.adapters": functions_of(ProjectAdapters),
     "project.export": functions_of(ProjectExport),
-    "project.keys": (SigningKeys,),
+    "project.keys": functions_of(ProjectKeys),
     "project.runs": (TrainingRuns,),
     "project.state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),
     "Results": (RunResult, Verdict, Evidence, Advice),

@@ -31,7 +31,7 @@ NAME = "bfcl"
 ROWS_FILE = "bfcl.jsonl"
 LEFT_OUT_FILE = "left-out.txt"
 PREFIX = "BFCL_v4_"
-_LEFT_OUT = "left out for like reasons"
+_MORE_LEFT_OUT = "left out for like reasons"
 WHERE = "Give the folder bfcl_eval/data of BFCL's repository or of the package bfcl-eval."
 
 CATEGORIES = (
@@ -116,7 +116,7 @@ def project_files(folder: Path | None, reporter: Reporter) -> dict[str, str]:
         raise UserError(f"The example {NAME} needs its data", where="--data", fix=WHERE)
     converted = convert(folder)
     if not converted.rows:
-        some = listed(converted.left_out, len(converted.left_out), 10, _LEFT_OUT)
+        some = listed(converted.left_out, len(converted.left_out), 10, _MORE_LEFT_OUT)
         raise UserError(f"No item can be a row\n{some}", where=str(folder), fix=WHERE)
     reporter.say(f"{len(converted.rows):,} rows, in {len({row['family'] for row in converted.rows}):,} families")
     if converted.left_out:
@@ -161,7 +161,7 @@ def convert(folder: Path) -> Converted:
             for path in sorted(folder.glob("*.json"))
             if not path.name.startswith(PREFIX)
         ]
-        some = listed(others, len(others), 10, _LEFT_OUT)
+        some = listed(others, len(others), 10, _MORE_LEFT_OUT)
         raise UserError(
             f"No file with rows for training ({count_of(len(others), 'JSON file')})\n{some}".strip(),
             where=str(folder),

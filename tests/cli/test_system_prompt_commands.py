@@ -16,12 +16,12 @@ from command_line import tunewright as command
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
 from tunewright.adapters.system_prompt import KEY
 from tunewright.api.context import ProjectContext
-from tunewright.api.serving import adapter_of
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.serving.gateway.app_factory import Service
+from tunewright.serving.served_adapters import adapter_of
 
 pytestmark = pytest.mark.slow
 

@@ -10,13 +10,13 @@ import torch
 
 from command_line import tiny_project
 from tunewright.api.context import ProjectContext
-from tunewright.api.memory import SHORT_ROW, require_room
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.models.memory.plan import available_memory, plan
 from tunewright.models.memory.shape import read_shape
+from tunewright.training.memory import SHORT_ROW, require_room
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],

@@ -21,10 +21,10 @@ import tunewright as library
 from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
 from command_line import pairs, tiny_project
 from tunewright.adapters.registry import Adapter, list_adapters
-from tunewright.api.playground import Playground
 from tunewright.core.text import visible
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, plan_of
 from tunewright.serving.gateway.server import serving
+from tunewright.serving.playground import Playground
 from tunewright.studio import Studio
 
 PASSWORD = "a long password"

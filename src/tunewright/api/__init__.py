@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.signing import store_signer
-from tunewright.adapters.signing_keys import SigningKeys
 from tunewright.adapters.vllm_compat import require_servable
-from tunewright.api import evaluations, isolation, memory, serving
+from tunewright.api import evaluations, isolation
 from tunewright.api import releases as release_verbs
-from tunewright.api.adapters import ProjectAdapters
 from tunewright.api.context import ProjectContext
 from tunewright.api.data import ProjectData
 from tunewright.api.deprecated import DeprecatedGroup
 from tunewright.api.export import ProjectExport
+from tunewright.api.groups import ProjectAdapters, ProjectKeys
 from tunewright.config import TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -34,6 +33,8 @@ from tunewright.evidence.split_power import require_significance, split_power_te
 from tunewright.evidence.verdict import Verdict
 from tunewright.metrics import metric_kind
 from tunewright.models.quantized import require_bitsandbytes
+from tunewright.serving import serve
+from tunewright.training import memory
 from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Project(ProjectContext):
 
     estimate_memory = memory.estimate_memory
     self_test = isolation.self_test
-    serve = serving.serve
+    serve = serve.serve
 
     deploy = release_verbs.deploy
     promote = release_verbs.promote
@@ -110,14 +111,46 @@ class Project(ProjectContext):
 
     def __init__(self, folder: ProjectFolder, reporter: Reporter | None = None) -> None:
         super().__init__(folder, reporter or LogReporter())
-        self.data = ProjectData(self)
-        self.adapters = ProjectAdapters(self)
-        self.runs = TrainingRuns(folder)
-        self.engine = DeprecatedGroup(self, "engine")
-        self.tenant = DeprecatedGroup(self, "tenant")
-        self.audit = DeprecatedGroup(self, "audit")
-        self.keys = SigningKeys(folder, self.reporter)
-        self.export = ProjectExport(self)
+
+    @property
+    def data(self) -> ProjectData:
+        """Verbs on the project's data."""
+        return ProjectData(self)
+
+    @property
+    def adapters(self) -> ProjectAdapters:
+        """Verbs on the project's adapters."""
+        return ProjectAdapters(self)
+
+    @property
+    def export(self) -> ProjectExport:
+        """Verbs that export an adapter."""
+        return ProjectExport(self)
+
+    @property
+    def keys(self) -> ProjectKeys:
+        """Verbs on the keys that sign adapters."""
+        return ProjectKeys(self)
+
+    @property
+    def runs(self) -> TrainingRuns:
+        """The project's training runs."""
+        return TrainingRuns(self.folder)
+
+    @property
+    def engine(self) -> DeprecatedGroup:
+        """Deprecated."""
+        return DeprecatedGroup(self, "engine")
+
+    @property
+    def tenant(self) -> DeprecatedGroup:
+        """Deprecated: use :meth:`state`."""
+        return DeprecatedGroup(self, "tenant")
+
+    @property
+    def audit(self) -> DeprecatedGroup:
+        """Deprecated: use :meth:`state`."""
+        return DeprecatedGroup(self, "audit")
 
     def run(
         self,
@@ -474,9 +507,7 @@ class Project(ProjectContext):
         require_servable(settings)
         require_bitsandbytes(settings.quantization, "train.quantization")
         if self.folder.config.compute.cluster is None:  # else other machines train
-            from tunewright.api.memory import require_room
-
-            require_room(self)
+            memory.require_room(self)
 
     def _forced(self, force: bool) -> str | None:
         from tunewright.training.rows import require_min_examples

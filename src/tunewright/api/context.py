@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.versions import DatasetVersion, load_version
-from tunewright.data.versions.version import current_author
 from tunewright.models.bases import base_here
 from tunewright.open_project import OpenProject
+from tunewright.serving import project_state
 
 if TYPE_CHECKING:
     from tunewright.evaluation.arm_runner import ArmRunner
-    from tunewright.serving.tenants import State
     from tunewright.training.trainings import Trainings
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 
 class ProjectContext(OpenProject):
@@ -54,34 +49,7 @@ class ProjectContext(OpenProject):
         ):
             yield trainings
 
-    @property
-    def has_state(self) -> bool:
-        """True if there is a serving state to read."""
-        from tunewright.serving.tenants import exists
-
-        named = self.folder.config.serve.database_url
-        return self.folder.serving_state.exists() if named is None else exists(named)
-
-    def state(self, *, make: bool = False, serving: bool = False) -> State:
-        """Return the serving state, which the caller closes. The project's own state is created if it is missing.
-
-        Args:
-            make: also create a state elsewhere. Otherwise a mistyped path would become an empty state.
-            serving: open it for a server, whose requests wait for no slow statement.
-
-        Raises:
-            UserError: the database is missing, unreachable, or of a newer tunewright.
-        """
-        from tunewright.serving.tenants import State, exists
-
-        named = self.folder.config.serve.database_url
-        url = named or f"sqlite:///{self.folder.serving_state.resolve()}"
-        if named is not None and not exists(named):
-            if not make:
-                fix = "Check the path, or create a state there with `tunewright tenant add` or `tunewright deploy`."
-                raise UserError("There is no serving state", where=named, fix=fix)
-            self.reporter.say(f"Creating a serving state: {named}")
-        return State(url, current_author(self.folder.root), serving=serving)
+    state = project_state.open_state
 
     def arm_runner(self, adapter: Adapter | None = None, workers: ModelWorkers | None = None) -> ArmRunner:
         """Return a runner of arms on the base, quantized as ``adapter`` was trained (None: as the config says).
@@ -120,20 +88,8 @@ class ProjectContext(OpenProject):
             )
 
 
-class ProjectGroup:
-    """Verbs of a project under one name: ``tunewright data add`` is ``project.data.add``."""
+class ProjectGroup(ProjectContext):
+    """The same open project with other verbs: ``tunewright data add`` is ``project.data.add``."""
 
     def __init__(self, project: ProjectContext) -> None:
-        self.project = project
-
-
-def verb(
-    function: Callable[Concatenate[ProjectContext, Parameters], Result],
-) -> Callable[Concatenate[ProjectGroup, Parameters], Result]:
-    """Return a function of a project as a method of a group, which fills the group's project in."""
-
-    @wraps(function)
-    def method(group: ProjectGroup, /, *given: Parameters.args, **named: Parameters.kwargs) -> Result:
-        return function(group.project, *given, **named)
-
-    return method
+        self.__dict__ = project.__dict__  # a base that one group loads is loaded for all

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.api.context import ProjectGroup, verb
+from tunewright.api.context import ProjectGroup
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions, ColumnMapping
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 class ProjectData(ProjectGroup):
     """Verbs on a project's data."""
 
-    apply_reviews = verb(label_review.apply_reviews)
-    import_reviews = verb(label_review.import_reviews)
-    review = verb(label_review.review)
-    review_status = verb(label_review.review_status)
-    stored_suspects = verb(label_review.stored_suspects)
-    suspects = verb(label_review.find_suspects)
+    apply_reviews = label_review.apply_reviews
+    import_reviews = label_review.import_reviews
+    review = label_review.review
+    review_status = label_review.review_status
+    stored_suspects = label_review.stored_suspects
+    suspects = label_review.find_suspects
 
-    estimate_from_documents = verb(synthesis.estimate_from_documents)
-    estimate_generate = verb(synthesis.estimate_generate)
-    from_documents = verb(synthesis.from_documents)
-    generate = verb(synthesis.generate)
-    generated_effect = verb(synthesis.generated_effect)
+    estimate_from_documents = synthesis.estimate_from_documents
+    estimate_generate = synthesis.estimate_generate
+    from_documents = synthesis.from_documents
+    generate = synthesis.generate
+    generated_effect = synthesis.generated_effect
 
     def add(
         self,
@@ -60,11 +60,11 @@ class ProjectData(ProjectGroup):
         message: str = "",
     ) -> AddResult:
         """Add files of pairs to the dataset as a new version, unless all rows are known."""
-        added = add(self.project.folder, files, self.project.reporter, options, message=message)
-        warn_of_few_dev_clusters(added.dev_clusters, self.project.reporter)
+        added = add(self.folder, files, self.reporter, options, message=message)
+        warn_of_few_dev_clusters(added.dev_clusters, self.reporter)
         report_split_power(
-            split_power(added.version.counts.domain, added.clusters, self.project.folder.config.data.test_size),
-            self.project.reporter,
+            split_power(added.version.counts.domain, added.clusters, self.folder.config.data.test_size),
+            self.reporter,
         )
         return added
 
@@ -72,7 +72,7 @@ class ProjectData(ProjectGroup):
         """Return the smallest difference that a comparison on the current version's test split can detect."""
         version = self.version()
         clusters = clusters_by_split(version.members)
-        return split_power(version.manifest.counts.domain, clusters, self.project.folder.config.data.test_size)
+        return split_power(version.manifest.counts.domain, clusters, self.folder.config.data.test_size)
 
     def remove(
         self,
@@ -103,11 +103,11 @@ class ProjectData(ProjectGroup):
         from tunewright.data.selection import Selection
 
         selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
-        return remove(self.project.folder, selection, because, self.project.reporter, dry_run=dry_run, purge_text=purge)
+        return remove(self.folder, selection, because, self.reporter, dry_run=dry_run, purge_text=purge)
 
     def check_files(self, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
         """Preview :meth:`add` on files of pairs, with every fault."""
-        return preview(self.project.folder, files, self.project.reporter, options)
+        return preview(self.folder, files, self.reporter, options)
 
     def preview_file(self, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
         """Return the columns of a file of pairs, whatever their names, and its first three rows.
@@ -119,7 +119,7 @@ class ProjectData(ProjectGroup):
 
         wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
         given = {key: value for key, value in wanted.items() if value is not None}
-        return preview_file(Path(file), self.project.folder.config.data.model_copy(update=given))
+        return preview_file(Path(file), self.folder.config.data.model_copy(update=given))
 
     def sheets(self, file: str | Path) -> tuple[str, ...]:
         """Return the titles of a workbook's visible sheets; of another file, nothing."""
@@ -132,27 +132,27 @@ class ProjectData(ProjectGroup):
         from tunewright.data.readers import source_size
         from tunewright.data.readers.file_check import fix_file
 
-        data = map_columns(self.project.folder.config.data, mapping, [Path(file)])
-        with self.project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
+        data = map_columns(self.folder.config.data, mapping, [Path(file)])
+        with self.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
             return fix_file(Path(file), Path(out), data, task)
 
     def version(self, digest: str | None = None) -> DatasetVersion:
         """Return a dataset version (None: the current one)."""
-        return load_version(self.project.folder.dataset, digest)
+        return load_version(self.folder.dataset, digest)
 
     def log(self) -> list[Manifest]:
         """Return the dataset's versions, newest last."""
-        return list_versions(self.project.folder.dataset)
+        return list_versions(self.folder.dataset)
 
     def show(self, row: str) -> Member:
         """Return one row of the current version, by the beginning of its key or by ``FILE:LINE``."""
-        return find_row(self.project.folder.dataset, self.version(), row)
+        return find_row(self.folder.dataset, self.version(), row)
 
     def metadata(self, key: str) -> dict[str, Any]:
         """Return a current row's metadata from its source file, by the row's full key."""
         from tunewright.data.trace import metadata_by_key
 
-        return metadata_by_key(self.project.folder.dataset, self.version().manifest).get(key, {})
+        return metadata_by_key(self.folder.dataset, self.version().manifest).get(key, {})
 
     def cluster_counts(self, member: Member) -> tuple[int, int]:
         """Return the number of rows in a row's cluster, and how many of them share its output."""
@@ -165,17 +165,17 @@ class ProjectData(ProjectGroup):
         from tunewright.models.loading import context_length
         from tunewright.training.lengths import measure_lengths
 
-        base = self.project.base
-        limit = min(self.project.folder.config.train.max_length, context_length(base))
-        chat, version = self.project.chat, self.version()
-        with self.project.workers() as workers:
-            return measure_lengths(chat, base.spec, version, limit, self.project.reporter, workers)
+        base = self.base
+        limit = min(self.folder.config.train.max_length, context_length(base))
+        chat, version = self.chat, self.version()
+        with self.workers() as workers:
+            return measure_lengths(chat, base.spec, version, limit, self.reporter, workers)
 
     def leakage(self) -> LeakageReport:
         """Return the similarity of held-out rows to training rows, compared with that under a random split."""
         from tunewright.data.dedup.leakage import measure_leakage
 
-        return measure_leakage(self.version(), self.project.folder.config.seed, self.project.reporter)
+        return measure_leakage(self.version(), self.folder.config.seed, self.reporter)
 
     def scores_by_distance(self, report: LeakageReport, evaluation: str | Path) -> list[BandScore]:
         """Return an evaluation's exact match by the items' similarity to the training rows.
@@ -195,8 +195,8 @@ class ProjectData(ProjectGroup):
         """
         from tunewright.metrics import metric_label
 
-        place = find_evaluation(self.project.folder.evaluations, evaluation)
-        evidence = load_checked(place, self.project.folder.evaluations, self.project.reporter)
+        place = find_evaluation(self.folder.evaluations, evaluation)
+        evidence = load_checked(place, self.folder.evaluations, self.reporter)
         if evidence.metric.partition(" ")[0] in {"exact_match", "choices"}:
             return None
         return (
@@ -226,8 +226,8 @@ class ProjectData(ProjectGroup):
         return score_by_template(items, new, version.digest) if new is not None else []
 
     def _held_out_items(self, evaluation: str | Path) -> list[Item]:
-        folder = find_evaluation(self.project.folder.evaluations, evaluation)
-        if load_checked(folder, self.project.folder.evaluations, self.project.reporter).design != "held-out":
+        folder = find_evaluation(self.folder.evaluations, evaluation)
+        if load_checked(folder, self.folder.evaluations, self.reporter).design != "held-out":
             raise UserError(
                 "The evaluation is cross-fitted: its items were also training rows, so they have no distance from them",
                 where=str(folder),
@@ -240,14 +240,14 @@ class ProjectData(ProjectGroup):
         from tunewright.data.dedup.decontaminate import contamination
 
         paths = [Path(file) for file in files]
-        with self.project.workers() as workers:
-            return contamination(self.project.folder, self.version(), paths, self.project.reporter, workers)
+        with self.workers() as workers:
+            return contamination(self.folder, self.version(), paths, self.reporter, workers)
 
     def diff(self, a: str, b: str | None = None) -> Diff:
         """Return the differences between two versions (the second: the current one by default)."""
         from tunewright.data.versions.diff import diff
 
-        before, after = (load_version(self.project.folder.dataset, digest, without_purged=True) for digest in (a, b))
+        before, after = (load_version(self.folder.dataset, digest, without_purged=True) for digest in (a, b))
         return diff(before, after)
 
     def blame(self, row: str) -> RowOrigin:
@@ -255,7 +255,7 @@ class ProjectData(ProjectGroup):
         from tunewright.data.trace import blame
 
         version = self.version()
-        return blame(self.project.folder.dataset, version, find_row(self.project.folder.dataset, version, row).key)
+        return blame(self.folder.dataset, version, find_row(self.folder.dataset, version, row).key)
 
     def trained_by(self, row: str) -> tuple[str, tuple[RowUse, ...]]:
         """Return a row's key and its use in each adapter's training.
@@ -265,12 +265,12 @@ class ProjectData(ProjectGroup):
         """
         from tunewright.data.trace import find_key, uses_of_row
 
-        key = find_key(self.project.folder.dataset, self.version(), row)
-        return key, uses_of_row(self.project.folder.dataset, self.project.folder.adapters, key)
+        key = find_key(self.folder.dataset, self.version(), row)
+        return key, uses_of_row(self.folder.dataset, self.folder.adapters, key)
 
     def checkout(self, version: str) -> Manifest:
         """Make an existing version the current one, by its digest or the beginning of it."""
-        return checkout(self.project.folder.dataset, version)
+        return checkout(self.folder.dataset, version)
 
     def export(
         self,
@@ -289,24 +289,24 @@ class ProjectData(ProjectGroup):
         from tunewright.data.versions.export import export
 
         chosen = self.version(version)
-        extra = metadata_by_key(self.project.folder.dataset, chosen.manifest) if metadata else None
-        rejected = rejected_answers(self.project.folder.dataset, chosen.manifest) if form == "preference" else None
-        return export(chosen, Path(out), form, self.project.reporter, split=split, metadata=extra, rejected=rejected)
+        extra = metadata_by_key(self.folder.dataset, chosen.manifest) if metadata else None
+        rejected = rejected_answers(self.folder.dataset, chosen.manifest) if form == "preference" else None
+        return export(chosen, Path(out), form, self.reporter, split=split, metadata=extra, rejected=rejected)
 
     def push(self, url: str) -> Transfer:
         """Copy the current version with its ancestors and reviews to a folder or bucket."""
         from tunewright.data.remote import push
 
-        return push(self.project.folder.dataset, url, self.project.reporter)
+        return push(self.folder.dataset, url, self.reporter)
 
     def pull(self, url: str) -> Transfer:
         """Copy the current version and reviews from a shared folder or bucket, verify and check them out."""
         from tunewright.data.remote import pull
 
-        return pull(self.project.folder.dataset, url, self.project.reporter)
+        return pull(self.folder.dataset, url, self.reporter)
 
     def verify(self) -> Verification:
         """Check every row, version and review against its digest."""
         from tunewright.data.verify import verify
 
-        return verify(self.project.folder.dataset, self.project.reporter)
+        return verify(self.folder.dataset, self.reporter)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from tunewright.api.context import ProjectGroup, verb
+from tunewright.api.context import ProjectGroup
 from tunewright.export import verbs
 
 
 class ProjectExport(ProjectGroup):
     """Verbs that export a project's adapters for other engines."""
 
-    compressed = verb(verbs.compressed)
-    gguf = verb(verbs.gguf)
-    hub = verb(verbs.hub)
-    merge = verb(verbs.merge)
-    ollama = verb(verbs.ollama)
+    compressed = verbs.compressed
+    gguf = verbs.gguf
+    hub = verbs.hub
+    merge = verbs.merge
+    ollama = verbs.ollama

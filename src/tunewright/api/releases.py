@@ -11,14 +11,13 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
-from tunewright.api.constraints import missing_evidence, served_grammar
 from tunewright.api.context import ProjectContext
-from tunewright.api.serving import adapter_of
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
+from tunewright.serving.served_adapters import adapter_of, missing_evidence, served_grammar
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants import IsolationTest, Release, ServingCheck, State

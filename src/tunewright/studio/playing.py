@@ -21,8 +21,8 @@ from tunewright.core.text import visible
 from tunewright.data.versions import DatasetVersion
 
 if TYPE_CHECKING:
-    from tunewright.api.playground import Playground
-    from tunewright.api.playground_answers import PlaygroundAnswer
+    from tunewright.serving.playground import Playground
+    from tunewright.serving.playground_answers import PlaygroundAnswer
 
 _MOST = 50  # questions in memory
 
@@ -71,7 +71,7 @@ class Playing:
 
     def _load(self) -> None:
         try:
-            from tunewright.api.playground import Playground
+            from tunewright.serving.playground import Playground
 
             made = Playground(Project(ProjectFolder(self._root), LogReporter()))
         except UserError as error:

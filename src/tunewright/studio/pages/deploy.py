@@ -10,6 +10,7 @@ from starlette.responses import Response
 from tunewright.adapters.registry import list_adapters
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
+from tunewright.serving.project_state import has_state
 from tunewright.studio.jobs import SERVER
 from tunewright.studio.served import RELEASES, outcome, replicas, served
 from tunewright.studio.visit import Handlers, Visit, path_of
@@ -93,7 +94,7 @@ def _alias_of(name: str) -> str:
 
 def newest_releases(visit: Visit) -> list[Release]:
     """Return the newest release of each alias, by name."""
-    if not visit.project.has_state:
+    if not has_state(visit.project):
         return []
     newest = {release.alias: release for release in visit.project.releases()}
     return [newest[alias] for alias in sorted(newest)]
@@ -105,13 +106,13 @@ def require_state(visit: Visit) -> None:
     Raises:
         UserError: there is no serving state.
     """
-    if not visit.project.has_state:
+    if not has_state(visit.project):
         raise UserError("There are no aliases and tenants yet", fix="Start on the pages Deploy and Tenants.")
 
 
 def needs_keys(visit: Visit) -> bool:
     """Return whether requests to a server need a tenant's key."""
-    if not visit.project.has_state:
+    if not has_state(visit.project):
         return False
     with visit.project.state() as state:
         return state.tenants.any()
@@ -225,7 +226,7 @@ def audit_page(visit: Visit) -> Response:
 
     lines: Sequence[AuditLine] = ()
     check = None
-    if visit.project.has_state:
+    if has_state(visit.project):
         with visit.project.state() as state:
             lines = state.audit.lines()[::-1]
             check = state.verify() if "verify" in visit.query else None

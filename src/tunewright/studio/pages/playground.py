@@ -8,10 +8,10 @@ import math
 from starlette.responses import Response
 
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.playground_answers import BASE, PROMPTING, PlaygroundAnswer, conversation, shared_system
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text
 from tunewright.data.versions import current_manifest
+from tunewright.serving.playground_answers import BASE, PROMPTING, PlaygroundAnswer, conversation, shared_system
 from tunewright.studio.pages.data import UPLOADS
 from tunewright.studio.playing import Question
 from tunewright.studio.visit import Handlers, Visit, path_of

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
+from tunewright.serving.project_state import has_state
 from tunewright.studio.pages.deploy import newest_releases, require_state
 from tunewright.studio.served import Served, served
 from tunewright.studio.visit import Handlers, Visit, path_of
@@ -46,7 +47,7 @@ def tenants_page(visit: Visit) -> Response:
     tenants: Sequence[Tenant] = ()
     days: Sequence[Day] = ()
     sums: Sequence[UsageSum] = ()
-    if visit.project.has_state:
+    if has_state(visit.project):
         with visit.project.state() as state:
             tenants, sums = state.tenants.list(), state.usage.sums()
             days = _days(state.usage.by_day(None, _since()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.context import ProjectContext
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.data.versions import current_manifest, load_version
@@ -21,6 +20,7 @@ from tunewright.models.memory.plan import (
     plan,
 )
 from tunewright.models.memory.shape import Shape, read_shape
+from tunewright.open_project import OpenProject
 from tunewright.training import distributed
 
 SHORT_ROW = 32
@@ -31,7 +31,7 @@ BY_MISTAKE = 1_000_000_000
 
 
 def estimate_memory(
-    project: ProjectContext,
+    project: OpenProject,
     *,
     gpu: str | None = None,
     base: str | None = None,
@@ -88,21 +88,21 @@ def estimate_memory(
     return made, checked
 
 
-def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int | None:
+def _longest_row(project: OpenProject, spec: str, revision: str | None) -> int | None:
     """Return the tokens of the longest row of train and dev; None if it is unknown here."""
-    project, reporter = opened.folder, opened.reporter
-    if current_manifest(project.dataset) is None:
+    folder, reporter = project.folder, project.reporter
+    if current_manifest(folder.dataset) is None:
         return None
     from tunewright.chat import open_chat
 
     unknown = "The length of your longest row is not known"
     try:
-        base = local_base(spec, revision, project.root, reporter)
+        base = local_base(spec, revision, folder.root, reporter)
         if base is None:
             reporter.say(f"{unknown}: the base's tokenizer is not on this machine.")
             return None
-        chat = open_chat(base, project.config.chat, reporter)
-        version = load_version(project.dataset)
+        chat = open_chat(base, folder.config.chat, reporter)
+        version = load_version(folder.dataset)
         members = [member for split in ("train", "dev") for member in version.examples(split)]
         with reporter.task("Measuring rows", len(members), "examples") as task:
             longest = 0
@@ -115,7 +115,7 @@ def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int
     return longest or None
 
 
-def require_room(opened: ProjectContext) -> None:
+def require_room(project: OpenProject) -> None:
     """Check that this machine can train the config's base, from the base's config.json alone.
 
     Long rows that may not fit are a warning. On the CPU memory is never refused: it may be swapped out.
@@ -124,12 +124,12 @@ def require_room(opened: ProjectContext) -> None:
         UserError: the card cannot hold one row of `SHORT_ROW` tokens; torch is built for CUDA, cannot use a card and
             the base is large; or the base is unsupported, also with these target modules or in 4 bits.
     """
-    config, reporter = opened.folder.config, opened.reporter
-    model_config = base_config(config.base_model, config.revision, opened.folder.root, reporter)
+    config, reporter = project.folder.config, project.reporter
+    model_config = base_config(config.base_model, config.revision, project.folder.root, reporter)
     architecture, shape = check_architecture(model_config), read_shape(model_config)
     require_targets(config.train.target_modules, architecture)
     require_quantizable(config.train.quantization, architecture, "train.quantization")
-    _require_card(shape, opened)
+    _require_card(shape, project)
     if distributed.is_sharded():
         return  # each card has a part of the base
     memory, settings = available_memory(None), config.train
@@ -143,7 +143,7 @@ def require_room(opened: ProjectContext) -> None:
     )
     if own.least > memory.bytes:
         # With adapters that are already trained, the command may have nothing to train.
-        trained = any(adapter.imported is None for adapter in list_adapters(opened.folder.adapters))
+        trained = any(adapter.imported is None for adapter in list_adapters(project.folder.adapters))
         if memory.card and not trained:
             raise UserError(short, where="base_model", fix=_what_fits(setups.get(True), own, memory))
         reporter.warn(f"{short}.")
@@ -154,7 +154,7 @@ def require_room(opened: ProjectContext) -> None:
         )
 
 
-def _require_card(shape: Shape, opened: ProjectContext) -> None:
+def _require_card(shape: Shape, project: OpenProject) -> None:
     """Check that a CUDA build of torch has a card, or that the base is small enough for the CPU."""
     why = unusable_card()
     if why is None:
@@ -167,7 +167,7 @@ def _require_card(shape: Shape, opened: ProjectContext) -> None:
             fix="Update the driver, or start the container with its cards. To train "
             f"{shape.parameters:,} parameters on the CPU, set CUDA_VISIBLE_DEVICES=-1.",
         )
-    opened.reporter.warn(f"{unused}. Training runs on the CPU.")
+    project.reporter.warn(f"{unused}. Training runs on the CPU.")
 
 
 def _what_fits(nf4: SetupPlan | None, own: SetupPlan, memory: Memory) -> str:

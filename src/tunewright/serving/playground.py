@@ -11,16 +11,6 @@ from pathlib import Path
 
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.adapters.system_prompt import system_prompt
-from tunewright.api.context import ProjectContext
-from tunewright.api.playground_answers import (
-    BASE,
-    PROMPTING,
-    AnswerToken,
-    PlaygroundAnswer,
-    conversation,
-    shared_system,
-)
-from tunewright.api.serving import choose_served, require_held
 from tunewright.chat.answers import grammar_compiler, stop_strings
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -39,7 +29,17 @@ from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import advice_file, known_advice
 from tunewright.generation.requests import Finish, Request
 from tunewright.generation.text_stream import TextStream
+from tunewright.open_project import OpenProject
 from tunewright.serving.engines.start import EngineSpec, start_engine
+from tunewright.serving.playground_answers import (
+    BASE,
+    PROMPTING,
+    AnswerToken,
+    PlaygroundAnswer,
+    conversation,
+    shared_system,
+)
+from tunewright.serving.served_adapters import choose_served, require_held
 
 _LIKELIEST = 5  # tokens with their probabilities in each place
 _ANSWER_TOKENS = 256  # without a dataset, whose answers decide otherwise
@@ -64,7 +64,7 @@ class Playground:
         UserError: the base cannot be loaded, or the engine is not installed or does not start.
     """
 
-    def __init__(self, opened: ProjectContext) -> None:
+    def __init__(self, opened: OpenProject) -> None:
         self._opened = opened
         self.config: Config = opened.folder.config
         self._chat = opened.chat

@@ -1,83 +1,32 @@
-"""Commands on stored adapters: ``tunewright adapters …``."""
+"""Verbs on stored adapters: ``tunewright adapters …``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunewright.adapters import signing
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.lineage import Trace, trace
 from tunewright.adapters.manifest import read_manifest
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
 from tunewright.adapters.trust import TrustStatus, trust_status
-from tunewright.api.context import ProjectContext, ProjectGroup, verb
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author
-from tunewright.evaluation.access_log import AccessLog
-from tunewright.evidence.schema import EVIDENCE_FILE
-from tunewright.evidence.verdict import Decision, verdict
+from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.adapters.foreign.importer import AdapterImporter, ImportResult
     from tunewright.adapters.remote import PushedAdapter
 
 
-@dataclass(frozen=True)
-class AdapterDetails:
-    """An adapter with its lineage, trust status and evaluation verdicts."""
-
-    trace: Trace
-    standing: TrustStatus
-    verdicts: tuple[tuple[str, Decision], ...]
-    """Evaluation IDs with their decisions, newest last."""
-
-    def as_dict(self, *, rows: bool) -> dict[str, Any]:
-        """Return the result as ``--json`` prints it, optionally with the rows' keys."""
-        evaluations = [{"id": name, "decision": decision} for name, decision in self.verdicts]
-        return {**self.trace.as_dict(rows=rows), "standing": self.standing, "evaluations": evaluations}
-
-
-def list_all(project: ProjectContext) -> Sequence[Adapter]:
+def list_all(project: OpenProject) -> Sequence[Adapter]:
     """Return the stored adapters, newest last."""
     return list_adapters(project.folder.adapters)
 
 
-def show(project: ProjectContext, adapter: str | None = None) -> AdapterDetails:
-    """Return an adapter's lineage down to the rows, its trust status and its verdicts.
-
-    Args:
-        adapter: a name or its beginning (None: the newest).
-
-    Raises:
-        UserError: no such adapter.
-    """
-    found = find_adapter(project.folder.adapters, adapter)
-    return AdapterDetails(
-        trace(found, project.folder.dataset),
-        trust_status(found, TrustedKeys(project.folder.keys)),
-        tuple(_verdicts(project, found)),
-    )
-
-
-def _verdicts(project: ProjectContext, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
-    """Return the decision of each evaluation of the adapter; skip unreadable or changed evidence with a warning."""
-    found = []
-    for path in project.folder.evaluations.glob(f"*/{EVIDENCE_FILE}"):
-        try:
-            evidence = AccessLog(project.folder.evaluations).load(path.parent)
-        except UserError as error:
-            project.reporter.warn(f"{path.parent.name} is skipped: {error.what.splitlines()[0]}")
-            continue
-        if evidence.lineage.get("adapter", {}).get("digest") == adapter.digest:
-            found.append((str(evidence.lineage["created"]), evidence.id, verdict(evidence).decision))
-    return [(name, decision) for _, name, decision in sorted(found)]
-
-
-def verify(project: ProjectContext, names: Sequence[str] = ()) -> Sequence[TrustStatus]:
+def verify(project: OpenProject, names: Sequence[str] = ()) -> Sequence[TrustStatus]:
     """Check every file, weight and signature of the named adapters (all by default).
 
     Raises:
@@ -94,7 +43,7 @@ def verify(project: ProjectContext, names: Sequence[str] = ()) -> Sequence[Trust
     return found
 
 
-def sign(project: ProjectContext, adapter: str | None = None, *, key: str | None = None) -> tuple[Adapter, str, bool]:
+def sign(project: OpenProject, adapter: str | None = None, *, key: str | None = None) -> tuple[Adapter, str, bool]:
     """Sign an adapter with one of the user's keys that the project trusts.
 
     Args:
@@ -120,7 +69,7 @@ def sign(project: ProjectContext, adapter: str | None = None, *, key: str | None
     return found, signer.name, signing.sign(found.folder, signer)
 
 
-def push(project: ProjectContext, url: str, names: Sequence[str] = ()) -> Sequence[PushedAdapter]:
+def push(project: OpenProject, url: str, names: Sequence[str] = ()) -> Sequence[PushedAdapter]:
     """Copy adapters to a folder, a bucket or any other URL of fsspec, for `import_` and `serve.adapter_store`.
 
     Args:
@@ -137,7 +86,7 @@ def push(project: ProjectContext, url: str, names: Sequence[str] = ()) -> Sequen
 
 
 def import_(
-    project: ProjectContext,
+    project: OpenProject,
     source: str | Path,
     *,
     name: str | None = None,
@@ -173,25 +122,14 @@ def import_(
     return adapter_importer(project).import_adapter(found, said)
 
 
-def adapter_importer(opened: ProjectContext) -> AdapterImporter:
+def adapter_importer(project: OpenProject) -> AdapterImporter:
     """Return the importer of foreign adapters into a project."""
     from tunewright.adapters.foreign.importer import AdapterImporter
 
-    folder = opened.folder
-    return AdapterImporter(folder.adapters, TrustedKeys(folder.keys), opened.base, opened.chat, opened.reporter)
+    folder = project.folder
+    return AdapterImporter(folder.adapters, TrustedKeys(folder.keys), project.base, project.chat, project.reporter)
 
 
 def _folders(adapters: Path) -> Sequence[Adapter]:
     """Return every adapter folder, including those whose lineage is missing, so that they are reported too."""
     return [Adapter(folder) for folder in sorted(adapters.glob("[!.]*")) if folder.is_dir()]
-
-
-class ProjectAdapters(ProjectGroup):
-    """Verbs on a project's adapters."""
-
-    import_ = verb(import_)
-    list = verb(list_all)
-    push = verb(push)
-    show = verb(show)
-    sign = verb(sign)
-    verify = verb(verify)

@@ -1,0 +1,204 @@
+"""Setup of a server: adapters, base quantization and authentication."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunewright.adapters.registry import Adapter, adapter_digest
+from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
+from tunewright.config import Config, EngineName
+from tunewright.core.errors import UserError
+from tunewright.evidence.schema import evidence_on
+from tunewright.open_project import OpenProject
+from tunewright.serving.project_state import open_state
+from tunewright.serving.served_adapters import (
+    adapter_of,
+    choose_served,
+    missing_evidence,
+    refuse_names,
+    released,
+    require_held,
+    served_grammar,
+)
+
+if TYPE_CHECKING:
+    from tunewright.serving.gateway.app_factory import Service
+    from tunewright.serving.gateway.auth import ServedAdapter
+    from tunewright.serving.tenants import State
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def serve(
+    project: OpenProject,
+    adapters: Sequence[str] = (),
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    metrics_port: int | None = None,
+    metrics_host: str | None = None,
+    auth: bool = True,
+    engine: EngineName | None = None,
+    replicas: int | None = None,
+    max_replicas: int | None = None,
+    system_prompts: bool = True,
+    constrain: bool = False,
+) -> Service:
+    """Return a server, loaded but not yet started.
+
+    Without tenants it serves the base and the adapters (by default all that fit the base) to this machine, without
+    keys. ``NAME@step-N`` is an earlier checkpoint. Named adapters decide if the base is quantized, as they were
+    trained on it, unless ``serve.quantization`` is set; otherwise the config decides.
+
+    With tenants it answers only their API keys, from the releases of their aliases.
+
+    Args:
+        adapters: names; empty with tenants.
+        host: overrides the config.
+        port: overrides the config.
+        metrics_port: overrides the config.
+        metrics_host: overrides the config.
+        engine: overrides the config.
+        replicas: overrides the config.
+        max_replicas: overrides the config.
+        auth: False accepts every client that can reach the address, without a key; only without tenants.
+        system_prompts: add the adapter's trained system prompt to requests without one; False only
+            without tenants.
+        constrain: constrain the adapters' answers by the config's ``evaluate.structured_outputs``; only without
+            tenants, whose releases have their own constraint.
+
+    Raises:
+        UserError: a named adapter does not fit the base or the other adapters, or the address can be reached from
+            other machines without tenants. With ``constrain``: the config has no constraint.
+    """
+    given = {
+        "host": host,
+        "port": port,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        "engine": engine,
+        "replicas": replicas,
+        "max_replicas": max_replicas,
+    }
+    own = {name: value for name, value in given.items() if value is not None}
+    config = project.folder.config
+    served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
+    return _open_service(project, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
+
+
+def _open_service(
+    project: OpenProject,
+    names: Sequence[str],
+    config: Config,
+    *,
+    auth: bool,
+    system_prompts: bool,
+    constrain: bool,
+) -> Service:
+    _share_one_arena()
+    if config.serve.database_url is not None or project.folder.serving_state.exists():
+        state = open_state(project, serving=True)
+        try:
+            if state.tenants.any():
+                if not auth:
+                    raise UserError("Tenants exist, so every request needs an API key", where="--no-auth")
+                if not system_prompts:
+                    raise UserError(
+                        "Tenants exist, so each release sets whether its system prompt is added",
+                        where="--no-system-prompt",
+                        fix="Use `tunewright deploy ALIAS ADAPTER --no-system-prompt`.",
+                    )
+                if constrain:
+                    raise UserError(
+                        "Tenants exist, so each release sets whether its answers are constrained",
+                        where="--constrain",
+                        fix="Use `tunewright deploy ALIAS ADAPTER --constrain`.",
+                    )
+                return _for_tenants(project, state, names, config)
+        except BaseException:
+            state.close()
+            raise
+        state.close()
+    if auth:
+        _require_private(config.serve.host)
+    from tunewright.serving.gateway.app_factory import Service
+    from tunewright.serving.gateway.auth import ServedAdapter
+
+    held, folders = choose_served(project, names)
+    rules = _constraints(project, folders) if constrain else {}
+    served = {}
+    for name, folder in folders.items():
+        prompt = system_prompt(Adapter(project.folder.adapters / name.partition("@")[0]), project.folder.dataset)
+        if prompt.text is not None and not system_prompts:
+            prompt = SystemPrompt(None, "left out by --no-system-prompt")
+        served[name] = ServedAdapter(folder, prompt, rules.get(name))
+    return Service(config, project.base, project.chat, held, served, project.reporter)
+
+
+def _constraints(project: OpenProject, folders: Mapping[str, Path]) -> dict[str, str]:
+    """Return the rule of each adapter's answers, with a warning for each that was not evaluated with it.
+
+    Raises:
+        UserError: the config has no constraint, or it cannot be compiled.
+    """
+    grammar = served_grammar(project)
+    for name, folder in folders.items():
+        evidence = evidence_on(project.folder.evaluations, adapter_digest(folder), project.reporter)
+        if missing := missing_evidence(name, evidence, grammar):
+            project.reporter.warn(f"{missing}. Its answers are constrained all the same.")
+    return dict.fromkeys(folders, grammar.rule)
+
+
+def _share_one_arena() -> None:
+    """Let all threads allocate from one arena of glibc's.
+
+    By default each thread has its own, and memory that it frees there is of no use to the others. After half an hour
+    of mixed load, these arenas held 10 MB of free memory (docs/benchmarks/soak.md). Small blocks are still cached by
+    thread.
+    """
+    if "MALLOC_ARENA_MAX" in os.environ:
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # neither musl nor macOS has it
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def _for_tenants(project: OpenProject, state: State, names: Sequence[str], config: Config) -> Service:
+    refuse_names(names)
+    held, trained = released(project, state)
+
+    from tunewright.serving.gateway.auth import ServedAdapter
+
+    def locate(name: str, digest: str) -> ServedAdapter:
+        adapter = adapter_of(project, name, digest)
+        require_held(project, adapter, held)
+        return ServedAdapter(adapter.folder, system_prompt(adapter, project.folder.dataset))
+
+    from tunewright.serving.gateway.app_factory import Service, TenantSource
+
+    served = TenantSource(state, locate, {adapter.name: adapter.folder for adapter in trained})
+    return Service(config, project.base, project.chat, held, served, project.reporter)
+
+
+def _require_private(host: str) -> None:
+    """Refuse to serve without authentication on an address that other machines can reach.
+
+    Raises:
+        UserError: other machines can reach the address.
+    """
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return  # not an address; binding to it reports the error
+    if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
+        raise UserError(
+            f"Other machines can reach {host}, and without tenants the server answers all of them",
+            where="serve.host",
+            fix="Add a tenant with `tunewright tenant add NAME`, or allow all requests with --no-auth.",
+        )
