@@ -41,6 +41,7 @@ from tunewright.serving.tenants.quota import LOST_SECONDS, Outcome
 
 POLL_SECONDS = 0.5
 """The time between two looks for new releases."""
+_CHALLENGE = {"WWW-Authenticate": "Bearer"}
 _HEARTBEAT_SECONDS = LOST_SECONDS / 4
 _NO_KEY = f"{'0' * 10}_{'0' * 43}"
 _UNKNOWN_KEY = f"tw_{_NO_KEY}{token_checksum(_NO_KEY)}"
@@ -128,11 +129,16 @@ class TenantAuth:
         """Return the tenant of a Bearer key; each request reads the database, so that a revoked key is refused."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise _unauthorized("Missing API key. Send it in the header: Authorization: Bearer KEY.")
+            raise ApiError(
+                "Missing API key. Send it in the header: Authorization: Bearer KEY.",
+                status=401,
+                code="invalid_api_key",
+                headers=_CHALLENGE,
+            )
         try:
             caller = await self._async_state.read(self._state.keys.caller, key.strip())
         except InvalidKeyError as error:
-            raise _unauthorized(str(error)) from None
+            raise ApiError(str(error), status=401, code="invalid_api_key", headers=_CHALLENGE) from None
         except StateUnavailableError as error:
             self._report_trouble(error)
             raise
@@ -378,9 +384,6 @@ def in_canary_share(tenant: str, body: RequestBody, digest: str, share: float) -
     """
     hashed = hashlib.sha256(canonical_json([digest, tenant, body.beginning]).encode()).digest()
     return int.from_bytes(hashed[:8]) < share * 2**64
-
-
-_unauthorized = partial(ApiError, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _over_limit(error: LimitExceededError) -> ApiError:
