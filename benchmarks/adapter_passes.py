@@ -34,7 +34,6 @@ from rich.table import Table
 
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import find_adapter
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
@@ -43,6 +42,7 @@ from tunewright.generation.decoding import Batch
 from tunewright.generation.openmp import release_openmp_threads
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model
+from tunewright.open_project import OpenProject
 
 SIDES = ("current", "one by one", "helpers kept")
 RESULTS = Path(__file__).with_name("results") / "adapter_passes.json"
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(options.threads)
-    opened = ProjectContext(ProjectFolder(options.project), LogReporter())
+    opened = OpenProject(ProjectFolder(options.project), LogReporter())
     model: Any = load_model(opened.base, opened.folder.config.train.dtype, "none")
     batch = Batch(model, stop_ids=(), pad_id=0)
     loras = load_lora_weights(find_adapter(opened.folder.adapters).folder, model)

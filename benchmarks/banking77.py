@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.registry import find_adapter
-from tunewright.api.context import ProjectContext
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.progress import LogReporter
@@ -40,7 +39,9 @@ from tunewright.data.versions import MANIFEST, Member, version_folder
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import plan_of
 from tunewright.evaluation.prompt_search import first_items
+from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.schema import EVIDENCE_FILE, Arm, find_evaluation, load_evidence, load_items
+from tunewright.open_project import OpenProject
 
 PART = "part.csv"
 ROWS = 24
@@ -189,9 +190,9 @@ def freeze(project: Path, golden: Path) -> None:
     """Store what the figures are scored from, without any query."""
     folder = find_evaluation(ProjectFolder(project).evaluations)
     evidence, items = load_evidence(folder), load_items(folder)
-    opened = ProjectContext(ProjectFolder(project), LogReporter())
+    opened = OpenProject(ProjectFolder(project), LogReporter())
     adapter = find_adapter(opened.folder.adapters, evidence.lineage["adapter"]["name"])
-    arm_runner = opened.arm_runner(adapter)
+    arm_runner = open_arm_runner(opened, adapter)
     intents = {member.example.output for member in arm_runner.version.members}
 
     def answered(arms: Sequence[Arm], members: Sequence[Member], split: str) -> dict[str, list[Answer]]:

@@ -25,6 +25,7 @@ from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.data.examples import Message
 from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.verbs import answer_workers
 
 CONFIG = "base_model: bundled:smollm2-135m-instruct\nevaluate:\n  batch_size: 8\ntrain:\n  dtype: float32\n"
 LIMIT = 24
@@ -42,7 +43,7 @@ def measure(folder: Path, workers: int) -> Run:
     (root / "tunewright.yaml").write_text(CONFIG)
     with clocked(workers) as clock:
         project = Project(ProjectFolder(root).on_cluster("auto" if workers else None), Steps())
-        with project.model_workers() as found:
+        with answer_workers(project) as found:
             generator = Generator.of(
                 project.folder, project.base, project.chat, "none", project.reporter, workers=found
             )

@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tunewright.adapters.registry import find_adapter
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import load_version
+from tunewright.open_project import OpenProject
 from tunewright.serving.engines.start import max_num_seqs
 from tunewright.serving.gateway.fair_scheduler import ACTIVE_SECONDS
 from tunewright.serving.tenants import Grounds, State
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     about = machine(options.threads)
-    opened = ProjectContext(ProjectFolder(options.project), LogReporter())
+    opened = OpenProject(ProjectFolder(options.project), LogReporter())
     answers: dict[str, list[Answer]] = {name: [] for name in (*LOADS, FIRST_COME)}
     capacities: list[float] = []
     with tempfile.TemporaryDirectory() as temporary:

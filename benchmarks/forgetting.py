@@ -32,7 +32,6 @@ from rich.table import Table
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
-from tunewright.api.context import ProjectContext
 from tunewright.cli.live import ConsoleReporter
 from tunewright.config import MixConfig, ReplayConfig
 from tunewright.config.project import CONFIG_FILE, ProjectFolder
@@ -40,8 +39,10 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.statistics import effective_items, wilson
 from tunewright.examples import legal_citations
+from tunewright.open_project import OpenProject
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -71,7 +72,7 @@ def main() -> None:
 
     domain = project_in(options.work / "domain", options, reporter, mix=False)
     adapters = trained(domain, options, reporter)
-    arm_runner = ProjectContext(domain.folder, reporter).arm_runner()
+    arm_runner = open_arm_runner(OpenProject(domain.folder, reporter))
     meter = ForgettingMeter(domain.folder, arm_runner.version, arm_runner.generator, options.samples)
     questions, why_not = arc(options.questions)
     if why_not:

@@ -32,7 +32,6 @@ from unittest.mock import patch
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt
-from tunewright.api.context import ProjectContext
 from tunewright.chat import ChatFormat
 from tunewright.chat.format import Tokens
 from tunewright.config import Config
@@ -41,6 +40,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
+from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.admission import AdmissionQueue, Slot
 from tunewright.serving.gateway.app_factory import Service, TenantSource
 from tunewright.serving.gateway.auth import ServedAdapter
@@ -139,7 +139,7 @@ def open_service(settings: dict[str, Any]) -> Service:
 
     torch.set_num_threads(settings["threads"])
     project = ProjectFolder(Path(settings["project"]))
-    opened = ProjectContext(project, LogReporter())
+    opened = OpenProject(project, LogReporter())
     state = State(settings["state"], "load", serving=True)
     live = {release.digest for release in state.releases.live().values()}
     folders = {a.name: a.folder for a in list_adapters(project.adapters) if a.digest in live}

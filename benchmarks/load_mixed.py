@@ -21,11 +21,11 @@ from arrivals import Ask
 from load_clients import Clients, Prompt
 from load_tenants import Tenant, release
 
-from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.gate.answers import Digest, GreedyAnswer, Ids
 from tunewright.gate.isolation import TOLERANCE
 from tunewright.gate.probes import PROBE_MARGIN, Reference
+from tunewright.open_project import OpenProject
 from tunewright.serving.tenants import State
 
 TOKENS = 4
@@ -206,7 +206,7 @@ def switches(tenants: Sequence[Tenant], others: Sequence[Tenant], requests: int)
 
 
 def mixed(
-    opened: ProjectContext,
+    opened: OpenProject,
     state: State,
     clients: Clients,
     tenants: Sequence[Tenant],

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter, store_adapter
-from tunewright.api.context import ProjectContext
 from tunewright.core.clock import now
 from tunewright.core.io import digest
+from tunewright.open_project import OpenProject
 from tunewright.serving.tenants import Grounds, State
 
 
@@ -25,7 +25,7 @@ class Tenant:
     adapter: Adapter
 
 
-def make_adapters(opened: ProjectContext, count: int, seed: int, noise: float) -> list[Adapter]:
+def make_adapters(opened: OpenProject, count: int, seed: int, noise: float) -> list[Adapter]:
     """Return the trained adapter, followed by versions of it.
 
     Args:

@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tunewright.adapters.registry import adapter_digest, find_adapter
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import stream
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
+from tunewright.open_project import OpenProject
 from tunewright.serving.engines import peft
 from tunewright.serving.engines.peft import PREFILL_CHUNK, PeftEngine
 
@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     about = machine(options.threads)
     project = ProjectFolder(options.project)
-    opened = ProjectContext(project, LogReporter())
+    opened = OpenProject(project, LogReporter())
     folder = find_adapter(project.adapters).folder
     adapter = adapter_digest(folder)
     model = with_adapters(load_model(opened.base, project.config.train.dtype, "none"), {adapter: folder})

@@ -30,15 +30,16 @@ from rich.table import Table
 
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
-from tunewright.api.context import ProjectContext
 from tunewright.chat.answers import answer_text
 from tunewright.cli.live import ConsoleReporter
 from tunewright.config import TrainConfig
 from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import write_json, write_text
 from tunewright.core.progress import Reporter
+from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.examples import legal_citations
 from tunewright.generation.requests import Request
+from tunewright.open_project import OpenProject
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "preference_tuning.json"
@@ -83,7 +84,7 @@ def main() -> None:
         runs[name] = costs.trained(name, with_train(project, tuned[name]))
     if options.control:
         runs["more sft"] = costs.trained("more sft", with_train(project, {**start, "learning_rate": 2e-4}))
-    arm_runner = ProjectContext(project.folder, reporter).arm_runner()
+    arm_runner = open_arm_runner(OpenProject(project.folder, reporter))
     dev = {name: arm_runner.dev_scores(adapter).total() for name, adapter in runs.items()}
     best = max(tuned, key=dev.__getitem__)
     document: dict[str, Any] = {
@@ -129,7 +130,7 @@ def sampled_pairs(project: Project, parent: Adapter, options: argparse.Namespace
     train = project.data.version().domain_of("train")
     if not file.exists():
         with costs.measured("samples"):
-            runner = ProjectContext(project.folder, project.reporter).arm_runner(parent)
+            runner = open_arm_runner(OpenProject(project.folder, project.reporter), parent)
             generator = runner.generator
             requests = [
                 Request(generator.prompt(m.example.prompt), parent.name, runner.limit, temperature=1.0, seed=seed)

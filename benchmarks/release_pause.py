@@ -34,12 +34,12 @@ from typing import Any
 from load_tenants import disturbed
 
 from tunewright.adapters.registry import Adapter, find_adapter
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
+from tunewright.open_project import OpenProject
 from tunewright.serving.engines.start import EngineSpec, start_engine
 
 NOISE = 10.0
@@ -60,7 +60,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    found = ProjectContext(ProjectFolder(options.project), LogReporter())
+    found = OpenProject(ProjectFolder(options.project), LogReporter())
     trained = find_adapter(found.folder.adapters)
     with tempfile.TemporaryDirectory() as place:
         made = [disturbed(Path(place), trained, seed, NOISE) for seed in range(max(options.adapters) + 1)]
@@ -85,9 +85,7 @@ def send(result: dict[str, Any]) -> None:
         print(f"  peft's {what:14}{1000 * statistics.median(result[f'peft_{what}_s']):5.0f} ms", file=sys.stderr)
 
 
-async def measure(
-    found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int, rows: int
-) -> dict[str, Any]:
+async def measure(found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int, rows: int) -> dict[str, Any]:
     """Return the longest gap of each round, by concurrent operation."""
     config = found.folder.config
     spec = EngineSpec(
@@ -166,7 +164,7 @@ async def decoding(engine: Engine, adapters: list[str]) -> AsyncIterator[Tokens]
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def by_peft(found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int) -> dict[str, list[float]]:
+def by_peft(found: OpenProject, resident: list[Adapter], late: Adapter, rounds: int) -> dict[str, list[float]]:
     """Return the seconds that peft takes next to as many adapters."""
     base = load_model(found.base, found.folder.config.train.dtype, "none")
     model = with_adapters(base, {each.digest: each.folder for each in resident})

@@ -34,7 +34,6 @@ from load_host import Host
 from load_tenants import add_tenants, release
 
 from tunewright.adapters.registry import Adapter
-from tunewright.api.context import ProjectContext
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
@@ -44,6 +43,7 @@ from tunewright.engines.vllm.launch import PACKAGE
 from tunewright.export.gguf.model import gguf_context, write_model
 from tunewright.export.weights import Weights
 from tunewright.models.loading import context_length, text_settings
+from tunewright.open_project import OpenProject
 from tunewright.serving.engines.llamacpp.engine import cache_tokens
 from tunewright.serving.engines.llamacpp.files import lora_file
 from tunewright.serving.engines.start import require_llamacpp
@@ -72,7 +72,7 @@ class Material:
         rows: of the batch.
     """
 
-    opened: ProjectContext
+    opened: OpenProject
     adapters: Sequence[Adapter]
     folder: Path
     threads: int

@@ -42,12 +42,12 @@ from load_shown import draw, machine, show
 from load_tenants import Tenant, add_tenants, make_adapters, release
 from scipy.stats import quantile_test
 
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
+from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.fair_scheduler import ACTIVE_SECONDS
 from tunewright.serving.tenants import State
 
@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "project"
         shutil.copytree(options.project, root)
-        opened = ProjectContext(ProjectFolder(root), LogReporter())
+        opened = OpenProject(ProjectFolder(root), LogReporter())
         url = f"sqlite:///{temporary}/state.sqlite"
         with State(url, "load") as state:
             adapters = make_adapters(opened, options.tenants + LATECOMERS, SEED, options.noise)
@@ -164,7 +164,7 @@ class Load:
     """The parts of the measurement; each is a method that returns its part of the results."""
 
     def __init__(
-        self, opened: ProjectContext, state: State, tenants: Sequence[Tenant], options: argparse.Namespace, host: Host
+        self, opened: OpenProject, state: State, tenants: Sequence[Tenant], options: argparse.Namespace, host: Host
     ) -> None:
         self.host = host
         self._opened = opened

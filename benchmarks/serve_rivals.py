@@ -42,12 +42,12 @@ from load_tenants import make_adapters
 from matplotlib.figure import Figure
 from rivals import RIVALS, Material, Rival, Server, UnavailableError
 
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json, write_text
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
+from tunewright.open_project import OpenProject
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "serve_rivals.json"
@@ -101,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "project"
         shutil.copytree(options.project, root)
-        opened = ProjectContext(ProjectFolder(root), LogReporter())
+        opened = OpenProject(ProjectFolder(root), LogReporter())
         adapters = make_adapters(opened, max(options.adapters) + 1, SEED, options.noise)
         meter = Meter(Material(opened, adapters, Path(temporary), options.threads, options.rows), options)
         for turn in range(options.rounds):

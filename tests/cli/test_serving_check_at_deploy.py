@@ -13,12 +13,13 @@ from command_line import Ran, pairs, tiny_project, tunewright, without_state, wr
 from factories import make_evidence, make_items
 from planted_bugs import LateBase, WrongScale
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, list_adapters
-from tunewright.api.context import ProjectContext
 from tunewright.api.isolation import ReleaseGate
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
+from tunewright.open_project import OpenProject
 from tunewright.serving.engines import peft
+from tunewright.serving.project_state import open_state
 from tunewright.serving.tenants import ServingCheck
 
 SHIPS = make_evidence(make_items())
@@ -176,6 +177,6 @@ def test_deploy_checks_with_general_questions_without_a_dataset(project: Path) -
 
 def _checked(project: Path) -> ServingCheck:
     """Run the check without the isolation test."""
-    opened = ProjectContext(ProjectFolder(project), LogReporter())
-    with opened.state(make=True) as state:
+    opened = OpenProject(ProjectFolder(project), LogReporter())
+    with open_state(opened, make=True) as state:
         return ReleaseGate(opened, state, "courts", _adapter(project), None).serving_check()

@@ -15,11 +15,12 @@ from command_line import recorded_prompts, tiny_project, without_state
 from command_line import tunewright as command
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
 from tunewright.adapters.system_prompt import KEY
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
+from tunewright.evaluation.verbs import open_arm_runner
+from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.app_factory import Service
 from tunewright.serving.served_adapters import adapter_of
 
@@ -68,8 +69,8 @@ def _ask_users_turns(service: Service, model: str, members: Sequence[Member]) ->
 
 def test_serve_renders_a_user_turn_to_the_ids_of_the_tuned_arm(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, members = _adapter(project), _test_members(project)
-    opened = ProjectContext(ProjectFolder(project), LogReporter())
-    evaluated = opened.arm_runner(adapter).answers(TUNED, members, "test", adapter)
+    opened = OpenProject(ProjectFolder(project), LogReporter())
+    evaluated = open_arm_runner(opened, adapter).answers(TUNED, members, "test", adapter)
     seen = recorded_prompts(monkeypatch)
     replies = _ask_users_turns(tunewright.open(project).serve([adapter.name], port=0), adapter.name, members)
     assert {reply.headers["x-tunewright-system"] for reply in replies} == {"adapter"}
@@ -129,6 +130,6 @@ def test_deploy_releases_the_named_adapter_when_two_have_the_same_weights(traine
         shutil.copytree(adapter.folder, folder)
     older = {**adapter.lineage, "created": "2020-01-01T00:00:00+00:00", KEY: {"text": "Say nothing."}}
     (other / LINEAGE).write_text(json.dumps(older), encoding="utf-8")
-    opened = ProjectContext(ProjectFolder(project), LogReporter())
+    opened = OpenProject(ProjectFolder(project), LogReporter())
     assert adapter_of(opened, adapter.name, adapter.digest).name == adapter.name
     assert adapter_of(opened, "a-name-that-is-gone", adapter.digest).name == other.name

@@ -16,12 +16,13 @@ from command_line import tiny_project, write_jsonl
 from command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
-from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.bench import draw
 from tunewright.evaluation.benchmarks.choices import read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.benchmarks import Benchmarks, Suite
+from tunewright.open_project import OpenProject
 from tunewright.training import self_samples
 
 CONFIG = """regressions:
@@ -88,7 +89,7 @@ def test_samples_suite_equals_plain_likelihoods_and_divergences(
     project: Project, adapter: Adapter, measured: dict[str, Any], tiny_base_folder: Path
 ) -> None:
     """One answer at a time, by log-softmax over the whole vocabulary in double precision."""
-    arm_runner = ProjectContext(project.folder, project.reporter).arm_runner()
+    arm_runner = open_arm_runner(OpenProject(project.folder, project.reporter))
     rows = ForgettingMeter(project.folder, arm_runner.version, arm_runner.generator, 6).unseen(adapter)
     models = _two(tiny_base_folder, adapter)
     sums = {"base": 0.0, "tuned": 0.0, "divergence": 0.0}

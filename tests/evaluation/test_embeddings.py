@@ -13,6 +13,7 @@ from command_line import tiny_project
 from command_line import tunewright as command
 from tunewright.api import Project
 from tunewright.core.errors import UserError
+from tunewright.evaluation.verbs import open_arm_runner
 
 
 def opened(folder: Path, base: Path, evaluate: str) -> Project:
@@ -31,7 +32,7 @@ def test_dense_vectors_are_mean_hidden_states_by_plain_transformers(tmp_path: Pa
 
     project = opened(tmp_path / "project", tiny_base_folder, "  retrievers: [dense]\n")
     texts = ["red green blue 1", "a", "amber " * 40]
-    found = project.arm_runner().embeddings.of("dense", texts)
+    found = open_arm_runner(project).embeddings.of("dense", texts)
     model = plain_base(tiny_base_folder)
     for text, vector in zip(texts, found, strict=True):
         ids = torch.tensor([project.chat.tokenizer(text)["input_ids"]])
@@ -44,18 +45,18 @@ def test_dense_vectors_are_computed_once(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = opened(tmp_path / "project", tiny_base_folder, "  retrievers: [dense]\n")
-    first = project.arm_runner().embeddings.of("dense", ["one", "two"])
+    first = open_arm_runner(project).embeddings.of("dense", ["one", "two"])
     monkeypatch.setattr(
         "tunewright.evaluation.embedded_answers.load_model", lambda *_: pytest.fail("the base is loaded")
     )
-    assert np.array_equal(project.arm_runner().embeddings.of("dense", ["one", "two"]), first)
+    assert np.array_equal(open_arm_runner(project).embeddings.of("dense", ["one", "two"]), first)
 
 
 def test_inputs_beyond_the_context_are_named(
     tmp_path: Path, tiny_base_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     project = opened(tmp_path / "project", tiny_base_folder, "  retrievers: [dense]\n")
-    project.arm_runner().embeddings.of("dense", ["x" * 2100, "short"])
+    open_arm_runner(project).embeddings.of("dense", ["x" * 2100, "short"])
     assert "dense: 1 of 2 inputs are longer than 2,048 tokens" in caplog.text
 
 

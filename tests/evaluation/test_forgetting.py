@@ -16,12 +16,13 @@ from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tun
 from command_line import tiny_project
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
-from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import normalised
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.verbs import open_arm_runner
+from tunewright.open_project import OpenProject
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def adapter(project: Project) -> Adapter:
 
 
 def _meter(project: Project, samples: int = 8) -> ForgettingMeter:
-    arm_runner = ProjectContext(project.folder, project.reporter).arm_runner()
+    arm_runner = open_arm_runner(OpenProject(project.folder, project.reporter))
     return ForgettingMeter(project.folder, arm_runner.version, arm_runner.generator, samples)
 
 

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import tiny_project, tunewright
 from tiny import build_base, byte_tokenizer, chat_of
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
@@ -30,6 +29,7 @@ from tunewright.export import merge as merging
 from tunewright.export.compressed import ROWS, Compression, compression, group_size, write_compressed
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
+from tunewright.open_project import OpenProject
 
 VERSIONS = {"llmcompressor": "0.14.0.1", "compressed-tensors": "0.19.0", "torch": "2.13.0+cpu"}
 
@@ -90,7 +90,7 @@ def _shaped(folder: Path, hidden: int, middle: int) -> Base:
 
 def test_calibration_rows_are_training_rows_alone(untrained: Path) -> None:
     assert tunewright("data", "add", untrained / "pairs.jsonl", "-p", untrained).code == 0
-    opened = ProjectContext(ProjectFolder(untrained), LogReporter())
+    opened = OpenProject(ProjectFolder(untrained), LogReporter())
     version = load_version(opened.folder.dataset, None)
     environment = Environment("llmcompressor", untrained, "cpu", VERSIONS)
 
@@ -254,7 +254,7 @@ print("\\nAnswers:" + json.dumps([list(answer.outputs[0].token_ids) for answer i
 @pytest.mark.parametrize("exported", ["w4a16"], indirect=True)  # vLLM's FP8 kernels need a card
 def test_vllm_answers_with_the_compressed_folder(exported: tuple[str, dict[str, Any]], project: Path) -> None:
     folder = exported[1]["folder"]
-    opened = ProjectContext(ProjectFolder(project), LogReporter())
+    opened = OpenProject(ProjectFolder(project), LogReporter())
     version = load_version(opened.folder.dataset, None)
     prompts = [list(opened.chat.prompt(member.example.prompt)) for member in version.domain_of("dev")][:4]
     command = [str(_installed(VLLM).python), "-c", VLLM_SCRIPT, folder, json.dumps(prompts)]

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 from command_line import tiny_project, tunewright, write_jsonl
 from tiny import build_base, tiny_model
 from tool_families import FAMILIES, family, openai
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.model import write_model
 from tunewright.export.llamacpp import running
 from tunewright.export.weights import Weights
 from tunewright.gate.function_conversations import function_conversations
+from tunewright.open_project import OpenProject
 
 CITIES = ["Oslo", "Rome", "Lima", "Kyiv", "Cairo", "Quito", "Seoul", "Tokyo", "Paris", "Delhi", "Accra", "Dakar"]
 FUNCTION = {
@@ -70,7 +70,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_merged_folder_and_gguf_render_rows_with_functions(project: Path) -> None:
-    chat = ProjectContext(ProjectFolder(project), LogReporter()).chat
+    chat = OpenProject(ProjectFolder(project), LogReporter()).chat
     for arguments in (("merge",), ("gguf", "--merged"), ("gguf",)):
         ran = tunewright("export", *arguments, "-p", project, "--json")
         assert ran.code == 0, ran.stderr

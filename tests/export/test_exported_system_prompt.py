@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 import tunewright
 from command_line import tiny_project
 from command_line import tunewright as command
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.export.llamacpp import running
+from tunewright.open_project import OpenProject
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 def _asked(project: Path) -> list[tuple[list[dict[str, Any]], tuple[int, ...]]]:
     """Users' turns of held-out rows, and the ids that the rows' whole prompts have."""
-    chat = ProjectContext(ProjectFolder(project), LogReporter()).chat
+    chat = OpenProject(ProjectFolder(project), LogReporter()).chat
     members = tunewright.open(project).data.version().examples("test")[:4]
     return [
         (
@@ -66,7 +66,7 @@ def test_merged_template_adds_the_system_prompt(project: Path) -> None:
 def test_merged_gguf_template_adds_the_system_prompt_in_llama_cpp(project: Path) -> None:
     folder, notes = _exported(project, "gguf", "--merged")
     assert "its chat template adds the trained system prompt" in notes
-    chat = ProjectContext(ProjectFolder(project), LogReporter()).chat
+    chat = OpenProject(ProjectFolder(project), LogReporter()).chat
     with running(next(folder.glob("*.gguf")), 512) as engine:
         for turns, ids in _asked(project):
             messages = [Message(t["role"], t["content"]) for t in turns]

@@ -18,9 +18,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import tiny_project, tunewright
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
+from tunewright.open_project import OpenProject
 
 BASE = "org/tiny-base"
 
@@ -123,7 +123,7 @@ def test_adapter_folder_loads_in_peft_and_names_no_local_path(project: Path, tmp
     card: Any = ModelCard.load(folder / "README.md")
     assert card.data.base_model == BASE
 
-    context = ProjectContext(ProjectFolder(project), LogReporter())
+    context = OpenProject(ProjectFolder(project), LogReporter())
     member = _asked(project)[0]
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [m.as_dict() for m in member], add_generation_prompt=True, return_dict=False

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from command_line import tiny_project
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.models.memory.plan import available_memory, plan
 from tunewright.models.memory.shape import read_shape
+from tunewright.open_project import OpenProject
 from tunewright.training.memory import SHORT_ROW, require_room
 
 LLAMA_2_7B = {
@@ -36,21 +36,21 @@ class _Heard(LogReporter):
         self.warnings.append(message)
 
 
-def _opened(folder: Path, quantization: str) -> ProjectContext:
+def _opened(folder: Path, quantization: str) -> OpenProject:
     base = folder / "llama-2-7b"
     write_json(base / "config.json", LLAMA_2_7B)
     project = tiny_project(folder / "project", base)
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantization}"))
-    return ProjectContext(ProjectFolder(project), _Heard())
+    return OpenProject(ProjectFolder(project), _Heard())
 
 
-def _room(opened: ProjectContext, monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
+def _room(opened: OpenProject, monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     reporter = _Heard()
-    require_room(ProjectContext(opened.folder, reporter))
+    require_room(OpenProject(opened.folder, reporter))
     return reporter.warnings
 
 

@@ -23,6 +23,7 @@ from command_line import pairs, tiny_project
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.core.text import visible
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, plan_of
+from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.playground import Playground
 from tunewright.studio import Studio
@@ -159,7 +160,7 @@ def _text(column: str) -> str:
 def test_answers_are_those_of_the_evaluation(player: Player) -> None:
     project, adapter = library.open(player.project), _adapter(player.project)
     member = project.data.version().examples("dev")[0]
-    tuned, base = project.arm_runner(adapter), project.arm_runner()
+    tuned, base = open_arm_runner(project, adapter), open_arm_runner(project)
     advice = project.prompting().advice
     best = next(plan_of(arm) for arm in advice.arms if arm.name == advice.best)
     expected = {

@@ -27,6 +27,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.data.examples import Message
+from tunewright.evaluation.tuning import open_trainings
 from tunewright.models.loading import load_model
 from tunewright.training import self_samples
 from tunewright.training.packing.fused_loss import kl_divergences
@@ -148,7 +149,7 @@ def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     monkeypatch.setattr(self_samples, "_FEWEST_CHUNKS", 1)
     monkeypatch.setattr(self_samples, "_MOST_DRAWN", 1)
     opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  eval_max_samples: 0\n")
-    with opened.trainings() as here:
+    with open_trainings(opened) as here:
         sweep = Sweep(opened.folder, opened.data.version(), opened.base, opened.chat, opened.reporter, here)
         (outcome,) = sweep._train(sweep.trials[:1], sweep.steps)
     progress = outcome.result

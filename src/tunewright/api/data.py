@@ -13,11 +13,15 @@ from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.add_plan import map_columns, preview
 from tunewright.data.trace import find_row
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
-from tunewright.data.versions.version import clusters_by_split
 from tunewright.evaluation import label_review
 from tunewright.evaluation.access_log import load_checked
+from tunewright.evaluation.verbs import current_split_power
 from tunewright.evidence.schema import Item, find_evaluation, load_items
-from tunewright.evidence.split_power import SplitPower, report_split_power, split_power, warn_of_few_dev_clusters
+from tunewright.evidence.split_power import (
+    report_split_power,
+    split_power,
+    warn_of_few_dev_clusters,
+)
 from tunewright.synthesis import verbs as synthesis
 
 if TYPE_CHECKING:
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 
 class ProjectData(ProjectGroup):
     """Verbs on a project's data."""
+
+    split_power = current_split_power
 
     apply_reviews = label_review.apply_reviews
     import_reviews = label_review.import_reviews
@@ -67,12 +73,6 @@ class ProjectData(ProjectGroup):
             self.reporter,
         )
         return added
-
-    def split_power(self) -> SplitPower:
-        """Return the smallest difference that a comparison on the current version's test split can detect."""
-        version = self.version()
-        clusters = clusters_by_split(version.members)
-        return split_power(version.manifest.counts.domain, clusters, self.folder.config.data.test_size)
 
     def remove(
         self,

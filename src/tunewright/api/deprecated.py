@@ -8,9 +8,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from tunewright.engines import environment
+from tunewright.serving.project_state import open_state
 
 if TYPE_CHECKING:
-    from tunewright.api.context import ProjectContext
+    from tunewright.open_project import OpenProject
 
 _IN_STATE = {
     "tenant": {
@@ -35,7 +36,7 @@ _IN_STATE = {
 class DeprecatedGroup:
     """A group of methods on a project, each of which warns and calls what replaced it."""
 
-    def __init__(self, project: ProjectContext, name: str) -> None:
+    def __init__(self, project: OpenProject, name: str) -> None:
         self._project = project
         self._name = name
 
@@ -50,11 +51,11 @@ class DeprecatedGroup:
         service = _IN_STATE.get(self._name, {}).get(verb)
         if service is None:
             raise AttributeError(f"project.{self._name} has no method {verb!r}")
-        instead = f"state.{service}() in `with project.state() as state`"
+        instead = f"state.{service}() in `with open_state(project) as state`"
         return _warning(name, instead, lambda *given, **named: self._in_state(service, given, named))
 
     def _in_state(self, service: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        with self._project.state(make=service == "tenants.add") as state:
+        with open_state(self._project, make=service == "tenants.add") as state:
             return attrgetter(service)(state)(*given, **named)
 
     def _install(self, name: str, **options: Any) -> environment.Environment:

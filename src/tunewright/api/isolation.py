@@ -12,6 +12,7 @@ from tunewright.serving.served_adapters import adapter_of, choose_served, refuse
 from tunewright.config import Config, EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
+from tunewright.serving.project_state import open_state
 
 if TYPE_CHECKING:
     from tunewright.gate.results import IsolationResult
@@ -44,7 +45,7 @@ def self_test(
     config = _with_replicas(config, number)
     held, folders, spare = None, {}, 0
     if config.serve.database_url is not None or folder.serving_state.exists():
-        with project.state() as state:
+        with open_state(project) as state:
             if state.tenants.any():
                 refuse_names(adapters)
                 held, live = released(project, state)

@@ -11,12 +11,13 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
-from tunewright.api.context import ProjectContext
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
+from tunewright.open_project import OpenProject
+from tunewright.serving.project_state import open_state
 from tunewright.serving.served_adapters import adapter_of, missing_evidence, served_grammar
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Releasable:
 
 
 def deploy(
-    project: ProjectContext,
+    project: OpenProject,
     alias: str,
     adapter: str,
     *,
@@ -127,7 +128,7 @@ def deploy(
     candidate = None
     if shadow or canary is not None:
         candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt, grammar)
-    with project.state(make=True) as state:
+    with open_state(project, make=True) as state:
         # Refuse invalid requests before the slow isolation test.
         if candidate is None:
             state.releases.require_deployable(
@@ -150,7 +151,7 @@ def deploy(
 
 
 def promote(
-    project: ProjectContext, alias: str, *, engine: EngineName | None = None, untested: str | None = None
+    project: OpenProject, alias: str, *, engine: EngineName | None = None, untested: str | None = None
 ) -> DeployResult:
     """Make an alias's candidate its live release once the isolation test and the serving check have passed.
 
@@ -168,7 +169,7 @@ def promote(
             installed. Also if the evaluation that allowed the candidate was changed or removed.
     """
     _require_reason(untested, "--untested")
-    with project.state() as state:
+    with open_state(project) as state:
         before, candidate = state.releases.promotable(alias)
         chosen = adapter_of(project, candidate.adapter, candidate.digest)
         _require_servable(project, chosen, alias, state)
@@ -186,7 +187,7 @@ def promote(
 
 
 def _tested(
-    project: ProjectContext,
+    project: OpenProject,
     state: State,
     alias: str,
     adapter: Adapter,
@@ -218,7 +219,7 @@ def _tested(
     return test, check, check.passes or forced
 
 
-def rollback(project: ProjectContext, alias: str, number: int | None = None) -> Release:
+def rollback(project: OpenProject, alias: str, number: int | None = None) -> Release:
     """Discard an alias's candidate, or without a candidate restore the previous release.
 
     It does not wait for an isolation test, since the restored release passed its own.
@@ -230,7 +231,7 @@ def rollback(project: ProjectContext, alias: str, number: int | None = None) -> 
     Raises:
         UserError: no such alias or release, no previous release, or an adapter that is missing here.
     """
-    with project.state() as state:
+    with open_state(project) as state:
         back = state.releases.rollback_target(alias, number)
         adapter_of(project, back.adapter, back.digest)
         if back.grounds.isolation is None:
@@ -241,7 +242,7 @@ def rollback(project: ProjectContext, alias: str, number: int | None = None) -> 
         return state.releases.rollback(alias, number)
 
 
-def undeploy(project: ProjectContext, alias: str, *, because: str | None = None) -> Release:
+def undeploy(project: OpenProject, alias: str, *, because: str | None = None) -> Release:
     """Stop answering on an alias; a rollback or a deploy restores it.
 
     Args:
@@ -252,32 +253,32 @@ def undeploy(project: ProjectContext, alias: str, *, because: str | None = None)
         UserError: no such alias, it is undeployed already, or an empty reason.
     """
     _require_reason(because, "--because")
-    with project.state() as state:
+    with open_state(project) as state:
         return state.releases.undeploy(alias, because)
 
 
-def releases(project: ProjectContext, alias: str | None = None) -> list[Release]:
+def releases(project: OpenProject, alias: str | None = None) -> list[Release]:
     """Return all releases, or those of one alias, oldest first.
 
     Raises:
         UserError: no such alias.
     """
-    with project.state() as state:
+    with open_state(project) as state:
         return state.releases.history(alias)
 
 
-def shadow(project: ProjectContext, alias: str) -> list[ShadowLine]:
+def shadow(project: OpenProject, alias: str) -> list[ShadowLine]:
     """Return the requests copied to an alias's shadow candidates, and their answers.
 
     Raises:
         UserError: no such alias.
     """
-    with project.state() as state:
+    with open_state(project) as state:
         state.releases.history(alias)
         return state.usage.shadow_lines(alias)
 
 
-def releasable(project: ProjectContext, adapters: Sequence[Adapter]) -> list[Releasable]:
+def releasable(project: OpenProject, adapters: Sequence[Adapter]) -> list[Releasable]:
     """Return the verdict that :meth:`deploy` would decide by, for each of these adapters.
 
     Raises:
@@ -293,14 +294,14 @@ def releasable(project: ProjectContext, adapters: Sequence[Adapter]) -> list[Rel
     return found
 
 
-def _judge(project: ProjectContext, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
+def _judge(project: OpenProject, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
     """Return the verdict of the adapter's newest evaluation, and its evidence."""
     # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
     AccessLog(project.folder.evaluations).require_all()
     return _decide(project, adapter, because)
 
 
-def _decide(project: ProjectContext, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
+def _decide(project: OpenProject, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
     evidence = evidence_on(project.folder.evaluations, adapter.digest, project.reporter)
     if evidence is None:
         if because is None:
@@ -322,7 +323,7 @@ def _decide(project: ProjectContext, adapter: Adapter, because: str | None) -> t
     return verdict(evidence), evidence
 
 
-def _grammar(project: ProjectContext, adapter: Adapter, evidence: Evidence | None, because: str | None) -> str:
+def _grammar(project: OpenProject, adapter: Adapter, evidence: Evidence | None, because: str | None) -> str:
     """Return the rule of the config's constraint, with which the adapter was evaluated.
 
     A forced release may be without that evidence, with a warning.
@@ -341,7 +342,7 @@ def _grammar(project: ProjectContext, adapter: Adapter, evidence: Evidence | Non
     return grammar.rule
 
 
-def _require_evaluation(project: ProjectContext, evaluation: str) -> None:
+def _require_evaluation(project: OpenProject, evaluation: str) -> None:
     """Refuse to promote on an evaluation that was changed or removed since the candidate was released."""
     AccessLog(project.folder.evaluations).require_all()
     folder = project.folder.evaluations / evaluation
@@ -353,7 +354,7 @@ def _require_evaluation(project: ProjectContext, evaluation: str) -> None:
         )
 
 
-def _require_servable(project: ProjectContext, adapter: Adapter, alias: str, state: State) -> None:
+def _require_servable(project: OpenProject, adapter: Adapter, alias: str, state: State) -> None:
     """Refuse an adapter that no server here could load together with the other releases."""
     require_compatible(adapter, project.base, project.chat)
     require_batchable(adapter.folder)

@@ -108,8 +108,8 @@ def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, wr
 
 
 def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
-    from tunewright.api import CURVE_PLOT, SEEDS
     from tunewright.evidence.learning_curve import more_data
+    from tunewright.report.curve import CURVE_PLOT, SEEDS
     from tunewright.report.sections.learning_curve import section
 
     result = run.project.curve(seeds=SEEDS if seeds is None else seeds, force=force)

@@ -16,10 +16,11 @@ from command_line import tiny_project, without_state
 from command_line import tunewright as command
 from studio_client import restarted
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.context import ProjectContext
 from tunewright.api.isolation import ReleaseGate
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
+from tunewright.open_project import OpenProject
+from tunewright.serving.project_state import open_state
 
 pytestmark = pytest.mark.slow
 
@@ -63,9 +64,9 @@ def test_self_test_asks_the_largest_number_of_replicas(project: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_serving_check_passes_for_a_trained_adapter(kind: Any, project: Path, tmp_path: Path) -> None:
-    opened = ProjectContext(ProjectFolder(without_state(project, tmp_path / "project")), LogReporter())
+    opened = OpenProject(ProjectFolder(without_state(project, tmp_path / "project")), LogReporter())
     adapter = list_adapters(project / "adapters")[0]
-    with opened.state(make=True) as state:
+    with open_state(opened, make=True) as state:
         check = ReleaseGate(opened, state, "red", adapter, kind).serving_check()
     assert (check.engine, check.reasons) == (kind, ())
     served = [figures.served for figures in check.figures]

@@ -1,0 +1,274 @@
+"""Verbs that measure arms: ``prompting``, ``evaluate``, ``regressions``, ``optimize-prompt``."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Literal
+
+from tunewright.adapters.compatibility import require_compatible, trained_quantization
+from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.config import TrainConfig
+from tunewright.core.errors import UserError
+from tunewright.core.workers import ModelWorkers
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.versions.version import clusters_by_split
+from tunewright.evidence import power
+from tunewright.evidence.power import DetectableEffects, detectable_effects_text
+from tunewright.evidence.schema import Advice
+from tunewright.evidence.split_power import SplitPower, split_power
+from tunewright.metrics import metric_kind
+from tunewright.models.bases import base_here
+from tunewright.open_project import OpenProject
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.arm_runner import ArmRunner
+    from tunewright.evaluation.benchmarks.runner import BenchmarkResult
+    from tunewright.evaluation.frozen_answers import IncumbentEstimate
+    from tunewright.evaluation.prompt_optimization.run import (
+        OptimizePromptEstimate,
+        OptimizePromptResult,
+        PromptOptimization,
+    )
+    from tunewright.evaluation.prompt_search import AdviseResult
+    from tunewright.evaluation.runner import EvaluateResult
+    from tunewright.evaluation.workload import AnswersEstimate
+
+
+def answer_workers(project: OpenProject) -> AbstractContextManager[ModelWorkers | None]:
+    """Return the workers of ``compute.cluster`` that answer prompts, to be entered; None without a cluster."""
+    config = project.folder.config
+    if config.compute.cluster is None:
+        return nullcontext()
+    from tunewright.compute import open_model_workers
+    from tunewright.evaluation.answer_worker import unload
+
+    return open_model_workers(config, base_here, project.base, unload, project.reporter)
+
+
+def open_arm_runner(
+    project: OpenProject, adapter: Adapter | None = None, workers: ModelWorkers | None = None
+) -> ArmRunner:
+    """Return a runner of arms on the base, quantized as ``adapter`` was trained (None: as the config says).
+
+    Args:
+        adapter: the adapter that will answer, if it is trained.
+        workers: a cluster's, which compute the answers (None: this process).
+
+    Raises:
+        UserError: the adapter does not fit the base or chat format, or was trained on another version.
+    """
+    from tunewright.evaluation.arm_runner import ArmRunner
+    from tunewright.evaluation.generations import Generator
+
+    folder, config = project.folder, project.folder.config
+    version = load_version(folder.dataset)
+    if adapter is not None:
+        require_compatible(adapter, project.base, project.chat)
+        _require_version(project, adapter, version)
+    trained = config.train.quantization if adapter is None else trained_quantization([adapter])
+    quantization = config.evaluate.quantization or trained
+    generator = Generator.of(
+        project.folder, project.base, project.chat, quantization, project.reporter, adapter, workers
+    )
+    return ArmRunner(project.folder, version, generator, project.reporter)
+
+
+def _require_version(project: OpenProject, adapter: Adapter, version: DatasetVersion) -> None:
+    trained_on = adapter.dataset
+    if trained_on is None:
+        project.reporter.warn(
+            f"{adapter.name} was imported: its training data is unknown and may include held-out rows."
+        )
+    elif trained_on != version.digest:
+        raise UserError(
+            f"{adapter.name} was trained on dataset version {trained_on[:12]}, but the current version is "
+            f"{version.digest[:12]}, which may hold out rows that it trained on",
+            fix="Train on the current version first: tunewright train",
+        )
+
+
+def current_split_power(project: OpenProject) -> SplitPower:
+    """Return the smallest difference that a comparison on the current version's test split can detect."""
+    version = load_version(project.folder.dataset)
+    clusters = clusters_by_split(version.members)
+    return split_power(version.manifest.counts.domain, clusters, project.folder.config.data.test_size)
+
+
+def detectable_effects(project: OpenProject) -> tuple[DetectableEffects, ...]:
+    """Return the smallest difference that the current dev and test splits can show."""
+    version = load_version(project.folder.dataset)
+    held_out = {split: version.examples(split) for split in ("dev", "test")}
+    return tuple(
+        power.detectable_effects(split, len(rows), len({row.cluster for row in rows}))
+        for split, rows in held_out.items()
+        if rows
+    )
+
+
+def report_detectable_effects(project: OpenProject) -> None:
+    """Report what the current splits can show, before anything is measured on them."""
+    settings = project.folder.config.evaluate
+    for expected in detectable_effects(project):
+        project.reporter.say(detectable_effects_text(expected, metric_kind(settings.metric), settings.margin))
+
+
+def prompting(project: OpenProject) -> AdviseResult:
+    """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune."""
+    from tunewright.evaluation.prompt_search import advise
+    from tunewright.evaluation.workload import Workload
+
+    report_detectable_effects(project)
+    with answer_workers(project) as workers:
+        arm_runner = open_arm_runner(project, workers=workers)
+        return advise(arm_runner, Workload(arm_runner).announce)
+
+
+def optimize_prompt(project: OpenProject) -> OptimizePromptResult:
+    """Search for a better instruction with GEPA and the config's reflection model, and choose on dev.
+
+    Later commands measure the result as further arms, as long as the dataset version, base, template and metric
+    stay the same. Replies and answers are kept, so a stopped call resumes and pays for nothing twice.
+
+    Raises:
+        UserError: no reflection model or GEPA, too few training rows, or the endpoint fails.
+    """
+    return _prompt_optimization(project).run()
+
+
+def estimate_optimize_prompt(project: OpenProject) -> OptimizePromptEstimate:
+    """Return upper limits of the calls, tokens and cost of :meth:`optimize_prompt` without sending anything."""
+    return _prompt_optimization(project).estimate()
+
+
+def _prompt_optimization(project: OpenProject) -> PromptOptimization:
+    from tunewright.evaluation.prompt_optimization.run import PromptOptimization, reflection_endpoint
+
+    reflection_endpoint(project.folder.config)  # refused before a base is loaded
+    return PromptOptimization(open_arm_runner(project))
+
+
+def evaluate(project: OpenProject, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
+    """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
+
+    The access to the test split is logged first. Existing evidence is read again, not measured. The benchmarks of
+    the config's regressions section are measured too.
+
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        minutes: time limit for answers; arms that do not fit are left out by name (None: no limit).
+
+    Raises:
+        UserError: the access log was changed, or too few minutes.
+    """
+    from tunewright.evaluation.benchmarks.runner import evaluate_with_benchmarks, open_suites
+
+    # Faults in a benchmark's file are reported before anything is measured.
+    suites = open_suites(project.folder) if project.folder.config.regressions.measures else []
+    tuned = find_adapter(project.folder.adapters, adapter)
+    with answer_workers(project) as workers:
+        return evaluate_with_benchmarks(*_contest(project, tuned, "test", minutes, workers), suites)
+
+
+def evaluate_on_dev(
+    project: OpenProject, adapter: str | None = None, *, minutes: float | None = None
+) -> EvaluateResult:
+    """Compare as :meth:`evaluate` does, on the dev split that chose the adapter and the prompting arm."""
+    from tunewright.evaluation import runner
+
+    tuned = find_adapter(project.folder.adapters, adapter)
+    with answer_workers(project) as workers:
+        return runner.evaluate_on_dev(*_contest(project, tuned, "dev", minutes, workers))
+
+
+def estimate_evaluation(
+    project: OpenProject, adapter: str | None = None, *, dev: bool = False, embed: bool = True
+) -> AnswersEstimate:
+    """Return the number of answers that :meth:`evaluate` has to compute; none is computed.
+
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        dev: estimate :meth:`evaluate_on_dev` instead.
+        embed: compute vectors of dense retrieval that are not kept. Otherwise no model is loaded.
+
+    Raises:
+        UserError: no adapter, or one that does not fit; also without ``embed`` if vectors have to be computed.
+    """
+    from tunewright.evaluation.workload import Contest, Workload
+
+    tuned = find_adapter(project.folder.adapters, adapter)
+    with answer_workers(project) as workers:
+        arm_runner = open_arm_runner(project, tuned, workers)
+        arm_runner.embeddings.kept_only = not embed
+        return Workload(arm_runner, Contest(tuned, "dev" if dev else "test")).estimate()
+
+
+def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[IncumbentEstimate]:
+    """Return the calls, tokens and cost of the incumbents' answers in :meth:`evaluate`, without sending anything.
+
+    Args:
+        dev: estimate :meth:`evaluate_on_dev` instead, which leaves the test split closed.
+
+    Raises:
+        UserError: no incumbent, or a file of frozen answers was changed.
+    """
+    from tunewright.evaluation import incumbents
+
+    if not project.folder.config.evaluate.incumbents:
+        raise UserError(
+            "The config has no incumbents",
+            where="evaluate.incumbents",
+            fix="Set name, base_url and model of a model that you use today.",
+        )
+    version = load_version(project.folder.dataset)
+    return incumbents.estimate_incumbents(
+        project.folder, version, asked_splits("dev" if dev else "test"), project.reporter
+    )
+
+
+def asked_splits(split: Literal["test", "dev"]) -> list[Literal["test", "dev"]]:
+    """Return the splits that incumbents answer; dev comes first, so that a wrong setting shows before test."""
+    return ["dev"] if split == "dev" else ["dev", "test"]
+
+
+def _contest(
+    project: OpenProject,
+    tuned: Adapter,
+    split: Literal["test", "dev"],
+    minutes: float | None,
+    workers: ModelWorkers | None,
+) -> tuple[ArmRunner, Adapter, Advice]:
+    """Return the arm runner, the adapter and the advice that names its best prompting arm."""
+    from tunewright.evaluation.incumbents import require_ready
+    from tunewright.evaluation.prompt_search import advise
+    from tunewright.evaluation.workload import Contest, Workload, limit_time
+
+    arm_runner = open_arm_runner(project, tuned, workers)
+    require_ready(project.folder, arm_runner.version, asked_splits(split), project.reporter)
+    contest = Contest(tuned, split)
+    limit_time(arm_runner, minutes, contest=contest)
+    # Keys added since the adapter was trained had the effect of their defaults.
+    trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
+    settings = project.folder.config.train
+    now = {**settings.deciding(), "method": settings.method}
+    if "config" in tuned.lineage and any(trained_by[key] != value for key, value in now.items()):
+        project.reporter.warn(
+            f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
+            "adapter with the new values."
+        )
+    return arm_runner, tuned, advise(arm_runner, Workload(arm_runner, contest).announce).advice
+
+
+def regressions(project: OpenProject, adapter: str | None = None) -> BenchmarkResult:
+    """Measure the benchmarks of the config's regressions section with an adapter off and on.
+
+    The result is added to the adapter's evidence, if it has any.
+
+    Raises:
+        UserError: no benchmark, an unreadable file, or no adapter that fits.
+    """
+    from tunewright.evaluation.benchmarks.runner import measure_benchmarks, open_suites
+
+    suites = open_suites(project.folder)
+    tuned = find_adapter(project.folder.adapters, adapter)
+    with answer_workers(project) as workers:
+        return measure_benchmarks(open_arm_runner(project, tuned, workers), tuned, suites)
