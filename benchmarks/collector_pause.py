@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import tunewright
+from tunewright.serving.options import ServeOptions
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("project", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    service = tunewright.open(options.project).serve(port=0)
+    service = tunewright.open(options.project).serve(options=ServeOptions(port=0))
     loaded = pause(options.rounds)
     with service.running():
         frozen = pause(options.rounds)

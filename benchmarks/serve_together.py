@@ -16,6 +16,7 @@ import openai
 
 import tunewright
 from tunewright.adapters.registry import find_adapter
+from tunewright.serving.options import ServeOptions
 
 ITEMS = 20
 
@@ -25,7 +26,7 @@ def main(project: str) -> None:
     opened = tunewright.open(project)
     adapter = find_adapter(opened.folder.adapters)
     earlier = [f"{adapter.name}@{step}" for step in list(adapter.checkpoints)[:1]]
-    service = opened.serve([adapter.name, *earlier], port=0)
+    service = opened.serve([adapter.name, *earlier], ServeOptions(port=0))
     prompts = [m.example.prompt for m in opened.data.version().examples("test")[:ITEMS]]
     jobs = [
         (model, [{"role": m.role, "content": m.content} for m in prompt])

@@ -25,6 +25,7 @@ from command_line import tiny_project
 from tiny import build_base
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.core.progress import LogReporter
+from tunewright.serving.options import ServeOptions
 
 NOISE = 10.0
 """What the adapters' weights differ by: enough for other answers."""
@@ -89,7 +90,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    service = tunewright.open(sys.argv[1], LogReporter()).serve(port=0, metrics_port=0)
+    service = tunewright.open(sys.argv[1], LogReporter()).serve(options=ServeOptions(port=0, metrics_port=0))
     with service.running() as url:
         print(json.dumps({"url": url, "metrics": service.metrics_url}), file=answers, flush=True)
         for line in sys.stdin:

@@ -10,6 +10,7 @@ import typer
 from pydantic import BaseModel
 
 import tunewright.serving
+from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, RunResult
 from tunewright.api.data import ProjectData
@@ -33,7 +34,9 @@ from tunewright.serving.gateway.messages_api import MessagesRequest, error_docum
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
+from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.serving.tenants import Audit, Keys, Releases, State, Tenants, Usage, UsageRollup
+from tunewright.training.memory_options import MemoryOptions
 
 __all__ = [
     "API",
@@ -63,13 +66,28 @@ def functions_of(group: type) -> tuple[Any, ...]:
     return tuple(each for each in vars(group).values() if inspect.isfunction(each) and "." not in each.__qualname__)
 
 
-OPTIONS = (AddOptions, ColumnMapping)
+OPTIONS = (
+    AddOptions,
+    ColumnMapping,
+    DeployOptions,
+    ImportOptions,
+    MemoryOptions,
+    ReleaseTestOptions,
+    ServeOptions,
+)
 """Options classes, whose fields are documented by their `Option`."""
 
 API: dict[str, tuple[Any, ...]] = {
-    "The project": (Project, *functions_of(Project)),
-    "project.data": (ProjectData, *functions_of(ProjectData), *OPTIONS),
-    "project.adapters": functions_of(ProjectAdapters),
+    "The project": (
+        Project,
+        *functions_of(Project),
+        DeployOptions,
+        ReleaseTestOptions,
+        ServeOptions,
+        MemoryOptions,
+    ),
+    "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),
+    "project.adapters": (*functions_of(ProjectAdapters), ImportOptions),
     "project.export": functions_of(ProjectExport),
     "project.keys": functions_of(ProjectKeys),
     "project.runs": (TrainingRuns,),

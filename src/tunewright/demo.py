@@ -26,6 +26,7 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.evidence.schema import EVIDENCE_FILE, Item
 from tunewright.examples import legal_citations
+from tunewright.serving.options import ServeOptions
 
 if TYPE_CHECKING:
     from tunewright.advisor.result import AdviceResult
@@ -149,7 +150,7 @@ def ask_three_ways(project: Project, result: RunResult, item: Item) -> DemoAnswe
     adapter = result.trained.adapter
     earlier = [f"{adapter.name}@{step}" for step in adapter.checkpoints][:1]
     member = member_of(project, item)
-    service = project.serve([adapter.name, *earlier], port=0)
+    service = project.serve([adapter.name, *earlier], ServeOptions(port=0))
     answers = {}
     with service.running() as url, httpx.Client(base_url=url, timeout=120) as client:
         for model in [project.base.spec, *earlier, adapter.name]:
@@ -173,7 +174,7 @@ def measure_slow_parts(project: Project, evaluation: Path) -> SlowMeasurements:
     The base serves as judge because it is always available. It is a poor judge, so its controls fail and it is vetoed.
     """
     advice, curve = project.advise(), project.curve()
-    service = project.serve([], port=0)
+    service = project.serve([], ServeOptions(port=0))
     with service.running() as url:
         judge = JudgeConfig(base_url=f"{url}/v1", model=project.base.spec, parameters=_REPLY)
         config = project.folder.config.model_copy(update={"judge": judge})

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.registry import Adapter
 from tunewright.adapters.system_prompt import system_prompt
 from tunewright.api import Project, RunResult
 from tunewright.config.project import ProjectFolder
 from tunewright.data.versions import Member
+from tunewright.serving.options import DeployOptions, ServeOptions
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants import Release
@@ -89,7 +91,7 @@ def show_two_tenants(opened: Project, result: RunResult, member: Member) -> TwoT
     serve = project.config.serve.model_copy(update={"database_url": state})
     own = Project(ProjectFolder(project.root, project.config.model_copy(update={"serve": serve})), opened.reporter)
     name, prompt = f"{project.config.name}-{step}", system_prompt(trained, project.dataset).text
-    draft = own.adapters.import_(folder, base_matches=True, name=name, system_prompt=prompt).adapter
+    draft = own.adapters.import_(folder, ImportOptions(base_matches=True, name=name, system_prompt=prompt)).adapter
     decision = result.verdict.decision
     wanted = {
         "legal": (trained, None if decision == "ship" else f"for the demo, though its verdict is {decision}"),
@@ -106,7 +108,7 @@ def _release(opened: Project, alias: str, adapter: Adapter, because: str | None)
     if any(release.alias == alias and release.digest == adapter.digest for release in _live(opened)):
         return True
     opened.reporter.say(f"deploy {alias} {adapter.name}{'' if because is None else f': forced, {because}'}")
-    done = opened.deploy(alias, adapter.name, because=because)
+    done = opened.deploy(alias, adapter.name, DeployOptions(because=because))
     if done.release is None and done.serving is not None:
         opened.reporter.warn(f"{alias} does not go live: {'; '.join(done.serving.reasons)}")
     elif done.release is None and done.isolation is not None:
@@ -131,7 +133,7 @@ def _visit(opened: Project, result: RunResult, member: Member, adapters: Mapping
     messages = [message.as_dict() for message in member.example.prompt]
     body = {"messages": messages, "max_tokens": result.advised.advice.max_new_tokens}
     seen = {}
-    with opened.serve(port=0).running() as url:
+    with opened.serve(options=ServeOptions(port=0)).running() as url:
         for tenant, alias in TENANTS.items():
             headers = {"Authorization": f"Bearer {keys[tenant]}"}
             with httpx.Client(base_url=url, headers=headers, timeout=120) as client:

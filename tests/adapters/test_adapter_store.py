@@ -19,6 +19,7 @@ from command_line import tunewright
 from tunewright.adapters.manifest import MANIFEST
 from tunewright.adapters.registry import WEIGHTS
 from tunewright.core.io import canonical_json
+from tunewright.serving.options import DeployOptions
 
 pytest_plugins = ("adapter_fixtures", "remote_helpers")
 
@@ -132,7 +133,7 @@ def test_server_imports_a_released_adapter_from_the_store(trained: Path, other: 
     source = api.open(trained)
     adapter = source.adapters.list()[-1]
     source.evaluate(adapter.name)
-    source.deploy("colors", adapter.name, because="a test", untested="a test")
+    source.deploy("colors", adapter.name, DeployOptions(because="a test", untested="a test"))
     with source.state() as state:
         state.tenants.add("ann", ["colors"])
         key = state.keys.create("ann").secret

@@ -35,6 +35,7 @@ from tunewright.data.examples import Message
 from tunewright.evidence.schema import load_evidence, load_items
 from tunewright.evidence.verdict import verdict
 from tunewright.models.memory.shape import read_shape
+from tunewright.serving.options import ServeOptions
 
 pytest_plugins = "adapter_fixtures"
 
@@ -85,7 +86,7 @@ def test_imported_peft_adapter_is_served_as_peft_answers(stock: Path, other: Pat
     tuned = PeftModel.from_pretrained(base, stock).generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
     expected = tuned[0, prompt.shape[1] :]
     assert expected.tolist() != plain.tolist()
-    with opened.serve([name], port=0).running() as url:
+    with opened.serve([name], ServeOptions(port=0)).running() as url:
         body = {"model": name, "messages": messages, "max_tokens": 12}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["message"]["content"] == opened.chat.text(expected.tolist())

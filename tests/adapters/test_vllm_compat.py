@@ -19,6 +19,7 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.adapters.vllm_compat import check_adapter, require_servable
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
+from tunewright.serving.options import ServeOptions
 
 IDS = torch.arange(3, 43)[None]
 
@@ -174,7 +175,7 @@ def test_dora_matches_its_paper(tmp_path: Path, tiny_base_folder: Path) -> None:
 def test_rslora_scales_by_the_root_of_the_rank_and_is_served(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder, use_rslora=True, lora_r=4, lora_alpha=8)
     adapter = _same_logits_as(folder, tiny_base_folder, scale=8 / math.sqrt(4))
-    with api.open(folder).serve([adapter.name], port=0).running():
+    with api.open(folder).serve([adapter.name], ServeOptions(port=0)).running():
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,14 @@ def test_deprecated_group_has_no_other_methods(tmp_path: Path, tiny_base_folder:
     project = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
     assert not hasattr(project.tenant, "rename")
     assert not hasattr(project.audit, "add")
+
+
+def test_verb_takes_fields_of_its_options_as_keywords(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project: Any = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
+    with (
+        pytest.warns(DeprecationWarning, match=r"ImportOptions\(unsigned=True\) to import_\(\)"),
+        pytest.raises(UserError),
+    ):
+        project.adapters.import_(tmp_path / "nowhere", unsigned=True)
+    with pytest.raises(TypeError, match="sealed"):
+        project.adapters.import_(tmp_path / "nowhere", sealed=True)

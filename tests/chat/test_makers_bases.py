@@ -18,6 +18,7 @@ from command_line import tunewright as run
 from tunewright.chat import encode
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
+from tunewright.serving.options import ServeOptions
 
 BASES = {
     "llama3_2": partial(makers.build_llama3_base, family="llama3_2"),
@@ -56,7 +57,7 @@ def test_served_dialogue_has_the_ids_of_training(maker: str, tmp_path: Path, mon
     project = tunewright.open(folder)
     member = project.data.version().examples("train")[0]
     messages = [m.as_dict() for m in member.example.messages]
-    service = project.serve(port=0)
+    service = project.serve(options=ServeOptions(port=0))
     with service.running() as url, httpx.Client(base_url=url, trust_env=False) as client:
         for asked in (messages[:2], messages[:4]):
             body = {"model": service.models[-1], "messages": asked, "max_tokens": 1}

@@ -15,6 +15,7 @@ from adapter_helpers import own_keys
 from command_line import tiny_project, tunewright, write_jsonl
 from tunewright.adapters.registry import WEIGHTS
 from tunewright.data.versions import load_version
+from tunewright.serving.options import ServeOptions
 
 pytest_plugins = "adapter_fixtures"
 
@@ -145,10 +146,10 @@ def test_train_signs_the_adapter_with_a_trusted_key(tmp_path: Path, tiny_base_fo
     assert "The adapter will be signed with your key ann." in ran.stderr
     assert tunewright("adapters", "verify", "-p", folder).code == 0
     opened = api.open(folder)
-    with opened.serve(port=0).running():
+    with opened.serve(options=ServeOptions(port=0)).running():
         pass
     (folder / "adapters" / _name(folder) / "signature.json").unlink()
-    assert opened.serve(port=0).models == [str(tiny_base_folder)]
+    assert opened.serve(options=ServeOptions(port=0)).models == [str(tiny_base_folder)]
 
 
 @pytest.mark.slow

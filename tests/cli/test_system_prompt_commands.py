@@ -22,6 +22,7 @@ from tunewright.evaluation.arms import TUNED
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.app_factory import Service
+from tunewright.serving.options import ServeOptions
 from tunewright.serving.served_adapters import adapter_of
 
 pytestmark = pytest.mark.slow
@@ -72,7 +73,9 @@ def test_serve_renders_a_user_turn_to_the_ids_of_the_tuned_arm(project: Path, mo
     opened = OpenProject(ProjectFolder(project), LogReporter())
     evaluated = open_arm_runner(opened, adapter).answers(TUNED, members, "test", adapter)
     seen = recorded_prompts(monkeypatch)
-    replies = _ask_users_turns(tunewright.open(project).serve([adapter.name], port=0), adapter.name, members)
+    replies = _ask_users_turns(
+        tunewright.open(project).serve([adapter.name], ServeOptions(port=0)), adapter.name, members
+    )
     assert {reply.headers["x-tunewright-system"] for reply in replies} == {"adapter"}
     assert seen == [answered.prompt for answered in evaluated]
     assert all(member.example.prompt[0].content == SYSTEM for member in members)
@@ -85,7 +88,7 @@ def test_serve_adds_no_system_prompt_to_the_base(project: Path) -> None:
     name = f"{adapter.name}@{next(iter(adapter.checkpoints))}"
     base = ProjectFolder(project).config.base_model
     for model, source in ((name, "adapter"), (base, "none")):
-        service = tunewright.open(project).serve([name], port=0)
+        service = tunewright.open(project).serve([name], ServeOptions(port=0))
         assert service.system_prompts == {name: SYSTEM}
         (reply,) = _ask_users_turns(service, model, members)
         assert reply.headers["x-tunewright-system"] == source
@@ -94,10 +97,10 @@ def test_serve_adds_no_system_prompt_to_the_base(project: Path) -> None:
 def test_serve_reports_at_start_whether_it_adds_system_prompts(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tunewright")
     name = _adapter(project).name
-    tunewright.open(project).serve([name], port=0)._engine.stop()
+    tunewright.open(project).serve([name], ServeOptions(port=0))._engine.stop()
     assert f'{name}: requests without a system message get the trained system prompt: "{SYSTEM}"' in caplog.text
     caplog.clear()
-    service = tunewright.open(project).serve([name], port=0, system_prompts=False)
+    service = tunewright.open(project).serve([name], ServeOptions(port=0, system_prompts=False))
     assert f"{name}: no system prompt is added: left out by --no-system-prompt" in caplog.text
     (reply,) = _ask_users_turns(service, name, _test_members(project)[:1])
     assert reply.headers["x-tunewright-system"] == "none"

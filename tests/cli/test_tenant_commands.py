@@ -30,6 +30,7 @@ from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evidence.logged_access import LogLine
 from tunewright.evidence.schema import Evidence
 from tunewright.generation.constraints import Grammar
+from tunewright.serving.options import ServeOptions
 from tunewright.serving.tenants import RequestUsage, State
 
 
@@ -282,7 +283,7 @@ def test_serve_constrain_constrains_adapters_and_warns_of_missing_evidence(
     arms = [*SHIPS.arms, arm.model_copy(update={"name": "tuned+constrained", "constrained": True})]
     lineage = SHIPS.lineage | {"grammar": Grammar.choices(["red", "blue"]).digest}
     _evaluated(project, first, SHIPS.model_copy(update={"arms": arms, "lineage": lineage}))
-    service = open_project(project).serve(port=0, constrain=True)
+    service = open_project(project).serve(options=ServeOptions(port=0, constrain=True))
     assert f"{second.name} has no evidence with constrained answers. Its answers are constrained all" in caplog.text
     assert f"{first.name} has no evidence" not in caplog.text
     base = open_project(project).folder.config.base_model
@@ -475,7 +476,7 @@ def test_serve_without_tenants_answers_only_this_machine(project: Path) -> None:
 
 
 def test_serve_no_auth_answers_all_clients(project: Path) -> None:
-    service = open_project(project).serve(host="0.0.0.0", port=0, auth=False)
+    service = open_project(project).serve(options=ServeOptions(host="0.0.0.0", port=0, auth=False))
     with service.running() as url:
         port = url.rsplit(":", 1)[1]
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200

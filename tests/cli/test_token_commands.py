@@ -14,6 +14,7 @@ import tunewright as package
 from command_line import pairs, recorded_prompts, tiny_project, tunewright, write_jsonl
 from tiny import build_base
 from tunewright.adapters.registry import find_adapter
+from tunewright.serving.options import ServeOptions
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +307,7 @@ def test_server_prompts_equal_the_training_ids(project: Path, monkeypatch: pytes
     opened = package.open(project)
     members = opened.data.version().examples("train")[:20]
     trained = [opened.chat.rows(m.example.messages)[0] for m in members]
-    service = opened.serve(port=0)
+    service = opened.serve(options=ServeOptions(port=0))
     with service.running() as url, httpx.Client(base_url=url, trust_env=False) as client:
         for member in members:
             messages = [{"role": m.role, "content": m.content} for m in member.example.prompt]

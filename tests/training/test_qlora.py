@@ -22,6 +22,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.models.bases import resolve_base
 from tunewright.models.loading import load_model, with_adapters
+from tunewright.serving.options import ServeOptions
 from tunewright.training.rows import IGNORED, as_columns, training_rows
 
 IDS = torch.arange(3, 43)[None]
@@ -246,15 +247,15 @@ def test_nf4_and_unquantized_adapters_differ_and_are_not_served_together(project
     assert other.digest != adapter.digest
     with pytest.raises(UserError, match=f"{adapter.name} with train.quantization nf4, {other.name} with"):
         opened.serve([adapter.name, other.name])
-    with opened.serve(port=0).running():
+    with opened.serve(options=ServeOptions(port=0)).running():
         assert f"{adapter.name} is not served: it was trained with train.quantization nf4" in _warned(opened)[-1]
     for name in (adapter.name, other.name):
-        service = opened.serve([name], port=0)
+        service = opened.serve([name], ServeOptions(port=0))
         assert service.models[1:] == [name]
         with service.running():
             pass
     opened = _set(project, "evaluate:\n", "serve:\n  quantization: nf4\nevaluate:\n")
-    service = opened.serve(port=0)
+    service = opened.serve(options=ServeOptions(port=0))
     assert sorted(service.models[1:]) == sorted([adapter.name, other.name])
     with service.running():
         pass

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters import signing
+from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import read_manifest
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
 from tunewright.adapters.trust import TrustStatus, trust_status
-from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author
 from tunewright.open_project import OpenProject
@@ -85,41 +85,22 @@ def push(project: OpenProject, url: str, names: Sequence[str] = ()) -> Sequence[
     return push_adapters(chosen, url, TrustedKeys(project.folder.keys), project.reporter)
 
 
-def import_(
-    project: OpenProject,
-    source: str | Path,
-    *,
-    name: str | None = None,
-    base_matches: bool = False,
-    quantization: Quantization | None = None,
-    unsigned: bool = False,
-    system_prompt: str | None = None,
-) -> ImportResult:
+def import_(project: OpenProject, source: str | Path, options: ImportOptions = ImportOptions()) -> ImportResult:
     """Import a foreign adapter from a folder or a URL, if it passes all checks.
 
     Args:
         source: the folder, or the URL of an adapter that `push` copied (s3://bucket/NAME-DIGEST).
-        name: name in the project (None: the manifest's, or that of the folder).
-        base_matches: you assert that it was trained on this project's base and chat template; for adapters that do
-            not state it.
-        quantization: you assert how the base was quantized during training; for adapters that do not state it
-            (None: not quantized).
-        unsigned: accept it without a signature by a trusted key.
-        system_prompt: you assert that all its training rows had this system prompt; for adapters that do not state
-            it.
+        options: what you state about an adapter that does not state it.
 
     Raises:
         UserError: the adapter fails a check; nothing is stored.
     """
-    from tunewright.adapters.foreign.importer import ImportStatement
     from tunewright.core.remote_files import RemoteFiles
 
     found = RemoteFiles(str(source)) if "://" in str(source) else Path(source)
     if isinstance(found, Path) and not found.exists():
         raise UserError("No such folder", where=str(source))
-    by = current_author(project.folder.root)
-    said = ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt)
-    return adapter_importer(project).import_adapter(found, said)
+    return adapter_importer(project).import_adapter(found, options, current_author(project.folder.root))
 
 
 def adapter_importer(project: OpenProject) -> AdapterImporter:

@@ -12,7 +12,7 @@ from tunewright.advisor import advise
 from tunewright.api import evaluations, isolation
 from tunewright.api import releases as release_verbs
 from tunewright.api.data import ProjectData
-from tunewright.api.deprecated import DeprecatedGroup
+from tunewright.api.deprecated import DeprecatedGroup, keywords
 from tunewright.api.export import ProjectExport
 from tunewright.api.groups import ProjectAdapters, ProjectKeys
 from tunewright.config.project import ProjectFolder
@@ -29,7 +29,9 @@ from tunewright.evidence.verdict import Verdict
 from tunewright.open_project import OpenProject
 from tunewright.report import curve
 from tunewright.serving import project_state, serve
+from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.training import memory
+from tunewright.training.memory_options import MemoryOptions
 from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class Project(OpenProject):
 
     crossval = tuning.crossval
     curve = curve.curve
-    estimate_memory = memory.estimate_memory
+    estimate_memory = keywords(memory.estimate_memory, MemoryOptions)
     sweep = tuning.sweep
     train = tuning.train
 
@@ -91,11 +93,11 @@ class Project(OpenProject):
     regressions = measuring.regressions
 
     self_test = isolation.self_test
-    serve = serve.serve
+    serve = keywords(serve.serve, ServeOptions)
     state = project_state.open_state
 
-    deploy = release_verbs.deploy
-    promote = release_verbs.promote
+    deploy = keywords(release_verbs.deploy, DeployOptions)
+    promote = keywords(release_verbs.promote, ReleaseTestOptions)
     releasable = release_verbs.releasable
     releases = release_verbs.releases
     rollback = release_verbs.rollback

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tunewright.engines import environment
 from tunewright.serving.project_state import open_state
 
 if TYPE_CHECKING:
     from tunewright.open_project import OpenProject
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 _IN_STATE = {
     "tenant": {
@@ -71,3 +75,18 @@ def _warning(name: str, instead: str, function: Callable[..., Any]) -> Callable[
         return function(*given, **named)
 
     return call
+
+
+def keywords(function: Verb, options: type[Any]) -> Verb:
+    """Return a verb that also takes the fields of its options as keywords, with a warning."""
+    names = {each.name for each in fields(options)}
+
+    @wraps(function)
+    def verb(*given: Any, **named: Any) -> Any:
+        if old := {name: named.pop(name) for name in names & named.keys()}:
+            instead = f"{options.__name__}({', '.join(f'{name}={value!r}' for name, value in old.items())})"
+            warnings.warn(f"Pass {instead} to {function.__name__}().", DeprecationWarning, stacklevel=2)
+            named["options"] = options(**old)
+        return function(*given, **named)
+
+    return cast("Verb", verb)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from tunewright.adapters import signing_keys, verbs
+from tunewright.adapters.import_options import ImportOptions
 from tunewright.api.context import ProjectGroup
+from tunewright.api.deprecated import keywords
 from tunewright.evaluation import adapter_details
 
 
 class ProjectAdapters(ProjectGroup):
     """Verbs on a project's adapters."""
 
-    import_ = verbs.import_
+    import_ = keywords(verbs.import_, ImportOptions)
     list = verbs.list_all
     push = verbs.push
     show = adapter_details.show

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter
 from tunewright.api.context import ProjectContext
-from tunewright.serving.served_adapters import adapter_of, choose_served, refuse_names, released
 from tunewright.config import Config, EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
 from tunewright.serving.project_state import open_state
+from tunewright.serving.served_adapters import adapter_of, choose_served, refuse_names, released
 
 if TYPE_CHECKING:
     from tunewright.gate.results import IsolationResult

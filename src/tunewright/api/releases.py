@@ -11,12 +11,12 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
-from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
 from tunewright.open_project import OpenProject
+from tunewright.serving.options import DeployOptions, Engine, ReleaseTestOptions
 from tunewright.serving.project_state import open_state
 from tunewright.serving.served_adapters import adapter_of, missing_evidence, served_grammar
 
@@ -80,33 +80,13 @@ class Releasable:
         return self.verdict is not None and self.verdict.decision == "ship"
 
 
-def deploy(
-    project: OpenProject,
-    alias: str,
-    adapter: str,
-    *,
-    canary: float | None = None,
-    shadow: bool = False,
-    because: str | None = None,
-    engine: EngineName | None = None,
-    untested: str | None = None,
-    system_prompt: bool = True,
-    constrain: bool = False,
-) -> DeployResult:
+def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOptions = DeployOptions()) -> DeployResult:
     """Release an adapter for an alias if an evaluation says *ship*, and the isolation test and serving check pass.
 
     Args:
         alias: the name that tenants call; created if it does not exist.
         adapter: a name or its beginning.
-        canary: the candidate's share of the traffic, above 0 and below 1; the live release answers the rest.
-        shadow: send the candidate a copy of each request and record its answers; none is returned.
-        because: reason to release whatever the verdict and the serving check; it is stored.
-        engine: the engine of the isolation test and the serving check (None: the config's, which serves).
-        untested: reason to skip the isolation test and the serving check; it is stored.
-        system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
-            them unchanged.
-        constrain: constrain answers by the config's ``evaluate.structured_outputs``: texts unless a request sets a
-            form, or calls.
+        options: a trial on a part of the traffic, a reason to release whatever was measured, and what the alias adds.
 
     Raises:
         UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine
@@ -115,19 +95,20 @@ def deploy(
     """
     from tunewright.serving.tenants import Candidate, Grounds
 
-    if canary is not None and shadow:
+    because, system_prompt = options.because, options.system_prompt
+    if options.canary is not None and options.shadow:
         raise UserError("--canary and --shadow are mutually exclusive", where="--shadow", fix="Choose one.")
     _require_reason(because, "--because")
-    _require_reason(untested, "--untested")
+    _require_reason(options.untested, "--untested")
     chosen = find_adapter(project.folder.adapters, adapter)
     decided, evidence = _judge(project, chosen, because)
-    grammar = _grammar(project, chosen, evidence, because) if constrain else None
+    grammar = _grammar(project, chosen, evidence, because) if options.constrain else None
     evaluation = evidence.id if evidence else None
     if because is None and decided is not None and decided.decision != "ship":
         return DeployResult(None, decided)
     candidate = None
-    if shadow or canary is not None:
-        candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt, grammar)
+    if options.shadow or options.canary is not None:
+        candidate = Candidate(chosen.name, chosen.digest, options.canary, system_prompt, grammar)
     with open_state(project, make=True) as state:
         # Refuse invalid requests before the slow isolation test.
         if candidate is None:
@@ -137,10 +118,10 @@ def deploy(
         else:
             state.releases.require_triable(alias, candidate)
         _require_servable(project, chosen, alias, state)
-        test, check, passes = _tested(project, state, alias, chosen, engine, untested, forced=because is not None)
+        test, check, passes = _tested(project, state, alias, chosen, options, forced=because is not None)
         if not passes:
             return DeployResult(None, decided, test, check)
-        grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested, check)
+        grounds = Grounds(decided.decision if decided else None, evaluation, because, test, options.untested, check)
         if candidate is None:
             made = state.releases.deploy(
                 alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt, grammar=grammar
@@ -150,9 +131,7 @@ def deploy(
         return DeployResult(made, decided, test, check, len(state.quota.servers()))
 
 
-def promote(
-    project: OpenProject, alias: str, *, engine: EngineName | None = None, untested: str | None = None
-) -> DeployResult:
+def promote(project: OpenProject, alias: str, options: ReleaseTestOptions = ReleaseTestOptions()) -> DeployResult:
     """Make an alias's candidate its live release once the isolation test and the serving check have passed.
 
     The test is not repeated if nothing else was released since the candidate passed it; the check is not repeated
@@ -160,28 +139,26 @@ def promote(
 
     Args:
         alias: its name.
-        engine: the engine of the isolation test and the serving check (None: the one that the candidate passed on,
-            else the config's).
-        untested: reason to skip the isolation test and the serving check; it is stored.
+        options: the engine of the tests is by default the one that the candidate passed on, else the config's.
 
     Raises:
         UserError: no such alias, no candidate, a candidate that is missing here, or an engine that is not
             installed. Also if the evaluation that allowed the candidate was changed or removed.
     """
-    _require_reason(untested, "--untested")
+    _require_reason(options.untested, "--untested")
     with open_state(project) as state:
         before, candidate = state.releases.promotable(alias)
         chosen = adapter_of(project, candidate.adapter, candidate.digest)
         _require_servable(project, chosen, alias, state)
         if before.grounds.evaluation is not None:
             _require_evaluation(project, before.grounds.evaluation)
-        if engine is None and before.grounds.isolation is not None:
-            engine = cast("EngineName", before.grounds.isolation.engine)
+        if options.engine is None and before.grounds.isolation is not None:
+            options = replace(options, engine=cast("Engine", before.grounds.isolation.engine))
         forced = before.grounds.because is not None
-        test, check, passes = _tested(project, state, alias, chosen, engine, untested, forced=forced)
+        test, check, passes = _tested(project, state, alias, chosen, options, forced=forced)
         if not passes:
             return DeployResult(None, None, test, check)
-        grounds = replace(before.grounds, isolation=test, untested=untested, serving=check)
+        grounds = replace(before.grounds, isolation=test, untested=options.untested, serving=check)
         made = state.releases.promote(alias, grounds)
         return DeployResult(made, None, test, check, len(state.quota.servers()))
 
@@ -191,8 +168,7 @@ def _tested(
     state: State,
     alias: str,
     adapter: Adapter,
-    engine: EngineName | None,
-    untested: str | None,
+    options: ReleaseTestOptions,
     *,
     forced: bool,
 ) -> tuple[IsolationTest | None, ServingCheck | None, bool]:
@@ -202,8 +178,8 @@ def _tested(
     """
     from tunewright.api.isolation import ReleaseGate
 
-    gate = ReleaseGate(project, state, alias, adapter, engine)
-    if untested is not None:
+    gate = ReleaseGate(project, state, alias, adapter, options.engine)
+    if options.untested is not None:
         gate.require_not_failed()
         project.reporter.warn(f"{alias} goes live without the isolation test and the serving check.")
         return None, None, True

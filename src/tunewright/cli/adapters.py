@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from tunewright.adapters.import_options import ImportOptions
 from tunewright.cli.app import TRAIN, Adapter, command, group
 from tunewright.cli.console import CANT_TELL, FAILED, Session
 from tunewright.core.clock import without_milliseconds
@@ -103,40 +104,14 @@ def adapters_push(
     run.show({"adapters": pushed}, "\n".join(lines))
 
 
-@command(adapters_app, "import", example="tunewright adapters import legal-lora --unsigned")
+@command(adapters_app, "import", example="tunewright adapters import legal-lora --unsigned", options=ImportOptions)
 def adapters_import(
     run: Session,
     source: Annotated[str, typer.Argument(help="Folder, or URL of a pushed adapter (s3://bucket/NAME-DIGEST).")],
-    name: Annotated[str | None, typer.Option(help="Name of the imported adapter.", show_default="the folder's")] = None,
-    base_matches: Annotated[
-        bool,
-        typer.Option(
-            "--base-matches",
-            help="State that it was trained on this project's base and chat template, if no digest proves it. The "
-            "lineage records who stated it.",
-        ),
-    ] = False,
-    quantization: Annotated[
-        Quantization | None,
-        typer.Option(help="State how the base was quantized in its training.", show_default="none"),
-    ] = None,
-    system_prompt: Annotated[
-        str | None,
-        typer.Option(help="State the system prompt of all its training rows.", show_default="unknown"),
-    ] = None,
-    unsigned: Annotated[
-        bool, typer.Option("--unsigned", help="Accept it without a signature of a key that the project trusts.")
-    ] = False,
+    options: ImportOptions = ImportOptions(),
 ) -> None:
     """Import a foreign adapter after checking it: only plain LoRA weights that fit the base, and no code."""
-    imported = run.project.adapters.import_(
-        source,
-        name=name,
-        base_matches=base_matches,
-        quantization=quantization,
-        unsigned=unsigned,
-        system_prompt=system_prompt,
-    )
+    imported = run.project.adapters.import_(source, options)
     done = "Imported" if imported.new else "Already imported"
     text = f"{done}: {imported.adapter.name}, {imported.signed}; lineage: {imported.lineage}"
     run.show(imported.as_dict(), text)

@@ -199,8 +199,6 @@ def command(
             as_json, folder = values.pop("json", False), values.pop("project", None)
             url, on = values.pop("database_url", None), values.pop("cluster", None)
             reviewed = folder if status else None
-            if options is not None:
-                values["options"] = _filled(options, values)
             context = get_current_context()
             with session(
                 as_json,
@@ -211,6 +209,8 @@ def command(
                 span=" ".join(context.command_path.split()[1:]) if traced else None,
             ) as current:
                 current.folder, current.database_url, current.cluster = folder or Path(), url, on
+                if options is not None:
+                    values["options"] = _filled(options, values)
                 code = function(current, **values)
                 if code:
                     raise typer.Exit(code)
@@ -245,24 +245,53 @@ def _options(of: type[Any]) -> list[Parameter]:
     hints = get_type_hints(of, include_extras=True)
     made = []
     for each in fields(of):
-        hint = hints[each.name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            made += _options(hint)
+        if is_dataclass(each.default):
+            made += _options(type(each.default))
             continue
-        kind, about = get_args(hint)
-        assert isinstance(about, Option)
-        name = about.name or f"--{each.name.replace('_', '-')}"
-        shown = typer.Option(each.default, name, help=about.help, show_default=about.default or True)
-        made.append(_option(each.name, annotation=kind, default=shown))
+        kind, about = get_args(hints[each.name])
+        shown = typer.Option(
+            False if each.default is True else each.default,
+            *_names(each.name, about),
+            help=about.help,
+            show_default=about.default or True,
+            min=about.min,
+            max=about.max,
+            metavar=about.metavar,
+        )
+        made.append(_option(each.name, annotation=kind if about.parse is None else str | None, default=shown))
     return made
+
+
+def _names(field: str, about: Option) -> tuple[str, ...]:
+    """Return the names of a field's option on the command line."""
+    if about.name is None:
+        return (f"--{field.replace('_', '-')}",)
+    return (about.name,) if isinstance(about.name, str) else about.name
 
 
 def _filled(of: type[Any], values: dict[str, Any]) -> Any:
     """Return an options class's instance, with the values of its fields taken out of a command's values."""
-    hints = get_type_hints(of)
-    return of(
-        **{
-            each.name: _filled(hints[each.name], values) if is_dataclass(hints[each.name]) else values.pop(each.name)
-            for each in fields(of)
-        }
-    )
+    hints = get_type_hints(of, include_extras=True)
+    filled = {}
+    for each in fields(of):
+        if is_dataclass(each.default):
+            filled[each.name] = _filled(type(each.default), values)
+            continue
+        value, about = values.pop(each.name), get_args(hints[each.name])[1]
+        if about.parse is not None and value is not None:
+            value = about.parse(value, _names(each.name, about)[0])
+        filled[each.name] = not value if each.default is True else value
+    return of(**filled)
+
+
+def given_options(options: Any) -> list[str]:
+    """Return the names of the options that were given, those of an options class in it too."""
+    hints = get_type_hints(type(options), include_extras=True)
+    given = []
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if is_dataclass(value):
+            given += given_options(value)
+        elif value != each.default:
+            given.append(_names(each.name, get_args(hints[each.name])[1])[0])
+    return given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.cli.app import DATA, command, group, refuse_unused
+from tunewright.cli.app import DATA, command, given_options, group, refuse_unused
 from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
@@ -88,7 +88,7 @@ def data_check(
     With files: faults, duplicates, conflicts, secrets and splits; exit code 2 if `data add` with the same options would
     refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
     """
-    mapping, adding = _given(options.mapping), _given(replace(options, mapping=ColumnMapping()))
+    mapping, adding = given_options(options.mapping), given_options(replace(options, mapping=ColumnMapping()))
     data = run.project.data
     if files is None and (mapping or adding):
         named = ", ".join([*mapping, *adding])
@@ -151,12 +151,6 @@ def data_leakage(
     }
     texts = [leakage_text(report, bands, templates), *([misleading] if misleading else [])]
     run.show(document, *texts, contamination_text(found))
-
-
-def _given(options: AddOptions | ColumnMapping) -> list[str]:
-    """Return the names of the options that were given."""
-    names = [each.name for each in fields(options) if getattr(options, each.name) != each.default]
-    return [f"--{name.removesuffix('_column').replace('_', '-')}" for name in names]
 
 
 _BAR = 40

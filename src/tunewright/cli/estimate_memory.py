@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.table import Table
 
 from tunewright.cli.app import TRAIN, app, command
 from tunewright.cli.console import MEASURED_NO, Session
+from tunewright.training.memory_options import MemoryOptions
 
 if TYPE_CHECKING:
     from tunewright.models.memory.plan import Plan
@@ -27,33 +27,17 @@ _PARTS = {
 }
 
 
-@command(app, "estimate-memory", panel=TRAIN, example="tunewright estimate-memory --gpu 'RTX 4090'", status=False)
+@command(
+    app,
+    "estimate-memory",
+    panel=TRAIN,
+    example="tunewright estimate-memory --gpu 'RTX 4090'",
+    status=False,
+    options=MemoryOptions,
+)
 def estimate_memory(
     run: Session,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            "--gpu",
-            "--card",
-            help="GPU by name or memory, such as 'RTX 4090', a100-80gb or 24GB.",
-            show_default="this machine's",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base other than the project's; needs no project.", show_default=False),
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a micro-batch.", show_default="from the config")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a row.", show_default="max_length in the config")
-    ] = None,
-    shared: Annotated[int, typer.Option(min=0, help="Tokens at the start of a row that all rows share.")] = 0,
-    trained: Annotated[
-        int | None,
-        typer.Option("--answer", min=1, help="Trained tokens of a row.", show_default="all but the shared"),
-    ] = None,
+    options: MemoryOptions = MemoryOptions(),
 ) -> int:
     """Estimate whether training fits into memory (exit code 0) or not (3), by part, with the largest micro-batches.
 
@@ -62,9 +46,7 @@ def estimate_memory(
     """
     from tunewright.models.memory.plan import gigabytes
 
-    result, answer = run.unopened.estimate_memory(
-        gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=trained
-    )
+    result, answer = run.unopened.estimate_memory(options)
     setup = result.setups[0].setup
     run.show(
         {"answer": answer, **result.as_dict()},

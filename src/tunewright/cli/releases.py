@@ -8,59 +8,33 @@ import typer
 
 from tunewright.cli.app import DEPLOY, app, command
 from tunewright.cli.console import Session
-from tunewright.cli.serve import Engine
 from tunewright.cli.verdict import verdict_text
 from tunewright.core.errors import UserError
+from tunewright.serving.options import DeployOptions, ReleaseTestOptions
 
 if TYPE_CHECKING:
     from tunewright.api.releases import DeployResult
 
 Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
-TestedOn = Annotated[
-    Engine | None,
-    typer.Option(
-        "--engine",
-        help="Engine of the isolation test and the serving check.",
-        show_default="serve.engine in the config",
-    ),
-]
-Untested = Annotated[
-    str | None,
-    typer.Option(
-        help="Skip the isolation test and the serving check for this reason, which is stored.", metavar="REASON"
-    ),
-]
 Because = Annotated[str | None, typer.Option(help="Reason, stored in the release history.")]
 
 
-@command(app, "deploy", panel=DEPLOY, example="tunewright deploy legal legal-4f1c02a9 --canary 10%", database=True)
+@command(
+    app,
+    "deploy",
+    panel=DEPLOY,
+    example="tunewright deploy legal legal-4f1c02a9 --canary 10%",
+    database=True,
+    options=DeployOptions,
+)
 def deploy(
     run: Session,
     alias: Alias,
     adapter: Annotated[str, typer.Argument(help="Adapter name or its first characters.")],
-    canary: Annotated[
-        str | None, typer.Option(help="Share of the traffic to try it on, such as 10%.", show_default="all")
-    ] = None,
-    shadow: Annotated[
-        bool, typer.Option("--shadow", help="Send it a copy of each request and record its answers; none is returned.")
-    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Deploy whatever the verdict and the serving check; requires --because.")
     ] = False,
-    because: Because = None,
-    no_system_prompt: Annotated[
-        bool,
-        typer.Option(
-            "--no-system-prompt",
-            help="Do not add the trained system prompt to requests without a system message.",
-        ),
-    ] = False,
-    constrain: Annotated[
-        bool,
-        typer.Option("--constrain", help="Constrain answers by evaluate.structured_outputs: texts or calls."),
-    ] = False,
-    engine: TestedOn = None,
-    untested: Untested = None,
+    options: DeployOptions = DeployOptions(),
 ) -> int | None:
     """Point an alias at an adapter whose verdict is ship. Running servers follow within a second.
 
@@ -68,22 +42,10 @@ def deploy(
     the verdict is not to ship, the test finds a wrong answer, or the serving check fails, 4 if the test can't tell; the
     alias is then unchanged. The serving check has the engine answer dev items: as the trained model does?
     """
-    from tunewright.serving.tenants.times import percent
-
-    if force != (because is not None):
+    if force != (options.because is not None):
         where = "--force" if force else "--because"
         raise UserError("--force and --because require each other", where=where, fix="Give both or neither.")
-    result = run.project.deploy(
-        alias,
-        adapter,
-        canary=None if canary is None else percent(canary, "--canary"),
-        shadow=shadow,
-        because=because,
-        engine=engine,
-        untested=untested,
-        system_prompt=not no_system_prompt,
-        constrain=constrain,
-    )
+    result = run.project.deploy(alias, adapter, options)
     if result.release is None and result.isolation is None:
         assert result.verdict is not None
         run.show(result.as_dict(), verdict_text(result.verdict), f"{alias} is unchanged.")
@@ -91,13 +53,21 @@ def deploy(
     return _show(run, alias, result)
 
 
-@command(app, "promote", panel=DEPLOY, example="tunewright promote legal", status=False, database=True)
-def promote(run: Session, alias: Alias, engine: TestedOn = None, untested: Untested = None) -> int | None:
+@command(
+    app,
+    "promote",
+    panel=DEPLOY,
+    example="tunewright promote legal",
+    status=False,
+    database=True,
+    options=ReleaseTestOptions,
+)
+def promote(run: Session, alias: Alias, options: ReleaseTestOptions = ReleaseTestOptions()) -> int | None:
     """Make an alias's candidate its live adapter, after an isolation test if these adapters have not passed one.
 
     The serving check runs too, unless the candidate passed it on this engine.
     """
-    return _show(run, alias, run.project.promote(alias, engine=engine, untested=untested))
+    return _show(run, alias, run.project.promote(alias, options))
 
 
 def _show(run: Session, alias: str, result: DeployResult) -> int | None:

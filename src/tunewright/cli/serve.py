@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from tunewright.cli.app import DEPLOY, app, command, refuse_unused
+from tunewright.cli.app import DEPLOY, app, command, given_options, refuse_unused
 from tunewright.cli.console import Session
+from tunewright.serving.options import ServeOptions
 
 EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}
-
-
-Engine = Literal["peft", "vllm", "llamacpp"]
 
 
 @command(
@@ -23,6 +21,7 @@ Engine = Literal["peft", "vllm", "llamacpp"]
     status=False,
     database=True,
     traced=False,
+    options=ServeOptions,
 )
 def serve(
     run: Session,
@@ -33,64 +32,7 @@ def serve(
             show_default="all that fit the base",
         ),
     ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on.", show_default="serve.host in the config")
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="Port to listen on; 0 for any.", show_default="serve.port in the config"),
-    ] = None,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=65535,
-            help="Port of Prometheus metrics; 0 for any.",
-            show_default="serve.metrics_port in the config",
-        ),
-    ] = None,
-    metrics_host: Annotated[
-        str | None,
-        typer.Option(help="Address of the metrics port.", show_default="serve.metrics_host in the config"),
-    ] = None,
-    no_auth: Annotated[
-        bool,
-        typer.Option("--no-auth", help="Without tenants: accept everyone, even on an address reachable by others."),
-    ] = False,
-    no_system_prompt: Annotated[
-        bool,
-        typer.Option(
-            "--no-system-prompt",
-            help="Without tenants: do not add the trained system prompt to requests without a system message.",
-        ),
-    ] = False,
-    constrain: Annotated[
-        bool,
-        typer.Option(
-            "--constrain", help="Without tenants: constrain the adapters' answers by evaluate.structured_outputs."
-        ),
-    ] = False,
-    engine: Annotated[
-        Engine | None, typer.Option(help="Inference engine.", show_default="serve.engine in the config")
-    ] = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=64,
-            help="Number of engines, each in its own process: one GPU each, or a share of the processor's threads.",
-            show_default="serve.replicas in the config",
-        ),
-    ] = None,
-    max_replicas: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=64,
-            help="Largest number of engines, which follows the load between --replicas and this one.",
-            show_default="serve.max_replicas in the config",
-        ),
-    ] = None,
+    options: ServeOptions = ServeOptions(),
     self_test: Annotated[
         bool,
         typer.Option(
@@ -108,25 +50,14 @@ def serve(
     if self_test:
         from tunewright.gate.results import isolation_blocks
 
-        listening = {"--host": host, "--port": port, "--metrics-port": metrics_port, "--metrics-host": metrics_host}
-        gateway = {"--no-auth": no_auth, "--no-system-prompt": no_system_prompt, "--constrain": constrain}
-        refuse_unused("--self-test", {**{name: given is not None for name, given in listening.items()}, **gateway})
-        result = run.project.self_test(adapters or (), engine=engine, replicas=replicas, max_replicas=max_replicas)
+        kept = {"--engine", "--replicas", "--max-replicas"}
+        refuse_unused("--self-test", dict.fromkeys([name for name in given_options(options) if name not in kept], True))
+        result = run.project.self_test(
+            adapters or (), engine=options.engine, replicas=options.replicas, max_replicas=options.max_replicas
+        )
         run.show(result.as_dict(), *isolation_blocks(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]
-    service = run.project.serve(
-        adapters or (),
-        host=host,
-        port=port,
-        metrics_port=metrics_port,
-        metrics_host=metrics_host,
-        auth=not no_auth,
-        engine=engine,
-        replicas=replicas,
-        max_replicas=max_replicas,
-        system_prompts=not no_system_prompt,
-        constrain=constrain,
-    )
+    service = run.project.serve(adapters or (), options)
 
     run.report_review_status(run.folder)
 

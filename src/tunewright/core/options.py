@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Option:
-    """Annotation of an options class's field, from which the command line makes an option."""
+    """Annotation of an options class's field, from which the command line makes an option.
+
+    A field that is True by default is a flag that sets it to False.
+    """
 
     help: str
     default: str | None = None
     """What applies if the option is not given, in words; None: the field's own default."""
-    name: str | None = None
-    """The option's name, such as ``--input``; None: the field's."""
+    name: str | tuple[str, ...] | None = None
+    """The option's name, such as ``--input``, or its names; None: the field's."""
+    min: int | None = None
+    max: int | None = None
+    metavar: str | None = None
+    """The value's name in the help."""
+    parse: Callable[[str, str], Any] | None = None
+    """Returns the field's value of the option's text, given the option's name; None: the text's own type."""

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from tunewright.adapters.registry import Adapter, adapter_digest
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
-from tunewright.config import Config, EngineName
+from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.evidence.schema import evidence_on
 from tunewright.open_project import OpenProject
+from tunewright.serving.options import ServeOptions
 from tunewright.serving.project_state import open_state
 from tunewright.serving.served_adapters import (
     adapter_of,
@@ -35,21 +36,7 @@ if TYPE_CHECKING:
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
-def serve(
-    project: OpenProject,
-    adapters: Sequence[str] = (),
-    *,
-    host: str | None = None,
-    port: int | None = None,
-    metrics_port: int | None = None,
-    metrics_host: str | None = None,
-    auth: bool = True,
-    engine: EngineName | None = None,
-    replicas: int | None = None,
-    max_replicas: int | None = None,
-    system_prompts: bool = True,
-    constrain: bool = False,
-) -> Service:
+def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOptions = ServeOptions()) -> Service:
     """Return a server, loaded but not yet started.
 
     Without tenants it serves the base and the adapters (by default all that fit the base) to this machine, without
@@ -60,82 +47,51 @@ def serve(
 
     Args:
         adapters: names; empty with tenants.
-        host: overrides the config.
-        port: overrides the config.
-        metrics_port: overrides the config.
-        metrics_host: overrides the config.
-        engine: overrides the config.
-        replicas: overrides the config.
-        max_replicas: overrides the config.
-        auth: False accepts every client that can reach the address, without a key; only without tenants.
-        system_prompts: add the adapter's trained system prompt to requests without one; False only
-            without tenants.
-        constrain: constrain the adapters' answers by the config's ``evaluate.structured_outputs``; only without
-            tenants, whose releases have their own constraint.
+        options: override the config. With tenants, each release has its own constraint and system prompt.
 
     Raises:
         UserError: a named adapter does not fit the base or the other adapters, or the address can be reached from
             other machines without tenants. With ``constrain``: the config has no constraint.
     """
-    given = {
-        "host": host,
-        "port": port,
-        "metrics_port": metrics_port,
-        "metrics_host": metrics_host,
-        "engine": engine,
-        "replicas": replicas,
-        "max_replicas": max_replicas,
-    }
-    own = {name: value for name, value in given.items() if value is not None}
     config = project.folder.config
-    served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
-    return _open_service(project, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
-
-
-def _open_service(
-    project: OpenProject,
-    names: Sequence[str],
-    config: Config,
-    *,
-    auth: bool,
-    system_prompts: bool,
-    constrain: bool,
-) -> Service:
+    names = ("host", "port", "metrics_port", "metrics_host", "engine", "replicas", "max_replicas")
+    own = {name: value for name in names if (value := getattr(options, name)) is not None}
+    config = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
     _share_one_arena()
     if config.serve.database_url is not None or project.folder.serving_state.exists():
         state = open_state(project, serving=True)
         try:
             if state.tenants.any():
-                if not auth:
+                if not options.auth:
                     raise UserError("Tenants exist, so every request needs an API key", where="--no-auth")
-                if not system_prompts:
+                if not options.system_prompts:
                     raise UserError(
                         "Tenants exist, so each release sets whether its system prompt is added",
                         where="--no-system-prompt",
                         fix="Use `tunewright deploy ALIAS ADAPTER --no-system-prompt`.",
                     )
-                if constrain:
+                if options.constrain:
                     raise UserError(
                         "Tenants exist, so each release sets whether its answers are constrained",
                         where="--constrain",
                         fix="Use `tunewright deploy ALIAS ADAPTER --constrain`.",
                     )
-                return _for_tenants(project, state, names, config)
+                return _for_tenants(project, state, adapters, config)
         except BaseException:
             state.close()
             raise
         state.close()
-    if auth:
+    if options.auth:
         _require_private(config.serve.host)
     from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
 
-    held, folders = choose_served(project, names)
-    rules = _constraints(project, folders) if constrain else {}
+    held, folders = choose_served(project, adapters)
+    rules = _constraints(project, folders) if options.constrain else {}
     served = {}
     for name, folder in folders.items():
         prompt = system_prompt(Adapter(project.folder.adapters / name.partition("@")[0]), project.folder.dataset)
-        if prompt.text is not None and not system_prompts:
+        if prompt.text is not None and not options.system_prompts:
             prompt = SystemPrompt(None, "left out by --no-system-prompt")
         served[name] = ServedAdapter(folder, prompt, rules.get(name))
     return Service(config, project.base, project.chat, held, served, project.reporter)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.compatibility import require_compatible, trained_quantization
+from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.trust import require_trusted
@@ -112,12 +113,11 @@ def _from_store(project: OpenProject, name: str) -> Adapter | None:
     url = project.folder.config.serve.adapter_store
     if url is None:
         return None
-    from tunewright.adapters.foreign.importer import ImportStatement
     from tunewright.core.remote_files import RemoteFiles
 
     project.reporter.say(f"Importing {name} from {url}")
     source = RemoteFiles(f"{url.rstrip('/')}/{name}")
-    return adapter_importer(project).import_adapter(source, ImportStatement(by=None)).adapter
+    return adapter_importer(project).import_adapter(source, ImportOptions(), by=None).adapter
 
 
 def require_held(project: OpenProject, adapter: Adapter, held: Quantization) -> None:

@@ -22,6 +22,7 @@ from tunewright.models.memory.plan import (
 from tunewright.models.memory.shape import Shape, read_shape
 from tunewright.open_project import OpenProject
 from tunewright.training import distributed
+from tunewright.training.memory_options import MemoryOptions
 
 SHORT_ROW = 32
 """Tokens of a short pair: a card without memory for one such row cannot train the base."""
@@ -30,34 +31,18 @@ BY_MISTAKE = 1_000_000_000
 """Parameters of a base that is probably on the CPU by mistake, because the card cannot be used."""
 
 
-def estimate_memory(
-    project: OpenProject,
-    *,
-    gpu: str | None = None,
-    base: str | None = None,
-    rows: int | None = None,
-    length: int | None = None,
-    shared: int = 0,
-    answer: int | None = None,
-) -> tuple[Plan, MemoryCheck]:
+def estimate_memory(project: OpenProject, options: MemoryOptions = MemoryOptions()) -> tuple[Plan, MemoryCheck]:
     """Return the memory needed for training by part, and whether it fits, from the base's config.json alone.
 
     The longest row is measured if there is a dataset and the base's tokenizer is on this machine.
-
-    Args:
-        gpu: a card's name or memory, such as RTX 4090 or 24GB (None: this machine's card or memory).
-        base: overrides the project's base. Without a project the config's defaults apply.
-        rows: rows of a micro-batch (None: the config's).
-        length: tokens of its longest row (None: the config's).
-        shared: tokens of the prefix that all rows share.
-        answer: trained tokens of each row (None: all except the shared ones).
 
     Raises:
         UserError: unknown base, card or size, an unsupported base, or more shared and trained tokens than a
             row has.
     """
     folder, reporter = project.folder, project.reporter
-    memory = available_memory(gpu)
+    memory = available_memory(options.gpu)
+    base = options.base
     alone = base is not None and not folder.has_config
     config = Config() if alone else folder.config
     if alone:
@@ -66,7 +51,8 @@ def estimate_memory(
     settings = config.train
     if settings.use_dora:
         reporter.warn("DoRA needs more memory than this estimate, which counts LoRA only.")
-    tokens = length or settings.max_length
+    tokens = options.length or settings.max_length
+    shared, answer = options.shared, options.answer
     if shared + (answer or 1) > tokens:
         raise UserError(
             f"{shared:,} shared and {answer or 1:,} trained tokens exceed the row length of {tokens:,}",
@@ -78,13 +64,13 @@ def estimate_memory(
     architecture = check_architecture(model_config)
     require_targets(settings.target_modules, architecture)
     require_quantizable(settings.quantization, architecture, "train.quantization")
-    at_once = rows or settings.micro_batch_size or settings.batch_size
+    at_once = options.rows or settings.micro_batch_size or settings.batch_size
     if settings.method in ("dpo", "orpo"):  # the chosen and the rejected answer go through together
         at_once *= 2
         reporter.say(f"{settings.method.upper()}: each of the {at_once // 2:,} pairs of a micro-batch is two rows.")
     made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
     longest = None if alone else _longest_row(project, spec, revision)
-    checked = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)
+    checked = check_memory(made, settings, longest, rows=options.rows is not None, length=options.length is not None)
     return made, checked
 
 

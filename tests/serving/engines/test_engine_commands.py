@@ -20,6 +20,7 @@ from tunewright.api.isolation import ReleaseGate
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.open_project import OpenProject
+from tunewright.serving.options import ServeOptions
 from tunewright.serving.project_state import open_state
 
 pytestmark = pytest.mark.slow
@@ -88,7 +89,7 @@ def test_engine_answers_clients_as_the_embedded_engine_does(kind: Any, project: 
     asked = ["violet red teal 17", "navy green blue 4"]
 
     def answers(engine: Any) -> list[Any]:
-        service = opened.serve(port=0, engine=engine)
+        service = opened.serve(options=ServeOptions(port=0, engine=engine))
         said: list[Any] = [service.models]
         with service.running() as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             for model in service.models:
@@ -145,7 +146,7 @@ def test_tenants_get_their_own_adapters_and_a_release_takes_effect_while_serving
         _did("tenant", "add", tenant, "--alias", alias, "-p", folder)
         keys[tenant] = _did("tenant", "key", "add", tenant, "-p", folder)["key"]
     opened = tunewright.open(folder)
-    service = opened.serve(port=0, engine=kind)
+    service = opened.serve(options=ServeOptions(port=0, engine=kind))
     with service.running() as url:
         acme, globex, nobody = (
             openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=300)

@@ -20,6 +20,7 @@ from tunewright.adapters.foreign.quarantine import (
     quarantine_remote,
 )
 from tunewright.adapters.foreign.weights import base_norms, check_numbers, check_shapes
+from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import NAME, TrustedKeys
 from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE, Manifest, changed_files, read_manifest
 from tunewright.adapters.registry import (
@@ -35,7 +36,6 @@ from tunewright.adapters.registry import (
 from tunewright.adapters.signing import verify_signatures
 from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT
 from tunewright.adapters.system_prompt import stated_system_prompt
-from tunewright.config import Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import new_folder, write_json
@@ -50,23 +50,6 @@ if TYPE_CHECKING:
 
 Source = Path | RemoteFiles
 """A folder, or the URL of an adapter that was pushed."""
-
-
-@dataclass(frozen=True)
-class ImportStatement:
-    """The importing user's statements about an adapter that does not say so itself."""
-
-    by: str | None
-    base_matches: bool = False
-    """It was trained on this project's base, with its chat format."""
-    quantization: Quantization | None = None
-    """The base's quantization in training."""
-    unsigned: bool = False
-    """Accept it without a signature of a key that the project trusts."""
-    name: str | None = None
-    """Its new name."""
-    system_prompt: str | None = None
-    """The system turn of all its training rows."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ class AdapterImporter:
         self._reporter = reporter
         self._shape = read_shape(base.folder / "config.json")
 
-    def import_adapter(self, source: Source, said: ImportStatement) -> ImportResult:
+    def import_adapter(self, source: Source, said: ImportOptions, by: str | None) -> ImportResult:
         """Check the adapter in a folder or at a URL, and store it.
 
         Raises:
@@ -126,7 +109,7 @@ class AdapterImporter:
             signed = self._check_signature(files, manifest, source, said)
             stem = self._name(files, manifest, source, said)
             self._check_records(files, configs, str(source))
-            lineage = self._lineage(files, config, source, said)
+            lineage = self._lineage(files, config, source, said, by)
             # The slowest check comes last: it reads the base's weights.
             self._check_weights(files, configs, str(source))
             name = f"{stem}-{adapter_digest(files)[:12]}"
@@ -134,7 +117,7 @@ class AdapterImporter:
                 raise UserError(f"The manifest names {manifest.name}, but the adapter is {name}", where=str(source))
             if manifest is None:
                 write_manifest(files, name)
-            record = {"at": now(), "by": said.by, "source": source.name, "signed": signed == "signed"}
+            record = {"at": now(), "by": by, "source": source.name, "signed": signed == "signed"}
             write_json(files / LOCAL, {"imported": record})
             target = self._adapters / name
             new = not target.exists()
@@ -197,7 +180,7 @@ class AdapterImporter:
             path = folder / WEIGHTS
             check_numbers(path, config, norms, f"{where}, {path.relative_to(files)}")
 
-    def _require_statement(self, files: Path, config: ForeignConfig, source: Source, said: ImportStatement) -> None:
+    def _require_statement(self, files: Path, config: ForeignConfig, source: Source, said: ImportOptions) -> None:
         """Require the user's statement if the adapter has no lineage that names its base by digest."""
         if (files / LINEAGE).exists() or said.base_matches:
             return
@@ -210,7 +193,7 @@ class AdapterImporter:
         )
 
     def _check_signature(
-        self, files: Path, manifest: Manifest | None, source: Source, said: ImportStatement
+        self, files: Path, manifest: Manifest | None, source: Source, said: ImportOptions
     ) -> Literal["signed", "untrusted", "unsigned"]:
         """Return the adapter's signature status; refuse a broken signature, and a missing one if the project trusts
         keys.
@@ -236,7 +219,7 @@ class AdapterImporter:
             )
         return state
 
-    def _name(self, files: Path, manifest: Manifest | None, source: Source, said: ImportStatement) -> str:
+    def _name(self, files: Path, manifest: Manifest | None, source: Source, said: ImportOptions) -> str:
         """Return the adapter's name without the digest."""
         if manifest is not None:
             if said.name is not None:
@@ -256,7 +239,7 @@ class AdapterImporter:
         return stem
 
     def _lineage(
-        self, files: Path, config: ForeignConfig, source: Source, said: ImportStatement
+        self, files: Path, config: ForeignConfig, source: Source, said: ImportOptions, by: str | None
     ) -> Literal["its own", "stated"]:
         """Check the lineage against the base and chat format here; without a lineage, write the user's statements."""
         path = files / LINEAGE
@@ -285,10 +268,10 @@ class AdapterImporter:
             self._reporter.warn(
                 f"The adapter names the base {config.names_base!a}. You state that it was trained on {self._base.spec}."
             )
-        write_json(path, self._stated(files, config, said))
+        write_json(path, self._stated(files, config, said, by))
         return "stated"
 
-    def _stated(self, files: Path, config: ForeignConfig, said: ImportStatement) -> Mapping[str, Any]:
+    def _stated(self, files: Path, config: ForeignConfig, said: ImportOptions, by: str | None) -> Mapping[str, Any]:
         base = self._base
         return {
             "schema_version": 2,
@@ -299,7 +282,7 @@ class AdapterImporter:
             "chat": self._chat.description,
             "quantization": said.quantization or "none",
             **({} if said.system_prompt is None else {SYSTEM_PROMPT: stated_system_prompt(said.system_prompt)}),
-            "stated": {"by": said.by, "names_base": config.names_base},
+            "stated": {"by": by, "names_base": config.names_base},
         }
 
 

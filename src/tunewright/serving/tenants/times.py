@@ -38,17 +38,3 @@ def parse_time(text: str, where: str) -> float:
     except ValueError:
         raise UserError(f"Invalid date {text!r}", where=where, fix="Use a date like 2026-11-25.") from None
     return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
-
-
-def percent(text: str, where: str) -> float:
-    """Return the share that a text like 10% or 0.5% states.
-
-    Raises:
-        UserError: the text is not a percentage above 0% and below 100%.
-    """
-    match = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,4})?)%", text)
-    if match is None or not float(match[1]):
-        raise UserError(
-            f"Invalid traffic share {text!r}", where=where, fix="Use a percentage such as 10% or 0.5%, below 100%."
-        )
-    return float(match[1]) / 100

@@ -138,7 +138,7 @@ def deploy(visit: Visit) -> Response:
 
 def _share(text: str) -> str:
     """Return a percentage in the command line's form."""
-    from tunewright.serving.tenants.times import percent
+    from tunewright.serving.options import percent
 
     text = text.strip()
     percent(text, "Share of the traffic")

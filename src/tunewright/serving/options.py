@@ -1,0 +1,112 @@
+"""Options of a server and of a release."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tunewright.core.errors import UserError
+from tunewright.core.options import Option
+
+Engine = Literal["peft", "vllm", "llamacpp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of a server; those without a value are the config's."""
+
+    host: Annotated[str | None, Option("Address to listen on.", default="serve.host in the config")] = None
+    port: Annotated[
+        int | None,
+        Option("Port to listen on; 0 for any.", default="serve.port in the config", min=0, max=65535),
+    ] = None
+    metrics_port: Annotated[
+        int | None,
+        Option("Port of Prometheus metrics; 0 for any.", default="serve.metrics_port in the config", min=0, max=65535),
+    ] = None
+    metrics_host: Annotated[
+        str | None, Option("Address of the metrics port.", default="serve.metrics_host in the config")
+    ] = None
+    auth: Annotated[
+        bool,
+        Option("Without tenants: accept everyone, even on an address reachable by others.", name="--no-auth"),
+    ] = True
+    system_prompts: Annotated[
+        bool,
+        Option(
+            "Without tenants: do not add the trained system prompt to requests without a system message.",
+            name="--no-system-prompt",
+        ),
+    ] = True
+    constrain: Annotated[
+        bool, Option("Without tenants: constrain the adapters' answers by evaluate.structured_outputs.")
+    ] = False
+    engine: Annotated[Engine | None, Option("Inference engine.", default="serve.engine in the config")] = None
+    replicas: Annotated[
+        int | None,
+        Option(
+            "Number of engines, each in its own process: one GPU each, or a share of the processor's threads.",
+            default="serve.replicas in the config",
+            min=1,
+            max=64,
+        ),
+    ] = None
+    max_replicas: Annotated[
+        int | None,
+        Option(
+            "Largest number of engines, which follows the load between --replicas and this one.",
+            default="serve.max_replicas in the config",
+            min=1,
+            max=64,
+        ),
+    ] = None
+
+
+def percent(text: str, where: str) -> float:
+    """Return the share that a text like 10% or 0.5% states.
+
+    Raises:
+        UserError: the text is not a percentage above 0% and below 100%.
+    """
+    match = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,4})?)%", text)
+    if match is None or not float(match[1]):
+        raise UserError(
+            f"Invalid traffic share {text!r}", where=where, fix="Use a percentage such as 10% or 0.5%, below 100%."
+        )
+    return float(match[1]) / 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseTestOptions:
+    """Options of the tests that a release passes before it goes live."""
+
+    engine: Annotated[
+        Engine | None,
+        Option("Engine of the isolation test and the serving check.", default="serve.engine in the config"),
+    ] = None
+    untested: Annotated[
+        str | None,
+        Option(
+            "Skip the isolation test and the serving check for this reason, which is stored.",
+            metavar="REASON",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployOptions(ReleaseTestOptions):
+    """Options of a release."""
+
+    canary: Annotated[
+        float | None, Option("Share of the traffic to try it on, such as 10%.", default="all", parse=percent)
+    ] = None
+    """Above 0 and below 1; the live release answers the rest."""
+    shadow: Annotated[bool, Option("Send it a copy of each request and record its answers; none is returned.")] = False
+    because: Annotated[str | None, Option("Reason, stored in the release history.")] = None
+    """Releases whatever the verdict and the serving check."""
+    system_prompt: Annotated[
+        bool,
+        Option("Do not add the trained system prompt to requests without a system message.", name="--no-system-prompt"),
+    ] = True
+    constrain: Annotated[bool, Option("Constrain answers by evaluate.structured_outputs: texts or calls.")] = False
