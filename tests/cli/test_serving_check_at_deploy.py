@@ -13,13 +13,13 @@ from command_line import Ran, pairs, tiny_project, tunewright, without_state, wr
 from factories import make_evidence, make_items
 from planted_bugs import LateBase, WrongScale
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, list_adapters
-from tunewright.api.isolation import ReleaseGate
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.open_project import OpenProject
 from tunewright.serving.engines import peft
 from tunewright.serving.project_state import open_state
+from tunewright.serving.release_gate import ReleaseGate
 from tunewright.serving.tenants import ServingCheck
 
 SHIPS = make_evidence(make_items())

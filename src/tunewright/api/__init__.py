@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunewright.adapters.signing import store_signer
 from tunewright.advisor import advise
-from tunewright.api import evaluations, isolation
-from tunewright.api import releases as release_verbs
+from tunewright.api import evaluations
 from tunewright.api.data import ProjectData
 from tunewright.api.deprecated import DeprecatedGroup, keywords
 from tunewright.api.export import ProjectExport
@@ -28,7 +27,8 @@ from tunewright.evidence.split_power import require_significance
 from tunewright.evidence.verdict import Verdict
 from tunewright.open_project import OpenProject
 from tunewright.report import curve
-from tunewright.serving import project_state, serve
+from tunewright.serving import project_state, release_gate, serve
+from tunewright.serving import releases as release_verbs
 from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.training import memory
 from tunewright.training.memory_options import MemoryOptions
@@ -92,7 +92,7 @@ class Project(OpenProject):
     prompting = measuring.prompting
     regressions = measuring.regressions
 
-    self_test = isolation.self_test
+    self_test = keywords(release_gate.self_test, ServeOptions)
     serve = keywords(serve.serve, ServeOptions)
     state = project_state.open_state
 

@@ -13,7 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.serving.options import DeployOptions, ReleaseTestOptions
 
 if TYPE_CHECKING:
-    from tunewright.api.releases import DeployResult
+    from tunewright.serving.releases import DeployResult
 
 Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
 Because = Annotated[str | None, typer.Option(help="Reason, stored in the release history.")]

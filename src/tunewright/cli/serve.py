@@ -52,9 +52,7 @@ def serve(
 
         kept = {"--engine", "--replicas", "--max-replicas"}
         refuse_unused("--self-test", dict.fromkeys([name for name in given_options(options) if name not in kept], True))
-        result = run.project.self_test(
-            adapters or (), engine=options.engine, replicas=options.replicas, max_replicas=options.max_replicas
-        )
+        result = run.project.self_test(adapters or (), options)
         run.show(result.as_dict(), *isolation_blocks(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]
     service = run.project.serve(adapters or (), options)

@@ -16,12 +16,12 @@ from command_line import tiny_project, without_state
 from command_line import tunewright as command
 from studio_client import restarted
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.isolation import ReleaseGate
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import ServeOptions
 from tunewright.serving.project_state import open_state
+from tunewright.serving.release_gate import ReleaseGate
 
 pytestmark = pytest.mark.slow
 

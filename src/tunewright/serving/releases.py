@@ -1,4 +1,4 @@
-"""Commands on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``undeploy``, ``releases``."""
+"""Verbs on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``undeploy``, ``releases``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tunewright.evidence.verdict import Verdict, verdict
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import DeployOptions, Engine, ReleaseTestOptions
 from tunewright.serving.project_state import open_state
+from tunewright.serving.release_gate import ReleaseGate
 from tunewright.serving.served_adapters import adapter_of, missing_evidence, served_grammar
 
 if TYPE_CHECKING:
@@ -176,8 +177,6 @@ def _tested(
 
     A refusal is audited. A forced release may fail the serving check, but not the isolation test.
     """
-    from tunewright.api.isolation import ReleaseGate
-
     gate = ReleaseGate(project, state, alias, adapter, options.engine)
     if options.untested is not None:
         gate.require_not_failed()

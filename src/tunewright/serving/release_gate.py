@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter
-from tunewright.api.context import ProjectContext
 from tunewright.config import Config, EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
+from tunewright.open_project import OpenProject
+from tunewright.serving.options import ServeOptions
 from tunewright.serving.project_state import open_state
 from tunewright.serving.served_adapters import adapter_of, choose_served, refuse_names, released
 
@@ -20,16 +21,14 @@ if TYPE_CHECKING:
 
 
 def self_test(
-    project: ProjectContext,
+    project: OpenProject,
     adapters: Sequence[str] = (),
-    *,
-    engine: EngineName | None = None,
-    replicas: int | None = None,
-    max_replicas: int | None = None,
+    options: ServeOptions = ServeOptions(),
 ) -> IsolationResult:
     """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
 
-    If the number of replicas follows the load, the largest number is tested.
+    If the number of replicas follows the load, the largest number is tested. Options other than the engine and its
+    replicas have no effect.
 
     The probes are dev items of the current version, if there is one, and general questions.
 
@@ -41,7 +40,9 @@ def self_test(
     from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
 
     folder, config = project.folder, project.folder.config
-    number = largest_number(replicas or config.serve.replicas, max_replicas or config.serve.max_replicas)
+    number = largest_number(
+        options.replicas or config.serve.replicas, options.max_replicas or config.serve.max_replicas
+    )
     config = _with_replicas(config, number)
     held, folders, spare = None, {}, 0
     if config.serve.database_url is not None or folder.serving_state.exists():
@@ -53,7 +54,9 @@ def self_test(
                 spare = config.serve.spare_adapters
     if held is None:
         held, folders = choose_served(project, adapters)
-    on = EngineUnderTest(config, project.base, project.chat, held, engine or config.serve.engine, project.reporter)
+    on = EngineUnderTest(
+        config, project.base, project.chat, held, options.engine or config.serve.engine, project.reporter
+    )
     return IsolationRunner(on, folders, spare).run(isolation_prompts(project))
 
 
@@ -77,11 +80,11 @@ class ReleaseGate:
     """
 
     def __init__(
-        self, opened: ProjectContext, state: State, alias: str, adapter: Adapter, engine: EngineName | None
+        self, project: OpenProject, state: State, alias: str, adapter: Adapter, engine: EngineName | None
     ) -> None:
         from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
 
-        self._context = opened
+        self._project = project
         self._state = state
         self._alias = alias
         self._adapter = adapter
@@ -89,10 +92,10 @@ class ReleaseGate:
         self._own = {adapter.name, *(each.name for each in own)}
         adapters = {each.digest: each for each in (*others, *own, adapter)}.values()
         # One engine: all replicas are alike, and the server's own ones are running.
-        config = _with_replicas(opened.folder.config, 1, limited=False)
+        config = _with_replicas(project.folder.config, 1, limited=False)
         held = config.serve.quantization or trained_quantization(list(adapters))
         kind = engine or config.serve.engine
-        self._engine = EngineUnderTest(config, opened.base, opened.chat, held, kind, opened.reporter)
+        self._engine = EngineUnderTest(config, project.base, project.chat, held, kind, project.reporter)
         named = {each.name: each.folder for each in adapters}
         self._test = IsolationRunner(self._engine, named, config.serve.spare_adapters)
 
@@ -104,7 +107,7 @@ class ReleaseGate:
         """
         from tunewright.gate.prompts import isolation_prompts
 
-        say = self._context.reporter.say
+        say = self._project.reporter.say
         known = self._state.releases.passed(self._test.subject)
         if known is not None and not self._across(known):
             say(
@@ -114,12 +117,12 @@ class ReleaseGate:
             return known, True
         count = len(self._test.folders)
         say(f"Isolation test on {self._engine.kind}: the base and {count} adapter{'' if count == 1 else 's'}")
-        test = self._test.record(isolation_prompts(self._context))
+        test = self._test.record(isolation_prompts(self._project))
         say(f"Isolation test: {test.summary}, {duration(test.seconds)}")
         passes = test.verdict != "not isolated" and not self._across(test)
         if passes:
             for one, other in test.alike:
-                self._context.reporter.warn(
+                self._project.reporter.warn(
                     f"{one} and {other} give the same answers to all probes: the test would not notice if one "
                     "answered for the other."
                 )
@@ -130,8 +133,8 @@ class ReleaseGate:
         from tunewright.gate.prompts import serving_probe
         from tunewright.serving.release_tests import ServingCheckRunner
 
-        say = self._context.reporter.say
-        runner = ServingCheckRunner(self._engine, self._adapter, serving_probe(self._context))
+        say = self._project.reporter.say
+        runner = ServingCheckRunner(self._engine, self._adapter, serving_probe(self._project))
         known = self._state.releases.checked(runner.subject)
         if known is not None:
             say(f"Serving check: {known.summary} on {known.checked[:16].replace('T', ' ')}, and not run again.")
@@ -163,11 +166,11 @@ class ReleaseGate:
         for alias, release in self._state.releases.live().items():
             for name, digest in release.adapters:
                 try:
-                    found = adapter_of(self._context, name, digest)
+                    found = adapter_of(self._project, name, digest)
                 except UserError as error:
                     if alias != self._alias or digest == self._adapter.digest:
                         raise
-                    self._context.reporter.warn(f"{error} The isolation test does without it.")
+                    self._project.reporter.warn(f"{error} The isolation test does without it.")
                     continue
                 (own if alias == self._alias else others).append(found)
         return own, others
