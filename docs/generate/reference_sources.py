@@ -13,9 +13,7 @@ import tunewright.serving
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, RunResult
-from tunewright.api.data import ProjectData
-from tunewright.api.export import ProjectExport
-from tunewright.api.groups import ProjectAdapters, ProjectKeys
+from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport, ProjectKeys
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError

@@ -31,7 +31,6 @@ NAME = "bfcl"
 ROWS_FILE = "bfcl.jsonl"
 LEFT_OUT_FILE = "left-out.txt"
 PREFIX = "BFCL_v4_"
-_MORE_LEFT_OUT = "left out for like reasons"
 WHERE = "Give the folder bfcl_eval/data of BFCL's repository or of the package bfcl-eval."
 
 CATEGORIES = (
@@ -116,8 +115,7 @@ def project_files(folder: Path | None, reporter: Reporter) -> dict[str, str]:
         raise UserError(f"The example {NAME} needs its data", where="--data", fix=WHERE)
     converted = convert(folder)
     if not converted.rows:
-        some = listed(converted.left_out, len(converted.left_out), 10, _MORE_LEFT_OUT)
-        raise UserError(f"No item can be a row\n{some}", where=str(folder), fix=WHERE)
+        raise UserError(f"No item can be a row\n{_some(converted.left_out)}", where=str(folder), fix=WHERE)
     reporter.say(f"{len(converted.rows):,} rows, in {len({row['family'] for row in converted.rows}):,} families")
     if converted.left_out:
         reporter.warn(f"Items and files left out, with their reasons in {LEFT_OUT_FILE}: {len(converted.left_out):,}")
@@ -161,9 +159,8 @@ def convert(folder: Path) -> Converted:
             for path in sorted(folder.glob("*.json"))
             if not path.name.startswith(PREFIX)
         ]
-        some = listed(others, len(others), 10, _MORE_LEFT_OUT)
         raise UserError(
-            f"No file with rows for training ({count_of(len(others), 'JSON file')})\n{some}".strip(),
+            f"No file with rows for training ({count_of(len(others), 'JSON file')})\n{_some(others)}".strip(),
             where=str(folder),
             fix=f"{WHERE} Files named {PREFIX}CATEGORY.json are read, of the categories {', '.join(CATEGORIES)}.",
         )
@@ -185,6 +182,10 @@ def convert(folder: Path) -> Converted:
     families = _families([[tool["function"]["name"] for tool in row["tools"]] for row in rows])
     named = [{**row, "family": family} for row, family in zip(rows, families, strict=True)]
     return Converted(tuple(named), tuple(left_out))
+
+
+def _some(reasons: Sequence[str]) -> str:
+    return listed(reasons, len(reasons), 10, "left out for like reasons")
 
 
 def _items(path: Path) -> Iterator[dict[str, Any]]:

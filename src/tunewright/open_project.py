@@ -6,8 +6,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tunewright.config.project import ProjectFolder
-from tunewright.core.progress import Reporter
+from tunewright.config.project import OpenFolder
 from tunewright.core.workers import Workers
 from tunewright.models.bases import Base, resolve_base
 
@@ -15,12 +14,8 @@ if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
 
 
-class OpenProject:
+class OpenProject(OpenFolder):
     """An open project. Its base and chat format are loaded once, when first needed."""
-
-    def __init__(self, folder: ProjectFolder, reporter: Reporter) -> None:
-        self.folder = folder
-        self.reporter = reporter
 
     @cached_property
     def base(self) -> Base:

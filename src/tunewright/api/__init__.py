@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.signing import store_signer
 from tunewright.advisor import advise
 from tunewright.api import evaluations
-from tunewright.api.data import ProjectData
 from tunewright.api.deprecated import DeprecatedGroup, keywords
-from tunewright.api.export import ProjectExport
-from tunewright.api.groups import ProjectAdapters, ProjectKeys
+from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport, ProjectKeys
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter

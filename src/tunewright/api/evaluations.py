@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
@@ -30,6 +29,7 @@ from tunewright.evidence.logged_access import LoggedAccess
 from tunewright.evidence.prompts import PROMPTS_FILE, StoredPrompt, load_messages
 from tunewright.evidence.schema import Evidence, Item, find_evaluation, load_items
 from tunewright.evidence.verdict import Verdict
+from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
@@ -97,7 +97,7 @@ REPORT_FILE = "report.html"
 
 
 def human_eval(
-    project: ProjectContext,
+    project: OpenProject,
     evaluation: str | Path | None = None,
     *,
     reviewer: str | None = None,
@@ -127,7 +127,7 @@ def human_eval(
     return BlindReview(folder, name, project.reporter, items=items, against=against)
 
 
-def human_eval_progress(project: ProjectContext, evaluation: str | Path | None = None) -> list[ComparisonProgress]:
+def human_eval_progress(project: OpenProject, evaluation: str | Path | None = None) -> list[ComparisonProgress]:
     """Return how far each reviewer of an evaluation is, by comparison; it says nothing about the verdicts.
 
     Raises:
@@ -138,7 +138,7 @@ def human_eval_progress(project: ProjectContext, evaluation: str | Path | None =
     return reviewers_progress(_folder(evaluation_folder(project, evaluation, dev=False)))
 
 
-def row_answers(project: ProjectContext, *, newest: int = 5) -> RowAnswers:
+def row_answers(project: OpenProject, *, newest: int = 5) -> RowAnswers:
     """Return the adapter's stored answers to rows, from the ``newest`` evaluations. Nothing is generated."""
     from tunewright.evaluation.row_answers import evaluated_files, row_answers
 
@@ -147,7 +147,7 @@ def row_answers(project: ProjectContext, *, newest: int = 5) -> RowAnswers:
 
 
 def human_eval_results(
-    project: ProjectContext, evaluation: str | Path | None = None, *, against: str | None = None
+    project: OpenProject, evaluation: str | Path | None = None, *, against: str | None = None
 ) -> AnswerReview:
     """Add all reviewers' verdicts to the evidence and return them: preference, agreement, estimate for all items.
 
@@ -179,7 +179,7 @@ def human_eval_results(
 
 
 def keep_preferences(
-    project: ProjectContext, evaluation: str | Path | None = None, *, source: Literal["person", "judge"]
+    project: OpenProject, evaluation: str | Path | None = None, *, source: Literal["person", "judge"]
 ) -> KeptPreferences:
     """Keep an evaluation's preferences with the dataset as pairs for preference tuning.
 
@@ -196,7 +196,7 @@ def keep_preferences(
     return keep_preferences(project.folder.dataset, project.folder.evaluations, folder, source, project.reporter)
 
 
-def verdict(project: ProjectContext, evaluation: str | Path | None = None) -> Verdict:
+def verdict(project: OpenProject, evaluation: str | Path | None = None) -> Verdict:
     """Return ship, don't ship or can't tell, from an evaluation's evidence alone.
 
     The causes of a *don't ship* also use the project's records of the adapter and the data.
@@ -208,7 +208,7 @@ def verdict(project: ProjectContext, evaluation: str | Path | None = None) -> Ve
     return decided(evidence, known_of(project.folder, evidence, project.reporter))
 
 
-def access_log(project: ProjectContext) -> list[LoggedAccess]:
+def access_log(project: OpenProject) -> list[LoggedAccess]:
     """Return every access to the test split, oldest first, after checking the log and the files that it binds.
 
     Raises:
@@ -219,7 +219,7 @@ def access_log(project: ProjectContext) -> list[LoggedAccess]:
     return log.openings
 
 
-def verdict_markdown(project: ProjectContext, evaluation: str | Path | None = None) -> str:
+def verdict_markdown(project: OpenProject, evaluation: str | Path | None = None) -> str:
     """Return the verdict and its measurements as GitHub Markdown, for a pull request comment.
 
     Raises:
@@ -231,7 +231,7 @@ def verdict_markdown(project: ProjectContext, evaluation: str | Path | None = No
     return verdict_markdown(evidence, known_of(project.folder, evidence, project.reporter))
 
 
-def judge(project: ProjectContext, evaluation: str | Path | None = None) -> JudgeResult:
+def judge(project: OpenProject, evaluation: str | Path | None = None) -> JudgeResult:
     """Let the config's judge compare the tuned answers with the best prompting arm's.
 
     The judge is tested first. If it fails its controls, its judgements are discarded and the evidence says so.
@@ -242,7 +242,7 @@ def judge(project: ProjectContext, evaluation: str | Path | None = None) -> Judg
     return _judge(project, evaluation).judge()
 
 
-def judged_items(project: ProjectContext, evaluation: str | Path | None = None) -> list[JudgedItem]:
+def judged_items(project: OpenProject, evaluation: str | Path | None = None) -> list[JudgedItem]:
     """Return each judged item of an evaluation: the judge's verdicts and its replies.
 
     Raises:
@@ -254,18 +254,18 @@ def judged_items(project: ProjectContext, evaluation: str | Path | None = None) 
     return load_judged(_folder(evaluation_folder(project, evaluation)))
 
 
-def estimate_judge(project: ProjectContext, evaluation: str | Path | None = None) -> Estimate:
+def estimate_judge(project: OpenProject, evaluation: str | Path | None = None) -> Estimate:
     """Return the calls, tokens and cost of :meth:`judge` without sending anything."""
     return _judge(project, evaluation).estimate()
 
 
-def _judge(project: ProjectContext, evaluation: str | Path | None) -> Judge:
+def _judge(project: OpenProject, evaluation: str | Path | None) -> Judge:
     from tunewright.evaluation.judge.runner import Judge
 
     return Judge(project.folder, evaluation_folder(project, evaluation, dev=False), project.reporter)
 
 
-def report(project: ProjectContext, evaluation: str | Path | None = None) -> Path:
+def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
     """Write an evaluation's HTML report next to its evidence.
 
     It includes the project's newest learning curve and advice on the same data and base, if they exist.
@@ -296,7 +296,7 @@ def report(project: ProjectContext, evaluation: str | Path | None = None) -> Pat
     return out
 
 
-def evaluation_folder(project: ProjectContext, evaluation: str | Path | None = None, *, dev: bool = True) -> Path:
+def evaluation_folder(project: OpenProject, evaluation: str | Path | None = None, *, dev: bool = True) -> Path:
     """Return an evaluation's folder.
 
     Args:
@@ -311,7 +311,7 @@ def evaluation_folder(project: ProjectContext, evaluation: str | Path | None = N
     return find_evaluation(project.folder.evaluations, evaluation, dev=dev)
 
 
-def evidence(project: ProjectContext, evaluation: str | Path | None = None) -> tuple[Evidence, list[Item]]:
+def evidence(project: OpenProject, evaluation: str | Path | None = None) -> tuple[Evidence, list[Item]]:
     """Return an evaluation's evidence and its items, checked against the access log.
 
     Raises:
@@ -341,7 +341,7 @@ class ArmPrompt:
     """The arm that the item's fold chose in the place of ``arm``; empty: there is no fold, or all chose the same."""
 
 
-def item_prompts(project: ProjectContext, evaluation: str | Path | None, key: str) -> list[ArmPrompt]:
+def item_prompts(project: OpenProject, evaluation: str | Path | None, key: str) -> list[ArmPrompt]:
     """Return each arm's prompt for one item, as it was stored when the arm answered.
 
     Args:
@@ -371,7 +371,7 @@ def item_prompts(project: ProjectContext, evaluation: str | Path | None, key: st
 
 
 def _arm_prompt(
-    project: ProjectContext, found: Evidence, arm: str, stored: StoredPrompt, messages: Sequence[Mapping[str, Any]]
+    project: OpenProject, found: Evidence, arm: str, stored: StoredPrompt, messages: Sequence[Mapping[str, Any]]
 ) -> ArmPrompt:
     turns = [messages[number - 1] for number in stored.messages]
     rows = project.folder.dataset / "rows"
@@ -388,7 +388,7 @@ def _arm_prompt(
 
 
 def _prompt_tokens(
-    project: ProjectContext, found: Evidence, stored: str | None, turns: Sequence[Mapping[str, Any]]
+    project: OpenProject, found: Evidence, stored: str | None, turns: Sequence[Mapping[str, Any]]
 ) -> Sequence[TokenView]:
     """Return the tokens of messages, if they are those that the model was given."""
     from tunewright.chat.format import Tokens
@@ -401,7 +401,7 @@ def _prompt_tokens(
     return view(project.chat, Tokens(ids, (False,) * len(ids))) if digest(ids) == stored else ()
 
 
-def _evidence(project: ProjectContext, evaluation: str | Path | None) -> Evidence:
+def _evidence(project: OpenProject, evaluation: str | Path | None) -> Evidence:
     """Return an evaluation's evidence, checked against the access log."""
     if evaluation is None:
         access_log(project)  # any evaluation could have been the newest, had its time not been changed

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from tunewright.adapters import signing_keys, verbs
 from tunewright.adapters.import_options import ImportOptions
-from tunewright.api.context import ProjectGroup
 from tunewright.api.deprecated import keywords
-from tunewright.evaluation import adapter_details
+from tunewright.data import verbs as data
+from tunewright.evaluation import adapter_details, data_verbs, label_review
+from tunewright.evaluation.verbs import current_split_power
+from tunewright.export import verbs as exports
+from tunewright.open_project import OpenProject
+from tunewright.synthesis import verbs as synthesis
+
+
+class ProjectGroup(OpenProject):
+    """The same open project with other verbs: ``tunewright data add`` is ``project.data.add``."""
+
+    def __init__(self, project: OpenProject) -> None:
+        self.__dict__ = project.__dict__  # a base that one group loads is loaded for all
 
 
 class ProjectAdapters(ProjectGroup):
@@ -29,3 +40,58 @@ class ProjectKeys(ProjectGroup):
     revoke = signing_keys.revoke
     show = signing_keys.show
     trust = signing_keys.trust
+
+
+class ProjectData(ProjectGroup):
+    """Verbs on a project's data."""
+
+    blame = data.blame
+    check_files = data.check_files
+    checkout = data.checkout
+    cluster_counts = data.cluster_counts
+    diff = data.diff
+    export = data.export
+    fix_file = data.fix_file
+    leakage = data.leakage
+    log = data.log
+    metadata = data.metadata
+    preview_file = data.preview_file
+    pull = data.pull
+    push = data.push
+    remove = data.remove
+    sheets = data.sheets
+    show = data.show
+    trained_by = data.trained_by
+    verify = data.verify
+    version = data.version
+
+    add = data_verbs.add
+    check = data_verbs.check
+    contamination = data_verbs.contamination
+    exact_match_misleads = data_verbs.exact_match_misleads
+    scores_by_distance = data_verbs.scores_by_distance
+    scores_by_template = data_verbs.scores_by_template
+    split_power = current_split_power
+
+    apply_reviews = label_review.apply_reviews
+    import_reviews = label_review.import_reviews
+    review = label_review.review
+    review_status = label_review.review_status
+    stored_suspects = label_review.stored_suspects
+    suspects = label_review.find_suspects
+
+    estimate_from_documents = synthesis.estimate_from_documents
+    estimate_generate = synthesis.estimate_generate
+    from_documents = synthesis.from_documents
+    generate = synthesis.generate
+    generated_effect = synthesis.generated_effect
+
+
+class ProjectExport(ProjectGroup):
+    """Verbs that export a project's adapters for other engines."""
+
+    compressed = exports.compressed
+    gguf = exports.gguf
+    hub = exports.hub
+    merge = exports.merge
+    ollama = exports.ollama

@@ -11,6 +11,7 @@ from tunewright.config.compute import with_cluster
 from tunewright.config.io import load_config
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
+from tunewright.core.progress import Reporter
 
 CONFIG_FILE = "tunewright.yaml"
 
@@ -121,6 +122,14 @@ class ProjectFolder:
         if not folder.exists():
             write_text(folder / ".gitignore", "*\n")
         return folder
+
+
+class OpenFolder:
+    """A project's folder with the reporter of the work in it: what a verb needs that loads no base."""
+
+    def __init__(self, folder: ProjectFolder, reporter: Reporter) -> None:
+        self.folder = folder
+        self.reporter = reporter
 
 
 def create_project(root: Path, files: dict[str, str]) -> ProjectFolder:

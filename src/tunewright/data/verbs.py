@@ -1,0 +1,201 @@
+"""Verbs on pairs and versions of a project's dataset: ``tunewright data …``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.config.project import OpenFolder
+from tunewright.data import trace, versions
+from tunewright.data.add_options import AddOptions, ColumnMapping
+from tunewright.data.add_plan import map_columns, preview
+from tunewright.data.versions import DatasetVersion, Manifest, Member, list_versions, load_version
+
+if TYPE_CHECKING:
+    from tunewright.data.add_plan import Preview
+    from tunewright.data.dedup.leakage import LeakageReport
+    from tunewright.data.readers.file_check import Change
+    from tunewright.data.readers.file_preview import FilePreview
+    from tunewright.data.remote import Transfer
+    from tunewright.data.remove import RemoveResult
+    from tunewright.data.splits import Split
+    from tunewright.data.trace import RowOrigin, RowUse
+    from tunewright.data.verify import Verification
+    from tunewright.data.versions.diff import Diff
+    from tunewright.data.versions.export import Exported, Format
+
+
+def remove(
+    project: OpenFolder,
+    *,
+    because: str = "",
+    keys: str | Path | None = None,
+    where: str | None = None,
+    source: str | None = None,
+    groups: Iterable[str] = (),
+    dry_run: bool = False,
+    purge: bool = False,
+) -> RemoveResult:
+    """Remove the rows that match all given conditions, which creates a new version.
+
+    Args:
+        because: the reason; optional only in a dry run.
+        keys: a file with one row key, or its first digits, per line.
+        where: a JMESPath condition on a row's document.
+        source: the added file that the rows came from.
+        groups: groups such as ``customer=ACME``; a row must have one of them.
+        dry_run: only report the rows that would be removed.
+        purge: also erase the rows' text from all versions.
+
+    Raises:
+        UserError: no row matches, or too few rows would remain.
+    """
+    from tunewright.data import remove as removing
+    from tunewright.data.selection import Selection
+
+    selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
+    return removing.remove(project.folder, selection, because, project.reporter, dry_run=dry_run, purge_text=purge)
+
+
+def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
+    """Preview :meth:`add` on files of pairs, with every fault."""
+    return preview(project.folder, files, project.reporter, options)
+
+
+def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
+    """Return the columns of a file of pairs, whatever their names, and its first three rows.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    from tunewright.data.readers import file_preview
+
+    wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    return file_preview.preview_file(Path(file), project.folder.config.data.model_copy(update=given))
+
+
+def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:
+    """Return the titles of a workbook's visible sheets; of another file, nothing."""
+    from tunewright.data.readers.file_preview import sheet_titles
+
+    return sheet_titles(Path(file))
+
+
+def fix_file(
+    project: OpenFolder, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()
+) -> list[Change]:
+    """Write a corrected copy of a file of pairs, and list every change."""
+    from tunewright.data.readers import file_check, source_size
+
+    data = map_columns(project.folder.config.data, mapping, [Path(file)])
+    with project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
+        return file_check.fix_file(Path(file), Path(out), data, task)
+
+
+def version(project: OpenFolder, digest: str | None = None) -> DatasetVersion:
+    """Return a dataset version (None: the current one)."""
+    return load_version(project.folder.dataset, digest)
+
+
+def log(project: OpenFolder) -> list[Manifest]:
+    """Return the dataset's versions, newest last."""
+    return list_versions(project.folder.dataset)
+
+
+def show(project: OpenFolder, row: str) -> Member:
+    """Return one row of the current version, by the beginning of its key or by ``FILE:LINE``."""
+    return trace.find_row(project.folder.dataset, load_version(project.folder.dataset), row)
+
+
+def metadata(project: OpenFolder, key: str) -> dict[str, Any]:
+    """Return a current row's metadata from its source file, by the row's full key."""
+    manifest = load_version(project.folder.dataset).manifest
+    return trace.metadata_by_key(project.folder.dataset, manifest).get(key, {})
+
+
+def cluster_counts(project: OpenFolder, member: Member) -> tuple[int, int]:
+    """Return the number of rows in a row's cluster, and how many of them share its output."""
+    from tunewright.data import dedup
+
+    return dedup.cluster_counts(load_version(project.folder.dataset), member)
+
+
+def leakage(project: OpenFolder) -> LeakageReport:
+    """Return the similarity of held-out rows to training rows, compared with that under a random split."""
+    from tunewright.data.dedup.leakage import measure_leakage
+
+    return measure_leakage(load_version(project.folder.dataset), project.folder.config.seed, project.reporter)
+
+
+def diff(project: OpenFolder, a: str, b: str | None = None) -> Diff:
+    """Return the differences between two versions (the second: the current one by default)."""
+    from tunewright.data.versions import diff as differences
+
+    before, after = (load_version(project.folder.dataset, digest, without_purged=True) for digest in (a, b))
+    return differences.diff(before, after)
+
+
+def blame(project: OpenFolder, row: str) -> RowOrigin:
+    """Return a current row's origin: its file and the version that added it; ``row`` as in :meth:`show`."""
+    dataset, current = project.folder.dataset, load_version(project.folder.dataset)
+    return trace.blame(dataset, current, trace.find_row(dataset, current, row).key)
+
+
+def trained_by(project: OpenFolder, row: str) -> tuple[str, tuple[RowUse, ...]]:
+    """Return a row's key and its use in each adapter's training.
+
+    Args:
+        row: as in :meth:`show`; also the key of an earlier version's row, since adapters may have seen it there.
+    """
+    key = trace.find_key(project.folder.dataset, load_version(project.folder.dataset), row)
+    return key, trace.uses_of_row(project.folder.dataset, project.folder.adapters, key)
+
+
+def checkout(project: OpenFolder, version: str) -> Manifest:
+    """Make an existing version the current one, by its digest or the beginning of it."""
+    return versions.checkout(project.folder.dataset, version)
+
+
+def export(
+    project: OpenFolder,
+    out: str | Path,
+    form: Format = "chat",
+    *,
+    split: Split | None = None,
+    version: str | None = None,
+    metadata: bool = False,
+) -> Exported:
+    """Export a version (the current one by default), or one of its splits, as a file for other tools.
+
+    ``metadata`` adds the source files' other keys to chat rows.
+    """
+    from tunewright.data.versions import export as exporting
+
+    chosen = load_version(project.folder.dataset, version)
+    dataset = project.folder.dataset
+    extra = trace.metadata_by_key(dataset, chosen.manifest) if metadata else None
+    rejected = trace.rejected_answers(dataset, chosen.manifest) if form == "preference" else None
+    return exporting.export(chosen, Path(out), form, project.reporter, split=split, metadata=extra, rejected=rejected)
+
+
+def push(project: OpenFolder, url: str) -> Transfer:
+    """Copy the current version with its ancestors and reviews to a folder or bucket."""
+    from tunewright.data import remote
+
+    return remote.push(project.folder.dataset, url, project.reporter)
+
+
+def pull(project: OpenFolder, url: str) -> Transfer:
+    """Copy the current version and reviews from a shared folder or bucket, verify and check them out."""
+    from tunewright.data import remote
+
+    return remote.pull(project.folder.dataset, url, project.reporter)
+
+
+def verify(project: OpenFolder) -> Verification:
+    """Check every row, version and review against its digest."""
+    from tunewright.data import verify as checking
+
+    return checking.verify(project.folder.dataset, project.reporter)
