@@ -13,6 +13,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
+from tunewright.core.strict_json import standard_json
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
 from tunewright.engines.protocol import Engine
@@ -34,7 +35,7 @@ from tunewright.gate.reference import ReferenceAnswer
 from tunewright.gate.results import Estimate, ServedAs, ServingFigures
 from tunewright.generation.requests import Completion, Request, TokenLogprob
 from tunewright.metrics.calls import call_schema_valid
-from tunewright.metrics.fields import json_valid, parsed
+from tunewright.metrics.fields import json_valid
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer
 
 NOISE = {"float32": 0.0005, "bfloat16": 0.01, "f16": 0.01, "q8_0": 0.05}
@@ -207,7 +208,7 @@ def well_formed(example: Example, text: str) -> bool | None:
 def _is_json(text: str) -> bool:
     """Return whether a text is a JSON object or array: a number or a word in quotes may be plain text."""
     try:
-        return isinstance(parsed(text), dict | list)
+        return isinstance(standard_json(text), dict | list)
     except ValueError:
         return False
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from tunewright.config import MetricName
 from tunewright.core.io import canonical_json
+from tunewright.core.strict_json import standard_json
 from tunewright.data.examples import Example, ToolCall, call_id
 from tunewright.data.tool_limits import ArgumentsError, SchemaLimitError
-from tunewright.metrics.fields import micro_f1, parsed
+from tunewright.metrics.fields import micro_f1
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
 
 NO_FUNCTIONS = Unscored("the row declares no functions")
@@ -46,7 +47,7 @@ def _call_of(line: str) -> ToolCall | None:
     if not line.startswith('{"name": '):
         return None
     try:
-        value = parsed(line)
+        value = standard_json(line)
         if value.keys() != {"name", "arguments"} or not isinstance(value["name"], str):
             return None
         call = ToolCall(value["name"], canonical_json(value["arguments"]), "")

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from tunewright.config import MetricName
+from tunewright.core.strict_json import standard_json
 from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer, Unscored, mean_score
-
-
-def parsed(text: str) -> Any:
-    """Return the value of a JSON text (RFC 8259: no NaN, nothing before or after it).
-
-    Raises:
-        ValueError: the text is not valid JSON.
-    """
-    try:
-        return json.loads(text, parse_constant=_refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def json_valid(name: MetricName) -> Scorer:
@@ -33,7 +17,7 @@ def json_valid(name: MetricName) -> Scorer:
 
     def item(pair: Pair) -> ItemScore:
         try:
-            parsed(pair.answer)
+            standard_json(pair.answer)
         except ValueError:
             return mean_score(0.0)
         return mean_score(1.0)
@@ -55,13 +39,13 @@ def json_fields(name: MetricName, fields: Sequence[str] | None) -> Scorer:
 
     def item(pair: Pair) -> ItemScore | Unscored:
         try:
-            reference = counted(parsed(pair.reference))
+            reference = counted(standard_json(pair.reference))
         except ValueError:
             return Unscored("the reference is not JSON")
         if not reference:
             return Unscored("the reference is not a JSON object" if reference is None else "the reference has no field")
         try:
-            answer = counted(parsed(pair.answer)) or {}
+            answer = counted(standard_json(pair.answer)) or {}
         except ValueError:
             answer = {}
         right = sum(key in answer and same(answer[key], value) for key, value in reference.items())

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 from aiolimiter import AsyncLimiter
@@ -30,6 +29,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
+from tunewright.core.strict_json import require_shallow
 from tunewright.model_io.budget import Budget, OutOfBudgetError
 from tunewright.model_io.replies import (
     ChatRequest,
@@ -378,16 +378,6 @@ async def _whole(reply: httpx.Response) -> httpx.Response:
     return httpx.Response(reply.status_code, headers=headers, content=bytes(body))
 
 
-def _require_shallow(value: Any) -> None:
-    level = [value]
-    for _ in range(_MOST_LEVELS):
-        nested = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [each for values in nested for each in values]
-        if not level:
-            return
-    raise ValueError("too deep")
-
-
 def _parsed(response: httpx.Response, request: ChatRequest) -> Reply:
     try:
         document = response.json()
@@ -400,7 +390,7 @@ def _parsed(response: httpx.Response, request: ChatRequest) -> Reply:
         finish = choice.get("finish_reason")
         if not isinstance(text, str):
             raise TypeError("content is not text")
-        _require_shallow(list(calls))
+        require_shallow(list(calls), _MOST_LEVELS)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         start = " ".join(response.text.split())[:120]
         raise _RequestError(f"the reply is not a chat completion: {start!r}", status=502) from None
