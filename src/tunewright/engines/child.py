@@ -168,9 +168,10 @@ class Child:
         except httpx.TransportError:
             return False
 
-    def said(self, lines: int = 12) -> str:
-        """Return the end of its log."""
-        return last_lines(self.log, lines)
+    @property
+    def said(self) -> str:
+        """The end of its log."""
+        return last_lines(self.log, 12)
 
     def stop(self) -> None:
         """Stop it: first by SIGTERM, then by SIGKILL."""
@@ -211,19 +212,19 @@ class Child:
             if self._stopping.is_set():
                 break
             if not ready and self.starts == 1:
-                self._set_failure_reason(f"{name} failed to start.", first_failure=self.said() or "The log is empty.")
+                self._set_failure_reason(f"{name} failed to start.", first_failure=self.said or "The log is empty.")
                 return
             failures = 1 if time.monotonic() - last > _CALM else failures + 1
             last = time.monotonic()
             if failures >= GIVE_UP:
                 self.given_up = True
                 self._set_failure_reason(f"{name} failed {failures} times in a row. Restart the server.")
-                self._reporter.warn(f"{self._failure_reason} The end of its log:\n{self.said()}")
+                self._reporter.warn(f"{self._failure_reason} The end of its log:\n{self.said}")
                 return
             wait = min(2.0 ** (failures - 1), _LONGEST_WAIT)
             self._set_failure_reason(f"{name} {self._end} and is restarting. Try again in a minute.")
             self._reporter.warn(
-                f"{name} {self._end} and will be restarted in {wait:.0f} s. The end of its log:\n{self.said()}"
+                f"{name} {self._end} and will be restarted in {wait:.0f} s. The end of its log:\n{self.said}"
             )
             self._stopping.wait(wait)
         self._set_failure_reason("The server is shutting down.")

@@ -12,7 +12,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.data.versions.version import clusters_by_split
-from tunewright.evidence import power
 from tunewright.evidence.power import DetectableEffects, detectable_effects_text
 from tunewright.evidence.schema import Advice
 from tunewright.evidence.split_power import SplitPower, split_power
@@ -99,7 +98,7 @@ def detectable_effects(project: OpenProject) -> tuple[DetectableEffects, ...]:
     version = load_version(project.folder.dataset)
     held_out = {split: version.examples(split) for split in ("dev", "test")}
     return tuple(
-        power.detectable_effects(split, len(rows), len({row.cluster for row in rows}))
+        DetectableEffects(split, len(rows), len({row.cluster for row in rows}))
         for split, rows in held_out.items()
         if rows
     )

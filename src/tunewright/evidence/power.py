@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,18 +75,16 @@ class DetectableEffects:
     split: str
     items: int
     clusters: int
-    effects: dict[float, float]
-    """Assumed share of items that change to the smallest detectable difference, each cluster counted as one item."""
+
+    @cached_property
+    def effects(self) -> dict[float, float]:
+        """Assumed share of items that change to the smallest detectable difference; a cluster counts as one item."""
+        return {q: minimum_detectable_effect(self.clusters, q) for q in ASSUMED}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the effects as ``--json`` prints it."""
         effects = [{"changed": q, "minimum_detectable_effect": d} for q, d in self.effects.items()]
         return {"split": self.split, "items": self.items, "clusters": self.clusters, "assumed": effects}
-
-
-def detectable_effects(split: str, items: int, clusters: int) -> DetectableEffects:
-    """Return the differences that items in clusters can show, if `ASSUMED` shares of them change between arms."""
-    return DetectableEffects(split, items, clusters, {q: minimum_detectable_effect(clusters, q) for q in ASSUMED})
 
 
 def detectable_effects_text(found: DetectableEffects, kind: Kind, margin: float) -> str:

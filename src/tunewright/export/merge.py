@@ -35,7 +35,9 @@ def build_merged(folder: Path, source: Source) -> BuiltArtifact:
     project, trained = source.project, measure_trained(source)
     weights, way, ways = choose_merge_method(trained, project.reporter)
     write_merged(folder, weights, project.base, project.chat, trained.system_prompt, project.reporter)
-    figures = trained.figures(observe_merged(folder, trained, project.reporter))
+    figures = trained.figures(
+        observe_folder(load_folder(folder, trained), folder, trained, project.reporter, "the merged model's answers")
+    )
     return BuiltArtifact(figures, "16-bit", way, ways, source.notes())
 
 
@@ -121,11 +123,6 @@ def save_tokenizer(folder: Path, chat: ChatFormat, system_prompt: str | None) ->
     tokenizer.chat_template = exported_template(chat, system_prompt)
     with quiet_transformers():
         tokenizer.save_pretrained(folder)
-
-
-def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> ArtifactOutputs:
-    """Return the outputs of the model in ``folder``, loaded by transformers without any code of ours."""
-    return observe_folder(load_folder(folder, trained), folder, trained, reporter, "the merged model's answers")
 
 
 def load_folder(folder: Path, trained: TrainedModel) -> Any:

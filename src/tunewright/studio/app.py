@@ -58,7 +58,7 @@ from tunewright.studio.pages.new_project import NEW_PROJECT
 from tunewright.studio.playing import Playing
 from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
-from tunewright.studio.words import capital, role
+from tunewright.studio.words import ROLES, capital
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")
@@ -110,7 +110,12 @@ class Studio:
         self._cache = Cache(Playing(self._root))
         self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
         self._templates = page_templates("tunewright.studio", _PAGES)
-        self._templates.filters |= {"commands": by_commands, "fields": asdict, "role": role, "capital": capital}
+        self._templates.filters |= {
+            "commands": by_commands,
+            "fields": asdict,
+            "role": lambda name: ROLES.get(name, name),
+            "capital": capital,
+        }
         self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 

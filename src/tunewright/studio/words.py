@@ -10,11 +10,6 @@ TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
 """A role at the beginning of a line."""
 
 
-def role(name: str) -> str:
-    """Return a role's word; an unknown role stays."""
-    return ROLES.get(name, name)
-
-
 def capital(text: str) -> str:
     """Return a sentence that begins with a capital letter; its other letters stay."""
     return text[:1].upper() + text[1:]

@@ -184,7 +184,7 @@ class VllmAnswers:
         except RequestFailedError as error:
             raise UserError(f"vLLM could not answer: {error}", where=_WHERE, fix="Set it to peft.") from error
         except EngineStoppedError as error:
-            said = self._engine.child.said() if self._engine else ""
+            said = self._engine.child.said if self._engine else ""
             self.stop()
             raise VllmStoppedError(
                 f"vLLM stopped before all answers were complete. The end of its log:\n{said or 'The log is empty.'}",

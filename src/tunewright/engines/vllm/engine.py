@@ -22,6 +22,7 @@ from tunewright.adapters.vllm_compat import CONFIG, WEIGHTS, vllm_refusals
 from tunewright.core import tracing
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
+from tunewright.core.processes import last_lines
 from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child
 from tunewright.engines.protocol import (
@@ -332,7 +333,7 @@ class VllmEngine:
 
     def _load_error(self, digest: str) -> str | None:
         """Return the reason in vLLM's log why it did not load an adapter."""
-        for line in reversed(self.child.said(200).splitlines()):
+        for line in reversed(last_lines(self.child.log, 200).splitlines()):
             if digest in line and "Failed to load" in line:
                 return line.partition("ListedAdapters: ")[2].removesuffix(" Trying next resolver.") or line
         return None

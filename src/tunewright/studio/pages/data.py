@@ -22,7 +22,7 @@ from tunewright.data.versions.diff import comparability, summary, word_changes
 from tunewright.evidence.split_power import split_power, split_power_text
 from tunewright.studio.access import ChangedRows
 from tunewright.studio.visit import Handlers, PageReporter, Visit
-from tunewright.studio.words import TURN, role
+from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
     from tunewright.data.add_plan import Effect
@@ -179,7 +179,7 @@ def fix_file(visit: Visit) -> Response:
 
 
 def _short(text: str | None) -> str:
-    text = TURN.sub(lambda turn: f"{role(turn[1])}: ", text or "")
+    text = TURN.sub(lambda turn: f"{ROLES[turn[1]]}: ", text or "")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
@@ -258,7 +258,7 @@ def _file(visit: Visit, fields: dict[str, str]) -> tuple[str, Path]:
 def _cell(value: object) -> str:
     """Return a value of a file on one line; messages as a conversation, not as JSON."""
     if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
-        value = " ".join(f"{role(str(each['role']))}: {each.get('content') or ''}" for each in value)
+        value = " ".join(f"{ROLES.get(str(each['role']), each['role'])}: {each.get('content') or ''}" for each in value)
     return excerpt(str(value), _CELL)[1:-1]
 
 
