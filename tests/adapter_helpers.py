@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from command_line import tunewright
-from tunewright.adapters.private_keys import NEW_PASSPHRASE, PASSPHRASE, PrivateKey, new_private_key
 from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, write_manifest
 from tunewright.core.io import write_json
-from tunewright.core.progress import LogReporter
 
 SHAPES = {"q_proj": (64, 64), "v_proj": (64, 32)}
 """Inputs and outputs in the tiny base."""
@@ -25,18 +26,28 @@ PHRASE = "correct horse battery"
 
 
 def own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder of the test's own; private keys go there, encrypted with a passphrase from the environment."""
-    for variable in (PASSPHRASE, NEW_PASSPHRASE):
-        monkeypatch.delenv(variable, raising=False)
-        monkeypatch.delenv(f"{variable}_FILE", raising=False)
-    monkeypatch.setenv(PASSPHRASE, PHRASE)
+    """A home of the test's own, where `create_key` keeps keys; no agent, and nobody who is asked for a passphrase."""
+    monkeypatch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data-home"))
-    return tmp_path / "data-home" / "tunewright" / "keys"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for variable in ("SSH_AUTH_SOCK", "SSH_ASKPASS", "SSH_ASKPASS_REQUIRE", "TUNEWRIGHT_SIGNING_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path / "home" / ".ssh"
 
 
-def create_key(name: str) -> PrivateKey:
-    """A new key, unlocked."""
-    return new_private_key(name, LogReporter())
+def create_key(name: str, *, passphrase: str = "", kind: str = "ed25519") -> Path:
+    """The public half of a new key in the user's home; the private one is next to it."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not installed")
+    file = Path.home() / ".ssh" / name
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    ssh_keygen("-q", "-t", kind, "-N", passphrase, "-C", name, "-f", str(file))
+    return file.with_suffix(".pub")
+
+
+def ssh_keygen(*arguments: str | Path) -> None:
+    """Run it, for what tests prepare."""
+    subprocess.run(["ssh-keygen", *map(str, arguments)], check=True, capture_output=True)
 
 
 def lora_weights(rank: int = 4, size: float = 0.01, seed: int = 0) -> dict[str, Any]:

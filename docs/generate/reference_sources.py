@@ -11,9 +11,10 @@ from pydantic import BaseModel
 
 import tunewright.serving
 from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, RunResult
-from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport, ProjectKeys
+from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -87,7 +88,7 @@ API: dict[str, tuple[Any, ...]] = {
     "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),
     "project.adapters": (*functions_of(ProjectAdapters), ImportOptions),
     "project.export": functions_of(ProjectExport),
-    "project.keys": functions_of(ProjectKeys),
+    "project.keys": (TrustedKeys,),
     "project.runs": (TrainingRuns,),
     "project.state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),
     "Results": (RunResult, Verdict, Evidence, Advice),

@@ -75,14 +75,13 @@ def test_lacking_credentials_and_buckets_are_named(
 
 
 def test_signature_made_later_is_pushed_too(ours: Path, other: Path, tmp_path: Path) -> None:
-    create_key("ann")
-    assert tunewright("keys", "trust", "ann", "-p", other).code == 0
+    assert tunewright("keys", "trust", create_key("ann"), "-p", other).code == 0
     assert import_adapter(other, ours, "--unsigned").code == 0
     url = f"file://{tmp_path}/store"
     assert _push(other, url).document["adapters"][0]["new"]
     assert tunewright("adapters", "sign", "-p", other).code == 0
     assert not _push(other, url).document["adapters"][0]["new"]
-    assert (tmp_path / "store" / ours.name / "signature.json").exists()
+    assert (tmp_path / "store" / ours.name / "manifest.json.sig").exists()
 
 
 def test_changed_adapters_are_neither_pushed_nor_imported(ours: Path, other: Path, tmp_path: Path) -> None:

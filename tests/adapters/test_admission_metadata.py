@@ -20,6 +20,7 @@ from adapter_helpers import (
 )
 from command_line import tiny_project, tunewright
 from tiny import build_base
+from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import MANIFEST, SIGNATURE
 from tunewright.adapters.registry import WEIGHTS, adapter_digest, write_manifest
 from tunewright.core.errors import UserError
@@ -146,12 +147,15 @@ def test_unsigned_claim_of_inputs_does_not_prevent_training(ours: Path, other: P
 
 
 def _signed(folder: Path, project: Path, name: str = "ann", *, trust: bool = True) -> None:
-    from tunewright.adapters.signing import sign
+    from tunewright.adapters.signing import sign, signing_key
 
-    key = create_key(name)
-    sign(folder, key)
+    public = create_key(name)
+    elsewhere = TrustedKeys(folder.parent / name / "keys")
+    (folder.parent / name).mkdir()
+    elsewhere.trust(public)
+    sign(folder, signing_key(TrustedKeys(elsewhere.folder), name))
     if trust:
-        api.open(project).keys.trust(name)
+        api.open(project).keys.trust(public)
 
 
 def test_import_believes_claims_signed_by_a_trusted_key(ours: Path, other: Path) -> None:
@@ -163,8 +167,7 @@ def test_import_believes_claims_signed_by_a_trusted_key(ours: Path, other: Path)
 
 
 def test_import_refuses_unsigned_adapters_when_keys_are_trusted(ours: Path, other: Path) -> None:
-    create_key("ann")
-    api.open(other).keys.trust("ann")
+    api.open(other).keys.trust(create_key("ann"))
     assert "The adapter is unsigned, and this project requires a trusted signature" in refused_import(other, ours)
     _signed(ours, other, "bob", trust=False)
     assert "The adapter is untrusted, and this project requires a trusted signature" in refused_import(other, ours)
@@ -184,6 +187,18 @@ def test_import_refuses_a_revoked_key_even_with_unsigned(ours: Path, other: Path
     _signed(ours, other)
     assert tunewright("keys", "revoke", "ann", "--because", "it leaked", "-p", other).code == 0
     assert "ann was revoked on" in refused_import(other, ours, "--unsigned")
+
+
+def test_import_refuses_a_signature_that_nobody_can_check(
+    ours: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _signed(ours, other)
+    monkeypatch.setenv("PATH", str(ours))
+    refused = refused_import(other, ours)
+    assert "The adapter is not checked, and this project requires a trusted signature" in refused
+    assert "ssh-keygen is not installed" in refused
+    assert import_adapter(other, ours, "--unsigned").document["signed"] == "not checked"
+    assert tunewright("adapters", "verify", "-p", other).code == 4
 
 
 def test_import_refuses_a_signature_without_a_manifest(ours: Path, other: Path) -> None:

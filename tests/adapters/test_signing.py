@@ -1,67 +1,60 @@
-"""Signatures over every file and the inputs' digests, by trusted and other keys."""
+"""Signatures over every file and the inputs' digests, made and verified by ssh-keygen."""
 
 from __future__ import annotations
 
-import base64
 import json
+import os
 import shutil
-import stat
-from collections.abc import Callable
-from dataclasses import replace
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_public_key,
-)
-from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import SSlibKey
 
-from adapter_helpers import create_key, lora_weights, own_keys, write_adapter
-from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE
-from tunewright.adapters.private_keys import PrivateKey, private_key, private_keys
-from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, Adapter, store_adapter
-from tunewright.adapters.signing import PAYLOAD_TYPE, sign, signing_key, store_signer
+from adapter_helpers import PHRASE, create_key, lora_weights, own_keys, ssh_keygen, write_adapter
+from command_line import tiny_project, tunewright
+from tunewright.adapters.keys import NAMESPACE, TrustedKeys
+from tunewright.adapters.manifest import DSSE, LOCAL, MANIFEST, SIGNATURE
+from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, Adapter, store_adapter, write_manifest
+from tunewright.adapters.signing import SIGNING_KEY, SigningKey, sign, signing_key, store_signer
 from tunewright.adapters.trust import require_trusted, trust_status
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import LogReporter
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "signed-adapters.tar.xz"
+
 
 @pytest.fixture(autouse=True)
-def keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return own_keys(tmp_path, monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def first_key(tmp_path_factory: pytest.TempPathFactory) -> PrivateKey:
-    """One key for all tests: encrypting takes a sixth of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        own_keys(tmp_path_factory.mktemp("keys"), patch)
-        return create_key("ann")
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    (tmp_path / "project").mkdir()
+    return tmp_path / "project" / "keys"
 
 
 @pytest.fixture
-def ann(first_key: PrivateKey, keys_of_my_own: Path) -> PrivateKey:
-    keys_of_my_own.mkdir(parents=True, mode=0o700)
-    return replace(first_key, path=Path(shutil.copy2(first_key.path, keys_of_my_own)))
+def ann(keys: Path) -> SigningKey:
+    return _key("ann", keys)
 
 
-def _trusting(tmp_path: Path, *keys: PrivateKey) -> TrustedKeys:
-    trusted = TrustedKeys(tmp_path / "project" / "keys")
-    for key in keys:
-        trusted.trust(key.name, key.public_key, "ann")
-    return trusted
+def _key(name: str, keys: Path) -> SigningKey:
+    """A new key that the project trusts."""
+    TrustedKeys(keys).trust(create_key(name))
+    return signing_key(TrustedKeys(keys), name)
 
 
-def _store(tmp_path: Path, signer: PrivateKey | None, seed: int = 0, inputs: str = "inputs") -> Adapter:
+def _stranger(name: str, folder: Path) -> SigningKey:
+    """A new key that only another project trusts."""
+    (folder / name).mkdir()
+    return _key(name, folder / name / "keys")
+
+
+def _store(tmp_path: Path, signer: SigningKey | None, seed: int = 0, inputs: str = "inputs") -> Adapter:
     weights = write_adapter(tmp_path / "run" / str(seed), weights=lora_weights(seed=seed))
     lineage = {
         "created": "2026-01-01T00:00:00+00:00",
@@ -75,25 +68,31 @@ def _store(tmp_path: Path, signer: PrivateKey | None, seed: int = 0, inputs: str
     return store_adapter(place, "courts", weights, {"step-5": weights}, lineage, history, servable=True, signer=signer)
 
 
-def test_signed_adapter_names_its_signer(tmp_path: Path, ann: PrivateKey) -> None:
-    adapter = _store(tmp_path, ann)
-    found = trust_status(adapter, _trusting(tmp_path, ann))
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def _without_ssh_keygen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path.home()))
+
+
+def test_signed_adapter_names_its_signer(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
+    found = trust_status(_store(tmp_path, ann), TrustedKeys(keys))
     assert (found.state, found.keys, found.reasons) == ("signed", ("ann",), ("signed by ann",))
 
 
-def test_signature_is_verified_by_another_dsse_implementation(tmp_path: Path, ann: PrivateKey) -> None:
-    """securesystemslib is what TUF and in-toto sign with."""
+def test_ssh_keygen_verifies_the_signature_as_documented(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
     adapter = _store(tmp_path, ann)
-    detached = json.loads((adapter.folder / SIGNATURE).read_text())
-    payload = (adapter.folder / MANIFEST).read_bytes()
-    key = SSlibKey.from_crypto(load_pem_public_key(ann.public_key.encode()), keyid=ann.id)
-    envelope = Envelope.from_dict({**json.loads(json.dumps(detached)), "payload": base64.b64encode(payload).decode()})
-    assert envelope.payload_type == PAYLOAD_TYPE
-    assert list(envelope.verify([key], 1)) == [ann.id]
-    other = payload.replace(b"courts", b"forums")
-    forged = Envelope.from_dict({**json.loads(json.dumps(detached)), "payload": base64.b64encode(other).decode()})
-    with pytest.raises(VerificationError):
-        forged.verify([key], 1)
+    command = f"ssh-keygen -Y verify -f {keys}/allowed_signers -I ann -n tunewright-adapter@1 -s manifest.json.sig"
+
+    def verifies(manifest: bytes) -> bool:
+        return subprocess.run(command.split(), cwd=adapter.folder, input=manifest, check=False).returncode == 0
+
+    manifest = (adapter.folder / MANIFEST).read_bytes()
+    assert verifies(manifest)
+    assert not verifies(manifest + b" ")
 
 
 def _flip(file: str) -> Callable[[Path], None]:
@@ -105,12 +104,12 @@ def _flip(file: str) -> Callable[[Path], None]:
     return change
 
 
-def _reason(folder: Path) -> None:
+def _change_lineage(folder: Path) -> None:
     lineage = json.loads((folder / LINEAGE).read_text())
     write_json(folder / LINEAGE, {**lineage, "dataset": {"digest": digest("another dataset")}})
 
 
-def _pickle(folder: Path) -> None:
+def _add_pickle(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
 
 
@@ -127,174 +126,204 @@ def _link(folder: Path) -> None:
         (_flip(f"checkpoints/step-5/{WEIGHTS}"), f"checkpoints/step-5/{WEIGHTS} has changed"),
         (_flip("metrics.jsonl"), "metrics.jsonl has changed"),
         (_flip(MANIFEST), "Not strict JSON"),
-        (_reason, f"{LINEAGE} has changed"),
-        (_pickle, "adapter_model.bin is not in the manifest"),
+        (_flip(SIGNATURE), "Expected only signatures of ssh-keygen"),
+        (_change_lineage, f"{LINEAGE} has changed"),
+        (_add_pickle, "adapter_model.bin is not in the manifest"),
         (_link, "may have only plain files"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
         (lambda folder: (folder / LINEAGE).unlink(), "The lineage cannot be read"),
     ],
 )
 def test_verification_names_any_change_after_signing(
-    change: Callable[[Path], None], words: str, tmp_path: Path, ann: PrivateKey
+    change: Callable[[Path], None], words: str, tmp_path: Path, keys: Path, ann: SigningKey
 ) -> None:
     adapter = _store(tmp_path, ann)
     change(adapter.folder)
-    found = trust_status(Adapter(adapter.folder), _trusting(tmp_path, ann))
+    found = trust_status(Adapter(adapter.folder), TrustedKeys(keys))
     assert found.state == "tampered"
     assert any(words in reason for reason in found.reasons), found.reasons
     with pytest.raises(UserError, match="The adapter is tampered"):
         require_trusted(Adapter(adapter.folder), TrustedKeys(tmp_path / "no-keys"))
 
 
-def test_rewritten_manifest_invalidates_the_signature(tmp_path: Path, ann: PrivateKey) -> None:
-    from tunewright.adapters.registry import write_manifest
-
+@pytest.mark.parametrize("trusts", [True, False])
+def test_rewritten_manifest_invalidates_the_signature(
+    trusts: bool, tmp_path: Path, keys: Path, ann: SigningKey
+) -> None:
     adapter = _store(tmp_path, ann)
-    _reason(adapter.folder)
+    _change_lineage(adapter.folder)
     write_manifest(adapter.folder, adapter.name)
-    found = trust_status(Adapter(adapter.folder), _trusting(tmp_path, ann))
-    assert (found.state, found.reasons) == ("tampered", ("the signature of ann is of another manifest",))
+    found = trust_status(Adapter(adapter.folder), TrustedKeys(keys if trusts else tmp_path / "no-keys"))
+    name = "ann" if trusts else ann.id
+    assert (found.state, found.reasons) == ("tampered", (f"the signature of {name} is of another manifest",))
 
 
-def test_signature_is_invalid_for_another_name(tmp_path: Path, ann: PrivateKey) -> None:
+def test_signature_is_invalid_for_another_name(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
     adapter = _store(tmp_path, ann)
     renamed = adapter.folder.rename(adapter.folder.with_name(adapter.name.replace("courts", "forums")))
-    found = trust_status(Adapter(renamed), _trusting(tmp_path, ann))
+    found = trust_status(Adapter(renamed), TrustedKeys(keys))
     assert found.state == "tampered"
     assert f"the manifest names {adapter.name}" in found.reasons
 
 
-def test_signature_is_invalid_for_another_adapter(tmp_path: Path, ann: PrivateKey) -> None:
+def test_signature_is_invalid_for_another_adapter(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
     one, two = _store(tmp_path, ann), _store(tmp_path, None, seed=1)
     (two.folder / SIGNATURE).write_bytes((one.folder / SIGNATURE).read_bytes())
-    assert trust_status(two, _trusting(tmp_path, ann)).state == "tampered"
+    assert trust_status(two, TrustedKeys(keys)).state == "tampered"
 
 
-def test_unsigned_untrusted_and_revoked_are_distinguished(tmp_path: Path, ann: PrivateKey) -> None:
-    bob = create_key("bob")
+def test_signature_for_another_purpose_does_not_count(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
+    adapter = _store(tmp_path, None)
+    ssh_keygen("-Y", "sign", "-n", "git", "-f", ann.file, adapter.folder / MANIFEST)
+    assert (adapter.folder / SIGNATURE).exists()
+    assert trust_status(adapter, TrustedKeys(keys)).state == "tampered"
+
+
+def test_unsigned_untrusted_and_revoked_are_distinguished(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
+    bob = _stranger("bob", tmp_path)
     unsigned, by_bob, by_ann = (_store(tmp_path, key, seed=n) for n, key in enumerate([None, bob, ann]))
-    trusted = _trusting(tmp_path, ann)
+    trusted = TrustedKeys(keys)
     assert trust_status(unsigned, trusted).state == "unsigned"
     assert trust_status(by_bob, trusted).state == "untrusted"
-    assert trust_status(by_bob, trusted).keys == (bob.id[:16],)
-    trusted.revoke("ann", "the laptop was stolen", "bob")
-    found = trust_status(by_ann, TrustedKeys(trusted.folder))
+    assert trust_status(by_bob, trusted).keys == (bob.id,)
+    trusted.revoke("ann", "the laptop was stolen")
+    found = trust_status(by_ann, TrustedKeys(keys))
     assert found.state == "revoked"
-    assert "the laptop was stolen" in found.reasons[0]
+    assert found.reasons[0].startswith("ann was revoked on 20")
+    assert found.reasons[0].endswith(": the laptop was stolen")
+    assert trust_status(unsigned, TrustedKeys(keys)).state == "unsigned"
+    with pytest.raises(UserError, match="this project requires a trusted signature"):
+        require_trusted(unsigned, TrustedKeys(keys))  # revoking the last key does not end the requirement
 
 
-def test_require_trusted_needs_a_signature_only_with_trusted_keys(tmp_path: Path, ann: PrivateKey) -> None:
-    unsigned, signed = _store(tmp_path, None), _store(tmp_path, ann, seed=1)
-    none = TrustedKeys(tmp_path / "no-keys")
+def test_key_revoked_by_a_krl_does_not_count(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
+    adapter, by_bob = _store(tmp_path, ann), _store(tmp_path, _key("bob", keys), seed=1)
+    ssh_keygen("-k", "-f", keys / "revoked_keys", ann.file)
+    found = trust_status(adapter, TrustedKeys(keys))
+    assert (found.state, found.reasons) == ("revoked", ("ann was revoked in revoked_keys",))
+    with pytest.raises(UserError, match="The adapter is revoked"):
+        require_trusted(adapter, TrustedKeys(keys))
+    assert trust_status(by_bob, TrustedKeys(keys)).state == "signed"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ('valid-before="20200101"', "allowed_signers:1: key has expired"),
+        ('valid-after="20990101"', "allowed_signers:1: key is not yet valid"),
+        ('namespaces="git"', "allowed_signers:1: key is not permitted for use in signature namespace"),
+    ],
+)
+def test_key_counts_only_within_its_options(
+    options: str, words: str, tmp_path: Path, keys: Path, ann: SigningKey
+) -> None:
+    adapter = _store(tmp_path, ann)
+    _replace(keys / "allowed_signers", f'namespaces="{NAMESPACE}"', options)
+    found = trust_status(adapter, TrustedKeys(keys))
+    assert found.state == "untrusted"
+    assert words in found.reasons[0]
+    with pytest.raises(UserError, match="The adapter is untrusted"):
+        require_trusted(adapter, TrustedKeys(keys))
+    _replace(keys / "allowed_signers", options, 'valid-before="20990101"')
+    assert trust_status(adapter, TrustedKeys(keys)).state == "signed"
+
+
+def test_require_trusted_needs_a_signature_only_with_trusted_keys(tmp_path: Path, keys: Path) -> None:
+    unsigned, none = _store(tmp_path, None), TrustedKeys(tmp_path / "no-keys")
+    signed = _store(tmp_path, _stranger("bob", tmp_path), seed=1)
     require_trusted(unsigned, none)
     require_trusted(signed, none)
-    trusted = _trusting(tmp_path, ann)
-    require_trusted(signed, trusted)
-    with pytest.raises(
-        UserError, match="The adapter is unsigned: no signature, and this project requires a trusted signature"
-    ):
-        require_trusted(unsigned, trusted)
+    ann = _key("ann", keys)
+    trusted = TrustedKeys(keys)
+    for adapter, state in ((unsigned, "unsigned: no signature"), (signed, "untrusted: signed by key SHA256:")):
+        with pytest.raises(UserError, match=f"The adapter is {state}.*, and this project requires a trusted signature"):
+            require_trusted(adapter, trusted)
     assert sign(unsigned.folder, ann)
     require_trusted(unsigned, trusted)
     assert not sign(unsigned.folder, ann)
 
 
-def test_adapter_is_trusted_with_one_trusted_signature_of_two(tmp_path: Path, ann: PrivateKey) -> None:
-    adapter = _store(tmp_path, create_key("bob"))
+def test_adapter_is_trusted_with_one_trusted_signature_of_two(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
+    bob = _stranger("bob", tmp_path)
+    adapter = _store(tmp_path, bob)
     sign(adapter.folder, ann)
-    found = trust_status(adapter, _trusting(tmp_path, ann))
-    assert (found.state, len(found.keys)) == ("signed", 2)
+    found = trust_status(adapter, TrustedKeys(keys))
+    assert (found.state, found.keys) == ("signed", (bob.id, "ann"))
 
 
-def test_signature_survives_retraining_to_the_same_adapter(tmp_path: Path, ann: PrivateKey) -> None:
+def test_signature_survives_retraining_to_the_same_adapter(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
     adapter = _store(tmp_path, ann)
     again = _store(tmp_path, None, inputs="other inputs")
     assert again == adapter
     assert again.was_trained_by(digest("inputs"))
     assert again.was_trained_by(digest("other inputs"))
     assert (adapter.folder / LOCAL).exists()
-    assert trust_status(again, _trusting(tmp_path, ann)).state == "signed"
+    assert trust_status(again, TrustedKeys(keys)).state == "signed"
 
 
-def test_adapter_without_manifest_is_unsigned_and_its_change_is_detected(tmp_path: Path) -> None:
+def test_adapter_without_manifest_is_unsigned_and_its_change_is_detected(tmp_path: Path, keys: Path) -> None:
     adapter = _store(tmp_path, None)
     (adapter.folder / MANIFEST).unlink()
-    assert trust_status(adapter, _trusting(tmp_path)).state == "unsigned"
+    assert trust_status(adapter, TrustedKeys(keys)).state == "unsigned"
     _flip(CONFIG)(adapter.folder)
-    assert trust_status(adapter, _trusting(tmp_path)).state == "tampered"
+    assert trust_status(adapter, TrustedKeys(keys)).state == "tampered"
 
 
-# Keys
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nothing of the kind\n",
+        "-----BEGIN SSH SIGNATURE-----\nU1NIU0lHAAAAAQAA\n-----END SSH SIGNATURE-----\n",
+        "-----BEGIN SSH SIGNATURE-----\nU1NIU0lHAAAAAf////8=\n-----END SSH SIGNATURE-----\n",
+        "-----BEGIN SSH SIGNATURE-----\nAAA=A\n-----END SSH SIGNATURE-----\n",
+        "-----BEGIN SSH SIGNATURE-----\n-----END SSH SIGNATURE-----\n" * 17,
+    ],
+)
+def test_file_that_is_not_signatures_of_ssh_keygen_is_tampered(text: str, tmp_path: Path, keys: Path) -> None:
+    adapter = _store(tmp_path, None)
+    (adapter.folder / SIGNATURE).write_text(text)
+    assert trust_status(adapter, TrustedKeys(keys)).state == "tampered"
 
 
-def test_private_key_is_owner_only_and_outside_the_project(tmp_path: Path) -> None:
-    ann = create_key("ann")
-    assert stat.S_IMODE(ann.path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(ann.path.parent.stat().st_mode) == 0o700
-    assert (tmp_path / "project") not in ann.path.parents
-    assert [key.name for key in private_keys()] == ["ann"]
-    assert len(list(ann.path.parent.iterdir())) == 1
+# Without ssh-keygen
 
 
-def test_private_key_readable_by_others_is_refused(tmp_path: Path, ann: PrivateKey) -> None:
-    ann.path.chmod(0o640)
-    with pytest.raises(UserError, match=r"Other users can read this private key \(mode 640\)"):
-        private_key("ann").unlock(LogReporter())
+def test_nothing_is_valid_without_ssh_keygen(
+    tmp_path: Path, keys: Path, ann: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, unsigned = _store(tmp_path, ann), _store(tmp_path, None, seed=1)
+    _without_ssh_keygen(monkeypatch)
+    found = trust_status(adapter, TrustedKeys(keys))
+    why = "the signature of ann is not checked: The program ssh-keygen is not installed"
+    assert (found.state, found.reasons) == ("not checked", (why,))
+    with pytest.raises(UserError, match=r"The adapter is not checked: .* requires a trusted signature"):
+        require_trusted(adapter, TrustedKeys(keys))
+    require_trusted(adapter, TrustedKeys(tmp_path / "no-keys"))
+    with pytest.raises(UserError, match="ssh-keygen is not installed") as refused:
+        sign(unsigned.folder, ann)
+    assert "openssh-client" in str(refused.value.fix)
+    _flip(WEIGHTS)(adapter.folder)
+    assert trust_status(Adapter(adapter.folder), TrustedKeys(keys)).state == "tampered"
 
 
-def test_key_is_never_overwritten(ann: PrivateKey) -> None:
-    before = ann.path.read_bytes()
-    with pytest.raises(UserError, match="You have a key 'ann' already"):
-        create_key("ann")
-    assert ann.path.read_bytes() == before
+def test_ssh_keygen_without_signatures_is_named(
+    tmp_path: Path, keys: Path, ann: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = _store(tmp_path, ann)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "ssh-keygen").write_text("#!/bin/sh\necho 'unknown option -- Y\nusage: ssh-keygen [-q]' >&2\nexit 1\n")
+    (old / "ssh-keygen").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{old}:{os.environ['PATH']}")
+    found = trust_status(adapter, TrustedKeys(keys))
+    assert found.state == "not checked"
+    assert "This ssh-keygen makes no signatures" in found.reasons[0]
 
 
-@pytest.mark.parametrize("name", ["", "Ann", "../ann", "a" * 64, "änn", ".ann", "ann/bob", "ann\n"])
-def test_key_name_cannot_be_a_path(name: str) -> None:
-    with pytest.raises(UserError, match="Invalid name"):
-        create_key(name)
+# The key that signs
 
 
-def test_revoked_key_cannot_be_trusted_again(tmp_path: Path, ann: PrivateKey) -> None:
-    trusted = _trusting(tmp_path, ann)
-    trusted.revoke("ann", "lost", None)
-    with pytest.raises(UserError, match="This key was revoked on"):
-        TrustedKeys(trusted.folder).trust("ann-again", ann.public_key, None)
-    with pytest.raises(UserError, match="The key was revoked on"):
-        TrustedKeys(trusted.folder).revoke("ann", "lost", None)
-
-
-def test_trust_accepts_only_public_ed25519_keys(tmp_path: Path, ann: PrivateKey) -> None:
-    trusted = TrustedKeys(tmp_path / "keys")
-    with pytest.raises(UserError, match="this is the private half"):
-        trusted.trust("ann", ann.path.read_text(), None)
-    other = ec.generate_private_key(ec.SECP256R1())
-    public = other.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    with pytest.raises(UserError, match="Not an Ed25519 key"):
-        trusted.trust("other", public, None)
-    with pytest.raises(UserError, match="Not a public key"):
-        trusted.trust("other", "nothing of the kind", None)
-    path = ann.path.with_name("other.pem")
-    path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    path.chmod(0o600)
-    with pytest.raises(UserError, match="Not an Ed25519 key"):
-        private_key("other").unlock(LogReporter())
-    assert not trusted.folder.exists()
-
-
-def test_changed_trusted_key_file_is_refused(tmp_path: Path, ann: PrivateKey) -> None:
-    trusted = _trusting(tmp_path, ann)
-    path = trusted.folder / "ann.json"
-    whole = path.read_text()
-    path.write_text(whole.replace(ann.id, "0" * 64))
-    with pytest.raises(UserError, match="The file's name or ID does not match its key"):
-        TrustedKeys(trusted.folder)
-    path.write_text(whole.replace('"name"', '"id": "", "name"'))
-    with pytest.raises(UserError, match='duplicate key "id"'):
-        TrustedKeys(trusted.folder)
-
-
-class _Heard:
+class _Heard(LogReporter):
     """Records messages."""
 
     def __init__(self) -> None:
@@ -304,20 +333,194 @@ class _Heard:
         self.said.append(message)
 
 
-def test_store_signer_reports_the_key_or_the_reason(tmp_path: Path) -> None:
-    keys, heard = tmp_path / "project" / "keys", _Heard()
-    assert store_signer(keys, heard) is None  # type: ignore[arg-type]
-    assert heard.said == []  # without keys signing is not in use
-    ann = create_key("ann")
-    assert store_signer(keys, heard) is None  # type: ignore[arg-type]
-    assert "This project trusts none of your keys (ann)" in heard.said[-1]
-    trusted = _trusting(tmp_path, ann)
-    assert store_signer(keys, heard) == ann  # type: ignore[arg-type]
+def test_store_signer_reports_the_key_or_the_reason(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = _Heard()
+    public = create_key("ann")
+    assert store_signer(keys, heard) is None
+    assert heard.said == []  # without trusted keys signing is not in use
+    TrustedKeys(keys).trust(public)
+    ann = store_signer(keys, heard)
+    assert ann == SigningKey(public, "ann", TrustedKeys(keys).all[0].id)
     assert heard.said[-1] == "The adapter will be signed with your key ann."
-    bob = create_key("bob")
-    trusted.trust("bob", bob.public_key, None)
-    assert store_signer(keys, heard) is None  # type: ignore[arg-type]
+    bob = TrustedKeys(keys).trust(create_key("bob"))
+    assert store_signer(keys, heard) is None
     assert "Several of your keys could sign (ann, bob)" in heard.said[-1]
-    assert signing_key(TrustedKeys(keys), "bob") == bob
-    with pytest.raises(UserError, match="You have no key 'eve'"):
+    assert signing_key(TrustedKeys(keys), "bob").id == bob.id
+    monkeypatch.setenv(SIGNING_KEY, str(public))
+    assert store_signer(keys, heard) == ann
+    with pytest.raises(UserError, match="This project does not trust your key eve"):
         signing_key(TrustedKeys(keys), "eve")
+    with pytest.raises(UserError, match="This project does not trust your key"):
+        signing_key(TrustedKeys(keys), str(create_key("carol")))
+    TrustedKeys(keys).revoke("ann", "lost")
+    assert store_signer(keys, heard) is None
+    assert "The adapter will not be signed: This project does not trust your key" in heard.said[-1]
+    monkeypatch.delenv(SIGNING_KEY)
+    TrustedKeys(keys).revoke("bob", "lost")
+    assert store_signer(keys, heard) is None
+    assert "The adapter will not be signed: This project trusts none of your keys" in heard.said[-1]
+    _without_ssh_keygen(monkeypatch)
+    assert store_signer(keys, heard) is None
+    assert "The adapter will not be signed: The program ssh-keygen is not installed" in heard.said[-1]
+
+
+@pytest.fixture
+def locked(keys: Path) -> SigningKey:
+    """A key with a passphrase, which the project trusts."""
+    TrustedKeys(keys).trust(create_key("ann", passphrase=PHRASE))
+    return signing_key(TrustedKeys(keys))
+
+
+def test_key_with_a_passphrase_is_refused_before_training(
+    keys: Path, locked: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="Your key ann cannot sign: incorrect passphrase") as refused:
+        store_signer(keys, LogReporter())
+    assert str(refused.value.fix).startswith("Load the key into ssh-agent (ssh-add)")
+    monkeypatch.setenv("TUNEWRIGHT_KEY_PASSPHRASE_FILE", "phrase")
+    with pytest.raises(UserError) as refused:
+        store_signer(keys, LogReporter())
+    assert str(refused.value.fix).startswith("TUNEWRIGHT_KEY_PASSPHRASE is no longer read.")
+
+
+def test_private_key_readable_by_others_does_not_sign(keys: Path, ann: SigningKey) -> None:
+    ann.file.with_suffix("").chmod(0o640)
+    with pytest.raises(UserError, match="Your key ann cannot sign"):
+        store_signer(keys, LogReporter())
+
+
+def test_passphrase_comes_from_a_program(
+    tmp_path: Path, keys: Path, locked: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "ask"
+    program.write_text(f"#!/bin/sh\necho '{PHRASE}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("SSH_ASKPASS", str(program))
+    monkeypatch.setenv("SSH_ASKPASS_REQUIRE", "force")
+    assert store_signer(keys, LogReporter()) == locked
+    assert trust_status(_store(tmp_path, locked), TrustedKeys(keys)).state == "signed"
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if shutil.which("ssh-agent") is None or shutil.which("ssh-add") is None:
+        pytest.skip("ssh-agent and ssh-add are not installed")
+    started = subprocess.run(["ssh-agent", "-s"], capture_output=True, text=True, check=True).stdout
+    variables = dict(line.partition(";")[0].split("=", 1) for line in started.splitlines() if "=" in line)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    yield
+    subprocess.run(["ssh-agent", "-k"], env={**os.environ, **variables}, capture_output=True, check=True)
+
+
+@pytest.mark.usefixtures("agent")
+def test_agent_signs_for_a_public_key(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
+    private = ann.file.with_suffix("")
+    subprocess.run(["ssh-add", "-q", str(private)], check=True)
+    private.unlink()
+    assert store_signer(keys, LogReporter()) == ann
+    assert trust_status(_store(tmp_path, ann), TrustedKeys(keys)).state == "signed"
+
+
+@pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
+def test_keys_of_other_kinds_sign(kind: str, tmp_path: Path, keys: Path) -> None:
+    TrustedKeys(keys).trust(create_key("ann", kind=kind))
+    adapter = _store(tmp_path, signing_key(TrustedKeys(keys)))
+    assert trust_status(adapter, TrustedKeys(keys)).state == "signed"
+    assert not sign(adapter.folder, signing_key(TrustedKeys(keys)))
+
+
+def test_signer_with_a_certificate_counts_by_its_authority(tmp_path: Path, keys: Path) -> None:
+    ca, ann = create_key("ca"), create_key("ann")
+    ssh_keygen("-q", "-s", ca.with_suffix(""), "-I", "ann", "-n", "ann@example.com", ann)
+    keys.mkdir(parents=True)
+    (keys / "allowed_signers").write_text(f'*@example.com cert-authority,namespaces="{NAMESPACE}" {ca.read_text()}')
+    adapter = _store(tmp_path, None)
+    certificate = ann.with_name("ann-cert.pub")
+    ssh_keygen("-Y", "sign", "-n", NAMESPACE, "-f", certificate, adapter.folder / MANIFEST)
+    found = trust_status(adapter, TrustedKeys(keys))
+    assert (found.state, found.keys) == ("signed", ("ann@example.com",))
+
+
+def test_run_tries_the_key_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path
+) -> None:
+    project = tiny_project(tmp_path / "project", tiny_base_folder)
+    assert tunewright("keys", "trust", create_key("ann", passphrase=PHRASE), "-p", project).code == 0
+    ended = tunewright("run", "-p", project)
+    assert ended.code == 2
+    assert "Your key ann cannot sign" in ended.stderr
+    assert "prompting arms" not in ended.stderr
+
+
+# Signatures of an earlier version
+
+
+@pytest.fixture
+def former(tmp_path: Path) -> Path:
+    """A project whose adapters are signed as before ssh-keygen: by ann and eve, by bob (revoked), and by eve."""
+    with tarfile.open(GOLDEN) as archive:
+        archive.extractall(tmp_path / "former", filter="data")
+    return tmp_path / "former"
+
+
+def _former(former: Path, name: str) -> Adapter:
+    (folder,) = (former / "adapters").glob(f"{name}-*")
+    return Adapter(folder)
+
+
+def _states(former: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    trusted = TrustedKeys(former / "keys")
+    found = {name: trust_status(_former(former, name), trusted) for name in ("by-ann-and-eve", "by-bob", "by-eve")}
+    return {name: (each.state, each.keys) for name, each in found.items()}
+
+
+EVE = "60e0f9133912cb88"
+
+
+def test_signatures_of_an_earlier_version_still_verify(former: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {
+        "by-ann-and-eve": ("signed", ("ann", EVE)),
+        "by-bob": ("revoked", ("bob",)),
+        "by-eve": ("untrusted", (EVE,)),
+    }
+    assert _states(former) == expected
+    _without_ssh_keygen(monkeypatch)
+    assert _states(former) == expected
+
+
+def test_signature_of_an_earlier_version_is_of_one_manifest(former: Path) -> None:
+    one, two = _former(former, "by-ann-and-eve"), _former(former, "by-eve")
+    shutil.copy(one.folder / DSSE, two.folder / DSSE)
+    assert trust_status(two, TrustedKeys(former / "keys")).state == "tampered"
+    _flip(LINEAGE)(one.folder)
+    assert trust_status(Adapter(one.folder), TrustedKeys(former / "keys")).state == "tampered"
+
+
+def test_key_of_an_earlier_version_is_revoked(former: Path) -> None:
+    TrustedKeys(former / "keys").revoke("ann", "she left")
+    assert _states(former)["by-ann-and-eve"] == ("revoked", ("ann", EVE))
+
+
+def test_adapter_of_an_earlier_version_is_signed_again(former: Path) -> None:
+    carol = _key("carol", former / "keys")
+    adapter = _former(former, "by-bob")
+    (adapter.folder / DSSE).unlink()
+    assert sign(adapter.folder, carol)
+    assert trust_status(adapter, TrustedKeys(former / "keys")).state == "signed"
+    assert sign(_former(former, "by-eve").folder, carol)
+    assert _states(former)["by-eve"] == ("signed", ("carol", EVE))
+
+
+def test_key_that_an_earlier_version_created_still_signs(
+    tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = create_key("ann")
+    created = tmp_path / "data-home" / "tunewright" / "keys" / "ann.pem"
+    created.parent.mkdir(parents=True)
+    public.with_suffix("").rename(created)
+    TrustedKeys(keys).trust(public)
+    public.unlink()
+    key = signing_key(TrustedKeys(keys))
+    assert key.file == created
+    assert trust_status(_store(tmp_path, key), TrustedKeys(keys)).state == "signed"

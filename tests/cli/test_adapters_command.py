@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import tunewright as api
-from adapter_helpers import own_keys
+from adapter_helpers import PHRASE, create_key, own_keys
 from command_line import tiny_project, tunewright, write_jsonl
+from terminal import Terminal
 from tunewright.adapters.registry import WEIGHTS
 from tunewright.data.versions import load_version
 from tunewright.serving.options import ServeOptions
@@ -104,24 +102,29 @@ def test_trained_by_finds_a_row_that_was_removed_after_training(project: Path) -
     assert tunewright("data", "show", key, "-p", fresh).code == 2
 
 
-def test_verify_reports_each_signature_state_with_its_exit_code(project: Path) -> None:
+def test_verify_reports_each_signature_state_with_its_exit_code(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def verify() -> tuple[int, str]:
         ran = tunewright("adapters", "verify", "-p", project, "--json")
         (found,) = ran.document["adapters"]
         return ran.code, found["state"]
 
     assert verify() == (4, "unsigned")
-    assert tunewright("adapters", "sign", "-p", project).code == 2  # no key yet
-    assert tunewright("keys", "create", "ann", "-p", project).code == 0
-    assert "keys trust ann" in tunewright("adapters", "sign", "-p", project).stderr
-    assert tunewright("keys", "trust", "ann", "-p", project).code == 0
+    ann = create_key("ann")
+    refused = tunewright("adapters", "sign", "-p", project)
+    assert (refused.code, "tunewright keys trust" in refused.stderr) == (2, True)
+    assert tunewright("keys", "trust", ann, "-p", project).code == 0
     ran = tunewright("adapters", "sign", "-p", project, "--json")
     assert ran.document == {"adapter": _name(project), "key": "ann", "signed_now": True}
     assert tunewright("adapters", "sign", "-p", project, "--json").document["signed_now"] is False
     assert verify() == (0, "signed")
-    (project / "keys" / "ann.json").rename(project / "ann.json")
+    (project / "keys").rename(project / "aside")
     assert verify() == (4, "untrusted")
-    (project / "ann.json").rename(project / "keys" / "ann.json")
+    (project / "aside").rename(project / "keys")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(project))
+        assert verify() == (4, "not checked")
+        refused = tunewright("adapters", "sign", "-p", project)
+        assert (refused.code, "ssh-keygen is not installed" in refused.stderr) == (2, True)
     assert tunewright("keys", "revoke", "ann", "--because", "she left", "-p", project).code == 0
     assert verify() == (1, "revoked")
     weights = project / "adapters" / _name(project) / WEIGHTS
@@ -139,8 +142,7 @@ def test_verify_lists_an_adapter_without_lineage(project: Path) -> None:
 @pytest.mark.slow
 def test_train_signs_the_adapter_with_a_trusted_key(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    tunewright("keys", "create", "ann", "-p", folder)
-    tunewright("keys", "trust", "ann", "-p", folder)
+    tunewright("keys", "trust", create_key("ann"), "-p", folder)
     tunewright("data", "add", folder / "pairs.jsonl", "-p", folder)
     ran = tunewright("train", "-p", folder)
     assert "The adapter will be signed with your key ann." in ran.stderr
@@ -148,14 +150,13 @@ def test_train_signs_the_adapter_with_a_trusted_key(tmp_path: Path, tiny_base_fo
     opened = api.open(folder)
     with opened.serve(options=ServeOptions(port=0)).running():
         pass
-    (folder / "adapters" / _name(folder) / "signature.json").unlink()
+    (folder / "adapters" / _name(folder) / "manifest.json.sig").unlink()
     assert opened.serve(options=ServeOptions(port=0)).models == [str(tiny_base_folder)]
 
 
 @pytest.mark.slow
 def test_deploy_refuses_an_unsigned_adapter_when_the_project_trusts_keys(project: Path) -> None:
-    for arguments in (("keys", "create", "ann"), ("keys", "trust", "ann")):
-        assert tunewright(*arguments, "-p", project).code == 0
+    assert tunewright("keys", "trust", create_key("ann"), "-p", project).code == 0
     deploy = ("deploy", "colours", _name(project), "--force", "--because", "a try", "-p", project)
     ran = tunewright(*deploy)
     assert (ran.code, "The adapter is unsigned" in ran.stderr) == (2, True)
@@ -163,47 +164,44 @@ def test_deploy_refuses_an_unsigned_adapter_when_the_project_trusts_keys(project
     assert tunewright(*deploy).code == 0
 
 
-def test_openssl_verifies_the_signature_as_documented(project: Path, tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    for arguments in (("keys", "create", "ann"), ("keys", "trust", "ann"), ("adapters", "sign")):
-        assert tunewright(*arguments, "-p", project).code == 0
-    adapter = project / "adapters" / _name(project)
-    (tmp_path / "ann.pem").write_text(tunewright("keys", "show", "ann", "-p", project).stdout)
-    manifest = (adapter / "manifest.json").read_bytes()
-    kind = "application/vnd.tunewright.adapter+json"
-    (tmp_path / "signed").write_bytes(f"DSSEv1 {len(kind)} {kind} {len(manifest)} ".encode() + manifest)
-    import base64
-
-    made: Any = json.loads((adapter / "signature.json").read_text())["signatures"][0]["sig"]
-    (tmp_path / "sig").write_bytes(base64.b64decode(made))
-    command = "openssl pkeyutl -verify -pubin -inkey ann.pem -rawin -in signed -sigfile sig"
-    assert subprocess.run(command.split(), cwd=tmp_path, capture_output=True, check=False).returncode == 0
-    (tmp_path / "signed").write_bytes((tmp_path / "signed").read_bytes() + b" ")
-    assert subprocess.run(command.split(), cwd=tmp_path, capture_output=True, check=False).returncode == 1
+@pytest.mark.slow
+def test_sign_asks_for_the_passphrase_on_a_real_terminal(project: Path) -> None:
+    assert tunewright("keys", "trust", create_key("ann", passphrase=PHRASE), "-p", project).code == 0
+    terminal = Terminal("adapters", "sign", "-p", project)
+    terminal.wait_for("Enter passphrase")
+    terminal.type(PHRASE)
+    assert terminal.code() == 0
+    assert PHRASE not in terminal.screen
+    assert tunewright("adapters", "verify", "-p", project).code == 0
 
 
 # Keys
 
 
-def test_keys_list_shows_owners_and_trust(project: Path) -> None:
+def test_keys_list_shows_owners_and_trust(project: Path, tmp_path: Path) -> None:
     assert "No key yet" in tunewright("keys", "list", "-p", project).stdout
-    tunewright("keys", "create", "ann", "-p", project)
-    public = tunewright("keys", "show", "ann", "-p", project).stdout
-    assert public.startswith("-----BEGIN PUBLIC KEY-----")
-    (project / "bob.pem").write_text(public)
-    assert tunewright("keys", "trust", project / "bob.pem", "--name", "ann-laptop", "-p", project).code == 0
-    (found,) = tunewright("keys", "list", "-p", project, "--json").document["keys"]
-    assert (found["name"], found["own"], found["trusted"]["name"]) == ("ann", True, "ann-laptop")
-    assert tunewright("keys", "trust", "ann", "-p", project).code == 2
+    ann, bob = create_key("ann"), create_key("bob").rename(tmp_path / "bob.pub")
+    trusted = tunewright("keys", "trust", ann, "--name", "ann-laptop", "-p", project, "--json").document
+    assert (trusted["name"], trusted["id"][:7], trusted["revoked"]) == ("ann-laptop", "SHA256:", None)
+    assert tunewright("keys", "trust", bob, "-p", project).code == 0
+    found = tunewright("keys", "list", "-p", project, "--json").document["keys"]
+    assert [(key["name"], key["own"], key["trusted"]["name"]) for key in found] == [
+        ("ann-laptop", True, "ann-laptop"),
+        ("bob", False, "bob"),
+    ]
+    assert found[0]["trusted"] == trusted
+    assert tunewright("keys", "trust", ann, "-p", project).code == 2
     assert tunewright("keys", "trust", "nobody", "-p", project).code == 2
     assert tunewright("keys", "revoke", "ann-laptop", "--because", " ", "-p", project).code == 2
     assert tunewright("keys", "revoke", "ann-laptop", "--because", "lost", "-p", project).code == 0
     assert "lost" in tunewright("keys", "list", "-p", project).stdout
 
 
-def test_keys_create_needs_no_project(tmp_path: Path) -> None:
-    ran = tunewright("keys", "create", "ann", "-p", tmp_path, "--json")
-    assert ran.code == 0
-    assert "PRIVATE" not in ran.stdout
-    assert list(tmp_path.glob("*.json")) == []
+@pytest.mark.parametrize(
+    ("command", "replacement"),
+    [("create", "ssh-keygen -t ed25519"), ("passphrase", "ssh-keygen -p -f FILE"), ("show", "FILE.pub")],
+)
+def test_former_keys_command_is_refused_with_its_replacement(command: str, replacement: str) -> None:
+    ran = tunewright("keys", command, "ann")
+    message = " ".join(ran.stderr.replace("│", " ").split())
+    assert (ran.code, f"`keys {command}` was removed" in message, replacement in message) == (2, True, True)

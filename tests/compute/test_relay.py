@@ -51,7 +51,6 @@ def test_reports_arrive_in_their_order() -> None:
             inner.advance(3)
         task.measured(1, {"loss": 2.0})
         reporter.warn("It is slow.")
-        assert reporter.secret("Passphrase: ") is None
     display = Display(screen, "again")
     display.show(inbox.take())
     assert screen.lines == [

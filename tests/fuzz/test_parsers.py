@@ -27,7 +27,8 @@ from tunewright.adapters.foreign.config import read_config
 from tunewright.adapters.foreign.metadata import check_history, check_lineage, check_replay
 from tunewright.adapters.foreign.weights import read_header
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.private_keys import PrivateKey
+from tunewright.adapters.manifest import MANIFEST, SIGNATURE
+from tunewright.adapters.signing import verify_signatures
 from tunewright.config import DataConfig, GatewayConfig
 from tunewright.config.io import parse_config
 from tunewright.core.csv import read_sheet
@@ -150,16 +151,22 @@ def _render(content: bytes, folder: Path) -> None:
     read_pairs(folder / "rows.jsonl", DataConfig(input="{{ q }}", output=template))
 
 
-def _load_private_key(content: bytes, folder: Path) -> None:
-    path = folder / "ann.pem"
-    path.write_bytes(content)
-    path.chmod(0o600)
-    assert len(PrivateKey(path).id) == 64
-
-
 def _trust(content: bytes, folder: Path) -> None:
     with TemporaryDirectory(dir=folder) as keys:
-        TrustedKeys(Path(keys)).trust("ann", content.decode("utf-8", "replace"), None)
+        (folder / "ann.pub").write_bytes(content)
+        assert TrustedKeys(Path(keys)).trust(folder / "ann.pub").id.startswith("SHA256:")
+
+
+def _read_signers(content: bytes, folder: Path) -> None:
+    with TemporaryDirectory(dir=folder) as keys:
+        (Path(keys) / "allowed_signers").write_bytes(content)
+        assert all(key.id.startswith("SHA256:") for key in TrustedKeys(Path(keys)).all)
+
+
+def _verify(content: bytes, folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(b"{}")
+    (folder / SIGNATURE).write_bytes(content)
+    assert all(each.status != "signed" for each in verify_signatures(folder, TrustedKeys(folder / "no-keys")))
 
 
 class _Transport(asyncio.Transport):
@@ -257,8 +264,9 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "sheet": _read_table,
     "jmespath": _search,
     "jinja": _render,
-    "private_key": _load_private_key,
     "public_key": _trust,
+    "allowed_signers": _read_signers,
+    "signature": _verify,
 }
 NAMES = {
     "weights",
@@ -274,7 +282,9 @@ NAMES = {
     "sheet.csv",
     "rows.json",
     "rows.jsonl",
-    "ann.pem",
+    "ann.pub",
+    MANIFEST,
+    SIGNATURE,
 }
 SEEDS = {name: [file.read_bytes() for file in sorted((CORPUS / name).iterdir())] for name in TARGETS}
 

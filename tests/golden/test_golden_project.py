@@ -41,8 +41,14 @@ def test_commands_read_what_an_earlier_version_wrote(golden: Path, expected: Any
     assert missing(expected["documents"][" ".join(words)], ran.document) == []
 
 
+GONE = {".keys[0].encrypted": "ssh-keygen has the private keys"}
+"""Values that no later document has, and why; the changelog names them."""
+
+
 def missing(then: Any, now: Any, where: str = "") -> list[str]:
     """The values of a document that another lacks or has changed; it may have more keys."""
+    if where in GONE:
+        return []
     if isinstance(then, dict) and isinstance(now, dict):
         return [line for key in then for line in missing(then[key], now.get(key, "(no such key)"), f"{where}.{key}")]
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):

@@ -21,12 +21,11 @@ from typing import Any
 import yaml
 from states import reservation
 
-from adapter_helpers import PHRASE
+from adapter_helpers import create_key
 from command_line import pairs, tunewright, write_jsonl
 from scripted_judge import honest, scripted
 from stand_in import stand_in
 from tiny import build_base
-from tunewright.adapters.private_keys import NEW_PASSPHRASE, PASSPHRASE
 from tunewright.core.author import AUTHOR_VARIABLE
 from tunewright.evaluation.answer_journal import Decoding
 from tunewright.evaluation.generations import Generator
@@ -59,16 +58,14 @@ JOURNALS = ("generations", "incumbents", "judge")
 
 def write_project(folder: Path) -> None:
     """Go the whole pipeline, with reviews, opinions, tenants and releases."""
-    os.environ |= {AUTHOR_VARIABLE: "ann", PASSPHRASE: PHRASE, NEW_PASSPHRASE: PHRASE}
-    os.environ["XDG_DATA_HOME"] = str(folder.parent / "data-home")
+    os.environ |= {AUTHOR_VARIABLE: "ann", "HOME": str(folder.parent / "home")}
     folder.mkdir(parents=True)
     build_base(folder / "base")
     decodings = _recorded_decodings()
     with stand_in() as hosted, scripted(honest) as judge:
         _write_config(folder, hosted.url, judge.url)
         _write_dataset(folder)
-        run("keys", "create", "ann-key")
-        run("keys", "trust", "ann-key", "-p", folder)
+        run("keys", "trust", create_key("ann-key"), "-p", folder)
         run("train", "-p", folder)
         run("adapters", "sign", "-p", folder)
         run("crossval", "--folds", "2", "--force", "-p", folder)
@@ -76,7 +73,7 @@ def write_project(folder: Path) -> None:
         run("judge", "-p", folder)
     _fill_in(folder, "human-eval", verdict=lambda number: "AB"[number % 2], how=("--items", "8"))
     key = _write_serving(folder)
-    os.environ["XDG_DATA_HOME"] = str(folder.parent / "of-somebody-else")
+    os.environ["HOME"] = str(folder.parent / "of-somebody-else")
     documents = {" ".join(command): run(*command, "-p", folder) for command in READING}
     expected = {"key": key, "decodings": decodings, "documents": documents}
     (folder / EXPECTED).write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,14 +3,17 @@
 ``manifest.json`` is its canonical JSON (:func:`tunewright.core.io.canonical_json`), to the byte: signatures are over
 it. These files may be next to it, and are not part of it:
 
-  signature.json    signatures over the manifest
-  local.json        what only this project knows of the adapter: its import, and other inputs with the same result
+  manifest.json.sig  signatures over the manifest, by ssh-keygen
+  signature.json     signatures of an earlier tunewright (DSSE)
+  local.json         what only this project knows of the adapter: its import, and other inputs with the same result
 """
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,12 +24,14 @@ from tunewright.core.io import canonical_json, file_digest
 from tunewright.core.strict_json import strict_object
 
 MANIFEST = "manifest.json"
-SIGNATURE = "signature.json"
+SIGNATURE = "manifest.json.sig"
+DSSE = "signature.json"
 LOCAL = "local.json"
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-"""Name of an adapter or key: one spelling on every file system, and never a path."""
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+"""Name of an adapter: one spelling on every file system, and never a path."""
 
 
 class Record(BaseModel):
@@ -49,6 +54,16 @@ def parse_record(kind: type[R], data: bytes, where: str) -> R:
         return kind.model_validate_json(data)
     except ValidationError as error:
         raise UserError(f"Unexpected content: {first_fault(error)}", where=where) from None
+
+
+@dataclass(frozen=True)
+class Signed:
+    """The status of one signature in a project."""
+
+    key: str
+    """The key's name in the project, or the first characters of its ID or its fingerprint if it is unknown there."""
+    status: Literal["signed", "untrusted", "revoked", "tampered", "not checked"]
+    why: str
 
 
 class FileInfo(Record):
@@ -130,7 +145,7 @@ def covered_files(folder: Path) -> list[str]:
         if not stat.S_ISREG(kind):
             raise UserError("An adapter's folder may have only plain files", where=str(path))
         relative = path.relative_to(folder).as_posix()
-        if relative not in (MANIFEST, SIGNATURE, LOCAL):
+        if relative not in (MANIFEST, SIGNATURE, DSSE, LOCAL):
             found.append(relative)
     return found
 

@@ -3,7 +3,7 @@
 NAME-DIGEST12/
   adapter_config.json, adapter_model.safetensors   loaded by peft and vLLM
   lineage.json                                     its inputs, by digest
-  manifest.json, signature.json                    every file's digest, and signatures over them (manifest.py)
+  manifest.json, manifest.json.sig                 every file's digest, and signatures over them (manifest.py)
   metrics.jsonl                                    loss, dev loss, dev metric, speed by step
   replay.jsonl                                     conversations written by the base that it was also trained on
   checkpoints/step-N/                              the adapter at other evaluations: the best and the last
@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.manifest import LOCAL, MANIFEST, changed_files, make_manifest, read_manifest
-from tunewright.adapters.private_keys import PrivateKey
-from tunewright.adapters.signing import sign
+from tunewright.adapters.signing import SigningKey, sign
 from tunewright.adapters.vllm_compat import CONFIG as CONFIG
 from tunewright.adapters.vllm_compat import WEIGHTS as WEIGHTS
 from tunewright.adapters.vllm_compat import check_adapter
@@ -221,7 +220,7 @@ def store_adapter(
     *,
     servable: bool,
     texts: Mapping[str, str] | None = None,
-    signer: PrivateKey | None = None,
+    signer: SigningKey | None = None,
 ) -> Adapter:
     """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest.
 

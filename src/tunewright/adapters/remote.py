@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.manifest import MANIFEST, SIGNATURE, read_manifest
+from tunewright.adapters.manifest import DSSE, MANIFEST, SIGNATURE, read_manifest
 from tunewright.adapters.registry import Adapter, write_manifest
 from tunewright.adapters.trust import trust_status
 from tunewright.core.errors import UserError
@@ -66,8 +66,7 @@ def _push(adapter: Adapter, there: RemoteFiles) -> PushedAdapter:
     files = read_manifest(adapter.folder)
     assert files is not None
     names = sorted(files.files) if known is None else []
-    if (adapter.folder / SIGNATURE).exists():
-        names.append(SIGNATURE)
+    names += [name for name in (SIGNATURE, DSSE) if (adapter.folder / name).exists()]
     for name in names:
         there.copy(adapter.folder / name, f"{adapter.name}/{name}")
     if known is None:

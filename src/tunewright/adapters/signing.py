@@ -1,97 +1,93 @@
-"""Signatures over an adapter's manifest.
+"""Signatures over an adapter's manifest, made and verified by ``ssh-keygen``, as git does.
 
-``signature.json`` is a DSSE envelope (github.com/secure-systems-lab/dsse, v1.0.2) without its payload, which is the
-file ``manifest.json`` itself: payload type, and each signer's key ID and Ed25519 signature.
+``manifest.json.sig`` has one block of OpenSSH's format (PROTOCOL.sshsig) for each signer. Agents, passphrases and keys
+in hardware work because ``ssh-keygen`` uses them.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import os
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final
 
-from pydantic import Field
-
-from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.manifest import MANIFEST, SIGNATURE, Digest, Record, parse_record
-from tunewright.adapters.private_keys import PrivateKey, private_key, private_keys
+from tunewright.adapters import dsse
+from tunewright.adapters.keys import NAMESPACE, TrustedKeys
+from tunewright.adapters.manifest import MANIFEST, SIGNATURE, Signed
+from tunewright.adapters.openssh import file_fingerprint, fingerprint, own_keys, require_ssh_keygen, ssh_keygen
 from tunewright.core.errors import UserError
-from tunewright.core.io import write_json
+from tunewright.core.io import write_text, writing
 from tunewright.core.progress import Reporter
 
-PAYLOAD_TYPE: Final = "application/vnd.tunewright.adapter+json"
+SIGNING_KEY: Final = "TUNEWRIGHT_SIGNING_KEY"
+"""Names the file of the key that signs: a private key, or the public half of a key in ssh-agent."""
 
-
-class Signature(Record):
-    """One signer's key ID, and 64 bytes in base64."""
-
-    keyid: Digest
-    sig: Annotated[str, Field(max_length=100)]
-
-
-class Envelope(Record):
-    """All signatures over one manifest, in the order in which they were made."""
-
-    payloadType: Literal["application/vnd.tunewright.adapter+json"] = PAYLOAD_TYPE  # noqa: N815 (DSSE spells it so)
-    signatures: Annotated[tuple[Signature, ...], Field(min_length=1, max_length=16)]
+_MOST = 16
+"""Limit of signatures on one adapter."""
+_BLOCK = re.compile("-----BEGIN SSH SIGNATURE-----\n([A-Za-z0-9+/=\n]*)-----END SSH SIGNATURE-----\n")
 
 
 @dataclass(frozen=True)
-class Signed:
-    """The status of one signature in a project."""
+class SigningKey:
+    """One of the user's keys that a project trusts."""
 
-    key: str
-    """The key's name in the project, or the first digits of its ID if it is unknown there."""
-    status: Literal["signed", "untrusted", "revoked", "tampered"]
-    why: str
+    file: Path
+    name: str
+    """Its name in the project."""
+    id: str
+    """Its fingerprint."""
+
+    def sign(self, message: bytes, *, prompt: bool) -> str:
+        """Return the signature over a message.
+
+        Args:
+            message: the signed bytes.
+            prompt: let ``ssh-keygen`` ask at the terminal for a passphrase.
+
+        Raises:
+            UserError: no ``ssh-keygen``, or it cannot use the key.
+        """
+        ran = ssh_keygen("-Y", "sign", "-n", NAMESPACE, "-f", str(self.file), data=message, prompt=prompt)
+        if ran.code == 0:
+            return ran.stdout
+        said = ran.stderr.replace("Signing data on standard input", "").split("\n")
+        reason = next((line.strip().rpartition('": ')[2] for line in reversed(said) if line.strip()), "no reason given")
+        fix = "Load the key into ssh-agent (ssh-add), or let SSH_ASKPASS name a program that prints its passphrase."
+        if any(name.startswith("TUNEWRIGHT_KEY_PASSPHRASE") for name in os.environ):
+            fix = f"TUNEWRIGHT_KEY_PASSPHRASE is no longer read. {fix}"
+        raise UserError(f"Your key {self.name} cannot sign: {reason}", where=str(self.file), fix=fix)
 
 
-def signed_bytes(payload: bytes) -> bytes:
-    """Return the bytes that DSSE signs: the payload and its type, each with its length, so that they cannot be
-    confused.
-    """
-    kind = PAYLOAD_TYPE.encode()
-    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
-
-
-def sign(folder: Path, key: PrivateKey) -> bool:
+def sign(folder: Path, key: SigningKey, *, prompt: bool = False) -> bool:
     """Add a signature over the manifest in ``folder``; return False if this key has signed it already.
 
-    The key must be unlocked unless it has.
-
     Raises:
-        UserError: the existing signatures, or the key, cannot be read.
+        UserError: the existing signatures cannot be read, or the key cannot be used.
     """
-    if has_signed(folder, key):
+    blocks = read_signatures(folder)
+    if any(_signer(block, folder) == key.id for block in blocks):
         return False
-    existing = read_signatures(folder)
-    made = key.sign(signed_bytes((folder / MANIFEST).read_bytes()))
-    envelope = Envelope(signatures=(*existing, Signature(keyid=key.id, sig=base64.b64encode(made).decode())))
-    write_json(folder / SIGNATURE, envelope.model_dump(mode="json"))
+    made = key.sign((folder / MANIFEST).read_bytes(), prompt=prompt)
+    write_text(folder / SIGNATURE, "".join((*blocks, made)))
     return True
 
 
-def has_signed(folder: Path, key: PrivateKey) -> bool:
-    """Return whether one of the folder's signatures names this key.
-
-    Raises:
-        UserError: the signatures, or the key, cannot be read.
-    """
-    return any(signature.keyid == key.id for signature in read_signatures(folder))
-
-
-def read_signatures(folder: Path) -> tuple[Signature, ...]:
-    """Return the signatures in an adapter's folder; empty if it is unsigned.
+def read_signatures(folder: Path) -> list[str]:
+    """Return the signatures of ``ssh-keygen`` in an adapter's folder; empty if it has none.
 
     Raises:
         UserError: they cannot be read.
     """
     path = folder / SIGNATURE
-    if not path.is_file():
-        return ()
-    return parse_record(Envelope, path.read_bytes(), str(path)).signatures
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    blocks = [found[0] for found in _BLOCK.finditer(text)]
+    if "".join(blocks) != text or len(blocks) > _MOST:
+        raise UserError(f"Expected only signatures of ssh-keygen, at most {_MOST}", where=str(path))
+    return blocks
 
 
 def verify_signatures(folder: Path, trusted: TrustedKeys) -> list[Signed]:
@@ -100,75 +96,105 @@ def verify_signatures(folder: Path, trusted: TrustedKeys) -> list[Signed]:
     Raises:
         UserError: the signatures cannot be read.
     """
-    return [_verify(signature, (folder / MANIFEST).read_bytes(), trusted) for signature in read_signatures(folder)]
+    payload = (folder / MANIFEST).read_bytes()
+    found = [_verify(block, _signer(block, folder), payload, trusted) for block in read_signatures(folder)]
+    return [*found, *dsse.verify_signatures(folder, payload, trusted)]
 
 
-def _verify(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Signed:
-    key = trusted.find(signature.keyid)
-    if key is None:
-        return Signed(
-            signature.keyid[:16], "untrusted", f"signed by key {signature.keyid[:16]}, which is not trusted here"
-        )
+def _verify(block: str, mark: str, payload: bytes, trusted: TrustedKeys) -> Signed:
+    known = trusted.find(mark)
+    name = mark if known is None else known.name
     try:
-        holds = key.verifies(base64.b64decode(signature.sig, validate=True), signed_bytes(payload))
-    except binascii.Error:
-        holds = False
-    if not holds:
-        return Signed(key.name, "tampered", f"the signature of {key.name} is of another manifest")
-    if key.revoked is not None:
-        return Signed(key.name, "revoked", f"{key.name} was revoked on {key.revoked.at}: {key.revoked.because}")
-    return Signed(key.name, "signed", f"signed by {key.name}")
+        with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as place:
+            signature, allowed = Path(place, "signature"), Path(place, "allowed_signers")
+            signature.write_text(block, encoding="utf-8")
+            allowed.write_text(trusted.allowed_signers, encoding="utf-8")
+            signed = ("-n", NAMESPACE, "-s", str(signature))
+            if ssh_keygen("-Y", "check-novalidate", *signed, data=payload).code != 0:
+                return Signed(name, "tampered", f"the signature of {name} is of another manifest")
+            if (revoked := trusted.revocation(mark)) is not None:
+                return Signed(name, "revoked", f"{name} was revoked{revoked}")
+            ran = ssh_keygen("-Y", "find-principals", "-f", str(allowed), "-s", str(signature))
+            for principal in ran.stdout.splitlines():
+                verify = ("-Y", "verify", "-f", str(allowed), "-I", principal, *signed)
+                revocations = ("-r", str(trusted.revocations)) if trusted.revocations.exists() else ()
+                ran = ssh_keygen(*verify, *revocations, data=payload)
+                if ran.code == 0:
+                    return Signed(principal, "signed", f"signed by {principal}")
+                if revocations and ssh_keygen(*verify, data=payload).code == 0:
+                    return Signed(principal, "revoked", f"{principal} was revoked in {trusted.revocations.name}")
+    except UserError as error:
+        return Signed(name, "not checked", f"the signature of {name} is not checked: {error.what}")
+    if known is None:
+        return Signed(name, "untrusted", f"signed by key {name}, which is not trusted here")
+    why = ran.stderr.partition("\n")[0].replace(str(allowed), allowed.name)
+    return Signed(name, "untrusted", f"signed by {name}, whose key does not count: {why}")
 
 
-def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
-    """Return the key that signs stored adapters by default, unlocked; report it, or the reason for its absence.
+def store_signer(keys: Path, reporter: Reporter) -> SigningKey | None:
+    """Return the key that signs stored adapters by default; report it, or the reason for its absence.
 
-    A user without keys gets no report: signing is not in use.
+    A project that trusts no key gets no report: signing is not in use.
 
     Args:
         keys: the project's folder of trusted keys.
-        reporter: reports the key or the reason, and asks for the passphrase.
+        reporter: reports the key or the reason.
 
     Raises:
-        UserError: the key cannot be unlocked.
+        UserError: the key asks for a passphrase, for which nobody may be there at the end of a training.
     """
-    if not private_keys():
+    trusted = TrustedKeys(keys)
+    if not trusted.required:
         return None
     try:
-        key = signing_key(TrustedKeys(keys))
+        key = signing_key(trusted)
     except UserError as error:
         reporter.say(f"The adapter will not be signed: {error.what}. {error.fix}")
         return None
-    unlocked = key.unlock(reporter)
+    key.sign(b"", prompt=False)
     reporter.say(f"The adapter will be signed with your key {key.name}.")
-    return unlocked
+    return key
 
 
-def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
-    """Return the key that signs in a project: the named one, or the only one of the user's keys that the project
+def signing_key(trusted: TrustedKeys, wanted: str | None = None) -> SigningKey:
+    """Return the key that signs in a project: the wanted one, or the only one of the user's keys that the project
     trusts.
 
+    Args:
+        trusted: the project's keys.
+        wanted: a file, or a key's name in the project (None: the environment's, if it states one).
+
     Raises:
-        UserError: no key, several keys, or a key that the project does not trust.
+        UserError: no ``ssh-keygen``, no key, several keys, or a key that the project does not trust.
     """
-    valid = {key.id: key.name for key in trusted.valid}
-    if name is not None:
-        key = private_key(name)
-        if key.id not in valid:
-            raise UserError(
-                f"This project does not trust your key {name!r}",
-                where=str(trusted.folder),
-                fix=f"Trust it first: tunewright keys trust {name}",
-            )
-        return key
-    own = private_keys()
-    if not own:
-        raise UserError("You have no key to sign with", fix="Create one: tunewright keys create NAME")
-    usable = [key for key in own if key.id in valid]
-    names = ", ".join(key.name for key in usable or own)
-    if not usable:
-        fix = f"Trust one: tunewright keys trust {own[0].name}"
-        raise UserError(f"This project trusts none of your keys ({names})", where=str(trusted.folder), fix=fix)
+    require_ssh_keygen()
+    wanted = wanted or os.environ.get(SIGNING_KEY) or None
+    file = Path(wanted or "").expanduser()
+    keys = [(file, file_fingerprint(file))] if file.is_file() else own_keys()
+    usable: dict[str, SigningKey] = {}
+    for path, mark in keys:
+        key = trusted.find(mark)
+        if key is not None and key.revoked is None and (file.is_file() or wanted in (None, key.name)):
+            usable.setdefault(mark, SigningKey(path, key.name, mark))
     if len(usable) > 1:
-        raise UserError(f"Several of your keys could sign ({names})", where="--key", fix="Choose one with --key.")
-    return usable[0]
+        names = ", ".join(key.name for key in usable.values())
+        fix = f"Choose one with --key or {SIGNING_KEY}."
+        raise UserError(f"Several of your keys could sign ({names})", where="--key", fix=fix)
+    if not usable:
+        what = "trusts none of your keys" if wanted is None else f"does not trust your key {wanted}"
+        fix = "Trust a key: tunewright keys trust ~/.ssh/id_ed25519.pub (`ssh-keygen -t ed25519` creates it)."
+        raise UserError(f"This project {what}", where=str(trusted.folder), fix=fix)
+    return next(iter(usable.values()))
+
+
+def _signer(block: str, folder: Path) -> str:
+    """Return the fingerprint of the key that a signature names: a claim until ``ssh-keygen`` has checked it."""
+    try:
+        blob = base64.b64decode(block.split("-----")[2])
+    except binascii.Error:
+        blob = b""
+    # Magic, version, and the public key as a string of the SSH protocol.
+    size = int.from_bytes(blob[10:14])
+    if not blob.startswith(b"SSHSIG\0\0\0\1") or len(blob) < 14 + size:
+        raise UserError("Not a signature of ssh-keygen", where=str(folder / SIGNATURE))
+    return fingerprint(blob[14 : 14 + size])

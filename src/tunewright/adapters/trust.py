@@ -12,7 +12,7 @@ from tunewright.adapters.signing import verify_signatures
 from tunewright.adapters.vllm_compat import weight_faults
 from tunewright.core.errors import UserError
 
-State = Literal["signed", "unsigned", "untrusted", "revoked", "tampered"]
+State = Literal["signed", "unsigned", "untrusted", "not checked", "revoked", "tampered"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class TrustStatus:
     """An adapter's trust status in a project.
 
     *signed*: intact, with a signature of a key that the project trusts. *unsigned*, *untrusted*: intact, but its maker
-    is not verified. *revoked*: signed with a revoked key. *tampered*: changed since it was stored or signed, or not
-    finite.
+    is not verified. *not checked*: intact, but without ``ssh-keygen`` nobody knows whether its signature is valid.
+    *revoked*: signed with a revoked key. *tampered*: changed since it was stored or signed, or not finite.
     """
 
     adapter: str
     state: State
     keys: tuple[str, ...]
-    """The signing keys, by their names in the project, else by the first digits of their IDs."""
+    """The signing keys, by their names in the project, else by their fingerprints."""
     reasons: tuple[str, ...]
 
 
@@ -48,7 +48,7 @@ def trust_status(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True
     faults += [each.why for each in signed if each.status == "tampered"]
     if faults:
         return TrustStatus(adapter.name, "tampered", keys, tuple(faults))
-    for state in ("signed", "revoked", "untrusted"):
+    for state in ("signed", "revoked", "not checked", "untrusted"):
         if reasons := [each.why for each in signed if each.status == state]:
             return TrustStatus(adapter.name, state, keys, tuple(reasons))
     return TrustStatus(adapter.name, "unsigned", (), ("no signature",))
@@ -83,15 +83,17 @@ def require_trusted(adapter: Adapter, trusted: TrustedKeys) -> None:
         UserError: naming the reason.
     """
     found = trust_status(adapter, trusted, weights=False)
-    if found.state == "signed" or (found.state in ("unsigned", "untrusted") and not trusted.valid):
+    unproven = found.state in ("unsigned", "untrusted", "not checked")
+    if found.state == "signed" or (unproven and not trusted.required):
         return
     fix = {
         "unsigned": f"If you vouch for it: tunewright adapters sign {adapter.name}",
         "untrusted": "If you trust the signer: tunewright keys trust FILE",
+        "not checked": "Install OpenSSH 8.2 or later, or sign it again: tunewright adapters sign",
         "revoked": "Train again, or sign it again if you vouch for it: tunewright adapters sign",
         "tampered": "Remove the folder, and train or import it again.",
     }[found.state]
     why = "; ".join(found.reasons)
-    if found.state in ("unsigned", "untrusted"):
+    if unproven:
         why += ", and this project requires a trusted signature"
     raise UserError(f"The adapter is {found.state}: {why}", where=adapter.name, fix=fix)

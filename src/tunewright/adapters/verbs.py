@@ -48,13 +48,13 @@ def sign(project: OpenProject, adapter: str | None = None, *, key: str | None = 
 
     Args:
         adapter: a name or its beginning (None: the newest).
-        key: name of the user's key (None: the only one that the project trusts).
+        key: file of the user's key, or its name in the project (None: the only one that the project trusts).
 
     Returns:
         The adapter, the key's name, and True if the signature is new.
 
     Raises:
-        UserError: no such adapter, files that differ from the stored ones, or no key to sign with or no passphrase.
+        UserError: no such adapter, files that differ from the stored ones, no key to sign with, or no ``ssh-keygen``.
     """
     found = find_adapter(project.folder.adapters, adapter)
     trusted = TrustedKeys(project.folder.keys)
@@ -62,11 +62,9 @@ def sign(project: OpenProject, adapter: str | None = None, *, key: str | None = 
     before = trust_status(found, trusted)
     if before.state == "tampered":
         raise UserError(f"The adapter is not signed: {'; '.join(before.reasons)}", where=found.name)
-    if not signing.has_signed(found.folder, signer):
-        signer = signer.unlock(project.reporter)
     if read_manifest(found.folder) is None:
         write_manifest(found.folder, found.name)
-    return found, signer.name, signing.sign(found.folder, signer)
+    return found, signer.name, signing.sign(found.folder, signer, prompt=True)
 
 
 def push(project: OpenProject, url: str, names: Sequence[str] = ()) -> Sequence[PushedAdapter]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.signing import store_signer
 from tunewright.advisor import advise
 from tunewright.api import evaluations
 from tunewright.api.deprecated import DeprecatedGroup, keywords
-from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport, ProjectKeys
+from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
@@ -121,9 +122,9 @@ class Project(OpenProject):
         return ProjectExport(self)
 
     @property
-    def keys(self) -> ProjectKeys:
-        """Verbs on the keys that sign adapters."""
-        return ProjectKeys(self)
+    def keys(self) -> TrustedKeys:
+        """The keys whose signatures of adapters the project trusts, or has revoked."""
+        return TrustedKeys(self.folder.keys)
 
     @property
     def runs(self) -> TrainingRuns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.adapters import signing_keys, verbs
+from tunewright.adapters import verbs
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.api.deprecated import keywords
 from tunewright.data import verbs as data
@@ -29,17 +29,6 @@ class ProjectAdapters(ProjectGroup):
     show = adapter_details.show
     sign = verbs.sign
     verify = verbs.verify
-
-
-class ProjectKeys(ProjectGroup):
-    """Verbs on this user's signing keys, and those that a project trusts."""
-
-    create = signing_keys.create
-    list = signing_keys.list_all
-    passphrase = signing_keys.passphrase
-    revoke = signing_keys.revoke
-    show = signing_keys.show
-    trust = signing_keys.trust
 
 
 class ProjectData(ProjectGroup):

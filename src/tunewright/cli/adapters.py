@@ -62,7 +62,7 @@ def adapters_verify(
     """Check every file, weight and signature.
 
     Exit code 0: all unchanged and signed by a key that the project trusts. 1: an adapter was changed, or its key was
-    revoked. 4: unchanged, but unsigned or signed by a key that is not trusted.
+    revoked. 4: unchanged, but unsigned, signed by a key that is not trusted, or not checked for lack of ssh-keygen.
     """
     found = run.project.adapters.verify(adapters or ())
     document = {"adapters": found}
@@ -70,7 +70,7 @@ def adapters_verify(
     states = {each.state for each in found}
     if states & {"tampered", "revoked"}:
         return FAILED
-    return CANT_TELL if states & {"unsigned", "untrusted"} else None
+    return CANT_TELL if states & {"unsigned", "untrusted", "not checked"} else None
 
 
 @command(adapters_app, "sign", example="tunewright adapters sign legal-4f1c02a9 --key ann")
@@ -78,10 +78,14 @@ def adapters_sign(
     run: Session,
     adapter: Adapter = None,
     key: Annotated[
-        str | None, typer.Option(help="Name of your key.", show_default="the only one that the project trusts")
+        str | None,
+        typer.Option(
+            help="File of your key, or its name in the project. TUNEWRIGHT_SIGNING_KEY names a file too.",
+            show_default="the only one of your keys that the project trusts",
+        ),
     ] = None,
 ) -> None:
-    """Sign the digests of all files of an adapter and of its lineage."""
+    """Sign the digests of all files of an adapter and of its lineage, with ssh-keygen."""
     signed, name, now = run.project.adapters.sign(adapter, key=key)
     text = f"{signed.name}: {'' if now else 'already '}signed by {name}"
     run.show({"adapter": signed.name, "key": name, "signed_now": now}, text)

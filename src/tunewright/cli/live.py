@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from getpass import getpass
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -301,19 +299,6 @@ class ConsoleReporter:
 
     def warn(self, message: str) -> None:
         self.console.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
-
-    def secret(self, prompt: str) -> str | None:
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            return None
-        if self._display is not None:  # it would draw over the prompt
-            self._display.stop()
-        try:
-            return getpass(prompt)
-        except EOFError:
-            return ""
-        finally:
-            if self._display is not None:
-                self._display.start()
 
     @contextmanager
     def pipeline(self, stages: Mapping[str, float]) -> Iterator[StageDone | None]:

@@ -80,9 +80,6 @@ class RelayReporter:
         """Send the warning."""
         self._add("warn", message)
 
-    def secret(self, prompt: str) -> str | None:
-        """Return None: nobody sits at this machine."""
-
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         """Open the display of the command."""

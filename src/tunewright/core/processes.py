@@ -36,19 +36,20 @@ It frees their shared memory (hundreds of MB in vLLM), and nothing else would.""
 def start(
     command: Sequence[str],
     *,
-    stdin: int = PIPE,
+    stdin: int | IO[bytes] = PIPE,
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    terminal: bool = False,
 ) -> Process:
-    """Start a process, which :func:`end` ends.
+    """Start a process, which :func:`end` ends. With ``terminal`` it may ask its user, and Ctrl-C is for it, too.
 
     Its standard input is a pipe that the system closes when this process ends. A child that has to end then calls
     :func:`end_with_parent`, or reads to the end.
     """
     return subprocess.Popen(
-        command, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=env, start_new_session=True
+        command, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=env, start_new_session=not terminal
     )
 
 
@@ -89,10 +90,19 @@ class Finished:
     stderr: str
 
 
-def run(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Finished:
-    """Run a process to its end, without input."""
-    with TemporaryFile() as stdout, TemporaryFile() as stderr:
-        process = start(command, stdin=NOTHING, stdout=stdout, stderr=stderr, cwd=cwd, env=env)
+def run(
+    command: Sequence[str],
+    *,
+    data: bytes = b"",
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    terminal: bool = False,
+) -> Finished:
+    """Run a process to its end, with ``data`` as its input; ``terminal`` is as for :func:`start`."""
+    with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:
+        stdin.write(data)
+        stdin.seek(0)
+        process = start(command, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=env, terminal=terminal)
         try:
             code = process.wait()
         finally:

@@ -33,9 +33,6 @@ class Reporter(Protocol):
     def warn(self, message: str) -> None:
         """Report a problem: nothing is dropped, cut or replaced without a warning."""
 
-    def secret(self, prompt: str) -> str | None:
-        """Ask the person at the terminal for a secret, which is not shown; return None if there is no terminal."""
-
     def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
         """Open a progress display for ``total`` of ``unit`` (a plural: "examples")."""
 
@@ -61,9 +58,6 @@ class LogReporter:
     def warn(self, message: str) -> None:
         log.warning(message)
 
-    def secret(self, prompt: str) -> str | None:
-        """Return None: a log cannot answer."""
-
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         log.info("%s: %d %s", title, total, unit)
@@ -78,7 +72,7 @@ class WithoutBars:
     """
 
     def __init__(self, reporter: Reporter) -> None:
-        self.say, self.warn, self.secret = reporter.say, reporter.warn, reporter.secret
+        self.say, self.warn = reporter.say, reporter.warn
 
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:

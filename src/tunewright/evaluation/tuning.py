@@ -17,7 +17,7 @@ from tunewright.open_project import OpenProject
 from tunewright.training.memory import require_room
 
 if TYPE_CHECKING:
-    from tunewright.adapters.private_keys import PrivateKey
+    from tunewright.adapters.signing import SigningKey
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult
@@ -58,7 +58,7 @@ def train(project: OpenProject, *, force: bool = False) -> TrainResult:
     return train_adapter(project, forced)
 
 
-def train_adapter(project: OpenProject, forced: str | None, signer: PrivateKey | None = None) -> TrainResult:
+def train_adapter(project: OpenProject, forced: str | None, signer: SigningKey | None = None) -> TrainResult:
     """Train the adapter where the config says: here, or on ``compute.cluster``.
 
     Args:

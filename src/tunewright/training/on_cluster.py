@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.private_keys import PrivateKey
 from tunewright.adapters.registry import Adapter
-from tunewright.adapters.signing import sign, store_signer
+from tunewright.adapters.signing import SigningKey, sign, store_signer
 from tunewright.chat import ChatFormat, open_chat
 from tunewright.compute import open_group
 from tunewright.config.project import ProjectFolder
@@ -69,7 +68,7 @@ def train_on_cluster(
     reporter: Reporter,
     *,
     facts: Mapping[str, Any],
-    signer: PrivateKey | None = None,
+    signer: SigningKey | None = None,
 ) -> TrainResult:
     """Train as :func:`tunewright.training.train.train` does, in the processes of ``compute.cluster``.
 
@@ -110,10 +109,10 @@ def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> Non
 
 
 def _train(
-    group: WorkerGroup, project: ProjectFolder, job: TrainingJob, reporter: Reporter, signer: PrivateKey | None
+    group: WorkerGroup, project: ProjectFolder, job: TrainingJob, reporter: Reporter, signer: SigningKey | None
 ) -> TrainResult:
     _require_trainable(group, job.project, job.base, reporter)
-    # Asked for its passphrase now, not after hours of training; the key stays on this machine.
+    # Tried now, not after hours of training; the key stays on this machine.
     signer = signer or store_signer(project.keys, reporter)
     with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
         stop.phase = "closed"

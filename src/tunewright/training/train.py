@@ -12,9 +12,8 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.lineage import training_lineage
-from tunewright.adapters.private_keys import PrivateKey
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
-from tunewright.adapters.signing import store_signer
+from tunewright.adapters.signing import SigningKey, store_signer
 from tunewright.adapters.vllm_compat import require_servable
 from tunewright.chat import ChatFormat
 from tunewright.chat.loading import refuse_untrained
@@ -119,7 +118,7 @@ def train(
     adapters: Path | None = None,
     work: Path | None = None,
     facts: Mapping[str, Any] | None = None,
-    signer: PrivateKey | None = None,
+    signer: SigningKey | None = None,
 ) -> TrainResult:
     """Train the config's adapter on a dataset version, or find the one already trained on the same inputs.
 
@@ -133,7 +132,7 @@ def train(
         adapters: where the adapter is looked for and kept (None: with the project's own).
         work: the folder of the run's checkpoints, removed at its end (None: in the project's working folder).
         facts: further entries of the lineage.
-        signer: the unlocked key that signs (None: this user's, which asks for its passphrase before training).
+        signer: the key that signs (None: this user's).
 
     Raises:
         UserError: an adapter that vLLM would not load (`require_servable`), an example that cannot be trained on in
@@ -156,7 +155,7 @@ def train(
         if distributed.is_main_process():
             shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed after it stored its adapter
         return TrainResult(existing, trained=False)
-    # Asked for its passphrase now, not after hours of training, and in the one process that stores.
+    # Tried now, not after hours of training, and in the one process that stores.
     if signer is None and adapters is None and distributed.is_main_process():
         signer = store_signer(project.keys, reporter)
     with working_folder(work), quiet_transformers(), writing(work):
@@ -300,7 +299,7 @@ def _without_generated(version: DatasetVersion, reporter: Reporter) -> DatasetVe
 
 
 def _store(
-    run: _TrainedRun, config: Config, work: Path, place: Path, inputs: Mapping[str, Any], signer: PrivateKey | None
+    run: _TrainedRun, config: Config, work: Path, place: Path, inputs: Mapping[str, Any], signer: SigningKey | None
 ) -> Adapter:
     """Store the best evaluation's adapter, with the others as its checkpoints.
 

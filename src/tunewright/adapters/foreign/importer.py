@@ -21,8 +21,8 @@ from tunewright.adapters.foreign.quarantine import (
 )
 from tunewright.adapters.foreign.weights import base_norms, check_numbers, check_shapes
 from tunewright.adapters.import_options import ImportOptions
-from tunewright.adapters.keys import NAME, TrustedKeys
-from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE, Manifest, changed_files, read_manifest
+from tunewright.adapters.keys import TrustedKeys
+from tunewright.adapters.manifest import DSSE, LOCAL, MANIFEST, NAME, SIGNATURE, Manifest, changed_files, read_manifest
 from tunewright.adapters.registry import (
     CONFIG,
     HISTORY,
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 Source = Path | RemoteFiles
 """A folder, or the URL of an adapter that was pushed."""
 
+SignatureState = Literal["signed", "not checked", "untrusted", "unsigned"]
+
 
 @dataclass(frozen=True)
 class ImportResult:
@@ -59,7 +61,7 @@ class ImportResult:
     adapter: Adapter
     new: bool
     """False if the same adapter was stored already."""
-    signed: Literal["signed", "untrusted", "unsigned"]
+    signed: SignatureState
     lineage: Literal["its own", "stated"]
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,7 +161,7 @@ class AdapterImporter:
         for folder in sorted(weights ^ configs.keys()):
             lacking = CONFIG if folder in weights else WEIGHTS
             raise UserError(f"{lacking} is missing", where=f"{where}, {folder.relative_to(files)}")
-        records = [n for n in (HISTORY, REPLAY, MANIFEST, SIGNATURE) if (files / n).exists()]
+        records = [n for n in (HISTORY, REPLAY, MANIFEST, SIGNATURE, DSSE) if (files / n).exists()]
         if (records or len(configs) > 1) and not (files / LINEAGE).exists():
             what = records[0] if records else "earlier checkpoints"
             raise UserError(f"The adapter has {what} but no {LINEAGE} to go with it", where=where)
@@ -194,11 +196,11 @@ class AdapterImporter:
 
     def _check_signature(
         self, files: Path, manifest: Manifest | None, source: Source, said: ImportOptions
-    ) -> Literal["signed", "untrusted", "unsigned"]:
+    ) -> SignatureState:
         """Return the adapter's signature status; refuse a broken signature, and a missing one if the project trusts
         keys.
         """
-        if manifest is None and (files / SIGNATURE).exists():
+        if manifest is None and any((files / name).exists() for name in (SIGNATURE, DSSE)):
             raise UserError(f"The adapter has a signature but no {MANIFEST}", where=str(source))
         if manifest is not None and (changed := changed_files(files, manifest)):
             raise UserError(f"The files differ from the manifest: {', '.join(changed)}", where=str(source))
@@ -210,10 +212,13 @@ class AdapterImporter:
                 raise UserError(status[bad], where=str(source))
         if "signed" in status:
             return "signed"
-        state: Literal["untrusted", "unsigned"] = "untrusted" if status else "unsigned"
-        if self._trusted.valid and not said.unsigned:
+        state: SignatureState = "untrusted" if status else "unsigned"
+        why = ""
+        if "not checked" in status:
+            state, why = "not checked", f": {status['not checked']}"
+        if self._trusted.required and not said.unsigned:
             raise UserError(
-                f"The adapter is {state}, and this project requires a trusted signature",
+                f"The adapter is {state}, and this project requires a trusted signature{why}",
                 where=str(source),
                 fix="Trust the signer's key (tunewright keys trust FILE), or import it anyway with --unsigned.",
             )

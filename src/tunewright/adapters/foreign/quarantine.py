@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE, read_manifest
+from tunewright.adapters.manifest import DSSE, LOCAL, MANIFEST, SIGNATURE, read_manifest
 from tunewright.adapters.registry import CHECKPOINTS, CONFIG, HISTORY, LINEAGE, REPLAY, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.core.io import writing
@@ -41,6 +41,7 @@ CAPS = {
     LINEAGE: 64 * MEGABYTE,
     MANIFEST: MEGABYTE,
     SIGNATURE: MEGABYTE,
+    DSSE: MEGABYTE,
     HISTORY: 64 * MEGABYTE,
     REPLAY: 64 * MEGABYTE,
     WEIGHTS: LARGEST,
@@ -205,8 +206,9 @@ def quarantine_remote(source: RemoteFiles, intake: QuarantinedFiles) -> None:
     take(MANIFEST)
     manifest = read_manifest(intake.folder)
     assert manifest is not None
-    if source.has(SIGNATURE):
-        take(SIGNATURE)
+    for name in (SIGNATURE, DSSE):
+        if source.has(name):
+            take(name)
     for name in sorted(manifest.files):
         require_known(name, intake.where)
         take(name)

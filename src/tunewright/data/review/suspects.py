@@ -324,7 +324,7 @@ class _Recorder:
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
-        self.secret, self.task = reporter.secret, reporter.task
+        self.task = reporter.task
         self.said: list[str] = []
         self.warned: list[str] = []
 

@@ -251,7 +251,7 @@ class _OnceReporter:
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
-        self.secret, self.task = reporter.secret, reporter.task
+        self.task = reporter.task
         self.said: set[str] = set()
 
     def say(self, message: str) -> None:
