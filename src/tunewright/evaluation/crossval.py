@@ -9,12 +9,12 @@ this much data (the mean over the folds' adapters), not any one adapter.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
 from tunewright.config.project import ProjectFolder
@@ -23,8 +23,7 @@ from tunewright.core.progress import Reporter, duration
 from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.splits import SPLITS
-from tunewright.data.versions import DatasetVersion, Member
-from tunewright.data.versions.version import current_author
+from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.answer_constraints import grammar_of
 from tunewright.evaluation.answer_journal import Answer
@@ -37,23 +36,22 @@ from tunewright.evaluation.arm_runner import (
     scored_arms,
 )
 from tunewright.evaluation.arms import BEST_PROMPTING, TUNED, TUNED_RETRIEVED, ZERO_SHOT, ArmPlan
+from tunewright.evaluation.comparison import contest, declare
 from tunewright.evaluation.folds import fold_versions
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
 from tunewright.evaluation.runner import (
     EvaluateResult,
-    contest,
-    declare,
     measured_contrasts,
-    report_opening,
+    open_test,
     save_evaluation,
 )
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
-from tunewright.evidence.logged_access import LoggedAccess
+from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
 from tunewright.evidence.prompts import PromptMessages
 from tunewright.evidence.schema import EVIDENCE_FILE, MEASUREMENT_VERSION, Advice, Evidence, Fold
-from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, report_references
+from tunewright.evidence.scoring import count_references, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.training.rows import require_min_examples
@@ -177,9 +175,22 @@ class CrossValidation:
             return EvaluateResult(folder, access_log.load(folder), evaluated=False)
         if self.config.evaluate.incumbents:
             self.reporter.warn("evaluate.incumbents are not asked in a cross-validation; `tunewright evaluate` does.")
-        opening = self._open(access_log)
-        earlier = access_log.earlier(opening, self.project.dataset, {m.key for m in self.items})
-        report_opening(opening, earlier, self.reporter)
+        # The prompting arm of each fold is not known yet.
+        with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
+        opening, earlier = open_test(
+            access_log,
+            self.project,
+            self.items,
+            self.reporter,
+            evaluation=self.identity,
+            design="cross-fitted",
+            dataset=self.version.digest,
+            test_split=self.version.split_digest("test"),
+            adapter=None,
+            adapter_digest=None,
+            base=self.base.digest,
+            declared=declare(self.config, self.scorers[0].name, BEST_PROMPTING, with_retrieved),
+        )
         report_references([m.example for m in self.items], "item", self.reporter)
         folds = [self._training(number) for number in range(1, len(self.versions) + 1)]
         self.trainings.train_missing(folds, self.chat)
@@ -192,58 +203,12 @@ class CrossValidation:
             if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
                 seconds = time.monotonic() - began
                 self.reporter.say(f"The fold took {duration(seconds)}. {left} left: about {duration(left * seconds)}.")
-        roles = self._roles(done)
-        keys = [m.key for m in self.items]
-        by_key = {role.name: _by_key(done, role) for role in roles}
-        answers = {name: [found[key][0] for key in keys] for name, found in by_key.items()}
-        messages = PromptMessages()
-        prompts = {
-            name: [found[key][1].stored(messages, found[key][2]) for key in keys] for name, found in by_key.items()
-        }
-        scored = scored_arms(self.scorers, self.items, answers)
-        evidence = self._evidence(done, roles, answers, scored)
-        nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
-        near = [nearest[m.key] for m in self.items]
-        train_similarity = scores_by_distance(scored, near, evidence.contrasts[0], self.config.seed)
-        new = self._new_templates()
-        templates = (
-            new
-            if new is None
-            else scores_by_template(scored, [new[m.key] for m in self.items], evidence.contrasts[0], self.config.seed)
-        )
-        evidence = evidence.model_copy(
-            update={
-                "opening": opening,
-                "openings": earlier,
-                "train_similarity": train_similarity,
-                "output_templates": templates,
-            }
-        )
-        fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
-        distances = Distances(nearest, new)
-        save_evaluation(folder, evidence, self.items, answers, scored, distances, prompts, messages, fold_of)
-        return EvaluateResult(folder, evidence, evaluated=True)
+        return self._result(folder, done, opening, earlier)
 
     def _new_templates(self) -> dict[str, bool] | None:
         """Return, by item, True if its own fold trained on no row with its output template; None if inapplicable."""
         by_fold = [new_templates(version.members) for version in self.versions]
         return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
-
-    def _open(self, access_log: AccessLog) -> LoggedAccess:
-        """Open the line in the access log; the prompting arm of each fold is not known yet."""
-        with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
-        return access_log.open(
-            author=current_author(self.project.root),
-            evaluation=self.identity,
-            design="cross-fitted",
-            dataset=self.version.digest,
-            test_split=self.version.split_digest("test"),
-            items=len(self.items),
-            adapter=None,
-            adapter_digest=None,
-            base=self.base.digest,
-            declared=declare(self.config, self.scorers[0].name, BEST_PROMPTING, with_retrieved),
-        )
 
     @property
     def _tries_retrieved(self) -> bool:
@@ -309,41 +274,56 @@ class CrossValidation:
             )
         return [_Role(plans[0].name if len(set(plans)) == 1 else name, plans) for plans, name in each]
 
-    def _evidence(
-        self,
-        done: Sequence[_Done],
-        roles: Sequence[_Role],
-        answers: dict[str, list[Answer]],
-        scored: ScoredArms,
-    ) -> Evidence:
-        members, settings = self.items, self.config.evaluate
-        references = count_references([m.example for m in members])
+    def _result(
+        self, folder: Path, done: Sequence[_Done], opening: LoggedAccess, earlier: tuple[EarlierAccess, ...]
+    ) -> EvaluateResult:
+        """Score all folds' answers together, and write the evidence."""
+        rows, seed = self.items, self.config.seed
+        keys, examples = [row.key for row in rows], [row.example for row in rows]
+        roles = self._roles(done)
+        by_key = {role.name: _by_key(done, role) for role in roles}
+        answers = {name: [found[key][0] for key in keys] for name, found in by_key.items()}
+        messages = PromptMessages()
+        prompts = {
+            name: [found[key][1].stored(messages, found[key][2]) for key in keys] for name, found in by_key.items()
+        }
+        scored = scored_arms(self.scorers, rows, answers)
         control = roles[1].name
         with_retrieved = roles[3].name if len(roles) > 3 else None
         declared = declare(self.config, self.scorers[0].name, control, with_retrieved)
-        return Evidence(
+        contrasts = measured_contrasts(scored, declared, seed)
+        nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
+        new = self._new_templates()
+        references = count_references(examples)
+        evidence = Evidence(
             id=self.identity,
             project=self.config.name,
             metric=self.scorers[0].name,
             metrics=measured_metrics(self.scorers, several=references is not None),
             references=references,
-            margin=settings.margin,
+            margin=self.config.evaluate.margin,
             design="cross-fitted",
-            folds=tuple(_told(number, fold, roles, self.scorers[0]) for number, fold in enumerate(done, start=1)),
-            items=len(members),
-            clusters=len({m.cluster for m in members}),
+            folds=tuple(_fold(number, fold, roles, self.scorers[0]) for number, fold in enumerate(done, start=1)),
+            items=len(rows),
+            clusters=len({row.cluster for row in rows}),
             train_items=round(sum(len(fold.version.examples("train")) for fold in done) / len(done)),
             dev_arms=[],
             best_prompting=control,
             arms=[
-                measured_arm(role.name, role.plan, answers[role.name], scored, self.config.seed)
+                measured_arm(role.name, role.plan, answers[role.name], scored, seed)
                 for role in {role.name: role for role in roles}.values()
             ],
-            contrasts=measured_contrasts(scored, declared, self.config.seed),
+            contrasts=contrasts,
             engine=self.generator().used,
+            opening=opening,
+            openings=earlier,
+            train_similarity=scores_by_distance(scored, [nearest[key] for key in keys], contrasts[0], seed),
+            output_templates=None
+            if new is None
+            else scores_by_template(scored, [new[key] for key in keys], contrasts[0], seed),
             form=answer_form(
-                [m.example.output for m in members],
-                [m.example.output for m in members],
+                [example.output for example in examples],
+                [example.output for example in examples],
                 {name: [a.text for a in given] for name, given in answers.items()},
                 sum(fold.longer for fold in done),
             ),
@@ -356,6 +336,10 @@ class CrossValidation:
                 "forced": self.forced,
             },
         )
+        fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
+        distances = Distances(nearest, new)
+        save_evaluation(folder, evidence, rows, answers, scored, distances, prompts, messages, fold_of)
+        return EvaluateResult(folder, evidence, evaluated=True)
 
 
 def _by_key(done: Sequence[_Done], role: _Role) -> dict[str, tuple[Answer, BuiltPrompt, str | None]]:
@@ -368,7 +352,7 @@ def _by_key(done: Sequence[_Done], role: _Role) -> dict[str, tuple[Answer, Built
     return found
 
 
-def _told(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> Fold:
+def _fold(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> Fold:
     test = fold.version.examples("test")
     own = {role.name: role.plans[number - 1].name for role in roles}
     scores = {
@@ -385,31 +369,3 @@ def _told(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> F
         dev_losses=[epoch["dev_loss"] for epoch in fold.adapter.lineage["training"]["epochs"]],
         adapter=fold.adapter.digest,
     )
-
-
-def out_of_fold(
-    project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat
-) -> list[tuple[Adapter, list[Member]]]:
-    """Return each fold's adapter with its held-out rows, from the version's newest complete cross-fit.
-
-    Empty if no cross-fit has this base and chat format.
-    """
-    runs: dict[str, dict[int, Adapter]] = defaultdict(dict)
-    for adapter in list_adapters(project.fold_adapters):
-        lineage = adapter.lineage
-        fits = (lineage["base"]["digest"], lineage["template_digest"]) == (base.digest, chat.digest)
-        if fits and lineage["fold"]["of"] == version.digest:
-            runs[lineage["fold"]["crossval"]][lineage["fold"]["number"]] = adapter
-    complete = [run for run in runs.values() if len(run) == run[min(run)].lineage["fold"]["folds"]]
-    if not complete:
-        return []
-    newest = max(complete, key=lambda run: max(str(a.lineage["created"]) for a in run.values()))
-    lineage = newest[1].lineage
-    versions = fold_versions(version, lineage["fold"]["folds"], lineage["seed"])
-    pairs = [(newest[number], fold) for number, fold in enumerate(versions, start=1)]
-    # An earlier release may have split the rows otherwise: then each adapter's held-out rows are unknown here.
-    if any(adapter.lineage["dataset"]["digest"] != fold.digest for adapter, fold in pairs):
-        return []
-    for adapter, _ in pairs:
-        adapter.verify()
-    return [(adapter, fold.examples("test")) for adapter, fold in pairs]

@@ -1,4 +1,4 @@
-"""Folds: splits of a dataset version in which every row is a test row once."""
+"""Folds: splits of a dataset version in which every row is a test row once, and their adapters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.chat import ChatFormat
+from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, members_digest, short
+from tunewright.models.bases import Base
 
 
 def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[DatasetVersion]:
@@ -100,3 +104,31 @@ def _version(version: DatasetVersion, number: int, folds: int, test: set[str], d
         }
     )
     return DatasetVersion(manifest, members)
+
+
+def out_of_fold(
+    project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat
+) -> list[tuple[Adapter, list[Member]]]:
+    """Return each fold's adapter with its held-out rows, from the version's newest complete cross-fit.
+
+    Empty if no cross-fit has this base and chat format.
+    """
+    runs: dict[str, dict[int, Adapter]] = defaultdict(dict)
+    for adapter in list_adapters(project.fold_adapters):
+        lineage = adapter.lineage
+        fits = (lineage["base"]["digest"], lineage["template_digest"]) == (base.digest, chat.digest)
+        if fits and lineage["fold"]["of"] == version.digest:
+            runs[lineage["fold"]["crossval"]][lineage["fold"]["number"]] = adapter
+    complete = [run for run in runs.values() if len(run) == run[min(run)].lineage["fold"]["folds"]]
+    if not complete:
+        return []
+    newest = max(complete, key=lambda run: max(str(a.lineage["created"]) for a in run.values()))
+    lineage = newest[1].lineage
+    versions = fold_versions(version, lineage["fold"]["folds"], lineage["seed"])
+    pairs = [(newest[number], fold) for number, fold in enumerate(versions, start=1)]
+    # An earlier release may have split the rows otherwise: then each adapter's held-out rows are unknown here.
+    if any(adapter.lineage["dataset"]["digest"] != fold.digest for adapter, fold in pairs):
+        return []
+    for adapter, _ in pairs:
+        adapter.verify()
+    return [(adapter, fold.examples("test")) for adapter, fold in pairs]

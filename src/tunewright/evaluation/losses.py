@@ -19,7 +19,7 @@ from tunewright.data.examples import INSTRUCTIONS, Example, Message, with_calls_
 from tunewright.data.review.suspects import AnswerLoss
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.data.versions.members import read_places
-from tunewright.evaluation.crossval import out_of_fold
+from tunewright.evaluation.folds import out_of_fold
 from tunewright.generation.generate import prefill_groups
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, load_model, named, with_adapters

@@ -159,13 +159,14 @@ def evaluate(project: OpenProject, adapter: str | None = None, *, minutes: float
     Raises:
         UserError: the access log was changed, or too few minutes.
     """
-    from tunewright.evaluation.benchmarks.runner import evaluate_with_benchmarks, open_suites
+    from tunewright.evaluation import runner
+    from tunewright.evaluation.benchmarks.runner import open_suites
 
     # Faults in a benchmark's file are reported before anything is measured.
     suites = open_suites(project.folder) if project.folder.config.regressions.measures else []
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
-        return evaluate_with_benchmarks(*_contest(project, tuned, "test", minutes, workers), suites)
+        return runner.evaluate(*_contest(project, tuned, "test", minutes, workers), "test", suites)
 
 
 def evaluate_on_dev(
@@ -176,7 +177,7 @@ def evaluate_on_dev(
 
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
-        return runner.evaluate_on_dev(*_contest(project, tuned, "dev", minutes, workers))
+        return runner.evaluate(*_contest(project, tuned, "dev", minutes, workers), "dev")
 
 
 def estimate_evaluation(

@@ -10,6 +10,7 @@ from typing import Literal
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import (
     PARENT,
@@ -23,12 +24,12 @@ from tunewright.evaluation.arms import (
     other_instructions,
     tuned_optimized,
 )
+from tunewright.evaluation.comparison import parent_of, plan_comparison
 from tunewright.evaluation.countdown import Work
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS, NOISE
-from tunewright.evaluation.runner import evaluation_work, parent_of
 from tunewright.evaluation.time_limit import TimeLimit
-from tunewright.evidence.schema import Advice
+from tunewright.evidence.schema import EVIDENCE_FILE, Advice
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,20 @@ class Workload:
         return {"entrants": works, "finalists": [on_all, *finalists]}
 
     def _contest_works(self, contest: Contest, advice: Advice | None, zero_shot: Work) -> list[Work]:
-        """Return the contest's arms; while the split is closed or the best prompting arm unknown, by their number."""
+        """Return the contest's arms; while the split is closed or the best prompting arm unknown, by their number.
+
+        Raises:
+            UserError: the access log is damaged.
+        """
         runner, split = self._arm_runner, contest.split
-        known = None if advice is None else evaluation_work(runner, contest.adapter, advice, split)
-        if known is not None:
-            return known
+        if advice is not None:
+            comparison = plan_comparison(runner, contest.adapter, advice, split)
+            if (comparison.folder / EVIDENCE_FILE).exists():
+                return []
+            # While the test split is closed, its prompts may not be made.
+            opened = {opening.evaluation for opening in AccessLog(runner.folder).openings}
+            if split == "dev" or comparison.identity in opened:
+                return comparison.work(runner)
         members = runner.version.examples(split)
 
         def arm(name: str, tokens: float | None = zero_shot.tokens, *, optional: bool = False) -> Work:

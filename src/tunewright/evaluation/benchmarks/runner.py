@@ -12,7 +12,6 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
-from tunewright.core.progress import Reporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.benchmarks.bench import Bench, OpenSuite
@@ -20,9 +19,8 @@ from tunewright.evaluation.benchmarks.choices import ChoicesSuite
 from tunewright.evaluation.benchmarks.instructions import InstructionsSuite
 from tunewright.evaluation.benchmarks.lm_eval import LmEvalSuite
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
-from tunewright.evaluation.runner import EvaluateResult, evaluate
 from tunewright.evidence.benchmarks import Benchmarks, RegressionResult, Suite, standing
-from tunewright.evidence.schema import Advice, evidence_on
+from tunewright.evidence.schema import evidence_on
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
     return suites
 
 
-def measure_benchmarks(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> BenchmarkResult:
-    """Measure the suites, or reuse their measurement; evidence on this adapter gets the section.
+def measure_suites(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> tuple[Benchmarks, bool]:
+    """Measure the suites with the adapter off and on, or read their measurement; True if anything was measured.
 
     Args:
         arm_runner: the project's, on the dataset version that the adapter was trained on.
@@ -87,45 +85,29 @@ def measure_benchmarks(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence
         }
     )[:12]
     file = project.work / "regressions" / f"{identity}.json"
-    known = file.exists()
-    if known:
-        benchmarks = Benchmarks.model_validate_json(file.read_text(encoding="utf-8"))
-    else:
-        bench = Bench(project, arm_runner.version, generator, adapter, arm_runner.reporter)
-        benchmarks = _measured(bench, suites, identity)
-        write_json(file, benchmarks.model_dump(mode="json"))
-    folder = evaluation_of(project, adapter, arm_runner.reporter)
-    if folder is not None:
-        access_log = AccessLog(project.evaluations)
-        if access_log.load(folder).regressions != benchmarks:
-            access_log.amend(folder, regressions=benchmarks)
-    return BenchmarkResult(adapter, benchmarks, not known, folder)
+    if file.exists():
+        return Benchmarks.model_validate_json(file.read_text(encoding="utf-8")), False
+    bench = Bench(project, arm_runner.version, generator, adapter, arm_runner.reporter)
+    benchmarks = _measured(bench, suites, identity)
+    write_json(file, benchmarks.model_dump(mode="json"))
+    return benchmarks, True
 
 
-def evaluate_with_benchmarks(
-    arm_runner: ArmRunner, adapter: Adapter, advice: Advice, suites: Sequence[OpenSuite]
-) -> EvaluateResult:
-    """Answer the test split and measure the suites; without suites, evidence keeps its earlier section."""
-    result = evaluate(arm_runner, adapter, advice)
-    if not suites:
-        return result
-    measured = measure_benchmarks(arm_runner, adapter, suites)
-    access_log = AccessLog(result.folder.parent)
-    evidence = access_log.load(result.folder)
-    if evidence.regressions != measured.benchmarks:  # it is not the newest evaluation of its adapter
-        evidence = access_log.amend(result.folder, regressions=measured.benchmarks)
-    return EvaluateResult(result.folder, evidence, result.evaluated or measured.measured)
-
-
-def evaluation_of(project: ProjectFolder, adapter: Adapter, reporter: Reporter) -> Path | None:
-    """Return the newest held-out evaluation of an adapter, or None.
+def measure_benchmarks(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> BenchmarkResult:
+    """Measure the suites, and add them to the newest held-out evidence on this adapter.
 
     Raises:
         UserError: an evaluation's files were changed after they were written.
     """
-    AccessLog(project.evaluations).require_all()
-    evidence = evidence_on(project.evaluations, adapter.digest, reporter)
-    return None if evidence is None else project.evaluations / evidence.id
+    project = arm_runner.project
+    benchmarks, measured = measure_suites(arm_runner, adapter, suites)
+    access_log = AccessLog(project.evaluations)
+    access_log.require_all()
+    evidence = evidence_on(project.evaluations, adapter.digest, arm_runner.reporter)
+    folder = None if evidence is None else project.evaluations / evidence.id
+    if folder is not None and access_log.load(folder).regressions != benchmarks:
+        access_log.amend(folder, regressions=benchmarks)
+    return BenchmarkResult(adapter, benchmarks, measured, folder)
 
 
 def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Benchmarks:
