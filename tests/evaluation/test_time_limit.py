@@ -9,8 +9,7 @@ import pytest
 from preference_helpers import Heard
 from tunewright.core.errors import UserError
 from tunewright.evaluation import countdown as module
-from tunewright.evaluation.countdown import Countdown, Work
-from tunewright.evaluation.time_limit import TimeLimit
+from tunewright.evaluation.countdown import Countdown, TimeLimit, Work
 
 OPTIONAL = ("retrieved-2", "retrieved-8", "static-8-seed-1", "tuned+constrained", "tuned+retrieved")
 
@@ -29,7 +28,7 @@ class _Command:
         options = [Work(arm, "dev", 60, 0, 1.0, optional=True) for arm in OPTIONAL]
         self.countdown.plan("entrants", [*works, *options[:3]])
         self.countdown.plan("contest", [Work("tuned", "test", 60, 0, 1.0), *options[3:]])
-        self.limit.undecided = [[work] for work in options]
+        self.options = options
 
     def choose(self) -> list[str]:
         """Answer the arms on dev that the limit allows, and return them."""
@@ -83,10 +82,8 @@ def test_limit_does_not_count_what_only_follows_arms_that_are_left_out(
     monkeypatch: pytest.MonkeyPatch, file: Path
 ) -> None:
     command = _Command(monkeypatch, file, minutes=3)
-    finalists = [Work("a finalist", "dev", 60, 0, 1.0) for _ in OPTIONAL]
+    finalists = [Work("a finalist", "dev", 60, 0, 1.0, needs=arm) for arm in command.options]
     command.countdown.plan("finalists", finalists)
-    for works, finalist in zip(command.limit.undecided, finalists, strict=True):
-        works.append(finalist)
     assert command.choose() == ["zero-shot", "retrieved-1"]
     assert command.limit.budget is not None and command.limit.budget.expected == 3
 

@@ -23,12 +23,11 @@ from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
-from tunewright.evaluation.countdown import Work, tokens_each
+from tunewright.evaluation.countdown import TimeLimit, Work, tokens_each
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.evaluation.embeddings import Embeddings
 from tunewright.evaluation.generations import ArmPrompts, Generator, Prompt
 from tunewright.evaluation.optimized_prompts import find_optimized
-from tunewright.evaluation.time_limit import TimeLimit
 from tunewright.evidence.common import Budget
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.prompts import PromptMessages, StoredPrompt

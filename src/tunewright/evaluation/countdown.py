@@ -1,14 +1,19 @@
-"""Progress over all answers of a command, weighted by their tokens, and the time until the last one."""
+"""The rate of a command's answers so far: its progress display, and the arms that ``--minutes`` leaves out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from time import monotonic
 
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_json
 from tunewright.core.progress import LogTask, Reporter, Task
+from tunewright.evidence.common import RULE, Budget
 
 _PARTS = 100
 
@@ -24,6 +29,7 @@ class Work:
         kept: number of answers that were in the journal before.
         tokens: work of each answer, see `tokens_each` (None: as much as the longest of the other arms).
         optional: a time limit may leave the arm out.
+        needs: the arm without which these answers are not needed.
         done: number of computed answers.
     """
 
@@ -33,6 +39,7 @@ class Work:
     kept: int
     tokens: float | None
     optional: bool = False
+    needs: Work | None = None
     done: int = 0
 
     @property
@@ -87,7 +94,7 @@ class Countdown:
         the only one.
 
         Args:
-            without: planned work that is not to be counted.
+            without: planned arms that are not to be counted, nor what needs them.
         """
         timed = self._timed[1:] or self._timed
         if not timed:
@@ -98,7 +105,7 @@ class Countdown:
 
     def _weighted(self, without: Collection[Work] = ()) -> list[tuple[Work, float]]:
         """Return planned work, and the tokens of each of its answers."""
-        works = [work for work in self.works if work not in without]
+        works = [work for work in self.works if work not in without and work.needs not in without]
         longest = max((work.tokens or 0 for work in works), default=0)
         return [(work, work.tokens or longest) for work in works]
 
@@ -165,3 +172,89 @@ class _ArmTask(LogTask):
         """Count steps as done; the whole display has its own note."""
         self._work.done += steps
         self._countdown.advance(self._work.title)
+
+
+class TimeLimit:
+    """The limit of ``--minutes``: the first arm by value that does not fit is left out, with all later ones.
+
+    Args:
+        minutes: the limit, above 0.
+        file: keeps the decision, so that a resumed command leaves out the same arms on a machine of another speed.
+        countdown: the command's answers.
+        reporter: names the arms that are left out.
+    """
+
+    def __init__(self, minutes: float, file: Path, countdown: Countdown, reporter: Reporter) -> None:
+        self.minutes = minutes
+        self._file = file
+        self._countdown = countdown
+        self._reporter = reporter
+        self._allowed: list[Work] = []
+        self._some_fit = False
+        self.decision: Budget | None = None
+        """None: no arm was decided on yet."""
+        if file.exists():
+            self.decision = Budget.model_validate_json(file.read_text(encoding="utf-8"))
+
+    @property
+    def budget(self) -> Budget | None:
+        """The evidence's entry; None while no arm is left out."""
+        return self.decision if self.decision and self.decision.left_out else None
+
+    @property
+    def _undecided(self) -> list[Work]:
+        """The arms that may be left out, in the order of answering."""
+        return [work for work in self._countdown.works if work.optional and work.answers and work not in self._allowed]
+
+    def allows(self, arm: str) -> bool:
+        """Return whether an arm is answered.
+
+        Raises:
+            UserError: there is no time even for the arms that are never left out.
+        """
+        if self.decision is not None:
+            return arm not in self.decision.left_out
+        undecided = self._undecided
+        if not undecided or undecided[0].arm != arm:
+            return True
+        expected = self._countdown.expected(undecided[1:])
+        if expected is not None and expected > 60 * self.minutes:
+            self._leave_out(undecided)
+            return False
+        self._some_fit = self._some_fit or expected is not None
+        self._allowed.append(undecided[0])
+        return True
+
+    def _leave_out(self, arms: Sequence[Work]) -> None:
+        works = self._countdown.works
+        without = [work for work in works if work in arms or work.needs in arms]
+        expected = self._countdown.expected(without) or 0.0
+        if expected > 60 * self.minutes and not self._some_fit:
+            needed = math.ceil(expected / 60)
+            left = [work for work in works if work.done < work.answers and work not in without]
+            raise UserError(
+                f"{self.minutes:g} minutes are too few: the arms that are never left out take about {needed}, at the "
+                f"speed of the answers so far; still to answer: {', '.join(dict.fromkeys(work.arm for work in left))}",
+                where="--minutes",
+                fix=f"Give --minutes {needed} or more. The answers so far are kept.",
+            )
+        left_out = tuple(work.arm for work in reversed(arms))
+        for work in without:
+            work.answers = 0
+        self._decide(left_out, expected)
+        self._reporter.warn(f"--minutes {self.minutes:g}: left out {', '.join(left_out)}. The rule: {RULE}.")
+
+    def settle(self) -> None:
+        """Decide on the arms that follow the choice of a prompt.
+
+        Raises:
+            UserError: as :meth:`allows`.
+        """
+        for work in self._undecided:
+            self.allows(work.arm)
+        if self.decision is None:
+            self._decide((), self._countdown.expected() or 0.0)
+
+    def _decide(self, left_out: tuple[str, ...], expected: float) -> None:
+        self.decision = Budget(minutes=self.minutes, expected=round(expected / 60, 2), left_out=left_out)
+        write_json(self._file, self.decision.model_dump(mode="json"))

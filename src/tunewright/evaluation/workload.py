@@ -25,10 +25,9 @@ from tunewright.evaluation.arms import (
     tuned_optimized,
 )
 from tunewright.evaluation.comparison import parent_of, plan_comparison
-from tunewright.evaluation.countdown import Work
+from tunewright.evaluation.countdown import TimeLimit, Work
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS, NOISE
-from tunewright.evaluation.time_limit import TimeLimit
 from tunewright.evidence.schema import EVIDENCE_FILE, Advice
 
 
@@ -113,15 +112,8 @@ class Workload:
             reporter.say(f"{self._text(stages)}.{self._not_counted(stages)}")
         elif self._turns:
             reporter.say(f"All answers are there.{self._not_counted(stages)}")
-        optional = [[work] for work in works if work.optional and work.answers]
-        if limit is not None and advice is None:
-            entrants, finalists = stages["entrants"], stages.get("finalists", [])[1:]
-            on_dev = [arm for arm in optional if arm[0] in entrants]
-            # Fewer arms than finalists remain if most are left out; zero-shot answers all of dev in any case.
-            for arm, finalist in zip(on_dev, finalists[len(entrants) - len(on_dev) - 1 :], strict=False):
-                arm.append(finalist)
-            limit.undecided = optional
-        elif limit is not None and limit.decision is None and optional:
+        optional = any(work.optional and work.answers for work in works)
+        if limit is not None and advice is not None and limit.decision is None and optional:
             reporter.warn(
                 f"--minutes {limit.minutes:g} leaves no arm out: the best prompting arm was chosen before, and without "
                 "an answer of this command the speed is unknown."
@@ -183,6 +175,10 @@ class Workload:
         _, zero_left = left.pop(ZERO_SHOT)
         most = sorted(left.values(), reverse=True)[: settings.finalists]
         finalists = [Work("a finalist", "dev", answers, rest - answers, None) for _, answers in most]
+        on_dev = [work for work in works if work.optional and work.answers]
+        # Fewer arms than finalists remain if most are left out; zero-shot answers all of dev in any case.
+        for needed, finalist in zip(on_dev, finalists[len(works) - len(on_dev) - 1 :], strict=False):
+            finalist.needs = needed
         on_all = Work(ZERO_SHOT.name, "dev", zero_left, rest - zero_left, zero_shot.tokens)
         return {"entrants": works, "finalists": [on_all, *finalists]}
 
