@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
-from tunewright.core.log import SealedLine, extend, journal, keep, numbered_lines, parse_line, read_journal, whole_lines
+from tunewright.core.log import SealedLine, extend, numbered_lines, parse_line, whole_lines
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3), max_size=4)
 
@@ -51,29 +50,6 @@ def _ends(lines: list[bytes]) -> list[tuple[int, bytes]]:
         found.append((end, line))
         end += 1
     return found
-
-
-@given(rows=ROWS, cut=st.integers(min_value=0), row=st.dictionaries(st.text(max_size=5), st.integers(), max_size=2))
-def test_journal_cut_at_any_byte_yields_its_whole_rows_and_later_ones(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]], cut: int, row: dict[str, int]
-) -> None:
-    path = tmp_path_factory.mktemp("log") / "journal.jsonl"
-    with journal(path) as file:
-        for each in rows:
-            keep(file, each)
-    data = path.read_bytes()
-    path.write_bytes(data[: cut % (len(data) + 1)])
-    there = list(read_journal(path))
-    assert there == rows[: len(there)]
-    with journal(path) as file:
-        keep(file, row)
-    assert list(read_journal(path)) == [*there, row]
-
-
-def test_journal_of_a_line_cut_inside_a_character_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    path.write_bytes('{"text": "ü"}\n{"text": "ü'.encode()[:-1])
-    assert list(read_journal(path)) == [{"text": "ü"}]
 
 
 @pytest.mark.parametrize("count", [3, None])

@@ -1,8 +1,7 @@
-"""Append-only logs: files with one JSON object per line.
+"""Append-only records: files with one JSON object per line, such as reviews and openings of the test set.
 
-A *record* is the user's own (reviews, removed rows, openings of the test set). Each line is checked, and one that was
-changed by hand is an error that names file and line. A *journal* keeps results that can be computed again, such as
-answers: a line that a killed process left half written is skipped.
+They are the user's own. Each line is checked, and one that was changed by hand is an error that names file and line.
+Results that can be computed again are in journals (`model_io/replies.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self, TextIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -132,30 +131,3 @@ def held(path: Path) -> Iterator[BinaryIO]:
                 file.seek(0)
                 yield file
                 return
-
-
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a journal, which may not exist."""
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # half a line of a killed process, or the blank one that ends it
-        if isinstance(row, dict):
-            yield row
-
-
-@contextmanager
-def journal(path: Path) -> Iterator[TextIO]:
-    """Open a journal for :func:`keep`."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")  # ends a half-written line, if there is one
-            yield file
-
-
-def keep(file: TextIO, row: Mapping[str, Any]) -> None:
-    """Add a row to a journal."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()

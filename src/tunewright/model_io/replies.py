@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tunewright.config import EndpointConfig
-from tunewright.core.io import digest
-from tunewright.core.log import journal, keep, read_journal
+from tunewright.core.io import digest, writing
 
 Asked = TypeVar("Asked")
 Kept = TypeVar("Kept")
@@ -97,10 +96,12 @@ class Journal(Generic[Kept]):
         self.path = path
         self.answers: dict[str, Kept] = {}
         self._row = row
-        for each in read_journal(path):
-            with suppress(KeyError, TypeError):
-                key, answer = parse(each)
-                self.answers[key] = answer
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            with suppress(KeyError, TypeError, ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    key, answer = parse(found)
+                    self.answers[key] = answer
 
     def missing(self, wanted: Mapping[str, Asked]) -> dict[str, Asked]:
         """Return what has no answer yet."""
@@ -109,15 +110,19 @@ class Journal(Generic[Kept]):
     @contextmanager
     def keeping(self) -> Iterator[Callable[[str, Kept], None]]:
         """Open the file, and provide a function that keeps an answer."""
-        with journal(self.path) as file:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends a half-written line, if there is one
 
-            def keep_answer(key: str, answer: Kept) -> None:
-                self.answers[key] = answer
-                row = self._row(key, answer)
-                if row is not None:
-                    keep(file, row)
+                def keep(key: str, answer: Kept) -> None:
+                    self.answers[key] = answer
+                    row = self._row(key, answer)
+                    if row is not None:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        file.flush()
 
-            yield keep_answer
+                yield keep
 
 
 class ReplyJournal(Journal[Reply]):
