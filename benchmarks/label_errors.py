@@ -29,7 +29,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
 from tunewright.data.review.label_models import text_features
-from tunewright.data.review.suspects import suspects
+from tunewright.data.review.suspects import find_suspects
 from tunewright.data.versions import DatasetVersion, Member, load_version
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -115,7 +115,7 @@ def _likely_others(texts: Sequence[str], labels: Labels) -> Labels:
 
 
 def _suspects(version: DatasetVersion, seed: int) -> list[str]:
-    return [s.key for s in suspects(version, LogReporter(), share=max(TOPS), seed=seed)]
+    return [s.key for s in find_suspects(version, LogReporter(), share=max(TOPS), seed=seed).suspects]
 
 
 def _doubt(version: DatasetVersion, seed: int) -> list[str]:

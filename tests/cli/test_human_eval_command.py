@@ -35,14 +35,14 @@ def folder(project: Path) -> Path:
 @pytest.fixture
 def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys that the reviewer will press, and a note after each n; all of them have to be asked for."""
-    import tunewright.cli.data_review as labels
-    import tunewright.cli.human_eval as cli
+    import tunewright.cli.annotate as cli
+    import tunewright.cli.human_eval as human_eval
 
     commands()
     keys: list[str] = []
-    monkeypatch.setattr(labels, "interactive", lambda: True)
+    monkeypatch.setattr(cli, "interactive", lambda: True)
     monkeypatch.setattr(cli, "read_key", lambda: keys.pop(0))
-    monkeypatch.setattr(cli, "read_note", lambda _: keys.pop(0))
+    monkeypatch.setattr(human_eval, "read_note", lambda _: keys.pop(0))
     yield keys
     assert keys == []
 
@@ -58,12 +58,12 @@ def test_human_eval_shows_both_answers_without_naming_arms(project: Path, folder
     assert ran.code == 0
     review = begin(folder)
     for key in review.sample.order[:5]:
-        pair = review.pair(key)
+        pair = review.item(key)
         assert pair.a.split()[0] in ran.stderr
     assert not any(word in ran.stderr for word in ("tuned", "retrieved", "fixed", "broken", "Reference"))
     assert "Unknown key 'w'" in ran.stderr
     assert "4 of 50 pairs judged, 1 skipped" in ran.stderr
-    assert [j.verdict for j in review.journal.standing.values()] == ["A", "B", "both", "neither", "skip"]
+    assert [j.verdict for j in review.log.standing.values()] == ["A", "B", "both", "neither", "skip"]
 
 
 def test_incumbent_is_compared_apart_and_decides_nothing(tmp_path: Path, press: list[str]) -> None:
@@ -102,10 +102,14 @@ def test_undo_reference_and_note_by_key(project: Path, folder: Path, press: list
     assert "There is nothing to take back." in ran.stderr
     assert "Taken back." in ran.stderr
     assert "Your note: the county is missing" in ran.stderr
-    journal = begin(folder).journal
+    journal = begin(folder).log
     (judged,) = journal.standing.values()
-    assert (judged.verdict, judged.reference, journal.notes[judged.key]) == ("B", True, "the county is missing")
-    assert begin(folder).pair(judged.key).reference is not None
+    assert (judged.verdict, judged.reference, journal.notes[judged.key]) == (
+        "B",
+        True,
+        {"ada": "the county is missing"},
+    )
+    assert begin(folder).item(judged.key).reference is not None
     assert ran.stderr.count("Reference") >= 1
 
 
@@ -113,7 +117,7 @@ def test_human_eval_adds_results_to_the_evidence_after_the_last_verdict(
     project: Path, folder: Path, press: list[str]
 ) -> None:
     review = begin(folder, items=30)
-    press += [side_of_treatment(review, review.pair(key)).lower() for key in review.sample.order]
+    press += [side_of_treatment(review, review.item(key)).lower() for key in review.sample.order]
     ran = _review(project, "--items", "30", "--json")
     assert ran.code == 0
     assert (ran.document["preferred"], ran.document["decision"]) == ([30, 0], "treatment")
@@ -133,7 +137,7 @@ def test_human_eval_results_exits_with_the_preference(
 ) -> None:
     review = begin(folder, items=30)
     for key in review.sample.order:
-        press.append("x" if better == "neither" else "ba"[side_of_treatment(review, review.pair(key)) == "B"])
+        press.append("x" if better == "neither" else "ba"[side_of_treatment(review, review.item(key)) == "B"])
     assert _review(project, "--items", "30").code == 0
     assert _review(project, "--results", reviewer=None).code == code
 
@@ -225,5 +229,5 @@ def test_human_eval_keeps_verdicts_and_resumes_after_a_kill(project: Path, folde
     again.press("q")
     again.wait_for("The same command resumes")
     assert again.code() == 0
-    standing = begin(folder).journal.standing
+    standing = begin(folder).log.standing
     assert [standing[key].verdict for key in begin(folder).sample.order[:2]] == ["A", "both"]

@@ -154,22 +154,18 @@ _ROWS, _RUNS, _SEEN = 400, 300, 40
 
 
 def _log(draws: list[DrawEvent], said: dict[str, str]) -> ReviewLog:
-    stacks = {
-        key: {
-            "ada": [
-                VerdictEvent(
-                    key=key,
-                    verdict=verdict,  # type: ignore[arg-type]
-                    output="x" if verdict == "edit" else None,
-                    version="v",
-                    reviewer="ada",
-                    when=now(),
-                )
-            ]
-        }
+    judged = [
+        VerdictEvent(
+            key=key,
+            verdict=verdict,  # type: ignore[arg-type]
+            output="x" if verdict == "edit" else None,
+            version="v",
+            reviewer="ada",
+            when=now(),
+        )
         for key, verdict in said.items()
-    }
-    return ReviewLog(tuple(draws), stacks)
+    ]
+    return ReviewLog((*draws, *judged))
 
 
 def _accepts(sample: Sample, said: dict[str, str], bad: set[str]) -> bool:

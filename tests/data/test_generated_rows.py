@@ -227,7 +227,7 @@ def test_review_shows_generated_rows_first_and_the_sample_after_them(tmp_path: P
     assert not card.member.generated
     again = session(project)
     assert len(again.generated) == 1, "accepted rows are reviewed with the others"
-    assert [card.member.generated for card in again.upcoming(3)] == [False] * 3
+    assert [again.members[key].generated for key in again.open_keys(3)] == [False] * 3
 
 
 @pytest.mark.parametrize("command", ["add", "remove", "apply"])

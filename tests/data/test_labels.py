@@ -18,7 +18,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.add import add
 from tunewright.data.examples import class_like
 from tunewright.data.review.label_models import NeighborIndex, Suspect
-from tunewright.data.review.suspects import ACCURATE, AnswerLoss, SuspectList, cached_suspects, find_suspects, suspects
+from tunewright.data.review.suspects import ACCURATE, AnswerLoss, SuspectList, cached_suspects, find_suspects
 from tunewright.data.versions import DatasetVersion, load_version
 
 TOPICS = {
@@ -60,7 +60,7 @@ def test_suspects_ranks_wrong_classes_first_with_suggestions(tmp_path: Path) -> 
     pairs, bad = _topical(400, 20)
     version = _version(tmp_path / "p", pairs)
     listener = Listener()
-    found = suspects(version, listener)
+    found = find_suspects(version, listener).suspects
     bad &= {m.example.input_text for m in version.members}
     assert len(found) == round(0.1 * len(version.members))
     assert len(bad & set(_inputs(version, found))) >= 0.9 * len(bad)
@@ -76,7 +76,7 @@ def test_suspects_ranks_wrong_classes_first_with_suggestions(tmp_path: Path) -> 
 
 def test_suspects_are_deterministic(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", _topical(200, 10)[0])
-    assert suspects(version, Listener()) == suspects(version, Listener())
+    assert find_suspects(version, Listener()).suspects == find_suspects(version, Listener()).suspects
 
 
 def test_suspects_finds_several_wrong_rows_of_one_cluster(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_suspects_finds_several_wrong_rows_of_one_cluster(tmp_path: Path) -> Non
 
     def scores(of: DatasetVersion) -> list[float]:
         keys = {m.key for m in of.members if m.example.input_text in twins}
-        return [s.score for s in suspects(of, Listener(), share=1) if s.key in keys]
+        return [s.score for s in find_suspects(of, Listener(), share=1).suspects if s.key in keys]
 
     apart, together = scores(version), scores(replace(version, members=tuple(joined)))
     assert min(together) > 0.8
@@ -106,7 +106,7 @@ def test_suspects_ranks_conflicts_first_with_the_other_row(tmp_path: Path) -> No
     pairs, _ = _topical(200, 0)
     other = next(t for t in TOPICS if t != pairs[0][1])
     version = _unaccepted(_version(tmp_path / "p", [*pairs, (pairs[0][0], other)]))
-    found = suspects(version, Listener())
+    found = find_suspects(version, Listener()).suspects
     assert [s.reason for s in found[:2]] == ["conflict", "conflict"]
     assert set(_inputs(version, found[:2])) == {pairs[0][0]}
     assert found[1].key[:12] in found[0].detail
@@ -119,7 +119,7 @@ def test_suspects_excludes_accepted_conflicts(tmp_path: Path) -> None:
     other = next(t for t in TOPICS if t != pairs[0][1])
     version = _version(tmp_path / "p", [*pairs, (pairs[0][0], other)])
     assert version.manifest.settings.conflicts == "accept"
-    assert {s.reason for s in suspects(version, Listener())} == {"label"}
+    assert {s.reason for s in find_suspects(version, Listener()).suspects} == {"label"}
 
 
 def test_accepted_conflicts_are_recorded_in_later_versions(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_suspects_ranks_references_of_one_input_by_loss(tmp_path: Path, recorded
     version = _version(tmp_path / "p", pairs)
     version = version if recorded else _unaccepted(version)
     losses = {m.key: AnswerLoss(5, 5 - number / 10) for number, m in enumerate(version.members)}
-    found = suspects(version, Listener(), losses=losses)
+    found = find_suspects(version, Listener(), losses=losses).suspects
     assert [s.key for s in found] == [m.key for m in version.members[::-1][:12]]
-    assert suspects(version, Listener()) == []
+    assert find_suspects(version, Listener()).suspects == []
 
 
 def _many_labels(wrong: int) -> tuple[list[Pair], set[str]]:
@@ -160,7 +160,7 @@ def test_suspects_ranks_repeated_answers_by_their_other_rows(tmp_path: Path) -> 
     pairs, bad = _many_labels(60)
     version = _version(tmp_path / "p", pairs)
     assert not class_like([pair[1] for pair in pairs])
-    found = suspects(version, Listener())
+    found = find_suspects(version, Listener()).suspects
     assert {s.reason for s in found} == {"label"}
     assert len(set(_inputs(version, found[:60])) & bad) >= 54
     assert all(0 <= s.score <= 1 for s in found)
@@ -174,7 +174,7 @@ def test_suspects_ignores_rows_of_the_same_cluster(tmp_path: Path) -> None:
     inputs = {question for question, _ in twins}
     members = [m if m.example.input_text not in inputs else replace(m, cluster="one") for m in version.members]
     assert sum(m.cluster == "one" for m in members) == 3
-    found = suspects(replace(version, members=tuple(members)), Listener())
+    found = find_suspects(replace(version, members=tuple(members)), Listener()).suspects
     assert set(_inputs(version, found[:3])) == inputs
 
 
@@ -187,7 +187,7 @@ def test_suspects_judges_repeated_answers_when_the_split_is_by_output_template(t
         manifest=version.manifest.model_copy(update={"settings": settings}),
         members=tuple(replace(m, cluster=m.example.output) for m in version.members),
     )
-    found = suspects(by_template, Listener())
+    found = find_suspects(by_template, Listener()).suspects
     assert len(set(_inputs(version, found[:60])) & bad) >= 54
 
 
@@ -196,7 +196,7 @@ def test_suspects_reports_why_rows_cannot_be_judged(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])
     members = [m if m.example.output != "label 7" else replace(m, cluster="one") for m in version.members]
     reported = Listener()
-    suspects(replace(version, members=tuple(members)), reported)
+    find_suspects(replace(version, members=tuple(members)), reported)
     said = next(said for said in reported.said if "104 of 1,300 rows cannot be judged" in said)
     assert "100 with an answer that no other row has" in said
     assert "4 with an answer that only rows of their own cluster have" in said
@@ -206,10 +206,10 @@ def test_suspects_ranks_free_text_and_labels_together(tmp_path: Path) -> None:
     pairs, _ = _many_labels(20)
     version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])
     losses = {m.key: AnswerLoss(n, 0) for n, m in enumerate(version.members)}
-    found = suspects(version, Listener(), losses=losses)
+    found = find_suspects(version, Listener(), losses=losses).suspects
     assert {s.reason for s in found[:6]} == {"label", "loss"}
     reported = Listener()
-    suspects(version, reported)
+    find_suspects(version, reported)
     assert any("100 of 1,300 rows cannot be judged" in said for said in reported.said)
 
 
@@ -254,7 +254,7 @@ def test_suspects_ranks_an_input_equal_to_its_answer_last(tmp_path: Path) -> Non
     pairs, bad = _many_labels(60)
     echoes = [(label, label) for label in ("label 7", "label 8", "label 9")]
     version = _version(tmp_path / "p", [*pairs, *echoes])
-    found = _inputs(version, suspects(version, Listener(), share=1))
+    found = _inputs(version, find_suspects(version, Listener(), share=1).suspects)
     assert set(found[-3:]) == {question for question, _ in echoes}
     assert len(set(found[:60]) & bad) >= 54
 
@@ -267,7 +267,7 @@ def test_suspects_breaks_ties_by_similarity_to_another_answer(tmp_path: Path) ->
     pairs = [(" ".join(draw.sample(topic, 4)), f"label {n}") for n, topic in enumerate(topics) for _ in range(4)]
     # Labelled as rows of the other half, and like the rows of their own half by few or many words.
     odd = [(" ".join(topics[n][: 1 + n % 4]), f"label {n + 101}") for n in range(8)]
-    found = suspects(_version(tmp_path / "p", [*dict(pairs).items(), *odd]), Listener())
+    found = find_suspects(_version(tmp_path / "p", [*dict(pairs).items(), *odd]), Listener()).suspects
     tied = [s for s in found if s.score > 0.9999]
     assert len(tied) == 8
     alike = [float(s.detail.split(" more like it (")[1].split(")")[0]) for s in tied]
@@ -294,7 +294,7 @@ def test_suspects_ranks_near_duplicates_of_another_class_second(tmp_path: Path) 
     question = "the lost card was stolen with my wallet so block the missing card"
     near = [(question, "card lost"), (question + "s", "exchange rate")]
     version = _version(tmp_path / "p", [*pairs, *near])
-    found = [s for s in suspects(version, Listener()) if s.reason == "near-duplicate"]
+    found = [s for s in find_suspects(version, Listener()).suspects if s.reason == "near-duplicate"]
     assert _inputs(version, found)[:1] == [question + "s"]
     assert '"card lost"' in found[0].detail
     assert set(_inputs(version, found)) >= {question}
@@ -304,7 +304,7 @@ def test_suspects_excludes_clusters_of_free_text(tmp_path: Path) -> None:
     stem = "which court sits in the county of "
     pairs = [*unlike_pairs(60), *((f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb"))]
     listener = Listener()
-    assert suspects(_version(tmp_path / "p", pairs), listener) == []
+    assert find_suspects(_version(tmp_path / "p", pairs), listener).suspects == []
     assert any("an answer that no other row has" in said for said in listener.said)
 
 
@@ -312,25 +312,25 @@ def test_suspects_ranks_free_text_by_known_losses(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", unlike_pairs(60))
     losses = {m.key: AnswerLoss(number / 10, 1) for number, m in enumerate(version.members[:50])}
     listener = Listener()
-    found = suspects(version, listener, losses=losses)
+    found = find_suspects(version, listener, losses=losses).suspects
     assert [s.key for s in found] == [m.key for m in version.members[49:43:-1]]
     assert "loss 4.90 per token of the answer, 1.00 without its input" in found[0].detail
     assert any("10 of 60 rows are not ranked" in warned for warned in listener.warned)
     with pytest.raises(UserError, match="The loss of row"):
-        suspects(version, Listener(), losses={version.members[0].key: AnswerLoss(float("nan"), 0)})
+        find_suspects(version, Listener(), losses={version.members[0].key: AnswerLoss(float("nan"), 0)})
 
 
 def test_suspects_warns_of_ignored_losses(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", _topical(200, 0)[0])
     listener = Listener()
-    suspects(version, listener, losses={version.members[0].key: AnswerLoss(1, 1)})
+    find_suspects(version, listener, losses={version.members[0].key: AnswerLoss(1, 1)})
     assert any("Losses are ignored" in warned for warned in listener.warned)
 
 
 def test_suspects_reports_a_class_without_independent_rows(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", [*_topical(200, 0)[0], ("quite another thing entirely", "singular")])
     listener = Listener()
-    found = suspects(version, listener, share=1)
+    found = find_suspects(version, listener, share=1).suspects
     assert any('"singular"' in warned for warned in listener.warned)
     assert "quite another thing entirely" not in _inputs(version, found)
 
@@ -338,7 +338,7 @@ def test_suspects_reports_a_class_without_independent_rows(tmp_path: Path) -> No
 @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
 def test_suspects_refuses_an_invalid_share(tmp_path: Path, share: float) -> None:
     with pytest.raises(UserError, match="share"):
-        suspects(_version(tmp_path / "p", unlike_pairs(30)), Listener(), share=share)
+        find_suspects(_version(tmp_path / "p", unlike_pairs(30)), Listener(), share=share)
 
 
 @given(st.integers(1, 400), st.integers(1, 2000))

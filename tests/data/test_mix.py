@@ -11,7 +11,7 @@ from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.review.suspects import AnswerLoss, suspects
+from tunewright.data.review.suspects import AnswerLoss, find_suspects
 from tunewright.data.trace import blame
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.diff import diff
@@ -114,7 +114,8 @@ def test_suspects_excludes_the_mix_and_blame_names_its_file(tmp_path: Path) -> N
     project = _project(tmp_path / "p", [*GENERIC, (GENERIC[0][0], "another answer")])
     _add(project, unlike_pairs(100))
     version = load_version(project.dataset)
-    assert suspects(version, Listener(), losses={m.key: AnswerLoss(1.0, 1.0) for m in version.domain})
+    losses = {m.key: AnswerLoss(1.0, 1.0) for m in version.domain}
+    assert find_suspects(version, Listener(), losses=losses).suspects
     row = next(m for m in version.members if m.mixed)
     found = blame(project.dataset, version, row.key)
     assert found.source == "generic.jsonl"

@@ -12,12 +12,13 @@ import pytest
 from data_helpers import Listener
 from review_helpers import judge_next, review, reviewed_project, right, status
 
+from tunewright.annotation import SheetImport
 from tunewright.config.project import ProjectFolder
 from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.session import ReviewSession
-from tunewright.data.review_csv import Imported, export_csv, import_csv
+from tunewright.data.review_csv import export_csv, import_csv
 from tunewright.data.versions import load_version
 
 Row = dict[str, str]
@@ -54,7 +55,7 @@ def _save(path: Path, rows: list[Row], delimiter: str = ",", line_end: str = "\r
     path.write_text("\ufeff" + text.getvalue().replace("\r\n", "\n").replace("\n", line_end), "utf-8", newline="")
 
 
-def _import(project: ProjectFolder, path: Path, reviewer: str = "ada") -> Imported:
+def _import(project: ProjectFolder, path: Path, reviewer: str = "ada") -> SheetImport:
     return import_csv(path, project.dataset, load_version(project.dataset), reviewer)
 
 
@@ -88,7 +89,7 @@ def test_import_csv_counts_verdicts_like_a_session(project: ProjectFolder, delim
     rows[6] |= {"verdict": "skip"}
     rows[7] |= {"verdict": ""}
     _save(path, rows, delimiter, line_end)
-    assert _import(project, path) == Imported(recorded=len(rows) - 1, known=0, blank=1)
+    assert _import(project, path) == SheetImport(recorded=len(rows) - 1, known=0, blank=1)
     reviews = read_reviews(project.dataset)
     assert reviews.current_verdicts(rows[5]["row"])["ada"].output == "better,\nover two lines"
     assert reviews.finding(rows[6]["row"]) == "unsettled"
@@ -103,7 +104,7 @@ def test_import_csv_records_nothing_twice(project: ProjectFolder) -> None:
     rows[0]["verdict"] = "right"
     _save(path, rows)
     assert _import(project, path).recorded == 1
-    assert _import(project, path) == Imported(recorded=0, known=1, blank=2)
+    assert _import(project, path) == SheetImport(recorded=0, known=1, blank=2)
     assert _import(project, path, "ben").recorded == 1
 
 

@@ -49,7 +49,7 @@ def test_people_and_their_preferences_become_pairs(project: Path) -> None:
     review = begin(folder, items=20)
     asked = review.sample.order
     for number, key in enumerate(asked[:6]):
-        pair = review.pair(key)
+        pair = review.item(key)
         treatment = side_of_treatment(review, pair)
         other = "B" if treatment == "A" else "A"
         review.answer(pair, [treatment, other, "both", "neither", "skip", treatment][number])  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def test_people_and_their_preferences_become_pairs(project: Path) -> None:
 
 def test_withdrawn_preference_is_withdrawn_from_the_pairs(project: Path) -> None:
     review = begin(project / "evaluations" / ID, items=20)
-    review.answer(review.pair(review.sample.order[0]), "A")
+    review.answer(review.item(review.sample.order[0]), "A")
     assert tunewright("human-eval", ID, "--keep-preferences", "-p", project).code == 0
     assert len(read_kept_pairs(project / "dataset")) == 1
     review.undo()

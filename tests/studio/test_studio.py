@@ -109,7 +109,7 @@ def test_verdicts_are_those_of_the_command_line(browser: Browser, project: Path)
     assert "1 of 2 wrong" in browser.judge("edit", output="another answer")
     assert "The answer is empty" in browser.judge("edit", output=" ")
     review = library.open(project).data.review("ada")
-    current = {key: review.reviews.current_verdicts(key)["ada"] for key in (first, second)}
+    current = {key: review.log.current_verdicts(key)["ada"] for key in (first, second)}
     assert [current[key].verdict for key in (first, second)] == ["right", "edit"]
     assert current[second].output == "another answer"
     ahead = review.next()
@@ -133,7 +133,7 @@ def test_second_tab_and_repeated_form_record_nothing_twice(browser: Browser, pro
     browser.judge("wrong")
     again = browser.send("/review", "/review", action="right", key=stale)
     assert "Nothing was recorded" in again.text
-    found = library.open(project).data.review("ada").reviews
+    found = library.open(project).data.review("ada").log
     assert [found.current_verdicts(stale)["ada"].verdict] == ["wrong"]
 
 
@@ -196,7 +196,7 @@ def test_two_reviewers_judge_the_same_sample(browser: Browser, url: str, project
         browser.judge("right")
         assert _row_key(other.get("/review")) != key, "one verdict settles a row"
         other.judge("wrong")
-    found = library.open(project).data.review("cy").reviews
+    found = library.open(project).data.review("cy").log
     assert {name for row in found.stacks for name in found.current_verdicts(row)} == {"ada", "bo"}
 
 
@@ -233,7 +233,7 @@ def test_two_reviewers_compare_the_same_pairs_at_once(browser: Browser, url: str
             browser.send(path, path, action="A")
             other.send(path, path, action="B")
     folder = project / "evaluations" / EVALUATION
-    assert [len(begin(folder, name).journal.standing) for name in ("ada", "bo")] == [4, 4]
+    assert [len(begin(folder, name).log.standing) for name in ("ada", "bo")] == [4, 4]
 
 
 def test_blind_comparison_hides_the_arms_and_the_estimate_until_it_is_complete(browser: Browser, project: Path) -> None:
@@ -250,10 +250,10 @@ def test_blind_comparison_hides_the_arms_and_the_estimate_until_it_is_complete(b
         browser.send(path, path, action="A")
         asked += 1
     assert "prefer" in html
-    journal = begin(project / "evaluations" / EVALUATION).journal
+    journal = begin(project / "evaluations" / EVALUATION).log
     assert len(journal.standing) == asked > 3
     assert {said.verdict for said in journal.standing.values()} == {"A"}
-    assert set(journal.notes.values()) == {"why not"}
+    assert list(journal.notes.values()) == [{"ada": "why not"}]
     shown = tunewright("human-eval", EVALUATION, "--results", "-p", project, "--json")
     assert shown.document["answered"] == asked
 

@@ -112,7 +112,7 @@ def test_agreement_with_people_is_shown_and_computed_again(project: Path) -> Non
     folder = project / "evaluations" / EVALUATION
     blind = begin(folder, items=10)
     for key in blind.sample.order:
-        blind.answer(blind.pair(key), "A")
+        blind.answer(blind.item(key), "A")
     assert tunewright("human-eval", "-p", project, "--results").code in (0, 3, 4)
     assert tunewright("judge", "-p", project).code == 0
     with restarted(project) as browser:

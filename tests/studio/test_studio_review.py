@@ -158,7 +158,7 @@ def test_row_of_a_lease_that_ended_is_offered_and_the_first_verdict_counts(
 ) -> None:
     key = _row_key(browser.get("/review"))
     assert _row_key(ben.get("/review")) != key == _row_key(browser.get("/review"))
-    monkeypatch.setattr("tunewright.studio.pages.review.LEASE_S", 0)
+    monkeypatch.setattr("tunewright.annotation.LEASE_S", 0)
     ben.judge("right")
     assert key == _row_key(browser.get("/review")) == _row_key(ben.get("/review"))
     late = browser.get("/review").partition('name="form_token" value="')[2].partition('"')[0]
@@ -320,8 +320,8 @@ def test_incumbent_has_a_blind_comparison_of_its_own(browser: Browser, project: 
         browser.send(path, path, action="B")
         asked += 1
     assert "Win rate" in html or "No win rate" in html
-    assert len(begin(folder, against="hosted").journal.standing) == asked > 3
-    assert begin(folder).journal.standing == {}
+    assert len(begin(folder, against="hosted").log.standing) == asked > 3
+    assert begin(folder).log.standing == {}
     assert f"<td>{asked} of {asked}</td>" in browser.get("/compare")
     assert browser.client.get(f"/compare/{EVALUATION}/other").status_code == 400
 

@@ -162,8 +162,8 @@ def test_typed_note_goes_with_any_verdict(page: Page, project: Path) -> None:
     page.keyboard.type("neither says why")
     page.keyboard.press("Escape")
     _press(page, "x")
-    journal = begin(project / "evaluations" / f"{7:012x}").journal
-    assert (journal.standing[pair].verdict, journal.notes[pair]) == ("neither", "neither says why")
+    journal = begin(project / "evaluations" / f"{7:012x}").log
+    assert (journal.standing[pair].verdict, journal.notes[pair]) == ("neither", {"ada": "neither says why"})
 
 
 def test_typed_edit_is_saved_with_wrong_and_asked_for_with_other_verdicts(page: Page, project: Path) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,22 +10,20 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.cli.annotate import annotate, edit_text, read_note, require_terminal
 from tunewright.cli.app import command, refuse_unused
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data import data_app
 from tunewright.cli.data_rows import conversation_text, row_heading
-from tunewright.core.errors import UserError
 from tunewright.core.text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.data.review.label_models import NeighborIndex, Suspect
-    from tunewright.data.review.reviews import Verdict
     from tunewright.data.review.session import ReviewItem, ReviewSession
     from tunewright.data.versions import DatasetVersion
 
-VERDICT_KEYS: dict[str, Verdict] = {"r": "right", "w": "wrong", "s": "skip"}
 KEYS = "r right   w wrong   e edit   s skip   n note   u undo   q quit"
 _EXPORTED = 60  # rows, where the plan needs fewer
 
@@ -127,7 +120,7 @@ def data_review(
         count = export_csv(export, review, max(review.needed, _EXPORTED))
         run.show({"file": str(export), "rows": count}, f"Wrote {count} rows to {export}: fill in the column verdict")
         return None
-    _pass(run, review)
+    _ask(run, review)
     _show_status(run)
     return None
 
@@ -138,36 +131,23 @@ def _show_status(run: Session) -> int:
     return report.exit_code
 
 
-def _pass(run: Session, review: ReviewSession) -> None:
+def _ask(run: Session, review: ReviewSession) -> None:
     from tunewright.data.review.label_models import NeighborIndex
 
     nearest = NeighborIndex(review.version)
-    note = ""
-    while (card := review.next()) is not None:
-        run.console.clear()
-        run.console.print(*_screen(review, card, nearest, note), sep="\n", markup=False, highlight=False)
-        key, note = read_key(), ""
-        if key == "q":
-            return
-        if key == "u":
-            note = "Taken back." if review.undo() is not None else "There is nothing to take back."
-        elif key == "e":
-            note = review.edit(card, edit_text(review.draft(card)))
-        elif key == "n":
-            note = review.note(card, read_note(run))
-        elif key in VERDICT_KEYS:
-            review.judge(card, VERDICT_KEYS[key])
-        else:
-            note = f"Unknown key {key!r}."
+    actions: dict[str, Callable[[ReviewItem], str]] = {
+        "e": lambda card: review.edit(card, edit_text(review.draft(card))),
+        "n": lambda card: review.note(card, read_note(run)),
+    }
+    annotate(run, review, lambda card: _screen(review, card, nearest), actions)
 
 
-def _screen(review: ReviewSession, card: ReviewItem, nearest: NeighborIndex, note: str) -> list[RenderableType]:
-
+def _screen(review: ReviewSession, card: ReviewItem, nearest: NeighborIndex) -> list[RenderableType]:
     table = Table(title="Nearest rows", title_justify="left", expand=True)
     table.add_column("like", justify="right", no_wrap=True)
     table.add_column("input", overflow="ellipsis", no_wrap=True, ratio=3)
     table.add_column("answer", overflow="ellipsis", no_wrap=True, ratio=2)
-    for similarity, other in nearest.of(card.member.key):
+    for similarity, other in nearest.of(card.key):
         example = other.example
         table.add_row(f"{similarity:.2f}", Text(" ".join(example.input_text.split())), Text(example.output))
     parts: list[RenderableType] = [
@@ -180,23 +160,21 @@ def _screen(review: ReviewSession, card: ReviewItem, nearest: NeighborIndex, not
     ]
     if card.why is not None:
         parts.append(Text(card.why, style="yellow"))
-    parts += _verdict_lines(review, card)
-    parts.append(Text(KEYS, style="bold"))
-    return [*parts, Text(note, style="yellow")] if note else parts
+    return [*parts, *_verdict_lines(review, card), Text(KEYS, style="bold")]
 
 
 def _verdict_lines(review: ReviewSession, card: ReviewItem) -> list[RenderableType]:
     """Return the reviewer's own note; in a review of conflicts, everybody's verdicts and notes."""
     from tunewright.data.versions.diff import marked
 
-    key, stored = card.member.key, card.member.example.output
+    key, stored = card.key, card.member.example.output
     if not review.conflicts:
         note = review.note_on(key)
         return [Text(visible(f"Your note: {note}"))] if note else []
     lines: list[RenderableType] = []
-    for name, judged in sorted(review.reviews.current_verdicts(key).items()):
+    for name, judged in sorted(review.log.current_verdicts(key).items()):
         said = f"edit: {marked(stored, judged.output)}" if judged.output is not None else judged.verdict
-        note = review.reviews.notes.get(key, {}).get(name, "")
+        note = review.log.notes.get(key, {}).get(name, "")
         lines.append(Text(visible(f"{name}: {said}{f' ({note})' if note else ''}")))
     return lines
 
@@ -214,52 +192,3 @@ def _suspects_table(found: Sequence[Suspect], version: DatasetVersion, places: M
         texts = (excerpt(example.input_text), excerpt(example.output), suspect.reason, suspect.detail)
         table.add_row(suspect.key[:12], Text(places.get(suspect.key, ""), overflow="fold"), *map(Text, texts))
     return table
-
-
-def interactive() -> bool:
-    """Return whether keys can be read from a terminal."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def require_terminal(others: str) -> None:
-    """Refuse a review without a terminal before a sample is drawn for it; ``others`` are the alternatives."""
-    if not interactive():
-        raise UserError("There is no terminal to review in", fix=f"Use {others}.")
-
-
-def read_key() -> str:
-    """Return the next key, ignoring keys pressed before the row was shown. The end of the input is a q."""
-    try:
-        return typer.getchar()
-    except EOFError:
-        return "q"
-
-
-def read_note(run: Session) -> str:
-    """Return a line that the reviewer types. It replaces an earlier note."""
-    try:
-        return run.console.input("Note: ", markup=False)
-    except EOFError:
-        return ""
-
-
-def edit_text(text: str) -> str | None:
-    """Return the text as edited in $VISUAL, $EDITOR or vi, without a line end that the editor added.
-
-    Returns None if the editor failed or the result is not UTF-8.
-    """
-    command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "answer.txt"
-        path.write_text(text, encoding="utf-8", newline="")
-        try:
-            code = subprocess.run([*shlex.split(command), str(path)], check=False).returncode
-        except OSError as error:
-            raise UserError(f"The editor cannot be started: {error.strerror}", where="$EDITOR") from None
-        try:
-            edited = path.read_bytes().decode()
-        except (OSError, UnicodeDecodeError):
-            return None
-    if code:
-        return None
-    return edited[:-1] if edited.endswith("\n") and not text.endswith("\n") else edited

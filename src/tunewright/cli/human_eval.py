@@ -10,9 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.cli.annotate import annotate, read_note, require_terminal
 from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import RESUMES, Session
-from tunewright.cli.data_review import read_key, read_note, require_terminal
 from tunewright.cli.data_rows import escape_control_character
 from tunewright.cli.verdict import Evaluation
 from tunewright.core.text import count_of
@@ -20,11 +20,9 @@ from tunewright.core.text import count_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.evaluation.human_eval.journal import Side
     from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
     from tunewright.evaluation.kept_preferences import KeptPreferences
 
-SIDE_KEYS: dict[str, Side] = {"a": "A", "b": "B", "g": "both", "x": "neither", "s": "skip"}
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
 SIDE_BY_SIDE = 90  # columns of the terminal; below them A stands over B
 KEYS = (
@@ -72,14 +70,16 @@ def human_eval(
     from tunewright.evaluation.human_eval.session import check_options
 
     check_options(
-        results=results,
-        export=export is not None,
-        sheet=import_file is not None,
-        items=items is not None,
-        reviewer=reviewer is not None,
-        reference=reference,
-        keep_preferences=keep_preferences,
-        against=against is not None,
+        {
+            "--results": results,
+            "--export": export is not None,
+            "--import": import_file is not None,
+            "--items": items is not None,
+            "--reviewer": reviewer is not None,
+            "--reference": reference,
+            "--keep-preferences": keep_preferences,
+            "--against": against is not None,
+        }
     )
     if keep_preferences:
         show_kept(run, run.project.keep_preferences(evaluation, source="person"))
@@ -96,7 +96,7 @@ def human_eval(
         _import(run, blind, import_file)
         _show_results(run, evaluation, against)
     else:
-        _pass(run, blind)
+        _ask(run, blind)
         if blind.next() is None:
             _show_results(run, evaluation, against)
         else:
@@ -113,7 +113,7 @@ def show_kept(run: Session, kept: KeptPreferences) -> None:
 
 
 def _export(run: Session, blind: BlindReview, file: Path, *, reference: bool) -> None:
-    from tunewright.evaluation.human_eval.sheet import export_sheet
+    from tunewright.evaluation.human_eval.session import export_sheet
 
     count = export_sheet(blind, file, reference=reference)
     text = f"Wrote {count} pairs to {file}: fill in verdict (A, B, both, neither or skip) and note"
@@ -121,7 +121,7 @@ def _export(run: Session, blind: BlindReview, file: Path, *, reference: bool) ->
 
 
 def _import(run: Session, blind: BlindReview, file: Path) -> None:
-    from tunewright.evaluation.human_eval.sheet import import_sheet
+    from tunewright.evaluation.human_eval.session import import_sheet
 
     taken = import_sheet(blind, file)
     counts = f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one"
@@ -143,26 +143,19 @@ def _show_results(run: Session, evaluation: Path | None, against: str | None) ->
     return EXIT_CODES[review.decision]
 
 
-def _pass(run: Session, blind: BlindReview) -> None:
+def _ask(run: Session, blind: BlindReview) -> None:
+    def screen(pair: Pair) -> list[RenderableType]:
+        return pair_screen(pair, blind.progress, run.console.width)
 
-    note = ""
-    while (pair := blind.next()) is not None:
-        run.console.clear()
-        screen = pair_screen(pair, blind.progress, run.console.width, note)
-        run.console.print(*screen, sep="\n", markup=False, highlight=False)
-        key, note = read_key(), ""
-        if key == "q":
-            return
-        if key == "u":
-            note = "Taken back." if blind.undo() is not None else "There is nothing to take back."
-        elif key == "v":
-            blind.show_reference(pair)
-        elif key == "n":
-            blind.note(pair, read_note(run))
-        elif key in SIDE_KEYS:
-            blind.answer(pair, SIDE_KEYS[key])
-        else:
-            note = f"Unknown key {key!r}."
+    def view(pair: Pair) -> str:
+        blind.show_reference(pair)
+        return ""
+
+    def note(pair: Pair) -> str:
+        blind.note(pair, read_note(run))
+        return ""
+
+    annotate(run, blind, screen, {"v": view, "n": note})
 
 
 def progress_text(progress: Progress) -> str:
@@ -172,7 +165,7 @@ def progress_text(progress: Progress) -> str:
     return f"{progress.answered} of {progress.asked} pairs judged{skipped}{same}"
 
 
-def pair_screen(pair: Pair, progress: Progress, width: int, note: str) -> list[RenderableType]:
+def pair_screen(pair: Pair, progress: Progress, width: int) -> list[RenderableType]:
     """Return one pair: the input, both answers, the reference if requested, and the keys."""
     panels = [Panel(_plain(text), title=name, title_align="left") for name, text in (("A", pair.a), ("B", pair.b))]
     answers: list[RenderableType] = [*panels]
@@ -191,8 +184,7 @@ def pair_screen(pair: Pair, progress: Progress, width: int, note: str) -> list[R
         parts.append(Panel(_plain(pair.reference), title="Reference", title_align="left", style="green"))
     if pair.note:
         parts.append(_plain(f"Your note: {pair.note}"))
-    parts += [Text(line, style="bold") for line in KEYS]
-    return [*parts, Text(note, style="yellow")] if note else parts
+    return [*parts, *(Text(line, style="bold") for line in KEYS)]
 
 
 def _plain(text: str) -> Text:

@@ -11,7 +11,6 @@ from pathlib import Path
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 
-_MOST_FAULTS = 50
 # Characters that start a formula in a spreadsheet (OWASP, "CSV Injection"), with or without our quote.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 _QUOTED = re.compile(r"'+[=+\-@\t\r\n＝＋－＠]")
@@ -93,18 +92,3 @@ def _check_header(header: Sequence[str], path: Path, needed: Sequence[str], made
     if missing:
         fix = f"Start from a file that `{made_by}` wrote."
         raise UserError(f"Missing or repeated column: {', '.join(missing)}", where=f"{path}:1", fix=fix)
-
-
-def refuse_faulty(faults: Sequence[str]) -> None:
-    """Refuse a file with faulty rows.
-
-    Args:
-        faults: messages that begin with ``file:line``.
-
-    Raises:
-        UserError: ``faults`` is not empty; the message lists the first 50.
-    """
-    if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults[:_MOST_FAULTS])
-        more = f"\n  and {len(faults) - _MOST_FAULTS:,} more" if len(faults) > _MOST_FAULTS else ""
-        raise UserError(f"Faulty rows, no verdict was recorded:\n{listed}{more}", fix="Fix them and import again.")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.annotation import SheetImport, checked_rows
 from tunewright.core.clock import now
-from tunewright.core.csv import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
+from tunewright.core.csv import one_line_end, write_sheet
 from tunewright.core.errors import UserError
 from tunewright.data.pii import secret_kinds
 from tunewright.data.readers.calls import edited_answer
 from tunewright.data.readers.row_errors import RowError
-from tunewright.data.review.reviews import VERDICTS, Verdict, VerdictEvent, append_reviews, read_reviews
+from tunewright.data.review.reviews import VERDICTS, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.trace import places_by_key
 from tunewright.data.versions import DatasetVersion, Member
@@ -21,22 +21,13 @@ EXPORT_COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "n
 _IMPORTED_COLUMNS = ("row", "draw", "answer", "verdict", "new_output")
 
 
-@dataclass(frozen=True)
-class Imported:
-    """Result of an import: verdicts recorded, verdicts known already, rows without one."""
-
-    recorded: int
-    known: int
-    blank: int
-
-
 def export_csv(path: Path, review: ReviewSession, most: int) -> int:
     """Write at most ``most`` next rows of the review as CSV, and return their number.
 
     Raises:
         UserError: no suspects, no row left to review, an existing file, or a full disk.
     """
-    cards = review.upcoming(most)
+    cards = [review.item(key) for key in review.open_keys(most)]
     if not review.order and review.drawn is None:
         raise UserError(
             "There are no suspects to export: no row is suspicious, or no row could be judged",
@@ -51,7 +42,7 @@ def export_csv(path: Path, review: ReviewSession, most: int) -> int:
     places = places_by_key(review.dataset, review.version.manifest)
     draw = "" if review.drawn is None else str(review.drawn.draw)
     for card in cards:
-        key, output = card.member.key, card.member.example.output
+        key, output = card.key, card.member.example.output
         apart = key in review.generated  # not a part of the sample
         rows.append([key, places.get(key, ""), "" if apart else draw, card.why or "", _prompt(card), output, "", ""])
     write_sheet(path, EXPORT_COLUMNS, rows)
@@ -65,7 +56,7 @@ def _prompt(card: ReviewItem) -> str:
 
 def import_csv(
     path: Path, dataset: Path, version: DatasetVersion, reviewer: str, allow: Collection[str] = ()
-) -> Imported:
+) -> SheetImport:
     """Record all verdicts of a filled-in export, or none if a row is faulty.
 
     Args:
@@ -76,32 +67,23 @@ def import_csv(
     """
     members = {m.key: m for m in version.domain}
     reviews = read_reviews(dataset)
-    events: list[VerdictEvent] = []
-    faults: list[str] = []
-    known = blank = 0
-    seen: dict[str, int] = {}
-    for line, fields in read_sheet(path, _IMPORTED_COLUMNS, "tunewright data review --export"):
-        fields |= {name: restored_cell(fields[name]) for name in ("answer", "new_output")}
-        fault = _fault(fields, members, allow)
-        if fields["row"] in seen and not fault:
-            fault = f"duplicate of line {seen[fields['row']]}"
-        seen.setdefault(fields["row"], line)
-        verdict = fields["verdict"].strip().lower()
-        if fault:
-            faults.append(f"{path}:{line}: {fault}")
-        elif not verdict:
-            blank += 1
-        else:
-            event = _event(fields, verdict, version, reviewer)
-            current = reviews.current_verdicts(event.key).get(reviewer)
-            if current is not None and (current.verdict, current.output) == (event.verdict, event.output):
-                known += 1
-            else:
-                events.append(event)
-    refuse_faulty(faults)
+    rows = checked_rows(
+        path,
+        _IMPORTED_COLUMNS,
+        "row",
+        "tunewright data review --export",
+        lambda cells, _: _fault(cells, members, allow),
+    )
+    filled = [cells for cells in rows if cells["verdict"].strip()]
+    events = []
+    for cells in filled:
+        event = _event(cells, version, reviewer)
+        current = reviews.current_verdicts(event.key).get(reviewer)
+        if current is None or (current.verdict, current.output) != (event.verdict, event.output):
+            events.append(event)
     if events:
         append_reviews(dataset, events)
-    return Imported(len(events), known, blank)
+    return SheetImport(recorded=len(events), known=len(filled) - len(events), blank=len(rows) - len(filled))
 
 
 def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Collection[str]) -> str | None:
@@ -113,9 +95,9 @@ def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Coll
         return f"invalid verdict {fields['verdict']!r}: use {', '.join(VERDICTS)} or leave it empty"
     if (verdict == "edit") != bool(output.strip()):
         return "verdict edit requires new_output" if verdict == "edit" else "new_output requires the verdict edit"
-    if one_line_end(fields["answer"]) != one_line_end(member.example.output):
+    if fields["answer"] != one_line_end(member.example.output):
         return "the answer was changed: keep it, and write the corrected one in new_output"
-    if output and one_line_end(output) == one_line_end(member.example.output):
+    if output and output == one_line_end(member.example.output):
         return "new_output equals the present answer"
     if found := secret_kinds(output, allow):
         return f"new_output contains a secret ({found})"
@@ -129,13 +111,13 @@ def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Coll
     return None
 
 
-def _event(fields: Mapping[str, str], verdict: str, version: DatasetVersion, reviewer: str) -> VerdictEvent:
+def _event(fields: Mapping[str, str], version: DatasetVersion, reviewer: str) -> VerdictEvent:
     draw = fields["draw"].strip()
-    given: Verdict = next(v for v in VERDICTS if v == verdict)
+    verdict = next(each for each in VERDICTS if each == fields["verdict"].strip().lower())
     return VerdictEvent(
         key=fields["row"],
-        verdict=given,
-        output=one_line_end(fields["new_output"]) if given == "edit" else None,
+        verdict=verdict,
+        output=fields["new_output"] if verdict == "edit" else None,
         draw=int(draw) if draw else None,
         version=version.digest,
         reviewer=reviewer,

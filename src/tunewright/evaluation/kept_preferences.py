@@ -68,13 +68,6 @@ def keep_preferences(
 ) -> KeptPreferences:
     """Keep the pairs of an evaluation's people or judge; those of an earlier call are replaced.
 
-    Args:
-        dataset: the project's dataset folder.
-        evaluations: the folder of evaluations, whose access log binds the answers.
-        folder: the evaluation's folder.
-        source: people, or the judge.
-        reporter: reports what was left out.
-
     Raises:
         UserError: nothing was judged, the judge is vetoed, a file was changed, or the evaluated dataset version is
             missing.

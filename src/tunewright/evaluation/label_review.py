@@ -15,12 +15,12 @@ from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
+    from tunewright.annotation import SheetImport
     from tunewright.data.review.edits import EditResult
     from tunewright.data.review.label_models import Suspect
     from tunewright.data.review.report import ReviewReport
     from tunewright.data.review.session import ReviewSession
     from tunewright.data.review.suspects import SuspectList
-    from tunewright.data.review_csv import Imported
     from tunewright.evaluation.losses import Judging
 
 
@@ -186,7 +186,7 @@ def review(
     )
 
 
-def import_reviews(project: OpenProject, file: str | Path, reviewer: str | None = None) -> Imported:
+def import_reviews(project: OpenProject, file: str | Path, reviewer: str | None = None) -> SheetImport:
     """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
     from tunewright.data.review.session import default_reviewer
     from tunewright.data.review_csv import import_csv

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from tunewright.annotation import AnnotationSession, ItemT, Leases, VerdictT
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
@@ -68,11 +69,8 @@ class Cache:
     """The adapter's stored answers, and the files that they are from with their times."""
     estimates: dict[tuple[str, bool], tuple[object, AnswersEstimate]] = field(default_factory=dict)
     """The answers of an evaluation by adapter and split (True: dev), with what decided them."""
-    leases: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
-    """The row on each session's screen and the end of its lease, by the session's token and the choice of rows.
-
-    They end with the studio, and another studio of the project does not know them: there, the first verdict counts.
-    """
+    leases: Leases = field(default_factory=Leases)
+    """The row on each session's screen, by the session's token and the choice of rows."""
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
     """By evaluation, reviewer and incumbent."""
 
@@ -201,6 +199,14 @@ _LIVE_BUTTON = re.compile("<button(?![^>]* disabled)")
 Handler = Callable[[Visit], Response]
 Handlers = dict[tuple[str, str], Handler]
 """Functions of pages by method and path."""
+
+
+def verdict_of(session: AnnotationSession[Any, ItemT, VerdictT], action: str) -> VerdictT:
+    """Return the verdict of the button that was pressed."""
+    for _, verdict, _ in session.verdict_keys:
+        if verdict == action:
+            return verdict
+    raise UserError(f"Unknown verdict {action!r}", fix="Use the buttons of the page.")
 
 
 def path_of(*parts: str) -> str:

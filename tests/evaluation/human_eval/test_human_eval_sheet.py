@@ -10,9 +10,10 @@ import pytest
 
 from factories import make_evidence, make_items
 from people_helpers import begin, evaluation, save, side_of_treatment
+from tunewright.annotation import SheetImport
 from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.sheet import SheetImport, export_sheet, import_sheet
+from tunewright.evaluation.human_eval.session import export_sheet, import_sheet
 
 Row = dict[str, str]
 
@@ -49,7 +50,7 @@ def test_sheet_lists_the_pairs_in_review_order(folder: Path) -> None:
     review = begin(folder)
     assert [row["item"] for row in rows] == review.open_keys()
     for row in rows:
-        pair = review.pair(row["item"])
+        pair = review.item(row["item"])
         assert [restored_cell(row[name]) for name in ("input", "A", "B")] == [pair.input, pair.a, pair.b]
         assert (row["verdict"], row["note"], row["evaluation"]) == ("", "", review.evidence.id)
     assert "reference" not in rows[0]
@@ -85,7 +86,7 @@ def test_sheet_bytes_do_not_reveal_the_arms(tmp_path: Path) -> None:
             other[n] for n in ("evaluation", "input", "verdict")
         ]
     review = begin(tmp_path / "one" / "evaluation")
-    treatment = [side_of_treatment(review, review.pair(key)) for key in sheets[0]]
+    treatment = [side_of_treatment(review, review.item(key)) for key in sheets[0]]
     assert 0.3 < treatment.count("A") / len(treatment) < 0.7
 
 
@@ -98,9 +99,9 @@ def test_filled_in_verdicts_and_notes_are_recorded(folder: Path, delimiter: str,
     rows[0]["note"] = "-- the county,\nis missing"
     _save(path, rows, delimiter, line_end)
     assert import_sheet(begin(folder, "ben"), path) == SheetImport(recorded=5, known=0, blank=15, notes=1)
-    journal = begin(folder, "ben").journal
+    journal = begin(folder, "ben").log
     assert [journal.standing[row["item"]].verdict for row in rows[:5]] == ["A", "B", "both", "neither", "skip"]
-    assert journal.notes == {rows[0]["item"]: "-- the county,\nis missing"}
+    assert journal.notes == {rows[0]["item"]: {"ben": "-- the county,\nis missing"}}
     assert not any(judged.reference for judged in journal.standing.values())
     assert import_sheet(begin(folder, "ben"), path) == SheetImport(recorded=0, known=5, blank=15, notes=0)
 
@@ -110,7 +111,7 @@ def test_import_marks_references_as_shown_when_the_sheet_has_them(folder: Path) 
     rows[1]["verdict"] = "A"
     _save(path, rows)
     import_sheet(begin(folder), path)
-    judged = begin(folder).journal.standing
+    judged = begin(folder).log.standing
     assert [(key, each.reference) for key, each in judged.items()] == [(rows[1]["item"], True)]
 
 
@@ -172,9 +173,9 @@ def test_import_refuses_a_sheet_of_another_evaluation(folder: Path, tmp_path: Pa
 def test_export_omits_judged_pairs(folder: Path) -> None:
     review = begin(folder, items=12)
     for key in review.open_keys()[:11]:
-        review.answer(review.pair(key), "A")
+        review.answer(review.item(key), "A")
     _, rows = _export(folder, items=12)
     assert [row["item"] for row in rows] == review.open_keys()
-    review.answer(review.pair(rows[0]["item"]), "B")
+    review.answer(review.item(rows[0]["item"]), "B")
     with pytest.raises(UserError, match="has judged all pairs"):
         export_sheet(begin(folder), folder / "again.csv")

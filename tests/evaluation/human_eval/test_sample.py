@@ -153,8 +153,8 @@ def test_stored_sample_does_not_reveal_the_sides(tmp_path: Path) -> None:
             ]
         review = begin(save(tmp_path / name, items, evidence), items=60)
         keys = review.open_keys()
-        kept.append({key: {review.pair(key).a, review.pair(key).b} for key in keys})
-        first = [side_of_treatment(review, review.pair(key)) for key in keys]
+        kept.append({key: {review.item(key).a, review.item(key).b} for key in keys})
+        first = [side_of_treatment(review, review.item(key)) for key in keys]
         assert {"A", "B"} == set(first)
         dumped = review.sample.model_dump_json()
         assert not any(word in dumped for word in ('"A"', '"B"', "side"))

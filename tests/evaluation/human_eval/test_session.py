@@ -52,7 +52,7 @@ def test_incumbent_is_compared_apart_on_the_items_that_it_answered(tmp_path: Pat
             review.answer(pair, "A" if side_of_treatment(review, pair) == "A" else "B")
     shared = sorted(set(prompting.sample.order) & set(hosted.sample.order))
     same = [
-        side_of_treatment(prompting, prompting.pair(k)) == side_of_treatment(hosted, hosted.pair(k)) for k in shared
+        side_of_treatment(prompting, prompting.item(k)) == side_of_treatment(hosted, hosted.item(k)) for k in shared
     ]
     assert len(set(same)) == 2, "one comparison would give the sides of the other away"
     found = review_results(folder, against="hosted")
@@ -76,7 +76,7 @@ def test_pair_sides_follow_the_seed(folder: Path) -> None:
     items = {item.key: item for item in load_items(folder)}
     sides = set()
     for key in review.open_keys():
-        pair, answers = review.pair(key), items[key].answers
+        pair, answers = review.item(key), items[key].answers
         side = side_of_treatment(review, pair)
         sides.add(side)
         shown = (answers["tuned"], answers["retrieved-4"])
@@ -125,15 +125,18 @@ def test_journal_keeps_reference_shown_after_a_crash(folder: Path) -> None:
     assert first.reference == items[first.key].reference
     again = begin(folder)
     _answer(again, "A", "B")
-    standing = again.journal.standing
+    standing = again.log.standing
     assert [standing[key].reference for key in again.sample.order[:2]] == [True, False]
 
 
 def test_note_is_stored_replaced_and_removed(folder: Path) -> None:
     review = begin(folder)
-    pair = review.note(_next(review), "  both miss the county ")
-    assert pair.note == begin(folder).pair(pair.key).note == "both miss the county"
-    assert review.note(pair, "").note == ""
+    key = _next(review).key
+    review.note(_next(review), "  both miss the county ")
+    assert _next(review).note == begin(folder).item(key).note == "both miss the county"
+    review.note(_next(review), "")
+    assert _next(review).note == ""
+    assert _next(review).key == key
 
 
 @pytest.mark.parametrize("cut", [2, 20])
@@ -149,7 +152,7 @@ def test_journal_ignores_and_reports_half_a_line_after_a_crash(
     assert (again.progress.answered, _next(again).number) == (2, 3)
     _answer(again, "neither")
     assert path.read_bytes().count(b"\n") == 3
-    assert [e.event for e in begin(folder).journal.events] == ["verdict"] * 3
+    assert [e.event for e in begin(folder).log.events] == ["verdict"] * 3
 
 
 def test_verdict_counts_when_a_crash_cut_off_its_line_end_only(folder: Path) -> None:
@@ -201,7 +204,7 @@ def test_two_sessions_of_one_reviewer_keep_all_verdicts(folder: Path) -> None:
     terminal, page = begin(folder), begin(folder)
     pair = _next(terminal)
     terminal.answer(pair, "A")
-    page.answer(page.pair(page.sample.order[5]), "B")
+    page.answer(page.item(page.sample.order[5]), "B")
     assert begin(folder).progress.answered == 2
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from tunewright.annotation import AnnotationLog, NoteMark, UndoMark, VerdictMark
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text, writing
 from tunewright.core.log import (
@@ -56,11 +57,9 @@ class _Event(BaseModel):
     """First digits of the SHA-256 of the rest; lines of earlier releases have none."""
 
 
-class VerdictEvent(_Event):
+class VerdictEvent(_Event, VerdictMark):
     """A verdict on a row. ``draw`` is the sample's number; None: the row was reviewed as a suspect."""
 
-    event: Literal["verdict"] = "verdict"
-    key: str
     verdict: Verdict
     output: str | None = None
     """The corrected answer; set if and only if the verdict is ``edit``."""
@@ -69,19 +68,12 @@ class VerdictEvent(_Event):
     """True if the other reviewers' verdicts were in sight. Such a verdict is no sign that two people agree."""
 
 
-class NoteEvent(_Event):
-    """A reviewer's note on a row, replacing any earlier one; an empty one removes it."""
-
-    event: Literal["note"] = "note"
-    key: str
-    text: str
+class NoteEvent(_Event, NoteMark):
+    """A note on a row."""
 
 
-class UndoEvent(_Event):
-    """Withdrawal of the reviewer's latest valid verdict on a row."""
-
-    event: Literal["undo"] = "undo"
-    key: str
+class UndoEvent(_Event, UndoMark):
+    """Withdrawal of a verdict on a row."""
 
 
 class ContinuedSample(BaseModel):
@@ -115,21 +107,12 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="e
 
 
 @dataclass(frozen=True)
-class ReviewLog:
-    """All events by time, and the valid verdicts: pair key, then reviewer, to verdicts, latest last."""
+class ReviewLog(AnnotationLog[VerdictEvent]):
+    """All events by time, and the reviewers' joint findings; keys are pair keys."""
 
     events: tuple[Event, ...]
-    stacks: dict[str, dict[str, list[VerdictEvent]]]
     lines: tuple[int, ...] = ()
     """Line of each event, from 1."""
-    torn: bool = False
-    """True if the file ends in half a line, because a crash cut off the last event."""
-    notes: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Pair key, then reviewer, to the note."""
-
-    def current_verdicts(self, key: str) -> dict[str, VerdictEvent]:
-        """Return the verdict of each reviewer on a row."""
-        return {name: stack[-1] for name, stack in self.stacks.get(key, {}).items() if stack}
 
     def independent_verdicts(self, key: str) -> dict[str, VerdictEvent]:
         """Return each reviewer's latest verdict on a row that was given without seeing those of others; no skips."""
@@ -190,12 +173,6 @@ class ReviewLog:
                     stack.append(event.output)
         return last
 
-    def latest(self, version: str, reviewer: str) -> VerdictEvent | None:
-        """Return the reviewer's latest valid verdict on this version."""
-        theirs = [stack[-1] for names in self.stacks.values() if (stack := names.get(reviewer))]
-        alive = {id(judged) for judged in theirs if judged.version == version}
-        return next((e for e in reversed(self.events) if isinstance(e, VerdictEvent) and id(e) in alive), None)
-
 
 def read_reviews(dataset: Path) -> ReviewLog:
     """Return the reviews of a dataset; the log may be empty.
@@ -207,8 +184,7 @@ def read_reviews(dataset: Path) -> ReviewLog:
     data = path.read_bytes() if path.is_file() else b""
     whole, torn = whole_lines(data)
     read = sorted(events_in(whole, str(path)), key=lambda each: _order(each[1]))
-    events = [event for _, event in read]
-    return ReviewLog(tuple(events), _stacks(events), tuple(line for line, _ in read), torn, _notes(events))
+    return ReviewLog(tuple(event for _, event in read), torn, tuple(line for line, _ in read))
 
 
 def events_in(data: bytes, where: str) -> list[tuple[int, Event]]:
@@ -261,24 +237,6 @@ def parse_event(line: bytes, where: str) -> Event:
     if event.digest is not None:
         require_seal(event_line(event), line, where, "review")
     return event
-
-
-def _stacks(events: Sequence[Event]) -> dict[str, dict[str, list[VerdictEvent]]]:
-    stacks: dict[str, dict[str, list[VerdictEvent]]] = {}
-    for event in events:
-        if isinstance(event, VerdictEvent):
-            stacks.setdefault(event.key, {}).setdefault(event.reviewer, []).append(event)
-        elif isinstance(event, UndoEvent) and stacks.get(event.key, {}).get(event.reviewer):
-            stacks[event.key][event.reviewer].pop()
-    return stacks
-
-
-def _notes(events: Sequence[Event]) -> dict[str, dict[str, str]]:
-    notes: dict[str, dict[str, str]] = {}
-    for event in events:
-        if isinstance(event, NoteEvent):
-            notes.setdefault(event.key, {})[event.reviewer] = event.text
-    return {key: {name: text for name, text in said.items() if text} for key, said in notes.items()}
 
 
 def append_reviews(dataset: Path, events: Sequence[Event]) -> None:

@@ -1,4 +1,4 @@
-"""A reviewer's session over the rows of a version."""
+"""Label review: a reviewer's session over the rows of a version, and its rules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from tunewright.annotation import AnnotationSession, MarkT
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
@@ -24,6 +25,7 @@ from tunewright.data.review.reviews import (
     DrawEvent,
     Event,
     NoteEvent,
+    ReviewLog,
     UndoEvent,
     Verdict,
     VerdictEvent,
@@ -45,29 +47,24 @@ class ReviewItem:
     number: int
     why: str | None = None
 
+    @property
+    def key(self) -> str:
+        """The row's pair key."""
+        return self.member.key
 
-class ReviewSession:
-    """A session over the version's sample or suspects; each verdict is written before the next row is shown.
+
+class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
+    """A session over the version's sample or suspects.
 
     Generated rows that nobody has accepted come before the sample. They are apart from it, like suspects, so that the
-    sample stays random.
-
-    Args:
-        dataset: the project's dataset folder.
-        version: the rows.
-        reviewer: name of the reviewer.
-        reporter: receives a message if a sample is drawn.
-        plan: for the first sample or a redraw; None: the existing sample's plan, or the sequential one.
-        redraw: draw another sample, which is recorded in the log.
-        suspects: rows to review instead of the sample.
-        second: review rows again that others have reviewed, blind.
-        conflicts: judge rows again on which the reviewer and others disagree, with their verdicts in sight.
-        allow: kinds of secrets that answers may contain (data.allow).
-        metadata: of generated rows, by pair key, with their provenance.
-
-    Raises:
-        UserError: a plan other than the existing sample's, or mutually exclusive options.
+    sample stays random. ``evaluation.label_review.review`` describes the options. ``allow`` are the kinds of secrets
+    that answers may contain, and ``metadata`` has the provenance of generated rows by pair key.
     """
+
+    log: ReviewLog
+    verdict_keys = (("r", "right", "right"), ("w", "wrong", "wrong"), ("s", "skip", "skip"))
+    note_kind = NoteEvent
+    undo_kind = UndoEvent
 
     def __init__(
         self,
@@ -92,19 +89,17 @@ class ReviewSession:
             raise UserError("--conflicts cannot be combined with other choices of rows")
         self.dataset = dataset
         self.version = version
-        self.reviewer = reviewer
         self.second = second
         self.conflicts = conflicts
         self.allow = allow
         self.members = {m.key: m for m in version.domain}
-        self._skipped: set[str] = set()  # not offered again in this session
-        self.reviews = read_reviews(dataset)
-        if self.reviews.torn:
+        super().__init__(reviewer)
+        if self.log.torn:
             reporter.warn("The last review in reviews.jsonl was cut off by a crash and is ignored: review it again.")
         self.why = {s.key: f"{s.reason}: {s.detail}" for s in suspects or ()}
         self.drawn: DrawEvent | None = None
         if conflicts:
-            self.drawn = self.reviews.latest_draw(version.digest)
+            self.drawn = self.log.latest_draw(version.digest)
         elif suspects is None:
             self.drawn = self._draw(plan, redraw, reporter)
         self._sample: Sample | None = None
@@ -119,7 +114,7 @@ class ReviewSession:
             self.why |= {key: written_by(metadata.get(key, {})) for key in self.generated}
 
     def _draw(self, plan: SequentialPlan | FixedPlan | None, redraw: bool, reporter: Reporter) -> DrawEvent:
-        before = self.reviews.latest_draw(self.version.digest)
+        before = self.log.latest_draw(self.version.digest)
         if before is not None and not redraw:
             if plan is not None and plan != before.plan:
                 raise UserError(
@@ -130,29 +125,21 @@ class ReviewSession:
         number = 0 if before is None else before.draw + 1
         chosen = plan or (before.plan if before else SequentialPlan())
         drawn = DrawEvent(draw=number, plan=chosen, version=self.version.digest, reviewer=self.reviewer, when=now())
-        self._append(drawn)
+        self.append([drawn])
+        self.refresh()
         reporter.say(f"Drew sample {number + 1} of version {self.version.digest[:12]} (recorded in reviews.jsonl)")
         return drawn
 
-    def _append(self, event: Event) -> None:
-        append_reviews(self.dataset, [event])
-        self.refresh()
+    def read_log(self) -> ReviewLog:
+        return read_reviews(self.dataset)
 
-    def refresh(self) -> None:
-        """Read the log again: other reviewers, or this one elsewhere, may have judged rows meanwhile."""
-        self.reviews = read_reviews(self.dataset)
-        if not self.conflicts:  # a skip that was taken back elsewhere
-            self._skipped = {key for key in self._skipped if self._verdict(key) == "skip"}
-
-    def _verdict(self, key: str) -> Verdict | None:
-        """Return this reviewer's verdict on a row."""
-        mine = self.reviews.current_verdicts(key).get(self.reviewer)
-        return None if mine is None else mine.verdict
+    def append(self, events: Sequence[Event]) -> None:
+        append_reviews(self.dataset, events)
 
     @property
     def outcome(self) -> Outcome | None:
         """State of the version's acceptance test; None for suspects, which are not a sample."""
-        return None if self._sample is None else self._sample.outcome(self.reviews)
+        return None if self._sample is None else self._sample.outcome(self.log)
 
     @property
     def status(self) -> str:
@@ -164,40 +151,28 @@ class ReviewSession:
         found = self.outcome
         if self.drawn is not None and found is not None:
             line = status_line(found, self.drawn)
-            done = sum(self.reviews.finding(key) is not None for key in self.generated)
+            done = sum(self.log.finding(key) is not None for key in self.generated)
             first = f"generated rows: {done:,} of {len(self.generated):,} reviewed; " if self.generated else ""
             return first + line
-        done = sum(self.reviews.finding(key) is not None for key in self.order)
+        done = sum(self.log.finding(key) is not None for key in self.order)
         return f"suspects: {done:,} of {len(self.order):,} reviewed"
 
     def next(self, leased: Collection[str] = ()) -> ReviewItem | None:
-        """Return the next row to review; None if the sample has decided or the queue is empty.
+        """Return the next row to review; None if the sample has decided or the queue is empty."""
+        card, found = super().next(leased), self.outcome
+        decided = found is not None and not self.second and found.decision != "continue"
+        return None if card is not None and decided and card.key not in self.generated else card
 
-        ``leased`` rows are on the screens of other people, and are left to them.
-        """
-        for number, key in enumerate(self.generated, start=1):
-            if key not in leased and self._offered(key):
-                return self._card(key, number)
-        if self.drawn is not None and not self.second:
-            found = self.outcome
-            if found is not None and found.decision != "continue":
-                return None
-        for number, key in enumerate(self._queue(), start=1):
-            if key not in leased and self._offered(key):
-                return self._card(key, number)
-        return None
+    def queue(self) -> list[str]:
+        if not self.generated:
+            return self._rows()
+        return [*self.generated, *(key for key in self._rows() if key not in self.generated)]
 
-    def card(self, key: str) -> ReviewItem | None:
-        """Return a row that was shown earlier; None if it is not in the queue or was judged meanwhile."""
-        queue = self.generated if key in self.generated else self._queue()
-        return self._card(key, queue.index(key) + 1) if key in queue and self._offered(key) else None
-
-    def _queue(self) -> list[str]:
-        """Return the rows that may be open, in the order in which they are offered."""
+    def _rows(self) -> list[str]:
         if self.conflicts:
-            return [key for key in self.reviews.stacks if key in self.members]
+            return [key for key in self.log.stacks if key in self.members]
         if self.second:
-            return [key for key in self.order if key in self.reviews.stacks]
+            return [key for key in self.order if key in self.log.stacks]
         return self.order
 
     @property
@@ -205,57 +180,47 @@ class ReviewSession:
         """Generated rows left, and the fewest rows until the version can be accepted; else the number of rows left."""
         found = self.outcome
         if found is not None and not self.second and not self.conflicts:
-            return found.needed + sum(map(self._open, self.generated))
-        return sum(self._open(key) for key in self._queue())
+            return found.needed + sum(map(self.is_open, self.generated))
+        return len(self.open_keys())
 
-    def upcoming(self, most: int) -> list[ReviewItem]:
-        """Return at most ``most`` next rows, for review outside of this session."""
-        there = set(self.generated)
-        queue = [*self.generated, *(key for key in self._queue() if key not in there)]
-        numbered = ((number, key) for number, key in enumerate(queue, start=1) if self._open(key))
-        return [self._card(key, number) for (number, key), _ in zip(numbered, range(most), strict=False)]
+    def item(self, key: str) -> ReviewItem:
+        """Return a row with its number among the generated rows or in the sample; 0: it is in neither."""
+        rows = self.generated if key in self.generated else self._rows()
+        return ReviewItem(self.members[key], rows.index(key) + 1 if key in rows else 0, self.why.get(key))
 
-    def _card(self, key: str, number: int) -> ReviewItem:
-        return ReviewItem(self.members[key], number, self.why.get(key))
-
-    def _offered(self, key: str) -> bool:
-        return key not in self._skipped and self._open(key)
-
-    def _open(self, key: str) -> bool:
-        current = self.reviews.current_verdicts(key)
-        mine = current.get(self.reviewer)
+    def is_open(self, key: str) -> bool:
+        mine = self.verdict(key)
         if self.conflicts:
-            return mine is not None and mine.verdict != "skip" and self.reviews.disputed(key)
+            return mine is not None and mine.verdict != "skip" and self.log.disputed(key)
         if self.second:
-            judged = any(name != self.reviewer and other.verdict != "skip" for name, other in current.items())
+            said = self.log.current_verdicts(key).items()
+            judged = any(name != self.reviewer and other.verdict != "skip" for name, other in said)
             return judged and (mine is None or mine.verdict == "skip")
         # A row that was skipped or is disputed stays open for reviewers who have not judged it.
-        unsettled = self.reviews.finding(key) in (None, "unsettled")
+        unsettled = self.log.finding(key) in (None, "unsettled")
         return unsettled and (mine is None or mine.verdict == "skip")
+
+    def counts(self, judged: VerdictEvent) -> bool:
+        return judged.version == self.version.digest and judged.key in self.members
+
+    def _stays_skipped(self, key: str) -> bool:
+        return self.conflicts or super()._stays_skipped(key)
+
+    def mark(self, kind: type[MarkT], key: str, **facts: Any) -> MarkT:
+        return super().mark(kind, key, version=self.version.digest, **facts)
 
     def judge(self, card: ReviewItem, verdict: Verdict, output: str | None = None) -> None:
         """Record a verdict; an edit needs the corrected answer. A conflict that is skipped keeps its verdicts."""
         assert (verdict == "edit") == (output is not None), "an edit, and only an edit, has an output"
         if self.conflicts:
-            self._skipped.add(card.member.key)  # offered once, also if it is still disputed
+            self._skipped.add(card.key)  # offered once, also if it is still disputed
             if verdict == "skip":
                 return
-        in_sample = self.drawn is not None and card.member.key not in self.generated
+        in_sample = self.drawn is not None and card.key not in self.generated
         draw = self.drawn.draw if self.drawn is not None and in_sample else None
-        self._append(
-            VerdictEvent(
-                key=card.member.key,
-                verdict=verdict,
-                output=output,
-                draw=draw,
-                settles=True if self.conflicts else None,
-                version=self.version.digest,
-                reviewer=self.reviewer,
-                when=now(),
-            )
-        )
-        if verdict == "skip":
-            self._skipped.add(card.member.key)
+        settles = True if self.conflicts else None
+        facts = {"verdict": verdict, "output": output, "draw": draw, "settles": settles}
+        self.record([self.mark(VerdictEvent, card.key, **facts)])
 
     def edit(self, card: ReviewItem, output: str | None) -> str:
         """Record an edit, unless ``output`` is unusable (None: the editor failed); return a message to show."""
@@ -274,41 +239,16 @@ class ReviewSession:
         self.judge(card, "edit", output)
         return ""
 
-    def note(self, card: ReviewItem, text: str) -> str:
-        """Store a note on the row, replacing this reviewer's earlier one; return a message to show."""
-        text = text.strip()
-        if text == self.note_on(card.member.key):
-            return ""
+    def note(self, item: ReviewItem, text: str) -> str:
+        """Store a note on the row, unless it contains a secret."""
         if found := secret_kinds(text, self.allow):
             return f"The note contains a secret ({found}) and was not stored."
-        self._append(
-            NoteEvent(key=card.member.key, text=text, version=self.version.digest, reviewer=self.reviewer, when=now())
-        )
-        return "Noted." if text else "The note was removed."
+        return super().note(item, text)
 
     def draft(self, card: ReviewItem) -> str:
         """Return the text that an edit starts from: the answer, or the reviewer's edit of it that was taken back."""
-        edited = self.reviews.withdrawn_edit(card.member.key, self.reviewer)
+        edited = self.log.withdrawn_edit(card.key, self.reviewer)
         return card.member.example.output if edited in (None, PURGED) else edited
-
-    def note_on(self, key: str) -> str:
-        """Return this reviewer's note on a row, or an empty text."""
-        return self.reviews.notes.get(key, {}).get(self.reviewer, "")
-
-    def undo(self, key: str | None = None) -> ReviewItem | None:
-        """Withdraw this reviewer's latest verdict on this version, also from an earlier session; return its row.
-
-        ``key`` names the row of the verdict; None: the newest of all rows.
-        """
-        last = self.reviews.latest(self.version.digest, self.reviewer)
-        if key is not None:
-            judged = self.reviews.current_verdicts(key).get(self.reviewer)
-            last = judged if judged is not None and judged.version == self.version.digest else None
-        if last is None or last.key not in self.members:
-            return None
-        self._append(UndoEvent(key=last.key, version=self.version.digest, reviewer=self.reviewer, when=now()))
-        self._skipped.discard(last.key)
-        return self._card(last.key, self.order.index(last.key) + 1 if last.key in self.order else 0)
 
 
 def written_by(metadata: Mapping[str, Any]) -> str:
@@ -326,13 +266,7 @@ def written_by(metadata: Mapping[str, Any]) -> str:
 def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], message: bool) -> None:
     """Refuse options that would be ignored: several actions, or a choice of rows with an action that takes none.
 
-    Args:
-        actions: --status, --export, --import, --apply, and whether each is set.
-        choices: the options that choose rows, and whether each is set; --conflicts is for a review on the screen.
-        message: whether --message is set, which requires --apply.
-
-    Raises:
-        UserError: naming the options.
+    ``actions`` and ``choices`` map each option to whether it is set; --conflicts is for a review on the screen.
     """
     given = [name for name, there in actions.items() if there]
     chosen = [name for name, there in choices.items() if there]

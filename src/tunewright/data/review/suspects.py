@@ -85,18 +85,6 @@ def conflicts_accepted(version: DatasetVersion) -> bool:
     return recorded == "accept"
 
 
-def suspects(
-    version: DatasetVersion,
-    reporter: Reporter,
-    *,
-    losses: Mapping[str, AnswerLoss] | None = None,
-    share: float = SHARE,
-    seed: int = 0,
-) -> list[Suspect]:
-    """Return the rows of :func:`find_suspects`, without the accuracy."""
-    return find_suspects(version, reporter, losses=losses, share=share, seed=seed).suspects
-
-
 def find_suspects(
     version: DatasetVersion,
     reporter: Reporter,

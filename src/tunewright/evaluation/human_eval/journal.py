@@ -6,13 +6,15 @@ Verdicts are stored for A and B. The sample's seed determines which arm is which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import quote, unquote
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from tunewright.annotation import AnnotationLog, Mark, NoteMark, UndoMark, VerdictMark
 from tunewright.core.errors import UserError
 from tunewright.core.log import extend, numbered_lines, parse_line, whole_lines
 
@@ -24,66 +26,39 @@ Side = Literal["A", "B", "both", "neither", "skip"]
 SIDES: tuple[Side, ...] = get_args(Side)
 
 
-class _Event(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    key: str
-    reviewer: str
-    when: Annotated[str, Field(description="UTC, ISO 8601.")]
-
-
-class VerdictLine(_Event):
+class VerdictLine(VerdictMark):
     """A verdict: the better answer, or both good, or neither."""
 
-    event: Literal["verdict"] = "verdict"
     verdict: Side
     reference: Annotated[bool, Field(description="The reference was shown before the verdict.")]
 
 
-class UndoLine(_Event):
-    """The reviewer takes back the latest standing verdict on an item."""
-
-    event: Literal["undo"] = "undo"
-
-
-class ReferenceShownLine(_Event):
+class ReferenceShownLine(Mark):
     """The reviewer saw the item's reference."""
 
     event: Literal["reference"] = "reference"
 
 
-class NoteLine(_Event):
-    """The reviewer's note on an item, replacing any earlier one; an empty one removes it."""
-
-    event: Literal["note"] = "note"
-    text: str
-
-
-Event = VerdictLine | UndoLine | ReferenceShownLine | NoteLine
+Event = VerdictLine | UndoMark | ReferenceShownLine | NoteMark
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 @dataclass(frozen=True)
-class Journal:
-    """A reviewer's events, and the resulting verdicts."""
+class Journal(AnnotationLog[VerdictLine]):
+    """One reviewer's events, and the resulting verdicts."""
 
-    reviewer: str
     events: tuple[Event, ...] = ()
-    torn: bool = False
-    """The file ends in half a line: a crash cut off the last event."""
-    stacks: dict[str, list[VerdictLine]] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    shown: frozenset[str] = frozenset()
+    reviewer: str = ""
 
-    @property
+    @cached_property
     def standing(self) -> dict[str, VerdictLine]:
         """The current verdict on each item, by pair key."""
-        return {key: stack[-1] for key, stack in self.stacks.items() if stack}
+        return {key: said[self.reviewer] for key in self.stacks if (said := self.current_verdicts(key))}
 
-    def latest(self) -> VerdictLine | None:
-        """Return the most recent of the current verdicts."""
-        alive = {id(judged) for judged in self.standing.values()}
-        return next((e for e in reversed(self.events) if isinstance(e, VerdictLine) and id(e) in alive), None)
+    @cached_property
+    def shown(self) -> frozenset[str]:
+        """Keys of the items whose reference the reviewer saw."""
+        return frozenset(event.key for event in self.events if isinstance(event, ReferenceShownLine))
 
 
 def journal_path(folder: Path, reviewer: str) -> Path:
@@ -113,7 +88,7 @@ def read_journal(folder: Path, reviewer: str) -> Journal:
         UserError: a line is not an event; the message names file and line.
     """
     path = journal_path(folder, reviewer)
-    return _parse(path) if path.is_file() else Journal(reviewer.strip())
+    return _parse(path) if path.is_file() else Journal(reviewer=reviewer.strip())
 
 
 def _parse(path: Path) -> Journal:
@@ -125,21 +100,7 @@ def _parse(path: Path) -> Journal:
     reviewer = unquote(path.stem)
     if other := next((e.reviewer for e in events if e.reviewer != reviewer), None):
         raise UserError(f"The file has verdicts of {reviewer} and of {other}", where=str(path), fix="Restore the file.")
-    return _stood(reviewer, events, torn)
-
-
-def _stood(reviewer: str, events: Sequence[Event], torn: bool) -> Journal:
-    stacks: dict[str, list[VerdictLine]] = {}
-    notes: dict[str, str] = {}
-    for event in events:
-        if isinstance(event, VerdictLine):
-            stacks.setdefault(event.key, []).append(event)
-        elif isinstance(event, UndoLine) and stacks.get(event.key):
-            stacks[event.key].pop()
-        elif isinstance(event, NoteLine):
-            notes[event.key] = event.text
-    shown = frozenset(e.key for e in events if isinstance(e, ReferenceShownLine))
-    return Journal(reviewer, tuple(events), torn, stacks, {k: text for k, text in notes.items() if text}, shown)
+    return Journal(tuple(events), torn, reviewer)
 
 
 def append_events(folder: Path, events: Sequence[Event]) -> None:

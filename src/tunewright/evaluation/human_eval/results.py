@@ -68,11 +68,6 @@ Preferences = Mapping[str, int]
 def review_results(folder: Path, judge: JudgePreferences | None = None, *, against: str | None = None) -> AnswerReview:
     """Combine the reviewers' verdicts, weighted to all test items.
 
-    Args:
-        folder: the evaluation's folder.
-        judge: a judge's preferences on the same two arms.
-        against: name of the incumbent that was compared (None: the deciding contrast's control).
-
     Raises:
         UserError: there is no evaluation or incumbent, or nobody has started to review it.
     """

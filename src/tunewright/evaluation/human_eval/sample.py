@@ -72,11 +72,6 @@ class Comparison:
 def comparison(folder: Path, evidence: Evidence, against: str | None = None) -> Comparison:
     """Return the comparison of the deciding contrast, or of its treatment with an incumbent.
 
-    Args:
-        folder: the evaluation's.
-        evidence: its evidence.
-        against: name of the incumbent; None: the deciding contrast's control.
-
     Raises:
         UserError: the evaluation has no such incumbent.
     """
@@ -95,12 +90,6 @@ def comparison(folder: Path, evidence: Evidence, against: str | None = None) -> 
 
 def open_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
     """Return the comparison's sample: the existing one, or a new one of ``count`` items (None: `ITEMS`).
-
-    Args:
-        compared: the two arms.
-        evidence: the evaluation's.
-        items: all test items with answers of both arms.
-        count: number of items to review.
 
     Raises:
         UserError: the existing sample has another size or other items, or none can be drawn.

@@ -1,20 +1,21 @@
-"""A blind review in progress: the next pair and the recorded verdicts, independent of the user interface."""
+"""Human evaluation: a reviewer's blind pass over pairs of answers, by keys or through a spreadsheet."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.core.clock import now
+from tunewright.annotation import AnnotationSession, Mark, NoteMark, SheetImport, checked_rows
+from tunewright.core.csv import one_line_end, write_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.human_eval.journal import (
+    SIDES,
     Event,
     Journal,
-    NoteLine,
     ReferenceShownLine,
     Side,
-    UndoLine,
     VerdictLine,
     append_events,
     read_journal,
@@ -30,36 +31,27 @@ from tunewright.evaluation.human_eval.sample import (
 )
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 
+COLUMNS = ("evaluation", "item", "input", "A", "B", "verdict", "note")
+REFERENCE = "reference"
+"""An optional additional column."""
+_SIDE_OF: Mapping[str, Side] = {side.lower(): side for side in SIDES}
 
-def check_options(
-    *,
-    results: bool,
-    export: bool,
-    sheet: bool,
-    items: bool,
-    reviewer: bool,
-    reference: bool,
-    keep_preferences: bool = False,
-    against: bool = False,
-) -> None:
-    """Refuse options of ``tunewright human-eval`` that would be ignored; each argument is True if given.
 
-    Raises:
-        UserError: options conflict; the message names them.
-    """
-    named = {"--results": results, "--export": export, "--import": sheet, "--keep-preferences": keep_preferences}
-    actions = [name for name, there in named.items() if there]
+def check_options(given: Mapping[str, bool]) -> None:
+    """Refuse options of ``tunewright human-eval`` that would be ignored; ``given`` has all of them."""
+    actions = [name for name in ("--results", "--export", "--import", "--keep-preferences") if given[name]]
     if len(actions) > 1:
         raise UserError("These options are mutually exclusive", where=" ".join(actions), fix="Choose one.")
-    if reference and not export:
+    if given["--reference"] and not given["--export"]:
         raise UserError("--reference requires --export", where="--reference", fix="Add --export.")
-    idle = [name for name, there in (("--items", items), ("--reviewer", reviewer)) if there]
-    if (results or keep_preferences) and idle:
-        raise UserError(f"{actions[0]} does not use {', '.join(idle)}", where=actions[0], fix="Leave it out.")
-    if keep_preferences and against:
-        raise UserError("--keep-preferences does not use --against", where="--keep-preferences", fix="Leave it out.")
-    if sheet and items:
-        raise UserError("--import does not use --items", where="--import", fix="Leave it out.")
+    unused = {
+        "--results": ("--items", "--reviewer"),
+        "--keep-preferences": ("--items", "--reviewer", "--against"),
+        "--import": ("--items",),
+    }
+    for action in actions:
+        if idle := [name for name in unused.get(action, ()) if given[name]]:
+            raise UserError(f"{action} does not use {', '.join(idle)}", where=action, fix="Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -125,19 +117,20 @@ def reviewers_progress(folder: Path) -> list[ComparisonProgress]:
     return found
 
 
-class BlindReview:
-    """One reviewer's pass over an evaluation's sample; every event is on disk before the next pair is shown.
+class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
+    """One reviewer's pass over an evaluation's sample. Nothing in it reveals the arm of an answer.
 
-    Args:
-        folder: the evaluation's.
-        reviewer: the reviewer's name.
-        reporter: reports a newly drawn sample, and lines that a crash cut off.
-        items: number of items to review, if no sample has been drawn yet (None: 50).
-        against: name of the incumbent to compare with (None: the deciding contrast's control).
-
-    Raises:
-        UserError: there is no evaluation or incumbent, the name is invalid, or an existing sample differs.
+    ``Project.human_eval`` describes the options.
     """
+
+    log: Journal
+    verdict_keys = (
+        ("a", "A", "A is better"),
+        ("b", "B", "B is better"),
+        ("g", "both", "both good"),
+        ("x", "neither", "neither"),
+        ("s", "skip", "skip"),
+    )
 
     def __init__(
         self,
@@ -151,9 +144,8 @@ class BlindReview:
         self.evidence = load_evidence(folder)
         compared = comparison(folder, self.evidence, against)
         self.folder = compared.folder
-        self.journal = read_journal(self.folder, reviewer)
-        self.reviewer = self.journal.reviewer
-        if self.journal.torn:
+        super().__init__(reviewer.strip())
+        if self.log.torn:
             reporter.warn(
                 "The last line of the review was cut off by a crash and does not count: judge that pair again."
             )
@@ -163,47 +155,53 @@ class BlindReview:
         every = compared.items(every)
         self.sample = open_sample(compared, self.evidence, every, items)
         self._items = {item.key: item for item in every}
-        _require_items(self.sample.order, self._items, self.folder)
-        if strangers := self.journal.standing.keys() - set(self.sample.order):
+        if lost := [key for key in self.sample.order if key not in self._items]:
+            raise UserError(
+                f"{len(lost):,} items of the sample are no longer among the test items (first: {lost[0][:12]})",
+                where=str(self.folder),
+                fix="Restore items.jsonl.",
+            )
+        if strangers := self.log.standing.keys() - set(self.sample.order):
             reporter.warn(f"{len(strangers):,} verdicts are on items outside the sample and do not count.")
-        self._passed: set[str] = set()  # skipped in this pass: not offered again before the next one
         self._back: str | None = None  # taken back: shown next
 
-    def refresh(self) -> None:
-        """Read the journal again: the reviewer may have judged pairs elsewhere meanwhile."""
-        self.journal = read_journal(self.folder, self.reviewer)
+    def read_log(self) -> Journal:
+        return read_journal(self.folder, self.reviewer)
+
+    def append(self, events: Sequence[Event]) -> None:
+        self.keep_sample()
+        append_events(self.folder, events)
 
     @property
     def progress(self) -> Progress:
         """Return this reviewer's progress."""
-        return progress_of(self.journal, self.sample)
+        return progress_of(self.log, self.sample)
 
-    def next(self) -> Pair | None:
-        """Return the pair to judge now, or None if all are judged or skipped in this pass."""
-        if self._back is not None:
-            return self.pair(self._back)
-        key = next((key for key in self.open_keys() if key not in self._passed), None)
-        return None if key is None else self.pair(key)
+    def queue(self) -> Sequence[str]:
+        return self.sample.order
 
-    def open_keys(self) -> list[str]:
-        """Return the items without a verdict, including skipped ones, in review order."""
-        standing = self.journal.standing
-        return [key for key in self.sample.order if key not in standing or standing[key].verdict == "skip"]
+    def is_open(self, key: str) -> bool:
+        said = self.verdict(key)
+        return said is None or said.verdict == "skip" or key == self._back
 
-    def pair(self, key: str) -> Pair:
+    def next(self, leased: Collection[str] = ()) -> Pair | None:
+        """Return the pair to judge now: one that was taken back, or the next of the sample."""
+        return super().next(leased) if self._back is None else self.item(self._back)
+
+    def item(self, key: str) -> Pair:
         """Return an item of the sample in the form that the reviewer may see."""
         item, sample = self._items[key], self.sample
         answers = [item.answers[sample.treatment], item.answers[sample.control]]
         a, b = answers if treatment_is_a(sample.seed, key) else reversed(answers)
-        said = self.journal.standing.get(key)
+        said = self.verdict(key)
         return Pair(
             key=key,
             number=sample.order.index(key) + 1,
             input=item.input,
             a=a,
             b=b,
-            reference=item.reference if key in self.journal.shown else None,
-            note=self.journal.notes.get(key, ""),
+            reference=item.reference if key in self.log.shown else None,
+            note=self.note_on(key),
             verdict=None if said is None else said.verdict,
         )
 
@@ -211,34 +209,23 @@ class BlindReview:
         """Return an item's reference, for a sheet: there nobody can record when it is viewed."""
         return self._items[key].reference
 
-    def answer(self, pair: Pair, verdict: Side) -> None:
-        """Record a verdict, replacing any earlier one."""
-        self._append(self.judged(pair.key, verdict))
+    def judge(self, item: Pair, verdict: Side) -> None:
+        self.record([self.judged(item.key, verdict)])
         self._back = None
-        if verdict == "skip":
-            self._passed.add(pair.key)
+
+    answer = judge  # the name in earlier releases
 
     def show_reference(self, pair: Pair) -> Pair:
         """Return the pair with its reference, and record that it was shown."""
         if pair.reference is None:
-            self._append(ReferenceShownLine(key=pair.key, reviewer=self.reviewer, when=now()))
-        return self.pair(pair.key)
+            self.record([self.mark(ReferenceShownLine, pair.key)])
+        return self.item(pair.key)
 
-    def note(self, pair: Pair, text: str) -> Pair:
-        """Store a note on the pair, replacing any earlier one."""
-        if text.strip() != pair.note:
-            self._append(NoteLine(key=pair.key, text=text.strip(), reviewer=self.reviewer, when=now()))
-        return self.pair(pair.key)
-
-    def undo(self) -> Pair | None:
-        """Take back this reviewer's latest verdict, even from an earlier pass; its pair is shown next."""
-        last = self.journal.latest()
-        if last is None or last.key not in self.sample.order:
-            return None
-        self._append(UndoLine(key=last.key, reviewer=self.reviewer, when=now()))
-        self._passed.discard(last.key)
-        self._back = last.key
-        return self.pair(last.key)
+    def undo(self, key: str | None = None) -> Pair | None:
+        """Take back this reviewer's latest verdict, also from an earlier pass; its pair is shown next."""
+        pair = super().undo(key)
+        self._back = self._back if pair is None else pair.key
+        return pair
 
     def keep_sample(self) -> None:
         """Record the sample, as the first verdict also does: from then on it stays the same."""
@@ -246,18 +233,7 @@ class BlindReview:
 
     def judged(self, key: str, verdict: Side) -> VerdictLine:
         """Return a verdict in the journal's form."""
-        shown = key in self.journal.shown
-        return VerdictLine(key=key, verdict=verdict, reference=shown, reviewer=self.reviewer, when=now())
-
-    def record(self, events: list[Event]) -> None:
-        """Record several events at once."""
-        if events:
-            self.keep_sample()
-            append_events(self.folder, events)
-            self.refresh()
-
-    def _append(self, event: Event) -> None:
-        self.record([event])
+        return self.mark(VerdictLine, key, verdict=verdict, reference=key in self.log.shown)
 
 
 def require_arms(evidence: Evidence, items: list[Item]) -> None:
@@ -273,8 +249,82 @@ def require_arms(evidence: Evidence, items: list[Item]) -> None:
             raise UserError(f"{lacking:,} test items have no answer of {arm}", fix="Evaluate again.")
 
 
-def _require_items(order: tuple[str, ...], items: dict[str, Item], folder: Path) -> None:
-    lost = [key for key in order if key not in items]
-    if lost:
-        what = f"{len(lost):,} items of the sample are no longer among the test items (first: {lost[0][:12]})"
-        raise UserError(what, where=str(folder), fix="Restore items.jsonl.")
+def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) -> int:
+    """Write the pairs that the reviewer has not judged yet to a spreadsheet, and return their number.
+
+    Args:
+        reference: include the references; the reviewer then counts as having seen them.
+
+    Raises:
+        UserError: nothing is left to judge, the file already exists, or it cannot be written.
+    """
+    keys = review.open_keys()
+    if not keys:
+        raise UserError(
+            f"{review.reviewer} has judged all pairs", fix="Show the results: tunewright human-eval --results"
+        )
+    columns = [*COLUMNS[:3], REFERENCE, *COLUMNS[3:]] if reference else COLUMNS
+    rows = []
+    for key in keys:
+        pair = review.item(key)
+        cells = {"evaluation": review.evidence.id, "item": key, "input": pair.input, "A": pair.a, "B": pair.b}
+        cells |= {REFERENCE: review.reference(key), "verdict": "", "note": pair.note}
+        rows.append([cells[name] for name in columns])
+    write_sheet(path, columns, rows)
+    review.keep_sample()
+    return len(rows)
+
+
+def import_sheet(review: BlindReview, path: Path) -> SheetImport:
+    """Record a filled-in sheet's verdicts and notes for this reviewer: all, or none if a row is faulty.
+
+    Raises:
+        UserError: the file cannot be read, is of another evaluation, or rows are faulty (the message names each line).
+    """
+
+    def fault(cells: Mapping[str, str], where: str) -> str | None:
+        _require_evaluation(cells["evaluation"], review, where)
+        return _fault(review, cells)
+
+    rows = checked_rows(path, COLUMNS, "item", "tunewright human-eval --export", fault)
+    noted = [(cells["item"], note) for cells in rows if (note := cells["note"].strip())]
+    notes = [review.mark(NoteMark, key, text=note) for key, note in noted if note != review.note_on(key)]
+    filled = [cells for cells in rows if cells["verdict"].strip()]
+    new = [cells for cells in filled if review.item(cells["item"]).verdict != _side(cells)]
+    events: list[Mark] = [*notes]
+    for cells in new:
+        key = cells["item"]
+        judged = review.judged(key, _side(cells))
+        if REFERENCE in cells and not judged.reference:
+            events.append(review.mark(ReferenceShownLine, key))
+            judged = judged.model_copy(update={"reference": True})
+        events.append(judged)
+    review.record(events)
+    return SheetImport(len(new), len(filled) - len(new), len(rows) - len(filled), len(notes))
+
+
+def _side(cells: Mapping[str, str]) -> Side:
+    return _SIDE_OF[cells["verdict"].strip().lower()]
+
+
+def _require_evaluation(found: str, review: BlindReview, where: str) -> None:
+    if found.strip() != review.evidence.id:
+        raise UserError(
+            f"The sheet belongs to evaluation {found.strip() or 'unknown'}, not to {review.evidence.id}; "
+            "no verdict was recorded",
+            where=where,
+            fix=f"Import it there: tunewright human-eval {found.strip()} --import …" if found.strip() else None,
+        )
+
+
+def _fault(review: BlindReview, cells: Mapping[str, str]) -> str | None:
+    key, verdict = cells["item"], cells["verdict"].strip()
+    if key not in review.sample.order:
+        return f"the sample has no item {key[:12]!r}"
+    if verdict and verdict.lower() not in _SIDE_OF:
+        return f"the verdict is {verdict!r}; it can be {', '.join(SIDES)} or nothing"
+    pair = review.item(key)
+    for name, text in (("A", pair.a), ("B", pair.b)):
+        if cells[name] != one_line_end(text):
+            return f"answer {name} was changed: restore the exported text, and write comments into the column note"
+    return None

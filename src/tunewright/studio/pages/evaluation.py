@@ -7,15 +7,12 @@ from starlette.responses import Response
 from tunewright.core.errors import UserError
 from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.versions import current_manifest
-from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
-from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.report.sections import human_eval
-from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
 _NEWEST = 20  # evaluations
-_SIDES: dict[str, Side] = {"A": "A", "B": "B", "both": "both", "neither": "neither", "skip": "skip"}
 
 
 def comparisons_page(visit: Visit) -> Response:
@@ -42,24 +39,21 @@ def _row_review(visit: Visit) -> ReviewReport | None:
 
 def compare_page(visit: Visit) -> Response:
     """Show the next pair of answers, or the result once the sample is complete."""
-    blind = _comparison(visit)
+    blind, evaluation, against = _comparison(visit), visit.place["evaluation"], visit.place.get("against")
     pair = blind.next()
+    # Seen earlier, an estimate would tempt to stop where it pleases.
     complete = pair is None and blind.progress.skipped == 0
     return visit.page(
         "compare.html.j2",
         "Compare",
-        evaluation=visit.place["evaluation"],
+        evaluation=evaluation,
         path=_path(visit),
-        against=visit.place.get("against"),
+        against=against,
         progress=blind.progress,
+        keys=blind.verdict_keys,
         pair=pair,
-        # Seen earlier, an estimate would tempt to stop where it pleases.
-        result=human_eval.section(_results(visit)) if complete else None,
+        result=human_eval.section(visit.project.human_eval_results(evaluation, against=against)) if complete else None,
     )
-
-
-def _results(visit: Visit) -> AnswerReview:
-    return visit.project.human_eval_results(visit.place["evaluation"], against=visit.place.get("against"))
 
 
 def _path(visit: Visit) -> str:
@@ -82,10 +76,8 @@ def judge_pair(visit: Visit) -> Response:
     assert pair is not None
     if action == "reference":
         blind.show_reference(pair)
-    elif action in _SIDES:
-        blind.answer(pair, _SIDES[action])
     elif action != "note":
-        raise UserError(f"Unknown verdict {action!r}", fix="Use the buttons of the page.")
+        blind.judge(pair, verdict_of(blind, action))
     return visit.go(back)
 
 

@@ -5,27 +5,24 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from time import monotonic
 from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from tunewright.annotation import LEASE_S
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.examples import class_like
 from tunewright.data.review.edits import pending_edits
 from tunewright.data.review.label_models import Suspect, excerpt
 from tunewright.data.review.report import ReviewReport, review_report
-from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
 from tunewright.studio.access import ChangedText, RefusedVerdict
-from tunewright.studio.visit import Handlers, Visit
+from tunewright.studio.visit import Handlers, Visit, verdict_of
 
-_VERDICTS: dict[str, Verdict] = {"right": "right", "wrong": "wrong", "skip": "skip"}
 _ON_A_PAGE = 100  # edits or conflicts
-LEASE_S = 600  # for which a row on a session's screen is offered to no other session
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,11 @@ def _show(
     note: str | None = None,
 ) -> Response:
     """Return the page of a row; ``draft`` is an edited answer, and ``note`` a note, that is not saved yet."""
-    key = "" if card is None else card.member.key
+    key = "" if card is None else card.key
     stored = "" if card is None else card.member.example.output
     answer = None if card is None else visit.answers.of(key, visit.session.reviewer)
-    said = review.reviews.current_verdicts(key) if review.conflicts else {}
-    last = review.reviews.latest(review.version.digest, review.reviewer)
+    said = review.log.current_verdicts(key) if review.conflicts else {}
+    last = review.latest()
     return visit.page(
         "review.html.j2",
         "Review",
@@ -99,6 +96,7 @@ def _show(
         queue=_QUEUES[queue],
         adapter=_adapter(visit, queue),
         status=review.status,
+        keys=review.verdict_keys,
         left=_left(review),
         card=card,
         last=last,
@@ -113,7 +111,7 @@ def _show(
                 name,
                 judged.verdict,
                 word_changes(stored, judged.output or stored),
-                review.reviews.notes.get(key, {}).get(name),
+                review.log.notes.get(key, {}).get(name),
             )
             for name, judged in sorted(said.items())
         ],
@@ -131,13 +129,7 @@ def next_row(visit: Visit, queue: str, review: ReviewSession) -> ReviewItem | No
     """Return the next row, leased to this session where one verdict settles a row."""
     if queue not in ("sample", "suspects"):
         return review.next()
-    leases, mine, time = visit.cache.leases, visit.session.form_token, monotonic()
-    card = review.next([key for (other, _), (key, end) in leases.items() if other != mine and end > time])
-    if card is None:
-        leases.pop((mine, queue), None)
-    else:
-        leases[mine, queue] = (card.member.key, time + LEASE_S)
-    return card
+    return visit.cache.leases.next(review, visit.session.form_token, queue)
 
 
 def _left(review: ReviewSession) -> str:
@@ -161,7 +153,7 @@ def judge_row(visit: Visit) -> Response:
     if action == "again":
         visit.cache.reviews.pop(_kept_as(visit, queue))
         return visit.go(back)
-    card = review.card(visit.form.get("key", ""))
+    card = review.open_item(visit.form.get("key", ""))
     output, note = _typed(visit, review)
     if card is None and (action != "undo" or output or note):
         # Another session, a second tab, the terminal, or the same form sent twice.
@@ -171,29 +163,28 @@ def judge_row(visit: Visit) -> Response:
     said = ""
     if card is not None and note is not None:
         said = review.note(card, note)
-        if review.note_on(card.member.key) != note.strip():
+        if review.note_on(card.key) != note.strip():
             visit.session.messages.append(said)
             return _show(visit, queue, review, card, output, note)
     if action == "undo" and output is None:
         undone = review.undo()
         shown = next_row(visit, queue, review)
-        if undone is not None and (shown is None or shown.member.key != undone.member.key):
-            return visit.go(back, f"Taken back: row {undone.member.key[:12]}, which is not next in this list.")
+        if undone is not None and (shown is None or shown.key != undone.key):
+            return visit.go(back, f"Taken back: row {undone.key[:12]}, which is not next in this list.")
         return visit.go(back, "Taken back." if undone is not None else "There is nothing to take back.")
     assert card is not None
     # An edited row is a wrong one, and its text says more.
     if action in ("edit", "preview") or (action == "wrong" and output is not None and output.strip()):
         return _edited(visit, queue, review, card)
-    if action not in (*_VERDICTS, "undo", "note"):
-        raise UserError(f"Unknown verdict {action!r}", fix="Use the buttons of the page.")
+    verdict = None if action in ("undo", "note") else verdict_of(review, action)
     if output is not None and action != "wrong":
         unsaved = "No verdict was recorded: you changed the answer. Save the edit (Ctrl Enter) or cancel it (c)."
         visit.session.messages += [each for each in (said, "" if action == "note" else unsaved) if each]
         return _show(visit, queue, review, card, output)
-    if action == "note":
-        return visit.go(back, said)
-    review.judge(card, _VERDICTS[action])
-    return visit.go(back)
+    if verdict is not None:
+        review.judge(card, verdict)
+        said = ""
+    return visit.go(back, said)
 
 
 def _typed(visit: Visit, review: ReviewSession) -> tuple[str | None, str | None]:
@@ -269,8 +260,7 @@ def agreement_page(visit: Visit) -> Response:
     review = _review(visit, "conflicts")
     assert review is not None
     conflicts = [
-        (review.members[key], sorted(review.reviews.current_verdicts(key).items()))
-        for key in report.conflicts[:_ON_A_PAGE]
+        (review.members[key], sorted(review.log.current_verdicts(key).items())) for key in report.conflicts[:_ON_A_PAGE]
     ]
     return visit.page(
         "agreement.html.j2",

@@ -1,0 +1,278 @@
+"""The annotation engine: people's verdicts on items, for label review and human evaluation.
+
+It holds what both have in common: the log of verdicts, undos and notes, a reviewer's pass over a queue, leases of items
+and verdicts from a spreadsheet. Each of the two has its rules: what an item is, when it is settled, who may see what.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunewright.core.clock import now
+from tunewright.core.csv import one_line_end, read_sheet, restored_cell
+from tunewright.core.errors import UserError
+
+LEASE_S = 600  # for which an item on one screen is offered to no other
+_MOST_FAULTS = 50
+
+
+class Mark(BaseModel):
+    """An event of a log: what a reviewer did to an item."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    reviewer: str
+    when: Annotated[str, Field(description="UTC, ISO 8601.")]
+
+
+class VerdictMark(Mark):
+    """A verdict on an item; it replaces the reviewer's earlier one, which an undo brings back."""
+
+    event: Literal["verdict"] = "verdict"
+    verdict: str
+
+
+class NoteMark(Mark):
+    """A reviewer's note on an item, replacing any earlier one; an empty one removes it."""
+
+    event: Literal["note"] = "note"
+    text: str
+
+
+class UndoMark(Mark):
+    """Withdrawal of the reviewer's latest valid verdict on an item."""
+
+    event: Literal["undo"] = "undo"
+
+
+class Item(Protocol):
+    """An item as a reviewer sees it."""
+
+    @property
+    def key(self) -> str: ...
+
+
+MarkT = TypeVar("MarkT", bound=Mark)
+VerdictMarkT = TypeVar("VerdictMarkT", bound=VerdictMark)
+ItemT = TypeVar("ItemT", bound=Item)
+VerdictT = TypeVar("VerdictT", bound=str)
+
+
+@dataclass(frozen=True)
+class AnnotationLog(Generic[VerdictMarkT]):
+    """All events in order, and what stands after them."""
+
+    events: Sequence[BaseModel]
+    torn: bool = False
+    """True if the file ends in half a line, because a crash cut off the last event."""
+
+    @cached_property
+    def stacks(self) -> dict[str, dict[str, list[VerdictMarkT]]]:
+        """The valid verdicts: item's key, then reviewer, to verdicts, latest last."""
+        stacks: dict[str, dict[str, list[VerdictMarkT]]] = {}
+        for event in self.events:
+            if isinstance(event, VerdictMark):
+                stacks.setdefault(event.key, {}).setdefault(event.reviewer, []).append(cast(VerdictMarkT, event))
+            elif isinstance(event, UndoMark) and stacks.get(event.key, {}).get(event.reviewer):
+                stacks[event.key][event.reviewer].pop()
+        return stacks
+
+    @cached_property
+    def notes(self) -> dict[str, dict[str, str]]:
+        """Item's key, then reviewer, to the note."""
+        notes: dict[str, dict[str, str]] = {}
+        for event in self.events:
+            if isinstance(event, NoteMark):
+                notes.setdefault(event.key, {})[event.reviewer] = event.text
+        return {key: {name: text for name, text in said.items() if text} for key, said in notes.items()}
+
+    def current_verdicts(self, key: str) -> dict[str, VerdictMarkT]:
+        """Return the verdict of each reviewer on an item."""
+        return {name: stack[-1] for name, stack in self.stacks.get(key, {}).items() if stack}
+
+    def latest(self, reviewer: str, counts: Callable[[VerdictMarkT], bool]) -> VerdictMarkT | None:
+        """Return the reviewer's newest valid verdict that ``counts``."""
+        theirs = [stack[-1] for names in self.stacks.values() if (stack := names.get(reviewer))]
+        places = {id(event): place for place, event in enumerate(self.events)}
+        return max(filter(counts, theirs), key=lambda judged: places[id(judged)], default=None)
+
+
+class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
+    """A reviewer's pass over a queue of items; each event is on disk before the next item is shown."""
+
+    log: AnnotationLog[VerdictMarkT]
+    verdict_keys: Sequence[tuple[str, VerdictT, str]]
+    """Key, verdict, and the words on its button; the last one skips the item."""
+    note_kind: type[NoteMark] = NoteMark
+    undo_kind: type[UndoMark] = UndoMark
+
+    def __init__(self, reviewer: str) -> None:
+        self.reviewer = reviewer
+        self._skipped: set[str] = set()  # not offered again in this pass
+        self.refresh()
+
+    @abstractmethod
+    def read_log(self) -> AnnotationLog[VerdictMarkT]:
+        """Return the log as it is on disk."""
+
+    @abstractmethod
+    def append(self, events: Sequence[Any]) -> None:
+        """Append events to the log on disk."""
+
+    @abstractmethod
+    def queue(self) -> Sequence[str]:
+        """Return the keys of the items that may be open, each once, in the order in which they are offered."""
+
+    @abstractmethod
+    def is_open(self, key: str) -> bool:
+        """Return whether an item needs a verdict of this reviewer; one that was skipped does."""
+
+    @abstractmethod
+    def item(self, key: str) -> ItemT:
+        """Return an item in the form that the reviewer may see."""
+
+    @abstractmethod
+    def judge(self, item: ItemT, verdict: VerdictT) -> None:
+        """Record a verdict, replacing this reviewer's earlier one."""
+
+    def counts(self, judged: VerdictMarkT) -> bool:
+        """Return whether a verdict is of this pass or an earlier one of its kind, so that it can be taken back."""
+        return judged.key in self.queue()
+
+    def refresh(self) -> None:
+        """Read the log again: other reviewers, or this one elsewhere, may have judged items meanwhile."""
+        self.log = self.read_log()
+        self._skipped = set(filter(self._stays_skipped, self._skipped))
+
+    def _stays_skipped(self, key: str) -> bool:
+        mine = self.verdict(key)  # the skip may have been taken back elsewhere
+        return mine is not None and mine.verdict == "skip"
+
+    def next(self, leased: Collection[str] = ()) -> ItemT | None:
+        """Return the next item to judge, or None; ``leased`` ones are left to those who have them on their screens."""
+        key = next((key for key in self.queue() if key not in leased and self._is_offered(key)), None)
+        return None if key is None else self.item(key)
+
+    def open_item(self, key: str) -> ItemT | None:
+        """Return an item that was shown earlier; None if it left the queue or was judged meanwhile."""
+        return self.item(key) if key in self.queue() and self._is_offered(key) else None
+
+    def _is_offered(self, key: str) -> bool:
+        return key not in self._skipped and self.is_open(key)
+
+    def open_keys(self, most: int | None = None) -> list[str]:
+        """Return the keys of the first ``most`` open items (None: of all), also of skipped ones."""
+        return list(islice(filter(self.is_open, self.queue()), most))
+
+    def verdict(self, key: str) -> VerdictMarkT | None:
+        """Return this reviewer's verdict on an item."""
+        return self.log.current_verdicts(key).get(self.reviewer)
+
+    def note_on(self, key: str) -> str:
+        """Return this reviewer's note on an item, or an empty text."""
+        return self.log.notes.get(key, {}).get(self.reviewer, "")
+
+    def mark(self, kind: type[MarkT], key: str, **facts: Any) -> MarkT:
+        """Return an event of this reviewer, now."""
+        return kind(key=key, reviewer=self.reviewer, when=now(), **facts)
+
+    def record(self, events: Sequence[Mark]) -> None:
+        """Record events together."""
+        if events:
+            self.append(events)
+            self.refresh()
+        self._skipped |= {event.key for event in events if isinstance(event, VerdictMark) and event.verdict == "skip"}
+
+    def note(self, item: ItemT, text: str) -> str:
+        """Store a note on the item, replacing this reviewer's earlier one; return a message to show."""
+        text = text.strip()
+        if text == self.note_on(item.key):
+            return ""
+        self.record([self.mark(self.note_kind, item.key, text=text)])
+        return "Noted." if text else "The note was removed."
+
+    def latest(self) -> VerdictMarkT | None:
+        """Return this reviewer's newest verdict that can be taken back, also one of an earlier pass."""
+        return self.log.latest(self.reviewer, self.counts)
+
+    def undo(self, key: str | None = None) -> ItemT | None:
+        """Take back this reviewer's verdict on an item (None: the newest one), and return the item."""
+        last = self.latest() if key is None else self.verdict(key)
+        if last is None or not self.counts(last):
+            return None
+        self.record([self.mark(self.undo_kind, last.key)])
+        self._skipped.discard(last.key)
+        return self.item(last.key)
+
+
+class Leases:
+    """The item on each screen, which is offered to no other screen for a time.
+
+    They end with the process, and another one does not know them: there, the first verdict counts.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str], tuple[str, float]] = {}  # by screen and queue: the item, and the end
+
+    def next(self, session: AnnotationSession[Any, ItemT, Any], screen: str, queue: str) -> ItemT | None:
+        """Return the session's next item that is on no other screen, leased to this one."""
+        time = monotonic()
+        item = session.next([key for (other, _), (key, end) in self._held.items() if other != screen and end > time])
+        if item is None:
+            self._held.pop((screen, queue), None)
+        else:
+            self._held[screen, queue] = (item.key, time + LEASE_S)
+        return item
+
+
+@dataclass(frozen=True)
+class SheetImport:
+    """The result of an import: verdicts recorded, verdicts known already, rows without one, and notes recorded."""
+
+    recorded: int
+    known: int
+    blank: int
+    notes: int = 0
+
+
+def checked_rows(
+    path: Path, columns: Sequence[str], key: str, made_by: str, fault: Callable[[Mapping[str, str], str], str | None]
+) -> list[dict[str, str]]:
+    """Return the rows of a filled-in sheet, with the texts as they were before `write_sheet` and a spreadsheet.
+
+    Args:
+        path: the file.
+        columns: required columns.
+        key: the column that names a row's item.
+        made_by: the command that writes these files.
+        fault: returns what is wrong with a row, given its ``file:line``.
+
+    Raises:
+        UserError: the file cannot be read, or rows are faulty; the message lists the first 50 by line.
+    """
+    rows, faults = [], []
+    seen: dict[str, int] = {}
+    for line, written in read_sheet(path, columns, made_by):
+        cells = {name: one_line_end(restored_cell(cell)) for name, cell in written.items()}
+        wrong = fault(cells, f"{path}:{line}")
+        if cells[key] in seen and not wrong:
+            wrong = f"duplicate of line {seen[cells[key]]}"
+        seen.setdefault(cells[key], line)
+        if wrong:
+            faults.append(f"{path}:{line}: {wrong}")
+        rows.append(cells)
+    if faults:
+        listed = "\n".join(f"  {each}" for each in faults[:_MOST_FAULTS])
+        more = f"\n  and {len(faults) - _MOST_FAULTS:,} more" if len(faults) > _MOST_FAULTS else ""
+        raise UserError(f"Faulty rows, no verdict was recorded:\n{listed}{more}", fix="Fix them and import again.")
+    return rows
