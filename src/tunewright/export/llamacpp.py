@@ -166,8 +166,7 @@ def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: P
                     listed.append(engine.next_token(ids[:place]))
                     task.advance()
     return ArtifactOutputs(
-        answers=[answer.ids for answer in answers],
-        texts=trained.texts(answers),
+        completions=answers,
         distributions=listed,
         rendered=rendered,
         functions_rendered=functions_rendered,

@@ -149,8 +149,7 @@ def observe_folder(model: Any, folder: Path, trained: TrainedModel, reporter: Re
     with reporter.task(what, len(probe.prompts), "prompts") as task:
         completions = answer(model, probe, chat, None, task.advance)
     return ArtifactOutputs(
-        answers=[completion.ids for completion in completions],
-        texts=trained.texts(completions),
+        completions=completions,
         distributions=distributions(model, trained.contexts),
         rendered=count_equal_renderings(
             tokenizer, chat.template, [m.example.prompt for m in probe.members], probe.prompts, trained.system_prompt

@@ -38,9 +38,8 @@ One model is in memory at a time: the trained one, each merge method and the mer
 class ArtifactOutputs:
     """An artifact's outputs for the probe's prompts."""
 
-    answers: Sequence[tuple[int, ...]]
-    """The model's greedy answers, without the end token."""
-    texts: Sequence[str]
+    completions: Sequence[Completion]
+    """Its greedy answers."""
     distributions: Tensor | Sequence[TopTokens]
     """Next-token distributions at each place of the *trained model's* answers."""
     rendered: int
@@ -70,31 +69,22 @@ class TrainedModel:
     """The base's, with the adapter off."""
 
     @property
-    def answers(self) -> list[tuple[int, ...]]:
-        """The model's greedy answers."""
-        return [completion.ids for completion in self.completions]
-
-    @property
     def contexts(self) -> list[Context]:
         """The prompts with its answers, and the places in them."""
         return contexts(self.probe, self.completions)
 
-    def texts(self, completions: Sequence[Completion]) -> list[str]:
-        """Return answers to the probe's prompts as text."""
-        return [
-            answer_text(self.chat, completion, member.example.prompt)
-            for completion, member in zip(completions, self.probe.members, strict=True)
-        ]
-
-    def score(self, texts: Sequence[str]) -> float:
-        """Score answers by the config's metric."""
-        return score_all(self.scorer, texts, [member.example for member in self.probe.members]).total()
+    def score(self, completions: Sequence[Completion]) -> float:
+        """Score answers to the probe's prompts by the config's metric."""
+        examples = [member.example for member in self.probe.members]
+        answered = zip(completions, examples, strict=True)
+        texts = [answer_text(self.chat, completion, example.prompt) for completion, example in answered]
+        return score_all(self.scorer, texts, examples).total()
 
     def figures(self, seen: ArtifactOutputs) -> Figures:
         """Compare an artifact's outputs with the trained model's."""
         found = distance(self.log_probs, seen.distributions)
         kl, effect = float(found.kl.mean()), float(distance(self.log_probs, self.base_log_probs).kl.mean())
-        same = sum(ours == theirs for ours, theirs in zip(self.answers, seen.answers, strict=True))
+        same = sum(ours.ids == theirs.ids for ours, theirs in zip(self.completions, seen.completions, strict=True))
         return Figures(
             prompts=len(self.probe.prompts),
             places=len(self.log_probs),
@@ -105,10 +95,10 @@ class TrainedModel:
             lost=kl / effect if effect else 1.0,
             from_base=float(distance(self.base_log_probs, seen.distributions).kl.mean()),
             top1=float(found.same_top.double().mean()),
-            greedy=same / len(self.answers),
+            greedy=same / len(self.completions),
             metric=self.scorer.name,
-            score=self.score(seen.texts),
-            trained_score=self.score(self.texts(self.completions)),
+            score=self.score(seen.completions),
+            trained_score=self.score(self.completions),
             rendered=seen.rendered,
             functions=len(self.probe.functions),
             functions_rendered=seen.functions_rendered,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import product, zip_longest
@@ -149,6 +149,13 @@ class _Session:
         await self.send_together(check, product([*one, None], prompts))
         await self.load(other)
 
+    async def run(self, reporter: Reporter) -> None:
+        """Run all checks, one after the other."""
+        with reporter.task("Testing the engine", len(CHECKS), "checks") as task:
+            for name, check in CHECKS.items():
+                await check(self, name)
+                task.advance(note=name)
+
     async def load(self, digests: Iterable[str]) -> None:
         for digest in digests:
             await self.engine.load(digest, self.folders[digest])
@@ -156,6 +163,17 @@ class _Session:
     async def unload(self, digests: Iterable[str]) -> None:
         for digest in digests:
             await self.engine.unload(digest)
+
+
+CHECKS: Mapping[str, Callable[[_Session, str], Awaitable[None]]] = {
+    "each alone": _Session.alone,
+    "all mixed": _Session.mixed,
+    "the base in the mix": _Session.base_in_the_mix,
+    "prefixes warm": _Session.warm_prefixes,
+    "evicted and reloaded": _Session.evict_and_reload,
+    "a new version": _Session.new_version,
+}
+"""The checks by name, in their order."""
 
 
 def check_isolation(
@@ -194,28 +212,13 @@ def check_isolation(
         probes = find_probes(reference, models, prompts, tolerance, task.advance)
         long_probes = find_probes(reference, models, longer, tolerance, task.advance)
     reference.unload()
-    answers = _collect(start, probes, long_probes, folders, reporter, seed)
+    name, observations = _collect(start, probes, long_probes, folders, reporter, seed)
     scorer = _Scorer(reference, {**probes.answers, **long_probes.answers})
-    checks, failures = _scored(answers, probes, scorer, tolerance, names, reporter)
+    checks, failures = _scored(observations, probes, scorer, tolerance, names, reporter)
     reference.unload()
-    alike = sorted({_sorted(names[one], names[other]) for one, other in probes.alike & long_probes.alike})
-    return IsolationResult(
-        answers.engine,
-        tolerance,
-        tuple(names[model] for model in models),
-        checks,
-        failures,
-        tuple(alike),
-    )
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """All answers of an engine."""
-
-    engine: str
-    checks: tuple[str, ...]
-    observations: Sequence[_Observation]
+    both = probes.alike & long_probes.alike
+    alike = sorted({(min(pair), max(pair)) for pair in ((names[one], names[other]) for one, other in both)})
+    return IsolationResult(name, tolerance, tuple(names[model] for model in models), checks, failures, tuple(alike))
 
 
 def _collect(
@@ -225,36 +228,18 @@ def _collect(
     folders: Mapping[str, Path],
     reporter: Reporter,
     seed: int,
-) -> _Answers:
-    """Start the engine, send it all requests, and stop it."""
+) -> tuple[str, list[_Observation]]:
+    """Start the engine, send it all requests, and stop it; return its name and answers."""
+    # A function of its own: with its variables the engine's base leaves memory before the reference's is loaded.
     with start() as engine:
         session = _Session(engine, probes, long_probes, folders, random.Random(seed))
-        checks = {
-            "each alone": session.alone,
-            "all mixed": session.mixed,
-            "the base in the mix": session.base_in_the_mix,
-            "prefixes warm": session.warm_prefixes,
-            "evicted and reloaded": session.evict_and_reload,
-            "a new version": session.new_version,
-        }
-
-        async def run() -> None:
-            with reporter.task("Testing the engine", len(checks), "checks") as task:
-                for name, check in checks.items():
-                    await check(name)
-                    task.advance(note=name)
-
-        asyncio.run(run())
-        return _Answers(engine.name, tuple(checks), session.observations)
+        asyncio.run(session.run(reporter))
+        return engine.name, session.observations
 
 
 def _lengthened(prompt: Ids, tokens: int) -> Ids:
     """Return the prompt repeated and cut from the left to a length; it keeps its end, where models differ."""
     return (prompt * -(-tokens // len(prompt)))[-tokens:]
-
-
-def _sorted(one: str, other: str) -> tuple[str, str]:
-    return (one, other) if one <= other else (other, one)
 
 
 class _Scorer:
@@ -287,7 +272,7 @@ class _Scorer:
 
 
 def _scored(
-    answers: _Answers,
+    observations: Sequence[_Observation],
     probes: Probes,
     scorer: _Scorer,
     tolerance: float,
@@ -296,7 +281,7 @@ def _scored(
 ) -> tuple[tuple[IsolationCheck, ...], tuple[Failure, ...]]:
     # By model first: the reference holds one adapter at a time.
     by_model: dict[Digest, dict[Ids, list[_Observation]]] = {}
-    for observation in answers.observations:
+    for observation in observations:
         by_model.setdefault(observation.model, {}).setdefault(observation.prompt, []).append(observation)
     short: dict[_Observation, float] = {}
     with reporter.task("Scoring its answers", len(by_model), "models") as task:
@@ -307,8 +292,8 @@ def _scored(
             task.advance()
     checks: list[IsolationCheck] = []
     failures: list[Failure] = []
-    for name in answers.checks:
-        own = [observation for observation in answers.observations if observation.check == name]
+    for name in CHECKS:
+        own = [observation for observation in observations if observation.check == name]
         wrong = [observation for observation in own if short[observation] > tolerance]
         for observation in wrong:
             source = scorer.source(observation, probes.prompts, tolerance)

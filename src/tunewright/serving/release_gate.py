@@ -54,9 +54,7 @@ def self_test(
                 spare = config.serve.spare_adapters
     if held is None:
         held, folders = choose_served(project, adapters)
-    on = EngineUnderTest(
-        config, project.base, project.chat, held, options.engine or config.serve.engine, project.reporter
-    )
+    on = EngineUnderTest(project, config, held, options.engine or config.serve.engine)
     return IsolationRunner(on, folders, spare).run(isolation_prompts(project))
 
 
@@ -94,8 +92,7 @@ class ReleaseGate:
         # One engine: all replicas are alike, and the server's own ones are running.
         config = _with_replicas(project.folder.config, 1, limited=False)
         held = config.serve.quantization or trained_quantization(list(adapters))
-        kind = engine or config.serve.engine
-        self._engine = EngineUnderTest(config, project.base, project.chat, held, kind, project.reporter)
+        self._engine = EngineUnderTest(project, config, held, engine or config.serve.engine)
         named = {each.name: each.folder for each in adapters}
         self._test = IsolationRunner(self._engine, named, config.serve.spare_adapters)
 

@@ -19,12 +19,10 @@ import torch
 
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest
-from tunewright.chat import ChatFormat
 from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.core.progress import Reporter
 from tunewright.engines.environment import VLLM, find
 from tunewright.engines.protocol import Engine
 from tunewright.export.merge import write_merged
@@ -38,6 +36,7 @@ from tunewright.gate.serving_check import LOST, NOISE, WRONG, ServingComparison,
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.models.memory.plan import gigabytes
+from tunewright.open_project import OpenProject
 from tunewright.serving.engines.start import EngineSpec, max_num_seqs, require_llamacpp
 from tunewright.serving.engines.start_replicas import start_engines
 
@@ -48,19 +47,19 @@ _LORA_B = ".lora_B."
 
 @dataclass(frozen=True)
 class EngineUnderTest:
-    """An engine in the server's configuration, with a base.
+    """An engine in the server's configuration.
 
     Args:
+        project: the project, with its base and chat format.
+        config: the project's, with the number of replicas to test.
         quantization: the precision of the base's weights.
         kind: the kind of engine.
     """
 
+    project: OpenProject
     config: Config
-    base: Base
-    chat: ChatFormat
     quantization: Quantization
     kind: EngineName
-    reporter: Reporter
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -94,8 +93,8 @@ class EngineUnderTest:
         """Return the SHA-256 of everything that a test's result depends on: the engine, the base and ``own``."""
         return digest(
             {
-                "base": self.base.digest,
-                "chat": self.chat.digest,
+                "base": self.project.base.digest,
+                "chat": self.project.chat.digest,
                 "quantization": self.quantization,
                 "dtype": self.config.train.dtype,
                 "engine": self.kind,
@@ -109,13 +108,21 @@ class EngineUnderTest:
     def reference(self, folders: Mapping[str, Path]) -> PeftReference:
         """Return the reference for adapters by digest. It and the engine are never in memory together."""
         return PeftReference(
-            self.base, self.config.train.dtype, self.quantization, folders, stop_ids=self.chat.stop_ids
+            self.project.base, self.config.train.dtype, self.quantization, folders, stop_ids=self.project.chat.stop_ids
         )
 
     @contextmanager
-    def started(self, spec: EngineSpec) -> Iterator[Engine]:
-        """Start the engine, and stop it after the block."""
-        engine = start_engines(self.kind, self.config, spec, self.reporter)
+    def started(self, adapters: Mapping[str, Path], *, spare: int = 0, merged: Base | None = None) -> Iterator[Engine]:
+        """Start the engine, and stop it after the block.
+
+        Args:
+            adapters: folders of the adapters by digest.
+            spare: the number of further adapters to reserve room for.
+            merged: the model in place of the base, in 16 bits.
+        """
+        project, held = self.project, self.quantization if merged is None else "none"
+        spec = EngineSpec(merged or project.base, project.chat, held, adapters, spare=spare)
+        engine = start_engines(self.kind, self.config, spec, project.reporter)
         try:
             yield engine
         finally:
@@ -164,17 +171,17 @@ class IsolationRunner:
         if not self.folders:
             raise UserError("The isolation test needs at least one adapter")
         on = self.on
-        names: dict[Digest, str] = {None: on.base.spec}
+        names: dict[Digest, str] = {None: on.project.base.spec}
         names |= {adapter_digest(folder): name for name, folder in self.named.items()}
         return isolation.check_isolation(
-            lambda: on.started(EngineSpec(on.base, on.chat, on.quantization, self.folders, spare=self.spare)),
+            lambda: on.started(self.folders, spare=self.spare),
             on.reference(self.folders),
             self.folders,
             prompts,
-            context=context_length(on.base),
+            context=context_length(on.project.base),
             tolerance=on.tolerance,
             names=names,
-            reporter=on.reporter,
+            reporter=on.project.reporter,
             long=isolation.LONG if on.kind == "vllm" else isolation.SHORT,
         )
 
@@ -188,7 +195,7 @@ class IsolationRunner:
             subject=self.subject,
             engine=self.on.kind,
             device=self.on.device,
-            base=self.on.base.digest,
+            base=self.on.project.base.digest,
             adapters=tuple(sorted(self.folders)),
             versions=self.on.versions,
             tolerance=result.tolerance,
@@ -236,25 +243,26 @@ class ServingCheckRunner:
         """
         began = monotonic()
         on, own = self.on, self.adapter.digest
-        compare = ServingComparison(self.probe, on.chat, on.precision, on.tolerance, on.config.seed, on.reporter)
+        chat, reporter = on.project.chat, on.project.reporter
+        compare = ServingComparison(self.probe, chat, on.precision, on.tolerance, on.config.seed, reporter)
         trained, base = self._reference()
         with tempfile.TemporaryDirectory(prefix="tunewright-check-") as temporary:
             identity = write_identity(self.adapter.folder, Path(temporary) / "identity")
             folders = {own: self.adapter.folder, adapter_digest(identity): identity}
-            with on.started(EngineSpec(on.base, on.chat, on.quantization, folders)) as engine:
+            with on.started(folders) as engine:
                 answers, zero = compare.ask(engine, {own: trained, adapter_digest(identity): base})
             figures = [compare.figures("adapter", trained, answers), compare.figures("identity", base, zero)]
             left_out = self._no_merge(Path(temporary))
             if left_out is None:
                 merged = self._merged(Path(temporary) / "merged")
-                with on.started(EngineSpec(merged, on.chat, "none", {})) as engine:
+                with on.started({}, merged=merged) as engine:
                     (answers,) = compare.ask(engine, {None: trained})
                 figures.append(compare.figures("merged", trained, answers))
         return ServingCheck(
             subject=self.subject,
             engine=on.kind,
             device=on.device,
-            base=on.base.digest,
+            base=on.project.base.digest,
             adapter=own,
             versions=on.versions,
             tolerance=on.tolerance,
@@ -267,9 +275,11 @@ class ServingCheckRunner:
 
     def _reference(self) -> tuple[list[ReferenceAnswer], list[ReferenceAnswer]]:
         """Return the answers of the adapter and of the base under PEFT."""
-        own, chat = self.adapter.digest, self.on.chat
+        own, chat = self.adapter.digest, self.on.project.chat
         reference = self.on.reference({own: self.adapter.folder})
-        with self.on.reporter.task("The trained model's answers", 2 * len(self.probe.prompts), "answers") as task:
+        with self.on.project.reporter.task(
+            "The trained model's answers", 2 * len(self.probe.prompts), "answers"
+        ) as task:
             trained, base = (reference.measured(model, self.probe, chat, task.advance) for model in (own, None))
         reference.unload()
         return trained, base
@@ -282,7 +292,7 @@ class ServingCheckRunner:
             read_deltas(self.adapter.folder)
         except UserError as error:
             return error.what
-        size = sum((self.on.base.folder / name).stat().st_size for name in self._weights.base.files)
+        size = sum((self.on.project.base.folder / name).stat().st_size for name in self._weights.base.files)
         free = shutil.disk_usage(temporary).free
         if free < 1.1 * size:
             return f"it needs {gigabytes(size)} in {temporary.parent}, where {gigabytes(free)} are free"
@@ -292,13 +302,13 @@ class ServingCheckRunner:
     def _weights(self) -> Weights:
         dequantized = self.on.quantization == "nf4"
         deltas = read_deltas(self.adapter.folder)
-        return Weights(self.on.base, trained_dtype(self.adapter), deltas, dequantized=dequantized)
+        return Weights(self.on.project.base, trained_dtype(self.adapter), deltas, dequantized=dequantized)
 
     def _merged(self, folder: Path) -> Base:
         """Write the merged model into a folder, and return it as a base."""
         folder.mkdir()
-        base = self.on.base
-        write_merged(folder, self._weights, base, self.on.chat, None, self.on.reporter)
+        base = self.on.project.base
+        write_merged(folder, self._weights, base, self.on.project.chat, None, self.on.project.reporter)
         # The digest of a model that nothing refers to is not needed.
         return Base(f"{base.spec} merged with {self.adapter.name}", folder, None, base.architecture, {})
 
