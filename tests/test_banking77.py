@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 from command_line import tunewright
 from factories import pair
 from real_data import SHARED
-from tunewright.cli.data import leakage_text, version_table
+from tunewright.cli.data import leakage_blocks, version_table
 from tunewright.cli.verdict import verdict_text
 from tunewright.config.io import load_config
 from tunewright.config.project import CONFIG_FILE
@@ -264,14 +264,14 @@ def _printed() -> list[str]:
     """Return the commands' output for the record, scored again."""
     evidence = _evidence()
     manifest = Manifest.model_validate_json((GOLDEN / MANIFEST).read_bytes())
-    parts: list[RenderableType] = [
+    parts = rendered(
         version_table([manifest]),
-        leakage_text(_leak(), ()),
-        *rendered(advice_section(_advice_anew())),
+        *leakage_blocks(_leak(), ()),
+        advice_section(_advice_anew()),
         _training_text(evidence),
-        *rendered(*sections(evidence)),
+        *sections(evidence),
         verdict_text(verdict(evidence)),
-    ]
+    )
     out = io.StringIO()
     console = Console(file=out, width=120, soft_wrap=True)
     for part in parts:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -15,11 +14,11 @@ from tunewright.cli.app import TRAIN, Adapter, command, group
 from tunewright.cli.console import CANT_TELL, FAILED, Session
 from tunewright.core.clock import without_milliseconds
 from tunewright.core.text import count_of
+from tunewright.render.blocks import Table, table, words
 
 if TYPE_CHECKING:
     from tunewright.adapters.lineage import DatasetTrace, Trace
     from tunewright.adapters.registry import Adapter as StoredAdapter
-    from tunewright.adapters.trust import TrustStatus
     from tunewright.evaluation.adapter_details import AdapterDetails
 
 # As in config.section, which is too heavy to import for --help.
@@ -66,7 +65,9 @@ def adapters_verify(
     """
     found = run.project.adapters.verify(adapters or ())
     document = {"adapters": found}
-    run.show(document, trust_status_table(found) if found else "No adapter is stored.")
+    rows = ((each.adapter, each.state, "; ".join(each.reasons)) for each in found)
+    shown = table("Status of adapters", words("Adapter", "State", "Why"), rows)
+    run.show(document, shown if found else "No adapter is stored.")
     states = {each.state for each in found}
     if states & {"tampered", "revoked"}:
         return FAILED
@@ -136,26 +137,13 @@ def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
 
 def adapters_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of stored adapters."""
-    table = Table()
-    for name in ("adapter", "created", "dataset", "base", "checkpoints"):
-        table.add_column(name, no_wrap=name == "adapter")
+    found = []
     for row in rows:
         dataset = row["dataset"][:_SHORT] if row["dataset"] else "unknown"
         dataset += ", imported" if row["imported"] else ""
-        table.add_row(
-            row["name"], without_milliseconds(row["created"]), dataset, row["base"], ", ".join(row["checkpoints"])
-        )
-    return table
-
-
-def trust_status_table(found: Sequence[TrustStatus]) -> Table:
-    """Return the status of each adapter, with the reasons."""
-    table = Table()
-    for name in ("adapter", "state", "why"):
-        table.add_column(name)
-    for each in found:
-        table.add_row(each.adapter, each.state, Text("; ".join(each.reasons)))
-    return table
+        made = without_milliseconds(row["created"])
+        found.append((row["name"], made, dataset, row["base"], ", ".join(row["checkpoints"])))
+    return table("Adapters", words("Adapter", "Created", "Dataset", "Base", "Checkpoints"), found)
 
 
 def lineage_tree(shown: AdapterDetails) -> Tree:

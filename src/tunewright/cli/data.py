@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from tunewright.cli.app import DATA, command, given_options, group, refuse_unused
 from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.add_options import AddOptions, ColumnMapping
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Table, table, words
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
@@ -110,7 +107,7 @@ def data_check(
         return None if checked.ok else USER_ERROR
     report = data.check()
     dropping = run.project.folder.config.train.on_overlength == "drop"
-    run.show(report, *check_tables(report, dropping=dropping))
+    run.show(report, *check_blocks(report, dropping=dropping))
     return USER_ERROR if report.refused(dropping=dropping) else None
 
 
@@ -149,29 +146,26 @@ def data_leakage(
         "exact_not_counted": misleading,
         "contamination": found,
     }
-    texts = [leakage_text(report, bands, templates), *([misleading] if misleading else [])]
-    run.show(document, *texts, contamination_text(found))
+    notes = [misleading] if misleading else []
+    run.show(document, *leakage_blocks(report, bands, templates), *notes, contamination_text(found))
 
 
-_BAR = 40
 _MOST_HELD = 10
 _MOST_NAMED = 20
 
 
 def version_table(versions: Sequence[Manifest], current: Manifest | None = None) -> Table:
     """Return the table of dataset versions; among several, the current one has a star."""
-    table = Table()
-    mixed = ["mixed in"] if any(v.counts.mixed for v in versions) else []
-    numbers = ("rows", "train", "dev", "test", *mixed, "clusters", "families", "conflicts")
-    for name in ("version", "created", *numbers, "message"):
-        text = name in {"version", "created", "message"}
-        table.add_column(name, justify="left" if text else "right", no_wrap=name != "message")
+    mixed = any(v.counts.mixed for v in versions)
+    numbers = ("Rows", "Train", "Dev", "Test", *(["Mixed in"] if mixed else []), "Clusters", "Families", "Conflicts")
+    rows = []
     for version in versions:
         c = version.counts
         counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
         star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
-        table.add_row(version.digest[:12] + star, version.created[:16], *(f"{n:,}" for n in counts), version.message)
-    return table
+        texts = (version.digest[:12] + star, version.created[:16])
+        rows.append((*texts, *(f"{n:,}" for n in counts), version.message))
+    return table("Versions", (*words("Version", "Created"), *numbers, *words("Message")), rows)
 
 
 def preview_text(preview: Preview) -> str:
@@ -213,17 +207,13 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
     return lines
 
 
-def leakage_text(report: LeakageReport, bands: Sequence[BandScore], templates: Sequence[TemplateScore] = ()) -> str:
-    """Return a histogram of similarities next to a random split's, and scores by distance and by output template."""
-    from tunewright.data.dedup.leakage import leakage_sentences
+def leakage_blocks(
+    report: LeakageReport, bands: Sequence[BandScore], templates: Sequence[TemplateScore] = ()
+) -> tuple[Block, ...]:
+    """Return similarities next to a random split's, and scores by distance and by output template."""
+    from tunewright.data.dedup.leakage import similarity_blocks
 
-    counts = [dev + test for dev, test in zip(report.histogram("dev"), report.histogram("test"), strict=True)]
-    lines = [f"Held-out rows by the similarity of their nearest training row, version {report.version[:12]}"]
-    for place, count in enumerate(counts):
-        bar = "█" * round(_BAR * count / max(*counts, 1)) or "▏" * (count > 0)
-        lines.append(f"{place / 10:.1f} to {(place + 1) / 10:.1f}  {bar} {count:,}")
-    lines += leakage_sentences(report)
-    lines += [
+    lines = [
         f"{band.arm}, nearest {band.low:.1f} to {band.high:.1f}: {band.exact} of {band.items} exact "
         f"({band.interval[0]:.1%} to {band.interval[1]:.1%})"
         for band in bands
@@ -233,7 +223,8 @@ def leakage_text(report: LeakageReport, bands: Sequence[BandScore], templates: S
         f"({score.interval[0]:.1%} to {score.interval[1]:.1%})"
         for score in templates
     ]
-    return "\n".join(lines)
+    title = f"Held-out rows by the similarity of their nearest training row, version {report.version[:12]}"
+    return (Lead(title), *similarity_blocks(report), Notes(tuple(lines)))
 
 
 _TEMPLATES = {"seen": "output template in training", "new": "new output template"}
@@ -260,49 +251,40 @@ def contamination_text(found: Contamination) -> str:
     return "\n".join(lines)
 
 
-def check_tables(report: LengthReport, *, dropping: bool) -> list[RenderableType]:
+def check_blocks(report: LengthReport, *, dropping: bool) -> list[Block]:
     """Return lengths by split, a histogram, and the rows that are too long or unfit for training."""
     from tunewright.training.lengths import PERCENTILES
 
-    table = Table(title=f"Rows in tokens, version {report.version[:12]}, {report.base}", title_justify="left")
-    names = {0: "shortest", 50: "median", 100: "longest"}
+    names = {0: "Shortest", 50: "Median", 100: "Longest"}
     percentiles = (names.get(percent, f"{percent}%") for percent in PERCENTILES)
-    for name in ("split", "rows", *percentiles, "tokens", "trained"):
-        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
+    rows = []
     for split in report.splits:
         lengths = (f"{split.percentiles[p]:,}" for p in PERCENTILES)
         share = f"{split.trained / split.tokens:.1%}" if split.tokens else "-"
-        table.add_row(split.split, f"{split.rows:,}", *lengths, f"{split.tokens:,}", share)
-    parts: list[RenderableType] = [table, *([_histogram(report)] if report.histogram else [])]
+        rows.append((split.split, f"{split.rows:,}", *lengths, f"{split.tokens:,}", share))
+    head = ("Split", "Rows", *percentiles, "Tokens", "Trained")
+    bars = (
+        (f"{one.first:,} to {one.last:,}", Cell(f"{one.rows:,}", tone="no" if one.first > report.max_length else ""))
+        for one in report.histogram
+    )
+    title = f"Rows in tokens, version {report.version[:12]}, {report.base}"
+    parts: list[Block] = [Lead(title), table(title, head, rows)]
+    if report.histogram:
+        parts.append(table("Histogram of lengths", ("Tokens", Column("Rows", words=True, of="bar")), bars))
     if report.look_alikes:
-        parts.append(f"Text that looks like a control token, and stays text: in {report.look_alikes:,} examples.")
+        parts.append(Lead(f"Text that looks like a control token, and stays text: in {report.look_alikes:,} examples."))
     if report.too_long:
         what = "left out of the training" if dropping else "training would refuse them (train.on_overlength: error)"
-        parts.append(f"Over {report.max_length:,} tokens: {len(report.too_long):,}; {what}, test rows apart:")
-        parts += _named([f"{row['split']}: {row['name']}: {row['tokens']:,} tokens" for row in report.too_long])
+        parts.append(Lead(f"Over {report.max_length:,} tokens: {len(report.too_long):,}; {what}, test rows apart:"))
+        parts.append(_named([f"{row['split']}: {row['name']}: {row['tokens']:,} tokens" for row in report.too_long]))
     if report.faults:
-        parts.append(f"Cannot be trained on: {len(report.faults):,}:")
-        parts += _named(report.faults)
+        parts += [Lead(f"Cannot be trained on: {len(report.faults):,}:"), _named(report.faults)]
     if not report.too_long and not report.faults:
-        parts.append(
-            f"Every row is whole and within {report.max_length:,} tokens, and ends with its end token, trained."
-        )
+        text = f"Every row is whole and within {report.max_length:,} tokens, and ends with its end token, trained."
+        parts.append(Lead(text))
     return parts
 
 
-def _histogram(report: LengthReport) -> Text:
-    most = max(one.rows for one in report.histogram)
-    width = len(f"{report.histogram[-1].last:,}")
-    text = Text()
-    for one in report.histogram:
-        bar = "█" * round(_BAR * one.rows / most) or "▏" * (one.rows > 0)
-        text.append(f"{one.first:>{width},} to {one.last:>{width},}  ")
-        text.append(bar, style="red" if one.first > report.max_length else "cyan")
-        text.append(f" {one.rows:,}\n")
-    text.rstrip()
-    return text
-
-
-def _named(lines: Sequence[str]) -> list[str]:
+def _named(lines: Sequence[str]) -> Notes:
     more = [f"  and {len(lines) - _MOST_NAMED:,} more: --json lists all"] if len(lines) > _MOST_NAMED else []
-    return [*(f"  {line}" for line in lines[:_MOST_NAMED]), *more]
+    return Notes((*(f"  {line}" for line in lines[:_MOST_NAMED]), *more))

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from tunewright.cli.app import command, refuse_unused
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data import data_app
 from tunewright.core.text import count_of
+from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from tunewright.render.terminal import Part
     from tunewright.synthesis.generate import Estimate, GenerateResult
     from tunewright.synthesis.questions import DocumentsResult
 
@@ -113,7 +112,7 @@ def estimate_text(estimate: Estimate, unit: str = "input") -> str:
 
 def result_parts(
     result: GenerateResult | DocumentsResult, source: str, title: str = "Inputs without a row"
-) -> list[RenderableType]:
+) -> list[Part]:
     """Return the counts of a run, the reasons why something got no row, and the next command."""
     used = result.used
     cost = "" if used.cost is None else f", cost {used.cost:.4f}"
@@ -130,15 +129,12 @@ def result_parts(
     return [*lines, *left_out_tables(result.left_out, title), end]
 
 
-def left_out_tables(left_out: Mapping[str, Sequence[str]], title: str = "Inputs without a row") -> list[Table]:
+def left_out_tables(left_out: Mapping[str, Sequence[str]], title: str = "Inputs without a row") -> tuple[Block, ...]:
     """Return the reasons why inputs get no row, with counts and the first places; no table without any."""
     if not left_out:
-        return []
-    table = Table(title=title, title_justify="left")
-    table.add_column("reason")
-    table.add_column("count", justify="right")
-    table.add_column("such as", overflow="fold")
+        return ()
+    rows = []
     for reason, places in left_out.items():
         more = ", …" if len(places) > _NAMED else ""
-        table.add_row(reason, f"{len(places):,}", ", ".join(places[:_NAMED]) + more)
-    return [table]
+        rows.append((reason, f"{len(places):,}", ", ".join(places[:_NAMED]) + more))
+    return (Lead(title), table(title, ("Reason", "Count", *words("Such as")), rows))

@@ -12,12 +12,10 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
-from rich.table import Table
-from rich.text import Text
-
 from tunewright._version import __version__
 from tunewright.cli.app import PROJECT, app, command
 from tunewright.cli.console import FAILED, Session
+from tunewright.render.blocks import Cell, Table, ToneOfResult, table, words
 
 State = Literal["ok", "missing", "warning", "problem"]
 
@@ -43,7 +41,7 @@ _EXTRAS = {
 """Each extra's package, its module, and what needs it."""
 _ENVIRONMENTS = {"vllm": "serve --engine vllm, evaluate.engine: vllm", "llmcompressor": "export compressed"}
 """What needs each separate environment."""
-_COLOURS: dict[State, str] = {"ok": "green", "missing": "dim", "warning": "yellow", "problem": "bold red"}
+_TONES: dict[State, ToneOfResult] = {"ok": "yes", "missing": "", "warning": "open", "problem": "no"}
 
 
 @dataclass(frozen=True)
@@ -70,27 +68,15 @@ def doctor(run: Session) -> int | None:
     checks = [check for part in _PARTS for check in part(run.folder)]
     works = not any(check.state == "problem" for check in checks)
     summary = "The basic commands work." if works else "Some basic commands do not work on this machine."
-    run.show({"works": works, "checks": checks}, _checks_table(checks), summary)
+    title = f"tunewright {__version__} on this machine"
+    run.show({"works": works, "checks": checks}, title, _checks_table(checks), summary)
     return None if works else FAILED
 
 
 def _checks_table(checks: list[Check]) -> Table:
-    table = Table(title=f"tunewright {__version__} on this machine", title_justify="left")
-    for name in ("area", "check", "state", "found", "command that mends it"):
-        table.add_column(name, overflow="fold", no_wrap=name in {"area", "state"})
-    area = None
-    for check in checks:
-        if area not in (None, check.area):
-            table.add_section()
-        table.add_row(
-            "" if check.area == area else check.area,
-            check.name,
-            Text(check.state, _COLOURS[check.state]),
-            Text(check.found),
-            Text(check.fix or ""),
-        )
-        area = check.area
-    return table
+    head = words("Area", "Check", "State", "Found", "Command that mends it")
+    rows = ((c.area, c.name, Cell(c.state, tone=_TONES[c.state]), c.found, c.fix or "") for c in checks)
+    return table("Checks of this machine", head, rows)
 
 
 def _versions(_folder: Path) -> Iterator[Check]:

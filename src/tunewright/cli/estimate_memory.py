@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from tunewright.cli.app import TRAIN, app, command
 from tunewright.cli.console import MEASURED_NO, Session
+from tunewright.render.blocks import Block, Lead, table
 from tunewright.training.memory_options import MemoryOptions
 
 if TYPE_CHECKING:
@@ -54,8 +53,8 @@ def estimate_memory(
         f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {setup.rank} on "
         f"{', '.join(setup.targets)}: {result.shape.adapter_parameters(setup.targets, setup.rank):,}\n"
         f"Memory: {gigabytes(result.memory.bytes)} ({result.memory.source})",
-        _parts_table(result),
-        _fits_table(result),
+        *_parts_blocks(result),
+        *_fits_blocks(result),
         _summary(result),
     )
     return 0 if answer.fits else MEASURED_NO
@@ -65,41 +64,28 @@ def _heads(plan: Plan) -> list[str]:
     return [f"{p.setup.name}{', checkpointed' if p.setup.checkpointing else ''}" for p in plan.setups]
 
 
-def _parts_table(plan: Plan) -> Table:
-
+def _parts_blocks(plan: Plan) -> tuple[Block, ...]:
     from tunewright.models.memory.plan import gigabytes
 
-    load = plan.asked
+    load, setups = plan.asked, plan.setups
     sharing = f", the first {load.shared:,} shared" if load.shared else ""
-    table = Table(
-        title=f"Memory for {load.rows} x {plan.length:,} tokens{sharing}, {load.trained:,} of each row trained",
-        title_justify="left",
-    )
-    table.add_column("part", no_wrap=True)
-    for head in _heads(plan):
-        table.add_column(head, justify="right")
-    for part, name in _PARTS.items():
-        table.add_row(name, *(gigabytes(getattr(p.asked, part)) for p in plan.setups))
-    table.add_section()
-    table.add_row("together", *(gigabytes(p.asked.total) for p in plan.setups))
-    table.add_row("fits", *("yes" if p.asked.total <= plan.memory.bytes else "no" for p in plan.setups))
-    return table
+    title = f"Memory for {load.rows} x {plan.length:,} tokens{sharing}, {load.trained:,} of each row trained"
+    rows = [(name, *(gigabytes(getattr(each.asked, part)) for each in setups)) for part, name in _PARTS.items()]
+    rows.append(("together", *(gigabytes(each.asked.total) for each in setups)))
+    rows.append(("fits", *("yes" if each.asked.total <= plan.memory.bytes else "no" for each in setups)))
+    return (Lead(title), table(title, ("Part", *_heads(plan)), rows))
 
 
-def _fits_table(plan: Plan) -> Table:
-
+def _fits_blocks(plan: Plan) -> tuple[Block, ...]:
     from tunewright.models.memory.plan import MOST_ROWS
 
-    table = Table(title="Largest micro-batch, in rows, by the tokens of each row", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for length in plan.setups[0].largest:
-        table.add_column(f"{length:,}", justify="right", no_wrap=True)
-    for head, planned in zip(_heads(plan), plan.setups, strict=True):
-        cells = (
-            f"{rows:,}+" if rows == MOST_ROWS else f"{rows:,}" if rows else "-" for rows in planned.largest.values()
-        )
-        table.add_row(head, *cells)
-    return table
+    def text(rows: int) -> str:
+        return f"{rows:,}+" if rows == MOST_ROWS else f"{rows:,}" if rows else "-"
+
+    title = "Largest micro-batch, in rows, by the tokens of each row"
+    lengths = (f"{length:,}" for length in plan.setups[0].largest)
+    rows = ((head, *map(text, each.largest.values())) for head, each in zip(_heads(plan), plan.setups, strict=True))
+    return (Lead(title), table(title, ("Tokens", *lengths), rows))
 
 
 def _summary(plan: Plan) -> str:

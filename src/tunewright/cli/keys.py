@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.table import Table
-from rich.text import Text
 from typer._click.exceptions import UsageError
 from typer.core import TyperGroup
 
 from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import Session
+from tunewright.render.blocks import Table, table, words
 
 if TYPE_CHECKING:
     from tunewright.adapters.keys import KnownKey
@@ -70,11 +69,9 @@ def keys_revoke(
 
 def keys_table(keys: Sequence[KnownKey]) -> Table:
     """Return the table of keys."""
-    table = Table()
-    for name in ("key", "ID", "yours", "trusted by the project"):
-        table.add_column(name)
+    rows = []
     for key in keys:
         revoked, options = key.trusted.revoked, key.trusted.options
         trust = f"trusted{key.trusted.trusted}" if revoked is None else f"revoked{revoked}"
-        table.add_row(key.name, key.id, "yes" if key.own else "", Text(f"{trust}\n{options}".strip()))
-    return table
+        rows.append((key.name, key.id, "yes" if key.own else "", f"{trust}\n{options}".strip()))
+    return table("Keys", words("Key", "ID", "Yours", "Trusted by the project"), rows)

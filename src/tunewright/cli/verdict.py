@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import Session
 
 if TYPE_CHECKING:
-    from tunewright.evidence.logged_access import LoggedAccess
     from tunewright.evidence.verdict import Verdict
 
 Evaluation = Annotated[
@@ -54,10 +51,12 @@ def report(run: Session, evaluation: Evaluation = None) -> None:
 @command(app, "access-log", panel=EVALUATE, example="tunewright access-log")
 def access_log(run: Session) -> None:
     """List every opening of the test split, after checking the log and the files that it binds for changes."""
+    from tunewright.report.sections.access_log import log_table
+
     openings = run.unopened.access_log()
     run.show(
         {"openings": [opening.model_dump(mode="json") for opening in openings]},
-        access_log_table(openings) if openings else "The test split has not been opened yet.",
+        log_table(openings) if openings else "The test split has not been opened yet.",
     )
 
 
@@ -76,24 +75,3 @@ def verdict_text(decision: Verdict) -> Text:
         lines += [f"  {reason}" for reason in each.reasons]
     text.append("\n".join(lines), style="default")
     return text
-
-
-def access_log_table(openings: Sequence[LoggedAccess]) -> Table:
-    """Return the openings of the test split, in the access log's order."""
-    table = Table(title="Openings of the test split", title_justify="left")
-    for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "items", "declared"):
-        wide = name in {"by", "adapter", "declared"}
-        justify: Literal["left", "right"] = "right" if name in {"line", "items"} else "left"
-        table.add_column(name, justify=justify, no_wrap=not wide, overflow="fold")
-    for opening in openings:
-        first = opening.declared[0]
-        table.add_row(
-            str(opening.number),
-            opening.time[:16],
-            opening.author or "",
-            opening.evaluation,
-            opening.adapter or "one for each fold",
-            str(opening.items),
-            f"{first.treatment} against {first.control}",
-        )
-    return table

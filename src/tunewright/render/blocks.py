@@ -164,8 +164,8 @@ class Column:
     name: str
     words: bool = False
     detail: bool = False
-    of: Literal["", "alias", "digest", "row", "tenant"] = ""
-    """Kind of thing that the column names: the studio links to its page, and shows digests as code."""
+    of: Literal["", "alias", "bar", "digest", "row", "tenant"] = ""
+    """Kind of thing in the column: the studio links to its page, digests are shown as code, and counts with a bar."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,11 @@ class Table:
     rows: tuple[Row, ...]
     kind: Literal["numbers", "lineage"] = "numbers"
     detail: bool = False
+
+    def length(self, cell: Cell, place: int) -> float:
+        """Return the length of a count's bar, as a share of the longest bar in its column."""
+        counts = [int(each.cells[place].text.replace(",", "")) for each in self.rows]
+        return int(cell.text.replace(",", "")) / max(*counts, 1)
 
 
 @dataclass(frozen=True)

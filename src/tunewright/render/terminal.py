@@ -11,6 +11,7 @@ from rich.text import Text
 from tunewright.render import blocks
 
 _WORD = 10  # characters
+_BAR = 40  # characters of the longest bar
 _COLOURS = {"": "", "yes": "green", "no": "bold red", "open": "yellow"}
 
 
@@ -39,7 +40,7 @@ def _table(block: blocks.Table) -> Table:
     for place in places:
         column = block.head[place]
         name = column.name
-        if name[1:2].islower():  # no acronym
+        if name.split(" ")[0][1:].islower():  # no acronym
             name = name[0].lower() + name[1:]
         spaced = any(" " in row.cells[place].text for row in block.rows)
         # Words wrap at their blanks, a number never does, and a heading only if it has several words.
@@ -54,6 +55,13 @@ def _table(block: blocks.Table) -> Table:
             overflow="ellipsis" if whole else "fold",
         )
     for row in block.rows:
-        cells = (row.cells[place] for place in places)
-        table.add_row(*(Text(cell.text, style=_COLOURS[cell.tone]) for cell in cells))
+        table.add_row(*(_cell(block, row.cells[place], place) for place in places))
     return table
+
+
+def _cell(block: blocks.Table, cell: blocks.Cell, place: int) -> Text:
+    bar = ""
+    if block.head[place].of == "bar":
+        length = block.length(cell, place)
+        bar = ("█" * round(_BAR * length) or "▏" * (length > 0)) + " "
+    return Text(bar + cell.text, style=_COLOURS[cell.tone])

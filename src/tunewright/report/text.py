@@ -40,8 +40,3 @@ def points_interval(interval: Interval) -> str:
 def capitalised(text: str) -> str:
     """Return a text with its first letter capitalised and the rest unchanged."""
     return text[:1].upper() + text[1:]
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number of things: ``1 item``, ``1,200 items``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

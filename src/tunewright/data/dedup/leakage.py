@@ -19,6 +19,7 @@ from tunewright.data.dedup.similarity import verified
 from tunewright.data.dedup.sketches import Indices, Sketches
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
+from tunewright.render.blocks import Block, Column, Notes, table
 
 THRESHOLDS = (0.7, 0.8, 0.9)
 BANDS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
@@ -185,6 +186,17 @@ def leakage_sentences(report: LeakageReport) -> list[str]:
     if found.ceiling is not None:
         about += f"; split by template, at most {found.ceiling:.0%} of the answers can be composed"
     return [*lines, f"  ({about})"]
+
+
+def similarity_blocks(report: LeakageReport) -> tuple[Block, ...]:
+    """Return the held-out rows by the similarity of their nearest training row, next to a random split."""
+    head = ("Similarity", "Dev", "Test", Column("Both", words=True, of="bar"))
+    counts = enumerate(zip(report.histogram("dev"), report.histogram("test"), strict=True))
+    rows = (
+        (f"{place / 10:.1f} to {(place + 1) / 10:.1f}", f"{dev:,}", f"{test:,}", f"{dev + test:,}")
+        for place, (dev, test) in counts
+    )
+    return (table("Held-out rows by similarity", head, rows), Notes(tuple(leakage_sentences(report))))
 
 
 def nearest_training(version: DatasetVersion, reporter: Reporter, split: Split = "test") -> dict[str, float]:

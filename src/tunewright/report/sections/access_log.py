@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from tunewright.evidence.logged_access import Declared, EarlierAccess, openings_text
+from collections.abc import Sequence
+
+from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
-from tunewright.render.blocks import Block, Lead, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Lead, Row, Section, Table, cells, columns, table, words
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -28,6 +30,18 @@ def section(evidence: Evidence) -> Section | None:
     else:
         blocks.append(Lead("These test items had not been opened before."))
     return Section("access-log", "Openings of the test items", tuple(blocks))
+
+
+def log_table(openings: Sequence[LoggedAccess]) -> Table:
+    """Return all openings of the test split, in the access log's order."""
+    head = ("Line", *words("Opened (UTC)", "By", "Evaluation", "Adapter"), "Items", *words("Declared"))
+    rows = []
+    for each in openings:
+        adapter, declared = each.adapter or "one for each fold", each.declared[0]
+        against = f"{declared.treatment} against {declared.control}"
+        made = (_day(each.time), each.author or "", each.evaluation, adapter)
+        rows.append((f"{each.number}", *made, f"{each.items}", against))
+    return table("Openings of the test split", head, rows)
 
 
 def _day(time: str) -> str:

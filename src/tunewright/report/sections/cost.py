@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tunewright.advisor.explanations import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
+from tunewright.core.text import count_of
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.render.blocks import Block, Cell, Lead, Line, Lines, Notes, Row, Section, Table, cells, columns
-from tunewright.report.text import counted
 
 _UNMEASURED = "No break-even was measured on these data and this base: `tunewright advise` measures it."
 
@@ -97,7 +97,7 @@ def _once(even: BreakEven) -> tuple[Row, ...]:
         "training on all rows": once.training,
         "evaluation": once.evaluation,
         "labelling": once.labelling,
-        f"hosting, {counted(even.months, 'month')}": once.hosting,
+        f"hosting, {count_of(even.months, 'month')}": once.hosting,
         "in all": once.total,
     }
     return tuple(Row(cells(name, amount(even, value))) for name, value in parts.items())
@@ -107,7 +107,7 @@ def _grounds(advice: Signals, even: BreakEven) -> tuple[str, ...]:
     """Return the sources of the numbers, and the uncertainties that the interval excludes."""
     low, high = amount(even, even.saving_interval.low), amount(even, even.saving_interval.high)
     measured = (
-        f"Advice {advice.id}: calls on {counted(advice.items, 'dev item')}, the tuned ones by a pilot adapter. A call "
+        f"Advice {advice.id}: calls on {count_of(advice.items, 'dev item')}, the tuned ones by a pilot adapter. A call "
         f"saves {amount(even, even.saving)}, 95% interval {low} to {high}. It covers the token counts only: prices, "
         "speeds and the cost of training are treated as exact."
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from tunewright.core.text import count_of
 from tunewright.evidence.incumbents import Incumbent, Serving
 from tunewright.evidence.replacement import Replacement, amount
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.metrics import points_text
 from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
-from tunewright.report.text import counted, points_interval
+from tunewright.report.text import points_interval
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -98,7 +99,7 @@ def _frozen(found: Incumbent) -> str:
     versions = ", ".join(f"{name} ({count:,})" for name, count in found.versions.items())
     paid = "cost unknown" if found.cost is None else f"cost {amount(found.cost)}"
     return (
-        f"{counted(found.answered, 'answer')} of {versions} from {found.url}, {found.first[:16]} to "
+        f"{count_of(found.answered, 'answer')} of {versions} from {found.url}, {found.first[:16]} to "
         f"{found.last[:16]} UTC; {found.prompt_tokens:,} prompt and {found.completion_tokens:,} reply tokens, {paid}. "
         f"Frozen in {found.file} (SHA-256 {found.file_digest[:12]}…)."
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tunewright.core.text import count_of
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.train_similarity import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.metrics import axis_label, points_text
 from tunewright.render.blocks import Bands, Cell, Lead, Row, Section, Series, Table, cells, columns
 from tunewright.report.sections.arms import TONES
-from tunewright.report.text import counted, percent_interval, points_interval
+from tunewright.report.text import percent_interval, points_interval
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -20,7 +21,7 @@ def section(evidence: Evidence) -> Section | None:
     figure = Bands(
         "train-similarity",
         f"Arms by {axis_label(evidence.metric)} in bands of similarity to the nearest training input",
-        tuple(f"{_name(band)}\n{counted(band.items, 'item')}" for band in found.bands),
+        tuple(f"{_name(band)}\n{count_of(band.items, 'item')}" for band in found.bands),
         _series(evidence, found.bands),
         axis_label(evidence.metric),
         "similarity of the nearest training input",
@@ -47,7 +48,7 @@ def templates_section(evidence: Evidence) -> Section | None:
     figure = Bands(
         "output-templates",
         f"Arms by {axis_label(evidence.metric)} on items with a seen and with a new output template",
-        tuple(f"{name}\n{counted(part.items, 'item')}" for name, part in bands.items()),
+        tuple(f"{name}\n{count_of(part.items, 'item')}" for name, part in bands.items()),
         _series(evidence, list(bands.values())),
         axis_label(evidence.metric),
         "output template: quoted strings and numbers masked",
@@ -128,7 +129,7 @@ def _row(name: str, band: Subset, arms: list[str]) -> Row:
     return Row(
         cells(
             name,
-            Cell(f"{band.items:,}", counted(band.clusters, "cluster")),
+            Cell(f"{band.items:,}", count_of(band.clusters, "cluster")),
             *map(_score, scores),
             difference,
         )

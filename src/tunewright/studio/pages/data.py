@@ -14,7 +14,7 @@ from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.add_options import AddOptions, ColumnMapping
-from tunewright.data.dedup.leakage import leakage_sentences
+from tunewright.data.dedup.leakage import similarity_blocks
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import current_manifest
@@ -216,23 +216,15 @@ def leakage_page(visit: Visit) -> Response:
     rows = len(visit.version.members)
     known = visit.cache.leakage is not None and visit.cache.leakage[0][0] == visit.version.digest
     if rows > _MEASURED_AT_ONCE and not known and "measure" not in visit.query:
-        return visit.page("leakage.html.j2", "Leakage", rows=rows, bands=[], report=None)
+        return visit.page("leakage.html.j2", "Leakage", rows=rows, report=None)
     report = visit.leakage
-    counts = list(zip(report.histogram("dev"), report.histogram("test"), strict=True))
-    most = max(1, *(dev + test for dev, test in counts))
-    bands = [
-        (f"{place / 10:.1f} to {(place + 1) / 10:.1f}", dev, test, 100 * (dev + test) / most)
-        for place, (dev, test) in enumerate(counts)
-    ]
     nearest = sorted(report.nearest, key=lambda row: -row.similarity)[:_NEAREST]
     by_key = {member.key: member for member in visit.version.members}
     return visit.page(
         "leakage.html.j2",
         "Leakage",
         rows=rows,
-        bands=bands,
-        report=report,
-        sentences=leakage_sentences(report),
+        report=similarity_blocks(report),
         nearest=[(row, by_key[row.key], by_key[row.of]) for row in nearest if row.of is not None],
         excerpt=excerpt,
     )
