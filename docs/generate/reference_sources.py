@@ -27,6 +27,7 @@ from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.verdict import Verdict
+from tunewright.export.hub_options import HubOptions
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.messages_api import MessagesRequest, error_document
@@ -69,6 +70,7 @@ OPTIONS = (
     AddOptions,
     ColumnMapping,
     DeployOptions,
+    HubOptions,
     ImportOptions,
     MemoryOptions,
     ReleaseTestOptions,
@@ -87,7 +89,7 @@ API: dict[str, tuple[Any, ...]] = {
     ),
     "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),
     "project.adapters": (*functions_of(ProjectAdapters), ImportOptions),
-    "project.export": functions_of(ProjectExport),
+    "project.export": (*functions_of(ProjectExport), HubOptions),
     "project.keys": (TrustedKeys,),
     "project.runs": (TrainingRuns,),
     "project.state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),

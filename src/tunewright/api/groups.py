@@ -9,6 +9,7 @@ from tunewright.data import verbs as data
 from tunewright.evaluation import adapter_details, data_verbs, label_review
 from tunewright.evaluation.verbs import current_split_power
 from tunewright.export import verbs as exports
+from tunewright.export.hub_options import HubOptions
 from tunewright.open_project import OpenProject
 from tunewright.synthesis import verbs as synthesis
 
@@ -81,6 +82,6 @@ class ProjectExport(ProjectGroup):
 
     compressed = exports.compressed
     gguf = exports.gguf
-    hub = exports.hub
+    hub = keywords(exports.hub, HubOptions)
     merge = exports.merge
     ollama = exports.ollama

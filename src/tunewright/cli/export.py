@@ -10,6 +10,7 @@ import typer
 from tunewright.cli.app import DEPLOY, Adapter, command, group
 from tunewright.cli.console import MEASURED_NO, Session
 from tunewright.core.errors import UserError
+from tunewright.export.hub_options import HubOptions
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
@@ -74,31 +75,19 @@ def ollama(
     return _show(run, run.project.export.ollama(adapter, lora=lora, file_type=file_type, to=to))
 
 
-@command(export_app, "hub", example="tunewright export hub --base-model meta-llama/Llama-3.1-8B-Instruct")
+@command(
+    export_app, "hub", example="tunewright export hub --base-model meta-llama/Llama-3.1-8B-Instruct", options=HubOptions
+)
 def hub(
     run: Session,
     adapter: Adapter = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Publish the merged model, not the adapter in PEFT's form.")
-    ] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the base.", show_default="base_model, if it is a hub id")
-    ] = None,
-    model_license: Annotated[
-        str | None, typer.Option("--license", help="License as the hub names it, such as apache-2.0.")
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option(help="Commit the folder to this repository (OWNER/NAME).", show_default="no push")
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push: make a new repository public.")] = False,
+    options: HubOptions = HubOptions(),
     to: To = None,
 ) -> None:
     """Write a repository folder for the Hugging Face hub, with a model card made from lineage, evidence and verdict."""
-    if public and push is None:
+    if options.public and options.push is None:
         raise UserError("`--public` requires `--push`", where="--public")
-    result = run.project.export.hub(
-        adapter, merged=merged, base_model=base_model, model_license=model_license, push=push, public=public, to=to
-    )
+    result = run.project.export.hub(adapter, options, to=to)
     done = "Written to" if result.made else "Already written and unchanged:"
     notes = [f"Note: {note}" for note in result.record.notes]
     pushed = f"Pushed: {result.pushed}" if result.pushed else "Nothing was pushed (--push OWNER/NAME does)."

@@ -10,6 +10,7 @@ from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import Session
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
+from tunewright.serving.options import LimitOptions
 
 if TYPE_CHECKING:
     from tunewright.render import blocks
@@ -23,29 +24,27 @@ AnyName = Annotated[str | None, typer.Argument(help="Name of the tenant.", show_
 Aliases = Annotated[list[str], typer.Argument(help="Aliases.")]
 Prefix = Annotated[str, typer.Argument(help="Prefix of the key, as `tenant key list` shows it.")]
 Expires = Annotated[str | None, typer.Option(help="Lifetime of the key, such as 90d.", show_default="unlimited")]
-Requests = Annotated[str | None, typer.Option("--requests", help="Requests per minute, or none for no limit.")]
-Tokens = Annotated[
-    str | None, typer.Option("--tokens", help="Prompt and answer tokens per minute, or none for no limit.")
-]
-AtOnce = Annotated[str | None, typer.Option("--concurrency", help="Concurrent requests, or none for no limit.")]
 
 
 @command(
-    tenant_app, "add", example="tunewright tenant add acme --alias legal --requests 60", status=False, database=True
+    tenant_app,
+    "add",
+    example="tunewright tenant add acme --alias legal --requests 60",
+    status=False,
+    database=True,
+    options=LimitOptions,
 )
 def tenant_add(
     run: Session,
     name: Name,
     alias: Annotated[list[str] | None, typer.Option(help="Alias the tenant may call (repeatable).")] = None,
-    requests: Requests = None,
-    tokens: Tokens = None,
-    concurrency: AtOnce = None,
+    options: LimitOptions = LimitOptions(),
 ) -> None:
     """Add a tenant. Once a tenant exists, every request needs an API key."""
     from tunewright.serving.tenants import Limits
     from tunewright.serving.tenants.quota import changed_limits
 
-    limits = changed_limits(Limits(), requests=requests, tokens=tokens, concurrency=concurrency)
+    limits = changed_limits(Limits(), options)
     with run.project.state(make=True) as state:
         made = state.tenants.add(name, alias or (), limits)
         state.releases.report_unreleased(made.aliases, run.reporter)
@@ -87,16 +86,21 @@ def tenant_disable(run: Session, name: Name) -> None:
     run.show(disabled, _tenants(disabled), text)
 
 
-@command(tenant_app, "limit", example="tunewright tenant limit acme --tokens 100000", status=False, database=True)
-def tenant_limit(
-    run: Session, name: Name, requests: Requests = None, tokens: Tokens = None, concurrency: AtOnce = None
-) -> None:
+@command(
+    tenant_app,
+    "limit",
+    example="tunewright tenant limit acme --tokens 100000",
+    status=False,
+    database=True,
+    options=LimitOptions,
+)
+def tenant_limit(run: Session, name: Name, options: LimitOptions = LimitOptions()) -> None:
     """Show a tenant's limits or change them, from its next request on."""
     from tunewright.serving.tenants.quota import changed_limits
 
     with run.project.state() as state:
         found = state.tenants.get(name)
-        limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
+        limits = changed_limits(found.limits, options)
         if limits != found.limits:
             found = state.tenants.limit(name, limits)
     run.show(found, _tenants(found))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.export.hub_options import HubOptions
 from tunewright.export.source import Source
 from tunewright.models.bases import hub_id
 from tunewright.open_project import OpenProject
@@ -160,23 +161,15 @@ def ollama(
 def hub(
     project: OpenProject,
     adapter: str | None = None,
+    options: HubOptions = HubOptions(),
     *,
-    merged: bool = False,
-    base_model: str | None = None,
-    model_license: str | None = None,
-    push: str | None = None,
-    public: bool = False,
     to: str | Path | None = None,
 ) -> HubResult:
     """Write a repository folder for the Hugging Face hub, with a model card from lineage, evidence and verdict.
 
     Args:
         adapter: a name or its beginning (None: the newest).
-        merged: publish the model of :meth:`merge`; otherwise the adapter in PEFT's form.
-        base_model: the base's hub id (None: the config's base_model, if that is a hub id).
-        model_license: the model's license as the hub names it, such as apache-2.0 (None: none is stated).
-        push: the repository OWNER/NAME to create and commit to (None: nothing leaves this machine).
-        public: make a new repository public; otherwise it is private.
+        options: what is published; without ``push`` nothing leaves this machine.
         to: the output folder (None: exports/NAME-hub, or exports/NAME-hub-merged).
 
     Raises:
@@ -186,23 +179,24 @@ def hub(
     from tunewright.export import hub
     from tunewright.export.artifact import export
 
-    for name, where in ((base_model, "--base-model"), (push, "--push")):
+    for name, where in ((options.base_model, "--base-model"), (options.push, "--push")):
         if name is not None:
             hub.require_hub_id(name, where)
     source = Source.find(project, adapter)
-    tuned, base_model = source.adapter, base_model or hub_id(project.base)
-    model = merge(project, tuned.name) if merged else None
+    tuned, base_model = source.adapter, options.base_model or hub_id(project.base)
+    model = merge(project, tuned.name) if options.merged else None
     if model is not None and model.folder is None:
         raise UserError(
             f"The merged model differs from the trained one: {'; '.join(model.record.shortcomings)}",
             where=str(model.numbers),
             fix="Publish the adapter: run the same command without --merged.",
         )
-    repository = hub.Repository(source, model, base_model, *hub.card(source, model, base_model, model_license, push))
-    target = source.target(f"hub{'-merged' if merged else ''}", to)
-    made_of = {"kind": "hub", "merged": merged, "adapter": tuned.digest, "card": digest(repository.card)}
+    card = hub.card(source, model, base_model, options.model_license, options.push)
+    repository = hub.Repository(source, model, base_model, *card)
+    target = source.target(f"hub{'-merged' if options.merged else ''}", to)
+    made_of = {"kind": "hub", "merged": options.merged, "adapter": tuned.digest, "card": digest(repository.card)}
     result = export(source, "hub", target, made_of, repository.build)
     assert result.folder is not None
     message = f"{tuned.name}{f', evidence {repository.evidence}' if repository.evidence else ''}"
-    pushed = hub.push(result.folder, push, message, private=not public) if push else None
+    pushed = hub.push(result.folder, options.push, message, private=not options.public) if options.push else None
     return hub.HubResult(result.folder, result.record, result.made, repository.evidence, pushed)

@@ -1,4 +1,4 @@
-"""Options of a server and of a release."""
+"""Options of a server, of a release and of a tenant."""
 
 from __future__ import annotations
 
@@ -110,3 +110,12 @@ class DeployOptions(ReleaseTestOptions):
         Option("Do not add the trained system prompt to requests without a system message.", name="--no-system-prompt"),
     ] = True
     constrain: Annotated[bool, Option("Constrain answers by evaluate.structured_outputs: texts or calls.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """New limits of a tenant, each a number or ``none``; a limit that is not given stays."""
+
+    requests: Annotated[str | None, Option("Requests per minute, or none for no limit.")] = None
+    tokens: Annotated[str | None, Option("Prompt and answer tokens per minute, or none for no limit.")] = None
+    concurrency: Annotated[str | None, Option("Concurrent requests, or none for no limit.")] = None

@@ -15,6 +15,7 @@ from states import Clock, reservation, with_tenant
 
 from hypothesis_settings import examples
 from tunewright.core.errors import UserError
+from tunewright.serving.options import LimitOptions
 from tunewright.serving.tenants import LimitExceededError, Limits, RequestUsage, State
 from tunewright.serving.tenants.quota import LOST_SECONDS, changed_limits
 from tunewright.serving.tenants.usage import UsageLine, usage_csv
@@ -221,15 +222,15 @@ def test_requests_of_a_dead_server_no_longer_count(state_url: str) -> None:
 
 
 def test_changed_limits_replaces_given_limits_only() -> None:
-    limits = changed_limits(Limits(), requests="60", tokens=None, concurrency="2")
+    limits = changed_limits(Limits(), LimitOptions(requests="60", concurrency="2"))
     assert limits == Limits(60, None, 2)
-    assert changed_limits(limits, requests="none", tokens="1000", concurrency=None) == Limits(None, 1000, 2)
+    assert changed_limits(limits, LimitOptions(requests="none", tokens="1000")) == Limits(None, 1000, 2)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "", "1.5", "many", "9" * 30, "²"])
 def test_invalid_limit_names_its_option(text: str) -> None:
     with pytest.raises(UserError, match="--tokens"):
-        changed_limits(Limits(), requests=None, tokens=text, concurrency=None)
+        changed_limits(Limits(), LimitOptions(tokens=text))
 
 
 def test_usage_has_lines_and_totals(state_url: str, tmp_path: Path) -> None:

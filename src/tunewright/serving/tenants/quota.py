@@ -17,6 +17,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, Row, Select, Table, bindparam, delete, func, insert, or_, select, update
 
 from tunewright.core.errors import UserError
+from tunewright.serving.options import LimitOptions
 from tunewright.serving.tenants.database import Database
 from tunewright.serving.tenants.tables import gateways, requests, shadow_answers, tenants, unmetered_requests
 
@@ -66,16 +67,15 @@ class Limits:
 UNLIMITED = Limits()
 
 
-def changed_limits(limits: Limits, *, requests: str | None, tokens: str | None, concurrency: str | None) -> Limits:
-    """Return the limits with the given ones replaced: each a number, or ``none`` for no limit.
+def changed_limits(limits: Limits, options: LimitOptions) -> Limits:
+    """Return the limits with the given ones replaced.
 
     Raises:
-        UserError: a value is neither.
+        UserError: a value is neither a number nor ``none``.
     """
-    given = {"requests_per_minute": requests, "tokens_per_minute": tokens, "concurrency": concurrency}
-    options = {"requests_per_minute": "--requests", "tokens_per_minute": "--tokens", "concurrency": "--concurrency"}
-    changes = {name: _limit(text, options[name]) for name, text in given.items() if text is not None}
-    return replace(limits, **changes)
+    names = {"requests": "requests_per_minute", "tokens": "tokens_per_minute", "concurrency": "concurrency"}
+    given = {option: text for option in names if (text := getattr(options, option)) is not None}
+    return replace(limits, **{names[option]: _limit(text, f"--{option}") for option, text in given.items()})
 
 
 def _limit(text: str, where: str) -> int | None:

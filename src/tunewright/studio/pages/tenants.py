@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
+from tunewright.serving.options import LimitOptions
 from tunewright.serving.project_state import has_state
 from tunewright.studio.pages.deploy import newest_releases, require_state
 from tunewright.studio.served import Served, served
@@ -158,8 +159,8 @@ def change_limits(visit: Visit) -> Response:
 def _limits(visit: Visit, before: Limits) -> Limits:
     from tunewright.serving.tenants.quota import changed_limits
 
-    requests, tokens, concurrency = (visit.form.get(name, "").strip() or None for name in _LIMITS)
-    return changed_limits(before, requests=requests, tokens=tokens, concurrency=concurrency)
+    given = {name: visit.form.get(name, "").strip() or None for name in _LIMITS}
+    return changed_limits(before, LimitOptions(**given))
 
 
 def disable_tenant(visit: Visit) -> Response:
