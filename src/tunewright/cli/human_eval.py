@@ -144,9 +144,6 @@ def _show_results(run: Session, evaluation: Path | None, against: str | None) ->
 
 
 def _ask(run: Session, blind: BlindReview) -> None:
-    def screen(pair: Pair) -> list[RenderableType]:
-        return pair_screen(pair, blind.progress, run.console.width)
-
     def view(pair: Pair) -> str:
         blind.show_reference(pair)
         return ""
@@ -155,7 +152,7 @@ def _ask(run: Session, blind: BlindReview) -> None:
         blind.note(pair, read_note(run))
         return ""
 
-    annotate(run, blind, screen, {"v": view, "n": note})
+    annotate(run, blind, lambda pair: pair_screen(pair, blind.progress, run.console.width), {"v": view, "n": note})
 
 
 def progress_text(progress: Progress) -> str:

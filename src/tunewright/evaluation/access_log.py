@@ -159,7 +159,7 @@ class AccessLog:
             return  # no log has to exist
         with self._held():
             for file in files:
-                self._require(self._name(file))
+                self._require(os.path.relpath(file, self.path.parent))
 
     def require_all(self) -> None:
         """Refuse a project in which a file of any evaluation differs from its line.
@@ -210,7 +210,10 @@ class AccessLog:
         # after it leaves staged files that match their line, which the next command puts in place.
         for file, text in files.items():
             write_text(_staged(file), text)
-        digests = {self._name(file): hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()}
+        digests = {
+            os.path.relpath(file, self.path.parent): hashlib.sha256(text.encode()).hexdigest()
+            for file, text in files.items()
+        }
         line = WrittenFiles(**self._next(), author=current_author(self.path.parent), files=digests)
         self._append(line.model_copy(update={"digest": line.true_digest}))
         for file in files:
@@ -229,10 +232,6 @@ class AccessLog:
             if target.parent.parent == self.path.parent and not any(target.parent.iterdir()):
                 target.parent.rmdir()  # a new evaluation that was not written
 
-    def _name(self, file: Path) -> str:
-        """Return a file's name in the lines: its path relative to the folder of evaluations."""
-        return os.path.relpath(file, self.path.parent)
-
     def _newest(self) -> dict[str, WrittenFiles]:
         """Return each file's newest line."""
         return {name: line for line in self._lines if isinstance(line, WrittenFiles) for name in line.files}
@@ -240,9 +239,10 @@ class AccessLog:
     def _require_evaluation(self, folder: Path) -> None:
         if not (folder / EVIDENCE_FILE).exists():
             return  # loading it reports the error
-        self._require(self._name(folder / EVIDENCE_FILE))
+        place = os.path.relpath(folder, self.path.parent)
+        self._require(f"{place}/{EVIDENCE_FILE}")
         for name in self._newest():
-            if name.startswith(f"{self._name(folder)}/") and (self.path.parent / name).exists():
+            if name.startswith(f"{place}/") and (self.path.parent / name).exists():
                 self._require(name)
 
     def _require(self, name: str) -> None:
