@@ -361,6 +361,8 @@ def test_generate_samples_a_local_base_and_keeps_its_samples(tmp_path: Path, tin
     (journal,) = (project / ".tunewright" / "generate").glob("local-*.jsonl")
     before = journal.read_text(encoding="utf-8")
     assert len(before.split()) >= 12
+    # Samples that an earlier version kept are found again.
+    assert {(*json.loads(line),) for line in before.split("\n") if line} == {("key", "turn", "cut", "when", "tokens")}
     assert json.loads(generate(project, "--estimate", "--json").stdout)["calls"]["known"] == 12
     assert generate(project).code == 0
     assert journal.read_text(encoding="utf-8") == before
