@@ -364,6 +364,14 @@ def test_store_signer_reports_the_key_or_the_reason(keys: Path, monkeypatch: pyt
     assert "The adapter will not be signed: The program ssh-keygen is not installed" in heard.said[-1]
 
 
+def test_files_that_are_no_keys_do_not_hinder_signing(home: Path, keys: Path, ann: SigningKey) -> None:
+    (home / "a-folder.pub").mkdir()
+    (home / "dangling.pub").symlink_to(home / "nowhere")
+    (home / "notes.pub").write_text("nothing of the kind\n")
+    assert signing_key(TrustedKeys(keys)) == ann
+    assert [key.own for key in TrustedKeys(keys).list()] == [True]
+
+
 @pytest.fixture
 def locked(keys: Path) -> SigningKey:
     """A key with a passphrase, which the project trusts."""

@@ -58,11 +58,12 @@ def own_keys() -> Iterator[tuple[Path, str]]:
     """Yield the files of this user's keys, each with its fingerprint: OpenSSH's, and those that an earlier tunewright
     created.
     """
+    ssh = Path(os.path.expanduser("~/.ssh"))  # noqa: PTH111 (Path.home fails for a user without a home)
     created = platformdirs.user_data_path("tunewright") / "keys"
-    for path in (*sorted((Path.home() / ".ssh").glob("*.pub")), *sorted(created.glob("*.pem"))):
+    for path in (*sorted(ssh.glob("*.pub")), *sorted(created.glob("*.pem"))):
         try:
             yield path, file_fingerprint(path)
-        except UserError:  # not a key, or no ssh-keygen that could tell
+        except (UserError, OSError):  # not a key, not readable, or no ssh-keygen that could tell
             continue
 
 

@@ -71,7 +71,7 @@ def keys_table(keys: Sequence[KnownKey]) -> Table:
     """Return the table of keys."""
     rows = []
     for key in keys:
-        revoked, options = key.trusted.revoked, key.trusted.options
+        revoked = key.trusted.revoked
         trust = f"trusted{key.trusted.trusted}" if revoked is None else f"revoked{revoked}"
-        rows.append((key.name, key.id, "yes" if key.own else "", f"{trust}\n{options}".strip()))
-    return table("Keys", words("Key", "ID", "Yours", "Trusted by the project"), rows)
+        rows.append((key.name, key.id, "yes" if key.own else "", trust, key.trusted.options))
+    return table("Keys", words("Key", "ID", "Yours", "Trusted by the project", "Options"), rows)
