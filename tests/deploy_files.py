@@ -16,8 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from command_line import parsed
-from tunewright.serving.engines.autoscaler import ScalingState
-from tunewright.serving.engines.replica import ReplicaState
+from tunewright.serving.engines.pool import EngineState
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.gateway.metrics import Metrics, ServerState
@@ -79,10 +78,9 @@ def require_route(path: str) -> None:
 @cache
 def metric_labels() -> dict[str, set[str]]:
     """The labels of each series on the page of metrics, after one request, one refusal and one release."""
-    replica = ReplicaState("replica-1", up=True, running=1, waiting=0, adapters=1, loads=1, restarts=0)
-    scaling = ScalingState(wanted=2, present=1, added=1, removed=0, failures=0)
+    engine = EngineState("http://gpu-1:8100", up=True, running=1, adapters=1, restarts=0)
     released = [Released("legal", "d" * 64, "live", 1)]
-    now = ServerState(True, ["acme"], ["acme"], released, ["d" * 64], [replica], scaling)
+    now = ServerState(True, ["acme"], ["acme"], released, ["d" * 64], [engine])
     metrics = Metrics(lambda: now)
     metrics.settled("acme", "legal", RequestUsage(1, 1, 0.1, 0.2, 0.3, "stop"))
     metrics.refused("acme", "invalid_value")

@@ -207,8 +207,22 @@ def test_repeated_metric_is_refused(tmp_path: Path) -> None:
         _load(tmp_path, "evaluate:\n  metric: bleu\n  extra_metrics: [chrf, bleu]\n")
 
 
-def test_largest_number_of_replicas_below_the_smallest_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["replicas", "max_replicas", "target_ttft_s", "adapters_per_replica"])
+def test_removed_key_is_refused_with_its_replacement(key: str, tmp_path: Path) -> None:
     file = tmp_path / "tunewright.yaml"
-    file.write_text("serve:\n  replicas: 4\n  max_replicas: 2\n")
-    with pytest.raises(UserError, match=r"max_replicas is below replicas \(4\)"):
+    file.write_text(f"serve:\n  {key}: 4\n")
+    with pytest.raises(UserError) as raised:
+        load_config(file)
+    assert raised.value.where == f"{file}:2"
+    assert f"serve.{key} was removed" in raised.value.what
+    assert "unknown" not in raised.value.what
+
+
+@pytest.mark.parametrize(
+    "address", ["gpu-1:8100", "http://", "ftp://gpu-1", "http://gpu-1:8100/v1", "http://gpu-1?a=b"]
+)
+def test_engine_without_an_address_is_refused(address: str, tmp_path: Path) -> None:
+    file = tmp_path / "tunewright.yaml"
+    file.write_text(f"serve:\n  engines: ['{address}']\n")
+    with pytest.raises(UserError, match="is not the address of an engine"):
         load_config(file)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
-from engine_kinds import STOPS, peft_engine, replicas_engine
+from engine_kinds import STOPS, peft_engine, pool_engine
 from isolation_helpers import failed, result_of
 
 from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
@@ -38,8 +37,7 @@ def planted(kind: type[PeftEngine], base: Path) -> Iterator[PeftEngine]:
     "started",
     [
         pytest.param(peft_engine, id="one engine"),
-        # Two replicas with room for two of the three adapters: some are unloaded and loaded all the time.
-        pytest.param(partial(replicas_engine, room=2), id="replicas"),
+        pytest.param(pool_engine, id="pool"),
     ],
 )
 def test_embedded_engine_is_isolated(

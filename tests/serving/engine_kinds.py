@@ -10,20 +10,18 @@ from typing import Any
 import pytest
 
 from small_models import CONTEXT
-from tiny import byte_tokenizer, chat_of
-from tunewright.config import Config, ServeConfig, TrainConfig
+from tiny import byte_tokenizer
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
 from tunewright.engines.protocol import Engine
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.generation.constraints import GrammarCompiler
 from tunewright.models.bases import Base
+from tunewright.serving.engines.engine_server import EngineApp, EngineOrigin
 from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file, lora_file
-from tunewright.serving.engines.peft_child import PeftChild, PeftSettings
-from tunewright.serving.engines.replicas import Replicas
-from tunewright.serving.engines.start import EngineSpec
-from tunewright.serving.engines.start_replicas import start_engines
+from tunewright.serving.engines.pool import EnginePool
+from tunewright.serving.gateway.server import serving
 
 TOKENIZER = byte_tokenizer()
 STOPS = frozenset({TOKENIZER.eos_token_id})
@@ -48,46 +46,19 @@ def peft_engine(base: Path) -> Iterator[Engine]:
 
 
 @contextmanager
-def replicas_engine(base: Path, room: int | None = None) -> Iterator[Engine]:
-    """Two embedded engines as one."""
+def pool_engine(base: Path) -> Iterator[Engine]:
+    """Two embedded engines at addresses, as one engine."""
+
+    def locate(name: str, _digest: str) -> Path:
+        return next(place / name for place in (base.parent, base.parent.parent) if (place / name).exists())
+
     with ExitStack() as started:
-        engines = {name: started.enter_context(peft_engine(base)) for name in ("replica-1", "replica-2")}
-        replicas = Replicas(engines, room=room)
-        started.callback(replicas.stop)
-        yield replicas
-
-
-@contextmanager
-def peft_child(base: Path, **settings: Any) -> Iterator[PeftChild]:
-    """The embedded engine in a child process."""
-    asked: dict[str, Any] = {"max_num_seqs": 16, "context_length": CONTEXT, **settings}
-    of = PeftSettings(
-        base=base,
-        architecture="LlamaForCausalLM",
-        dtype="float32",
-        quantization="none",
-        stop_ids=tuple(STOPS),
-        pad_id=TOKENIZER.pad_token_id,
-        variables={"OMP_NUM_THREADS": "1"},
-        **asked,
-    )
-    engine = PeftChild(of, LogReporter())
-    try:
-        yield engine
-    finally:
-        engine.stop()
-
-
-@contextmanager
-def started_replica(base: Path) -> Iterator[Engine]:
-    """One replica in a child process, as a server with a limit of adapters starts it."""
-    config = Config(train=TrainConfig(dtype="float32"), serve=ServeConfig(adapters_per_replica=ROOM))
-    spec = EngineSpec(Base("small", base, None, "LlamaForCausalLM", {}), chat_of(TOKENIZER), "none", {})
-    engine = start_engines("peft", config, spec, LogReporter())
-    try:
-        yield engine
-    finally:
-        engine.stop()
+        origin = EngineOrigin("base", "none", "float32", {}, "")
+        apps = [EngineApp(started.enter_context(peft_engine(base)), origin, locate, COMPILER) for _ in range(2)]
+        urls = [started.enter_context(serving(app.app)) for app in apps]
+        pool = EnginePool(urls, "base", "none", LogReporter())
+        started.callback(pool.stop)
+        yield pool
 
 
 @contextmanager
@@ -136,8 +107,7 @@ def llamacpp_engine(
 
 KINDS = [
     pytest.param(peft_engine, id="peft"),
-    pytest.param(replicas_engine, id="replicas"),
-    pytest.param(started_replica, id="started-replica", marks=pytest.mark.slow),
+    pytest.param(pool_engine, id="pool"),
     pytest.param(llamacpp_engine, id="llamacpp"),
     pytest.param(vllm_engine, id="vllm", marks=pytest.mark.vllm),
 ]

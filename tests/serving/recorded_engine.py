@@ -1,23 +1,26 @@
-"""A scripted engine with adapters, for tests of replicas."""
+"""A scripted engine with adapters at an address, for tests of pools."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine_kinds import TOKENIZER
+from engine_kinds import COMPILER, TOKENIZER
 from scripted_engine import ScriptedEngine
 
 from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter, Reporter
 from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError, stream
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.placement import rendezvous_order
-from tunewright.serving.engines.replicas import Replicas
+from tunewright.serving.engines.engine_server import EngineApp, EngineOrigin
+from tunewright.serving.engines.pool import EnginePool
+from tunewright.serving.gateway.server import serving
 
-NAMES = ("replica-1", "replica-2")
+BASE = "b" * 64
+ORIGIN = EngineOrigin(BASE, "none", "float32", {}, "x86_64")
 PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a")]
 ONE, TWO, THREE = ("1" * 64, "2" * 64, "3" * 64)
 
@@ -51,8 +54,8 @@ class Recorded(ScriptedEngine):
             await asyncio.sleep(0.001)
         if self.stopped:
             raise EngineStoppedError(self.stopped)
-        if folder.name == "broken":
-            raise UserError("The files have changed")
+        if digest in self.loaded:
+            return
         self.loaded.append(digest)
         self.changes.append(f"+{digest[0]}")
         self.most = max(self.most, len(self.loaded))
@@ -70,12 +73,27 @@ class Recorded(ScriptedEngine):
 
 
 @contextmanager
-def running(engines: dict[str, Any], **settings: Any) -> Iterator[Replicas]:
-    replicas = Replicas(engines, **settings)
+def at_address(engine: Engine, missing: Collection[str] = ()) -> Iterator[str]:
+    """Serve an engine as `tunewright engine serve` does, and yield its address; it has all adapters but some."""
+
+    def locate(name: str, digest: str) -> Path:
+        if digest in missing:
+            raise UserError(f"The released adapter {name} ({digest[:12]}) is missing")
+        return Path(name)
+
+    app = EngineApp(engine, ORIGIN, locate, COMPILER).app
+    with serving(app) as url:
+        yield url
+
+
+@contextmanager
+def pooled(urls: Sequence[str], reporter: Reporter | None = None) -> Iterator[EnginePool]:
+    """Several addresses as one engine."""
+    pool = EnginePool(urls, BASE, "none", reporter or LogReporter())
     try:
-        yield replicas
+        yield pool
     finally:
-        replicas.stop()
+        pool.stop()
 
 
 async def answer(engine: Engine, request: Request) -> tuple[int, ...]:
@@ -89,7 +107,3 @@ def asked(digest: str | None, tokens: int = 2) -> Request:
 
 def run(work: Any) -> Any:
     return asyncio.run(asyncio.wait_for(work, 300))
-
-
-def first(digest: str, names: Sequence[str] = NAMES) -> str:
-    return rendezvous_order(digest, tuple(sorted(names)))[0]

@@ -7,15 +7,13 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from studio_client import Browser, restarted
 from tunewright.cli.json_log import json_line
-from tunewright.serving.engines.autoscaler import ScalingState
-from tunewright.serving.engines.replica import ReplicaState
+from tunewright.serving.engines.pool import EngineState
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.job_log import read_entry
 from tunewright.studio.jobs import Jobs
@@ -101,30 +99,27 @@ def test_line_of_a_jobs_log_is_shown_as_text(line: str, expected: list[str]) -> 
     assert read_entry(line).lines == expected
 
 
-def test_replicas_of_a_running_server_are_shown(browser: Browser, project: Path) -> None:
-    states = [ReplicaState("replica-1", True, 3, 1, 20, 25, 0), ReplicaState("replica-2", False, 0, 0, 4, 4, 2)]
-    now = ServerState(ready=True, waiting=(), running=(), released=(), resident=(), replicas=states)
+def test_engines_of_a_running_server_are_shown(browser: Browser, project: Path) -> None:
+    states = [EngineState("http://gpu-1:8100", True, 3, 20, 0), EngineState("http://gpu-2:8100", False, 0, 4, 2)]
+    now = ServerState(ready=True, waiting=(), running=(), released=(), resident=(), engines=states)
     with exposed(Metrics(lambda: now), "127.0.0.1", 0) as address:
         log = f"Serving at http://127.0.0.1:1/v1\n  courts\nPrometheus metrics: {address}\nCtrl-C stops the server.\n"
         with _running(project, "serve", log) as folder:
             page = re.sub(r">\s+<", "><", browser.get("/deploy"))
-            first = '<th scope="row">replica-1</th><td>up</td><td>3</td><td>1</td><td>20</td><td>0</td>'
-            assert first in page and '<th scope="row">replica-2</th><td>takes no requests</td>' in page
+            first = '<th scope="row">http://gpu-1:8100</th><td>up</td><td>3</td><td>20</td><td>0</td>'
+            assert first in page and '<th scope="row">http://gpu-2:8100</th><td>takes no requests</td>' in page
             assert 'value="http://127.0.0.1:1/v1"' in page and 'value="courts"' in page
-            assert "follows the load" not in page
-            scaling = ScalingState(wanted=3, present=1, added=4, removed=2, failures=1)
-            now = replace(now, scaling=scaling)
-            assert "follows the load, which asks for 3 now" in browser.get("/deploy")
             now = ServerState(ready=True, waiting=(), running=(), released=(), resident=())
-            assert "Replicas" not in browser.get("/deploy"), "one engine"
+            assert "Engines" not in browser.get("/deploy"), "one engine"
             (folder / "log").write_text(log.replace(address, "http://127.0.0.1:1/metrics"))
-            assert "the state of its replicas is unknown" in browser.get("/deploy")
+            assert "the state of its engines is unknown" in browser.get("/deploy")
 
 
 @pytest.mark.slow
-def test_server_with_replicas_is_started_with_metrics_on_this_machine(browser: Browser, project: Path) -> None:
-    (project / "tunewright.yaml").write_text(f"name: tiny\nbase_model: {project}/nowhere\nserve:\n  replicas: 2\n")
-    assert "in 2 replicas" in browser.get("/deploy")
+def test_server_with_engines_is_started_with_metrics_on_this_machine(browser: Browser, project: Path) -> None:
+    engines = "serve:\n  engines: ['http://gpu-1:8100']\n"
+    (project / "tunewright.yaml").write_text(f"name: tiny\nbase_model: {project}/nowhere\n{engines}")
+    assert "with the engines at <code>http://gpu-1:8100</code>" in browser.get("/deploy")
     page = browser.send("/server", "/deploy", port="0")
     job = Jobs(project / ".tunewright" / "jobs", project).find(page.url.path.rpartition("/")[2])
     assert job.command[:4] == ("serve", "--port=0", "--metrics-host=127.0.0.1", "--metrics-port=0")

@@ -28,7 +28,7 @@ from tunewright.open_project import OpenProject
 from tunewright.report import curve
 from tunewright.serving import project_state, release_gate, serve
 from tunewright.serving import releases as release_verbs
-from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
+from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
 from tunewright.training import memory
 from tunewright.training.memory_options import MemoryOptions
 from tunewright.training.trackers import require_trackers
@@ -92,6 +92,7 @@ class Project(OpenProject):
     regressions = measuring.regressions
 
     self_test = keywords(release_gate.self_test, ServeOptions)
+    serve_engine = keywords(serve.serve_engine, EngineOptions)
     serve = keywords(serve.serve, ServeOptions)
     state = project_state.open_state
 

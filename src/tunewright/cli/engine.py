@@ -9,11 +9,12 @@ import typer
 
 from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import RESUMES, Session
+from tunewright.serving.options import EngineOptions
 
 if TYPE_CHECKING:
     from tunewright.engines.environment import Environment
 
-engine = group("engine", DEPLOY, "Install vLLM or llm-compressor, which need their own environment.")
+engine = group("engine", DEPLOY, "Install vLLM or llm-compressor, or serve one engine to servers on other machines.")
 
 Name = Annotated[str, typer.Argument(help="vllm or llmcompressor.", show_default=False)]
 
@@ -51,6 +52,24 @@ def show(run: Session, name: Name) -> None:
 
     found = environment.find(environment.find_tool(name))
     run.show(found, _summary(found))
+
+
+@command(
+    engine,
+    "serve",
+    example="tunewright engine serve --host 0.0.0.0 --engine vllm",
+    status=False,
+    database=True,
+    traced=False,
+    options=EngineOptions,
+)
+def serve(run: Session, options: EngineOptions = EngineOptions()) -> None:
+    """Serve one engine with the project's adapters to `tunewright serve` on other machines until Ctrl-C.
+
+    List its address in their serve.engines. The environment variable TUNEWRIGHT_ENGINE_TOKEN holds the secret of both.
+    """
+    service = run.project.serve_engine(options)
+    service.run(lambda url: run.show({"url": url}, f"The engine is at {url}\nCtrl-C stops it."))
 
 
 def _summary(environment: Environment) -> str:

@@ -50,8 +50,8 @@ def serve(
     if self_test:
         from tunewright.gate.results import isolation_blocks
 
-        kept = {"--engine", "--replicas", "--max-replicas"}
-        refuse_unused("--self-test", dict.fromkeys([name for name in given_options(options) if name not in kept], True))
+        unused = [name for name in given_options(options) if name != "--engine"]
+        refuse_unused("--self-test", dict.fromkeys(unused, True))
         result = run.project.self_test(adapters or (), options)
         run.show(result.as_dict(), *isolation_blocks(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]

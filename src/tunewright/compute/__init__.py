@@ -1,6 +1,6 @@
 """The workers that ``compute.cluster`` asks for.
 
-Six modules import Ray. Other packages reach them through these functions alone.
+Five modules import Ray. Other packages reach them through these functions alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
 Needed = TypeVar("Needed")
 
 if TYPE_CHECKING:
-    from tunewright.compute.hosts import Hosts
     from tunewright.compute.worker_group import WorkerGroup
 
 
@@ -88,30 +87,6 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
 
     with opened(config, reporter) as group:
         yield group
-
-
-@contextmanager
-def open_hosts(
-    config: Config, count: int, largest: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
-) -> Iterator[Hosts]:
-    """Yield the machines of ``compute.cluster`` as places for ``count`` objects at least.
-
-    Args:
-        config: names a cluster.
-        count: each occupies a GPU, or a CPU if the cluster has no GPU.
-        largest: there may be as many later, for which machines may join the cluster.
-        check: a function of a module, which every machine calls with ``needed`` before any work.
-        needed: what every machine needs.
-        reporter: is warned of lost objects.
-
-    Raises:
-        UserError: as for :func:`open_workers`, or too few GPUs or CPUs; or ``check`` refuses a machine.
-    """
-    _require_ray()
-    from tunewright.compute import hosts
-
-    with hosts.open_hosts(config, count, largest, check, needed, reporter) as found:
-        yield found
 
 
 def _require_ray() -> None:

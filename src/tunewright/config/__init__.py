@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -344,41 +345,14 @@ class ServeConfig(Section):
             "GPU 128, or 256 from 70 GB of memory).",
         ),
     ] = None
-    replicas: Annotated[
-        int,
+    engines: Annotated[
+        tuple[str, ...],
         Field(
-            ge=1,
-            le=64,
-            description="Number of engines, each in its own process with its own copy of the base: one GPU each, or "
-            "an equal share of the processor's threads. A request goes to a replica that has its adapter in memory.",
+            description="Addresses of engines on other machines, such as http://gpu-1:8100, each started there with "
+            "`tunewright engine serve` on the same base. A name with several addresses, such as that of a headless "
+            "service, stands for all of them. Empty: `tunewright serve` starts one engine itself."
         ),
-    ] = 1
-    max_replicas: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            le=64,
-            description="Largest number of replicas: while the server runs, their number follows the load between "
-            "serve.replicas and this one (null: it is fixed).",
-        ),
-    ] = None
-    target_ttft_s: Annotated[
-        float,
-        Field(
-            gt=0,
-            description="With serve.max_replicas, target of the time to first token in seconds, with the time in the "
-            "queue: replicas are added while over a tenth of the requests wait longer.",
-        ),
-    ] = 2.0
-    adapters_per_replica: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="Maximum number of adapters in a replica's memory; the least recently used one makes room for "
-            "another (null: all of them; with the engine vllm those of the start and serve.spare_adapters). Not with "
-            "the engine llamacpp, which restarts for each change.",
-        ),
-    ] = None
+    ] = ()
     spare_adapters: Annotated[
         int,
         Field(
@@ -407,11 +381,14 @@ class ServeConfig(Section):
         ),
     ] = None
 
-    @model_validator(mode="after")
-    def _room_to_grow(self) -> ServeConfig:
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas is below replicas ({self.replicas})")
-        return self
+    @field_validator("engines")
+    @classmethod
+    def _addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+                raise ValueError(f"{url!r} is not the address of an engine: use http://HOST:PORT")
+        return tuple(url.rstrip("/") for url in urls)
 
 
 class Config(Section):

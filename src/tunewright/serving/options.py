@@ -1,4 +1,4 @@
-"""Options of a server, of a release and of a tenant."""
+"""Options of a server, of an engine, of a release and of a tenant."""
 
 from __future__ import annotations
 
@@ -43,24 +43,15 @@ class ServeOptions:
         bool, Option("Without tenants: constrain the adapters' answers by evaluate.structured_outputs.")
     ] = False
     engine: Annotated[Engine | None, Option("Inference engine.", default="serve.engine in the config")] = None
-    replicas: Annotated[
-        int | None,
-        Option(
-            "Number of engines, each in its own process: one GPU each, or a share of the processor's threads.",
-            default="serve.replicas in the config",
-            min=1,
-            max=64,
-        ),
-    ] = None
-    max_replicas: Annotated[
-        int | None,
-        Option(
-            "Largest number of engines, which follows the load between --replicas and this one.",
-            default="serve.max_replicas in the config",
-            min=1,
-            max=64,
-        ),
-    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of an engine for servers on other machines."""
+
+    host: Annotated[str, Option("Address to listen on; one that other machines can reach needs a token.")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 for any.", min=0, max=65535)] = 8100
+    engine: Annotated[Engine | None, Option("Inference engine.", default="serve.engine in the config")] = None
 
 
 def percent(text: str, where: str) -> float:

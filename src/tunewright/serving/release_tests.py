@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -37,8 +37,9 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.models.memory.plan import gigabytes
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines.start import EngineSpec, max_num_seqs, require_llamacpp
-from tunewright.serving.engines.start_replicas import start_engines
+from tunewright.serving.engines.pool import engines_at
+from tunewright.serving.engines.remote import EngineFacts
+from tunewright.serving.engines.start import EngineSpec, max_num_seqs, require_llamacpp, start_engine
 
 SERVING_CHECK_VERSION = 1
 """The version of the serving check; a result of an earlier version does not count."""
@@ -51,20 +52,29 @@ class EngineUnderTest:
 
     Args:
         project: the project, with its base and chat format.
-        config: the project's, with the number of replicas to test.
+        config: the project's, with the only address of an engine.
         quantization: the precision of the base's weights.
         kind: the kind of engine.
+        remote: what the engine at the config's only address says of itself; None: one is started here.
     """
 
     project: OpenProject
     config: Config
     quantization: Quantization
     kind: EngineName
+    remote: EngineFacts | None = None
+
+    @property
+    def title(self) -> str:
+        """Its kind, and its address if it has one."""
+        return f"{self.kind} at {self.config.serve.engines[0]}" if self.remote else self.kind
 
     @cached_property
     def versions(self) -> dict[str, str]:
         """Versions of the packages that affect the numbers, here and in the engine's environment."""
         own = packages(self.quantization)
+        if self.remote is not None:
+            return {**own, **{f"engine:{name}": found for name, found in self.remote.versions.items()}}
         if self.kind == "llamacpp":
             require_llamacpp()
             return {**own, "xllamacpp": version("xllamacpp")}
@@ -75,6 +85,8 @@ class EngineUnderTest:
     @cached_property
     def device(self) -> str:
         """The GPU or kind of processor; a bug may occur on one of them only."""
+        if self.remote is not None:
+            return self.remote.device
         if torch.cuda.is_available():
             return str(torch.cuda.get_device_name())
         return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -82,6 +94,8 @@ class EngineUnderTest:
     @property
     def precision(self) -> str:
         """The precision of the engine's arithmetic."""
+        if self.remote is not None:
+            return self.remote.precision
         return self.config.serve.gguf if self.kind == "llamacpp" else self.config.train.dtype
 
     @property
@@ -98,7 +112,7 @@ class EngineUnderTest:
                 "quantization": self.quantization,
                 "dtype": self.config.train.dtype,
                 "engine": self.kind,
-                "max_num_seqs": max_num_seqs(self.kind, self.config),
+                "max_num_seqs": self.remote.max_num_seqs if self.remote else max_num_seqs(self.kind, self.config),
                 "versions": self.versions,
                 "device": self.device,
                 **own,
@@ -122,11 +136,32 @@ class EngineUnderTest:
         """
         project, held = self.project, self.quantization if merged is None else "none"
         spec = EngineSpec(merged or project.base, project.chat, held, adapters, spare=spare)
-        engine = start_engines(self.kind, self.config, spec, project.reporter)
+        engine = start_engine(self.kind, self.config, spec, project.reporter)
         try:
             yield engine
         finally:
             engine.stop()
+
+
+def engines_under_test(project: OpenProject, quantization: Quantization, kind: EngineName) -> list[EngineUnderTest]:
+    """Return the engine that the config starts, or each one at an address of ``serve.engines``.
+
+    Raises:
+        UserError: as for :class:`tunewright.serving.engines.pool.EnginePool`, or an engine does not answer.
+    """
+    config = project.folder.config
+    if not config.serve.engines:
+        return [EngineUnderTest(project, config, quantization, kind)]
+    found = engines_at(config.serve.engines, project.base.digest, quantization, project.reporter)
+    kinds: dict[str, EngineName] = {each: each for each in get_args(EngineName)}
+    return [
+        EngineUnderTest(project, _with_engines(config, (url,)), quantization, kinds[facts.engine], facts)
+        for url, facts in found.items()
+    ]
+
+
+def _with_engines(config: Config, urls: tuple[str, ...]) -> Config:
+    return config.model_copy(update={"serve": config.serve.model_copy(update={"engines": urls})})
 
 
 @dataclass(frozen=True)
@@ -247,11 +282,16 @@ class ServingCheckRunner:
         compare = ServingComparison(self.probe, chat, on.precision, on.tolerance, on.config.seed, reporter)
         trained, base = self._reference()
         with tempfile.TemporaryDirectory(prefix="tunewright-check-") as temporary:
-            identity = write_identity(self.adapter.folder, Path(temporary) / "identity")
-            folders = {own: self.adapter.folder, adapter_digest(identity): identity}
+            asked: dict[Digest, list[ReferenceAnswer]] = {own: trained}
+            folders = {own: self.adapter.folder}
+            if on.remote is None:
+                identity = write_identity(self.adapter.folder, Path(temporary) / "identity")
+                asked[adapter_digest(identity)] = base
+                folders[adapter_digest(identity)] = identity
             with on.started(folders) as engine:
-                answers, zero = compare.ask(engine, {own: trained, adapter_digest(identity): base})
-            figures = [compare.figures("adapter", trained, answers), compare.figures("identity", base, zero)]
+                answers, *zero = compare.ask(engine, asked)
+            figures = [compare.figures("adapter", trained, answers)]
+            figures += [compare.figures("identity", base, each) for each in zero]
             left_out = self._no_merge(Path(temporary))
             if left_out is None:
                 merged = self._merged(Path(temporary) / "merged")
@@ -286,6 +326,8 @@ class ServingCheckRunner:
 
     def _no_merge(self, temporary: Path) -> str | None:
         """Return why the merged model is not served; None if it is."""
+        if self.on.remote is not None:
+            return "an engine at an address serves stored adapters only, so neither is an adapter that changes nothing"
         if self.on.kind == "llamacpp":
             return "llama.cpp would first have to convert the merged model"
         try:

@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.registry import Adapter, adapter_digest
+from tunewright.adapters.registry import Adapter, adapter_digest, find_adapter
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.evidence.schema import evidence_on
 from tunewright.open_project import OpenProject
-from tunewright.serving.options import ServeOptions
+from tunewright.serving.options import EngineOptions, ServeOptions
 from tunewright.serving.project_state import open_state
 from tunewright.serving.served_adapters import (
     adapter_of,
+    all_served,
     choose_served,
     missing_evidence,
     refuse_names,
@@ -29,6 +30,7 @@ from tunewright.serving.served_adapters import (
 )
 
 if TYPE_CHECKING:
+    from tunewright.serving.engine_service import EngineService
     from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
     from tunewright.serving.tenants import State
@@ -54,7 +56,7 @@ def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOpti
             other machines without tenants. With ``constrain``: the config has no constraint.
     """
     config = project.folder.config
-    names = ("host", "port", "metrics_port", "metrics_host", "engine", "replicas", "max_replicas")
+    names = ("host", "port", "metrics_port", "metrics_host", "engine")
     own = {name: value for name in names if (value := getattr(options, name)) is not None}
     config = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
     _share_one_arena()
@@ -95,6 +97,38 @@ def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOpti
             prompt = SystemPrompt(None, "left out by --no-system-prompt")
         served[name] = ServedAdapter(folder, prompt, rules.get(name))
     return Service(config, project.base, project.chat, held, served, project.reporter)
+
+
+def serve_engine(project: OpenProject, options: EngineOptions = EngineOptions()) -> EngineService:
+    """Return one engine for servers on other machines, loaded but not yet started: see ``serve.engines``.
+
+    It holds the adapters of all live releases; without tenants, all that fit the base.
+
+    Raises:
+        UserError: other machines can reach the address, and the environment has no token.
+    """
+    from tunewright.serving.engine_service import EngineService
+    from tunewright.serving.engines.remote import TOKEN
+
+    if TOKEN not in os.environ and not _is_private(options.host):
+        raise UserError(
+            f"Other machines can reach {options.host}, and without a token the engine answers all of them",
+            where="--host",
+            fix=f"Set {TOKEN} to the same secret here and for `tunewright serve`, such as `openssl rand -hex 32`.",
+        )
+    held, folders, _ = all_served(project)
+
+    def locate(name: str, digest: str) -> Path:
+        adapter_name, _, step = name.partition("@")
+        if not step:
+            adapter = adapter_of(project, name, digest)
+        else:
+            adapter = find_adapter(project.folder.adapters, adapter_name)
+            adapter.verify(step)
+        require_held(project, adapter, held)
+        return adapter.checkpoint(step) if step else adapter.folder
+
+    return EngineService(project, held, folders, locate, options)
 
 
 def _constraints(project: OpenProject, folders: Mapping[str, Path]) -> dict[str, str]:
@@ -148,13 +182,18 @@ def _require_private(host: str) -> None:
     Raises:
         UserError: other machines can reach the address.
     """
-    try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except OSError:
-        return  # not an address; binding to it reports the error
-    if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
+    if not _is_private(host):
         raise UserError(
             f"Other machines can reach {host}, and without tenants the server answers all of them",
             where="serve.host",
             fix="Add a tenant with `tunewright tenant add NAME`, or allow all requests with --no-auth.",
         )
+
+
+def _is_private(host: str) -> bool:
+    """Return whether only this machine can reach an address."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return True  # not an address; binding to it reports the error
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)

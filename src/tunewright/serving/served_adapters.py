@@ -17,11 +17,31 @@ from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.evidence.schema import Evidence
 from tunewright.open_project import OpenProject
+from tunewright.serving.project_state import open_state
 
 if TYPE_CHECKING:
     from tunewright.chat.call_grammar import CallGrammars
     from tunewright.generation.constraints import Grammar
     from tunewright.serving.tenants import State
+
+
+def all_served(project: OpenProject, names: Sequence[str] = ()) -> tuple[Quantization, dict[str, Path], int]:
+    """Return the base's quantization, the adapters that a server holds by name, and the number of further ones.
+
+    Args:
+        names: of adapters, without tenants; default: all that fit.
+
+    Raises:
+        UserError: as for :func:`choose_served` and :func:`refuse_names`.
+    """
+    config = project.folder.config
+    if config.serve.database_url is not None or project.folder.serving_state.exists():
+        with open_state(project) as state:
+            if state.tenants.any():
+                refuse_names(names)
+                held, live = released(project, state)
+                return held, {adapter.name: adapter.folder for adapter in live}, config.serve.spare_adapters
+    return *choose_served(project, names), 0
 
 
 def choose_served(project: OpenProject, names: Sequence[str]) -> tuple[Quantization, dict[str, Path]]:

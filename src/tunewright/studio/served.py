@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from tunewright.serving.engines.pool import EngineState
 from tunewright.studio.jobs import SERVER, Job
 
 _READY = re.compile(
@@ -13,8 +14,7 @@ _READY = re.compile(
     re.MULTILINE,
 )
 _ANSWER_S = 1.0  # on this machine; other pages wait meanwhile
-_REPLICA = "tunewright_replica_"
-_WANTED = "tunewright_wanted_replicas"
+_ENGINE = "tunewright_engine_"
 _BEGINNING = 100_000  # characters of a log; the address comes right after loading
 RELEASES = ("deploy", "promote")
 _OUTCOMES = {0: "done", 3: "refused", 4: "undecided"}
@@ -48,53 +48,27 @@ def served(job: Job) -> Served | None:
     return Served(ready[1], tuple(line.strip() for line in ready[2].splitlines()), ready[3]) if ready else None
 
 
-@dataclass(frozen=True)
-class Replica:
-    """One of several engines of a running server."""
-
-    name: str
-    up: bool
-    running: int
-    waiting: int
-    adapters: int
-    restarts: int
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """The engines of a running server, if it has several."""
-
-    each: tuple[Replica, ...]
-    wanted: int | None
-    """The number that the load asks for; None if it is fixed."""
-
-
-def replicas(server: Served) -> Replicas | None:
-    """Return the replicas of a running server by its metrics: none of one engine; None if the metrics do not answer."""
+def engines(server: Served) -> list[EngineState] | None:
+    """Return a running server's engines by its metrics: empty if it has one itself; None if they do not answer."""
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 
     if server.metrics is None:
-        return Replicas((), None)
+        return []
     try:
         answer = httpx.get(server.metrics, timeout=_ANSWER_S, trust_env=False)
         answer.raise_for_status()
     except httpx.HTTPError:
         return None
     values: dict[str, dict[str, int]] = {}
-    wanted = None
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
-            if sample.name == _WANTED:
-                wanted = int(sample.value)
-            elif sample.name.startswith(_REPLICA) and "replica" in sample.labels:
-                values.setdefault(sample.labels["replica"], {})[sample.name.removeprefix(_REPLICA)] = int(sample.value)
-    return Replicas(tuple(_replica(name, found) for name, found in values.items()), wanted)
-
-
-def _replica(name: str, found: dict[str, int]) -> Replica:
-    running, waiting = found["running_requests"], found["waiting_requests"]
-    return Replica(name, bool(found["up"]), running, waiting, found["adapters"], found["restarts_total"])
+            if sample.name.startswith(_ENGINE):
+                values.setdefault(sample.labels["engine"], {})[sample.name.removeprefix(_ENGINE)] = int(sample.value)
+    return [
+        EngineState(url, bool(found["up"]), found["running_requests"], found["adapters"], found["restarts_total"])
+        for url, found in values.items()
+    ]
 
 
 def outcome(job: Job) -> str:

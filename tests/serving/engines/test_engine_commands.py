@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.open_project import OpenProject
-from tunewright.serving.options import ServeOptions
+from tunewright.serving.gateway.server import serving
+from tunewright.serving.options import EngineOptions, ServeOptions
 from tunewright.serving.project_state import open_state
 from tunewright.serving.release_gate import ReleaseGate
 
@@ -53,14 +55,29 @@ def test_self_test_passes_for_trained_adapters(kind: Any, project: Path) -> None
     assert all(check["asked"] > 0 and not check["failures"] for check in reported["checks"])
 
 
-def test_self_test_asks_the_largest_number_of_replicas(project: Path) -> None:
-    ran = command("serve", "--max-replicas", "2", "--self-test", "--json", "-p", project)
-    assert ran.code == 0, (ran.stdout, ran.stderr)
-    assert ran.document["verdict"] == "isolated"
-    assert "2 replicas with 1 thread each" in ran.stderr
-    ran = command("serve", "--replicas", "3", "--max-replicas", "2", "--self-test", "-p", project)
-    assert ran.code == 2
-    assert "serve.max_replicas: At most 2 replicas, but at least 3" in ran.stderr
+def test_release_is_tested_at_each_address(project: Path, tmp_path: Path) -> None:
+    with ExitStack() as held:
+        services = [tunewright.open(project).serve_engine(EngineOptions(port=0)) for _ in range(2)]
+        for service in services:
+            held.callback(service.engine.stop)
+        urls = [held.enter_context(serving(service.app)) for service in services]
+        gateway = without_state(project, tmp_path / "project")
+        config = (gateway / "tunewright.yaml").read_text() + f"serve:\n  engines: {urls}\n"
+        (gateway / "tunewright.yaml").unlink()  # a link
+        (gateway / "tunewright.yaml").write_text(config)
+        ran = command("serve", "--self-test", "--json", "-p", gateway)
+        assert ran.code == 0, (ran.stdout, ran.stderr)
+        assert (ran.document["verdict"], ran.document["engine"]) == ("isolated", "peft")
+        assert all(f"{url}: isolated" in ran.stderr for url in urls)
+        opened = OpenProject(ProjectFolder(gateway), LogReporter())
+        adapter = list_adapters(project / "adapters")[0]
+        with open_state(opened, make=True) as state:
+            gate = ReleaseGate(opened, state, "red", adapter, None)
+            test, passes = gate.require_isolation()
+            check = gate.serving_check()
+        assert (test.verdict, passes, test.adapters) == ("isolated", True, (adapter.digest,))
+        assert ([figures.served for figures in check.figures], check.reasons) == (["adapter"], ())
+        assert check.left_out is not None and "stored adapters only" in check.left_out
 
 
 @pytest.mark.parametrize("kind", KINDS)

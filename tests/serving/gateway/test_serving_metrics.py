@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +18,8 @@ from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.serving.engines.autoscaler import ScalingState
-from tunewright.serving.engines.scaling import Demand
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth, Auth, ServedAdapter
-from tunewright.serving.gateway.load import LoadMeter
 from tunewright.serving.gateway.metrics import ENDED_SECONDS, Metrics, ServerState, exposed
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
@@ -119,48 +115,6 @@ def test_metrics_have_waiting_and_running_requests_only_while_there_are_any() ->
 def test_metrics_have_the_whole_queue_as_one_number() -> None:
     now = ServerState(True, ["acme", "acme", "globex"], ["globex"], [], [])
     assert Metrics(lambda: now).registry.get_sample_value("tunewright_queued_requests") == 3
-
-
-def test_metrics_have_the_wanted_replicas_and_their_changes_only_if_the_number_follows_the_load() -> None:
-    scaling = ScalingState(wanted=3, present=2, added=5, removed=3, failures=1)
-    registry = Metrics(lambda: ServerState(True, [], [], [], [], scaling=scaling)).registry
-    named = {"wanted_replicas": 3, "present_replicas": 2, "replica_start_failures_total": 1}
-    assert {name: registry.get_sample_value(f"tunewright_{name}") for name in named} == named
-    for direction, changes in (("up", 5), ("down", 3)):
-        assert registry.get_sample_value("tunewright_replica_changes_total", {"direction": direction}) == changes
-    fixed = Metrics(lambda: ServerState(True, [], [], [], [])).registry
-    assert all(fixed.get_sample_value(f"tunewright_{name}") is None for name in named)
-
-
-def test_load_meter_counts_each_first_token_once_and_those_that_wait_for_theirs() -> None:
-    looks: list[Demand] = []
-
-    class Recording(Gateway):
-        """A gateway whose load is measured by the test."""
-
-        @property
-        def meter(self) -> LoadMeter:
-            return self._load
-
-    engine = ScriptedEngine(max_num_seqs=2)
-    engine.held_at = 1
-    gateway = Recording(engine, AnonymousAuth(MODELS), TOKENIZATION, LIMITS)
-    body = {"model": "base", "messages": HELLO}
-    assert gateway.meter.look() == Demand()
-    with serving(gateway.app) as url, ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(3)]
-        while not all(each.done() for each in asking) or looks[-1] != Demand():
-            looks.append(look := gateway.meter.look())
-            if len(look.unanswered) == 3 and min(look.unanswered) >= 0.3:
-                engine.held_at = 0
-            time.sleep(0.02)
-        assert all(each.result().status_code == 200 for each in asking)
-    firsts = [wait for look in looks for wait in look.first_tokens]
-    assert len(firsts) == 3
-    assert all(wait >= 0.3 for wait in firsts)
-    assert max(look.running for look in looks) == 2
-    assert max(look.waiting for look in looks) == 1
-    assert max(wait for look in looks for wait in look.unanswered) >= 0.3
 
 
 def test_metrics_count_timeouts_as_an_outcome() -> None:

@@ -64,7 +64,7 @@ class VllmSettings:
         kv_cache_bytes: the size of the key/value cache, which also limits the context; None: vLLM decides.
         gpu_share: the share of the GPU's memory that it may take; None: vLLM's 0.9.
         vision: whether the base can read images. This is turned off, so that its vision tower takes no memory.
-        variables: further environment variables, such as the GPU of a replica.
+        variables: further environment variables, such as the number of threads.
     """
 
     python: Path

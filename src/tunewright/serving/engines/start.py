@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
-from tunewright.models.families import FAMILIES, require_quantizable
+from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
+from tunewright.serving.engines.pool import EnginePool
 
 LARGE_CARD = 70 * 10**9
 """GPU memory from which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
@@ -43,52 +44,26 @@ class EngineSpec:
     spare: int = 0
 
 
-@dataclass(frozen=True)
-class Share:
-    """A replica's share of the machine.
-
-    Args:
-        name: the replica's name.
-        variables: environment variables of its process: its GPU, or its number of threads.
-        threads: the number of threads that compute, without a GPU.
-    """
-
-    name: str
-    variables: Mapping[str, str]
-    threads: int
-
-
-def replica_spec(kind: EngineName, spec: EngineSpec, adapters: Mapping[str, Path]) -> EngineSpec:
-    """Return the models of a replica when it starts.
-
-    llama.cpp takes all adapters in one start. The others load each one where it is needed.
-    """
-    if kind == "llamacpp":
-        return replace(spec, adapters=adapters)
-    return replace(spec, adapters={}, to_come=(*spec.to_come, *spec.adapters.values()))
-
-
-def start_engine(
-    kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter, share: Share | None = None
-) -> Engine:
-    """Return a running engine with the adapters loaded.
-
-    Args:
-        share: the engine is a replica, in its own process; None: it has the whole machine.
+def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
+    """Return the server's engine with the adapters loaded: one here, or those at ``serve.engines``.
 
     Raises:
-        UserError: the engine is not installed, does not start, or cannot hold this base or these adapters.
+        UserError: the engine is not installed, does not start, or cannot hold this base or these adapters; or as for
+            :class:`tunewright.serving.engines.pool.EnginePool`.
     """
+    if config.serve.engines:
+        reporter.say(f"Asking the engines at {', '.join(config.serve.engines)}")
+        pool = EnginePool(config.serve.engines, spec.base.digest, spec.quantization, reporter)
+        return _with_adapters(pool, spec.adapters)
     loaded = f" with {len(spec.adapters)} of its adapters" if spec.adapters else ""
-    if share is None:
-        reporter.say(f"Loading {named(spec.base, spec.quantization)}{loaded}")
+    reporter.say(f"Loading {named(spec.base, spec.quantization)}{loaded}")
     match kind:
         case "peft":
-            return _peft(config, spec) if share is None else _peft_child(config, spec, share, reporter)
+            return _peft(config, spec)
         case "vllm":
-            return _vllm(config, spec, reporter, share)
+            return _vllm(config, spec, reporter)
         case "llamacpp":
-            return _llamacpp(config, spec, reporter, share)
+            return _llamacpp(config, spec, reporter)
 
 
 def max_num_seqs(kind: EngineName, config: Config) -> int:
@@ -135,27 +110,7 @@ def _peft(config: Config, spec: EngineSpec) -> Engine:
     return _with_adapters(engine, spec.adapters)
 
 
-def _peft_child(config: Config, spec: EngineSpec, share: Share, reporter: Reporter) -> Engine:
-    from tunewright.chat.answers import grammar_compiler
-    from tunewright.serving.engines.peft_child import PeftChild, PeftSettings
-
-    require_quantizable(spec.quantization, spec.base.architecture)
-    settings = PeftSettings(
-        base=spec.base.folder,
-        architecture=spec.base.architecture,
-        dtype=config.train.dtype,
-        quantization=spec.quantization,
-        stop_ids=tuple(sorted(spec.chat.stop_ids)),
-        pad_id=spec.chat.tokenizer.pad_token_id,
-        max_num_seqs=max_num_seqs("peft", config),
-        context_length=context_length(spec.base),
-        affixes=grammar_compiler(spec.chat).affixes,
-        variables=share.variables,
-    )
-    return _with_adapters(PeftChild(settings, reporter), spec.adapters)
-
-
-def _vllm(config: Config, spec: EngineSpec, reporter: Reporter, share: Share | None) -> Engine:
+def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     from tunewright.engines import environment
     from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
@@ -169,25 +124,23 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter, share: Share | N
     found = environment.find(environment.VLLM)
     cpu = found.build == "cpu"
     known = [*spec.adapters.values(), *spec.to_come]
-    limit = config.serve.adapters_per_replica if share is not None else None
     dtype, rows = config.train.dtype, max_num_seqs("vllm", config)
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
         base=spec.base.folder,
         dtype=dtype,
-        room=limit or max(1, len(known) + spec.spare),
+        room=max(1, len(known) + spec.spare),
         # Adapters trained later have the config's rank.
         max_rank=max(max_rank(known), config.train.lora_r if spec.spare else 1),
         max_num_seqs=rows,
         kv_cache_bytes=kv_cache_bytes(text_settings(spec.base).to_dict(), dtype, rows) if cpu else None,
         vision=FAMILIES[spec.base.architecture].vision,
-        variables=share.variables if share is not None else {},
     )
     return _with_adapters(VllmEngine(settings, stop_ids=spec.chat.stop_ids, reporter=reporter), spec.adapters)
 
 
-def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter, share: Share | None) -> Engine:
+def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     require_llamacpp()
     if spec.quantization == "nf4":
         raise UserError(
@@ -226,8 +179,7 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter, share: Share
         max_num_seqs=rows,
         context=context,
         tokens=tokens,
-        threads=torch.get_num_threads() if share is None else share.threads,
-        variables=share.variables if share is not None else {},
+        threads=torch.get_num_threads(),
     )
     try:
         # All of them in one start: a load restarts llama.cpp.

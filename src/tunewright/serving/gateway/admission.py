@@ -51,7 +51,7 @@ class AdmissionQueue:
         return self._scheduler.idle
 
     def resize(self, rows: int, engines: int) -> None:
-        """Set the number of requests that the engine computes at once from now on, and the number of its replicas."""
+        """Set the number of requests that the engine computes at once from now on, and the number of engines."""
         if self._scheduler.resize(rows, engines):
             self._admit()
 

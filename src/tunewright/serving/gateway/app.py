@@ -17,12 +17,10 @@ from starlette.routing import Route
 from tunewright.config import GatewayConfig
 from tunewright.core import tracing
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
-from tunewright.serving.engines.autoscaler import Autoscaler
-from tunewright.serving.engines.replicas import Replicas
+from tunewright.serving.engines.pool import EnginePool
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.load import LoadMeter
 from tunewright.serving.gateway.messages_api import MessagesFormat, MessagesRequest, error_document
 from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.gateway.parsing import parse_request
@@ -72,7 +70,6 @@ class Gateway:
         auth: decides which client may use which model.
         tokenization: converts between text and token ids.
         limits: limits of a request's size and time.
-        autoscaler: adds and removes the engine's replicas by load; None: their number is fixed.
     """
 
     def __init__(
@@ -81,20 +78,17 @@ class Gateway:
         auth: Auth,
         tokenization: Tokenization,
         limits: GatewayConfig,
-        autoscaler: Autoscaler | None = None,
     ) -> None:
         self._engine = engine
         self._auth = auth
         self._limits = limits
         self._preprocessor = RequestPreprocessor(tokenization, limits, engine)
-        self._replicas = engine if isinstance(engine, Replicas) else None
+        self._pool = engine if isinstance(engine, EnginePool) else None
         self._queue = AdmissionQueue(engine.max_num_seqs, engine.prefill_tokens, self._engines)
         self._shadows = Shadows(engine, self._queue, self._preprocessor)
         self._in_flight = 0
         self._handlers: set[RequestHandler] = set()
         self._draining = False
-        self._autoscaler = autoscaler
-        self._load = LoadMeter(self._queue, self._handlers)
         self.metrics = Metrics(self._now)
         self.app = self._application()
 
@@ -120,39 +114,17 @@ class Gateway:
             waiting=[handler.tenant for handler in handlers if handler.waiting],
             running=[handler.tenant for handler in handlers if not handler.waiting],
             released=self._auth.released,
-            resident=self._auth.resident if self._replicas is None else self._replicas.resident,
-            replicas=() if self._replicas is None else self._replicas.states(),
-            scaling=None if self._autoscaler is None else self._autoscaler.state,
+            resident=self._auth.resident if self._pool is None else self._pool.resident,
+            engines=() if self._pool is None else self._pool.states(),
         )
 
     @property
     def _engines(self) -> int:
         """The number of engines that compute at the same time, at least 1."""
-        return 1 if self._replicas is None else max(1, self._replicas.up)
+        return 1 if self._pool is None else max(1, len(self._pool.up))
 
     def _resize_queue(self) -> None:
         self._queue.resize(self._engine.max_num_seqs, self._engines)
-
-    @asynccontextmanager
-    async def _scaling(self) -> AsyncIterator[None]:
-        """Let the number of replicas follow the load while the block runs."""
-        scaling = asyncio.create_task(self._scale()) if self._autoscaler is not None else None
-        try:
-            yield
-        finally:
-            if scaling is not None:
-                scaling.cancel()
-                await asyncio.wait([scaling])
-
-    async def _scale(self) -> None:
-        assert self._autoscaler is not None
-        while not self._draining:
-            await asyncio.sleep(self._autoscaler.look_seconds)
-            self._resize_queue()  # of a further replica, waiting requests learn here only
-            try:
-                self._autoscaler.look(self._load.look())
-            except Exception:  # requests are answered whatever is wrong here
-                log.exception("the number of replicas could not follow the load")
 
     def _application(self) -> Starlette:
         routes = [
@@ -176,7 +148,7 @@ class Gateway:
 
         @asynccontextmanager
         async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-            async with self._auth.running(self.metrics.keep), self._scaling():
+            async with self._auth.running(self.metrics.keep):
                 yield
                 await self._shadows.close()
                 await self._preprocessor.close()
@@ -287,7 +259,7 @@ class Gateway:
                 requests = await self._preprocess(body, principal, arrived)
                 if self._engine.stopped:
                     raise EngineStoppedError(self._engine.stopped)
-                self._resize_queue()  # a replica may have stopped
+                self._resize_queue()  # an engine may have stopped
                 tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
                 admission = await principal.admit(requests[0].target, tokens, body.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
@@ -355,7 +327,6 @@ class Gateway:
 
     def _end(self, handler: RequestHandler, span: tracing.Span) -> None:
         self._handlers.discard(handler)
-        self._load.note_end(handler)
         usage = handler.settle()
         if usage is not None:
             self.metrics.settled(handler.tenant, handler.target.name, usage)

@@ -14,8 +14,7 @@ from tunewright.chat.answers import grammar_compiler, stop_strings
 from tunewright.config import Config, Quantization
 from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
-from tunewright.serving.engines.start import EngineSpec
-from tunewright.serving.engines.start_replicas import autoscaler_of, start_engines
+from tunewright.serving.engines.start import EngineSpec, start_engine
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter, constraint_text
 from tunewright.serving.gateway.metrics import exposed
@@ -80,7 +79,7 @@ class Service:
             to_come=tuple(served.live.values()) if isinstance(served, TenantSource) else (),
             spare=config.serve.spare_adapters if isinstance(served, TenantSource) else 0,
         )
-        self._engine = start_engines(config.serve.engine, config, spec, reporter)
+        self._engine = start_engine(config.serve.engine, config, spec, reporter)
         if isinstance(served, TenantSource):
             self._auth: TenantAuth | AnonymousAuth = TenantAuth(served.state, self._engine, served.locate, reporter)
         else:
@@ -97,8 +96,7 @@ class Service:
         )
         self.metrics_url: str | None = None
         """The address of the metrics while the server runs."""
-        autoscaler = autoscaler_of(self._engine, config, reporter)
-        self._gateway = Gateway(self._engine, self._auth, tokenization, config.gateway, autoscaler)
+        self._gateway = Gateway(self._engine, self._auth, tokenization, config.gateway)
 
     @property
     def models(self) -> list[str]:

@@ -74,8 +74,8 @@ class FairScheduler:
         rows: requests that the engine computes at once.
         clock: seconds that never go back.
         prefill_tokens: a tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short. It is
-            one engine's, since all prompts of a tenant may be for one replica.
-        engines: the number of replicas, each of which computes one long prompt at a time.
+            one engine's, since all prompts of a tenant may be for one of them.
+        engines: the number of engines, each of which computes one long prompt at a time.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class FairScheduler:
 
     def _next(self, admitted: list[Ticket]) -> Ticket | None:
         """Return the next request to admit, after those that the same call has admitted."""
-        if not self._waiting or self.free <= 0:  # below 0 once a replica has stopped
+        if not self._waiting or self.free <= 0:  # below 0 once an engine has stopped
             return None
         active = self._active_tenants()
         # Equal counters: the tenant with fewer admitted requests first, then the one that has waited longer (dicts

@@ -24,8 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tunewright.core.errors import UserError
-from tunewright.serving.engines.autoscaler import ScalingState
-from tunewright.serving.engines.replica import ReplicaState
+from tunewright.serving.engines.pool import EngineState
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.tenants.quota import RequestUsage
 
@@ -46,8 +45,7 @@ class ServerState:
         running: the tenant of each request at the engine.
         released: the adapters of each alias.
         resident: digests of the adapters in memory.
-        replicas: the state of each replica; empty with one engine.
-        scaling: the changes of their number; None if it is fixed.
+        engines: the state of each engine of ``serve.engines``; empty without them.
     """
 
     ready: bool
@@ -55,8 +53,7 @@ class ServerState:
     running: Sequence[str]
     released: Sequence[Released]
     resident: Sequence[str]
-    replicas: Sequence[ReplicaState] = ()
-    scaling: ScalingState | None = None
+    engines: Sequence[EngineState] = ()
 
 
 class Metrics:
@@ -164,48 +161,27 @@ class _Gauges(Collector):
         for released in now.released:
             release.add_metric([released.alias, (released.digest or "base")[:12], released.role], released.number)
         yield release
-        if now.replicas:
-            yield from _of_replicas(now.replicas)
-        if now.scaling is not None:
-            yield from _of_scaling(now.scaling)
+        if now.engines:
+            yield from _of_engines(now.engines)
 
 
-def _of_replicas(replicas: Sequence[ReplicaState]) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-    """Yield the values of each replica."""
+def _of_engines(engines: Sequence[EngineState]) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    """Yield the values of each engine of a pool."""
     for name, text, value in (
-        ("up", "1 while the replica takes requests.", lambda state: state.up),
-        ("running_requests", "Requests that the replica computes.", lambda state: state.running),
-        ("waiting_requests", "Requests that wait in the replica or for their adapter.", lambda state: state.waiting),
-        ("adapters", "Adapters in the replica's memory.", lambda state: state.adapters),
+        ("up", "1 while the engine takes requests.", lambda state: state.up),
+        ("running_requests", "Requests at the engine.", lambda state: state.running),
+        ("adapters", "Adapters that the engine has loaded.", lambda state: state.adapters),
     ):
-        gauge = GaugeMetricFamily(f"tunewright_replica_{name}", text, labels=["replica"])
-        for state in replicas:
-            gauge.add_metric([state.name], float(value(state)))
+        gauge = GaugeMetricFamily(f"tunewright_engine_{name}", text, labels=["engine"])
+        for state in engines:
+            gauge.add_metric([state.url], float(value(state)))
         yield gauge
-    for name, text, value in (
-        ("adapter_loads", "Adapters that the replica has loaded.", lambda state: state.loads),
-        ("restarts", "Restarts of the replica after a crash or a hang.", lambda state: state.restarts),
-    ):
-        counter = CounterMetricFamily(f"tunewright_replica_{name}", text, labels=["replica"])
-        for state in replicas:
-            counter.add_metric([state.name], float(value(state)))
-        yield counter
-
-
-def _of_scaling(scaling: ScalingState) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-    """Yield the numbers of replicas and of their changes."""
-    for name, text, value in (
-        ("wanted", "Replicas that the load asks for.", scaling.wanted),
-        ("present", "Replicas that take requests.", scaling.present),
-    ):
-        yield GaugeMetricFamily(f"tunewright_{name}_replicas", text, value=value)
-    changes = CounterMetricFamily("tunewright_replica_changes", "Replicas added or removed.", labels=["direction"])
-    changes.add_metric(["up"], scaling.added)
-    changes.add_metric(["down"], scaling.removed)
-    yield changes
-    yield CounterMetricFamily(
-        "tunewright_replica_start_failures", "Added replicas that did not start.", value=scaling.failures
+    restarts = CounterMetricFamily(
+        "tunewright_engine_restarts", "Times that the engine came back as a new process.", labels=["engine"]
     )
+    for state in engines:
+        restarts.add_metric([state.url], state.restarts)
+    yield restarts
 
 
 @contextmanager

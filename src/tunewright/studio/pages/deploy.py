@@ -12,11 +12,10 @@ from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.serving.project_state import has_state
 from tunewright.studio.jobs import SERVER
-from tunewright.studio.served import RELEASES, outcome, replicas, served
+from tunewright.studio.served import RELEASES, engines, outcome, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
-    from tunewright.config import ServeConfig
     from tunewright.serving.tenants import AuditLine, Release
 
 _ADAPTERS = 20  # newest ones on the page
@@ -62,17 +61,9 @@ def deploy_page(visit: Visit) -> Response:
         served=running,
         keys=needs_keys(visit),
         serve=project.folder.config.serve,
-        cluster=project.folder.config.compute.cluster,
         made=made,
-        replicas=replicas(running) if running else None,
-        several=_several(project.folder.config.serve),
+        engines=engines(running) if running else None,
     )
-
-
-def _several(serve: ServeConfig) -> int:
-    """Return the largest number of replicas that a server may have; 0 for one engine."""
-    most = serve.max_replicas or serve.replicas
-    return most if most > 1 else 0
 
 
 def made(release: Release) -> str:
@@ -213,9 +204,9 @@ def start_server(visit: Visit) -> Response:
     port = visit.form.get("port", "")
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise UserError(f"Invalid port {port!r}", fix="Use a number from 0 to 65535; 0 is any free port.")
-    # The page shows replicas, from the metrics; on this machine alone, because they name all tenants.
+    # The page shows engines, from the metrics; on this machine alone, because they name all tenants.
     serve = visit.project.folder.config.serve
-    unseen = _several(serve) and serve.metrics_port is None
+    unseen = serve.engines and serve.metrics_port is None
     words = ["--metrics-host=127.0.0.1", "--metrics-port=0"] if unseen else []
     return visit.go(path_of("jobs", visit.jobs.start(SERVER, f"--port={port}", *words).id))
 

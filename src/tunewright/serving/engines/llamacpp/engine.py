@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ class LlamaCppSettings:
         context: maximum tokens of one request, prompt and answer together.
         tokens: maximum total tokens of all requests, at least ``context``.
         threads: the number of threads that compute.
-        variables: further environment variables, such as the GPU of a replica.
     """
 
     base: Path
@@ -70,7 +69,6 @@ class LlamaCppSettings:
     context: int
     tokens: int
     threads: int
-    variables: Mapping[str, str] = field(default_factory=dict)
 
     def plan(self, folder: Path, loras: Collection[Path]) -> Plan:
         """Return the plan of a child with these adapters' files."""
@@ -85,7 +83,6 @@ class LlamaCppSettings:
         # Settings of llama.cpp in the caller's environment (LLAMA_ARG_…) are not inherited.
         variables = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        variables |= self.variables
         return Plan(
             "llama.cpp", [sys.executable, "-m", f"{__package__}.worker", json.dumps(settings)], variables, "llamacpp:"
         )

@@ -1,27 +1,27 @@
-"""A server over replicas: tenants, canaries, limits and metrics, while one stops, or is added and removed by load."""
+"""A server over engines at addresses: tenants, canaries, limits and metrics, while one stops."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import cycle, product
 from pathlib import Path
 
 import httpx
 import pytest
+from engine_kinds import COMPILER
 from prometheus_client.parser import text_string_to_metric_families
+from recorded_engine import BASE, ORIGIN
 from served_model import LIMITS, build_base, build_model, expected_answer, running_engine, texts
 from tenant_server import SHIP, Stored, deploy, store_adapters, until
 
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.core.progress import LogReporter
-from tunewright.serving.engines.autoscaler import Autoscaler
+from tunewright.serving.engines.engine_server import EngineApp
 from tunewright.serving.engines.peft import PeftEngine
-from tunewright.serving.engines.replicas import Replicas, Starter
-from tunewright.serving.engines.scaling import Pace, ScalingPolicy
+from tunewright.serving.engines.pool import EnginePool
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.metrics import exposed
@@ -36,7 +36,7 @@ ALIASES = {"acme": "courts", "globex": "recipes"}
 
 @dataclass
 class Server:
-    """A server over replicas."""
+    """A server over engines at addresses, by address."""
 
     url: str
     metrics_url: str
@@ -48,8 +48,8 @@ class Server:
         with httpx.Client(trust_env=False, timeout=60) as client:
             return client.post(f"{self.url}/v1/chat/completions", json=body, headers=headers)
 
-    def metrics(self, name: str, label: str = "replica") -> dict[str, float]:
-        """The values by replica, or by another label."""
+    def metrics(self, name: str, label: str = "engine") -> dict[str, float]:
+        """The values by engine, or by another label."""
         page = httpx.get(self.metrics_url, trust_env=False).text
         samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
         found = [each for each in samples if each.name == f"tunewright_{name}"]
@@ -62,33 +62,29 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
 
 
 @contextmanager
-def server(state_url: str, adapters: Sequence[Stored], scaling: ScalingPolicy | None = None) -> Iterator[Server]:
-    """A server over two replicas, or over as many as a policy decides."""
+def server(state_url: str, adapters: Sequence[Stored]) -> Iterator[Server]:
+    """A server over two engines at addresses."""
     by_digest = {stored.digest: stored for stored in adapters}
-    names = ("replica-1", "replica-2")
 
     def locate(_name: str, digest: str) -> ServedAdapter:
         return ServedAdapter(by_digest[digest].folder, SystemPrompt(None))
 
     with ExitStack() as held:
         engines: dict[str, PeftEngine] = {}
-
-        def start(name: str, _adapters: Mapping[str, Path]) -> PeftEngine:
-            engines[name] = held.enter_context(running_engine(build_base(), max_num_seqs=4))
-            return engines[name]
-
-        started = {name: start(name, {}) for name in (names if scaling is None else names[:1])}
-        replicas = Replicas(started, room=None if scaling else 2, starter=Starter(names, start))
-        held.callback(replicas.stop)
-        access = TenantAuth(State(state_url, serving=True), replicas, locate, LogReporter())
-        autoscaler = None if scaling is None else Autoscaler(replicas, scaling, LogReporter(), 60.0)
-        gateway = Gateway(replicas, access, texts(), LIMITS, autoscaler)
+        for _ in range(2):
+            engine = held.enter_context(running_engine(build_base(), max_num_seqs=4))
+            app = EngineApp(engine, ORIGIN, lambda _name, digest: by_digest[digest].folder, COMPILER).app
+            engines[held.enter_context(serving(app))] = engine
+        pool = EnginePool(list(engines), BASE, "none", LogReporter())
+        held.callback(pool.stop)
+        access = TenantAuth(State(state_url, serving=True), pool, locate, LogReporter())
+        gateway = Gateway(pool, access, texts(), LIMITS)
         metrics_url = held.enter_context(exposed(gateway.metrics, "127.0.0.1", 0))
         yield Server(held.enter_context(serving(gateway.app)), metrics_url, engines)
 
 
 @pytest.mark.slow
-def test_tenants_get_their_own_adapters_answers_over_replicas_of_which_one_stops(
+def test_tenants_get_their_own_adapters_answers_over_engines_of_which_one_stops(
     tmp_path: Path, adapters: dict[str, Stored]
 ) -> None:
     reference = build_model()
@@ -128,88 +124,20 @@ def test_tenants_get_their_own_adapters_answers_over_replicas_of_which_one_stops
             with ThreadPoolExecutor(8) as pool:
                 pending = [pool.submit(client, *each, at) for at, each in enumerate(asked)]
                 half.wait(300)
-                running.engines["replica-1"].stop()
+                stopped, other = running.engines
+                running.engines[stopped].stop()
                 found = [each.result() for each in pending]
             outcomes: dict[str, set[str]] = {
                 tenant: {answer for who, answer in found if who == tenant} for tenant in keys
             }
-            # An answer that had begun where the replica stopped fails with an error that says so.
+            # An answer that had begun where the engine stopped fails with an error that says so.
             assert outcomes["acme"] - {"engine_stopped"} == {"one", "three"}
             assert outcomes["globex"] - {"engine_stopped"} == {"two"}
             assert sum(answer == "engine_stopped" for _, answer in found) <= 4, "at most those that ran there"
-            assert running.metrics("replica_up") == {"replica-1": 0, "replica-2": 1}
-            assert running.metrics("replica_adapters")["replica-2"] == 2
-            assert sum(running.metrics("replica_adapter_loads_total").values()) >= 3
+            until(lambda: running.metrics("engine_up") == {stopped: 0, other: 1})
+            assert running.metrics("engine_adapters")[other] == 3
             codes = [running.ask(limited, "recipes", QUESTIONS[0]).status_code for _ in range(2)]
             assert codes == [200, 429]
             assert running.ask(keys["globex"], "courts", QUESTIONS[0]).status_code == 404
             state.releases.promote("courts")
             until(lambda: client("acme", QUESTIONS[0], 0) == client("acme", QUESTIONS[1], 0) == ("acme", "three"))
-
-
-@pytest.mark.slow
-def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_by_load(
-    tmp_path: Path, adapters: dict[str, Stored]
-) -> None:
-    reference = build_model()
-    names = {stored.digest: name for name, stored in adapters.items()}
-    expected = {
-        (name, question): expected_answer(reference, name, question, TOKENS)
-        for name in adapters
-        for question in QUESTIONS
-    }
-    own = {("acme", "one"), ("acme", "three"), ("globex", "two")}
-    url = f"sqlite:///{tmp_path}/state.sqlite"
-    pace = Pace(look=0.02, window=0.3, late=0.1, calm=0.5)
-    with State(url, "ann") as state:
-        deploy(state, "courts", adapters["one"])
-        deploy(state, "recipes", adapters["two"])
-        state.releases.start_candidate("courts", Candidate("three", adapters["three"].digest, 0.5), SHIP)
-        keys = {}
-        for tenant, alias in ALIASES.items():
-            state.tenants.add(tenant, [alias])
-            keys[tenant], _ = state.keys.create(tenant)
-        with server(url, list(adapters.values()), ScalingPolicy(1, 2, 0.02, pace)) as running:
-            answered: list[tuple[str, str]] = []
-            # Each tenant asks each question in turn: which conversations are the canary's depends on their text.
-            asked = cycle(product(QUESTIONS, ALIASES))
-
-            def client() -> None:
-                question, tenant = next(asked)
-                reply = running.ask(keys[tenant], ALIASES[tenant], question)
-                assert reply.status_code == 200, reply.text
-                name = names[reply.headers["x-tunewright-adapter"]]
-                assert reply.json()["choices"][0]["message"]["content"] == expected[name, question]
-                answered.append((tenant, name))
-
-            def present() -> float:
-                return running.metrics("present_replicas")[""]
-
-            def removed() -> bool:
-                """Answer while it is removed."""
-                client()
-                return present() == 1
-
-            def work(done: threading.Event) -> None:
-                while not done.is_set():
-                    client()
-
-            for _ in range(2):
-                done = threading.Event()
-                with ThreadPoolExecutor(8) as pool:
-                    working = [pool.submit(work, done) for _ in range(8)]
-                    until(lambda: present() == 2)
-                    answered.clear()
-                    until(lambda: len(answered) > 24 and own <= set(answered))
-                    done.set()
-                    for each in working:
-                        each.result()
-                until(removed)
-            assert set(answered) == own
-            until(lambda: set(running.metrics("replica_up")) == {"replica-1"})
-            changes = running.metrics("replica_changes_total", "direction")
-            assert changes["up"] == changes["down"] >= 2  # a busy machine may leave it calm between two answers
-            assert running.metrics("wanted_replicas") == {"": 1}
-            assert running.metrics("replica_start_failures_total") == {"": 0}
-            with httpx.Client(trust_env=False) as http:
-                assert http.get(f"{running.url}/ready").status_code == 200

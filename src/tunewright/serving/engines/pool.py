@@ -1,0 +1,481 @@
+"""Engines at several addresses as one engine: a request goes to one that has its adapter, the same one each time.
+
+*Affinity.* An adapter's engines are tried in its rendezvous order (Thaler and Ravishankar 1998, "Using name-based
+mappings to increase hit rates", IEEE/ACM Transactions on Networking 6:1): each address is scored by a hash of it and
+the adapter's digest. So the prefixes of a tenant's prompts are cached on one engine and not on all, and a new engine
+takes over 1/N of the adapters.
+
+*Load.* An engine is passed over while over half of its rows are in use and it has 1.25 times the mean load, as in
+consistent hashing with bounded loads (Mirrokni et al. 2018, SODA, arXiv 1608.01350).
+
+Starting, restarting and scaling the engines is another program's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.engines.protocol import (
+    AdapterFailedError,
+    Delta,
+    EngineStoppedError,
+    Event,
+    RequestFailedError,
+    TokenSink,
+)
+from tunewright.generation.requests import Request
+from tunewright.serving.engines.remote import EngineFacts, RemoteEngine, adapter_body
+
+T = TypeVar("T")
+
+UNAVAILABLE = "No engine answers now. Try again in a minute."
+LOST = "The engine stopped in the middle of this answer. Try again."
+"""For clients, who must not learn the engines' addresses; the log has them."""
+LEAVE_S = 5.0
+"""Time to tell the engines that this gateway needs its adapters no more."""
+LOOK_S = 5.0
+"""Time between two looks at each address, and at the names' addresses."""
+FREE = 0.5
+"""An engine with at most this share of its rows in use is never passed over."""
+BALANCE = 1.25
+"""Above that, an engine with this many times the mean load is passed over."""
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """An engine of a pool at one moment.
+
+    Args:
+        up: whether it takes requests.
+        adapters: the number of adapters that it has loaded.
+        restarts: the number of times that it came back as a new process.
+    """
+
+    url: str
+    up: bool
+    running: int
+    adapters: int
+    restarts: int
+
+
+class EnginePool:
+    """Engines of one base at several addresses, as an engine.
+
+    Each address is asked every :data:`LOOK_S` seconds. One that does not answer, holds another base, or is no engine of
+    tunewright gets no requests, and is reported by its address; it is asked again. An engine that comes back loads the
+    adapters again before it gets requests for them.
+
+    Args:
+        urls: ``http://host:port``; a name with several addresses, such as that of a headless service, stands for an
+            engine at each.
+        base: the digest of the base's files.
+        quantization: the precision of the base's weights.
+
+    Raises:
+        UserError: an address has an engine of another base or precision or with another protocol, is no engine, or
+            refuses the gateway's token; or none answers.
+    """
+
+    def __init__(self, urls: Sequence[str], base: str, quantization: str, reporter: Reporter) -> None:
+        self._urls = tuple(urls)
+        self._base = base
+        self._quantization = quantization
+        self._id = secrets.token_hex(8)
+        self._reporter = reporter
+        # Guards everything below: requests may come from several event loops.
+        self._lock = threading.RLock()
+        self._engines: dict[str, RemoteEngine] = {}
+        self._folders: dict[str, Path] = {}
+        self._reported: dict[str, str] = {}
+        self._routes: set[_Route] = set()
+        self._stopped: str | None = None
+        # Addresses are asked and adapters loaded in a loop that outlives any request.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tunewright-engines", daemon=True)
+        self._thread.start()
+        try:
+            first = self._require_engines()
+        except BaseException:
+            self.stop()
+            raise
+        facts = [found for engine in first if (found := engine.facts) is not None]
+        self.name = facts[0].engine
+        self.context_length = min(each.context_length for each in facts)
+        self.prefill_tokens = min(each.prefill_tokens for each in facts)
+        self.unsupported = frozenset(field for each in facts for field in each.unsupported)
+        self._looking = self._run(self._look_forever())
+
+    @property
+    def up(self) -> list[RemoteEngine]:
+        """The engines that take requests."""
+        with self._lock:
+            return [engine for engine in self._engines.values() if engine.facts is not None and engine.stopped is None]
+
+    @property
+    def engines(self) -> list[RemoteEngine]:
+        """The engines at all known addresses."""
+        with self._lock:
+            return list(self._engines.values())
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The number of requests that the engines which are up compute at once, at least 1."""
+        return max(1, sum(engine.rows for engine in self.up))
+
+    @property
+    def stopped(self) -> str | None:
+        """Reason why no engine answers requests now; None while one does."""
+        return self._stopped or (None if self.up else UNAVAILABLE)
+
+    @property
+    def permanently_stopped(self) -> bool:
+        """True once the server ends: an address that does not answer is asked again."""
+        return self._stopped is not None
+
+    @property
+    def restarts(self) -> int:
+        """The number of times that an engine came back as a new process."""
+        return sum(engine.restarts for engine in self.engines)
+
+    @property
+    def in_flight(self) -> tuple[int, int]:
+        """The number of running requests, and of those above an engine's rows, which wait there."""
+        counts = [(engine.running, engine.rows) for engine in self.engines]
+        return sum(min(count) for count in counts), sum(max(0, running - rows) for running, rows in counts)
+
+    @property
+    def resident(self) -> list[str]:
+        """The digests of the adapters that an engine has loaded."""
+        return sorted({digest for engine in self.engines for digest in engine.adapters})
+
+    def states(self) -> list[EngineState]:
+        """Return the state of each engine."""
+        up = self.up
+        return [
+            EngineState(engine.url, engine in up, engine.running, len(engine.adapters), engine.restarts)
+            for engine in self.engines
+        ]
+
+    def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
+        """Start a request on an engine: see :meth:`tunewright.engines.protocol.Engine.submit`."""
+        route = _Route(self, request, sink, tenant)
+        route.start()
+        return route.abort
+
+    async def load(self, digest: str, folder: Path) -> None:
+        """Load an adapter on each engine that is up. An engine without it is reported, and gets no requests for it.
+
+        Raises:
+            UserError: no engine has the adapter, or can hold it.
+            AdapterFailedError: no engine could load it.
+            EngineStoppedError: no engine is up.
+        """
+        with self._lock:
+            if digest in self._folders:
+                return
+            engines = self.up
+            self._folders[digest] = folder
+        loads = [self._run(self._load_on(engine, digest)) for engine in engines]
+        failed = [error for load in loads if (error := await asyncio.shield(asyncio.wrap_future(load))) is not None]
+        if len(failed) == len(engines):
+            with self._lock:
+                self._folders.pop(digest, None)
+            raise failed[0] if failed else EngineStoppedError(UNAVAILABLE)
+
+    async def unload(self, digest: str) -> None:
+        """Free an adapter that no running request needs, on each engine that is up.
+
+        Raises:
+            AdapterFailedError: an engine could not free it.
+            EngineStoppedError: the server is ending.
+        """
+        if self._stopped is not None:
+            raise EngineStoppedError(self._stopped)
+        with self._lock:
+            self._folders.pop(digest, None)
+            holding = [engine for engine in self.up if digest in engine.adapters]
+        for free in [self._run(self._unload_on(engine, digest)) for engine in holding]:
+            await asyncio.shield(asyncio.wrap_future(free))
+
+    def stop(self) -> None:
+        """Leave the engines, which keep running; unfinished requests receive :class:`EngineStoppedError`."""
+        self._stopped = "The server is shutting down."
+        with self._lock:
+            routes = list(self._routes)
+        for route in routes:
+            with suppress(RuntimeError):  # its loop is closed, and nobody waits for the answer
+                route.loop.call_soon_threadsafe(route.end)
+        if self._thread.is_alive():
+            with suppress(TimeoutError):  # an engine frees the adapters of a lost gateway by itself, only later
+                self._run(self._leave()).result(LEAVE_S)
+            self._run(_cancel_others()).add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+            self._thread.join()
+            self._loop.close()
+
+    def assign(self, route: _Route, adapter: str | None, tried: Sequence[RemoteEngine]) -> RemoteEngine:
+        """Return the engine for a request, which counts as running there until :meth:`give_back`.
+
+        Raises:
+            RequestFailedError: the adapter is not loaded.
+            EngineStoppedError: no further engine with the adapter is up.
+        """
+        with self._lock:
+            if self._stopped is not None:
+                raise EngineStoppedError(self._stopped)
+            if adapter is not None and adapter not in self._folders:
+                raise RequestFailedError(f"The adapter {adapter} is not loaded.")
+            up = [engine for engine in self.up if engine not in tried]
+            able = [engine for engine in up if adapter is None or adapter in engine.adapters]
+            if not able:
+                raise EngineStoppedError(UNAVAILABLE)
+            engine = choose(adapter, able)
+            engine.running += 1
+            self._routes.add(route)
+            return engine
+
+    def give_back(self, route: _Route, engine: RemoteEngine) -> None:
+        """Note that a request has left an engine."""
+        with self._lock:
+            engine.running -= 1
+            self._routes.discard(route)
+
+    def _require_engines(self) -> list[RemoteEngine]:
+        """Ask each address for the first time, and return the engines that are up."""
+        found = self._run(self._look()).result()
+        for error in found.values():
+            if isinstance(error, UserError):
+                raise error
+        if up := self.up:
+            for url, error in found.items():
+                self._report(url, None if error is None else f"{error} It is left out until it answers.")
+            return up
+        reasons = "\n".join(f"  {engine.stopped}" for engine in self.engines) or "  Their names have no address."
+        raise UserError(
+            f"No engine answers:\n{reasons}",
+            where="serve.engines",
+            fix="Start one at such an address with `tunewright engine serve`.",
+        )
+
+    async def _look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for url, error in (await self._look()).items():
+                self._report(url, None if error is None else f"{error} It is left out until it answers.")
+
+    async def _look(self) -> dict[str, Exception | None]:
+        """Ask each address; return the errors by address, None where the engine takes requests."""
+        addresses = await asyncio.to_thread(lambda: [each for url in self._urls for each in resolved(url)])
+        with self._lock:
+            for gone in self._engines.keys() - set(addresses):
+                del self._engines[gone]
+            for url in addresses:
+                self._engines.setdefault(url, RemoteEngine(url, self._id))
+            engines = list(self._engines.values())
+        found = await asyncio.gather(*(self._admit(engine) for engine in engines))
+        return {engine.url: error for engine, error in zip(engines, found, strict=True)}
+
+    async def _admit(self, engine: RemoteEngine) -> Exception | None:
+        """Ask one engine, load the adapters that it lacks, and let it take requests; return the error otherwise."""
+        try:
+            facts = await engine.ask_facts()
+            self._require_equal(engine, facts)
+            if facts.stopped is not None:
+                raise EngineStoppedError(f"The engine {engine.url}: {facts.stopped}")
+        except (UserError, EngineStoppedError) as error:
+            engine.stopped = str(error)
+            return error
+        if engine.facts is None or engine.facts.instance != facts.instance or engine.stopped is not None:
+            engine.adapters.clear()
+            engine.restarts += engine.facts is not None and engine.facts.instance != facts.instance
+        engine.facts, engine.stopped = facts, None
+        with self._lock:
+            missing = self._folders.keys() - engine.adapters
+        await asyncio.gather(*(self._load_on(engine, digest) for digest in missing))
+        return None
+
+    def _require_equal(self, engine: RemoteEngine, facts: EngineFacts) -> None:
+        """Check that an engine holds the gateway's base.
+
+        Raises:
+            UserError: it holds another one, or has a shorter context than the first engines.
+        """
+        for what, own, other, fix in (
+            ("base", self._base[:12], facts.base[:12], "Start it with the same base_model and revision."),
+            ("quantization", self._quantization, facts.quantization, "Set serve.quantization to the same on both."),
+        ):
+            if own != other:
+                raise UserError(
+                    f"The engine {engine.url} has the {what} {other}, this gateway {own}",
+                    where="serve.engines",
+                    fix=fix,
+                )
+        shortest = getattr(self, "context_length", 0)
+        if facts.context_length < shortest:
+            raise UserError(
+                f"The engine {engine.url} has a context of {facts.context_length:,} tokens, less than the {shortest:,} "
+                "of the others",
+                where="serve.engines",
+                fix="Restart this gateway, or start the engine with the longer context.",
+            )
+
+    async def _load_on(self, engine: RemoteEngine, digest: str) -> Exception | None:
+        """Load an adapter on an engine; return the error."""
+        with self._lock:
+            folder = self._folders.get(digest)
+        if folder is None:
+            return None  # unloaded meanwhile
+        try:
+            await engine.change("load", adapter_body(digest, folder))
+        except (UserError, AdapterFailedError, EngineStoppedError) as error:
+            self._report(f"{engine.url} {digest[:12]}", f"{error} Its requests go to the other engines.")
+            return error
+        self._report(f"{engine.url} {digest[:12]}", None)
+        engine.adapters.add(digest)
+        return None
+
+    async def _leave(self) -> None:
+        held = [(engine, digest) for engine in self.up for digest in list(engine.adapters)]
+        await asyncio.gather(*(self._unload_on(*each) for each in held), return_exceptions=True)
+
+    async def _unload_on(self, engine: RemoteEngine, digest: str) -> None:
+        engine.adapters.discard(digest)
+        with suppress(EngineStoppedError):  # when it comes back it loads only what is served
+            await engine.change("unload", {"digest": digest})
+
+    def _report(self, what: str, fault: str | None) -> None:
+        """Report a fault when it begins, and its end; not at each look."""
+        before = self._reported.pop(what, None)
+        if fault is not None:
+            self._reported[what] = fault
+            if before != fault:
+                self._reporter.warn(fault)
+        elif before is not None:
+            self._reporter.say(f"{what} is back.")
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+class _Route:
+    """One request on its way; it is the sink of the engine that answers it."""
+
+    def __init__(self, pool: EnginePool, request: Request, sink: TokenSink, tenant: str) -> None:
+        self._pool = pool
+        self._request = request
+        self._sink = sink
+        self._tenant = tenant
+        self.loop = asyncio.get_running_loop()
+        self._engine: RemoteEngine | None = None
+        self._tried: list[RemoteEngine] = []
+        self._begun = False
+        self._abort: Callable[[], object] = lambda: None
+
+    def start(self) -> None:
+        """Send the request to an engine."""
+        try:
+            self._engine = self._pool.assign(self, self._request.adapter, self._tried)
+        except (RequestFailedError, EngineStoppedError) as error:
+            self._sink.deliver(error)
+            return
+        self._abort = self._engine.submit(self._request, self, self._tenant)
+
+    def abort(self) -> None:
+        """End the request: no event is delivered any more."""
+        self._abort()
+        self._leave()
+
+    def end(self) -> None:
+        """End the request because the server ends."""
+        if self._engine is not None:
+            self.abort()
+            self._sink.deliver(EngineStoppedError(self._pool.stopped or LOST))
+
+    def deliver(self, event: Event) -> None:
+        """Pass an event on; if the engine has stopped before the first token, ask another one."""
+        if self._engine is None:
+            return
+        if isinstance(event, EngineStoppedError) and not self._begun:
+            self._tried.append(self._engine)
+            self._leave()
+            self.start()
+            return
+        if not isinstance(event, Delta) or event.finish:
+            self._leave()
+        if isinstance(event, EngineStoppedError):
+            event = EngineStoppedError(LOST)
+        self._begun = True
+        self._sink.deliver(event)
+
+    def _leave(self) -> None:
+        if self._engine is not None:
+            self._pool.give_back(self, self._engine)
+            self._engine = None
+
+
+def engines_at(urls: Sequence[str], base: str, quantization: str, reporter: Reporter) -> dict[str, EngineFacts]:
+    """Return what the engines at these addresses say of themselves, by address.
+
+    Raises:
+        UserError: as for :class:`EnginePool`, or an engine does not answer.
+    """
+    pool = EnginePool(urls, base, quantization, reporter)
+    try:
+        for engine in pool.engines:
+            if engine.stopped is not None:
+                raise UserError(engine.stopped, where="serve.engines", fix="Start it, or remove its address.")
+        return {engine.url: engine.facts for engine in pool.engines if engine.facts is not None}
+    finally:
+        pool.stop()
+
+
+def choose(adapter: str | None, engines: Sequence[RemoteEngine]) -> RemoteEngine:
+    """Return the engine for a request: the adapter's first one that is not busy, or for the base the least loaded.
+
+    Args:
+        engines: at least one, each with the adapter.
+    """
+    loads = {engine.url: engine.running / max(1, engine.rows) for engine in engines}
+    if adapter is None:
+        return min(engines, key=lambda engine: loads[engine.url])
+    busy_above = max(FREE, BALANCE * sum(loads.values()) / len(loads))
+    order = sorted(engines, key=lambda engine: _weight(adapter, engine.url), reverse=True)
+    # The least loaded engine is at most at the mean, so one is found.
+    return next(engine for engine in order if loads[engine.url] <= busy_above)
+
+
+def _weight(digest: str, url: str) -> bytes:
+    return hashlib.blake2b(f"{digest}\0{url}".encode(), digest_size=16).digest()
+
+
+def resolved(url: str) -> list[str]:
+    """Return an address for each IP address of the name in ``url``; with TLS the name stays, for its certificate."""
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return [url]
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    except OSError:
+        return [url]  # asking it reports why
+    hosts = dict.fromkeys(f"[{entry[4][0]}]" if entry[0] == socket.AF_INET6 else str(entry[4][0]) for entry in found)
+    return [f"http://{host}:{parts.port or 80}" for host in hosts]
+
+
+async def _cancel_others() -> None:
+    """Cancel the other tasks of this loop, and wait for them."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
