@@ -148,13 +148,9 @@ def test_arms_are_answered_together_and_no_prompt_twice(base: Base, adapter: Ada
         ArmPrompts("tuned", prompts[:9], adapter),
         ArmPrompts("retrieved-1", [*prompts[5:], prompts[19]]),
     ]
-    there.answer_together(arms, 8)
+    given = there.answer_arms(arms, 8)
     assert workers.sizes == [5, 5, 5, 4, 5, 5]
-    here.answer_together(arms, 8)
-    assert not here.folder.exists()
-    for arm in arms:
-        given = there.answer(arm.title, arm.prompts, 8, arm.adapter)
-        assert given == here.answer(arm.title, arm.prompts, 8, arm.adapter)
+    assert given == here.answer_arms(arms, 8) == there.answer_arms(arms, 8)
     assert len(workers.sizes) == 6
     assert isinstance(there.reporter, Listener)
     assert there.reporter.steps == {"zero-shot": (10, 10), "tuned": (9, 9), "retrieved-1": (10, 10)}

@@ -195,60 +195,43 @@ class ArmRunner:
     def answers(
         self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None
     ) -> list[Answer]:
-        """Return the answers to these rows, in order.
+        """Return one arm's answers to these rows, in order; see :meth:`answer_arms`."""
+        return self.answer_arms([(plan, adapter)], members, split)[plan.name]
+
+    def answer_arms(
+        self, arms: Sequence[tuple[ArmPlan, Adapter | None]], members: Sequence[Member], split: str
+    ) -> dict[str, list[Answer]]:
+        """Return the answers to these rows, in order, by arm; the workers of a cluster answer all arms at once.
 
         A prompt that is too long shows fewer demonstrations, with a warning.
 
         Args:
-            plan: the arm.
+            arms: plans, each with the adapter that answers adapted plans.
             members: the rows.
             split: the name of their split, for the progress display.
-            adapter: the adapter that answers adapted plans.
 
         Raises:
             UserError: a row does not fit the base's context even alone.
         """
-        assert adapter is not None or not plan.adapted
-        prompts = self.prompts(plan, members)
-        if cut := sum(prompt.dropped for prompt in prompts):
-            self.reporter.warn(
-                f"{plan.name} on {split}: {cut} of {len(members)} prompts show fewer demonstrations, to fit the base's "
-                f"context of {self.context:,} tokens with an answer of {self.limit}"
+        asked = []
+        for plan, adapter in arms:
+            assert adapter is not None or not plan.adapted
+            prompts = self.prompts(plan, members)
+            if cut := sum(prompt.dropped for prompt in prompts):
+                self.reporter.warn(
+                    f"{plan.name} on {split}: {cut} of {len(members)} prompts show fewer demonstrations, to fit the "
+                    f"base's context of {self.context:,} tokens with an answer of {self.limit}"
+                )
+            asked.append(
+                ArmPrompts(
+                    f"{plan.name} on {split}",
+                    [prompt.ids for prompt in prompts],
+                    adapter if plan.adapted else None,
+                    constrained=plan.constrained,
+                )
             )
-        title = f"{plan.name} on {split}"
-        return self.generator.answer(
-            title,
-            [prompt.ids for prompt in prompts],
-            self.limit,
-            adapter if plan.adapted else None,
-            constrained=plan.constrained,
-        )
-
-    def answer_together(
-        self, arms: Sequence[tuple[ArmPlan, Adapter | None]], members: Sequence[Member], split: str
-    ) -> None:
-        """Have the workers of a cluster answer several arms at once; :meth:`answers` finds the answers in the journal.
-
-        Args:
-            arms: plans that fit the context, each with the adapter that answers adapted plans.
-            members: the rows.
-            split: the name of their split.
-
-        Raises:
-            UserError: a row does not fit the base's context even alone.
-        """
-        if self.generator.workers is None:
-            return
-        asked = [
-            ArmPrompts(
-                f"{plan.name} on {split}",
-                [prompt.ids for prompt in self.prompts(plan, members)],
-                adapter if plan.adapted else None,
-                constrained=plan.constrained,
-            )
-            for plan, adapter in arms
-        ]
-        self.generator.answer_together(asked, self.limit)
+        answered = self.generator.answer_arms(asked, self.limit)
+        return {plan.name: answers for (plan, _), answers in zip(arms, answered, strict=True)}
 
     def work(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> Work:
         """Return the number of answers to these rows, by their prompts and the journal; arguments as `answers`."""

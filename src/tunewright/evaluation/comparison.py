@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Comparison:
     """A planned evaluation: everything that decides it, before any answer exists."""
 
     split: Split
-    arms: list[tuple[ArmPlan, Adapter]]
+    arms: Sequence[tuple[ArmPlan, Adapter]]
     """Each arm with the adapter that answers it, if it is an adapted one."""
     declared: tuple[Declared, ...]
     identity: str

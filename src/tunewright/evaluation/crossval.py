@@ -238,7 +238,7 @@ class CrossValidation:
         advice = advise(arm_runner).advice
         plans = contest(advice, with_retrieved=self.config.evaluate.tuned_retrieved)
         members = version.examples("test")
-        answers = {plan.name: arm_runner.answers(plan, members, "the fold", trained.adapter) for plan in plans}
+        answers = arm_runner.answer_arms([(plan, trained.adapter) for plan in plans], members, "the fold")
         prompts = {plan.name: arm_runner.prompts(plan, members) for plan in plans}
         longer = arm_runner.longer_than_limit(members)
         return _Done(version, trained.adapter, trained.trained, advice, plans, answers, prompts, longer)

@@ -209,13 +209,17 @@ class Generator:
                 self.generate(requests, self._keeping(requests, keep, task.advance), adapter=adapter)
         return self._as_answers(prompts, journal.answers)
 
-    def answer_together(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
-        """Have the workers of a cluster compute the missing answers of several arms at once, into the journals.
+    def answer_arms(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> list[list[Answer]]:
+        """Return each arm's answers in its prompts' order: one arm after the other, on a cluster all at once."""
+        if self._cluster is not None:
+            self._answer_together(arms, max_new_tokens)
+        return [
+            self.answer(arm.title, arm.prompts, max_new_tokens, arm.adapter, constrained=arm.constrained)
+            for arm in arms
+        ]
 
-        Without a cluster nothing is computed: arms are answered one after the other, by :meth:`answer`.
-        """
-        if self._cluster is None:
-            return
+    def _answer_together(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
+        """Have the workers of a cluster compute the missing answers of several arms at once, into the journals."""
         claimed: set[tuple[Path, str]] = set()
         with ExitStack() as stack:
             asked = []

@@ -211,9 +211,7 @@ class _Choice:
                 works = [self._arm_runner.work(plan, dev, "dev") for plan in going_on]
                 # The first items are counted among those of all entrants.
                 countdown.plan("finalists", [replace(work, kept=max(work.kept - len(first), 0)) for work in works])
-            self._answer_together(going_on, dev)
-            on_all = {plan: given for plan in going_on if (given := self._answers(plan, dev)) is not None}
-            arms = self._scored(dev, on_all)[1]
+            arms = self._scored(dev, self._answers(going_on, dev))[1]
         if not arms:
             raise UserError(
                 "No prompt fits the base's context", fix="Shorten the examples or use a base with a longer context."
@@ -245,12 +243,13 @@ class _Choice:
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
         """Return all arms' answers to the first items, and the best arm with the other instructions too."""
         plans, limit = self._arm_runner.prompting_arms, self._time_limit
-        if limit is None:  # else each arm waits for the estimate of its time
-            self._answer_together(plans, first)
         found: dict[ArmPlan, list[Answer]] = {}
-        for plan in by_value(plans):
-            if (limit is None or limit.allows(plan.name)) and (given := self._answers(plan, first)) is not None:
-                found[plan] = given
+        if limit is None:
+            found = self._answers(by_value(plans), first)
+        else:  # each arm waits for the estimate of its time
+            for plan in by_value(plans):
+                if limit.allows(plan.name):
+                    found |= self._answers([plan], first)
         # Ties go to the arm that the config names first, whatever the order of answering.
         answered = {plan: found[plan] for plan in plans if plan in found}
         with_shots = {plan: given for plan, given in answered.items() if plan.shots}
@@ -258,25 +257,21 @@ class _Choice:
         if with_shots and (self._settings.instructions or optimized):
             _, arms = self._scored(first, with_shots)
             others = other_instructions(plan_of(self._best(arms)), self._settings, optimized)
-            self._answer_together(others, first)
-            for plan in others:
-                if (given := self._answers(plan, first)) is not None:
-                    answered[plan] = given
+            answered |= self._answers(others, first)
         return answered
 
-    def _answer_together(self, plans: Sequence[ArmPlan], members: Sequence[Member]) -> None:
-        """Have a cluster answer the arms that :meth:`_answers` does not leave out."""
-        if self._arm_runner.generator.workers is not None:
-            fitting = [plan for plan in plans if self._arm_runner.infeasible_reason(plan, members) is None]
-            self._arm_runner.answer_together([(plan, None) for plan in fitting], members, "dev")
-
-    def _answers(self, plan: ArmPlan, members: Sequence[Member]) -> list[Answer] | None:
-        why = self._arm_runner.infeasible_reason(plan, members)
-        if why is not None:
-            self._left_out[plan.name] = why
-            self._arm_runner.reporter.warn(f"{plan.name} is left out: {why}")
-            return None
-        return self._arm_runner.answers(plan, members, "dev")
+    def _answers(self, plans: Sequence[ArmPlan], members: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
+        """Return the answers of the arms that can answer all of these rows."""
+        fitting = []
+        for plan in plans:
+            why = self._arm_runner.infeasible_reason(plan, members)
+            if why is None:
+                fitting.append(plan)
+            else:
+                self._left_out[plan.name] = why
+                self._arm_runner.reporter.warn(f"{plan.name} is left out: {why}")
+        answers = self._arm_runner.answer_arms([(plan, None) for plan in fitting], members, "dev")
+        return {plan: answers[plan.name] for plan in fitting}
 
     def _scored(
         self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answer]]

@@ -120,8 +120,7 @@ def evaluate(
     hosted = incumbents.ask()
     generator.countdown.plan("contest", comparison.work(arm_runner))
     with generator.countdown.shown():
-        arm_runner.answer_together(comparison.arms, rows, split)
-        answers = {plan.name: arm_runner.answers(plan, rows, split, by) for plan, by in comparison.arms}
+        answers = arm_runner.answer_arms(comparison.arms, rows, split)
         asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
         noise = None
         if split == "test":
