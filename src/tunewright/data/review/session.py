@@ -166,7 +166,7 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
     def queue(self) -> list[str]:
         if not self.generated:
             return self._rows()
-        return [*self.generated, *(key for key in self._rows() if key not in self.generated)]
+        return list(dict.fromkeys([*self.generated, *self._rows()]))
 
     def _rows(self) -> list[str]:
         if self.conflicts:
