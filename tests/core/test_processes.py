@@ -47,6 +47,11 @@ def test_run_returns_code_and_output(tmp_path: Path) -> None:
     assert (ran.code, ran.stdout.split(), ran.stderr) == (3, [str(tmp_path)], "wörd")
 
 
+def test_run_gives_input_that_the_process_may_leave_unread() -> None:
+    assert run(["cat"], data=b"abc").stdout == "abc"
+    assert run(["true"], data=b"a" * 1_000_000).code == 0
+
+
 def test_run_ends_the_process_when_it_is_interrupted(tmp_path: Path) -> None:
     code = f"import os, time\nopen({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     interrupted = threading.Event()
@@ -79,6 +84,13 @@ def test_end_lets_a_process_stop_by_itself() -> None:
     process.stdout.readline()
     end(process, patience=60)
     assert process.returncode == 7
+
+
+def test_end_ends_a_process_on_the_users_terminal() -> None:
+    process = start(["sleep", "600"], terminal=True)
+    assert os.getpgid(process.pid) == os.getpgid(0)
+    end(process)
+    assert process.returncode == processes.KILLED
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process that does not read its input outlives its parent")

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO
 
 Process = subprocess.Popen[bytes]
@@ -36,7 +35,7 @@ It frees their shared memory (hundreds of MB in vLLM), and nothing else would.""
 def start(
     command: Sequence[str],
     *,
-    stdin: int | IO[bytes] = PIPE,
+    stdin: int = PIPE,
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
     cwd: Path | None = None,
@@ -59,8 +58,10 @@ def end(process: Process, patience: float = 0.0) -> None:
         with suppress(BrokenPipeError):
             process.stdin.close()
     for number in (signal.SIGTERM, signal.SIGKILL)[0 if patience else 1 :]:
-        with suppress(ProcessLookupError):
+        try:
             os.killpg(process.pid, number)
+        except ProcessLookupError:  # it has no group of its own, or has ended
+            process.send_signal(number)
         with suppress(StillRunningError):
             process.wait(patience if number == signal.SIGTERM else None)
             if number == signal.SIGKILL or _group_ends(process.pid):
@@ -99,18 +100,13 @@ def run(
     terminal: bool = False,
 ) -> Finished:
     """Run a process to its end, with ``data`` as its input; ``terminal`` is as for :func:`start`."""
-    with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:
-        stdin.write(data)
-        stdin.seek(0)
-        process = start(command, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=env, terminal=terminal)
-        try:
-            code = process.wait()
-        finally:
-            if process.returncode is None:
-                end(process)
-        for file in (stdout, stderr):
-            file.seek(0)
-        return Finished(code, *(file.read().decode("utf-8", "replace") for file in (stdout, stderr)))
+    process = start(command, stdout=PIPE, stderr=PIPE, cwd=cwd, env=env, terminal=terminal)
+    try:
+        stdout, stderr = process.communicate(data)
+    finally:
+        if process.returncode is None:
+            end(process)
+    return Finished(process.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
 
 
 def last_lines(log: Path, count: int) -> str:
