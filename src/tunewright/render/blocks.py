@@ -6,7 +6,7 @@ what is marked as a detail.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -228,9 +228,21 @@ class Section:
     blocks: tuple[Block, ...] = field(default=())
 
 
-def table(label: str, head: Sequence[str | Column], rows: Iterable[Iterable[str | Cell]]) -> Table:
-    """Return a table with this accessible name; `columns` and `cells` say what plain texts are."""
-    return Table(label, columns(*head), tuple(Row(cells(*row)) for row in rows))
+def table(
+    label: str, head: Iterable[str | Column], rows: Iterable[Row | Iterable[str | Cell]], *, detail: bool = False
+) -> Table:
+    """Return a table with this accessible name.
+
+    By default the first column has words, and the others have numbers. A row may be its cells, most of them texts.
+    """
+    columns = (each if isinstance(each, Column) else Column(each, words=place == 0) for place, each in enumerate(head))
+    found = (each if isinstance(each, Row) else row(*each) for each in rows)
+    return Table(label, tuple(columns), tuple(found), detail=detail)
+
+
+def row(*texts: str | Cell, decides: bool = False) -> Row:
+    """Return a row of texts, most of which have no note."""
+    return Row(tuple(each if isinstance(each, Cell) else Cell(each) for each in texts), decides)
 
 
 def words(*names: str) -> tuple[str | Column, ...]:
@@ -243,8 +255,3 @@ def columns(*names: str | Column) -> tuple[Column, ...]:
     return tuple(
         each if isinstance(each, Column) else Column(each, words=place == 0) for place, each in enumerate(names)
     )
-
-
-def cells(*texts: str | Cell) -> tuple[Cell, ...]:
-    """Return cells for texts, most of which have no note."""
-    return tuple(each if isinstance(each, Cell) else Cell(each) for each in texts)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
-from tunewright.render.blocks import Block, Lead, Row, Section, Table, cells, columns, table, words
+from tunewright.render.blocks import Block, Lead, Row, Section, Table, row, table, words
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -22,10 +22,10 @@ def section(evidence: Evidence) -> Section | None:
     )
     blocks: list[Block] = [Lead(lead)]
     if evidence.openings:
-        head = columns("Earlier opening", "When (UTC)", "By", "Evaluation", "Adapter", "Items shared")
+        head = ("Earlier opening", "When (UTC)", "By", "Evaluation", "Adapter", "Items shared")
         blocks += [
             Lead(openings_text(evidence.openings, evidence.items)),
-            Table("Table of openings", head, tuple(_earlier(each) for each in evidence.openings)),
+            table("Table of openings", head, (_earlier(each) for each in evidence.openings)),
         ]
     else:
         blocks.append(Lead("These test items had not been opened before."))
@@ -56,4 +56,4 @@ def _declared(each: Declared) -> str:
 def _earlier(each: EarlierAccess) -> Row:
     shared = "not known" if each.shared_items is None else f"{each.shared_items:,}"
     adapter = each.adapter or "one for each fold"
-    return Row(cells(f"line {each.number}", _day(each.time), each.author or "", each.evaluation, adapter, shared))
+    return row(f"line {each.number}", _day(each.time), each.author or "", each.evaluation, adapter, shared)

@@ -8,7 +8,7 @@ from tunewright.config import MetricName
 from tunewright.evidence.common import ArmScore, Budget
 from tunewright.evidence.schema import Advice, Arm, ArmKind, Evidence
 from tunewright.metrics import axis_label
-from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, Tone, cells
+from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, Tone, row
 from tunewright.report.text import capitalised, metric_order, percent_interval
 
 TONES: dict[ArmKind, Tone] = {
@@ -84,20 +84,18 @@ def arms_table(
     outside = any(arm.score(deciding).outside for arm in arms)
     unscored = any(arm.score(deciding).unscored for arm in arms)
 
-    def row(arm: Arm) -> Row:
+    def arm_row(arm: Arm) -> Row:
         score = arm.score(deciding)
-        return Row(
-            cells(
-                Cell(arm.name, (notes or {}).get(arm.name, "")),
-                *([f"{round(score.value * score.scored)} of {score.scored}"] if counted else []),
-                *_scored(score),
-                *(text for name in others for text in _scored(arm.score(name))),
-                *([f"{score.outside:,}"] if outside else []),
-                *([f"{sum(score.unscored.values()):,}"] if unscored else []),
-                f"{arm.truncated:,}",
-                f"{arm.prompt_tokens:.0f}",
-                f"{arm.shared_tokens:,}",
-            )
+        return row(
+            Cell(arm.name, (notes or {}).get(arm.name, "")),
+            *([f"{round(score.value * score.scored)} of {score.scored}"] if counted else []),
+            *_scored(score),
+            *(text for name in others for text in _scored(arm.score(name))),
+            *([f"{score.outside:,}"] if outside else []),
+            *([f"{sum(score.unscored.values()):,}"] if unscored else []),
+            f"{arm.truncated:,}",
+            f"{arm.prompt_tokens:.0f}",
+            f"{arm.shared_tokens:,}",
         )
 
     head = [
@@ -111,7 +109,7 @@ def arms_table(
         Column("Prompt tokens"),
         Column("Shared"),
     ]
-    return Table(label, tuple(head), tuple(map(row, arms)))
+    return Table(label, tuple(head), tuple(map(arm_row, arms)))
 
 
 def _score_columns(metric: MetricName, *, detail: bool = False) -> tuple[Column, Column]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tunewright.evidence.benchmarks import Benchmarks, Control, Result, Suite, Unit
 from tunewright.render.blocks import (
     Bar,
@@ -13,10 +15,9 @@ from tunewright.render.blocks import (
     Notes,
     Row,
     Section,
-    Table,
     ToneOfResult,
-    cells,
-    columns,
+    row,
+    table,
 )
 
 _AXES: dict[Unit, str] = {"share": "loss, points", "nats per token": "loss, nats per token"}
@@ -38,17 +39,17 @@ def section(found: Benchmarks) -> Section:
             caption = "An upright mark is a suite's margin." if any(bar.margin is not None for bar in bars) else ""
             blocks.append(Figure(f"regressions-{place}", title, bars, axis, zero=True, caption=caption))
     if found.suites:
-        rows = tuple(map(_row, found.suites))
+        suites = table("Table of suites", _SUITES, map(_row, found.suites))
         used = [
             place
-            for place, column in enumerate(_SUITES)
-            if column.name not in _MAY_BE_EMPTY or any(row.cells[place].text not in ("", "none") for row in rows)
+            for place, column in enumerate(suites.head)
+            if column.name not in _MAY_BE_EMPTY or any(r.cells[place].text not in ("", "none") for r in suites.rows)
         ]
-        rows = tuple(Row(tuple(row.cells[place] for place in used)) for row in rows)
-        blocks.append(Table("Table of suites", tuple(_SUITES[place] for place in used), rows))
+        rows = tuple(Row(tuple(r.cells[place] for place in used)) for r in suites.rows)
+        blocks.append(replace(suites, head=tuple(suites.head[place] for place in used), rows=rows))
     controls = tuple(_control(suite, control) for suite in found.suites for control in suite.controls)
     if controls:
-        blocks.append(Table("Table of the suites' controls", _CONTROLS, controls))
+        blocks.append(table("Table of the suites' controls", _CONTROLS, controls))
     notes = [f"{suite.name}, left out: {reason}." for suite in found.suites for reason in suite.left_out]
     notes += [
         f"{suite.name}: divergence from base to tuned {suite.divergence:.4f} nats per token."
@@ -64,7 +65,7 @@ def section(found: Benchmarks) -> Section:
 
 
 _MAY_BE_EMPTY = ("Margin", "Items needed")
-_SUITES = columns(
+_SUITES = (
     "Suite",
     "Items",
     "Off",
@@ -76,7 +77,7 @@ _SUITES = columns(
     "Items needed",
     Column("Result", words=True),
 )
-_CONTROLS = columns(
+_CONTROLS = (
     "Suite",
     Column("Control", words=True),
     "Items",
@@ -111,24 +112,20 @@ def _row(suite: Suite) -> Row:
         result = Cell("no margin: decides nothing")
     else:
         result = Cell(f"decides nothing: {suite.failed[0].name} failed")
-    return Row(
-        cells(
-            Cell(suite.name, suite.metric),
-            Cell(f"{suite.items:,}", clusters),
-            _level(suite, suite.base),
-            _level(suite, suite.tuned),
-            _amount(suite, suite.drop, "+"),
-            f"{_amount(suite, suite.interval.low, '+')} to {_amount(suite, suite.interval.high, '+')}",
-            Cell(_amount(suite, suite.limit, "+"), suite.method),
-            "none" if suite.margin is None else _amount(suite, suite.margin),
-            "" if suite.items_needed is None else f"{suite.items_needed:,}",
-            result,
-        )
+    return row(
+        Cell(suite.name, suite.metric),
+        Cell(f"{suite.items:,}", clusters),
+        _level(suite, suite.base),
+        _level(suite, suite.tuned),
+        _amount(suite, suite.drop, "+"),
+        f"{_amount(suite, suite.interval.low, '+')} to {_amount(suite, suite.interval.high, '+')}",
+        Cell(_amount(suite, suite.limit, "+"), suite.method),
+        "none" if suite.margin is None else _amount(suite, suite.margin),
+        "" if suite.items_needed is None else f"{suite.items_needed:,}",
+        result,
     )
 
 
 def _control(suite: Suite, control: Control) -> Row:
     result = Cell("passed", tone="yes") if control.passed else Cell("FAILED", tone="no")
-    return Row(
-        cells(suite.name, control.name, f"{control.items:,}", _level(suite, control.score), control.wanted, result)
-    )
+    return row(suite.name, control.name, f"{control.items:,}", _level(suite, control.score), control.wanted, result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.verdict import changed_words, fewest_clusters
 from tunewright.metrics import metric_label, points_text
-from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, row, table
 from tunewright.report.text import capitalised, points_interval
 
 
@@ -44,29 +44,27 @@ def _bar(contrast: Contrast) -> Bar:
 
 
 def _table(evidence: Evidence) -> Table:
-    several = [Column("Metric", words=True)] if len(evidence.metrics) > 1 else []
+    several: list[str | Column] = [Column("Metric", words=True)] if len(evidence.metrics) > 1 else []
     better, worse = map(capitalised, changed_words(evidence, evidence.metric))
-    head = columns(
+    head = (
         "Contrast", *several, "Difference", "95% interval", "p", "Adjusted p", better, worse, "Detectable"
     )  # fmt: skip
     rows = tuple(_row(contrast, contrast is evidence.contrasts[0], several) for contrast in evidence.contrasts)
-    return Table("Table of contrasts", head, rows)
+    return table("Table of contrasts", head, rows)
 
 
-def _row(contrast: Contrast, decides: bool, several: list[Column]) -> Row:
-    return Row(
-        cells(
-            Cell(f"{contrast.treatment} − {contrast.control}", "decides" if decides else ""),
-            *([metric_label(contrast.metric)] if several else []),
-            points_text(contrast.difference),
-            Cell(points_interval(contrast.interval), f"{contrast.scored:,} items"),
-            Cell(_p(contrast.p_value), contrast.test),
-            "none" if contrast.p_adjusted is None else _p(contrast.p_adjusted),
-            f"{contrast.fixed:,}",
-            f"{contrast.broken:,}",
-            Cell(f"{100 * contrast.minimum_detectable_effect:.1f}", _worth(contrast)),
-        ),
-        decides,
+def _row(contrast: Contrast, decides: bool, several: list[str | Column]) -> Row:
+    return row(
+        Cell(f"{contrast.treatment} − {contrast.control}", "decides" if decides else ""),
+        *([metric_label(contrast.metric)] if several else []),
+        points_text(contrast.difference),
+        Cell(points_interval(contrast.interval), f"{contrast.scored:,} items"),
+        Cell(_p(contrast.p_value), contrast.test),
+        "none" if contrast.p_adjusted is None else _p(contrast.p_adjusted),
+        f"{contrast.fixed:,}",
+        f"{contrast.broken:,}",
+        Cell(f"{100 * contrast.minimum_detectable_effect:.1f}", _worth(contrast)),
+        decides=decides,
     )
 
 

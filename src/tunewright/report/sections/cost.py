@@ -6,7 +6,7 @@ from tunewright.advisor.explanations import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
 from tunewright.core.text import count_of
 from tunewright.evidence.schema import Arm, Evidence
-from tunewright.render.blocks import Block, Cell, Lead, Line, Lines, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Cell, Lead, Line, Lines, Notes, Row, Section, row, table
 
 _UNMEASURED = "No break-even was measured on these data and this base: `tunewright advise` measures it."
 
@@ -15,9 +15,9 @@ def section(evidence: Evidence, advice: Signals | None) -> Section:
     """Return the average tokens sent and received per call, and their cost from advice on the same data."""
     first = evidence.contrasts[0]
     ours, theirs = evidence.arm(first.treatment), evidence.arm(first.control)
-    head = columns("Arm", "Prompt tokens", "The same in every prompt", "New in each", "Answer tokens")
-    table = Table("Table of tokens", head, tuple(_row(arm) for arm in evidence.arms))
-    return Section("cost", "Cost of a call, and break-even", (Lead(_lead(ours, theirs)), table, *_pays(advice)))
+    head = ("Arm", "Prompt tokens", "The same in every prompt", "New in each", "Answer tokens")
+    tokens = table("Table of tokens", head, (_row(arm) for arm in evidence.arms))
+    return Section("cost", "Cost of a call, and break-even", (Lead(_lead(ours, theirs)), tokens, *_pays(advice)))
 
 
 def _lead(ours: Arm, theirs: Arm) -> str:
@@ -38,14 +38,12 @@ def _lead(ours: Arm, theirs: Arm) -> str:
 
 def _row(arm: Arm) -> Row:
     share = arm.shared_tokens / arm.prompt_tokens
-    return Row(
-        cells(
-            arm.name,
-            f"{arm.prompt_tokens:.0f}",
-            Cell(f"{arm.shared_tokens:,}", f"{share:.0%} of the prompt"),
-            f"{arm.prompt_tokens - arm.shared_tokens:.0f}",
-            "not counted" if arm.answer_tokens is None else f"{arm.answer_tokens:.1f}",
-        )
+    return row(
+        arm.name,
+        f"{arm.prompt_tokens:.0f}",
+        Cell(f"{arm.shared_tokens:,}", f"{share:.0%} of the prompt"),
+        f"{arm.prompt_tokens - arm.shared_tokens:.0f}",
+        "not counted" if arm.answer_tokens is None else f"{arm.answer_tokens:.1f}",
     )
 
 
@@ -58,9 +56,9 @@ def _pays(advice: Signals | None) -> tuple[Block, ...]:
         why = f"advice {advice.id} has none, as {advice.left_out['break_even']}"
         return (Lead(f"No break-even was measured: {why}. `tunewright advise` with a pilot measures it."),)
     unit = "" if even.unit == "money" else ", machine time"
-    head = columns("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
-    calls = Table("Table of calls", head, tuple(_call(even, call) for call in (even.prompting, even.tuned)))
-    once = Table("Table of what training costs", columns("Costs other than calls", f"Costs{unit}"), _once(even))
+    head = ("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
+    calls = table("Table of calls", head, (_call(even, call) for call in (even.prompting, even.tuned)))
+    once = table("Table of what training costs", ("Costs other than calls", f"Costs{unit}"), _once(even))
     return (Lead(break_even_text(advice)), *lines(even), calls, once, Notes(_grounds(advice, even)))
 
 
@@ -88,7 +86,7 @@ def lines(even: BreakEven) -> tuple[Lines, ...]:
 
 def _call(even: BreakEven, call: Call) -> Row:
     tokens = (f"{call.input_tokens:.0f}", f"{call.cached_tokens:.0f}", f"{call.output_tokens:.1f}")
-    return Row(cells(call.arm, *tokens, amount(even, call.cost)))
+    return row(call.arm, *tokens, amount(even, call.cost))
 
 
 def _once(even: BreakEven) -> tuple[Row, ...]:
@@ -100,7 +98,7 @@ def _once(even: BreakEven) -> tuple[Row, ...]:
         f"hosting, {count_of(even.months, 'month')}": once.hosting,
         "in all": once.total,
     }
-    return tuple(Row(cells(name, amount(even, value))) for name, value in parts.items())
+    return tuple(row(name, amount(even, value)) for name, value in parts.items())
 
 
 def _grounds(advice: Signals, even: BreakEven) -> tuple[str, ...]:

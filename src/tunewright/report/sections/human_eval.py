@@ -8,7 +8,7 @@ from tunewright.evidence.common import Score
 from tunewright.evidence.human_eval import AnswerReview, RaterAgreement, human_eval_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text
-from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, row, table
 from tunewright.report.text import percent_interval
 
 _DECIDES_NOTHING = (
@@ -51,19 +51,19 @@ def section(review: AnswerReview) -> Section:
 
 
 def _win_rates(review: AnswerReview, alone: Score) -> Table:
-    head = columns(
+    head = (
         f"{review.treatment} preferred, of all {review.items:,} items",
         "Win rate, %",
         "95% interval",
         "Width",
         Column("How", words=True, detail=True),
     )
-    rows = [Row(cells("people alone", *_rate(alone)))]
+    rows = [row("people alone", *_rate(alone))]
     if review.powered is not None:
         found = review.powered
         name = Cell(f"people and the judge (lambda {found.tuning:.2f})", f"{found.judged:,} items judged")
-        rows.append(Row(cells(name, *_rate(found.win_rate))))
-    return Table("Table of win rates", head, tuple(rows))
+        rows.append(row(name, *_rate(found.win_rate)))
+    return table("Table of win rates", head, rows)
 
 
 def _rate(score: Score) -> tuple[str, ...]:
@@ -72,25 +72,23 @@ def _rate(score: Score) -> tuple[str, ...]:
 
 
 def _strata(review: AnswerReview) -> Table:
-    head = columns(
-        "By the metric", "Items", "Asked", "Judged", f"For {review.treatment}", f"For {review.control}", "Tie"
-    )
+    head = ("By the metric", "Items", "Asked", "Judged", f"For {review.treatment}", f"For {review.control}", "Tie")
     rows = [
-        Row(cells(s.name, *(f"{n:,}" for n in (s.items, s.asked, s.answered, s.treatment, s.control, s.ties))))
+        row(s.name, *(f"{n:,}" for n in (s.items, s.asked, s.answered, s.treatment, s.control, s.ties)))
         for s in review.strata
     ]
     if review.same:
-        rows.append(Row(cells("equal answers", f"{review.same:,}", "", "", "", "", f"{review.same:,}")))
-    return Table("Table of strata", head, tuple(rows))
+        rows.append(row("equal answers", f"{review.same:,}", "", "", "", "", f"{review.same:,}"))
+    return table("Table of strata", head, rows)
 
 
 def agreement_table(found: Sequence[RaterAgreement]) -> Table:
     """Return how far two raters each agree, beyond what chance gives."""
-    head = columns("Raters", "Items both judged", "Agreed", "Kappa (Cohen)", "95% interval")
-    return Table("Table of agreement", head, tuple(map(_agreement, found)))
+    head = ("Raters", "Items both judged", "Agreed", "Kappa (Cohen)", "95% interval")
+    return table("Table of agreement", head, map(_agreement, found))
 
 
 def _agreement(each: RaterAgreement) -> Row:
     kappa = "not defined" if each.kappa is None else f"{each.kappa:.2f}"
     interval = "" if each.interval is None else f"{each.interval.low:.2f} to {each.interval.high:.2f}"
-    return Row(cells(" and ".join(each.raters), f"{each.items}", f"{each.agreed}", kappa, interval))
+    return row(" and ".join(each.raters), f"{each.items}", f"{each.agreed}", kappa, interval)

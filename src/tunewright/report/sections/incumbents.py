@@ -8,7 +8,7 @@ from tunewright.evidence.replacement import Replacement, amount
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.metrics import points_text
-from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, row, table
 from tunewright.report.text import points_interval
 
 
@@ -32,14 +32,14 @@ def section(evidence: Evidence) -> Section | None:
             zero=True,
             caption="The upright mark is the margin.",
         ),
-        Table("Table of incumbents", _HEAD, tuple(_row(each) for each in outcomes)),
-        Table("Table of costs and latencies", _SIDES, tuple(_sides(evidence)), detail=True),
+        table("Table of incumbents", _HEAD, (_row(each) for each in outcomes)),
+        table("Table of costs and latencies", _SIDES, _sides(evidence), detail=True),
         Notes(tuple(notes), detail=True),
     )
     return Section("incumbents", "Against the models in use", blocks)
 
 
-_HEAD = columns(
+_HEAD = (
     "Incumbent",
     Column("Model version", words=True),
     "Answers",
@@ -49,7 +49,7 @@ _HEAD = columns(
     Column("Break-even, calls", detail=True),
     Column("Outcome", words=True),
 )
-_SIDES = columns("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile")
+_SIDES = ("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile")
 
 
 def _bar(found: Incumbent) -> Bar:
@@ -60,17 +60,15 @@ def _bar(found: Incumbent) -> Bar:
 
 def _row(each: Replacement) -> Row:
     found, drop, even = each.incumbent, each.incumbent.drop, each.break_even
-    return Row(
-        cells(
-            Cell(found.name, found.model),
-            ", ".join(found.versions),
-            f"{found.answered:,} of {found.answered + sum(found.gaps.values()):,}",
-            Cell(points_text(drop.value), f"{drop.items:,} items in {drop.clusters:,} clusters"),
-            Cell(points_interval(drop.interval), drop.method),
-            f"{100 * drop.margin:g}",
-            Cell("none", even.why) if even.calls is None else f"{even.calls:,.0f}",
-            each.outcome,
-        )
+    return row(
+        Cell(found.name, found.model),
+        ", ".join(found.versions),
+        f"{found.answered:,} of {found.answered + sum(found.gaps.values()):,}",
+        Cell(points_text(drop.value), f"{drop.items:,} items in {drop.clusters:,} clusters"),
+        Cell(points_interval(drop.interval), drop.method),
+        f"{100 * drop.margin:g}",
+        Cell("none", even.why) if even.calls is None else f"{even.calls:,.0f}",
+        each.outcome,
     )
 
 
@@ -78,7 +76,7 @@ def _sides(evidence: Evidence) -> list[Row]:
     assert evidence.incumbents is not None
     sides: list[tuple[str | Cell, Serving]] = [("tuned", evidence.incumbents.tuned)]
     sides += [(Cell(each.arm, _frozen(each)), each.serving) for each in evidence.incumbents.compared]
-    return [Row(cells(name, _cost(side), *_latency(side))) for name, side in sides]
+    return [row(name, _cost(side), *_latency(side)) for name, side in sides]
 
 
 def _cost(side: Serving) -> Cell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.judge import Control, JudgedArm, JudgedContrast, Judgement, JudgeUsage, Preference, WinRate
 from tunewright.evidence.preferences import judge_line
 from tunewright.metrics import p_text, points_text
-from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, row, table
 from tunewright.report.text import percent_interval, points_interval
 
 
@@ -13,13 +13,12 @@ def section(judge: Judgement) -> Section:
     """Return the judge's controls first; for a vetoed judge, no finding."""
     blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
     if judge.arms:
-        head = columns("Correct, by the reference", "Correct", "Share, %", "95% interval", "Exact", "No verdict")
-        blocks.append(Table("Table of judged arms", head, tuple(_arm(arm) for arm in judge.arms)))
+        head = ("Correct, by the reference", "Correct", "Share, %", "95% interval", "Exact", "No verdict")
+        blocks.append(table("Table of judged arms", head, (_arm(arm) for arm in judge.arms)))
     if judge.preferences:
         counts = ("Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Flips", "No verdict")
-        head = columns("Preferred, in both orders", *counts)
         rows = tuple(row for each in judge.preferences for row in _preference(each))
-        blocks.append(Table("Table of preferences", head, rows))
+        blocks.append(table("Table of preferences", ("Preferred, in both orders", *counts), rows))
     notes = [*judge.vetoed, *_notes(judge), _spent("Spent", judge.spent)]
     if judge.reference_spent is not None:
         notes.append(_spent("On the reference model", judge.reference_spent))
@@ -27,7 +26,7 @@ def section(judge: Judgement) -> Section:
 
 
 def _controls(controls: tuple[Control, ...]) -> Table:
-    head = columns(
+    head = (
         "Control",
         Column("Expected verdict", words=True, detail=True),
         "Passed",
@@ -36,40 +35,38 @@ def _controls(controls: tuple[Control, ...]) -> Table:
         "Required",
         Column("Result", words=True),
     )
-    return Table("Table of controls", head, tuple(_control(each) for each in controls))
+    return table("Table of controls", head, (_control(each) for each in controls))
 
 
 def _control(each: Control) -> Row:
-    return Row(
-        cells(
-            each.name,
-            each.expected,
-            f"{each.passed} of {each.items}",
-            f"{sum(each.unscored.values())}",
-            f"{each.limit:.0%}",
-            f"{each.required:.0%}",
-            Cell("holds", tone="yes") if each.held else Cell("FAILS", tone="no"),
-        )
+    return row(
+        each.name,
+        each.expected,
+        f"{each.passed} of {each.items}",
+        f"{sum(each.unscored.values())}",
+        f"{each.limit:.0%}",
+        f"{each.required:.0%}",
+        Cell("holds", tone="yes") if each.held else Cell("FAILS", tone="no"),
     )
 
 
 def _arm(arm: JudgedArm) -> Row:
     share = (f"{100 * arm.share.value:.1f}", percent_interval(arm.share.interval))
     counts = (f"{arm.exact}", f"{sum(arm.unscored.values())}")
-    return Row(cells(arm.name, f"{arm.correct} of {arm.items}", *share, *counts))
+    return row(arm.name, f"{arm.correct} of {arm.items}", *share, *counts)
 
 
 def _preference(found: Preference) -> list[Row]:
     flips = "" if found.flip_rate is None else f"{found.flip_rate:.0%}"
     name = f"{found.treatment} against {found.opponent}"
-    rows = [Row(cells(name, *_rate(found.rate), flips, f"{sum(found.unscored.values())}"))]
+    rows = [row(name, *_rate(found.rate), flips, f"{sum(found.unscored.values())}")]
     if found.stripped is not None:
         note = f"{found.stripped_texts} pairs have some"
-        rows.append(Row(cells(Cell("without markdown", note), *_rate(found.stripped), "", "")))
+        rows.append(row(Cell("without markdown", note), *_rate(found.stripped), "", ""))
     if found.length_controlled is not None:
         equal = found.length_controlled
         numbers = (f"{100 * equal.value:.1f}", percent_interval(equal.interval))
-        rows.append(Row(cells(Cell("at equal length", equal.method), "", "", "", *numbers, "", "")))
+        rows.append(row(Cell("at equal length", equal.method), "", "", "", *numbers, "", ""))
     return rows
 
 

@@ -6,13 +6,13 @@ from statistics import fmean
 
 from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.metrics import axis_label, score_text
-from tunewright.render.blocks import Column, Lead, Line, Lines, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Column, Lead, Line, Lines, Notes, Row, Section, row, table
 
 
 def section(curve: Curve) -> Section:
     """Return the answer, and the scores on dev by share of the training rows and seed."""
     seeds = (f"Seed {seed}" for seed in curve.seeds)
-    head = columns(Column("Share"), "Training rows", *seeds, "Mean", "Dev loss")
+    head: tuple[str | Column, ...] = (Column("Share"), "Training rows", *seeds, "Mean", "Dev loss")
     return Section(
         "more-data",
         "Would more data help?",
@@ -22,7 +22,7 @@ def section(curve: Curve) -> Section:
                 f"{curve.items:,} dev items in {curve.clusters:,} clusters, answered after training on nested parts of "
                 "the rows."
             ),
-            Table("Table of scores by share and seed", head, tuple(_row(curve, share) for share in curve.shares)),
+            table("Table of scores by share and seed", head, (_row(curve, share) for share in curve.shares)),
             lines(curve),
         ),
     )
@@ -53,12 +53,10 @@ def _row(curve: Curve, share: float) -> Row:
     rows = sorted({point.rows for point in points.values()})
     scores = (score_text(curve.metric, points[seed].score) if seed in points else "" for seed in curve.seeds)
     loss = sum(point.dev_loss for point in points.values()) / len(points)
-    return Row(
-        cells(
-            f"{share:.0%}",
-            " to ".join(f"{count:,}" for count in dict.fromkeys((rows[0], rows[-1]))),
-            *scores,
-            score_text(curve.metric, curve.mean(share)),
-            f"{loss:.3f}",
-        )
+    return row(
+        f"{share:.0%}",
+        " to ".join(f"{count:,}" for count in dict.fromkeys((rows[0], rows[-1]))),
+        *scores,
+        score_text(curve.metric, curve.mean(share)),
+        f"{loss:.3f}",
     )

@@ -8,7 +8,7 @@ from typing import Any
 from tunewright.core.io import digest
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
-from tunewright.render.blocks import Lead, Notes, Row, Section, Table, cells
+from tunewright.render.blocks import Lead, Notes, Section, Table, row
 from tunewright.report.text import metric_order
 
 
@@ -42,7 +42,7 @@ _LISTED = 20
 
 def lineage(evidence: Evidence) -> Section:
     """Return the lineage recorded in the evidence."""
-    rows = tuple(Row(cells(name, value)) for name, value in _flat(evidence.lineage))
+    rows = tuple(row(name, value) for name, value in _flat(evidence.lineage))
     table = Table("Table of lineage", (), rows, "lineage")
     return Section("lineage", "Lineage", (Lead("Inputs of these figures, by digest."), table))
 

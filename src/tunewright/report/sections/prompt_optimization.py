@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
-from tunewright.render.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Column, Lead, Notes, Section, Table, row, table
 
 
 def section(prompt: OptimizedPrompt) -> Section:
@@ -17,19 +17,17 @@ def section(prompt: OptimizedPrompt) -> Section:
 
 
 def _candidates(prompt: OptimizedPrompt) -> Table:
-    head = columns("Instruction", Column("Made from", words=True), "Validation", "Dev", Column("Result", words=True))
+    head = ("Instruction", Column("Made from", words=True), "Validation", "Dev", Column("Result", words=True))
     rows = []
     for place, each in enumerate(prompt.candidates):
         parents = ", ".join(prompt.candidates[parent].digest if parent else "own" for parent in each.parents)
         rows.append(
-            Row(
-                cells(
-                    "the pairs' own" if place == 0 else each.digest,
-                    parents,
-                    f"{100 * each.validation:.1f}",
-                    "" if each.dev is None else f"{100 * each.dev:.1f}",
-                    "chosen" if place == prompt.chosen else "",
-                )
+            row(
+                "the pairs' own" if place == 0 else each.digest,
+                parents,
+                f"{100 * each.validation:.1f}",
+                "" if each.dev is None else f"{100 * each.dev:.1f}",
+                "chosen" if place == prompt.chosen else "",
             )
         )
-    return Table("Table of optimized instructions", head, tuple(rows))
+    return table("Table of optimized instructions", head, rows)

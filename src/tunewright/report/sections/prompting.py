@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.prompt_optimization import NOT_RUN
 from tunewright.evidence.schema import Advice, Evidence, Fold, Narrowing, SeedSpread
 from tunewright.metrics import axis_label
-from tunewright.render.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Block, Column, Lead, Notes, Row, Section, Table, row, table
 from tunewright.report.sections import prompt_optimization
 from tunewright.report.sections.arms import arms_figure, arms_table, left_out
 
@@ -76,14 +76,14 @@ def _narrowing(evidence: Evidence, found: Narrowing) -> tuple[Block, ...]:
 
 
 def _draws(spreads: tuple[SeedSpread, ...]) -> Table:
-    head = columns("Arm", "Draws", "Items", "Mean", "Lowest", "Highest")
-    return Table("Table of draws", head, tuple(_spread(each) for each in spreads))
+    head = ("Arm", "Draws", "Items", "Mean", "Lowest", "Highest")
+    return table("Table of draws", head, (_spread(each) for each in spreads))
 
 
 def _spread(each: SeedSpread) -> Row:
     scores = (each.mean, min(each.scores), max(each.scores))
     numbers = (f"{100 * score:.1f}" for score in scores)
-    return Row(cells(each.name, f"{len(each.scores)}", f"{each.items:,}", *numbers))
+    return row(each.name, f"{len(each.scores)}", f"{each.items:,}", *numbers)
 
 
 def folds_section(evidence: Evidence) -> Section | None:
@@ -96,21 +96,19 @@ def folds_section(evidence: Evidence) -> Section | None:
     )
     arms = [arm.name for arm in evidence.arms]
     best, losses = Column("Best prompting", words=True), Column("Dev loss by epoch", words=True)
-    head = columns("Fold", "Trained on", "Chosen by", "Items", best, *arms, losses)
+    head: tuple[str | Column, ...] = ("Fold", "Trained on", "Chosen by", "Items", best, *arms, losses)
     rows = tuple(_fold(fold, arms) for fold in evidence.folds)
-    return Section("folds", "The folds", (Lead(lead), Table("Table of folds", head, rows)))
+    return Section("folds", "The folds", (Lead(lead), table("Table of folds", head, rows)))
 
 
 def _fold(fold: Fold, arms: list[str]) -> Row:
     scores = (fold.scores[name] for name in arms)
-    return Row(
-        cells(
-            f"{fold.number}",
-            f"{fold.train_items:,}",
-            f"{fold.dev_items:,}",
-            f"{fold.items:,}",
-            fold.best_prompting,
-            *("none" if score is None else f"{100 * score:.1f}" for score in scores),
-            ", ".join(f"{loss:.3f}" for loss in fold.dev_losses),
-        )
+    return row(
+        f"{fold.number}",
+        f"{fold.train_items:,}",
+        f"{fold.dev_items:,}",
+        f"{fold.items:,}",
+        fold.best_prompting,
+        *("none" if score is None else f"{100 * score:.1f}" for score in scores),
+        ", ".join(f"{loss:.3f}" for loss in fold.dev_losses),
     )

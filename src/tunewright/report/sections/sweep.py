@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunewright.metrics import axis_label
-from tunewright.render.blocks import Column, Lead, Line, Lines, Row, Section, Table, cells, columns
+from tunewright.render.blocks import Column, Lead, Line, Lines, Row, Section, row, table
 from tunewright.training.sweep.ledger import Ledger, measured_text
 
 
@@ -15,15 +15,15 @@ def section(ledger: Ledger) -> Section:
         "the test split stays closed."
     )
     rungs = (f"Rung {number}: step {step:,}" for number, step in enumerate(head.rungs, start=1))
-    names = columns("Trial", *rungs, Column("Outcome", words=True))
-    rows = tuple(_row(ledger, trial) for trial in head.trials)
-    return Section("trials", "Trials", (Lead(lead), Table("Table of trials", names, rows), lines(ledger)))
+    names: tuple[str | Column, ...] = ("Trial", *rungs, Column("Outcome", words=True))
+    trials = table("Table of trials", names, (_row(ledger, trial) for trial in head.trials))
+    return Section("trials", "Trials", (Lead(lead), trials, lines(ledger)))
 
 
 def _row(ledger: Ledger, trial: str) -> Row:
     found = (ledger.result(trial, number) for number in range(1, len(ledger.head.rungs) + 1))
     results = ("" if entry is None else measured_text(entry, ledger.head.metric) for entry in found)
-    return Row(cells(trial, *results, ledger.outcome(trial)))
+    return row(trial, *results, ledger.outcome(trial))
 
 
 def lines(ledger: Ledger) -> Lines:

@@ -8,7 +8,7 @@ from tunewright.core.text import count_of
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.train_similarity import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.metrics import axis_label, points_text
-from tunewright.render.blocks import Bands, Cell, Lead, Row, Section, Series, Table, cells, columns
+from tunewright.render.blocks import Bands, Cell, Lead, Row, Section, Series, Table, row, table
 from tunewright.report.sections.arms import TONES
 from tunewright.report.text import percent_interval, points_interval
 
@@ -54,7 +54,7 @@ def templates_section(evidence: Evidence) -> Section | None:
         "output template: quoted strings and numbers masked",
     )
     arms = [arm.name for arm in evidence.arms]
-    head = columns("Output template", "Items", *arms, f"{found.treatment} − {found.control}, points")
+    head = ("Output template", "Items", *arms, f"{found.treatment} − {found.control}, points")
     rows = tuple(_row(name, part, arms) for name, part in bands.items())
     return Section(
         "output-templates",
@@ -65,7 +65,7 @@ def templates_section(evidence: Evidence) -> Section | None:
                 f"and numbers are masked. {_template_answer(found, evidence.items)} These bands decide nothing."
             ),
             figure,
-            Table("Table of scores by output template", head, rows),
+            table("Table of scores by output template", head, rows),
         ),
     )
 
@@ -117,8 +117,8 @@ def _name(band: Band) -> str:
 
 def _table(evidence: Evidence, found: TrainSimilarity) -> Table:
     arms = [arm.name for arm in evidence.arms]
-    head = columns("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
-    return Table("Table of scores by distance", head, tuple(_row(_name(band), band, arms) for band in found.bands))
+    head = ("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
+    return table("Table of scores by distance", head, (_row(_name(band), band, arms) for band in found.bands))
 
 
 def _row(name: str, band: Subset, arms: list[str]) -> Row:
@@ -126,14 +126,7 @@ def _row(name: str, band: Subset, arms: list[str]) -> Row:
     difference = Cell("none scored")
     if band.difference is not None and band.interval is not None:
         difference = Cell(points_text(band.difference), points_interval(band.interval))
-    return Row(
-        cells(
-            name,
-            Cell(f"{band.items:,}", count_of(band.clusters, "cluster")),
-            *map(_score, scores),
-            difference,
-        )
-    )
+    return row(name, Cell(f"{band.items:,}", count_of(band.clusters, "cluster")), *map(_score, scores), difference)
 
 
 def _score(score: BandScore | None) -> Cell:
