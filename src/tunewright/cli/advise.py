@@ -12,6 +12,7 @@ from rich.text import Text
 from tunewright.cli.app import TRAIN, Minutes, app, command
 from tunewright.cli.console import RESUMES, Session
 from tunewright.core.errors import UserError
+from tunewright.render.blocks import table, words
 
 if TYPE_CHECKING:
     from tunewright.advisor.result import AdviceResult
@@ -60,7 +61,7 @@ def advise(
 
 def advice_tables(result: AdviceResult) -> list[Part]:
     """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
-    from tunewright.advisor.explanations import changes, expectations
+    from tunewright.advisor.explanations import changes, expectations, measured
     from tunewright.report.sections.prompting import advice_section
 
     signals, decision = result.signals, result.decision
@@ -73,22 +74,10 @@ def advice_tables(result: AdviceResult) -> list[Part]:
     return [
         advice_section(signals.prompting),
         scores_plot(signals),
-        signals_table(signals),
+        table("Signals", words("Signal", "Measured"), measured(signals).items()),
         answer,
         f"Advice: {result.file}",
     ]
-
-
-def signals_table(signals: Signals) -> Table:
-    """Return the measurements, one row for each signal."""
-    from tunewright.advisor.explanations import measured
-
-    table = Table(title="Signals", title_justify="left", show_lines=True)
-    table.add_column("signal", no_wrap=True)
-    table.add_column("measured", overflow="fold")
-    for name, text in measured(signals).items():
-        table.add_row(name, Text(text))
-    return table
 
 
 def scores_plot(signals: Signals) -> Table:
@@ -101,16 +90,16 @@ def scores_plot(signals: Signals) -> Table:
     if signals.gain is not None:
         rows += [("pilot", f"{part.rows:,} rows", part.score) for part in signals.gain.parts]
     top = max((score.interval.high for _, _, score in rows), default=1.0)
-    table = Table(title=f"{axis_label(signals.metric)} over k, with 95% intervals", title_justify="left")
+    plot = Table(title=f"{axis_label(signals.metric)} over k, with 95% intervals", title_justify="left")
     for name in ("demonstrations", "k", f"0 to {100 * top:.0f}", ""):
-        table.add_column(name, justify="right" if name == "k" else "left", no_wrap=True)
+        plot.add_column(name, justify="right" if name == "k" else "left", no_wrap=True)
     before = None
     for kind, shots, score in rows:
         if before not in (None, kind):
-            table.add_section()
-        table.add_row("" if kind == before else kind, shots, bar(score, top), f"{100 * score.value:.1f}")
+            plot.add_section()
+        plot.add_row("" if kind == before else kind, shots, bar(score, top), f"{100 * score.value:.1f}")
         before = kind
-    return table
+    return plot
 
 
 def bar(score: Score, top: float) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from tunewright.cli.app import PROJECT, app, command, group
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.verdict import verdict_text
+from tunewright.core.text import count_of
+from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
     from tunewright.api import RunResult
@@ -165,7 +165,7 @@ def demo(
         "served": answered,
         "tenants": tenants.as_dict() if tenants else None,
     }
-    shown = [*run_tables(result), answers_table(answered), *(two_tenants_tables(tenants) if tenants else [])]
+    shown = [*run_tables(result), *answers_blocks(answered), *(two_tenants_blocks(tenants) if tenants else ())]
     if whole:
         rest = measure_slow_parts(project, result.evaluated.folder)
         document |= rest.as_dict()
@@ -202,39 +202,27 @@ def run_document(result: RunResult) -> dict[str, Any]:
     }
 
 
-def answers_table(answered: DemoAnswers) -> Table:
+def answers_blocks(answered: DemoAnswers) -> tuple[Block, ...]:
     """Return one question and each model's answer."""
-    table = Table(
-        title=f"Served: {answered.question}\nReference: {answered.reference}", title_justify="left", show_lines=True
-    )
-    table.add_column("model", no_wrap=True)
-    table.add_column("answer", overflow="fold")
-    for model, answer in answered.answers.items():
-        table.add_row(model, Text(answer))
-    table.add_row(f"base, {answered.best_prompting}", Text(f"{answered.prompted}\n(in the evaluation)"))
-    return table
+    rows = [*answered.answers.items(), (f"base, {answered.best_prompting} (in the evaluation)", answered.prompted)]
+    title = f"Served: {answered.question}\nReference: {answered.reference}"
+    return (Lead(title), table("Answers", words("Model", "Answer"), rows))
 
 
-def two_tenants_tables(shown: TwoTenants) -> list[Part]:
-    """Return tables of the models, answers and usage of each of two tenants on one server."""
+def two_tenants_blocks(shown: TwoTenants) -> tuple[Block, ...]:
+    """Return the models, answers and usage of each of two tenants on one server."""
     from tunewright.serving.tenants.blocks import releases_blocks
 
-    title = f"Two tenants on one base, asked: {shown.question}\nReference: {shown.reference}"
-    table = Table(title=title, title_justify="left")
-    for name in ("tenant", "sees", "answered by", "answer", "the other's alias", "used"):
-        table.add_column(name, overflow="fold")
+    rows = []
     for visit in shown.visits:
-        refused = f"{visit.others_alias}, as if it did\nnot exist" if visit.same_refusal else str(visit.others_alias)
-        table.add_row(
-            visit.tenant,
-            ", ".join(visit.sees),
-            visit.answered_by[:_SHORT],
-            Text(visit.answer),
-            refused,
-            f"{visit.requests} request{'' if visit.requests == 1 else 's'}\n{visit.tokens} tokens",
-        )
-    return [
+        refused = f"{visit.others_alias}, as if it did not exist" if visit.same_refusal else str(visit.others_alias)
+        used = f"{count_of(visit.requests, 'request')}, {visit.tokens} tokens"
+        seen = (visit.tenant, ", ".join(visit.sees), visit.answered_by[:_SHORT])
+        rows.append((*seen, visit.answer, refused, used))
+    head = words("Tenant", "Sees", "Answered by", "Answer", "The other's alias", "Used")
+    return (
         *releases_blocks(shown.releases),
-        table,
-        f"To look at it later: tunewright releases --database-url {shown.state}",
-    ]
+        Lead(f"Two tenants on one base, asked: {shown.question}\nReference: {shown.reference}"),
+        table("Tenants", head, rows),
+        Lead(f"To look at it later: tunewright releases --database-url {shown.state}"),
+    )

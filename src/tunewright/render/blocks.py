@@ -248,10 +248,3 @@ def row(*texts: str | Cell, decides: bool = False) -> Row:
 def words(*names: str) -> tuple[str | Column, ...]:
     """Return columns of words."""
     return tuple(Column(name, words=True) for name in names)
-
-
-def columns(*names: str | Column) -> tuple[Column, ...]:
-    """Return a table's columns: by default the first one has words, and the others have numbers."""
-    return tuple(
-        each if isinstance(each, Column) else Column(each, words=place == 0) for place, each in enumerate(names)
-    )

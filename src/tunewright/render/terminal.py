@@ -11,6 +11,7 @@ from rich.text import Text
 from tunewright.render import blocks
 
 _WORD = 10  # characters
+_SENTENCE = 100  # characters
 _BAR = 40  # characters of the longest bar
 _COLOURS = {"": "", "yes": "green", "no": "bold red", "open": "yellow"}
 
@@ -35,7 +36,8 @@ def rendered(*parts: Part) -> Iterator[RenderableType]:
 
 
 def _table(block: blocks.Table) -> Table:
-    table = Table()
+    # Lines between rows of sentences, which wrap.
+    table = Table(show_lines=any(len(cell.text) > _SENTENCE for row in block.rows for cell in row.cells))
     places = [place for place, column in enumerate(block.head) if not column.detail]
     for place in places:
         column = block.head[place]
