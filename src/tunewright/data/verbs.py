@@ -15,8 +15,7 @@ from tunewright.data.versions import DatasetVersion, Manifest, Member, list_vers
 if TYPE_CHECKING:
     from tunewright.data.add_plan import Preview
     from tunewright.data.dedup.leakage import LeakageReport
-    from tunewright.data.readers.file_check import Change
-    from tunewright.data.readers.file_preview import FilePreview
+    from tunewright.data.readers.file_check import Change, FilePreview
     from tunewright.data.remote import Transfer
     from tunewright.data.remove import RemoveResult
     from tunewright.data.splits import Split
@@ -69,16 +68,16 @@ def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping =
     Raises:
         UserError: the file cannot be read.
     """
-    from tunewright.data.readers import file_preview
+    from tunewright.data.readers import file_check
 
     wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
     given = {key: value for key, value in wanted.items() if value is not None}
-    return file_preview.preview_file(Path(file), project.folder.config.data.model_copy(update=given))
+    return file_check.preview_file(Path(file), project.folder.config.data.model_copy(update=given))
 
 
 def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:
     """Return the titles of a workbook's visible sheets; of another file, nothing."""
-    from tunewright.data.readers.file_preview import sheet_titles
+    from tunewright.data.readers.file_check import sheet_titles
 
     return sheet_titles(Path(file))
 

@@ -1,34 +1,74 @@
-"""All faults of files of pairs, and corrected copies of them; the files themselves are never changed."""
+"""Files of pairs before they are added: a preview, all faults, and corrected copies; the files never change."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, writing
+from tunewright.core.io import canonical_json, new_file
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.data.examples import ROLES, call_id
 from tunewright.data.pii import LABELS, find_in_value
 from tunewright.data.pii.message_texts import message_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.readers.calls import declared_tools
-from tunewright.data.readers.repairs import repair_turns
-from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
-from tunewright.data.readers.sources import Source, open_source
-from tunewright.data.readers.turns import Turn
+from tunewright.data.readers.sources import Source, is_workbook, open_source
+from tunewright.data.readers.turns import Turn, TurnKeys, json_or_literal, read_turn
 from tunewright.data.readers.validate import example_from_turns, groups_of, metadata_of, texts_of
 from tunewright.data.row_file import RowFile
+
+_LOOKED_AT = 20  # rows, some of which may be faulty
+# Templates on the whole row: every column is read, whatever its name.
+_ANY_COLUMNS = {"input": "{{ row }}", "output": "{{ row | tojson }}", "group_by": (), "drop_columns": ()}
+_CHAT_KEYS = {"messages", "system", "system_prompt", "only_last"}
+_OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+
+Repaired = tuple[list[Turn], str]
+"""The repaired turns, and a description of the repair."""
+
+
+@dataclass(frozen=True)
+class FilePreview:
+    """The columns (or keys) of a file and its first rows without a fault."""
+
+    columns: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+
+
+def preview_file(path: Path, data: DataConfig, count: int = 3) -> FilePreview:
+    """Return the columns of a file and its first ``count`` rows.
+
+    Raises:
+        UserError: the file cannot be read, or two columns have the same name.
+    """
+    source = open_source(path, data.model_copy(update=_ANY_COLUMNS), [])
+    rows = [raw.row for raw in islice(source.rows, _LOOKED_AT)]
+    good = [row for row in rows if not isinstance(row, RowError)][:count]
+    return FilePreview(tuple(dict.fromkeys(key for row in good for key in row)), tuple(good))
+
+
+def sheet_titles(path: Path) -> tuple[str, ...]:
+    """Return the titles of a workbook's visible sheets; of another file, nothing.
+
+    Raises:
+        UserError: a damaged workbook.
+    """
+    if not is_workbook(path):
+        return ()
+    from tunewright.data.readers.workbooks import visible_sheets
+
+    return visible_sheets(path)
 
 
 @dataclass(frozen=True)
@@ -168,7 +208,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
     plain = data.model_copy(update={"system_prompt": None})
-    with _new_file(out) as copy:
+    with new_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as copy:
         written = 0
         for row in _fixed_rows(source, plain, changes):
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -228,7 +268,7 @@ def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn],
         try:
             example_from_turns(turns, data, conversation.tools)
         except RowError as fault:
-            repaired = repair_turns(turns, fault)
+            repaired = _repair_turns(turns, fault)
             if repaired is None:
                 raise
             turns = repaired[0]
@@ -242,34 +282,162 @@ def _written(turn: Turn) -> dict[str, Any]:
     if turn.rest.get("weight") == 0:
         written["weight"] = 0
     if turn.calls:
-        written["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _as_text(call.arguments)}}
-            for call in turn.calls
-        ]
+        written["tool_calls"] = []
+        for call in turn.calls:
+            arguments = call.arguments if isinstance(call.arguments, str) else canonical_json(call.arguments)
+            function = {"name": call.name, "arguments": arguments}
+            written["tool_calls"].append({"id": call.id, "type": "function", "function": function})
     if turn.call_id is not None:
         written["tool_call_id"] = turn.call_id
     return written
 
 
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else canonical_json(arguments)
+def _repair_turns(turns: Sequence[Turn], error: RowError) -> Repaired | None:
+    """Repair one fault of these turns; None if there is no safe repair."""
+    repair = _REPAIRS.get(error.code)
+    at = next((i for i, turn in enumerate(turns) if turn.content_path == error.path), None)
+    if at is None:
+        at = next((i for i, turn in enumerate(turns) if turn.path and error.path[: len(turn.path)] == turn.path), None)
+    if repair is None or at is None:
+        return None
+    return repair(list(turns), at, error)
 
 
-_CHAT_KEYS = {"messages", "system", "system_prompt", "only_last"}
+def _key(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Drop a key without a value, or a name, which no chat template renders."""
+    key = str(error.path[-1])
+    if key not in turns[at].rest or (error.code != "E309" and turns[at].rest[key] not in (None, "", [], {})):
+        return None
+    return _without(turns, at, key, f"{place(error.path)} left out")
 
 
-@contextmanager
-def _new_file(path: Path) -> Iterator[TextIO]:
-    """Yield a new text file that is discarded if an exception is raised."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _repair_weight(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    weight = turns[at].rest["weight"]
+    nothing = weight is None or (turns[at].role != "assistant" and weight == 0 and not isinstance(weight, bool))
+    return _without(turns, at, "weight", f"{place(error.path)} left out: it has no effect") if nothing else None
+
+
+def _without(turns: list[Turn], at: int, key: str, what: str) -> Repaired:
+    rest = {name: value for name, value in turns[at].rest.items() if name != key}
+    turns[at] = replace(turns[at], rest=rest)
+    return turns, what
+
+
+def _role(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    role, turn = turns[at].role, turns[at]
+    if not isinstance(role, str):
+        return None
+    plain = role.strip().lower()
+    known = _OTHER_NAMES.get(plain, plain)
+    if known not in ROLES:
+        return None
+    key = str(turn.content_path[-1])
+    # Read again, since calls and results have keys of their own.
+    turns[at] = read_turn({**turn.rest, "role": known, key: turn.content}, turn.path, TurnKeys(("role",), (key,), {}))
+    return turns, f'the role of {place(error.path)} is "{known}" instead of "{role}"'
+
+
+def _result_text(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Write a result that is an object, a list or a number as JSON."""
+    content = turns[at].content
+    parts = isinstance(content, list) and any(isinstance(each, dict) and "type" in each for each in content)
+    if turns[at].role != "tool" or content is None or parts:
+        return None
+    turns[at] = replace(turns[at], content=canonical_json(content))
+    return turns, f"{place(error.path)}: the result written as JSON"
+
+
+def _arguments(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Write absent or empty arguments as {}, and a Python literal as JSON."""
+    calls = list(turns[at].calls)
+    number = next(n for n, call in enumerate(calls) if call.arguments_path == error.path)
+    given = calls[number].arguments
+    value: Any = {}
+    what = "no arguments written as {}"
+    if given is not None and str(given).strip():
+        what = "a Python literal written as JSON"
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).rename(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+            value = json_or_literal(given) if isinstance(given, str) else None
+        except ValueError:
+            return None
+    if not isinstance(value, dict):
+        return None
+    calls[number] = replace(calls[number], arguments=value)
+    turns[at] = replace(turns[at], calls=tuple(calls))
+    return turns, f"{place(error.path)}: {what}"
+
+
+def _ids(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
+    """Number the calls, if the results after each turn with calls can be matched with them in one way only."""
+    count = 0
+    for at, turn in enumerate(turns):
+        if not turn.calls:
+            continue
+        results = list(takewhile(lambda each: each.role == "tool", turns[at + 1 :]))
+        ids, given = [call.id for call in turn.calls], [result.call_id for result in results]
+        if len(ids) == len(given) and (len(ids) == 1 or given == [None] * len(given)):
+            order = list(range(len(ids)))
+        elif (
+            all(isinstance(each, str) for each in (*ids, *given))
+            and len(set(ids)) == len(ids)
+            and set(given) <= set(ids)
+        ):
+            places = {each: number for number, each in enumerate(ids)}
+            order = [places[each] for each in given]
+        else:
+            return None
+        new = [call_id(count + n) for n in range(len(ids))]
+        count += len(ids)
+        calls = tuple(replace(call, id=each) for call, each in zip(turn.calls, new, strict=True))
+        turns[at] = replace(turn, calls=calls)
+        for place_, result in enumerate(results):
+            turns[at + 1 + place_] = replace(result, call_id=new[order[place_]])
+    return turns, "calls and results numbered by their order"
+
+
+def _blank(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Drop a blank last turn after an answer, or a blank system turn."""
+    last = at == len(turns) - 1 and any(turn.role == "assistant" for turn in turns[:at])
+    if not last and not (at == 0 and turns[0].role == "system"):
+        return None
+    del turns[at]
+    return turns, f"{place(error.path)} left out: it is empty"
+
+
+def _repeat(turns: list[Turn], at: int, _error: RowError) -> Repaired | None:
+    """Drop one of two consecutive turns of a role if it is blank or a repetition."""
+    before, here = turns[at - 1], turns[at]
+    if here.content == before.content and here.rest == before.rest and not here.calls:
+        del turns[at]
+        return turns, f"{place(here.path)} left out: it repeats the previous turn"
+    for drop, turn in ((at - 1, before), (at, here)):
+        if isinstance(turn.content, str) and not turn.content.strip() and not turn.calls:
+            del turns[drop]
+            return turns, f"{place(turn.path)} left out: it is empty"
+    return None
+
+
+def _unanswered(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
+    """Drop the turns after the last trained answer, which would not be trained on."""
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.rest.get("weight", 1) == 1]
+    if not answers:
+        return None
+    left = [place(turn.path) for turn in turns[answers[-1] + 1 :]]
+    return turns[: answers[-1] + 1], f"{', '.join(left)} left out: no trained answer follows"
+
+
+_REPAIRS: dict[str, Callable[[list[Turn], int, RowError], Repaired | None]] = {
+    "E303": _key,
+    "E304": _role,
+    "E305": _result_text,
+    "E306": _result_text,
+    "E307": _repair_weight,
+    "E308": _unanswered,
+    "E309": _key,
+    "E401": _blank,
+    "E406": _repeat,
+    "E407": _unanswered,
+    "E504": _arguments,
+    "E507": _ids,
+    "E512": _ids,
+}

@@ -5,17 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tunewright.core.csv import safe_cell
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, write_json, write_text, writing
+from tunewright.core.io import canonical_json, new_file, write_json, write_text
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.examples import Example
@@ -220,22 +217,5 @@ def _write_parquet(path: Path, examples: Sequence[Example], facts: dict[str, str
         rows = [{**row, "tools": canonical_json(row["tools"])} if "tools" in row else row for row in rows]
     columns.insert(0, pa.field("messages", pa.list_(pa.struct(fields)), nullable=False))
     table = pa.Table.from_pylist(rows, schema=pa.schema(columns, metadata=facts))
-    with _new_file(path) as temporary:
+    with new_file(path) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces ``path`` at the end, unless an exception is raised."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        try:
-            yield temporary
-            os.fsync(handle)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            os.close(handle)
-            temporary.unlink(missing_ok=True)

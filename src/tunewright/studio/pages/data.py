@@ -26,7 +26,7 @@ from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
     from tunewright.data.add_plan import Effect
-    from tunewright.data.readers.file_preview import FilePreview
+    from tunewright.data.readers.file_check import FilePreview
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's."""
