@@ -10,7 +10,7 @@ from tunewright.core.options import Option
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """What is published, what its card states, and where it goes."""
+    """The published files, the statements of their card, and their destination."""
 
     merged: Annotated[bool, Option("Publish the merged model, not the adapter in PEFT's form.")] = False
     base_model: Annotated[str | None, Option("Hub id of the base.", default="base_model, if it is a hub id")] = None
