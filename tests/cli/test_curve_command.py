@@ -17,7 +17,7 @@ from tunewright.config import MetricName
 from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import Curve, Point, more_data
 from tunewright.render.plots import lines_file
-from tunewright.report.sections.learning_curve import lines
+from tunewright.report.sections.training import curve_lines
 
 pytestmark = pytest.mark.slow
 
@@ -166,5 +166,5 @@ def test_curve_answer_depends_on_the_interval(curve: Curve, answer: str, code: i
 
 def test_curve_plot_is_reproducible() -> None:
     curve = _curve(0.06, 0.02, 0.10, metric="bleu")
-    assert lines_file(lines(curve)) == lines_file(lines(curve))
-    assert "BLEU" in lines_file(lines(curve))
+    assert lines_file(curve_lines(curve)) == lines_file(curve_lines(curve))
+    assert "BLEU" in lines_file(curve_lines(curve))

@@ -56,7 +56,7 @@ def _lines(svg: str, colour: str, points: int = 3) -> list[list[tuple[float, flo
 
 
 def test_training_plot_shows_losses_dev_score_and_kept_step() -> None:
-    svg = lines_plot(training.lines(RUN, "exact_match"))
+    svg = lines_plot(training.run_lines(RUN, "exact_match"))
     (train,) = _lines(svg, "var(--plain)")
     losses, scores = _lines(svg, "var(--tuned)")
     kept = _lines(svg, "currentColor", points=2)
@@ -76,7 +76,7 @@ def test_training_plot_shows_losses_dev_score_and_kept_step() -> None:
 
 def test_training_plot_without_dev_scores_shows_only_losses() -> None:
     run = [{key: value for key, value in row.items() if key != "eval_metric"} for row in RUN]
-    svg = lines_plot(training.lines(run, "exact_match"))
+    svg = lines_plot(training.run_lines(run, "exact_match"))
     (losses,) = _lines(svg, "var(--tuned)")
     (kept,) = _lines(svg, "currentColor", points=2)
     assert kept[0][0] == kept[1][0] == losses[2][0]
@@ -85,7 +85,7 @@ def test_training_plot_without_dev_scores_shows_only_losses() -> None:
 
 def test_plot_does_not_change_the_global_style() -> None:
     before = dict(mpl.rcParams)
-    lines_plot(training.lines(RUN, "bleu"))
+    lines_plot(training.run_lines(RUN, "bleu"))
     assert dict(mpl.rcParams) == before
 
 

@@ -29,13 +29,13 @@ def optimize_prompt(
         expected = run.project.estimate_optimize_prompt()
         run.show(expected, estimate_text(expected))
         return
-    from tunewright.report.sections.prompt_optimization import section
+    from tunewright.report.sections.prompting import optimization_section
 
     result = run.project.optimize_prompt()
     prompt = result.prompt
     run.show(
         {"file": str(result.file), "optimized": result.optimized, "prompt": prompt.model_dump(mode="json")},
-        section(prompt),
+        optimization_section(prompt),
         f"Prompt: {result.file}",
     )
 

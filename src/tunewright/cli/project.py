@@ -146,7 +146,7 @@ def demo(
     from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo
     from tunewright.demo_tenants import show_two_tenants
     from tunewright.evidence.schema import load_items
-    from tunewright.report.sections import judge, learning_curve
+    from tunewright.report.sections import judge, training
 
     project = open_demo(directory, run.reporter, whole=whole, cluster=run.cluster)
     with run.reporter.pipeline(_DEMO_STAGES) as stage_done:
@@ -169,7 +169,7 @@ def demo(
     if whole:
         rest = measure_slow_parts(project, result.evaluated.folder)
         document |= rest.as_dict()
-        shown += [*advice_tables(rest.advice), learning_curve.section(rest.curve.curve)]
+        shown += [*advice_tables(rest.advice), training.curve_section(rest.curve.curve)]
         shown += [judge.section(rest.judged.judgement), f"Report: {rest.report}"]
     run.show(document, *shown)
     run.report_review_status(directory)

@@ -110,7 +110,7 @@ def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, wr
 def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
     from tunewright.evidence.learning_curve import more_data
     from tunewright.report.curve import CURVE_PLOT, SEEDS
-    from tunewright.report.sections.learning_curve import section
+    from tunewright.report.sections.training import curve_section
 
     result = run.project.curve(seeds=SEEDS if seeds is None else seeds, force=force)
     found = more_data(result.curve)
@@ -123,7 +123,7 @@ def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
             "reasons": list(found.reasons),
             "curve": result.curve.model_dump(mode="json"),
         },
-        section(result.curve),
+        curve_section(result.curve),
         f"Curve: {result.folder / CURVE_PLOT}",
     )
     return found.exit_code
@@ -132,10 +132,10 @@ def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
 def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Part]:
     """Return each trial at each rung, its outcome, and the winner."""
     from tunewright.core.progress import duration
-    from tunewright.report.sections.sweep import section
+    from tunewright.report.sections.training import sweep_section
 
     ledger = result.ledger
-    parts: list[Part] = [section(ledger), f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
+    parts: list[Part] = [sweep_section(ledger), f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
     if result.winner is None or result.adapter is None:
         left_out = any(entry.event == "left out" for entry in ledger.entries)
         what_to_do = "A larger --minutes resumes from here." if left_out else "Try lower rates with --rate."

@@ -51,7 +51,7 @@ def report(run: Session, evaluation: Evaluation = None) -> None:
 @command(app, "access-log", panel=EVALUATE, example="tunewright access-log")
 def access_log(run: Session) -> None:
     """List every opening of the test split, after checking the log and the files that it binds for changes."""
-    from tunewright.report.sections.access_log import log_table
+    from tunewright.report.sections.method import log_table
 
     openings = run.unopened.access_log()
     run.show(

@@ -25,7 +25,7 @@ def curve(project: OpenProject, *, seeds: int = SEEDS, force: bool = False) -> C
     """
     from tunewright.evaluation.learning_curve import LearningCurve
     from tunewright.render.plots import lines_file
-    from tunewright.report.sections.learning_curve import lines
+    from tunewright.report.sections.training import curve_lines
 
     if seeds < 2:
         raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
@@ -35,5 +35,5 @@ def curve(project: OpenProject, *, seeds: int = SEEDS, force: bool = False) -> C
         result = LearningCurve(
             project.folder, version, project.base, chat, project.reporter, trainings, seeds=seeds, force=force
         ).run()
-    write_text(result.folder / CURVE_PLOT, lines_file(lines(result.curve)))
+    write_text(result.folder / CURVE_PLOT, lines_file(curve_lines(result.curve)))
     return result

@@ -14,7 +14,6 @@ from tunewright.evidence.schema import Evidence, Item
 from tunewright.render.blocks import Section
 from tunewright.render.html import page_templates
 from tunewright.report.sections import (
-    access_log,
     arms,
     benchmarks,
     contrasts,
@@ -23,7 +22,6 @@ from tunewright.report.sections import (
     incumbents,
     items,
     judge,
-    learning_curve,
     method,
     prompting,
     summary,
@@ -98,8 +96,8 @@ def page_sections(
         prompting.folds_section(evidence),
         prompting.section(evidence),
         training.section(evidence, history),
-        learning_curve.section(curve) if curve else None,
-        access_log.section(evidence),
+        training.curve_section(curve) if curve else None,
+        method.openings_section(evidence),
         method.section(evidence),
         method.lineage(evidence),
     )

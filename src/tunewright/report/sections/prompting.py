@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tunewright.evidence.prompt_optimization import NOT_RUN
+from tunewright.evidence.prompt_optimization import NOT_RUN, OptimizedPrompt
 from tunewright.evidence.schema import Advice, Evidence, Fold, Narrowing, SeedSpread
 from tunewright.metrics import axis_label
 from tunewright.render.blocks import Block, Column, Lead, Notes, Row, Section, Table, row, table
-from tunewright.report.sections import prompt_optimization
 from tunewright.report.sections.arms import arms_figure, arms_table, left_out
 
 
@@ -29,7 +28,7 @@ def section(evidence: Evidence) -> Section | None:
             _draws(evidence.static),
         ]
     optimized = evidence.prompt_optimization
-    blocks += prompt_optimization.section(optimized).blocks if optimized else (Notes((NOT_RUN,)),)
+    blocks += optimization_section(optimized).blocks if optimized else (Notes((NOT_RUN,)),)
     if evidence.left_out:
         blocks.append(Notes(tuple(f"Left out: {each.name}, as {each.why}." for each in evidence.left_out)))
     if evidence.budget is not None:
@@ -112,3 +111,30 @@ def _fold(fold: Fold, arms: list[str]) -> Row:
         *("none" if score is None else f"{100 * score:.1f}" for score in scores),
         ", ".join(f"{loss:.3f}" for loss in fold.dev_losses),
     )
+
+
+def optimization_section(prompt: OptimizedPrompt) -> Section:
+    """Return the optimization's summary, its candidates and the chosen instruction."""
+    blocks: list[Block] = [Lead(prompt.summary), _candidates(prompt)]
+    notes = [f"The chosen instruction ({prompt.digest}): {prompt.instruction}"] if prompt.instruction else []
+    notes += [f"Optimization: {note}." for note in prompt.notes]
+    if notes:
+        blocks.append(Notes(tuple(notes)))
+    return Section("optimized-prompt", "The optimized prompt", tuple(blocks))
+
+
+def _candidates(prompt: OptimizedPrompt) -> Table:
+    head = ("Instruction", Column("Made from", words=True), "Validation", "Dev", Column("Result", words=True))
+    rows = []
+    for place, each in enumerate(prompt.candidates):
+        parents = ", ".join(prompt.candidates[parent].digest if parent else "own" for parent in each.parents)
+        rows.append(
+            row(
+                "the pairs' own" if place == 0 else each.digest,
+                parents,
+                f"{100 * each.validation:.1f}",
+                "" if each.dev is None else f"{100 * each.dev:.1f}",
+                "chosen" if place == prompt.chosen else "",
+            )
+        )
+    return table("Table of optimized instructions", head, rows)
