@@ -15,8 +15,8 @@ from tiny import byte_tokenizer, tiny_model
 from tunewright.chat import Tokens
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.training.preference.losses import orpo_losses
 from tunewright.training.preference.pairs import PreferenceRows
+from tunewright.training.preference.trainer import orpo_losses
 from tunewright.training.rows import EncodedRows
 
 BETA = 0.3

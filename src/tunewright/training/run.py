@@ -231,7 +231,7 @@ class Run:
         if self.parent is not None:
             load_adapter(trainer.model, self.parent.folder)
         if preferences is not None and trainer.needs_reference:
-            from tunewright.training.preference.reference import set_reference
+            from tunewright.training.preference.trainer import set_reference
 
             start = [self.base.digest, None if self.parent is None else self.parent.digest]
             identity = digest([*start, render_digest(preferences.rows)])

@@ -1,31 +1,42 @@
-"""The trainer on preference data: the answers of a pair in one packed pass, and the losses of trl's trainers.
+"""The trainer on preference data: the answers of a pair in one packed pass, and the losses of DPO, ORPO and KTO.
 
-Shapes: L trained tokens, A answers of a batch, P of its training rows (pairs, or with kto answers).
+The losses are computed as trl 1.16 computes them. The reference model's log-probabilities are computed once for each
+answer before the first step, and kept.
+
+Shapes: L trained tokens, A answers of a batch, P of its training rows (pairs, or with kto answers). All
+log-probabilities are natural logarithms, of whole answers unless a name says mean.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from tunewright.core.errors import UserError
+from tunewright.core.io import write_json
+from tunewright.core.progress import Reporter
+from tunewright.training import distributed
 from tunewright.training.checkpoint_selection import REWARD_ACCURACY, REWARD_CHOSEN, REWARD_REJECTED
 from tunewright.training.micro_batch import RawRows
 from tunewright.training.packing import pack
 from tunewright.training.packing.fused_loss import batch_token_losses
-from tunewright.training.preference.losses import dpo_losses, kto_losses, orpo_losses
 from tunewright.training.preference.pairs import PreferenceRows
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.trainer import Trainer
 
 Row = tuple[list[int], list[int]]
 """Token ids and labels of an answer with its prompt."""
+
+_REFERENCE = "reference.json"
 
 
 class PreferenceTrainer(Trainer):
@@ -316,3 +327,87 @@ def _mismatched(preferences: PreferenceRows, limit: int) -> list[Row]:
                 fix="Raise it, or use method: dpo.",
             )
     return found
+
+
+def dpo_losses(chosen: Tensor, rejected: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """Return DPO's loss of each pair [P]: trl's loss_type ``sigmoid`` (Rafailov et al. 2023, eq. 7).
+
+    Args:
+        chosen, rejected: log-probabilities of the answers [P].
+        reference: those under the reference model, chosen and rejected [P, 2].
+        beta: weight of the distance from the reference.
+    """
+    return -logsigmoid(beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1])))
+
+
+def orpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """Return the odds-ratio term of ORPO's loss for each pair [P] (Hong et al. 2024, eq. 7).
+
+    Args:
+        chosen, rejected: mean log-probability of the answers' tokens [P].
+        beta: weight of the term.
+    """
+    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return -beta * logsigmoid(log_odds)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """Return log(1 - exp(x)) for x < 0, by whichever form is accurate there (Mächler 2012)."""
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    # Each branch sees only values for which it and its gradient are finite.
+    near = x > -0.6931472
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )
+
+
+def kto_losses(
+    answers: Tensor, reference: Tensor, divergence: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]
+) -> Tensor:
+    """Return KTO's loss of each answer [A] (Ethayarajh et al. 2024, eq. 7).
+
+    Args:
+        answers: log-probabilities of the answers [A].
+        reference: those under the reference model [A].
+        divergence: estimate of the KL divergence from the reference, at least 0; a scalar without gradient.
+        desirable: True for a good answer [A].
+        beta: weight of the distance from the reference.
+        weights: factors of good and of bad answers.
+    """
+    distance = (answers - reference) - divergence
+    sign = torch.where(desirable, 1.0, -1.0)
+    factor = torch.where(desirable, weights[0], weights[1])
+    return factor * (1 - torch.sigmoid(beta * sign * distance))
+
+
+def set_reference(trainer: PreferenceTrainer, work: Path, identity: str, reporter: Reporter) -> None:
+    """Give the trainer its reference: that of an earlier part of this run, or the current adapter.
+
+    Args:
+        trainer: before its first step, with the weights that it starts from.
+        work: the run's working folder, which keeps the numbers for a run that resumes.
+        identity: digest of the answers and of the reference model.
+        reporter: shows progress.
+    """
+    count = len(trainer.answers) + len(trainer.mismatched)
+    kept = _kept(work / _REFERENCE, identity, count)
+    if kept is None:
+        with reporter.task("Reference log-probabilities", count, "answers") as task:
+            kept = trainer.log_probabilities(task.advance)
+        if distributed.is_main_process():
+            write_json(work / _REFERENCE, {"identity": identity, "log_probabilities": kept})
+    trainer.reference = kept
+
+
+def _kept(file: Path, identity: str, count: int) -> list[float] | None:
+    """Return the kept numbers; None if there are none, or not of these answers."""
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("identity") != identity:
+        return None
+    numbers = found.get("log_probabilities")
+    return numbers if isinstance(numbers, list) and len(numbers) == count else None
