@@ -36,10 +36,9 @@ from tunewright.generation.kv_cache import (
     select,
     truncate,
 )
-from tunewright.generation.logits import adjust_logits, token_logprobs
 from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.generation.requests import Request, Row
-from tunewright.generation.sampling import next_tokens
+from tunewright.generation.sampling import adjust_logits, next_tokens, token_logprobs
 from tunewright.generation.text_stream import Decode
 
 # Tokens of one prefill, padding included: it bounds the memory that new rows need for their activations.
