@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from tunewright.evaluation.benchmarks.checks import Check
-from tunewright.evaluation.benchmarks.ifeval import _google
+from tunewright.evaluation.benchmarks.instructions import _google
 
 TEXTS = (
     "So it is.",

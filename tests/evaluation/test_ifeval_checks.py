@@ -16,8 +16,7 @@ from pydantic import TypeAdapter
 from real_data import SHARED
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.checks import Check
-from tunewright.evaluation.benchmarks.ifeval import Instruction, read_instructions
-from tunewright.evaluation.benchmarks.instructions import examples_control
+from tunewright.evaluation.benchmarks.instructions import Instruction, examples_control, read_instructions
 
 CHECK: TypeAdapter[Check] = TypeAdapter(Check)
 IFEVAL = SHARED / "ifeval" / "input_data.jsonl"
