@@ -25,7 +25,7 @@ from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, listed
 from tunewright.data.readers.validate import MOST_CHARACTERS, RowError, example_from_object
-from tunewright.metrics.call_ast import ACCEPTABLE, OPTIONAL, alternative
+from tunewright.metrics.calls import ACCEPTABLE, OPTIONAL, alternative
 
 NAME = "bfcl"
 ROWS_FILE = "bfcl.jsonl"

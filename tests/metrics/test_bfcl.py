@@ -16,7 +16,7 @@ from bfcl_rows import Call, Item, answer_text, gold, items, needs_bfcl, perturbe
 from factories import scorers
 from tunewright.config import MetricName
 from tunewright.metrics import Scorer, Unscored
-from tunewright.metrics.call_ast import call_ast_match
+from tunewright.metrics.calls import call_ast_match
 from tunewright.metrics.scorer import Pair
 
 pytestmark = needs_bfcl

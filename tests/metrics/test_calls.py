@@ -17,8 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.metrics import Scores, score_all
-from tunewright.metrics.call_ast import call_ast_match
-from tunewright.metrics.calls import calls_in
+from tunewright.metrics.calls import call_ast_match, calls_in
 
 CALL_METRICS: list[Metric] = [
     "call_exact_match",

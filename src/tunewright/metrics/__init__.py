@@ -8,10 +8,10 @@ from typing import Any
 from tunewright.config import EvaluateConfig, Metric, metric_name
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
 from tunewright.core.io import digest
-from tunewright.metrics.bleu_chrf import bleu, chrf
-from tunewright.metrics.call_ast import acceptable_values, call_ast_match
 from tunewright.metrics.calls import (
+    acceptable_values,
     call_argument_f1,
+    call_ast_match,
     call_exact_match,
     call_name_match,
     call_schema_valid,
@@ -31,7 +31,7 @@ from tunewright.metrics.scorer import (
     references_of,
     score_all,
 )
-from tunewright.metrics.string_match import accuracy, exact_match, matches, normalised, token_f1
+from tunewright.metrics.string_match import accuracy, bleu, chrf, exact_match, matches, normalised, token_f1
 
 __all__ = [
     "ItemScore",
