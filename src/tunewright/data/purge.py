@@ -20,7 +20,7 @@ import numpy as np
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, listed
 from tunewright.data.examples import INSTRUCTIONS, Example
-from tunewright.data.pii.message_texts import message_texts
+from tunewright.data.pii import message_texts
 from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.review.suspects import remove_cached_suspects
 from tunewright.data.selection import Origins, read_origins

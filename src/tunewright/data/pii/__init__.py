@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.core.workers import slices
-from tunewright.data.examples import INSTRUCTIONS, Example, Role
-from tunewright.data.pii.message_texts import message_texts, with_texts
+from tunewright.data.examples import INSTRUCTIONS, Example, Message, Role
 from tunewright.data.pii.names import NAME_LABELS
 from tunewright.data.pii.personal_patterns import PERSONAL
 from tunewright.data.pii.secret_patterns import SECRETS, Category, Finder, Finding, Pattern
@@ -351,3 +352,51 @@ def _listed(places: Sequence[LocatedFinding], most: int) -> str:
 
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def message_texts(message: Message) -> list[tuple[str, str]]:
+    """Return the texts, each with the key that names it ("" for none), since some secrets are recognised by it.
+
+    They are a message's content, and the keys and values inside of declarations and arguments: values are searched
+    apart, so that a replaced one leaves valid JSON.
+    """
+    if message.role == "tools":
+        return list(_json_texts(json.loads(message.content)))
+    arguments = (text for call in message.calls for text in _json_texts(json.loads(call.arguments)))
+    return [("", message.content), *arguments]
+
+
+def with_texts(message: Message, texts: Sequence[str]) -> Message:
+    """Return the message with other texts, in the order of ``message_texts``; a changed number becomes a text."""
+    left = iter(texts)
+    if message.role == "tools":
+        return replace(message, content=canonical_json(_with_values(json.loads(message.content), left)))
+    content = next(left)
+    calls = tuple(
+        replace(call, arguments=canonical_json(_with_values(json.loads(call.arguments), left)))
+        for call in message.calls
+    )
+    return replace(message, content=content, calls=calls)
+
+
+def _json_texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield "", key
+            yield from _json_texts(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _json_texts(inner, name)
+    elif value is not None and not isinstance(value, bool):
+        yield name, str(value)
+
+
+def _with_values(value: Any, texts: Iterator[str]) -> Any:
+    if isinstance(value, dict):
+        return {next(texts): _with_values(inner, texts) for inner in value.values()}
+    if isinstance(value, list):
+        return [_with_values(inner, texts) for inner in value]
+    if value is None or isinstance(value, bool):
+        return value
+    text = next(texts)
+    return value if text == str(value) else text

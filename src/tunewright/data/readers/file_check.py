@@ -17,8 +17,7 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.examples import ROLES, call_id
-from tunewright.data.pii import LABELS, find_in_value
-from tunewright.data.pii.message_texts import message_texts
+from tunewright.data.pii import LABELS, find_in_value, message_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.readers.calls import declared_tools
 from tunewright.data.readers.row_errors import RowError, place

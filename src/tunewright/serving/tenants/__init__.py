@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
+from sqlalchemy import select, text, update
+
 from tunewright.core.io import canonical_json
 from tunewright.gate.results import IsolationCheck, IsolationTest, ServingCheck
-from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine
-from tunewright.serving.tenants.audit_replay import replay
+from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine, changing
 from tunewright.serving.tenants.database import Database, StateUnavailableError, exists
 from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys, NewKey
-from tunewright.serving.tenants.migrations import upgrade
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
 from tunewright.serving.tenants.release_record import Candidate, Grounds, Release
 from tunewright.serving.tenants.releases import Releases
+from tunewright.serving.tenants.tables import MIGRATIONS, SCHEMA_VERSION, schema
 from tunewright.serving.tenants.tenants import Tenant, Tenants
 from tunewright.serving.tenants.usage import Usage
-from tunewright.serving.tenants.usage_rollup import RollupResult, UsageRollup
+from tunewright.serving.tenants.usage_rollup import DayTotal, RollupResult, UsageRollup
 
 __all__ = [
     "Audit",
@@ -53,6 +54,9 @@ __all__ = [
     "exists",
 ]
 
+Records = dict[str, dict[str, Any]]
+"""Fields to compare, by the name of a tenant, the prefix of a key, or a day with tenant, alias and adapter."""
+
 
 class State:
     """The serving state in a database; close it, or use it as a context manager.
@@ -79,7 +83,7 @@ class State:
     ) -> None:
         self._database = Database(url, clock, steady, serving=serving)
         try:
-            upgrade(self._database, actor)
+            _upgrade(self._database, actor)
         except BaseException:
             self._database.close()
             raise
@@ -148,6 +152,22 @@ class State:
         self.close()
 
 
+def _upgrade(database: Database, actor: str | None) -> None:
+    """Migrate the tables of an earlier tunewright, in one transaction with a line in the audit log."""
+    with database.reading() as connection:
+        if connection.execute(select(schema.c.version)).scalar_one() == SCHEMA_VERSION:
+            return
+    with changing(database, actor) as change:
+        version = change.connection.execute(select(schema.c.version)).scalar_one()
+        if version == SCHEMA_VERSION:
+            return  # another process has migrated it meanwhile
+        for step in range(version, SCHEMA_VERSION):
+            for statement in MIGRATIONS[step]:
+                change.connection.execute(text(statement))
+        change.connection.execute(update(schema).values(version=SCHEMA_VERSION))
+        change.log("schema.upgrade", "state", before=version, after=SCHEMA_VERSION)
+
+
 def _comparable(release: Mapping[str, Any]) -> str:
     """Return a release as canonical JSON; a field that an older version did not write equals its default."""
     grounds = {name: value for name, value in release["grounds"].items() if value is not None}
@@ -158,3 +178,95 @@ def _comparable(release: Mapping[str, Any]) -> str:
 def _without_default(record: Mapping[str, Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {"system_prompt": True, "grammar": None}
     return {name: value for name, value in record.items() if name not in defaults or value != defaults[name]}
+
+
+@dataclass(frozen=True)
+class AuditReplay:
+    """The state that follows from all lines together.
+
+    Args:
+        tenants: aliases and limits by name.
+        keys: tenant, aliases, expiry and revocation by prefix.
+        usage: the rolled-up totals.
+        unlogged: days that an earlier version rolled up without logging the totals.
+    """
+
+    tenants: Records = field(default_factory=dict)
+    keys: Records = field(default_factory=dict)
+    usage: Records = field(default_factory=dict)
+    unlogged: set[str] = field(default_factory=set)
+
+    def differing(self, tenants: Iterable[Tenant], keys: Iterable[Key], usage: Iterable[DayTotal]) -> list[str]:
+        """Return a sentence for each tenant, key and day that differs in the tables."""
+        stored_tenants = {tenant.name: _tenant(tenant.aliases, asdict(tenant.limits)) for tenant in tenants}
+        stored_keys = {
+            key.prefix: _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked) for key in keys
+        }
+        logged, stored = (
+            {name: total for name, total in records.items() if name.partition(",")[0] not in self.unlogged}
+            for records in (self.usage, {total.name: total.counts for total in usage})
+        )
+        return [
+            *_differing("tenant", self.tenants, stored_tenants),
+            *_differing("key", self.keys, stored_keys),
+            *_differing("usage of", logged, stored),
+        ]
+
+
+def replay(lines: Iterable[AuditLine]) -> AuditReplay:
+    """Replay a whole log, the oldest line first."""
+    replayed = AuditReplay()
+    for line in lines:
+        subject, details = line.subject, json.loads(line.details)
+        match line.action:
+            case "tenant.add":
+                replayed.tenants[subject] = _tenant(details["aliases"], details["limits"])
+            case "tenant.grant":
+                replayed.tenants[subject]["aliases"] |= set(details["aliases"])
+            case "tenant.revoke":
+                replayed.tenants[subject]["aliases"] -= set(details["aliases"])
+            case "tenant.limit":
+                replayed.tenants[subject]["limits"] = details["after"]
+            case "key.add":
+                replayed.keys[subject] = _key(details["tenant"], details["aliases"], details["expires"])
+            case "key.rotate":
+                new = {"expires": details["expires"], "replaced_by": None}
+                replayed.keys[details["new"]] = replayed.keys[subject] | new
+                replayed.keys[subject] |= {"expires": details["old_expires"], "replaced_by": details["new"]}
+            case "key.revoke":
+                replayed.keys[subject]["revoked"] = True
+            case "usage.rollup" if "totals" not in details:
+                replayed.unlogged.add(subject)
+            case "usage.rollup":
+                for total in (DayTotal(**total) for total in details["totals"]):
+                    so_far = replayed.usage.get(total.name, {})
+                    replayed.usage[total.name] = {
+                        name: so_far.get(name, 0) + count for name, count in total.counts.items()
+                    }
+    return replayed
+
+
+def _tenant(aliases: Sequence[str], limits: Mapping[str, Any]) -> dict[str, Any]:
+    return {"aliases": set(aliases), "limits": dict(limits)}
+
+
+def _key(
+    tenant: str,
+    aliases: Sequence[str] | None,
+    expires: float | None,
+    replaced_by: str | None = None,
+    revoked: float | None = None,
+) -> dict[str, Any]:
+    scope = None if aliases is None else set(aliases)
+    return {
+        "tenant": tenant,
+        "aliases": scope,
+        "expires": expires,
+        "replaced_by": replaced_by,
+        "revoked": revoked is not None,
+    }
+
+
+def _differing(what: str, replayed: Records, stored: Records) -> list[str]:
+    names = sorted(name for name in replayed.keys() | stored.keys() if replayed.get(name) != stored.get(name))
+    return [f"{what} {name} differs from the audit log" for name in names]

@@ -9,9 +9,8 @@ from starlette.responses import Response
 
 from tunewright.core.errors import UserError
 from tunewright.data.dedup import cluster_counts
-from tunewright.data.history import row_history
 from tunewright.data.review.label_models import excerpt
-from tunewright.data.row_index import FLAGS, RowQuery
+from tunewright.data.row_index import FLAGS, RowQuery, row_history
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
 from tunewright.studio.pages.review import next_row, stored_searches
