@@ -22,7 +22,7 @@ from tunewright.core.io import write_json
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.evaluation import answer_worker
-from tunewright.evaluation.cluster_answers import _parts
+from tunewright.evaluation.answer_worker import _parts
 from tunewright.evaluation.generations import ArmPrompts, Generator
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.constraints import Grammar

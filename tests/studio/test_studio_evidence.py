@@ -162,7 +162,7 @@ def test_prompts_page_shows_what_the_models_were_given(tmp_path: Path, tiny_base
         assert all(content in page for content in asked)
         (folder / "evaluations" / evidence.id / PROMPTS_FILE).unlink()  # as after a purge of rows
         page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
-        assert page.count("The prompts were deleted") == len(prompts)
+        assert page.count("The prompts were deleted") == 1
         assert library.open(folder).verdict(evidence.id).reasons
 
 
@@ -173,7 +173,7 @@ def test_evidence_of_schema_2_says_that_it_has_no_prompts(project: Path, items: 
     assert [each.arm for each in found] == [arm.name for arm in older.arms]
     with restarted(project) as browser:
         page = unescape(browser.get(f"/evidence/{older.id}/1/prompts"))
-        assert page.count("stored no prompts") == len(found)
+        assert page.count("stored no prompts") == 1
     assert library.open(project).verdict(older.id) == verdict(older)
 
 

@@ -24,8 +24,7 @@ from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, answer_journal
-from tunewright.evaluation.answer_worker import WorkerModel
-from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers
+from tunewright.evaluation.answer_worker import ArmRequests, ClusterAnswers, WorkerModel
 from tunewright.evaluation.countdown import Countdown, tokens_each
 from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.evidence.common import EngineUsed

@@ -25,8 +25,7 @@ from tunewright.evaluation.arms import TUNED, ZERO_SHOT
 from tunewright.evaluation.benchmarks.runner import measure_suites
 from tunewright.evaluation.comparison import plan_comparison
 from tunewright.evaluation.frozen_answers import Split
-from tunewright.evaluation.incumbent_costs import repriced
-from tunewright.evaluation.incumbents import IncumbentArms
+from tunewright.evaluation.incumbents import IncumbentArms, repriced
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
