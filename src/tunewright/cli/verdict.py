@@ -62,14 +62,12 @@ def access_log(run: Session) -> None:
 
 def verdict_text(decision: Verdict) -> Text:
     """Return the decision and its reasons."""
-    from tunewright.report.text import cause_text
+    from tunewright.render.terminal import rendered
+    from tunewright.report.text import verdict_blocks
 
     on_dev = " (on dev)" if decision.split == "dev" else ""
     text = Text(f"Verdict{on_dev}: {decision.decision}\n", style=_COLOURS[decision.decision])
-    lines = [f"  {reason}" for reason in decision.reasons]
-    if decision.causes:
-        lines.append("Likely causes:")
-        lines += [f"  - {cause_text(cause)}" for cause in decision.causes]
+    lines = [f"  {line}" for line in rendered(*verdict_blocks(decision, decision.reasons))]
     for each in decision.replacements:
         lines.append(f"Incumbent {each.incumbent.name}: {each.outcome}")
         lines += [f"  {reason}" for reason in each.reasons]

@@ -43,9 +43,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[bo
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
 
 
-def markdown(*sections: Section) -> list[str]:
-    """Return the paragraphs, lists and tables of sections; a row that decides is bold."""
-    return [_block(block) for section in sections for block in section.blocks if not isinstance(block, Drawn)]
+def markdown(*parts: Section | Block) -> list[str]:
+    """Return the paragraphs, lists and tables of sections and blocks; a row that decides is bold."""
+    found = [block for part in parts for block in (part.blocks if isinstance(part, Section) else (part,))]
+    return [_block(block) for block in found if not isinstance(block, Drawn)]
 
 
 def _block(block: Block) -> str:

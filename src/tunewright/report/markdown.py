@@ -5,9 +5,9 @@ from __future__ import annotations
 from tunewright.evidence.benchmarks import standing
 from tunewright.evidence.causes import ProjectFacts, decided
 from tunewright.evidence.schema import Evidence
-from tunewright.render.markdown import bullets, markdown, plain
+from tunewright.render.markdown import markdown, plain
 from tunewright.report.sections import evaluation
-from tunewright.report.text import cause_text, headline
+from tunewright.report.text import headline, verdict_blocks
 
 
 def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> str:
@@ -21,10 +21,10 @@ def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> s
     blocks = [
         f"## {headline(result)}: {plain(evidence.project)}",
         plain(measured),
-        bullets([plain(reason) for reason in reasons if reason not in below]),
-        "Likely causes:" if result.causes else "",
-        bullets([plain(cause_text(cause)) for cause in result.causes]),
-        *markdown(*evaluation.sections(evidence)),
+        *markdown(
+            *verdict_blocks(result, [reason for reason in reasons if reason not in below]),
+            *evaluation.sections(evidence),
+        ),
         _made_with(evidence),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"

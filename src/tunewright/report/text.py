@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tunewright.config import MetricName
 from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Advice, Evidence
 from tunewright.evidence.verdict import Decision, Reason, Verdict
 from tunewright.metrics import points_text
+from tunewright.render.blocks import Block, Lead, Notes
 
 HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
 
@@ -15,6 +18,12 @@ def headline(found: Verdict) -> str:
     """Return the verdict's headline, with a mark if it is on the dev split."""
     text = HEADLINES[found.decision]
     return f"{text} (on dev)" if found.split == "dev" else text
+
+
+def verdict_blocks(found: Verdict, reasons: Sequence[str]) -> tuple[Block, ...]:
+    """Return these reasons of a verdict, and the causes of a *don't ship*."""
+    causes = tuple(map(cause_text, found.causes))
+    return (Notes(tuple(reasons)), *((Lead("Likely causes:"), Notes(causes)) if causes else ()))
 
 
 def cause_text(cause: Reason) -> str:

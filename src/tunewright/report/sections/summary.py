@@ -8,7 +8,8 @@ from tunewright.evidence.causes import ProjectFacts, decided
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Decision, changed_words
 from tunewright.metrics import points_text, score_text
-from tunewright.report.text import cause_text, headline
+from tunewright.render.blocks import Block
+from tunewright.report.text import headline, verdict_blocks
 
 _TONES: dict[Decision, str] = {"ship": "ship", "don't ship": "dont", "can't tell": "open"}
 
@@ -32,8 +33,8 @@ class Summary:
     """The measurement in plain words."""
     made: str
     """Date, author, base and data set of the measurement."""
-    reasons: tuple[str, ...]
-    causes: tuple[str, ...]
+    reasons: tuple[Block, ...]
+    """The reasons, and likely causes."""
     numbers: tuple[Number, ...]
     meaning: str
 
@@ -48,8 +49,7 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
         tone=_TONES[result.decision],
         measured=result.summary,
         made=_made(evidence),
-        reasons=result.reasons,
-        causes=tuple(cause_text(cause) for cause in result.causes),
+        reasons=verdict_blocks(result, result.reasons),
         numbers=(
             Number(score_text(evidence.metric, treatment.score(evidence.metric).value), treatment.name, "tuned"),
             Number(
