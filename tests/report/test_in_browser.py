@@ -12,7 +12,7 @@ from browser import EXECUTABLE, chromium, contrasts, faults, new_page, show
 from factories import make_history
 from report_evidence import CURVE, ITEMS, full_evidence
 from signals_factory import make_signals
-from tunewright.report.html import write_report
+from tunewright.report.html import render_report
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="n
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(full_evidence(), ITEMS, make_history(), out, CURVE, make_signals())
+    out.write_text(render_report(full_evidence(), ITEMS, make_history(), CURVE, make_signals()), encoding="utf-8")
     return out
 
 

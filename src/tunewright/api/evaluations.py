@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from tunewright.adapters.registry import list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest
+from tunewright.core.io import digest, write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.review.reviews import read_reviews
@@ -274,7 +274,7 @@ def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
         UserError: as :meth:`verdict`, or stored advice was changed after it was written.
     """
     from tunewright.evidence.learning_curve import find_curve
-    from tunewright.report.html import write_report
+    from tunewright.report.html import render_report
 
     evidence = _evidence(project, evaluation)
     folder = _folder(evaluation_folder(project, evaluation))
@@ -292,7 +292,7 @@ def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
         _matching_advice(project.folder, evidence),
     )
     known = known_of(project.folder, evidence, project.reporter)
-    write_report(evidence, load_items(folder), history, out, curve, advice, known)
+    write_text(out, render_report(evidence, load_items(folder), history, curve, advice, known))
     return out
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tunewright.advisor.signals import Signals
-from tunewright.core.io import write_text
 from tunewright.evidence.causes import ProjectFacts
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence, Item
@@ -30,29 +28,6 @@ from tunewright.report.sections import (
 )
 
 
-def write_report(
-    evidence: Evidence,
-    test_items: Sequence[Item],
-    history: Sequence[dict[str, Any]],
-    out: Path,
-    curve: Curve | None = None,
-    advice: Signals | None = None,
-    known: ProjectFacts | None = None,
-) -> None:
-    """Write the report of ``evidence`` to ``out`` atomically; equal input gives equal bytes.
-
-    Args:
-        evidence: the evaluation's evidence.
-        test_items: the test items with every arm's answer.
-        history: the training run's rows from the adapter, one per step and evaluation; may be empty.
-        out: the HTML file.
-        curve: a learning curve on the same data, if there is one.
-        advice: advice on the same data, if there is any, for its break-even.
-        known: further facts in which the causes of a *don't ship* are found.
-    """
-    write_text(out, render_report(evidence, test_items, history, curve, advice, known))
-
-
 def render_report(
     evidence: Evidence,
     test_items: Sequence[Item],
@@ -61,16 +36,22 @@ def render_report(
     advice: Signals | None = None,
     known: ProjectFacts | None = None,
 ) -> str:
-    """Return the report as HTML text."""
-    return (
-        page_templates("tunewright.report")
-        .get_template("page.html.j2")
-        .render(
-            project=evidence.project,
-            id=evidence.id,
-            summary=summary.summary(evidence, known),
-            sections=page_sections(evidence, test_items, history, curve, advice),
-        )
+    """Return the report as HTML text; equal input gives equal bytes.
+
+    Args:
+        evidence: the evaluation's evidence.
+        test_items: the test items with every arm's answer.
+        history: the training run's rows from the adapter, one per step and evaluation; may be empty.
+        curve: a learning curve on the same data, if there is one.
+        advice: advice on the same data, if there is any, for its break-even.
+        known: further facts in which the causes of a *don't ship* are found.
+    """
+    page = page_templates("tunewright.report").get_template("page.html.j2")
+    return page.render(
+        project=evidence.project,
+        id=evidence.id,
+        summary=summary.summary(evidence, known),
+        sections=page_sections(evidence, test_items, history, curve, advice),
     )
 
 
