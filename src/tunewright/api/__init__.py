@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.signing import store_signer
 from tunewright.advisor import advise
-from tunewright.api import evaluations
 from tunewright.api.deprecated import DeprecatedGroup, keywords
 from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport
 from tunewright.config.project import ProjectFolder
@@ -18,7 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data.add import AddResult
 from tunewright.data.readers.hub import is_hub_name
-from tunewright.evaluation import tuning
+from tunewright.evaluation import stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evidence.schema import Advice
@@ -26,6 +25,7 @@ from tunewright.evidence.split_power import require_significance
 from tunewright.evidence.verdict import Verdict
 from tunewright.open_project import OpenProject
 from tunewright.report import curve
+from tunewright.report import verbs as reports
 from tunewright.serving import project_state, release_gate, serve
 from tunewright.serving import releases as release_verbs
 from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
@@ -58,21 +58,21 @@ class Project(OpenProject):
     assigned here is a method: ``verdict(project)`` is ``project.verdict()``.
     """
 
-    access_log = evaluations.access_log
-    estimate_judge = evaluations.estimate_judge
-    evaluation = evaluations.evaluation_folder
-    evidence = evaluations.evidence
-    human_eval = evaluations.human_eval
-    human_eval_progress = evaluations.human_eval_progress
-    human_eval_results = evaluations.human_eval_results
-    item_prompts = evaluations.item_prompts
-    judge = evaluations.judge
-    judged_items = evaluations.judged_items
-    keep_preferences = evaluations.keep_preferences
-    report = evaluations.report
-    row_answers = evaluations.row_answers
-    verdict = evaluations.verdict
-    verdict_markdown = evaluations.verdict_markdown
+    access_log = stored.access_log
+    estimate_judge = stored.estimate_judge
+    evaluation = stored.evaluation_folder
+    evidence = stored.evidence
+    human_eval = stored.human_eval
+    human_eval_progress = stored.human_eval_progress
+    human_eval_results = stored.human_eval_results
+    item_prompts = stored.item_prompts
+    judge = stored.judge
+    judged_items = stored.judged_items
+    keep_preferences = stored.keep_preferences
+    report = reports.report
+    row_answers = stored.row_answers
+    verdict = reports.verdict
+    verdict_markdown = reports.verdict_markdown
 
     crossval = tuning.crossval
     curve = curve.curve

@@ -1,38 +1,26 @@
-"""Commands on existing evaluations: judge, review, verdict and report.
+"""Verbs on stored evaluations: human evaluation, judge, evidence and prompts.
 
 An evaluation is given as its ID, folder or evidence file; None is the newest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from tunewright.adapters.registry import list_adapters
-from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest, write_text
-from tunewright.core.progress import Reporter
+from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message
-from tunewright.data.review.reviews import read_reviews
-from tunewright.data.review.samples import outcome
-from tunewright.data.versions.members import read_places
 from tunewright.data.versions.rows import has_rows, read_rows
-from tunewright.data.versions.store import version_folder
-from tunewright.data.versions.version import read_manifest
 from tunewright.evaluation.access_log import AccessLog, amendable, load_checked
-from tunewright.evidence.causes import Labels, ProjectFacts, decided
-from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.logged_access import LoggedAccess
 from tunewright.evidence.prompts import PROMPTS_FILE, StoredPrompt, load_messages
 from tunewright.evidence.schema import Evidence, Item, find_evaluation, load_items
-from tunewright.evidence.verdict import Verdict
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.advisor.signals import Signals
     from tunewright.chat.inspection import TokenView
     from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
     from tunewright.evaluation.judge.rows import JudgedItem
@@ -40,60 +28,6 @@ if TYPE_CHECKING:
     from tunewright.evaluation.kept_preferences import KeptPreferences
     from tunewright.evaluation.row_answers import RowAnswers
     from tunewright.evidence.human_eval import AnswerReview
-
-
-T = TypeVar("T")
-
-
-def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> ProjectFacts:
-    """Return the project's facts about the evaluation's adapter and data.
-
-    Missing facts are left out. Unreadable ones are left out with a warning: evidence is enough for a verdict.
-    """
-    from tunewright.advisor.explanations import calls_cost
-
-    def readable(read: Callable[[], T | None]) -> T | None:
-        try:
-            return read()
-        except UserError as error:
-            reporter.warn(f"Ignored for the causes of the verdict: {error}")
-            return None
-
-    advice = readable(lambda: _matching_advice(project, evidence))
-    digest = evidence.lineage.get("adapter", {}).get("digest")
-    adapter = next((a for a in list_adapters(project.adapters) if a.digest == digest), None)
-    even = advice.break_even if advice else None
-    same_arm = even is not None and even.prompting.arm == evidence.contrasts[0].control
-    return ProjectFacts(
-        history=adapter.history if adapter else (),
-        curve=readable(lambda: find_curve(project.curves, evidence)),
-        labels=_labels(project.dataset, str(evidence.lineage.get("dataset"))),
-        cost=calls_cost(even) if even is not None and same_arm else None,
-    )
-
-
-def _matching_advice(project: ProjectFolder, evidence: Evidence) -> Signals | None:
-    from tunewright.advisor.signals import find_matching_advice
-
-    AccessLog(project.evaluations).require(*project.advice.glob("[!.]*.json"))
-    return find_matching_advice(project.advice, evidence)
-
-
-def _labels(dataset: Path, version: str) -> Labels | None:
-    """Return the numbers of conflicting and of wrong rows in a version; None without the version."""
-    try:
-        places = {key: place for key, place in read_places(dataset, version).items() if not place.mixed}
-        manifest = read_manifest(version_folder(dataset, version))
-        reviews = read_reviews(dataset)
-    except UserError:
-        return None  # evidence alone is enough for a verdict
-    found = outcome(reviews, version, sorted(places))
-    if found is None:
-        return Labels(len(places), manifest.counts.conflicts)
-    return Labels(len(places), manifest.counts.conflicts, found.checked, found.wrong)
-
-
-REPORT_FILE = "report.html"
 
 
 def human_eval(
@@ -119,7 +53,7 @@ def human_eval(
     from tunewright.data.versions.version import current_author
     from tunewright.evaluation.human_eval.session import BlindReview
 
-    folder = _folder(evaluation_folder(project, evaluation, dev=False))
+    folder = folder_of(evaluation_folder(project, evaluation, dev=False))
     load_checked(folder, project.folder.evaluations, project.reporter)
     name = current_author(project.folder.root) if reviewer is None else reviewer
     if name is None:
@@ -135,7 +69,7 @@ def human_eval_progress(project: OpenProject, evaluation: str | Path | None = No
     """
     from tunewright.evaluation.human_eval.session import reviewers_progress
 
-    return reviewers_progress(_folder(evaluation_folder(project, evaluation, dev=False)))
+    return reviewers_progress(folder_of(evaluation_folder(project, evaluation, dev=False)))
 
 
 def row_answers(project: OpenProject, *, newest: int = 5) -> RowAnswers:
@@ -192,20 +126,8 @@ def keep_preferences(
     """
     from tunewright.evaluation.kept_preferences import keep_preferences
 
-    folder = _folder(evaluation_folder(project, evaluation, dev=False))
+    folder = folder_of(evaluation_folder(project, evaluation, dev=False))
     return keep_preferences(project.folder.dataset, project.folder.evaluations, folder, source, project.reporter)
-
-
-def verdict(project: OpenProject, evaluation: str | Path | None = None) -> Verdict:
-    """Return ship, don't ship or can't tell, from an evaluation's evidence alone.
-
-    The causes of a *don't ship* also use the project's records of the adapter and the data.
-
-    Raises:
-        UserError: no evaluation, or a file of the evaluation or a line of the access log was changed or is missing.
-    """
-    evidence = _evidence(project, evaluation)
-    return decided(evidence, known_of(project.folder, evidence, project.reporter))
 
 
 def access_log(project: OpenProject) -> list[LoggedAccess]:
@@ -217,18 +139,6 @@ def access_log(project: OpenProject) -> list[LoggedAccess]:
     log = AccessLog(project.folder.evaluations)
     log.require_all()
     return log.openings
-
-
-def verdict_markdown(project: OpenProject, evaluation: str | Path | None = None) -> str:
-    """Return the verdict and its measurements as GitHub Markdown, for a pull request comment.
-
-    Raises:
-        UserError: as :meth:`verdict`.
-    """
-    from tunewright.report.markdown import verdict_markdown
-
-    evidence = _evidence(project, evaluation)
-    return verdict_markdown(evidence, known_of(project.folder, evidence, project.reporter))
 
 
 def judge(project: OpenProject, evaluation: str | Path | None = None) -> JudgeResult:
@@ -250,8 +160,8 @@ def judged_items(project: OpenProject, evaluation: str | Path | None = None) -> 
     """
     from tunewright.evaluation.judge.rows import load_judged
 
-    _evidence(project, evaluation)  # which checks the file of the judged items too
-    return load_judged(_folder(evaluation_folder(project, evaluation)))
+    checked_evidence(project, evaluation)  # which checks the file of the judged items too
+    return load_judged(folder_of(evaluation_folder(project, evaluation)))
 
 
 def estimate_judge(project: OpenProject, evaluation: str | Path | None = None) -> Estimate:
@@ -263,37 +173,6 @@ def _judge(project: OpenProject, evaluation: str | Path | None) -> Judge:
     from tunewright.evaluation.judge.runner import Judge
 
     return Judge(project.folder, evaluation_folder(project, evaluation, dev=False), project.reporter)
-
-
-def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
-    """Write an evaluation's HTML report next to its evidence.
-
-    It includes the project's newest learning curve and advice on the same data and base, if they exist.
-
-    Raises:
-        UserError: as :meth:`verdict`, or stored advice was changed after it was written.
-    """
-    from tunewright.evidence.learning_curve import find_curve
-    from tunewright.report.html import render_report
-
-    evidence = _evidence(project, evaluation)
-    folder = _folder(evaluation_folder(project, evaluation))
-    history: list[dict[str, Any]] = []
-    if evidence.design == "held-out":  # cross-validated evidence contains the dev losses of each fold
-        adapters = {a.digest: a for a in list_adapters(project.folder.adapters)}
-        adapter = adapters.get(evidence.lineage["adapter"]["digest"])
-        if adapter is None:
-            project.reporter.warn("The evaluated adapter was removed: the report has no loss curve.")
-        else:
-            history = adapter.history
-    out = folder / REPORT_FILE
-    curve, advice = (
-        find_curve(project.folder.curves, evidence),
-        _matching_advice(project.folder, evidence),
-    )
-    known = known_of(project.folder, evidence, project.reporter)
-    write_text(out, render_report(evidence, load_items(folder), history, curve, advice, known))
-    return out
 
 
 def evaluation_folder(project: OpenProject, evaluation: str | Path | None = None, *, dev: bool = True) -> Path:
@@ -317,8 +196,8 @@ def evidence(project: OpenProject, evaluation: str | Path | None = None) -> tupl
     Raises:
         UserError: as :meth:`verdict`.
     """
-    evidence = _evidence(project, evaluation)
-    return evidence, load_items(_folder(evaluation_folder(project, evaluation)))
+    evidence = checked_evidence(project, evaluation)
+    return evidence, load_items(folder_of(evaluation_folder(project, evaluation)))
 
 
 @dataclass(frozen=True)
@@ -352,7 +231,7 @@ def item_prompts(project: OpenProject, evaluation: str | Path | None, key: str) 
         UserError: as :meth:`verdict`, or no such item.
     """
     found, items = evidence(project, evaluation)
-    messages = load_messages(_folder(evaluation_folder(project, evaluation)))
+    messages = load_messages(folder_of(evaluation_folder(project, evaluation)))
     item = next((each for each in items if each.key == key), None)
     if item is None:
         raise UserError(f"The evaluation has no item {key[:12]!r}", where=found.id)
@@ -401,7 +280,7 @@ def _prompt_tokens(
     return view(project.chat, Tokens(ids, (False,) * len(ids))) if digest(ids) == stored else ()
 
 
-def _evidence(project: OpenProject, evaluation: str | Path | None) -> Evidence:
+def checked_evidence(project: OpenProject, evaluation: str | Path | None) -> Evidence:
     """Return an evaluation's evidence, checked against the access log."""
     if evaluation is None:
         access_log(project)  # any evaluation could have been the newest, had its time not been changed
@@ -416,6 +295,6 @@ def _evidence(project: OpenProject, evaluation: str | Path | None) -> Evidence:
     return evidence
 
 
-def _folder(evaluation: Path) -> Path:
+def folder_of(evaluation: Path) -> Path:
     """Return the folder of an evaluation that was given as its evidence file."""
     return evaluation if evaluation.is_dir() else evaluation.parent
