@@ -13,7 +13,7 @@ import tunewright.serving
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import Manifest as AdapterManifest
-from tunewright.api import Project, RunResult
+from tunewright.api import Project
 from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport
 from tunewright.cli import commands
 from tunewright.config import Config
@@ -28,6 +28,7 @@ from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.verdict import Verdict
 from tunewright.export.hub_options import HubOptions
+from tunewright.pipeline import RunResult
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.messages_api import MessagesRequest, error_document

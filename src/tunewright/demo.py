@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tunewright.api import Project, RunResult
+from tunewright.api import Project
 from tunewright.config import JudgeConfig, MetricName
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.errors import UserError
@@ -26,6 +26,7 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.evidence.schema import EVIDENCE_FILE, Item
 from tunewright.examples import legal_citations
+from tunewright.pipeline import RunResult
 from tunewright.serving.options import ServeOptions
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ import httpx
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.registry import Adapter
 from tunewright.adapters.system_prompt import system_prompt
-from tunewright.api import Project, RunResult
+from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.data.versions import Member
+from tunewright.pipeline import RunResult
 from tunewright.serving.options import DeployOptions, ServeOptions
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from tunewright.core.text import count_of
 from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
-    from tunewright.api import RunResult
     from tunewright.demo import DemoAnswers
     from tunewright.demo_tenants import TwoTenants
     from tunewright.evidence.schema import Advice
+    from tunewright.pipeline import RunResult
     from tunewright.render.terminal import Part
 
 _SHORT = 12

@@ -1,0 +1,96 @@
+"""The whole pipeline: data, advise, train, evaluate, verdict, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunewright.adapters.signing import store_signer
+from tunewright.core.errors import UserError
+from tunewright.data.add import AddResult
+from tunewright.data.readers.hub import is_hub_name
+from tunewright.data.versions import load_version
+from tunewright.evaluation import data_verbs
+from tunewright.evaluation.tuning import check_trainable, has_trained, refuse_up_front, require_rows, train_adapter
+from tunewright.evaluation.verbs import asked_splits, current_split_power, evaluate, prompting
+from tunewright.evidence.schema import Advice
+from tunewright.evidence.split_power import require_significance
+from tunewright.evidence.verdict import Verdict
+from tunewright.open_project import OpenProject
+from tunewright.report.verbs import report, verdict
+from tunewright.training.trackers import require_trackers
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.prompt_search import AdviseResult
+    from tunewright.evaluation.runner import EvaluateResult
+    from tunewright.training.train import TrainResult
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Results of the whole pipeline."""
+
+    added: AddResult
+    advised: AdviseResult
+    trained: TrainResult
+    evaluated: EvaluateResult
+    verdict: Verdict
+    report: Path
+
+
+def run(
+    project: OpenProject,
+    *,
+    force: bool = False,
+    stage_done: Callable[[str, bool, str], None] | None = None,
+    prompting_done: Callable[[Advice], None] = lambda _advice: None,
+) -> RunResult:
+    """Run the whole pipeline, skipping stages whose inputs have not changed.
+
+    Args:
+        force: warn, instead of refusing, if the test split has too few clusters for any verdict. Also as in
+            :meth:`train`.
+        stage_done: called with each finished stage's name, True if anything was computed, and its result in words
+            (None: the reporter reports it).
+        prompting_done: called with the scores of the prompting arms on dev once they have been measured, long
+            before the whole result.
+    """
+    from tunewright.evaluation.incumbents import require_ready
+
+    def report_stage(name: str, computed: bool, what: str) -> None:
+        project.reporter.say(f"{name}: {'done' if computed else 'unchanged'}, {what}")
+
+    done = stage_done or report_stage
+    sources = project.folder.config.data.sources
+    require_trackers(project.folder.config.train.report_to)
+    if not sources:
+        raise UserError(
+            "The config lists no sources of pairs",
+            where="data.sources",
+            fix="List your files, such as sources: [pairs.jsonl]",
+        )
+    added = data_verbs.add(
+        project, [source if is_hub_name(source) else project.folder.root / source for source in sources]
+    )
+    done("data", added.created, f"version {added.version.digest[:12]}")
+    require_significance(current_split_power(project), force=force, reporter=project.reporter)
+    refuse_up_front(project)
+    require_ready(project.folder, load_version(project.folder.dataset), asked_splits("test"), project.reporter)
+    forced = require_rows(project, force=force)
+    signer = None
+    if not has_trained(project):
+        check_trainable(project)
+        signer = store_signer(project.folder.keys, project.reporter)
+    advised = prompting(project)
+    if advised.measured:
+        prompting_done(advised.advice)
+    done("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
+    trained = train_adapter(project, forced, signer)
+    done("train", trained.trained, trained.adapter.name)
+    evaluated = evaluate(project, trained.adapter.name)
+    done("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
+    decision = verdict(project, evaluated.folder)
+    page = report(project, evaluated.folder)
+    return RunResult(added, advised, trained, evaluated, decision, page)
