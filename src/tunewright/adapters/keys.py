@@ -168,7 +168,7 @@ class TrustedKeys:
                 raise UserError(
                     f"Another key is named {name}", where=str(self.folder), fix="Choose another with --name."
                 )
-        event = self._event()
+        event = KeyEvent(at=without_milliseconds(now()), by=current_author(self.folder.parent))
         write_text(self._allowed, _text(self._allowed) + _line(name, public, f"trusted{event}"))
         return TrustedKey(name=name, id=mark, public_key=public, trusted=event, options=_OPTIONS)
 
@@ -191,13 +191,11 @@ class TrustedKeys:
         if self.has_krl:
             fix = f"Add the key to it: ssh-keygen -k -u -f {self.revocations} FILE.pub"
             raise UserError("The project revokes keys by a KRL", where=str(self.revocations), fix=fix)
-        event = self._event(" ".join(because.split()))
+        at, by = without_milliseconds(now()), current_author(self.folder.parent)
+        event = KeyEvent(at=at, by=by, because=" ".join(because.split()))
         lines = "".join(f"{key.openssh} revoked{event}\n" for key in valid)
         write_text(self.revocations, _text(self.revocations) + lines)
         return valid[0].model_copy(update={"revoked": event})
-
-    def _event(self, because: str | None = None) -> KeyEvent:
-        return KeyEvent(at=without_milliseconds(now()), by=current_author(self.folder.parent), because=because)
 
     def _revoked_keys(self) -> Iterator[tuple[str, KeyEvent]]:
         for line, where in () if self.has_krl else _lines(self.revocations):

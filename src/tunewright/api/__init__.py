@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from tunewright import pipeline
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.advisor import advise
@@ -14,6 +13,7 @@ from tunewright.evaluation import stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.open_project import OpenProject
+from tunewright.pipeline import RunResult as RunResult  # users import it from here
 from tunewright.report import curve
 from tunewright.report import verbs as reports
 from tunewright.serving import project_state, release_gate, serve
