@@ -35,7 +35,7 @@ from tunewright.serving.gateway.messages_api import MessagesRequest, error_docum
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
-from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
+from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
 from tunewright.serving.tenants import Audit, Keys, Releases, State, Tenants, Usage, UsageRollup
 from tunewright.training.memory_options import MemoryOptions
 
@@ -71,6 +71,7 @@ OPTIONS = (
     AddOptions,
     ColumnMapping,
     DeployOptions,
+    EngineOptions,
     HubOptions,
     ImportOptions,
     MemoryOptions,
@@ -86,6 +87,7 @@ API: dict[str, tuple[Any, ...]] = {
         DeployOptions,
         ReleaseTestOptions,
         ServeOptions,
+        EngineOptions,
         MemoryOptions,
     ),
     "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),

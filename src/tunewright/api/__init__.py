@@ -18,7 +18,7 @@ from tunewright.report import curve
 from tunewright.report import verbs as reports
 from tunewright.serving import project_state, release_gate, serve
 from tunewright.serving import releases as release_verbs
-from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
+from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.training import memory
 from tunewright.training.memory_options import MemoryOptions
 
@@ -64,7 +64,7 @@ class Project(OpenProject):
     regressions = measuring.regressions
 
     self_test = keywords(release_gate.self_test, ServeOptions)
-    serve_engine = keywords(serve.serve_engine, EngineOptions)
+    serve_engine = serve.serve_engine
     serve = keywords(serve.serve, ServeOptions)
     state = project_state.open_state
 
