@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from pathlib import Path
 from typing import Any, get_args
 
@@ -223,7 +224,8 @@ def _section_lines(model: type[BaseModel], values: dict[str, Any], indent: str) 
             doc = (nested.__doc__ or "").strip()
             out += ["", f"# {doc}", f"{name}:", *_section_lines(nested, values.get(name, {}), "  ")]
             continue
-        out += [f"{indent}# {line}" for line in _wrap(field.description or "", 100 - len(indent))]
+        lines = textwrap.wrap(field.description or "", 100 - len(indent), break_on_hyphens=False)
+        out += [f"{indent}# {line}" for line in lines]
         key, default = field.alias or name, field.get_default()
         mark = "" if key in values else "#"
         out.append(f"{indent}{mark}{key}: {_yaml(values.get(key, default))}{_choices(field.annotation)}")
@@ -242,9 +244,3 @@ def _yaml(value: Any) -> str:
 def _choices(annotation: Any) -> str:
     options = [a for a in get_args(annotation) if isinstance(a, str)]
     return f"  # {' | '.join(options)}" if options else ""
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width, break_on_hyphens=False)

@@ -87,14 +87,10 @@ class Merge:
             of, similarity = self.dropped[key]
             return {"fate": "duplicate", "key": key, "of": of, "similarity": round(similarity, 4)}
         if self.first[key] is row:
-            return {"fate": "added", "key": key, **self._near(key)}
+            like, similarity = self.near.get(key, (None, 0.0))
+            near = {} if like is None else {"near": like, "similarity": round(similarity, 4)}
+            return {"fate": "added", "key": key, **near}
         return {"fate": "duplicate", "key": key, "of": key, "similarity": 1.0}
-
-    def _near(self, key: str) -> dict[str, Any]:
-        if key not in self.near:
-            return {}
-        like, similarity = self.near[key]
-        return {"near": like, "similarity": round(similarity, 4)}
 
     def near_duplicates(self, keys: Collection[str]) -> tuple[Duplicate, ...]:
         """Return the new rows among ``keys`` that nearly repeat a kept one, sorted by file and line."""

@@ -124,7 +124,8 @@ def _values(service: Service, job: HostedJob, sources: list[str], base: str | No
     chosen = base or job.base
     if chosen is None:
         job.differ("The job's base has no open weights under a documented name", f"base_model is {default}; choose one")
-    values: dict[str, Any] = {"name": _name(job.model or service), "data": {"sources": sources}}
+    name = re.sub(r"[^a-z0-9]+", "-", (job.model or service).lower())[:40].strip("-") or "migrated"
+    values: dict[str, Any] = {"name": name, "data": {"sources": sources}}
     if chosen is not None:
         values["base_model"] = chosen
     if job.seed is not None:
@@ -143,11 +144,6 @@ def _values(service: Service, job: HostedJob, sources: list[str], base: str | No
             "set price_input, price_output and budget of the incumbent",
         )
     return values
-
-
-def _name(model: str) -> str:
-    """Return a project name made of a model's name."""
-    return re.sub(r"[^a-z0-9]+", "-", model.lower())[:40].strip("-") or "migrated"
 
 
 _ENDPOINTS: dict[Service, tuple[str, str]] = {
@@ -188,7 +184,9 @@ def _openai(document: Mapping[str, Any], where: str) -> HostedJob:
             f"learning_rate_multiplier was {multiplier!r}, a factor of a rate that OpenAI does not publish",
             "train.learning_rate has its default",
         )
-    _not_taken(job, settings)
+    for name, value in settings.items():
+        if value is not None:
+            job.differ(f"{name} was {value!r}", "it is not a setting here")
     seed = document.get("seed")
     job.seed = seed if isinstance(seed, int) else None
     job.differ(f"The job tuned {document.get('model')}, whose method is not published", "the project trains LoRA")
@@ -260,12 +258,6 @@ def _fireworks(document: Mapping[str, Any], where: str) -> HostedJob:
     return job
 
 
-def _not_taken(job: HostedJob, settings: Mapping[str, Any]) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            job.differ(f"{name} was {value!r}", "it is not a setting here")
-
-
 _READERS = {"openai": _openai, "together": _together, "fireworks": _fireworks}
 
 
@@ -304,16 +296,11 @@ def _kinds(text: str, path: Path) -> dict[str, int]:
             raise UserError(f"Not JSON: {error}", where=f"{path}:{number}") from None
         if not isinstance(row, dict):
             raise UserError("A row must be a JSON object", where=f"{path}:{number}")
-        counts[_kind(row)] += 1
+        called = row.get("tools") or row.get("functions")
+        counts["preference" if PREFERENCE_KEYS & row.keys() else "tools" if called else "chat"] += 1
     if not counts.total():
         raise UserError("The file has no rows", where=str(path))
     return dict(counts)
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    if PREFERENCE_KEYS & row.keys():
-        return "preference"
-    return "tools" if row.get("tools") or row.get("functions") else "chat"
 
 
 def rows_text(kinds: Mapping[str, int]) -> str:

@@ -86,7 +86,9 @@ def mix_in(
             else:
                 left_out.append((row, reason))
     if not drawn:
-        raise UserError("No row of the file can be mixed in", where=f"data.mix.source: {path}", fix=_first(left_out))
+        row, reason = left_out[0]
+        fix = f"Name another file. Its first row, {row.source}:{row.line}: {reason}."
+        raise UserError("No row of the file can be mixed in", where=f"data.mix.source: {path}", fix=fix)
     source = Source(name=Path(mix.source).as_posix(), sha256=source_digest(path), rows=len(rows))
     members = [
         Member(row.example, row.example.pair_key, "train", row.example.pair_key, mixed=True)
@@ -121,11 +123,6 @@ def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Rep
 
 def _lot(seed: int, key: str) -> bytes:
     return hashlib.sha256(f"{seed}:{key}".encode()).digest()
-
-
-def _first(left_out: Sequence[tuple[SourceRow, str]]) -> str:
-    row, reason = left_out[0]
-    return f"Name another file. Its first row, {row.source}:{row.line}: {reason}."
 
 
 def exclusion_reasons(
@@ -172,10 +169,7 @@ def _near(
     for pairs in near_pairs(texts, similarity, wanted, reporter, f"comparing {what} with the domain"):
         for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
             row, other = sorted(pair)
-            reasons.setdefault(keys[row], _near_to(domain[other - len(keys)]))
+            near = domain[other - len(keys)]
+            held_out = "" if near.split == "train" else f"held-out ({near.split}) "
+            reasons.setdefault(keys[row], f"nearly equal to the {held_out}row {short(near.key)}")
     return reasons
-
-
-def _near_to(member: Member) -> str:
-    held_out = "" if member.split == "train" else f"held-out ({member.split}) "
-    return f"nearly equal to the {held_out}row {short(member.key)}"

@@ -399,7 +399,13 @@ def warn_of_contents(
             "Adapters trained on an earlier version may have seen them: retrain before you compare."
         )
     if largest and largest[0].rows > LARGE_CLUSTER * len(members):
-        reporter.warn(_large(largest[0], len(members)))
+        cluster = largest[0]
+        reporter.warn(
+            f"one cluster holds {cluster.rows:,} of {len(members):,} rows and stays in one split. Two of its rows, "
+            f"{cluster.similarity:.2f} similar, are {_excerpt(cluster.one)} and {_excerpt(cluster.other)}. If each row "
+            "repeats an instruction, move it to data.system_prompt. If chains or groups link independent rows, raise "
+            "data.dedup_threshold or group by a finer key."
+        )
     training = sum(m.split == "train" for m in members)
     if training < FEWEST_TRAINING_PAIRS:
         reporter.warn(
@@ -412,15 +418,6 @@ def warn_of_contents(
             "them, which a rising dev loss shows. More pairs help. `tunewright crossval` trains several adapters, and "
             "so measures on all rows."
         )
-
-
-def _large(cluster: LargeCluster, rows: int) -> str:
-    return (
-        f"one cluster holds {cluster.rows:,} of {rows:,} rows and stays in one split. Two of its rows, "
-        f"{cluster.similarity:.2f} similar, are {_excerpt(cluster.one)} and {_excerpt(cluster.other)}. If each row "
-        "repeats an instruction, move it to data.system_prompt. If chains or groups link independent rows, raise "
-        "data.dedup_threshold or group by a finer key."
-    )
 
 
 def _outputs(conflict: Conflict) -> str:

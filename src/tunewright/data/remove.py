@@ -133,7 +133,12 @@ def remove(
         if not chosen:
             before = [e for e in purged_before.values() if e.because == because] if purge_text else []
             if not before:
-                raise _nothing(selection, parent, purge_text)
+                where = "any version" if purge_text else f"version {parent.digest[:12]}"
+                raise UserError(
+                    f"No row of {where} matches {selection.options_text}",
+                    where="data remove",
+                    fix="`tunewright data show ROW --json` shows a row's fields.",
+                )
             reporter.say(f"Nothing more to purge: {describe_purges(before)}")
         if stay := count_rows_of_earlier_files(selection, current.values(), origins, dataset):
             reporter.warn(
@@ -160,12 +165,6 @@ def remove(
     purged = len(family)
     created = bool(going) and version.digest not in there
     return replace(result, version=version, created=created, rows=rows, purged=purged, holders=holders)
-
-
-def _nothing(selection: Selection, parent: DatasetVersion, purging: bool) -> UserError:
-    where = "any version" if purging else f"version {parent.digest[:12]}"
-    fix = "`tunewright data show ROW --json` shows a row's fields."
-    return UserError(f"No row of {where} matches {selection.options_text}", where="data remove", fix=fix)
 
 
 def _all_members(dataset: Path, parent: DatasetVersion) -> dict[str, Member]:

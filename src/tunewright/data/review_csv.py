@@ -13,7 +13,7 @@ from tunewright.data.pii import secret_kinds
 from tunewright.data.readers.calls import edited_answer
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.review.reviews import VERDICTS, VerdictEvent, append_reviews, read_reviews
-from tunewright.data.review.session import ReviewItem, ReviewSession
+from tunewright.data.review.session import ReviewSession
 from tunewright.data.trace import places_by_key
 from tunewright.data.versions import DatasetVersion, Member
 
@@ -43,15 +43,12 @@ def export_csv(path: Path, review: ReviewSession, most: int) -> int:
     draw = "" if review.drawn is None else str(review.drawn.draw)
     for card in cards:
         key, output = card.key, card.member.example.output
+        turns = card.member.example.prompt
+        prompt = turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.text}" for m in turns)
         apart = key in review.generated  # not a part of the sample
-        rows.append([key, places.get(key, ""), "" if apart else draw, card.why or "", _prompt(card), output, "", ""])
+        rows.append([key, places.get(key, ""), "" if apart else draw, card.why or "", prompt, output, "", ""])
     write_sheet(path, EXPORT_COLUMNS, rows)
     return len(cards)
-
-
-def _prompt(card: ReviewItem) -> str:
-    turns = card.member.example.prompt
-    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.text}" for m in turns)
 
 
 def import_csv(

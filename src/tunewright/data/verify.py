@@ -207,20 +207,17 @@ class _VersionCheck:
         except UserError as error:
             self._add(error.where or str(folder / MANIFEST), error.what)
         else:
-            self._check_manifest(self.manifest, folders)
+            path = folder / MANIFEST
+            if self.manifest.seal is not None and self.manifest.seal != manifest_seal(json.loads(_read(path))):
+                self._add(path, "The manifest was changed: its seal does not match")
+            if self.manifest.parent is not None and short(self.manifest.parent) not in folders:
+                self._add(path, f"The parent version {short(self.manifest.parent)} is missing")
         self._check_members(store)
         self._check_imports(store)
 
     def _add(self, where: str | Path, what: str, *rows: str) -> None:
         versions = (self.manifest.digest,) if self.manifest else ()
         self.damage.append(IntegrityIssue(str(where), what, rows, versions))
-
-    def _check_manifest(self, manifest: Manifest, folders: set[str]) -> None:
-        path = self.folder / MANIFEST
-        if manifest.seal is not None and manifest.seal != manifest_seal(json.loads(_read(path))):
-            self._add(path, "The manifest was changed: its seal does not match")
-        if manifest.parent is not None and short(manifest.parent) not in folders:
-            self._add(path, f"The parent version {short(manifest.parent)} is missing")
 
     def _check_members(self, store: _Store) -> None:
         if self.manifest is None:

@@ -277,11 +277,9 @@ def _found(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, Match
         if share >= CONTAINED:
             yield number, "contained", share
         else:
-            yield number, "overlap", max(_longest(words, turn) for turn in turns) / len(words)
-
-
-def _longest(a: Words, b: Words) -> int:
-    return SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+            matchers = (SequenceMatcher(None, words, turn, autojunk=False) for turn in turns)
+            longest = max(matcher.find_longest_match().size for matcher in matchers)
+            yield number, "overlap", longest / len(words)
 
 
 def _holding(source: _Source, pieces: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str]]:
@@ -349,13 +347,12 @@ def contamination(
     benchmarks = {name: read_items(project.root / name) for name in project.config.data.benchmarks}
     benchmarks |= {str(path): read_items(path) for path in files}
     mixed = {m.key for m in version.members if m.mixed}
-    hits = sorted(training_hits(version.members, benchmarks, reporter, workers), key=_rank)
+    hits = sorted(
+        training_hits(version.members, benchmarks, reporter, workers),
+        key=lambda hit: (_SUREST.index(hit.how), -hit.score, hit.row),
+    )
     found = tuple(
         ContaminatedRow(hit.row, item, hit.source, hit.how, round(hit.score, 4), hit.row in mixed)
         for hit, item in zip(hits, item_names(hits, version.members), strict=True)
     )
     return Contamination({TEST: len(version.examples("test")), **{n: len(i) for n, i in benchmarks.items()}}, found)
-
-
-def _rank(hit: ContaminationHit) -> tuple[int, float, str]:
-    return _SUREST.index(hit.how), -hit.score, hit.row

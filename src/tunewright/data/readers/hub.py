@@ -128,7 +128,8 @@ def _matching(hub: HubName, commit: str) -> list[str]:
     pattern = re.compile(glob_translate(hub.inside))
     files = sorted(file for file in there if file == hub.inside or pattern.match(file))
     if not files:
-        raise UserError("The dataset has no such file", where=str(hub), fix=f"Its files: {_some(there)}.")
+        some = ", ".join(there[:8]) + (f" and {len(there) - 8:,} more" if len(there) > 8 else "")
+        raise UserError("The dataset has no such file", where=str(hub), fix=f"Its files: {some}.")
     return files
 
 
@@ -158,10 +159,6 @@ def _of_split(hub: HubName, commit: str) -> list[str]:
     files = [str(file) for file in splits[split]]
     assert all(file.startswith(root) for file in files), files  # datasets refuses files from elsewhere
     return [file.removeprefix(root) for file in files]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
 
 
 @contextmanager

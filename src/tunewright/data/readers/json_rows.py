@@ -148,7 +148,8 @@ class _Cursor:
             try:
                 value, end = self._decode()
             except json.JSONDecodeError as error:
-                if not self._is_cut(error) or not self._more():
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
+                if not cut or not self._more():
                     self._move(min(error.pos, len(self.buffer)))
                     raise self.refusal(error.msg) from None
                 continue
@@ -174,10 +175,6 @@ class _Cursor:
             return row_object(value), end
         except RowError as fault:
             return fault, end
-
-    def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        """Return whether the error may come from the end of the buffer."""
-        return error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
 
     def _more(self) -> bool:
         held = len(self.buffer) - self.at

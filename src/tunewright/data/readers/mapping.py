@@ -276,16 +276,14 @@ def _side(name: str, text: str, in_document: bool) -> MappedField:
     ]
     whole = sum(map(_is_row, tree.find_all(nodes.Name))) > len(picked)
     outside = {_ABOVE, PARENT} if in_document else {_ABOVE}
-    keys = dict.fromkeys([*_in_order(tree, names - outside - {_ROW}), *picked])
+    of_row = names - outside - {_ROW}
+    in_order = [node.name for node in tree.find_all(nodes.Name) if node.name in of_row]
+    keys = dict.fromkeys([*in_order, *picked])
     return MappedField(f"data.{name}", text, template, tuple(keys), whole, tuple(sorted(outside & names)))
 
 
 def _is_row(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Name) and node.name == _ROW and node.ctx == "load"
-
-
-def _in_order(tree: nodes.Template, names: set[str]) -> list[str]:
-    return [node.name for node in tree.find_all(nodes.Name) if node.name in names]
 
 
 _HELP = (

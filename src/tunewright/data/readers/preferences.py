@@ -141,8 +141,8 @@ def _shared_prompt(row: Mapping[str, Any], answers: Sequence[_Turns]) -> tuple[_
     prompt = row.get("prompt")
     if isinstance(prompt, list):
         return _turns(prompt, ("prompt",)), list(answers)
-    whole = all(isinstance(row[key], list) and _begins_conversation(row[key]) for key in ("chosen", "rejected"))
-    if not whole:
+    firsts = [row[key][0] if isinstance(row[key], list) and row[key] else None for key in ("chosen", "rejected")]
+    if not all(isinstance(first, dict) and first.get("role") != "assistant" for first in firsts):
         if prompt in (None, ""):
             raise RowError("E209", 'the row has no "prompt", and its answers are not conversations')
         return [({"role": "user", "content": prompt}, Place(("prompt",), text=True))], list(answers)
@@ -154,7 +154,3 @@ def _shared_prompt(row: Mapping[str, Any], answers: Sequence[_Turns]) -> tuple[_
         other = "the prompt" if shared else "each other"
         raise RowError("E209", f"chosen and rejected do not begin with the same turns as {other}", ("rejected",))
     return answers[0][:shared], [answer[shared:] for answer in answers]
-
-
-def _begins_conversation(turns: Sequence[Any]) -> bool:
-    return bool(turns) and isinstance(turns[0], dict) and turns[0].get("role") != "assistant"

@@ -244,7 +244,8 @@ def tagged_turns(turns: Sequence[Turn]) -> list[Turn]:
     Raises:
         RowError: a tag without its end, or a call that is not an object with name and arguments.
     """
-    if any(turn.calls for turn in turns) or not any("<tool_call>" in turn.content for turn in _answers(turns)):
+    answers = (turn.content for turn in turns if turn.role == "assistant" and isinstance(turn.content, str))
+    if any(turn.calls for turn in turns) or not any("<tool_call>" in answer for answer in answers):
         return list(turns)
     done: list[Turn] = []
     for turn in turns:
@@ -264,10 +265,6 @@ def tagged_turns(turns: Sequence[Turn]) -> list[Turn]:
         else:
             done.append(turn)
     return done
-
-
-def _answers(turns: Sequence[Turn]) -> Iterator[Turn]:
-    return (turn for turn in turns if turn.role == "assistant" and isinstance(turn.content, str))
 
 
 def _blocks(turn: Turn, tag: str) -> tuple[str, list[str]]:

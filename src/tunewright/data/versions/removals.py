@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -137,7 +137,12 @@ def erased_metadata(imports: bytes, manifest: bytes, purged: Collection[str]) ->
     kept = _without_metadata(imports, purged)
     if kept == imports:
         return {}
-    document = _document(manifest)
+    try:
+        document = json.loads(manifest)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        return {IMPORTS: kept}
     was_whole = document.get("imports") == _sha256(imports) and document.get("seal") == manifest_seal(document)
     if not was_whole:
         return {IMPORTS: kept}
@@ -166,14 +171,6 @@ def _line_without(line: bytes, purged: Collection[str]) -> bytes:
     if about.isdisjoint(purged):
         return line
     return canonical_json({name: value for name, value in record.items() if name != "metadata"}).encode()
-
-
-def _document(manifest: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(manifest)
-    except ValueError:
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _sha256(data: bytes) -> str:
