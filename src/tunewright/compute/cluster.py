@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, and the check that every machine of it has equal software."""
+"""The connection to a Ray cluster, and the checks that its head answers and all machines have equal software."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ from tunewright.core.io import digest
 from tunewright.core.workers import on_machine
 
 WHERE = "compute.cluster"
+AGAIN = "Start the cluster again, and run the same command again."
 _REACH_S = 10.0
+_TRIES = 3
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
 CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 
@@ -274,3 +277,39 @@ def require_same(ours: Image, theirs: Image, host: str) -> None:
     unequal = [f"{name} {theirs.get(name)} (here {mine})" for name, mine in ours.items() if theirs.get(name) != mine]
     if unequal:
         raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
+
+
+def is_client() -> bool:
+    """Return whether this process is connected by Ray's client, whose connection ends with the head."""
+    connected: bool = ray.util.client.ray.is_connected()
+    return connected
+
+
+def require_head() -> None:
+    """Check that the head answers, before Ray is asked for anything.
+
+    Without a head, Ray ends the process: immediately and without a message if it then touches objects of a lost
+    machine, otherwise after a minute.
+
+    Raises:
+        UserError: nobody answers at its address.
+    """
+    for attempt in range(_TRIES):
+        if has_head():
+            return
+        if attempt < _TRIES - 1:
+            time.sleep(1)
+    head = ray.get_runtime_context().gcs_address
+    raise UserError(f"The head of the cluster is lost: {head} does not answer", where=WHERE, fix=AGAIN)
+
+
+def has_head() -> bool:
+    """Return whether the head answers; for Ray's client, whose connection reports it, always true."""
+    if is_client():
+        return True
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _REACH_S).close()
+    except OSError:
+        return False
+    return True

@@ -16,18 +16,20 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from tunewright.compute.cluster import (
+    AGAIN,
     CHECK_S,
     WHERE,
     Image,
     Places,
     asked,
     connected,
+    has_head,
     image,
     own_image,
     places_for,
+    require_head,
     require_same,
 )
-from tunewright.compute.head import AGAIN, has_head, require_head
 from tunewright.compute.tasks import RETRIES, first_done
 from tunewright.config import Config
 from tunewright.core.errors import UserError

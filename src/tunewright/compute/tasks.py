@@ -22,19 +22,21 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from tunewright.compute.cluster import (
+    AGAIN,
     CHECK_S,
     WHERE,
     Image,
     Node,
     asked,
     connected,
+    has_head,
     image,
     machines_with,
     own_image,
     require_equal,
+    require_head,
     require_same,
 )
-from tunewright.compute.head import AGAIN, has_head, require_head
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task

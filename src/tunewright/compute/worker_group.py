@@ -40,11 +40,12 @@ from tunewright.compute.cluster import (
     asked,
     connected,
     image,
+    is_client,
     machines_with,
     require_equal,
+    require_head,
     require_same,
 )
-from tunewright.compute.head import is_client, require_head
 from tunewright.compute.relay import Display, Inbox, RelayReporter
 from tunewright.config import Config
 from tunewright.core.errors import UserError
