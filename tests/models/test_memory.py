@@ -16,7 +16,6 @@ from hypothesis_settings import examples
 from tiny import tiny_model
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.cards import card_named
 from tunewright.models.families import ATTENTION, FAMILIES
 from tunewright.models.loading import drop_vision
 from tunewright.models.memory import estimate as fit_memory
@@ -29,7 +28,7 @@ from tunewright.models.memory.estimate import (
     layer_saved,
     weight_bytes,
 )
-from tunewright.models.memory.plan import available_memory, gigabytes, parse_size, plan
+from tunewright.models.memory.plan import available_memory, card_named, gigabytes, parse_size, plan
 from tunewright.models.memory.shape import Shape, read_shape
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"

@@ -21,8 +21,7 @@ from tunewright.models.loading import load_model
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, adapter_copies, attention_saved, layer_saved
 from tunewright.models.memory.shape import Shape
 from tunewright.models.quantized import disable_repacking
-from tunewright.training.lora import lora_config, use_fused_lora
-from tunewright.training.lora_4bit import FusedLinear4bit
+from tunewright.training.lora import fused_linear_4bit, lora_config, use_fused_lora
 
 ALL_LINEAR = tuple(PRESETS["all-linear"]["target_modules"])
 IDS = torch.arange(3, 43).view(2, 20)
@@ -122,7 +121,7 @@ def test_fused_linear_4bit_leaves_to_peft_what_is_more_than_two_matrices(changes
 
 def test_fused_linear_4bit_is_the_base_while_adapters_are_disabled() -> None:
     model = _layers(torch.float32, fused=True)
-    assert type(model.base_model.model[0]) is FusedLinear4bit
+    assert type(model.base_model.model[0]) is fused_linear_4bit()
     (x, _) = _case(torch.float32)
     with model.disable_adapter():
         assert torch.equal(model(x), model.base_model.model[0].base_layer(x))
@@ -238,7 +237,7 @@ def test_lora_config_builds_fused_layers_over_nf4(tiny_base_folder: Path) -> Non
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
     settings = TrainConfig(preset="all-linear", quantization="nf4")
     model: Any = get_peft_model(load_model(base, "float32", "nf4"), lora_config(settings))
-    fused = [name for name, part in model.named_modules() if isinstance(part, FusedLinear4bit)]
+    fused = [name for name, part in model.named_modules() if isinstance(part, fused_linear_4bit())]
     assert len(fused) == 14
     with torch.no_grad():
         plain = model(input_ids=IDS).logits

@@ -320,7 +320,10 @@ class Adviser:
         missing = missing_pilots(self.project, self.version, self.parts, base, chat)
         assert self._pilots is not None
         self._pilots.train_missing(missing, chat)
-        adapters = [self._trained(part, all_rows) for part in self.parts]
+        adapters = []
+        for part in self.parts:
+            self.reporter.say(f"Pilot on {part.rows:,} of {all_rows:,} training rows")
+            adapters.append(train_pilot(self.project, self.version, part, base, chat, self.reporter).adapter)
         pilots = list(zip(self.parts, adapters, strict=True))
         # Constrain the pilot to a grammar if the prompt that it is compared with is constrained.
         plan = TUNED_CONSTRAINED if best.arm.constrained else TUNED
@@ -335,11 +338,6 @@ class Adviser:
             speed[answers[-1].arm.name] = self._speed(answers[-1], adapters[-1])
         measured = gain(parts, answers, best, self.items, all_rows)
         return measured, self._break_even(measured, best, answers[-1], speed)
-
-    def _trained(self, part: Part, all_rows: int) -> Adapter:
-        self.reporter.say(f"Pilot on {part.rows:,} of {all_rows:,} training rows")
-        generator = self.generator
-        return train_pilot(self.project, self.version, part, generator.base, generator.chat, self.reporter).adapter
 
     def _break_even(self, measured: TuningGain, best: Answers, tuned: Answers, speed: dict[str, Speed]) -> BreakEven:
         prices = self.config.advise.prices

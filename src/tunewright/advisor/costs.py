@@ -130,7 +130,16 @@ def break_even(
     """
     prices = settings.prices or PriceConfig()
     costs = np.column_stack([_costs(*prompting), _costs(*tuned), np.ones(len(clusters))])
-    calls = [_call(lengths, cost) for (lengths, _), cost in zip((prompting, tuned), costs.mean(axis=0), strict=False)]
+    calls = [
+        Call(
+            arm=lengths.arm,
+            input_tokens=float(np.mean(lengths.inputs)),
+            cached_tokens=lengths.cached,
+            output_tokens=float(np.mean(lengths.outputs)),
+            cost=float(cost),
+        )
+        for (lengths, _), cost in zip((prompting, tuned), costs.mean(axis=0), strict=False)
+    ]
     drawn = bootstrap_sums(cluster_sums(costs, clusters), seed)
     interval = percentiles((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2])
     saving = calls[0].cost - calls[1].cost
@@ -165,13 +174,3 @@ def _costs(lengths: Lengths, prices: TokenPrices) -> Floats:
     """Return the cost of each item's call; [items]."""
     inputs = np.asarray(lengths.inputs, dtype=np.float64) - prices.cached_discount * lengths.cached
     return inputs * prices.input + np.asarray(lengths.outputs, dtype=np.float64) * prices.output
-
-
-def _call(lengths: Lengths, cost: float) -> Call:
-    return Call(
-        arm=lengths.arm,
-        input_tokens=float(np.mean(lengths.inputs)),
-        cached_tokens=lengths.cached,
-        output_tokens=float(np.mean(lengths.outputs)),
-        cost=float(cost),
-    )

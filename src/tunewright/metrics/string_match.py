@@ -123,11 +123,16 @@ def bleu(name: MetricName) -> Scorer:
         score = metric.sentence_score(pair.answer, list(pair.references))
         return ItemScore(_share(score.score), (score.sys_len, score.ref_len, *score.counts, *score.totals))
 
+    def corpus(sums: Floats) -> float:
+        hypothesis_length, reference_length, *counts = (round(value) for value in sums.tolist())
+        score = BLEU.compute_bleu(counts[:4], counts[4:], hypothesis_length, reference_length, smooth_method=_SMOOTHING)
+        return _share(score.score)
+
     definition, of_several = (
         f"corpus BLEU, sacrebleu's ({_bleu_signature(several)}); an item's own score is its sentence BLEU"
         for several in (False, True)
     )
-    return Scorer(name, "corpus", definition, BLEU_COLUMNS, item, _by_row(_corpus_bleu), of_several)
+    return Scorer(name, "corpus", definition, BLEU_COLUMNS, item, _by_row(corpus), of_several)
 
 
 def chrf(name: MetricName) -> Scorer:
@@ -147,12 +152,6 @@ def chrf(name: MetricName) -> Scorer:
         for several in (False, True)
     )
     return Scorer(name, "corpus", definition, CHRF_COLUMNS, item, _by_row(corpus), of_several)
-
-
-def _corpus_bleu(sums: Floats) -> float:
-    hypothesis_length, reference_length, *counts = (round(value) for value in sums.tolist())
-    score = BLEU.compute_bleu(counts[:4], counts[4:], hypothesis_length, reference_length, smooth_method=_SMOOTHING)
-    return _share(score.score)
 
 
 def _share(score: float) -> float:

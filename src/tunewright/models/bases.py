@@ -201,14 +201,12 @@ def check_architecture(path: Path) -> str:
     quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UserError(f"The weights are already quantized ({method})", where=where, fix=_unquantized(method))
+        fix = "Use the original base in bfloat16, float16 or float32."
+        if method == "fp8":
+            # Ministral 3 and Devstral 2 are published in FP8; Ministral 3 also in bfloat16, under another name.
+            fix += " For Ministral 3 that is the repository whose name ends in -BF16."
+        raise UserError(f"The weights are already quantized ({method})", where=where, fix=fix)
     return architecture
-
-
-def _unquantized(method: str) -> str:
-    fix = "Use the original base in bfloat16, float16 or float32."
-    # Ministral 3 and Devstral 2 are published in FP8; Ministral 3 also in bfloat16, under another name.
-    return f"{fix} For Ministral 3 that is the repository whose name ends in -BF16." if method == "fp8" else fix
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -304,9 +302,7 @@ def untrained_tokens(base: Base, ids: Collection[int]) -> list[int]:
 def _table(folder: Path, text: str) -> tuple[Path | None, str]:
     """Return the weights file and the name of a tensor; no file if it is absent (an output tied to the input).
 
-    Args:
-        folder: the base's.
-        text: the tensor's name in a model of text alone.
+    ``text`` is its name in a model of text alone.
     """
     files = tensor_files(folder)
     found = next((name for name in files if text_name(name) == text), None)

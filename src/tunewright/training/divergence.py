@@ -53,11 +53,12 @@ def fault(loss: float, gradient_norm: float, losses: Sequence[float], vocabulary
     A loss has exploded if it exceeds a bound for several steps in a row:
 
     - 5 steps more than 1 nat above both ln(vocabulary), the loss of random guessing, and the first step's loss, which
-      is the untrained base's. Such a model has unlearnt more than it ever knew. - 10 steps each more than 1 nat above
-      the *highest* of the first 10. Those are the warm-up's, where the model is still close to the base. If training
-      changed nothing, ten given losses would all exceed ten others by chance once in 184,756 = C(20, 10) times. The
-      margin makes it rarer still. A run that learns and then falls back to its start is not stopped: the dev split
-      selects an earlier adapter.
+      is the untrained base's. Such a model has unlearnt more than it ever knew.
+    - 10 steps each more than 1 nat above the *highest* of the first 10. Those are the warm-up's, where the model is
+      still close to the base. If training changed nothing, ten given losses would all exceed ten others by chance once
+      in 184,756 = C(20, 10) times. The margin makes it rarer still.
+
+    A run that learns and then falls back to its start is not stopped: the dev split selects an earlier adapter.
 
     Args:
         loss: the step's, in nats per trained token.

@@ -7,7 +7,6 @@ from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.data.versions import current_manifest, load_version
 from tunewright.models.bases import base_config, check_architecture, local_base
-from tunewright.models.cards import unusable_card
 from tunewright.models.families import require_quantizable, require_targets
 from tunewright.models.memory.plan import (
     Memory,
@@ -18,6 +17,7 @@ from tunewright.models.memory.plan import (
     check_memory,
     gigabytes,
     plan,
+    unusable_card,
 )
 from tunewright.models.memory.shape import Shape, read_shape
 from tunewright.open_project import OpenProject

@@ -125,11 +125,7 @@ def _train(
 
 
 def _stored(project: ProjectFolder, identity: str) -> Adapter:
-    """Return the adapter that another machine has stored, once this one sees it.
-
-    Raises:
-        UserError: it does not appear.
-    """
+    """Return the adapter that another machine has stored, once this one sees it."""
     until = time.monotonic() + _SEEN_S
     while (adapter := find_trained(project.adapters, project.config.name, identity)) is None:
         if time.monotonic() > until:
@@ -140,11 +136,7 @@ def _stored(project: ProjectFolder, identity: str) -> Adapter:
 
 
 def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
-    """Check that the group's processes can train the config, and that every machine has what they need.
-
-    Raises:
-        UserError: they cannot, or one has not.
-    """
+    """Check that the group's processes can train the config, and that every machine has what they need."""
     compute, settings = project.config.compute, project.config.train
     micro_batch(settings, group.count)
     if compute.fsdp:

@@ -343,11 +343,7 @@ def require_fsdp_supported(settings: TrainConfig) -> None:
 
 
 def _require_same_sharding(checkpoint: Path) -> None:
-    """Check that a run resumes as it started: with the base sharded, or complete in every process.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Check that a run resumes as it started: with the base sharded, or complete in every process."""
     from accelerate.utils.constants import FSDP_MODEL_NAME
 
     was = (checkpoint / f"{FSDP_MODEL_NAME}.bin").exists()

@@ -301,16 +301,7 @@ def _without_generated(version: DatasetVersion, reporter: Reporter) -> DatasetVe
 def _store(
     run: _TrainedRun, config: Config, work: Path, place: Path, inputs: Mapping[str, Any], signer: SigningKey | None
 ) -> Adapter:
-    """Store the best evaluation's adapter, with the others as its checkpoints.
-
-    Args:
-        run: the finished run.
-        config: its config.
-        work: its working folder.
-        place: where adapters are kept.
-        inputs: the lineage's entries about the inputs.
-        signer: signs the adapter.
-    """
+    """Store the best evaluation's adapter, with the others as its checkpoints."""
     evaluated, task = run.evaluated, run.dev_task
     best = best_evaluation(evaluated)
     kept = evaluations_to_keep(evaluated)

@@ -141,7 +141,8 @@ class Trainer(SFTTrainer):
             if not enough:
                 loss = self._retry(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
             self._accumulated.append(inputs["rows"])
-        self._count(inputs["packed"])
+        # Counted on the host; `log` adds the other processes' counts once a step.
+        self._tokens += inputs["packed"].row_tokens
         return loss
 
     def _prepare_input(self, data: Any) -> Any:
@@ -276,10 +277,6 @@ class Trainer(SFTTrainer):
         with torch.no_grad(), own.disable_adapter():
             states = own(**batch.model_inputs(), predict_from=batch.predict_from.index_select(0, batch.replayed))
         return Reference(batch.replayed, batch.learnt, states, self.kl)
-
-    def _count(self, batch: PackedBatch) -> None:
-        """Count tokens on the host; `log` adds the other processes' counts once a step."""
-        self._tokens += batch.row_tokens
 
     def _add_counted(self) -> None:
         tokens, self._tokens = self._tokens, 0

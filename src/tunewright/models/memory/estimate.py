@@ -75,7 +75,7 @@ class TrainingSetup:
     def copies_inputs(self) -> bool:
         """True if each adapted layer keeps its own copy of its input.
 
-        training.fused_lora.FusedLinear and lora_4bit.FusedLinear4bit keep the input that the layers share. peft's own
+        training.lora.FusedLinear and fused_linear_4bit keep the input that the layers share. peft's own
         layers, which dropout needs, convert it to the adapter's float32 and autocast converts it back, so each keeps a
         copy.
         """

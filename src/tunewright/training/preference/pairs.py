@@ -243,12 +243,10 @@ def _encoded(
         [rows[id(sides[place])][0] for place in kept], [sides[place] for place in kept], encoded.too_long, []
     )
     found = PreferenceRows(settings.method, answers, tuple(desirable[place] for place in kept))
-    return _balanced(found, reporter) if settings.method == "kto" else _said(found, reporter)
-
-
-def _said(rows: PreferenceRows, reporter: Reporter) -> PreferenceRows:
-    reporter.say(f"{count_of(len(rows), 'preference pair')} of {len({m.key for m in rows.members}):,} training rows")
-    return rows
+    if settings.method == "kto":
+        return _balanced(found, reporter)
+    reporter.say(f"{count_of(len(found), 'preference pair')} of {len({m.key for m in found.members}):,} training rows")
+    return found
 
 
 def _balanced(rows: PreferenceRows, reporter: Reporter) -> PreferenceRows:

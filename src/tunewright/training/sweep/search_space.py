@@ -67,15 +67,13 @@ def make_trials(own: TrainConfig, rates: Sequence[float]) -> list[Trial]:
     ordered = sorted(rates)
     middle = (len(ordered) - 1) / 2
     outwards = sorted(ordered, key=lambda rate: (abs(ordered.index(rate) - middle), rate))
-    trials = [_trial(own, preset, rate) for preset in ("all-linear", "classic") for rate in outwards]
+    trials = []
+    for preset in ("all-linear", "classic"):
+        targets = PRESETS[preset]["target_modules"]
+        for rate in outwards:
+            changed = {"preset": preset, "target_modules": targets, "learning_rate": rate}
+            trials.append(Trial(f"{preset}-{rate:g}", own.model_copy(update=changed)))
     return sorted(trials, key=lambda trial: trial.train != own)
-
-
-def _trial(own: TrainConfig, preset: str, rate: float) -> Trial:
-    changed = own.model_copy(
-        update={"preset": preset, "target_modules": PRESETS[preset]["target_modules"], "learning_rate": rate},
-    )
-    return Trial(f"{preset}-{rate:g}", changed)
 
 
 def advancing_trials(trials: int) -> int:
