@@ -23,13 +23,14 @@ from rich.console import Console
 from command_line import tunewright
 from factories import pair
 from real_data import SHARED
-from tunewright.cli.data import leakage_blocks, version_table
+from tunewright.cli.data import leakage_blocks
 from tunewright.cli.verdict import verdict_text
 from tunewright.config.io import load_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.data.dedup.leakage import LeakageRate, LeakageReport, NearestTrainingRow
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.versions import MANIFEST, Manifest, load_version
+from tunewright.data.versions.version import version_table
 from tunewright.evaluation.arms import plan_of
 from tunewright.evaluation.runner import measured_contrasts
 from tunewright.evaluation.train_similarity import scores_by_distance

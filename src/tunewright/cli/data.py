@@ -15,13 +15,12 @@ from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.add_options import AddOptions, ColumnMapping
-from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Table, table, words
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, table
 
 if TYPE_CHECKING:
     from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
-    from tunewright.data.versions import Manifest
     from tunewright.training.lengths import LengthReport
 
 data_app = group("data", DATA, "Add, check, review, version and share training pairs.")
@@ -47,6 +46,8 @@ def data_add(
     message: Annotated[str, typer.Option("--message", "-m", help="Message stored with the version.")] = "",
 ) -> None:
     """Check, deduplicate, cluster and split files of pairs into a new dataset version."""
+    from tunewright.data.versions.version import version_table
+
     result = run.project.data.add(files, options, message=message)
     what = f"{count_of(result.added, 'example')} added, {result.known:,} known before, "
     what += count_of(len(result.duplicates), "duplicate")
@@ -62,7 +63,8 @@ def data_add(
     if near := result.version.counts.near_duplicates:
         what += f"; near-duplicates in the version: {near:,}, each in one cluster with the row that it is like"
     status = "New version" if result.created else "Nothing new: still version"
-    run.show(result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version]))
+    text = f"{status} {result.version.digest[:12]}: {what}"
+    run.show(result.as_dict(), text, version_table([result.version]))
 
 
 @command(
@@ -152,20 +154,6 @@ def data_leakage(
 
 _MOST_HELD = 10
 _MOST_NAMED = 20
-
-
-def version_table(versions: Sequence[Manifest], current: Manifest | None = None) -> Table:
-    """Return the table of dataset versions; among several, the current one has a star."""
-    mixed = any(v.counts.mixed for v in versions)
-    numbers = ("Rows", "Train", "Dev", "Test", *(["Mixed in"] if mixed else []), "Clusters", "Families", "Conflicts")
-    rows = []
-    for version in versions:
-        c = version.counts
-        counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
-        star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
-        texts = (version.digest[:12] + star, version.created[:16])
-        rows.append((*texts, *(f"{n:,}" for n in counts), version.message))
-    return table("Versions", (*words("Version", "Created"), *numbers, *words("Message")), rows)
 
 
 def preview_text(preview: Preview) -> str:

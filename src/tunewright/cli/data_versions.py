@@ -9,7 +9,7 @@ import typer
 
 from tunewright.cli.app import command
 from tunewright.cli.console import FAILED, Session
-from tunewright.cli.data import data_app, version_table
+from tunewright.cli.data import data_app
 from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ Url = Annotated[str, typer.Argument(help="Folder or any URL that fsspec supports
 def data_log(run: Session) -> None:
     """List the dataset's versions, the newest last."""
     from tunewright.data.versions import current_manifest
+    from tunewright.data.versions.version import version_table
 
     versions, head = run.project.data.log(), current_manifest(run.project.folder.dataset)
     run.show(
@@ -53,6 +54,8 @@ def data_checkout(
     version: Annotated[str, typer.Argument(help="Digest of the version, or its first characters.")],
 ) -> None:
     """Make an existing version the current one."""
+    from tunewright.data.versions.version import version_table
+
     manifest = run.project.data.checkout(version)
     run.show(manifest, version_table([manifest]))
 

@@ -23,6 +23,7 @@ from tunewright.core.spill import repeated
 from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions.members import Place, lines_sha256, member_line
+from tunewright.render.blocks import Table, table, words
 
 MANIFEST = "manifest.json"
 IMPORTS = "imports.jsonl"
@@ -133,6 +134,20 @@ class Manifest(_Record):
 def short(digest: str) -> str:
     """Return the first 12 digits, used for folders and messages."""
     return digest[:12]
+
+
+def version_table(versions: Sequence[Manifest], current: Manifest | None = None) -> Table:
+    """Return the table of dataset versions; among several, the current one has a star."""
+    mixed = any(v.counts.mixed for v in versions)
+    numbers = ("Rows", "Train", "Dev", "Test", *(["Mixed in"] if mixed else []), "Clusters", "Families", "Conflicts")
+    rows = []
+    for version in versions:
+        c = version.counts
+        counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
+        star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
+        texts = (short(version.digest) + star, version.created[:16].replace("T", " "))
+        rows.append((*texts, *(f"{n:,}" for n in counts), version.message))
+    return table("Versions", (*words("Version", "Created (UTC)"), *numbers, *words("Message")), rows)
 
 
 def manifest_seal(document: Mapping[str, Any]) -> str:

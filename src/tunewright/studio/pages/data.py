@@ -19,6 +19,7 @@ from tunewright.data.review.label_models import excerpt
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import current_manifest
 from tunewright.data.versions.diff import comparability, summary, word_changes
+from tunewright.data.versions.version import version_table
 from tunewright.evidence.split_power import split_power, split_power_text
 from tunewright.studio.access import ChangedRows
 from tunewright.studio.visit import Handlers, PageReporter, Visit
@@ -55,12 +56,14 @@ _MAPPING = ("sheet", "input", "output")
 def data_page(visit: Visit) -> Response:
     """Show a form that takes a file, the files that can be added, and the versions."""
     current = current_manifest(visit.project.folder.dataset)
+    versions = visit.project.data.log()[::-1]
     return visit.page(
         "data.html.j2",
         "Data",
         files=list(_files(visit)),
         max_upload=MAX_UPLOAD,
-        versions=visit.project.data.log()[::-1],
+        versions=versions,
+        table=[version_table(versions, current)],
         current=current.digest if current else "",
     )
 
