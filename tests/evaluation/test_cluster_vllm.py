@@ -25,10 +25,9 @@ from tunewright.core.workers import Result, Shared
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.engines import environment
-from tunewright.engines.choice import AnswerEngine, answer_engine
+from tunewright.engines.choice import AnswerEngine, MachineVllm, answer_engine
 from tunewright.engines.environment import Environment
 from tunewright.engines.vllm.engine import VllmEngine
-from tunewright.engines.vllm.machine import MachineVllm
 from tunewright.evaluation import answer_worker
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.repeats import noise_floor

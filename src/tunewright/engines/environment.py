@@ -174,7 +174,10 @@ def install(
         UserError: there is no build for this machine, the disk is full, or pip fails.
     """
     build = build or build_for_this_machine()
-    _require_platform(tool)
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise UserError(
+            f"There is no build of {tool.title} for {sys.platform} on {platform.machine()}", fix=tool.otherwise
+        )
     wanted = pins(tool, build) if requirements is None else tuple(requirements)
     folder = (to or default_folder(tool, build)).absolute()
     found = _complete(tool, folder)
@@ -314,13 +317,6 @@ def _run(command: Sequence[str], folder: Path) -> str:
             fix="Correct the cause and run the same command again; it resumes where it stopped.",
         )
     return ran.stdout
-
-
-def _require_platform(tool: Tool) -> None:
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        raise UserError(
-            f"There is no build of {tool.title} for {sys.platform} on {platform.machine()}", fix=tool.otherwise
-        )
 
 
 def _require_free(tool: Tool, folder: Path, build: Build) -> None:

@@ -19,9 +19,8 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.core.workers import ModelWorkers, WorkerFailedError, on_machine
 from tunewright.data.examples import Message
 from tunewright.engines.child import PrivateFolder
-from tunewright.engines.choice import EMBEDDED, AnswerEngine
+from tunewright.engines.choice import EMBEDDED, AnswerEngine, require_equal, vllm_here
 from tunewright.engines.vllm.answers import VllmAnswers, VllmStoppedError, rows_at_once
-from tunewright.engines.vllm.machine import require_equal, vllm_here
 from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.generation.constraints import Grammar

@@ -168,7 +168,10 @@ def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[]
         raise UserError(what, where=str(project.dataset), fix="Run the same command again, to train on that version.")
     chat = open_chat(base, project.config.chat, reporter)
     if distributed.is_main_process():
-        _wait_for_lock(job.work)
+        # The processes of an earlier start may be about to end.
+        until = time.monotonic() + _LOCK_S
+        while is_locked(job.work) and time.monotonic() < until:
+            time.sleep(0.5)
     try:
         with stopped_from(stop_asked):
             # Without a folder for the adapters it would be signed here.
@@ -179,10 +182,3 @@ def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[]
         if distributed.is_peer_failure(error):
             raise ConnectionError(str(error)) from None
         raise
-
-
-def _wait_for_lock(work: Path) -> None:
-    """Wait a while for the processes of an earlier start, which may be about to end."""
-    until = time.monotonic() + _LOCK_S
-    while is_locked(work) and time.monotonic() < until:
-        time.sleep(0.5)

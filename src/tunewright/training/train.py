@@ -309,7 +309,15 @@ def _store(
         require_intact(adapter_folder(work, each.step))
     lineage = {
         **inputs,
-        "rendering": {name: _rendering(encoded) for name, encoded in run.splits.items()},
+        # Digests of the splits as rendered for training, and the rows that the config dropped.
+        "rendering": {
+            name: {
+                "digest": render_digest(encoded.rows),
+                "rows": len(encoded.rows),
+                "left_out": [{"key": row.member.key, "tokens": len(row.row.ids)} for row in encoded.too_long],
+            }
+            for name, encoded in run.splits.items()
+        },
         "training": {
             **_training_record(run.splits["train"], evaluated, best, run.seconds),
             **run.details,
@@ -362,13 +370,4 @@ def _training_record(
         "seconds": round(seconds, 1),
         "device": device(),
         "processes": distributed.world_size(),
-    }
-
-
-def _rendering(encoded: EncodedRows) -> dict[str, Any]:
-    """Return digests of a split as rendered for training, and the rows that the config dropped."""
-    return {
-        "digest": render_digest(encoded.rows),
-        "rows": len(encoded.rows),
-        "left_out": [{"key": row.member.key, "tokens": len(row.row.ids)} for row in encoded.too_long],
     }
