@@ -45,7 +45,7 @@ def test_run_reports_undertraining_and_the_fix(ran: tuple[Path, Ran]) -> None:
     assert cause["next"].startswith("Set train.epochs: 3 (now 1) or raise train.learning_rate, then `tunewright train`")
     # Training says it at its end, and nothing predicts the opposite.
     assert cause["what"] in done.stderr
-    assert "overfit" not in done.stderr
+    assert "Overfitting" not in done.stderr
 
 
 def test_verdict_and_report_agree_on_the_cause(ran: tuple[Path, Ran]) -> None:
