@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -123,19 +124,16 @@ class Gateway:
         """The number of engines that compute at the same time, at least 1."""
         return 1 if self._pool is None else max(1, len(self._pool.up))
 
-    def _resize_queue(self) -> None:
-        self._queue.resize(self._engine.max_num_seqs, self._engines)
-
     def _application(self) -> Starlette:
         routes = [
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),  # a base's name may contain slashes
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._completions, methods=["POST"]),
-            Route("/v1/responses", self._responses, methods=["POST"]),
-            Route(_MESSAGES, self._messages, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self._answer, parse=_parse_chat), methods=["POST"]),
+            Route("/v1/completions", partial(self._answer, parse=_parse_completion), methods=["POST"]),
+            Route("/v1/responses", partial(self._answer, parse=_parse_responses), methods=["POST"]),
+            Route(_MESSAGES, partial(self._answer, parse=_parse_messages), methods=["POST"]),
             Route("/v1/embeddings", _no_embeddings, methods=["POST"]),
         ]
         error_handlers: dict[Any, Any] = {
@@ -189,18 +187,6 @@ class Gateway:
             if name not in principal.models():
                 raise model_not_found(name, principal)
             return JSONResponse(_model_document(name))
-
-    async def _chat(self, http: HttpRequest) -> Response:
-        return await self._answer(http, _parse_chat)
-
-    async def _completions(self, http: HttpRequest) -> Response:
-        return await self._answer(http, _parse_completion)
-
-    async def _responses(self, http: HttpRequest) -> Response:
-        return await self._answer(http, _parse_responses)
-
-    async def _messages(self, http: HttpRequest) -> Response:
-        return await self._answer(http, _parse_messages)
 
     async def _authenticate(self, http: HttpRequest) -> Principal:
         # Anthropic's clients send their key as x-api-key.
@@ -259,7 +245,7 @@ class Gateway:
                 requests = await self._preprocess(body, principal, arrived)
                 if self._engine.stopped:
                     raise EngineStoppedError(self._engine.stopped)
-                self._resize_queue()  # an engine may have stopped
+                self._queue.resize(self._engine.max_num_seqs, self._engines)  # an engine may have stopped
                 tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
                 admission = await principal.admit(requests[0].target, tokens, body.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:

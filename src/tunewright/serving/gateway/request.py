@@ -184,8 +184,13 @@ class GenerationRequest:
                     return
                 self._admitted_at = time.monotonic()
                 self._watch()
+                facts: dict[str, tracing.Value | None] = {
+                    "tunewright.engine": engine.name,
+                    "tunewright.adapter": self.target.digest,
+                    "gen_ai.usage.input_tokens": self.prompt_tokens,
+                }
                 # The engine sends the current span's id along, if it is another process that can trace.
-                with tracing.span("engine", self._traced(engine)) as span:
+                with tracing.span("engine", facts) as span:
                     abort = engine.submit(self.engine_request, self, tenant=self.tenant)
                     try:
                         await self._ended.wait()
@@ -194,13 +199,6 @@ class GenerationRequest:
                         span.set({"gen_ai.usage.output_tokens": self.tokens, "tunewright.outcome": self.outcome})
         finally:
             self._unwatch()
-
-    def _traced(self, engine: Engine) -> dict[str, tracing.Value | None]:
-        return {
-            "tunewright.engine": engine.name,
-            "tunewright.adapter": self.target.digest,
-            "gen_ai.usage.input_tokens": self.prompt_tokens,
-        }
 
     def deliver(self, event: Event) -> None:
         """Take an event of the engine: see :class:`tunewright.engines.protocol.TokenSink`."""

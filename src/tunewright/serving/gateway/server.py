@@ -143,7 +143,8 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         self._connections.report()
         if self._drain is not None and self._until is not None:
-            in_flight = _requests(self._drain.in_flight)
+            count = self._drain.in_flight
+            in_flight = "1 request" if count == 1 else f"{count} requests"
             if not self._announced:  # not in the signal handler, which may interrupt another write
                 self._say(
                     f"Stopping: refusing new requests and waiting up to {self._drain_seconds:g} s for {in_flight}."
@@ -180,10 +181,6 @@ def require_free(host: str, port: int) -> None:
         UserError: it cannot.
     """
     _listen(host, port).close()
-
-
-def _requests(count: int) -> str:
-    return "1 request" if count == 1 else f"{count} requests"
 
 
 def _url(listener: socket.socket) -> str:

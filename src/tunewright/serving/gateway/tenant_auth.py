@@ -270,7 +270,9 @@ class TenantAuth:
                         await self.router.update()
                     await self._send_heartbeat()
                     beat = asyncio.get_running_loop().time()
-                self._report_recovery()
+                if self._troubles:
+                    self._troubles.clear()
+                    self._reporter.warn("The serving state answers again.")
             except StateUnavailableError as error:
                 self._report_trouble(error)
             except EngineStoppedError:
@@ -298,11 +300,6 @@ class TenantAuth:
         if str(error) not in self._troubles:
             self._troubles.add(str(error))
             self._reporter.warn(f"{error}\nRequests are refused (503) until the serving state answers.")
-
-    def _report_recovery(self) -> None:
-        if self._troubles:
-            self._troubles.clear()
-            self._reporter.warn("The serving state answers again.")
 
 
 @dataclass

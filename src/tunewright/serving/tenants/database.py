@@ -211,7 +211,13 @@ class Database:
             if not self.is_sqlite:
                 connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             if inspect(connection).has_table(schema.name):
-                self._require_version(connection)
+                version = connection.execute(select(schema.c.version)).scalar_one()
+                if version > SCHEMA_VERSION:
+                    raise UserError(
+                        f"The serving state has schema {version}, and this tunewright supports schema {SCHEMA_VERSION}",
+                        where=self.name,
+                        fix="Use the tunewright version that created it, or a newer one.",
+                    )
                 return
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:
@@ -223,15 +229,6 @@ class Database:
             metadata.create_all(connection, checkfirst=False)
             connection.execute(insert(schema).values(version=SCHEMA_VERSION))
             connection.execute(insert(audit_head).values(id=1, number=0, digest=""))
-
-    def _require_version(self, connection: Connection) -> None:
-        version = connection.execute(select(schema.c.version)).scalar_one()
-        if version > SCHEMA_VERSION:
-            raise UserError(
-                f"The serving state has schema {version}, and this tunewright supports schema {SCHEMA_VERSION}",
-                where=self.name,
-                fix="Use the tunewright version that created it, or a newer one.",
-            )
 
 
 def exists(url: str) -> bool:
