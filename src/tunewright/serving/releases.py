@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantization
-from tunewright.adapters.keys import TrustedKeys
+from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter, find_adapter
-from tunewright.adapters.trust import require_trusted
-from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, evidence_on
@@ -19,7 +16,7 @@ from tunewright.open_project import OpenProject
 from tunewright.serving.options import DeployOptions, Engine, ReleaseTestOptions
 from tunewright.serving.project_state import open_state
 from tunewright.serving.release_gate import ReleaseGate
-from tunewright.serving.served_adapters import adapter_of, missing_evidence, served_grammar
+from tunewright.serving.served_adapters import adapter_of, missing_evidence, require_servable, served_grammar
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants import IsolationTest, Release, ServingCheck, State
@@ -118,7 +115,7 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
             )
         else:
             state.releases.require_triable(alias, candidate)
-        _require_servable(project, chosen, alias, state)
+        _require_servable_together(project, chosen, alias, state)
         test, check, passes = _tested(project, state, alias, chosen, options, forced=because is not None)
         if not passes:
             return DeployResult(None, decided, test, check)
@@ -150,7 +147,7 @@ def promote(project: OpenProject, alias: str, options: ReleaseTestOptions = Rele
     with open_state(project) as state:
         before, candidate = state.releases.promotable(alias)
         chosen = adapter_of(project, candidate.adapter, candidate.digest)
-        _require_servable(project, chosen, alias, state)
+        _require_servable_together(project, chosen, alias, state)
         if before.grounds.evaluation is not None:
             _require_evaluation(project, before.grounds.evaluation)
         if options.engine is None and before.grounds.isolation is not None:
@@ -329,13 +326,10 @@ def _require_evaluation(project: OpenProject, evaluation: str) -> None:
         )
 
 
-def _require_servable(project: OpenProject, adapter: Adapter, alias: str, state: State) -> None:
+def _require_servable_together(project: OpenProject, adapter: Adapter, alias: str, state: State) -> None:
     """Refuse an adapter that no server here could load together with the other releases."""
-    require_compatible(adapter, project.base, project.chat)
-    require_batchable(adapter.folder)
-    require_trusted(adapter, TrustedKeys(project.folder.keys))
-    config = project.folder.config
-    if config.serve.quantization is None:
+    require_servable(project, adapter)
+    if project.folder.config.serve.quantization is None:
         others = [release for name, release in state.releases.live().items() if name != alias]
         beside = [adapter_of(project, release.adapter, release.digest) for release in others]
         trained_quantization([adapter, *beside])

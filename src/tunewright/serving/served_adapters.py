@@ -161,6 +161,11 @@ def require_held(project: OpenProject, adapter: Adapter, held: Quantization) -> 
 
 
 def require_servable(project: OpenProject, adapter: Adapter) -> None:
+    """Refuse an adapter that does not fit the base, that engines cannot batch, or that is not trusted.
+
+    Raises:
+        UserError: any of these.
+    """
     require_compatible(adapter, project.base, project.chat)
     require_batchable(adapter.folder)
     require_trusted(adapter, TrustedKeys(project.folder.keys))
