@@ -189,11 +189,7 @@ def _with_clean_values(
 
 
 def _report_values(parts: Sequence[_Part], reporter: Reporter, *, redact: bool) -> None:
-    """Report the findings in group values and metadata.
-
-    Raises:
-        UserError: a value contains a secret, and ``redact`` is not set.
-    """
+    """Report the findings in group values and metadata."""
     if redact:
         replaced = len(set().union(*(part.values.texts for part in parts)))
         if replaced:

@@ -119,11 +119,7 @@ _REFUSED = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$anchor", "uneval
 
 
 def _checked_size(schema: Any) -> int:
-    """Return the number of schemas and listed values, with references followed.
-
-    Raises:
-        SchemaLimitError: a recursive or too large schema, a reference to elsewhere, a keyword that is not supported.
-    """
+    """Return the number of schemas and listed values, with references followed; refuse what is over a limit."""
     places: dict[_Pointer, Any] = {(): schema}
     left: list[_Pointer] = [()]
     while left:

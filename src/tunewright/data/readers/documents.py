@@ -159,12 +159,9 @@ def _found(document: _Document, expression: str) -> list[Any]:
         raise UserError(f"{expression!r} fails on {document.path}: {error}", where=_WHERE) from None
     if isinstance(found, list) and found:
         return found
-    what = "nothing" if found is None or found == [] else f"{_kind(found)} instead of a list of rows"
+    kind = {dict: "one object", str: "a text", bool: "true or false"}.get(type(found), "a number")
+    what = "nothing" if found is None or found == [] else f"{kind} instead of a list of rows"
     raise UserError(f"{expression!r} selects {what} in {document.path}", where=_WHERE, fix=_shape(document.value))
-
-
-def _kind(value: Any) -> str:
-    return {dict: "one object", str: "a text", bool: "true or false"}.get(type(value), "a number")
 
 
 def _shape(value: Any) -> str:

@@ -110,7 +110,10 @@ def _eight_bit(path: Path) -> Encoding:
         return Encoding("utf-8", "UTF-8")
     if undefined:
         raise UserError("Neither UTF-8 nor cp1252 (Windows, Western European)", where=f"{path}:{undefined}", fix=_SAVE)
-    return Encoding("cp1252", "cp1252", first_line=first, excerpt=_around_foreign(excerpt))
+    found = _BEYOND_ASCII.search(excerpt)
+    assert found is not None
+    around = excerpt[max(0, found.start() - 20) : found.start() + 20].strip()
+    return Encoding("cp1252", "cp1252", first_line=first, excerpt=around)
 
 
 def _is_cp1252(line: bytes) -> bool:
@@ -119,12 +122,6 @@ def _is_cp1252(line: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _around_foreign(text: str) -> str:
-    found = _BEYOND_ASCII.search(text)
-    assert found is not None
-    return text[max(0, found.start() - 20) : found.start() + 20].strip()
 
 
 def note_on(path: Path, encoding: Encoding) -> str | None:

@@ -113,11 +113,7 @@ def _check(path: Path, form: Format, split: Split | None) -> None:
 
 
 def _fit(members: Sequence[Member], form: Format) -> str | None:
-    """Return the system turn that all rows share, if the format cannot store it.
-
-    Raises:
-        UserError: rows that the format cannot represent.
-    """
+    """Return the system turn that all rows share, if the format cannot store it."""
     if form in ("chat", "parquet"):
         return None
     _refuse(members, form, "functions and calls", lambda e: e.messages[0].role == "tools")

@@ -75,11 +75,7 @@ def now() -> int:
 
 @dataclass(frozen=True)
 class _OpenAIResponse:
-    """Common to both routes.
-
-    Args:
-        body: the request.
-    """
+    """Common to both routes; ``body`` is the request."""
 
     body: ChatRequest | CompletionRequest
     id: str = field(default_factory=new_id)
