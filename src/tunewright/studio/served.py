@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tunewright.serving.engines.pool import EngineState
 from tunewright.studio.jobs import SERVER, Job
+
+if TYPE_CHECKING:
+    from tunewright.serving.engines.pool import EngineState
 
 _READY = re.compile(
     r"^Serving at (\S+)/v1\n((?:  .+\n)*)(?:\n?Prometheus metrics: (\S+)$)?",
@@ -55,6 +58,9 @@ def engines(server: Served) -> list[EngineState] | None:
 
     if server.metrics is None:
         return []
+    # It imports torch, which a page without a running server does not need.
+    from tunewright.serving.engines.pool import EngineState
+
     try:
         answer = httpx.get(server.metrics, timeout=_ANSWER_S, trust_env=False)
         answer.raise_for_status()
