@@ -152,7 +152,7 @@ def test_files_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert (ann.name, ann.id[:12], ann.revoked, ann.trusted.by) == ("ann", "b258fc91beed", None, "Ann")
     assert bob.revoked is not None
     assert bob.revoked.because == "the laptop was stolen"
-    assert TrustedKeys(keys).allowed_signers.count("\n") == 2
+    assert TrustedKeys(keys).allowed_signers.count("\n") == 1, "without bob"
     path = keys / "ann.json"
     whole = path.read_text()
     path.write_text(whole.replace(ann.id, "0" * 64))

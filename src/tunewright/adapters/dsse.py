@@ -1,4 +1,4 @@
-"""Signatures of adapters in the format of before ``ssh-keygen``, verified until tunewright 2.0 and no longer made.
+"""Signatures of adapters in the format of earlier versions, verified until tunewright 2.0 and no longer made.
 
 ``signature.json`` is a DSSE envelope (github.com/secure-systems-lab/dsse, v1.0.2) without its payload, which is the
 file ``manifest.json``: payload type, and each signer's key ID and Ed25519 signature. Keys are those of keys/NAME.json.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,16 +124,20 @@ class TrustedKeys:
     @property
     def allowed_signers(self) -> str:
         """The file for ``ssh-keygen``: the project's, and the keys of keys/NAME.json."""
-        return _text(self._allowed) + "".join(_line(key.name, key.openssh) for key in self.all if key.is_former)
+        former = (key for key in self.all if key.is_former and key.revoked is None)
+        return _text(self._allowed) + "".join(_line(key.name, key.openssh) for key in former)
 
     def find(self, mark: str) -> TrustedKey | None:
         """Return the key with this fingerprint."""
         return next((key for key in self.all if key.fingerprint == mark), None)
 
     def revocation(self, mark: str) -> KeyEvent | None:
-        """Return the revocation of the key with this fingerprint, unless a KRL has it."""
-        key = self.find(mark)
-        return self._revoked.get(mark) if key is None else key.revoked
+        """Return the revocation of the key with this fingerprint, unless a KRL has it.
+
+        A key may be in several files: one revocation is enough.
+        """
+        found = [self._revoked.get(mark), *(key.revoked for key in self.all if key.fingerprint == mark)]
+        return next((each for each in found if each is not None), None)
 
     def list(self) -> Sequence[KnownKey]:
         """Return the keys that the project trusts or has revoked."""
@@ -149,7 +154,7 @@ class TrustedKeys:
         Raises:
             UserError: not such a file, a revoked key, or a name or key that is known already.
         """
-        file = Path(key).expanduser()
+        file = Path(os.path.expanduser(key))  # noqa: PTH111 (Path.expanduser fails for an unknown user)
         if not file.is_file():
             fix = "Give the file of a public key, such as ~/.ssh/id_ed25519.pub; `ssh-keygen -t ed25519` creates it."
             raise UserError("No such file", where=str(key), fix=fix)

@@ -46,8 +46,11 @@ def ssh_keygen(*arguments: str, data: bytes = b"", prompt: bool = False) -> Fini
         UserError: it is not installed, or too old for signatures.
     """
     command = [require_ssh_keygen(), *arguments]
-    # Without a terminal of its own it fails instead of waiting for a person. A stated SSH_ASKPASS_REQUIRE holds.
-    variables = os.environ if prompt else {"SSH_ASKPASS_REQUIRE": "never", **os.environ}
+    # Without a terminal of its own it fails instead of waiting for a person; with one it asks there, although its input
+    # is a pipe, for which a desktop's askpass would open a window. A stated SSH_ASKPASS_REQUIRE holds.
+    variables = {"SSH_ASKPASS_REQUIRE": "never", **os.environ}
+    if prompt and "SSH_ASKPASS" in os.environ:
+        variables = dict(os.environ)
     ran = run(command, data=data, env=variables, terminal=prompt)
     if ran.code != 0 and "usage: ssh-keygen" in ran.stderr:
         raise UserError("This ssh-keygen makes no signatures", where=command[0], fix="Install OpenSSH 8.2 or later.")

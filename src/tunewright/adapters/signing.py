@@ -71,6 +71,8 @@ def sign(folder: Path, key: SigningKey, *, prompt: bool = False) -> bool:
     blocks = read_signatures(folder)
     if any(_signer(block, folder) == key.id for block in blocks):
         return False
+    if len(blocks) >= _MOST:
+        raise UserError(f"The adapter has {_MOST} signatures, and no more are read", where=str(folder / SIGNATURE))
     made = key.sign((folder / MANIFEST).read_bytes(), prompt=prompt)
     write_text(folder / SIGNATURE, "".join((*blocks, made)))
     return True
@@ -151,7 +153,11 @@ def store_signer(keys: Path, reporter: Reporter) -> SigningKey | None:
     except UserError as error:
         reporter.say(f"The adapter will not be signed: {error.what}. {error.fix}")
         return None
-    key.sign(b"", prompt=False)
+    # Its options may have expired, or a KRL revokes it: then the project would refuse the adapter.
+    tried = _verify(key.sign(b"", prompt=False), key.id, b"", trusted)
+    if tried.status != "signed":
+        reporter.say(f"The adapter will not be signed: {tried.why}.")
+        return None
     reporter.say(f"The adapter will be signed with your key {key.name}.")
     return key
 
@@ -169,12 +175,12 @@ def signing_key(trusted: TrustedKeys, wanted: str | None = None) -> SigningKey:
     """
     require_ssh_keygen()
     wanted = wanted or os.environ.get(SIGNING_KEY) or None
-    file = Path(wanted or "").expanduser()
+    file = Path(os.path.expanduser(wanted or ""))  # noqa: PTH111 (Path.expanduser fails for an unknown user)
     keys = [(file, file_fingerprint(file))] if file.is_file() else own_keys()
     usable: dict[str, SigningKey] = {}
     for path, mark in keys:
         key = trusted.find(mark)
-        if key is not None and key.revoked is None and (file.is_file() or wanted in (None, key.name)):
+        if key is not None and trusted.revocation(mark) is None and (file.is_file() or wanted in (None, key.name)):
             usable.setdefault(mark, SigningKey(path, key.name, mark))
     if len(usable) > 1:
         names = ", ".join(key.name for key in usable.values())

@@ -64,7 +64,11 @@ def sign(project: OpenProject, adapter: str | None = None, *, key: str | None = 
         raise UserError(f"The adapter is not signed: {'; '.join(before.reasons)}", where=found.name)
     if read_manifest(found.folder) is None:
         write_manifest(found.folder, found.name)
-    return found, signer.name, signing.sign(found.folder, signer, prompt=True)
+    new = signing.sign(found.folder, signer, prompt=True)
+    own = [each for each in signing.verify_signatures(found.folder, trusted) if signer.name in each.key.split(",")]
+    if all(each.status != "signed" for each in own):
+        raise UserError(f"The signature does not count: {'; '.join(each.why for each in own)}", where=found.name)
+    return found, signer.name, new
 
 
 def push(project: OpenProject, url: str, names: Sequence[str] = ()) -> Sequence[PushedAdapter]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from tunewright.cli.app import TRAIN, Minutes, app, command
 from tunewright.cli.console import RESUMES, Session
 from tunewright.core.errors import UserError
-from tunewright.render.blocks import table, words
+from tunewright.render.blocks import Lead, table, words
 
 if TYPE_CHECKING:
     from tunewright.advisor.result import AdviceResult
@@ -74,6 +74,7 @@ def advice_tables(result: AdviceResult) -> list[Part]:
     return [
         advice_section(signals.prompting),
         scores_plot(signals),
+        Lead("Signals"),
         table("Signals", words("Signal", "Measured"), measured(signals).items()),
         answer,
         f"Advice: {result.file}",

@@ -51,23 +51,26 @@ def report(run: Session, evaluation: Evaluation = None) -> None:
 @command(app, "access-log", panel=EVALUATE, example="tunewright access-log")
 def access_log(run: Session) -> None:
     """List every opening of the test split, after checking the log and the files that it binds for changes."""
+    from tunewright.render.blocks import Lead
     from tunewright.report.sections.method import log_table
 
     openings = run.unopened.access_log()
+    shown = [Lead("Openings of the test split"), log_table(openings)]
     run.show(
         {"openings": [opening.model_dump(mode="json") for opening in openings]},
-        log_table(openings) if openings else "The test split has not been opened yet.",
+        *(shown if openings else ["The test split has not been opened yet."]),
     )
 
 
 def verdict_text(decision: Verdict) -> Text:
     """Return the decision and its reasons."""
-    from tunewright.render.terminal import rendered
-    from tunewright.report.text import verdict_blocks
+    from tunewright.report.text import cause_text
 
     on_dev = " (on dev)" if decision.split == "dev" else ""
     text = Text(f"Verdict{on_dev}: {decision.decision}\n", style=_COLOURS[decision.decision])
-    lines = [f"  {line}" for line in rendered(*verdict_blocks(decision, decision.reasons))]
+    lines = [f"  {reason}" for reason in decision.reasons]
+    if decision.causes:
+        lines += ["Likely causes:", *(f"  - {cause_text(cause)}" for cause in decision.causes)]
     for each in decision.replacements:
         lines.append(f"Incumbent {each.incumbent.name}: {each.outcome}")
         lines += [f"  {reason}" for reason in each.reasons]

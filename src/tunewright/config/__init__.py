@@ -386,6 +386,7 @@ class ServeConfig(Section):
     def _addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
             parts = urlsplit(url)
+            _ = parts.port, (parts.hostname or "").encode("idna")  # each raises a ValueError that says what is wrong
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
                 raise ValueError(f"{url!r} is not the address of an engine: use http://HOST:PORT")
         return tuple(url.rstrip("/") for url in urls)

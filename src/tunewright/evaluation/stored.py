@@ -252,6 +252,8 @@ def item_prompts(project: OpenProject, evaluation: str | Path | None, key: str) 
 def _arm_prompt(
     project: OpenProject, found: Evidence, arm: str, stored: StoredPrompt, messages: Sequence[Mapping[str, Any]]
 ) -> ArmPrompt:
+    if max(stored.messages, default=0) > len(messages):
+        return ArmPrompt(arm, missing=f"{PROMPTS_FILE} has no longer all messages of this prompt.")
     turns = [messages[number - 1] for number in stored.messages]
     rows = project.folder.dataset / "rows"
     shown = read_rows(rows, has_rows(rows, stored.demonstrations))
@@ -273,8 +275,13 @@ def _prompt_tokens(
     from tunewright.chat.format import Tokens
     from tunewright.chat.inspection import view
 
-    recorded = found.lineage["base"]["digest"], found.lineage["template_digest"]
-    if stored is None or (project.base.digest, project.chat.digest) != recorded:
+    if stored is None:
+        return ()
+    try:
+        here = project.base.digest, project.chat.digest
+    except UserError:  # the base is not on this machine
+        return ()
+    if here != (found.lineage["base"]["digest"], found.lineage["template_digest"]):
         return ()
     ids = project.chat.prompt([Message.from_dict(turn) for turn in turns])
     return view(project.chat, Tokens(ids, (False,) * len(ids))) if digest(ids) == stored else ()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
 from tunewright.evidence.common import Part
 
@@ -47,8 +48,15 @@ class PromptMessages:
 
 
 def load_messages(folder: Path) -> list[dict[str, Any]] | None:
-    """Return the messages that an evaluation's prompts consist of; None if the file was deleted, or never written."""
+    """Return the messages that an evaluation's prompts consist of; None if the file was deleted, or never written.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = folder / PROMPTS_FILE
     if not file.exists():
         return None
-    return [json.loads(line) for line in text_lines(file.read_text(encoding="utf-8"))]
+    try:
+        return [json.loads(line) for line in text_lines(file.read_text(encoding="utf-8"))]
+    except ValueError:
+        raise UserError("Not the messages of prompts", where=str(file), fix="Restore the file, or delete it.") from None

@@ -36,6 +36,6 @@ def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str,
     here = Path(__file__).parent
     folder = here / name if (here / name).is_dir() else here.parents[2] / "examples" / name
     prepare = folder / f"prepare_{name}.py"
-    copied = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.*") if path != prepare}
+    copied = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("[!.]*.*") if path != prepare}
     prepared: dict[str, str] = runpy.run_path(str(prepare))["project_files"](data, reporter)
     return copied | prepared

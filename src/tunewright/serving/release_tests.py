@@ -24,7 +24,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.engines.environment import VLLM, find
-from tunewright.engines.protocol import Engine
+from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
 from tunewright.export.merge import write_merged
 from tunewright.export.weights import Weights, read_deltas, trained_dtype
 from tunewright.gate import isolation
@@ -136,11 +136,17 @@ class EngineUnderTest:
         """
         project, held = self.project, self.quantization if merged is None else "none"
         spec = EngineSpec(merged or project.base, project.chat, held, adapters, spare=spare)
-        engine = start_engine(self.kind, self.config, spec, project.reporter)
         try:
-            yield engine
-        finally:
-            engine.stop()
+            engine = start_engine(self.kind, self.config, spec, project.reporter)
+            try:
+                yield engine
+            finally:
+                engine.stop()
+        except (EngineStoppedError, AdapterFailedError) as error:
+            raise UserError(
+                f"The engine {self.title} failed during the test: {error}",
+                fix="Read its log, and run the command again.",
+            ) from error
 
 
 def engines_under_test(project: OpenProject, quantization: Quantization, kind: EngineName) -> list[EngineUnderTest]:

@@ -110,7 +110,7 @@ def serve_engine(project: OpenProject, options: EngineOptions = EngineOptions())
     from tunewright.serving.engine_service import EngineService
     from tunewright.serving.engines.remote import TOKEN
 
-    if TOKEN not in os.environ and not _is_private(options.host):
+    if not os.environ.get(TOKEN) and not _is_private(options.host):
         raise UserError(
             f"Other machines can reach {options.host}, and without a token the engine answers all of them",
             where="--host",

@@ -12,12 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from engine_kinds import COMPILER
 from recorded_engine import ONE, ORIGIN, THREE, TWO, Recorded, answer, asked, at_address, pooled, run
 from starlette.applications import Starlette
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.engines.protocol import EngineStoppedError, RequestFailedError, stream
+from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError, RequestFailedError, stream
 from tunewright.serving.engines import engine_server
 from tunewright.serving.engines import pool as pools
 from tunewright.serving.engines.engine_server import EngineApp
@@ -200,8 +201,6 @@ def test_new_process_at_an_address_loads_the_adapters_before_it_gets_requests_fo
         await load_all(pool)
         before.close()
         await until(lambda: not pool.up)
-        from engine_kinds import COMPILER
-
         app = EngineApp(second, ORIGIN, locate, COMPILER).app
         held.enter_context(serving(app, port=port))
         await until(lambda: pool.restarts == 1 and pool.resident == sorted(DIGESTS))
@@ -289,6 +288,9 @@ def test_pool_without_any_engine_is_refused_and_names_the_addresses() -> None:
 
 
 def test_engine_with_a_token_answers_only_gateways_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "")
+    with at_address(Recorded()) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        assert client.get(FACTS).status_code == 200, "an empty token has no effect"
     monkeypatch.setenv(TOKEN, "secret")
     with at_address(Recorded()) as url:
         with httpx.Client(base_url=url, trust_env=False) as client:
@@ -308,4 +310,86 @@ def test_name_stands_for_an_engine_at_each_of_its_addresses() -> None:
     assert "http://127.0.0.1:8100" in resolved("http://localhost:8100")
     assert resolved("http://127.0.0.1") == ["http://127.0.0.1:80"]
     assert resolved("https://engines.example:8100") == ["https://engines.example:8100"]
-    assert resolved("http://no-such-name.invalid:1") == ["http://no-such-name.invalid:1"]
+    assert resolved("http://no-such-name.invalid:1") == []
+
+
+def test_engines_stay_while_their_name_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, looks = Recorded(), 0
+
+    def silent(*_: Any, **__: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        raise socket.gaierror("Temporary failure in name resolution")
+
+    async def ask(pool: EnginePool) -> None:
+        await pool.load(ONE, Path("adapter"))
+        monkeypatch.setattr(socket, "getaddrinfo", silent)
+        await until(lambda: looks >= 3)
+        assert await answer(pool, asked(ONE)) == (97, 97)
+
+    with at_address(engine) as url, pooled([url]) as pool:
+        run(ask(pool))
+    assert engine.changes == ["+1", "-1"], "loaded once, and freed at the end"
+
+
+def test_engine_that_lacks_what_the_others_support_is_left_out() -> None:
+    class Limited(Recorded):
+        unsupported = frozenset({"logit_bias"})
+
+    reporter = Recorder()
+    with ExitStack() as held:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        urls = [held.enter_context(at_address(Recorded())), f"http://127.0.0.1:{port}"]
+        pool = held.enter_context(pooled(urls, reporter))
+        app = EngineApp(Limited(), ORIGIN, lambda name, _digest: Path(name), COMPILER).app
+        held.enter_context(serving(app, port=port))
+        run(until(lambda: any("does not support logit_bias" in warning for warning in reporter.warnings)))
+        assert [engine.url for engine in pool.up] == urls[:1]
+
+
+def test_adapter_that_is_unloaded_while_it_loads_is_freed() -> None:
+    engine = Recorded()
+
+    async def ask(pool: EnginePool) -> None:
+        engine.can_load.clear()
+        loading = asyncio.create_task(pool.load(ONE, Path("adapter")))
+        await until(lambda: ONE in pool.engines[0].loading)
+        await pool.unload(ONE)
+        engine.can_load.set()
+        await loading
+        await until(lambda: engine.changes == ["+1", "-1"])
+        assert pool.resident == []
+
+    with at_address(engine) as url, pooled([url]) as pool:
+        run(ask(pool))
+
+
+def test_unexpected_failure_of_a_change_or_a_request_leaves_the_engine_up() -> None:
+    class Broken(Recorded):
+        async def load(self, digest: str, folder: Path) -> None:
+            if digest == TWO:
+                raise OSError("still being copied")
+            await super().load(digest, folder)
+
+    async def ask(pool: EnginePool) -> None:
+        await pool.load(ONE, Path("adapter"))
+        with pytest.raises(AdapterFailedError, match="still being copied"):
+            await pool.load(TWO, Path("adapter"))
+        assert await answer(pool, asked(ONE)) == (97, 97)
+        assert len(pool.up) == 1
+
+    with at_address(Broken()) as url, pooled([url]) as pool:
+        run(ask(pool))
+
+
+def test_malformed_request_gets_an_error_and_no_traceback() -> None:
+    with at_address(Recorded()) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        gateway = {"x-tunewright-gateway": "a"}
+        assert client.post(f"{FACTS}/load", json={}).status_code == 400
+        assert client.post(f"{FACTS}/load", content=b"{", headers=gateway).status_code == 400
+        bodies: list[Any] = [{}, [], {"prompt_ids": "x", "tenant": ""}]
+        for body in bodies:
+            for method, kind in (("load", "AdapterFailedError"), ("answer", "RequestFailedError")):
+                reply = client.post(f"{FACTS}/{method}", json=body, headers=gateway)
+                assert (reply.status_code, reply.json()["error"]) == (200, kind)

@@ -241,7 +241,7 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
 
     def note(self, item: ReviewItem, text: str) -> str:
         """Store a note on the row, unless it contains a secret."""
-        if found := secret_kinds(text, self.allow):
+        if text.strip() != self.note_on(item.key) and (found := secret_kinds(text, self.allow)):
             return f"The note contains a secret ({found}) and was not stored."
         return super().note(item, text)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import os
 import secrets
 import time
@@ -40,7 +41,12 @@ from tunewright.generation.requests import Request
 from tunewright.serving.engines.remote import FACTS, GATEWAY, PROTOCOL, TOKEN, EngineFacts, Event, failure
 
 LEASE_S = 60.0
+UNLOAD_S = 10.0
+"""The longest time that the engine may take to notice that an aborted request no longer needs its adapter."""
+_UNLOAD_PAUSE_S = 0.05
 _CONSTRAINTS = 32
+
+log = logging.getLogger("tunewright")
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,11 @@ class EngineApp:
         self._locate = locate
         self._compiler = compiler
         self._constraint = lru_cache(_CONSTRAINTS)(self._compile)
-        self._token = os.environ.get(TOKEN)
+        self._token = os.environ.get(TOKEN) or None
         self._instance = secrets.token_hex(8)
         self._heard: dict[str, float] = {}
         """When each gateway was heard of last, in seconds that never go back."""
+        self._forgetting: asyncio.Task[None] | None = None
         self._users: dict[str, set[str]] = {}
         """The gateways of each adapter."""
         methods = {"answer": self._answer, "load": self._load, "unload": self._unload}
@@ -112,7 +119,8 @@ class EngineApp:
     async def _facts(self, http: HttpRequest) -> Response:
         if not self._admits(http):
             return Response(status_code=401)
-        await self._forget_lost_gateways()
+        if self._forgetting is None or self._forgetting.done():
+            self._forgetting = asyncio.create_task(self._forget_lost_gateways())
         return JSONResponse(asdict(self.facts))
 
     def _events_of(self, method: Callable[[str, Event], AsyncGenerator[Event, None]]) -> Callable[[HttpRequest], Any]:
@@ -126,8 +134,11 @@ class EngineApp:
         async def route(http: HttpRequest) -> Response:
             if not self._admits(http):
                 return Response(status_code=401)
-            events = lines(http.headers[GATEWAY], json.loads(await http.body()))
-            return StreamingResponse(events, media_type="application/x-ndjson")
+            try:
+                gateway, body = http.headers[GATEWAY], json.loads(await http.body())
+            except (KeyError, ValueError, RecursionError):
+                return Response(status_code=400)
+            return StreamingResponse(lines(gateway, body), media_type="application/x-ndjson")
 
         return route
 
@@ -146,8 +157,12 @@ class EngineApp:
                 async for delta in deltas:
                     logprobs = [[each.logprob, each.top] for each in delta.logprobs]
                     yield {"ids": delta.ids, "finish": delta.finish, "logprobs": logprobs}
-        except (UserError, RequestFailedError, EngineStoppedError) as error:
+        except (RequestFailedError, EngineStoppedError) as error:
             yield failure(error)
+        except Exception as error:  # the gateway must not take a request that fails here for a lost engine
+            log.exception("failed to answer a request")
+            reason = error.what if isinstance(error, UserError) else type(error).__name__
+            yield failure(RequestFailedError(f"The engine could not take this request: {reason}"))
 
     async def _load(self, gateway: str, body: Event) -> AsyncGenerator[Event, None]:
         """Load an adapter of this project; yield one event."""
@@ -171,13 +186,21 @@ class EngineApp:
     async def _release(self, digest: str, gateway: str) -> None:
         users = self._users.get(digest, set())
         users.discard(gateway)
-        if not users:
-            await self._engine.unload(digest)
+        until = time.monotonic() + UNLOAD_S
+        while not users:
+            try:
+                await self._engine.unload(digest)
+                return
+            except AdapterFailedError:  # an aborted request may be in its last pass
+                if time.monotonic() > until:
+                    raise
+            await asyncio.sleep(_UNLOAD_PAUSE_S)
 
     async def _forget_lost_gateways(self) -> None:
         """Free the adapters of gateways that ended without a word."""
-        lost = [each for each, heard in self._heard.items() if time.monotonic() - heard > LEASE_S]
-        for gateway in lost:
+        for gateway in list(self._heard):
+            if time.monotonic() - self._heard[gateway] <= LEASE_S:
+                continue
             del self._heard[gateway]
             for digest in [digest for digest, users in self._users.items() if gateway in users]:
                 with suppress(AdapterFailedError, EngineStoppedError):  # in use still, or gone with the engine
@@ -200,4 +223,7 @@ async def _changed(change: Awaitable[None]) -> Event:
         await change
     except (UserError, AdapterFailedError, EngineStoppedError) as error:
         return failure(error)
+    except Exception as error:  # the gateway must not take a change that fails here for a lost engine
+        log.exception("failed to change the adapters")
+        return failure(AdapterFailedError(f"The engine could not change its adapters: {error}"))
     return {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
 import socket
 import threading
@@ -52,6 +53,8 @@ FREE = 0.5
 """An engine with at most this share of its rows in use is never passed over."""
 BALANCE = 1.25
 """Above that, an engine with this many times the mean load is passed over."""
+
+log = logging.getLogger("tunewright")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,10 @@ class EnginePool:
         # Guards everything below: requests may come from several event loops.
         self._lock = threading.RLock()
         self._engines: dict[str, RemoteEngine] = {}
+        self._addresses: dict[str, list[str]] = {}
+        """Of each URL, when its name was last resolved."""
+        self._tasks: set[asyncio.Task[Exception | None]] = set()
+        """Loads that nobody waits for."""
         self._folders: dict[str, Path] = {}
         self._reported: dict[str, str] = {}
         self._routes: set[_Route] = set()
@@ -159,7 +166,7 @@ class EnginePool:
     @property
     def resident(self) -> list[str]:
         """The digests of the adapters that an engine has loaded."""
-        return sorted({digest for engine in self.engines for digest in engine.adapters})
+        return sorted({digest for engine in self.engines for digest in list(engine.adapters)})
 
     def states(self) -> list[EngineState]:
         """Return the state of each engine."""
@@ -272,20 +279,28 @@ class EnginePool:
     async def _look_forever(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            for url, error in (await self._look()).items():
+            try:
+                errors = await self._look()
+            except Exception:  # requests are answered whatever is wrong here
+                log.exception("the engines could not be asked")
+                continue
+            for url, error in errors.items():
                 self._report(url, None if error is None else f"{error} It is left out until it answers.")
 
     async def _look(self) -> dict[str, Exception | None]:
         """Ask each address; return the errors by address, None where the engine takes requests."""
-        addresses = await asyncio.to_thread(lambda: [each for url in self._urls for each in resolved(url)])
+        for url in self._urls:
+            if found := await asyncio.to_thread(resolved, url):  # a name server may be silent for a moment
+                self._addresses[url] = found
+        addresses = [each for url in self._urls for each in self._addresses.get(url, [url])]
         with self._lock:
             for gone in self._engines.keys() - set(addresses):
                 del self._engines[gone]
             for url in addresses:
                 self._engines.setdefault(url, RemoteEngine(url, self._id))
             engines = list(self._engines.values())
-        found = await asyncio.gather(*(self._admit(engine) for engine in engines))
-        return {engine.url: error for engine, error in zip(engines, found, strict=True)}
+        errors = await asyncio.gather(*(self._admit(engine) for engine in engines))
+        return {engine.url: error for engine, error in zip(engines, errors, strict=True)}
 
     async def _admit(self, engine: RemoteEngine) -> Exception | None:
         """Ask one engine, load the adapters that it lacks, and let it take requests; return the error otherwise."""
@@ -302,8 +317,11 @@ class EnginePool:
             engine.restarts += engine.facts is not None and engine.facts.instance != facts.instance
         engine.facts, engine.stopped = facts, None
         with self._lock:
-            missing = self._folders.keys() - engine.adapters
-        await asyncio.gather(*(self._load_on(engine, digest) for digest in missing))
+            missing = self._folders.keys() - engine.adapters - engine.loading
+        for digest in missing:  # not waited for: the other engines are looked at meanwhile
+            task = asyncio.create_task(self._load_on(engine, digest))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return None
 
     def _require_equal(self, engine: RemoteEngine, facts: EngineFacts) -> None:
@@ -322,6 +340,12 @@ class EnginePool:
                     where="serve.engines",
                     fix=fix,
                 )
+        if lacking := set(facts.unsupported) - getattr(self, "unsupported", set(facts.unsupported)):
+            raise UserError(
+                f"The engine {engine.url} does not support {', '.join(sorted(lacking))}, as the others do",
+                where="serve.engines",
+                fix="Restart this gateway, or start an engine of the same kind.",
+            )
         shortest = getattr(self, "context_length", 0)
         if facts.context_length < shortest:
             raise UserError(
@@ -332,18 +356,26 @@ class EnginePool:
             )
 
     async def _load_on(self, engine: RemoteEngine, digest: str) -> Exception | None:
-        """Load an adapter on an engine; return the error."""
-        with self._lock:
-            folder = self._folders.get(digest)
-        if folder is None:
-            return None  # unloaded meanwhile
+        """Load an adapter on an engine, one at a time; return the error."""
+        engine.loading.add(digest)
         try:
-            await engine.change("load", adapter_body(digest, folder))
-        except (UserError, AdapterFailedError, EngineStoppedError) as error:
-            self._report(f"{engine.url} {digest[:12]}", f"{error} Its requests go to the other engines.")
-            return error
+            async with engine.changing:
+                with self._lock:
+                    folder = self._folders.get(digest)
+                if folder is None or digest in engine.adapters:
+                    return None  # unloaded or loaded meanwhile
+                try:
+                    await engine.change("load", adapter_body(digest, folder))
+                    if digest not in self._folders:
+                        await engine.change("unload", {"digest": digest})
+                        return None
+                except (UserError, AdapterFailedError, EngineStoppedError) as error:
+                    self._report(f"{engine.url} {digest[:12]}", f"{error} Its requests go to the other engines.")
+                    return error
+                engine.adapters.add(digest)
+        finally:
+            engine.loading.discard(digest)
         self._report(f"{engine.url} {digest[:12]}", None)
-        engine.adapters.add(digest)
         return None
 
     async def _leave(self) -> None:
@@ -353,7 +385,8 @@ class EnginePool:
     async def _unload_on(self, engine: RemoteEngine, digest: str) -> None:
         engine.adapters.discard(digest)
         with suppress(EngineStoppedError):  # when it comes back it loads only what is served
-            await engine.change("unload", {"digest": digest})
+            async with engine.changing:
+                await engine.change("unload", {"digest": digest})
 
     def _report(self, what: str, fault: str | None) -> None:
         """Report a fault when it begins, and its end; not at each look."""
@@ -429,14 +462,11 @@ def engines_at(urls: Sequence[str], base: str, quantization: str, reporter: Repo
     """Return what the engines at these addresses say of themselves, by address.
 
     Raises:
-        UserError: as for :class:`EnginePool`, or an engine does not answer.
+        UserError: as for :class:`EnginePool`; an engine that does not answer is a warning.
     """
     pool = EnginePool(urls, base, quantization, reporter)
     try:
-        for engine in pool.engines:
-            if engine.stopped is not None:
-                raise UserError(engine.stopped, where="serve.engines", fix="Start it, or remove its address.")
-        return {engine.url: engine.facts for engine in pool.engines if engine.facts is not None}
+        return {engine.url: engine.facts for engine in pool.up if engine.facts is not None}
     finally:
         pool.stop()
 
@@ -461,14 +491,20 @@ def _weight(digest: str, url: str) -> bytes:
 
 
 def resolved(url: str) -> list[str]:
-    """Return an address for each IP address of the name in ``url``; with TLS the name stays, for its certificate."""
+    """Return an address for each IP address of the name in ``url``, none if it cannot be resolved.
+
+    With TLS the name stays, for its certificate. A name with addresses of both families is one engine for each of the
+    first family's.
+    """
     parts = urlsplit(url)
     if parts.scheme == "https":
         return [url]
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
     except OSError:
-        return [url]  # asking it reports why
+        return []
+    family = min(entry[0] for entry in found)
+    found = [entry for entry in found if entry[0] == family]
     hosts = dict.fromkeys(f"[{entry[4][0]}]" if entry[0] == socket.AF_INET6 else str(entry[4][0]) for entry in found)
     return [f"http://{host}:{parts.port or 80}" for host in hosts]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -37,6 +38,14 @@ GATEWAY = "x-tunewright-gateway"
 TOKEN = "TUNEWRIGHT_ENGINE_TOKEN"
 """The environment variable with the secret that gateways and engines share."""
 CONNECT_S, FACTS_S = 5.0, 5.0
+CHANGE_S = 600.0
+"""The longest load of an adapter: llama.cpp restarts for it."""
+_PROBES = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+_ALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in _PROBES if hasattr(socket, name)),
+]
+"""Answers have no time limit here: the system notices a host that is gone after 25 seconds."""
 _ERRORS = (RequestFailedError, ConstraintFailedError, EngineStoppedError, AdapterFailedError)
 
 Event = dict[str, Any]
@@ -95,6 +104,9 @@ class RemoteEngine:
         self.stopped: str | None = f"The engine {url} has not answered yet."
         self.adapters: set[str] = set()
         """Digests of the adapters that it has loaded."""
+        self.loading: set[str] = set()
+        self.changing = asyncio.Lock()
+        """Held while an adapter is loaded or unloaded, so that the last change wins."""
         self.running = 0
         self.restarts = 0
         # A connection belongs to the event loop that opened it.
@@ -130,6 +142,9 @@ class RemoteEngine:
         try:
             found = reply.raise_for_status().json()
             protocol = found["protocol"]
+            facts = (
+                EngineFacts(**{**found, "unsupported": tuple(found["unsupported"])}) if protocol == PROTOCOL else None
+            )
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.url} is not an engine of tunewright: it has no {FACTS}, so it may answer other routes and "
@@ -137,13 +152,13 @@ class RemoteEngine:
                 where="serve.engines",
                 fix="Start the engine there with `tunewright engine serve`.",
             ) from error
-        if protocol != PROTOCOL:
+        if facts is None:
             raise UserError(
                 f"The engine {self.url} has protocol {protocol}, this gateway {PROTOCOL}",
                 where="serve.engines",
                 fix="Run the same version of tunewright on both.",
             )
-        return EngineFacts(**{**found, "unsupported": tuple(found["unsupported"])})
+        return facts
 
     async def change(self, method: str, body: Event) -> None:
         """Load or unload an adapter.
@@ -153,11 +168,14 @@ class RemoteEngine:
             AdapterFailedError: the engine failed to load or free it.
             EngineStoppedError: the engine is lost.
         """
-        async with aclosing(self._events(method, body)) as events:
-            async for event in events:
-                if event:
-                    raise self._error(event)
-                return
+        try:
+            async with asyncio.timeout(CHANGE_S), aclosing(self._events(method, body)) as events:
+                async for event in events:
+                    if event:
+                        raise self._error(event)
+                    return
+        except TimeoutError as error:
+            raise AdapterFailedError(f"The engine {self.url} did not {method} within {CHANGE_S:g} s.") from error
         raise EngineStoppedError(f"The engine {self.url} stopped while its adapters changed.")
 
     def submit(self, request: Request, sink: TokenSink, tenant: str) -> Callable[[], object]:
@@ -198,14 +216,12 @@ class RemoteEngine:
     def _client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            # No idle connection outlives its event loop.
+            # No idle connection outlives its event loop, and no proxy is between a gateway and its engines.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=_ALIVE)
+            timeout = httpx.Timeout(None, connect=CONNECT_S)
             self._clients[loop] = httpx.AsyncClient(
-                base_url=self.url,
-                headers=self._headers,
-                limits=limits,
-                timeout=httpx.Timeout(None, connect=CONNECT_S),
-                trust_env=False,  # no proxy between a gateway and its engines
+                base_url=self.url, headers=self._headers, transport=transport, timeout=timeout
             )
         return self._clients[loop]
 

@@ -15,7 +15,7 @@ from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter
-from tunewright.engines.protocol import Engine
+from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
@@ -196,8 +196,10 @@ def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
     """Return the engine with these adapters loaded; stop it if that fails."""
     try:
         run_async(load_all(engine, adapters))
-    except BaseException:
+    except BaseException as error:
         engine.stop()
+        if isinstance(error, EngineStoppedError | AdapterFailedError):
+            raise UserError(f"The adapters could not be loaded: {error}", fix="Read the engine's log.") from error
         raise
     return engine
 
