@@ -61,7 +61,7 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
         assert lines[1]["declared"][0]["control"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ArmRunner, "answers", answers)
+    monkeypatch.setattr(ArmRunner, "answer_arms", answers)
     assert tunewright("evaluate", "-p", project).code == 130
     (opening,) = openings(project)
     monkeypatch.undo()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 from aiolimiter import AsyncLimiter
@@ -227,6 +228,7 @@ class Endpoint:
 
         headers = {"Accept-Encoding": "gzip"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         limits = httpx.Limits(max_connections=self.config.concurrency)
+        asyncio.get_running_loop().set_exception_handler(_handle)
         with self.journal.keeping() as keep:
             # No httpx timeout: the time limit covers a whole request and is set around it.
             async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
@@ -295,6 +297,9 @@ class Endpoint:
         except TimeoutError:
             raise _RequestError(f"no reply within {self.config.timeout:g} s") from None
         except httpx.TransportError as error:
+            if _has_cause(error, MemoryError):  # a connection that breaks for want of memory will break again
+                fix = f"Close other programs. {_KEPT}"
+                raise UserError("Not enough memory for a reply", where=self.where, fix=fix) from error
             raise _RequestError(f"no connection: {error or type(error).__name__}") from None
         except httpx.InvalidURL as error:
             raise _RequestError(f"invalid address: {error}", status=400) from None
@@ -408,6 +413,17 @@ def _parsed(response: httpx.Response, request: ChatRequest) -> Reply:
         completion_tokens=estimated_tokens(written),
         estimated=True,
     )
+
+
+def _handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what happens outside of tasks, but no lack of memory: the request that it breaks reports it."""
+    if not isinstance(context.get("exception"), MemoryError):
+        loop.default_exception_handler(context)
+
+
+def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Return whether an exception, or one that it was raised for, is of a kind."""
+    return error is not None and (isinstance(error, kind) or _has_cause(error.__cause__ or error.__context__, kind))
 
 
 def _retry_after(value: str | None) -> float | None:

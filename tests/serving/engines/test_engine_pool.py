@@ -191,6 +191,7 @@ def test_adapter_that_no_engine_has_is_refused() -> None:
         run(ask(pool))
 
 
+@pytest.mark.fault("engine", "serve")
 def test_new_process_at_an_address_loads_the_adapters_before_it_gets_requests_for_them() -> None:
     first, second = Recorded(), Recorded()
 
