@@ -44,8 +44,9 @@ def _table(block: blocks.Table) -> Table:
         name = column.name
         if name.split(" ")[0][1:].islower():  # no acronym
             name = name[0].lower() + name[1:]
+        spaced = any(" " in row.cells[place].text for row in block.rows)
         # Words wrap at their blanks, a number never does, and a heading only if it has several words.
-        whole = not column.words and (" " not in name or any(" " in row.cells[place].text for row in block.rows))
+        whole = not spaced if column.words else spaced or " " not in name
         texts = [name, *(row.cells[place].text for row in block.rows)]
         table.add_column(
             name,

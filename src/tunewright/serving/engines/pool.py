@@ -362,8 +362,8 @@ class EnginePool:
             async with engine.changing:
                 with self._lock:
                     folder = self._folders.get(digest)
-                if folder is None or digest in engine.adapters:
-                    return None  # unloaded or loaded meanwhile
+                if folder is None or digest in engine.adapters or self._stopped is not None:
+                    return None  # unloaded or loaded meanwhile, or this gateway leaves
                 try:
                     await engine.change("load", adapter_body(digest, folder))
                     if digest not in self._folders:
