@@ -253,7 +253,7 @@ def _arm_prompt(
     project: OpenProject, found: Evidence, arm: str, stored: StoredPrompt, messages: Sequence[Mapping[str, Any]]
 ) -> ArmPrompt:
     if max(stored.messages, default=0) > len(messages):
-        return ArmPrompt(arm, missing=f"{PROMPTS_FILE} has no longer all messages of this prompt.")
+        return ArmPrompt(arm, missing=f"{PROMPTS_FILE} no longer contains all messages of this prompt.")
     turns = [messages[number - 1] for number in stored.messages]
     rows = project.folder.dataset / "rows"
     shown = read_rows(rows, has_rows(rows, stored.demonstrations))

@@ -21,8 +21,9 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError, RequestFailedError, stream
 from tunewright.serving.engines import engine_server
 from tunewright.serving.engines import pool as pools
+from tunewright.serving.engines.affinity import choose, resolved
 from tunewright.serving.engines.engine_server import EngineApp
-from tunewright.serving.engines.pool import LOST, UNAVAILABLE, EnginePool, choose, resolved
+from tunewright.serving.engines.pool import LOST, UNAVAILABLE, EnginePool
 from tunewright.serving.engines.remote import FACTS, TOKEN, EngineFacts, RemoteEngine
 from tunewright.serving.gateway.server import serving
 

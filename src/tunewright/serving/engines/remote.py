@@ -52,12 +52,6 @@ Event = dict[str, Any]
 """A delta, an error, or nothing: the end of a change that went well."""
 
 
-def authorization() -> dict[str, str]:
-    """Return the header with the secret of gateways and engines; empty without one."""
-    token = os.environ.get(TOKEN)
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
 @dataclass(frozen=True)
 class EngineFacts:
     """An engine's description of itself.
@@ -98,7 +92,8 @@ class RemoteEngine:
 
     def __init__(self, url: str, gateway: str) -> None:
         self.url = url
-        self._headers = {**authorization(), GATEWAY: gateway}
+        token = os.environ.get(TOKEN)
+        self._headers = {GATEWAY: gateway} | ({"Authorization": f"Bearer {token}"} if token else {})
         self.facts: EngineFacts | None = None
         """None until it has been admitted to the pool."""
         self.stopped: str | None = f"The engine {url} has not answered yet."
@@ -175,7 +170,8 @@ class RemoteEngine:
                         raise self._error(event)
                     return
         except TimeoutError as error:
-            raise AdapterFailedError(f"The engine {self.url} did not {method} within {CHANGE_S:g} s.") from error
+            what = f"The engine {self.url} did not {method} the adapter within {CHANGE_S:g} s."
+            raise AdapterFailedError(what) from error
         raise EngineStoppedError(f"The engine {self.url} stopped while its adapters changed.")
 
     def submit(self, request: Request, sink: TokenSink, tenant: str) -> Callable[[], object]:
