@@ -39,7 +39,7 @@ def _is_busy() -> bool:
 
 # An OpenMP thread that waits for the others keeps its core busy for milliseconds before it sleeps. On a busy machine
 # the thread that it waits for may need that core, so there it spins for a shorter time and computes several times as
-# fast (docs/decisions/0065-openmp-spins.md). libgomp reads this when torch is imported.
+# fast (docs/decisions/0009-what-is-decided-by-the-clock.md). libgomp reads this when torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and _is_busy():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 

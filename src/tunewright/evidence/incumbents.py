@@ -2,7 +2,7 @@
 
 The rule is stricter than the one for forgetting: the whole two-sided 95% interval of the drop has to lie below the
 margin, which is a one-sided test at 2.5% (ICH E9, section 3.5). With clusters and losses on one side only, limits at a
-nominal 5% accept up to 10% (docs/decisions/0077).
+nominal 5% accept up to 10% (docs/decisions/0005).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ _SECTIONS: dict[str, dict[str, Any]] = {
 _QUICK: dict[str, dict[str, Any]] = {
     # The evaluation at step 50 keeps an earlier checkpoint, which answers the demo's second tenant.
     "train": {"epochs": 1, "eval_steps": 50, "eval_max_samples": 96},
-    # With the whole config, the retrieved arms with 4 and 8 demonstrations lead (docs/decisions/0050).
+    # With the whole config, the retrieved arms with 4 and 8 demonstrations lead (docs/benchmarks/evaluation.md).
     "evaluate": {
         "num_fewshot": [4, 8],
         "static_seeds": 2,

@@ -40,7 +40,7 @@ from tunewright.metrics.scorer import ItemScore, Pair, Scorer
 
 NOISE = {"float32": 0.0005, "bfloat16": 0.01, "f16": 0.01, "q8_0": 0.05}
 """KL divergence in nats that rounding alone may cause, by the lower precision of the two models: see
-docs/decisions/0074-a-gate-on-the-serving-path.md for what was measured."""
+docs/decisions/0018-nothing-untested-is-served.md for what was measured."""
 _PRECISIONS: dict[str, Precision] = {"float32": "16-bit", "bfloat16": "16-bit", "f16": "16-bit", "q8_0": "8-bit"}
 LOST = {name: LIMITS[precision].lost for name, precision in _PRECISIONS.items()}
 """The share of the adapter's effect that may be lost: the limits of exported models."""

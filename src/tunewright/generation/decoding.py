@@ -43,7 +43,7 @@ from tunewright.generation.text_stream import Decode
 
 # Tokens of one prefill, padding included: it bounds the memory that new rows need for their activations.
 PREFILL_TOKENS = 8192
-# On a processor the activations of fewer tokens stay in its caches (docs/decisions/0050).
+# On a processor the activations of fewer tokens stay in its caches (docs/benchmarks/evaluation.md).
 _PREFILL_TOKENS_CPU = 2048
 
 

@@ -25,7 +25,7 @@ BASE_ROW = "__base__"
 _ADAPTED = (LoraLayer, AuxiliaryTrainingWrapper)
 _STACK_FROM_CPU, _STACK_FROM_CUDA = 4, 2
 """Fewest adapters of a pass for which stacking their weights is faster: measured in time on the CPU, and in kernel
-launches on CUDA (docs/decisions/0030)."""
+launches on CUDA (docs/decisions/0024)."""
 
 
 class LoraDispatch:

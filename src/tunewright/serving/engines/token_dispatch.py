@@ -31,7 +31,7 @@ class TokenDispatch:
     """Events of one engine step, collected in the engine's thread and sent together.
 
     Waking a loop from another thread costs more than delivering a token, and takes the interpreter away from the
-    engine's next step. So each loop is woken once a step, however many rows it has (docs/decisions/0026).
+    engine's next step. So each loop is woken once a step, however many rows it has (docs/decisions/0023).
     """
 
     def __init__(self) -> None:

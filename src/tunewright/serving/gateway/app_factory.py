@@ -161,7 +161,7 @@ def _frozen_heap() -> Iterator[None]:
     """Exempt everything imported and loaded so far from garbage collection.
 
     Otherwise each full collection visits those 600,000 objects. That takes a third of a second, in which no request
-    gets a token, and happens more often with more requests (docs/decisions/0027).
+    gets a token, and happens more often with more requests (docs/decisions/0023).
     """
     others = gc.get_freeze_count() > 0  # another server in this process, which may serve on when this one stops
     gc.collect()

@@ -17,14 +17,14 @@ A tenant that returns need not wait for another one's answer to end.
 in Sarathi-Serve (Agrawal et al. 2024, OSDI, arXiv 2403.02310). The budget is per tenant, or a tenant with one short
 prompt would wait for the prompts of all others. Prompts above the budget are computed in chunks by the engine, and one
 of them at a time over all tenants. The engine states the budget: what a card computes in one pass takes a processor
-many (docs/decisions/0073).
+many (docs/decisions/0020).
 
 *Pairs.* Every row waits for each prefill pass, and a pass of one prompt takes nearly as long as one of two. So a tenant
 with its equal share of a nearly full engine holds its next request back, for :data:`HELD_PASSES` at most. It admits the
-request when it has a row for the one after it too, or when another request is admitted (docs/decisions/0057).
+request when it has a row for the one after it too, or when another request is admitted (docs/decisions/0020).
 
 The engine gets somewhat more requests than it has rows. Otherwise a row would stay empty for the pass in which the
-gateway receives a finished answer and submits the next request (docs/decisions/0026).
+gateway receives a finished answer and submits the next request (docs/decisions/0023).
 
 The last three rules cost throughput, so a tenant alone is exempt. It is alone if no other tenant has had a request here
 in the last minute.
