@@ -73,8 +73,8 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
 
     from tunewright.config import TrainConfig
     from tunewright.core.progress import LogReporter
+    from tunewright.models import quiet_transformers
     from tunewright.models.bases import resolve_base
-    from tunewright.models.hf_logging import quiet_transformers
     from tunewright.models.loading import load_model
     from tunewright.training import trainer  # noqa: F401  (what it imports is the runtime's)
     from tunewright.training.lora import keep_float32, lora_config

@@ -24,7 +24,7 @@ from gpu_cases.training import RANK, TARGETS, Clock, TimedRun, config_of, same_l
 
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
-from tunewright.models.hf_logging import quiet_transformers
+from tunewright.models import quiet_transformers
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
 from tunewright.models.memory.shape import Shape
 

@@ -204,8 +204,8 @@ def train_one(side: str, rows_file: str, seed: int, epochs: int, measurements: i
     from transformers.trainer_callback import PrinterCallback
 
     from tunewright.core.progress import LogReporter
+    from tunewright.models import quiet_transformers
     from tunewright.models.bases import resolve_base
-    from tunewright.models.hf_logging import quiet_transformers
     from tunewright.models.loading import load_model, load_tokenizer
 
     rows = json.loads(Path(rows_file).read_text())

@@ -104,7 +104,7 @@ def build(shape: Shape, *, nf4: bool, place: str | None = None) -> Any:
             part.weight = nn.Parameter(ones, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
     if nf4:
-        from tunewright.models.quantized import disable_repacking
+        from tunewright.models.loading import disable_repacking
 
         # The mark that transformers leaves on a base that it quantized itself.
         model.is_loaded_in_4bit = True

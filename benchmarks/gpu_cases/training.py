@@ -28,7 +28,7 @@ from gpu_cases.reporting import Report, Skipped, host_syncs, peak_flops, synchro
 from tunewright.chat.format import Tokens
 from tunewright.config import PRESETS, Config
 from tunewright.core.progress import LogReporter
-from tunewright.models.hf_logging import quiet_transformers
+from tunewright.models import quiet_transformers
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
 from tunewright.models.memory.shape import Shape
 from tunewright.training.run import Run
@@ -104,7 +104,7 @@ def run(report: Report, toy: bool, *, side: str, shape: str, nf4: bool, varied: 
     """Train one side on one base and report its speed, memory and losses."""
     liger = side == "tunewright-liger"
     if liger:
-        from tunewright.training.kernels import missing_for_liger
+        from tunewright.training.lora import missing_for_liger
 
         if (missing := missing_for_liger()) is not None:
             raise Skipped(missing)

@@ -37,7 +37,7 @@ from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
 from tunewright.serving.tenants import Audit, Keys, Releases, State, Tenants, Usage, UsageRollup
-from tunewright.training.memory_options import MemoryOptions
+from tunewright.training.options import MemoryOptions
 
 __all__ = [
     "API",

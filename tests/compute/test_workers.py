@@ -183,13 +183,13 @@ def test_token_lengths_are_the_same_in_parts(
     tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tunewright as package
-    from tunewright.training.lengths import measure_lengths
+    from tunewright.training.rows import measure_lengths
 
     opened = package.open(tiny_project(tmp_path / "project", tiny_base_folder, count=60))
     opened.data.add([tmp_path / "project" / "pairs.jsonl"])
     version = opened.data.version()
     whole = measure_lengths(opened.chat, "tiny", version, 20, Listener())
-    monkeypatch.setattr("tunewright.training.lengths._ROWS", 7)
+    monkeypatch.setattr("tunewright.training.rows._ROWS", 7)
     assert measure_lengths(opened.chat, "tiny", version, 20, Listener(), PickledWorkers()) == whole
     assert whole.too_long
     assert sum(split.rows for split in whole.splits) == 60

@@ -158,7 +158,7 @@ def _answers_while_training(
     from tiny import byte_tokenizer, chat_of
     from tunewright.config import TrainConfig
     from tunewright.data.examples import Example, Message
-    from tunewright.generation.memory import BatchSize
+    from tunewright.generation.generate import BatchSize
     from tunewright.generation.requests import Request
     from tunewright.training.dev_scores import DevTask
     from tunewright.training.lora import keep_float32, lora_config

@@ -16,8 +16,7 @@ from tunewright.config import PRESETS
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base, resolve_base
-from tunewright.models.loading import load_model
-from tunewright.models.quantized import require_bitsandbytes
+from tunewright.models.loading import load_model, require_bitsandbytes
 
 IDS = torch.arange(3, 43)[None]
 
@@ -228,7 +227,7 @@ def _installed(version: str | None) -> Any:
 def test_load_model_names_the_pip_command_without_bitsandbytes(
     version: str | None, message: str, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunewright.models.quantized.package_version", _installed(version))
+    monkeypatch.setattr("tunewright.models.loading.package_version", _installed(version))
     require_bitsandbytes("none")
     with pytest.raises(UserError, match=message) as caught:
         load_model(base, "float32", "nf4")

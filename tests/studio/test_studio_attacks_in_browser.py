@@ -18,7 +18,7 @@ from people_helpers import save
 from tunewright.adapters.registry import HISTORY
 from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
 from tunewright.studio.pages.data import UPLOADS
-from tunewright.training.dev_answers import append_dev_answers
+from tunewright.training.history import append_dev_answers
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -23,7 +23,7 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.locks import is_locked, locked_folder
 from tunewright.evidence.learning_curve import CURVE_FILE
 from tunewright.studio.jobs import Jobs
-from tunewright.training.dev_answers import DEV_ANSWERS, append_dev_answers
+from tunewright.training.history import DEV_ANSWERS, append_dev_answers
 from tunewright.training.sweep.ledger import Head, Ledger
 
 RUN = "0123456789ab"

@@ -20,7 +20,7 @@ from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.metrics import normalised
-from tunewright.training.checkpoint_selection import best_evaluation, evaluations
+from tunewright.training.history import best_evaluation, evaluations
 
 MEASURED = {"tokens_per_s", "memory_bytes"}
 """Numbers of a step that differ from run to run."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.training.checkpoint_selection import (
+from tunewright.training.history import (
     Evaluation,
     best_evaluation,
     evaluations,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.training.divergence import UnstableRunError, fault
+from tunewright.training.monitoring import UnstableRunError, fault
 
 VOCABULARY = 32_000
 CHANCE = math.log(VOCABULARY)

@@ -13,7 +13,7 @@ import torch
 
 from command_line import tiny_project, tunewright
 from tunewright.core.errors import UserError
-from tunewright.training.kernels import LIGER_KERNELS, require_liger
+from tunewright.training.lora import LIGER_KERNELS, require_liger
 
 INSTALLED = find_spec("liger_kernel") is not None
 
@@ -67,7 +67,7 @@ def test_use_liger_replaces_the_layers_and_keeps_the_forward_and_the_loss() -> N
     script = """
 from transformers import LlamaConfig, LlamaForCausalLM
 from tunewright.training.packing.fused_loss import add_token_losses
-from tunewright.training.kernels import use_liger
+from tunewright.training.lora import use_liger
 shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
 add_token_losses(model)

@@ -17,10 +17,9 @@ from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import ATTENTION, MLP
-from tunewright.models.loading import load_model
+from tunewright.models.loading import disable_repacking, load_model
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, adapter_copies, attention_saved, layer_saved
 from tunewright.models.memory.shape import Shape
-from tunewright.models.quantized import disable_repacking
 from tunewright.training.lora import fused_linear_4bit, lora_config, use_fused_lora
 
 ALL_LINEAR = tuple(PRESETS["all-linear"]["target_modules"])

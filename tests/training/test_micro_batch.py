@@ -15,7 +15,7 @@ import tunewright
 from command_line import tiny_project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.generation.memory import in_memory
+from tunewright.generation.generate import in_memory
 from tunewright.training import trainer as trainer_module
 from tunewright.training.micro_batch import MicroBatch, RawRows
 from tunewright.training.packing import fused_loss

@@ -9,7 +9,7 @@ import pytest
 from command_line import tiny_project, tunewright
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.training.stopping import stop_on_signal, stopped_from
+from tunewright.training.checkpoints import stop_on_signal, stopped_from
 
 
 def test_run_stops_where_it_is_asked_to_from_elsewhere() -> None:

@@ -28,8 +28,8 @@ from tunewright.models.loading import drop_vision, load_model
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.packing import Group, attention, pack, plan_groups
 from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
-from tunewright.training.packing.groups import GROUP_COST, common_prefix, computed_tokens
 from tunewright.training.packing.layout import Sequences
+from tunewright.training.packing.pack import GROUP_COST, common_prefix, computed_tokens
 from tunewright.training.rows import IGNORED
 
 VOCABULARY = 61

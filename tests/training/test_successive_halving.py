@@ -16,17 +16,20 @@ from hypothesis_settings import examples
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.training.divergence import DivergedError
+from tunewright.training.monitoring import DivergedError
 from tunewright.training.sweep.ledger import LEDGER, Head, Ledger
-from tunewright.training.sweep.search_space import (
+from tunewright.training.sweep.successive_halving import (
+    FIRST_STEPS,
+    Outcome,
+    Progress,
     Schedule,
+    SuccessiveHalving,
     Trial,
     default_rates,
     halving_schedule,
     make_trials,
     suggested_rate,
 )
-from tunewright.training.sweep.successive_halving import FIRST_STEPS, Outcome, Progress, SuccessiveHalving
 
 STEP, LOAD = 2.0, 30.0
 

@@ -17,7 +17,7 @@ from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST
 from tunewright.core.progress import LogReporter, LogTask, Task
-from tunewright.training import stopping
+from tunewright.training import checkpoints
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.train import TrainResult
 from tunewright.training.trainer import Trainer
@@ -122,7 +122,7 @@ def test_stop_abandons_a_long_step_and_saves_the_previous_one(
 
     unstopped = project("unstopped").train()
     stopped = project("project")
-    monkeypatch.setattr(stopping, "GRACE_S", 0.001)  # the eight passes of a step take longer anywhere
+    monkeypatch.setattr(checkpoints, "GRACE_S", 0.001)  # the eight passes of a step take longer anywhere
     passes = iter(range(1, 10**6))
     training_step = Trainer.training_step
 

@@ -24,7 +24,7 @@ from tunewright.core.progress import LogReporter, Reporter, Task
 from tunewright.core.workers import ONE_CPU, THIS_PROCESS, Machine, Needs, Part, Result, Shared, Step, on_machine
 from tunewright.evaluation.learning_curve import LearningCurve
 from tunewright.models.bases import Base, resolve_base
-from tunewright.training.divergence import DivergedError
+from tunewright.training.monitoring import DivergedError
 from tunewright.training.sweep.successive_halving import Outcome
 from tunewright.training.trainings import Job, open_trainings
 

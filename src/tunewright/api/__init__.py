@@ -20,7 +20,7 @@ from tunewright.serving import project_state, release_gate, serve
 from tunewright.serving import releases as release_verbs
 from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.training import memory
-from tunewright.training.memory_options import MemoryOptions
+from tunewright.training.options import MemoryOptions
 
 
 class Project(OpenProject):

@@ -10,7 +10,7 @@ from tunewright.config import PROJECT_NAME
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.errors import UserError
-from tunewright.models.bundled import BUNDLED, BUNDLED_TRAINING
+from tunewright.models.sources import BUNDLED, BUNDLED_TRAINING
 
 
 def new_project(root: Path, *, name: str | None = None, base_model: str | None = None) -> ProjectFolder:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
-    from tunewright.training.lengths import LengthReport
+    from tunewright.training.rows import LengthReport
 
 data_app = group("data", DATA, "Add, check, review, version and share training pairs.")
 
@@ -241,7 +241,7 @@ def contamination_text(found: Contamination) -> str:
 
 def check_blocks(report: LengthReport, *, dropping: bool) -> list[Block]:
     """Return lengths by split, a histogram, and the rows that are too long or unfit for training."""
-    from tunewright.training.lengths import PERCENTILES
+    from tunewright.training.rows import PERCENTILES
 
     names = {0: "Shortest", 50: "Median", 100: "Longest"}
     percentiles = (names.get(percent, f"{percent}%") for percent in PERCENTILES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tunewright.cli.app import TRAIN, app, command
 from tunewright.cli.console import MEASURED_NO, Session
 from tunewright.render.blocks import Block, Lead, table
-from tunewright.training.memory_options import MemoryOptions
+from tunewright.training.options import MemoryOptions
 
 if TYPE_CHECKING:
     from tunewright.models.memory.plan import Plan

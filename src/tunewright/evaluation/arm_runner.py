@@ -37,7 +37,7 @@ from tunewright.evidence.statistics import RESAMPLES
 from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, references_of, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.training.packing.groups import common_prefix
+from tunewright.training.packing.pack import common_prefix
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.evidence.schema import Arm, ArmKind
-from tunewright.training.packing.groups import common_prefix
+from tunewright.training.packing.pack import common_prefix
 
 _KEY = "evaluate.instructions"
 _ENDS = (re.compile(r"(?s).*\n\s*"), re.compile(r"(?s).*[:.?!]\s+"))

@@ -19,7 +19,7 @@ from tunewright.open_project import OpenProject
 if TYPE_CHECKING:
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
-    from tunewright.training.lengths import LengthReport
+    from tunewright.training.rows import LengthReport
 
 
 def add(
@@ -42,7 +42,7 @@ def add(
 def check(project: OpenProject) -> LengthReport:
     """Encode every row of the current version as training does, and measure the lengths."""
     from tunewright.models.loading import context_length
-    from tunewright.training.lengths import measure_lengths
+    from tunewright.training.rows import measure_lengths
 
     base = project.base
     limit = min(project.folder.config.train.max_length, context_length(base))

@@ -11,7 +11,7 @@ from accelerate.utils.memory import clear_device_cache
 from tunewright.chat import ChatFormat
 from tunewright.config import Quantization
 from tunewright.core.progress import Reporter
-from tunewright.generation.memory import BatchSize, generate_halving
+from tunewright.generation.generate import BatchSize, generate_halving
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, named, with_adapters

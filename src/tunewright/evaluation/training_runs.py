@@ -14,8 +14,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.locks import is_locked
 from tunewright.evidence.learning_curve import CURVE_FILE, Curve, load_curve
-from tunewright.training.checkpoint_selection import Evaluation, best_evaluation, evaluations
-from tunewright.training.dev_answers import read_dev_answers
+from tunewright.training.history import Evaluation, best_evaluation, evaluations, read_dev_answers
 
 if TYPE_CHECKING:
     from tunewright.training.sweep.ledger import Ledger

@@ -9,7 +9,7 @@ from typing import Any
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
-from tunewright.models.bundled import BUNDLED_TRAINING
+from tunewright.models.sources import BUNDLED_TRAINING
 
 NAME = "legal-citations"
 PAIRS_FILE = "pairs.jsonl"

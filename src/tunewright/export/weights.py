@@ -198,7 +198,7 @@ def is_quantized(name: str) -> bool:
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """Return the values that training used if it held these weights in NF4 (see `tunewright.models.quantized`)."""
+    """Return the values that training used if it held these weights in NF4 (see `tunewright.models.loading`)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     held, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")

@@ -1,8 +1,13 @@
 """Bases: finding, loading, quantizing, and estimating their memory."""
 
+from __future__ import annotations
+
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # The Hugging Face libraries report no usage from here, unless the user's environment asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -22,3 +27,25 @@ _ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HI
 # Set before torch is imported. On Windows torch has no such segments and warns about the setting.
 if sys.platform != "win32" and not any(name in os.environ for name in _ALLOCATOR_NAMES):
     os.environ.update([ALLOCATOR])
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and hints while this is open; its errors are still raised."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    accelerate_log = logging.getLogger("accelerate")
+    accelerate_level = accelerate_log.level
+    accelerate_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="peft|torch|transformers|trl")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        accelerate_log.setLevel(accelerate_level)
+        if bars:
+            hf_logging.enable_progress_bar()

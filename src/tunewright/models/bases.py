@@ -14,9 +14,17 @@ import platformdirs
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.models.bundled import BUNDLED, bundled_folder, bundled_weights
 from tunewright.models.families import family_of, text_config, text_name
-from tunewright.models.hub import CONSOLIDATED, cached_commit, cached_folder, hub_config, hub_folder
+from tunewright.models.sources import (
+    BUNDLED,
+    CONSOLIDATED,
+    bundled_folder,
+    bundled_weights,
+    cached_commit,
+    cached_folder,
+    hub_config,
+    hub_folder,
+)
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")

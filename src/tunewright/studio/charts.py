@@ -10,7 +10,7 @@ from tunewright.core.downsample import downsample
 from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.metrics import axis_label
 from tunewright.render.blocks import Line, Lines
-from tunewright.training.checkpoint_selection import DEV_LOSS, DEV_METRIC, PAIR_LOSS, REPLAY_KL, REPLAY_LOSS
+from tunewright.training.history import DEV_LOSS, DEV_METRIC, PAIR_LOSS, REPLAY_KL, REPLAY_LOSS
 
 _LOSSES = {
     "loss": "training loss",

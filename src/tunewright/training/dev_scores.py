@@ -14,11 +14,11 @@ from tunewright.config import Config
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
-from tunewright.generation.memory import BatchSize, generate_halving
+from tunewright.generation.generate import BatchSize, generate_halving
 from tunewright.generation.requests import Request
 from tunewright.metrics import Scorer, check_references, score_all, scorer_of
 from tunewright.training import fsdp
-from tunewright.training.dev_answers import SHOWN
+from tunewright.training.history import SHOWN
 
 _ADAPTER = "default"
 """peft's name for the adapter in training."""

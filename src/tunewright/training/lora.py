@@ -1,11 +1,11 @@
-"""The LoRA configuration of a run, and linear layers that compute base and LoRA as one autograd step.
+"""The LoRA configuration of a run, linear layers that compute base and LoRA as one autograd step, and Liger's kernels.
 
-The fused layers compute the same numbers as peft's with fewer passes over memory.
-"""
+The fused layers compute the same numbers as peft's with fewer passes over memory."""
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -203,3 +203,46 @@ def _unpacked(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight, packed).to(dtype)
+
+
+LIGER_KERNELS = {
+    "rope": True,
+    "rms_norm": True,
+    "swiglu": True,
+    # packing/fused_loss.py computes the loss, on the trained tokens alone.
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}
+"""The used kernels, by the argument names of liger-kernel."""
+
+
+def missing_for_liger() -> str | None:
+    """Return the requirement of Liger's kernels that is missing on this machine; None if they can run."""
+    import torch
+
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None if torch.cuda.is_available() else "Liger's kernels need a CUDA GPU, and none is present"
+
+
+def require_liger(asked: bool) -> None:
+    """Check that Liger's kernels can run if the config asks for them, before anything is loaded.
+
+    Raises:
+        UserError: liger-kernel is not installed, or there is no GPU.
+    """
+    missing = missing_for_liger() if asked else None
+    if missing is not None:
+        install = "pip install 'tunewright[liger]', or set" if find_spec("liger_kernel") is None else "Set"
+        raise UserError(missing, where="train.use_liger_kernel", fix=f"{install} train.use_liger_kernel to false.")
+
+
+def use_liger(model: Any) -> None:
+    """Replace a loaded Llama's or Mistral's rotary embedding, norms and SwiGLU by Liger's.
+
+    trl 1.16 deprecates its argument ``use_liger_kernel``; this is the transformers function behind it. The rotary
+    embedding is replaced for every model of that class in this process.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, LIGER_KERNELS)

@@ -22,7 +22,7 @@ from tunewright.models.memory.plan import (
 from tunewright.models.memory.shape import Shape, read_shape
 from tunewright.open_project import OpenProject
 from tunewright.training import distributed
-from tunewright.training.memory_options import MemoryOptions
+from tunewright.training.options import MemoryOptions
 
 SHORT_ROW = 32
 """Tokens of a short pair: a card without memory for one such row cannot train the base."""

@@ -18,7 +18,7 @@ from tunewright.data.mix import exclusion_reasons
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
-from tunewright.generation.memory import BatchSize, generate_halving
+from tunewright.generation.generate import BatchSize, generate_halving
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
 from tunewright.training import distributed

@@ -20,8 +20,6 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.training import distributed
-from tunewright.training.callbacks import EvaluationCallback, MetricsCallback
-from tunewright.training.checkpoint_selection import evaluations, history_rows, patience_exceeded
 from tunewright.training.checkpoints import (
     CheckpointCallback,
     add_evaluation,
@@ -29,13 +27,15 @@ from tunewright.training.checkpoints import (
     restore_random,
     resumable_checkpoint,
     step_of,
+    stop_on_signal,
 )
 from tunewright.training.dev_scores import DevTask
-from tunewright.training.kernels import use_liger
+from tunewright.training.history import evaluations, history_rows, patience_exceeded
+from tunewright.training.lora import use_liger
 from tunewright.training.micro_batch import MicroBatch
+from tunewright.training.monitoring import EvaluationCallback, MetricsCallback
 from tunewright.training.packing.order import Sharing, resolve_sharing
 from tunewright.training.rows import as_columns, render_digest
-from tunewright.training.stopping import stop_on_signal
 
 if TYPE_CHECKING:
     # Imported where they are used: a run without them needs no part of the dataset's code.

@@ -25,13 +25,14 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.versions import DatasetVersion
 from tunewright.metrics import metric_inputs
+from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
 from tunewright.models.families import require_quantizable, require_targets
-from tunewright.models.hf_logging import quiet_transformers
-from tunewright.models.loading import context_length, device, load_model, named
-from tunewright.models.quantized import require_bitsandbytes
+from tunewright.models.loading import context_length, device, load_model, named, require_bitsandbytes
 from tunewright.training import distributed
-from tunewright.training.checkpoint_selection import (
+from tunewright.training.checkpoints import require_intact, working_folder
+from tunewright.training.dev_scores import DevTask, dev_task
+from tunewright.training.history import (
     Evaluation,
     adapter_folder,
     best_evaluation,
@@ -39,11 +40,8 @@ from tunewright.training.checkpoint_selection import (
     evaluations_to_keep,
     place_text,
 )
-from tunewright.training.checkpoints import require_intact, working_folder
-from tunewright.training.dev_scores import DevTask, dev_task
-from tunewright.training.divergence import UnstableRunError
-from tunewright.training.kernels import require_liger
-from tunewright.training.lora import require_precision
+from tunewright.training.lora import require_liger, require_precision
+from tunewright.training.monitoring import UnstableRunError
 from tunewright.training.packing.order import ORDER
 from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
 from tunewright.training.preference.pairs import PreferenceRows, preference_inputs, preference_rows

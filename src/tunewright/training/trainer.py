@@ -18,20 +18,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from trl import SFTTrainer
 
-from tunewright.generation.memory import in_memory
+from tunewright.generation.generate import in_memory
 from tunewright.training import distributed, fsdp
-from tunewright.training.checkpoint_selection import DEV_METRIC
-from tunewright.training.checkpoints import is_complete
-from tunewright.training.dev_answers import append_dev_answers
+from tunewright.training.checkpoints import StopRequest, is_complete
 from tunewright.training.dev_scores import DevTask
+from tunewright.training.history import DEV_METRIC, append_dev_answers
 from tunewright.training.lora import keep_float32
-from tunewright.training.loss_breakdown import LossBreakdown, StepStatistics
 from tunewright.training.micro_batch import MicroBatch, RawRows, too_little_memory
 from tunewright.training.packing import PackedBatch, attention, pack
-from tunewright.training.packing.fused_loss import Reference, add_token_losses, batch_token_losses
+from tunewright.training.packing.fused_loss import (
+    LossBreakdown,
+    Reference,
+    StepStatistics,
+    add_token_losses,
+    batch_token_losses,
+)
 from tunewright.training.packing.order import StepBatches, longest_batch, random_order
 from tunewright.training.rows import IGNORED
-from tunewright.training.stopping import StopRequest
 
 
 class Trainer(SFTTrainer):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.core.errors import UserError
+from tunewright.models import quiet_transformers
 from tunewright.models.bases import check_architecture, read_config
 from tunewright.models.families import ATTENTION, FAMILIES, MLP
-from tunewright.models.hf_logging import quiet_transformers
 
 
 @dataclass(frozen=True)

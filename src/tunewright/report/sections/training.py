@@ -12,7 +12,7 @@ from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import axis_label, metric_label, score_text
 from tunewright.render.blocks import Column, Lead, Line, Lines, Notes, Row, Section, row, table
-from tunewright.training.checkpoint_selection import best_evaluation, evaluations, pairs_loss
+from tunewright.training.history import best_evaluation, evaluations, pairs_loss
 from tunewright.training.sweep.ledger import Ledger, measured_text
 
 

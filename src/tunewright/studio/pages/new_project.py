@@ -9,7 +9,7 @@ from starlette.responses import Response
 from tunewright.api.new_project import new_project
 from tunewright.config import PROJECT_NAME
 from tunewright.core.errors import UserError
-from tunewright.models.bundled import BUNDLED, bundled_weights
+from tunewright.models.sources import BUNDLED, bundled_weights
 from tunewright.studio.visit import Handlers, Visit
 
 NEW_PROJECT = "/new"

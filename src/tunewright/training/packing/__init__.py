@@ -19,7 +19,6 @@ and needs no change.
 `plan` decides which rows share which prefix, `pack` lays them out, and `attention` attends by that layout.
 """
 
-from tunewright.training.packing.groups import Group, plan_groups
-from tunewright.training.packing.pack import PackedBatch, pack
+from tunewright.training.packing.pack import Group, PackedBatch, pack, plan_groups
 
 __all__ = ["Group", "PackedBatch", "pack", "plan_groups"]

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch.utils.data import DistributedSampler
 
-from tunewright.training.packing.groups import computed_tokens, plan_groups
+from tunewright.training.packing.pack import computed_tokens, plan_groups
 
 ORDER = "random"
 """Part of every adapter's identity, since the row order decides which adapter the same rows train."""

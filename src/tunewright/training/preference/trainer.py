@@ -25,7 +25,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.training import distributed
-from tunewright.training.checkpoint_selection import REWARD_ACCURACY, REWARD_CHOSEN, REWARD_REJECTED
+from tunewright.training.history import REWARD_ACCURACY, REWARD_CHOSEN, REWARD_REJECTED
 from tunewright.training.micro_batch import RawRows
 from tunewright.training.packing import pack
 from tunewright.training.packing.fused_loss import batch_token_losses

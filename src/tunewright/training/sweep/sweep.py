@@ -23,17 +23,24 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion
+from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
-from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.loading import context_length, hidden_size, load_model
 from tunewright.training.checkpoints import latest_complete_checkpoint
-from tunewright.training.divergence import DivergedError
+from tunewright.training.monitoring import DivergedError
 from tunewright.training.replay import draw_replay
 from tunewright.training.rows import require_min_examples, training_rows
 from tunewright.training.run import evaluation_interval, total_steps
 from tunewright.training.sweep.ledger import Head, Ledger
-from tunewright.training.sweep.search_space import Trial, default_rates, halving_schedule, make_trials
-from tunewright.training.sweep.successive_halving import Outcome, Progress, SuccessiveHalving
+from tunewright.training.sweep.successive_halving import (
+    Outcome,
+    Progress,
+    SuccessiveHalving,
+    Trial,
+    default_rates,
+    halving_schedule,
+    make_trials,
+)
 from tunewright.training.train import train, train_until, training_inputs
 from tunewright.training.trainings import Job, Trainings, absolute
 

@@ -1,4 +1,4 @@
-"""Options of an estimate of the memory that training needs."""
+"""Options of training commands."""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
-"""Evaluations of a run: the choice of the best adapter, early stopping, and overfitting warnings."""
+"""A run's history without torch: losses, dev evaluations and answers, and the choice of the best adapter."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from tunewright.core.errors import UserError
 
 DEV_LOSS = "eval_loss"
 DEV_METRIC = "eval_metric"
@@ -145,3 +148,36 @@ def overfitting(evaluated: Sequence[Evaluation]) -> str | None:
 def place_text(evaluation: Evaluation) -> str:
     """Return an evaluation's position in the run, such as ``epoch 2 (step 24)``."""
     return f"epoch {evaluation.epoch:.3g} (step {evaluation.step:,})"
+
+
+DEV_ANSWERS = "dev_answers.jsonl"
+SHOWN = 5
+"""Rows whose answers are kept."""
+
+
+def append_dev_answers(work: Path, step: int, answers: Mapping[str, str]) -> None:
+    """Add the answers after a step, by the rows' pair keys."""
+    with (work / DEV_ANSWERS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "answers": answers}, ensure_ascii=False) + "\n")
+
+
+def read_dev_answers(work: Path) -> dict[int, dict[str, str]]:
+    """Return the answers by step and pair key; empty before the first evaluation.
+
+    A resumed run repeats evaluations after its checkpoint: the last line of a step counts. A last line without its end
+    is still being written.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    file = work / DEV_ANSWERS
+    if not file.exists():
+        return {}
+    found: dict[int, dict[str, str]] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            found[int(row["step"])] = {str(key): str(text) for key, text in row["answers"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError("Not a line of answers", where=f"{file}:{number}", fix="Remove the file.") from None
+    return found
