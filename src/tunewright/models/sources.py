@@ -1,4 +1,4 @@
-"""Where a base's files come from: the Hugging Face hub, pinned to a commit at first use, or the bundled package."""
+"""Sources of a base: the Hugging Face hub, pinned to a commit at first use, and the bundled package."""
 
 from __future__ import annotations
 
