@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tunewright.advisor.signals import (
-    BitsPerByte,
     BreakEven,
     Call,
     ContextBudget,
     Doubling,
-    Fertility,
     OneOffCost,
     PilotPart,
     ShotCurve,
     ShotPoint,
     Signals,
-    Specificity,
     TuningGain,
 )
 from tunewright.evidence.common import ArmScore, Interval
@@ -172,13 +169,6 @@ def make_signals(**changes: Any) -> Signals:
         ),
         "cheapest": "retrieved-4",
         "context": ContextBudget(items=ITEMS, context=2048, query_p99=60, output_p99=20, curves=[curve()]),
-        "specificity": Specificity(
-            fertility=Fertility(domain=4.0, generic=1.4, ratio=2.9, interval=Interval(low=2.7, high=3.1), samples=40),
-            surprise=[
-                BitsPerByte(arm="zero-shot", shots=0, items=9, bits_per_byte=2.3, interval=Interval(low=2, high=3))
-            ],
-            format=None,
-        ),
         "break_even": break_even((45_000, 50_000, 56_000)),
         "gain": gain(10, 5, 15, slope=doubling(50, 100, 3, -1, 7)),
         "left_out": {},

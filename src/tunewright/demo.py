@@ -30,7 +30,7 @@ from tunewright.pipeline import RunResult
 from tunewright.serving.options import ServeOptions
 
 if TYPE_CHECKING:
-    from tunewright.advisor.result import AdviceResult
+    from tunewright.advisor.advice import AdviceResult
     from tunewright.evaluation.judge.runner import JudgeResult
     from tunewright.evaluation.learning_curve import CurveResult
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signals_factory import arm, break_even, curve, doubling, gain, make_signals
+from tunewright.advisor.advice import changes, expectations, measured
 from tunewright.advisor.decision import Grounds, decide
-from tunewright.advisor.explanations import changes, expectations, measured
-from tunewright.advisor.signals import Signals
+from tunewright.advisor.signals import Signals, load_signals
 
 FLAT = doubling(50, 100, 0, -1, 0)
 """A doubling of the rows that brought nothing: all rows reach what the pilot reaches."""
@@ -200,6 +201,15 @@ def test_few_pairs_get_a_warning() -> None:
     assert expectations(make_signals(pairs=500)) == []
     message = " ".join(expectations(make_signals(pairs=499)))
     assert "499 pairs" in message and "8.0 points" in message and "crossval" in message
+
+
+def test_advice_of_schema_1_opens_without_its_specificity(tmp_path: Path) -> None:
+    now = make_signals()
+    fertility = {"domain": 4.0, "generic": None, "ratio": None, "interval": None, "samples": 0}
+    former = {"schema_version": 1, "specificity": {"fertility": fertility, "surprise": [], "format": None}}
+    file = tmp_path / "advice.json"
+    file.write_text(json.dumps({**now.model_dump(mode="json"), **former}))
+    assert load_signals(file) == now.model_copy(update={"schema_version": 1})
 
 
 def test_stored_advice_is_decided_without_torch(tmp_path: Path) -> None:

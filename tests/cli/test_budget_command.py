@@ -129,21 +129,6 @@ def test_evaluate_leaves_no_arm_out_when_the_prompt_was_chosen_before(project: P
     assert "--minutes 0.01 leaves no arm out: the best prompting arm was chosen before" in said(ran)
 
 
-@pytest.mark.parametrize("samples", [0, pytest.param(4, marks=pytest.mark.slow)])
-def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_config_has_none(
-    project: Path, samples: int
-) -> None:
-    config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace("samples: 0", f"samples: {samples}"))
-    ran = tunewright("advise", "--no-pilot", "--project", project, "--json")
-    assert ran.code in {0, 3, 4}, ran.stderr
-    named = "Not counted: 96 turns or more of the base's own samples" in said(ran)
-    written = list((project / ".tunewright").glob("self-samples/*/*.json"))
-    assert (named, bool(written)) == (samples > 0, samples > 0)
-    if not samples:
-        assert ran.document["advice"]["left_out"]["generic text"] == "regressions.samples is 0"
-
-
 @pytest.mark.parametrize("minutes", ["0", "-3", "nan"])
 def test_minutes_must_be_greater_than_zero(project: Path, minutes: str) -> None:
     for command in ("evaluate", "advise"):

@@ -15,7 +15,7 @@ from factories import make_evidence, make_history
 from people_helpers import save
 from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
 from signals_factory import break_even, make_signals
-from tunewright.advisor.explanations import break_even_text
+from tunewright.advisor.advice import break_even_text
 from tunewright.advisor.signals import Speed, find_matching_advice
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json, write_text

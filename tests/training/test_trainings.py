@@ -15,7 +15,7 @@ import torch
 from data_helpers import Listener, new_project
 
 from command_line import tiny_project
-from tunewright.advisor.pilot import missing_pilots, pilot_parts, train_pilot
+from tunewright.advisor.adviser import pilot_parts, pilot_training
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -26,6 +26,7 @@ from tunewright.evaluation.learning_curve import LearningCurve
 from tunewright.models.bases import Base, resolve_base
 from tunewright.training.monitoring import DivergedError
 from tunewright.training.sweep.successive_halving import Outcome
+from tunewright.training.train import train
 from tunewright.training.trainings import Job, open_trainings
 
 CPUS = torch.get_num_threads()
@@ -203,9 +204,10 @@ def test_curve_and_pilots_on_a_cluster_are_those_of_this_process(
             curve = LearningCurve(own, version, project.base, chat, heard, trainings, seeds=2, force=True)
             points.append(curve.run().curve.points)
             parts = pilot_parts(own, version)
-            trainings.train_missing(missing_pilots(own, version, parts, project.base, chat), chat)
+            pilots = [pilot_training(own, version, part) for part in parts]
+            trainings.train_missing(pilots, chat)
     assert points[0] == points[1]
     assert sum("trained in" in message for message in heard.said) == 6 + len(parts)
-    assert [train_pilot(own, version, part, project.base, chat, heard).trained for part in parts] == [False] * len(
-        parts
-    )
+    for pilot in pilots:
+        place, facts = pilot.adapters, pilot.facts
+        assert not train(own, pilot.version, project.base, chat, heard, adapters=place, facts=facts).trained

@@ -1,4 +1,4 @@
-"""Signal (c): the number of calls from which a fine-tune pays, with prefix caching and this machine's own speed."""
+"""Signal (b): the number of calls from which a fine-tune pays, with prefix caching and this machine's own speed."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.evidence.common import ArmScore, Interval, Part
 from tunewright.evidence.schema import Advice, Contrast, Evidence
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Answer = Literal["yes", "no", "unclear"]
 
@@ -82,51 +82,6 @@ class ContextBudget(Part):
     curves: list[ShotCurve]
 
 
-# Specificity
-
-
-class Fertility(Part):
-    """Tokens per word of the domain's outputs, and of text that the base writes unprompted."""
-
-    domain: float
-    generic: Annotated[float | None, Field(description="None if there is no text to compare with.")]
-    ratio: float | None
-    interval: Annotated[
-        Interval | None, Field(description="95% interval of the ratio, by bootstrap over clusters and samples.")
-    ]
-    samples: Annotated[int, Field(description="The base's own answers that were counted.")]
-
-
-class BitsPerByte(Part):
-    """Bits per UTF-8 byte of the reference answers after a prompt, including the end token."""
-
-    arm: str
-    shots: int
-    items: int
-    bits_per_byte: float
-    interval: Interval
-
-
-class Format(Part):
-    """Zero-shot answers in the format that a metric of the config requires."""
-
-    what: Annotated[str, Field(description="The required format.")]
-    items: int
-    valid: int
-    constrained: Annotated[
-        int | None,
-        Field(description="The same with evaluate.structured_outputs; None if it was not measured on all of dev."),
-    ] = None
-
-
-class Specificity(Part):
-    """Signal (b): distance of vocabulary and format from the base's own text. Evidence only; it decides nothing."""
-
-    fertility: Fertility
-    surprise: list[BitsPerByte]
-    format: Format | None
-
-
 # Break-even
 
 
@@ -165,7 +120,7 @@ class OneOffCost(Part):
 
 
 class BreakEven(Part):
-    """Signal (c): the number of calls from which a fine-tune pays through shorter prompts."""
+    """Signal (b): the number of calls from which a fine-tune pays through shorter prompts."""
 
     unit: Literal["money", "machine hours"]
     prompting: Call
@@ -210,7 +165,7 @@ class PilotPart(Part):
 
 
 class TuningGain(Part):
-    """Signal (d): a pilot adapter against the best prompting arm, on the same dev items."""
+    """Signal (c): a pilot adapter against the best prompting arm, on the same dev items."""
 
     parts: Annotated[list[PilotPart], Field(min_length=1, description="Nested parts; the last one is the pilot.")]
     all_rows: Annotated[int, Field(description="Training rows of the domain.")]
@@ -229,7 +184,7 @@ class TuningGain(Part):
 class Signals(Part):
     """All measured signals; ``advice/ID.json``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     id: Annotated[str, Field(description="12 hex digits of a digest of everything that determines the measurement.")]
     project: str
     metric: Annotated[MetricName, Field(description="The config's first metric, which decides.")]
@@ -246,11 +201,18 @@ class Signals(Part):
         ),
     ]
     context: ContextBudget
-    specificity: Specificity
     break_even: BreakEven | None
     gain: TuningGain | None
     left_out: Annotated[dict[str, str], Field(description="Signal name to the reason why it was not measured.")]
     lineage: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_specificity(cls, values: Any) -> Any:
+        """Leave out a signal of schema 1 that decided nothing."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name != "specificity"}
 
 
 def load_signals(file: Path) -> Signals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tunewright import pipeline
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.advisor import advise
+from tunewright.advisor import advice
 from tunewright.api.deprecated import DeprecatedGroup, keywords
 from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport
 from tunewright.config.project import ProjectFolder
@@ -52,7 +52,7 @@ class Project(OpenProject):
     sweep = tuning.sweep
     train = tuning.train
 
-    advise = advise.advise
+    advise = advice.advise
     detectable_effects = measuring.detectable_effects
     estimate_evaluation = measuring.estimate_evaluation
     estimate_incumbents = measuring.estimate_incumbents

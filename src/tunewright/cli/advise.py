@@ -15,7 +15,7 @@ from tunewright.core.errors import UserError
 from tunewright.render.blocks import Lead, table, words
 
 if TYPE_CHECKING:
-    from tunewright.advisor.result import AdviceResult
+    from tunewright.advisor.advice import AdviceResult
     from tunewright.advisor.signals import Signals
     from tunewright.evidence.common import Interval, Score
     from tunewright.render.terminal import Part
@@ -38,8 +38,8 @@ def advise(
 ) -> int:
     """Say whether to prompt, retrieve (exit code 3) or fine-tune (0), or that the dev split can't tell (4).
 
-    Measures the score by number of demonstrations, how special vocabulary and format are, and after how many calls
-    training pays off. A pilot adapter, trained on a part of the rows, meets the best prompt. Resumes where it stopped.
+    Measures the score by number of demonstrations, and after how many calls training pays off. A pilot adapter, trained
+    on a part of the rows, meets the best prompt. Resumes where it stopped.
     """
     if run.cluster is not None and (no_pilot or stored is not None):
         raise UserError("--cluster applies to pilots only", where="--cluster", fix="Omit it, --no-pilot or ADVICE.")
@@ -61,7 +61,7 @@ def advise(
 
 def advice_tables(result: AdviceResult) -> list[Part]:
     """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
-    from tunewright.advisor.explanations import changes, expectations, measured
+    from tunewright.advisor.advice import changes, expectations, measured
     from tunewright.report.sections.prompting import advice_section
 
     signals, decision = result.signals, result.decision

@@ -86,16 +86,12 @@ class Workload:
         arm_runner: answers the prompts.
         contest: the comparison of an adapter with the prompting arms, if any.
         pilots: number of adapters that are still to be trained and will answer dev.
-        turns: turns of the base's own samples that the command writes besides answers; 0: none.
     """
 
-    def __init__(
-        self, arm_runner: ArmRunner, contest: Contest | None = None, *, pilots: int = 0, turns: int = 0
-    ) -> None:
+    def __init__(self, arm_runner: ArmRunner, contest: Contest | None = None, *, pilots: int = 0) -> None:
         self._arm_runner = arm_runner
         self._contest = contest
         self._pilots = pilots
-        self._turns = turns
 
     def announce(self, advice: Advice | None) -> None:
         """Report the answers to compute, if any, and plan the progress display and the time limit.
@@ -110,8 +106,6 @@ class Workload:
         works = [work for planned in stages.values() for work in planned]
         if any(work.answers for work in works):
             reporter.say(f"{self._text(stages)}.{self._not_counted(stages)}")
-        elif self._turns:
-            reporter.say(f"All answers are there.{self._not_counted(stages)}")
         optional = any(work.optional and work.answers for work in works)
         if limit is not None and advice is not None and limit.decision is None and optional:
             reporter.warn(
@@ -252,10 +246,6 @@ class Workload:
             besides.append("the suites of the regressions section")
         if "pilots" in stages:
             besides.append("training the pilots")
-        if self._turns:
-            besides.append(
-                f"{self._turns:,} turns or more of the base's own samples (regressions.samples: 0 leaves them out)"
-            )
         return f" Not counted: {', '.join(besides)}." if besides else ""
 
 

@@ -40,7 +40,7 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
 
     Missing facts are left out. Unreadable ones are left out with a warning: evidence is enough for a verdict.
     """
-    from tunewright.advisor.explanations import calls_cost
+    from tunewright.advisor.advice import calls_cost
 
     def readable(read: Callable[[], T | None]) -> T | None:
         try:

@@ -184,11 +184,6 @@ class Sampler:
             self.reporter.warn(f"Fewer samples than the {wanted} requested: {drawn.summary()}.")
         return drawn
 
-    def turns_missing(self, wanted: int) -> int:
-        """Return the fewest turns that a draw of ``wanted`` samples must write: two for each sample not kept yet."""
-        chunks = range(-(-wanted // self.chunk))
-        return sum(2 * self.chunk for chunk in chunks if not (self.folder / f"{chunk:04d}.json").exists())
-
     def _faults(self, samples: Sequence[Sample], asked: set[str], finished: bool) -> dict[int, str]:
         """Return why samples are unusable in any domain; ``asked`` collects the instructions seen so far."""
         reasons: dict[int, str] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.advisor.explanations import amount, break_even_text
+from tunewright.advisor.advice import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
 from tunewright.core.text import count_of
 from tunewright.evidence.schema import Arm, Evidence

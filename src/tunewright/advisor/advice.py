@@ -1,15 +1,85 @@
-"""Advice in plain sentences: measurements, changes that would alter it, and expectations of few pairs."""
+"""Advice: the verb ``advise``, its result, and what was measured and would change it in plain sentences.
+
+Readable without torch or the model.
+"""
 
 from __future__ import annotations
 
-from tunewright.advisor.decision import Decision, Grounds, doublings_left, last_gain
-from tunewright.advisor.signals import BreakEven, ShotCurve, Signals, TuningGain
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from tunewright.advisor.decision import Decision, Grounds, decide, doublings_left, last_gain
+from tunewright.advisor.signals import BreakEven, ShotCurve, Signals, TuningGain, find_advice, load_signals
 from tunewright.data.splits import FEW_TRAINING_PAIRS
+from tunewright.evaluation.access_log import AccessLog
+from tunewright.evaluation.tuning import open_trainings, refuse_up_front
+from tunewright.evaluation.verbs import open_arm_runner, report_detectable_effects
 from tunewright.evidence.common import Interval
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.metrics import p_text, points_text, score_text
+from tunewright.open_project import OpenProject
 
 _RISING = {"yes": "still rising", "no": "flat", "unclear": "not shown to be rising, nor flat"}
+
+
+def advise(
+    project: OpenProject, stored: str | Path | None = None, *, pilot: bool = True, minutes: float | None = None
+) -> AdviceResult:
+    """Advise to prompt, retrieve or fine-tune, or can't tell, from three signals on dev.
+
+    Args:
+        stored: earlier advice (ID or file) to decide from again, without measuring.
+        pilot: train a pilot adapter on a part of the training rows. Without it the gain of training is unknown.
+        minutes: time limit for answers; prompting arms that do not fit are left out by name (None: no limit).
+
+    Raises:
+        UserError: no such advice, too few minutes, or arms that cannot be measured.
+    """
+    if stored is not None:
+        file = find_advice(project.folder.advice, stored)
+        if project.folder.advice.absolute() in file.absolute().parents:
+            AccessLog(project.folder.evaluations).require(file)
+        return AdviceResult(file, load_signals(file), measured=False)
+    from tunewright.advisor.adviser import Adviser
+
+    if pilot:
+        refuse_up_front(project, "A pilot")
+    report_detectable_effects(project)
+    with open_trainings(project) if pilot else nullcontext() as pilots:
+        return AdviceResult(*Adviser(partial(open_arm_runner, project), pilots=pilots, minutes=minutes).advise())
+
+
+@dataclass(frozen=True)
+class AdviceResult:
+    """Signals that `advise` measured or loaded, with the decision that follows."""
+
+    file: Path
+    signals: Signals
+    measured: bool
+    """False if the signals were stored before."""
+
+    @cached_property
+    def decision(self) -> Decision:
+        """The recommended approach."""
+        return decide(self.signals)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as ``--json`` prints it."""
+        decision = self.decision
+        return {
+            "file": str(self.file),
+            "measured": self.measured,
+            "answer": decision.answer,
+            "arm": decision.arm,
+            "why": decision.why,
+            "signals": measured(self.signals),
+            "changes": changes(self.signals, decision),
+            "expect": expectations(self.signals),
+            "advice": self.signals.model_dump(mode="json"),
+        }
 
 
 # What was measured
@@ -19,7 +89,6 @@ def measured(signals: Signals) -> dict[str, str]:
     """Return a sentence or two for each signal by name."""
     return {
         "context budget": _context(signals),
-        "specificity": _specificity(signals),
         "break-even": break_even_text(signals),
         "gain": _gain(signals),
     }
@@ -48,23 +117,6 @@ def _curve(signals: Signals, curve: ShotCurve) -> str:
     return f"{text}; {step}, {_RISING[curve.rising]}{limit}."
 
 
-def _specificity(signals: Signals) -> str:
-    found = signals.specificity
-    words = f"{found.fertility.domain:.1f} tokens per word"
-    if found.fertility.ratio is not None and found.fertility.interval is not None:
-        low, high = found.fertility.interval.low, found.fertility.interval.high
-        words += (
-            f" against {found.fertility.generic:.1f} in what the base writes ({found.fertility.ratio:.1f} times, "
-            f"{low:.1f} to {high:.1f})"
-        )
-    bits = ", ".join(f"{s.bits_per_byte:.2f} after {s.arm}" for s in found.surprise)
-    parts = [words, f"bits per byte of the references: {bits}"]
-    if found.format is not None:
-        held = "" if found.format.constrained is None else f", {found.format.constrained} with constrained decoding"
-        parts.append(f"{found.format.what}: {found.format.valid} of {found.format.items} zero-shot answers{held}")
-    return f"{'; '.join(parts)}. For information: it does not affect the answer."
-
-
 def break_even_text(signals: Signals) -> str:
     """Return the number of calls from which training pays, or the reason why it is unknown."""
     even = signals.break_even
@@ -78,8 +130,12 @@ def break_even_text(signals: Signals) -> str:
     text = f"Cheaper calls alone pay for training from {even.calls:,.0f} calls on ({interval}): {calls}"
     if even.calls_per_month is None:
         return f"{text}; set advise.calls_per_month to see when."
-    months = _months(even)
-    when = "never" if months is None else f"after {_span(months)}"
+    # Hosting is paid monthly, so it lowers what a month saves; the other costs are paid at the beginning.
+    monthly = even.calls_per_month * even.saving - even.once.hosting / even.months
+    when = "never"
+    if monthly > 0:
+        months = (even.once.total - even.once.hosting) / monthly
+        when = f"after {months:.1f} months" if months >= 2 else f"after {365.25 / 12 * months:.1f} days"
     return f"{text}; at {even.calls_per_month:,.0f} calls a month {when}."
 
 
@@ -88,17 +144,6 @@ def calls_cost(even: BreakEven) -> str:
     return (
         f"a call costs {cost(even, even.prompting.cost)} with {even.prompting.arm}, {cost(even, even.tuned.cost)} tuned"
     )
-
-
-def _months(even: BreakEven) -> float | None:
-    """Return the months until training has paid for itself, with hosting paid monthly; None: never."""
-    assert even.calls_per_month is not None
-    monthly = even.calls_per_month * even.saving - even.once.hosting / even.months
-    return (even.once.total - even.once.hosting) / monthly if monthly > 0 else None
-
-
-def _span(months: float) -> str:
-    return f"{months:.1f} months" if months >= 2 else f"{365.25 / 12 * months:.1f} days"
 
 
 def cost(even: BreakEven, value: float) -> str:
@@ -123,18 +168,14 @@ def _gain(signals: Signals) -> str:
     contrast, metric = gain.contrast, signals.metric
     pilot = f"A pilot on {gain.pilot.rows:,} of {gain.all_rows:,} rows {score_text(metric, gain.pilot.score.value)}"
     best = f"{contrast.control} {score_text(metric, Grounds(signals).best.score(metric).value)}"
+    slope = ""
+    if gain.slope is not None:
+        per_doubling = _points(gain.slope.difference, gain.slope.interval)
+        slope = f"; from {gain.slope.before:,} rows to {gain.slope.after:,}, by doubling: {per_doubling}"
     return (
         f"{pilot}, {best} on {signals.items} dev items ({signals.clusters} clusters): "
-        f"{_points(contrast.difference, contrast.interval)}, {p_text(contrast.p_value)} ({contrast.test})"
-        f"{_slope(gain)}."
+        f"{_points(contrast.difference, contrast.interval)}, {p_text(contrast.p_value)} ({contrast.test}){slope}."
     )
-
-
-def _slope(gain: TuningGain) -> str:
-    if gain.slope is None:
-        return ""
-    per_doubling = _points(gain.slope.difference, gain.slope.interval)
-    return f"; from {gain.slope.before:,} rows to {gain.slope.after:,}, by doubling: {per_doubling}"
 
 
 # What would change the answer
@@ -144,11 +185,11 @@ def changes(signals: Signals, decision: Decision) -> list[str]:
     """Return changes that would alter the recommendation, with numbers."""
     grounds = Grounds(signals)
     text = {
-        "fine-tune": [*_prompting_catches_up(signals, grounds), *_fewer_calls(signals, grounds)],
+        "fine-tune": _against_training(signals, grounds),
         "prompt": [*_more_calls(signals, grounds), *_more_gain(signals, grounds)],
         "retrieve": [*_more_calls(signals, grounds), *_more_gain(signals, grounds)],
         "can't tell": [
-            *_a_pilot(signals),
+            *([f"A pilot, which was skipped: {signals.left_out['gain']}."] if signals.gain is None else []),
             *_more_items(signals, grounds),
             *_more_rows(signals, grounds),
             *_more_shots(signals, grounds),
@@ -158,10 +199,12 @@ def changes(signals: Signals, decision: Decision) -> list[str]:
     return text[decision.answer]
 
 
-def _prompting_catches_up(signals: Signals, grounds: Grounds) -> list[str]:
-    gain = signals.gain
-    if not grounds.beats or gain is None:
-        return []
+def _against_training(signals: Signals, grounds: Grounds) -> list[str]:
+    gain, even = signals.gain, signals.break_even
+    if not grounds.beats or gain is None:  # cheaper calls alone speak for training
+        if even is None or even.calls_high is None:
+            return []
+        return [f"With fewer than {even.calls_high:,.0f} calls in {even.months} months it may not pay."]
     lacking = gain.contrast.interval.low - signals.margin
     text = f"Prompting would have to be {100 * lacking:.1f} points better"
     rising = [c for c in signals.context.curves if c.last is not None and c.last.difference > 0 and c.room]
@@ -177,13 +220,6 @@ def _prompting_catches_up(signals: Signals, grounds: Grounds) -> list[str]:
         f"{text}: at the rate of its last doubling that takes about k = {needed:,.0f} ({curve.name}), and {fits}. "
         f"Add {2 * curve.last.after} to `evaluate.num_fewshot` to measure the next step."
     ]
-
-
-def _fewer_calls(signals: Signals, grounds: Grounds) -> list[str]:
-    even = signals.break_even
-    if grounds.beats or even is None or even.calls_high is None:
-        return []
-    return [f"With fewer than {even.calls_high:,.0f} calls in {even.months} months it may not pay."]
 
 
 def _more_calls(signals: Signals, grounds: Grounds) -> list[str]:
@@ -206,12 +242,6 @@ def _more_gain(signals: Signals, grounds: Grounds) -> list[str]:
         f"Training on all rows may gain at most {points_text(grounds.reach)} points, but the margin is "
         f"{100 * signals.margin:g}. Try another base or config (`tunewright train --sweep`), or lower evaluate.margin."
     ]
-
-
-def _a_pilot(signals: Signals) -> list[str]:
-    if signals.gain is not None:
-        return []
-    return [f"A pilot, which was skipped: {signals.left_out['gain']}."]
 
 
 def _more_items(signals: Signals, grounds: Grounds) -> list[str]:
