@@ -15,7 +15,7 @@ import fsspec  # type: ignore[import-untyped]
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.data.add import add
 from tunewright.data.remote import Transfer, pull, push
 
@@ -95,9 +95,9 @@ def add_rows(project: ProjectFolder, count: int, seed: int) -> str:
 
 def push_to(project: ProjectFolder, place: Place) -> Transfer:
     """Push to wherever that is."""
-    return push(project.dataset, place.url, Listener(), options=place.options)
+    return push(OpenFolder(project, Listener()), place.url, options=place.options)
 
 
 def pull_from(project: ProjectFolder, place: Place) -> Transfer:
     """Pull from wherever that is."""
-    return pull(project.dataset, place.url, Listener(), options=place.options)
+    return pull(OpenFolder(project, Listener()), place.url, options=place.options)

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remove import remove
-from tunewright.data.selection import Selection
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, load_version, locked
 
@@ -85,9 +84,9 @@ def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
     version = load_version(project.dataset)
     assert version.digest in (old, new)
     assert load_version(project.dataset, old).digest == old
-    assert verify(project.dataset, Listener()).damage == ()
+    assert verify(OpenFolder(project, Listener())).damage == ()
     with locked(project.dataset):
-        assert verify(project.dataset, Listener()).unneeded == 0
+        assert verify(OpenFolder(project, Listener())).unneeded == 0
     assert _add_second(project) == new
     assert list(project.dataset.rglob(".*")) == []
     return version.digest
@@ -186,7 +185,7 @@ def test_missing_head_is_reported_and_nothing_is_added(template: Path, tmp_path:
     project = _fresh(template, tmp_path / "w")
     old, new = load_version(project.dataset).digest, _add_second(project)
     (project.dataset / "HEAD").unlink()
-    [damage] = verify(project.dataset, Listener()).damage
+    [damage] = verify(OpenFolder(project, Listener())).damage
     assert damage.where == str(project.dataset / "HEAD")
     with pytest.raises(UserError, match="HEAD, which names the current version, is missing"):
         _add_second(project)
@@ -198,7 +197,7 @@ def test_missing_head_is_reported_and_nothing_is_added(template: Path, tmp_path:
 
 
 def _purge(project: ProjectFolder) -> None:
-    remove(project, Selection(where="contains(output, 'answer 1')"), "asked", Listener(), purge_text=True)
+    remove(OpenFolder(project, Listener()), because="asked", where="contains(output, 'answer 1')", purge=True)
 
 
 def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
@@ -239,12 +238,12 @@ def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, tem
             break
         assert child.exitcode == -signal.SIGKILL
         load_version(project.dataset)
-        damage = verify(project.dataset, Listener()).damage
+        damage = verify(OpenFolder(project, Listener())).damage
         reported = ("was purged on", "Metadata of purged rows is still here")
         assert all(any(words in each.what for words in reported) for each in damage), damage
         halfway += any(reported[1] in each.what for each in damage)
         _purge(project)
-        assert verify(project.dataset, Listener()).damage == ()
+        assert verify(OpenFolder(project, Listener())).damage == ()
         kept = b"".join(path.read_bytes() for path in project.dataset.rglob("*") if path.is_file())
         assert not any(text.encode() in kept for text in texts)
         assert b"of answer 1" not in kept

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hypothesis_settings import examples
+from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
-from tunewright.data.selection import Selection
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version
 
@@ -120,7 +120,7 @@ class DatasetMachine(RuleBasedStateMachine):
         file = self.folder / "keys.txt"
         file.write_text("".join(f"{keys[text]}\n" for text in going))
         try:
-            remove(self.project, Selection(keys=file), "a reason", Listener())
+            remove(OpenFolder(self.project, Listener()), because="a reason", keys=file)
         except UserError:
             assert self._rows() == before
             return
@@ -152,7 +152,7 @@ class DatasetMachine(RuleBasedStateMachine):
             return
         for digest, rows in self.versions.items():
             assert self._rows(digest) == rows
-        assert not verify(self.project.dataset, Listener()).damage
+        assert not verify(OpenFolder(self.project, Listener())).damage
         shutil.rmtree(self.folder)
 
 

@@ -14,14 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypothesis_settings import examples
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.session import ReviewItem, ReviewSession
-from tunewright.data.selection import Selection
 from tunewright.data.trace import find_row
 from tunewright.data.verify import verify
 from tunewright.data.versions import DatasetVersion, Member, load_version
@@ -81,7 +80,7 @@ def test_generated_rows_are_trained_on_and_leave_the_shares_of_people_alone(tmp_
     assert len(written) == 200
     assert {m.split for m in written} == {"train"}
     assert {split: len(version.examples(split)) for split in ("dev", "test")} == {"dev": 4, "test": 4}
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
 
 
 def test_generated_rows_alone_make_no_dataset(tmp_path: Path) -> None:
@@ -241,7 +240,7 @@ def test_a_withdrawn_acceptance_takes_the_row_out_of_the_next_version(tmp_path: 
     elif command == "remove":
         keys = tmp_path / "keys.txt"
         keys.write_text(f"{person.key}\n", encoding="utf-8")
-        remove(project, Selection(keys=keys), REASON, listener)
+        remove(OpenFolder(project, listener), because=REASON, keys=keys)
     else:
         judge(project, person, "edit", "a better answer")
         apply_edits(project, listener)
@@ -300,7 +299,7 @@ def test_no_version_holds_out_a_generated_row_that_nobody_accepted(steps: list[t
                 else:
                     keys = project.root / "keys.txt"
                     keys.write_text(f"{row.key}\n", encoding="utf-8")
-                    remove(project, Selection(keys=keys), REASON, Listener())
+                    remove(OpenFolder(project, Listener()), because=REASON, keys=keys)
             except UserError:
                 continue
             version = current(project)

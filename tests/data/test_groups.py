@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypothesis_settings import examples
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions
@@ -139,7 +139,7 @@ def test_changed_group_is_reported_with_its_line(tmp_path: Path) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UserError, match="Invalid member"):
         load_version(project.dataset)
-    [damage] = verify(project.dataset, Listener()).damage
+    [damage] = verify(OpenFolder(project, Listener())).damage
     assert damage.where == f"{path}:4"
 
 

@@ -11,13 +11,12 @@ from data_helpers import Listener, new_project, unlike_pairs
 
 from command_line import tunewright
 from tunewright.config import Config
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.add_plan import Effect, preview
 from tunewright.data.remove import remove
-from tunewright.data.selection import Selection
 from tunewright.data.versions import load_version
 
 
@@ -71,7 +70,8 @@ def test_preview_counts_rows_that_were_removed_earlier(tmp_path: Path) -> None:
     rows = _rows(60)
     path = _file(tmp_path / "all.jsonl", rows)
     add(project, [path], Listener())
-    gone = remove(project, Selection(where="split == 'train' && contains(output, '1')"), "wrong", Listener()).rows
+    where = "split == 'train' && contains(output, '1')"
+    gone = remove(OpenFolder(project, Listener()), because="wrong", where=where).rows
     effect = _effect(project, path)
     assert (effect.removed, effect.added, effect.known) == (len(gone), 0, 60 - len(gone))
     reported = tunewright("data", "check", path, "-p", project.root)
@@ -149,7 +149,7 @@ def test_check_command_has_the_numbers_of_add_with_its_options(tmp_path: Path) -
     rows = _rows(40)
     add(project, [_file(tmp_path / "old.jsonl", rows[:36])], Listener())
     gone = {"keys": None, "where": "split == 'train' && contains(output, '1')"}
-    removed = len(remove(project, Selection(**gone), "wrong", Listener()).rows)  # type: ignore[arg-type]
+    removed = len(remove(OpenFolder(project, Listener()), because="wrong", **gone).rows)  # type: ignore[arg-type]
     stays = next(
         row for row in rows if row["completion"] in {m.example.output for m in load_version(project.dataset).members}
     )

@@ -12,10 +12,9 @@ import pytest
 from data_helpers import Listener
 from remote_helpers import Place, add_rows, pull_from, push_to
 
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.data.remote import pull, push
-from tunewright.data.remote_store import RemoteStore
+from tunewright.data.remote import RemoteStore, pull, push
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, short
 
@@ -28,7 +27,7 @@ def test_pull_creates_the_pushed_versions(one: ProjectFolder, two: ProjectFolder
     pulled = pull_from(two, place)
     assert load_version(two.dataset) == load_version(one.dataset)
     assert list_versions(two.dataset) == list_versions(one.dataset)
-    assert verify(two.dataset, Listener()).ok
+    assert verify(OpenFolder(two, Listener())).ok
     assert (pushed.rows, pulled.rows) == (90, 90)
     assert pushed.versions == pulled.versions == tuple(m.digest for m in list_versions(one.dataset))
 
@@ -162,7 +161,7 @@ def test_pull_refuses_changed_files(
         pull_from(two, place)
     assert f"{path}" in str(caught.value.where)
     assert load_version(two.dataset).digest == first
-    assert verify(two.dataset, Listener()).ok
+    assert verify(OpenFolder(two, Listener())).ok
 
 
 def test_pull_reports_a_missing_row(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
@@ -217,14 +216,14 @@ def test_push_refuses_a_projects_dataset_folder(one: ProjectFolder, two: Project
     before = sorted(p for p in two.dataset.rglob("*"))
     for verb in (push, pull):
         with pytest.raises(UserError, match="a project's dataset folder"):
-            verb(one.dataset, str(two.dataset), Listener())
+            verb(OpenFolder(one, Listener()), str(two.dataset))
     assert sorted(p for p in two.dataset.rglob("*")) == before
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "http://127.0.0.1:9/x"])
 def test_unusable_remote_is_a_user_error(one: ProjectFolder, url: str) -> None:
     with pytest.raises(UserError) as caught:
-        push(one.dataset, url, Listener())
+        push(OpenFolder(one, Listener()), url)
     assert caught.value.where == url
 
 
@@ -234,7 +233,7 @@ def test_push_reports_a_folder_without_write_permission(one: ProjectFolder, tmp_
     there = tmp_path / "there"
     there.mkdir(mode=0o500)
     with pytest.raises(UserError, match="Permission denied"):
-        push(one.dataset, str(there), Listener())
+        push(OpenFolder(one, Listener()), str(there))
 
 
 def test_push_copies_versions_that_do_not_need_a_lost_one(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:

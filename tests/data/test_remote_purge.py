@@ -9,16 +9,15 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from remote_helpers import Place, add_rows, one, place, pull_from, push_to, s3_endpoint, two
 
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.remote_store import RemoteStore
+from tunewright.data.remote import RemoteStore
 from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
-from tunewright.data.selection import Selection
 from tunewright.data.verify import verify
 from tunewright.data.versions import load_version
-from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.logs import read_removals
 
 __all__ = ["one", "place", "s3_endpoint", "two"]
 
@@ -32,8 +31,8 @@ def _with_secret(project: ProjectFolder) -> str:
 
 
 def _purge(project: ProjectFolder) -> RemoveResult:
-    selection = Selection(where="contains(input, 'Lovelace')")
-    return remove(project, selection, "she asked", Listener(), purge_text=True)
+    where = "contains(input, 'Lovelace')"
+    return remove(OpenFolder(project, Listener()), because="she asked", where=where, purge=True)
 
 
 def _has_text(project: ProjectFolder) -> bool:
@@ -59,7 +58,7 @@ def test_push_and_pull_erase_purged_text(one: ProjectFolder, two: ProjectFolder,
     pull_from(two, place)
     assert not _has_text(two)
     for project in (one, two):
-        found = verify(project.dataset, Listener())
+        found = verify(OpenFolder(project, Listener()))
         assert (found.damage, len(found.purges)) == ((), 1)
     assert load_version(two.dataset).digest == load_version(one.dataset).digest
     files = place.files
@@ -74,7 +73,7 @@ def test_pull_after_a_purge_is_complete_without_the_text(one: ProjectFolder, two
     push_to(one, place)
     pull_from(two, place)
     assert not _has_text(two)
-    assert verify(two.dataset, Listener()).ok
+    assert verify(OpenFolder(two, Listener())).ok
     path = one.root.parent / "secret.jsonl"
     assert add(two, [path], Listener()).added == 0
 
@@ -85,7 +84,7 @@ def test_push_does_not_restore_purged_text(one: ProjectFolder, two: ProjectFolde
     pull_from(two, place)
     names = one.root / "keys.txt"
     names.write_text(key)
-    remove(one, Selection(keys=names), "wrong", Listener())
+    remove(OpenFolder(one, Listener()), because="wrong", keys=names)
     push_to(one, place)
     pull_from(two, place)
     _edit(two, key)
@@ -104,7 +103,7 @@ def test_removed_row_stays_out_in_the_other_copy(one: ProjectFolder, two: Projec
     key = _with_secret(one)
     names = one.root / "keys.txt"
     names.write_text(key)
-    remove(one, Selection(keys=names), "wrong", Listener())
+    remove(OpenFolder(one, Listener()), because="wrong", keys=names)
     push_to(one, place)
     pull_from(two, place)
     assert read_removals(two.dataset).out.keys() == {key}
@@ -147,7 +146,7 @@ def test_changed_log_of_removals_is_refused_and_reported_by_verify(
         pull_from(two, place)
     log = one.dataset / "removed.jsonl"
     log.write_bytes(log.read_bytes().replace(b"she asked", b"he asked"))
-    found = verify(one.dataset, Listener())
+    found = verify(OpenFolder(one, Listener()))
     assert any("removed.jsonl:1" in damage.where for damage in found.damage)
 
 
@@ -178,7 +177,7 @@ def test_verify_reports_restored_purged_text(tmp_path: Path) -> None:
     before = shard.read_bytes()
     _purge(project)
     shard.write_bytes(before)
-    [damage] = verify(project.dataset, Listener()).damage
+    [damage] = verify(OpenFolder(project, Listener())).damage
     assert "was purged on" in damage.what
     assert damage.rows == (key,)
 
@@ -215,7 +214,7 @@ def test_push_and_pull_erase_the_metadata_of_purged_rows(
     fresh = new_project(tmp_path / "fresh")
     pull_from(fresh, place)
     for project in (one, two, fresh):
-        assert verify(project.dataset, Listener()).ok
+        assert verify(OpenFolder(project, Listener())).ok
     manifests = [
         {path.parent.name: path.read_bytes() for path in project.dataset.glob("versions/*/manifest.json")}
         for project in (one, two, fresh)
@@ -229,13 +228,13 @@ def test_push_does_not_restore_purged_metadata(one: ProjectFolder, two: ProjectF
     _add_with_metadata(two)
     _add_with_metadata(one)
     _purge(one)
-    remove(one, Selection(where="source == 'named.jsonl'"), "wrong", Listener())
+    remove(OpenFolder(one, Listener()), because="wrong", where="source == 'named.jsonl'")
     RemoteStore(place.url, place.options or None).write(
         "removed/all.jsonl", (one.dataset / "removed.jsonl").read_bytes()
     )  # the purge is there, and the version that lost its rows is not
     push_to(two, place)
     assert _metadata_there(place) == []
-    assert verify(two.dataset, Listener()).ok
+    assert verify(OpenFolder(two, Listener())).ok
 
 
 def test_pull_reads_half_erased_metadata_and_the_next_push_finishes(
@@ -259,6 +258,6 @@ def test_pull_reads_half_erased_metadata_and_the_next_push_finishes(
     assert _metadata_there(place) != []
     pull_from(two, place)
     assert not _metadata_here(two)
-    assert verify(two.dataset, Listener()).ok
+    assert verify(OpenFolder(two, Listener())).ok
     push_to(one, place)
     assert _metadata_there(place) == []

@@ -9,10 +9,9 @@ from data_helpers import Listener
 from remote_helpers import Place, add_rows, pull_from, push_to
 from review_helpers import judge_next, review
 
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.data.remote import push
-from tunewright.data.remote_store import RemoteStore
+from tunewright.data.remote import RemoteStore, push
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.trace import blame, find_row
@@ -45,7 +44,7 @@ def test_push_and_pull_share_verdicts(one: ProjectFolder, two: ProjectFolder, pl
     for verb, project in ((push_to, one), (pull_from, one), (push_to, two), (pull_from, two)):
         assert (verb(project, place).reviews, verb(project, place).bytes) == (0, 0)
     assert place.files == before
-    assert verify(one.dataset, Listener()).ok
+    assert verify(OpenFolder(one, Listener())).ok
 
 
 def test_concurrent_pushes_lose_no_reviews(
@@ -120,5 +119,5 @@ def test_push_skips_and_reports_half_a_review(one: ProjectFolder, place: Place) 
     path = one.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes() + b'{"draw":0,"ev')
     listener = Listener()
-    assert push(one.dataset, place.url, listener, options=place.options).reviews == 2
+    assert push(OpenFolder(one, listener), place.url, options=place.options).reviews == 2
     assert any("cut off by a crash" in warning for warning in listener.warned)

@@ -13,7 +13,7 @@ from data_helpers import Listener
 from review_helpers import judge_next, review
 
 from command_line import tunewright
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.remote import pull, push
 from tunewright.data.versions import load_version, short
@@ -29,7 +29,7 @@ def test_missing_bucket_is_reported_and_not_created(one: ProjectFolder, s3_endpo
     options = _s3_options(s3_endpoint)
     for verb in (push, pull):
         with pytest.raises(UserError, match="No such bucket") as caught:
-            verb(one.dataset, "s3://not-there-1/x", Listener(), options=options)
+            verb(OpenFolder(one, Listener()), "s3://not-there-1/x", options=options)
         assert caught.value.where == "s3://not-there-1/x"
     assert not fsspec.filesystem("s3", **options).exists("not-there-1")
 
@@ -41,7 +41,7 @@ def test_wrong_credentials_are_reported(one: ProjectFolder, s3_endpoint: str) ->
     try:
         for verb in (push, pull):
             with pytest.raises(UserError, match="Access denied") as caught:
-                verb(one.dataset, f"s3://{bucket}/x", Listener(), options=_s3_options(s3_endpoint, "AKIAWRONG"))
+                verb(OpenFolder(one, Listener()), f"s3://{bucket}/x", options=_s3_options(s3_endpoint, "AKIAWRONG"))
             assert "AWS_ACCESS_KEY_ID" in (caught.value.fix or "")
     finally:
         _check_rights(s3_endpoint, after="inf")
@@ -57,7 +57,7 @@ def _check_rights(endpoint: str, after: str) -> None:
 def test_unreachable_endpoint_is_reported(one: ProjectFolder, s3_endpoint: str) -> None:
     options = {**_s3_options("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 0}}}
     with pytest.raises(UserError, match="Cannot connect: Could not connect") as caught:
-        push(one.dataset, "s3://bucket/x", Listener(), options=options)
+        push(OpenFolder(one, Listener()), "s3://bucket/x", options=options)
     assert "AWS_ENDPOINT_URL" in (caught.value.fix or "")
 
 
@@ -65,7 +65,7 @@ def test_missing_fsspec_package_is_named(one: ProjectFolder, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(UserError) as caught:
-        push(one.dataset, "s3://bucket/x", Listener())
+        push(OpenFolder(one, Listener()), "s3://bucket/x")
     assert "tunewright[s3]" in (caught.value.fix or "")
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypothesis_settings import examples
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions
@@ -22,12 +22,11 @@ from tunewright.data.purge import find_copies
 from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import PURGED, NoteEvent, VerdictEvent, append_reviews, read_reviews
-from tunewright.data.selection import Selection
 from tunewright.data.trace import find_row, metadata_by_key
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, version_folder
 from tunewright.data.versions.diff import diff
-from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.logs import read_removals
 
 WHEN = "2026-11-25T10:00:00.000+00:00"
 
@@ -62,8 +61,7 @@ def _add(project: ProjectFolder, *names: str, listener: Listener | None = None, 
 def _remove(
     project: ProjectFolder, listener: Listener | None = None, because: str = "mislabelled", **which: Any
 ) -> RemoveResult:
-    options = {name: which.pop(name) for name in ("dry_run", "purge_text") if name in which}
-    return remove(project, Selection(**which), because, listener or Listener(), **options)
+    return remove(OpenFolder(project, listener or Listener()), because=because, **which)
 
 
 def _keys(project: ProjectFolder) -> set[str]:
@@ -87,7 +85,7 @@ def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(pro
     assert _keys(project) == before - {one, two, three}
     assert (result.created, result.splits) == (True, {"train": 3, "dev": 0, "test": 0})
     assert result.version.message == "3 rows removed: mislabelled"
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
 
 
 @pytest.mark.parametrize(
@@ -170,7 +168,7 @@ def test_remove_needs_a_reason_and_a_selection(project: ProjectFolder) -> None:
 
 def test_dry_run_lists_rows_and_changes_nothing(project: ProjectFolder) -> None:
     before = _snapshot(project.dataset)
-    result = _remove(project, source="b.jsonl", dry_run=True, purge_text=True)
+    result = _remove(project, source="b.jsonl", dry_run=True, purge=True)
     assert (result.dry_run, result.created, len(result.rows), result.purged) == (True, False, 10, 0)
     assert all(row.document["input"] for row in result.rows)
     assert _snapshot(project.dataset) == before
@@ -286,7 +284,7 @@ def test_remove_keeps_the_places_of_other_rows(
     for member in after.members:
         clusters.setdefault(member.cluster, set()).add(member.key)
     assert all(name == min(keys) for name, keys in clusters.items())
-    assert verify(project.dataset, Listener()).damage == ()
+    assert verify(OpenFolder(project, Listener())).damage == ()
     again = _add(project, "all.jsonl")
     assert (again.added, len(again.removed)) == (0, len(gone))
     assert _keys(project) == kept.keys()
@@ -354,7 +352,7 @@ def test_purge_leaves_no_text_and_keeps_digests_valid(
         _remove(project, where="contains(input, 'Zoë')")
     (project.root / "all.jsonl").unlink()
     before = [m.digest for m in list_versions(project.dataset)]
-    result = _remove(project, where="contains(input, 'Zoë')", because="she asked", purge_text=True)
+    result = _remove(project, where="contains(input, 'Zoë')", because="she asked", purge=True)
     assert result.purged >= count
     assert result.holders == ()
     for word in (
@@ -364,7 +362,7 @@ def test_purge_leaves_no_text_and_keeps_digests_valid(
         *(f"{text} {m.key}" for m in gone for text in ("new for", "a note on")),
     ):
         assert _holding(project.root, word) == []
-    found = verify(project.dataset, Listener())
+    found = verify(OpenFolder(project, Listener()))
     assert found.damage == ()
     assert {purge.key for purge in found.purges} >= {m.key for m in gone}
     assert [m.digest for m in list_versions(project.dataset)][: len(before)] == before
@@ -372,7 +370,7 @@ def test_purge_leaves_no_text_and_keeps_digests_valid(
 
 def test_purged_row_stays_out_and_cannot_be_restored(tmp_path: Path) -> None:
     project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
-    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge=True)
     listener = Listener()
     assert _add(project, "all.jsonl", listener=listener).added == 0
     assert any("purged on" in warned and "she asked" in warned for warned in listener.warned)
@@ -383,7 +381,7 @@ def test_purged_row_stays_out_and_cannot_be_restored(tmp_path: Path) -> None:
 def test_version_with_purged_rows_is_refused_but_compared(tmp_path: Path) -> None:
     project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
     old = load_version(project.dataset).digest
-    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge=True)
     with pytest.raises(UserError, match=r"is incomplete: 1 row purged on .*: she asked"):
         checkout(project.dataset, old)
     before = load_version(project.dataset, old, without_purged=True)
@@ -398,11 +396,11 @@ def test_purge_erases_pending_edits(tmp_path: Path) -> None:
     for key, output in ((other.key, "kept"), (row.key, "sorry, Countess Lovelace")):
         edit = VerdictEvent(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=WHEN)
         append_reviews(project.dataset, [edit])
-    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge=True)
     reviews = read_reviews(project.dataset)
     assert [reviews.current_verdicts(key)["ada"].output for key in (other.key, row.key)] == ["kept", PURGED]
     assert reviews.lines == (1, 2)
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
 
 
 def test_purge_lists_files_with_the_text(tmp_path: Path) -> None:
@@ -415,7 +413,7 @@ def test_purge_lists_files_with_the_text(tmp_path: Path) -> None:
     (project.root / "copy.parquet").write_bytes(b"PAR1 anything")
     (project.root / "other.txt").write_text("my name is Ada")
     listener = Listener()
-    result = _remove(project, listener, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
+    result = _remove(project, listener, where="contains(input, 'Lovelace')", because="she asked", purge=True)
     found = {holder.path: holder.rows for holder in result.holders if ".git" not in holder.path}
     assert found == {"all.jsonl": 1, "copy.parquet": None, "evaluations/report.html": 1, "old.csv": 1}
     assert any("all.jsonl: text of 1 row" in warned for warned in listener.warned)
@@ -423,7 +421,7 @@ def test_purge_lists_files_with_the_text(tmp_path: Path) -> None:
 
 def test_purge_lists_groups_in_members_of_old_versions(project: ProjectFolder) -> None:
     listener = Listener()
-    result = _remove(project, listener, groups=("customer=C3",), because="C3 asked", purge_text=True)
+    result = _remove(project, listener, groups=("customer=C3",), because="C3 asked", purge=True)
     [holder] = [h for h in result.holders if "members.tsv" in h.path]
     assert (holder.rows, "customer=C3" in holder.note) == (2, True)
     assert any("customer=C3" in warned for warned in listener.warned)
@@ -436,7 +434,7 @@ def test_purge_lists_remaining_rows_with_the_same_input(tmp_path: Path) -> None:
         [*unlike_pairs(40), ("the same question as ever", "yes"), ("the same question as ever", "no")],
     )
     _add(project, "all.jsonl")
-    result = _remove(project, where="output == 'yes'", because="asked", purge_text=True)
+    result = _remove(project, where="output == 'yes'", because="asked", purge=True)
     assert [m.example.output for m in load_version(project.dataset).members if m.key in result.same_input] == ["no"]
 
 
@@ -449,9 +447,7 @@ def test_purge_lists_the_source_file_of_templated_rows(tmp_path: Path) -> None:
     key = _train_rows(project, 1)[0]
     line = _remove(project, where=f"key == '{key}'", dry_run=True).rows[0].line
     listener = Listener()
-    [holder] = [
-        h for h in _remove(project, listener, where=f"key == '{key}'", purge_text=True).holders if h.path[0] == "w"
-    ]
+    [holder] = [h for h in _remove(project, listener, where=f"key == '{key}'", purge=True).holders if h.path[0] == "w"]
     assert (holder.path, holder.rows) == ("words.jsonl", 1)
     assert f"words.jsonl: text of 1 row (read from it at line {line}, with other text)" in "".join(listener.warned)
 
@@ -495,7 +491,7 @@ def _with_metadata(root: Path, config: str = "") -> ProjectFolder:
 
 
 def _purge_zoë(project: ProjectFolder, **options: Any) -> RemoveResult:
-    return _remove(project, where="contains(input, 'Zoë')", because="asked", purge_text=True, **options)
+    return _remove(project, where="contains(input, 'Zoë')", because="asked", purge=True, **options)
 
 
 def test_purge_erases_metadata_from_every_version_and_keeps_that_of_other_rows(tmp_path: Path) -> None:
@@ -510,7 +506,7 @@ def test_purge_erases_metadata_from_every_version_and_keeps_that_of_other_rows(t
     assert result.holders == ()
     assert [_holding(project.root, text) for text in ("zoë", "Zoë", "Zo\\u00eb")] == [[], [], []]
     assert "Deleted 1 cached list of suspects, because they quote rows." in listener.said
-    assert verify(project.dataset, Listener()).damage == ()
+    assert verify(OpenFolder(project, Listener())).damage == ()
     assert [(m.digest, m.parent, m.counts) for m in list_versions(project.dataset)][:3] == before
     assert len(metadata_by_key(project.dataset, load_version(project.dataset).manifest)) == 60
 
@@ -522,7 +518,7 @@ def test_purge_of_earlier_rows_returns_the_manifest_on_disk(tmp_path: Path) -> N
     result = _purge_zoë(project)
     assert (result.created, result.version) == (False, load_version(project.dataset).manifest)
     assert list_versions(project.dataset)[0].seal != first.seal
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
 
 
 @pytest.mark.parametrize("config", ["", "data: {duplicates: drop}\n"])
@@ -532,9 +528,9 @@ def test_purge_erases_metadata_of_duplicates(tmp_path: Path, config: str) -> Non
     text = "my name is Zoë-Lovelace and I lost my card on the way to the station"
     alike = [_row(f"{text}{end}", "sorry", id=f"zoë{n}") for n, end in enumerate(("", ".", "!"))]
     _add_rows(project, "a.jsonl", [*rows, *alike, _row(text.upper(), "sorry", id="zoë-3")])
-    _remove(project, where="output == 'sorry'", because="asked", purge_text=True)
+    _remove(project, where="output == 'sorry'", because="asked", purge=True)
     assert _holding(project.root, "zoë") == []
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
 
 
 def test_purge_erases_metadata_of_replaced_rows(tmp_path: Path) -> None:
@@ -572,7 +568,7 @@ def test_purge_does_not_seal_changed_imports(tmp_path: Path) -> None:
     _purge_zoë(project)
     assert _holding(project.root, "zoë") == []
     assert (folder / "manifest.json").read_bytes() == manifest
-    [damage] = verify(project.dataset, Listener()).damage
+    [damage] = verify(OpenFolder(project, Listener())).damage
     assert "The import records were changed" in damage.what
 
 

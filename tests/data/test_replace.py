@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypothesis_settings import examples
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.text import excerpts
 from tunewright.data.add import AddResult, add
@@ -20,7 +20,6 @@ from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
-from tunewright.data.selection import Selection
 from tunewright.data.trace import blame, find_row
 from tunewright.data.verify import verify
 from tunewright.data.versions import load_version
@@ -58,7 +57,7 @@ def test_replace_changes_outputs_and_keeps_splits(
     splits = [{m.example.input_text: m.split for m in version.members} for version in (before, after)]
     assert splits[0] == splits[1]
     assert len(diff(before, after).edited) == len(changed)
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
     # The old file changes nothing, and neither does the new one.
     for rows, name, gone in ((pairs, "pairs.jsonl", len(changed)), (corrected, "corrected.jsonl", 0)):
         again, _ = _add(project, rows, name)
@@ -92,7 +91,7 @@ def test_find_row_reports_a_removed_replacement(tmp_path: Path, purge: bool) -> 
     [(question, _), *others] = unlike_pairs(60)
     _add(project, [(question, "old"), *others])
     _add(project, [(question, "new")], "corrected.jsonl", replace=True)
-    remove(project, Selection(where="output == 'new'"), "ACME asked", Listener(), purge_text=purge)
+    remove(OpenFolder(project, Listener()), because="ACME asked", where="output == 'new'", purge=purge)
     for place in ("pairs.jsonl:1", "corrected.jsonl:1"):
         with pytest.raises(UserError, match="The row was removed: ACME asked"):
             find_row(project.dataset, load_version(project.dataset), place)
@@ -110,7 +109,7 @@ def test_find_row_finds_rows_of_a_one_line_document_by_number(tmp_path: Path, ro
     for number in (1, 17, 30):
         member = find_row(project.dataset, load_version(project.dataset), f"rows.json:{number}")
         assert member.example.input_text == pairs[number - 1]["prompt"]
-    dry = remove(project, Selection(where="line == `17`"), "", Listener(), dry_run=True)
+    dry = remove(OpenFolder(project, Listener()), because="", where="line == `17`", dry_run=True)
     assert [row.document["input"] for row in dry.rows] == [pairs[16]["prompt"]]
     conflict = [pairs[2], {**pairs[2], "completion": "another"}]
     path.write_text(json.dumps({rows: conflict} if rows else conflict))
@@ -161,7 +160,7 @@ def test_replace_keeps_the_spelling_of_the_input(tmp_path: Path) -> None:
     assert (len(changes.edited), len(changes.added), len(changes.removed)) == (40, 0, 0)
     tested = result.version.counts.test
     assert f"{tested} test rows were replaced: scores of the two versions are not comparable." in listener.warned
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
     again, _ = _add(project, other, "corrected.jsonl", replace=True)
     assert (again.created, again.replaced) == (False, ())
 
@@ -234,7 +233,7 @@ def test_replace_changes_single_outputs_when_the_file_has_all(tmp_path: Path) ->
     assert row.outputs_before == ("reference 0",)
     assert (result.added, result.known) == (1, 6)
     assert "1 input with several outputs: 1 output replaced, 6 unchanged, 1 added." in listener.said
-    assert verify(project.dataset, Listener()).ok
+    assert verify(OpenFolder(project, Listener())).ok
 
 
 def test_replace_changes_nothing_when_outputs_are_equal(tmp_path: Path) -> None:

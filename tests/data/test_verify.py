@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from review_helpers import judge_next, review
 
 from hypothesis_settings import examples
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.trace import blame
@@ -51,7 +51,7 @@ def _files(dataset: Path) -> list[Path]:
 
 def test_verify_finds_no_damage_in_an_intact_dataset(project: ProjectFolder) -> None:
     listener = Listener()
-    found = verify(project.dataset, listener)
+    found = verify(OpenFolder(project, listener))
     assert (found.ok, found.rows, found.versions, found.unsealed) == (True, 75, 2, ())
     assert (found.reviews, found.undigested) == (5, 0)
     done, total = listener.steps["verifying"]
@@ -67,7 +67,7 @@ def test_verify_finds_a_flipped_bit_anywhere(pristine: ProjectFolder, data: st.D
     at = data.draw(st.integers(0, len(whole) - 1))
     _flip(path, at, data.draw(st.integers(0, 7)))
     try:
-        damage = verify(pristine.dataset, Listener()).damage
+        damage = verify(OpenFolder(pristine, Listener())).damage
     finally:
         path.write_bytes(whole)
     assert any(d.where.startswith(str(path)) for d in damage)
@@ -89,7 +89,7 @@ def test_verify_names_line_and_row_of_a_flipped_bit(pristine: ProjectFolder, dat
     )
     _flip(path, sum(map(len, lines[:number])) + inside, data.draw(st.integers(0, 7)))
     try:
-        damage = verify(pristine.dataset, Listener()).damage
+        damage = verify(OpenFolder(pristine, Listener())).damage
     finally:
         path.write_bytes(whole)
     mine = [d for d in damage if d.where == f"{path}:{number + 1}"]
@@ -114,7 +114,7 @@ def test_verify_collects_all_damage(project: ProjectFolder) -> None:
     (project.dataset / "rows" / f"{rows[0].key[:2]}.jsonl").unlink()
     (version_folder(project.dataset, _first(project)) / "imports.jsonl").unlink()
     (project.dataset / "HEAD").write_text("0" * 64)
-    found = verify(project.dataset, Listener())
+    found = verify(OpenFolder(project, Listener()))
     reported = [key for d in found.damage for key in d.rows]
     assert {m.key for m in changed} | {rows[0].key} <= set(reported)
     assert {Path(d.where).name for d in found.damage} >= {"imports.jsonl", "HEAD"}
@@ -136,7 +136,7 @@ def test_verify_names_changed_members_and_dependent_versions(project: ProjectFol
     versions = tuple(sorted(m.digest for m in list_versions(project.dataset)))
     member = load_version(project.dataset, _first(project)).members[7]
     path = _change_members(project, 7, f"\t{member.split}\t", "\texam\t")
-    (damage,) = verify(project.dataset, Listener()).damage
+    (damage,) = verify(OpenFolder(project, Listener())).damage
     assert (damage.where, damage.rows, damage.versions) == (f"{path}:8", (member.key,), versions)
 
 
@@ -144,7 +144,7 @@ def test_verify_names_the_line_of_a_flipped_digit(project: ProjectFolder) -> Non
     key = load_version(project.dataset, _first(project)).members[7].key
     wrong = key[:20] + ("0" if key[20] != "0" else "1") + key[21:]
     path = _change_members(project, 7, key, wrong)
-    damage = verify(project.dataset, Listener()).damage
+    damage = verify(OpenFolder(project, Listener())).damage
     assert (f"{path}:8", (wrong,)) in [(d.where, d.rows) for d in damage]
 
 
@@ -152,7 +152,7 @@ def test_verify_finds_a_changed_split(project: ProjectFolder) -> None:
     version = load_version(project.dataset, _first(project))
     number = next(i for i, m in enumerate(version.members) if m.split == "train")
     path = _change_members(project, number, "\ttrain\t", "\ttest\t")
-    (damage,) = verify(project.dataset, Listener()).damage
+    (damage,) = verify(OpenFolder(project, Listener())).damage
     assert "The members were changed" in damage.what
     assert damage.where == str(path)
 
@@ -160,7 +160,7 @@ def test_verify_finds_a_changed_split(project: ProjectFolder) -> None:
 def test_verify_finds_a_changed_message_or_author(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "manifest.json"
     path.write_text(path.read_text().replace('"first"', '"frist"'))
-    (damage,) = verify(project.dataset, Listener()).damage
+    (damage,) = verify(OpenFolder(project, Listener())).damage
     assert damage.where == str(path)
     assert "seal" in damage.what
 
@@ -168,14 +168,14 @@ def test_verify_finds_a_changed_message_or_author(project: ProjectFolder) -> Non
 def test_verify_finds_a_changed_import_record(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "imports.jsonl"
     path.write_text(path.read_text().replace('"line":3', '"line":4'))
-    (damage,) = verify(project.dataset, Listener()).damage
+    (damage,) = verify(OpenFolder(project, Listener())).damage
     assert damage.where.startswith(str(path))
 
 
 def test_verify_reports_a_missing_parent(project: ProjectFolder) -> None:
     first, second = _first(project), load_version(project.dataset).digest
     shutil.rmtree(version_folder(project.dataset, first))
-    damage = verify(project.dataset, Listener()).damage
+    damage = verify(OpenFolder(project, Listener())).damage
     assert [(short(first) in str(d), d.versions) for d in damage] == [(True, (second,))] * 2
 
 
@@ -183,7 +183,7 @@ def test_verify_accepts_versions_of_earlier_releases_as_unsealed(project: Projec
     path = version_folder(project.dataset, _first(project)) / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
-    found = verify(project.dataset, Listener())
+    found = verify(OpenFolder(project, Listener()))
     assert found.ok
     assert found.unsealed == (_first(project),)
 
@@ -193,7 +193,7 @@ def test_verify_names_changed_and_half_reviews(project: ProjectFolder) -> None:
     lines = path.read_text().splitlines(keepends=True)
     lines[2] = lines[2].replace('"wrong"', '"right"')
     path.write_text("".join(lines) + lines[1][:40])
-    found = verify(project.dataset, Listener())
+    found = verify(OpenFolder(project, Listener()))
     assert [d.where for d in found.damage] == [f"{path}:3", f"{path}:6"]
     assert "its digest does not match" in found.damage[0].what
     assert "Half a review" in found.damage[1].what
@@ -205,13 +205,13 @@ def test_verify_counts_reviews_of_earlier_releases(project: ProjectFolder) -> No
     events = [json.loads(line) for line in path.read_text().splitlines()]
     old = [{k: v for k, v in event.items() if k not in ("digest", "nth")} for event in events]
     path.write_text("".join(json.dumps(event) + "\n" for event in old))
-    found = verify(project.dataset, Listener())
+    found = verify(OpenFolder(project, Listener()))
     assert (found.ok, found.reviews, found.undigested) == (True, 5, 5)
 
 
 def test_verify_refuses_a_project_without_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset version"):
-        verify(tmp_path / "dataset", Listener())
+        verify(OpenFolder(ProjectFolder(tmp_path), Listener()))
 
 
 def test_checkout_makes_an_earlier_version_current(project: ProjectFolder) -> None:

@@ -11,7 +11,7 @@ from factories import make_evidence, with_scores
 from people_helpers import begin, save, side_of_treatment
 from report_evidence import JUDGE
 from tunewright.data.versions import load_version
-from tunewright.data.versions.kept_pairs import read_kept_pairs
+from tunewright.data.versions.logs import read_kept_pairs
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.journal import FOLDER
 from tunewright.evaluation.judge.rows import ROWS_FILE, ArmCorrectness, ArmPreference, JudgedItem, Outcome, Pair

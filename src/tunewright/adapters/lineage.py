@@ -16,9 +16,8 @@ from tunewright.adapters.system_prompt import SystemPrompt, count_system_turns, 
 from tunewright.config import Config, Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
-from tunewright.data.lineages import ancestors
 from tunewright.data.splits import SPLITS, Split
-from tunewright.data.trace import trained_keys
+from tunewright.data.trace import ancestors, trained_keys
 from tunewright.data.versions import DatasetVersion, keys_digest, list_versions, load_version
 from tunewright.data.versions.members import Places, read_places
 

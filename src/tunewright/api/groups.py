@@ -5,6 +5,7 @@ from __future__ import annotations
 from tunewright.adapters import verbs
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.api.deprecated import keywords
+from tunewright.data import remote, remove, verify
 from tunewright.data import verbs as data
 from tunewright.evaluation import adapter_details, data_verbs, label_review
 from tunewright.evaluation.verbs import current_split_power
@@ -46,13 +47,13 @@ class ProjectData(ProjectGroup):
     log = data.log
     metadata = data.metadata
     preview_file = data.preview_file
-    pull = data.pull
-    push = data.push
-    remove = data.remove
+    pull = remote.pull
+    push = remote.push
+    remove = remove.remove
     sheets = data.sheets
     show = data.show
     trained_by = data.trained_by
-    verify = data.verify
+    verify = verify.verify
     version = data.version
 
     add = data_verbs.add

@@ -113,7 +113,7 @@ def _transfer_text(done: Transfer, other: str) -> str:
 @command(data_app, "verify", example="tunewright data verify")
 def data_verify(run: Session) -> int | None:
     """Check every row, version and review against its digest. Exit code 1 if anything has changed."""
-    from tunewright.data.versions.removals import describe_purges
+    from tunewright.data.versions.logs import describe_purges
 
     found = run.project.data.verify()
     warn = run.reporter.warn

@@ -26,7 +26,6 @@ from tunewright.data.readers import Fault, ReadResult, SourceRow, read_pairs, so
 from tunewright.data.readers.hub import hub_source
 from tunewright.data.readers.preferences import REJECTED, rejected_value
 from tunewright.data.readers.validate import counted
-from tunewright.data.remove import restore_event
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
 from tunewright.data.trace import read_metadata
@@ -41,8 +40,7 @@ from tunewright.data.versions import (
     locked,
     save_version,
 )
-from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs
-from tunewright.data.versions.removals import append_removals
+from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs, append_removals
 from tunewright.data.versions.version import ImportCounts, cluster_sizes, clusters_by_split, new_manifest
 
 
@@ -190,7 +188,7 @@ def _save(
     if kept := Counter(key for line in imports for key in line.get("metadata", ())):
         reporter.say(f"Kept as metadata: {counted(kept)}")
     version = save_version(project.dataset, version, draft.members, imports, reporter)
-    append_removals(project.dataset, [restore_event(removal, project.root) for removal in planned.restored])
+    append_removals(project.dataset, [removal.restored(project.root) for removal in planned.restored])
     return version
 
 

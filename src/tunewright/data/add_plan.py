@@ -38,7 +38,7 @@ from tunewright.data.versions import (
     DatasetVersion,
     members_digest,
 )
-from tunewright.data.versions.removals import Removal
+from tunewright.data.versions.logs import Removal
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tunewright.data.replace import Replacement, made_by_replacement, supersede
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, has_version, load_version, short
-from tunewright.data.versions.removals import Removal
+from tunewright.data.versions.logs import Removal
 
 
 @dataclass(frozen=True)

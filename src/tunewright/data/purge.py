@@ -25,8 +25,13 @@ from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.review.suspects import remove_cached_suspects
 from tunewright.data.selection import Origins, read_origins
 from tunewright.data.versions import Member, erase_purged
-from tunewright.data.versions.kept_pairs import erase_kept_pairs
-from tunewright.data.versions.removals import Removal, append_removals, describe_purges, read_removals
+from tunewright.data.versions.logs import (
+    Removal,
+    append_removals,
+    describe_purges,
+    erase_kept_pairs,
+    read_removals,
+)
 from tunewright.data.versions.rows import has_rows, read_rows
 
 FEWEST_CHARACTERS = 12
@@ -55,36 +60,23 @@ class RemainingCopy:
         return f"{self.path}: {what}{f' ({self.note})' if self.note else ''}"
 
 
-def purge(
-    root: Path, dataset: Path, events: Sequence[Removal], rows: Mapping[str, Member], reporter: Reporter
+def purge_rows(
+    dataset: Path, rows: Mapping[str, Member], because: str, reporter: Reporter
 ) -> tuple[RemainingCopy, ...]:
-    """Erase the text of rows from the dataset, and list other files with it; the caller holds the lock.
-
-    The dataset stays valid if the process is killed: the log of removals is written before the rows are erased, and the
-    next holder of the lock erases the rows that it names.
-
-    Args:
-        root: the project's folder.
-        events: the purges of these rows.
-        rows: the rows by pair key.
-
-    Returns:
-        The files that still contain some of the text.
-    """
-    return _erase(root, dataset, events, {key: m.example for key, m in rows.items()}, _grouped(rows), reporter)
+    """Erase the text of rows from the dataset, and return other files with it; the caller holds the lock."""
+    examples = {key: m.example for key, m in rows.items()}
+    events = Removal.of_rows("purged", examples, because, dataset.parent)
+    grouped: tuple[RemainingCopy, ...] = ()
+    # Group values remain, because the digests of versions are computed from them.
+    if values := sorted({value for m in rows.values() for value in m.groups}):
+        named = ", ".join(values[:_GROUPS]) + (f" and {len(values) - _GROUPS:,} more" if len(values) > _GROUPS else "")
+        note = f"only their groups, which are part of the versions' digests: {named}"
+        count = sum(bool(m.groups) for m in rows.values())
+        grouped = (RemainingCopy("dataset/versions/*/members.tsv", count, note),)
+    return _erase(dataset, events, examples, grouped, reporter)
 
 
-def _grouped(rows: Mapping[str, Member]) -> tuple[RemainingCopy, ...]:
-    """Report the group values that remain, because the digests of versions are computed from them."""
-    values = sorted({value for m in rows.values() for value in m.groups})
-    if not values:
-        return ()
-    named = ", ".join(values[:_GROUPS]) + (f" and {len(values) - _GROUPS:,} more" if len(values) > _GROUPS else "")
-    note = f"only their groups, which are part of the versions' digests: {named}"
-    return (RemainingCopy("dataset/versions/*/members.tsv", sum(bool(m.groups) for m in rows.values()), note),)
-
-
-def merge_removals(dataset: Path, events: Sequence[Removal], reporter: Reporter) -> tuple[RemainingCopy, ...]:
+def merge_removals(dataset: Path, events: Sequence[Removal], reporter: Reporter) -> None:
     """Add a remote's removals to the log, and purge the rows that were purged there; the caller holds the lock."""
     new = read_removals(dataset).lacking(events)
     purged = [event.key for event in new if event.event == "purged"]
@@ -92,17 +84,22 @@ def merge_removals(dataset: Path, events: Sequence[Removal], reporter: Reporter)
     if new:
         purges = describe_purges([event for event in new if event.event == "purged"])
         reporter.say(f"Received {count_of(len(new), 'removal record')}{f': {purges}' if purges else ''}.")
-    return _erase(dataset.parent, dataset, new, read_rows(dataset / "rows", there), (), reporter)
+    _erase(dataset, new, read_rows(dataset / "rows", there), (), reporter)
 
 
 def _erase(
-    root: Path,
     dataset: Path,
     events: Sequence[Removal],
     rows: Mapping[str, Example],
     grouped: tuple[RemainingCopy, ...],
     reporter: Reporter,
 ) -> tuple[RemainingCopy, ...]:
+    """Apply removals to the dataset's logs, reviews and rows.
+
+    The dataset stays valid if the process is killed: the log of removals is written before the rows are erased, and the
+    next holder of the lock erases the rows that it names.
+    """
+    root = dataset.parent
     purged = {event.key for event in events if event.event == "purged"}
     redact_reviews(dataset, purged)
     if purged and (pairs := erase_kept_pairs(dataset, purged)):
@@ -181,17 +178,15 @@ def _needles(rows: Iterable[Example]) -> dict[bytes, set[int]]:
     """Map each byte string to search for to the numbers of the rows that have it."""
     needles: dict[bytes, set[int]] = defaultdict(set)
     for number, example in enumerate(rows):
-        texts = (text.strip() for m in example.messages if m.role not in INSTRUCTIONS for _, text in message_texts(m))
-        for text in texts:
-            if len(text) >= FEWEST_CHARACTERS:
-                for spelled in _spellings(text[:_LONGEST]):
+        turns = (m for m in example.messages if m.role not in INSTRUCTIONS)
+        for whole in (text.strip() for m in turns for _, text in message_texts(m)):
+            if len(whole) >= FEWEST_CHARACTERS:
+                text = whole[:_LONGEST]
+                as_json = {json.dumps(text, ensure_ascii=ascii_)[1:-1] for ascii_ in (False, True)}
+                as_html = {html.escape(text), html.escape(text, quote=False)}
+                for spelled in {text, text.replace('"', '""'), *as_html, *as_json}:
                     needles[spelled.encode(errors="replace")].add(number)
     return needles
-
-
-def _spellings(text: str) -> set[str]:
-    as_json = {json.dumps(text, ensure_ascii=ascii_)[1:-1] for ascii_ in (False, True)}
-    return {text, text.replace('"', '""'), html.escape(text), html.escape(text, quote=False), *as_json}
 
 
 def _search(path: Path, name: str, needles: Mapping[bytes, set[int]]) -> RemainingCopy | None:

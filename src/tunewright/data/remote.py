@@ -15,27 +15,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.core.errors import UserError
+from pydantic import ValidationError
+
+from tunewright.config.project import OpenFolder
+from tunewright.core.errors import UserError, first_fault
 from tunewright.core.io import new_folder
 from tunewright.core.progress import Reporter
+from tunewright.core.remote_files import RemoteFiles
 from tunewright.core.text import count_of
 from tunewright.data.examples import Example
 from tunewright.data.purge import merge_removals
-from tunewright.data.remote_store import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, RemoteStore
-from tunewright.data.review.reviews import (
-    Event,
-    VerdictEvent,
-    event_line,
-    lacking,
-    merge_reviews,
-    read_reviews,
-    without_purged,
-)
+from tunewright.data.review import reviews
+from tunewright.data.review.reviews import Event, VerdictEvent, event_line, lacking, merge_reviews, without_purged
 from tunewright.data.versions import (
     IMPORTS,
     MANIFEST,
@@ -43,6 +40,7 @@ from tunewright.data.versions import (
     Manifest,
     ancestry,
     current_manifest,
+    keys_digest,
     load_version,
     locked,
     manifest_seal,
@@ -51,15 +49,28 @@ from tunewright.data.versions import (
     version_folder,
     write_head,
 )
-from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, read_kept_pairs
+from tunewright.data.versions.logs import (
+    KEPT_PAIRS_FILE,
+    Removal,
+    Removals,
+    erased_metadata,
+    events_in,
+    read_kept_pairs,
+    read_removals,
+)
 from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
-from tunewright.data.versions.removals import Removals, erased_metadata, read_removals
 from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
 
 _ROWS = "rows.jsonl"
 _FILES = len(VERSION_FILES) + 1
-
+_REVIEWS = "reviews"
+_REMOVED = "removed"
+_ALL_REMOVED = "removed/all.jsonl"
+_ERASED = "erased"
 _ADD = "Create one: tunewright data add FILE"
+_AGAIN = "Restore the file, or delete the version's folder there and push it again from a complete copy."
+_CHANGED = "The file was changed: its digest does not match"
+_ROW_KEY = re.compile(rb'{"key":"([0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,19 @@ class Transfer:
     reviews: int = 0
     verdicts: int = 0
 
+    @classmethod
+    def of(cls, url: str, head: str, events: Sequence[Event], **copied: Any) -> Transfer:
+        """Return the result for these review events and what else was copied."""
+        facts: dict[str, Any] = {"versions": (), "rows": 0, "bytes": 0, **copied}
+        facts["bytes"] += sum(len(event_line(event).encode()) for event in events)
+        verdicts = sum(isinstance(event, VerdictEvent) for event in events)
+        return cls(url, head=head, reviews=len(events), verdicts=verdicts, **facts)
 
-def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any] | None = None) -> Transfer:
-    """Copy the current version and its ancestors to ``url``, as far as they are missing there; HEAD comes last.
 
-    Each version is verified before it is copied. Other branches are not copied. Reviews are always copied.
+def push(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None) -> Transfer:
+    """Copy the current version with its ancestors and reviews to a folder or bucket, as far as they are missing there.
+
+    Each version is verified before it is copied, and HEAD comes last. Other branches are not copied.
 
     Args:
         url: any URL or path that fsspec knows: a folder, s3://bucket/prefix, …
@@ -93,6 +112,7 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         UserError: no version yet, a version changed by hand, diverged histories (nothing is copied then), a changed
             log of reviews, or an unreachable remote.
     """
+    dataset, reporter = project.folder.dataset, project.reporter
     if not dataset.is_dir():
         raise UserError("There is no dataset to push", where=str(dataset), fix=_ADD)
     if kept := len(read_kept_pairs(dataset)):
@@ -102,40 +122,39 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         if head is None:
             raise UserError("There is no dataset version to push", where=str(dataset), fix=_ADD)
         mine = ancestry(dataset, head)
-        place = RemoteStore(url, options)
-        before = place.head()
+        remote = RemoteStore(url, options)
+        before = remote.head()
         if before is not None and before not in {m.digest for m in mine}:
-            theirs = place.line(before)
+            theirs = remote.line(before)
             if head.digest not in {m.digest for m in theirs}:
                 raise _diverged(mine, theirs, url)
-            reviews = _push_reviews(dataset, place, reporter)
-            place.erase(_push_removals(dataset, place, reporter), reporter)
-            return Transfer(url, (), 0, reviews.bytes, before, _position(theirs, head.digest), *reviews.counts)
-        new_ones = [m for m in reversed(mine[: _position(mine, before)]) if not place.has_version(m.digest)]
-        reviews = _push_reviews(dataset, place, reporter)
-        purged = _push_removals(dataset, place, reporter)
-        rows, size = 0, reviews.bytes
+            events = _push_reviews(dataset, remote, reporter)
+            remote.erase(_push_removals(dataset, remote, reporter), reporter)
+            return Transfer.of(url, before, events, ahead=_position(theirs, head.digest))
+        new_ones = [m for m in reversed(mine[: _position(mine, before)]) if not remote.has_version(m.digest)]
+        events = _push_reviews(dataset, remote, reporter)
+        purged = _push_removals(dataset, remote, reporter)
+        rows, size = 0, 0
         with reporter.task("pushing", len(new_ones) * _FILES, "files") as task:
             for manifest in new_ones:
                 new, files = _packed(dataset, manifest, purged)
                 for name, data in files.items():
-                    place.write(f"versions/{short(manifest.digest)}/{name}", data)
+                    remote.write(f"versions/{short(manifest.digest)}/{name}", data)
                     task.advance(note=f"{short(manifest.digest)}/{name}")
                     size += len(data)
                 rows += new
-        if place.head() != before:
+        if remote.head() != before:
             raise UserError("Another push ran at the same time", where=url, fix="Run the push again.")
         if before != head.digest:
-            place.write("HEAD", f"{head.digest}\n".encode())
-        place.erase(purged, reporter)
-    return Transfer(url, tuple(m.digest for m in new_ones), rows, size, head.digest, 0, *reviews.counts)
+            remote.write("HEAD", f"{head.digest}\n".encode())
+        remote.erase(purged, reporter)
+    return Transfer.of(url, head.digest, events, versions=tuple(m.digest for m in new_ones), rows=rows, bytes=size)
 
 
-def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any] | None = None) -> Transfer:
-    """Copy the remote's current version and its ancestors; existing versions are unchanged.
+def pull(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None) -> Transfer:
+    """Copy the current version and reviews from a shared folder or bucket, verify and check them out.
 
-    Every row, member list, manifest and review is checked against its digest; then the version becomes current. Reviews
-    are always merged.
+    Existing versions are unchanged. Reviews are always merged.
 
     Args:
         url, options: as for ``push``.
@@ -144,80 +163,63 @@ def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         UserError: nothing was pushed there, the remote's files were changed, the histories diverged, or the remote is
             unreachable. The current version is then unchanged.
     """
+    dataset, reporter = project.folder.dataset, project.reporter
     with locked(dataset):
         current = current_manifest(dataset)
         mine = ancestry(dataset, current) if current else []
-        place = RemoteStore(url, options)
-        head = place.head()
+        remote = RemoteStore(url, options)
+        head = remote.head()
         if head is None:
             raise UserError("The remote has no dataset", where=url, fix=f"Push one: tunewright data push {url}")
         if head in {m.digest for m in mine}:
-            removals = place.removals(reporter)
-            merge_removals(dataset, removals, reporter)
+            merge_removals(dataset, remote.removals(), reporter)
             gone = read_removals(dataset).purged
-            theirs_now = [without_purged(event, gone) for event in place.reviews(reporter)]
-            brought = _Reviews.of(merge_reviews(dataset, theirs_now))
-            return Transfer(url, (), 0, brought.bytes, mine[0].digest, _position(mine, head), *brought.counts)
-        theirs = place.line(head, stop={m.digest for m in mine})
+            brought = merge_reviews(dataset, [without_purged(event, gone) for event in remote.reviews(reporter)])
+            return Transfer.of(url, mine[0].digest, brought, ahead=_position(mine, head))
+        theirs = remote.line(head, stop={m.digest for m in mine})
         if current is not None and theirs[-1].parent != current.digest:
-            raise _diverged(mine, place.line(head), url)
+            raise _diverged(mine, remote.line(head), url)
         new_ones = [m for m in reversed(theirs) if not (version_folder(dataset, m.digest) / MANIFEST).is_file()]
-        removals = place.removals(reporter)
+        removals = remote.removals()
         purged = read_removals(dataset).purged.keys() | {e.key for e in removals if e.event == "purged"}
-        events = [without_purged(event, purged) for event in place.reviews(reporter)]
+        events = [without_purged(event, purged) for event in remote.reviews(reporter)]
         rows: dict[str, Example] = {}
         size = 0
         with unfinished(dataset, ()), reporter.task("pulling", len(new_ones) * _FILES, "files") as task:
             for manifest in new_ones:
-                new, read = _unpack(dataset, place, manifest, purged, reporter)
+                new, read = _unpack(dataset, remote, manifest, purged, reporter)
                 task.advance(_FILES, note=short(manifest.digest))
                 rows |= new
                 size += read
             # Purge only after everything is copied: the version that is current until then may have purged rows.
             merge_removals(dataset, removals, reporter)
             load_version(dataset, head)
-            brought = _Reviews.of(merge_reviews(dataset, events))
+            brought = merge_reviews(dataset, events)
             write_head(dataset, head)
-    return Transfer(url, tuple(m.digest for m in new_ones), len(rows), size + brought.bytes, head, 0, *brought.counts)
+    return Transfer.of(url, head, brought, versions=tuple(m.digest for m in new_ones), rows=len(rows), bytes=size)
 
 
-@dataclass(frozen=True)
-class _Reviews:
-    """Copied reviews: numbers of events and of verdicts, and bytes."""
-
-    counts: tuple[int, int]
-    bytes: int
-
-    @classmethod
-    def of(cls, events: Sequence[Event]) -> _Reviews:
-        size = sum(len(event_line(event).encode()) for event in events)
-        return cls((len(events), sum(isinstance(event, VerdictEvent) for event in events)), size)
-
-
-def _push_reviews(dataset: Path, place: RemoteStore, reporter: Reporter) -> _Reviews:
+def _push_reviews(dataset: Path, remote: RemoteStore, reporter: Reporter) -> list[Event]:
     """Copy the events that the remote lacks, as one new file."""
-    reviews = read_reviews(dataset)
-    purged = read_removals(dataset).purged.keys() | {e.key for e in place.removals(reporter) if e.event == "purged"}
-    if reviews.torn:
+    log = reviews.read_reviews(dataset)
+    purged = read_removals(dataset).purged.keys() | {e.key for e in remote.removals() if e.event == "purged"}
+    if log.torn:
         reporter.warn("The last review in reviews.jsonl was cut off by a crash and is not copied.")
-    if not reviews.events:
-        return _Reviews.of(())
-    mine, theirs = ([without_purged(e, purged) for e in log] for log in (reviews.events, place.reviews(reporter)))
+    if not log.events:
+        return []
+    mine, theirs = ([without_purged(e, purged) for e in each] for each in (log.events, remote.reviews(reporter)))
     new = lacking(mine, theirs)
-    if new:
-        data = "".join(map(event_line, new)).encode()
-        place.write(f"{REVIEWS}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
-    return _Reviews.of(new)
+    remote.write_lines(_REVIEWS, map(event_line, new))
+    return new
 
 
-def _push_removals(dataset: Path, place: RemoteStore, reporter: Reporter) -> set[str]:
+def _push_removals(dataset: Path, remote: RemoteStore, reporter: Reporter) -> set[str]:
     """Copy the removals that the remote lacks, as one file; return the pair keys purged in either copy."""
-    mine, theirs = read_removals(dataset), Removals(tuple(place.removals(reporter)))
+    mine, theirs = read_removals(dataset), Removals(tuple(remote.removals()))
     if new := theirs.lacking(mine.events):
-        data = "".join(event.line for event in new).encode()
-        place.write(f"{REMOVED}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
-        reporter.say(f"Copied {count_of(len(new), 'removal record')} to {place.url}.")
-        place.write(ALL_REMOVED, "".join(event.line for event in (*dict.fromkeys(theirs.events), *new)).encode())
+        remote.write_lines(_REMOVED, (event.line for event in new))
+        reporter.say(f"Copied {count_of(len(new), 'removal record')} to {remote.url}.")
+        remote.write(_ALL_REMOVED, "".join(event.line for event in (*dict.fromkeys(theirs.events), *new)).encode())
     if unknown := theirs.purged.keys() - mine.purged.keys():
         reporter.warn(f"{len(unknown):,} rows were purged elsewhere: `tunewright data pull` purges them here.")
     return {*mine.purged, *theirs.purged}
@@ -248,7 +250,7 @@ def _diverged(here: Sequence[Manifest], there: Sequence[Manifest], url: str) -> 
 def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple[int, dict[str, bytes]]:
     """Return the number of rows that a version added, and its files to push, the manifest last."""
     version = load_version(dataset, manifest.digest, without_purged=True)
-    known = _parent_members(dataset, manifest)
+    known = _parent_keys(dataset, manifest)
     new = {m.key: m.example for m in version.members if m.key not in known and m.key not in purged}
     folder = version_folder(dataset, manifest.digest)
     files = {name: (folder / name).read_bytes() for name in VERSION_FILES}
@@ -258,30 +260,29 @@ def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple
     return len(new), {_ROWS: rows_text(new).encode(), **files}
 
 
-def _parent_members(dataset: Path, manifest: Manifest) -> Mapping[str, Any]:
-    """Return the parent's members by pair key; empty without a parent in the dataset."""
+def _parent_keys(dataset: Path, manifest: Manifest) -> set[str]:
+    """Return the pair keys of a version's parent; none without a parent in the dataset."""
     if manifest.parent is None or not version_folder(dataset, manifest.parent).is_dir():
-        return {}
-    return read_places(dataset, manifest.parent)
+        return set()
+    return set(read_places(dataset, manifest.parent))
 
 
 def _unpack(
-    dataset: Path, place: RemoteStore, manifest: Manifest, purged: Collection[str], reporter: Reporter
+    dataset: Path, remote: RemoteStore, manifest: Manifest, purged: Collection[str], reporter: Reporter
 ) -> tuple[dict[str, Example], int]:
     """Write one version whose parent exists; return the rows that it added, and the bytes read."""
     base = f"versions/{short(manifest.digest)}"
-    files = {name: place.read(f"{base}/{name}") for name in VERSION_FILES}
+    files = {name: remote.read(f"{base}/{name}") for name in VERSION_FILES}
     # Before the check, since this makes the files of an interrupted erasure consistent again.
     files |= erased_metadata(files[IMPORTS], files[MANIFEST], purged)
-    _check_files(manifest, files, f"{place.url}/{base}")
-    data = place.read(f"{base}/{_ROWS}")
-    where = f"{place.url}/{base}/{_ROWS}"
+    _check_files(manifest, files, f"{remote.url}/{base}")
+    data = remote.read(f"{base}/{_ROWS}")
+    where = f"{remote.url}/{base}/{_ROWS}"
     rows = {key: row for key, row in parse_rows(data, where).items() if key not in purged}
-    members = read_members(dataset, manifest.digest, files[MEMBERS], f"{place.url}/{base}/{MEMBERS}")
-    missing = places_of(members).keys() - rows.keys()
-    missing -= _parent_members(dataset, manifest).keys() | purged
+    members = read_members(dataset, manifest.digest, files[MEMBERS], f"{remote.url}/{base}/{MEMBERS}")
+    missing = places_of(members).keys() - rows.keys() - _parent_keys(dataset, manifest) - set(purged)
     if missing:
-        raise UserError(f"The row {min(missing)} is missing", where=where, fix=AGAIN)
+        raise UserError(f"The row {min(missing)} is missing", where=where, fix=_AGAIN)
     write_rows(dataset / "rows", rows, reporter)
     with new_folder(version_folder(dataset, manifest.digest)) as folder:
         for name, content in files.items():
@@ -290,11 +291,7 @@ def _unpack(
 
 
 def _check_files(manifest: Manifest, files: dict[str, bytes], where: str) -> None:
-    """Check imports and manifest against the digests in the manifest; members are checked when they are read.
-
-    Raises:
-        UserError: a file was changed; names it.
-    """
+    """Check imports and manifest against the digests in the manifest; members are checked when they are read."""
     document = json.loads(files[MANIFEST])
     # Not the digests in ``manifest``, which was read earlier: a purge may have replaced both files since.
     imports, seal = document.get("imports"), document.get("seal")
@@ -304,4 +301,140 @@ def _check_files(manifest: Manifest, files: dict[str, bytes], where: str) -> Non
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
-            raise UserError("The file was changed: its digest does not match", where=f"{where}/{name}", fix=AGAIN)
+            raise UserError(_CHANGED, where=f"{where}/{name}", fix=_AGAIN)
+
+
+class RemoteStore(RemoteFiles):
+    """The files of a dataset below a URL."""
+
+    def __init__(self, url: str, options: dict[str, Any] | None) -> None:
+        super().__init__(url, options, again=_AGAIN)
+        if self.has("rows"):
+            fix = "Use a separate folder for pushes."
+            raise UserError("This is a project's dataset folder", where=url, fix=fix)
+
+    def head(self) -> str | None:
+        """Return the digest of the latest pushed version."""
+        data = self.read_if_there("HEAD")
+        if data is None:
+            return None
+        digest = data.decode(errors="replace").strip()
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise UserError(f"Invalid version digest in HEAD: {digest[:80]!r}", where=f"{self.url}/HEAD", fix=_AGAIN)
+        return digest
+
+    def has_version(self, digest: str) -> bool:
+        """Return whether the remote has a complete version."""
+        return self.has(f"versions/{short(digest)}/{MANIFEST}")
+
+    def line(self, head: str, stop: Collection[str] = ()) -> list[Manifest]:
+        """Return the version ``head`` and its ancestors, newest first, up to a version in ``stop`` or a missing one."""
+        line = [self._manifest(head)]
+        while (parent := line[-1].parent) is not None and parent not in stop and self.has_version(parent):
+            if any(m.digest == parent for m in line):
+                raise UserError(f"Version {short(parent)} is its own ancestor", where=self.url, fix=_AGAIN)
+            line.append(self._manifest(parent))
+        return line
+
+    def _manifest(self, digest: str) -> Manifest:
+        name = f"versions/{short(digest)}/{MANIFEST}"
+        try:
+            manifest = Manifest.model_validate_json(self.read(name))
+        except ValidationError as error:
+            raise UserError(f"Invalid manifest: {first_fault(error)}", where=f"{self.url}/{name}", fix=_AGAIN) from None
+        if manifest.digest != digest:
+            raise UserError(
+                f"The manifest belongs to version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=_AGAIN
+            )
+        return manifest
+
+    def _names(self, folder: str, pattern: str) -> list[str]:
+        """Return the sorted names in a folder that match; a server of the web may not list files."""
+        with self.refusals():
+            try:
+                listed = self.fs.ls(f"{self.root}/{folder}", detail=False)
+            except FileNotFoundError:
+                return []
+        names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
+        return sorted(name for name in names if re.fullmatch(pattern, name))
+
+    def _log(self, folder: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of the files of a log."""
+        for name in self._names(folder, r"[0-9a-f]{12}\.jsonl"):
+            path = f"{folder}/{name}"
+            data = self.read(path)
+            yield path, data
+            # After the caller has parsed it, since lines have digests too: if they match, lines are missing or repeated.
+            if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
+                fix = "Restore the file, or delete it and push again from the copies that have its lines."
+                raise UserError(_CHANGED, where=f"{self.url}/{path}", fix=fix)
+
+    def write_lines(self, folder: str, lines: Iterable[str]) -> None:
+        """Add a file to a log, unless there are no lines."""
+        if data := "".join(lines).encode():
+            self.write(f"{folder}/{short(hashlib.sha256(data).hexdigest())}.jsonl", data)
+
+    def removals(self) -> list[Removal]:
+        """Return all events of the remote's logs of removals."""
+        # For web servers that do not list files, one file has all events.
+        events = events_in(self.read_if_there(_ALL_REMOVED) or b"", f"{self.url}/{_ALL_REMOVED}")
+        for path, data in self._log(_REMOVED):
+            events += events_in(data, f"{self.url}/{path}")
+        return events
+
+    def reviews(self, reporter: Reporter) -> list[Event]:
+        """Return all review events on the remote."""
+        events: list[Event] = []
+        files = 0
+        for path, data in self._log(_REVIEWS):
+            events += [event for _, event in reviews.events_in(data, f"{self.url}/{path}")]
+            files += 1
+        if self.is_web and not files:
+            reporter.warn(f"No reviews were copied: {self.url} has none, or does not list files.")
+        return events
+
+    def erase(self, purged: Collection[str], reporter: Reporter) -> None:
+        """Erase the text and metadata of purged rows from the remote.
+
+        A marker records the purges carried out, so that the next push does not search all files again.
+        """
+        marker = f"{_ERASED}/{short(keys_digest(purged))}"
+        if not purged or self.read_if_there(marker) is not None:
+            return
+        wanted = {key.encode() for key in purged}
+        changed = 0
+        for version in self._names("versions", "[0-9a-f]{12}"):
+            folder = f"versions/{version}"
+            files: dict[str, bytes] = {}
+            imports, manifest = (self.read_if_there(f"{folder}/{name}") for name in (IMPORTS, MANIFEST))
+            if imports is not None and manifest is not None:  # else an interrupted push, which will write them again
+                files = erased_metadata(imports, manifest, purged)
+            rows = self.read_if_there(f"{folder}/{_ROWS}") or b""
+            lines = rows.splitlines(keepends=True)
+            kept = b"".join(line for line in lines if not (match := _ROW_KEY.match(line)) or match[1] not in wanted)
+            for name, data in (files if kept == rows else {**files, _ROWS: kept}).items():
+                self._rewrite(f"{folder}/{name}", data)
+                changed += 1
+        for name, data in self._log(_REVIEWS):
+            events = [event for _, event in reviews.events_in(data, f"{self.url}/{name}")]
+            redacted = [without_purged(event, purged) for event in events]
+            if redacted != events:
+                text = "".join(map(event_line, redacted)).encode()
+                self._rewrite(f"{_REVIEWS}/{short(hashlib.sha256(text).hexdigest())}.jsonl", text)
+                self.remove(name)
+                changed += 1
+        self.write(marker, b"")
+        if changed:
+            reporter.say(f"Erased the text of purged rows from {changed:,} files of {self.url}.")
+        if changed and not self.has_folders:
+            reporter.warn("If the bucket has versioning, it keeps the former content: delete it there.")
+
+    def _rewrite(self, name: str, data: bytes) -> None:
+        try:
+            self.write(name, data)
+        except UserError as error:
+            raise UserError(
+                f"Could not erase the text of purged rows on the remote: {error.what}",
+                where=f"{self.url}/{name}",
+                fix=f"The file still contains the text. {error.fix or ''} Then push again.",
+            ) from error

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunewright.config.project import ProjectFolder
-from tunewright.core.clock import now
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, listed
 from tunewright.data.dedup import count_near_repeats
-from tunewright.data.purge import RemainingCopy, purge
+from tunewright.data.purge import RemainingCopy, purge_rows
 from tunewright.data.readers import SourceRow
 from tunewright.data.review.edits import superseded_keys, without_unaccepted
 from tunewright.data.selection import (
@@ -36,12 +35,13 @@ from tunewright.data.versions import (
     list_versions,
     load_version,
     locked,
+    no_version,
     save_version,
 )
+from tunewright.data.versions.logs import Removal, append_removals, describe_purges, read_removals
 from tunewright.data.versions.members import Place, read_places
-from tunewright.data.versions.removals import Removal, append_removals, describe_purges, read_removals
 from tunewright.data.versions.rows import read_rows
-from tunewright.data.versions.version import ImportCounts, current_author, new_manifest, rename_clusters
+from tunewright.data.versions.version import ImportCounts, new_manifest, rename_clusters
 
 _MOST = 10
 _ITEM_KEY = re.compile(rb'^\{"key": ?"([0-9a-f]{64})"', re.MULTILINE)
@@ -95,47 +95,54 @@ class RemoveResult:
 
 
 def remove(
-    project: ProjectFolder,
-    selection: Selection,
-    because: str,
-    reporter: Reporter,
+    project: OpenFolder,
     *,
+    because: str = "",
+    keys: str | Path | None = None,
+    where: str | None = None,
+    source: str | None = None,
+    groups: Iterable[str] = (),
     dry_run: bool = False,
-    purge_text: bool = False,
+    purge: bool = False,
 ) -> RemoveResult:
-    """Remove rows from the current version, which creates a new one; files do not bring them back without ``restore``.
+    """Remove the rows that match all given conditions, which creates a new version.
+
+    Adding a file does not bring them back without ``restore``.
 
     Args:
-        selection: the rows; with ``purge_text`` also rows that only earlier versions have.
-        because: the reason, stored with the version and in the log of removals; may be empty for a dry run.
-        dry_run: change nothing.
-        purge_text: erase the rows' text from all versions too, with the text of rows that they were edited from and
-            of former rows with the same input. Other files of the project with the text are listed.
+        because: the reason, stored with the version and in the log of removals; optional only in a dry run.
+        keys: a file with one row key, or its first digits, per line.
+        where: a JMESPath condition on a row's document.
+        source: the added file that the rows came from.
+        groups: groups such as ``customer=ACME``; a row must have one of them.
+        dry_run: only report the rows that would be removed.
+        purge: also erase the rows' text from all versions, with the text of rows that they were edited from and of
+            former rows with the same input. The rows may be of earlier versions only. Other files of the project with
+            the text are listed.
 
     Raises:
         UserError: no reason, no matching row, or too few rows left in the dataset or in a split. Nothing has changed.
     """
-    dataset = project.dataset
+    selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
+    dataset, reporter = project.folder.dataset, project.reporter
     because = " ".join(because.split())
     if not because and not dry_run:
         raise UserError("--because is missing: a removal needs a reason", fix='For example --because "mislabelled".')
     if current_manifest(dataset) is None:
-        raise UserError(
-            "There is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
-        )
+        raise no_version(dataset)
     with locked(dataset):
         parent = load_version(dataset)
         origins = read_origins(dataset)
         current = {m.key: m for m in parent.members}
-        members = _all_members(dataset, parent) if purge_text else current
-        purged_before = read_removals(dataset).purged
-        chosen = select(selection, members, purged_before if purge_text else (), origins, dataset)
+        members = _all_members(dataset, parent) if purge else current
+        purged_before = read_removals(dataset).purged if purge else {}
+        chosen = select(selection, members, purged_before, origins, dataset)
         if not chosen:
-            before = [e for e in purged_before.values() if e.because == because] if purge_text else []
+            before = [e for e in purged_before.values() if e.because == because]
             if not before:
-                where = "any version" if purge_text else f"version {parent.digest[:12]}"
+                place = "any version" if purge else f"version {parent.digest[:12]}"
                 raise UserError(
-                    f"No row of {where} matches {selection.options_text}",
+                    f"No row of {place} matches {selection.options_text}",
                     where="data remove",
                     fix="`tunewright data show ROW --json` shows a row's fields.",
                 )
@@ -145,26 +152,25 @@ def remove(
                 f"{stay:,} rows of {selection.source} stay, because another file had them first. Name that file too, "
                 "or name the rows with --keys."
             )
-        going = [m for m in chosen if m.key in current]
-        left = [m for m in parent.members if m.key not in {m.key for m in going}]
-        family = _with_former_rows(dataset, parent, chosen, members, {m.key for m in left}) if purge_text else {}
-        result = _result(project, parent, going, family, left, origins, because)
+        going = {m.key: m for m in chosen if m.key in current}
+        left = [m for m in parent.members if m.key not in going]
+        family = _with_former_rows(dataset, parent, chosen, members, {m.key for m in left}) if purge else {}
         if going:
             _require_enough(left)
+        result = _result(project.folder, parent, list(going.values()), family, left, origins, because)
         if dry_run:
             return replace(result, dry_run=True)
-        version, there = parent.manifest, {manifest.digest for manifest in list_versions(dataset)}
+        there = {manifest.digest for manifest in list_versions(dataset)}
+        version, holders = parent.manifest, tuple[RemainingCopy, ...]()
         if going:
-            version = _save(project, parent, going, left, origins, because, reporter)
-        holders: tuple[RemainingCopy, ...] = ()
+            version = _save(dataset, parent, going, left, origins, because, reporter)
         if family:
-            holders = purge(project.root, dataset, _events(family, because, "purged", project), family, reporter)
+            holders = purge_rows(dataset, family, because, reporter)
             # The purge may have rewritten the manifest, without metadata.
             version = current_manifest(dataset) or version
-    rows = tuple(replace(row, document={}) if purge_text else row for row in result.rows)
-    purged = len(family)
+    rows = tuple(replace(row, document={}) if purge else row for row in result.rows)
     created = bool(going) and version.digest not in there
-    return replace(result, version=version, created=created, rows=rows, purged=purged, holders=holders)
+    return replace(result, version=version, created=created, rows=rows, purged=len(family), holders=holders)
 
 
 def _all_members(dataset: Path, parent: DatasetVersion) -> dict[str, Member]:
@@ -221,46 +227,24 @@ def _result(
     )
 
 
-def count_measured(evaluations: Path, keys: Collection[str]) -> dict[str, int]:
-    """Count the rows that each evaluation measured on, by its folder's name."""
-    found: dict[str, int] = {}
-    for path in sorted(evaluations.glob("[!.]*/items.jsonl")):
-        if count := sum(key.decode() in keys for key in _ITEM_KEY.findall(path.read_bytes())):
-            found[path.parent.name] = count
-    return found
-
-
 def _require_enough(left: Iterable[Member]) -> None:
     domain = [m for m in left if not m.mixed]
-    clusters = {m.cluster for m in domain}
-    for split in SPLITS:
-        if all(m.split != split for m in domain):
-            raise UserError(
-                f"No {split} row would be left, nothing was removed",
-                where="data remove",
-                fix="Add rows first, or remove fewer.",
-            )
-    if len(clusters) < MINIMUM_CLUSTERS:
-        raise UserError(
-            f"Only {len(domain):,} rows in {len(clusters)} independent clusters would be left (minimum "
-            f"{MINIMUM_CLUSTERS} clusters), nothing was removed",
-            where="data remove",
-            fix="Add rows first, or remove fewer.",
+    clusters = len({m.cluster for m in domain})
+    empty = next((split for split in SPLITS if all(m.split != split for m in domain)), None)
+    what = f"No {empty} row would be left, nothing was removed"
+    if empty is None:
+        what = (
+            f"Only {len(domain):,} rows in {clusters} independent clusters would be left (minimum {MINIMUM_CLUSTERS} "
+            "clusters), nothing was removed"
         )
-
-
-def _events(rows: Mapping[str, Member], because: str, event: Any, project: ProjectFolder) -> list[Removal]:
-    by, when = current_author(project.root), now()
-    return [
-        Removal(event=event, key=key, said=m.example.content_key, because=because, when=when, by=by)
-        for key, m in sorted(rows.items())
-    ]
+    if empty is not None or clusters < MINIMUM_CLUSTERS:
+        raise UserError(what, where="data remove", fix="Add rows first, or remove fewer.")
 
 
 def _save(
-    project: ProjectFolder,
+    dataset: Path,
     parent: DatasetVersion,
-    going: Sequence[Member],
+    going: Mapping[str, Member],
     left: Sequence[Member],
     origins: Origins,
     because: str,
@@ -268,8 +252,9 @@ def _save(
 ) -> Manifest:
     # The log comes first. After a crash, a row that is logged but still there is removed by the same command again; a
     # row that is gone but not logged would come back with its file.
-    append_removals(project.dataset, _events({m.key: m for m in going}, because, "removed", project))
-    members = rename_clusters(without_unaccepted(project.dataset, parent.manifest, left, reporter))
+    examples = {key: m.example for key, m in going.items()}
+    append_removals(dataset, Removal.of_rows("removed", examples, because, dataset.parent))
+    members = rename_clusters(without_unaccepted(dataset, parent.manifest, left, reporter))
     settings = parent.manifest.settings
     near = parent.manifest.counts.near_duplicates
     mix = parent.manifest.mix
@@ -277,18 +262,27 @@ def _save(
         members,
         parent,
         settings,
-        message=f"{len(going):,} row{'' if len(going) == 1 else 's'} removed: {because}",
+        message=f"{count_of(len(going), 'row')} removed: {because}",
         sources=[],
         left_out=ImportCounts(),
         mix=mix and mix.model_copy(update={"drawn": sum(m.mixed for m in members)}),
         near_duplicates=count_near_repeats(members, settings.dedup_threshold, reporter) if near else 0,
     )
-    places = [(origins.first.get(m.key, ("unknown", 0)), m.key) for m in going]
+    places = [(origins.first.get(key, ("unknown", 0)), key) for key in going]
     imports = [
         {"source": source, "line": line, "fate": "removed", "key": key, "reason": because}
         for (source, line), key in sorted(places)
     ]
-    return save_version(project.dataset, version, members, imports, reporter)
+    return save_version(dataset, version, members, imports, reporter)
+
+
+def count_measured(evaluations: Path, keys: Collection[str]) -> dict[str, int]:
+    """Count the rows that each evaluation measured on, by its folder's name."""
+    found: dict[str, int] = {}
+    for path in sorted(evaluations.glob("[!.]*/items.jsonl")):
+        if count := sum(key.decode() in keys for key in _ITEM_KEY.findall(path.read_bytes())):
+            found[path.parent.name] = count
+    return found
 
 
 def exclude_removed(
@@ -308,12 +302,6 @@ def exclude_removed(
         known: pair keys of the version, which never stay out.
         replacing: pair key to the key that an edit made of it.
         restore: add removed rows; purged ones are refused.
-
-    Returns:
-        The rows to add, and the removal of each pair key that stays out.
-
-    Raises:
-        UserError: ``restore`` meets a purged row.
     """
     log = read_removals(dataset)
     if not log.out:
@@ -358,8 +346,3 @@ def removals_ended_by(dataset: Path, rows: Sequence[SourceRow]) -> list[Removal]
         return []
     found = (log.holding(row.example.pair_key, row.example.content_key) for row in rows)
     return list(dict.fromkeys(removal for removal in found if removal is not None and removal.event == "removed"))
-
-
-def restore_event(removal: Removal, folder: Path) -> Removal:
-    """Return an event that ends a removal now."""
-    return removal.model_copy(update={"event": "restored", "when": now(), "by": current_author(folder)})

@@ -18,7 +18,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
 from tunewright.data.readers.mapping import compile_jmespath, search_jmespath
 from tunewright.data.trace import source_name
-from tunewright.data.versions import IMPORTS, Member, list_versions, short, version_folder
+from tunewright.data.versions import IMPORTS, Member, import_records, list_versions, short, version_folder
 
 _FEWEST_DIGITS = 4
 _MOST = 10
@@ -65,10 +65,7 @@ def read_origins(dataset: Path) -> Origins:
     origins = Origins()
     for manifest in list_versions(dataset):
         path = version_folder(dataset, manifest.digest) / IMPORTS
-        for line in text_lines(path.read_text(encoding="utf-8")):
-            record = json.loads(line)
-            if record["fate"] not in ("added", "mixed", "known", "replaced", "edited"):
-                continue
+        for record in import_records([path], "added", "mixed", "known", "replaced", "edited"):
             key = record["key"]
             if record["fate"] == "edited":
                 if record["before"] in origins.first:
@@ -108,12 +105,7 @@ def select(
 ) -> list[Member]:
     """Return the members that a selection matches, in the order of their keys.
 
-    Args:
-        members: those to choose from, by pair key.
-        former: keys of removed rows, which a file of keys may name.
-
-    Raises:
-        UserError: no option is set, or one is invalid or matches nothing.
+    A file of keys may also name ``former`` rows, which were removed.
     """
     if not selection.options_text:
         raise UserError("No rows are selected", where="data remove", fix="Use --keys, --where, --source or --group.")
@@ -125,7 +117,8 @@ def select(
         source = source_name(selection.source, origins.sources, dataset.parent, "--source")
         found = {key: member for key, member in found.items() if origins.first.get(key, ("", 0))[0] == source}
     if selection.groups:
-        groups = _checked(selection.groups, members.values())
+        groups = set(selection.groups)
+        _require_groups(selection.groups, members.values())
         found = {key: member for key, member in found.items() if groups & set(member.groups)}
     if selection.where is not None:
         matches = _query(selection.where)
@@ -184,7 +177,9 @@ def _names(path: Path) -> Iterator[tuple[str, Any]]:
         except ValueError:  # several objects, one a line
             pass
         else:
-            listed = _listed(document)
+            if isinstance(document, dict) and "key" not in document:
+                document = next((document[name] for name in ("suspects", "rows") if name in document), document)
+            listed = document if isinstance(document, list) else [document]
             yield from ((f"{path}, item {n}" if len(listed) > 1 else str(path), v) for n, v in enumerate(listed, 1))
             return
     lines = text_lines(text)
@@ -196,23 +191,11 @@ def _names(path: Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield f"{path}:{number}", _value_on(line.strip(), f"{path}:{number}")
-
-
-def _listed(document: Any) -> list[Any]:
-    """Return the rows of a JSON document: an array's items, those under `suspects` or `rows`, or the document."""
-    if isinstance(document, dict) and "key" not in document:
-        document = next((document[name] for name in ("suspects", "rows") if name in document), document)
-    return document if isinstance(document, list) else [document]
-
-
-def _value_on(line: str, where: str) -> Any:
-    if not line.startswith("{"):
-        return line
-    try:
-        return json.loads(line)
-    except ValueError:
-        raise UserError("Not a JSON object", where=where) from None
+            try:
+                value = json.loads(line) if line.strip().startswith("{") else line.strip()
+            except ValueError:
+                raise UserError("Not a JSON object", where=f"{path}:{number}") from None
+            yield f"{path}:{number}", value
 
 
 def _key_of(given: Any, where: str) -> str:
@@ -227,7 +210,7 @@ def _key_of(given: Any, where: str) -> str:
     return name.lower()
 
 
-def _checked(groups: Sequence[str], members: Iterable[Member]) -> set[str]:
+def _require_groups(groups: Sequence[str], members: Iterable[Member]) -> None:
     there = {value for member in members for value in member.groups}
     missing = [group for group in groups if group not in there]
     if missing:
@@ -238,7 +221,6 @@ def _checked(groups: Sequence[str], members: Iterable[Member]) -> set[str]:
             else "No row has a group (data.group_by)."
         )
         raise UserError(f"No row has the group {missing[0]!r}", where="--group", fix=fix)
-    return set(groups)
 
 
 def _query(expression: str) -> Any:

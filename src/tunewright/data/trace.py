@@ -7,13 +7,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
-from tunewright.data.lineages import ancestors
 from tunewright.data.readers.preferences import REJECTED
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.review.reviews import read_reviews
@@ -24,21 +22,18 @@ from tunewright.data.versions import (
     Member,
     ancestry,
     import_files,
+    import_records,
     list_versions,
     load_version,
     short,
     version_folder,
 )
+from tunewright.data.versions.logs import read_removals
 from tunewright.data.versions.members import Places, read_places
-from tunewright.data.versions.removals import read_removals
 
 
 def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
-    """Return the member that ``row`` names: the first digits of its key, or ``FILE:LINE`` of an imported file.
-
-    Raises:
-        UserError: no such row, an ambiguous beginning, or a row that was left out (with the reason).
-    """
+    """Return the member that ``row`` names: the first digits of its key, or ``FILE:LINE`` of an imported file."""
     place = re.fullmatch(r"(.+):(\d{1,12})", row)
     key = _key_at(dataset, version, place[1], int(place[2])) if place else row.lower()
     found = [m for m in version.members if key and m.key.startswith(key)]
@@ -56,11 +51,7 @@ def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
 
 
 def find_key(dataset: Path, version: DatasetVersion, row: str) -> str:
-    """Return the key of the row that ``row`` names, in this version, else in any version (a removed row).
-
-    Raises:
-        UserError: as for :func:`find_row`.
-    """
+    """Return the key of the row that ``row`` names, in this version, else in any version (a removed row)."""
     known = {m.key for m in version.members}
     if re.fullmatch("[0-9a-fA-F]{4,64}", row) and not any(key.startswith(row.lower()) for key in known):
         digests = (manifest.digest for manifest in list_versions(dataset))
@@ -73,24 +64,28 @@ def find_key(dataset: Path, version: DatasetVersion, row: str) -> str:
 
 
 def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str:
-    imports = list(_imported(dataset, version))
+    reviews = read_reviews(dataset)
+    imports = []
+    for record in import_records(import_files(dataset, version.manifest)):
+        if record["fate"] == "edited":
+            record["line"] = reviews.cited_line(record)
+        if record["line"] is not None:  # else the verdict is in another copy's log
+            imports.append(record)
     source = source_name(file, sorted({row["source"] for row in imports}), dataset.parent)
     found = next((row for row in imports if row["source"] == source and row["line"] == line), None)
     if found is None:
         last = max(row["line"] for row in imports if row["source"] == source)
         raise UserError(f"No row was read from line {line} of {source} (last row: line {last})", where="ROW")
-    if found["fate"] == "skipped":
-        raise UserError(f"The row was left out: {found['reason']}", where=f"{file}:{line}")
-    if found["fate"] == "removed":
-        raise UserError(f"The row was removed: {found['reason']}", where=f"{file}:{line}")
-    if found["fate"] == "not mixed":
-        raise UserError(f"The row was not mixed in: {found['reason']}", where=f"{file}:{line}")
-    if found["fate"] == "contaminated":
-        what = "The row was left out: it contains a test input or a benchmark item"
-        raise UserError(what, where=f"{file}:{line}")
-    if found["fate"] == "unaccepted":
-        what = "The row was left out: a model wrote it, nobody has accepted it, and it is too similar to a held-out row"
-        raise UserError(what, where=f"{file}:{line}")
+    why = {
+        "skipped": "The row was left out",
+        "removed": "The row was removed",
+        "not mixed": "The row was not mixed in",
+        "contaminated": "The row was left out: it contains a test input or a benchmark item",
+        "unaccepted": "The row was left out: a model wrote it, nobody has accepted it, and it is too similar to a "
+        "held-out row",
+    }.get(found["fate"])
+    if why is not None:
+        raise UserError(f"{why}: {found['reason']}" if "reason" in found else why, where=f"{file}:{line}")
     key = str(found.get("of", found["key"]))
     return superseded_keys(dataset, version.manifest).get(key, key)
 
@@ -108,19 +103,6 @@ def source_name(file: str, sources: Sequence[str], root: Path, where: str = "ROW
         return same[0]
     what = f"{len(same)} added files are named {path.name}" if same else f"No row was read from a file {file}"
     raise UserError(what, where=where, fix=f"Added files: {', '.join(sources)}.")
-
-
-def _imported(dataset: Path, version: DatasetVersion) -> Iterator[dict[str, Any]]:
-    """Yield the import records of a version, newest import first."""
-    reviews = read_reviews(dataset)
-    for path in import_files(dataset, version.manifest):
-        for line in text_lines(path.read_text(encoding="utf-8")):
-            record = json.loads(line)
-            if record["fate"] == "edited":
-                record["line"] = reviews.cited_line(record)
-                if record["line"] is None:  # the verdict is in another copy's log
-                    continue
-            yield record
 
 
 _PRESENT = ("added", "known", "mixed", "replaced")
@@ -148,13 +130,11 @@ def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str,
     """Return the metadata of each pair key, from the newest record of each place, exact duplicates included."""
     found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
     edits = superseded_keys(dataset, manifest)
-    for path in import_files(dataset, manifest):
-        for line in text_lines(path.read_text(encoding="utf-8")):
-            record: dict[str, Any] = json.loads(line)
-            there = record["fate"] in _PRESENT or (record["fate"] == "duplicate" and record["of"] == record["key"])
-            if there and "metadata" in record:
-                key = edits.get(record["key"], record["key"])
-                found.setdefault((record["source"], record["line"]), (key, record["metadata"]))
+    for record in import_records(import_files(dataset, manifest), *_PRESENT, "duplicate"):
+        there = record["fate"] in _PRESENT or record["of"] == record["key"]
+        if there and "metadata" in record:
+            key = edits.get(record["key"], record["key"])
+            found.setdefault((record["source"], record["line"]), (key, record["metadata"]))
     by_key: dict[str, list[dict[str, Any]]] = {}
     for key, metadata in found.values():
         by_key.setdefault(key, []).append(metadata)
@@ -173,11 +153,9 @@ def rejected_answers(dataset: Path, manifest: Manifest) -> dict[str, list[Any]]:
 
 def _records(dataset: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
     edits = superseded_keys(dataset, manifest)
-    for path in import_files(dataset, manifest):
-        for line in text_lines(path.read_text(encoding="utf-8")):
-            record: dict[str, Any] = json.loads(line)
-            if record["fate"] in _PRESENT and "key" in record:
-                yield edits.get(record["key"], record["key"]), record
+    for record in import_records(import_files(dataset, manifest), *_PRESENT):
+        if "key" in record:
+            yield edits.get(record["key"], record["key"]), record
 
 
 @dataclass(frozen=True)
@@ -200,14 +178,7 @@ class RowOrigin:
 
 
 def blame(dataset: Path, version: DatasetVersion, key: str) -> RowOrigin:
-    """Return the version that added a row, and the place where it was read.
-
-    Args:
-        key: the row's full pair key.
-
-    Raises:
-        UserError: the version lacks the row, or an older version was changed by hand.
-    """
+    """Return the version that added a row, by its full pair key, and the place where it was read."""
     if all(m.key != key for m in version.members):
         raise UserError(f"Version {short(version.digest)} has no row {key!r}", where="ROW")
     line = ancestry(dataset, version.manifest)
@@ -260,6 +231,14 @@ def _import_of(dataset: Path, manifest: Manifest, key: str) -> dict[str, Any] | 
     return None
 
 
+def ancestors(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield an adapter's lineage, then that of the adapter that its training started from, and so on."""
+    at: Mapping[str, Any] | None = lineage
+    while at is not None:
+        yield at
+        at = at.get("parent")
+
+
 Use = Literal["trained", "left out", "dev", "test", "absent", "unknown"]
 
 
@@ -278,17 +257,8 @@ class RowUse:
 
 
 def uses_of_row(dataset: Path, adapters: Path, key: str) -> tuple[RowUse, ...]:
-    """Return the use of a row by each adapter of a project, sorted by name.
-
-    Args:
-        dataset: the project's dataset folder.
-        adapters: the project's folder of adapters.
-        key: the row's full pair key, of any version.
-
-    Raises:
-        UserError: an unreadable lineage or version.
-    """
-    return next(iter(row_uses(dataset, adapters, [key]).values()))
+    """Return the use of a row, of any version, by each adapter of a project, sorted by name."""
+    return row_uses(dataset, adapters, [key])[key]
 
 
 def row_uses(
@@ -322,11 +292,11 @@ class KnownPlaces:
 
 def _row_use(name: str, lineage: Mapping[str, Any], places: KnownPlaces, key: str) -> RowUse:
     """Return the use of a row by an adapter: its own training's, unless a parent's counts more."""
-    own, *others = (_own_use(name, each, places, key) for each in ancestors(lineage))
+    (own, _), *others = ((_own_use(name, each, places, key), each) for each in ancestors(lineage))
     for wanted in ("trained", "unknown"):
         if own.use == wanted:
             return own
-        for used, parent in zip(others, islice(ancestors(lineage), 1, None), strict=True):
+        for used, parent in others:
             if used.use == wanted:
                 through = f"through {parent['name']}, from which it started"
                 return replace(own, use=used.use, reason=f"{used.reason}, {through}" if used.reason else through)

@@ -16,45 +16,10 @@ if TYPE_CHECKING:
     from tunewright.data.add_plan import Preview
     from tunewright.data.dedup.leakage import LeakageReport
     from tunewright.data.readers.file_check import Change, FilePreview
-    from tunewright.data.remote import Transfer
-    from tunewright.data.remove import RemoveResult
     from tunewright.data.splits import Split
     from tunewright.data.trace import RowOrigin, RowUse
-    from tunewright.data.verify import Verification
     from tunewright.data.versions.diff import Diff
     from tunewright.data.versions.export import Exported, Format
-
-
-def remove(
-    project: OpenFolder,
-    *,
-    because: str = "",
-    keys: str | Path | None = None,
-    where: str | None = None,
-    source: str | None = None,
-    groups: Iterable[str] = (),
-    dry_run: bool = False,
-    purge: bool = False,
-) -> RemoveResult:
-    """Remove the rows that match all given conditions, which creates a new version.
-
-    Args:
-        because: the reason; optional only in a dry run.
-        keys: a file with one row key, or its first digits, per line.
-        where: a JMESPath condition on a row's document.
-        source: the added file that the rows came from.
-        groups: groups such as ``customer=ACME``; a row must have one of them.
-        dry_run: only report the rows that would be removed.
-        purge: also erase the rows' text from all versions.
-
-    Raises:
-        UserError: no row matches, or too few rows would remain.
-    """
-    from tunewright.data import remove as removing
-    from tunewright.data.selection import Selection
-
-    selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
-    return removing.remove(project.folder, selection, because, project.reporter, dry_run=dry_run, purge_text=purge)
 
 
 def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
@@ -177,24 +142,3 @@ def export(
     extra = trace.metadata_by_key(dataset, chosen.manifest) if metadata else None
     rejected = trace.rejected_answers(dataset, chosen.manifest) if form == "preference" else None
     return exporting.export(chosen, Path(out), form, project.reporter, split=split, metadata=extra, rejected=rejected)
-
-
-def push(project: OpenFolder, url: str) -> Transfer:
-    """Copy the current version with its ancestors and reviews to a folder or bucket."""
-    from tunewright.data import remote
-
-    return remote.push(project.folder.dataset, url, project.reporter)
-
-
-def pull(project: OpenFolder, url: str) -> Transfer:
-    """Copy the current version and reviews from a shared folder or bucket, verify and check them out."""
-    from tunewright.data import remote
-
-    return remote.pull(project.folder.dataset, url, project.reporter)
-
-
-def verify(project: OpenFolder) -> Verification:
-    """Check every row, version and review against its digest."""
-    from tunewright.data import verify as checking
-
-    return checking.verify(project.folder.dataset, project.reporter)

@@ -6,15 +6,15 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
 from tunewright.core.log import numbered_lines, whole_lines
-from tunewright.core.progress import Reporter
 from tunewright.data.review.reviews import REVIEWS_FILE, parse_event
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
@@ -24,12 +24,19 @@ from tunewright.data.versions import (
     current_manifest,
     keys_digest,
     manifest_seal,
+    no_version,
     read_manifest,
     short,
 )
-from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, read_kept_pairs
+from tunewright.data.versions.logs import (
+    KEPT_PAIRS_FILE,
+    REMOVED_FILE,
+    KeptPair,
+    Removal,
+    Removals,
+    erased_metadata,
+)
 from tunewright.data.versions.members import MEMBERS, places_of, read_members
-from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, erased_metadata
 from tunewright.data.versions.rows import BadRow, scan_rows
 
 
@@ -82,21 +89,23 @@ class Verification:
         return {"ok": self.ok, **document}
 
 
-def verify(dataset: Path, reporter: Reporter) -> Verification:
-    """Check every file of every version, the log of reviews and kept pairs, and collect all issues.
+def verify(project: OpenFolder) -> Verification:
+    """Check every row, version, review and kept pair against its digest, and collect all issues.
+
+    Loading a version checks the same and stops at the first issue.
 
     Raises:
         UserError: there is no dataset, or a file cannot be read.
     """
+    dataset = project.folder.dataset
     shards = sorted(dataset.glob("rows/[!.]*.jsonl"))
     folders = sorted(p for p in dataset.glob("versions/[!.]*") if p.is_dir())
     if not shards and not folders:
-        raise UserError(
-            "There is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
-        )
-    store = _Store()
-    damage, store.purged = _check_removals(dataset / REMOVED_FILE)
-    with reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
+        raise no_version(dataset)
+    damage: list[IntegrityIssue] = []
+    removals = _parsed(dataset / REMOVED_FILE, lambda line, where: Removal.parse(line, where, "removal"), damage)
+    store = _Store(Removals(tuple(removals)).purged)
+    with project.reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
         for path in shards:
             store.read(path)
             task.advance()
@@ -108,77 +117,61 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
         IntegrityIssue(where, bad.reason, bad.keys, tuple(sorted({d for key in bad.keys for d in store.needed[key]})))
         for where, bad in store.bad
     ]
-    damage += _merged([each for check in checks for each in check.damage])
+    # An issue of a file that several versions build on is one issue, which names them all.
+    versions: dict[IntegrityIssue, set[str]] = defaultdict(set)
+    for each in (each for check in checks for each in check.damage):
+        versions[replace(each, versions=())].update(each.versions)
+    damage += [replace(each, versions=tuple(sorted(of_all))) for each, of_all in versions.items()]
     try:
         current_manifest(dataset)
     except UserError as error:
         # An unreadable manifest is reported above; a missing or invalid HEAD is not.
         if error.where == str(dataset / "HEAD"):
             damage.append(IntegrityIssue(error.where, error.what))
-    reviews, undigested, bad_reviews = _check_reviews(dataset / REVIEWS_FILE)
-    damage += bad_reviews
-    try:
-        read_kept_pairs(dataset)
-    except UserError as error:
-        damage.append(IntegrityIssue(error.where or str(dataset / KEPT_PAIRS_FILE), error.what))
-    unsealed = tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None)
-    unneeded = len(store.good - store.needed.keys())
-    purges = tuple(purge for key, purge in sorted(store.purged.items()) if key in store.needed)
-    return Verification(len(store.good), len(folders), reviews, undigested, tuple(damage), unsealed, unneeded, purges)
+    reviews = _parsed(dataset / REVIEWS_FILE, parse_event, damage, tail="Half a review")
+    _parsed(dataset / KEPT_PAIRS_FILE, lambda line, where: KeptPair.parse(line, where, "preference pair"), damage)
+    return Verification(
+        rows=len(store.good),
+        versions=len(folders),
+        reviews=len(reviews),
+        undigested=sum(event.digest is None for event in reviews),
+        damage=tuple(damage),
+        unsealed=tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None),
+        unneeded=len(store.good - store.needed.keys()),
+        purges=tuple(purge for key, purge in sorted(store.purged.items()) if key in store.needed),
+    )
 
 
-def _check_reviews(path: Path) -> tuple[int, int, list[IntegrityIssue]]:
-    """Return the number of valid reviews, the number without digest, and the invalid lines."""
-    if not path.is_file():
-        return 0, 0, []
-    data = _read(path)
-    whole, torn = whole_lines(data)
-    good = undigested = 0
-    damage = []
+_T = TypeVar("_T")
+
+
+def _parsed(
+    path: Path, parse: Callable[[bytes, str], _T], damage: list[IntegrityIssue], *, tail: str | None = None
+) -> list[_T]:
+    """Return the valid lines of a log, and add the others to ``damage``; a crash may leave half a ``tail``."""
+    data = _read(path) if path.is_file() else b""
+    whole, torn = whole_lines(data) if tail else (data, False)
+    good = []
     for number, line in numbered_lines(whole):
         try:
-            event = parse_event(line, f"{path}:{number}")
+            good.append(parse(line, f"{path}:{number}"))
         except UserError as error:
             damage.append(IntegrityIssue(error.where or str(path), error.what))
-        else:
-            good += 1
-            undigested += event.digest is None
     if torn:
         last = whole.count(b"\n") + 1
-        damage.append(IntegrityIssue(f"{path}:{last}", "Half a review: ignored, and overwritten by the next review"))
-    return good, undigested, damage
-
-
-def _check_removals(path: Path) -> tuple[list[IntegrityIssue], dict[str, Removal]]:
-    """Return the invalid lines of the log of removals, and the purges in the others."""
-    if not path.is_file():
-        return [], {}
-    damage, events = [], []
-    for number, line in numbered_lines(_read(path)):
-        try:
-            events.append(Removal.parse(line, f"{path}:{number}", "removal"))
-        except UserError as error:
-            damage.append(IntegrityIssue(error.where or str(path), error.what))
-    return damage, Removals(tuple(events)).purged
-
-
-def _merged(damage: list[IntegrityIssue]) -> list[IntegrityIssue]:
-    """Merge issues of a file that several versions build on into one that names them all."""
-    whom: dict[IntegrityIssue, set[str]] = defaultdict(set)
-    for each in damage:
-        whom[replace(each, versions=())].update(each.versions)
-    return [replace(each, versions=tuple(sorted(versions))) for each, versions in whom.items()]
+        damage.append(IntegrityIssue(f"{path}:{last}", f"{tail}: ignored, and overwritten by the next review"))
+    return good
 
 
 @dataclass
 class _Store:
     """Valid and invalid rows, and the versions that need each."""
 
+    purged: dict[str, Removal]
     good: set[str] = field(default_factory=set)
     bad: list[tuple[str, BadRow]] = field(default_factory=list)
     bad_keys: set[str] = field(default_factory=set)
     needed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    purged: dict[str, Removal] = field(default_factory=dict)
 
     def read(self, path: Path) -> None:
         for row in scan_rows(_read(path)):

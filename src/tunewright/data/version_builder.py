@@ -34,7 +34,7 @@ from tunewright.data.readers import SourceRow
 from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
 from tunewright.data.versions import DatasetVersion, Member, load_version, short
-from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.logs import read_removals
 from tunewright.data.versions.version import SplitFrom, rename_clusters
 
 _LARGEST = 5

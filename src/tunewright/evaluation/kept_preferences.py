@@ -16,8 +16,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.versions import Member, load_version, locked
-from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, KeptPair, replace_kept_pairs
-from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, read_removals, replace_kept_pairs
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evaluation.human_eval.journal import FOLDER, read_journals
 from tunewright.evaluation.human_eval.results import preferences

@@ -14,8 +14,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import listed
-from tunewright.data.lineages import ancestors
-from tunewright.data.trace import trained_keys
+from tunewright.data.trace import ancestors, trained_keys
 from tunewright.data.versions import DatasetVersion, list_versions, short
 from tunewright.models.bases import Base
 

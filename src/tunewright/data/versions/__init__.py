@@ -2,7 +2,7 @@
 
 dataset/HEAD                           the current version's digest
 dataset/rows/AB.jsonl                  the rows of all versions (see ``rows``)
-dataset/removed.jsonl                  rows removed on purpose (see ``removals``)
+dataset/removed.jsonl                  rows removed on purpose (see ``logs``)
 dataset/versions/DIGEST12/members.tsv  pair key, split, cluster: the version's digest is theirs (see ``members``)
                           manifest.json  origin, counts and settings of the version
                           imports.jsonl  the fate of each row of the added files
@@ -16,9 +16,11 @@ from tunewright.data.versions.store import (
     erase_purged,
     has_version,
     import_files,
+    import_records,
     list_versions,
     load_version,
     locked,
+    no_version,
     save_version,
     unfinished,
     version_folder,
@@ -59,6 +61,7 @@ __all__ = [
     "erase_purged",
     "has_version",
     "import_files",
+    "import_records",
     "keys_digest",
     "list_versions",
     "load_version",
@@ -66,6 +69,7 @@ __all__ = [
     "manifest_seal",
     "members_digest",
     "members_lines",
+    "no_version",
     "read_manifest",
     "save_version",
     "short",

@@ -17,9 +17,15 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, new_folder, text_lines, write_json, write_text, writing
 from tunewright.core.locks import locked_folder
 from tunewright.core.progress import Reporter
-from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, erase_kept_pairs
+from tunewright.data.versions.logs import (
+    KEPT_PAIRS_FILE,
+    REMOVED_FILE,
+    describe_purges,
+    erase_kept_pairs,
+    erased_metadata,
+    read_removals,
+)
 from tunewright.data.versions.members import MEMBERS, members_file, read_places
-from tunewright.data.versions.removals import REMOVED_FILE, describe_purges, erased_metadata, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows, remove_rows, write_rows
 from tunewright.data.versions.version import (
     IMPORTS,
@@ -42,11 +48,7 @@ _RESTORE = "Restore the dataset folder, from git for example."
 
 @contextmanager
 def locked(dataset: Path) -> Iterator[None]:
-    """Lock the dataset for one writer, and remove leftovers of killed writers; the lock ends with the process.
-
-    Raises:
-        UserError: another process is writing, or the folder cannot be created.
-    """
+    """Lock the dataset for one writer, and remove leftovers of killed writers; the lock ends with the process."""
     busy = UserError(
         "Another command is changing this dataset", where=str(dataset), fix="Wait for it, then run this again."
     )
@@ -57,11 +59,7 @@ def locked(dataset: Path) -> Iterator[None]:
 
 @contextmanager
 def unfinished(dataset: Path, keys: Iterable[str]) -> Iterator[None]:
-    """Mark rows as unfinished until their version is written, so that the next writer can remove leftovers.
-
-    Args:
-        keys: pair keys of rows that no version has yet.
-    """
+    """Mark rows that no version has yet until theirs is written, so that the next writer can remove leftovers."""
     write_text(dataset / UNFINISHED, "".join(f"{key}\n" for key in sorted(keys)))
     try:
         yield
@@ -86,15 +84,11 @@ def _clear_unfinished(dataset: Path) -> None:
         marker.unlink()
 
 
-def erase_purged(dataset: Path) -> int:
-    """Erase the text and pairs of purged rows from the dataset, and their metadata from every version's imports.
-
-    Returns:
-        The number of rows with text.
-    """
+def erase_purged(dataset: Path) -> None:
+    """Erase the text and pairs of purged rows from the dataset, and their metadata from every version's imports."""
     purged = read_removals(dataset).purged
     if not purged:
-        return 0
+        return
     there = has_rows(dataset / "rows", purged)
     with writing(dataset):
         remove_rows(dataset / "rows", there)
@@ -105,7 +99,6 @@ def erase_purged(dataset: Path) -> int:
                 files = erased_metadata(path.read_bytes(), manifest.read_bytes(), purged.keys())
                 for name, data in files.items():
                     write_text(path.parent / name, data.decode())
-    return len(there)
 
 
 def _remove_leftovers(dataset: Path) -> None:
@@ -139,44 +132,30 @@ def save_version(
 ) -> Manifest:
     """Write a version and make it current: rows first, HEAD last, so that a crash leaves the old version or the new.
 
-    Args:
-        imports: the records of imports.jsonl; read more than once.
-
-    Returns:
-        The manifest on disk, with author and seal; for an existing version, the stored one.
-
-    Raises:
-        UserError: the disk is full or not writable; the former version stays current and complete.
+    Returns the manifest on disk, with author and seal; for an existing version, the stored one. ``imports``, the
+    records of imports.jsonl, are read more than once.
     """
     known = read_places(dataset, manifest.parent) if manifest.parent else {}
+    place = version_folder(dataset, manifest.digest)
     with unfinished(dataset, (m.key for m in members if m.key not in known)):
-        return _save(dataset, manifest, members, imports, reporter)
-
-
-def _save(
-    dataset: Path,
-    manifest: Manifest,
-    members: Sequence[Member],
-    imports: Iterable[Mapping[str, Any]],
-    reporter: Reporter,
-) -> Manifest:
-    write_rows(dataset / "rows", {m.key: m.example for m in members}, reporter)
-    if version_folder(dataset, manifest.digest).exists():
-        there = read_manifest(version_folder(dataset, manifest.digest))
-        reporter.warn(
-            f"Version {short(there.digest)} exists already (created {without_milliseconds(there.created)}) and is "
-            "current again, with its stored message, parent and imports."
-        )
-        sealed = there
-    else:
-        with new_folder(version_folder(dataset, manifest.digest)) as folder:
-            _write_lines(folder / MEMBERS, members_file(dataset, members_lines(members), manifest.parent))
-            records = _new_records(dataset, manifest.parent, imports)
-            written = _write_lines(folder / IMPORTS, (canonical_json(record) + "\n" for record in records))
-            sealed = _sealed(manifest, written, current_author(dataset))
-            write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
-    write_head(dataset, sealed.digest)
-    return sealed
+        write_rows(dataset / "rows", {m.key: m.example for m in members}, reporter)
+        if place.exists():
+            manifest = read_manifest(place)
+            reporter.warn(
+                f"Version {short(manifest.digest)} exists already (created {without_milliseconds(manifest.created)}) "
+                "and is current again, with its stored message, parent and imports."
+            )
+        else:
+            with new_folder(place) as folder:
+                _write_lines(folder / MEMBERS, members_file(dataset, members_lines(members), manifest.parent))
+                records = _new_records(dataset, manifest.parent, imports)
+                written = _write_lines(folder / IMPORTS, (canonical_json(record) + "\n" for record in records))
+                manifest = manifest.model_copy(update={"author": current_author(dataset), "imports": written})
+                seal = manifest_seal(manifest.model_dump(mode="json"))
+                manifest = manifest.model_copy(update={"seal": seal})
+                write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+        write_head(dataset, manifest.digest)
+    return manifest
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> str:
@@ -203,11 +182,9 @@ def _new_records(
         return
     recorded: dict[tuple[str, int], tuple[str, str]] = {}
     metadata: dict[tuple[str, int], Any] = {}
-    for path in reversed(import_files(dataset, manifest)):
-        for line in text_lines(path.read_text(encoding="utf-8")):
-            record = json.loads(line)
-            recorded[record["source"], record["line"]] = record["fate"], record.get("of", record.get("key", ""))
-            metadata[record["source"], record["line"]] = record.get("metadata")
+    for earlier in import_records(reversed(import_files(dataset, manifest))):
+        recorded[earlier["source"], earlier["line"]] = earlier["fate"], earlier.get("of", earlier.get("key", ""))
+        metadata[earlier["source"], earlier["line"]] = earlier.get("metadata")
     mixed = {key for key, place in read_places(dataset, manifest.digest).items() if place.mixed}
     for record in imports:
         fate, before = record["fate"], recorded.get((record["source"], record["line"]))
@@ -221,28 +198,15 @@ def _new_records(
             yield record
 
 
-def _sealed(manifest: Manifest, imports: str, author: str | None) -> Manifest:
-    facts = {"author": author, "imports": imports}
-    manifest = manifest.model_copy(update=facts)
-    return manifest.model_copy(update={"seal": manifest_seal(manifest.model_dump(mode="json"))})
-
-
 def write_head(dataset: Path, digest: str) -> None:
     """Make a version current."""
     write_text(dataset / "HEAD", digest + "\n")
 
 
 def checkout(dataset: Path, digest: str) -> Manifest:
-    """Make an existing version current; the next `data add` builds on it.
-
-    Args:
-        digest: a version's digest or its beginning.
-
-    Raises:
-        UserError: no such version, an ambiguous beginning, a changed version, or another command is writing.
-    """
+    """Make an existing version current, by its digest or the beginning of it; the next `data add` builds on it."""
     if not (dataset / "versions").is_dir():
-        raise _none_yet(dataset)
+        raise no_version(dataset)
     with locked(dataset):
         version = load_version(dataset, digest)
         write_head(dataset, version.digest)
@@ -263,7 +227,7 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
     """
     manifest = current_manifest(dataset) if digest is None else _find(dataset, digest)
     if manifest is None:
-        raise _none_yet(dataset)
+        raise no_version(dataset)
     places = read_places(dataset, manifest.digest)
     purged = {key: purge for key, purge in read_removals(dataset).purged.items() if key in places}
     if purged and not without_purged:
@@ -277,7 +241,8 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
     return DatasetVersion(manifest, members, tuple(sorted(purged)))
 
 
-def _none_yet(dataset: Path) -> UserError:
+def no_version(dataset: Path) -> UserError:
+    """Return the error for a dataset without versions."""
     return UserError("There is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE")
 
 
@@ -316,17 +281,25 @@ def import_files(dataset: Path, manifest: Manifest) -> list[Path]:
     return [version_folder(dataset, m.digest) / IMPORTS for m in ancestry(dataset, manifest)]
 
 
+def import_records(files: Iterable[Path], *fates: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of some imports.jsonl in order; those with one of these fates, if any are named."""
+    wanted = [f'"fate":"{fate}"' for fate in fates]
+    for path in files:
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            # The lines are canonical JSON: most need no parsing.
+            if not wanted or any(text in line for text in wanted):
+                record: dict[str, Any] = json.loads(line)
+                if not fates or record["fate"] in fates:
+                    yield record
+
+
 def version_folder(dataset: Path, digest: str) -> Path:
     """Return the folder of a version."""
     return dataset / "versions" / short(digest)
 
 
 def current_manifest(dataset: Path) -> Manifest | None:
-    """Return the current version's manifest; None if there is no version.
-
-    Raises:
-        UserError: HEAD names a missing version, or was deleted.
-    """
+    """Return the current version's manifest; None if there is no version."""
     head = dataset / "HEAD"
     if not head.is_file():
         # Without HEAD, a single version comes from a killed first writer, and several from an interrupted pull.

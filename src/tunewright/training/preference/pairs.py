@@ -21,7 +21,7 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.readers.preferences import rejected_messages
 from tunewright.data.trace import rejected_answers
 from tunewright.data.versions import DatasetVersion, Member, short
-from tunewright.data.versions.kept_pairs import read_kept_pairs
+from tunewright.data.versions.logs import read_kept_pairs
 from tunewright.training.rows import EncodedRows, name_of, training_rows
 
 _MOST = 10

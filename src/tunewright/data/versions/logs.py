@@ -1,11 +1,17 @@
-"""The log of removed rows: dataset/removed.jsonl, one event per line, and the erasure of purged rows' metadata.
+"""Logs of a dataset that belong to no version: rows removed, restored and purged, and kept preference pairs.
+
+dataset/removed.jsonl, one event per line, which any current version obeys:
 
 removed    the row is in no later version, and is skipped when its file is added again
 restored   the row may be added again
 purged     the row's text is erased from all versions; the remaining digests are tombstones
 
-The log belongs to the dataset, not to a version, so that it holds for any current version. Two logs are merged by line.
-A purge is final, whatever the order of events; otherwise the latest event of a key decides.
+Two logs are merged by line. A purge is final, whatever the order of events; otherwise the latest event of a key
+decides. Replaced and edited rows are not here: the imports.jsonl of the version that replaced them names both keys.
+
+dataset/preferences.jsonl, one pair a line: preference pairs of known rows, from files and from judged answers. Rejected
+answers of new rows are in the metadata of their version. A pair belongs to its input, whatever ideal output a later
+version gives it. The split of that input in the current version decides if the pair may be trained on.
 """
 
 from __future__ import annotations
@@ -13,19 +19,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from tunewright.core.clock import now
 from tunewright.core.io import canonical_json, json_document, write_text
 from tunewright.core.log import SealedLine, numbered_lines
-from tunewright.data.versions.version import IMPORTS, MANIFEST, manifest_seal
+from tunewright.data.examples import Example
+from tunewright.data.versions.version import IMPORTS, MANIFEST, current_author, manifest_seal
 
 REMOVED_FILE = "removed.jsonl"
+KEPT_PAIRS_FILE = "preferences.jsonl"
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -39,6 +48,21 @@ class Removal(SealedLine):
     because: str
     when: str
     by: str | None = None
+
+    @classmethod
+    def of_rows(
+        cls, event: Literal["removed", "purged"], rows: Mapping[str, Example], because: str, root: Path
+    ) -> list[Self]:
+        """Return an event of each row, given by pair key, that happens now in a project."""
+        by, when = current_author(root), now()
+        return [
+            cls(event=event, key=key, said=row.content_key, because=because, when=when, by=by)
+            for key, row in sorted(rows.items())
+        ]
+
+    def restored(self, root: Path) -> Removal:
+        """Return the event that ends this removal now."""
+        return self.model_copy(update={"event": "restored", "when": now(), "by": current_author(root)})
 
     @property
     def day(self) -> str:
@@ -82,21 +106,13 @@ class Removals:
 
 
 def read_removals(dataset: Path) -> Removals:
-    """Return the log of a dataset, which may be empty.
-
-    Raises:
-        UserError: a line is not an event, or was changed.
-    """
+    """Return the log of a dataset, which may be empty."""
     path = dataset / REMOVED_FILE
     return Removals(tuple(events_in(path.read_bytes(), str(path)))) if path.is_file() else Removals()
 
 
 def events_in(data: bytes, where: str) -> list[Removal]:
-    """Return the events in the bytes of a log; ``where`` names it in errors.
-
-    Raises:
-        UserError: a line is not an event, or was changed.
-    """
+    """Return the events in the bytes of a log; ``where`` names it in errors."""
     return [Removal.parse(line, f"{where}:{number}", "removal") for number, line in numbered_lines(data)]
 
 
@@ -128,11 +144,7 @@ def erased_metadata(imports: bytes, manifest: bytes, purged: Collection[str]) ->
     The manifest comes first: if writing stops between the two files, a second call returns the imports that it expects.
     A manifest without a valid digest of imports and seal is left unchanged, so that damage stays visible. No version's
     digest changes, since it is that of the members.
-
-    Args:
-        imports: the content of imports.jsonl.
-        manifest: the content of manifest.json.
-        purged: pair keys; rows that duplicate one of them, or that it replaced, lose their metadata too.
+    Rows that duplicate a purged one, or that it replaced, lose their metadata too.
     """
     kept = _without_metadata(imports, purged)
     if kept == imports:
@@ -141,12 +153,14 @@ def erased_metadata(imports: bytes, manifest: bytes, purged: Collection[str]) ->
         document = json.loads(manifest)
     except ValueError:
         document = None
-    if not isinstance(document, dict):
-        return {IMPORTS: kept}
-    was_whole = document.get("imports") == _sha256(imports) and document.get("seal") == manifest_seal(document)
+    was_whole = (
+        isinstance(document, dict)
+        and document.get("imports") == hashlib.sha256(imports).hexdigest()
+        and document.get("seal") == manifest_seal(document)
+    )
     if not was_whole:
         return {IMPORTS: kept}
-    document["imports"] = _sha256(kept)
+    document["imports"] = hashlib.sha256(kept).hexdigest()
     document["seal"] = manifest_seal(document)
     return {MANIFEST: json_document(document).encode(), IMPORTS: kept}
 
@@ -173,5 +187,79 @@ def _line_without(line: bytes, purged: Collection[str]) -> bytes:
     return canonical_json({name: value for name, value in record.items() if name != "metadata"}).encode()
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+JudgedBy = Literal["person", "judge", "file"]
+Answer = str | list[dict[str, Any]]
+"""The text of an answer, or its turns if it is not one turn of text (`readers.preferences.rejected_value`)."""
+
+
+class KeptPair(SealedLine):
+    """Two answers to one input, of which one is preferred."""
+
+    spells_none: ClassVar[bool] = True
+
+    key: _Sha256
+    """Pair key of the judged row."""
+    input: _Sha256
+    """:attr:`Example.input_key` of the judged row."""
+    chosen: Answer
+    rejected: Answer
+    kind: JudgedBy
+    by: str
+    """Name of the reviewer or of the judging model, who saw both answers blind, or FILE:LINE."""
+    when: str
+    """UTC, ISO 8601."""
+    version: _Sha256
+    """Digest of the dataset version that was evaluated, or that was current when the file was added."""
+    evaluation: str | None = None
+    arms: tuple[str, str] | None = None
+    """The arms that wrote the chosen and the rejected answer; None of a file's pair."""
+
+    @property
+    def said(self) -> tuple[str, str, str]:
+        """The input and both answers, comparable."""
+        return self.input, canonical_json(self.chosen), canonical_json(self.rejected)
+
+
+def read_kept_pairs(dataset: Path) -> list[KeptPair]:
+    """Return the kept pairs of a dataset, in the order of the file."""
+    path = dataset / KEPT_PAIRS_FILE
+    if not path.is_file():
+        return []
+    lines = numbered_lines(path.read_bytes())
+    return [KeptPair.parse(line, f"{path}:{number}", "preference pair") for number, line in lines]
+
+
+def replace_kept_pairs(dataset: Path, evaluation: str, kind: JudgedBy, pairs: Sequence[KeptPair]) -> int:
+    """Keep exactly these pairs of one evaluation's people or judge, and return the number of new ones.
+
+    The caller holds the dataset's lock.
+    """
+    before = read_kept_pairs(dataset)
+    others = [pair for pair in before if (pair.evaluation, pair.kind) != (evaluation, kind)]
+    wanted = [*others, *pairs]
+    if wanted != before:
+        _write(dataset, wanted)
+    return sum(pair not in before for pair in pairs)
+
+
+def add_kept_pairs(dataset: Path, pairs: Sequence[KeptPair]) -> int:
+    """Keep the pairs whose answers are not kept yet, and return their number; the caller holds the dataset's lock."""
+    before = read_kept_pairs(dataset)
+    known = {pair.said for pair in before}
+    new = list({pair.said: pair for pair in pairs if pair.said not in known}.values())
+    if new:
+        _write(dataset, [*before, *new])
+    return len(new)
+
+
+def erase_kept_pairs(dataset: Path, purged: Collection[str]) -> int:
+    """Erase the pairs of purged rows, given by pair key; return their number. The caller holds the dataset's lock."""
+    before = read_kept_pairs(dataset) if purged else []
+    kept = [pair for pair in before if pair.key not in purged]
+    if len(kept) < len(before):
+        _write(dataset, kept)
+    return len(before) - len(kept)
+
+
+def _write(dataset: Path, pairs: Sequence[KeptPair]) -> None:
+    write_text(dataset / KEPT_PAIRS_FILE, "".join(pair.line for pair in pairs))
