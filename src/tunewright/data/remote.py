@@ -364,7 +364,7 @@ class RemoteStore(RemoteFiles):
             path = f"{folder}/{name}"
             data = self.read(path)
             yield path, data
-            # After the caller has parsed it, since lines have digests too: if they match, lines are missing or repeated.
+            # After the caller has parsed it: lines have digests too, so if they match, lines are missing or repeated.
             if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
                 fix = "Restore the file, or delete it and push again from the copies that have its lines."
                 raise UserError(_CHANGED, where=f"{self.url}/{path}", fix=fix)
