@@ -40,7 +40,13 @@ from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import plan_of
 from tunewright.evaluation.prompt_search import first_items
 from tunewright.evaluation.verbs import open_arm_runner
-from tunewright.evidence.schema import EVIDENCE_FILE, Arm, find_evaluation, load_evidence, load_items
+from tunewright.evidence.files import (
+    EVIDENCE_FILE,
+    find_evaluation,
+    load_evidence,
+    load_items,
+)
+from tunewright.evidence.schema import Arm
 from tunewright.open_project import OpenProject
 
 PART = "part.csv"

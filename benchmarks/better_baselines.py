@@ -37,7 +37,7 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.io import text_lines, write_json, write_text
-from tunewright.evidence.schema import load_evidence
+from tunewright.evidence.files import load_evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.examples import legal_citations
 from tunewright.serving.gateway.server import serving

@@ -10,8 +10,9 @@ from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.sample import treatment_is_a
 from tunewright.evaluation.human_eval.session import BlindReview, Pair
+from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE
 from tunewright.evidence.incumbents import Incumbents
-from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item
+from tunewright.evidence.schema import Evidence, Item
 
 
 def save(folder: Path, items: list[Item], evidence: Evidence | None = None) -> Path:

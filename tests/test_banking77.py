@@ -34,13 +34,17 @@ from tunewright.data.versions.version import version_table
 from tunewright.evaluation.arms import plan_of
 from tunewright.evaluation.runner import measured_contrasts
 from tunewright.evaluation.train_similarity import scores_by_distance
-from tunewright.evidence.schema import Advice, Arm, Evidence, load_evidence
+from tunewright.evidence.blocks import advice_section, evaluation_sections
+from tunewright.evidence.files import load_evidence
+from tunewright.evidence.schema import (
+    Advice,
+    Arm,
+    Evidence,
+)
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.verdict import SIGNIFICANT, verdict
 from tunewright.metrics import open_scorers
 from tunewright.render.terminal import rendered
-from tunewright.report.sections.evaluation import sections
-from tunewright.report.sections.prompting import advice_section
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "banking77"
@@ -270,7 +274,7 @@ def _printed() -> list[str]:
         *leakage_blocks(_leak(), ()),
         advice_section(_advice_anew()),
         _training_text(evidence),
-        *sections(evidence),
+        *evaluation_sections(evidence),
         verdict_text(verdict(evidence)),
     )
     out = io.StringIO()

@@ -24,7 +24,8 @@ from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
-from tunewright.evidence.schema import EVIDENCE_FILE, Item
+from tunewright.evidence.files import EVIDENCE_FILE
+from tunewright.evidence.schema import Item
 from tunewright.examples import legal_citations
 from tunewright.pipeline import RunResult
 from tunewright.serving.options import ServeOptions

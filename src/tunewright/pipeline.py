@@ -15,8 +15,8 @@ from tunewright.data.versions import load_version
 from tunewright.evaluation import data_verbs
 from tunewright.evaluation.tuning import check_trainable, has_trained, refuse_up_front, require_rows, train_adapter
 from tunewright.evaluation.verbs import asked_splits, current_split_power, evaluate, prompting
+from tunewright.evidence.power import require_significance
 from tunewright.evidence.schema import Advice
-from tunewright.evidence.split_power import require_significance
 from tunewright.evidence.verdict import Verdict
 from tunewright.open_project import OpenProject
 from tunewright.report.verbs import report, verdict

@@ -32,7 +32,7 @@ from tunewright.adapters.foreign.quarantine import quarantine_folder
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest, find_adapter, list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.examples import Message
-from tunewright.evidence.schema import load_evidence, load_items
+from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.verdict import verdict
 from tunewright.models.memory.shape import read_shape
 from tunewright.serving.options import ServeOptions

@@ -19,7 +19,7 @@ from factories import make_items
 from forked import Command, Ended, Fault, Server
 from scripted_judge import Server as Judge
 from scripted_judge import write_project
-from tunewright.evidence.schema import load_evidence
+from tunewright.evidence.files import load_evidence
 
 UNFINISHED_PURGE = "the purge is not finished"
 HANG_S = 180

@@ -14,7 +14,7 @@ from command_line import Ran, tiny_project, tunewright
 from tunewright.evaluation import countdown
 from tunewright.evaluation.access_log import ACCESS_LOG
 from tunewright.evaluation.generations import Generator
-from tunewright.evidence.schema import load_evidence
+from tunewright.evidence.files import load_evidence
 from tunewright.generation.requests import Request
 
 pytestmark = pytest.mark.slow

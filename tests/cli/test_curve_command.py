@@ -15,9 +15,8 @@ from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config import MetricName
 from tunewright.evidence.common import Interval
-from tunewright.evidence.learning_curve import Curve, Point, more_data
+from tunewright.evidence.learning_curve import Curve, Point, curve_lines, more_data
 from tunewright.render.plots import lines_file
-from tunewright.report.sections.training import curve_lines
 
 pytestmark = pytest.mark.slow
 

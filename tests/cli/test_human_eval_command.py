@@ -13,10 +13,10 @@ from command_line import tunewright
 from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
 from terminal import Terminal
 from tunewright.cli import commands
+from tunewright.evidence.files import load_evidence
 from tunewright.evidence.human_eval import human_eval_line
-from tunewright.evidence.preferences import decisive_preferences
-from tunewright.evidence.schema import load_evidence
-from tunewright.report.markdown import verdict_markdown
+from tunewright.evidence.verdict import decisive_preferences
+from tunewright.report.verbs import markdown_of
 
 ID = "0123456789ab"
 
@@ -78,7 +78,7 @@ def test_incumbent_is_compared_apart_and_decides_nothing(tmp_path: Path, press: 
     evidence = load_evidence(folder)
     found = evidence.human_eval_incumbents["hosted"]
     assert {**found.model_dump(mode="json"), "decision": found.decision} == shown.document
-    assert evidence.human_eval is None and decisive_preferences(evidence).against is None
+    assert evidence.human_eval is None and decisive_preferences(evidence)[0] is None
     after = tunewright("verdict", ID, "-p", tmp_path, "--json").document
     (replaced,), (earlier,) = after.pop("incumbents"), before.pop("incumbents")
     assert after == before, "it decides nothing"
@@ -87,7 +87,7 @@ def test_incumbent_is_compared_apart_and_decides_nothing(tmp_path: Path, press: 
     assert replaced["reasons"] == [*earlier["reasons"], line]
     assert {**replaced, "reasons": []} == {**earlier, "reasons": []}
     assert line in " ".join(tunewright("verdict", ID, "-p", tmp_path).stdout.split())
-    markdown = verdict_markdown(evidence)
+    markdown = markdown_of(evidence)
     assert markdown.index("| hosted |") < markdown.index("This comparison decides nothing")
     lines = (tmp_path / "evaluations" / "access_log.jsonl").read_bytes()
     tunewright("human-eval", ID, "-p", tmp_path, "--results", "--against", "hosted")

@@ -19,7 +19,8 @@ from command_line import Ran, tunewright
 from factories import COUNTIES, STATES, with_scores
 from scripted_judge import Asked, Script, honest, scripted, verdict, write_project
 from tunewright.core.io import digest
-from tunewright.evidence.schema import Evidence, Item, load_evidence
+from tunewright.evidence.files import load_evidence
+from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import normalised
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from command_line import tiny_project, tunewright
+from tunewright.evidence.blocks import evaluation_sections
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import holm
 from tunewright.render.terminal import rendered
-from tunewright.report.sections.evaluation import sections
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def _drawn(evidence: dict[str, Any]) -> str:
     """The tables on a terminal that is wide enough."""
     console = Console(width=250)
     with console.capture() as drawn:
-        for part in rendered(*sections(Evidence.model_validate(evidence))):
+        for part in rendered(*evaluation_sections(Evidence.model_validate(evidence))):
             console.print(part)
     return drawn.get()
 

@@ -29,7 +29,7 @@ from tunewright.config.compute import ComputeConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogTask
-from tunewright.evidence.schema import EVIDENCE_FILE
+from tunewright.evidence.files import EVIDENCE_FILE
 
 pytestmark = [
     pytest.mark.ray,

@@ -22,8 +22,8 @@ from tunewright.core.io import canonical_json, digest, file_digest, write_text
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog, amendable, load_checked
 from tunewright.evidence.common import References
+from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE
 from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess, openings_text
-from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE
 from tunewright.evidence.verdict import verdict
 
 EVIDENCE = make_evidence(make_items())

@@ -15,8 +15,8 @@ from factories import make_evidence, make_items, make_opening
 from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
+from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE
 from tunewright.evidence.logged_access import LoggedAccess
-from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE
 
 EVIDENCE = make_evidence(make_items())
 TEXT = st.sampled_from(["one\n", "two\n", "{}", ""])

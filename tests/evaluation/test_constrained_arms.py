@@ -18,7 +18,7 @@ from tunewright.evaluation.arms import prompting_arms
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import warn_of_unreachable
 from tunewright.evaluation.repeats import noise_floor
-from tunewright.evidence.schema import load_items
+from tunewright.evidence.files import load_items
 from tunewright.generation.constraints import Grammar
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import resolve_base

@@ -10,9 +10,9 @@ import tunewright
 from command_line import tiny_project, write_jsonl
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.prompt_search import AdviseResult, advise
-from tunewright.evidence.schema import load_items
+from tunewright.evidence.files import load_items
 from tunewright.evidence.verdict import verdict
-from tunewright.report.html import render_report
+from tunewright.report.page import render_report
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,9 @@ from factories import make_items
 from scripted_judge import Asked, Script, honest, scripted, verdict, write_project
 from tunewright.core.io import digest
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, load_judged
+from tunewright.evidence.files import load_evidence
 from tunewright.evidence.judge import Judgement
-from tunewright.evidence.schema import Evidence, Item, load_evidence
+from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import normalised
 
 CONTROL_QUESTIONS = 14 * 6

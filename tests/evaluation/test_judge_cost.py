@@ -11,7 +11,7 @@ from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import save
 from scripted_judge import honest, read_prompt, scripted, write_project
-from tunewright.evidence.schema import load_evidence, load_items
+from tunewright.evidence.files import load_evidence, load_items
 
 CONTROL_QUESTIONS = 14 * 6
 

@@ -15,7 +15,8 @@ from tunewright.data.versions.logs import read_kept_pairs
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.journal import FOLDER
 from tunewright.evaluation.judge.rows import ROWS_FILE, ArmCorrectness, ArmPreference, JudgedItem, Outcome, Pair
-from tunewright.evidence.schema import Item, load_items
+from tunewright.evidence.files import load_items
+from tunewright.evidence.schema import Item
 
 ID = "0123456789ab"
 

@@ -9,8 +9,17 @@ from pydantic import ValidationError
 from factories import cross_fitted, make_evidence, make_items, with_contrast
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
-from tunewright.evidence.prompts import PROMPTS_FILE, PromptMessages, load_messages
-from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Contrast, find_evaluation, load_evidence, load_items
+from tunewright.evidence.files import (
+    EVIDENCE_FILE,
+    ITEMS_FILE,
+    PROMPTS_FILE,
+    PromptMessages,
+    find_evaluation,
+    load_evidence,
+    load_items,
+    load_messages,
+)
+from tunewright.evidence.schema import Contrast
 from tunewright.evidence.verdict import verdict
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "banking77"

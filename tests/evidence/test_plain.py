@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from factories import make_evidence, make_items, with_contrast
-from tunewright.evidence.plain import plain_measurement
+from tunewright.evidence.verdict import plain_measurement
 
 EVIDENCE = make_evidence(make_items(120, tuned=0.7, retrieved=0.3))
 

@@ -12,10 +12,9 @@ from factories import make_evidence, make_items, with_contrast
 from report_evidence import JUDGE, REVIEW, vetoed
 from tunewright.evidence.common import Interval
 from tunewright.evidence.human_eval import AnswerReview, human_eval_line
-from tunewright.evidence.judge import Judgement
-from tunewright.evidence.preferences import decisive_preferences, judge_line
+from tunewright.evidence.judge import Judgement, judge_line
 from tunewright.evidence.schema import Evidence
-from tunewright.evidence.verdict import verdict
+from tunewright.evidence.verdict import decisive_preferences, verdict
 
 STRICTNESS = ["ship", "can't tell", "don't ship"]
 EVIDENCE = make_evidence(make_items(60))
@@ -125,7 +124,7 @@ def test_unfinished_review_states_why_it_has_no_win_rate() -> None:
     ids=["in preference", "in correctness", "in the one form measured"],
 )
 def test_objecting_judge_makes_the_verdict_undecided(judge: Judgement) -> None:
-    assert decisive_preferences(_with(SHIPS, judge=judge)).against == "judge"
+    assert decisive_preferences(_with(SHIPS, judge=judge))[0] == "judge"
     for evidence, decision in ((SHIPS, "can't tell"), (OPEN, "can't tell"), (WORSE, "don't ship")):
         result = verdict(_with(evidence, judge=judge))
         assert result.decision == decision
@@ -178,7 +177,7 @@ def test_judge_preference_between_other_arms_is_ignored() -> None:
     assert AGAINST.contrast is not None
     contrast = AGAINST.contrast.model_copy(update={"control": "zero-shot", "difference": -0.5})
     other = AGAINST.model_copy(update={"preferences": (preference,), "contrast": contrast})
-    assert decisive_preferences(_with(SHIPS, judge=other)).against is None
+    assert decisive_preferences(_with(SHIPS, judge=other))[0] is None
 
 
 RATES = st.floats(0, 1)

@@ -9,11 +9,11 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.splits import Split, assign_splits
-from tunewright.evidence.power import power
-from tunewright.evidence.split_power import (
+from tunewright.evidence.power import (
     AIM,
     USUAL,
     SplitPower,
+    power,
     require_significance,
     split_power,
     split_power_text,

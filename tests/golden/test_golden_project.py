@@ -16,7 +16,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.answer_journal import Decoding, answer_journal
 from tunewright.evaluation.frozen_answers import IncumbentModel
-from tunewright.evidence.schema import EVIDENCE_FILE, load_evidence
+from tunewright.evidence.files import EVIDENCE_FILE, load_evidence
 from tunewright.serving.tenants import State
 
 ARCHIVES = sorted(Path(__file__).parent.glob("project-*.tar.xz"))

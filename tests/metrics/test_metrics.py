@@ -278,7 +278,7 @@ def test_metric_numbers_are_readable() -> None:
 
 
 def test_measuring_and_judging_never_import_torch() -> None:
-    modules = ["evidence.statistics", "evidence.scoring", "evidence.verdict", "metrics", "report.html"]
+    modules = ["evidence.statistics", "evidence.scoring", "evidence.verdict", "metrics", "report.page"]
     program = "import sys, json\n" + "".join(f"import tunewright.{m}\n" for m in modules)
     program += "print(json.dumps(sorted({'torch', 'transformers'} & set(sys.modules))))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -24,7 +24,7 @@ from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.judge.rows import ROWS_FILE
-from tunewright.evidence.schema import load_evidence
+from tunewright.evidence.files import load_evidence
 from tunewright.model_io import client
 from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import Endpoint

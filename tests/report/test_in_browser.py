@@ -12,7 +12,7 @@ from browser import EXECUTABLE, chromium, contrasts, faults, new_page, show
 from factories import make_history
 from report_evidence import CURVE, ITEMS, full_evidence
 from signals_factory import make_signals
-from tunewright.report.html import render_report
+from tunewright.report.page import render_report
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

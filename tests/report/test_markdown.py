@@ -22,7 +22,7 @@ from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.metrics import points_text
 from tunewright.render.markdown import plain
-from tunewright.report.markdown import verdict_markdown
+from tunewright.report.verbs import markdown_of
 
 EVIDENCE = make_evidence(make_items(60), also=["bleu"])
 FULL = EVIDENCE.model_copy(update={"regressions": GENERAL, "judge": JUDGE, "human_eval": REVIEW})
@@ -65,7 +65,7 @@ def _kinds(text: str) -> list[str]:
 
 
 def test_comment_has_the_verdict_and_every_reason() -> None:
-    text = verdict_markdown(EVIDENCE)
+    text = markdown_of(EVIDENCE)
     shown = _lines(text)
     assert text.startswith("## Ship: court-citations\n")
     for reason in verdict(EVIDENCE).reasons:
@@ -73,16 +73,16 @@ def test_comment_has_the_verdict_and_every_reason() -> None:
 
 
 def test_comment_lists_suites_once_and_why_one_does_not_decide() -> None:
-    shown = _lines(verdict_markdown(FULL))
+    shown = _lines(markdown_of(FULL))
     assert not any(suite_text(suite) in shown for suite in GENERAL.suites)
     assert "Not measured: gsm8k: needs the extra lm-eval" in shown
-    assert [row[-1] for row in _tables(verdict_markdown(FULL))[2][1:]] == [
+    assert [row[-1] for row in _tables(markdown_of(FULL))[2][1:]] == [
         "not worse", "no margin: decides nothing", "decides nothing: guessing failed", "no margin: decides nothing",
     ]  # fmt: skip
 
 
 def test_comment_tables_have_all_figures_of_arms_and_contrasts() -> None:
-    arms, contrasts = _tables(verdict_markdown(EVIDENCE))[:2]
+    arms, contrasts = _tables(markdown_of(EVIDENCE))[:2]
     scores = ["Exact match, %", "95% interval", "Corpus BLEU", "95% interval"]
     assert arms[0] == ["Arm", "Right", *scores, "Cut by the token limit", "Prompt tokens", "Shared"]
     for arm, row in zip(EVIDENCE.arms, arms[1:], strict=True):
@@ -111,7 +111,7 @@ def test_comment_tables_have_all_figures_of_arms_and_contrasts() -> None:
 
 
 def test_comment_has_suites_judge_and_people_only_when_measured() -> None:
-    bare, full = verdict_markdown(EVIDENCE), verdict_markdown(FULL)
+    bare, full = markdown_of(EVIDENCE), markdown_of(FULL)
     for message in ("General abilities", "Judge fair-judge-70b", "People, blind: 38 of 40"):
         assert message not in _lines(bare)
         assert message in _lines(full)
@@ -126,7 +126,7 @@ def test_comment_has_suites_judge_and_people_only_when_measured() -> None:
 
 
 def test_comment_shows_only_the_veto_of_a_vetoed_judge() -> None:
-    shown = _lines(verdict_markdown(EVIDENCE.model_copy(update={"judge": vetoed(JUDGE)})))
+    shown = _lines(markdown_of(EVIDENCE.model_copy(update={"judge": vetoed(JUDGE)})))
     assert "vetoed, so its judgements do not count." in shown
     assert "wins" not in shown
 
@@ -146,7 +146,7 @@ def _with_text(text: str) -> Evidence:
     return FULL.model_copy(update=changes)
 
 
-KINDS = _kinds(verdict_markdown(_with_text("x")))
+KINDS = _kinds(markdown_of(_with_text("x")))
 
 
 @examples(30)
@@ -159,7 +159,7 @@ KINDS = _kinds(verdict_markdown(_with_text("x")))
 @example("12) b")
 @example("www.example.org https://example.org a@b.org")
 def test_comment_escapes_markup_and_mentions(text: str) -> None:
-    markdown = verdict_markdown(_with_text(text))
+    markdown = markdown_of(_with_text(text))
     assert _kinds(markdown) == KINDS
     assert not re.search(r"[@#]\w|\bGH-\d|://|\bwww\.\w", _lines(markdown), re.IGNORECASE)
 
@@ -173,7 +173,7 @@ def test_comment_shows_text_unchanged() -> None:
 def test_verdict_comment_goes_to_stdout_and_keeps_the_exit_code(tmp_path: Path) -> None:
     write_json(tmp_path / "evidence.json", EVIDENCE.model_dump(mode="json"))
     ran = tunewright("verdict", tmp_path / "evidence.json", "--markdown", "-p", tmp_path)
-    assert (ran.code, ran.stdout) == (0, verdict_markdown(EVIDENCE))
+    assert (ran.code, ran.stdout) == (0, markdown_of(EVIDENCE))
     both = tunewright("verdict", tmp_path / "evidence.json", "--markdown", "--json", "-p", tmp_path)
     assert both.document["markdown"] == ran.stdout
     assert "markdown" not in tunewright("verdict", tmp_path / "evidence.json", "--json", "-p", tmp_path).document

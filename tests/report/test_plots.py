@@ -9,7 +9,8 @@ import pytest
 from signals_factory import break_even
 from tunewright.render.blocks import Bar, Figure
 from tunewright.render.plots import forest_plot, lines_plot
-from tunewright.report.sections import cost, training
+from tunewright.report import training
+from tunewright.report.training import break_even_lines
 
 
 def _ends(svg: str, colour: str) -> list[tuple[float, float]]:
@@ -91,7 +92,7 @@ def test_plot_does_not_change_the_global_style() -> None:
 
 def test_break_even_lines_cross_at_the_break_even() -> None:
     even = break_even((45_000, 50_000, 56_000))
-    svg = lines_plot(cost.lines(even)[0])
+    svg = lines_plot(break_even_lines(even)[0])
     (prompting,) = _lines(svg, "var(--prompting)", points=2)
     (tuned,) = _lines(svg, "var(--tuned)", points=2)
     (mark,) = _upright(svg)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from factories import make_evidence, make_history, make_items
 from report_evidence import ITEMS
+from tunewright.evidence.blocks import contrasts_section
 from tunewright.evidence.common import References
-from tunewright.report.html import render_report
-from tunewright.report.sections.contrasts import section
-from tunewright.report.sections.summary import summary
+from tunewright.report.page import render_report, summary
 
 COUNTS = References(items=30, inputs=5, several=5, references=30)
 
@@ -22,8 +21,8 @@ def test_summary_counts_items_and_names_their_inputs_when_inputs_have_several_re
 
 def test_contrasts_name_no_independent_items_when_clusters_are_few() -> None:
     few = [item.model_copy(update={"cluster": f"c{n % 2}"}) for n, item in enumerate(make_items(30))]
-    assert "2 clusters: too few to estimate" in str(section(make_evidence(few)))
-    assert "independent items" not in str(section(make_evidence(few))).replace(
+    assert "2 clusters: too few to estimate" in str(contrasts_section(make_evidence(few)))
+    assert "independent items" not in str(contrasts_section(make_evidence(few))).replace(
         "too few to estimate how many independent items", ""
     )
-    assert "worth" in str(section(make_evidence(ITEMS)))
+    assert "worth" in str(contrasts_section(make_evidence(ITEMS)))

@@ -19,8 +19,8 @@ from tunewright.config import Metric
 from tunewright.core.io import digest
 from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict
-from tunewright.report.html import render_report
-from tunewright.report.sections.items import SHOWN_FIXED, SHOWN_STILL_WRONG
+from tunewright.report.items import SHOWN_FIXED, SHOWN_STILL_WRONG
+from tunewright.report.page import render_report
 
 ITEMS = make_items(60)
 EVIDENCE = make_evidence(ITEMS, also=["bleu"])
@@ -251,7 +251,7 @@ def test_report_is_reproducible(tmp_path: Path) -> None:
     """In another process too, where Python's hashes of strings are others."""
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from factories import *; from tunewright.report.html import render_report\n"
+        "from factories import *; from tunewright.report.page import render_report\n"
         "items = make_items(60); evidence = make_evidence(items, also=['bleu'])\n"
         "Path(sys.argv[2]).write_text(render_report(evidence, items, make_history()), encoding='utf-8')"
     )

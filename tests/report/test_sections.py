@@ -25,8 +25,8 @@ from tunewright.evidence.learning_curve import CURVE_FILE, find_curve, more_data
 from tunewright.evidence.logged_access import openings_text
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label, points_text
-from tunewright.report.html import render_report
-from tunewright.report.sections import train_similarity
+from tunewright.report.items import similarity_section
+from tunewright.report.page import render_report
 
 FULL = full_evidence()
 ADVICE = make_signals()
@@ -89,7 +89,7 @@ def test_contrasts_have_raw_and_adjusted_p_values() -> None:
     for contrast, row in zip(FULL.contrasts, rows, strict=True):
         assert row[0].startswith(f"{contrast.treatment} − {contrast.control}")
         assert row[1:3] == [metric_label(contrast.metric), points_text(contrast.difference)]
-        assert row[3].startswith(f"{points_text(contrast.interval.low)} to {points_text(contrast.interval.high)}")
+        assert row[3].startswith(f"{contrast.interval.points}")
         raw, adjusted = contrast.p_value, contrast.p_adjusted
         assert row[4] == ("<1e-15" if raw < 1e-15 else f"{raw:.2g}") + f" {contrast.test}"
         assert row[5] == ("none" if adjusted is None else "<1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
@@ -406,7 +406,7 @@ def test_unscored_bands_have_no_answer() -> None:
     changed = FULL.model_copy(
         update={"train_similarity": found.model_copy(update={"bands": (far, *found.bands[1:]), "farther": far})}
     )
-    section = train_similarity.section(changed)
+    section = similarity_section(changed)
     assert section is not None
     assert "not scored in both arms" in section.blocks[0].text  # type: ignore[union-attr]
     assert _read(changed).tables["Table of scores by distance"][1][2:] == ["none scored"] * 4

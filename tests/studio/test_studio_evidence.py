@@ -17,8 +17,8 @@ from factories import make_evidence, make_items
 from people_helpers import save
 from stand_in import stand_in, with_incumbents
 from studio_client import Browser, restarted
-from tunewright.evidence.prompts import PROMPTS_FILE
-from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Item
+from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE, PROMPTS_FILE
+from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict
 
 EVALUATION = "0123456789ab"

@@ -17,8 +17,8 @@ from people_helpers import begin
 from scripted_judge import Asked, Server, honest, scripted, verdict, write_project
 from studio_client import Browser, restarted
 from tunewright.evaluation.judge.rows import JudgedItem, load_judged
-from tunewright.evidence.schema import Item, load_evidence, load_items
-from tunewright.report.text import percent_interval
+from tunewright.evidence.files import load_evidence, load_items
+from tunewright.evidence.schema import Item
 from tunewright.studio.jobs import Jobs
 
 EVALUATION = "0123456789ab"
@@ -75,7 +75,7 @@ def test_judge_shows_its_cost_then_runs_and_its_findings_are_shown(project: Path
     judgement = load_evidence(project / "evaluations" / EVALUATION).judge
     assert judgement is not None and not judgement.vetoed
     rate = judgement.preferences[0].rate
-    assert f"<td>{100 * rate.value:.1f}</td><td>{percent_interval(rate.interval)}</td>" in re.sub(r">\s+<", "><", page)
+    assert f"<td>{100 * rate.value:.1f}</td><td>{rate.interval.percents}</td>" in re.sub(r">\s+<", "><", page)
     assert "gold against other" in page and "60 of 60 items" in page
     assert "Estimate calls and cost" in page
 

@@ -9,7 +9,7 @@ import yaml
 
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.data.versions import load_version
-from tunewright.evidence.schema import load_evidence
+from tunewright.evidence.files import load_evidence
 
 
 def test_generated_effect_refuses_evaluations_that_are_not_there(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.open_project import OpenProject
 from tunewright.pipeline import RunResult as RunResult  # users import it from here
-from tunewright.report import curve
+from tunewright.report import verbs as curve
 from tunewright.report import verbs as reports
 from tunewright.serving import project_state, release_gate, serve
 from tunewright.serving import releases as release_verbs

@@ -62,7 +62,7 @@ def advise(
 def advice_tables(result: AdviceResult) -> list[Part]:
     """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
     from tunewright.advisor.advice import changes, expectations, measured
-    from tunewright.report.sections.prompting import advice_section
+    from tunewright.evidence.blocks import advice_section
 
     signals, decision = result.signals, result.decision
     answer = Text(f"Answer: {decision.answer}", style=_COLOURS[decision.answer])

@@ -77,7 +77,7 @@ def crossval(
 
 
 def _show(run: Session, result: EvaluateResult) -> None:
-    from tunewright.report.sections.evaluation import sections
+    from tunewright.evidence.blocks import evaluation_sections
 
     run.show(
         {
@@ -86,7 +86,7 @@ def _show(run: Session, result: EvaluateResult) -> None:
             "split": result.evidence.split,
             "evidence": result.evidence.model_dump(mode="json"),
         },
-        *sections(result.evidence),
+        *evaluation_sections(result.evidence),
         f"Evidence: {result.folder}",
     )
 

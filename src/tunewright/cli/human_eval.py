@@ -136,10 +136,10 @@ def _show_progress(run: Session, blind: BlindReview) -> None:
 
 
 def _show_results(run: Session, evaluation: Path | None, against: str | None) -> int:
-    from tunewright.report.sections.human_eval import section
+    from tunewright.evidence.human_eval import human_eval_section
 
     review = run.unopened.human_eval_results(evaluation, against=against)
-    run.show({**review.model_dump(mode="json"), "decision": review.decision}, section(review))
+    run.show({**review.model_dump(mode="json"), "decision": review.decision}, human_eval_section(review))
     return EXIT_CODES[review.decision]
 
 

@@ -34,7 +34,7 @@ def judge(
     The model is the config's judge. Its replies are stored, so a stopped run resumes and pays for nothing twice.
     """
     from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
-    from tunewright.report.sections.judge import section
+    from tunewright.evidence.judge import judge_section
 
     if estimate and keep_preferences:
         raise UserError(
@@ -53,7 +53,7 @@ def judge(
     judged = result.judgement
     run.show(
         {"folder": str(result.folder), "judge": judged.model_dump(mode="json")},
-        section(judged),
+        judge_section(judged),
         f"Replies: {result.folder / (CONTROLS_FILE if judged.vetoed else ROWS_FILE)}",
     )
     return MEASURED_NO if judged.vetoed else None

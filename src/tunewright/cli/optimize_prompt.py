@@ -29,7 +29,7 @@ def optimize_prompt(
         expected = run.project.estimate_optimize_prompt()
         run.show(expected, estimate_text(expected))
         return
-    from tunewright.report.sections.prompting import optimization_section
+    from tunewright.evidence.prompt_optimization import optimization_section
 
     result = run.project.optimize_prompt()
     prompt = result.prompt

@@ -145,8 +145,9 @@ def demo(
     from tunewright.cli.advise import advice_tables
     from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo
     from tunewright.demo_tenants import show_two_tenants
-    from tunewright.evidence.schema import load_items
-    from tunewright.report.sections import judge, training
+    from tunewright.evidence.files import load_items
+    from tunewright.evidence.judge import judge_section
+    from tunewright.evidence.learning_curve import curve_section
 
     project = open_demo(directory, run.reporter, whole=whole, cluster=run.cluster)
     with run.reporter.pipeline(_DEMO_STAGES) as stage_done:
@@ -169,8 +170,8 @@ def demo(
     if whole:
         rest = measure_slow_parts(project, result.evaluated.folder)
         document |= rest.as_dict()
-        shown += [*advice_tables(rest.advice), training.curve_section(rest.curve.curve)]
-        shown += [judge.section(rest.judged.judgement), f"Report: {rest.report}"]
+        shown += [*advice_tables(rest.advice), curve_section(rest.curve.curve)]
+        shown += [judge_section(rest.judged.judgement), f"Report: {rest.report}"]
     run.show(document, *shown)
     run.report_review_status(directory)
     return result.verdict.exit_code
@@ -178,16 +179,16 @@ def demo(
 
 def show_prompting(run: Session, advice: Advice) -> None:
     """Print the prompting arms' scores as progress, on stderr."""
-    from tunewright.report.sections.prompting import advice_section
+    from tunewright.evidence.blocks import advice_section
 
     run.note(advice_section(advice))
 
 
 def run_tables(result: RunResult) -> list[Part]:
     """Return the pipeline's result as tables."""
-    from tunewright.report.sections.evaluation import sections
+    from tunewright.evidence.blocks import evaluation_sections
 
-    return [*sections(result.evaluated.evidence), verdict_text(result.verdict), f"Report: {result.report}"]
+    return [*evaluation_sections(result.evaluated.evidence), verdict_text(result.verdict), f"Report: {result.report}"]
 
 
 def run_document(result: RunResult) -> dict[str, Any]:

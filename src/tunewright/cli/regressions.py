@@ -19,7 +19,7 @@ def regressions(run: Session, adapter: Adapter = None) -> int:
 
     The suites are those of the config's `regressions` section; `evaluate` measures them too. Resumes where it stopped.
     """
-    from tunewright.report.sections.benchmarks import section
+    from tunewright.evidence.benchmarks import benchmarks_section
 
     result = run.project.regressions(adapter)
     standing = result.standing
@@ -28,7 +28,7 @@ def regressions(run: Session, adapter: Adapter = None) -> int:
         if result.folder
         else "`tunewright evaluate` adds it to the adapter's evidence, once there is some."
     )
-    run.show(regressions_document(result), section(result.benchmarks), *standing.reasons, evidence)
+    run.show(regressions_document(result), benchmarks_section(result.benchmarks), *standing.reasons, evidence)
     return standing.exit_code
 
 

@@ -108,9 +108,8 @@ def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, wr
 
 
 def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
-    from tunewright.evidence.learning_curve import more_data
-    from tunewright.report.curve import CURVE_PLOT, SEEDS
-    from tunewright.report.sections.training import curve_section
+    from tunewright.evidence.learning_curve import curve_section, more_data
+    from tunewright.report.verbs import CURVE_PLOT, SEEDS
 
     result = run.project.curve(seeds=SEEDS if seeds is None else seeds, force=force)
     found = more_data(result.curve)
@@ -132,7 +131,7 @@ def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
 def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Part]:
     """Return each trial at each rung, its outcome, and the winner."""
     from tunewright.core.progress import duration
-    from tunewright.report.sections.training import sweep_section
+    from tunewright.report.training import sweep_section
 
     ledger = result.ledger
     parts: list[Part] = [sweep_section(ledger), f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]

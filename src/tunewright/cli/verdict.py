@@ -51,8 +51,8 @@ def report(run: Session, evaluation: Evaluation = None) -> None:
 @command(app, "access-log", panel=EVALUATE, example="tunewright access-log")
 def access_log(run: Session) -> None:
     """List every opening of the test split, after checking the log and the files that it binds for changes."""
+    from tunewright.evidence.logged_access import log_table
     from tunewright.render.blocks import Lead
-    from tunewright.report.sections.method import log_table
 
     openings = run.unopened.access_log()
     shown = [Lead("Openings of the test split"), log_table(openings)]
@@ -64,13 +64,11 @@ def access_log(run: Session) -> None:
 
 def verdict_text(decision: Verdict) -> Text:
     """Return the decision and its reasons."""
-    from tunewright.report.text import cause_text
-
     on_dev = " (on dev)" if decision.split == "dev" else ""
     text = Text(f"Verdict{on_dev}: {decision.decision}\n", style=_COLOURS[decision.decision])
     lines = [f"  {reason}" for reason in decision.reasons]
     if decision.causes:
-        lines += ["Likely causes:", *(f"  - {cause_text(cause)}" for cause in decision.causes)]
+        lines += ["Likely causes:", *(f"  - {cause.text}" for cause in decision.causes)]
     for each in decision.replacements:
         lines.append(f"Incumbent {each.incumbent.name}: {each.outcome}")
         lines += [f"  {reason}" for reason in each.reasons]

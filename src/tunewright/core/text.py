@@ -17,6 +17,11 @@ def count_of(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def capitalised(text: str) -> str:
+    """Return a text with its first letter capitalised and the rest unchanged."""
+    return text[:1].upper() + text[1:]
+
+
 # C0 without tabs and line ends, C1, the Bidi_Control property, and lone surrogates, which no stream encodes.
 _CONTROLS = re.compile(
     "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"

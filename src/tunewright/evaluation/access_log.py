@@ -29,8 +29,9 @@ from tunewright.core.text import count_of
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.version import current_author
 from tunewright.evidence.common import Part
+from tunewright.evidence.files import EVIDENCE_FILE, load_evidence
 from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess, WrittenFiles
-from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, load_evidence
+from tunewright.evidence.schema import Evidence
 
 ACCESS_LOG = "access_log.jsonl"
 _RESTORE = "Restore the access log, for example from git: it records how often the test was opened."

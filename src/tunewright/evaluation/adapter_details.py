@@ -12,7 +12,7 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.trust import TrustStatus, trust_status
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evidence.schema import EVIDENCE_FILE
+from tunewright.evidence.files import EVIDENCE_FILE
 from tunewright.evidence.verdict import Decision, verdict
 from tunewright.open_project import OpenProject
 

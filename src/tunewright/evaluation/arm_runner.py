@@ -28,9 +28,9 @@ from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrat
 from tunewright.evaluation.embeddings import Embeddings
 from tunewright.evaluation.generations import ArmPrompts, Generator, Prompt
 from tunewright.evaluation.optimized_prompts import find_optimized
-from tunewright.evidence.common import Budget
+from tunewright.evidence.common import Budget, StoredPrompt
+from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
-from tunewright.evidence.prompts import PromptMessages, StoredPrompt
 from tunewright.evidence.schema import MEASUREMENT_VERSION, Arm
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.statistics import RESAMPLES

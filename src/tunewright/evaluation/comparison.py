@@ -25,8 +25,9 @@ from tunewright.evaluation.countdown import Work
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.incumbents import declared_incumbents, incumbent_inputs
 from tunewright.evidence.common import Budget
+from tunewright.evidence.files import DEV_PREFIX
 from tunewright.evidence.logged_access import Declared
-from tunewright.evidence.schema import DEV_PREFIX, Advice
+from tunewright.evidence.schema import Advice
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,14 @@ from tunewright.evaluation.runner import (
 )
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
+from tunewright.evidence.files import EVIDENCE_FILE, PromptMessages
 from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
-from tunewright.evidence.prompts import PromptMessages
-from tunewright.evidence.schema import EVIDENCE_FILE, MEASUREMENT_VERSION, Advice, Evidence, Fold
+from tunewright.evidence.schema import (
+    MEASUREMENT_VERSION,
+    Advice,
+    Evidence,
+    Fold,
+)
 from tunewright.evidence.scoring import count_references, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base

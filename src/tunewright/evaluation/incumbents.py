@@ -23,10 +23,10 @@ from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED
 from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentEstimate, IncumbentModel, Split
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.evidence.common import ArmScore
+from tunewright.evidence.common import ArmScore, StoredPrompt
+from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.incumbents import Incumbent, Incumbents, Latency, Serving, TunedServing, measured_drop
 from tunewright.evidence.logged_access import Declared
-from tunewright.evidence.prompts import PromptMessages, StoredPrompt
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.scoring import ScoredArms, leave_out, score_arm, score_of
 from tunewright.metrics import score_all, score_text

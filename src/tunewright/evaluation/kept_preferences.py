@@ -22,7 +22,8 @@ from tunewright.evaluation.human_eval.journal import FOLDER, read_journals
 from tunewright.evaluation.human_eval.results import preferences
 from tunewright.evaluation.human_eval.sample import load_sample
 from tunewright.evaluation.judge.rows import load_judged
-from tunewright.evidence.schema import Evidence, Item, load_items
+from tunewright.evidence.files import load_items
+from tunewright.evidence.schema import Evidence, Item
 
 Source = Literal["person", "judge"]
 _FLIPPED = "the two orders disagree"

@@ -29,8 +29,14 @@ from tunewright.data.versions import DatasetVersion, Member, keys_digest, member
 from tunewright.data.versions.version import count_families
 from tunewright.evaluation.arm_runner import measured_with, references_inputs
 from tunewright.evaluation.generations import Generator
-from tunewright.evidence.learning_curve import CURVE_FILE, Curve, Point
-from tunewright.evidence.slopes import Slope, corpus_slope, share_slope
+from tunewright.evidence.learning_curve import (
+    CURVE_FILE,
+    Curve,
+    Point,
+    Slope,
+    corpus_slope,
+    share_slope,
+)
 from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
 from tunewright.models.bases import Base
 from tunewright.training.rows import require_min_examples

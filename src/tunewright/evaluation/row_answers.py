@@ -11,7 +11,12 @@ from tunewright.core.progress import Reporter
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evaluation.human_eval.journal import read_journal
 from tunewright.evaluation.human_eval.sample import comparison, load_sample
-from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item, load_items
+from tunewright.evidence.files import (
+    EVIDENCE_FILE,
+    ITEMS_FILE,
+    load_items,
+)
+from tunewright.evidence.schema import Evidence, Item
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,20 @@ from tunewright.evaluation.incumbents import IncumbentArms, repriced
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
-from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
-from tunewright.evidence.prompts import PROMPTS_FILE, PromptMessages, StoredPrompt
-from tunewright.evidence.schema import (
+from tunewright.evidence.common import StoredPrompt
+from tunewright.evidence.files import (
     EVIDENCE_FILE,
     ITEMS_FILE,
+    PROMPTS_FILE,
+    PromptMessages,
+    find_evaluation,
+)
+from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
+from tunewright.evidence.schema import (
     Advice,
     Contrast,
     Evidence,
     Item,
-    find_evaluation,
 )
 from tunewright.evidence.scoring import (
     ScoredArms,

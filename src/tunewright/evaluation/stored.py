@@ -15,9 +15,10 @@ from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions.rows import has_rows, read_rows
 from tunewright.evaluation.access_log import AccessLog, amendable, load_checked
+from tunewright.evidence.common import StoredPrompt
+from tunewright.evidence.files import PROMPTS_FILE, find_evaluation, load_items, load_messages
 from tunewright.evidence.logged_access import LoggedAccess
-from tunewright.evidence.prompts import PROMPTS_FILE, StoredPrompt, load_messages
-from tunewright.evidence.schema import Evidence, Item, find_evaluation, load_items
+from tunewright.evidence.schema import Evidence, Item
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:

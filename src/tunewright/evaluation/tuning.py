@@ -11,7 +11,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.versions import load_version
 from tunewright.evaluation.verbs import current_split_power, report_detectable_effects
 from tunewright.evidence.causes import undertrained
-from tunewright.evidence.split_power import split_power_text
+from tunewright.evidence.power import split_power_text
 from tunewright.models.loading import require_bitsandbytes
 from tunewright.open_project import OpenProject
 from tunewright.training.memory import require_room

@@ -12,9 +12,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.data.versions.version import clusters_by_split
-from tunewright.evidence.power import DetectableEffects, detectable_effects_text
+from tunewright.evidence.power import DetectableEffects, SplitPower, detectable_effects_text, split_power
 from tunewright.evidence.schema import Advice
-from tunewright.evidence.split_power import SplitPower, split_power
 from tunewright.metrics import metric_kind
 from tunewright.models.bases import base_here
 from tunewright.open_project import OpenProject

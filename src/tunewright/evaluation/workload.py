@@ -28,7 +28,8 @@ from tunewright.evaluation.comparison import parent_of, plan_comparison
 from tunewright.evaluation.countdown import TimeLimit, Work
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS, NOISE
-from tunewright.evidence.schema import EVIDENCE_FILE, Advice
+from tunewright.evidence.files import EVIDENCE_FILE
+from tunewright.evidence.schema import Advice
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,27 @@
-"""The evidence's section on regression benchmarks, and the rule on it; readable without torch or the model."""
+"""The evidence's section on regression benchmarks: schema, rule and blocks; readable without torch or the model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from tunewright.evidence.common import Interval, Part
+from tunewright.render.blocks import (
+    Bar,
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Lead,
+    Notes,
+    Row,
+    Section,
+    ToneOfResult,
+    row,
+    table,
+)
 
 SuiteKind = Literal["samples", "choices", "instructions", "lm_eval"]
 Unit = Literal["share", "nats per token"]
@@ -120,20 +134,13 @@ def standing(benchmarks: Benchmarks) -> RegressionResult:
     Without a margin there is no question, so the answer is not "can't tell".
     """
     deciding = [suite for suite in benchmarks.suites if suite.gates]
-    asked = [suite for suite in benchmarks.suites if suite.margin is not None]
+    asked = any(suite.margin is not None for suite in benchmarks.suites)
     reasons = tuple(suite_text(suite) for suite in benchmarks.suites) + tuple(
         f"Not measured: {reason}" for reason in benchmarks.not_measured
     )
-    return RegressionResult(_together(asked, deciding), bool(deciding), reasons)
-
-
-def _together(asked: list[Suite], deciding: list[Suite]) -> Result | None:
     results = {suite.result for suite in deciding}
-    if not asked:
-        return None
-    if "worse" in results:
-        return "worse"
-    return "not worse" if results == {"not worse"} else "can't tell"
+    result: Result | None = "worse" if "worse" in results else "not worse" if results == {"not worse"} else "can't tell"
+    return RegressionResult(result if asked else None, bool(deciding), reasons)
 
 
 def suite_text(suite: Suite) -> str:
@@ -161,7 +168,7 @@ def _follows(suite: Suite) -> str:
     margin = _amount(suite, suite.margin)
     if suite.failed:
         failed = suite.failed[0]
-        return f"It decides nothing: {failed.name} scored {_score(suite, failed.score)}, but must be {failed.wanted}."
+        return f"It decides nothing: {failed.name} scored {_level(suite, failed.score)}, but must be {failed.wanted}."
     if suite.result == "worse":
         return f"The whole interval lies above the margin of {margin}: the adapter is worse here than the base."
     if suite.result == "not worse":
@@ -176,5 +183,118 @@ def _amount(suite: Suite, drop: float) -> str:
     return f"{round(drop, 3) + 0.0:g} nats"
 
 
-def _score(suite: Suite, score: float) -> str:
+def _level(suite: Suite, score: float) -> str:
     return f"{score:.1%}" if suite.unit == "share" else f"{score:.3f} nats"
+
+
+_AXES: dict[Unit, str] = {"share": "loss, points", "nats per token": "loss, nats per token"}
+_TONES: dict[Result, ToneOfResult] = {"not worse": "yes", "worse": "no", "can't tell": "open"}
+
+
+def benchmarks_section(found: Benchmarks) -> Section:
+    """Return every suite with its result and the loss that its margin allows, and the suites' controls."""
+    blocks: list[Block] = [
+        Lead(
+            "General abilities, on the same items with the adapter off and on. A suite with a margin passes if the "
+            "one-sided 95% limit of its loss (at most) lies below the margin. It decides only if its controls passed."
+        )
+    ]
+    for place, (unit, axis) in enumerate(_AXES.items()):
+        bars = tuple(_bar(suite) for suite in found.suites if suite.unit == unit)
+        if bars:
+            title = f"Loss of general ability, {axis}, with 95% intervals"
+            caption = "An upright mark is a suite's margin." if any(bar.margin is not None for bar in bars) else ""
+            blocks.append(Figure(f"regressions-{place}", title, bars, axis, zero=True, caption=caption))
+    if found.suites:
+        suites = table("Table of suites", _SUITES, map(_suite_row, found.suites))
+        used = [
+            place
+            for place, column in enumerate(suites.head)
+            if column.name not in _MAY_BE_EMPTY or any(r.cells[place].text not in ("", "none") for r in suites.rows)
+        ]
+        rows = tuple(Row(tuple(r.cells[place] for place in used)) for r in suites.rows)
+        blocks.append(replace(suites, head=tuple(suites.head[place] for place in used), rows=rows))
+    controls = [
+        (
+            suite.name,
+            control.name,
+            f"{control.items:,}",
+            _level(suite, control.score),
+            control.wanted,
+            Cell("passed", tone="yes") if control.passed else Cell("FAILED", tone="no"),
+        )
+        for suite in found.suites
+        for control in suite.controls
+    ]
+    if controls:
+        blocks.append(table("Table of the suites' controls", _CONTROLS, controls))
+    notes = [f"{suite.name}, left out: {reason}." for suite in found.suites for reason in suite.left_out]
+    notes += [
+        f"{suite.name}: divergence from base to tuned {suite.divergence:.4f} nats per token."
+        for suite in found.suites
+        if suite.divergence is not None
+    ]
+    if notes:
+        blocks.append(Notes(tuple(notes)))
+    if found.not_measured:
+        # In a terminal these are warnings while the suites run, and reasons of the result.
+        blocks.append(Notes(tuple(f"Not measured: {reason}" for reason in found.not_measured), detail=True))
+    return Section("regressions", "What was forgotten", tuple(blocks))
+
+
+_MAY_BE_EMPTY = ("Margin", "Items needed")
+_SUITES = (
+    "Suite",
+    "Items",
+    "Off",
+    "On",
+    "Loss",
+    "95% interval",
+    "At most",
+    "Margin",
+    "Items needed",
+    Column("Result", words=True),
+)
+_CONTROLS = (
+    "Suite",
+    Column("Control", words=True),
+    "Items",
+    "Score",
+    Column("Required", words=True),
+    Column("Result", words=True),
+)
+
+
+def _bar(suite: Suite) -> Bar:
+    scale = 100.0 if suite.unit == "share" else 1.0
+    low, high = scale * suite.interval.low, scale * suite.interval.high
+    margin = None if suite.margin is None else scale * suite.margin
+    return Bar(suite.name, scale * suite.drop, low, high, _number(suite, suite.drop, "+"), "tuned", margin)
+
+
+def _number(suite: Suite, value: float, sign: str = "") -> str:
+    """Return points, or nats per token, where a rounded -0.0 is 0.0."""
+    scale, digits = (100, 1) if suite.unit == "share" else (1, 3)
+    return f"{round(scale * value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def _suite_row(suite: Suite) -> Row:
+    clusters = "" if suite.clusters in (None, suite.items) else f"{suite.clusters:,} clusters"
+    if suite.gates:
+        result = Cell(suite.result, tone=_TONES[suite.result])
+    elif suite.margin is None:
+        result = Cell("no margin: decides nothing")
+    else:
+        result = Cell(f"decides nothing: {suite.failed[0].name} failed")
+    return row(
+        Cell(suite.name, suite.metric),
+        Cell(f"{suite.items:,}", clusters),
+        _level(suite, suite.base),
+        _level(suite, suite.tuned),
+        _number(suite, suite.drop, "+"),
+        f"{_number(suite, suite.interval.low, '+')} to {_number(suite, suite.interval.high, '+')}",
+        Cell(_number(suite, suite.limit, "+"), suite.method),
+        "none" if suite.margin is None else _number(suite, suite.margin),
+        "" if suite.items_needed is None else f"{suite.items_needed:,}",
+        result,
+    )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tunewright.evidence.common import Interval, Part, Score
+from tunewright.evidence.power import ALPHA
+from tunewright.metrics import p_text
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Section, Table, row, table
 
 
 class ReviewStratum(Part):
@@ -109,11 +113,97 @@ def human_eval_line(review: AnswerReview) -> str:
     if review.win_rate is not None:
         score = review.powered.win_rate if review.powered else review.win_rate
         helped = ", with the judge's help" if review.powered else ""
-        rate = percents(score.value, score.interval)
-        return f"{text} On all items{helped}: {rate} for {review.treatment}."
+        return f"{text} On all items{helped}: {score.text} for {review.treatment}."
     return f"{text} No win rate for all items yet: {review.lacking}."
 
 
-def percents(value: float, interval: Interval) -> str:
-    """Return a share with its interval: ``62.5% (51.0 to 73.2)``."""
-    return f"{100 * value:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+def people_prefer(
+    review: AnswerReview | None, treatment: str, control: str
+) -> tuple[Literal["treatment", "control"] | None, list[str]]:
+    """Return the one of the deciding arms that people prefer, if any, with sentences about it.
+
+    They are against the treatment if the whole interval of the win rate lies below one half and the sign test is
+    significant; the test guards against a handful of verdicts.
+    """
+    if review is None:
+        return None, []
+    said = human_eval_line(review)
+    if (review.treatment, review.control) != (treatment, control):
+        return None, [f"{said} These are not the deciding arms, so the verdict ignores it."]
+    if review.decision == "treatment":
+        return "treatment", [said]
+    if review.decision != "control":
+        return None, [said]
+    p_value = p_text(review.p_value)
+    if review.p_value < ALPHA:
+        text = f"So people prefer {review.control}, blind ({p_value}, {review.test}): whatever the metric says"
+        return "control", [said, f"{text}, the tuned answers are the worse ones."]
+    text = f"the whole interval lies below 50%, but the test does not confirm it ({p_value})"
+    return None, [said, f"Caution: people may prefer {review.control}: {text}. Review more pairs."]
+
+
+def human_eval_section(review: AnswerReview) -> Section:
+    """Return people's preference, win rates on all items, verdicts by stratum, and agreement."""
+    preferred = {"treatment": f"People prefer {review.treatment}.", "control": f"People prefer {review.control}."}
+    unclear = "People show no clear preference yet"
+    unclear += ": the interval includes 50%." if review.win_rate else "."
+    blocks: list[Block] = [Lead(f"{preferred.get(review.decision, unclear)} {human_eval_line(review)}")]
+    if review.win_rate is not None:
+        blocks.append(_win_rates(review, review.win_rate))
+    blocks.append(_strata(review))
+    if review.agreements:
+        blocks.append(agreement_table(review.agreements))
+    wins, losses = review.preferred
+    notes = [
+        f"Of {review.answered:,} judged pairs {review.treatment} is preferred on {wins:,}, {review.control} on "
+        f"{losses:,}, none on {review.answered - wins - losses:,}: {p_text(review.p_value)} ({review.test})."
+    ]
+    notes += [
+        f"{who.name}: {who.answered} judged ({who.both} both good, {who.neither} neither), {who.skipped} skipped, "
+        f"{who.reference_shown} with the reference shown."
+        for who in review.reviewers
+    ]
+    return Section("human-eval", "What people say", (*blocks, Notes(tuple(notes))))
+
+
+def _win_rates(review: AnswerReview, alone: Score) -> Table:
+    head = (
+        f"{review.treatment} preferred, of all {review.items:,} items",
+        "Win rate, %",
+        "95% interval",
+        "Width",
+        Column("How", words=True, detail=True),
+    )
+    rows = [row("people alone", *_rate(alone))]
+    if review.powered is not None:
+        found = review.powered
+        name = Cell(f"people and the judge (lambda {found.tuning:.2f})", f"{found.judged:,} items judged")
+        rows.append(row(name, *_rate(found.win_rate)))
+    return table("Table of win rates", head, rows)
+
+
+def _rate(score: Score) -> tuple[str, ...]:
+    width = 100 * (score.interval.high - score.interval.low)
+    return f"{100 * score.value:.1f}", score.interval.percents, f"{width:.1f}", score.method
+
+
+def _strata(review: AnswerReview) -> Table:
+    head = ("By the metric", "Items", "Asked", "Judged", f"For {review.treatment}", f"For {review.control}", "Tie")
+    rows = [
+        row(s.name, *(f"{n:,}" for n in (s.items, s.asked, s.answered, s.treatment, s.control, s.ties)))
+        for s in review.strata
+    ]
+    if review.same:
+        rows.append(row("equal answers", f"{review.same:,}", "", "", "", "", f"{review.same:,}"))
+    return table("Table of strata", head, rows)
+
+
+def agreement_table(found: Sequence[RaterAgreement]) -> Table:
+    """Return how far two raters each agree, beyond what chance gives."""
+    head = ("Raters", "Items both judged", "Agreed", "Kappa (Cohen)", "95% interval")
+    rows = []
+    for each in found:
+        kappa = "not defined" if each.kappa is None else f"{each.kappa:.2f}"
+        interval = "" if each.interval is None else f"{each.interval.low:.2f} to {each.interval.high:.2f}"
+        rows.append((" and ".join(each.raters), f"{each.items}", f"{each.agreed}", kappa, interval))
+    return table("Table of agreement", head, rows)

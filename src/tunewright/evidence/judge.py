@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tunewright.evidence.common import Interval, Part, Score
+from tunewright.evidence.power import ALPHA
+from tunewright.metrics import p_text, points_text
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, row, table
 
 ControlName = Literal[
     "gold is correct", "swapped reference", "injected verdict", "gold against gold", "gold against other"
@@ -150,3 +153,160 @@ class Judgement(Part):
         if self.vetoed and (self.arms or self.contrast or self.preferences):
             raise ValueError("a vetoed judge must have no findings")
         return self
+
+
+def judge_line(judge: Judgement) -> str:
+    """Return the judge's result about the deciding arms, or the reason of its veto."""
+    if judge.vetoed:
+        failed = ", ".join(f"{c.name} ({c.passed} of {c.items})" for c in judge.controls if not c.held)
+        return f"Judge {judge.model}: vetoed, so its judgements do not count. Failed controls: {failed}."
+    if not judge.preferences:
+        return f"Judge {judge.model}: passed its controls but compared no answers."
+    found, correct = judge.preferences[0], judge.contrast
+    rate = f"{100 * found.rate.value:.1f}% ({found.rate.interval.percents})"
+    flips = "" if found.flip_rate is None else f"; {found.flip_rate:.0%} of its verdicts changed with the order"
+    text = f"Judge {judge.model}: {found.treatment} wins {rate} against {found.opponent}, ties half{flips}."
+    if correct is None:
+        return text
+    return f"{text} Correct by the reference: {points_text(correct.difference)} points ({correct.interval.points})."
+
+
+def judge_objects(judge: Judgement | None, treatment: str, control: str, *, overruled: bool) -> tuple[bool, list[str]]:
+    """Return whether the judge objects to the treatment, with sentences about it.
+
+    It has to have passed its controls, not be of the base's family, and agree in all its measurements
+    (:func:`_objections`); people who prefer the treatment overrule it.
+    """
+    if judge is None:
+        return False, []
+    said = judge_line(judge)
+    objections = _objections(judge, (treatment, control))
+    if not objections:
+        return False, [said]
+    text = f"the judge finds {control} better, {' and '.join(objections)}"
+    if judge.same_family:
+        kin = f"it belongs to the base's family ({judge.same_family}) and may favour it, so the verdict ignores it"
+        return False, [said, f"Caution: {text}; but {kin}. Use a judge of another family, or ask people."]
+    if overruled:
+        return False, [said, f"Caution: {text}; but people prefer {treatment}, who overrule the judge."]
+    return True, [said, f"But {text}. `tunewright human-eval` asks people, who overrule it."]
+
+
+def _objections(judge: Judgement, arms: tuple[str, str]) -> list[str]:
+    """Return the respects in which the judge finds the treatment significantly worse.
+
+    A preference counts only if it holds in every form that was measured: raw, without Markdown, and at equal length.
+    Otherwise it may be about style. A vetoed judge has no findings.
+    """
+    found = []
+    correct = judge.contrast
+    worse = correct is not None and correct.interval.high < 0 and correct.p_value < ALPHA
+    if correct is not None and worse and (correct.treatment, correct.control) == arms:
+        found.append(f"in correctness ({p_text(correct.p_value)})")
+    preference = next((each for each in judge.preferences if (each.treatment, each.opponent) == arms), None)
+    if preference is not None and preference.p_value < ALPHA:
+        forms = (preference.rate, preference.stripped, preference.length_controlled)
+        if all(form.interval.high < 0.5 for form in forms if form is not None):
+            found.append(f"in preference ({p_text(preference.p_value)})")
+    return found
+
+
+def judge_section(judge: Judgement) -> Section:
+    """Return the judge's controls first; for a vetoed judge, no finding."""
+    blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
+    if judge.arms:
+        head = ("Correct, by the reference", "Correct", "Share, %", "95% interval", "Exact", "No verdict")
+        blocks.append(table("Table of judged arms", head, (_arm(arm) for arm in judge.arms)))
+    if judge.preferences:
+        counts = ("Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Flips", "No verdict")
+        rows = tuple(row for each in judge.preferences for row in _preference(each))
+        blocks.append(table("Table of preferences", ("Preferred, in both orders", *counts), rows))
+    notes = [*judge.vetoed, *_notes(judge), _spent("Spent", judge.spent)]
+    if judge.reference_spent is not None:
+        notes.append(_spent("On the reference model", judge.reference_spent))
+    return Section("judge", "What a judge says", (*blocks, Notes(tuple(notes))))
+
+
+def _controls(controls: tuple[Control, ...]) -> Table:
+    head = (
+        "Control",
+        Column("Expected verdict", words=True, detail=True),
+        "Passed",
+        "No verdict",
+        "At least (95%)",
+        "Required",
+        Column("Result", words=True),
+    )
+    rows = (
+        (
+            each.name,
+            each.expected,
+            f"{each.passed} of {each.items}",
+            f"{sum(each.unscored.values())}",
+            f"{each.limit:.0%}",
+            f"{each.required:.0%}",
+            Cell("holds", tone="yes") if each.held else Cell("FAILS", tone="no"),
+        )
+        for each in controls
+    )
+    return table("Table of controls", head, rows)
+
+
+def _arm(arm: JudgedArm) -> Row:
+    share = (f"{100 * arm.share.value:.1f}", arm.share.interval.percents)
+    counts = (f"{arm.exact}", f"{sum(arm.unscored.values())}")
+    return row(arm.name, f"{arm.correct} of {arm.items}", *share, *counts)
+
+
+def _preference(found: Preference) -> list[Row]:
+    flips = "" if found.flip_rate is None else f"{found.flip_rate:.0%}"
+    name = f"{found.treatment} against {found.opponent}"
+    rows = [row(name, *_rate(found.rate), flips, f"{sum(found.unscored.values())}")]
+    if found.stripped is not None:
+        note = f"{found.stripped_texts} pairs have some"
+        rows.append(row(Cell("without markdown", note), *_rate(found.stripped), "", ""))
+    if found.length_controlled is not None:
+        equal = found.length_controlled
+        numbers = (f"{100 * equal.value:.1f}", equal.interval.percents)
+        rows.append(row(Cell("at equal length", equal.method), "", "", "", *numbers, "", ""))
+    return rows
+
+
+def _rate(rate: WinRate) -> tuple[str, ...]:
+    counts = (f"{rate.wins}", f"{rate.ties}", f"{rate.losses}")
+    return (*counts, f"{100 * rate.value:.1f}", rate.interval.percents)
+
+
+def _notes(judge: Judgement) -> list[str]:
+    notes = [_contrast(judge.contrast)] if judge.contrast else []
+    notes += map(_preference_note, judge.preferences)
+    missing = {f"{arm.name}: {why}": count for arm in judge.arms for why, count in arm.unscored.items()}
+    missing |= {f"against {p.opponent}: {why}": count for p in judge.preferences for why, count in p.unscored.items()}
+    notes += [f"No verdict, {why}: {count}." for why, count in missing.items()]
+    if judge.same_family and not judge.vetoed:
+        notes.append(
+            f"The judge and the base belong to one family ({judge.same_family}): the judge may favour its own kind."
+        )
+    if judge.reference_model and not judge.vetoed:
+        notes.append(f"The answers of {judge.reference_model} were also compared.")
+    return [*notes, *(f"This judgement replaces: {each}." for each in judge.replaced)]
+
+
+def _contrast(found: JudgedContrast) -> str:
+    return (
+        f"Correctness, {found.treatment} − {found.control}: {points_text(found.difference)} points on {found.items:,} "
+        f"items, 95% interval {found.interval.points}, {p_text(found.p_value)} ({found.test}); {found.fixed} "
+        f"fixed, {found.broken} broken."
+    )
+
+
+def _preference_note(found: Preference) -> str:
+    note = f"Against {found.opponent}: {p_text(found.p_value)} ({found.test}); {found.equal} equal answers tie unasked."
+    return f"{note} At equal length: {found.length_note}." if found.length_note is not None else note
+
+
+def _spent(title: str, spent: JudgeUsage) -> str:
+    cost = "" if spent.cost is None else f", cost {spent.cost:.4f}"
+    guessed = f" ({spent.estimated:,} replies came without counts: guessed)" if spent.estimated else ""
+    tokens = f"{spent.prompt_tokens:,} prompt and {spent.completion_tokens:,} reply tokens"
+    return f"{title}: {spent.calls:,} replies, {tokens}{guessed}{cost}."

@@ -1,19 +1,26 @@
-"""A measured learning curve, and the answer to *would more data help?*; readable without torch."""
+"""A learning curve: its schema, its slope per doubling of the rows, and the answer to *would more data help?*"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy.stats import t
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.evidence.common import Interval
 from tunewright.evidence.power import FEWEST_CLUSTERS
 from tunewright.evidence.schema import Evidence
-from tunewright.metrics import points_text, score_text
+from tunewright.evidence.statistics import RESAMPLES, Floats, bootstrap_sums, cluster_sums
+from tunewright.metrics import axis_label, points_text, score_text
+from tunewright.render.blocks import Column, Lead, Line, Lines, Notes, Row, Section, row, table
 
 CURVE_FILE = "curve.json"
 
@@ -113,7 +120,7 @@ def more_data(curve: Curve) -> MoreData:
     the interval lies above zero. Else, or with fewer than `FEWEST_CLUSTERS` dev clusters, it is can't tell.
     """
     points = f"{points_text(curve.slope)} points"
-    interval = f"95% interval {points_text(curve.interval.low)} to {points_text(curve.interval.high)}"
+    interval = f"95% interval {curve.interval.points}"
     margin = f"{100 * curve.margin:g} points"
     before, whole = curve.shares[-2:]
     rows = max(point.rows for point in curve.points)
@@ -135,3 +142,153 @@ def more_data(curve: Curve) -> MoreData:
         answer, why = "can't tell", f"{measured}: the interval includes both no gain and more than {margin}"
         why += ". More dev rows or --seeds would narrow it"
     return MoreData(answer, (f"Would more data help? {answer[0].upper()}{answer[1:]}: {why}.", last))
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Mean gain per doubling of the training rows over the measured sizes, as a share from 0 to 1."""
+
+    per_doubling: float
+    interval: Interval
+    method: str
+
+
+def slope_weights(rows: Sequence[float]) -> Floats:
+    """Return weights that turn scores at these row counts into their least-squares slope per doubling; [sizes].
+
+    They sum to 0.
+    """
+    x: Floats = np.log2(np.asarray(rows, dtype=np.float64))
+    x -= x.mean()
+    weights: Floats = x / (x @ x)
+    return weights
+
+
+def share_slope(
+    right: Floats, rows: NDArray[np.int64], clusters: Sequence[str], seed: int, resamples: int = RESAMPLES
+) -> Slope:
+    """Return the slope of a share of right answers.
+
+    Two artificial clusters of mean size join the resampling, as in `statistics.difference_interval`. One is all wrong
+    with the fewest rows and all right with the most, the other the reverse. Without them ten items that no adapter gets
+    right would give the interval [0, 0].
+
+    Args:
+        right: 1 where an adapter got an item right, else 0, [seeds, sizes, items]; at least two seeds.
+        rows: training rows of each adapter, [seeds, sizes].
+        clusters: the items' clusters.
+        seed: decides the resamples.
+        resamples: number of resamples.
+    """
+    weights = np.array([slope_weights(row) for row in rows])
+    by_item: Floats = np.einsum("rsi,rs->ri", right, weights)  # [seeds, items]
+    sums = cluster_sums(np.column_stack([by_item.mean(axis=0), np.ones(by_item.shape[1])]), clusters)
+    steepest = float(np.maximum(weights, 0).sum(axis=1).mean())
+    size = by_item.shape[1] / len(sums)
+    drawn = bootstrap_sums(np.vstack([sums, [[size * steepest, size], [-size * steepest, size]]]), seed, resamples)
+    return _combined(by_item.mean(axis=1), drawn[:, 0] / drawn[:, 1], len(sums))
+
+
+def corpus_slope(
+    statistics: Floats,
+    corpus: Callable[[Floats], Floats],
+    rows: NDArray[np.int64],
+    clusters: Sequence[str],
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Slope:
+    """Return the slope of a mean of graded scores, or of a corpus metric.
+
+    Args:
+        statistics: statistics of each item's answer by each adapter, [seeds, sizes, items, columns].
+        corpus: the score of column sums, [..., columns] to [...].
+        rows, clusters, seed, resamples: as for `share_slope`.
+    """
+    seeds, sizes, items, width = statistics.shape
+    weights = np.array([slope_weights(row) for row in rows])
+    columns = np.moveaxis(statistics, 2, 0).reshape(items, seeds * sizes * width)
+    sums = cluster_sums(columns, clusters)
+
+    def slopes(drawn: Floats) -> Floats:
+        """Return slopes by seed: [..., seeds * sizes * columns] to [..., seeds]."""
+        scores = corpus(drawn.reshape(*drawn.shape[:-1], seeds, sizes, width))
+        each: Floats = (weights * scores).sum(axis=-1)
+        return each
+
+    drawn = slopes(bootstrap_sums(sums, seed, resamples)).mean(axis=-1)
+    return _combined(slopes(sums.sum(axis=0)), drawn, len(sums))
+
+
+def _combined(by_seed: Floats, drawn: Floats, clusters: int) -> Slope:
+    """Return the mean slope with a t interval over both sources of variance.
+
+    One source is the choice of dev items: the spread of the slope over resampled clusters (``drawn``). The other is the
+    choice of rows and the training noise: the spread over seeds, which are too few to resample. The variances are
+    added, with Satterthwaite's degrees of freedom (1946). Interactions of items and seeds are in both, so the interval
+    is conservative.
+    """
+    seeds = len(by_seed)
+    assert seeds > 1
+    of_items, of_seeds = float(drawn.var(ddof=1)), float(by_seed.var(ddof=1)) / seeds
+    variance = of_items + of_seeds
+    freedom = variance**2 / (of_items**2 / max(clusters - 1, 1) + of_seeds**2 / (seeds - 1)) if variance else 1.0
+    half = float(t.ppf(0.975, freedom)) * variance**0.5
+    slope = float(by_seed.mean())
+    return Slope(
+        per_doubling=slope,
+        interval=Interval(low=slope - half, high=slope + half),
+        method=f"t over {seeds} seeds and a bootstrap over {clusters} clusters, {freedom:.0f} degrees of freedom",
+    )
+
+
+def curve_section(curve: Curve) -> Section:
+    """Return the answer, and the scores on dev by share of the training rows and seed."""
+    seeds = (f"Seed {seed}" for seed in curve.seeds)
+    head: tuple[str | Column, ...] = (Column("Share"), "Training rows", *seeds, "Mean", "Dev loss")
+    return Section(
+        "more-data",
+        "Would more data help?",
+        (
+            Notes(more_data(curve).reasons),
+            Lead(
+                f"{curve.items:,} dev items in {curve.clusters:,} clusters, answered after training on nested parts of "
+                "the rows."
+            ),
+            table("Table of scores by share and seed", head, (_share_row(curve, share) for share in curve.shares)),
+            curve_lines(curve),
+        ),
+    )
+
+
+def curve_lines(curve: Curve) -> Lines:
+    """Return the mean score by training rows, and each training's."""
+    means = tuple((fmean(p.rows for p in curve.points if p.share == s), 100 * curve.mean(s)) for s in curve.shares)
+    measured = sorted((p.rows, 100 * p.score, p.seed) for p in curve.points)
+    trainings = (
+        Line(f"seed {seed}", tuple((rows, score) for rows, score, s in measured if s == seed), dots=True, joined=False)
+        for seed in curve.seeds
+    )
+    return Lines(
+        f"curve-{curve.id}",
+        f"Score on {curve.items} dev items by training rows",
+        (Line(f"mean of {len(curve.seeds)} seeds", means, "tuned"), *trainings),
+        axis_label(curve.metric),
+        below="training rows",
+        bounds=(0, 100),
+        doubling=True,
+        caption=f"Each point is an adapter trained on a part of the rows; {curve.method}.",
+    )
+
+
+def _share_row(curve: Curve, share: float) -> Row:
+    points = {point.seed: point for point in curve.points if point.share == share}
+    rows = sorted({point.rows for point in points.values()})
+    scores = (score_text(curve.metric, points[seed].score) if seed in points else "" for seed in curve.seeds)
+    loss = sum(point.dev_loss for point in points.values()) / len(points)
+    return row(
+        f"{share:.0%}",
+        " to ".join(f"{count:,}" for count in dict.fromkeys((rows[0], rows[-1]))),
+        *scores,
+        score_text(curve.metric, curve.mean(share)),
+        f"{loss:.3f}",
+    )

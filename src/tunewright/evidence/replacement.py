@@ -1,17 +1,29 @@
-"""Replace an incumbent, keep it, or can't tell: a pure function of the evidence."""
+"""Replace an incumbent, keep it, or can't tell: a pure function of the evidence, and its blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from tunewright.core.text import count_of
+from tunewright.evidence.common import percent_bar
 from tunewright.evidence.human_eval import AnswerReview, human_eval_line
-from tunewright.evidence.incumbents import HOURS_PER_MONTH, Incumbent, Latency, Outcome, TunedServing
-from tunewright.evidence.sample_size import items_to_settle
+from tunewright.evidence.incumbents import (
+    HOURS_PER_MONTH,
+    Incumbent,
+    Incumbents,
+    Latency,
+    Outcome,
+    Serving,
+    TunedServing,
+)
+from tunewright.evidence.power import items_to_settle
 from tunewright.evidence.schema import Evidence
-from tunewright.metrics import score_text
+from tunewright.metrics import points_text, score_text
+from tunewright.render.blocks import Block, Cell, Column, Figure, Lead, Notes, Row, Section, row, table
 
 _CAUTION_SHARE = 0.05
 
@@ -209,3 +221,95 @@ def amount(money: float) -> str:
 
 def _points(share: float) -> str:
     return f"{round(100 * share, 1) + 0.0:g} points"
+
+
+def incumbents_section(found: Incumbents, outcomes: Sequence[Replacement]) -> Section:
+    """Return the outcome for each incumbent, with what it was decided on."""
+    notes = [f"{each.incumbent.name}: {reason}" for each in outcomes for reason in each.reasons[1:]]
+    blocks: tuple[Block, ...] = (
+        Lead(
+            "Models in use today answered the same items once; their answers are frozen. An incumbent can be replaced "
+            "if the whole interval of tuned's loss against it, in points, lies below the margin."
+        ),
+        Figure(
+            "incumbents",
+            "Loss of tuned against each incumbent in points, with 95% intervals, against the margin",
+            tuple(
+                percent_bar(
+                    each.name,
+                    each.drop.value,
+                    each.drop.interval,
+                    points_text(each.drop.value),
+                    margin=each.drop.margin,
+                )
+                for each in found.compared
+            ),
+            "loss, points",
+            zero=True,
+            caption="The upright mark is the margin.",
+        ),
+        table("Table of incumbents", _HEAD, map(_incumbent_row, outcomes)),
+        table("Table of costs and latencies", _SIDES, _sides(found), detail=True),
+        Notes(tuple(notes), detail=True),
+    )
+    return Section("incumbents", "Against the models in use", blocks)
+
+
+_HEAD = (
+    "Incumbent",
+    Column("Model version", words=True),
+    "Answers",
+    "Loss",
+    "95% interval",
+    "Margin",
+    Column("Break-even, calls", detail=True),
+    Column("Outcome", words=True),
+)
+_SIDES = ("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile")
+
+
+def _incumbent_row(each: Replacement) -> Row:
+    found, drop, even = each.incumbent, each.incumbent.drop, each.break_even
+    return row(
+        Cell(found.name, found.model),
+        ", ".join(found.versions),
+        f"{found.answered:,} of {found.answered + sum(found.gaps.values()):,}",
+        Cell(points_text(drop.value), f"{drop.items:,} items in {drop.clusters:,} clusters"),
+        Cell(drop.interval.points, drop.method),
+        f"{100 * drop.margin:g}",
+        Cell("none", even.why) if even.calls is None else f"{even.calls:,.0f}",
+        each.outcome,
+    )
+
+
+def _sides(found: Incumbents) -> list[Row]:
+    sides: list[tuple[str | Cell, Serving]] = [("tuned", found.tuned)]
+    sides += [(Cell(each.arm, _frozen(each)), each.serving) for each in found.compared]
+    return [
+        row(
+            name,
+            Cell("unknown", side.missing["cost"])
+            if side.cost_per_1000 is None
+            else Cell(amount(side.cost_per_1000), side.basis),
+            *_latency(side),
+        )
+        for name, side in sides
+    ]
+
+
+def _latency(side: Serving) -> tuple[Cell, Cell]:
+    if side.latency is None:
+        unknown = Cell("unknown", side.missing["latency"])
+        return unknown, unknown
+    timed = side.latency
+    return Cell(f"{timed.p50:.2f} s"), Cell(f"{timed.p95:.2f} s", f"{timed.answers:,} answers, {timed.how}")
+
+
+def _frozen(found: Incumbent) -> str:
+    versions = ", ".join(f"{name} ({count:,})" for name, count in found.versions.items())
+    paid = "cost unknown" if found.cost is None else f"cost {amount(found.cost)}"
+    return (
+        f"{count_of(found.answered, 'answer')} of {versions} from {found.url}, {found.first[:16]} to "
+        f"{found.last[:16]} UTC; {found.prompt_tokens:,} prompt and {found.completion_tokens:,} reply tokens, {paid}. "
+        f"Frozen in {found.file} (SHA-256 {found.file_digest[:12]}…)."
+    )

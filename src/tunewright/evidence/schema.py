@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tunewright.config import DemonstrationOrder, MetricName, RetrieverName
-from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter
 from tunewright.evidence.answer_format import AnswerFormat
 from tunewright.evidence.benchmarks import Benchmarks
-from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
-from tunewright.evidence.generated_effect import GeneratedEffect
+from tunewright.evidence.common import (
+    ArmScore,
+    Budget,
+    EngineUsed,
+    GeneratedEffect,
+    Interval,
+    NoiseFloor,
+    OutputTemplates,
+    Part,
+    References,
+    StoredPrompt,
+    TrainSimilarity,
+)
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.incumbents import Incumbents
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.logged_access import Design, EarlierAccess, LoggedAccess
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
-from tunewright.evidence.prompts import StoredPrompt
-from tunewright.evidence.train_similarity import OutputTemplates, TrainSimilarity
 from tunewright.metrics import Kind
 
 SCHEMA_VERSION: Literal[3] = 3
-READ_VERSIONS = (2, SCHEMA_VERSION)
-"""Schema 2 has no prompts next to its items."""
 MEASUREMENT_VERSION = 2
 """Part of the inputs that name advice and evaluations: increment it when they would measure something else."""
-EVIDENCE_FILE = "evidence.json"
-ITEMS_FILE = "items.jsonl"
-DEV_PREFIX = "dev-"
-"""Prefix of the ID and folder name of an evaluation on the dev split."""
 
 ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "parent", "mixed", "incumbent"]
 
@@ -369,122 +368,3 @@ class Item(Part):
         dict[str, StoredPrompt] | None,
         Field(description="Arm name to its prompt, for the arms that answered; null in older evidence."),
     ] = None
-
-
-def load_evidence(path: Path) -> Evidence:
-    """Load ``evidence.json`` from its path or folder.
-
-    Raises:
-        UserError: no such file, or another schema.
-    """
-    file = path / EVIDENCE_FILE if path.is_dir() else path
-    try:
-        text = file.read_text(encoding="utf-8")
-        _require_schema(text, file)
-        return Evidence.model_validate_json(text)
-    except FileNotFoundError:
-        raise UserError("The folder has no evidence", where=str(file), fix="Run `tunewright evaluate`.") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()
-        raise UserError(
-            f"Not evidence of schema {' or '.join(map(str, READ_VERSIONS))}: {' '.join(first[:3])}",
-            where=str(file),
-            fix="Restore the file, or remove its folder and evaluate again: existing answers are reused.",
-        ) from None
-
-
-def _require_schema(text: str, file: Path) -> None:
-    """Refuse evidence of another schema version, before validation reports every field as an error."""
-    version = _peek(text).get("schema_version")
-    if isinstance(version, int) and version not in READ_VERSIONS:
-        raise UserError(
-            f"Evidence of schema {version}; this tunewright reads schema {' or '.join(map(str, READ_VERSIONS))}",
-            where=str(file),
-            fix="Evaluate again: `tunewright evaluate` (or `crossval`). Existing answers are reused.",
-        )
-
-
-def _peek(text: str) -> dict[str, Any]:
-    """Return the file's content without validation; empty if it is not a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: bool = True) -> Path:
-    """Return an evaluation's folder by ID, folder or evidence file, else the newest.
-
-    Args:
-        evaluations: the project's folder of evaluations.
-        name: the evaluation; None: the newest.
-        dev: let the newest be an evaluation on the dev split.
-
-    Raises:
-        UserError: no such evaluation.
-    """
-    if name is not None:
-        place = next((p for p in (Path(name), evaluations / name) if p.exists()), None)
-        if place is None:
-            known = sorted(file.parent.name for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"))
-            there = f"Use one of: {', '.join(known)}." if known else None
-            raise UserError(f"No evaluation {str(name)!r}", where=str(evaluations), fix=there)
-        return place
-    files = [
-        file
-        for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}")
-        if dev or not file.parent.name.startswith(DEV_PREFIX)
-    ]
-    if not files:
-        raise UserError("Nothing has been evaluated yet", where=str(evaluations), fix="Run `tunewright evaluate`.")
-    # Only the newest one must have this schema; older ones may exist as well.
-    return max(files, key=_created).parent
-
-
-def evidence_on(evaluations: Path, adapter: str, reporter: Reporter) -> Evidence | None:
-    """Return the newest evidence on one adapter from rows held out of its training; None if there is none.
-
-    Args:
-        evaluations: the project's folder of evaluations.
-        adapter: its digest.
-        reporter: receives warnings about unreadable evidence.
-    """
-    for file in sorted(evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=_created, reverse=True):
-        try:
-            evidence = load_evidence(file)
-        except UserError as error:
-            reporter.warn(f"Skipped evidence: {error}")
-            continue
-        if (evidence.design, evidence.split) == ("held-out", "test") and evidence.lineage["adapter"][
-            "digest"
-        ] == adapter:
-            return evidence
-    return None
-
-
-def _created(file: Path) -> str:
-    lineage = _peek(file.read_text(encoding="utf-8", errors="replace")).get("lineage")
-    return str(lineage.get("created", "")) if isinstance(lineage, dict) else ""
-
-
-def load_items(folder: Path) -> list[Item]:
-    """Load ``items.jsonl`` from the evidence's folder.
-
-    Raises:
-        UserError: no such file, or a line that is not an item.
-    """
-    file = folder / ITEMS_FILE
-    try:
-        # Not splitlines, which also splits at line and page separators inside texts.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError("The folder has no items", where=str(file), fix="Run `tunewright evaluate`.") from None
-    return [_item(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line]
-
-
-def _item(line: str, where: str) -> Item:
-    try:
-        return Item.model_validate_json(line)
-    except ValidationError as error:
-        raise UserError(f"Invalid test item: {' '.join(str(error).splitlines()[1:3])}", where=where) from None

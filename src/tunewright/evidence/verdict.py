@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunewright.config import MetricName
+from tunewright.core.text import count_of
 from tunewright.data.dedup.output_leakage import HIGH
 from tunewright.evidence.benchmarks import standing
+from tunewright.evidence.common import Interval
+from tunewright.evidence.human_eval import people_prefer
+from tunewright.evidence.judge import judge_objects
 from tunewright.evidence.logged_access import openings_text
-from tunewright.evidence.plain import plain_measurement
-from tunewright.evidence.power import ALPHA
-from tunewright.evidence.preferences import decisive_preferences
+from tunewright.evidence.power import ALPHA, items_to_settle
 from tunewright.evidence.replacement import Replacement, replacements
-from tunewright.evidence.sample_size import items_to_settle
 from tunewright.evidence.schema import Arm, Contrast, Evidence
-from tunewright.metrics import p_text, points_text, score_text
+from tunewright.metrics import metric_label, p_text, points_text, score_text
+from tunewright.render.blocks import Block, Lead, Notes
 
 Decision = Literal["ship", "don't ship", "can't tell"]
 
 SIGNIFICANT = ALPHA
 
 _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
+_HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
 CAUTION_SHARE = 0.05
 """Share of answers above which the token limit or the format may cause a low score."""
 
@@ -37,6 +41,11 @@ class Reason:
     """The measurement that shows it."""
     next_command: str
     """The change to make, if any, and the next command."""
+
+    @property
+    def text(self) -> str:
+        """The cause with its evidence and remedy."""
+        return f"{self.what}: {self.evidence}. Next: {self.next_command}."
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,16 @@ class Verdict:
     def exit_code(self) -> int:
         """0: ship, 3: don't ship, 4: can't tell."""
         return _EXIT_CODES[self.decision]
+
+    @property
+    def headline(self) -> str:
+        """The decision as a heading, with a mark if it is on the dev split."""
+        return f"{_HEADLINES[self.decision]}{' (on dev)' if self.split == 'dev' else ''}"
+
+    def blocks(self, reasons: Sequence[str]) -> tuple[Block, ...]:
+        """Return these of its reasons, and the causes of a *don't ship*."""
+        causes = tuple(cause.text for cause in self.causes)
+        return (Notes(tuple(reasons)), *((Lead("Likely causes:"), Notes(causes)) if causes else ()))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as ``--json`` prints it."""
@@ -85,7 +104,11 @@ def verdict(evidence: Evidence) -> Verdict:
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
     decision, regressions = _with_benchmarks(evidence, decision)
-    decision, said = _with_preferences(evidence, decision)
+    against, said = decisive_preferences(evidence)
+    if against == "people":
+        decision = "don't ship"
+    elif against == "judge" and decision == "ship":
+        decision = "can't tell"
     reasons = (
         _measurement(evidence, contrast),
         *why,
@@ -116,14 +139,16 @@ def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, 
     return decision, list(found.reasons)
 
 
-def _with_preferences(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
-    """Return the decision after people's and a judge's preferences, and the reasons."""
-    found = decisive_preferences(evidence)
-    if found.against == "people":
-        decision = "don't ship"
-    elif found.against == "judge" and decision == "ship":
-        decision = "can't tell"
-    return decision, list(found.reasons)
+def decisive_preferences(evidence: Evidence) -> tuple[Literal["people", "judge"] | None, list[str]]:
+    """Return the objection to the tuned answers, which can only stop a *ship*, and what people and judge prefer.
+
+    People who prefer the tuned answers overrule the judge.
+    """
+    first = evidence.contrasts[0]
+    arms = (first.treatment, first.control)
+    preferred, said = people_prefer(evidence.human_eval, *arms)
+    objects, found = judge_objects(evidence.judge, *arms, overruled=preferred == "treatment")
+    return "people" if preferred == "control" else "judge" if objects else None, [*said, *found]
 
 
 def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]]:
@@ -131,7 +156,7 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
     fewest = fewest_clusters(len(evidence.deciding))
     if contrast.clusters < fewest:
         return "can't tell", [
-            f"The {evidence.items_text}s form {_count(contrast.clusters, 'independent cluster')}; below {fewest} no "
+            f"The {evidence.items_text}s form {count_of(contrast.clusters, 'independent cluster')}; below {fewest} no "
             f"difference can be significant. {_more_items(evidence)}"
         ]
     p_value = contrast.p_value if contrast.p_adjusted is None else contrast.p_adjusted
@@ -142,7 +167,7 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
     if contrast.interval.low <= evidence.margin:
         return "can't tell", [
             f"The interval includes values on both sides of the margin of {margin}.",
-            _power(evidence, contrast),
+            _detectable(evidence, contrast),
             _what_would_settle_it(evidence, contrast),
         ]
     if p_value >= SIGNIFICANT:
@@ -163,7 +188,7 @@ def _left_out(contrast: Contrast) -> list[str]:
     if not contrast.left_out:
         return []
     why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
-    return [f"Left out, not scored in both arms: {_count(sum(contrast.left_out.values()), 'item')}: {why}."]
+    return [f"Left out, not scored in both arms: {count_of(sum(contrast.left_out.values()), 'item')}: {why}."]
 
 
 def _against_parent(evidence: Evidence) -> list[str]:
@@ -181,7 +206,7 @@ def _against_parent(evidence: Evidence) -> list[str]:
     better, worse = changed_words(evidence, found.metric)
     return [
         f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome}: "
-        f"{points_text(found.difference)} points, 95% interval {points_text(low)} to {points_text(high)}, "
+        f"{points_text(found.difference)} points, 95% interval {found.interval.points}, "
         f"{_tested(evidence, found)}; {found.fixed} {better}, {found.broken} {worse}."
     ]
 
@@ -219,16 +244,14 @@ def _scope(evidence: Evidence) -> list[str]:
 
 def _measurement(evidence: Evidence, contrast: Contrast) -> str:
     treatment, control = evidence.arm(contrast.treatment), evidence.arm(contrast.control)
-    interval = contrast.interval
     better, worse = changed_words(evidence, contrast.metric)
     how = "" if evidence.design == "held-out" else f", cross-fitted in {len(evidence.folds)} folds"
     return (
         f"{_scored(evidence, treatment)} against {_scored(evidence, control)} "
-        f"on {_count(contrast.scored, evidence.items_text)} "
-        f"({_count(contrast.clusters, 'cluster')}{evidence.inputs_text}){how}: "
-        f"{points_text(contrast.difference)} points, 95% interval {points_text(interval.low)} to "
-        f"{points_text(interval.high)}, {_tested(evidence, contrast)}; {contrast.fixed} {better}, "
-        f"{contrast.broken} {worse}."
+        f"on {count_of(contrast.scored, evidence.items_text)} "
+        f"({count_of(contrast.clusters, 'cluster')}{evidence.inputs_text}){how}: "
+        f"{points_text(contrast.difference)} points, 95% interval {contrast.interval.points}, "
+        f"{_tested(evidence, contrast)}; {contrast.fixed} {better}, {contrast.broken} {worse}."
     )
 
 
@@ -246,7 +269,7 @@ def _tested(evidence: Evidence, contrast: Contrast) -> str:
     )
 
 
-def _power(evidence: Evidence, contrast: Contrast) -> str:
+def _detectable(evidence: Evidence, contrast: Contrast) -> str:
     if contrast.minimum_detectable_effect >= 1.0:
         return f"With this many items no difference can be shown (80% power); the margin is {_points(evidence.margin)}."
     return (
@@ -332,7 +355,7 @@ def _known_templates(evidence: Evidence) -> list[str]:
     text = " and ".join(scores) if scores else "nothing is scored"
     return [
         f"Caution: {seen / evidence.items:.0%} of the {evidence.split} items have an output template seen in "
-        f"training; on the {_count(found.new.items, 'item')} with a new template: {text}."
+        f"training; on the {count_of(found.new.items, 'item')} with a new template: {text}."
     ]
 
 
@@ -354,5 +377,44 @@ def _points(share: float) -> str:
     return f"{100 * share:g} points"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+_NONE = 0.05
+"""Points below which a rounded difference is zero."""
+
+
+def plain_measurement(evidence: Evidence, contrast: Contrast) -> str:
+    """Return the tuned arm's comparison with another arm in plain words."""
+    tuned, other = (
+        score_text(contrast.metric, evidence.arm(name).score(contrast.metric).value)
+        for name in (contrast.treatment, contrast.control)
+    )
+    questions = f"{contrast.scored:,} {evidence.split} question{'' if contrast.scored == 1 else 's'}"
+    if evidence.design == "cross-fitted":
+        questions = questions.replace(f"{evidence.split} ", "")
+    rival = f"the base with its best prompt ({contrast.control})"
+    if evidence.metrics[contrast.metric].kind == "right or wrong":
+        scored = f"The adapter answers {tuned} of {questions} right, and {rival} {other}"
+    else:
+        label = metric_label(contrast.metric)
+        by = "" if label in tuned else f", by {label}"
+        scored = f"On {questions} the adapter scores {tuned}, and {rival} {other}{by}"
+    return f"{scored}: {_unsigned(100 * contrast.difference)}. {_certainty(contrast.interval)}"
+
+
+def _certainty(interval: Interval) -> str:
+    low, high = 100 * interval.low, 100 * interval.high
+    if low < -_NONE and high > _NONE:
+        chance = ", so it may be chance"
+    elif low <= _NONE and high >= -_NONE:
+        chance = ""
+    else:
+        nearer, farther = sorted((abs(low), abs(high)))
+        word = "more" if low > 0 else "less"
+        return f"With 95% confidence, the true difference is {nearer:.1f} to {farther:.1f} points {word}."
+    return f"With 95% confidence, the true difference is between {_unsigned(low)} and {_unsigned(high)}{chance}."
+
+
+def _unsigned(points: float) -> str:
+    """Return a difference without a sign: ``8.2 points more``, ``no difference``."""
+    if abs(points) < _NONE:
+        return "no difference"
+    return f"{abs(points):.1f} points {'more' if points > 0 else 'less'}"

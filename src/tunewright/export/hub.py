@@ -17,7 +17,7 @@ from tunewright.core.hub import hub_silence
 from tunewright.core.io import link_or_copy, write_json, write_text
 from tunewright.data.examples import Message
 from tunewright.evaluation.access_log import load_checked
-from tunewright.evidence.schema import evidence_on
+from tunewright.evidence.files import evidence_on
 from tunewright.export.artifact import BuiltArtifact, ExportResult
 from tunewright.export.merge import save_tokenizer
 from tunewright.export.record import RECORD, Export

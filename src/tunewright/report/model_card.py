@@ -13,13 +13,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tunewright.evidence.benchmarks import benchmarks_section
+from tunewright.evidence.blocks import arms_section, contrasts_section, metric_order
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.gate.parity import Figures
 from tunewright.metrics import metric_label
 from tunewright.render.markdown import bullets, markdown, plain, table
-from tunewright.report.sections import arms, benchmarks, contrasts
-from tunewright.report.text import headline, metric_order
 
 _RECIPE = (
     "target_modules",
@@ -149,14 +149,14 @@ def _verdict(subject: CardSubject, evidence: Evidence | None) -> tuple[str, ...]
         )
     found = verdict(evidence)
     measured, *reasons = found.reasons
-    return (f"## Verdict: {headline(found)}", plain(measured), bullets([plain(reason) for reason in reasons]))
+    return (f"## Verdict: {found.headline}", plain(measured), bullets([plain(reason) for reason in reasons]))
 
 
 def _results(evidence: Evidence) -> tuple[str, ...]:
     # Incumbents stay out: a card is public, and what others charge is the project's own business.
-    found = [arms.section(evidence), contrasts.section(evidence)]
+    found = [arms_section(evidence), contrasts_section(evidence)]
     if evidence.regressions is not None:
-        found.append(benchmarks.section(evidence.regressions))
+        found.append(benchmarks_section(evidence.regressions))
     return (
         "## Results",
         f"The base was prompted in several ways; `{plain(_tuned(evidence).name)}` is the adapter.",

@@ -1,7 +1,4 @@
-"""The verbs ``verdict`` and ``report``, on stored evaluations.
-
-An evaluation is given as its ID, folder or evidence file; None is the newest.
-"""
+"""The verbs ``verdict``, ``report`` and ``train --curve``."""
 
 from __future__ import annotations
 
@@ -16,19 +13,26 @@ from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.samples import outcome
+from tunewright.data.versions import load_version
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.stored import checked_evidence, evaluation_folder, folder_of
+from tunewright.evaluation.tuning import open_trainings, refuse_up_front
+from tunewright.evidence.benchmarks import standing
+from tunewright.evidence.blocks import evaluation_sections
 from tunewright.evidence.causes import Labels, ProjectFacts, decided
+from tunewright.evidence.files import load_items
 from tunewright.evidence.learning_curve import find_curve
-from tunewright.evidence.schema import Evidence, load_items
+from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Verdict
 from tunewright.open_project import OpenProject
+from tunewright.render.markdown import markdown, plain
 
 if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
+    from tunewright.evaluation.learning_curve import CurveResult
 
 REPORT_FILE = "report.html"
 
@@ -101,10 +105,8 @@ def verdict_markdown(project: OpenProject, evaluation: str | Path | None = None)
     Raises:
         UserError: as :meth:`verdict`.
     """
-    from tunewright.report import markdown
-
     evidence = checked_evidence(project, evaluation)
-    return markdown.verdict_markdown(evidence, known_of(project.folder, evidence, project.reporter))
+    return markdown_of(evidence, known_of(project.folder, evidence, project.reporter))
 
 
 def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
@@ -115,7 +117,7 @@ def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
     Raises:
         UserError: as :meth:`verdict`, or stored advice was changed after it was written.
     """
-    from tunewright.report.html import render_report
+    from tunewright.report.page import render_report
 
     evidence = checked_evidence(project, evaluation)
     folder = folder_of(evaluation_folder(project, evaluation))
@@ -135,3 +137,63 @@ def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
     known = known_of(project.folder, evidence, project.reporter)
     write_text(out, render_report(evidence, load_items(folder), history, curve, advice, known))
     return out
+
+
+CURVE_PLOT = "curve.svg"
+SEEDS = 3
+"""Seeds of a learning curve: fewer cannot separate training noise from the effect of more rows."""
+
+
+def curve(project: OpenProject, *, seeds: int = SEEDS, force: bool = False) -> CurveResult:
+    """Train on parts of the training rows with several seeds, to predict on dev if more rows would help.
+
+    The plot is saved next to the result as curve.svg. ``force`` as in :meth:`train`.
+    """
+    from tunewright.evaluation.learning_curve import LearningCurve
+    from tunewright.evidence.learning_curve import curve_lines
+    from tunewright.render.plots import lines_file
+
+    if seeds < 2:
+        raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
+    refuse_up_front(project, "A learning curve")
+    version, chat = load_version(project.folder.dataset), project.chat
+    with open_trainings(project) as trainings:
+        result = LearningCurve(
+            project.folder, version, project.base, chat, project.reporter, trainings, seeds=seeds, force=force
+        ).run()
+    write_text(result.folder / CURVE_PLOT, lines_file(curve_lines(result.curve)))
+    return result
+
+
+def markdown_of(evidence: Evidence, known: ProjectFacts | None = None) -> str:
+    """Return the verdict with its reasons, causes and measurements, and the inputs of the evaluation.
+
+    Text from users is always shown literally: it cannot add markup, notify anybody or link to an issue.
+    """
+    result = decided(evidence, known)
+    measured, *reasons = result.reasons
+    below = set(standing(evidence.regressions).reasons) if evidence.regressions else set()
+    blocks = [
+        f"## {result.headline}: {plain(evidence.project)}",
+        plain(measured),
+        *markdown(
+            *result.blocks([reason for reason in reasons if reason not in below]),
+            *evaluation_sections(evidence),
+        ),
+        _made_with(evidence),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _made_with(evidence: Evidence) -> str:
+    """Return the identifiers to check the comment against: the evidence's ID and digests of its inputs."""
+    lineage = evidence.lineage
+    parts = [f"Evidence {plain(evidence.id)}"]
+    for name in ("created", "dataset", "base", "adapter"):
+        value = lineage.get(name)
+        digest = value.get("digest") if isinstance(value, dict) else value
+        if isinstance(digest, str):
+            parts.append(f"{name} {plain(digest if name == 'created' else digest[:12])}")
+    if evidence.engine is not None:
+        parts.append(f"engine {plain(evidence.engine.text)}")
+    return f"{', '.join(parts)}; margin {100 * evidence.margin:g} points."

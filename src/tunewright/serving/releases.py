@@ -10,7 +10,8 @@ from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, evidence_on
+from tunewright.evidence.files import EVIDENCE_FILE, evidence_on
+from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Verdict, verdict
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import DeployOptions, Engine, ReleaseTestOptions

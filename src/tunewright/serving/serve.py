@@ -14,7 +14,7 @@ from tunewright.adapters.registry import Adapter, adapter_digest, find_adapter
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.config import Config
 from tunewright.core.errors import UserError
-from tunewright.evidence.schema import evidence_on
+from tunewright.evidence.files import evidence_on
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import EngineOptions, ServeOptions
 from tunewright.serving.project_state import open_state

@@ -12,8 +12,9 @@ from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.versions import load_version
 from tunewright.evaluation.access_log import amendable, load_checked
 from tunewright.evaluation.arms import TUNED
-from tunewright.evidence.generated_effect import GeneratedEffect
-from tunewright.evidence.schema import Evidence, load_items
+from tunewright.evidence.common import GeneratedEffect
+from tunewright.evidence.files import load_items
+from tunewright.evidence.schema import Evidence
 from tunewright.evidence.scoring import contrast, score_arms, score_of
 from tunewright.metrics import open_scorers
 

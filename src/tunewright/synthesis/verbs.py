@@ -15,7 +15,7 @@ from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.evaluation.answer_constraints import AnswerConstraints
-    from tunewright.evidence.generated_effect import GeneratedEffect
+    from tunewright.evidence.common import GeneratedEffect
     from tunewright.synthesis.generate import Estimate, GenerateResult, RowGenerator
     from tunewright.synthesis.inputs import Input
     from tunewright.synthesis.questions import DocumentsResult, QuestionWriter
@@ -92,7 +92,7 @@ def generated_effect(project: OpenProject, evaluation: str | Path, without: str 
     Raises:
         UserError: no such evaluation, or the two differ in more than the generated rows.
     """
-    from tunewright.evidence.schema import find_evaluation
+    from tunewright.evidence.files import find_evaluation
     from tunewright.synthesis.effect import measure_effect
 
     ours, theirs = (find_evaluation(project.folder.evaluations, name) for name in (evaluation, without))

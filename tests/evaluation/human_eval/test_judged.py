@@ -16,8 +16,9 @@ from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.results import accepted_judge
 from tunewright.evaluation.judge.rows import ROWS_FILE, ArmPreference, JudgedItem, Outcome, Pair
+from tunewright.evidence.files import load_evidence
 from tunewright.evidence.judge import Judgement, JudgeUsage
-from tunewright.evidence.schema import Item, load_evidence
+from tunewright.evidence.schema import Item
 
 ITEMS = make_items(120, tuned=0.7, retrieved=0.3)
 

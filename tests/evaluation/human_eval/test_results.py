@@ -15,7 +15,7 @@ from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.results import JudgePreferences, review_results
 from tunewright.evaluation.human_eval.sample import stratify
-from tunewright.evidence.schema import load_items
+from tunewright.evidence.files import load_items
 
 Taste = Callable[[str], int]
 

@@ -11,7 +11,7 @@ from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.results import review_results
 from tunewright.evaluation.human_eval.session import BlindReview, Pair, reviewers_progress
-from tunewright.evidence.schema import load_items
+from tunewright.evidence.files import load_items
 
 
 @pytest.fixture

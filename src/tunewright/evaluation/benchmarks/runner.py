@@ -20,7 +20,7 @@ from tunewright.evaluation.benchmarks.instructions import InstructionsSuite
 from tunewright.evaluation.benchmarks.lm_eval import LmEvalSuite
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evidence.benchmarks import Benchmarks, RegressionResult, Suite, standing
-from tunewright.evidence.schema import evidence_on
+from tunewright.evidence.files import evidence_on
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from tunewright.evaluation.human_eval.journal import Journal, read_journals
 from tunewright.evaluation.human_eval.sample import Sample, comparison, load_sample, stratify, treatment_is_a
 from tunewright.evaluation.judge.rows import Outcome, load_judged
 from tunewright.evidence.common import Interval, Score
+from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.human_eval import AnswerReview, PredictionPowered, RaterAgreement, Reviewer, ReviewStratum
-from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
+from tunewright.evidence.schema import Evidence, Item
 from tunewright.evidence.statistics import exact_mcnemar
 
 _PREFERENCES: dict[Outcome, int] = {"win": 1, "tie": 0, "loss": -1}

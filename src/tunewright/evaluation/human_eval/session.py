@@ -29,7 +29,8 @@ from tunewright.evaluation.human_eval.sample import (
     open_sample,
     treatment_is_a,
 )
-from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
+from tunewright.evidence.files import load_evidence, load_items
+from tunewright.evidence.schema import Evidence, Item
 
 COLUMNS = ("evaluation", "item", "input", "A", "B", "verdict", "note")
 REFERENCE = "reference"

@@ -22,8 +22,9 @@ from tunewright.evaluation.judge.prompts import Question, Vote, prompts_digest, 
 from tunewright.evaluation.judge.reference_answers import REFERENCE_MODEL, ReferenceAnswers, asked_answers, read_answers
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
 from tunewright.evidence.common import Part
+from tunewright.evidence.files import load_items
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
-from tunewright.evidence.schema import Evidence, Item, load_items
+from tunewright.evidence.schema import Evidence, Item
 from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import Endpoint
 from tunewright.model_io.replies import Conversation

@@ -20,7 +20,7 @@ from tunewright.data.splits import SPLITS
 from tunewright.data.versions import current_manifest
 from tunewright.data.versions.diff import comparability, summary, word_changes
 from tunewright.data.versions.version import version_table
-from tunewright.evidence.split_power import split_power, split_power_text
+from tunewright.evidence.power import split_power, split_power_text
 from tunewright.studio.access import ChangedRows
 from tunewright.studio.visit import Handlers, PageReporter, Visit
 from tunewright.studio.words import ROLES, TURN

@@ -8,8 +8,8 @@ from tunewright.core.errors import UserError
 from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
-from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
-from tunewright.report.sections import human_eval
+from tunewright.evidence.files import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.evidence.human_eval import human_eval_section
 from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
 _NEWEST = 20  # evaluations
@@ -52,7 +52,7 @@ def compare_page(visit: Visit) -> Response:
         progress=blind.progress,
         keys=blind.verdict_keys,
         pair=pair,
-        result=human_eval.section(visit.project.human_eval_results(evaluation, against=against)) if complete else None,
+        result=human_eval_section(visit.project.human_eval_results(evaluation, against=against)) if complete else None,
     )
 
 

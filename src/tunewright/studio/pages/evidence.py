@@ -12,12 +12,15 @@ from starlette.responses import HTMLResponse, Response
 
 from tunewright.core.errors import UserError
 from tunewright.data.review.label_models import excerpt
-from tunewright.evidence.items import CHANGES, ItemFilter, chosen_items
+from tunewright.evidence.blocks import evaluation_sections
+from tunewright.evidence.files import (
+    CHANGES,
+    ItemFilter,
+    chosen_items,
+)
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import metric_label
-from tunewright.report.sections import evaluation
-from tunewright.report.sections.items import shown_answer
-from tunewright.report.text import cause_text, headline
+from tunewright.report.items import shown_answer
 from tunewright.studio.pages.project import evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -59,10 +62,10 @@ def evidence_page(visit: Visit) -> Response:
         f"Evaluation {name}",
         id=name,
         evidence=evidence,
-        headline=headline(verdict),
+        headline=verdict.headline,
         verdict=verdict,
-        causes=[cause_text(cause) for cause in verdict.causes],
-        sections=evaluation.sections(evidence),
+        causes=[cause.text for cause in verdict.causes],
+        sections=evaluation_sections(evidence),
         choice=choice,
         changes=CHANGES,
         bands=_bands(evidence),

@@ -11,10 +11,9 @@ from starlette.responses import Response
 
 from tunewright.core.errors import UserError
 from tunewright.data.review.label_models import excerpt
-from tunewright.evidence.human_eval import RaterAgreement
+from tunewright.evidence.human_eval import RaterAgreement, agreement_table
+from tunewright.evidence.judge import judge_section
 from tunewright.evidence.schema import Evidence, Item
-from tunewright.report.sections import human_eval
-from tunewright.report.sections import judge as findings
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -74,9 +73,9 @@ def judge_page(visit: Visit) -> Response:
         estimate=estimate,
         refusal=refusal,
         judgement=judgement,
-        blocks=findings.section(judgement).blocks if judgement else (),
+        blocks=judge_section(judgement).blocks if judgement else (),
         agreements=_agreements(evidence),
-        agreement_table=human_eval.agreement_table,
+        agreement_table=agreement_table,
         people=evidence.human_eval is not None,
         arms=_arms(evidence),
         outcomes=_OUTCOMES,

@@ -13,7 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
-from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.evidence.files import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job
 from tunewright.studio.pages.deploy import made, needs_keys, newest_releases

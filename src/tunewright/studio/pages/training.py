@@ -12,8 +12,9 @@ from tunewright.core.progress import duration
 from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
+from tunewright.evidence.learning_curve import curve_section
 from tunewright.metrics import metric_label, score_text
-from tunewright.report.sections import training
+from tunewright.report.training import sweep_section
 from tunewright.studio.charts import comparison_charts, run_charts
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -180,7 +181,7 @@ def sweep_page(visit: Visit) -> Response:
     return visit.page(
         "sweep.html.j2",
         f"Sweep {ledger.head.sweep}",
-        blocks=training.sweep_section(ledger).blocks,
+        blocks=sweep_section(ledger).blocks,
         trials=len(ledger.head.trials),
         took=duration(ledger.seconds),
     )
@@ -192,7 +193,7 @@ def curve_page(visit: Visit) -> Response:
     return visit.page(
         "curve.html.j2",
         f"Learning curve {curve.id}",
-        blocks=training.curve_section(curve).blocks,
+        blocks=curve_section(curve).blocks,
     )
 
 
