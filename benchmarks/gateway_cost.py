@@ -31,7 +31,7 @@ from load_shown import machine
 from rich.console import Console
 from rich.table import Table
 
-from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.chat import open_chat
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import ChatConfig, GatewayConfig

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.adapters.registry import list_adapters
-from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.chat import ChatFormat
 from tunewright.chat.format import Tokens
 from tunewright.config import Config

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.serving.gateway.auth import ServedAdapter

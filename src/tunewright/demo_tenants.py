@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.lineage import system_prompt
 from tunewright.adapters.registry import Adapter
-from tunewright.adapters.system_prompt import system_prompt
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.data.versions import Member

@@ -27,10 +27,10 @@ from adapter_helpers import (
 )
 from command_line import tunewright
 from tunewright.adapters.foreign import importer as admission
-from tunewright.adapters.foreign.config import read_config
+from tunewright.adapters.foreign.documents import read_config
 from tunewright.adapters.foreign.quarantine import quarantine_folder
+from tunewright.adapters.lineage import SystemPrompt, system_prompt
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest, find_adapter, list_adapters
-from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.examples import Message
 from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.verdict import verdict

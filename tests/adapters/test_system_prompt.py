@@ -10,9 +10,9 @@ import pytest
 
 from adapter_helpers import write_adapter
 from command_line import pairs, tiny_project, tunewright, write_jsonl
-from tunewright.adapters.foreign.metadata import check_lineage
+from tunewright.adapters.foreign.documents import check_lineage
+from tunewright.adapters.lineage import KEY, SystemPrompt, count_system_turns, system_prompt
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
-from tunewright.adapters.system_prompt import KEY, SystemPrompt, count_system_turns, system_prompt
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member

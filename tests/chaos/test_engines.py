@@ -55,7 +55,7 @@ def test_export_keeps_nothing_when_llama_cpp_is_killed_or_hangs(
     stages.prepare(case.stage)
     command = [word.replace("WORK", str(stages.work)) for word in case.command]
     with monkeypatch.context() as patched, signalled(number) as hit:
-        patched.setattr("tunewright.export.llamacpp._ANSWER_S", 3.0)
+        patched.setattr("tunewright.export.gguf.artifact._ANSWER_S", 3.0)
         ran = tunewright(*command, "-p", stages.project)
     assert hit
     assert "Traceback" not in ran.stderr

@@ -13,8 +13,8 @@ import pytest
 import tunewright
 from command_line import recorded_prompts, tiny_project, without_state
 from command_line import tunewright as command
+from tunewright.adapters.lineage import KEY
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
-from tunewright.adapters.system_prompt import KEY
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import Member

@@ -22,9 +22,9 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.config.project import ProjectFolder
 from tunewright.export import merge as merging
 from tunewright.export import templates
+from tunewright.export.artifact import Export
 from tunewright.export.gguf import model as gguf_model
 from tunewright.export.gguf import tokenizer as gguf_tokenizer
-from tunewright.export.record import Export
 from tunewright.export.weights import LoraDelta, read_deltas
 
 

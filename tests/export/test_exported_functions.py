@@ -14,8 +14,8 @@ from tiny import build_base, tiny_model
 from tool_families import FAMILIES, family, openai
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
+from tunewright.export.gguf.artifact import running
 from tunewright.export.gguf.model import write_model
-from tunewright.export.llamacpp import running
 from tunewright.export.weights import Weights
 from tunewright.gate.function_conversations import function_conversations
 from tunewright.open_project import OpenProject

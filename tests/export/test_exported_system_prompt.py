@@ -15,7 +15,7 @@ from command_line import tunewright as command
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.export.llamacpp import running
+from tunewright.export.gguf.artifact import running
 from tunewright.open_project import OpenProject
 
 pytestmark = pytest.mark.slow

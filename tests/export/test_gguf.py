@@ -16,10 +16,9 @@ from tiny import build_base
 from tunewright.chat import ChatFormat, open_chat
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.export.gguf.lora import write_lora
-from tunewright.export.gguf.model import write_model
+from tunewright.export.gguf.artifact import LlamaCpp, running
+from tunewright.export.gguf.model import write_lora, write_model
 from tunewright.export.gguf.tensors import FileType
-from tunewright.export.llamacpp import LlamaCpp, running
 from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.bases import Base
 

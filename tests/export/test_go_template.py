@@ -17,8 +17,15 @@ from tiny import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.export.go_template import GoTemplate, check_go_template, conversations, go_template, strips_whitespace
-from tunewright.export.ollama import modelfile, modelfile_system
+from tunewright.export.ollama import (
+    GoTemplate,
+    check_go_template,
+    conversations,
+    go_template,
+    modelfile,
+    modelfile_system,
+    strips_whitespace,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,9 @@ from export_helpers import CHATS, open_base
 from tiny import build_base
 from tunewright.chat import open_chat
 from tunewright.core.progress import LogReporter
-from tunewright.export.gguf.mixtures import Mixture, quantize_rows
+from tunewright.export.gguf.artifact import running
 from tunewright.export.gguf.model import write_model
-from tunewright.export.gguf.tensors import FileType
-from tunewright.export.llamacpp import running
+from tunewright.export.gguf.tensors import FileType, Mixture, quantize_rows
 from tunewright.export.weights import Weights
 
 KIND = gguf.GGMLQuantizationType

@@ -23,8 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tunewright.adapters.foreign.config import read_config
-from tunewright.adapters.foreign.metadata import check_history, check_lineage, check_replay
+from tunewright.adapters.foreign.documents import check_history, check_lineage, check_replay, read_config
 from tunewright.adapters.foreign.weights import read_header
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import MANIFEST, SIGNATURE

@@ -12,8 +12,8 @@ from typing import Any
 import openai
 from served_model import CONTEXT, LIMITS, STOPS, TOKENIZER, build_base, build_model, texts
 
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.adapters.registry import adapter_digest
-from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.serving.engines.peft import PeftEngine

@@ -13,29 +13,114 @@ import binascii
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import platformdirs
 
 from tunewright.adapters.manifest import Record, parse_record
-from tunewright.adapters.openssh import PUBLIC_KEY, fingerprint, key_fingerprint, own_keys, read_public_key, string
 from tunewright.core.clock import now, without_milliseconds
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
+from tunewright.core.processes import Finished, run
 from tunewright.data.versions.version import current_author
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 NAMESPACE: Final = "tunewright-adapter@1"
 """The purpose of signatures: one made for anything else never counts for an adapter."""
 
+_PUBLIC_KEY = r"(?P<key>(?:sk-)?(?:ssh|ecdsa)-[\w@.-]+[ \t]+[A-Za-z0-9+/]+={0,2})(?:[ \t]+(?P<comment>.*))?"
+"""A public key: its type, the key in base64, and a comment."""
 _OPTIONS = f'namespaces="{NAMESPACE}"'
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,62}")
-_SIGNER = re.compile(r'"?(?P<names>[^\s"]+)"?[ \t]+(?:(?P<options>(?:[^\s"]|"[^"]*")+)[ \t]+)?' + PUBLIC_KEY)
+_SIGNER = re.compile(r'"?(?P<names>[^\s"]+)"?[ \t]+(?:(?P<options>(?:[^\s"]|"[^"]*")+)[ \t]+)?' + _PUBLIC_KEY)
 _EVENT = re.compile(r"(?:trusted|revoked) on (?P<at>\S+?)(?: by (?P<by>.*?))?(?:: (?P<because>.*))?")
-_PEM = re.compile(r"-----BEGIN PUBLIC KEY-----\s+([A-Za-z0-9+/=]+)\s+-----END PUBLIC KEY-----\s*")
-_ED25519 = bytes.fromhex("302a300506032b6570032100")
-"""DER of an Ed25519 SubjectPublicKeyInfo (RFC 8410), up to the 32 bytes of the key."""
 _RESTORE = "Correct it, or restore the file, from git for example."
+
+
+def require_ssh_keygen() -> str:
+    """Return the path of ``ssh-keygen``."""
+    program = shutil.which("ssh-keygen")
+    if program is None:
+        fix = "Install OpenSSH 8.2 or later (Debian: openssh-client)."
+        raise UserError("The program ssh-keygen is not installed", where="PATH", fix=fix)
+    return program
+
+
+def ssh_keygen(*arguments: str, data: bytes = b"", prompt: bool = False) -> Finished:
+    """Run ``ssh-keygen`` with this input; with ``prompt`` it may ask at the terminal for a passphrase."""
+    command = [require_ssh_keygen(), *arguments]
+    # Without a terminal of its own it fails instead of waiting for a person; with one it asks there, although its input
+    # is a pipe, for which a desktop's askpass would open a window. A stated SSH_ASKPASS_REQUIRE holds.
+    variables = {"SSH_ASKPASS_REQUIRE": "never", **os.environ}
+    if prompt and "SSH_ASKPASS" in os.environ:
+        variables = dict(os.environ)
+    ran = run(command, data=data, env=variables, terminal=prompt)
+    if ran.code != 0 and "usage: ssh-keygen" in ran.stderr:
+        raise UserError("This ssh-keygen makes no signatures", where=command[0], fix="Install OpenSSH 8.2 or later.")
+    return ran
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path with ``~`` replaced; Path.expanduser fails for a user without a home."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def own_keys() -> Iterator[tuple[Path, str]]:
+    """Yield the files of this user's keys, each with its fingerprint: OpenSSH's, and those that an earlier tunewright
+    created.
+    """
+    created = platformdirs.user_data_path("tunewright") / "keys"
+    for path in (*sorted(user_path("~/.ssh").glob("*.pub")), *sorted(created.glob("*.pem"))):
+        try:
+            yield path, file_fingerprint(path)
+        except (UserError, OSError):  # not a key, not readable, or no ssh-keygen that could tell
+            continue
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return the fingerprint of a public or private key's file, which needs no passphrase."""
+    if path.suffix == ".pub":
+        return _fingerprint_of(_read_public_key(path), str(path))
+    ran = ssh_keygen("-l", "-f", str(path))
+    if (found := re.search(r"SHA256:[A-Za-z0-9+/]+", ran.stdout)) is None:
+        raise UserError(f"Not a key: {ran.stderr.strip()}", where=str(path))
+    return found[0]
+
+
+def _read_public_key(file: Path) -> str:
+    """Return the type and the key of a file with one public key."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    fix = f"`ssh-keygen -y -f {file.with_suffix('')}` prints the public half of a key."
+    if "PRIVATE KEY-----" in text:
+        raise UserError("Not a public key: this is the private half; never share it", where=str(file), fix=fix)
+    found = re.fullmatch(_PUBLIC_KEY, text.strip())
+    if found is None:
+        raise UserError("Not one public key in OpenSSH's format", where=str(file), fix=fix)
+    return " ".join(found["key"].split())
+
+
+def _fingerprint_of(public: str, where: str) -> str:
+    """Return the fingerprint of a public key, whose type and content must agree."""
+    kind, text = public.split()
+    try:
+        blob = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        blob = b""
+    # The key begins with its type, as a string of the SSH protocol (RFC 4251): the length in 32 bits, and the bytes.
+    if not blob.startswith(len(kind).to_bytes(4) + kind.encode()):
+        raise UserError("The public key does not match its type", where=where, fix="Copy the whole line again.")
+    return fingerprint(blob)
+
+
+def fingerprint(blob: bytes) -> str:
+    """Return the fingerprint of a key in the encoding of the SSH protocol, as ``ssh-keygen -l`` prints it."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 class KeyEvent(Record):
@@ -66,16 +151,32 @@ class TrustedKey(Record):
 
     @property
     def is_former(self) -> bool:
-        """Return whether it is from a file keys/NAME.json, which an earlier tunewright wrote."""
+        """True if it is from a file keys/NAME.json, which an earlier tunewright wrote."""
         return self.public_key.startswith("-----BEGIN")
+
+    @property
+    def former(self) -> Ed25519PublicKey:
+        """The key of a file keys/NAME.json; a ValueError if that has none."""
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+        try:
+            key = load_pem_public_key(self.public_key.encode())
+        except UnsupportedAlgorithm as error:
+            raise ValueError(error) from None
+        if not isinstance(key, Ed25519PublicKey):
+            raise ValueError(f"{self.name} is not an Ed25519 key")
+        return key
 
     @property
     def openssh(self) -> str:
         """The public key in OpenSSH's format."""
         if not self.is_former:
             return self.public_key
-        kind = "ssh-ed25519"
-        return f"{kind} {base64.b64encode(string(kind.encode()) + string(_raw(self.public_key))).decode()}"
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        return self.former.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
     @property
     def fingerprint(self) -> str:
@@ -106,8 +207,12 @@ class TrustedKeys:
         self.revocations = folder / "revoked_keys"
         """Revoked keys, if the file exists."""
         self._allowed = folder / "allowed_signers"
-        self._revoked = dict(self._revoked_keys())
+        self._revoked: dict[str, KeyEvent] = {}
         """Revocations by fingerprint; none of a KRL, which only ``ssh-keygen`` reads."""
+        for line, where in () if self.has_krl else _lines(self.revocations):
+            if (found := re.fullmatch(_PUBLIC_KEY, line)) is None:
+                raise UserError("Not a public key in OpenSSH's format", where=where, fix=_RESTORE)
+            self._revoked[_fingerprint_of(found["key"], where)] = _event_of(found["comment"])
         signers = [self._signer(line, where) for line, where in _lines(self._allowed)]
         self.all = [*signers, *(self._former(path) for path in sorted(folder.glob("*.json")))]
 
@@ -154,25 +259,23 @@ class TrustedKeys:
         Raises:
             UserError: not such a file, a revoked key, or a name or key that is known already.
         """
-        file = Path(os.path.expanduser(key))  # noqa: PTH111 (Path.expanduser fails for an unknown user)
+        file = user_path(key)
         if not file.is_file():
             fix = "Give the file of a public key, such as ~/.ssh/id_ed25519.pub; `ssh-keygen -t ed25519` creates it."
             raise UserError("No such file", where=str(key), fix=fix)
-        public = read_public_key(file)
-        mark = key_fingerprint(public, str(file))
+        public = _read_public_key(file)
+        mark = _fingerprint_of(public, str(file))
         name = file.stem if name is None else name
         if not _NAME.fullmatch(name):
             what = f"Invalid name {name!r}: use up to 63 letters, digits, and . _ - + @ after the first"
             raise UserError(what, where="--name", fix="Choose another with --name NAME.")
+        where = str(self.folder)
         if (revoked := self.revocation(mark)) is not None:
-            raise UserError(f"This key was revoked{revoked}", where=str(self.folder), fix="Use another key.")
-        for known in self.all:
-            if known.fingerprint == mark:
-                raise UserError(f"The project trusts this key already, as {known.name}", where=str(self.folder))
-            if known.name == name:
-                raise UserError(
-                    f"Another key is named {name}", where=str(self.folder), fix="Choose another with --name."
-                )
+            raise UserError(f"This key was revoked{revoked}", where=where, fix="Use another key.")
+        if (known := self.find(mark)) is not None:
+            raise UserError(f"The project trusts this key already, as {known.name}", where=where)
+        if any(known.name == name for known in self.all):
+            raise UserError(f"Another key is named {name}", where=where, fix="Choose another with --name.")
         event = KeyEvent(at=without_milliseconds(now()), by=current_author(self.folder.parent))
         write_text(self._allowed, _text(self._allowed) + _line(name, public, f"trusted{event}"))
         return TrustedKey(name=name, id=mark, public_key=public, trusted=event, options=_OPTIONS)
@@ -202,18 +305,11 @@ class TrustedKeys:
         write_text(self.revocations, _text(self.revocations) + lines)
         return valid[0].model_copy(update={"revoked": event})
 
-    def _revoked_keys(self) -> Iterator[tuple[str, KeyEvent]]:
-        for line, where in () if self.has_krl else _lines(self.revocations):
-            found = re.fullmatch(PUBLIC_KEY, line)
-            if found is None:
-                raise UserError("Not a public key in OpenSSH's format", where=where, fix=_RESTORE)
-            yield key_fingerprint(found["key"], where), _event_of(found["comment"])
-
     def _signer(self, line: str, where: str) -> TrustedKey:
         found = _SIGNER.fullmatch(line)
         if found is None:
             raise UserError("Not a line of allowed_signers (name, options, key)", where=where, fix=_RESTORE)
-        mark = key_fingerprint(found["key"], where)
+        mark = _fingerprint_of(found["key"], where)
         return TrustedKey(
             name=found["names"].split(",")[0],
             id=mark,
@@ -225,20 +321,16 @@ class TrustedKeys:
 
     def _former(self, path: Path) -> TrustedKey:
         """Return the key of a file of an earlier tunewright, keys/NAME.json."""
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
         key = parse_record(TrustedKey, path.read_bytes(), str(path))
-        if key.name != path.stem or key.id != hashlib.sha256(_ED25519 + _raw(key.public_key)).hexdigest():
+        try:
+            der = key.former.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        except ValueError:
+            der = b""
+        if key.name != path.stem or key.id != hashlib.sha256(der).hexdigest() or not der:
             raise UserError("The file's name or ID does not match its key", where=str(path), fix=_RESTORE)
         return key.model_copy(update={"revoked": self._revoked.get(key.fingerprint, key.revoked)})
-
-
-def _raw(pem: str) -> bytes:
-    """Return the 32 bytes of an Ed25519 key in PEM; nothing for another text."""
-    found = _PEM.fullmatch(pem)
-    try:
-        der = base64.b64decode(found[1]) if found else b""
-    except binascii.Error:
-        der = b""
-    return der[-32:] if der[:-32] == _ED25519 else b""
 
 
 def _text(path: Path) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -44,26 +43,12 @@ R = TypeVar("R", bound=Record)
 
 
 def parse_record(kind: type[R], data: bytes, where: str) -> R:
-    """Parse a record from JSON.
-
-    Raises:
-        UserError: ambiguous JSON (:func:`strict_json`), or another kind of document.
-    """
+    """Parse a record from strict JSON."""
     strict_object(data, where)
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
         raise UserError(f"Unexpected content: {first_fault(error)}", where=where) from None
-
-
-@dataclass(frozen=True)
-class Signed:
-    """The status of one signature in a project."""
-
-    key: str
-    """The key's name in the project, or the first characters of its ID or its fingerprint if it is unknown there."""
-    status: Literal["signed", "untrusted", "revoked", "tampered", "not checked"]
-    why: str
 
 
 class FileInfo(Record):
@@ -99,11 +84,7 @@ class Manifest(Record):
 
 
 def make_manifest(folder: Path, name: str, lineage: Mapping[str, Any]) -> Manifest:
-    """Return the manifest of the files now in ``folder``.
-
-    Raises:
-        UserError: a link or another special file, or a lineage without digests.
-    """
+    """Return the manifest of the files now in ``folder``."""
     files = {path: file_info(folder / path) for path in covered_files(folder)}
     sources = {
         "base": _named(lineage, "base", "digest"),
@@ -132,11 +113,7 @@ def file_info(path: Path) -> FileInfo:
 
 
 def covered_files(folder: Path) -> list[str]:
-    """Return every file in an adapter's folder that its manifest covers, sorted.
-
-    Raises:
-        UserError: a link or another special file.
-    """
+    """Return every file in an adapter's folder that its manifest covers, sorted; refuse links and special files."""
     found = []
     for path in sorted(folder.rglob("*")):
         kind = path.lstat().st_mode
@@ -150,37 +127,26 @@ def covered_files(folder: Path) -> list[str]:
     return found
 
 
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Parse a manifest.
-
-    Raises:
-        UserError: not a manifest, or not its canonical form.
-    """
-    manifest = parse_record(Manifest, data, where)
-    if manifest.text != data:
-        raise UserError("The manifest is not in canonical form", where=where)
-    return manifest
-
-
 def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest in an adapter's folder; None if it has none, as for adapters of an earlier tunewright.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: not a manifest, or not in its canonical form.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    return parse_manifest(path.read_bytes(), str(path))
+    data = path.read_bytes()
+    manifest = parse_record(Manifest, data, str(path))
+    if manifest.text != data:
+        raise UserError("The manifest is not in canonical form", where=str(path))
+    return manifest
 
 
 def changed_files(folder: Path, manifest: Manifest, files: Iterable[str] | None = None) -> list[str]:
     """Return the differences between ``folder`` and its manifest, each in a few words; empty if both match.
 
-    Args:
-        folder: the adapter's folder.
-        manifest: its manifest.
-        files: the files to check (None: all, and that no others exist).
+    ``files`` are the files to check (None: all, and that no others exist).
     """
     changed = []
     checked = {*covered_files(folder), *manifest.files} if files is None else {*files}

@@ -2,6 +2,10 @@
 
 ``manifest.json.sig`` has one block of OpenSSH's format (PROTOCOL.sshsig) for each signer. Agents, passphrases and keys
 in hardware work because ``ssh-keygen`` uses them.
+
+``signature.json`` has the signatures of earlier versions, verified until tunewright 2.0 and no longer made: a DSSE
+envelope (github.com/secure-systems-lab/dsse, v1.0.2) without its payload, which is the file ``manifest.json``. Its keys
+are those of keys/NAME.json.
 """
 
 from __future__ import annotations
@@ -11,14 +15,24 @@ import binascii
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal
 
-from tunewright.adapters import dsse
-from tunewright.adapters.keys import NAMESPACE, TrustedKeys
-from tunewright.adapters.manifest import MANIFEST, SIGNATURE, Signed
-from tunewright.adapters.openssh import file_fingerprint, fingerprint, own_keys, require_ssh_keygen, ssh_keygen
+from pydantic import Field
+
+from tunewright.adapters.keys import (
+    NAMESPACE,
+    TrustedKeys,
+    file_fingerprint,
+    fingerprint,
+    own_keys,
+    require_ssh_keygen,
+    ssh_keygen,
+    user_path,
+)
+from tunewright.adapters.manifest import DSSE, MANIFEST, SIGNATURE, Digest, Record, parse_record
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text, writing
 from tunewright.core.progress import Reporter
@@ -32,6 +46,16 @@ _BLOCK = re.compile("-----BEGIN SSH SIGNATURE-----\n([A-Za-z0-9+/=\n]*)-----END 
 
 
 @dataclass(frozen=True)
+class Signed:
+    """The status of one signature in a project."""
+
+    key: str
+    """The key's name in the project, or the first characters of its ID or its fingerprint if it is unknown there."""
+    status: Literal["signed", "untrusted", "revoked", "tampered", "not checked"]
+    why: str
+
+
+@dataclass(frozen=True)
 class SigningKey:
     """One of the user's keys that a project trusts."""
 
@@ -42,11 +66,7 @@ class SigningKey:
     """Its fingerprint."""
 
     def sign(self, message: bytes, *, prompt: bool) -> str:
-        """Return the signature over a message.
-
-        Args:
-            message: the signed bytes.
-            prompt: let ``ssh-keygen`` ask at the terminal for a passphrase.
+        """Return the signature over a message; with ``prompt``, ``ssh-keygen`` may ask at the terminal.
 
         Raises:
             UserError: no ``ssh-keygen``, or it cannot use the key.
@@ -79,11 +99,7 @@ def sign(folder: Path, key: SigningKey, *, prompt: bool = False) -> bool:
 
 
 def read_signatures(folder: Path) -> list[str]:
-    """Return the signatures of ``ssh-keygen`` in an adapter's folder; empty if it has none.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """Return the signatures of ``ssh-keygen`` in an adapter's folder; empty if it has none."""
     path = folder / SIGNATURE
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     blocks = [found[0] for found in _BLOCK.finditer(text)]
@@ -100,7 +116,7 @@ def verify_signatures(folder: Path, trusted: TrustedKeys) -> list[Signed]:
     """
     payload = (folder / MANIFEST).read_bytes()
     found = [_verify(block, _signer(block, folder), payload, trusted) for block in read_signatures(folder)]
-    return [*found, *dsse.verify_signatures(folder, payload, trusted)]
+    return [*found, *_verify_former(folder, payload, trusted)]
 
 
 def _verify(block: str, mark: str, payload: bytes, trusted: TrustedKeys) -> Signed:
@@ -136,17 +152,11 @@ def _verify(block: str, mark: str, payload: bytes, trusted: TrustedKeys) -> Sign
 def store_signer(keys: Path, reporter: Reporter) -> SigningKey | None:
     """Return the key that signs stored adapters by default; report it, or the reason for its absence.
 
-    A project that trusts no key gets no report: signing is not in use.
-
-    Args:
-        keys: the project's folder of trusted keys.
-        reporter: reports the key or the reason.
-
     Raises:
         UserError: the key asks for a passphrase, for which nobody may be there at the end of a training.
     """
     trusted = TrustedKeys(keys)
-    if not trusted.required:
+    if not trusted.required:  # signing is not in use
         return None
     try:
         key = signing_key(trusted)
@@ -166,16 +176,14 @@ def signing_key(trusted: TrustedKeys, wanted: str | None = None) -> SigningKey:
     """Return the key that signs in a project: the wanted one, or the only one of the user's keys that the project
     trusts.
 
-    Args:
-        trusted: the project's keys.
-        wanted: a file, or a key's name in the project (None: the environment's, if it states one).
+    The wanted one is a file, or a key's name in the project (None: the environment's, if it states one).
 
     Raises:
         UserError: no ``ssh-keygen``, no key, several keys, or a key that the project does not trust.
     """
     require_ssh_keygen()
     wanted = wanted or os.environ.get(SIGNING_KEY) or None
-    file = Path(os.path.expanduser(wanted or ""))  # noqa: PTH111 (Path.expanduser fails for an unknown user)
+    file = user_path(wanted or "")
     keys = [(file, file_fingerprint(file))] if file.is_file() else own_keys()
     usable: dict[str, SigningKey] = {}
     for path, mark in keys:
@@ -204,3 +212,50 @@ def _signer(block: str, folder: Path) -> str:
     if not blob.startswith(b"SSHSIG\0\0\0\1") or len(blob) < 14 + size:
         raise UserError("Not a signature of ssh-keygen", where=str(folder / SIGNATURE))
     return fingerprint(blob[14 : 14 + size])
+
+
+class _Signature(Record):
+    """One signer's key ID, and 64 bytes in base64."""
+
+    keyid: Digest
+    sig: Annotated[str, Field(max_length=100)]
+
+
+class _Envelope(Record):
+    """All signatures of an earlier version over one manifest, in the order in which they were made."""
+
+    payloadType: Literal["application/vnd.tunewright.adapter+json"] = (  # noqa: N815 (DSSE spells it so)
+        "application/vnd.tunewright.adapter+json"
+    )
+    signatures: Annotated[tuple[_Signature, ...], Field(min_length=1, max_length=16)]
+
+
+def _verify_former(folder: Path, payload: bytes, trusted: TrustedKeys) -> Iterator[Signed]:
+    """Yield the status of each signature that an earlier version made over the manifest ``payload``."""
+    from cryptography.exceptions import InvalidSignature
+
+    path = folder / DSSE
+    if not path.is_file():
+        return
+    envelope = parse_record(_Envelope, path.read_bytes(), str(path))
+    kind = envelope.payloadType.encode()
+    # DSSE signs the payload and its type, each with its length, so that they cannot be confused.
+    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+    for signature in envelope.signatures:
+        key = next((known for known in trusted.all if known.id == signature.keyid), None)
+        mark = signature.keyid[:16]
+        if key is None:
+            yield Signed(mark, "untrusted", f"signed by key {mark}, which is not trusted here")
+            continue
+        name = key.name
+        try:
+            key.former.verify(base64.b64decode(signature.sig, validate=True), message)
+        except (InvalidSignature, binascii.Error):
+            yield Signed(name, "tampered", f"the signature of {name} is of another manifest")
+            continue
+        if key.revoked is not None:
+            yield Signed(name, "revoked", f"{name} was revoked{key.revoked}")
+        elif trusted.has_krl:
+            yield Signed(name, "not checked", f"the signature of {name} is not checked against a KRL: sign again")
+        else:
+            yield Signed(name, "signed", f"signed by {name}")

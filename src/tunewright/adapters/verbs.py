@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters import signing
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.manifest import read_manifest
+from tunewright.adapters.manifest import DSSE, MANIFEST, SIGNATURE, read_manifest
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
 from tunewright.adapters.trust import TrustStatus, trust_status
 from tunewright.core.errors import UserError
@@ -17,8 +18,20 @@ from tunewright.data.versions.version import current_author
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.adapters.foreign.importer import AdapterImporter, ImportResult
-    from tunewright.adapters.remote import PushedAdapter
+    from tunewright.adapters.foreign.importer import ImportResult
+    from tunewright.core.remote_files import RemoteFiles
+
+
+@dataclass(frozen=True)
+class PushedAdapter:
+    """An adapter at a URL."""
+
+    adapter: str
+    url: str
+    new: bool
+    """False if it was there already; its signatures were copied again."""
+    bytes: int
+    """The size of the files copied."""
 
 
 def list_all(project: OpenProject) -> Sequence[Adapter]:
@@ -33,7 +46,9 @@ def verify(project: OpenProject, names: Sequence[str] = ()) -> Sequence[TrustSta
         UserError: no adapter with such a name.
     """
     folder = project.folder.adapters
-    chosen = [find_adapter(folder, name) for name in names] or _folders(project.folder.adapters)
+    # Without names every folder, also one whose lineage is missing, which is reported then.
+    stored = [Adapter(place) for place in sorted(folder.glob("[!.]*")) if place.is_dir()]
+    chosen = [find_adapter(folder, name) for name in names] or stored
     trusted = TrustedKeys(project.folder.keys)
     with project.reporter.task("checking", len(chosen), "adapters") as task:
         found = []
@@ -79,12 +94,23 @@ def push(project: OpenProject, url: str, names: Sequence[str] = ()) -> Sequence[
         names: names or their beginnings (none: the newest).
 
     Raises:
-        UserError: no such adapter, files that differ from the stored ones, or the remote refuses.
+        UserError: no such adapter, files that differ from the stored ones, another adapter has that name there, or the
+            remote refuses. The adapters after that one are not copied.
     """
-    from tunewright.adapters.remote import push_adapters
+    from tunewright.core.remote_files import RemoteFiles
 
     chosen = [find_adapter(project.folder.adapters, name) for name in names or (None,)]
-    return push_adapters(chosen, url, TrustedKeys(project.folder.keys), project.reporter)
+    there, trusted = RemoteFiles(url), TrustedKeys(project.folder.keys)
+    for adapter in chosen:
+        status = trust_status(adapter, trusted)
+        if status.state == "tampered":
+            raise UserError(f"The adapter is not copied: {'; '.join(status.reasons)}", where=adapter.name)
+    with project.reporter.task("pushing", len(chosen), "adapters") as task:
+        pushed = []
+        for adapter in chosen:
+            pushed.append(_push(adapter, there))
+            task.advance(note=adapter.name)
+    return pushed
 
 
 def import_(project: OpenProject, source: str | Path, options: ImportOptions = ImportOptions()) -> ImportResult:
@@ -97,22 +123,37 @@ def import_(project: OpenProject, source: str | Path, options: ImportOptions = I
     Raises:
         UserError: the adapter fails a check; nothing is stored.
     """
+    from tunewright.adapters.foreign.importer import import_adapter
     from tunewright.core.remote_files import RemoteFiles
 
     found = RemoteFiles(str(source)) if "://" in str(source) else Path(source)
     if isinstance(found, Path) and not found.exists():
         raise UserError("No such folder", where=str(source))
-    return adapter_importer(project).import_adapter(found, options, current_author(project.folder.root))
+    return import_adapter(project, found, options, current_author(project.folder.root))
 
 
-def adapter_importer(project: OpenProject) -> AdapterImporter:
-    """Return the importer of foreign adapters into a project."""
-    from tunewright.adapters.foreign.importer import AdapterImporter
+def _push(adapter: Adapter, there: RemoteFiles) -> PushedAdapter:
+    """Copy one adapter: URL/NAME-DIGEST12/ has the files that the manifest names, each as it was stored.
 
-    folder = project.folder
-    return AdapterImporter(folder.adapters, TrustedKeys(folder.keys), project.base, project.chat, project.reporter)
-
-
-def _folders(adapters: Path) -> Sequence[Adapter]:
-    """Return every adapter folder, including those whose lineage is missing, so that they are reported too."""
-    return [Adapter(folder) for folder in sorted(adapters.glob("[!.]*")) if folder.is_dir()]
+    The manifest is written last, so an adapter with one is complete.
+    """
+    if read_manifest(adapter.folder) is None:
+        write_manifest(adapter.folder, adapter.name)
+    manifest = (adapter.folder / MANIFEST).read_bytes()
+    known = there.read_if_there(f"{adapter.name}/{MANIFEST}")
+    if known not in (None, manifest):
+        raise UserError(
+            "Another adapter with the same weights and other records is there",
+            where=f"{there}/{adapter.name}",
+            fix="Remove it there, or push to another URL.",
+        )
+    files = read_manifest(adapter.folder)
+    assert files is not None
+    names = sorted(files.files) if known is None else []
+    names += [name for name in (SIGNATURE, DSSE) if (adapter.folder / name).exists()]
+    for name in names:
+        there.copy(adapter.folder / name, f"{adapter.name}/{name}")
+    if known is None:
+        there.write(f"{adapter.name}/{MANIFEST}", manifest)
+    size = sum((adapter.folder / name).stat().st_size for name in names)
+    return PushedAdapter(adapter.name, f"{there}/{adapter.name}", known is None, size)

@@ -2,20 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from tunewright.adapters.compatibility import trained_quantization
-from tunewright.adapters.lineage import packages
+from pydantic import Field, ValidationError
+
+from tunewright.adapters.compatibility import require_compatible, trained_quantization
+from tunewright.adapters.lineage import SystemPrompt, packages, system_prompt
+from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, write_json
 from tunewright.core.locks import in_use, remove_abandoned
-from tunewright.export.record import RECORD, Export, Kind, MergeMeasurement, read_record
-from tunewright.export.source import Source
-from tunewright.gate.parity import LIMITS, Figures, Precision, shortcomings
+from tunewright.data.examples import Message
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.evidence.common import Part
+from tunewright.gate.parity import LIMITS, Figures, Limits, Precision, shortcomings
+from tunewright.open_project import OpenProject
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter of an open project, to be exported."""
+
+    project: OpenProject
+    adapter: Adapter
+
+    @classmethod
+    def find(cls, project: OpenProject, adapter: str | None) -> Source:
+        """Return an adapter by its name or the beginning of it; None: the newest.
+
+        Raises:
+            UserError: no such adapter, or it does not fit the base or the chat format.
+        """
+        found = find_adapter(project.folder.adapters, adapter)
+        require_compatible(found, project.base, project.chat)
+        return cls(project, found)
+
+    @cached_property
+    def version(self) -> DatasetVersion:
+        """The version that the adapter was trained on; of a foreign adapter, whose data is unknown, the current one,
+        whose prompts serve as well to compare an artifact with the trained model."""
+        return load_version(self.project.folder.dataset, self.adapter.dataset)
+
+    @cached_property
+    def system_prompt(self) -> SystemPrompt:
+        """The adapter's trained system prompt, or the reason for its absence."""
+        return system_prompt(self.adapter, self.project.folder.dataset)
+
+    @property
+    def dev_prompts(self) -> list[Sequence[Message]]:
+        """The dev prompts of the adapter's dataset; none if its dataset is unknown."""
+        if "dataset" not in self.adapter.lineage:
+            return []
+        return [member.example.prompt for member in self.version.domain_of("dev")]
+
+    def target(self, what: str, to: str | Path | None) -> Path:
+        """Return the folder to create: ``to``, or one in the project's exports."""
+        return self.project.folder.exports / f"{self.adapter.name}-{what}" if to is None else Path(to).expanduser()
+
+    def inputs(self, kind: str, **settings: Any) -> dict[str, Any]:
+        """Return the inputs that determine the artifact."""
+        system = self.system_prompt.text
+        return {
+            **({} if system is None else {"system_prompt": system}),
+            "adapter": self.adapter.digest,
+            "base": self.project.base.digest,
+            "template": self.project.chat.digest,
+            "dataset": self.adapter.dataset or self.version.digest,
+            "kind": kind,
+            **settings,
+        }
+
+    def notes(self, *, template: bool = True) -> tuple[str, ...]:
+        """Return notes on precision and system prompt; ``template``: the artifact includes a chat template."""
+        foreign = (
+            ()
+            if "config" in self.adapter.lineage
+            else ("bfloat16 is assumed: the adapter's lineage does not name the precision of its training",)
+        )
+        prompt = self.system_prompt
+        if prompt.text is not None and template:
+            note = f"its chat template adds the trained system prompt if there is no other: {prompt.shown}"
+        elif prompt.text is not None:
+            note = f"the adapter's file alone has no system prompt: send the trained one: {prompt.text}"
+        elif prompt.why_none is not None:
+            note = f"no system prompt is written into it: {prompt.why_none}"
+        else:
+            return foreign
+        return (*foreign, note)
+
+
+RECORD = "export.json"
+
+Kind = Literal["merged", "gguf-lora", "gguf-merged", "ollama", "compressed", "hub"]
+
+
+class MergeMeasurement(Part):
+    """A merge method and its distance from the trained model."""
+
+    way: Literal["original", "dequantized"]
+    kl: Annotated[float, Field(description="Mean KL divergence from the trained model, nats.")]
+
+
+class Export(Part):
+    """An artifact's kind, inputs and measurements."""
+
+    schema_version: Literal[1] = 1
+    kind: Kind
+    made_of: Annotated[dict[str, Any], Field(description="Digests of adapter, base and chat format, and the settings.")]
+    lineage: Annotated[dict[str, Any], Field(description="The adapter's own lineage.")]
+    ways: Annotated[
+        tuple[MergeMeasurement, ...],
+        Field(description="Measured merge methods; empty if there is only one."),
+    ]
+    way: Annotated[str, Field(description="The merge method: the one closest to the trained model.")]
+    figures: Annotated[
+        Figures | None, Field(description="None if the engine rejected the file, or for an adapter itself.")
+    ]
+    limits: Limits
+    shortcomings: Annotated[tuple[str, ...], Field(description="Why the artifact failed; empty for one that was kept.")]
+    notes: Annotated[tuple[str, ...], Field(description="Notes for the user.")]
+    files: Annotated[dict[str, str], Field(description="SHA-256 of each file, by name.")]
+    packages: dict[str, str]
+    created: Annotated[str, Field(description="UTC, ISO 8601.")]
+
+    @property
+    def inputs_digest(self) -> str:
+        """The SHA-256 of the inputs."""
+        return digest(self.made_of)
+
+
+def read_record(folder: Path) -> Export:
+    """Return the record of an exported folder.
+
+    Raises:
+        UserError: the record is missing or unreadable.
+    """
+    path = folder / RECORD
+    try:
+        return Export.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"No {RECORD}: this folder is not an export", where=str(folder)) from None
+    except (ValueError, ValidationError) as error:
+        raise UserError(f"The record cannot be read: {error}", where=str(path)) from None
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
 from tunewright.engines.llmcompressor import worker
-from tunewright.export.artifact import BuiltArtifact
+from tunewright.export.artifact import BuiltArtifact, Source
 from tunewright.export.merge import choose_merge_method, load_folder, observe_folder, save_settings, write_merged
-from tunewright.export.source import Source
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights
 from tunewright.gate.parity import Precision

@@ -18,10 +18,8 @@ from tunewright.core.io import link_or_copy, write_json, write_text
 from tunewright.data.examples import Message
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import evidence_on
-from tunewright.export.artifact import BuiltArtifact, ExportResult
+from tunewright.export.artifact import RECORD, BuiltArtifact, Export, ExportResult, Source
 from tunewright.export.merge import save_tokenizer
-from tunewright.export.record import RECORD, Export
-from tunewright.export.source import Source
 from tunewright.export.templates import count_equal_renderings
 from tunewright.report.model_card import CardSubject, model_card
 

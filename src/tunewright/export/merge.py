@@ -14,9 +14,7 @@ from tunewright.adapters.compatibility import trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
-from tunewright.export.artifact import BuiltArtifact
-from tunewright.export.record import MergeMeasurement
-from tunewright.export.source import Source
+from tunewright.export.artifact import BuiltArtifact, MergeMeasurement, Source
 from tunewright.export.templates import count_equal_renderings, exported_template
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype

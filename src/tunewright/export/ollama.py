@@ -2,18 +2,230 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
+from tunewright.chat.templates import Template
 from tunewright.core.errors import UserError
 from tunewright.core.io import link_or_copy, write_text
-from tunewright.export.artifact import BuiltArtifact, ExportResult
+from tunewright.data.examples import Message
+from tunewright.export.artifact import BuiltArtifact, ExportResult, Source
 from tunewright.export.gguf.artifact import base_file
 from tunewright.export.gguf.tensors import PRECISIONS, FileType
-from tunewright.export.go_template import go_template, strips_whitespace
-from tunewright.export.source import Source
+
+CONVERSATIONS = 200
+"""Random conversations on which a Go template is compared with the chat template."""
+
+_SYSTEM, _FIRST = "\ue000", 0xE001  # private-use characters: no template writes them or strips them as white space
+_LONGEST = 3
+_WORDS = (
+    "court",
+    "d'été",
+    "Łódź",
+    "中文",
+    "🙂",
+    "{{ .System }}",
+    '"""',
+    "a\nb",
+    "1,234.50",
+    "x" * 30,
+    "<b>",
+    "\\n",
+    "%s",
+)
+
+
+@dataclass(frozen=True)
+class GoTemplate:
+    """The texts that a chat format writes around messages."""
+
+    system_place: Literal["front", "end", "none"]
+    """The system text's place: before the first user turn, in the last user turn, or nowhere."""
+    start: str
+    """Before the first user's text, if there is no system text."""
+    before: str
+    """Before the system text, if it is in front."""
+    between: str
+    """Text between the system message and the first user message."""
+    answer: str
+    """Text between a user message and the next assistant message."""
+    next: str
+    """Text between an assistant message and the next user message."""
+    ask: str
+    """Text between the last user message and the start of the answer."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the Go template's output for a conversation that ends with the user."""
+        system = next((m.content for m in messages if m.role == "system"), "")
+        turns = [m for m in messages if m.role != "system"]
+        front = bool(system) and self.system_place == "front"
+        parts = [self.before + system + self.between if front else self.start]
+        for place, turn in enumerate(turns):
+            if turn.role == "assistant":
+                parts.append(self.answer)
+            elif place:
+                parts.append(self.next)
+            if system and self.system_place == "end" and place == len(turns) - 1:
+                parts.append(system + self.between)
+            parts.append(turn.content)
+        return "".join([*parts, self.ask])
+
+    @property
+    def source(self) -> str:
+        """The template in Go's language, over Ollama's ``.System`` and ``.Messages``."""
+        user = "{{ if $later }}" + _literal(self.next) + "{{ end }}{{ $later = true }}"
+        if self.system_place == "end":
+            last = "and $.System (eq (len (slice $.Messages $i)) 1)"
+            user += "{{ if " + last + " }}{{ $.System }}" + _literal(self.between) + "{{ end }}"
+        head = _literal(self.start)
+        if self.system_place == "front":
+            front = _literal(self.before) + "{{ .System }}" + _literal(self.between)
+            head = "{{ if .System }}" + front + "{{ else }}" + head + "{{ end }}"
+        return (
+            "{{ $later := false }}"
+            + head
+            + '{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}'
+            + user
+            + '{{ $m.Content }}{{ else if eq $m.Role "assistant" }}'
+            + _literal(self.answer)
+            + "{{ $m.Content }}{{ end }}{{ end }}"
+            + _literal(self.ask)
+        )
+
+
+def go_template(chat: ChatFormat) -> GoTemplate:
+    """Return the chat format as a Go template, without the beginning-of-text token, which engines add themselves.
+
+    Raises:
+        UserError: the format depends on more than the roles and the order of messages.
+    """
+    template = chat.template
+    system = _accepts_system(template)
+    plain = {users: _cut(template, users, system=False) for users in range(1, _LONGEST + 1)}
+    marks = {users: _cut(template, users, system=True) for users in range(1, _LONGEST + 1)} if system else {}
+    first, second = plain[1], plain[2]
+    found = GoTemplate(
+        system_place="none", start=first[0], before="", between="", answer=second[1], next=second[2], ask=first[1]
+    )
+    if marks:
+        at_front = _SYSTEM in marks[2][0]
+        place: Literal["front", "end"] = "front" if at_front else "end"
+        before, _, between = marks[1][0].partition(_SYSTEM)
+        if not at_front and before != found.start:
+            raise _too_complex(template)
+        found = GoTemplate(place, found.start, before, between, found.answer, found.next, found.ask)
+    found = _without_bos(found, chat)
+    check_go_template(found, chat)
+    return found
+
+
+def check_go_template(found: GoTemplate, chat: ChatFormat) -> None:
+    """Compare a Go template with the chat format on random conversations.
+
+    Raises:
+        UserError: they differ.
+    """
+    bos = str(chat.tokenizer.bos_token) if chat.adds_bos else ""
+    for messages in conversations(system=found.system_place != "none"):
+        wanted = chat.template.render(messages, generation_prompt=True).removeprefix(bos)
+        if found.render(messages) != wanted:
+            raise _too_complex(chat.template)
+
+
+def conversations(*, system: bool, count: int = CONVERSATIONS, seed: int = 0) -> list[list[Message]]:
+    """Return random conversations in which user and assistant alternate, with or without a system text.
+
+    Texts have no white space at their ends: chat templates strip it, which Go templates cannot.
+    """
+    generator = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(generator.choices(_WORDS, k=generator.randint(1, 6))).strip()
+
+    drawn = []
+    for _ in range(count):
+        turns = [
+            Message("user" if place % 2 == 0 else "assistant", text()) for place in range(_unrepresentable(generator))
+        ]
+        drawn.append([Message("system", text()), *turns] if system and generator.random() < 0.5 else turns)
+    return drawn
+
+
+def strips_whitespace(chat: ChatFormat) -> bool:
+    """Return whether the chat format strips white space from a message's ends, which a Go template cannot."""
+    padded, bare = (chat.template.render([Message("user", text)], generation_prompt=True) for text in (" x ", "x"))
+    return padded == bare
+
+
+def _unrepresentable(generator: random.Random) -> int:
+    return 2 * generator.randint(0, 3) + 1
+
+
+def _accepts_system(template: Template) -> bool:
+    try:
+        text = template.render([Message("system", _SYSTEM), Message("user", "x")], generation_prompt=True)
+    except UserError:
+        return False
+    return _SYSTEM in text
+
+
+def _cut(template: Template, users: int, *, system: bool) -> list[str]:
+    """Return the text before, between and after the turns of a conversation with ``users`` user turns."""
+    marks = [chr(_FIRST + place) for place in range(2 * users - 1)]
+    turns = [Message("user" if place % 2 == 0 else "assistant", mark) for place, mark in enumerate(marks)]
+    messages = [Message("system", _SYSTEM), *turns] if system else turns
+    text = template.render(messages, generation_prompt=True)
+    if any(text.count(mark) != 1 for mark in marks):
+        raise _too_complex(template)
+    return re.split("|".join(marks), text)
+
+
+def _without_bos(found: GoTemplate, chat: ChatFormat) -> GoTemplate:
+    if not chat.adds_bos:
+        return found
+    bos = str(chat.tokenizer.bos_token)
+    return GoTemplate(
+        found.system_place,
+        found.start.removeprefix(bos),
+        found.before.removeprefix(bos),
+        found.between,
+        found.answer,
+        found.next,
+        found.ask,
+    )
+
+
+def _literal(text: str) -> str:
+    """Return a text for a template inside a Modelfile, as a Go string if it would not survive there."""
+    plain = all(character.isprintable() or character in "\n\t" for character in text)
+    if plain and "{{" not in text and '"""' not in text and not text.endswith(("{", '"')):
+        return text
+    escaped = "".join(_escaped(character) for character in text)
+    return '{{ "' + escaped + '" }}'
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    if character.isprintable() and character not in '"\\':
+        return character
+    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
+
+
+def _too_complex(template: Template) -> UserError:
+    return UserError(
+        "The chat template cannot be written as a Go template: it depends on more than the roles and the order of "
+        "messages",
+        where=template.name,
+        fix="Use `tunewright export gguf --merged`, whose file has the chat template itself for llama.cpp.",
+    )
+
 
 MODELFILE = "Modelfile"
 

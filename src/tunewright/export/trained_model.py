@@ -15,7 +15,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
 from tunewright.core.progress import Reporter
-from tunewright.export.source import Source
+from tunewright.export.artifact import Source
 from tunewright.export.weights import Weights, put_into, trained_dtype
 from tunewright.gate.distributions import Context, TopTokens, answer, distance, distributions
 from tunewright.gate.parity import Figures

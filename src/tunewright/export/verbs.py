@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.export.artifact import Source
 from tunewright.export.hub_options import HubOptions
-from tunewright.export.source import Source
 from tunewright.models.bases import hub_id
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.export.artifact import ExportResult
+    from tunewright.export.artifact import ExportResult, Kind
     from tunewright.export.compressed import Scheme
     from tunewright.export.gguf.tensors import FileType
     from tunewright.export.hub import HubResult
-    from tunewright.export.record import Kind
 
 
 def merge(project: OpenProject, adapter: str | None = None, *, to: str | Path | None = None) -> ExportResult:
@@ -64,9 +63,8 @@ def gguf(
         UserError: llama.cpp is not installed, GGUF does not support the model, or as for :meth:`merge`.
     """
     from tunewright.export.artifact import export
-    from tunewright.export.gguf.artifact import build_lora, build_model
+    from tunewright.export.gguf.artifact import build_lora, build_model, require_llamacpp
     from tunewright.export.gguf.model import require_gguf
-    from tunewright.export.llamacpp import require_llamacpp
 
     require_llamacpp()
     require_gguf(project.base)
@@ -135,8 +133,7 @@ def ollama(
         UserError: as for :meth:`gguf`, or Ollama's template language cannot express the chat template.
     """
     from tunewright.export.artifact import export, find_export
-    from tunewright.export.go_template import go_template
-    from tunewright.export.ollama import build_ollama
+    from tunewright.export.ollama import build_ollama, go_template
 
     source = Source.find(project, adapter)
     go_template(project.chat)  # refuse unsupported templates before measuring

@@ -9,8 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tunewright.adapters.lineage import system_prompt
 from tunewright.adapters.registry import Adapter, list_adapters
-from tunewright.adapters.system_prompt import system_prompt
 from tunewright.chat.answers import grammar_compiler, stop_strings
 from tunewright.config import Config
 from tunewright.core.errors import UserError

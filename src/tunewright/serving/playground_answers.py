@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.system_prompt import count_system_turns
+from tunewright.adapters.lineage import count_system_turns
 from tunewright.data.examples import Message
 from tunewright.data.versions import DatasetVersion
 

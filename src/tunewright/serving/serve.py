@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunewright.adapters.lineage import SystemPrompt, system_prompt
 from tunewright.adapters.registry import Adapter, adapter_digest, find_adapter
-from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.evidence.files import evidence_on

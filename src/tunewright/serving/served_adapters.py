@@ -11,7 +11,6 @@ from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.trust import require_trusted
-from tunewright.adapters.verbs import adapter_importer
 from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
@@ -133,11 +132,12 @@ def _from_store(project: OpenProject, name: str) -> Adapter | None:
     url = project.folder.config.serve.adapter_store
     if url is None:
         return None
+    from tunewright.adapters.foreign.importer import import_adapter
     from tunewright.core.remote_files import RemoteFiles
 
     project.reporter.say(f"Importing {name} from {url}")
     source = RemoteFiles(f"{url.rstrip('/')}/{name}")
-    return adapter_importer(project).import_adapter(source, ImportOptions(), by=None).adapter
+    return import_adapter(project, source, ImportOptions(), by=None).adapter
 
 
 def require_held(project: OpenProject, adapter: Adapter, held: Quantization) -> None:

@@ -17,7 +17,7 @@ from recorded_engine import BASE, ORIGIN
 from served_model import LIMITS, build_base, build_model, expected_answer, running_engine, texts
 from tenant_server import SHIP, Stored, deploy, store_adapters, until
 
-from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.progress import LogReporter
 from tunewright.serving.engines.engine_server import EngineApp
 from tunewright.serving.engines.peft import PeftEngine

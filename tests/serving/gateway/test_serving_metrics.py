@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import LIMITS, MODELS, TOKENIZATION, ScriptedEngine
 from states import DIGESTS, SHIP, Clock
 
-from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

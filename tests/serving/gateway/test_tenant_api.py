@@ -19,7 +19,7 @@ from served_model import CONTEXT, expected_answer
 from states import raw, reservation, with_tenant
 from tenant_server import ASKED, QUESTION, Running, Stored, ask, deploy, tenant_server, until
 
-from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.progress import LogReporter
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.tenant_auth import POLL_SECONDS, TenantAuth

@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
 from tunewright.adapters.manifest import DSSE, LOCAL, MANIFEST, SIGNATURE, read_manifest
 from tunewright.adapters.registry import CHECKPOINTS, CONFIG, HISTORY, LINEAGE, REPLAY, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.core.io import writing
 from tunewright.core.locks import in_use, remove_abandoned
-from tunewright.core.remote_files import RemoteFiles
+from tunewright.core.remote_files import RemoteFile, RemoteFiles
 
 README = "README.md"
 
@@ -79,13 +79,6 @@ def quarantine(root: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class Readable(Protocol):
-    """An open file."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return the next bytes, at most ``size``; none at the end."""
-
-
 class QuarantinedFiles:
     """The files copied into a quarantine so far: each name once, allowed, and within its size limit."""
 
@@ -97,27 +90,15 @@ class QuarantinedFiles:
         self._members = 0
 
     def count(self, name: str) -> None:
-        """Count one more file or folder.
-
-        Raises:
-            UserError: more than an adapter has.
-        """
+        """Count one more file or folder, of which an adapter has few."""
         self._members += 1
         if self._members > MOST_MEMBERS:
             raise UserError(f"More than {MOST_MEMBERS} files and folders, the limit for an adapter", where=self.where)
         if len(name) > 255:
             raise UserError(f"A name has {len(name):,} characters (limit 255)", where=self.where)
 
-    def take(self, name: str, source: Readable) -> None:
-        """Copy one file in.
-
-        Args:
-            name: its path within the adapter, with ``/``.
-            source: its bytes.
-
-        Raises:
-            UserError: a name that is not allowed or repeated, or a file that is too large.
-        """
+    def take(self, name: str, source: BinaryIO | RemoteFile) -> None:
+        """Copy one file in; ``name`` is its path within the adapter, with ``/``."""
         require_known(name, self.where)
         if name in self.files:
             raise UserError("The file is there twice", where=f"{self.where}, {name}")
@@ -142,11 +123,7 @@ class QuarantinedFiles:
 
 
 def require_known(name: str, where: str) -> None:
-    """Refuse a file whose path within the adapter is not on the allowlist.
-
-    Raises:
-        UserError: naming the reason.
-    """
+    """Refuse a file whose path within the adapter is not on the allowlist."""
     folder, _, file = name.rpartition("/")
     if name in CAPS or (file in (CONFIG, WEIGHTS) and _CHECKPOINT.fullmatch(folder)):
         return
@@ -173,11 +150,7 @@ def require_known(name: str, where: str) -> None:
 
 
 def quarantine_folder(source: Path, intake: QuarantinedFiles) -> None:
-    """Copy the adapter in a folder into quarantine.
-
-    Raises:
-        UserError: a link, a device, a name that is not allowed, or a limit that is exceeded.
-    """
+    """Copy the adapter in a folder into quarantine."""
     # Every open is relative to this handle, so a folder replaced by a link cannot redirect the copy.
     root = _open(str(source), os.O_DIRECTORY, None, intake.where)
     try:
@@ -187,12 +160,7 @@ def quarantine_folder(source: Path, intake: QuarantinedFiles) -> None:
 
 
 def quarantine_remote(source: RemoteFiles, intake: QuarantinedFiles) -> None:
-    """Copy the adapter at a URL into quarantine: the files that its manifest names.
-
-    Raises:
-        UserError: no manifest, a file that is missing, a name that is not allowed, a limit that is exceeded, or the
-            remote refuses.
-    """
+    """Copy the adapter at a URL into quarantine: the files that its manifest names."""
     if _ARCHIVE.search(source.url):
         raise UserError(NO_ARCHIVE, where=intake.where, fix="Unpack it, and import its folder or push it to a URL.")
     if not source.has(MANIFEST):

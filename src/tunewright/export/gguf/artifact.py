@@ -2,22 +2,209 @@
 
 from __future__ import annotations
 
+import json
+import secrets
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import httpx
+import torch
+
+from tunewright.chat.templates import Template
+from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text, writing
+from tunewright.core.processes import ENOUGH_MEMORY, KILLED, PIPE, Process, end, start
 from tunewright.core.progress import Reporter
-from tunewright.export.artifact import BuiltArtifact
-from tunewright.export.gguf.lora import write_lora
-from tunewright.export.gguf.model import write_model
+from tunewright.data.examples import Message
+from tunewright.export.artifact import BuiltArtifact, Source
+from tunewright.export.gguf.model import write_lora, write_model
 from tunewright.export.gguf.tensors import PRECISIONS, FileType
-from tunewright.export.llamacpp import EngineFailedError, observe_gguf
 from tunewright.export.merge import choose_merge_method
-from tunewright.export.source import Source
-from tunewright.export.templates import TEMPLATE_FILE, exported_template
-from tunewright.export.trained_model import TrainedModel, measure_trained
+from tunewright.export.templates import TEMPLATE_FILE, equivalent_conversations, exported_template
+from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights, read_deltas, trained_dtype
+from tunewright.gate.answers import cut, ended
+from tunewright.gate.distributions import TopTokens
 from tunewright.gate.parity import Figures
 from tunewright.open_project import OpenProject
+
+TOP_TOKENS = 1000
+"""Likeliest tokens requested from llama.cpp at each place; a whole vocabulary would be 5 MB of JSON each time."""
+
+_ROOM = 64
+"""Tokens of context beyond the longest prompt and answer."""
+_ANSWER_S = 600.0
+_LOG_LINES = 3
+
+
+class EngineFailedError(Exception):
+    """llama.cpp rejected the file, or exited."""
+
+
+def _without_answer(how: str) -> UserError:
+    """Return the error for a llama.cpp that ends or hangs without a word about the file."""
+    return UserError(f"llama.cpp {how}", fix=ENOUGH_MEMORY)
+
+
+def require_llamacpp() -> None:
+    """Check that llama.cpp is installed, before anything is written.
+
+    Raises:
+        UserError: it is not.
+    """
+    if find_spec("xllamacpp") is None:
+        raise UserError(
+            "llama.cpp is not installed; GGUF files are checked by running them",
+            where="xllamacpp",
+            fix="pip install 'tunewright[gguf]'",
+        )
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A running llama.cpp."""
+
+    client: httpx.Client
+    child: Process
+
+    def prompt_ids(self, messages: Sequence[Message], template: Template) -> list[int]:
+        """Return a conversation's ids by the file's own chat template and tokenizer.
+
+        ``template`` is that of training: it decides which functions are the base's built-in ones.
+        """
+        text = self._ask("/apply-template", _chat_request(messages, template))["prompt"]
+        body = {"content": text, "add_special": True, "parse_special": True}
+        ids: list[int] = self._ask("/tokenize", body)["tokens"]
+        return ids
+
+    def answer(self, prompt: Sequence[int], limit: int) -> tuple[int, ...]:
+        """Return the greedy answer."""
+        body = {"prompt": list(prompt), "n_predict": limit, "temperature": 0, "return_tokens": True}
+        return tuple(self._ask("/completion", {**body, "cache_prompt": False})["tokens"])
+
+    def next_token(self, ids: Sequence[int]) -> TopTokens:
+        """Return the likeliest next tokens after these, by the softmax over all of its logits."""
+        body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": TOP_TOKENS, "cache_prompt": True}
+        found = self._ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        # JSON has no number for a logit of minus infinity.
+        kept = [(token["id"], token["logprob"]) for token in found if token["logprob"] is not None]
+        ids_, log_probs = zip(*kept, strict=True)
+        return TopTokens(torch.tensor(ids_), torch.tensor(log_probs, dtype=torch.float64))
+
+    def _ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            reply = self.client.post(route, json=body)
+        except httpx.TransportError as error:
+            if isinstance(error, httpx.TimeoutException):
+                raise _without_answer(f"did not answer within {_ANSWER_S:g} s") from error
+            if self.child.wait(_ANSWER_S) == KILLED:
+                raise _without_answer("was killed") from error
+            raise EngineFailedError(f"llama.cpp exited: {error}") from error
+        if reply.is_error:
+            raise EngineFailedError(f"llama.cpp rejected the request: {reply.text[:500]}")
+        document: dict[str, Any] = reply.json()
+        return document
+
+
+@contextmanager
+def running(model: Path, context: int, lora: Path | None = None) -> Iterator[LlamaCpp]:
+    """Run llama.cpp with this file loaded, in a child process.
+
+    Raises:
+        EngineFailedError: it rejects the file.
+        UserError: it is killed, or hangs.
+    """
+    key = secrets.token_hex(16)
+    arguments = [str(model), str(context), str(torch.get_num_threads()), key, *([str(lora)] if lora else [])]
+    with tempfile.TemporaryFile() as log:
+        child = start([sys.executable, "-m", "tunewright.export.llamacpp_child", *arguments], stdout=PIPE, stderr=log)
+        try:
+            assert child.stdout is not None
+            limit = threading.Timer(_ANSWER_S, child.kill)  # it may hang while it loads the file
+            limit.start()
+            try:
+                address = child.stdout.readline().decode().strip()
+            finally:
+                limit.cancel()
+            if not address:
+                if child.wait() == KILLED:  # an invalid file ends it in another way
+                    raise _without_answer(f"was killed, or did not load the file within {_ANSWER_S:g} s")
+                log.seek(0)
+                raise EngineFailedError(f"llama.cpp rejected the file: {_error_of(log.read())}")
+            headers = {"Authorization": f"Bearer {key}"}
+            with httpx.Client(base_url=address, headers=headers, timeout=_ANSWER_S, trust_env=False) as client:
+                yield LlamaCpp(client, child)
+        finally:
+            end(child)
+
+
+def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: Path | None = None) -> ArtifactOutputs:
+    """Return the outputs of a GGUF file, optionally with a LoRA file on it.
+
+    Raises:
+        EngineFailedError: llama.cpp rejects it.
+    """
+    probe, chat = trained.probe, trained.chat
+    # With a LoRA file, the model file is the base's own and lacks the adapter's system prompt.
+    default = trained.system_prompt if lora is None else None
+    with running(model, probe.context + _ROOM, lora) as engine:
+        answers = []
+
+        def renders(messages: Sequence[Message], ids: Sequence[int]) -> bool:
+            conversations = equivalent_conversations(messages, default)
+            return all(engine.prompt_ids(asked, chat.template) == list(ids) for asked in conversations)
+
+        rendered = sum(map(renders, (member.example.prompt for member in probe.members), probe.prompts))
+        functions_rendered = sum(renders(asked, chat.prompt(asked)) for asked in probe.functions)
+        with reporter.task(f"{(lora or model).name} in llama.cpp", len(probe.prompts), "prompts") as task:
+            for prompt in probe.prompts:
+                answers.append(cut(ended(engine.answer(prompt, probe.limit), chat.stop_ids), probe.stop, chat))
+                task.advance()
+        listed = []
+        with reporter.task("distributions in llama.cpp", len(trained.log_probs), "places") as task:
+            for ids, before in trained.contexts:
+                for place in before:
+                    listed.append(engine.next_token(ids[:place]))
+                    task.advance()
+    return ArtifactOutputs(
+        completions=answers,
+        distributions=listed,
+        rendered=rendered,
+        functions_rendered=functions_rendered,
+        arithmetic="llama.cpp",
+    )
+
+
+def _chat_request(messages: Sequence[Message], template: Template) -> dict[str, Any]:
+    """Return a conversation as a request in OpenAI's form; results also name their function, as some templates need."""
+    given = template.variables(messages)
+    turns = [m.as_dict() for m in messages if m.role != "tools"]
+    for turn, variables in zip(turns, given["messages"], strict=True):
+        if turn["role"] == "tool":
+            turn["name"] = variables["name"]
+        for call in turn.get("tool_calls", ()):
+            # llama.cpp inserts arguments into Mistral v2's template as they were sent; training has these spaces.
+            call["function"]["arguments"] = json.dumps(json.loads(call["function"]["arguments"]), ensure_ascii=False)
+    body: dict[str, Any] = {"messages": turns}
+    if given["tools"]:
+        body["tools"] = given["tools"]
+    if "builtin_tools" in given:
+        body["chat_template_kwargs"] = {"builtin_tools": given["builtin_tools"]}
+    return body
+
+
+def _error_of(log: bytes) -> str:
+    """Return the error in llama.cpp's log."""
+    lines = log.decode("utf-8", "replace").strip().splitlines()
+    errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
+    return errors[0] if errors else " ".join(lines[-_LOG_LINES:])
 
 
 def build_model(folder: Path, source: Source, file_type: FileType) -> BuiltArtifact:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.chat.call_grammar import CallGrammars
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.schemas import RequestBody

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import AdapterFailedError

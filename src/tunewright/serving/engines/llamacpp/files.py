@@ -8,8 +8,7 @@ from pathlib import Path
 from tunewright.core.errors import UserError
 from tunewright.core.io import damage, digest, new_folder, seal
 from tunewright.core.progress import Reporter
-from tunewright.export.gguf.lora import write_lora
-from tunewright.export.gguf.model import write_token_id_model
+from tunewright.export.gguf.model import write_lora, write_token_id_model
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.bases import Base
