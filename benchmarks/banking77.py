@@ -36,8 +36,8 @@ from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.progress import LogReporter
 from tunewright.data.dedup.leakage import measure_leakage
 from tunewright.data.versions import MANIFEST, Member, version_folder
-from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import plan_of
+from tunewright.evaluation.generations import Answer
 from tunewright.evaluation.prompt_search import first_items
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.files import (

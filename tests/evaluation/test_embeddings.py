@@ -46,9 +46,7 @@ def test_dense_vectors_are_computed_once(
 ) -> None:
     project = opened(tmp_path / "project", tiny_base_folder, "  retrievers: [dense]\n")
     first = open_arm_runner(project).embeddings.of("dense", ["one", "two"])
-    monkeypatch.setattr(
-        "tunewright.evaluation.embedded_answers.load_model", lambda *_: pytest.fail("the base is loaded")
-    )
+    monkeypatch.setattr("tunewright.evaluation.answer_worker.load_model", lambda *_: pytest.fail("the base is loaded"))
     assert np.array_equal(open_arm_runner(project).embeddings.of("dense", ["one", "two"]), first)
 
 

@@ -17,9 +17,8 @@ from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.evaluation import embedded_answers
-from tunewright.evaluation.answer_journal import Decoding
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation import answer_worker
+from tunewright.evaluation.generations import Decoding, Generator
 from tunewright.generation.requests import Completion
 from tunewright.models.bases import resolve_base
 
@@ -69,7 +68,7 @@ def test_generator_refuses_when_a_single_answer_does_not_fit(generator: Generato
 def test_known_answers_need_no_model(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = _prompts(generator, 3)
     before = generator.answer("x", prompts, 8)
-    monkeypatch.setattr(embedded_answers, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(answer_worker, "load_model", lambda *_: pytest.fail("the model was loaded"))
     again = Generator(generator.base, generator.chat, "float32", "none", 4, generator.folder.parent, LogReporter())
     assert again.answer("x", prompts, 8) == before
 

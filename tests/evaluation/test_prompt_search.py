@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +14,7 @@ from fold_helpers import version_of
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
-from tunewright.evaluation.answer_journal import Answer
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.generations import Answer, ArmPrompts, Generator
 from tunewright.evaluation.prompt_search import first_items
 
 # The first items
@@ -60,16 +57,14 @@ def answering(monkeypatch: pytest.MonkeyPatch, project: Project, right: dict[str
     asked: list[tuple[str, int]] = []
     questions = {project.chat.prompt(m.example.prompt)[-20:]: m for m in project.data.version().members}
 
-    def answer(
-        self: Generator, title: str, prompts: Sequence[Any], limit: int, adapter: object, *, constrained: bool
-    ) -> list[Answer]:
-        name = title.split(" on ")[0]
-        asked.append((name, len(prompts)))
-        members = [questions[prompt[-20:]] for prompt in prompts]
+    def answer(arm: ArmPrompts) -> list[Answer]:
+        name = arm.title.split(" on ")[0]
+        asked.append((name, len(arm.prompts)))
+        members = [questions[prompt[-20:]] for prompt in arm.prompts]
         texts = [m.example.output if _seeded_order(m) < right.get(name, 0.0) else "no" for m in members]
-        return [Answer(text, False, prompt, len(text)) for text, prompt in zip(texts, prompts, strict=True)]
+        return [Answer(text, False, prompt, len(text)) for text, prompt in zip(texts, arm.prompts, strict=True)]
 
-    monkeypatch.setattr(Generator, "answer", answer)
+    monkeypatch.setattr(Generator, "answer_arms", lambda _self, arms, _limit: [answer(arm) for arm in arms])
     return asked
 
 

@@ -14,8 +14,8 @@ import tunewright
 from command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
 from tunewright.core.progress import LogReporter
-from tunewright.evaluation.answer_journal import Decoding, answer_journal
 from tunewright.evaluation.frozen_answers import IncumbentModel
+from tunewright.evaluation.generations import Decoding, answer_journal
 from tunewright.evidence.files import EVIDENCE_FILE, load_evidence
 from tunewright.serving.tenants import State
 

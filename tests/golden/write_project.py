@@ -27,8 +27,7 @@ from scripted_judge import honest, scripted
 from stand_in import stand_in
 from tiny import build_base
 from tunewright.core.author import AUTHOR_VARIABLE
-from tunewright.evaluation.answer_journal import Decoding
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.generations import Decoding, Generator
 from tunewright.serving.tenants import RequestUsage, State
 
 EXPECTED = "expected.json"

@@ -18,11 +18,7 @@ _MOST = 512
 
 
 def grammar_of(project: ProjectFolder) -> Grammar | CallGrammars | None:
-    """Return the grammar of the project's constrained answers.
-
-    Raises:
-        UserError: the config's schema file cannot be read.
-    """
+    """Return the grammar of the project's constrained answers."""
     constrain = project.config.evaluate.structured_outputs
     if constrain is None:
         return None
@@ -30,12 +26,7 @@ def grammar_of(project: ProjectFolder) -> Grammar | CallGrammars | None:
 
 
 class AnswerConstraints:
-    """Compiled grammars for one base.
-
-    Args:
-        chat: the base's format.
-        grammar: the form of constrained answers.
-    """
+    """Compiled grammars for one base."""
 
     def __init__(self, chat: ChatFormat, grammar: Grammar | CallGrammars) -> None:
         self._chat = chat
@@ -52,10 +43,7 @@ class AnswerConstraints:
         return self._compiler.compile(self._grammar)
 
     def of_row(self, functions: Message | None) -> Constraint | None:
-        """Return the constraint on a row's answer; None for calls in a row that declares no functions.
-
-        Args:
-            functions: the row's declarations: its message of role ``tools``.
+        """Return the constraint on a row's answer; None for calls in a row whose message ``tools`` is missing.
 
         Raises:
             UserError: the grammar engine rejects the grammar, or the template has no form of calls.

@@ -1,13 +1,16 @@
-"""Answers of a cluster: its workers compute batches of requests, and their completions come back to the command."""
+"""The model that answers requests, in this process or in the workers of a cluster, which return their completions."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.chat import ChatFormat
@@ -22,33 +25,16 @@ from tunewright.engines.child import PrivateFolder
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, require_equal, vllm_here
 from tunewright.engines.vllm.answers import VllmAnswers, VllmStoppedError, rows_at_once
 from tunewright.evaluation.answer_constraints import AnswerConstraints
-from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.generation.constraints import Grammar
+from tunewright.generation.generate import BatchSize, generate_halving
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base, base_here
-from tunewright.models.loading import device
+from tunewright.models.loading import device, load_model, named, with_adapters
 
 
 @dataclass(frozen=True)
-class AdapterFiles:
-    """The files of an adapter that a model is loaded from, for workers that do not see the project's folder."""
-
-    files: Mapping[str, bytes]
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> AdapterFiles:
-        """Return the files of an adapter."""
-        return cls({name: (adapter.folder / name).read_bytes() for name in (CONFIG, WEIGHTS)})
-
-    def write(self, folder: Path) -> None:
-        """Write the files into a folder."""
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
-
-
-@dataclass(frozen=True)
-class WorkerModel:
-    """Everything that a worker's answers need besides the requests."""
+class AnswerModel:
+    """Everything that answers depend on besides the requests and their adapters, and how many are computed at once."""
 
     base: Base
     chat: ChatFormat
@@ -56,17 +42,15 @@ class WorkerModel:
     quantization: Quantization
     batch_size: int
     grammar: Grammar | CallGrammars | None
-    threads: int | None
-    """Threads of a CPU's computations; None: with a GPU they decide nothing."""
     engine: AnswerEngine = EMBEDDED
     rank: int = 1
     """The highest LoRA rank that vLLM starts with."""
-    adapters: Mapping[str, AdapterFiles] = field(default_factory=dict)
-    """By the name that requests give."""
+    threads: int | None = None
+    """Threads of a CPU's computations in a worker; None: with a GPU they decide nothing."""
 
     @cached_property
     def key(self) -> str:
-        """Digest of everything but the adapters, which are added to a loaded base."""
+        """Digest of everything but the threads."""
         rule = None if self.grammar is None else self.grammar.rule
         decides = [self.base.digest, self.chat.digest, self.dtype, self.quantization, self.batch_size, rule]
         return digest([*decides, self.engine.versions, self.engine.card, self.rank])
@@ -75,6 +59,88 @@ class WorkerModel:
     def rows(self) -> int:
         """Number of rows that decode at once in each worker."""
         return self.batch_size if self.engine.card is None else rows_at_once(self.engine.card)
+
+
+class EmbeddedAnswers:
+    """The embedded loop: a base that is loaded once, and only if needed, with its adapters."""
+
+    def __init__(self, model: AnswerModel, reporter: Reporter) -> None:
+        self._of = model
+        self._reporter = reporter
+        self._model: Any = None
+        self._size = BatchSize(model.batch_size)
+        self._sizes: dict[int, BatchSize] = {}
+        self.adapters: set[str] = set()
+        """Names of the adapters on the base."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that decode at once; fewer than at the start if memory ran out."""
+        return self._size.rows
+
+    @property
+    def loaded(self) -> bool:
+        """True if the base is in memory."""
+        return self._model is not None
+
+    def model_with(self, adapter: tuple[str, Path] | None = None) -> Any:
+        """Return the base with this adapter, given as name and folder, and earlier ones."""
+        of = self._of
+        if self._model is None:
+            self._reporter.say(f"Loading {named(of.base, of.quantization)}")
+            self._model = load_model(of.base, of.dtype, of.quantization)
+        if adapter is not None and adapter[0] not in self.adapters:
+            self._model = with_adapters(self._model, dict([adapter]))
+            self.adapters.add(adapter[0])
+        return self._model
+
+    def drop(self) -> None:
+        """Free the base."""
+        if self._model is None:
+            return
+        self._model = None
+        self.adapters.clear()
+        # Models hold reference cycles, and torch caches GPU memory.
+        clear_device_cache(garbage_collection=True)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_finished: Callable[[int, Completion], None] = lambda _index, _completion: None,
+        *,
+        stop_ids: Collection[int],
+        adapter: tuple[str, Path] | None = None,
+        at_once: int | None = None,
+    ) -> list[Completion]:
+        """Answer all requests, ``at_once`` or as many as ``rows``; half as many from where memory runs out.
+
+        Raises:
+            UserError: memory does not suffice for a single answer.
+        """
+        return generate_halving(
+            self.model_with(adapter),
+            requests,
+            self._size if at_once is None else self._sizes.setdefault(at_once, BatchSize(at_once)),
+            self._reporter,
+            stop_ids=stop_ids,
+            pad_id=self._of.chat.tokenizer.pad_token_id,
+            decode=self._of.chat.text,
+            on_finished=on_finished,
+        )
+
+
+# In a worker
+
+AdapterFiles = Mapping[str, bytes]
+"""The files of an adapter that a model is loaded from, for workers that do not see the project's folder."""
+
+
+@dataclass(frozen=True)
+class WorkerModel:
+    """The model of a worker, and the adapters by the name that requests give."""
+
+    model: AnswerModel
+    adapters: Mapping[str, AdapterFiles] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,12 +178,16 @@ class _Warnings(LogReporter):
         self.warned.append(message)
 
 
+def _write(files: AdapterFiles, folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
 class _Embedded:
     """The embedded loop, with a base in this process."""
 
-    def __init__(self, model: WorkerModel, reporter: _Warnings) -> None:
-        base = base_here(model.base)
-        self.answers = EmbeddedAnswers(base, model.chat, model.dtype, model.quantization, model.batch_size, reporter)
+    def __init__(self, model: AnswerModel, reporter: _Warnings) -> None:
+        self.answers = EmbeddedAnswers(replace(model, base=base_here(model.base)), reporter)
         self.constraints = AnswerConstraints(model.chat, model.grammar) if model.grammar else None
 
     def answer(self, batch: RequestBatch, adapters: Mapping[str, AdapterFiles]) -> list[Completion]:
@@ -125,7 +195,7 @@ class _Embedded:
         self.answers.model_with()
         for name in batch.adapters - self.answers.adapters:
             with TemporaryDirectory() as folder:
-                adapters[name].write(Path(folder))
+                _write(adapters[name], Path(folder))
                 self.answers.model_with((name, Path(folder)))
         requests = batch.requests
         if batch.functions is not None:
@@ -146,7 +216,7 @@ class _Vllm:
     starts on this machine removes the folder.
     """
 
-    def __init__(self, model: WorkerModel, reporter: _Warnings) -> None:
+    def __init__(self, model: AnswerModel, reporter: _Warnings) -> None:
         expected = model.engine.environment
         assert expected is not None
         here = vllm_here(expected.build).environment
@@ -167,21 +237,19 @@ class _Vllm:
     def answer(self, batch: RequestBatch, adapters: Mapping[str, AdapterFiles]) -> list[Completion]:
         """Return the completions of a batch."""
         assert batch.functions is None, "vLLM does not constrain answers"
+        folders = {name: self._private.path / name for name in batch.adapters}
+        for name, folder in folders.items():
+            if not folder.exists():
+                folder.mkdir()
+                _write(adapters[name], folder)
         return self.answers.generate(
             batch.requests,
             stop_ids=batch.stop_ids,
             decode=self._chat.text,
-            adapters={name: self._folder(name, adapters[name]) for name in batch.adapters},
+            adapters=folders,
             at_once=batch.at_once,
             tenant=batch.company,
         )
-
-    def _folder(self, name: str, adapter: AdapterFiles) -> Path:
-        folder = self._private.path / name
-        if not folder.exists():
-            folder.mkdir()
-            adapter.write(folder)
-        return folder
 
     def end(self) -> None:
         """End vLLM, and remove the adapters."""
@@ -192,7 +260,7 @@ class _Vllm:
 class _Loaded:
     """The model of this process."""
 
-    def __init__(self, model: WorkerModel) -> None:
+    def __init__(self, model: AnswerModel) -> None:
         self.reporter = _Warnings()
         kind = _Embedded if model.engine.environment is None else _Vllm
         self.model = kind(model, self.reporter)
@@ -202,25 +270,25 @@ _loaded: dict[str, _Loaded] = {}
 """At most one model by its key."""
 
 
-def answer_batch(model: WorkerModel, batch: RequestBatch) -> tuple[list[Completion], list[str]]:
+def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion], list[str]]:
     """Return the completions of a batch, and what there is to warn of. An empty batch only loads the model.
 
     Raises:
         UserError: the base, its device or vLLM is not on this machine, or memory does not suffice.
         WorkerFailedError: vLLM stopped.
     """
-    _require_device(model.threads)
+    _require_device(of.model.threads)
     try:
-        if model.key not in _loaded:
+        if of.model.key not in _loaded:
             unload()
-            _loaded[model.key] = _Loaded(model)
-        loaded = _loaded[model.key]
-        completions = loaded.model.answer(batch, model.adapters)
+            _loaded[of.model.key] = _Loaded(of.model)
+        loaded = _loaded[of.model.key]
+        completions = loaded.model.answer(batch, of.adapters)
     except UserError as error:
-        named = on_machine(socket.gethostname(), error)
+        named_error = on_machine(socket.gethostname(), error)
         if isinstance(error, VllmStoppedError):
-            raise WorkerFailedError(named.what, where=named.where, fix=named.fix) from None
-        raise named from None
+            raise WorkerFailedError(named_error.what, where=named_error.where, fix=named_error.fix) from None
+        raise named_error from None
     warned, loaded.reporter.warned = loaded.reporter.warned, []
     return completions, warned
 
@@ -245,6 +313,8 @@ def _require_device(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+# In the command
+
 # A worker waits for the longest answer of its part with half of its rows: the more full batches a part has, the less
 # that takes. The fewer parts an arm has, the fewer workers take part in it, and the more a lost worker loses.
 _FULL_BATCHES = range(2, 9)
@@ -256,45 +326,28 @@ class ArmRequests:
     """The requests of an arm.
 
     Args:
-        requests: what to complete.
-        functions: the functions that each prompt declares.
-        on_finished: called with a request's index and its completion as soon as its batch is complete.
-        stop_ids: tokens that end an answer.
+        batch: its requests, with their constraints, and the functions that each prompt declares.
+        on_finished: called with a request's index and its completion as soon as its part is complete.
         adapter: the adapter that the requests name.
-        at_once: number of rows that decode together in one worker; None: the model's number.
-        company: answers of one company may share vLLM's prefix cache.
     """
 
-    requests: Sequence[Request]
-    functions: Sequence[Message | None]
+    batch: RequestBatch
     on_finished: Callable[[int, Completion], None]
-    stop_ids: frozenset[int]
     adapter: Adapter | None = None
-    at_once: int | None = None
-    company: str = ""
 
-    def batch(self, places: range) -> RequestBatch:
+    def part(self, places: range) -> RequestBatch:
         """Return some of the requests, as a worker gets them."""
-        constrained = any(request.constraint is not None for request in self.requests)
-        return RequestBatch(
-            [replace(self.requests[place], constraint=None) for place in places],
-            [self.functions[place] for place in places] if constrained else None,
-            self.stop_ids,
-            self.at_once,
-            self.company,
-        )
+        whole = self.batch
+        constrained = any(request.constraint is not None for request in whole.requests)
+        functions = [whole.functions[place] for place in places] if constrained and whole.functions else None
+        requests = [replace(whole.requests[place], constraint=None) for place in places]
+        return replace(whole, requests=requests, functions=functions)
 
 
 class ClusterAnswers:
-    """Requests answered by the workers of a cluster, each with the base in its own memory.
+    """Requests answered by the workers of a cluster, each with the model in its own memory."""
 
-    Args:
-        workers: processes with a model each.
-        model: what they load.
-        reporter: receives their warnings.
-    """
-
-    def __init__(self, workers: ModelWorkers, model: WorkerModel, reporter: Reporter) -> None:
+    def __init__(self, workers: ModelWorkers, model: AnswerModel, reporter: Reporter) -> None:
         self.workers = workers
         self._model = replace(model, threads=workers.threads)
         self._reporter = reporter
@@ -313,13 +366,16 @@ class ClusterAnswers:
         parts = [
             (number, places)
             for number, arm in enumerate(arms)
-            for places in _parts(len(arm.requests), arm.at_once or self.rows)
+            for places in _parts(len(arm.batch.requests), arm.batch.at_once or self.rows)
         ]
-        batches = [arms[number].batch(places) for number, places in parts]
-        named = {arm.requests[0].adapter: arm.adapter for arm in arms if arm.requests}
-        adapters = {name: AdapterFiles.of(of) for name, of in named.items() if name is not None and of is not None}
+        batches = [arms[number].part(places) for number, places in parts]
+        named_by = {name: arm.adapter.folder for arm in arms if arm.adapter for name in arm.batch.adapters}
+        adapters = {
+            name: {file: (folder / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+            for name, folder in named_by.items()
+        }
         done: list[dict[int, Completion]] = [{} for _ in arms]
-        model = replace(self._model, adapters=adapters)
+        model = WorkerModel(self._model, adapters)
         for part, (completions, warned) in self.workers.each(answer_batch, model, batches, RequestBatch([])):
             for message in warned:
                 self._reporter.warn(message)
@@ -327,7 +383,7 @@ class ClusterAnswers:
             for place, completion in zip(places, completions, strict=True):
                 done[number][place] = completion
                 arms[number].on_finished(place, completion)
-        return [[done[number][place] for place in range(len(arm.requests))] for number, arm in enumerate(arms)]
+        return [[found[place] for place in range(len(found))] for found in done]
 
 
 def _parts(count: int, rows: int) -> Iterator[range]:

@@ -21,12 +21,11 @@ from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
 from tunewright.evaluation.countdown import TimeLimit, Work, tokens_each
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.evaluation.embeddings import Embeddings
-from tunewright.evaluation.generations import ArmPrompts, Generator, Prompt
+from tunewright.evaluation.generations import Answer, ArmPrompts, Generator, Prompt
 from tunewright.evaluation.optimized_prompts import find_optimized
 from tunewright.evidence.common import Budget, StoredPrompt
 from tunewright.evidence.files import PromptMessages

@@ -26,7 +26,6 @@ from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.answer_constraints import grammar_of
-from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import (
     ArmRunner,
     BuiltPrompt,
@@ -38,7 +37,7 @@ from tunewright.evaluation.arm_runner import (
 from tunewright.evaluation.arms import BEST_PROMPTING, TUNED, TUNED_RETRIEVED, ZERO_SHOT, ArmPlan
 from tunewright.evaluation.comparison import contest, declare
 from tunewright.evaluation.folds import fold_versions
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.generations import Answer, Generator
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
 from tunewright.evaluation.runner import (
     EvaluateResult,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,14 @@ from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
-from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, answer_journal
-from tunewright.evaluation.answer_worker import ArmRequests, ClusterAnswers, WorkerModel
+from tunewright.evaluation.answer_worker import (
+    AnswerModel,
+    ArmRequests,
+    ClusterAnswers,
+    EmbeddedAnswers,
+    RequestBatch,
+)
 from tunewright.evaluation.countdown import Countdown, tokens_each
-from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.requests import Completion, Request
@@ -41,22 +45,72 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 
 Prompt = tuple[int, ...]
 
+ENGINE = "decoding-2"
+"""Part of every key with peft: increment it when a change to the decoding loop changes answers."""
+VLLM = "vllm-1"
+"""Part of every key with vLLM: increment it when a change to the vLLM requests changes answers."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text of an answer. The token ids are in the decoding loop's `Completion`, not in the journal."""
+
+    text: str
+    truncated: bool
+    """The answer reached the token limit."""
+    prompt: Prompt
+    tokens: int
+    """Token count of the answer, including its end token, which a truncated answer lacks."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Everything that decides an answer apart from its prompt.
+
+    The batch size is left out. Resumed runs batch rows differently anyway, and that changes an answer only where two
+    tokens nearly tie.
+    """
+
+    base: str
+    template: str
+    adapter: str | None
+    """Digests of each."""
+    dtype: str
+    quantization: Quantization
+    device: str
+    """cpu or cuda: their kernels add in different orders."""
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    grammar: str | None
+    packages: Mapping[str, str]
+    """Versions of the libraries that produce logits and text."""
+    engine: str = ENGINE
+    """The engine that computes, and its settings."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over all fields."""
+        return digest(asdict(self))
+
+
+def answer_journal(folder: Path, decoding: Decoding) -> Journal[tuple[str, bool]]:
+    """Return the journal of answers so decoded: text and truncation by the digest of the prompt."""
+    return Journal(
+        folder / f"{decoding.key[:16]}.jsonl",
+        lambda row: (row["prompt"], (row["text"], row["truncated"])),
+        lambda prompt, answer: {"prompt": prompt, "text": answer[0], "truncated": answer[1]},
+    )
+
 
 @dataclass(frozen=True)
 class ArmPrompts:
-    """The prompts of an arm.
-
-    Args:
-        title: of its progress display.
-        prompts: they may repeat.
-        adapter: the adapter that answers; None: the base.
-        constrained: answers match the grammar.
-    """
+    """The prompts of an arm, which may repeat, and what answers them."""
 
     title: str
     prompts: Sequence[Prompt]
     adapter: Adapter | None = None
     constrained: bool = False
+    """Answers match the grammar."""
 
 
 class Generator:
@@ -64,18 +118,6 @@ class Generator:
 
     With the vllm engine a separate process answers, and on a cluster its workers do. Then the base is loaded here only
     for logits (losses). The two never hold the base at the same time: each frees the other's memory first.
-
-    Args:
-        base, dtype, quantization: the model, its precision and its quantization.
-        chat: the format of prompts and answers.
-        batch_size: number of rows that decode at once.
-        work: the project's working folder, which holds the journals.
-        reporter: shows progress.
-        stop: texts that end an answer.
-        grammar: the grammar of constrained answers.
-        engine: the engine that computes the answers.
-        rank: the highest LoRA rank that vLLM starts with, unless an adapter has a higher one.
-        workers: a cluster's, which answer (None: this machine).
     """
 
     @classmethod
@@ -89,11 +131,7 @@ class Generator:
         adapter: Adapter | None = None,
         workers: ModelWorkers | None = None,
     ) -> Generator:
-        """Return a generator that follows the project's config.
-
-        Args:
-            adapter: the adapter that will answer; None if it is not trained yet.
-            workers: a cluster's, which answer.
+        """Return a generator that follows the project's config; ``adapter`` will answer, if it is trained already.
 
         Raises:
             UserError: ``evaluate.engine`` is vLLM, and it is not installed or cannot answer this.
@@ -146,25 +184,17 @@ class Generator:
         self.grammar = grammar
         self.engine = engine
         self._functions: dict[Prompt, Message] = {}
-        self._embedded = EmbeddedAnswers(base, chat, dtype, quantization, batch_size, reporter)
+        model = AnswerModel(base, chat, dtype, quantization, batch_size, grammar, engine, rank)
+        self._embedded = EmbeddedAnswers(model, reporter)
         self.workers = workers
-        self._cluster: ClusterAnswers | None = None
-        if workers is not None:
-            model = WorkerModel(
-                base, chat, dtype, quantization, batch_size, grammar, workers.threads, engine=engine, rank=rank
-            )
-            self._cluster = ClusterAnswers(workers, model, reporter)
+        self._cluster = None if workers is None else ClusterAnswers(workers, model, reporter)
         self._vllm: VllmAnswers | None = None
         if engine.environment is not None and workers is None:
             self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
         self._announced = False
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Return the ids of a prompt; if it declares functions, calls in its answers are read.
-
-        Raises:
-            UserError: the template refuses this conversation.
-        """
+        """Return the ids of a prompt; if it declares functions, calls in its answers are read."""
         ids = self.chat.prompt(messages)
         if messages[0].role == "tools":
             self._functions[ids] = messages[0]
@@ -172,15 +202,12 @@ class Generator:
 
     def text(self, prompt: Prompt, completion: Completion) -> str:
         """Return the text of a prompt's answer; calls have their canonical text."""
-        functions = self._functions.get(prompt)
-        return answer_text(self.chat, completion, () if functions is None else [functions])
+        return answer_text(self.chat, completion, [self._functions[prompt]] if prompt in self._functions else ())
 
     @property
     def rows(self) -> int:
         """Number of rows that decode at once, in each worker of a cluster."""
-        if self._cluster is not None:
-            return self._cluster.rows
-        return self._embedded.rows if self._vllm is None else self._vllm.rows
+        return (self._cluster or self._vllm or self._embedded).rows
 
     @cached_property
     def constraints(self) -> AnswerConstraints | None:
@@ -197,31 +224,20 @@ class Generator:
         constrained: bool = False,
     ) -> list[Answer]:
         """Return the answers in the prompts' order, constrained by the grammar or free."""
-        journal = self._journal(max_new_tokens, adapter, constrained=constrained)
-        missing = sorted(journal.missing({digest(prompt): prompt for prompt in prompts}).values())
-        if missing:
-            with (
-                self.countdown.arm(title, len(missing), tokens_each(missing, max_new_tokens)) as task,
-                journal.keeping() as keep,
-            ):
-                requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
-                self.generate(requests, self._keeping(requests, keep, task.advance), adapter=adapter)
-        return self._as_answers(prompts, journal.answers)
+        (answers,) = self.answer_arms([ArmPrompts(title, prompts, adapter, constrained)], max_new_tokens)
+        return answers
 
     def answer_arms(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> list[list[Answer]]:
         """Return each arm's answers in its prompts' order: one arm after the other, on a cluster all at once."""
-        if self._cluster is not None:
-            self._answer_together(arms, max_new_tokens)
-        return [
-            self.answer(arm.title, arm.prompts, max_new_tokens, arm.adapter, constrained=arm.constrained)
-            for arm in arms
-        ]
+        for together in [[arm] for arm in arms] if self._cluster is None else [arms]:
+            self._answer_missing(together, max_new_tokens)
+        return [self._answers(arm, max_new_tokens) for arm in arms]
 
-    def _answer_together(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
-        """Have the workers of a cluster compute the missing answers of several arms at once, into the journals."""
+    def _answer_missing(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
+        """Compute the missing answers of these arms at once, into the journals."""
         claimed: set[tuple[Path, str]] = set()
         with ExitStack() as stack:
-            asked = []
+            asked: list[ArmRequests] = []
             for arm in arms:
                 journal = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained)
                 wanted = journal.missing({digest(prompt): prompt for prompt in arm.prompts})
@@ -234,22 +250,26 @@ class Generator:
                 task = stack.enter_context(self.countdown.arm(arm.title, len(missing), tokens))
                 requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
                 keep = self._keeping(requests, stack.enter_context(journal.keeping()), task.advance)
-                asked.append(self._of_arm(requests, keep, self.chat.stop_ids, arm.adapter, None))
-            if asked:
+                asked.append(ArmRequests(RequestBatch(requests, stop_ids=self.chat.stop_ids), keep, arm.adapter))
+            if self._cluster is None:
+                for each in asked:
+                    self.generate(each.batch.requests, each.on_finished, adapter=each.adapter)
+            elif asked:
                 self._by_workers(asked)
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
         """Return the digests of the prompts that already have an answer in the journal."""
         return frozenset(self._journal(max_new_tokens, adapter, constrained=constrained).answers)
 
-    def _as_answers(self, prompts: Sequence[Prompt], known: Mapping[str, tuple[str, bool]]) -> list[Answer]:
-        """Return the prompts' answers, with token counts from the text, since the journal keeps no token ids."""
-        found = [known[digest(prompt)] for prompt in prompts]
+    def _answers(self, arm: ArmPrompts, max_new_tokens: int) -> list[Answer]:
+        """Return an arm's answers of the journal, with token counts from the text, since it keeps no token ids."""
+        known = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained).answers
+        found = [known[digest(prompt)] for prompt in arm.prompts]
         texts = [text for text, _ in found]
         counts = self.chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return [
             Answer(text, truncated, prompt, len(ids) + (not truncated))
-            for (text, truncated), prompt, ids in zip(found, prompts, counts, strict=True)
+            for (text, truncated), prompt, ids in zip(found, arm.prompts, counts, strict=True)
         ]
 
     def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool) -> Journal[tuple[str, bool]]:
@@ -275,11 +295,7 @@ class Generator:
         *,
         constrained: bool = False,
     ) -> list[Request]:
-        """Return the decoding requests for the prompts.
-
-        Raises:
-            UserError: the grammar cannot be used.
-        """
+        """Return the decoding requests for the prompts."""
         name = None if adapter is None else self._name(adapter)
         free = [Request(p, name, max_new_tokens, stop=self.stop) for p in prompts]
         if not constrained:
@@ -300,9 +316,8 @@ class Generator:
         """Generate answers, even if the journal has them.
 
         Args:
-            requests: requests from :meth:`requests`.
+            requests: from :meth:`requests`; ``adapter`` is the one that they name.
             on_finished: called with a request's index and its completion, in any order, on a single thread.
-            adapter: the adapter that the requests name.
             stop_ids: tokens that end an answer (None: the chat format's).
             at_once: number of rows that decode together (None: the engine's maximum).
             company: answers of one company may share the engine's prefix cache.
@@ -312,7 +327,8 @@ class Generator:
         """
         ends = self.chat.stop_ids if stop_ids is None else stop_ids
         if self._cluster is not None:
-            return self._by_workers([self._of_arm(requests, on_finished, ends, adapter, at_once, company)])[0]
+            batch = RequestBatch(requests, stop_ids=ends, at_once=at_once, company=company)
+            return self._by_workers([ArmRequests(batch, on_finished, adapter)])[0]
         self._announce()
         if self._vllm is not None:
             self._embedded.drop()
@@ -325,25 +341,16 @@ class Generator:
                 tenant=company,
                 on_finished=on_finished,
             )
-        return self._embedded.generate(requests, on_finished, stop_ids=ends, adapter=_named(adapter), at_once=at_once)
-
-    def _of_arm(
-        self,
-        requests: Sequence[Request],
-        on_finished: Callable[[int, Completion], None],
-        ends: frozenset[int],
-        adapter: Adapter | None,
-        at_once: int | None,
-        company: str = "",
-    ) -> ArmRequests:
-        functions = [self._functions.get(request.prompt_ids) for request in requests]
-        return ArmRequests(requests, functions, on_finished, ends, adapter, at_once, company)
+        named = None if adapter is None else (adapter.name, adapter.folder)
+        return self._embedded.generate(requests, on_finished, stop_ids=ends, adapter=named, at_once=at_once)
 
     def _by_workers(self, arms: Sequence[ArmRequests]) -> list[list[Completion]]:
         assert self._cluster is not None
         self._announce()
         self._embedded.drop()
-        return self._cluster.generate(arms)
+        declared = [[self._functions.get(request.prompt_ids) for request in arm.batch.requests] for arm in arms]
+        batches = [replace(arm.batch, functions=each) for arm, each in zip(arms, declared, strict=True)]
+        return self._cluster.generate([replace(arm, batch=of) for arm, of in zip(arms, batches, strict=True)])
 
     def write(
         self, requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
@@ -368,7 +375,7 @@ class Generator:
                 self._vllm.stop()
             if self.workers is not None:
                 self.workers.stop()
-        return self._embedded.model_with(_named(adapter))
+        return self._embedded.model_with(None if adapter is None else (adapter.name, adapter.folder))
 
     @property
     def _where(self) -> str:
@@ -380,11 +387,9 @@ class Generator:
     @property
     def used(self) -> EngineUsed:
         """The evidence's entry for the engine."""
-        environment = self.engine.environment
-        if environment is None:
+        numbers = self.engine.versions
+        if self.engine.environment is None:
             numbers = {name: _version(name) for name in ("peft", "torch", "transformers")}
-        else:
-            numbers = self.engine.versions
         return EngineUsed(
             name=self.engine.name,
             version=numbers[self.engine.name],
@@ -442,7 +447,3 @@ class Generator:
             packages=packages,
             engine=engine,
         )
-
-
-def _named(adapter: Adapter | None) -> tuple[str, Path] | None:
-    return None if adapter is None else (adapter.name, adapter.folder)

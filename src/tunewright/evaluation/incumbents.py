@@ -18,11 +18,10 @@ from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
 from tunewright.data.trace import places_by_key, source_name
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED
 from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentEstimate, IncumbentModel, Split
-from tunewright.evaluation.generations import Generator, Prompt
+from tunewright.evaluation.generations import Answer, Generator, Prompt
 from tunewright.evidence.common import ArmScore, StoredPrompt
 from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.incumbents import Incumbent, Incumbents, Latency, Serving, TunedServing, measured_drop

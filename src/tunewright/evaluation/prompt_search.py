@@ -15,10 +15,9 @@ from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, scored_arms
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, by_value, other_instructions, plan_of, prompting_arms
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.generations import Answer, Generator
 from tunewright.evidence.schema import Advice, Arm, LeftOut, Narrowing, SeedSpread
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, scored_contrast
 from tunewright.metrics import check_references, points_text

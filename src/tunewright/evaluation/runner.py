@@ -19,12 +19,12 @@ from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.versions import Member
 from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
-from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT
 from tunewright.evaluation.benchmarks.runner import measure_suites
 from tunewright.evaluation.comparison import plan_comparison
 from tunewright.evaluation.frozen_answers import Split
+from tunewright.evaluation.generations import Answer
 from tunewright.evaluation.incumbents import IncumbentArms, repriced
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template

@@ -19,7 +19,6 @@ from tunewright.adapters.registry import Adapter
 from tunewright.config.regressions import InstructionsSuite as Settings
 from tunewright.core.errors import UserError, first_fault
 from tunewright.data.examples import Message
-from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.benchmarks.bench import (
     Bench,
     above_floor,
@@ -31,7 +30,7 @@ from tunewright.evaluation.benchmarks.bench import (
     suite_of,
 )
 from tunewright.evaluation.benchmarks.checks import Check
-from tunewright.evaluation.generations import Prompt
+from tunewright.evaluation.generations import Answer, Prompt
 from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.models.loading import context_length
 
