@@ -9,8 +9,14 @@ import pytest
 import typer
 
 from tunewright.cli import commands
-from tunewright.studio.advice import _PAGES, Advice, advice, by_commands, note
 from tunewright.studio.pages import HANDLERS
+from tunewright.studio.words import (
+    _PAGES,
+    Advice,
+    advice,
+    by_commands,
+    note,
+)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from studio_client import Browser, restarted
 from tunewright.cli.json_log import json_line
 from tunewright.serving.engines.pool import EngineState
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
-from tunewright.studio.job_log import read_entry
-from tunewright.studio.jobs import Jobs
+from tunewright.studio.jobs import Jobs, read_entry
 
 
 @pytest.fixture

@@ -49,16 +49,20 @@ from tunewright.studio.access import (
     require_same_origin,
     reviewer_name,
 )
-from tunewright.studio.advice import advice, by_commands, note
-from tunewright.studio.job_log import read_entry
-from tunewright.studio.jobs import Jobs
+from tunewright.studio.jobs import Jobs, read_entry
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
-from tunewright.studio.pages.new_project import NEW_PROJECT
+from tunewright.studio.pages.project import NEW_PROJECT
 from tunewright.studio.playing import Playing
 from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
-from tunewright.studio.words import ROLES, capital
+from tunewright.studio.words import (
+    ROLES,
+    advice,
+    by_commands,
+    capital,
+    note,
+)
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")

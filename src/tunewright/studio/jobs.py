@@ -1,4 +1,4 @@
-"""Commands that the studio starts. Each is a process with a log, and lives on when the studio ends."""
+"""Commands that the studio starts: processes that outlive it, their logs, and the servers and releases among them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
@@ -22,7 +22,88 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.processes import NOTHING, start
-from tunewright.studio.job_log import JobProgress, newest
+from tunewright.core.text import visible
+
+if TYPE_CHECKING:
+    from tunewright.serving.engines.pool import EngineState
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """The newest state of the work that a job reported last."""
+
+    done: int
+    total: int
+    text: str
+    """Task, numbers and the time left, in a line."""
+
+    def as_json(self) -> str:
+        """Return it for the page's script."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """A line of the file: the text for people, and what it reports."""
+
+    text: str
+    progress: JobProgress | None = None
+    message: bool = False
+    """True for a message of the command; False for a line of its result, or of a log by an earlier release."""
+
+    @property
+    def lines(self) -> list[str]:
+        """The text's lines, without control characters."""
+        return [visible(line) for line in self.text.splitlines()] or [""]
+
+
+def read_entry(line: str) -> LogEntry:
+    """Return what a line of the file says."""
+    record = _record(line)
+    if record is None:
+        return LogEntry(line)
+    text = _record_text(record)
+    if isinstance(record.get("task"), str):
+        done, total = record.get("done"), record.get("total")
+        if isinstance(done, int) and isinstance(total, int) and total > 0:
+            return LogEntry(text, JobProgress(min(done, total), total, visible(text)))
+    return LogEntry(text, message=True)
+
+
+def newest(content: bytes) -> tuple[JobProgress | None, str]:
+    """Return the newest progress in the end of a log, and the first line of its newest message, or an empty text."""
+    progress, message = None, ""
+    for line in content.decode(errors="replace").splitlines()[::-1]:
+        entry = read_entry(line)
+        progress = progress or entry.progress
+        if entry.message and not message:
+            message = entry.lines[0]
+        if progress and message:
+            break
+    return progress, message
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("message"), str) and "level" in found else None
+
+
+def _record_text(record: dict[str, Any]) -> str:
+    text: str = record["message"]
+    if "exception" in record:
+        return f"{text}\n{record['exception']}"
+    if record["level"] == "error":
+        return f"Error: {UserError(text, where=record.get('where'), fix=record.get('fix'))}"
+    own = record.get("logger") == "tunewright"
+    if record["level"] == "warning":
+        return f"Warning: {text}" if own else f"Warning of {record.get('logger')}: {text}"
+    return text
+
 
 JobState = Literal["running", "done", "stopped", "failed", "ended"]
 SERVER = "serve"
@@ -171,3 +252,89 @@ class Jobs:
 def _read(folder: Path) -> Job:
     record = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     return Job(folder, tuple(record["command"]), record["started"])
+
+
+_READY = re.compile(
+    r"^Serving at (\S+)/v1\n((?:  .+\n)*)(?:\n?Prometheus metrics: (\S+)$)?",
+    re.MULTILINE,
+)
+_ANSWER_S = 1.0  # on this machine; other pages wait meanwhile
+_ENGINE = "tunewright_engine_"
+_BEGINNING = 100_000  # characters of a log; the address comes right after loading
+RELEASES = ("deploy", "promote")
+_OUTCOMES = {0: "done", 3: "refused", 4: "undecided"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server's address and models."""
+
+    url: str
+    """Empty where no server is running."""
+    models: tuple[str, ...]
+    """Names that requests may ask for; empty if there are tenants and no alias is live."""
+    metrics: str | None = None
+    """The address of its metrics; None without them."""
+
+    def curl(self, *, key: bool) -> str:
+        """Return a command that asks the last of the models; ``key``: with a tenant's API key from the environment."""
+        body = {"model": self.models[-1], "messages": [{"role": "user", "content": "Hello"}]}
+        authorization = ' -H "Authorization: Bearer $TUNEWRIGHT_API_KEY"' if key else ""
+        text = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
+        return f"curl {self.url}/v1/chat/completions{authorization} -H 'Content-Type: application/json' -d '{text}'"
+
+
+def served(job: Job) -> Served | None:
+    """Return the address of a server; None while it loads and after it has ended."""
+    if job.command[0] != SERVER or job.state != "running":
+        return None
+    with job.log.open(encoding="utf-8", errors="replace") as log:
+        ready = _READY.search(log.read(_BEGINNING))
+    return Served(ready[1], tuple(line.strip() for line in ready[2].splitlines()), ready[3]) if ready else None
+
+
+def engines(server: Served) -> list[EngineState] | None:
+    """Return a running server's engines by its metrics: empty if it has one itself; None if they do not answer."""
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    if server.metrics is None:
+        return []
+    # It imports torch, which a page without a running server does not need.
+    from tunewright.serving.engines.pool import EngineState
+
+    try:
+        answer = httpx.get(server.metrics, timeout=_ANSWER_S, trust_env=False)
+        answer.raise_for_status()
+    except httpx.HTTPError:
+        return None
+    values: dict[str, dict[str, int]] = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.name.startswith(_ENGINE):
+                values.setdefault(sample.labels["engine"], {})[sample.name.removeprefix(_ENGINE)] = int(sample.value)
+    return [
+        EngineState(url, bool(found["up"]), found["running_requests"], found["adapters"], found["restarts_total"])
+        for url, found in values.items()
+    ]
+
+
+def outcome(job: Job) -> str:
+    """Return the result of a release's job in a word."""
+    return job.state if job.exit_code is None else _OUTCOMES.get(job.exit_code, job.state)
+
+
+def refusal(job: Job) -> list[str]:
+    """Return what to do after a check refused a release; empty if none did."""
+    if job.command[0] not in RELEASES or job.exit_code not in (3, 4):
+        return []
+    command = " ".join(["tunewright", *job.command[: job.command.index("--project")]])
+    force = f'If the verdict or the serving check refused it: {command} --force --because "why"'
+    untested = f'If the isolation test cannot tell the adapters apart: {command} --untested "why"'
+    # A candidate that was forced stays forced when it is promoted.
+    ways = [untested] if job.command[0] == "promote" else [force, untested]
+    return [
+        "A check did not allow this release, and the alias is unchanged. The log has the reasons.",
+        "The studio does not force a release. In a terminal, a reason that is stored does:",
+        *ways,
+    ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.data.dedup.leakage import LeakageReport
     from tunewright.evaluation.workload import AnswersEstimate
+
+T = TypeVar("T")
 
 
 class PageReporter(LogReporter):
@@ -161,6 +163,13 @@ class Visit:
         if self.cache.answers is None or self.cache.answers[0] != stamps:
             self.cache.answers = (stamps, self.project.row_answers())
         return self.cache.answers[1]
+
+    def shown(self, found: Sequence[T], size: int) -> tuple[Sequence[T], dict[str, int]]:
+        """Return the part of a long list that the address asks for, and the numbers of its pages for a template."""
+        pages = max(1, -(-len(found) // size))
+        asked = self.query.get("page", "1")
+        page = min(int(asked), pages) if asked.isdecimal() and int(asked) > 0 else 1
+        return found[(page - 1) * size : page * size], {"count": len(found), "page": page, "pages": pages}
 
     def page(self, template: str, title: str, **values: Any) -> Response:
         """Return a page."""

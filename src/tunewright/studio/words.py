@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from tunewright.config import Config
 
 ROLES = {"system": "Instructions", "user": "Question", "assistant": "Answer", "tool": "Tool result"}
 """Roles of a conversation, as the people say who review its pairs."""
@@ -13,3 +18,80 @@ TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
 def capital(text: str) -> str:
     """Return a sentence that begins with a capital letter; its other letters stay."""
     return text[:1].upper() + text[1:]
+
+
+_PAGES = {
+    "data review": ("/review", "Review"),
+    "data suspects": ("/review/suspects", "Review"),
+    "data leakage": ("/data/leakage", "Leakage"),
+    "data": ("/data", "Data"),
+    "train": ("/train", "Train"),
+    "advise": ("/", "Project"),
+    "evaluate": ("/evaluate", "Evaluate"),
+    "run": ("/evaluate", "Evaluate"),
+    "human-eval": ("/compare", "Compare"),
+    "deploy": ("/deploy", "Deploy"),
+    "promote": ("/deploy", "Deploy"),
+    "rollback": ("/deploy", "Deploy"),
+    "serve": ("/deploy", "Deploy"),
+    "tenant": ("/tenants", "Tenants"),
+}
+"""The page that does the work of a command: its path and its name. More words of a command come first."""
+_COMMAND = re.compile(r"\btunewright ([a-z][a-z-]*(?: [a-z][a-z-]*)?)")
+by_commands = re.compile(r"`(tunewright [^`]+)`").split
+"""Return the pieces of a text: every second one is a command. Other quotes stay, as part of what people typed."""
+_OPTION = re.compile(r"(?<![\w-])--[a-z]")
+_KEYS = [
+    f"{section}.{key}"
+    for section, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    for key in field.annotation.model_fields
+]
+_SETTING = re.compile(rf"(?<![\w./])({'|'.join(map(re.escape, _KEYS))})(?![\w(])")
+_SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z`])")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A text in three parts: sentences for everybody, those that name a setting, and those that name a command."""
+
+    plain: str
+    page: tuple[str, str] | None
+    """The page that does the same as the first command: its path and its name."""
+    terminal: str
+    """Sentences with a command or an option."""
+    setting: str = ""
+    """Sentences with a key of ``tunewright.yaml``."""
+
+
+def advice(fix: str | None) -> Advice:
+    """Return what to do about a refusal; commands stand last, behind the page that does the same."""
+    return _parted(_SENTENCE.split(fix or ""), 0)
+
+
+def note(message: str) -> Advice:
+    """Return a message in the same parts; its first sentence stays first, because it says what the matter is."""
+    return _parted(_SENTENCE.split(message), 1)
+
+
+def _parted(sentences: list[str], kept: int) -> Advice:
+    parts: dict[str, list[str]] = {"plain": [], "setting": [], "terminal": []}
+    for number, each in enumerate(sentences):
+        part = "plain" if number < kept else "terminal" if _in_terminal(each) else "plain"
+        if part == "plain" and number >= kept and _SETTING.search(each):
+            part = "setting"
+        parts[part].append(each)
+    plain, setting, terminal = map(" ".join, parts.values())
+    return Advice(plain, _page_of(terminal), terminal, setting)
+
+
+def _in_terminal(sentence: str) -> bool:
+    return bool(_COMMAND.search(sentence) or _OPTION.search(sentence))
+
+
+def _page_of(text: str) -> tuple[str, str] | None:
+    for words in _COMMAND.findall(text):
+        for name in (words, words.partition(" ")[0]):
+            if name in _PAGES:
+                return _PAGES[name]
+    return None

@@ -2,35 +2,9 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import (
-    data,
-    deploy,
-    evaluate,
-    evaluation,
-    evidence,
-    judge,
-    new_project,
-    playground,
-    project,
-    review,
-    rows,
-    tenants,
-    training,
-)
+from tunewright.studio.pages import compare, data, deploy, evaluate, playground, project, review, tenants, training
+from tunewright.studio.visit import Handler
 
-HANDLERS = (
-    *project.HANDLERS.items(),
-    *new_project.HANDLERS.items(),
-    *data.HANDLERS.items(),
-    *rows.HANDLERS.items(),
-    *review.HANDLERS.items(),
-    *evaluate.HANDLERS.items(),
-    *evaluation.HANDLERS.items(),
-    *training.HANDLERS.items(),
-    *evidence.HANDLERS.items(),
-    *judge.HANDLERS.items(),
-    *deploy.HANDLERS.items(),
-    *tenants.HANDLERS.items(),
-    *playground.HANDLERS.items(),
-)
+_PAGES = (project, data, review, evaluate, compare, training, deploy, tenants, playground)
+HANDLERS: tuple[tuple[tuple[str, str], Handler], ...] = tuple(item for page in _PAGES for item in page.HANDLERS.items())
 """Each page's method and path, with its function."""

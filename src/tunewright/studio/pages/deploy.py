@@ -11,8 +11,13 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.serving.project_state import has_state
-from tunewright.studio.jobs import SERVER
-from tunewright.studio.served import RELEASES, engines, outcome, served
+from tunewright.studio.jobs import (
+    RELEASES,
+    SERVER,
+    engines,
+    outcome,
+    served,
+)
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -221,16 +226,12 @@ def audit_page(visit: Visit) -> Response:
         with visit.project.state() as state:
             lines = state.audit.lines()[::-1]
             check = state.verify() if "verify" in visit.query else None
-    pages = max(1, -(-len(lines) // _LINES))
-    number = visit.query.get("page", "1")
-    page = min(int(number), pages) if number.isdecimal() and int(number) > 0 else 1
+    shown, numbers = visit.shown(lines, _LINES)
     return visit.page(
         "audit.html.j2",
         "Audit log",
-        lines=audit_table(lines[(page - 1) * _LINES : page * _LINES]),
-        count=len(lines),
-        page=page,
-        pages=pages,
+        lines=audit_table(shown),
+        **numbers,
         check=check,
     )
 

@@ -1,7 +1,8 @@
-"""The project's page, and the jobs that are started on it."""
+"""The project's page, the page that makes one, and the jobs that are started."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode
@@ -9,16 +10,17 @@ from urllib.parse import urlencode
 from starlette.responses import Response
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.api.new_project import new_project
+from tunewright.config import PROJECT_NAME
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
-from tunewright.evidence.files import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.models.sources import BUNDLED, bundled_weights
 from tunewright.studio.access import keep_reviewer, reviewer_name
-from tunewright.studio.jobs import SERVER, Job
+from tunewright.studio.jobs import SERVER, Job, refusal, served
 from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
-from tunewright.studio.pages.evaluate import EVALUATE_PAGE
-from tunewright.studio.served import refusal, served
+from tunewright.studio.pages.evaluate import EVALUATE_PAGE, Evaluation, evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
@@ -51,18 +53,6 @@ class Stage:
     """The same in a terminal."""
     about: str = ""
     """The purpose of the stage, in a sentence."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation on the project's page; ``unreadable`` stands for the verdict of damaged evidence."""
-
-    id: str
-    verdict: str
-    reason: str
-    on_test: bool
-    measured: str = ""
-    """The measurement with its test; empty where the evidence is damaged."""
 
 
 def project_page(visit: Visit) -> Response:
@@ -141,25 +131,6 @@ def _deploy_stage(visit: Visit) -> Stage:
     return Stage("Deploy", "done" if live else "next", text, link=link, command="tunewright deploy ALIAS ADAPTER")
 
 
-def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
-    """Return the newest evaluations with their verdicts; damaged evidence is named."""
-    folder = visit.project.folder.evaluations
-    files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    found = []
-    for file in files[:most]:
-        name = file.parent.name
-        try:
-            verdict = visit.project.verdict(file.parent)
-        except UserError as error:
-            found.append(Evaluation(name, "unreadable", str(error), on_test=False))
-        else:
-            on_test = not name.startswith(DEV_PREFIX)
-            against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
-            reason = " ".join([verdict.summary, *against])
-            found.append(Evaluation(name, verdict.decision, reason, on_test, verdict.reasons[0]))
-    return found
-
-
 def choose_reviewer(visit: Visit) -> Response:
     """Record reviews under another name from now on."""
     visit.session.reviewer = name = reviewer_name(visit.form.get("reviewer", ""))
@@ -225,10 +196,70 @@ def stop_job(visit: Visit) -> Response:
     return visit.go(path_of("jobs", job.id), f"Stopping. {kept}")
 
 
+NEW_PROJECT = "/new"
+_BUNDLED = f"bundled:{BUNDLED}"
+
+
+def new_page(visit: Visit) -> Response:
+    """Ask for the name and the base of a new project."""
+    if visit.project.folder.has_config:
+        return visit.go("/", "The folder has a project already.")
+    return _form(visit, _name_from(visit.project.folder.root.name), "bundled" if _has_bundled() else "other", "")
+
+
+def create(visit: Visit) -> Response:
+    """Write the project's config, as ``tunewright init`` does."""
+    name, choice = visit.form.get("name", "").strip(), visit.form.get("choice", "")
+    other = visit.form.get("base_model", "").strip()
+    try:
+        if choice != "bundled" and not other:
+            raise UserError("No base model was named", fix="Type its folder or hub id.")
+        if choice == "bundled" and other:
+            fix = "Choose the other model, or empty its field."
+            raise UserError(f"SmolLM2 135M is chosen, and another base model is named: {other}", fix=fix)
+        new_project(visit.project.folder.root, name=name, base_model=_BUNDLED if choice == "bundled" else other)
+    except UserError as refusal:
+        if visit.project.folder.has_config:  # made in another tab or a terminal meanwhile
+            return visit.go("/", "The folder has a project already. Nothing was changed.")
+        return _form(visit, name, choice, other, refusal)
+    return visit.go("/data", f"Made the project {name}. Upload your examples next.")
+
+
+def _form(visit: Visit, name: str, choice: str, base_model: str, refusal: UserError | None = None) -> Response:
+    page = visit.page(
+        "new_project.html.j2",
+        "New project",
+        folder=str(visit.project.folder.root),
+        name=name,
+        pattern=PROJECT_NAME,
+        choice=choice,
+        base_model=base_model,
+        has_bundled=_has_bundled(),
+        refusal=refusal,
+    )
+    page.status_code = 200 if refusal is None else 400
+    return page
+
+
+def _name_from(folder: str) -> str:
+    """Return a valid project name that resembles the folder's."""
+    return re.sub("[^a-z0-9]+", "-", folder.lower()).strip("-")[:40] or "my-model"
+
+
+def _has_bundled() -> bool:
+    try:
+        bundled_weights(BUNDLED)
+    except UserError:
+        return False
+    return True
+
+
 HANDLERS: Handlers = {
     ("GET", "/"): project_page,
     ("POST", "/reviewer"): choose_reviewer,
     ("POST", "/jobs"): start_job,
     ("GET", "/jobs/{job}"): job_page,
     ("POST", "/jobs/{job}/stop"): stop_job,
+    ("GET", NEW_PROJECT): new_page,
+    ("POST", NEW_PROJECT): create,
 }
