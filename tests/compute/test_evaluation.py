@@ -25,8 +25,7 @@ from raylets import raylets, token_required
 from command_line import tiny_project
 from tunewright.api import Project
 from tunewright.compute import open_model_workers
-from tunewright.config import Config
-from tunewright.config.compute import ComputeConfig
+from tunewright.config import ComputeConfig, Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.evaluation.answer_worker import unload

@@ -24,8 +24,7 @@ from command_line import tiny_project
 from tunewright.adapters.registry import HISTORY, list_adapters
 from tunewright.api import Project
 from tunewright.compute import open_workers
-from tunewright.config import Config
-from tunewright.config.compute import ComputeConfig
+from tunewright.config import ComputeConfig, Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogTask

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from command_line import tiny_project, tunewright, write_jsonl
 from tunewright.compute import open_workers
-from tunewright.config import Config
-from tunewright.config.compute import ComputeConfig
+from tunewright.config import ComputeConfig, Config
 from tunewright.core.progress import LogTask
 from tunewright.core.workers import THIS_PROCESS
 from tunewright.data.dedup.similarity import link, nearest_kept

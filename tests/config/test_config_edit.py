@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.config import PRESETS, DataConfig, TrainConfig
-from tunewright.config.edit import write_section
-from tunewright.config.io import load_config, write_config
+from tunewright.config.io import load_config, write_config, write_section
 from tunewright.core.errors import UserError
 
 COMMENTED = """\

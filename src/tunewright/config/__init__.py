@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import datetime
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from tunewright.config.advise import AdviseConfig, PriceConfig
-from tunewright.config.compute import ComputeConfig
 from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
-from tunewright.config.endpoint import EndpointConfig
-from tunewright.config.gateway import GatewayConfig
-from tunewright.config.generate import GenerateConfig
-from tunewright.config.incumbents import IncumbentConfig
-from tunewright.config.judge import JudgeConfig, ReferenceModelConfig
+from tunewright.config.endpoint import (
+    EndpointConfig,
+    GenerateConfig,
+    IncumbentConfig,
+    JudgeConfig,
+    PromptOptimizationConfig,
+    ReferenceModelConfig,
+    ReflectionModelConfig,
+)
+from tunewright.config.evaluate import ConstrainConfig, EvaluateConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
-from tunewright.config.prompt_optimization import PromptOptimizationConfig, ReflectionModelConfig
 from tunewright.config.regressions import RegressionsConfig
 from tunewright.config.section import (
     AnswerEngineName,
@@ -31,7 +32,7 @@ from tunewright.config.section import (
     RetrieverName,
     Section,
 )
-from tunewright.config.structured_outputs import ConstrainConfig
+from tunewright.config.serve import GatewayConfig, ServeConfig
 from tunewright.config.train import BETA, PRESETS, Method, ReplayConfig, Tracker, TrainConfig
 
 __all__ = [
@@ -73,8 +74,94 @@ __all__ = [
     "metric_name",
 ]
 
-
 PROJECT_NAME = r"[a-z0-9][a-z0-9\-]{0,39}"  # HTML's patterns need the backslash
+
+
+class PriceConfig(Section):
+    """Prices of calls and training, in one currency; missing ones are measured on this machine."""
+
+    input: Annotated[
+        float | None,
+        Field(ge=0, description="Price of a million input tokens (null: from the measured speed and `hour`)."),
+    ] = None
+    output: Annotated[
+        float | None,
+        Field(ge=0, description="Price of a million output tokens (null: from the measured speed and `hour`)."),
+    ] = None
+    cached_discount: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Discount on input tokens in a prefix cache, times the share of calls that hit it (0.9: cache "
+            "reads in Anthropic's price list; 0: no cache).",
+        ),
+    ] = 0.9
+    hour: Annotated[
+        float | None,
+        Field(
+            gt=0, description="Price of an hour of the machine that trains (and serves, if there are no token prices)."
+        ),
+    ] = None
+    training: Annotated[
+        float | None,
+        Field(
+            ge=0, description="Price of training the adapter (null: the pilot's time, scaled to all rows, at `hour`)."
+        ),
+    ] = None
+    labelling: Annotated[
+        float, Field(ge=0, description="Cost of labelling the pairs, or those still to be labelled.")
+    ] = 0
+    hosting: Annotated[
+        float,
+        Field(ge=0, description="Monthly cost of hosting the adapter, on top of the base's."),
+    ] = 0
+
+    @model_validator(mode="after")
+    def _check_units(self) -> PriceConfig:
+        if (self.input is None) != (self.output is None):
+            raise ValueError("set both input and output, or neither")
+        if self.hour is None and (self.input is not None) != (self.training is not None):
+            raise ValueError("without hour, set both the token prices and training, or neither")
+        if self.hour is None and self.training is None and (self.labelling or self.hosting):
+            raise ValueError("labelling and hosting require hour, or input, output and training")
+        return self
+
+    @property
+    def in_currency(self) -> bool:
+        """True if costs are in a currency; otherwise they are hours of this machine."""
+        return self.hour is not None or self.input is not None
+
+
+class AdviseConfig(Section):
+    """Settings of `tunewright advise`, which estimates whether fine-tuning is worth it."""
+
+    pilot_fraction: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Share of the training rows for the pilot adapter: whole clusters, drawn by the seed, at least "
+            "50 rows. A second pilot trains on half of them to estimate the trend (0.25: two doublings from all rows).",
+        ),
+    ] = 0.25
+    pilot_max_samples: Annotated[
+        int,
+        Field(
+            ge=50, description="Maximum number of rows of the pilot, whatever the share (500: minutes, not a weekend)."
+        ),
+    ] = 500
+    calls_per_month: Annotated[
+        float | None, Field(gt=0, description="Expected calls per month: turns the break-even point into a time.")
+    ] = None
+    months: Annotated[int, Field(ge=1, description="Months that the adapter will serve before it is retrained.")] = 12
+    prices: Annotated[
+        PriceConfig | None,
+        Field(
+            description="Prices, such as {input: 0.2, output: 0.6, training: 40} (per million tokens) or {hour: 2.5} "
+            "(null: costs are counted in hours of this machine)."
+        ),
+    ] = None
 
 
 def _plain_date(value: Any) -> Any:
@@ -111,285 +198,30 @@ class ChatConfig(Section):
     ] = "own"
 
 
-class EvaluateConfig(Section):
-    """Measurement of the arms, and the gain that counts as better."""
+class ComputeConfig(Section):
+    """Machines that compute. They decide how long a step takes, and are no input of its result."""
 
-    metric: Annotated[
-        Metric,
-        Field(
-            description="The metric that decides: exact_match, bleu, chrf, token_f1, json (F1 over an object's fields) "
-            "or json_valid; for function calls, call_exact_match, call_ast_match, call_name_match, call_argument_f1, "
-            "call_schema_valid or irrelevance_detection; with settings, {exact_match: {ignore_case: true}}, {choices: "
-            "[granted, denied]}, {json: {fields: [name, date]}}, {regex: '[A-Z]+-[0-9]+'}, {python: 'module:function'}."
-        ),
-    ] = "exact_match"
-    extra_metrics: Annotated[
-        tuple[Metric, ...],
-        Field(description="Further metrics to report, which decide nothing: [bleu, chrf]."),
-    ] = ()
-    num_fewshot: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=256)], ...],
-        Field(
-            min_length=1,
-            description="Numbers of demonstrations to try, static and retrieved; the best arm on dev goes to the test. "
-            "They double, as in Bertsch et al. 2024 (arXiv 2405.00200). Arms that exceed the base's context are left "
-            "out.",
-        ),
-    ] = (1, 2, 4, 8, 16)
-    static_seeds: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=20,
-            description="Random draws of static demonstrations for each number (0: no static arms). One draw says "
-            "little, because scores vary with the draw (Zhao et al. 2021, arXiv 2102.09690).",
-        ),
-    ] = 3
-    retrievers: Annotated[
-        tuple[RetrieverName, ...],
-        Field(
-            description="Retrievers of demonstrations similar to the question: bm25 (words), tfidf (character "
-            "n-grams), dense (the base's own hidden states) and sentence-transformers (embedding_model); [] for no "
-            "retrieved arms."
-        ),
-    ] = ("bm25", "tfidf")
-    embedding_model: Annotated[
+    cluster: Annotated[
         str | None,
         Field(
-            min_length=1,
-            description="Model of the retriever sentence-transformers: a folder, relative to this file, or a hub id. "
-            "It needs tunewright[sentence-transformers].",
+            pattern=r"^(local|auto|ray://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5})$",
+            description="Ray cluster that works on rows, trains and answers prompts: local (started on this machine "
+            "for one command), auto (RAY_ADDRESS, or the cluster that runs on this machine) or ray://HOST:PORT; null: "
+            "this process. It needs tunewright[ray].",
         ),
     ] = None
-    mmr_lambda: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...],
-        Field(
-            min_length=1,
-            description="Weights of similarity against diversity in retrieved demonstrations, by maximal marginal "
-            "relevance (Carbonell and Goldstein 1998); each is tried. 1 is similarity alone.",
-        ),
-    ] = (1.0,)
-    demonstration_order: Annotated[
-        tuple[DemonstrationOrder, ...],
-        Field(
-            min_length=1,
-            description="Orders of retrieved demonstrations to try: the most similar one next to the question "
-            "(similar_last, as in Liu et al. 2022, arXiv 2101.06804) or first (similar_first).",
-        ),
-    ] = ("similar_last",)
-    instructions: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...],
-        Field(
-            description="Alternative instructions to try in place of the pairs' own: their system turn, or the text "
-            "that all inputs begin with."
-        ),
-    ] = ()
-    prompt_optimization: Annotated[
-        PromptOptimizationConfig | None,
-        Field(
-            description="Reflection model and limits of `tunewright optimize-prompt` (null: the judge's endpoint, and "
-            "the defaults)."
-        ),
-    ] = None
-    screening_items: Annotated[
+    workers: Annotated[
         int | None,
         Field(
-            ge=10,
-            description="Dev items that every prompting arm answers. Only the finalists answer all of dev (null: all "
-            "arms do).",
-        ),
-    ] = 64
-    finalists: Annotated[
-        int,
-        Field(
             ge=1,
-            description="Maximum number of prompting arms that answer all of dev, of those that are not worse than "
-            "the leader on "
-            "the screening items.",
+            description="Processes of the cluster that compute at once (null: as many as its CPUs or GPUs allow; to "
+            "train, one for each GPU, and without GPUs this process).",
         ),
-    ] = 3
-    tuned_retrieved: Annotated[
+    ] = None
+    fsdp: Annotated[
         bool,
-        Field(description="Also measure the adapter with the best retrieved demonstrations in its prompt."),
-    ] = True
-    max_new_tokens: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="Longest answer in tokens (null: the 99th percentile of the training answers plus a quarter, "
-            "at least 8).",
-        ),
-    ] = None
-    stop: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...] | None,
-        Field(
-            description="Texts that end an answer; they are not part of it (null: with a chat template none, else the "
-            "headings ### Instruction and ### Response, which a base may write after its answer)."
-        ),
-    ] = None
-    structured_outputs: Annotated[
-        ConstrainConfig | None,
-        Field(
-            description="Form that constrained arms enforce while they decode, measured alongside the free arms: "
-            "{choices: [a, b]}, {regex: PATTERN}, {json_schema: FILE} or {tools: auto} (calls of each row's functions)."
-        ),
-    ] = None
-    engine: Annotated[
-        AnswerEngineName,
-        Field(
-            description="Engine that computes the answers of all arms. peft is built in; vllm needs the environment "
-            "that `tunewright engine install vllm` creates. auto uses vllm where that environment and a CUDA GPU are "
-            "present, else peft, and says why."
-        ),
-    ] = "auto"
-    batch_size: Annotated[
-        int,
-        Field(ge=1, description="Conversations generated at once; vllm on a GPU takes as many as fit (up to 256)."),
-    ] = 32
-    quantization: Annotated[
-        Quantization | None,
-        Field(description="Quantization of the base, the same for all arms (null: as in the adapter's training)."),
-    ] = None
-    margin: Annotated[
-        float,
-        Field(
-            ge=0,
-            lt=1,
-            description="Smallest gain over the best prompting arm that is worth shipping: 0.02 is 2 points.",
-        ),
-    ] = 0.02
-    incumbents: Annotated[
-        tuple[IncumbentConfig, ...],
-        Field(
-            description="Models in use today, behind OpenAI-compatible endpoints, which answer dev and test as arms: "
-            "name, base_url and model, with the other keys of `judge` that describe an endpoint, system_prompt, "
-            "budget and frozen."
-        ),
-    ] = ()
-    non_inferiority_margin: Annotated[
-        float,
-        Field(
-            gt=0,
-            lt=1,
-            description="Largest loss against an incumbent that still counts as not worse; without incumbents it has "
-            "no effect. (0.02: the default of `margin`, since a loss too small to ship for is too small to keep a "
-            "model for; fixed before the test is opened, as ICH E9 asks, section 3.3.2).",
-        ),
-    ] = 0.02
-
-    @field_validator("incumbents")
-    @classmethod
-    def _distinct(cls, incumbents: tuple[IncumbentConfig, ...]) -> tuple[IncumbentConfig, ...]:
-        names = [incumbent.name for incumbent in incumbents]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two incumbents are named {name}")
-        return incumbents
-
-    @field_validator("extra_metrics")
-    @classmethod
-    def _once(cls, extra_metrics: tuple[Metric, ...], info: ValidationInfo) -> tuple[Metric, ...]:
-        names = [metric_name(m) for m in extra_metrics]
-        names += [metric_name(info.data["metric"])] if "metric" in info.data else []
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"{', '.join(sorted(twice))} is already measured")
-        return extra_metrics
-
-    @model_validator(mode="after")
-    def _named_embedding_model(self) -> EvaluateConfig:
-        if "sentence-transformers" in self.retrievers and self.embedding_model is None:
-            raise ValueError("the retriever sentence-transformers requires embedding_model")
-        return self
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """All metrics to measure; the first decides."""
-        return (self.metric, *self.extra_metrics)
-
-
-class ServeConfig(Section):
-    """Settings of the server."""
-
-    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on (0: any free one).")] = 8000
-    engine: Annotated[
-        EngineName,
-        Field(
-            description="Engine that computes the answers. peft is built in; vllm needs the environment that "
-            "`tunewright engine install vllm` creates; llamacpp needs tunewright[llamacpp]."
-        ),
-    ] = "peft"
-    metrics_port: Annotated[
-        int | None,
-        Field(
-            ge=0,
-            le=65535,
-            description="Separate port for Prometheus metrics (0: any free one; null: off). It exposes the names of "
-            "all tenants.",
-        ),
-    ] = None
-    metrics_host: Annotated[str, Field(description="Address that the metrics port listens on.")] = "127.0.0.1"
-    gguf: Annotated[
-        Literal["f16", "q8_0"],
-        Field(
-            description="Type of the base's weights in the engine llamacpp: f16 keeps 16-bit weights; q8_0 takes half "
-            "the memory and changes answers slightly (docs/benchmarks/serving.md has figures)."
-        ),
-    ] = "f16"
-    max_num_seqs: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="Maximum number of conversations generated at once, over all adapters (null: 16; with the "
-            "engine vllm on a "
-            "GPU 128, or 256 from 70 GB of memory).",
-        ),
-    ] = None
-    engines: Annotated[
-        tuple[str, ...],
-        Field(
-            description="Addresses of engines on other machines, such as http://gpu-1:8100, each started there with "
-            "`tunewright engine serve` on the same base. A name with several addresses, such as that of a headless "
-            "service, stands for all of them. Empty: `tunewright serve` starts one engine itself."
-        ),
-    ] = ()
-    spare_adapters: Annotated[
-        int,
-        Field(
-            ge=0,
-            description="Slots in the engine vllm for adapters beyond those that are live at the start; used with "
-            "tenants. A rollout takes one slot until the previous adapter is unloaded.",
-        ),
-    ] = 4
-    quantization: Annotated[
-        Quantization | None, Field(description="Quantization of the base (null: as in the adapters' training).")
-    ] = None
-    database_url: Annotated[
-        str | None,
-        Field(
-            description="Database of tenants, keys, releases and usage: postgresql://USER@HOST/DATABASE, which several "
-            "servers can share, or sqlite:///FILE (null: serving/state.sqlite in the project). Put a password into "
-            "PGPASSWORD or ~/.pgpass."
-        ),
-    ] = None
-    adapter_store: Annotated[
-        str | None,
-        Field(
-            description="Folder or URL, such as s3://bucket/adapters, that `tunewright adapters push` copies to. With "
-            "tenants, a server imports a released adapter from there that is missing here. Credentials are read from "
-            "the environment."
-        ),
-    ] = None
-
-    @field_validator("engines")
-    @classmethod
-    def _addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            parts = urlsplit(url)
-            _ = parts.port, (parts.hostname or "").encode("idna")  # each raises a ValueError that says what is wrong
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
-                raise ValueError(f"{url!r} is not the address of an engine: use http://HOST:PORT")
-        return tuple(url.rstrip("/") for url in urls)
+        Field(description="Shard the base over the processes that train (FSDP2), if it does not fit on one GPU."),
+    ] = False
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible API, as config sections name it."""
+"""The config's sections of models behind OpenAI-compatible APIs: judge, teacher, incumbents and reflection model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from tunewright.config.section import Section
 
 _PARAMETERS = {"temperature": 0, "max_tokens": 512}
+_INCUMBENT_PARAMETERS = {"temperature": 0, "max_tokens": 1024}
+_TEACHER_PARAMETERS = {"temperature": 0.7, "max_tokens": 512}
+_REFLECTION_PARAMETERS = {"temperature": 1.0, "max_tokens": 4096}
 _OURS = {"model", "messages", "stream", "stream_options", "n"}
 
 
@@ -80,3 +83,277 @@ class EndpointConfig(Section):
             if isinstance(self.parameters.get(name), int):
                 return int(self.parameters[name])
         return None
+
+    def require_costs(self, of: str = "") -> None:
+        """Check that a budget can be kept: a request has a price and a longest reply."""
+        if self.price_input is None:
+            raise ValueError(f"a budget requires price_input and price_output{of}")
+        if self.reply_limit is None:
+            raise ValueError("a budget requires max_tokens or max_completion_tokens among the parameters")
+
+
+class ReferenceModelConfig(EndpointConfig):
+    """A model to compare the tuned answers with: an endpoint, or its answers in a file."""
+
+    answers: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description='A JSONL file of {"key": PAIR KEY, "answer": TEXT}, relative to this file, in place of '
+            "base_url.",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ReferenceModelConfig:
+        if (self.answers is None) == (self.base_url is None):
+            raise ValueError("set either answers (a file) or base_url and model (an endpoint)")
+        if self.base_url is not None and self.model is None:
+            raise ValueError("base_url requires model")
+        return self
+
+
+class JudgeConfig(EndpointConfig):
+    """The model that judges answers; controls test it on every run. Requires base_url and model."""
+
+    criteria: Annotated[
+        str | None,
+        Field(min_length=1, description="Criteria to add to the judge's instructions (null: none)."),
+    ] = None
+    budget: Annotated[
+        float | None,
+        Field(gt=0, description="Highest cost of judging one evaluation, in the prices' currency (null: no limit)."),
+    ] = None
+    controls: Annotated[
+        int,
+        Field(
+            ge=14,
+            description="Maximum number of items on which the judge itself is tested (30: a control passes with up "
+            "to two failures; "
+            "fewer than 14 cannot prove 80% even without a failure).",
+        ),
+    ] = 30
+    reference_model: Annotated[
+        ReferenceModelConfig | None,
+        Field(
+            description="Another model to compare the tuned answers with: base_url and model, or answers (null: none)."
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _priced_budget(self) -> JudgeConfig:
+        if self.budget is None:
+            return self
+        asked = [self, self.reference_model] if self.reference_model and self.reference_model.base_url else [self]
+        for endpoint in asked:
+            endpoint.require_costs(" of every endpoint")
+        return self
+
+
+class IncumbentConfig(EndpointConfig):
+    """A hosted model that answers dev and test as an arm. Requires base_url and model."""
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$",
+            description="The arm's name after `incumbent-`; letters, digits, dot, hyphen and underscore.",
+        ),
+    ]
+    parameters: Annotated[
+        dict[str, Any],
+        Field(
+            description="Further parameters of every request, as your application sends them (temperature 0 makes "
+            "answers reproducible; 1024 tokens cut few answers, and cut ones are counted)."
+        ),
+    ] = _INCUMBENT_PARAMETERS
+    system_prompt: Annotated[
+        str | None,
+        Field(
+            min_length=1, description="System prompt to send in place of the rows' own (null: the rows' own, if any)."
+        ),
+    ] = None
+    trained_on: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(
+            description="Added files of pairs that this model was itself trained on. Test rows from them favour it: "
+            "they are counted, and the loss is also measured on the others."
+        ),
+    ] = ()
+    budget: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="Highest cost of this incumbent's answers, in the prices' currency (null: no limit). It "
+            "requires prices and a limit on reply tokens.",
+        ),
+    ] = None
+    frozen: Annotated[
+        bool,
+        Field(
+            description="Use frozen answers only and send nothing, for an endpoint that is gone. Rows without a frozen "
+            "answer are left out of the contrast and counted."
+        ),
+    ] = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> IncumbentConfig:
+        if self.base_url is None or self.model is None:
+            raise ValueError("set base_url and model (also with frozen: they identify the frozen answers)")
+        if self.budget is not None:
+            self.require_costs()
+        return self
+
+
+class GenerateConfig(EndpointConfig):
+    """The teacher that writes ideal outputs: base_url and model, or the local model base."""
+
+    base: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="A local model as teacher in place of base_url, named as base_model is. Its engine, precision "
+            "and batch size are those of evaluations.",
+        ),
+    ] = None
+    revision: Annotated[
+        str | None, Field(description="Branch, tag or commit of a hub model in generate.base (null: main).")
+    ] = None
+    license: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=200,
+            description="What the teacher's licence says on training with its outputs. The note is kept with every "
+            "row, and without it nothing is generated.",
+        ),
+    ] = None
+    instruction: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Instruction for the teacher alone, such as the form of an answer. It is added to the system "
+            "prompt and is not part of the row.",
+        ),
+    ] = None
+    parameters: Annotated[
+        dict[str, Any],
+        Field(
+            description="Further parameters of every request. A local teacher takes temperature, top_p and max_tokens. "
+            "(0.7, the temperature of Wang et al. 2022, arXiv 2203.11171: samples have to differ for their agreement "
+            "to say anything.)"
+        ),
+    ] = _TEACHER_PARAMETERS
+    samples: Annotated[
+        int,
+        Field(ge=1, le=40, description="Answers sampled for each input; the one that most samples agree with is kept."),
+    ] = 3
+    agreement: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Smallest agreement of a kept answer: its mean score by evaluate.metric against all samples, "
+            "itself included (0.6: two samples of three). Samples that cannot be used count as 0.",
+        ),
+    ] = 0.6
+    min_score: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Smallest score by evaluate.metric of a kept answer, where the input has an ideal output or "
+            "the metric needs none (regex, json_valid).",
+        ),
+    ] = 1.0
+    judge_score: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            le=5,
+            description="Smallest score of a kept answer, from 1 to 5, by the model of the judge section. The judge is "
+            "tested first on training rows of people (null: answers are not judged).",
+        ),
+    ] = None
+    questions: Annotated[
+        int, Field(ge=1, le=20, description="Questions to ask for each passage in `data from-documents`.")
+    ] = 3
+    passage_characters: Annotated[
+        int,
+        Field(
+            ge=200,
+            le=20_000,
+            description="Longest passage of a document in characters (2,000 are about 500 tokens of English).",
+        ),
+    ] = 2_000
+    response_format: Annotated[
+        bool,
+        Field(
+            description="Send the schema of evaluate.structured_outputs to the endpoint as response_format. Answers "
+            "are checked against it either way."
+        ),
+    ] = True
+    budget: Annotated[
+        float | None,
+        Field(gt=0, description="Highest cost of one run, in the prices' currency (null: no limit)."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> GenerateConfig:
+        if self.base is not None and self.base_url is not None:
+            raise ValueError("set either base (a local model) or base_url and model (an endpoint)")
+        if self.samples > 1 and self.parameters.get("temperature") == 0:
+            raise ValueError("samples of temperature 0 are equal: set samples: 1, or a temperature above 0")
+        if self.budget is not None:
+            self.require_costs()
+        return self
+
+
+class ReflectionModelConfig(EndpointConfig):
+    """The model that reads answers with their faults and proposes instructions. Requires base_url and model."""
+
+    parameters: Annotated[
+        dict[str, Any],
+        Field(
+            description="Further parameters of every request (temperature 1 varies the proposals; 4,096 tokens leave "
+            "room for a long instruction). A reasoning model needs others, such as max_completion_tokens: 8192."
+        ),
+    ] = _REFLECTION_PARAMETERS
+
+
+class PromptOptimizationConfig(Section):
+    """Optimization of the instruction by GEPA, which `tunewright optimize-prompt` runs."""
+
+    reflection_model: Annotated[
+        ReflectionModelConfig | None,
+        Field(description="The model that proposes instructions (null: the judge's endpoint and parameters)."),
+    ] = None
+    budget: Annotated[
+        float | None,
+        Field(gt=0, description="Highest cost of one optimization, in the prices' currency (null: no limit)."),
+    ] = None
+    max_reflection_calls: Annotated[
+        int, Field(ge=1, description="Maximum number of requests to the reflection model in one optimization.")
+    ] = 50
+    max_metric_calls: Annotated[
+        int,
+        Field(
+            ge=10,
+            description="Scored answers of the base after which no further instruction is tried (GEPA's measure of "
+            "its budget); at least two passes over the validation rows.",
+        ),
+    ] = 600
+    minibatch_size: Annotated[
+        int, Field(ge=1, le=32, description="Training rows that the reflection model sees at once (3: GEPA's default).")
+    ] = 3
+    val_items: Annotated[
+        int,
+        Field(
+            ge=2,
+            description="Training rows, in whole clusters, that score the instructions; the others are shown to the "
+            "reflection model. At most half of the training rows.",
+        ),
+    ] = 50
+    seed: Annotated[
+        int | None, Field(ge=0, lt=2**31, description="Seed of the optimization (null: the project's seed).")
+    ] = None

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tunewright.config import Config
-from tunewright.config.compute import with_cluster
+from pydantic import ValidationError
+
+from tunewright.config import ComputeConfig, Config
 from tunewright.config.io import load_config
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
@@ -42,7 +43,11 @@ class ProjectFolder:
         """
         if cluster is None:
             return self
-        compute = with_cluster(self.config.compute, cluster)
+        try:
+            compute = ComputeConfig(**{**self.config.compute.model_dump(), "cluster": cluster})
+        except ValidationError:
+            fix = "Use local, auto or ray://HOST:PORT."
+            raise UserError(f"Not a cluster: {cluster!r}", where="--cluster", fix=fix) from None
         return ProjectFolder(self.root, self.config.model_copy(update={"compute": compute}))
 
     @property

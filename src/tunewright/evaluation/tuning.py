@@ -109,7 +109,7 @@ def sweep(
     Raises:
         UserError: the budget is not positive or is too small for one trial, or a learning rate is invalid.
     """
-    from tunewright.config.edit import write_section
+    from tunewright.config.io import write_section
     from tunewright.config.project import CONFIG_FILE
     from tunewright.training.sweep.sweep import Sweep
 

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from starlette.responses import Response
 
-from tunewright.config.edit import write_section
+from tunewright.config.io import write_section
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
