@@ -77,11 +77,7 @@ class SlowMeasurements:
 def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, cluster: str | None = None) -> Project:
     """Return the demo project in ``directory``, created if it does not exist.
 
-    Args:
-        directory: its folder.
-        reporter: shows what was written.
-        whole: write the example's whole settings, also over unchanged quick ones.
-        cluster: used in place of the config's.
+    With ``whole`` it gets the example's whole settings, also over unchanged quick ones.
     """
     config, name = directory / CONFIG_FILE, legal_citations.NAME
     if not config.exists():
@@ -94,11 +90,7 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, clust
 
 
 def find_demo(folder: Path) -> Path:
-    """Return the folder of the finished demo project: this one, or `DEMO_FOLDER` in it.
-
-    Raises:
-        UserError: neither is a demo project with an evaluation.
-    """
+    """Return the folder of the finished demo project: this one, or `DEMO_FOLDER` in it."""
     configs = {legal_citations.config_text(quick=quick) for quick in (True, False)}
     for place in (folder / DEMO_FOLDER, folder):
         config = place / CONFIG_FILE
@@ -115,9 +107,6 @@ def copied_demo(folder: Path) -> Iterator[Path]:
 
     Pages write files too: a review draws its sample, a report is made when it is first read. All of that stays in the
     copy.
-
-    Raises:
-        UserError: as for :func:`find_demo`.
     """
     found = find_demo(folder)
     with TemporaryDirectory(prefix=f"{DEMO_FOLDER}-", ignore_cleanup_errors=True) as temporary:

@@ -50,11 +50,7 @@ def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
 
 
 def trained_quantization(adapters: Sequence[Adapter]) -> Quantization:
-    """Return the base's quantization during the training of these adapters (at least one).
-
-    Raises:
-        UserError: not the same for all.
-    """
+    """Return the base's quantization during the training of these adapters (at least one)."""
     by_kind: dict[Quantization, str] = {a.quantization: a.name for a in adapters}
     if len(by_kind) > 1:
         listed = ", ".join(f"{name} with train.quantization {kind}" for kind, name in by_kind.items())

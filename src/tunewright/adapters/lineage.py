@@ -63,14 +63,10 @@ class SystemPrompt:
 
 
 def count_system_turns(members: Sequence[Member]) -> dict[str, Any]:
-    """Return the lineage's record of the system turns of training rows.
+    """Return the lineage's record of the system turns of the domain's training rows.
 
-    Args:
-        members: the training rows of the domain.
-
-    Returns:
-        ``text``, the turn that all rows share (None if there is no such turn); the number of ``rows``; how many are
-        ``without`` a system turn; and how many ``distinct`` system turns the others have.
+    It has ``text``, the turn that all rows share (None if there is no such turn); the number of ``rows``; how many are
+    ``without`` a system turn; and how many ``distinct`` system turns the others have.
     """
     turns = Counter(next((m.content for m in member.example.prompt if m.role == "system"), None) for member in members)
     without = turns.pop(None, 0)
@@ -79,11 +75,7 @@ def count_system_turns(members: Sequence[Member]) -> dict[str, Any]:
 
 
 def stated_system_prompt(text: str) -> dict[str, Any]:
-    """Return the lineage's record of the system prompt that the user states for a foreign adapter.
-
-    Raises:
-        UserError: an empty text, or too many combining marks in a row.
-    """
+    """Return the lineage's record of the system prompt that the user states for a foreign adapter."""
     if not text.strip():
         raise UserError("The system prompt is empty", where="--system-prompt", fix="Remove the option.")
     if fault := mark_fault(text):
@@ -95,10 +87,6 @@ def system_prompt(adapter: Adapter, dataset: Path) -> SystemPrompt:
     """Return the system prompt that an adapter was trained with.
 
     A lineage without it is older than this record. Then the dataset version has it, if it is available.
-
-    Args:
-        adapter: a stored one.
-        dataset: the project's dataset folder.
     """
     recorded = adapter.lineage.get(KEY)
     if recorded is not None:
@@ -187,12 +175,7 @@ class Trace:
 
 
 def trace(adapter: Adapter, dataset: Path) -> Trace:
-    """Trace an adapter's lineage.
-
-    Args:
-        adapter: a stored one.
-        dataset: the project's dataset folder.
-    """
+    """Trace an adapter's lineage."""
     lineage = adapter.lineage
     return Trace(
         name=adapter.name,

@@ -106,9 +106,6 @@ class Adapter:
 
         A step also has ``learning_rate``, ``grad_norm`` before clipping, ``tokens_per_s`` and ``memory_bytes``; an
         evaluation has ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
-
-        Raises:
-            UserError: the file is damaged.
         """
         file = self.folder / HISTORY
         return read_history(file) if file.exists() else []
@@ -128,11 +125,7 @@ class Adapter:
         return {f.name: f for f in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")))}
 
     def checkpoint(self, step: str) -> Path:
-        """Return the folder of the adapter at another evaluation.
-
-        Raises:
-            UserError: there is no such checkpoint.
-        """
+        """Return the folder of the adapter at another evaluation."""
         if step not in self.checkpoints:
             known = ", ".join(self.checkpoints) or "none"
             raise UserError(f"No checkpoint {step!r}", where=self.name, fix=f"Its checkpoints: {known}.")
@@ -143,9 +136,6 @@ class Adapter:
         stored.
 
         :func:`tunewright.adapters.trust.trust_status` checks all files and the signatures.
-
-        Raises:
-            UserError: a file is missing or has changed.
         """
         folder = self.folder if step is None else self.checkpoint(step)
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
@@ -164,11 +154,7 @@ class Adapter:
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics file, oldest first, without a last line that is still being written.
-
-    Raises:
-        UserError: the file is missing, or has a line that is not a row of metrics.
-    """
+    """Return the rows of a run's metrics file, oldest first, without a last line that is still being written."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -192,11 +178,7 @@ def _history_row(line: str, where: str) -> dict[str, Any]:
 
 
 def require_digest(folder: Path, expected: str) -> None:
-    """Check that an adapter's files have this digest.
-
-    Raises:
-        UserError: they have changed.
-    """
+    """Check that an adapter's files have this digest."""
     if adapter_digest(folder) != expected:
         raise UserError(
             "The adapter's files have changed since they were stored",
@@ -268,11 +250,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def list_adapters(adapters: Path) -> list[Adapter]:
-    """Return all stored adapters, the newest last.
-
-    Raises:
-        UserError: an unreadable lineage.
-    """
+    """Return all stored adapters, the newest last."""
     found = [Adapter(lineage.parent) for lineage in adapters.glob(f"[!.]*/{LINEAGE}")]
     return sorted(found, key=lambda a: (a.lineage["created"], a.name))
 

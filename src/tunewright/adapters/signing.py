@@ -66,11 +66,7 @@ class SigningKey:
     """Its fingerprint."""
 
     def sign(self, message: bytes, *, prompt: bool) -> str:
-        """Return the signature over a message; with ``prompt``, ``ssh-keygen`` may ask at the terminal.
-
-        Raises:
-            UserError: no ``ssh-keygen``, or it cannot use the key.
-        """
+        """Return the signature over a message; with ``prompt``, ``ssh-keygen`` may ask at the terminal."""
         ran = ssh_keygen("-Y", "sign", "-n", NAMESPACE, "-f", str(self.file), data=message, prompt=prompt)
         if ran.code == 0:
             return ran.stdout
@@ -83,11 +79,7 @@ class SigningKey:
 
 
 def sign(folder: Path, key: SigningKey, *, prompt: bool = False) -> bool:
-    """Add a signature over the manifest in ``folder``; return False if this key has signed it already.
-
-    Raises:
-        UserError: the existing signatures cannot be read, or the key cannot be used.
-    """
+    """Add a signature over the manifest in ``folder``; return False if this key has signed it already."""
     blocks = read_signatures(folder)
     if any(_signer(block, folder) == key.id for block in blocks):
         return False
@@ -109,11 +101,7 @@ def read_signatures(folder: Path) -> list[str]:
 
 
 def verify_signatures(folder: Path, trusted: TrustedKeys) -> list[Signed]:
-    """Return the status of each signature over the manifest in ``folder``, for a project with these keys.
-
-    Raises:
-        UserError: the signatures cannot be read.
-    """
+    """Return the status of each signature over the manifest in ``folder``, for a project with these keys."""
     payload = (folder / MANIFEST).read_bytes()
     found = [_verify(block, _signer(block, folder), payload, trusted) for block in read_signatures(folder)]
     return [*found, *_verify_former(folder, payload, trusted)]

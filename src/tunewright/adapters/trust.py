@@ -32,13 +32,7 @@ class TrustStatus:
 
 
 def trust_status(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True) -> TrustStatus:
-    """Check every file and signature of an adapter.
-
-    Args:
-        adapter: a stored one.
-        trusted: the project's keys.
-        weights: also check that all weights are finite, which reads them.
-    """
+    """Check every file and signature of a stored adapter; with ``weights`` also that its numbers are finite."""
     try:
         faults = _faults(adapter, weights=weights)
         signed = [] if read_manifest(adapter.folder) is None else verify_signatures(adapter.folder, trusted)
@@ -78,9 +72,6 @@ def _faults(adapter: Adapter, *, weights: bool) -> list[str]:
 def require_trusted(adapter: Adapter, trusted: TrustedKeys) -> None:
     """Refuse an adapter that has changed or whose key is revoked; if the project trusts keys, also one without their
     signature.
-
-    Raises:
-        UserError: naming the reason.
     """
     found = trust_status(adapter, trusted, weights=False)
     unproven = found.state in ("unsigned", "untrusted", "not checked")

@@ -91,11 +91,7 @@ def weight_faults(path: Path) -> list[str]:
 
 
 def check_adapter(folder: Path, *, servable: bool) -> None:
-    """Check before a trained adapter is stored that its weights are finite, and (``servable``) that vLLM loads it.
-
-    Raises:
-        UserError: naming the tensor or the key of its configuration.
-    """
+    """Check before a trained adapter is stored that its weights are finite, and (``servable``) that vLLM loads it."""
     from safetensors import safe_open
 
     path = folder / WEIGHTS
@@ -122,11 +118,7 @@ def check_adapter(folder: Path, *, servable: bool) -> None:
 
 
 def require_batchable(folder: Path) -> None:
-    """Refuse an adapter that cannot share a batch with others, as served adapters must.
-
-    Raises:
-        UserError: naming its kind.
-    """
+    """Refuse an adapter that cannot share a batch with others, as served adapters must."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     kinds = [_REFUSED[key] for key in ("use_dora", "alora_invocation_tokens") if config.get(key)]
     if kinds:

@@ -229,15 +229,7 @@ def command(
 
 
 def refuse_unused(action: str, options: Mapping[str, bool]) -> None:
-    """Refuse options that an action would ignore.
-
-    Args:
-        action: the option that chooses the action, such as ``--estimate``.
-        options: options that it does not use, and whether each was given.
-
-    Raises:
-        UserError: naming the options.
-    """
+    """Refuse options that an action, such as ``--estimate``, would ignore: names, and whether each was given."""
     if unused := [name for name, given in options.items() if given]:
         raise UserError(f"{action} does not use {', '.join(unused)}", fix="Leave it out.")
 

@@ -36,11 +36,7 @@ class ProjectFolder:
         return self.changed_config is not None or (self.root / CONFIG_FILE).exists()
 
     def on_cluster(self, cluster: str | None) -> ProjectFolder:
-        """Return the folder with this ``compute.cluster`` (None: the config's).
-
-        Raises:
-            UserError: the cluster is none of the three forms.
-        """
+        """Return the folder with this ``compute.cluster`` (None: the config's)."""
         if cluster is None:
             return self
         try:
@@ -138,11 +134,7 @@ class OpenFolder:
 
 
 def create_project(root: Path, files: dict[str, str]) -> ProjectFolder:
-    """Write a new project's files, the config among them.
-
-    Raises:
-        UserError: one of the files is already there (nothing is written then).
-    """
+    """Write a new project's files, the config among them."""
     there = [name for name in files if (root / name).exists()]
     if there:
         raise UserError(

@@ -32,11 +32,7 @@ def one_line_end(text: str) -> str:
 
 
 def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a new CSV file atomically, each cell by :func:`safe_cell`.
-
-    Raises:
-        UserError: the file already exists, or the disk refuses.
-    """
+    """Write a new CSV file atomically, each cell by :func:`safe_cell`."""
     if path.exists():
         raise UserError("The file already exists", where=str(path), fix="Choose another name.")
     text = io.StringIO()

@@ -16,11 +16,7 @@ _finishing: list[str] = []
 
 @contextmanager
 def finishing(what: str) -> Iterator[None]:
-    """Make a stop wait for this block, which must end soon by itself.
-
-    Args:
-        what: the work that the stop waits for, as the terminal shows it.
-    """
+    """Make a stop wait for this block, which must end soon by itself."""
     _finishing.append(what)
     try:
         yield

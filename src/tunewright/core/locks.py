@@ -38,11 +38,7 @@ def lock(handle: int, seconds: float = 0.0) -> bool:
 
 
 def lock_file(file: BinaryIO) -> None:
-    """Lock an open file for this process alone.
-
-    Raises:
-        UserError: another process keeps the lock, for example because it is stopped.
-    """
+    """Lock an open file for this process alone."""
     if not lock(file.fileno(), FILE_S):
         raise UserError(
             f"Another command has been writing this file for {FILE_S:g} s",

@@ -103,11 +103,7 @@ def whole_lines(data: bytes) -> tuple[bytes, bool]:
 
 
 def extend(path: Path, news: Callable[[bytes], str]) -> None:
-    """Append to a locked record what ``news`` returns for its lines, after removing half a line that a crash left.
-
-    Raises:
-        UserError: the file cannot be written, or another process keeps it locked.
-    """
+    """Append to a locked record what ``news`` returns for its lines, after removing half a line that a crash left."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path) as file:

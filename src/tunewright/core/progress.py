@@ -65,11 +65,7 @@ class LogReporter:
 
 
 class WithoutBars:
-    """A reporter of the steps inside a larger task: it passes messages on and shows no displays.
-
-    Args:
-        reporter: receives the messages.
-    """
+    """A reporter of the steps inside a larger task: it passes messages on and shows no displays."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.say, self.warn = reporter.say, reporter.warn

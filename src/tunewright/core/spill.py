@@ -27,11 +27,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class RecordFile:
-    """Byte strings in a temporary file, by number from 0.
-
-    Raises:
-        UserError: the disk of temporary files is full.
-    """
+    """Byte strings in a temporary file, by number from 0."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="tunewright-")  # noqa: SIM115 closed by __del__

@@ -39,11 +39,7 @@ def parse_json(text: str) -> Any:
 
 
 def standard_json(text: str) -> Any:
-    """Return the value of a JSON text (RFC 8259): the last of equal keys, and no NaN.
-
-    Raises:
-        ValueError: the text is not valid JSON, or nested too deep.
-    """
+    """Return the value of a JSON text (RFC 8259): the last of equal keys, and no NaN."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
@@ -90,11 +86,7 @@ def strict_json(data: bytes, where: str) -> Any:
 
 
 def strict_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        UserError: as for :func:`strict_json`, or a value that is not an object.
-    """
+    """Parse a JSON object."""
     value = strict_json(data, where)
     if not isinstance(value, dict):
         raise UserError(f"Expected a JSON object (got {type(value).__name__})", where=where)
@@ -102,11 +94,7 @@ def strict_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def require_shallow(value: Any, deepest: int) -> None:
-    """Check the nesting of a parsed value.
-
-    Raises:
-        RecursionError: it has more levels.
-    """
+    """Check the nesting of a parsed value."""
     level = [value]
     for _ in range(deepest):
         level = [

@@ -34,11 +34,7 @@ class Source:
 
     @classmethod
     def find(cls, project: OpenProject, adapter: str | None) -> Source:
-        """Return an adapter by its name or the beginning of it; None: the newest.
-
-        Raises:
-            UserError: no such adapter, or it does not fit the base or the chat format.
-        """
+        """Return an adapter by its name or the beginning of it; None: the newest."""
         found = find_adapter(project.folder.adapters, adapter)
         require_compatible(found, project.base, project.chat)
         return cls(project, found)
@@ -138,11 +134,7 @@ class Export(Part):
 
 
 def read_record(folder: Path) -> Export:
-    """Return the record of an exported folder.
-
-    Raises:
-        UserError: the record is missing or unreadable.
-    """
+    """Return the record of an exported folder."""
     path = folder / RECORD
     try:
         return Export.model_validate(json.loads(path.read_text(encoding="utf-8")))
@@ -214,11 +206,7 @@ class _ParityError(Exception):
 
 
 def find_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None:
-    """Return the artifact at ``target`` if it was made from the same inputs; None if nothing is there.
-
-    Raises:
-        UserError: something else is there, or one of its files has changed.
-    """
+    """Return the artifact at ``target`` if it was made from the same inputs; None if nothing is there."""
     if not target.exists():
         return None
     elsewhere = "Remove it, or use another folder with --to."
@@ -245,15 +233,8 @@ def export(
 
     A folder that passes becomes ``target``. One that fails is removed, and its record stays as ``TARGET.failed.json``.
 
-    Args:
-        source: the exported adapter.
-        kind: the kind of artifact in its record.
-        target: the folder of the artifact.
-        made_of: the inputs that determine it.
-        build: writes the files and compares them with the trained model.
-
     Raises:
-        UserError: the folder has other contents.
+        UserError: the folder has other contents than ``made_of``, its inputs, determines.
     """
     existing = find_export(target, made_of)
     if existing is not None:

@@ -84,11 +84,7 @@ class Compression:
 
 
 def require_compressed(base: Base) -> Environment:
-    """Return llm-compressor's environment, before anything is computed.
-
-    Raises:
-        UserError: llm-compressor or compressed-tensors is not installed, or the base is no Llama or Mistral of text.
-    """
+    """Return llm-compressor's environment, before anything is computed."""
     if base.architecture not in _ARCHITECTURES:
         raise UserError(
             f"A {base.architecture} is not exported to FP8 or W4A16: only {' and '.join(_ARCHITECTURES)} are",
@@ -114,15 +110,7 @@ def compression(
     max_length: int,
     seed: int,
 ) -> Compression:
-    """Return the settings for a model: for w4a16 the calibration rows, drawn by ``seed`` from the training rows.
-
-    Args:
-        max_length: tokens of the longest training row.
-        seed: draws the rows.
-
-    Raises:
-        UserError: the base has rows that no group size divides, or no training row can be used.
-    """
+    """Return the settings for a model: for w4a16 the calibration rows, drawn by ``seed`` from the training rows."""
     if scheme == "fp8":
         return Compression(scheme, environment)
     group = group_size(base)
@@ -157,11 +145,7 @@ def write_compressed(
     system_prompt: str | None,
     reporter: Reporter,
 ) -> None:
-    """Merge the weights in a folder inside ``folder``, have llm-compressor quantize them, and add the tokenizer.
-
-    Raises:
-        UserError: llm-compressor fails.
-    """
+    """Merge the weights in a folder inside ``folder``, have llm-compressor quantize them, and add the tokenizer."""
     merged = folder / "merged"
     merged.mkdir()
     write_merged(merged, weights, base, chat, system_prompt, reporter)
@@ -191,11 +175,7 @@ def observe_compressed(folder: Path, trained: TrainedModel, reporter: Reporter) 
 
 
 def group_size(base: Base) -> int:
-    """Return the largest number of weights per scale that divides the rows of every linear layer.
-
-    Raises:
-        UserError: not even groups of 32 weights do.
-    """
+    """Return the largest number of weights per scale that divides the rows of every linear layer."""
     config: Any = text_settings(base)
     head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     rows = (config.hidden_size, config.intermediate_size, config.num_attention_heads * head)

@@ -53,11 +53,7 @@ class HubResult:
 
 
 def require_hub_id(name: str, where: str) -> None:
-    """Check the form of a hub id.
-
-    Raises:
-        UserError: it is not OWNER/NAME.
-    """
+    """Check the form of a hub id."""
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"Not a hub id: {name!r}", where=where, fix="Use OWNER/NAME.")
 
@@ -135,11 +131,7 @@ def _write_adapter(
 def _check_template(
     folder: Path, chat: ChatFormat, conversations: Sequence[Sequence[Message]], system_prompt: str | None
 ) -> None:
-    """Check that the folder's own tokenizer and template render conversations to the ids of training.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Check that the folder's own tokenizer and template render conversations to the ids of training."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -162,14 +154,7 @@ def _copy_merged(folder: Path, merged: Path, names: list[str]) -> None:
 
 
 def push(folder: Path, name: str, message: str, *, private: bool) -> str:
-    """Create the repository if it does not exist, and commit the folder to it without its own record.
-
-    Returns:
-        The commit's address.
-
-    Raises:
-        UserError: the hub is unreachable, or refuses.
-    """
+    """Create the repository if it does not exist, and commit the folder to it without its own record."""
     from huggingface_hub import HfApi, constants, errors
 
     if (silence := hub_silence(constants.ENDPOINT)) is not None:

@@ -42,11 +42,7 @@ def build_merged(folder: Path, source: Source) -> BuiltArtifact:
 def choose_merge_method(
     trained: TrainedModel, reporter: Reporter
 ) -> tuple[Weights, MergeMethod, tuple[MergeMeasurement, ...]]:
-    """Return the merged weights by the method closest to the trained model, if there are two.
-
-    Returns:
-        The weights, the method, and the measured methods.
-    """
+    """Return the merged weights by the method closest to the trained model, if there are two."""
     changes = read_deltas(trained.adapter.folder)
     dtype = trained_dtype(trained.adapter)
     if trained_quantization([trained.adapter]) == "none":

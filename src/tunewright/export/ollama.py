@@ -100,11 +100,7 @@ class GoTemplate:
 
 
 def go_template(chat: ChatFormat) -> GoTemplate:
-    """Return the chat format as a Go template, without the beginning-of-text token, which engines add themselves.
-
-    Raises:
-        UserError: the format depends on more than the roles and the order of messages.
-    """
+    """Return the chat format as a Go template, without the beginning-of-text token, which engines add themselves."""
     template = chat.template
     system = _accepts_system(template)
     plain = {users: _cut(template, users, system=False) for users in range(1, _LONGEST + 1)}
@@ -126,11 +122,7 @@ def go_template(chat: ChatFormat) -> GoTemplate:
 
 
 def check_go_template(found: GoTemplate, chat: ChatFormat) -> None:
-    """Compare a Go template with the chat format on random conversations.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Compare a Go template with the chat format on random conversations."""
     bos = str(chat.tokenizer.bos_token) if chat.adds_bos else ""
     for messages in conversations(system=found.system_place != "none"):
         wanted = chat.template.render(messages, generation_prompt=True).removeprefix(bos)
@@ -252,14 +244,7 @@ def write_ollama(
     lora: Path | None,
     context: int,
 ) -> tuple[str, ...]:
-    """Write the Modelfile and the files that it names.
-
-    Returns:
-        Notes for the user.
-
-    Raises:
-        UserError: a chat format that no Go template can express.
-    """
+    """Write the Modelfile and the files that it names; return notes for the user."""
     template = go_template(chat)
     for file in filter(None, (model, lora)):
         link_or_copy(file, folder / file.name)

@@ -29,9 +29,6 @@ def exported_template(chat: ChatFormat, system_prompt: str | None = None) -> str
     This is the system prompt that the adapter was trained with, for conversations without a system message; the pinned
     date (`chat.date`); the beginning-of-text token, if the tokenizer adds it and the template does not, since engines
     encode a rendered template without adding any; and sentencepiece's space before a text's first word.
-
-    Raises:
-        UserError: a template that computes its date.
     """
     template = chat.template
     source = _ASKS_FOR_TODAY.sub(lambda call: repr(template.today.strftime(call["format"])), template.source)

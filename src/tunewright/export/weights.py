@@ -54,11 +54,7 @@ class LoraDelta:
 
 
 def read_deltas(folder: Path) -> dict[str, LoraDelta]:
-    """Return the adapter's delta of each layer, by the weight's name in a model of text alone (`text_name`).
-
-    Raises:
-        UserError: an adapter that is more than LoRA over the decoder's linear layers.
-    """
+    """Return the adapter's delta of each layer, by the weight's name in a model of text alone (`text_name`)."""
     from peft.utils.other import get_pattern_key
     from safetensors import safe_open
 

@@ -146,11 +146,7 @@ def _pattern_of(module: str, patterns: dict[str, Any]) -> str:
 
 
 def read_config(data: bytes, shape: Shape, architecture: str, where: str) -> ForeignConfig:
-    """Parse and check a configuration for a base of this shape and architecture.
-
-    Raises:
-        UserError: naming the key that is not allowed, and why.
-    """
+    """Parse and check a configuration for a base of this shape and architecture."""
     given = strict_object(data, where)
     for key, (allowed, why) in _OFF.items():
         # Equal and of one type, so that 0 is not false.

@@ -69,11 +69,7 @@ def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(path: Path, config: ForeignConfig, where: str) -> None:
-    """Check the tensors in ``path``, which no other process can change, against the configuration and the base.
-
-    Raises:
-        UserError: naming the tensor and the problem.
-    """
+    """Check the tensors in ``path``, which no other process can change, against the configuration and the base."""
     shapes = read_header(path, where)
     wanted: dict[str, tuple[int, tuple[int, int]]] = {}
     for module, kind in config.modules.items():

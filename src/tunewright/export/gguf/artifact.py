@@ -54,11 +54,7 @@ def _without_answer(how: str) -> UserError:
 
 
 def require_llamacpp() -> None:
-    """Check that llama.cpp is installed, before anything is written.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Check that llama.cpp is installed, before anything is written."""
     if find_spec("xllamacpp") is None:
         raise UserError(
             "llama.cpp is not installed; GGUF files are checked by running them",
@@ -146,11 +142,7 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
 
 
 def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: Path | None = None) -> ArtifactOutputs:
-    """Return the outputs of a GGUF file, optionally with a LoRA file on it.
-
-    Raises:
-        EngineFailedError: llama.cpp rejects it.
-    """
+    """Return the outputs of a GGUF file, optionally with a LoRA file on it."""
     probe, chat = trained.probe, trained.chat
     # With a LoRA file, the model file is the base's own and lacks the adapter's system prompt.
     default = trained.system_prompt if lora is None else None

@@ -38,13 +38,7 @@ def write_model(
 ) -> list[str]:
     """Write the model with its tokenizer, converting from float32 to the file's type in one step.
 
-    Its chat template adds ``system_prompt`` to conversations without a system message.
-
-    Returns:
-        Notes for the user.
-
-    Raises:
-        UserError: positions or a tokenizer that llama.cpp does not support.
+    Its chat template adds ``system_prompt`` to conversations without a system message. Returns notes for the user.
     """
 
     def add_tokens(writer: Any, vocabulary: int) -> None:
@@ -63,14 +57,7 @@ def write_token_id_model(
     file_type: FileType,
     reporter: Reporter,
 ) -> list[str]:
-    """Write the model for callers that pass and receive token ids: see :func:`add_token_ids`.
-
-    Returns:
-        Notes for the user.
-
-    Raises:
-        UserError: positions that llama.cpp does not support.
-    """
+    """Write the model for callers that pass and receive token ids (see :func:`add_token_ids`); return notes."""
 
     def add_tokens(writer: Any, vocabulary: int) -> None:
         add_token_ids(writer, pieces, stop_ids, vocabulary)
@@ -123,11 +110,7 @@ def _write(
 
 
 def require_gguf(base: Base) -> None:
-    """Check that the base's text model can be written as GGUF.
-
-    Raises:
-        UserError: a Ministral 3 or a Mixtral.
-    """
+    """Check that the base's text model can be written as GGUF."""
     kind = text_settings(base).model_type
     if kind not in _KINDS:
         raise UserError(
@@ -187,11 +170,7 @@ def _add_shape(writer: Any, config: Any) -> list[str]:
 
 
 def _rope_factors(config: Any) -> Tensor | None:
-    """Return the divisors of Llama 3.1's rotary frequencies [head / 2]; None for unscaled positions.
-
-    Raises:
-        UserError: positions with another scaling.
-    """
+    """Return the divisors of Llama 3.1's rotary frequencies [head / 2]; None for unscaled positions."""
     kind = config.rope_parameters["rope_type"]
     if kind in ("default", "linear"):
         return None
@@ -212,13 +191,7 @@ def write_lora(
     """Write the adapter's deltas of ``weights`` without the base.
 
     llama.cpp scales by alpha / rank, with one alpha for all layers. Any other scale of a layer (rsLoRA's, or a
-    pattern's) is multiplied into its B.
-
-    Returns:
-        Notes for the user.
-
-    Raises:
-        UserError: DoRA, which llama.cpp does not support.
+    pattern's) is multiplied into its B. Returns notes for the user.
     """
     require_gguf(base)
     config = text_settings(base)

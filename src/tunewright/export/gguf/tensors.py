@@ -64,11 +64,7 @@ class Mixture:
 
 
 def quantize_rows(rows: NDArray[np.float32], kind: gguf.GGMLQuantizationType) -> NDArray[np.uint8]:
-    """Return rows [rows, columns] as llama.cpp converts them: [rows, bytes].
-
-    Raises:
-        UserError: llama.cpp is not installed, or its library has no such function.
-    """
+    """Return rows [rows, columns] as llama.cpp converts them: [rows, bytes]."""
     convert = _library()
     block, size = gguf.GGML_QUANT_SIZES[kind]
     source = np.ascontiguousarray(rows, dtype=np.float32)
@@ -123,11 +119,7 @@ _UNQUANTIZED = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
 
 
 def gguf_name(name: str, layers: int) -> str:
-    """Return a tensor's name in GGUF.
-
-    Raises:
-        UserError: the architecture "llama" has no such tensor.
-    """
+    """Return a tensor's name in GGUF."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
@@ -151,10 +143,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 class TensorFile:
     """A GGUF file being written: all names and sizes first, then the tensors one by one, so that one is in memory.
 
-    Args:
-        path: the file.
-        file_type: type of the matrices; vectors are always float32.
-        mixture: their types in a file of K-quants.
+    Vectors are always float32; ``mixture`` has the types of matrices in a file of K-quants.
     """
 
     path: Path

@@ -33,9 +33,6 @@ def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt:
     """Write the tokenizer and the chat template of ``chat`` for a model of ``vocabulary`` tokens.
 
     The template adds ``system_prompt`` to conversations without a system message.
-
-    Raises:
-        UserError: a tokenizer of a kind that llama.cpp does not support.
     """
     tokenizer = chat.tokenizer
     stored: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -77,11 +74,8 @@ def add_token_ids(writer: Any, pieces: Sequence[bytes | None], stop_ids: Sequenc
     ``<|endoftext|>``). So only tokens of whole characters have their text. The others, and special tokens, are named
     by their ids and are control tokens: no grammar allows them, and they have no text.
 
-    Args:
-        pieces: each token's bytes; None for special tokens.
-        stop_ids: tokens that end an answer, at least one; the first is the one that ends a constrained answer. GGUF
-            has names for three; llama.cpp does not recognize others.
-        vocabulary: the number of the model's logits.
+    ``pieces`` are each token's bytes, None for special tokens. Of the ``stop_ids``, at least one, the first ends a
+    constrained answer. GGUF has names for three; llama.cpp does not recognize others.
     """
     assert stop_ids
     names: dict[str, int] = {}
@@ -125,11 +119,7 @@ def _is_text(piece: bytes) -> bool:
 
 
 def pre_tokenizer_name(stored: Mapping[str, Any], where: str) -> str:
-    """Return llama.cpp's name for a tokenizer.json's pre-tokenization rule.
-
-    Raises:
-        UserError: llama.cpp does not have the rule.
-    """
+    """Return llama.cpp's name for a tokenizer.json's pre-tokenization rule."""
     rule = stored["pre_tokenizer"] or {}
     parts: Sequence[Mapping[str, Any]] = rule["pretokenizers"] if rule.get("type") == "Sequence" else [rule]
     kinds = [part.get("type") for part in parts]
