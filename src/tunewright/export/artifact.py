@@ -220,7 +220,11 @@ def find_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None
             where=str(target),
             fix=elsewhere,
         )
-    changed = [name for name, sha256 in record.files.items() if _changed(target / name, sha256)]
+    changed = [
+        name
+        for name, sha256 in record.files.items()
+        if not (target / name).is_file() or file_digest(target / name) != sha256
+    ]
     if changed:
         raise UserError(f"Exported files have changed: {', '.join(changed)}", where=str(target), fix=elsewhere)
     return ExportResult(target, record, target / RECORD, made=False)
@@ -243,7 +247,22 @@ def export(
     failed = target.with_name(f"{target.name}.failed.json")
     try:
         with new_folder(target) as temporary, in_use(temporary):
-            record = _record(source, kind, made_of, build(temporary), temporary)
+            built = build(temporary)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            record = Export(
+                kind=kind,
+                made_of=dict(made_of),
+                lineage=source.adapter.lineage,
+                ways=built.ways,
+                way=built.way,
+                figures=built.figures,
+                limits=LIMITS[built.precision],
+                shortcomings=built.shortcomings,
+                notes=built.notes,
+                files={path.relative_to(temporary).as_posix(): file_digest(path) for path in files},
+                packages={**packages(trained_quantization([source.adapter])), **built.packages},
+                created=now(),
+            )
             write_json(temporary / RECORD, record.model_dump(mode="json"))
             if record.shortcomings:
                 raise _ParityError(record)
@@ -252,25 +271,3 @@ def export(
         return ExportResult(None, error.record, failed, made=True)
     failed.unlink(missing_ok=True)
     return ExportResult(target, record, target / RECORD, made=True)
-
-
-def _record(source: Source, kind: Kind, made_of: Mapping[str, Any], built: BuiltArtifact, folder: Path) -> Export:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return Export(
-        kind=kind,
-        made_of=dict(made_of),
-        lineage=source.adapter.lineage,
-        ways=built.ways,
-        way=built.way,
-        figures=built.figures,
-        limits=LIMITS[built.precision],
-        shortcomings=built.shortcomings,
-        notes=built.notes,
-        files={path.relative_to(folder).as_posix(): file_digest(path) for path in files},
-        packages={**packages(trained_quantization([source.adapter])), **built.packages},
-        created=now(),
-    )
-
-
-def _changed(path: Path, sha256: str) -> bool:
-    return not path.is_file() or file_digest(path) != sha256

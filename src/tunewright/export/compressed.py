@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
-from tunewright.core.processes import ENOUGH_MEMORY, KILLED, Process, StillRunningError, end, last_lines, start
+from tunewright.core.processes import ENOUGH_MEMORY, KILLED, StillRunningError, end, last_lines, start
 from tunewright.core.progress import Reporter, Task
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
@@ -201,7 +201,10 @@ def _run(environment: Environment, job: dict[str, Any], parts: int, task: Task) 
         child = start(command, stdout=log, stderr=log, cwd=Path(work), env=variables)
         done = 0
         try:
-            while (code := _ended(child)) is None:
+            while True:
+                with suppress(StillRunningError):
+                    code = child.wait(1)
+                    break
                 if (now := min(_finished_parts(path), parts)) > done:
                     task.advance(now - done)
                     done = now
@@ -216,14 +219,6 @@ def _run(environment: Environment, job: dict[str, Any], parts: int, task: Task) 
                 fix="Correct the cause and run the same command again.",
             )
         task.advance(parts - done)
-
-
-def _ended(child: Process) -> int | None:
-    """Return the exit code; None if the child still runs a second later."""
-    try:
-        return child.wait(1)
-    except StillRunningError:
-        return None
 
 
 def _finished_parts(log: Path) -> int:

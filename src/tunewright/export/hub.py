@@ -99,7 +99,9 @@ class Repository:
     def build(self, folder: Path) -> BuiltArtifact:
         """Write the files."""
         if self.merged is not None and self.merged.folder is not None:
-            _copy_merged(folder, self.merged.folder, list(self.merged.record.files))
+            for name in self.merged.record.files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(self.merged.folder / name, folder / name)
         else:
             chat, system = self.source.project.chat, self.source.system_prompt.text
             _write_adapter(folder, self.source.adapter, self.base_model, chat, system)
@@ -144,13 +146,6 @@ def _check_template(
             where=chat.template.name,
             fix="Remove text that looks like a special token from these rows, and train again.",
         )
-
-
-def _copy_merged(folder: Path, merged: Path, names: list[str]) -> None:
-    """Copy the files of a merged model."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(merged / name, folder / name)
 
 
 def push(folder: Path, name: str, message: str, *, private: bool) -> str:

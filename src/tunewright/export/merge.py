@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tunewright.adapters.compatibility import trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
@@ -54,7 +52,10 @@ def choose_merge_method(
     measured = []
     with reporter.task("ways to merge", len(ways), "ways") as task:
         for way, weights in ways.items():
-            seen = _distributions(trained, weights)
+            model = load_model(trained.base, trained.arithmetic, "none")
+            put_into(model, weights, weights.stored)
+            seen = distributions(model, trained.contexts)
+            del model  # before another is loaded
             measured.append(MergeMeasurement(way=way, kl=float(distance(trained.log_probs, seen).kl.mean())))
             task.advance(note=way)
     best = min(measured, key=lambda found: found.kl)
@@ -64,13 +65,6 @@ def choose_merge_method(
         f"{other.kl:.2g} for the {other.way} one."
     )
     return ways[best.way], best.way, tuple(measured)
-
-
-def _distributions(trained: TrainedModel, weights: Weights) -> Tensor:
-    """Return the predictions of a model with these weights; the model is freed before another is loaded."""
-    model = load_model(trained.base, trained.arithmetic, "none")
-    put_into(model, weights, weights.stored)
-    return distributions(model, trained.contexts)
 
 
 def write_merged(

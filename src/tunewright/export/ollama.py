@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -102,7 +103,11 @@ class GoTemplate:
 def go_template(chat: ChatFormat) -> GoTemplate:
     """Return the chat format as a Go template, without the beginning-of-text token, which engines add themselves."""
     template = chat.template
-    system = _accepts_system(template)
+    try:
+        asked = [Message("system", _SYSTEM), Message("user", "x")]
+        system = _SYSTEM in template.render(asked, generation_prompt=True)
+    except UserError:  # the format has no system text
+        system = False
     plain = {users: _cut(template, users, system=False) for users in range(1, _LONGEST + 1)}
     marks = {users: _cut(template, users, system=True) for users in range(1, _LONGEST + 1)} if system else {}
     first, second = plain[1], plain[2]
@@ -115,8 +120,10 @@ def go_template(chat: ChatFormat) -> GoTemplate:
         before, _, between = marks[1][0].partition(_SYSTEM)
         if not at_front and before != found.start:
             raise _too_complex(template)
-        found = GoTemplate(place, found.start, before, between, found.answer, found.next, found.ask)
-    found = _without_bos(found, chat)
+        found = replace(found, system_place=place, before=before, between=between)
+    if chat.adds_bos:
+        bos = str(chat.tokenizer.bos_token)
+        found = replace(found, start=found.start.removeprefix(bos), before=found.before.removeprefix(bos))
     check_go_template(found, chat)
     return found
 
@@ -143,7 +150,8 @@ def conversations(*, system: bool, count: int = CONVERSATIONS, seed: int = 0) ->
     drawn = []
     for _ in range(count):
         turns = [
-            Message("user" if place % 2 == 0 else "assistant", text()) for place in range(_unrepresentable(generator))
+            Message("user" if place % 2 == 0 else "assistant", text())
+            for place in range(2 * generator.randint(0, 3) + 1)
         ]
         drawn.append([Message("system", text()), *turns] if system and generator.random() < 0.5 else turns)
     return drawn
@@ -155,18 +163,6 @@ def strips_whitespace(chat: ChatFormat) -> bool:
     return padded == bare
 
 
-def _unrepresentable(generator: random.Random) -> int:
-    return 2 * generator.randint(0, 3) + 1
-
-
-def _accepts_system(template: Template) -> bool:
-    try:
-        text = template.render([Message("system", _SYSTEM), Message("user", "x")], generation_prompt=True)
-    except UserError:
-        return False
-    return _SYSTEM in text
-
-
 def _cut(template: Template, users: int, *, system: bool) -> list[str]:
     """Return the text before, between and after the turns of a conversation with ``users`` user turns."""
     marks = [chr(_FIRST + place) for place in range(2 * users - 1)]
@@ -176,21 +172,6 @@ def _cut(template: Template, users: int, *, system: bool) -> list[str]:
     if any(text.count(mark) != 1 for mark in marks):
         raise _too_complex(template)
     return re.split("|".join(marks), text)
-
-
-def _without_bos(found: GoTemplate, chat: ChatFormat) -> GoTemplate:
-    if not chat.adds_bos:
-        return found
-    bos = str(chat.tokenizer.bos_token)
-    return GoTemplate(
-        found.system_place,
-        found.start.removeprefix(bos),
-        found.before.removeprefix(bos),
-        found.between,
-        found.answer,
-        found.next,
-        found.ask,
-    )
 
 
 def _literal(text: str) -> str:
@@ -255,7 +236,8 @@ def write_ollama(
     text = modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context, system)
     write_text(folder / MODELFILE, text)
     notes = ["Ollama and llama.cpp read text that looks like a special token as that token; here it stays text"]
-    if _writes_functions(chat):
+    with suppress(UserError):  # without a form of functions, the template loses nothing
+        _ = chat.tool_form
         notes.append(
             "functions are not in the Modelfile, and Ollama refuses requests with tools: Go writes their JSON without "
             "spaces and with escaped <, > and &, which differs from the JSON of training. Serve the GGUF file with "
@@ -299,28 +281,16 @@ def modelfile(
 ) -> str:
     """Return the Modelfile's text."""
     ends = sorted(str(chat.tokenizer.convert_ids_to_tokens(token)) for token in chat.stop_ids)
+    stops = {text: '"""' if "\n" in text or '"' in text else '"' for text in (*ends, *stop)}
     lines = [
         f"FROM ./{model}",
         *([f"ADAPTER ./{lora}"] if lora else []),
         f'TEMPLATE """{template}"""',
         *([system] if system else []),
-        *(f"PARAMETER stop {_quoted(text)}" for text in (*ends, *stop)),
+        *(f"PARAMETER stop {quotes}{text}{quotes}" for text, quotes in stops.items()),
         # As measured: greedy, without a repetition penalty.
         "PARAMETER temperature 0",
         "PARAMETER repeat_penalty 1",
         f"PARAMETER num_ctx {context}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _writes_functions(chat: ChatFormat) -> bool:
-    """Return whether the chat template has a form of functions, which the Go template lacks."""
-    try:
-        _ = chat.tool_form
-    except UserError:
-        return False
-    return True
-
-
-def _quoted(text: str) -> str:
-    return f'"""{text}"""' if "\n" in text or '"' in text else f'"{text}"'

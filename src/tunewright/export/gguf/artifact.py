@@ -133,7 +133,10 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
                 if child.wait() == KILLED:  # an invalid file ends it in another way
                     raise _without_answer(f"was killed, or did not load the file within {_ANSWER_S:g} s")
                 log.seek(0)
-                raise EngineFailedError(f"llama.cpp rejected the file: {_error_of(log.read())}")
+                lines = log.read().decode("utf-8", "replace").strip().splitlines()
+                errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
+                why = errors[0] if errors else " ".join(lines[-_LOG_LINES:])
+                raise EngineFailedError(f"llama.cpp rejected the file: {why}")
             headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=address, headers=headers, timeout=_ANSWER_S, trust_env=False) as client:
                 yield LlamaCpp(client, child)
@@ -190,13 +193,6 @@ def _chat_request(messages: Sequence[Message], template: Template) -> dict[str, 
     if "builtin_tools" in given:
         body["chat_template_kwargs"] = {"builtin_tools": given["builtin_tools"]}
     return body
-
-
-def _error_of(log: bytes) -> str:
-    """Return the error in llama.cpp's log."""
-    lines = log.decode("utf-8", "replace").strip().splitlines()
-    errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
-    return errors[0] if errors else " ".join(lines[-_LOG_LINES:])
 
 
 def build_model(folder: Path, source: Source, file_type: FileType) -> BuiltArtifact:
