@@ -23,8 +23,7 @@ from tunewright.config import DataConfig
 from tunewright.config.io import parse_config
 from tunewright.core.csv import read_sheet, safe_cell
 from tunewright.core.errors import UserError
-from tunewright.core.text import changes, visible
-from tunewright.core.unicode import mark_fault, normalize
+from tunewright.core.text import changes, mark_fault, normalize, visible
 from tunewright.data.dedup import distinctive
 from tunewright.data.examples import Example, Message, normalised, output_template
 from tunewright.data.pii import PATTERNS, find, redact

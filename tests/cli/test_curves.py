@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tunewright.cli.live import ConsoleReporter, Curves, bars
-from tunewright.core.downsample import downsample
+from tunewright.core.progress import downsample
 
 
 def _drawn(curves: Curves, height: int = 40, width: int = 100) -> str:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tunewright
-from tunewright.core import unicode
-from tunewright.core.unicode import MAX_MARKS, Form, mark_fault, normalize
+from tunewright.core import text as unicode
+from tunewright.core.text import MAX_MARKS, Form, mark_fault, normalize
 from tunewright.data.dedup.decontaminate import normalised_words
 from tunewright.data.examples import Example, Message
 from tunewright.data.examples import normalised as folded
@@ -101,4 +101,4 @@ def test_mark_fault_names_the_first_run_over_the_limit(letters: str) -> None:
 def test_no_other_module_normalises() -> None:
     source = Path(tunewright.__file__).parent
     callers = [path for path in source.rglob("*.py") if "unicodedata.normalize" in path.read_text(encoding="utf-8")]
-    assert callers == [source / "core" / "unicode.py"]
+    assert callers == [source / "core" / "text.py"]

@@ -16,7 +16,7 @@ from tunewright.config import Config, Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.unicode import mark_fault, normalize
+from tunewright.core.text import mark_fault, normalize
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.trace import ancestors, trained_keys
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, list_versions, load_version

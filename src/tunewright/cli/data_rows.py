@@ -176,7 +176,14 @@ def _removal_lines(done: RemoveResult, *, purging: bool) -> Iterator[str]:
         yield f"Former rows with these inputs, in earlier versions: {done.earlier:,}; their text {would} purged too"
     if done.splits["test"]:
         yield f"Of the test, {done.splits['test']:,} go: scores of the two versions cannot be compared"
-    yield from _seen(done)
+    for seen in done.adapters:
+        parts = [f"trained on {seen.trained:,}"] if seen.trained else []
+        parts += [f"chosen on {seen.dev:,} (dev)"] if seen.dev else []
+        parts += [f"tested on {seen.test:,}"] if seen.test else []
+        parts += [f"{seen.unknown:,} unknown"] if seen.unknown else []
+        yield f"Adapter {seen.adapter}: {', '.join(parts)}"
+    for name, count in done.evaluations.items():
+        yield f"Evaluation {name}: measured on {count:,}"
     if done.same_input:
         named = ", ".join(key[:12] for key in done.same_input[:_MOST])
         yield f"Rows with the same input that stay: {len(done.same_input):,}: {named}"
@@ -194,17 +201,6 @@ def _removal_lines(done: RemoveResult, *, purging: bool) -> Iterator[str]:
         )
     elif not done.purged:
         yield f"No row was removed: version {done.version.digest[:12]} stays current."
-
-
-def _seen(done: RemoveResult) -> Iterator[str]:
-    for seen in done.adapters:
-        parts = [f"trained on {seen.trained:,}"] if seen.trained else []
-        parts += [f"chosen on {seen.dev:,} (dev)"] if seen.dev else []
-        parts += [f"tested on {seen.test:,}"] if seen.test else []
-        parts += [f"{seen.unknown:,} unknown"] if seen.unknown else []
-        yield f"Adapter {seen.adapter}: {', '.join(parts)}"
-    for name, count in done.evaluations.items():
-        yield f"Evaluation {name}: measured on {count:,}"
 
 
 def row_document(member: Member, counts: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -268,17 +264,13 @@ def tokens_text(tokens: Sequence[TokenView]) -> Text:
         text.append("⟦ " if trained else "", style="green")
         for token in run:
             style = "bold magenta" if token.control else "green" if trained else "default"
-            text.append(_visible(token.text), style=f"{style} underline" if trained else style)
+            shown = token.text.replace(" ", "·").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+            text.append(_escaped(shown), style=f"{style} underline" if trained else style)
             text.append("\n" if "\n" in token.text else " ")
         text.append("⟧ " if trained else "", style="green")
     trained_count = sum(token.trained for token in tokens)
     text.append(f"\n{len(tokens):,} tokens, {trained_count:,} trained", style="dim")
     return text
-
-
-def _visible(text: str) -> str:
-    shown = text.replace(" ", "·").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-    return "".join(map(escape_control_character, shown))
 
 
 def escape_control_character(character: str) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 from tunewright._version import __version__
 from tunewright.cli.app import PROJECT, app, command
 from tunewright.cli.console import FAILED, Session
-from tunewright.render.blocks import Cell, Table, ToneOfResult, table, words
+from tunewright.render.blocks import Cell, ToneOfResult, table, words
 
 State = Literal["ok", "missing", "warning", "problem"]
 
@@ -69,14 +69,10 @@ def doctor(run: Session) -> int | None:
     works = not any(check.state == "problem" for check in checks)
     summary = "The basic commands work." if works else "Some basic commands do not work on this machine."
     title = f"tunewright {__version__} on this machine"
-    run.show({"works": works, "checks": checks}, title, _checks_table(checks), summary)
-    return None if works else FAILED
-
-
-def _checks_table(checks: list[Check]) -> Table:
     head = words("Area", "Check", "State", "Found", "Command that mends it")
     rows = ((c.area, c.name, Cell(c.state, tone=_TONES[c.state]), c.found, c.fix or "") for c in checks)
-    return table("Checks of this machine", head, rows)
+    run.show({"works": works, "checks": checks}, title, table("Checks of this machine", head, rows), summary)
+    return None if works else FAILED
 
 
 def _versions(_folder: Path) -> Iterator[Check]:
@@ -214,7 +210,7 @@ def _hub(_folder: Path) -> Iterator[Check]:
         yield Check("hub", address, "ok", "reachable, with a token")
 
 
-def _engines(_folder: Path) -> Iterator[Check]:
+def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     from tunewright.core.errors import UserError
     from tunewright.engines.environment import TOOLS, find
 
@@ -227,9 +223,6 @@ def _engines(_folder: Path) -> Iterator[Check]:
         except UserError:
             yield Check("engines", name, "missing", f"not installed: {needed_by}", f"tunewright engine install {name}")
     yield _optional("engines", "llamacpp", "xllamacpp", "xllamacpp", "serve --engine llamacpp")
-
-
-def _extras(_folder: Path) -> Iterator[Check]:
     for name, (package, module, needed_by) in _EXTRAS.items():
         yield _optional("extras", name, package, module, needed_by)
 
@@ -240,4 +233,4 @@ def _optional(area: str, extra: str, package: str, module: str, needed_by: str) 
     return Check(area, extra, "ok", f"{package} {metadata.version(package)}")
 
 
-_PARTS = (_versions, _devices, _memory, _disk, _hub, _engines, _extras)
+_PARTS = (_versions, _devices, _memory, _disk, _hub, _engines_and_extras)

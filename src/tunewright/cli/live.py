@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunewright.core import tracing
-from tunewright.core.downsample import downsample
-from tunewright.core.progress import Task
+from tunewright.core.progress import Task, downsample
 
 if TYPE_CHECKING:
     from tunewright.config import MetricName

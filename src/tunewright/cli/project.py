@@ -16,8 +16,7 @@ from tunewright.core.text import count_of
 from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
-    from tunewright.demo import DemoAnswers
-    from tunewright.demo_tenants import TwoTenants
+    from tunewright.demo import DemoAnswers, TwoTenants
     from tunewright.evidence.schema import Advice
     from tunewright.pipeline import RunResult
     from tunewright.render.terminal import Part
@@ -56,10 +55,10 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented tunewright.yaml, or a whole example project."""
-    from tunewright.api.new_project import new_project
     from tunewright.config.project import CONFIG_FILE, create_project
     from tunewright.core.errors import UserError
     from tunewright.examples import example_files
+    from tunewright.open_project import new_project
 
     if example is None and data is not None:
         raise UserError("--data requires --example")
@@ -143,8 +142,7 @@ def demo(
 ) -> int:
     """Run the pipeline on an example project, then serve its result to two tenants and ask it a held-out question."""
     from tunewright.cli.advise import advice_tables
-    from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo
-    from tunewright.demo_tenants import show_two_tenants
+    from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo, show_two_tenants
     from tunewright.evidence.files import load_items
     from tunewright.evidence.judge import judge_section
     from tunewright.evidence.learning_curve import curve_section

@@ -1,10 +1,11 @@
-"""Progress and warnings, reported without writing to a terminal."""
+"""Progress, measured curves and warnings, reported without writing to a terminal."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from statistics import fmean
 from typing import Protocol
 
 log = logging.getLogger("tunewright")
@@ -81,3 +82,13 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+_MOST_POINTS = 200
+
+
+def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `_MOST_POINTS` points: means of neighbours, where there are more."""
+    size = -(-len(points) // _MOST_POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size)] if points else []
+    return [(fmean(step for step, _ in group), fmean(value for _, value in group)) for group in groups]

@@ -13,7 +13,7 @@ import numpy as np
 
 from tunewright.core.io import canonical_json, digest
 from tunewright.core.spill import numbered
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 
 Kept = TypeVar("Kept")
 

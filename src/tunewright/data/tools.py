@@ -9,7 +9,7 @@ from typing import Any
 
 from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import parse_json
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 from tunewright.data.tool_limits import ArgumentsError, DeclarationError, Path, SchemaLimitError, require_depth
 
 MAX_CHARACTERS = 1 << 18

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunewright.config import MetricName
-from tunewright.core.downsample import downsample
+from tunewright.core.progress import downsample
 from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.metrics import axis_label
 from tunewright.render.blocks import Line, Lines

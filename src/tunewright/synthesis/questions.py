@@ -13,7 +13,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 from tunewright.data.examples import Example, Message
 from tunewright.data.readers import SourceRow
 from tunewright.data.readers.generated_rows import DOCUMENT_GROUP, GENERATED, PASSAGE

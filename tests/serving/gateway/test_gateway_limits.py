@@ -14,7 +14,7 @@ import httpx
 import pytest
 from scripted_engine import ScriptedEngine, render, scripted_server
 
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 from tunewright.data.examples import Message
 from tunewright.serving.gateway import schemas
 from tunewright.serving.gateway.streaming import EventStreamResponse

@@ -22,7 +22,7 @@ from tunewright.config import Quantization
 from tunewright.config.train import Target
 from tunewright.core.errors import UserError, first_fault
 from tunewright.core.strict_json import strict_object
-from tunewright.core.unicode import mark_fault
+from tunewright.core.text import mark_fault
 from tunewright.models.families import ATTENTION, MLP, OUTSIDE_TEXT, module_name
 from tunewright.models.memory.shape import Shape
 

@@ -27,7 +27,7 @@ from typing import Literal
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.examples import Example, find_labels
 from tunewright.data.versions import DatasetVersion, Member, short

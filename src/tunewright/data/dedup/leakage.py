@@ -11,7 +11,7 @@ import numpy as np
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage, near_overlap
 from tunewright.data.dedup.shingles import shingle_matrix

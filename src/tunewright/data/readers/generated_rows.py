@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.config import DataConfig
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 
 GENERATED = "generated"
 """The key of a row's provenance: an object that names the ``teacher``."""

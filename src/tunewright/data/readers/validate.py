@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tunewright.config import DataConfig
 from tunewright.core.strict_json import ConstantError, DuplicateKeyError, strict_decoder
-from tunewright.core.unicode import mark_fault, normalize
+from tunewright.core.text import mark_fault, normalize
 from tunewright.data.examples import ROLES, Example, Message
 from tunewright.data.readers.calls import check_order, checked_calls, declared_tools, linked
 from tunewright.data.readers.mapping import Parent, names_parent, value_above

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from tunewright.core.unicode import mark_fault, normalize
+from tunewright.core.text import mark_fault, normalize
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part

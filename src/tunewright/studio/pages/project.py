@@ -10,13 +10,13 @@ from urllib.parse import urlencode
 from starlette.responses import Response
 
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.new_project import new_project
 from tunewright.config import PROJECT_NAME
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.models.sources import BUNDLED, bundled_weights
+from tunewright.open_project import new_project
 from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job, refusal, served
 from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
