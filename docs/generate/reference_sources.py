@@ -37,7 +37,7 @@ from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
 from tunewright.serving.tenants import Audit, Keys, Releases, State, Tenants, Usage, UsageRollup
-from tunewright.training.options import MemoryOptions
+from tunewright.training.options import MemoryOptions, SweepOptions
 
 __all__ = [
     "API",
@@ -75,6 +75,7 @@ OPTIONS = (
     HubOptions,
     ImportOptions,
     MemoryOptions,
+    SweepOptions,
     ReleaseTestOptions,
     ServeOptions,
 )
@@ -89,6 +90,7 @@ API: dict[str, tuple[Any, ...]] = {
         ServeOptions,
         EngineOptions,
         MemoryOptions,
+        SweepOptions,
     ),
     "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),
     "project.adapters": (*functions_of(ProjectAdapters), ImportOptions),

@@ -29,6 +29,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogTask
 from tunewright.evidence.files import EVIDENCE_FILE
+from tunewright.training.options import SweepOptions
 
 pytestmark = [
     pytest.mark.ray,
@@ -126,7 +127,7 @@ def test_machine_that_is_lost_before_it_was_checked_is_named_as_lost(head: Any) 
 def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, tmp_path: Path) -> None:
     here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
     one, _ = _project(here)
-    winner = one.sweep(rates=[0.003])[0].adapter
+    winner = one.sweep(SweepOptions(rates=[0.003]))[0].adapter
     with _machines(head, 2) as (_, victim):
         project, heard = _project(there, "auto")
 
@@ -136,7 +137,7 @@ def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, t
 
         killer = threading.Thread(target=kill)
         killer.start()
-        also, _ = project.sweep(rates=[0.003])
+        also, _ = project.sweep(SweepOptions(rates=[0.003]))
         killer.join()
     assert winner is not None and also.adapter is not None
     assert also.adapter.digest == winner.digest
@@ -205,8 +206,8 @@ def _evidence(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.release
 def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunewright.compute.tasks._LOOK_S", 0.5)
-    monkeypatch.setattr("tunewright.compute.tasks._REPLACED_S", 1.0)
+    monkeypatch.setattr("tunewright.compute.workers._LOOK_S", 0.5)
+    monkeypatch.setattr("tunewright.compute.workers._REPLACED_S", 1.0)
     heard = Listener()
     with _machines(head, 1) as (only,), open_workers(Config(compute=ComputeConfig(cluster="auto")), heard) as workers:
         head.remove_node(only, allow_graceful=False)

@@ -31,7 +31,7 @@ from tunewright.evaluation.tuning import open_trainings
 from tunewright.models.loading import load_model
 from tunewright.training import self_samples
 from tunewright.training.packing.fused_loss import kl_divergences
-from tunewright.training.replay import draw_replay, replay_inputs
+from tunewright.training.self_samples import draw_replay, replay_inputs
 from tunewright.training.sweep.successive_halving import Progress
 from tunewright.training.sweep.sweep import Sweep
 from tunewright.training.train import TrainResult

@@ -23,8 +23,7 @@ from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion
 from tunewright.models.loading import load_model
 from tunewright.training import self_samples
-from tunewright.training.replay import draw_replay, sample_filter
-from tunewright.training.self_samples import BATCH, Sampler, _answer, _instruction
+from tunewright.training.self_samples import BATCH, Sampler, _answer, _instruction, draw_replay, sample_filter
 
 
 @pytest.fixture(autouse=True)

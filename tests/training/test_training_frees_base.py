@@ -13,6 +13,7 @@ import pytest
 import tunewright
 from command_line import tiny_project
 from one_base import counted_bases
+from tunewright.training.options import SweepOptions
 from tunewright.training.packing.fused_loss import add_token_losses
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def test_crossval_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, ti
 
 def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  replay: {samples: 6}")
-    project.sweep(rates=[1e-3, 1e-2])
+    project.sweep(SweepOptions(rates=[1e-3, 1e-2]))
     assert len(counts) >= 5  # one for the replayed samples, then one for each trial and rung
     assert set(counts) == {0}
 
@@ -63,7 +64,7 @@ def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
     counts: list[int], tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  lora_alpha: 1" + 30 * "0")
-    result, _ = project.sweep(rates=[1e-3])
+    result, _ = project.sweep(SweepOptions(rates=[1e-3]))
     assert [entry.event for entry in result.ledger.entries] == ["diverged", "diverged"]
     assert counts == [0, 0]
 

@@ -20,7 +20,7 @@ from tunewright.serving import project_state, release_gate, serve
 from tunewright.serving import releases as release_verbs
 from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.training import memory
-from tunewright.training.options import MemoryOptions
+from tunewright.training.options import MemoryOptions, SweepOptions
 
 
 class Project(OpenProject):
@@ -49,7 +49,7 @@ class Project(OpenProject):
     crossval = tuning.crossval
     curve = curve.curve
     estimate_memory = keywords(memory.estimate_memory, MemoryOptions)
-    sweep = tuning.sweep
+    sweep = keywords(tuning.sweep, SweepOptions)
     train = tuning.train
 
     advise = advice.advise

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunewright.cli.app import TRAIN, Force, app, command
+from tunewright.cli.app import TRAIN, app, command, given_options
 from tunewright.cli.console import CANT_TELL, RESUMES, Session
 from tunewright.core.errors import UserError
+from tunewright.training.options import SweepOptions
 
 if TYPE_CHECKING:
     from tunewright.config import MetricName
@@ -24,25 +25,14 @@ if TYPE_CHECKING:
     example="tunewright train --sweep --minutes 60 --write",
     kept=RESUMES,
     together=lambda options: not options["sweep"] and not options["curve"],
+    options=SweepOptions,
 )
 def train(
     run: Session,
-    force: Force = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try both presets with three learning rates, by successive halving on dev.")
     ] = False,
-    minutes: Annotated[
-        float | None, typer.Option(help="Time limit of the whole sweep (--sweep only).", show_default="no limit")
-    ] = None,
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Learning rate to try (--sweep only, repeatable).", show_default="three around the base's usual rate"
-        ),
-    ] = None,
-    write: Annotated[
-        bool, typer.Option("--write", help="Write the winner's values to tunewright.yaml (--sweep only).")
-    ] = False,
+    options: SweepOptions = SweepOptions(),
     curve: Annotated[
         bool, typer.Option("--curve", help="Train on parts of the rows: would more data help? Exit code 0 yes, 3 no.")
     ] = False,
@@ -51,22 +41,21 @@ def train(
     ] = None,
 ) -> int | None:
     """Train the config's adapter on the current dataset version. Resumes where it stopped."""
-    _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
-    _require_use({"--seeds": seeds}, "--curve", given=curve)
+    of_sweep = [name for name in given_options(options) if name != "--force"]
+    if of_sweep and not sweep:
+        raise UserError(f"{of_sweep[0]} requires --sweep", where=of_sweep[0], fix="Add --sweep.")
+    if seeds is not None and not curve:
+        raise UserError("--seeds requires --curve", where="--seeds", fix="Add --curve.")
     if sweep and curve:
         raise UserError("--sweep and --curve are mutually exclusive", where="--sweep/--curve", fix="Choose one.")
     if sweep:
-        return _sweep(run, minutes, rate, write=write, force=force)
+        result, written = run.project.sweep(options)
+        run.show(sweep_document(result, written), *sweep_tables(result, written))
+        return 0 if result.winner is not None else CANT_TELL
     if curve:
-        return _curve(run, seeds, force=force)
-    _train(run, force=force)
+        return _curve(run, seeds, force=options.force)
+    _train(run, force=options.force)
     return None
-
-
-def _require_use(options: dict[str, object], wanted_by: str, *, given: bool) -> None:
-    unused = [name for name, value in options.items() if value is not None]
-    if unused and not given:
-        raise UserError(f"{unused[0]} requires {wanted_by}", where=unused[0], fix=f"Add {wanted_by}.")
 
 
 def _train(run: Session, *, force: bool) -> None:
@@ -99,12 +88,6 @@ def _evaluated(evaluation: dict[str, Any], metric: MetricName) -> str:
         return loss
     value = score_text(metric, score)  # only a share comes without the name
     return f"{loss} ({f'{metric_label(metric)} {value}' if value.endswith('%') else value})"
-
-
-def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, write: bool, force: bool) -> int:
-    result, written = run.project.sweep(minutes=minutes, rates=rates, write=write, force=force)
-    run.show(sweep_document(result, written), *sweep_tables(result, written))
-    return 0 if result.winner is not None else CANT_TELL
 
 
 def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
@@ -143,17 +126,14 @@ def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Part]:
     if result.edge_warning:
         parts.append(result.edge_warning)
     if written:
-        values = ", ".join(f"train.{key}: {_plain(value)}" for key, value in written.items())
+        shown = {key: f"[{', '.join(each)}]" if isinstance(each, tuple) else each for key, each in written.items()}
+        values = ", ".join(f"train.{key}: {value}" for key, value in shown.items())
         parts.append(f"Written to tunewright.yaml: {values}")
     parts.append(
         f"Its dev score is the best of {len(ledger.head.trials)}, so it is optimistic. `tunewright evaluate` measures "
         "on test."
     )
     return parts
-
-
-def _plain(value: Any) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, tuple) else f"{value}"
 
 
 def sweep_document(result: SweepResult, written: dict[str, Any]) -> dict[str, Any]:

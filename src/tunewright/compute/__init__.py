@@ -1,6 +1,6 @@
 """The workers that ``compute.cluster`` asks for.
 
-Four modules import Ray. Other packages reach them through these functions alone.
+Three modules import Ray. Other packages reach them through these functions alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
 Needed = TypeVar("Needed")
 
 if TYPE_CHECKING:
-    from tunewright.compute.worker_group import WorkerGroup
+    from tunewright.compute.group import WorkerGroup
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
         yield THIS_PROCESS
         return
     _require_ray()
-    from tunewright.compute.tasks import open_cluster
+    from tunewright.compute.workers import open_cluster
 
     with open_cluster(config, reporter) as workers:
         yield workers
@@ -63,7 +63,7 @@ def open_model_workers(
     _require_ray()
     import torch
 
-    from tunewright.compute.model_workers import open_actors
+    from tunewright.compute.workers import open_actors
 
     with open_actors(config, torch.get_num_threads(), check, needed, release, reporter) as workers:
         yield workers
@@ -75,15 +75,12 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
 
     They are as many as ``compute.workers``, or one for each GPU. None: there is no cluster, or it has no GPU and the
     config asks for one process at most.
-
-    Raises:
-        UserError: as for :func:`open_workers`, or too few GPUs.
     """
     if config.compute.cluster is None:
         yield None
         return
     _require_ray()
-    from tunewright.compute.worker_group import open_group as opened
+    from tunewright.compute.group import open_group as opened
 
     with opened(config, reporter) as group:
         yield group

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import numpy
@@ -39,23 +39,18 @@ AGAIN = "Start the cluster again, and run the same command again."
 _REACH_S = 10.0
 _TRIES = 3
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
-CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
+_CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 
+_EQUAL = "Use one image on all machines: the same tunewright, Ray, Python and libraries."
 _MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "llguidance")
 
 Node = Mapping[str, Any]
 """A machine of the cluster, as Ray describes it."""
-Image = Mapping[str, str]
-"""Names of what decides a result, with their versions or digests."""
 
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
-    """Connect to the cluster that the config names, or stay with the same one if this process is connected to it.
-
-    Raises:
-        UserError: as for :func:`tunewright.compute.open_workers`.
-    """
+    """Connect to the cluster that the config names, or stay with the same one if this process is connected to it."""
     before = ray.is_initialized()
     if before and config.compute.cluster != "auto":
         fix = "Set compute.cluster: auto to use that one, or call ray.shutdown()."
@@ -74,44 +69,16 @@ def machines_with(resource: str, least: int = 1) -> list[Node]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) >= least]
 
 
-@dataclass(frozen=True)
-class Places:
-    """Room for processes with a model each: GPUs, or CPUs if the cluster has no GPU."""
-
-    kind: Literal["GPU", "CPU"]
-    machines: tuple[Node, ...]
-    count: int
-
-    def require(self, config: str, check: Callable[[Any], object], needed: object) -> None:
-        """Check that the machines have equal software, and what each process needs.
-
-        Args:
-            config: the config as JSON.
-            check: a function of a module, which every machine calls with ``needed``.
-            needed: what every machine needs.
-
-        Raises:
-            UserError: as for :func:`require_equal`, or ``check`` refuses a machine.
-        """
-        require_equal(self.machines, config)
-        for _ in asked(self.machines, check, needed, seconds=CHECK_S):
-            pass
-
-
-def places_for(cpus: int) -> Places:
-    """Return the cluster's places, each with a GPU or with this many CPUs."""
-    if machines := machines_with("GPU"):
-        return Places("GPU", tuple(machines), sum(int(node["Resources"]["GPU"]) for node in machines))
-    machines = machines_with("CPU", cpus)
-    return Places("CPU", tuple(machines), sum(int(node["Resources"]["CPU"]) // cpus for node in machines))
+def require_available(kind: str, there: int, wanted: int | None) -> int:
+    """Return the number of processes with a CPU or GPU each: those wanted, or as many as there are."""
+    if wanted is not None and wanted > there:
+        fix = "Lower compute.workers, or add machines to the cluster."
+        raise UserError(f"Too few {kind}s in the cluster: {there} (compute.workers: {wanted})", where=WHERE, fix=fix)
+    return wanted or there
 
 
 def _connect(cluster: str) -> None:
-    """Start or join a cluster.
-
-    Raises:
-        UserError: it cannot be reached, has another version of Ray or Python, or would accept commands from anyone.
-    """
+    """Start or join a cluster."""
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray would print notices of lost machines on stdout, where a command's result belongs.
@@ -172,12 +139,27 @@ def _refuse(host: str) -> NoReturn:
     )
 
 
-def image(config: str) -> Image:
-    """Return the versions and digests on a machine that decide a result.
+@dataclass(frozen=True)
+class Image:
+    """The versions and digests that decide a result, and the config as JSON, from which every machine computes them."""
 
-    Args:
-        config: the config as JSON. A machine that reads it in another way has other defaults or keys.
-    """
+    config: str
+    facts: Mapping[str, str]
+
+    def require_here(self) -> None:
+        """Check that this process's machine has the same ones; it may have joined after the others were compared."""
+        self.require(_facts_here(self.config), socket.gethostname())
+
+    def require(self, theirs: Mapping[str, str], host: str) -> None:
+        unequal = [
+            f"{name} {theirs.get(name)} (here {own})" for name, own in self.facts.items() if theirs.get(name) != own
+        ]
+        if unequal:
+            raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
+
+
+def _facts(config: str) -> dict[str, str]:
+    """Return this machine's versions and digests. A machine that reads the config in another way has other defaults."""
     try:
         read = digest(Config.model_validate_json(config).model_dump(mode="json"))[:12]
     except ValidationError:
@@ -193,7 +175,7 @@ def image(config: str) -> Image:
     }
 
 
-own_image = cache(image)
+_facts_here = cache(_facts)
 
 
 def _version(package: str) -> str:
@@ -213,70 +195,68 @@ def _source_digest() -> str:
     return whole.hexdigest()
 
 
-def _probe(config: str) -> tuple[Image, bool]:
-    """Return the image of the machine that this runs on, and whether its processes require a token."""
-    return image(config), is_token_auth_enabled()
+def _probe(config: str) -> tuple[dict[str, str], bool]:
+    """Return a machine's versions and digests, and whether its processes require a token."""
+    return _facts(config), is_token_auth_enabled()
 
 
-def require_equal(machines: Sequence[Node], config: str) -> None:
-    """Ask every machine for its image.
+@dataclass(frozen=True)
+class Cluster:
+    """Machines of a cluster with equal software."""
 
-    Raises:
-        UserError: one does not answer, differs, or accepts commands from anyone.
-    """
-    here, ours = ray.util.get_node_ip_address(), image(config)
-    for host, (theirs, has_token) in asked(machines, _probe, config):
-        if host != here and not _is_loopback(host) and not has_token:
-            _refuse(host)
-        require_same(ours, theirs, host)
+    machines: tuple[Node, ...]
+    image: Image
 
+    @classmethod
+    def of_equal(cls, machines: Sequence[Node], config: Config) -> Cluster:
+        """Return these machines, once each has answered and has the same image as this one."""
+        text = config.model_dump_json()
+        found = cls(tuple(machines), Image(text, _facts(text)))
+        here = ray.util.get_node_ip_address()
+        for host, (theirs, has_token) in found.ask(_probe, text, seconds=_ANSWER_S):
+            if host != here and not _is_loopback(host) and not has_token:
+                _refuse(host)
+            found.image.require(theirs, host)
+        return found
 
-def asked(
-    machines: Sequence[Node], question: Callable[..., Any], *arguments: Any, seconds: float = _ANSWER_S
-) -> Iterator[tuple[str, Any]]:
-    """Have every machine answer a question at once, and yield their addresses and answers.
+    def ask(self, question: Callable[..., Any], *arguments: Any, seconds: float = _CHECK_S) -> list[tuple[str, Any]]:
+        """Have every machine answer a question at once, whatever else it does; return addresses and answers.
 
-    Args:
-        machines: asked whatever else they do.
-        question: a function of a module.
-        arguments: the function's.
-        seconds: time that a machine has to answer.
+        Args:
+            question: a function of a module.
+            arguments: the function's.
+            seconds: time that a machine has to answer.
 
-    Raises:
-        UserError: one does not answer, cannot run tunewright, or raises a UserError, which then names the machine.
-    """
-    ask = ray.remote(num_cpus=0, max_retries=0)(question)
-    references = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(*arguments)
-        for node in machines
-    ]
-    for node, reference in zip(machines, references, strict=True):
-        host = str(node["NodeManagerAddress"])
-        try:
-            answer = ray.get(reference, timeout=seconds)
-        except GetTimeoutError:
-            what = f"The machine {host} did not answer within {seconds:.0f} s"
-            raise UserError(what, where=WHERE, fix="Check it with `ray status`.") from None
-        except (NodeDiedError, TaskUnschedulableError):
-            # Its health checks fail for about half a minute before Ray counts it as lost.
-            what = f"The machine {host} was lost before it answered"
-            fix = "Run the same command again once `ray status` no longer lists it."
-            raise UserError(what, where=WHERE, fix=fix) from None
-        except (RayError, RuntimeError) as error:
-            if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
-                raise on_machine(host, error.cause) from None
-            what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
-            raise UserError(what, where=WHERE, fix=_EQUAL) from None
-        yield host, answer
+        Raises:
+            UserError: one does not answer, cannot run tunewright, or raises a UserError, which then names the machine.
+        """
+        ask = ray.remote(num_cpus=0, max_retries=0)(question)
+        references = [
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                *arguments
+            )
+            for node in self.machines
+        ]
+        hosts = [str(node["NodeManagerAddress"]) for node in self.machines]
+        return [(host, _answer(host, each, seconds)) for host, each in zip(hosts, references, strict=True)]
 
 
-_EQUAL = "Use one image on all machines: the same tunewright, Ray, Python and libraries."
-
-
-def require_same(ours: Image, theirs: Image, host: str) -> None:
-    unequal = [f"{name} {theirs.get(name)} (here {mine})" for name, mine in ours.items() if theirs.get(name) != mine]
-    if unequal:
-        raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
+def _answer(host: str, reference: Any, seconds: float) -> Any:
+    try:
+        return ray.get(reference, timeout=seconds)
+    except GetTimeoutError:
+        what = f"The machine {host} did not answer within {seconds:.0f} s"
+        raise UserError(what, where=WHERE, fix="Check it with `ray status`.") from None
+    except (NodeDiedError, TaskUnschedulableError):
+        # Its health checks fail for about half a minute before Ray counts it as lost.
+        what = f"The machine {host} was lost before it answered"
+        fix = "Run the same command again once `ray status` no longer lists it."
+        raise UserError(what, where=WHERE, fix=fix) from None
+    except (RayError, RuntimeError) as error:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+            raise on_machine(host, error.cause) from None
+        what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
+        raise UserError(what, where=WHERE, fix=_EQUAL) from None
 
 
 def is_client() -> bool:

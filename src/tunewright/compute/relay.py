@@ -7,13 +7,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from tunewright.core.progress import Reporter, Task
+from tunewright.core.progress import LogReporter, Reporter, Task
 
 _SEND_S = 0.25
 """Time between two messages to the command, so that a process with fast steps sends few large ones."""
 
 Event = tuple[str, tuple[Any, ...]]
 """A kind of message, and its values."""
+
+
+class KeptMessages(LogReporter):
+    """A reporter whose messages another process reports, once it has them with a result."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, bool]] = []
+
+    def say(self, message: str) -> None:
+        """Keep the message."""
+        self.messages.append((message, False))
+
+    def warn(self, message: str) -> None:
+        """Keep the warning."""
+        self.messages.append((message, True))
+
+    def report_to(self, reporter: Reporter) -> None:
+        """Report all of them."""
+        for message, is_warning in self.messages:
+            (reporter.warn if is_warning else reporter.say)(message)
 
 
 class Inbox:
@@ -41,8 +61,7 @@ class Inbox:
 class RelayReporter:
     """The reporter of a process on another machine: what it reports, the command reports.
 
-    Args:
-        send: sends messages to the inbox, and returns its answer.
+    ``send`` sends messages to the inbox, and returns its answer.
     """
 
     def __init__(self, send: Callable[[Sequence[Event]], bool]) -> None:
@@ -119,9 +138,7 @@ class _RelayTask:
 class Display:
     """The command's side: reports what a process elsewhere reported.
 
-    Args:
-        reporter: the command's.
-        resumes: a warning when a process begins again, after the cluster lost one.
+    ``resumes`` is the warning when a process begins again, after the cluster lost one.
     """
 
     def __init__(self, reporter: Reporter, resumes: str) -> None:

@@ -27,9 +27,8 @@ from tunewright.evaluation.losses import answer_losses
 from tunewright.evidence.common import Interval
 from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, percentiles
 from tunewright.models.loading import context_length
-from tunewright.training.replay import sample_filter
 from tunewright.training.rows import trained_spans
-from tunewright.training.self_samples import Drawn, Sampler
+from tunewright.training.self_samples import Drawn, Sampler, sample_filter
 
 HELD_OUT = 100
 """Number of samples that forgetting is measured on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tunewright.evidence.power import split_power_text
 from tunewright.models.loading import require_bitsandbytes
 from tunewright.open_project import OpenProject
 from tunewright.training.memory import require_room
+from tunewright.training.options import SweepOptions
 
 if TYPE_CHECKING:
     from tunewright.adapters.signing import SigningKey
@@ -86,22 +87,8 @@ def train_adapter(project: OpenProject, forced: str | None, signer: SigningKey |
     return result
 
 
-def sweep(
-    project: OpenProject,
-    *,
-    minutes: float | None = None,
-    rates: Sequence[float] | None = None,
-    write: bool = False,
-    force: bool = False,
-) -> tuple[SweepResult, dict[str, Any]]:
+def sweep(project: OpenProject, options: SweepOptions = SweepOptions()) -> tuple[SweepResult, dict[str, Any]]:
     """Try presets and learning rates by successive halving on dev, and finish training the winner.
-
-    Args:
-        minutes: budget of the whole sweep, including earlier runs in its ledger (None: no limit). On a cluster it
-            counts the time of all trials together.
-        rates: learning rates (None: three suited to the base's size, one of them the config's own).
-        write: write the winner's values to tunewright.yaml.
-        force: as in :meth:`train`.
 
     Returns:
         The result, and the keys of the train section that were written.
@@ -113,21 +100,29 @@ def sweep(
     from tunewright.config.project import CONFIG_FILE
     from tunewright.training.sweep.sweep import Sweep
 
+    minutes = options.minutes
     if minutes is not None and not minutes > 0:
         raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
     refuse_up_front(project, "A sweep")
     version, chat = load_version(project.folder.dataset), project.chat
     with open_trainings(project) as trainings:
         trials = Sweep(
-            project.folder, version, project.base, chat, project.reporter, trainings, rates=rates, force=force
+            project.folder,
+            version,
+            project.base,
+            chat,
+            project.reporter,
+            trainings,
+            rates=options.rates,
+            force=options.force,
         )
         result = trials.run(minutes)
     written: dict[str, Any] = {}
-    if write and result.winner is not None:
+    if options.write and result.winner is not None:
         written = write_section(project.folder.root / CONFIG_FILE, result.winner.train)
         if not written:
             project.reporter.say("tunewright.yaml already has the winner's values.")
-    elif write:
+    elif options.write:
         project.reporter.warn("tunewright.yaml is unchanged: the sweep has no winner.")
     return result, written
 

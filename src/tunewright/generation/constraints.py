@@ -41,11 +41,7 @@ class Grammar:
 
     @classmethod
     def from_config(cls, config: ConstrainConfig, root: Path) -> Grammar:
-        """Return the grammar of the config's constraint; a schema's file is relative to ``root``.
-
-        Raises:
-            UserError: the schema's file does not exist, or is not JSON.
-        """
+        """Return the grammar of the config's constraint; a schema's file is relative to ``root``."""
         if config.choices is not None:
             return cls.choices(config.choices)
         if config.regex is not None:
@@ -72,11 +68,7 @@ class Grammar:
 
     @classmethod
     def lark(cls, grammar: str) -> Grammar:
-        """Return the grammar of an answer that the rule ``start`` of a context-free grammar matches.
-
-        Args:
-            grammar: in llguidance's variant of Lark.
-        """
+        """Return the grammar of an answer that the rule ``start`` of a grammar in llguidance's Lark matches."""
         return cls(f"%lark {{\n{grammar}\n}}")
 
 
@@ -149,9 +141,6 @@ class Constraint:
         grammar: the form of allowed answers.
         tokenizer: llguidance's, with the tokens that end an answer.
         rules: see :meth:`GrammarCompiler.rules`; engines that compile grammars themselves take them.
-
-    Raises:
-        UserError: the engine rejects the grammar.
     """
 
     def __init__(self, grammar: Grammar, tokenizer: LLTokenizer, rules: str) -> None:
@@ -190,11 +179,7 @@ class Guide:
         self._matcher = matcher
 
     def advance(self, token: int) -> None:
-        """Advance by a token that does not end the answer.
-
-        Raises:
-            UserError: the grammar does not allow the token, or has become too complex for the engine.
-        """
+        """Advance by a token that does not end the answer."""
         if not self._matcher.consume_token(token):
             raise UserError(f"The constraint failed while decoding: {_reason(self._matcher.get_error())}", where=_WHERE)
 
@@ -209,11 +194,7 @@ class Guide:
         return self._matcher.is_stopped() and self.accepting
 
     def allowed(self) -> bytes:
-        """Return a bitmask over the vocabulary, the lowest token in the lowest bit.
-
-        Raises:
-            UserError: the grammar has become too complex for the engine.
-        """
+        """Return a bitmask over the vocabulary, the lowest token in the lowest bit."""
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():  # the mask would end the answer
             raise UserError(f"The constraint failed while decoding: {_reason(self._matcher.get_error())}", where=_WHERE)

@@ -97,9 +97,6 @@ class Batch:
         pad_id: any token id; padding is never attended to.
         mixed: rows may have different adapters. If not, any kind of LoRA works.
         decode: tokens to text, needed where requests have stop strings.
-
-    Raises:
-        UserError: rows are mixed, and an adapter cannot share a batch.
     """
 
     def __init__(
@@ -134,11 +131,7 @@ class Batch:
 
     @torch.inference_mode()
     def prefix(self, ids: Sequence[int], adapter: str | None) -> Prefix:
-        """Compute a common beginning of prompts once, for :meth:`admit` to start from.
-
-        Raises:
-            ValueError: the model has no such adapter.
-        """
+        """Compute a common beginning of prompts once, for :meth:`admit` to start from."""
         self._adapters.require([adapter])
         cache = new_cache()
         self._forward(torch.tensor([ids]), [0], cache, [adapter])
@@ -148,9 +141,6 @@ class Batch:
         """Prefill new requests in one pass, give each its first token, and let unfinished rows join the batch.
 
         If this raises (out of memory, say), the rows that were in the batch before are untouched.
-
-        Raises:
-            ValueError: the model has no such adapter.
         """
         state = self.start_prefill(requests, prefix)
         self.prefill(state)
@@ -185,9 +175,6 @@ class Batch:
 
         Returns:
             Whether the prefill is complete. Then each row has its first token, and the unfinished rows have joined.
-
-        Raises:
-            ValueError: the model has no such adapter.
         """
         adapters = [row.request.adapter for row in state.rows]
         self._adapters.require(adapters)

@@ -50,9 +50,6 @@ def generate(
         requests: what to complete.
         batch_size: rows that decode together.
         on_finished: called with a request's index and completion as soon as it has finished, in any order.
-
-    Raises:
-        UserError: the requests name different adapters, and one of them cannot share a batch.
     """
     mixed = len({request.adapter for request in requests}) > 1
     batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed, decode=decode)
@@ -181,9 +178,6 @@ def generate_halving(
     """Answer all requests by :func:`generate`; when memory runs out, halve the batch for the remaining ones.
 
     ``repeatable`` is False if other processes take part in each pass, so that none can be repeated.
-
-    Raises:
-        UserError: memory does not suffice for a single answer, or passes cannot be repeated.
     """
     done: dict[int, Completion] = {}
     while True:

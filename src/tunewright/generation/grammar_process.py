@@ -38,11 +38,7 @@ def compiled(tokenizer: LLTokenizer, rules: str) -> LLMatcher:
 
 
 class GrammarProcess:
-    """The child, which is started for the first grammar, and again after it was killed.
-
-    Args:
-        tokenizer: the arguments of llguidance's tokenizer.
-    """
+    """The child, which is started for the first grammar, and again after it was killed."""
 
     def __init__(self, tokenizer: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer

@@ -110,11 +110,7 @@ class LoraDispatch:
         return sum(layer.loras[name].nbytes for layer in self._linear.values() if name in layer.loras)
 
     def require(self, names: Sequence[str | None]) -> None:
-        """Check that all adapters are known: a layer would silently answer an unknown one with the base.
-
-        Raises:
-            ValueError: naming the unknown adapters.
-        """
+        """Check that all adapters are known: a layer would silently answer an unknown one with the base."""
         unknown = {name for name in names if name is not None} - self._names
         if unknown:
             raise ValueError(f"the model has no adapter {', '.join(sorted(unknown))}")
@@ -178,12 +174,7 @@ class LoraDispatch:
 
 
 class _RowGroups:
-    """The rows of a pass grouped by adapter; those of the base come last.
-
-    Args:
-        names: each row's adapter.
-        device: the model's.
-    """
+    """The rows of a pass grouped by adapter; those of the base come last."""
 
     def __init__(self, names: Sequence[str | None], device: torch.device) -> None:
         self.adapter_of_row = tuple(names)

@@ -129,9 +129,6 @@ def adjust_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
     A token that the answer has c times loses c times the frequency penalty, and once the presence penalty
     (https://platform.openai.com/docs/guides/text-generation#frequency-and-presence-penalties).
-
-    Args:
-        logits: [rows, vocabulary].
     """
     changes = [(place, token, change) for place, row in enumerate(rows) for token, change in row.logit_changes()]
     if not changes:

@@ -113,11 +113,7 @@ def base_here(base: Base) -> Base:
 
 
 def check_spec(spec: str, root: Path) -> None:
-    """Check a base as far as is possible without a download: a folder whole, a hub id by its form.
-
-    Raises:
-        UserError: as for :func:`resolve_base`.
-    """
+    """Check a base as far as is possible without a download: a folder whole, a hub id by its form."""
     place = _place(spec, root)
     if isinstance(place, Path):
         check_base_folder(place)
@@ -126,11 +122,7 @@ def check_spec(spec: str, root: Path) -> None:
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
-    """Return the ``config.json`` of the base that ``spec`` names; for a hub id only this file is downloaded.
-
-    Raises:
-        UserError: as for :func:`resolve_base`.
-    """
+    """Return the ``config.json`` of the base that ``spec`` names; for a hub id only this file is downloaded."""
     place = _place(spec, root)
     if revision is not None and place != "hub":
         raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
@@ -145,9 +137,6 @@ def local_base(spec: str, revision: str | None, root: Path, reporter: Reporter) 
     """Return the base for reading its tokenizer, without asking the hub; None if its tokenizer is not on this machine.
 
     Its weights may be missing, and no digests are computed.
-
-    Raises:
-        UserError: nothing there, or an unsupported family.
     """
     place = _place(spec, root)
     if isinstance(place, Path):
@@ -181,11 +170,7 @@ def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
 
 
 def check_base_folder(folder: Path) -> str:
-    """Return the architecture of the base in ``folder``.
-
-    Raises:
-        UserError: the folder is not a base that can be trained and served.
-    """
+    """Return the architecture of the base in ``folder``."""
     architecture = check_architecture(folder / "config.json")
     _check_weights(folder)
     if not any((folder / name).exists() for name in _TOKENIZERS):
@@ -218,11 +203,7 @@ def check_architecture(path: Path) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a base's ``config.json``.
-
-    Raises:
-        UserError: the file does not exist, or is not a JSON object.
-    """
+    """Return a base's ``config.json``."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

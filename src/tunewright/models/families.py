@@ -91,11 +91,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
-    """Return the architecture that a ``config.json`` names, and its family.
-
-    Raises:
-        UserError: an unsupported family, with the reason or the supported ones.
-    """
+    """Return the architecture that a ``config.json`` names, and its family."""
     architectures = config.get("architectures") or []
     named = ", ".join(map(str, architectures)) or "unknown"
     supported = f"Supported are {', '.join(FAMILIES)} (docs/how-to/models.md)."
@@ -119,11 +115,7 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
 
 
 def require_targets(targets: Sequence[str], architecture: str) -> None:
-    """Check that a family has the linear layers that ``train.target_modules`` names.
-
-    Raises:
-        UserError: naming the layers that the family lacks.
-    """
+    """Check that a family has the linear layers that ``train.target_modules`` names."""
     family = FAMILIES[architecture]
     missing = [name for name in targets if name not in family.linear]
     if missing:
@@ -136,11 +128,7 @@ def require_targets(targets: Sequence[str], architecture: str) -> None:
 
 
 def require_quantizable(quantization: Quantization, architecture: str, key: str = "quantization") -> None:
-    """Check that NF4 covers most of a family's weights.
-
-    Raises:
-        UserError: NF4 is requested for a mixture of experts.
-    """
+    """Check that NF4 covers most of a family's weights."""
     family = FAMILIES[architecture]
     if quantization == "nf4" and family.experts:
         raise UserError(

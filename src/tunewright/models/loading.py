@@ -49,9 +49,6 @@ def load_model(
     With ``quantization`` "nf4" the linear layers are quantized to 4 bits and compute in ``dtype``. Embeddings, norms
     and the output layer stay in ``dtype``. ``shardable``: FSDP can shard the 4-bit weights. A vision tower is dropped
     after loading.
-
-    Raises:
-        UserError: NF4 is requested, and bitsandbytes is not installed or the base is a mixture of experts.
     """
     import torch
     import transformers
@@ -220,11 +217,7 @@ _OLDEST = (0, 50)
 
 
 def require_bitsandbytes(quantization: Quantization, key: str = "quantization") -> None:
-    """Check that a base can be quantized so, before anything is loaded; ``key`` is the config's key for it.
-
-    Raises:
-        UserError: NF4 is requested, and bitsandbytes is missing or too old.
-    """
+    """Check that a base can be quantized so, before anything is loaded; ``key`` is the config's key for it."""
     if quantization == "none":
         return
     try:
@@ -245,9 +238,6 @@ def nf4_config(dtype: str, *, shardable: bool = False) -> BitsAndBytesConfig:
     """Return NF4 with double quantization, blocks of 64 (Dettmers et al. 2023, section 3), computing in ``dtype``.
 
     With ``shardable`` the same bytes are stored as numbers of ``dtype``, because FSDP cannot shard integer weights.
-
-    Raises:
-        UserError: see `require_bitsandbytes`.
     """
     require_bitsandbytes("nf4")
     from transformers import BitsAndBytesConfig

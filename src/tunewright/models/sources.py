@@ -26,9 +26,6 @@ def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter:
 
     The commit that ``revision`` (branch, tag or commit; None: main) meant at first use is kept in ``lock_file``. Commit
     that file to git, and every later run, here or elsewhere, uses the same weights.
-
-    Raises:
-        UserError: unknown id or revision, a gated repository, or an unreachable hub.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -60,11 +57,7 @@ def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter:
 
 
 def hub_config(repository: str, revision: str | None, lock_file: Path) -> Path:
-    """Download a hub repository's ``config.json`` and nothing else; a pin in ``lock_file`` applies, none is added.
-
-    Raises:
-        UserError: as for :func:`hub_folder`, or the repository has no such file.
-    """
+    """Download a hub repository's ``config.json`` and nothing else; a pin in ``lock_file`` applies, none is added."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -147,11 +140,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def bundled_folder(name: str, reporter: Reporter) -> Path:
-    """Return the cached folder of the bundled base, created at first use.
-
-    Raises:
-        UserError: another name, or the package is not installed.
-    """
+    """Return the cached folder of the bundled base, created at first use."""
     gguf = bundled_weights(name)
     folder = platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{file_digest(gguf)[:12]}"
     if not folder.exists():
@@ -162,11 +151,7 @@ def bundled_folder(name: str, reporter: Reporter) -> Path:
 
 
 def bundled_weights(name: str) -> Path:
-    """Return the file with the bundled base's weights, as its package has them.
-
-    Raises:
-        UserError: as for :func:`bundled_folder`.
-    """
+    """Return the file with the bundled base's weights, as its package has them."""
     if name != BUNDLED:
         raise UserError(f"Unknown bundled base {name!r}", where="base_model", fix=f"Use bundled:{BUNDLED}.")
     # find_spec, since importing the package needs its own dependencies.

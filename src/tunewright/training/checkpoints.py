@@ -311,11 +311,7 @@ def _missing_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
 
 
 def require_intact(folder: Path) -> None:
-    """Check that a kept adapter is what training wrote.
-
-    Raises:
-        UserError: it has changed.
-    """
+    """Check that a kept adapter is what training wrote."""
     if faults := damage(folder):
         raise UserError(
             f"The adapter on disk is damaged: {'; '.join(faults)}",
@@ -329,9 +325,6 @@ def working_folder(work: Path) -> Iterator[None]:
     """Create and lock a run's working folder; incomplete checkpoints are removed at the end.
 
     Only the main process does this.
-
-    Raises:
-        UserError: another process trains there, or the folder cannot be created.
     """
     if not distributed.is_main_process():
         yield

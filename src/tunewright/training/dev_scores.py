@@ -47,12 +47,7 @@ class DevTask:
     def answers(self, model: Any, places: Sequence[int]) -> list[str]:
         """Answer the requests at these indices greedily, in their order.
 
-        Args:
-            model: a PeftModel in eval mode whose adapter is ``default``, as trl's trainer makes it.
-            places: indices of the requests.
-
-        Raises:
-            UserError: memory does not suffice.
+        ``model`` is a PeftModel in eval mode whose adapter is ``default``, as trl's trainer makes it.
         """
         with self.reporter.task("Answering dev rows", len(places), "answers") as task:
             completions = generate_halving(
@@ -77,11 +72,7 @@ class DevTask:
         return {key: answers[place] for key, place in zip(self.keys[:SHOWN], self.request_of, strict=False)}
 
     def score(self, answers: Sequence[str]) -> float:
-        """Score the answers to all requests by the deciding metric, from 0 to 1.
-
-        Raises:
-            UserError: none of them can be scored.
-        """
+        """Score the answers to all requests by the deciding metric, from 0 to 1."""
         return score_all(self.scorer, [answers[place] for place in self.request_of], self.examples, self.split).total()
 
 
@@ -96,22 +87,8 @@ def dev_task(
 ) -> DevTask | None:
     """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed and reported.
 
-    Rows with equal prompts are answered once.
-
-    Args:
-        config: its train section bounds the number; its evaluate section says how answers are made and scored.
-        root: the project's folder, where a custom metric is found.
-        chat: renders the prompts.
-        train: training rows, whose answers determine the length limit, as in evaluation.
-        dev: the rows to answer.
-        context: tokens that the base can hold.
-        reporter: reports a sample, and references longer than an answer may be.
-
-    Returns:
-        None if the config wants no answers; the dev loss alone then decides.
-
-    Raises:
-        UserError: the metric can score none of the rows.
+    Rows with equal prompts are answered once. The answers of the training rows determine the length limit, as in
+    evaluation. None: the config wants no answers, and the dev loss alone decides.
     """
     most, split = config.train.eval_max_samples, tuple(m.example for m in dev)
     if most == 0:

@@ -43,11 +43,7 @@ def is_main_process() -> bool:
 
 
 def init() -> None:
-    """Connect to the other processes; a single process does nothing.
-
-    Raises:
-        UserError: the launcher asked for a kind of parallelism that is not supported.
-    """
+    """Connect to the other processes; a single process does nothing."""
     if _asked(_DEEPSPEED):
         raise UserError(
             "DeepSpeed is not supported",

@@ -166,9 +166,6 @@ def read_dev_answers(work: Path) -> dict[int, dict[str, str]]:
 
     A resumed run repeats evaluations after its checkpoint: the last line of a step counts. A last line without its end
     is still being written.
-
-    Raises:
-        UserError: a line is damaged.
     """
     file = work / DEV_ANSWERS
     if not file.exists():

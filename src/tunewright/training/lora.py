@@ -39,8 +39,7 @@ def lora_config(settings: TrainConfig, *, vision: bool = False) -> Any:
 def require_precision(settings: TrainConfig) -> None:
     """Check that the GPU, if there is one, supports the config's precision.
 
-    Raises:
-        UserError: bfloat16 on a GPU before Ampere, which only emulates it, and which FlashAttention rejects.
+    Before Ampere GPUs only emulate bfloat16, and FlashAttention rejects it.
     """
     if settings.dtype != "bfloat16" or not torch.cuda.is_available():
         return
@@ -68,12 +67,7 @@ def keep_float32(model: Any) -> None:
 
 
 def use_fused_lora(config: LoraConfig, quantization: Quantization = "none") -> None:
-    """Have peft build fused LoRA layers over linear layers; the adapter's files stay the same.
-
-    Args:
-        config: is changed.
-        quantization: how the base is quantized. Over 4-bit layers `fused_linear_4bit` is built.
-    """
+    """Change ``config`` to have peft build fused LoRA layers over linear layers; the adapter's files stay the same."""
     if quantization == "nf4":
         # Imported here because it needs bitsandbytes. Registered first, because peft takes the first match and a 4-bit
         # layer is an nn.Linear too.
@@ -226,11 +220,7 @@ def missing_for_liger() -> str | None:
 
 
 def require_liger(asked: bool) -> None:
-    """Check that Liger's kernels can run if the config asks for them, before anything is loaded.
-
-    Raises:
-        UserError: liger-kernel is not installed, or there is no GPU.
-    """
+    """Check that Liger's kernels can run if the config asks for them, before anything is loaded."""
     missing = missing_for_liger() if asked else None
     if missing is not None:
         install = "pip install 'tunewright[liger]', or set" if find_spec("liger_kernel") is None else "Set"

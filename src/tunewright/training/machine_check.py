@@ -48,11 +48,7 @@ def open_site(project: ProjectFolder, base: Base) -> Iterator[Site]:
 
 
 def require_site(site: Site) -> Base:
-    """Return this machine's copy of the base.
-
-    Raises:
-        UserError: it is missing here, or the project's folder is, or cannot be written to.
-    """
+    """Return this machine's copy of the base."""
     try:
         seen = site.file.read_text(encoding="utf-8") == site.text
     except OSError:

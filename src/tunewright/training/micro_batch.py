@@ -66,11 +66,7 @@ class MicroBatch:
         self._keep(rows)
 
     def halve(self, rows: int, step: int) -> int:
-        """Return half of ``rows`` after memory ran out in ``step`` (0: before the first).
-
-        Raises:
-            UserError: ``rows`` is 1.
-        """
+        """Return half of ``rows`` after memory ran out in ``step`` (0: before the first)."""
         if rows == 1:
             raise too_little_memory("one row does not fit")
         if step:

@@ -82,11 +82,8 @@ def fault(loss: float, gradient_norm: float, losses: Sequence[float], vocabulary
 
     A run that learns and then falls back to its start is not stopped: the dev split selects an earlier adapter.
 
-    Args:
-        loss: the step's, in nats per trained token.
-        gradient_norm: over all LoRA weights, before clipping.
-        losses: of all steps up to and including this one.
-        vocabulary: size of the vocabulary.
+    ``losses`` are those of all steps up to this one, in nats per trained token; ``gradient_norm`` is over all LoRA
+    weights, before clipping.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -114,12 +111,8 @@ _SPEED_STEPS = 20
 class MetricsCallback(TrainerCallback):
     """Reports every number, writes it to the run's metrics file, and stops a diverged run.
 
-    Args:
-        task: the run's progress.
-        file: the metrics file, one JSON object a line for each step and each evaluation.
-        metric: the metric of the dev rows' answers.
-        vocabulary: size of the vocabulary.
-        rows_of_step: returns the indices of a step's rows in the training set.
+    The file has a JSON object a line for each step and each evaluation. ``rows_of_step`` returns the indices of a
+    step's rows in the training set.
     """
 
     def __init__(

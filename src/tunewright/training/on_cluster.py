@@ -7,13 +7,11 @@ first process. The command that started them shows what it reports, passes a sto
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.registry import Adapter
 from tunewright.adapters.signing import SigningKey, sign, store_signer
 from tunewright.chat import ChatFormat, open_chat
 from tunewright.compute import open_group
@@ -21,7 +19,6 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import finishing
 from tunewright.core.io import digest, refused
-from tunewright.core.locks import is_locked
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.models.bases import Base, base_here
@@ -31,15 +28,12 @@ from tunewright.training.machine_check import open_site, require_site
 from tunewright.training.run import micro_batch, require_fsdp_supported
 from tunewright.training.trackers import require_trackers
 from tunewright.training.train import TrainResult, find_trained, train, training_inputs
+from tunewright.training.trainings import absolute, stored_adapter, wait_for_lock
 
 if TYPE_CHECKING:
-    from tunewright.compute.worker_group import WorkerGroup
+    from tunewright.compute.group import WorkerGroup
 
 _WHERE = "compute.cluster"
-_SEEN_S = 120.0
-"""Time until a network file system shows a new file to other machines."""
-_LOCK_S = 60.0
-"""Time for the processes of a command that was killed to end."""
 _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -73,10 +67,6 @@ def train_on_cluster(
     """Train as :func:`tunewright.training.train.train` does, in the processes of ``compute.cluster``.
 
     Without a GPU and without ``compute.workers`` there is nothing to gain, and this process trains.
-
-    Raises:
-        UserError: as for `train`, or a machine that lacks something.
-        KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
     """
     config = project.config
     if distributed.world_size() > 1:
@@ -88,8 +78,7 @@ def train_on_cluster(
         return TrainResult(existing, trained=False)
     with open_group(config, reporter) as group:
         if group is not None:
-            there = ProjectFolder(project.root.resolve(), config)
-            job = TrainingJob(there, base, dataset.digest, identity, facts)
+            job = TrainingJob(absolute(project), base, dataset.digest, identity, facts)
             return _train(group, project, job, reporter, signer)
     if config.compute.fsdp:
         raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
@@ -98,14 +87,10 @@ def train_on_cluster(
 
 
 def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> None:
-    """Check before other work that the config can be trained in the processes of ``compute.cluster``, if it is set.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Check before other work that the config can be trained in the processes of ``compute.cluster``, if it is set."""
     with open_group(project.config, reporter) as group:
         if group is not None:
-            _require_trainable(group, ProjectFolder(project.root.resolve(), project.config), base, reporter)
+            _require_trainable(group, absolute(project), base, reporter)
 
 
 def _train(
@@ -118,21 +103,10 @@ def _train(
         stop.phase = "closed"
         storage = job.project.work / "ray" / job.identity[:12]
         group.run(train_together, job, storage, reporter, lambda: stop.asked)
-    adapter = _stored(project, job.identity)
+    adapter = stored_adapter(project.adapters, project.config.name, job.identity)
     if signer is not None:
         sign(adapter.folder, signer)
     return TrainResult(adapter, trained=True)
-
-
-def _stored(project: ProjectFolder, identity: str) -> Adapter:
-    """Return the adapter that another machine has stored, once this one sees it."""
-    until = time.monotonic() + _SEEN_S
-    while (adapter := find_trained(project.adapters, project.config.name, identity)) is None:
-        if time.monotonic() > until:
-            what = f"The adapter that another machine has stored does not appear here within {_SEEN_S:.0f} s"
-            raise UserError(what, where=str(project.adapters), fix="Check the storage, and run the same command again.")
-        time.sleep(1)
-    return adapter
 
 
 def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
@@ -144,21 +118,15 @@ def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, r
             raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
         require_fsdp_supported(settings)
     with (
-        reporter.task("Checking the machines", len(group.machines), "machines") as task,
+        reporter.task("Checking the machines", len(group.cluster.machines), "machines") as task,
         open_site(project, base) as site,
     ):
-        group.check(require_site, site)
-        task.advance(len(group.machines))
+        group.cluster.ask(require_site, site)
+        task.advance(len(group.cluster.machines))
 
 
 def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[], bool]) -> None:
-    """Train in one of the processes; the first one stores the adapter.
-
-    Raises:
-        UserError: as for :func:`tunewright.training.train.train`.
-        KeyboardInterrupt: the command was stopped.
-        ConnectionError: another process was lost.
-    """
+    """Train in one of the processes; the first one stores the adapter."""
     project = job.project
     if project.config.compute.fsdp:
         os.environ.update(_FSDP)
@@ -168,10 +136,7 @@ def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[]
         raise UserError(what, where=str(project.dataset), fix="Run the same command again, to train on that version.")
     chat = open_chat(base, project.config.chat, reporter)
     if distributed.is_main_process():
-        # The processes of an earlier start may be about to end.
-        until = time.monotonic() + _LOCK_S
-        while is_locked(job.work) and time.monotonic() < until:
-            time.sleep(0.5)
+        wait_for_lock(job.work)
     try:
         with stopped_from(stop_asked):
             # Without a folder for the adapters it would be signed here.

@@ -26,3 +26,22 @@ class MemoryOptions:
     length: Annotated[int | None, Option("Tokens of a row.", default="max_length in the config", min=2)] = None
     shared: Annotated[int, Option("Tokens at the start of a row that all rows share.", min=0)] = 0
     answer: Annotated[int | None, Option("Trained tokens of a row.", default="all but the shared", min=1)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """The learning rates and the time of a sweep, and the use of its winner."""
+
+    minutes: Annotated[float | None, Option("Time limit of the whole sweep (--sweep only).", default="no limit")] = None
+    """It includes earlier runs in the sweep's ledger. On a cluster it counts the time of all trials together."""
+    rates: Annotated[
+        list[float] | None,
+        Option(
+            "Learning rate to try (--sweep only, repeatable).",
+            default="three around the base's usual rate",
+            name="--rate",
+        ),
+    ] = None
+    """None: three suited to the base's size, one of them the config's own."""
+    write: Annotated[bool, Option("Write the winner's values to tunewright.yaml (--sweep only).")] = False
+    force: Annotated[bool, Option("Train on fewer than 50 pairs, which is refused otherwise.")] = False

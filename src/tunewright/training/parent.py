@@ -27,11 +27,7 @@ _MOST = 10
 
 
 def find_parent(project: ProjectFolder) -> Adapter | None:
-    """Return the adapter that ``train.from`` names, by name, by the beginning of its name, or by digest; None if unset.
-
-    Raises:
-        UserError: no such adapter, or several.
-    """
+    """Return the adapter that ``train.from`` names by its name, a beginning of it, or its digest; None if unset."""
     named = project.config.train.from_
     if named is None:
         return None
@@ -57,10 +53,6 @@ def require_parent(
     """Return the parent after all checks; None if the config names none.
 
     Rows that the parent was trained on and that the version no longer has are a warning.
-
-    Raises:
-        UserError: a foreign adapter, one of another base, chat format or LoRA setting, or one that was trained on rows
-            that this version holds out.
     """
     parent = find_parent(project)
     if parent is None:
@@ -150,11 +142,7 @@ def parent_lineage(parent: Adapter | None) -> dict[str, Any]:
 
 
 def require_new_adapter(settings: TrainConfig, command: str) -> None:
-    """Check that the config trains a new adapter on the ideal outputs, which ``command`` measures.
-
-    Raises:
-        UserError: ``train.from`` or ``train.method`` says otherwise.
-    """
+    """Check that the config trains a new adapter on the ideal outputs, which ``command`` measures."""
     if settings.from_ is None and not settings.prefers:
         return
     key, value = ("from", settings.from_) if settings.from_ is not None else ("method", settings.method)

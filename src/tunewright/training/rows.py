@@ -81,11 +81,7 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
 def training_rows(
     chat: ChatFormat, members: Sequence[Member], max_length: int, too_long: str, reporter: Reporter
 ) -> EncodedRows:
-    """Return the rows of one split; rows over ``max_length`` are dropped and named if ``too_long`` is "drop".
-
-    Raises:
-        UserError: naming each example that is too long (unless these are dropped) or that makes no valid row.
-    """
+    """Return the rows of one split; rows over ``max_length`` are dropped and named if ``too_long`` is "drop"."""
     encoded = encode_members(chat, members, max_length)
     if encoded.faults:
         raise UserError(
@@ -113,17 +109,8 @@ def training_rows(
 def require_min_examples(pairs: int, *, force: bool, reporter: Reporter, place: str = "") -> str | None:
     """Refuse to train on fewer than `FEWEST_TRAINING_PAIRS` pairs; with ``force``, warn instead.
 
-    Args:
-        pairs: the number of pairs.
-        force: accept any number.
-        reporter: reports the warning.
-        place: the subset with so few pairs, if it is not the training split itself; starts with a space.
-
-    Returns:
-        The note for the adapter's lineage; None if there are enough pairs.
-
-    Raises:
-        UserError: too few, and not forced.
+    ``place``, which starts with a space, is the subset with so few pairs if it is not the training split. Return the
+    note for the adapter's lineage; None if there are enough pairs.
     """
     if pairs >= FEWEST_TRAINING_PAIRS:
         return None
@@ -195,13 +182,7 @@ def _certain(prompt: Sequence[Message]) -> list[Message]:
 
 
 def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequence[Message]]) -> list[str | None]:
-    """Return each row's fault or None, which proves that rows show and train exactly the intended text.
-
-    Args:
-        chat: rendered the rows.
-        rows: ids and masks.
-        expected: the messages that each row must spell.
-    """
+    """Return each row's fault or None, which proves that rows show and train exactly the intended text."""
     texts = chat.texts([row.ids for row in rows])
     spans = [trained_spans(row) for row in rows]
     answers = iter(

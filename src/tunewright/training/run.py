@@ -55,14 +55,8 @@ def evaluation_interval(settings: TrainConfig, steps: int) -> int:
 class Run:
     """One training run in its working folder.
 
-    Args:
-        config: decides.
-        base: the base.
-        work: the working folder.
-        reporter: shows progress.
-        parent: the adapter to start from; None: a new one.
-        preferences: the answers that a preference method trains on, instead of the training rows.
-        limit: tokens of the longest row.
+    It starts from ``parent``, or from a new adapter. ``preferences`` are the answers that a preference method trains
+    on, instead of the training rows. No row has more tokens than ``limit`` (0: the config's number).
     """
 
     def __init__(
@@ -153,11 +147,7 @@ class Run:
         return {**as_columns(first), "place": list(range(len(first)))}
 
     def _make_missing_evaluation(self, trainer: Any, checkpoint: Path) -> None:
-        """Make the evaluation that a stop cut off after a checkpoint's step.
-
-        Raises:
-            KeyboardInterrupt: another stop cuts it off again.
-        """
+        """Make the evaluation that a stop cut off after a checkpoint's step."""
         from transformers import TrainerState
 
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -297,11 +287,7 @@ class Run:
 
 
 def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
-    """Return the rows of one forward pass in one of this many processes (None: those of this run).
-
-    Raises:
-        UserError: the processes cannot share a batch equally.
-    """
+    """Return the rows of one forward pass in one of this many processes (None: those of this run)."""
     count = processes or distributed.world_size()
     share = settings.batch_size // count
     if settings.batch_size % count:
@@ -323,9 +309,7 @@ def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
 def require_fsdp_supported(settings: TrainConfig) -> None:
     """Check that this config can be trained on a base that FSDP shards.
 
-    Raises:
-        UserError: replay or a preference method is set, which need passes that each process makes alone, or an adapter
-            to start from, whose weights are not sharded.
+    Replay and preference methods need passes that each process makes alone, and weights to start from are not sharded.
     """
     if settings.from_ is not None or settings.prefers:
         key = "train.method" if settings.prefers else "train.from"
@@ -371,11 +355,7 @@ def _finished_state(checkpoint: Path, patience: int | None, until: int | None) -
 
 
 def _train(trainer: Any, keeping: CheckpointCallback, checkpoint: Path | None) -> None:
-    """Train to the end or to a stop, in which case the last complete step is saved.
-
-    Raises:
-        KeyboardInterrupt: a stop before the first step, a second signal, or a stop of one of several processes.
-    """
+    """Train to the end or to a stop, in which case the last complete step is saved."""
     try:
         with finishing("the step in progress or the one before is saved"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

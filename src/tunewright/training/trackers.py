@@ -14,12 +14,7 @@ from tunewright.training import distributed
 
 
 def require_trackers(trackers: Sequence[Tracker]) -> None:
-    """Check that the config's trackers are installed and accessible, before anything is loaded or measured.
-
-    Raises:
-        UserError: a tracker is not installed, W&B has no API key and no terminal to ask for one, or MLflow refuses
-            ``MLFLOW_TRACKING_URI``.
-    """
+    """Check that the config's trackers are installed and accessible, before anything is loaded or measured."""
     missing = [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]
     if missing:
         raise UserError(
@@ -68,13 +63,7 @@ def _open_mlflow(uri: str) -> None:
 
 @contextmanager
 def tracked_in(folder: Path, project: str, run: str) -> Iterator[None]:
-    """Have trackers write below ``folder`` while this is open, unless the user's environment names another place.
-
-    Args:
-        folder: the trackers' folder; the run's own folder is removed at its end.
-        project: the trackers' group of runs.
-        run: the run's name.
-    """
+    """Have trackers write below ``folder`` while this is open, unless the user's environment names another place."""
     places = {
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard" / run),
         "WANDB_DIR": str(folder),

@@ -45,9 +45,9 @@ from tunewright.training.monitoring import UnstableRunError
 from tunewright.training.packing.order import ORDER
 from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
 from tunewright.training.preference.pairs import PreferenceRows, preference_inputs, preference_rows
-from tunewright.training.replay import Replay, draw_replay, replay_inputs
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_fsdp_supported
+from tunewright.training.self_samples import Replay, draw_replay, replay_inputs
 from tunewright.training.trackers import require_trackers, tracked_in
 
 
@@ -72,12 +72,7 @@ class PausedRun:
 
 
 def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
-    """Return everything that decides which adapter a training run produces.
-
-    Raises:
-        UserError: a benchmark's file, which replay is checked against, cannot be read, or there is no adapter that
-            ``train.from`` names.
-    """
+    """Return everything that decides which adapter a training run produces."""
     config = project.config
     return {
         "dataset": version.digest,

@@ -127,11 +127,6 @@ class Trainer(SFTTrainer):
         """Return rows as one packed batch, without the labels, which only transformers counts."""
         return {"packed": self.collate(rows)["packed"]}
 
-    @property
-    def _min_split_rows(self) -> int:
-        """The rows that are split into equally many chunks in every process, even if it has fewer (FSDP)."""
-        return self.args.train_batch_size if self.is_fsdp_enabled else 0
-
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Any:
         """Run forward and backward of one micro-batch, in chunks that fit into memory; return its part of the loss."""
         if self.micro_batch is None:
@@ -164,7 +159,8 @@ class Trainer(SFTTrainer):
 
         ``whole`` is the batch of all rows, if it exists already.
         """
-        *others, last = rows.pieces(size, self._min_split_rows)
+        # With FSDP every process makes equally many passes, even if it has fewer rows.
+        *others, last = rows.pieces(size, self.args.train_batch_size if self.is_fsdp_enabled else 0)
         total = torch.zeros((), device=self.accelerator.device)
         for piece in others:
             # Processes synchronize gradients with the last chunk alone.

@@ -21,6 +21,7 @@ import torch
 
 from tunewright.adapters.registry import HISTORY, Adapter, read_history
 from tunewright.chat import ChatFormat
+from tunewright.compute.relay import KeptMessages
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
@@ -38,7 +39,7 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 _WHERE = "compute.cluster"
-_FREE_S = 60.0  # for the process of a lost machine, or of a command that was killed, to end
+_FREE_S = 60.0
 _SEEN_S = 120.0  # network file systems show a new file to other machines after up to a minute
 _LOOK_S = 2.0
 
@@ -82,11 +83,8 @@ class Trainings:
         """Yield each job's result, in order: ``step(base, shared, job.value, reporter)``.
 
         Here a job is done when its result is asked for. On a cluster its messages are reported with its result. Paths
-        in ``shared`` and in the jobs must be absolute there.
-
-        Raises:
-            UserError: any error of a training; the others are stopped, with a checkpoint saved.
-            KeyboardInterrupt: as before, by a signal.
+        in ``shared`` and in the jobs must be absolute there. An error or a signal stops all jobs, with a checkpoint
+        saved.
         """
         if self.site is None:
             for job in jobs:
@@ -102,26 +100,11 @@ class Trainings:
                 yield done.result
 
     def stored(self, adapters: Path, name: str, identity: str) -> Adapter:
-        """Return the adapter that a training has stored, once this machine sees it.
-
-        Raises:
-            UserError: it is not there.
-        """
-        until = time.monotonic() + (_SEEN_S if self.on_cluster else 0)
-        while (adapter := find_trained(adapters, name, identity)) is None:
-            if time.monotonic() >= until:
-                fix = "Restore it, or check the storage that holds the project."
-                raise UserError("The trained adapter is missing", where=str(adapters), fix=fix)
-            time.sleep(1)
-        return adapter
+        """Return the adapter that a training has stored, once this machine sees it."""
+        return stored_adapter(adapters, name, identity, _SEEN_S if self.on_cluster else 0)
 
     def train_missing(self, trainings: Sequence[Training], chat: ChatFormat) -> None:
-        """Train on the cluster those that are not trained yet; `train` finds them afterwards. Here do nothing.
-
-        Raises:
-            UserError: any error of a training.
-            KeyboardInterrupt: stopped by a signal; the next call resumes from there.
-        """
+        """Train on the cluster those that are not trained yet; `train` finds them afterwards. Here do nothing."""
         if not self.on_cluster:
             return
         missing = [each for each in (t.absolute(self.base, chat) for t in trainings) if each.found() is None]
@@ -132,6 +115,24 @@ class Trainings:
             adapter = self.stored(training.adapters, training.project.config.name, training.identity)
             seconds = adapter.lineage["training"]["seconds"]
             self.reporter.say(f"{training.name}: trained in {seconds:.0f} s")
+
+
+def stored_adapter(adapters: Path, name: str, identity: str, seconds: float = _SEEN_S) -> Adapter:
+    """Return the adapter that a training has stored, once this machine sees it."""
+    until = time.monotonic() + seconds
+    while (adapter := find_trained(adapters, name, identity)) is None:
+        if time.monotonic() >= until:
+            fix = "Restore it, or check the storage that holds the project."
+            raise UserError("The trained adapter is missing", where=str(adapters), fix=fix)
+        time.sleep(1)
+    return adapter
+
+
+def wait_for_lock(work: Path) -> None:
+    """Wait until the working folder is free: the process of a lost machine or a killed command may be about to end."""
+    until = time.monotonic() + _FREE_S
+    while is_locked(work) and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,7 @@ def absolute(project: ProjectFolder) -> ProjectFolder:
 
 @contextmanager
 def open_trainings(workers: Workers, project: ProjectFolder, base: Base, reporter: Reporter) -> Iterator[Trainings]:
-    """Check every machine, and yield the place where trainings are done.
-
-    Raises:
-        UserError: no machine has the CPUs or GPUs of one training, or one does not see the project's folder, cannot
-            write there, or lacks the base.
-    """
+    """Check every machine, and yield the place where trainings are done."""
     if not workers.machines:
         yield Trainings(workers, base, reporter)
         return
@@ -239,24 +235,6 @@ class _Sent(NamedTuple):
     threads: int
 
 
-class _Messages(LogReporter):
-    """A reporter whose messages another process reports, and which reads the steps from the working folder."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, bool]] = []
-
-    def say(self, message: str) -> None:
-        self.messages.append((message, False))
-
-    def warn(self, message: str) -> None:
-        self.messages.append((message, True))
-
-    def report_to(self, reporter: Reporter) -> None:
-        """Report all of them."""
-        for message, is_warning in self.messages:
-            (reporter.warn if is_warning else reporter.say)(message)
-
-
 class _Named(LogReporter):
     """A reporter that puts a training's name before its messages."""
 
@@ -272,7 +250,7 @@ class _Named(LogReporter):
 
 class _Done(NamedTuple):
     result: Any
-    messages: _Messages
+    messages: KeptMessages
 
 
 def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> _Done:
@@ -282,10 +260,8 @@ def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> _Done:
     except UserError as error:
         raise on_machine(platform.node(), error) from None
     torch.set_num_threads(sent.threads)
-    until = time.monotonic() + _FREE_S
-    while is_locked(job.work) and time.monotonic() < until:
-        time.sleep(0.2)
-    messages = _Messages()
+    wait_for_lock(job.work)
+    messages = KeptMessages()
     try:
         result = sent.step(base, sent.shared, job.value, messages)
     except KeyboardInterrupt:

@@ -71,11 +71,7 @@ class Memory:
 
 
 def available_memory(gpu: str | None) -> Memory:
-    """Return the memory of the GPU that ``gpu`` names (RTX 4090, 24GB); else of the GPU present; else of this machine.
-
-    Raises:
-        UserError: ``gpu`` is neither a size nor a known GPU.
-    """
+    """Return the memory of the GPU that ``gpu`` names (RTX 4090, 24GB), of the GPU present, or of this machine."""
     if gpu is not None:
         size = parse_size(gpu)
         if size is not None:
@@ -174,16 +170,9 @@ def plan(
 ) -> Plan:
     """Plan LoRA and QLoRA, with and without gradient checkpointing, in this memory.
 
-    Args:
-        base: the base's name.
-        shape: the base's sizes.
-        settings: targets, rank, dtype and dropout.
-        memory: the available memory.
-        rows, length: size of the requested batch.
-        shared: tokens of the prefix that all rows share.
-        answer: trained tokens of each row; for a shorter row, all tokens after the prefix.
+    ``shared`` tokens of each row are the prefix of all rows, and ``answer`` tokens are trained; of a shorter row, all
+    after the prefix.
     """
-
     setups = []
     asked = _load(rows, length, shared, answer)
     # NF4 would quantize next to nothing of a mixture of experts (models.families).
@@ -248,11 +237,7 @@ def check_memory(
     Without ``rows`` the micro-batch may be halved until it fits, as training halves it. Without ``length`` rows of
     ``train.max_length`` tokens must fit, or at least the dataset's longest row.
 
-    Args:
-        plan: the memory, and the requested micro-batch.
-        settings: the config's.
-        longest_row: tokens of the dataset's longest row, if known.
-        rows, length: whether the user set them.
+    ``rows`` and ``length`` say if the user set them.
     """
     # On a GPU training recomputes activations; on the CPU it does not.
     setups = {each.setup.nf4: each.setup for each in plan.setups if each.setup.checkpointing == plan.memory.card}
@@ -327,11 +312,7 @@ class Card:
 
 
 def card_named(text: str, where: str) -> Card:
-    """Return the GPU that ``text`` names, such as ``RTX 4090``, ``h100`` or ``a100-80gb``.
-
-    Raises:
-        UserError: no GPU of the table, or several (``a100``).
-    """
+    """Return the GPU that ``text`` names, such as ``RTX 4090``, ``h100`` or ``a100-80gb``."""
     wanted = _key(text)
     keys = {_key(name): name for name in _MEMORY_MIB}
     found = [name for name in _MEMORY_MIB if wanted in (_key(name), _key(_SIZE_OF_NAME.sub("", name)))]

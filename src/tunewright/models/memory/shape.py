@@ -94,11 +94,7 @@ class Shape:
 
 
 def read_shape(path: Path) -> Shape:
-    """Return the shape of the text model in a ``config.json``, with transformers' defaults for absent values.
-
-    Raises:
-        UserError: no such file, an unsupported family, quantized weights, or invalid values.
-    """
+    """Return the shape of the text model in a ``config.json``, with transformers' defaults for absent values."""
     architecture = check_architecture(path)
     import transformers
     from huggingface_hub.errors import StrictDataclassError

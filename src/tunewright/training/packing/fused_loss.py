@@ -223,11 +223,7 @@ class LossBreakdown:
         self._tokens = [0, 0]
 
     def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return nats per token of each part that the step has tokens of, the divergence without its weight.
-
-        Args:
-            over_processes: sums a tensor over all processes that share the step.
-        """
+        """Return nats per token of each part that the step has tokens of, the divergence without its weight."""
         # Filled on the device: copying two numbers from the host would synchronize.
         counted = [self._sums.new_full((1,), count) for count in self._tokens]
         pairs, replay, pair_tokens, replay_tokens = over_processes(torch.cat([self._sums, *counted])).tolist()

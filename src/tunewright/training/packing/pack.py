@@ -34,9 +34,6 @@ def plan_groups(rows: Sequence[Sequence[int]]) -> list[Group]:
 
     In lexicographic order rows with a common prefix are neighbours, so groups are runs of that order. Dynamic
     programming over the runs' ends finds the best ones. At least one token of each row stays in its suffix.
-
-    Args:
-        rows: token ids, each non-empty.
     """
     order = sorted(range(len(rows)), key=lambda place: list(rows[place]))
     common = [common_prefix(rows[a], rows[b]) for a, b in pairwise(order)]

@@ -65,11 +65,7 @@ class PairSet:
 
 
 def read_pairs(dataset: Path, version: DatasetVersion) -> PairSet:
-    """Return the preference pairs of a version.
-
-    Raises:
-        UserError: the file of kept pairs was changed.
-    """
+    """Return the preference pairs of a version."""
     found: dict[tuple[str, str, str], AnswerPair] = {}
     left_out: dict[str, list[str]] = defaultdict(list)
 
@@ -163,11 +159,7 @@ class PreferenceRows:
 def preference_rows(
     settings: TrainConfig, dataset: Path, version: DatasetVersion, chat: ChatFormat, limit: int, reporter: Reporter
 ) -> PreferenceRows:
-    """Return the encoded preference data of a version, each answer verified.
-
-    Raises:
-        UserError: there is nothing to train on, or an answer is too long or makes no valid row.
-    """
+    """Return the encoded preference data of a version, each answer verified."""
     pairs = read_pairs(dataset, version)
     pairs.report(reporter)
     if not pairs.pairs:
@@ -178,17 +170,15 @@ def preference_rows(
             fix="Add rows with `prompt`, `chosen` and `rejected`, or keep pairs of a judged evaluation: "
             "docs/how-to/preference-tuning.md.",
         )
-    build = _single_answers if settings.method == "kto" else _both_answers
-    sides, desirable = build(pairs.pairs, version)
+    if settings.method == "kto":
+        sides, desirable = _single_answers(pairs.pairs, version)
+    else:
+        sides = [_side(pair.member, answer) for pair in pairs.pairs for answer in (pair.chosen, pair.rejected)]
+        desirable = [True, False] * len(pairs.pairs)
     found = _encoded(chat, sides, desirable, limit, settings, reporter)
     if not found.rows:
         raise UserError("No preference pair is short enough to train on", where="train.max_length", fix="Raise it.")
     return replace(found, digest=pairs.digest, left_out={why: len(names) for why, names in pairs.left_out.items()})
-
-
-def _both_answers(pairs: Sequence[AnswerPair], _version: DatasetVersion) -> tuple[list[Member], list[bool]]:
-    sides = [_side(pair.member, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    return sides, [True, False] * len(pairs)
 
 
 def _single_answers(pairs: Sequence[AnswerPair], version: DatasetVersion) -> tuple[list[Member], list[bool]]:

@@ -44,11 +44,6 @@ class PreferenceTrainer(Trainer):
 
     A row of the training set is a pair, or with kto an answer; its column ``place`` is its index. Rows of the
     evaluation set are those of `Trainer`: the dev loss is that of the ideal outputs, as in supervised training.
-
-    Args:
-        preferences: the answers.
-        beta: the factor of the loss.
-        limit: tokens of the longest row.
     """
 
     def __init__(self, model: Any, *, preferences: PreferenceRows, beta: float, limit: int, **kwargs: Any) -> None:
@@ -303,9 +298,6 @@ def _mismatched(preferences: PreferenceRows, limit: int) -> list[Row]:
     """Return each answer's prompt with the answer of the row before it, as trl pairs them.
 
     An answer to the same input, or one that makes the row too long, is passed over.
-
-    Raises:
-        UserError: no other answer fits a prompt.
     """
     rows, members = preferences.rows, preferences.answers.members
     starts = [row.loss_mask.index(True) for row in rows]
@@ -383,13 +375,10 @@ def kto_losses(
 
 
 def set_reference(trainer: PreferenceTrainer, work: Path, identity: str, reporter: Reporter) -> None:
-    """Give the trainer its reference: that of an earlier part of this run, or the current adapter.
+    """Give the trainer, before its first step, its reference: that of an earlier part of this run, or its own adapter.
 
-    Args:
-        trainer: before its first step, with the weights that it starts from.
-        work: the run's working folder, which keeps the numbers for a run that resumes.
-        identity: digest of the answers and of the reference model.
-        reporter: shows progress.
+    The working folder keeps the numbers for a run that resumes. ``identity`` is the digest of the answers and of the
+    reference model.
     """
     count = len(trainer.answers) + len(trainer.mismatched)
     kept = _kept(work / _REFERENCE, identity, count)

@@ -74,11 +74,7 @@ class Entry(_Line):
 
 
 class Ledger:
-    """The entries of one sweep, read from its file and appended to.
-
-    Raises:
-        UserError: the file exists and is not a ledger of this sweep.
-    """
+    """The entries of one sweep, read from its file and appended to."""
 
     def __init__(self, folder: Path, head: Head) -> None:
         self.head = head

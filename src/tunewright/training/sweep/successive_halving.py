@@ -59,12 +59,7 @@ def make_trials(own: TrainConfig, rates: Sequence[float]) -> list[Trial]:
     The config's own combination comes first if it is one of them. Then all linear layers (attention alone loses even
     with as many parameters: LoRA Without Regret), and rates from the middle outwards.
 
-    Args:
-        own: the config's train section; all but preset, targets and rate is taken from it.
-        rates: at least one, all different.
-
-    Raises:
-        UserError: an invalid or repeated rate.
+    All but preset, targets and rate is taken from ``own``, the config's train section.
     """
     for rate in rates:
         if not 0 < rate <= 1 or not math.isfinite(rate):
@@ -116,13 +111,9 @@ class Schedule:
         return total
 
     def seconds_with_one_more(self, through: int, rung: int, behind: int, pace: TrainingSpeed) -> float:
-        """Return the remaining time if one more trial goes through this rung, besides those that have.
+        """Return the remaining time if one more trial goes through this rung, which ``through`` trials have finished.
 
-        Args:
-            through: trials that have finished this rung.
-            rung: from 0.
-            behind: steps that the next trial has made already.
-            pace: the measured pace.
+        That trial has made ``behind`` steps already.
         """
         return self.seconds_of_one(rung, behind, pace) + self.seconds(advancing_trials(through + 1), rung + 1, pace)
 
@@ -174,17 +165,9 @@ It raises KeyboardInterrupt once the state is saved."""
 
 
 class SuccessiveHalving:
-    """One sweep of trials. The ledger records every result, and recorded work is not repeated.
+    """One sweep of trials, the most promising first. The ledger records every result; recorded work is not repeated.
 
-    Args:
-        trials: most promising first.
-        schedule: the steps at which trials are compared.
-        ledger: the sweep's ledger.
-        train: trains trials.
-        budget: seconds for the whole sweep, including those in the ledger; None: unlimited.
-        reporter: reports finished and skipped work.
-        clock: returns seconds.
-        at_once: number of trials that are trained at once.
+    ``budget`` is seconds for the whole sweep, including those in the ledger (None: unlimited).
     """
 
     def __init__(
@@ -209,15 +192,7 @@ class SuccessiveHalving:
         self._estimate_reported = False
 
     def run(self) -> Trial | None:
-        """Run all rungs.
-
-        Returns:
-            The winner, trained to its end; None if the budget or every trial ended before.
-
-        Raises:
-            UserError: the budget is too small for a single trial.
-            KeyboardInterrupt: stopped; the ledger has all finished work.
-        """
+        """Run all rungs; return the winner, trained to its end, or None if the budget or every trial ended before."""
         if self.budget is not None and self._pace() is None:
             self._time_first_steps()
         alive = list(self.trials)
@@ -258,9 +233,9 @@ class SuccessiveHalving:
         if pace is None:
             return waiting[:1]
         started: list[Trial] = []
-        ahead = 0.0
+        ahead, left = 0.0, self.budget - self.ledger.seconds
         for trial in waiting[: self.at_once]:
-            if ahead + self._with_one_more(trial, through + len(started), rung, pace) > self._left():
+            if ahead + self._with_one_more(trial, through + len(started), rung, pace) > left:
                 break
             started.append(trial)
             ahead += self.schedule.seconds_of_one(rung, self._behind(trial, rung), pace)
@@ -351,10 +326,6 @@ class SuccessiveHalving:
             step=max(seconds[kind] / steps[kind] for kind in steps),
             rung=fmean(entry.seconds - entry.training_seconds for entry in done),
         )
-
-    def _left(self) -> float:
-        assert self.budget is not None
-        return self.budget - self.ledger.seconds
 
     def _behind(self, trial: Trial, rung: int) -> int:
         return min(self.ledger.steps_of(trial.name), self.schedule.rungs[rung])

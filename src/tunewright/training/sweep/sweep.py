@@ -28,9 +28,9 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, hidden_size, load_model
 from tunewright.training.checkpoints import latest_complete_checkpoint
 from tunewright.training.monitoring import DivergedError
-from tunewright.training.replay import draw_replay
 from tunewright.training.rows import require_min_examples, training_rows
 from tunewright.training.run import evaluation_interval, total_steps
+from tunewright.training.self_samples import draw_replay
 from tunewright.training.sweep.ledger import Head, Ledger
 from tunewright.training.sweep.successive_halving import (
     Outcome,
@@ -70,16 +70,7 @@ class SweepResult:
 class Sweep:
     """The trials of a config on a dataset version, and all inputs that decide their results.
 
-    Args:
-        project: its config is varied by the trials.
-        version, base, chat: as for `train`.
-        reporter: shows progress and reports warnings.
-        trainings: where the trials are trained.
-        rates: learning rates to try; None: three around the suggested one, see `default_rates`.
-        force: train on fewer pairs than are refused otherwise.
-
-    Raises:
-        UserError: too few pairs, invalid rates, rows that cannot be trained on, or nothing to replay.
+    Without ``rates`` there are three around the suggested one (`default_rates`). ``force`` accepts few pairs.
     """
 
     def __init__(
@@ -145,12 +136,7 @@ class Sweep:
         )
 
     def run(self, minutes: float | None = None) -> SweepResult:
-        """Sweep within a budget in minutes, which covers all contributing commands; None: unlimited.
-
-        Raises:
-            UserError: too few minutes for a single trial, or any error of a training.
-            KeyboardInterrupt: stopped by a signal; the ledger has all finished work, and a checkpoint is saved.
-        """
+        """Sweep within a budget in minutes, which covers all contributing commands; None: unlimited."""
         ledger = Ledger(self.folder, self.head)
         budget = None if minutes is None else 60 * minutes
         halving = SuccessiveHalving(

@@ -7,7 +7,6 @@ again. What they compute resumes from its own checkpoints.
 from __future__ import annotations
 
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,18 +32,15 @@ from ray.train.v2._internal.exceptions import RayTrainError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright.compute.cluster import (
-    CHECK_S,
     WHERE,
+    Cluster,
     Image,
     Node,
-    asked,
     connected,
-    image,
     is_client,
     machines_with,
-    require_equal,
+    require_available,
     require_head,
-    require_same,
 )
 from tunewright.compute.relay import Display, Inbox, RelayReporter
 from tunewright.config import Config
@@ -67,34 +63,20 @@ ConnectionError."""
 
 @contextmanager
 def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | None]:
-    """Connect to the cluster that the config names, check it, and yield its group; None if it has nothing for one.
-
-    Raises:
-        UserError: as for :func:`tunewright.compute.open_group`.
-    """
+    """Connect to the cluster that the config names, check it, and yield its group; None if it has nothing for one."""
     with connected(config):
         kind = "GPU" if machines_with("GPU") else "CPU"
         machines = machines_with(kind)
-        there = _total(kind, machines)
-        wanted = config.compute.workers
-        if kind == "CPU" and (wanted or 1) == 1:
+        if kind == "CPU" and (config.compute.workers or 1) == 1:
             yield None
             return
         if is_client():
             what = "A training in several processes cannot be started through ray://"
             fix = "Run the command on a machine of the cluster with --cluster auto, or send it there (ray job submit)."
             raise UserError(what, where=WHERE, fix=fix)
-        if wanted is not None and wanted > there:
-            fix = "Lower compute.workers, or add machines to the cluster."
-            raise UserError(
-                f"Too few {kind}s in the cluster: {there} (compute.workers: {wanted})", where=WHERE, fix=fix
-            )
-        text = config.model_dump_json()
-        require_equal(machines, text)
-        group = WorkerGroup(wanted or there, kind, tuple(machines), image(text), text)
-        reporter.say(
-            f"Cluster: {count_of(len(machines), 'machine')}; {count_of(group.count, kind)}, each for one process"
-        )
+        count = require_available(kind, _total(kind, machines), config.compute.workers)
+        group = WorkerGroup(count, kind, Cluster.of_equal(machines, config))
+        reporter.say(f"Cluster: {count_of(len(machines), 'machine')}; {count_of(count, kind)}, each for one process")
         yield group
 
 
@@ -104,30 +86,11 @@ def _total(kind: str, machines: Sequence[Node]) -> int:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """Processes with a CPU or a GPU each.
-
-    Args:
-        count: their number.
-        kind: CPU or GPU.
-        machines: those that may run one.
-        image: what every machine must have, those that join later too.
-        config: the config, as the image's.
-    """
+    """Processes with a CPU or a GPU each."""
 
     count: int
     kind: str
-    machines: tuple[Node, ...]
-    image: Image
-    config: str
-
-    def check(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call a function on every machine.
-
-        Raises:
-            UserError: as the function raises it, with the machine's address, or a machine does not answer.
-        """
-        for _ in asked(self.machines, function, *arguments, seconds=CHECK_S):
-            pass
+    cluster: Cluster
 
     def run(
         self, function: Together, argument: Any, storage: Path, reporter: Reporter, stop_asked: Callable[[], bool]
@@ -148,7 +111,7 @@ class WorkerGroup:
         shutil.rmtree(storage, ignore_errors=True)  # left by a command that was killed
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         inbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()
-        work = _Work(function, argument, inbox, self.image, self.config)
+        work = _Work(function, argument, inbox, self.cluster.image)
         run = _Run(self._trainer(work, storage))
         display = Display(reporter, _RESUMES)
         try:
@@ -217,7 +180,6 @@ class _Work:
     argument: Any
     inbox: Any
     image: Image
-    config: str
 
 
 class _Run:
@@ -260,7 +222,7 @@ class _Ended:
 def _process(arguments: dict[str, _Work]) -> _Ended:
     """Compute in one of the processes."""
     work = arguments["work"]
-    require_same(work.image, image(work.config), socket.gethostname())
+    work.image.require_here()
     if ray.train.get_context().get_world_rank() > 0:
         return _call(work, LogReporter(), lambda: False)
     reporter = RelayReporter(lambda events: bool(ray.get(work.inbox.put.remote(events))))
