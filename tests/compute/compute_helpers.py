@@ -1,4 +1,4 @@
-"""Datasets to build with and without a cluster, and what is compared of them."""
+"""Datasets and evaluations that are compared with those of a cluster, and a reporter that interferes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from data_helpers import Listener, Pair, new_project, write_jsonl
 from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Task
-from tunewright.core.workers import ONE_CPU, Needs, Part, Result, Shared, Step, Workers
+from tunewright.core.progress import LogTask, Task
+from tunewright.core.workers import Needs, Part, Result, Shared, Step, Workers
 from tunewright.data.add import add
 from tunewright.data.dedup import decontaminate, partition, similarity
 
@@ -133,9 +134,7 @@ class PickledWorkers:
         parts: Iterable[Part],
         task: Task,
         batch: int = 1,
-        needs: Needs = ONE_CPU,
-        *,
-        here: bool = True,
+        needs: Needs | None = None,
     ) -> Iterator[Result]:
         """Yield the result of each part."""
         source = iter(parts)
@@ -157,3 +156,40 @@ def _copied(value: Any) -> Any:
     buffers: list[pickle.PickleBuffer] = []
     text = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     return pickle.loads(text, buffers=[bytes(buffer.raw()) for buffer in buffers])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """The evidence without times, the items, and the answers of each journal."""
+    (evaluation,) = (folder / "evaluations").glob("[!.]*/evidence.json")
+    evidence = json.loads(evaluation.read_text())
+    del evidence["lineage"]["created"], evidence["opening"]
+    return {
+        "evidence": evidence,
+        "items": evaluation.with_name("items.jsonl").read_text(),
+        "answers": {name: sorted(lines) for name, lines in journals(folder).items()},
+    }
+
+
+def journals(folder: Path) -> dict[str, list[str]]:
+    files = (folder / ".tunewright" / "generations").glob("*.jsonl")
+    return {file.name: [line for line in file.read_text().split("\n") if line] for file in files}
+
+
+class Answering(Listener):
+    """A reporter that calls a function at the first answer of an arm."""
+
+    def __init__(self, arm: str, then: Callable[[], None]) -> None:
+        super().__init__()
+        self.arm, self.then, self.called = arm, then, False
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        answering = self
+
+        class Watching(LogTask):
+            def advance(self, steps: int = 1, note: str = "") -> None:
+                if answering.arm in note and not answering.called:
+                    answering.called = True
+                    answering.then()
+
+        yield Watching()

@@ -1,11 +1,9 @@
-"""Steps and an object that workers can import: they need only what Ray's environment has."""
+"""Steps that workers can import: they need only what Ray's environment has."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +63,3 @@ def refused_here(shared: int, part: int, task: Task) -> int:
 
 def ready(needed: str) -> None:
     """Nothing: the machine needs nothing."""
-
-
-class Counting:
-    """An object of a host that counts until it is interrupted."""
-
-    healthy = True
-
-    def __init__(self, step: int) -> None:
-        self.step, self.count = step, 0
-
-    async def events(self) -> AsyncGenerator[int, None]:
-        """Count."""
-        while True:
-            await asyncio.sleep(0.01)
-            self.count += self.step
-            yield self.count
-
-    async def so_far(self) -> AsyncGenerator[int, None]:
-        """Yield the count."""
-        yield self.count

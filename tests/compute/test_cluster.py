@@ -36,7 +36,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.locks import is_locked
 from tunewright.core.progress import LogTask, Task
-from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.core.workers import ONE_CPU, THIS_PROCESS, Workers
 from tunewright.data.add import add
 from tunewright.demo import open_demo
 
@@ -292,7 +292,7 @@ def test_part_that_is_lost_again_and_again_is_one_error(two_workers: Workers) ->
 
 def test_fewer_workers_than_cpus_compute_no_more_at_once(machines: Any) -> None:
     with _workers(workers=1) as workers:
-        answers = list(workers.map(timed, 0.1, range(6), LogTask(), here=False))
+        answers = list(workers.map(timed, 0.1, range(6), LogTask(), needs=ONE_CPU))
     assert [part for part, _, _ in answers] == list(range(6))
     assert all(ended <= began for (_, _, ended), (_, began, _) in pairwise(answers))
 
@@ -305,7 +305,7 @@ def test_brief_parts_are_sent_more_at_once_and_stay_in_order(two_workers: Worker
             self.tasks += 1
 
     sent = Sent()
-    answers = list(two_workers.map(timed, 0.0, range(200), sent, batch=2, here=False))
+    answers = list(two_workers.map(timed, 0.0, range(200), sent, batch=2, needs=ONE_CPU))
     assert [part for part, _, _ in answers] == list(range(200))
     assert 8 <= sent.tasks < 30  # 100 if all had two
 
@@ -313,7 +313,7 @@ def test_brief_parts_are_sent_more_at_once_and_stay_in_order(two_workers: Worker
 def test_this_process_computes_while_it_waits_unless_it_must_not(machines: Any) -> None:
     with _workers(workers=1) as workers:
         for here in (True, False):
-            answers = list(workers.map(where, 0.05, range(40), LogTask(), here=here))
+            answers = list(workers.map(where, 0.05, range(40), LogTask(), needs=None if here else ONE_CPU))
             assert [part for part, _ in answers] == list(range(40))
             computed_here = sum(number == os.getpid() for _, number in answers)
             assert 1 <= computed_here <= 30 if here else computed_here == 0

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+from compute_helpers import Answering, journals, results
 from data_helpers import Listener
-from evaluation_results import Answering, journals, results
 from parts import failing, ready, released
 from raylets import raylets, token_required
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
+from compute_helpers import Answering, results
 from data_helpers import Listener
-from evaluation_results import Answering, results
 from raylets import raylets, token_required
 
 from command_line import write_jsonl

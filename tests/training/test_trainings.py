@@ -21,7 +21,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.locks import locked_folder
 from tunewright.core.progress import LogReporter, Reporter, Task
-from tunewright.core.workers import ONE_CPU, THIS_PROCESS, Machine, Needs, Part, Result, Shared, Step, on_machine
+from tunewright.core.workers import THIS_PROCESS, Machine, Needs, Part, Result, Shared, Step, on_machine
 from tunewright.evaluation.learning_curve import LearningCurve
 from tunewright.models.bases import Base, resolve_base
 from tunewright.training.monitoring import DivergedError
@@ -57,12 +57,10 @@ class PickledCluster:
         parts: Iterable[Part],
         task: Task,
         batch: int = 1,
-        needs: Needs = ONE_CPU,
-        *,
-        here: bool = True,
+        needs: Needs | None = None,
     ) -> Iterator[Result]:
         """Yield the result of each part, none of which this process may compute."""
-        assert not here
+        assert needs is not None
         self.needs.append(needs)
         for part in parts:
             yield _copied(step(_copied(shared), _copied(part), task))

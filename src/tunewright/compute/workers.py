@@ -92,15 +92,13 @@ class _RayWorkers:
         parts: Iterable[Part],
         task: Task,
         batch: int = 1,
-        needs: Needs = ONE_CPU,
-        *,
-        here: bool = True,
+        needs: Needs | None = None,
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
         require_head()
         ahead = _Ahead(self, step, shared, iter(parts), task, batch, needs)
         try:
-            while results := ahead.results(here=here):
+            while results := ahead.results():
                 yield from results
         finally:
             if ahead.sent and ray.is_initialized() and has_head():
@@ -133,17 +131,18 @@ class _Ahead:
         parts: Iterator[Any],
         task: Task,
         batch: int,
-        needs: Needs,
+        needs: Needs | None,
     ) -> None:
         self._workers, self._step, self._shared, self._parts, self._task = workers, step, shared, parts, task
-        self._batch, self._needs = batch, needs
+        self._batch, self._needs, self._here = batch, needs or ONE_CPU, needs is None
         self._many = batch
-        self._run = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=_RETRIES, num_returns=2)(_run)
+        room = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus}
+        self._run = ray.remote(**room, max_retries=_RETRIES, num_returns=2)(_run)
         self._held = [ray.put(shared)]  # a list: Ray would send what a bare reference stands for with each part
         self.sent = deque[_Sent]()
         self._waiting = deque[_Sent | list[Any]]()
 
-    def results(self, *, here: bool) -> list[Any]:
+    def results(self) -> list[Any]:
         """Return the results of the next parts; none if there are no more."""
         # A thread of Ray collects cycles in this process, again and again, and would look at all rows each time.
         gc.freeze()
@@ -151,7 +150,7 @@ class _Ahead:
         while self._waiting:
             first = self._waiting[0]
             there = not isinstance(first, _Sent) or ray.wait([first.answer], timeout=0, fetch_local=False)[0]
-            if here and not there and self._compute():
+            if self._here and not there and self._compute():
                 continue
             results = self._taken(first) if isinstance(first, _Sent) else first
             self._waiting.popleft()

@@ -81,9 +81,7 @@ class Workers(Protocol):
         parts: Iterable[Part],
         task: Task,
         batch: int = 1,
-        needs: Needs = ONE_CPU,
-        *,
-        here: bool = True,
+        needs: Needs | None = None,
     ) -> Iterator[Result]:
         """Yield ``step(shared, part, task)`` for each part, in the order of the parts.
 
@@ -93,8 +91,8 @@ class Workers(Protocol):
             parts: taken only a few ahead of the results, so that a long iterable is never held as a whole.
             task: advanced by what the parts have done.
             batch: number of parts that one worker gets at once, if a part is small.
-            needs: what one part takes of a machine.
-            here: whether this process computes parts too, while it waits for a cluster's.
+            needs: what one part takes of a machine, whose parts this process does not compute. None: one CPU, and this
+                process computes parts, too, while it waits for a cluster's.
         """
 
 
@@ -157,12 +155,10 @@ class ThisProcess:
         parts: Iterable[Part],
         task: Task,
         batch: int = 1,
-        needs: Needs = ONE_CPU,
-        *,
-        here: bool = True,
+        needs: Needs | None = None,
     ) -> Iterator[Result]:
         """Yield the result of each part."""
-        del batch, needs, here
+        del batch, needs
         return (step(shared, part, task) for part in parts)
 
 

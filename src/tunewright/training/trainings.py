@@ -95,7 +95,7 @@ class Trainings:
             self.reporter.task("Training on the cluster", len(jobs), "trainings") as task,
             _steps_shown(task, jobs),
         ):
-            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self.needs, here=False):
+            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self.needs):
                 done.messages.report_to(self.reporter)
                 yield done.result
 
