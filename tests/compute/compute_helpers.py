@@ -124,8 +124,9 @@ class PickledWorkers:
     count = 3
     machines = ()
 
-    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
-        """Do nothing: there is no other machine."""
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
+        """Return nothing: there is no other machine."""
+        return []
 
     def map(
         self,

@@ -121,7 +121,7 @@ def test_machine_that_is_lost_before_it_was_checked_is_named_as_lost(head: Any) 
     ):
         head.remove_node(victim, allow_graceful=False)
         with pytest.raises(UserError, match=r"The machine [\d.]+ was lost before it answered"):
-            workers.check(ready, "")
+            workers.ask(ready, "")
 
 
 def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, tmp_path: Path) -> None:

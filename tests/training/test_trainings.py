@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,16 @@ class PickledCluster:
         self.changed = changed
         self.needs: list[Needs] = []
 
-    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
         """Call the function for each machine; the last one sees what is changed."""
+        answers = []
         for machine in self.machines:
-            seen = self.changed(shared) if machine is self.machines[-1] else shared
+            seen = self.changed(needed) if machine is self.machines[-1] else needed
             try:
-                question(_copied(seen))
+                answers.append((machine.name, question(_copied(seen))))
             except UserError as error:
                 raise on_machine(machine.name, error) from None
+        return answers
 
     def map(
         self,

@@ -81,9 +81,9 @@ class _RayWorkers:
         self.cluster, self.count, self.reporter, self.limited = cluster, count, reporter, limited
         self.machines = [_machine(node) for node in cluster.machines]
 
-    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
-        """Call a function on each machine."""
-        self.cluster.ask(question, shared)
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
+        """Return each machine's answer."""
+        return self.cluster.ask(question, needed)
 
     def map(
         self,

@@ -56,7 +56,22 @@ class WorkerFailedError(UserError):
     """The process of a worker cannot compute a part, and another one may."""
 
 
-class Workers(Protocol):
+class Asked(Protocol):
+    """Machines that answer questions."""
+
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
+        """Return the name of each machine with its answer.
+
+        Args:
+            question: a function of a module.
+            needed: its argument.
+
+        Raises:
+            UserError: as the function raises it, with the machine's name, or a machine does not answer.
+        """
+
+
+class Workers(Asked, Protocol):
     """Processes that compute the parts of a step."""
 
     @property
@@ -66,13 +81,6 @@ class Workers(Protocol):
     @property
     def machines(self) -> Sequence[Machine]:
         """The machines of the cluster; empty if parts are computed in this process."""
-
-    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
-        """Call a function on each machine.
-
-        Raises:
-            UserError: as the function raises it, with the machine's name, or a machine does not answer.
-        """
 
     def map(
         self,
@@ -96,7 +104,7 @@ class Workers(Protocol):
         """
 
 
-class ModelWorkers(Protocol):
+class ModelWorkers(Asked, Protocol):
     """Processes of a cluster that each keep a model between the parts that they compute."""
 
     @property
@@ -110,17 +118,6 @@ class ModelWorkers(Protocol):
     @property
     def count(self) -> int:
         """Number of parts computed at once."""
-
-    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
-        """Return the name of each machine with its answer.
-
-        Args:
-            question: a function of a module.
-            needed: its argument.
-
-        Raises:
-            UserError: as the function raises it, with the machine's name, or a machine does not answer.
-        """
 
     def each(
         self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
@@ -145,8 +142,10 @@ class ThisProcess:
     count = 1
     machines: Sequence[Machine] = ()
 
-    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
-        """Do nothing: there is no other machine."""
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
+        """Return nothing: there is no other machine."""
+        del question, needed
+        return []
 
     def map(
         self,

@@ -194,7 +194,7 @@ def open_trainings(workers: Workers, project: ProjectFolder, base: Base, reporte
         return
     needs = _needs(workers.machines)
     with open_site(project, base) as site:
-        workers.check(require_site, site)
+        workers.ask(require_site, site)
         each = "a GPU" if needs.gpus else count_of(needs.cpus, "CPU")
         reporter.say(f"Each training takes {each}: up to {_at_once(workers, needs)} at once.")
         yield Trainings(workers, base, reporter, needs, site)
