@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.config import PRESETS
+from tunewright.models.families import read_shape
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
-from tunewright.models.memory.shape import read_shape
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 RANK = 16

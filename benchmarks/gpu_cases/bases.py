@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.models.bases import Base
-from tunewright.models.families import ATTENTION, MLP
+from tunewright.models.families import ATTENTION, MLP, Shape
 from tunewright.models.loading import device
-from tunewright.models.memory.shape import Shape
 
 SHAPES = {
     "7b": Shape(32, 4096, 11008, 32, 32, 128, 32000, tied=False, attention_bias=False, mlp_bias=False),

@@ -29,8 +29,8 @@ from tunewright.chat.format import Tokens
 from tunewright.config import PRESETS, Config
 from tunewright.core.progress import LogReporter
 from tunewright.models import quiet_transformers
+from tunewright.models.families import Shape
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
-from tunewright.models.memory.shape import Shape
 from tunewright.training.run import Run
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]

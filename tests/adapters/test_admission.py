@@ -34,7 +34,7 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_diges
 from tunewright.data.examples import Message
 from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.verdict import verdict
-from tunewright.models.memory.shape import read_shape
+from tunewright.models.families import read_shape
 from tunewright.serving.options import ServeOptions
 
 pytest_plugins = "adapter_fixtures"

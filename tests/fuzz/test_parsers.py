@@ -36,7 +36,7 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.readers import read_pairs
 from tunewright.data.selection import Origins, Selection, select
 from tunewright.data.versions import Member
-from tunewright.models.memory.shape import Shape
+from tunewright.models.families import Shape
 from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, BoundedHttpProtocol, ConnectionState
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.messages_api import MessagesRequest

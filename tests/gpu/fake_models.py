@@ -18,9 +18,8 @@ from tunewright.chat import Tokens
 from tunewright.config import Config
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base
-from tunewright.models.families import ATTENTION, MLP
+from tunewright.models.families import ATTENTION, MLP, Shape
 from tunewright.models.memory.estimate import BatchShape
-from tunewright.models.memory.shape import Shape
 from tunewright.training.run import Run
 
 SHAPES = {

@@ -11,8 +11,8 @@ from fake_card import FakeCard
 from fake_models import SHAPES, build, rows, train
 
 from tunewright.config import PRESETS
+from tunewright.models.families import Shape
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
-from tunewright.models.memory.shape import Shape
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 LORA = TrainingSetup(TARGETS, 16, checkpointing=True, card=True)

@@ -16,7 +16,7 @@ from hypothesis_settings import examples
 from tiny import tiny_model
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.families import ATTENTION, FAMILIES
+from tunewright.models.families import ATTENTION, FAMILIES, Shape, read_shape
 from tunewright.models.loading import drop_vision
 from tunewright.models.memory import estimate as fit_memory
 from tunewright.models.memory.estimate import (
@@ -29,7 +29,6 @@ from tunewright.models.memory.estimate import (
     weight_bytes,
 )
 from tunewright.models.memory.plan import available_memory, card_named, gigabytes, parse_size, plan
-from tunewright.models.memory.shape import Shape, read_shape
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 LLAMA_2_7B: dict[str, Any] = {

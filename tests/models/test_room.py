@@ -13,8 +13,8 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
+from tunewright.models.families import read_shape
 from tunewright.models.memory.plan import available_memory, plan
-from tunewright.models.memory.shape import read_shape
 from tunewright.open_project import OpenProject
 from tunewright.training.memory import SHORT_ROW, require_room
 

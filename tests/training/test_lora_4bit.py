@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
-from tunewright.models.families import ATTENTION, MLP
+from tunewright.models.families import ATTENTION, MLP, Shape
 from tunewright.models.loading import disable_repacking, load_model
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, adapter_copies, attention_saved, layer_saved
-from tunewright.models.memory.shape import Shape
 from tunewright.training.lora import fused_linear_4bit, lora_config, use_fused_lora
 
 ALL_LINEAR = tuple(PRESETS["all-linear"]["target_modules"])

@@ -23,9 +23,9 @@ from tunewright.gate.prompts import Probe, contexts, draw_probe
 from tunewright.generation.requests import Completion
 from tunewright.metrics import Scorer, open_scorers, score_all
 from tunewright.models.bases import Base
+from tunewright.models.families import read_shape
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.models.memory.plan import available_memory, gigabytes
-from tunewright.models.memory.shape import read_shape
 
 _ROOM = 1.3
 """Memory of a model during the comparison, in bytes of its weights: activations, adapter, one more layer.

@@ -7,14 +7,14 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import platformdirs
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.models.families import family_of, text_config, text_name
+from tunewright.models.families import check_architecture, text_name
 from tunewright.models.sources import (
     BUNDLED,
     CONSOLIDATED,
@@ -176,43 +176,6 @@ def check_base_folder(folder: Path) -> str:
     if not any((folder / name).exists() for name in _TOKENIZERS):
         raise UserError(f"No tokenizer: none of {', '.join(_TOKENIZERS)} exists", where=str(folder))
     return architecture
-
-
-def check_architecture(path: Path) -> str:
-    """Return the architecture that a base's ``config.json`` names.
-
-    Raises:
-        UserError: an unsupported family, custom code, or quantized weights.
-    """
-    config = read_config(path)
-    where = str(path)
-    if config.get("auto_map"):
-        raise UserError(
-            "This base needs custom code (auto_map)", where=where, fix="Use a base without: its code is never run."
-        )
-    architecture, _ = family_of(config, where)
-    quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        fix = "Use the original base in bfloat16, float16 or float32."
-        if method == "fp8":
-            # Ministral 3 and Devstral 2 are published in FP8; Ministral 3 also in bfloat16, under another name.
-            fix += " For Ministral 3 that is the repository whose name ends in -BF16."
-        raise UserError(f"The weights are already quantized ({method})", where=where, fix=fix)
-    return architecture
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return a base's ``config.json``."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("No config.json: this folder is not a base", where=str(path.parent)) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"Not valid JSON: {error}", where=str(path)) from None
-    if not isinstance(config, dict):
-        raise UserError(f"A model configuration must be a JSON object (got {type(config).__name__})", where=str(path))
-    return config
 
 
 def tensor_files(folder: Path) -> dict[str, str]:

@@ -6,8 +6,8 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.data.versions import current_manifest, load_version
-from tunewright.models.bases import base_config, check_architecture, local_base
-from tunewright.models.families import require_quantizable, require_targets
+from tunewright.models.bases import base_config, local_base
+from tunewright.models.families import Shape, check_architecture, read_shape, require_quantizable, require_targets
 from tunewright.models.memory.plan import (
     Memory,
     MemoryCheck,
@@ -19,7 +19,6 @@ from tunewright.models.memory.plan import (
     plan,
     unusable_card,
 )
-from tunewright.models.memory.shape import Shape, read_shape
 from tunewright.open_project import OpenProject
 from tunewright.training import distributed
 from tunewright.training.options import MemoryOptions

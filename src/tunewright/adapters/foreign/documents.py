@@ -23,8 +23,7 @@ from tunewright.config.train import Target
 from tunewright.core.errors import UserError, first_fault
 from tunewright.core.strict_json import strict_object
 from tunewright.core.text import mark_fault
-from tunewright.models.families import ATTENTION, MLP, OUTSIDE_TEXT, module_name
-from tunewright.models.memory.shape import Shape
+from tunewright.models.families import ATTENTION, MLP, OUTSIDE_TEXT, Shape, module_name
 
 _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_mapping": ((None,), "names a class to import"),

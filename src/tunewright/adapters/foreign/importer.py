@@ -38,7 +38,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import new_folder, write_json
 from tunewright.core.remote_files import RemoteFiles
-from tunewright.models.memory.shape import read_shape
+from tunewright.models.families import read_shape
 from tunewright.open_project import OpenProject
 
 Source = Path | RemoteFiles

@@ -20,7 +20,8 @@ from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import RANKS, VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 from tunewright.generation.requests import Completion, Request, Row
 from tunewright.generation.text_stream import Decode
-from tunewright.models.bases import Base, read_config
+from tunewright.models.bases import Base
+from tunewright.models.families import read_config
 
 _GIB = 1 << 30
 _ROWS_BY_CARD = ((20, 64), (40, 128))

@@ -17,9 +17,8 @@ from tunewright.export.gguf.tensors import FILE_TYPES, FileType, Mixture, Tensor
 from tunewright.export.gguf.tokenizer import add_token_ids, add_tokenizer
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
-from tunewright.models.families import text_name
+from tunewright.models.families import read_shape, text_name
 from tunewright.models.loading import text_settings
-from tunewright.models.memory.shape import read_shape
 
 _KINDS = ("llama", "mistral")
 """llama.cpp treats both as the architecture "llama"; for others neither tensors nor positions have been compared."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from tunewright.models.families import ATTENTION, MLP
-from tunewright.models.memory.shape import Shape
+from tunewright.models.families import ATTENTION, MLP, Shape
 
 FLOAT = 4
 """Bytes of a float32 number."""
