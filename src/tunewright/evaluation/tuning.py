@@ -72,7 +72,7 @@ def train_adapter(project: OpenProject, forced: str | None, signer: SigningKey |
     facts = {"forced": forced} if forced else {}
     inputs = project.folder, load_version(project.folder.dataset), project.base, project.chat, project.reporter
     if project.folder.config.compute.cluster is not None:
-        from tunewright.training.on_cluster import train_on_cluster
+        from tunewright.training.trainings import train_on_cluster
 
         result = train_on_cluster(*inputs, facts=facts, signer=signer)
     elif project.folder.config.compute.fsdp:
@@ -186,6 +186,6 @@ def has_trained(project: OpenProject) -> bool:
 def check_trainable(project: OpenProject) -> None:
     """Check before other work that ``compute.cluster`` can train, if it is set."""
     if project.folder.config.compute.cluster is not None:
-        from tunewright.training.on_cluster import check_cluster
+        from tunewright.training.trainings import check_cluster
 
         check_cluster(project.folder, project.base, project.reporter)

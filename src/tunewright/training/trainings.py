@@ -1,8 +1,12 @@
-"""Trainings that do not depend on each other: here one after the other, or on the machines of a cluster at once.
+"""Trainings: here one after the other, on the machines of a cluster at once, or one in several of its processes.
 
 The trials of a sweep, the parts of a learning curve, the folds of a cross-validation and pilots are ordinary trainings.
 On a cluster each is a task that makes the same call in a worker. It has the same working folder, so a lost one resumes
 from its last checkpoint on another machine, and the same number of threads, so its adapter is the same.
+
+One training in several processes calls the function that torchrun's processes call. Every machine sees the project's
+folder: rows are read from it, and the first process writes checkpoints and the adapter. The command that started them
+shows what it reports, passes a stop on, and signs the adapter.
 """
 
 from __future__ import annotations
@@ -15,24 +19,34 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from tunewright.adapters.registry import HISTORY, Adapter, read_history
-from tunewright.chat import ChatFormat
+from tunewright.adapters.signing import SigningKey, sign, store_signer
+from tunewright.chat import ChatFormat, open_chat
+from tunewright.compute import open_group
 from tunewright.compute.relay import KeptMessages
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest
+from tunewright.core.interrupts import finishing
+from tunewright.core.io import digest, refused
 from tunewright.core.locks import is_locked
 from tunewright.core.progress import LogReporter, Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import ONE_CPU, Machine, Needs, Workers, on_machine
-from tunewright.data.versions import DatasetVersion
-from tunewright.models.bases import Base
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.models.bases import Base, base_here
+from tunewright.training import distributed
+from tunewright.training.checkpoints import stop_on_signal, stopped_from
 from tunewright.training.machine_check import Site, open_site, require_site
-from tunewright.training.train import find_trained, train, training_inputs
+from tunewright.training.run import micro_batch, require_fsdp_supported
+from tunewright.training.trackers import require_trackers
+from tunewright.training.train import TrainResult, find_trained, train, training_inputs
+
+if TYPE_CHECKING:
+    from tunewright.compute.group import WorkerGroup
 
 Shared = TypeVar("Shared")
 Value = TypeVar("Value")
@@ -42,6 +56,7 @@ _WHERE = "compute.cluster"
 _FREE_S = 60.0
 _SEEN_S = 120.0  # network file systems show a new file to other machines after up to a minute
 _LOOK_S = 2.0
+_FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @dataclass(frozen=True)
@@ -295,3 +310,118 @@ def _latest_step(work: Path) -> int:
         return max((int(row["step"]) for row in read_history(work / HISTORY)), default=0)
     except UserError:
         return 0  # not begun, or its folder is being removed
+
+
+# One training in several processes
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training of a project, by what decides its adapter."""
+
+    project: ProjectFolder
+    base: Base
+    version: str
+    identity: str
+    """Digests of the dataset version, and of all inputs."""
+    facts: Mapping[str, Any]
+
+    @property
+    def work(self) -> Path:
+        """The run's working folder."""
+        return self.project.root / ".tunewright" / "training" / self.identity[:12]
+
+
+def train_on_cluster(
+    project: ProjectFolder,
+    dataset: DatasetVersion,
+    base: Base,
+    chat: ChatFormat,
+    reporter: Reporter,
+    *,
+    facts: Mapping[str, Any],
+    signer: SigningKey | None = None,
+) -> TrainResult:
+    """Train as :func:`tunewright.training.train.train` does, in the processes of ``compute.cluster``.
+
+    Without a GPU and without ``compute.workers`` there is nothing to gain, and this process trains.
+    """
+    config = project.config
+    if distributed.world_size() > 1:
+        fix = "Start `tunewright train` once, without a launcher: the cluster starts the processes."
+        raise UserError("Processes of a launcher cannot use a cluster", where=_WHERE, fix=fix)
+    require_trackers(config.train.report_to)
+    identity = digest(training_inputs(project, dataset, base, chat))
+    if (existing := find_trained(project.adapters, config.name, identity)) is not None:
+        return TrainResult(existing, trained=False)
+    with open_group(config, reporter) as group:
+        if group is not None:
+            job = TrainingJob(absolute(project), base, dataset.digest, identity, facts)
+            return _train_in_group(group, project, job, reporter, signer)
+    if config.compute.fsdp:
+        raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
+    reporter.say("The cluster has no GPU: this process trains. compute.workers: 2 or more trains in several.")
+    return train(project, dataset, base, chat, reporter, facts=facts, signer=signer)
+
+
+def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> None:
+    """Check before other work that the config can be trained in the processes of ``compute.cluster``, if it is set."""
+    with open_group(project.config, reporter) as group:
+        if group is not None:
+            _require_trainable(group, absolute(project), base, reporter)
+
+
+def _train_in_group(
+    group: WorkerGroup, project: ProjectFolder, job: TrainingJob, reporter: Reporter, signer: SigningKey | None
+) -> TrainResult:
+    _require_trainable(group, job.project, job.base, reporter)
+    # Tried now, not after hours of training; the key stays on this machine.
+    signer = signer or store_signer(project.keys, reporter)
+    with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
+        stop.phase = "closed"
+        storage = job.project.work / "ray" / job.identity[:12]
+        group.run(train_together, job, storage, reporter, lambda: stop.asked)
+    adapter = stored_adapter(project.adapters, project.config.name, job.identity)
+    if signer is not None:
+        sign(adapter.folder, signer)
+    return TrainResult(adapter, trained=True)
+
+
+def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
+    """Check that the group's processes can train the config, and that every machine has what they need."""
+    compute, settings = project.config.compute, project.config.train
+    micro_batch(settings, group.count)
+    if compute.fsdp:
+        if group.count == 1:
+            raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
+        require_fsdp_supported(settings)
+    with (
+        reporter.task("Checking the machines", len(group.cluster.machines), "machines") as task,
+        open_site(project, base) as site,
+    ):
+        group.cluster.ask(require_site, site)
+        task.advance(len(group.cluster.machines))
+
+
+def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[], bool]) -> None:
+    """Train in one of the processes; the first one stores the adapter."""
+    project = job.project
+    if project.config.compute.fsdp:
+        os.environ.update(_FSDP)
+    dataset, base = load_version(project.dataset), base_here(job.base)
+    if dataset.digest != job.version:
+        what = "The dataset has another version now: another command has changed it"
+        raise UserError(what, where=str(project.dataset), fix="Run the same command again, to train on that version.")
+    chat = open_chat(base, project.config.chat, reporter)
+    if distributed.is_main_process():
+        wait_for_lock(job.work)
+    try:
+        with stopped_from(stop_asked):
+            # Without a folder for the adapters it would be signed here.
+            train(project, dataset, base, chat, reporter, adapters=project.adapters, work=job.work, facts=job.facts)
+    except OSError as error:
+        raise refused(error) or error from None
+    except RuntimeError as error:
+        if distributed.is_peer_failure(error):
+            raise ConnectionError(str(error)) from None
+        raise
