@@ -15,7 +15,7 @@ from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.add_options import AddOptions
-from tunewright.data.add_plan import Effect, preview
+from tunewright.data.preview import Effect, check_files
 from tunewright.data.remove import remove
 from tunewright.data.versions import load_version
 
@@ -30,7 +30,7 @@ def _rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def _effect(project: ProjectFolder, path: Path) -> Effect:
-    effect = preview(project, [path], Listener()).effect
+    effect = check_files(OpenFolder(project, Listener()), [path]).effect
     assert effect is not None
     return effect
 
@@ -50,7 +50,7 @@ def test_preview_has_the_numbers_of_add_and_writes_nothing(
     spaced = {**rows[46], "prompt": f" {rows[46]['prompt'].upper()}"}  # another pair key, and an exact duplicate
     path = _file(tmp_path / "new.jsonl", [*rows[30:], rows[45], spaced, near])
     before = _everything(project.root)
-    found = preview(project, [path], Listener())
+    found = check_files(OpenFolder(project, Listener()), [path])
     assert _everything(project.root) == before
     assert found.ok
     effect = _effect(project, path)
@@ -83,7 +83,7 @@ def test_preview_collects_every_error_of_add(tmp_path: Path) -> None:
     rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
     rows.append({**rows[0], "completion": "another"})
     path = _file(tmp_path / "new.jsonl", rows)
-    found = preview(project, [path], Listener())
+    found = check_files(OpenFolder(project, Listener()), [path])
     assert not found.ok
     reported = [refusal.what.splitlines()[0] for refusal in found.refusals]
     assert reported == [
@@ -103,7 +103,7 @@ def test_preview_collects_every_error_of_add(tmp_path: Path) -> None:
 
 
 def test_preview_includes_the_error_for_too_few_rows(tmp_path: Path) -> None:
-    found = preview(new_project(tmp_path / "p"), [_file(tmp_path / "a.jsonl", _rows(3))], Listener())
+    found = check_files(OpenFolder(new_project(tmp_path / "p"), Listener()), [_file(tmp_path / "a.jsonl", _rows(3))])
     assert (found.ok, found.effect) == (False, None)
     assert "in 3 clusters" in found.refusals[0].what
 
@@ -139,7 +139,9 @@ def test_preview_warns_of_conflicts_only_when_accepted(tmp_path: Path, setting: 
     project = new_project(tmp_path / "p", f"data: {{conflicts: {setting}}}\n")
     rows = _rows(30)
     listener = Listener()
-    found = preview(project, [_file(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])], listener)
+    found = check_files(
+        OpenFolder(project, listener), [_file(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])]
+    )
     assert any("all kept" in warning for warning in listener.warned) is warned
     assert bool(found.refusals) is not warned
 
@@ -197,7 +199,7 @@ def test_faults_group_images_as_one_cause(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     turns = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]
     path = _file(tmp_path / "a.jsonl", [*_rows(20), *[{"messages": turns}] * 4])
-    [refusal] = preview(project, [path], Listener()).refusals
+    [refusal] = check_files(OpenFolder(project, Listener()), [path]).refusals
     assert refusal.what.count("images are not supported") == 1
     assert f"{path}:21, {path}:22, {path}:23 and 1 more" in refusal.what
 
@@ -207,7 +209,7 @@ def test_conflict_refusal_is_short_and_the_json_lists_all_when_most_inputs_have_
     start = "one attribute that all of them have, and then another, and a third "
     rows = [(f"{start}{i} {text}", f"{i} {j}") for i, (text, _) in enumerate(unlike_pairs(30)) for j in range(9)]
     path = _file(project.root / "pairs.jsonl", [{"prompt": text, "completion": answer} for text, answer in rows])
-    found = preview(project, [path], Listener())
+    found = check_files(OpenFolder(project, Listener()), [path])
     [refusal] = found.refusals
     assert "Every input has several outputs. If these are alternative references" in str(refusal)
     assert (str(refusal).count(start), str(refusal).count("and 6 more outputs")) == (3, 3)

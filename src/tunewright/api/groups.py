@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.adapters import verbs
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.api.deprecated import keywords
-from tunewright.data import remote, remove, verify
+from tunewright.data import preview, remote, remove, verify
 from tunewright.data import verbs as data
 from tunewright.evaluation import adapter_details, data_verbs, label_review
 from tunewright.evaluation.verbs import current_split_power
@@ -37,7 +37,7 @@ class ProjectData(ProjectGroup):
     """Verbs on a project's data."""
 
     blame = data.blame
-    check_files = data.check_files
+    check_files = preview.check_files
     checkout = data.checkout
     cluster_counts = data.cluster_counts
     diff = data.diff

@@ -18,9 +18,9 @@ from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, table
 
 if TYPE_CHECKING:
-    from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
+    from tunewright.data.preview import Effect, Preview
     from tunewright.training.rows import LengthReport
 
 data_app = group("data", DATA, "Add, check, review, version and share training pairs.")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.config import Config
+from tunewright.compute import open_workers
+from tunewright.config import Config, DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
@@ -16,22 +18,27 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.core.workers import Workers
 from tunewright.data import notices
-from tunewright.data.add_options import AddOptions
-from tunewright.data.add_plan import AddPlan, plan_add, prepare_add
+from tunewright.data.add_options import AddOptions, ColumnMapping
+from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
-from tunewright.data.merge import Merge
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
-from tunewright.data.readers import Fault, ReadResult, SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.readers import (
+    Fault,
+    ReadResult,
+    SourceRow,
+    read_pairs,
+    require_columns,
+    source_digest,
+    source_size,
+)
 from tunewright.data.readers.hub import hub_source
 from tunewright.data.readers.preferences import REJECTED, rejected_value
+from tunewright.data.readers.sources import is_workbook, source_files
 from tunewright.data.readers.validate import counted
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
 from tunewright.data.trace import read_metadata
-from tunewright.data.version_builder import (
-    VersionDraft,
-)
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -107,9 +114,7 @@ def add(
     input with several outputs, the files must have at least as many, which replace them all.
 
     Args:
-        project: its config names columns, groups, system turn, similarity, shares, mix-in, benchmarks and seed.
         files: files, folders, patterns and datasets of the hub, as ``source_files`` expands them.
-        reporter: receives warnings on rows left out, moved or doubtful.
         message: stored with the version.
         workers: check and compare the rows (None: those of ``compute.cluster``).
 
@@ -120,9 +125,10 @@ def add(
     """
     with prepare_add(project, files, reporter, options, workers) as (project, paths, workers):
         config = project.config
-        inputs = _read(paths, config, reporter, workers, skip_bad=options.skip_bad)
+        read = _read(paths, config, reporter, workers, skip_bad=options.skip_bad)
+        faults = [fault for _, reading in read for fault in reading.faults]
         screened = screen(
-            inputs.rows,
+            [row for _, reading in read for row in reading.rows],
             config.data.allow,
             reporter,
             redact=options.redact,
@@ -130,77 +136,128 @@ def add(
             workers=workers,
         )
         with locked(project.dataset):
-            planned = plan_add(project, screened.rows, reporter, options, workers=workers)
-            version = _save(project, inputs, planned, reporter, message=message)
-    rows, merged, draft = planned.rows, planned.merged, planned.draft
-    fates = Counter(draft.fate(row, merged)["fate"] for row in rows)
+            plan = plan_add(project, screened.rows, reporter, options, workers=workers)
+            version = _save(project, plan, _sources(read, project.root), faults, reporter, message=message)
+    merged = plan.merged
+    superseded = merged.left_out_as_superseded
+    fates = Counter(plan.fate(row)["fate"] for row in merged.rows)
     return AddResult(
         version=version,
-        created=planned.created,
+        created=plan.created,
         added=fates["added"],
-        known=fates["known"] - len(planned.superseded),
-        duplicates=planned.duplicates,
-        conflicts=planned.conflicts,
-        moved=draft.moved,
-        skipped=tuple(inputs.faults),
+        known=fates["known"] - len(superseded),
+        duplicates=merged.duplicates,
+        conflicts=merged.conflicts,
+        moved=plan.moved,
+        skipped=tuple(faults),
         redacted=screened.redacted,
         personal=screened.personal,
-        contaminated=draft.hits,
-        left_out=len(draft.left_out),
-        unaccepted=len(draft.unaccepted),
-        largest=draft.largest,
-        outputs=draft.outputs,
-        near_duplicates=planned.near,
-        replaced=merged.replaced(),
-        removed=tuple(f"{row.source}:{row.line}" for row in rows if row.example.pair_key in merged.withheld),
-        superseded=tuple(f"{row.source}:{row.line}" for row in planned.superseded),
-        clusters=clusters_by_split(draft.members),
-        dev_clusters=cluster_sizes(draft.members, "dev"),
+        contaminated=plan.hits,
+        left_out=len(plan.left_out),
+        unaccepted=len(plan.unaccepted),
+        largest=plan.largest,
+        outputs=plan.outputs,
+        near_duplicates=plan.near,
+        replaced=merged.replaced,
+        removed=tuple(f"{row.source}:{row.line}" for row in merged.rows if row.example.pair_key in merged.withheld),
+        superseded=tuple(f"{row.source}:{row.line}" for row in superseded),
+        clusters=clusters_by_split(plan.members),
+        dev_clusters=cluster_sizes(plan.members, "dev"),
     )
 
 
+@contextmanager
+def prepare_add(
+    project: ProjectFolder,
+    files: Iterable[str | Path],
+    reporter: Reporter,
+    options: AddOptions,
+    workers: Workers | None = None,
+) -> Iterator[tuple[ProjectFolder, Sequence[Path], Workers]]:
+    """Yield the project with the options in its config, the files to read, and the workers."""
+    paths = source_files(files, reporter)
+    data = map_columns(project.config.data, options.mapping, paths)
+    if options.accept_conflicts:
+        data = data.model_copy(update={"conflicts": "accept"})
+    optioned = ProjectFolder(project.root, project.config.model_copy(update={"data": data}))
+    with open_workers(project.config, reporter) if workers is None else nullcontext(workers) as opened:
+        yield optioned, paths, opened
+
+
+def map_columns(data: DataConfig, mapping: ColumnMapping, paths: Sequence[Path]) -> DataConfig:
+    """Return the config's data section with a mapping's values; each must be used by a file."""
+    options = {
+        "rows": mapping.rows,
+        "sheet": mapping.sheet,
+        "input": mapping.input_column,
+        "output": mapping.output_column,
+    }
+    given = {key: option for key, option in options.items() if option is not None}
+    if empty := [key for key, option in given.items() if not option]:
+        raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
+    data = data.model_copy(update=given)
+    if mapping.sheet is not None and not any(map(is_workbook, paths)):
+        raise UserError("No file is an .xlsx workbook", where="--sheet", fix="Leave it out for these files.")
+    if columns := [key for key in given if key in ("input", "output")]:
+        require_columns(paths, data, "--" + "/--".join(columns))
+    return data
+
+
 def _save(
-    project: ProjectFolder, inputs: _InputFiles, planned: AddPlan, reporter: Reporter, *, message: str
+    project: ProjectFolder,
+    plan: AddPlan,
+    sources: Mapping[str, Source],
+    faults: Sequence[Fault],
+    reporter: Reporter,
+    *,
+    message: str,
 ) -> Manifest:
     """Write the planned version, unless it is the current one."""
-    merged, draft = planned.merged, planned.draft
-    if not planned.created:
-        assert merged.parent is not None
+    merged, config = plan.merged, project.config
+    parent = merged.parent
+    if not plan.created:
+        assert parent is not None
         if message:
             reporter.warn("The message was not stored: nothing is new, so no version was created.")
-        _keep_known(project, inputs, planned, merged.parent, reporter)
-        return merged.parent.manifest
-    sources = _sources(inputs, project.root)
-    with reporter.task("counting", len(draft.members), "examples") as task:
+        _keep_known(project.dataset, plan, parent, sources, reporter)
+        return parent.manifest
+    if config.data.duplicates == "drop":  # new ones are left out, so those of the version before are all there are
+        near = parent.manifest.counts.near_duplicates if parent else 0
+    else:
+        near = sum(m.key in merged.near for m in plan.members)
+    accepted = parent is not None and parent.manifest.settings.conflicts == "accept"
+    settings = config.data.model_dump(include=Settings.model_fields.keys() - {"seed"})
+    if accepted:
+        settings["conflicts"] = "accept"
+    with reporter.task("counting", len(plan.members), "examples") as task:
         version = new_manifest(
-            draft.members,
-            merged.parent,
-            _settings(project.config, merged.parent),
+            plan.members,
+            parent,
+            Settings(**settings, seed=config.seed),
             message=message,
             sources=list(sources.values()),
-            left_out=ImportCounts(len(planned.duplicates), len(inputs.faults), len(draft.moved)),
-            mix=draft.mixed.about if draft.mixed else None,
-            near_duplicates=_near_count(merged, draft, project.config),
-            split_from=planned.inherited.about if planned.inherited else None,
+            left_out=ImportCounts(len(merged.duplicates), len(faults), len(plan.moved)),
+            mix=plan.mixed.about if plan.mixed else None,
+            near_duplicates=near,
+            split_from=plan.inherited.about if plan.inherited else None,
         )
-        task.advance(len(draft.members))
-    imports = _Imports(planned.rows, inputs.faults, sources, merged, draft)
+        task.advance(len(plan.members))
+    imports = _Imports(plan, faults, sources)
     if kept := Counter(key for line in imports for key in line.get("metadata", ())):
         reporter.say(f"Kept as metadata: {counted(kept)}")
-    version = save_version(project.dataset, version, draft.members, imports, reporter)
-    append_removals(project.dataset, [removal.restored(project.root) for removal in planned.restored])
+    version = save_version(project.dataset, version, plan.members, imports, reporter)
+    append_removals(project.dataset, [removal.restored(project.root) for removal in plan.restored])
     return version
 
 
 def _keep_known(
-    project: ProjectFolder, inputs: _InputFiles, planned: AddPlan, parent: DatasetVersion, reporter: Reporter
+    dataset: Path, plan: AddPlan, parent: DatasetVersion, sources: Mapping[str, Source], reporter: Reporter
 ) -> None:
     """Keep the rejected answers of known rows as preference pairs, and warn of metadata that is not stored."""
-    known = read_metadata(project.dataset, parent.manifest)
-    sources = _sources(inputs, project.root)
+    known = read_metadata(dataset, parent.manifest)
     pairs, other = [], 0
-    for row in planned.rows:
-        fate = planned.draft.fate(row, planned.merged) if row.metadata else {}
+    for row in plan.merged.rows:
+        fate = plan.fate(row) if row.metadata else {}
         if fate.get("fate") != "known":
             continue
         key = str(fate["key"])
@@ -218,10 +275,9 @@ def _keep_known(
                     version=parent.digest,
                 )
             )
-        others = [_without_rejected(each) for each in before]
-        new = _without_rejected(row.metadata)
+        new, *others = ({name: each[name] for name in each if name != REJECTED} for each in (row.metadata, *before))
         other += bool(new) and new not in others
-    if kept := add_kept_pairs(project.dataset, pairs):
+    if kept := add_kept_pairs(dataset, pairs):
         reporter.say(f"Kept {count_of(kept, 'preference pair')} of known rows (dataset/{KEPT_PAIRS_FILE})")
     if other:
         reporter.warn(
@@ -230,69 +286,28 @@ def _keep_known(
         )
 
 
-def _without_rejected(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metadata.items() if name != REJECTED}
-
-
-@dataclass(frozen=True)
-class _InputFiles:
-    """The files to add, and the rows read from each."""
-
-    files: Sequence[Path]
-    readings: Sequence[ReadResult]
-
-    @property
-    def rows(self) -> list[SourceRow]:
-        return [row for reading in self.readings for row in reading.rows]
-
-    @property
-    def faults(self) -> list[Fault]:
-        return [fault for reading in self.readings for fault in reading.faults]
-
-
 def _read(
     files: Sequence[Path], config: Config, reporter: Reporter, workers: Workers, *, skip_bad: bool
-) -> _InputFiles:
+) -> list[tuple[Path, ReadResult]]:
     if not files:
         raise UserError("No file to add", fix="Name one or more files of pairs, or list them in data.sources.")
     size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
-        inputs = _InputFiles(files, [read_pairs(path, config.data, task, workers) for path in files])
-    for reading in inputs.readings:
+        read = [(path, read_pairs(path, config.data, task, workers)) for path in files]
+    for _, reading in read:
         for note in reading.notes:
             reporter.say(note)
-    if inputs.faults and not skip_bad:
-        raise notices.faulty(inputs.faults)
-    if inputs.faults:
-        reporter.warn(notices.skipped(inputs.faults))
-    return inputs
+    if faults := [fault for _, reading in read for fault in reading.faults]:
+        if not skip_bad:
+            raise notices.faulty(faults)
+        reporter.warn(notices.skipped(faults))
+    return read
 
 
-def _settings(config: Config, parent: DatasetVersion | None) -> Settings:
-    data = config.data
-    before = parent is not None and parent.manifest.settings.conflicts == "accept"
-    return Settings(
-        dedup_threshold=data.dedup_threshold,
-        val_size=data.val_size,
-        test_size=data.test_size,
-        seed=config.seed,
-        group_by=data.group_by,
-        conflicts="accept" if before else data.conflicts,
-        split_by=data.split_by,
-        duplicates=data.duplicates,
-    )
-
-
-def _near_count(merged: Merge, draft: VersionDraft, config: Config) -> int:
-    if config.data.duplicates == "drop":  # new ones are left out, so those of the version before are all there are
-        return merged.parent.manifest.counts.near_duplicates if merged.parent else 0
-    return sum(m.key in merged.near for m in draft.members)
-
-
-def _sources(inputs: _InputFiles, root: Path) -> dict[str, Source]:
+def _sources(read: Sequence[tuple[Path, ReadResult]], root: Path) -> dict[str, Source]:
     """Map each file's name in messages to its source record, named relative to the project or by its file name."""
     sources: dict[str, Source] = {}
-    for path, reading in zip(inputs.files, inputs.readings, strict=True):
+    for path, reading in read:
         full, home = path.resolve(), root.resolve()
         name = full.relative_to(home).as_posix() if full.is_relative_to(home) else hub_source(path) or path.name
         name += reading.source.removeprefix(str(path))  # the sheet of a workbook
@@ -310,52 +325,30 @@ class _Imports:
     They are made when they are read: ten million of them would take more memory than the rows.
     """
 
-    rows: Sequence[SourceRow]
+    plan: AddPlan
     skipped: Sequence[Fault]
     sources: Mapping[str, Source]
-    merged: Merge
-    draft: VersionDraft
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        found: dict[str, list[SourceRow | Fault | _MixRow]] = defaultdict(list)
-        for row in self.rows:
-            found[self.sources[row.source].name].append(row)
-        for fault in self.skipped:
-            found[self.sources[fault.source].name].append(fault)
-        if mixed := self.draft.mixed:
-            name = mixed.about.source.name
-            found[name] += [_MixRow(row, None) for row in mixed.rows]
-            found[name] += [_MixRow(row, reason) for row, reason in mixed.left_out]
+        found: dict[str, list[SourceRow | Fault]] = defaultdict(list)
+        for items in (self.plan.merged.rows, self.skipped):
+            for each in items:
+                found[self.sources[each.source].name].append(each)
+        fates: dict[int, dict[str, Any]] = {}  # of rows drawn for the mix-in
+        if mixed := self.plan.mixed:
+            fates |= {id(row): {"fate": "mixed", "key": row.example.pair_key} for row in mixed.rows}
+            for row, reason in mixed.left_out:
+                fates[id(row)] = {"fate": "not mixed", "key": row.example.pair_key, "reason": reason}
+            found[mixed.about.source.name] += [*mixed.rows, *(row for row, _ in mixed.left_out)]
         for name in sorted(found):
             for item in sorted(found[name], key=lambda item: item.line):
-                yield {"source": name, "line": item.line, **self._fate(item)}
+                yield {"source": name, "line": item.line, **(fates.get(id(item)) or self._fate(item))}
 
-    def _fate(self, item: SourceRow | Fault | _MixRow) -> dict[str, Any]:
-        if isinstance(item, _MixRow):
-            return item.fate
+    def _fate(self, item: SourceRow | Fault) -> dict[str, Any]:
         if isinstance(item, Fault):
             return {"fate": "skipped", "code": item.code, "reason": item.reason}
-        fate = self.draft.fate(item, self.merged)
+        fate = self.plan.fate(item)
         # Rows that stay out get no metadata: a purge erases metadata by the keys of rows that were in a version.
         if item.metadata and fate["fate"] not in ("removed", "contaminated", "unaccepted"):
             fate["metadata"] = item.metadata
         return fate
-
-
-@dataclass(frozen=True)
-class _MixRow:
-    """A row that was drawn for the mix-in, with the reason if it was left out."""
-
-    row: SourceRow
-    reason: str | None
-
-    @property
-    def line(self) -> int:
-        return self.row.line
-
-    @property
-    def fate(self) -> dict[str, Any]:
-        key = self.row.example.pair_key
-        if self.reason is None:
-            return {"fate": "mixed", "key": key}
-        return {"fate": "not mixed", "key": key, "reason": self.reason}

@@ -1,267 +1,81 @@
-"""Planning an import: merge, cluster and split without writing, for ``add`` and for its preview."""
+"""Planning an import without writing: merge, look for contamination, cluster, split and mix in."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.compute import open_workers
-from tunewright.config import DataConfig
+from tunewright.config import Config, Duplicates
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data import notices
-from tunewright.data.add_options import AddOptions, ColumnMapping
-from tunewright.data.merge import Merge, compared, merge
-from tunewright.data.notices import Conflict, Duplicate
-from tunewright.data.readers import SourceRow, require_columns
-from tunewright.data.readers.file_check import FileCheck, check_files
-from tunewright.data.readers.sources import is_workbook, source_files
+from tunewright.data.add_options import AddOptions
+from tunewright.data.dedup import find_clusters, largest_clusters
+from tunewright.data.dedup.decontaminate import (
+    TEST,
+    ContaminationHit,
+    MatchKind,
+    find_hits,
+    item_names,
+    read_items,
+    training_hits,
+)
+from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage
+from tunewright.data.examples import Example, find_labels, template_groups
+from tunewright.data.merge import Merge, merge
+from tunewright.data.mix import DrawnMix, mix_in
+from tunewright.data.notices import Conflict, Duplicate, LargeCluster, SplitChange
+from tunewright.data.readers import SourceRow
 from tunewright.data.remove import removals_ended_by, removed_rows_notice
-from tunewright.data.screening import screen
-from tunewright.data.splits import SPLITS
-from tunewright.data.version_builder import (
-    InheritedSplit,
-    VersionDraft,
-    draft_version,
-    inherit_split,
-    inheritance_notice,
-    refuse_split_templates,
-)
-from tunewright.data.versions import (
-    DatasetVersion,
-    members_digest,
-)
-from tunewright.data.versions.logs import Removal
+from tunewright.data.review.edits import unaccepted_keys
+from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
+from tunewright.data.versions import DatasetVersion, Member, load_version, members_digest, short
+from tunewright.data.versions.logs import Removal, read_removals
+from tunewright.data.versions.version import SplitFrom, rename_clusters
 
-
-@dataclass(frozen=True)
-class SplitSize:
-    """Size of one split in the planned version: rows, new rows and clusters."""
-
-    split: str
-    rows: int
-    new: int
-    clusters: int
-
-
-@dataclass(frozen=True)
-class Effect:
-    """Effect of an import on the valid rows; ``contaminated`` rows contain a test row or a benchmark item."""
-
-    added: int
-    known: int
-    exact_duplicates: int
-    """Left out."""
-    near_kept: int
-    """Near-duplicates among those added, each in the cluster of the row it resembles."""
-    near_dropped: int
-    """Near-duplicates left out, if data.duplicates is "drop"."""
-    replaced: int
-    """Rows that would replace known ones with the same input and another output."""
-    superseded: int
-    """Rows that an earlier `data add --replace` superseded and that stay out."""
-    removed: int
-    """Rows that were removed earlier and stay out."""
-    conflicts: int
-    contaminated: int
-    moved: int
-    splits: tuple[SplitSize, ...]
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Contents of some files, and the effect of `data add` on the dataset; ``effect`` is None if unknown."""
-
-    files: FileCheck
-    metadata: dict[str, int]
-    """Keys that would be kept as metadata: number of rows."""
-    refusals: tuple[UserError, ...]
-    """Errors that `data add` would raise."""
-    effect: Effect | None
-    conflicts: tuple[Conflict, ...] = ()
-    """Conflicts that new rows cause."""
-
-    @property
-    def ok(self) -> bool:
-        """True if `data add` would accept the files with the same options."""
-        return not self.refusals and all(file.unreadable is None for file in self.files.files)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the preview as ``--json`` prints it."""
-        return {
-            **self.files.as_dict(),
-            "ok": self.ok,
-            "metadata": self.metadata,
-            "refusals": [refusal.as_dict() for refusal in self.refusals],
-            "effect": asdict(self.effect) if self.effect else None,
-            "conflicts": [asdict(conflict) for conflict in self.conflicts],
-        }
-
-
-def preview(
-    project: ProjectFolder,
-    files: Iterable[str | Path],
-    reporter: Reporter,
-    options: AddOptions = AddOptions(),
-) -> Preview:
-    """Check files against the current version as ``add`` would with the same arguments; memory holds the rows' keys.
-
-    Raises:
-        UserError: a template or JMESPath of the config is invalid, or the dataset was changed by hand.
-    """
-    rows: list[SourceRow] = []
-    refusals: list[UserError] = []
-    with prepare_add(project, files, reporter, options) as (project, paths, workers):
-        data = project.config.data
-        checked = check_files(paths, data, reporter, rows, workers)
-        if checked.faults and options.skip_bad:
-            reporter.warn(notices.skipped(checked.faults))
-        elif checked.faults:
-            refusals.append(notices.faulty(checked.faults))
-        try:
-            rows = screen(
-                rows, data.allow, reporter, redact=options.redact, presidio=options.presidio, workers=workers
-            ).rows
-        except UserError as refusal:
-            refusals.append(refusal)
-        effect, conflicts = None, list[Conflict]()
-        metadata = Counter(key for row in rows for key in row.metadata)
-        if rows or (checked.faults and options.skip_bad):
-            try:
-                planned = plan_add(project, rows, reporter, options, refuse_conflicts=False, workers=workers)
-            except UserError as refusal:
-                refusals.append(refusal)
-            else:
-                effect, conflicts = _effect(planned), planned.fresh_conflicts
-                if planned.fresh_conflicts and data.conflicts == "error":
-                    refusals.append(planned.merged.refusal(planned.fresh_conflicts))
-    return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect, tuple(conflicts))
-
-
-def _beforehand(refusal: UserError) -> UserError:
-    """Return the error of ``add`` in the conditional, since a check tries nothing."""
-    what = re.sub(r"(nothing) was (added|replaced)", r"\1 would be \2", refusal.what, flags=re.IGNORECASE)
-    return UserError(what, where=refusal.where, fix=refusal.fix)
-
-
-def _effect(planned: AddPlan) -> Effect:
-    merged, draft = planned.merged, planned.draft
-    fates = [draft.fate(row, merged) for row in planned.rows]
-    counts = Counter(fate["fate"] for fate in fates)
-    repeats = [
-        (row.example, merged.kept[fate["of"]])
-        for row, fate in zip(planned.rows, fates, strict=True)
-        if fate["fate"] == "duplicate"
-    ]
-    exact = sum(
-        example.prompt_key == kept.prompt_key for example, kept in repeats
-    )  # their outputs are equal in any case
-    sizes = []
-    for split in SPLITS:
-        members = [member for member in draft.members if member.split == split]
-        new = sum(member.key in merged.first for member in members)
-        sizes.append(SplitSize(split, len(members), new, len({member.cluster for member in members})))
-    return Effect(
-        added=counts["added"],
-        known=counts["known"] - len(planned.superseded),
-        superseded=len(planned.superseded),
-        exact_duplicates=exact,
-        near_kept=len(planned.near),
-        near_dropped=len(repeats) - exact,
-        replaced=counts["replaced"],
-        removed=counts["removed"],
-        conflicts=len(planned.fresh_conflicts),
-        contaminated=len({hit.row for hit in draft.hits}),
-        moved=len(draft.moved),
-        splits=tuple(sizes),
-    )
-
-
-@contextmanager
-def prepare_add(
-    project: ProjectFolder,
-    files: Iterable[str | Path],
-    reporter: Reporter,
-    options: AddOptions,
-    workers: Workers | None = None,
-) -> Iterator[tuple[ProjectFolder, Sequence[Path], Workers]]:
-    """Yield the project with the options in its config, the files to read, and the workers.
-
-    Args:
-        workers: check and compare the rows (None: those of ``compute.cluster``).
-
-    Raises:
-        UserError: no such file, or a mapping that no file uses.
-    """
-    paths = source_files(files, reporter)
-    data = map_columns(project.config.data, options.mapping, paths)
-    if options.accept_conflicts:
-        data = data.model_copy(update={"conflicts": "accept"})
-    optioned = ProjectFolder(project.root, project.config.model_copy(update={"data": data}))
-    with open_workers(project.config, reporter) if workers is None else nullcontext(workers) as opened:
-        yield optioned, paths, opened
-
-
-def map_columns(data: DataConfig, mapping: ColumnMapping, paths: Sequence[Path]) -> DataConfig:
-    """Return the config's data section with a mapping's values.
-
-    Raises:
-        UserError: a value is empty, or no file uses it.
-    """
-    options = {
-        "rows": mapping.rows,
-        "sheet": mapping.sheet,
-        "input": mapping.input_column,
-        "output": mapping.output_column,
-    }
-    given = {key: option for key, option in options.items() if option is not None}
-    empty = [key for key, option in given.items() if not option]
-    if empty:
-        raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
-    data = data.model_copy(update=given)
-    if mapping.sheet is not None and not any(map(is_workbook, paths)):
-        raise UserError("No file is an .xlsx workbook", where="--sheet", fix="Leave it out for these files.")
-    columns = [key for key in given if key in ("input", "output")]
-    if columns:
-        require_columns(paths, data, "--" + "/--".join(columns))
-    return data
+_LARGEST = 5
 
 
 @dataclass(frozen=True)
 class AddPlan:
-    """A planned version; nothing is written yet."""
+    """A planned version with its mix-in, and findings for messages; nothing is written yet."""
 
-    rows: Sequence[SourceRow]
     merged: Merge
-    conflicts: tuple[Conflict, ...]
-    duplicates: tuple[Duplicate, ...]
+    members: list[Member]
+    moved: tuple[SplitChange, ...]
     near: tuple[Duplicate, ...]
-    draft: VersionDraft
+    hits: tuple[ContaminationHit, ...]
+    held: list[tuple[str, MatchKind, str]]
+    """The hits of rows that stay, for messages: place, kind of match, item."""
+    left_out: frozenset[str]
+    """Pair keys of training rows that contain a test row or benchmark item."""
+    unaccepted: frozenset[str]
+    """Pair keys of generated rows that would be held out, and that nobody has accepted."""
+    mixed: DrawnMix | None
+    largest: tuple[LargeCluster, ...]
+    outputs: OutputLeakage
     inherited: InheritedSplit | None
     restored: Sequence[Removal]
 
     @property
-    def fresh_conflicts(self) -> list[Conflict]:
-        """Conflicts that involve a new row."""
-        return self.merged.fresh(self.conflicts)
-
-    @property
-    def superseded(self) -> list[SourceRow]:
-        """Rows that an earlier replacement superseded and that stay out."""
-        gone = self.merged.superseded & self.merged.edited.keys()
-        return [row for row in self.rows if row.example.pair_key in gone]
-
-    @property
     def created(self) -> bool:
         """True if the planned version differs from the current one."""
-        return self.merged.parent is None or self.merged.parent.digest != members_digest(self.draft.members)
+        parent = self.merged.parent
+        return parent is None or parent.digest != members_digest(self.members)
+
+    def fate(self, row: SourceRow) -> dict[str, Any]:
+        """Return the record of imports.jsonl for a row."""
+        fate = self.merged.fate(row)
+        key = fate.get("of", fate["key"])
+        if key in self.unaccepted:
+            return {**fate, "fate": "unaccepted"}
+        return {**fate, "fate": "contaminated"} if key in self.left_out else fate
 
 
 def plan_add(
@@ -275,101 +89,347 @@ def plan_add(
 ) -> AddPlan:
     """Merge screened rows into the current version, cluster and split them, without writing anything.
 
-    Args:
-        project: as for ``add``.
-        rows: the rows to add.
-        reporter: receives warnings on rows left out, moved or doubtful.
-        options: as for ``add``.
-        refuse_conflicts: raise for new conflicts, unless data.conflicts accepts them; else see ``fresh_conflicts``.
-        workers: compare the rows.
-
-    Raises:
-        UserError: new conflicts, too few rows to split, a dataset changed by hand.
+    New conflicts are refused, unless data.conflicts accepts them; without ``refuse_conflicts`` they are only in the
+    plan.
     """
     data = project.config.data
     with reporter.task("merging", len(rows), "examples") as task:
-        merged = merge(
-            project.dataset,
-            rows,
-            data.dedup_threshold,
-            reporter,
-            duplicates=data.duplicates,
-            replace=options.replace,
-            restore=options.restore,
-            accept=data.conflicts == "accept",
-            workers=workers,
-        )
+        merged = merge(project.dataset, rows, data, options, reporter, workers)
         task.advance(len(rows))
-    rows = merged.rows
-    conflicts = merged.conflicts()
     accepted = data.conflicts == "accept"
-    if refuse_conflicts and not accepted and (fresh := merged.fresh(conflicts)):
-        raise merged.refusal(fresh)
+    if refuse_conflicts and not accepted and merged.fresh_conflicts:
+        raise merged.refusal
     if data.duplicates == "keep":
-        merged = compared(merged, data.dedup_threshold, reporter, workers)
-    duplicates = merged.duplicates(rows)
-    if duplicates:
-        reporter.warn(notices.duplicates(duplicates, data.duplicates))
-    _report_merge(merged, rows, options, reporter)
-    inherited = (
-        inherit_split(options.split_from, merged.parent, merged.kept) if options.split_from is not None else None
-    )
-    if inherited and data.split_by == "output_template":
-        refuse_split_templates(inherited, merged.kept)
-    draft = draft_version(project, merged, rows, reporter, inherited.splits if inherited else None, workers)
+        merged.compare(data.dedup_threshold, reporter, workers)
+    _report_merge(merged, data.duplicates, options, reporter)
+    inherited = inherit_split(options.split_from, merged, data.split_by) if options.split_from is not None else None
+    plan = _plan_version(project, merged, inherited, reporter, workers)
     if inherited:
-        reporter.say(inheritance_notice(inherited, draft.members))
-    near = merged.near_duplicates({m.key for m in draft.members})
-    if near:
-        reporter.say(notices.near_duplicates(near))
-    back = removals_ended_by(project.dataset, [merged.first[key] for key in merged.first if key in merged.kept])
-    if options.restore and not back and not merged.superseded:
+        reporter.say(inherited.notice(plan.members))
+    if plan.near:
+        reporter.say(notices.near_duplicates(plan.near))
+    if options.restore and not plan.restored and not merged.superseded:
         reporter.say("Nothing to restore: no row of these files was removed earlier.")
-    planned = AddPlan(rows, merged, conflicts, duplicates, near, draft, inherited, back)
-    if planned.superseded:
-        reporter.say(notices.superseded(planned.superseded))
-    if planned.created:
-        _warn(merged, draft, merged.fresh(conflicts) if accepted else [], reporter)
-    return planned
+    if superseded := merged.left_out_as_superseded:
+        reporter.say(notices.superseded(superseded))
+    if plan.created:
+        _warn(plan, merged.fresh_conflicts if accepted else [], reporter)
+    return plan
 
 
-def _report_merge(merged: Merge, rows: Sequence[SourceRow], options: AddOptions, reporter: Reporter) -> None:
-    """Report rows that stay out, replace others or have other weights."""
+def _plan_version(
+    project: ProjectFolder, merged: Merge, inherited: InheritedSplit | None, reporter: Reporter, workers: Workers
+) -> AddPlan:
+    """Cluster and split the rows, look for contamination, and draw the mix-in."""
+    config = project.config
+    benchmarks = {name: read_items(project.root / name) for name in config.data.benchmarks}
+    dropping = config.data.contaminated == "drop"
+    training = _to_train(merged, benchmarks, reporter, workers) if dropping else frozenset()
+    manifest = merged.parent.manifest if merged.parent else None
+    doubtful = unaccepted_keys(project.dataset, manifest, merged.generated)
+    _refuse_generated_replacements(merged, doubtful)
+    domain, unaccepted = _domain(merged, config, training, reporter, inherited, doubtful, workers)
+    # Shared phrases ("overlap") are reported by `data leakage` only.
+    hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter, workers) if hit.how != "overlap")
+    items = item_names(hits, domain)
+    held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
+    left_out = frozenset(hit.row for hit in hits if dropping or hit.row in doubtful)
+    if left_out:
+        gone = [each for each, hit in zip(held, hits, strict=True) if hit.row in left_out]
+        held = [each for each, hit in zip(held, hits, strict=True) if hit.row not in left_out]
+        reporter.warn(notices.contaminated(gone, dropping=True))
+        notices.warn_of_lost_classes(domain, left_out, reporter)
+        domain = rename_clusters([m for m in domain if m.key not in left_out])
+    former = merged.former
+    moved = tuple(SplitChange(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
+    mix = config.data.mix
+    removed = read_removals(project.dataset).out
+    mixed = mix_in(project.root, config, mix, domain, benchmarks, reporter, removed) if mix else None
+    members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
+    with reporter.task("measuring clusters and outputs", len(domain), "examples") as task:
+        families = largest_clusters([m.example for m in domain], [m.cluster for m in domain], _LARGEST)
+        ends = [[domain[end].example.input_text for end in f.ends] for f in families]
+        largest = tuple(
+            LargeCluster(f.rows, one, other, f.similarity) for f, (one, other) in zip(families, ends, strict=True)
+        )
+        outputs = measure_output_leakage(domain)
+        task.advance(len(domain))
+    return AddPlan(
+        merged=merged,
+        members=members,
+        moved=moved,
+        near=merged.near_duplicates({m.key for m in members}),
+        hits=hits,
+        held=held,
+        left_out=left_out,
+        unaccepted=unaccepted,
+        mixed=mixed,
+        largest=largest,
+        outputs=outputs,
+        inherited=inherited,
+        restored=removals_ended_by(project.dataset, [row for key, row in merged.first.items() if key in merged.kept]),
+    )
+
+
+def _refuse_generated_replacements(merged: Merge, doubtful: Collection[str]) -> None:
+    """Refuse generated rows that would replace held-out ones: the version would lose a measured row of a person."""
+    splits = {m.key: m.split for m in merged.parent.domain} if merged.parent else {}
+    rows = [
+        merged.replacement.rows[new]
+        for new, olds in merged.replacement.olds.items()
+        if new in doubtful and any(splits.get(old, "train") != "train" for old in olds)
+    ]
+    if rows:
+        raise UserError(
+            f"Nothing was replaced: {count_of(len(rows), 'generated row')} would replace rows of dev or test",
+            where=f"{rows[0].source}:{rows[0].line}",
+            fix="Delete these rows from the file, or correct the answers in `tunewright data review`.",
+        )
+
+
+def _to_train(
+    merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: Reporter, workers: Workers
+) -> frozenset[str]:
+    """Return the new rows that contain a known test input or a benchmark item.
+
+    Such a row must not go to dev or test: a row left out earlier would return when its file is added again.
+    """
+    new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
+    tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
+    labels = find_labels(example.output for example in merged.kept.values())
+    hits = find_hits(new, {TEST: tests, **benchmarks}, reporter, labels, workers)
+    return frozenset(hit.row for hit in hits if hit.how != "overlap")
+
+
+def _domain(
+    merged: Merge,
+    config: Config,
+    training: Collection[str],
+    reporter: Reporter,
+    inherited: InheritedSplit | None,
+    doubtful: Collection[str],
+    workers: Workers,
+) -> tuple[list[Member], frozenset[str]]:
+    """Return the domain rows with splits and clusters, joined where rows share a group or an output template.
+
+    Rows of ``training`` are trained on, unless their cluster is held out already. Rows of ``doubtful`` (generated, and
+    accepted by nobody) are only trained on: those of a held-out cluster are left out, and returned by key.
+    """
+    former: dict[str, Split] = {**dict.fromkeys(training, "train"), **merged.former}
+    if inherited:  # only the first version of a dataset inherits a split: it has no former rows
+        former |= inherited.splits
+    groups = merged.groups
+    keys = sorted(merged.kept)
+    unaccepted: frozenset[str] = frozenset()
+    while True:
+        similar = _similar(keys, merged, config, reporter, workers)
+        clusters = _joined(similar, groups, merged.kept, config)
+        # A row that resembles a held-out one leaves alone; the others of its document or group may stay.
+        gone = _held_out(similar, former, doubtful) or _held_out(clusters, former, doubtful)
+        if not gone:
+            break
+        # Similarity ignores the words that all inputs share, which may be others without these rows: look again.
+        unaccepted |= gone
+        keys = [key for key in keys if key not in gone]
+    if unaccepted:
+        reporter.warn(notices.unaccepted([merged.place(key) for key in sorted(unaccepted)]))
+    read = {merged.kept_pair_key(row.example.pair_key) for row in merged.rows}
+    notices.warn_of_missing_groups(config.data.group_by, merged.parent, groups, read, reporter)
+    notices.warn_of_idle_groups(config.data.group_by, groups, reporter)
+    if merged.parent is not None:
+        _refuse_another_split(merged.parent, clusters, merged.former, config)
+    with reporter.task("splitting", len(keys), "examples") as task:
+        cluster_of = {key: name for name, members in clusters.items() for key in members}
+        labels = {label: label for label in find_labels(merged.kept[key].output for key in keys)}
+        class_of = {key: labels[merged.kept[key].output.strip()] for key in keys} if labels else None
+        train_only = frozenset(doubtful).intersection(keys)
+        splits = assign_splits(clusters, former, config.data, config.seed, class_of, train_only)
+        members = [
+            Member(
+                merged.kept[key],
+                key,
+                splits[cluster_of[key]],
+                cluster_of[key],
+                groups.get(key, ()),
+                generated=key in merged.generated,
+            )
+            for key in keys
+        ]
+        task.advance(len(keys))
+    return members, unaccepted
+
+
+def _held_out(
+    clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split], doubtful: Collection[str]
+) -> frozenset[str]:
+    """Return the doubtful rows of clusters that have a held-out row."""
+    held_out = (keys for keys in clusters.values() if {former.get(key) for key in keys} & {"dev", "test"})
+    return frozenset(key for keys in held_out for key in keys if key in doubtful)
+
+
+def _similar(
+    keys: Sequence[str], merged: Merge, config: Config, reporter: Reporter, workers: Workers
+) -> dict[str, list[str]]:
+    """Return the keys of each cluster of similar inputs."""
+    clusters: dict[str, list[str]] = defaultdict(list)
+    if merged.similar is not None and len(keys) == len(merged.kept):
+        name_of = dict(zip(merged.kept, merged.similar, strict=True))
+    else:
+        names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter, workers)
+        name_of = dict(zip(keys, names, strict=True))
+    for key in keys:
+        clusters[name_of[key]].append(key)
+    return clusters
+
+
+def _joined(
+    clusters: Mapping[str, Sequence[str]],
+    groups: Mapping[str, tuple[str, ...]],
+    rows: Mapping[str, Example],
+    config: Config,
+) -> Mapping[str, Sequence[str]]:
+    """Return the clusters, joined where rows share a group or an output template."""
+    if config.data.split_by != "output_template":
+        return join_groups(clusters, groups) if groups else clusters
+    keys = [key for members in clusters.values() for key in members]
+    by_template = template_groups({key: rows[key].output.strip() for key in keys})
+    together = {key: (*groups.get(key, ()), *([by_template[key]] if key in by_template else ())) for key in keys}
+    return join_groups(clusters, together)
+
+
+def _refuse_another_split(
+    parent: DatasetVersion, clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split], config: Config
+) -> None:
+    """Refuse to split by template if the dataset was split by input and templates are in several splits.
+
+    All rows of such a template would follow one of them into the test split, with most of the training rows.
+    """
+    if parent.manifest.settings.split_by == config.data.split_by or config.data.split_by == "input":
+        return
+    torn = [keys for keys in clusters.values() if len({former[key] for key in keys if key in former}) > 1]
+    if torn:
+        raise UserError(
+            f"The dataset was split by input, and {sum(map(len, torn)):,} of its {len(former):,} rows have output "
+            "templates in several splits",
+            where="data.split_by",
+            fix="Set data.split_by: input, or start a new dataset: move the dataset folder away and add the files "
+            "again without --split-from.",
+        )
+
+
+@dataclass(frozen=True)
+class InheritedSplit:
+    """Split of another dataset's version, for the rows that a new dataset shares with it."""
+
+    version: DatasetVersion
+    name: str
+    splits: dict[str, Split]
+
+    @property
+    def about(self) -> SplitFrom:
+        """The record for the manifest."""
+        return SplitFrom(name=self.name, digest=self.version.digest, rows=len(self.splits))
+
+    def notice(self, members: Sequence[Member]) -> str:
+        """Return the notice on the inherited split."""
+        now = {m.key: m.split for m in members if not m.mixed}
+        counts = ", ".join(f"{sum(now.get(key) == split for key in self.splits):,} {split}" for split in SPLITS)
+        moved = sum(now.get(key, split) != split for key, split in self.splits.items())
+        text = (
+            f"Split from {self.name}, version {short(self.version.digest)}: {len(self.splits):,} of {len(now):,} rows "
+            f"inherited ({counts})"
+        )
+        if moved:
+            text += f"; {moved:,} of them moved, because they share a cluster with a held-out row"
+        return text
+
+
+def inherit_split(path: Path, merged: Merge, split_by: str) -> InheritedSplit:
+    """Find the split of each row of a new dataset in another dataset's current version.
+
+    A row inherits the split of its pair, else of the rows with its question: the prompt without system turns, ignoring
+    case and white space. If the question is in several splits, test comes before dev and dev before train.
+
+    Args:
+        path: a project's folder, or its dataset folder.
+        merged: the rows of the new dataset.
+        split_by: as in the config. A split by input is not inherited by output template if a template is in several
+            splits: all its rows would follow one of them into the test split, with most of the training rows.
+    """
+    where = f"--split-from {path}"
+    if merged.parent is not None:
+        raise UserError(
+            f"This dataset already has a split (version {short(merged.parent.digest)})",
+            where=where,
+            fix="Start a new project: only a dataset's first version can inherit a split.",
+        )
+    dataset = path / "dataset" if (path / "dataset").is_dir() else path
+    if not (dataset / "versions").is_dir():
+        raise UserError("No dataset there", where=where, fix="Name a project's folder, or its dataset folder.")
+    version = load_version(dataset)
+    by_key: dict[str, Split] = {m.key: m.split for m in version.domain}
+    by_question: dict[str, Split] = {}
+    for split in SPLITS:  # test comes last and stays
+        by_question |= {m.example.question_key: split for m in version.domain_of(split)}
+    found = {key: by_key.get(key) or by_question.get(example.question_key) for key, example in merged.kept.items()}
+    splits = {key: split for key, split in found.items() if split is not None}
+    if not splits:
+        raise UserError(f"These files share no pair or input with version {short(version.digest)} there", where=where)
+    name = dataset.resolve().parent.name
+    if split_by == "output_template" and version.manifest.settings.split_by != "output_template":
+        of_template: dict[str, list[Split]] = {}
+        for key, template in template_groups({key: merged.kept[key].output for key in splits}).items():
+            of_template.setdefault(template, []).append(splits[key])
+        torn = sum(len(each) for each in of_template.values() if len(set(each)) > 1)
+        if torn:
+            raise UserError(
+                f"{name} was split by input, and {torn:,} of its {len(splits):,} rows here have output templates in "
+                "several splits",
+                where="--split-from",
+                fix="Leave out --split-from to split a new dataset by template, or set data.split_by: input.",
+            )
+    return InheritedSplit(version, name, splits)
+
+
+def _report_merge(merged: Merge, setting: Duplicates, options: AddOptions, reporter: Reporter) -> None:
+    """Report rows that repeat others, stay out, replace others or have other weights."""
+    if merged.duplicates:
+        reporter.warn(notices.duplicates(merged.duplicates, setting))
     if merged.withheld:
-        reporter.warn(removed_rows_notice(rows, merged.withheld))
+        reporter.warn(removed_rows_notice(merged.rows, merged.withheld))
     if options.replace and not merged.replacement.olds:
         reporter.say("Nothing to replace: no input in these files has another output in the dataset.")
     if merged.replacement.edits_kept:
         reporter.warn(notices.kept_edits(merged.replacement.edits_kept))
     if merged.replacement.olds:
-        reporter.say(notices.replaced(merged.replaced()))
+        reporter.say(notices.replaced(merged.replaced))
         tested = sum(merged.former.get(key) == "test" for key in merged.replacement.olds)
         if tested:
             reporter.warn(f"{tested:,} test rows were replaced: scores of the two versions are not comparable.")
-    if merged.replacement.sets.inputs:
-        reporter.say(f"{merged.replacement.sets}.")
+    if merged.replacement.sets:
+        reporter.say(merged.replacement.sets)
     if merged.reweighted:
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
 
 
-def _warn(merged: Merge, draft: VersionDraft, accepted: Sequence[Conflict], reporter: Reporter) -> None:
-    parent: DatasetVersion | None = merged.parent
+def _warn(plan: AddPlan, accepted: Sequence[Conflict], reporter: Reporter) -> None:
+    merged, parent = plan.merged, plan.merged.parent
     notices.warn_of_another_system_turn(
         [m.example for m in parent.domain] if parent else [],
         [merged.kept[key] for key in merged.first if key in merged.kept],
         reporter,
     )
-    domain = [m for m in draft.members if not m.mixed]
-    notices.warn_of_contents(domain, accepted, draft.moved, draft.largest, reporter)
-    if draft.largest:
-        reporter.say(notices.largest(draft.largest))
-    if draft.held:
-        reporter.warn(notices.contaminated(draft.held, dropping=False))
+    domain = [m for m in plan.members if not m.mixed]
+    notices.warn_of_contents(domain, accepted, plan.moved, plan.largest, reporter)
+    if plan.largest:
+        reporter.say(notices.largest(plan.largest))
+    if plan.held:
+        reporter.warn(notices.contaminated(plan.held, dropping=False))
     notices.warn_of_untrained_answers(domain, reporter)
-    if draft.outputs.high:
-        reporter.warn(notices.known_outputs(draft.outputs))
-    if draft.mixed:
-        about, wanted, left_out = draft.mixed.about, draft.mixed.wanted, draft.mixed.left_out
+    if plan.outputs.high:
+        reporter.warn(notices.known_outputs(plan.outputs))
+    if plan.mixed:
+        about, wanted, left_out = plan.mixed.about, plan.mixed.wanted, plan.mixed.left_out
         if about.drawn < wanted:
             reporter.warn(
                 f"{about.source.name} has only {about.drawn:,} usable rows to mix in (data.mix asks for {wanted:,})."

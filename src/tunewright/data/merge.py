@@ -1,32 +1,59 @@
-"""Merging new rows into the rows of the current version, without duplicates."""
+"""Merging new rows into the rows of the current version: duplicates are left out, and known outputs replaced."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from dataclasses import replace as replaced
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tunewright.config import Duplicates
+from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.spill import repeated
+from tunewright.core.text import count_of, excerpts, listed
 from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.data.add_options import AddOptions
 from tunewright.data.dedup import exact_repeats, find_clusters_and_duplicates, find_duplicates
 from tunewright.data.examples import Example, Message, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
 from tunewright.data.readers import SourceRow
 from tunewright.data.remove import exclude_removed
-from tunewright.data.replace import Replacement, made_by_replacement, supersede
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.splits import Split
-from tunewright.data.versions import DatasetVersion, has_version, load_version, short
+from tunewright.data.versions import (
+    DatasetVersion,
+    has_version,
+    import_files,
+    import_records,
+    load_version,
+    short,
+)
 from tunewright.data.versions.logs import Removal
+
+_MOST = 10
+_FEW = 3
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """Rows that replace known ones: pair key to the replaced keys, and to the row read.
+
+    ``edits_kept`` are rows that replace nothing because a reviewer edited their answer. ``joining`` are pair keys of
+    rows that add another output to a known input.
+    """
+
+    olds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: dict[str, SourceRow] = field(default_factory=dict)
+    edits_kept: tuple[SourceRow, ...] = ()
+    joining: frozenset[str] = frozenset()
+    sets: str = ""
+    """Notice on inputs with several outputs, if there are any."""
+
+
+@dataclass
 class Merge:
     """The domain rows of the parent version and the new rows, deduplicated; all by pair key."""
 
@@ -51,11 +78,17 @@ class Merge:
     generated: frozenset[str]
     """Kept pair keys of rows whose answer a model wrote."""
     near: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """Kept pair key to the kept one that it nearly repeats, and their similarity; see :func:`compared`."""
+    """Kept pair key to the kept one that it nearly repeats, and their similarity; set by :meth:`compare`."""
     similar: Sequence[str] | None = None
-    """Cluster of similar inputs of each row in ``kept``; see :func:`compared`."""
+    """Cluster of similar inputs of each row in ``kept``; set by :meth:`compare`."""
 
-    @property
+    def compare(self, similarity: float, reporter: Reporter, workers: Workers) -> None:
+        """Find the clusters of the kept rows, and the near-duplicates among them."""
+        names, rows = list(self.kept), list(self.kept.values())
+        self.similar, found = find_clusters_and_duplicates(rows, similarity, reporter, workers)
+        self.near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
+
+    @cached_property
     def former(self) -> dict[str, Split]:
         """Split of each row in the parent, without the mix-in."""
         splits = {m.key: m.split for m in self.parent.domain} if self.parent else {}
@@ -101,27 +134,32 @@ class Merge:
         ]
         return tuple(sorted(found, key=lambda d: (d.source, d.line)))
 
+    @cached_property
     def replaced(self) -> tuple[ReplacedRow, ...]:
-        """Return the rows that replaced others, sorted by file and line."""
+        """The rows that replaced others, sorted by file and line."""
         before = {m.key: m.example for m in self.parent.domain} if self.parent else {}
-        found = [
-            ReplacedRow(row.source, row.line, key, row.example.output, olds, tuple(before[old].output for old in olds))
-            for key, olds in self.replacement.olds.items()
-            for row in (self.replacement.rows[key],)
-        ]
+        found = []
+        for key, olds in self.replacement.olds.items():
+            row = self.replacement.rows[key]
+            outputs = tuple(before[old].output for old in olds)
+            found.append(ReplacedRow(row.source, row.line, key, row.example.output, olds, outputs))
         return tuple(sorted(found, key=lambda r: (r.source, r.line)))
 
-    def duplicates(self, rows: Sequence[SourceRow]) -> tuple[Duplicate, ...]:
-        """Return the dropped rows, with the rows that they repeat."""
-        fates = [(row, fate) for row in rows if "of" in (fate := self.fate(row))]
+    @cached_property
+    def duplicates(self) -> tuple[Duplicate, ...]:
+        """The dropped rows, with the rows that they repeat."""
+        fates = [(row, fate) for row in self.rows if "of" in (fate := self.fate(row))]
         return tuple(
             Duplicate(row.source, row.line, fate["key"], fate["of"], self.place(fate["of"]), fate["similarity"])
             for row, fate in fates
         )
 
+    @cached_property
     def conflicts(self) -> tuple[Conflict, ...]:
-        """Return the inputs with several outputs; inputs that differ in case or white space are the same."""
-        by_input = _of_several(self.kept)
+        """The inputs with several outputs; inputs that differ in case or white space are the same."""
+        names = list(self.kept)
+        places = repeated(self.kept[key].prompt_digest for key in names)
+        of_several = sorted(sorted(names[place] for place in same) for same in places)
         return tuple(
             Conflict(
                 input=self.kept[keys[0]].input_text,
@@ -129,28 +167,37 @@ class Merge:
                 keys=tuple(keys),
                 places=tuple(map(self.place, keys)),
             )
-            for keys in by_input
+            for keys in of_several
             if in_conflict([self.kept[key] for key in keys])
         )
 
-    def fresh(self, conflicts: Sequence[Conflict]) -> list[Conflict]:
-        """Return the conflicts that involve a new row."""
-        return [conflict for conflict in conflicts if any(key in self.first for key in conflict.keys)]
+    @property
+    def fresh_conflicts(self) -> list[Conflict]:
+        """The conflicts that involve a new row."""
+        return [conflict for conflict in self.conflicts if any(key in self.first for key in conflict.keys)]
 
-    def refusal(self, fresh: Sequence[Conflict]) -> UserError:
-        """Return the error for conflicts that new rows cause."""
+    @property
+    def refusal(self) -> UserError:
+        """The error for conflicts that new rows cause."""
         inputs = len({example.prompt_digest for example in self.kept.values()})
         accepted = self.parent is not None and self.parent.manifest.settings.conflicts == "accept"
-        return conflicting(fresh, inputs, accepted=accepted)
+        return conflicting(self.fresh_conflicts, inputs, accepted=accepted)
 
-    def groups(self, rows: Sequence[SourceRow]) -> dict[str, tuple[str, ...]]:
-        """Return the sorted group values of each kept row, with those of the rows that it stands for."""
+    @property
+    def left_out_as_superseded(self) -> list[SourceRow]:
+        """Rows that an earlier replacement superseded and that stay out."""
+        gone = self.superseded & self.edited.keys()
+        return [row for row in self.rows if row.example.pair_key in gone]
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The sorted group values of each kept row, with those of the rows that it stands for."""
         values: dict[str, set[str]] = defaultdict(set)
         replacing = {old: new for new, old in self.reweighted.items()}
         replacing |= {old: new for new, olds in self.replacement.olds.items() for old in olds}
         for member in self.parent.domain if self.parent else ():
             values[replacing.get(member.key, member.key)].update(member.groups)
-        for row in rows:
+        for row in self.rows:
             values[self.kept_pair_key(row.example.pair_key)].update(f"{name}={v}" for name, v in row.groups.items())
         return {key: tuple(sorted(found)) for key, found in values.items() if found and key in self.kept}
 
@@ -158,42 +205,32 @@ class Merge:
 def merge(
     dataset: Path,
     rows: Sequence[SourceRow],
-    similarity: float,
+    data: DataConfig,
+    options: AddOptions,
     reporter: Reporter,
-    *,
-    duplicates: Duplicates = "keep",
-    replace: bool = False,
-    restore: bool = False,
-    accept: bool = False,
     workers: Workers = THIS_PROCESS,
 ) -> Merge:
     """Merge rows into the current version, if there is one.
 
-    Args:
-        similarity: rows with the same output and inputs at or above it are near-duplicates.
-        duplicates: ``drop`` keeps the known or first of near-duplicates; ``keep`` drops only exact ones
-            (:func:`compared` finds the others).
-        replace: let rows replace known ones with the same input and another output.
-        restore: add rows that were removed or superseded earlier.
-        accept: allow several outputs of an input, which ``replace`` then replaces together.
-        workers: compare the rows.
-
-    Raises:
-        UserError: ``restore`` meets a purged row, or rows cannot replace others (``supersede``).
+    Rows with the same output and inputs at or above data.dedup_threshold are near-duplicates. With data.duplicates:
+    drop, the known or first of them stays; with ``keep`` only exact ones go (:meth:`Merge.compare` finds the others).
     """
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.domain} if parent else {}
     replacing = superseded_keys(dataset, parent.manifest) if parent else {}
     edited = {old: now for old, now in replacing.items() if old not in known and now in known}
     read = rows
-    rows, withheld = exclude_removed(dataset, rows, known.keys() | edited.keys(), replacing, restore=restore)
-    made = made_by_replacement(dataset, parent) if parent and edited else set()
+    rows, withheld = exclude_removed(dataset, rows, known.keys() | edited.keys(), replacing, restore=options.restore)
+    made: set[str] = set()  # pair keys of rows that came from a replacement, not from a reviewer's edit
+    if parent and edited:
+        made = {record["key"] for record in import_records(import_files(dataset, parent.manifest), "replaced")}
     superseded = frozenset(row.example.pair_key for row in rows if edited.get(row.example.pair_key) in made)
-    if restore:
+    if options.restore:
         edited = {old: now for old, now in edited.items() if old not in superseded}
     replacement = Replacement()
-    if replace and parent:
-        replacement, rows = supersede(parent, rows, known, edited, made, accept=accept)
+    if options.replace and parent:
+        accept = data.conflicts == "accept"
+        replacement, rows = _supersede(parent, rows, known, edited, made, accept=accept)
         became = {old: new for new, olds in replacement.olds.items() for old in olds}
         known = {key: example for key, example in known.items() if key not in became}
         edited = {old: became.get(now, now) for old, now in edited.items() if old not in replacement.olds}
@@ -217,8 +254,8 @@ def merge(
     staying = set(stay)
     keys = [*stay, *(key for key in new if key not in staying)]
     examples = [known[key] if key in known else first[key].example for key in keys]
-    if duplicates == "drop":
-        repeats = find_duplicates(examples, len(stay), similarity, reporter, workers)
+    if data.duplicates == "drop":
+        repeats = find_duplicates(examples, len(stay), data.dedup_threshold, reporter, workers)
     else:
         repeats = exact_repeats(examples, len(stay))
     dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
@@ -226,21 +263,6 @@ def merge(
     read = [*rows, *(row for row in read if row.example.pair_key in withheld)]
     generated = _generated(parent, first, people, reweighted, replacement) & kept.keys()
     return Merge(parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, generated)
-
-
-def compared(merged: Merge, similarity: float, reporter: Reporter, workers: Workers = THIS_PROCESS) -> Merge:
-    """Return the merge with the clusters of its kept rows, and the near-duplicates among them.
-
-    Args:
-        merged: the merge, with ``duplicates="keep"``.
-        similarity: rows with the same output and inputs at or above it are near-duplicates.
-        reporter: shows the progress.
-        workers: compare the rows.
-    """
-    names, rows = list(merged.kept), list(merged.kept.values())
-    similar, found = find_clusters_and_duplicates(rows, similarity, reporter, workers)
-    near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
-    return replaced(merged, near=near, similar=similar)
 
 
 def _reweighted(
@@ -254,14 +276,6 @@ def _reweighted(
     there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
     found = ((key, there.pop(_turns(first[key].example), None)) for key in new) if there else ()
     return {key: old for key, old in found if old is not None}
-
-
-def _of_several(kept: Mapping[str, Example]) -> list[list[str]]:
-    """Return the sorted keys of each input with several rows, sorted by their first key."""
-    keys = list(kept)
-    return sorted(
-        sorted(keys[place] for place in places) for places in repeated(kept[key].prompt_digest for key in keys)
-    )
 
 
 def _generated(
@@ -279,4 +293,167 @@ def _generated(
 
 
 def _turns(example: Example) -> tuple[Message, ...]:
-    return tuple(replaced(m, weight=1) for m in example.messages)
+    return tuple(replace(m, weight=1) for m in example.messages)
+
+
+def _supersede(
+    parent: DatasetVersion,
+    rows: Sequence[SourceRow],
+    known: Mapping[str, Example],
+    edited: Mapping[str, str],
+    made: Collection[str],
+    *,
+    accept: bool,
+) -> tuple[Replacement, list[SourceRow]]:
+    """Return the known rows that rows with another output replace, and all rows read.
+
+    Inputs are compared as for conflicts: the prompt with its system turn, ignoring case and white space. A row that
+    replaces another takes over its input as the dataset spells it, so that only the output changes.
+
+    If an input has several outputs, in the version or in the files, the files' outputs replace all of them. They must
+    be at least as many, so that a file with one corrected reference never removes the others.
+
+    Args:
+        known: domain rows by pair key.
+        edited: pair key to the known one that replaced it, by review or by an earlier replacement.
+        made: pair keys of rows that came from a replacement, not from a reviewer's edit.
+        accept: allow several outputs of an input.
+    """
+    respelled = _with_known_spelling(rows, known)
+    rows = [replace(row, example=respelled.get(row.example.pair_key, row.example)) for row in rows]
+    edits_kept = [row for row in rows if (now := edited.get(row.example.pair_key)) is not None and now not in made]
+    kept_keys = {row.example.pair_key for row in edits_kept}
+    read: dict[str, list[SourceRow]] = defaultdict(list)
+    for row in rows:
+        if row.example.pair_key not in kept_keys:
+            read[row.example.prompt_key].append(row)
+    there: dict[str, list[str]] = defaultdict(list)
+    for key, example in known.items():
+        there[example.prompt_key].append(key)
+    reviewed: dict[str, set[str]] = defaultdict(set)
+    for row in edits_kept:
+        reviewed[row.example.prompt_key].add(known[edited[row.example.pair_key]].output.strip())
+    olds: dict[str, tuple[str, ...]] = {}
+    by: dict[str, SourceRow] = {}
+    sets: list[_OutputSet] = []
+    for asked, group in read.items():
+        free = list(there.get(asked, ()))
+        if free and (_several([known[key] for key in free]) or _several([row.example for row in group])):
+            sets.append(_OutputSet.of(group, {key: known[key] for key in free}, reviewed[asked]))
+            continue
+        # A known row that was read again goes before a new one with the same words in other spacing.
+        for row in sorted(group, key=lambda row: row.example.pair_key not in known):
+            gone = [key for key in free if _another_answer(known[key], row.example)]
+            if gone:
+                olds[row.example.pair_key] = tuple(gone)
+                by[row.example.pair_key] = row
+                free = [key for key in free if key not in gone]
+    _require_all_outputs([each for each in sets if each.gone], parent, accept=accept)
+    joining: set[str] = set()
+    for each in sets:
+        for place, row in enumerate(each.coming):
+            key = row.example.pair_key
+            if place < len(each.gone):
+                olds[key], by[key] = each.gone[place], row
+            else:
+                joining.add(key)
+    return Replacement(olds, by, tuple(edits_kept), frozenset(joining), _sets_notice(sets)), rows
+
+
+def _sets_notice(sets: Sequence[_OutputSet]) -> str:
+    if not sets:
+        return ""
+    replaced = sum(len(keys) for each in sets for keys in each.gone)
+    unchanged = sum(each.before - len(each.gone) for each in sets)
+    added = sum(max(len(each.coming) - len(each.gone), 0) for each in sets)
+    inputs, outputs = count_of(len(sets), "input"), count_of(replaced, "output")
+    return f"{inputs} with several outputs: {outputs} replaced, {unchanged:,} unchanged, {added:,} added."
+
+
+def _with_known_spelling(rows: Sequence[SourceRow], known: Mapping[str, Example]) -> dict[str, Example]:
+    """Return rows with the input spelled as in the known row that they replace, by pair key, where it differs."""
+    there: dict[str, list[Example]] = defaultdict(list)
+    for _, example in sorted(known.items()):
+        there[example.prompt_key].append(example)
+    found: dict[str, Example] = {}
+    for row in rows:
+        alike = there.get(row.example.prompt_key, [])
+        if any(old.input_key == row.example.input_key for old in alike):
+            continue
+        olds = [old for old in alike if _another_answer(old, row.example)]
+        if olds:
+            # Only the text changes: the file decides which turns are trained.
+            turns = zip(row.example.prompt, olds[0].prompt, strict=True)
+            prompt = (replace(turn, content=old.content, calls=old.calls) for turn, old in turns)
+            found[row.example.pair_key] = Example((*prompt, row.example.messages[-1]))
+    return found
+
+
+@dataclass(frozen=True)
+class _OutputSet:
+    """The outputs of one input in the files (``rows``), compared with the ``before`` outputs in the version.
+
+    ``gone`` has the pair keys of each output that the files lack, ``coming`` a row of each new output. Both are sorted
+    by output: the pairing of old and new is a guess, and the order makes it stable.
+    """
+
+    rows: Sequence[SourceRow]
+    outputs: int
+    before: int
+    gone: Sequence[tuple[str, ...]]
+    coming: Sequence[SourceRow]
+
+    @classmethod
+    def of(cls, rows: Sequence[SourceRow], known: Mapping[str, Example], reviewed: Collection[str]) -> _OutputSet:
+        read: dict[str, SourceRow] = {}
+        for row in rows:
+            read.setdefault(row.example.output.strip(), row)
+        there: dict[str, list[str]] = defaultdict(list)
+        for key, example in known.items():
+            there[example.output.strip()].append(key)
+        stay = read.keys() | set(reviewed)
+        gone = [tuple(keys) for output, keys in sorted(there.items()) if output not in stay]
+        coming = [row for output, row in sorted(read.items()) if output not in there]
+        return cls(list(read.values()), len(stay), len(there), gone, coming)
+
+    def __str__(self) -> str:
+        example = self.rows[0].example
+        return f'"{example.input_text[:60]}": {self.before:,} in the dataset, {self.outputs:,} in the files'
+
+
+def _several(examples: Sequence[Example]) -> bool:
+    different = {example.pair_key: example for example in examples}
+    return len({example.output.strip() for example in examples}) > 1 and in_conflict(list(different.values()))
+
+
+def _another_answer(old: Example, new: Example) -> bool:
+    if old.output.strip() == new.output.strip():
+        return False
+    return old.input_key == new.input_key or in_conflict([old, new])
+
+
+def _require_all_outputs(sets: Sequence[_OutputSet], parent: DatasetVersion, *, accept: bool) -> None:
+    """Refuse to replace the outputs of an input by fewer ones, or by several that are not accepted."""
+    if few := [each for each in sets if each.outputs < each.before]:
+        places = (f"{each.rows[0].source}:{each.rows[0].line}: {each}" for each in few)
+        raise UserError(
+            f"Nothing was replaced: {count_of(len(few), 'input')} with more outputs in version "
+            f"{short(parent.digest)} than in the files\n{listed(places, len(few), _FEW, 'complete them too')}",
+            where="--replace",
+            fix="Put all outputs of each input into the file. To change single ones, remove them with `tunewright data "
+            "remove --keys`, then add the file with --accept-conflicts instead of --replace.",
+        )
+    if sets and not accept:
+        lines = []
+        for each in sets[:_MOST]:
+            shown = zip(excerpts([row.example.output for row in each.rows[:_FEW]]), each.rows, strict=False)
+            more = len(each.rows) - _FEW
+            outputs = "; ".join(f"{output} ({row.source}:{row.line})" for output, row in shown)
+            lines.append(f"{outputs} and {more:,} more" if more > 0 else outputs)
+        raise UserError(
+            f"Nothing was replaced: the files have several outputs for {count_of(len(sets), 'known input')}\n"
+            f"{listed(lines, len(sets), _MOST, '`tunewright data check FILE --json` lists all')}",
+            where="--replace",
+            fix="Keep the right output of each input in the file. If several are right, use --accept-conflicts: they "
+            "then replace all outputs of the input.",
+        )

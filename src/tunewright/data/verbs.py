@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.config.project import OpenFolder
 from tunewright.data import trace, versions
-from tunewright.data.add_options import AddOptions, ColumnMapping
-from tunewright.data.add_plan import map_columns, preview
+from tunewright.data.add import map_columns
+from tunewright.data.add_options import ColumnMapping
 from tunewright.data.versions import DatasetVersion, Manifest, Member, list_versions, load_version
 
 if TYPE_CHECKING:
-    from tunewright.data.add_plan import Preview
     from tunewright.data.dedup.leakage import LeakageReport
     from tunewright.data.readers.file_check import Change, FilePreview
     from tunewright.data.splits import Split
     from tunewright.data.trace import RowOrigin, RowUse
     from tunewright.data.versions.diff import Diff
     from tunewright.data.versions.export import Exported, Format
-
-
-def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
-    """Preview :meth:`add` on files of pairs, with every fault."""
-    return preview(project.folder, files, project.reporter, options)
 
 
 def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:

@@ -31,7 +31,7 @@ from tunewright.studio.visit import Handlers, PageReporter, Visit, path_of
 from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
-    from tunewright.data.add_plan import Effect
+    from tunewright.data.preview import Effect
     from tunewright.data.readers.file_check import FilePreview
 
 UPLOADS = "uploads"
