@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hypothesis_settings import examples
 from tunewright.core.errors import UserError
-from tunewright.data.versions.members import members_file, members_sha256, read_members
+from tunewright.data.versions.members import lines_sha256, members_file, read_members
 
 
 def _text(members: dict[str, str]) -> str:
@@ -19,7 +19,7 @@ def _text(members: dict[str, str]) -> str:
 
 
 def _save(dataset: Path, text: str, parent: str | None) -> str:
-    digest = members_sha256(text)
+    digest = lines_sha256([text])
     folder = dataset / "versions" / digest[:12]
     if not folder.exists():
         content = "".join(members_file(dataset, [text], parent))

@@ -8,9 +8,8 @@ import tracemalloc
 from pathlib import Path
 
 from tunewright.config import DataConfig
-from tunewright.data.examples import Example, Message, ToolCall
+from tunewright.data.examples import Example, Message, RowFile, ToolCall
 from tunewright.data.readers import read_pairs
-from tunewright.data.row_file import RowFile
 
 EXAMPLES = (
     Example((Message("user", "question é"), Message("assistant", "answer"))),

@@ -53,13 +53,9 @@ def mix_in(
     contain a held-out row, a benchmark item or secrets.
 
     Args:
-        root: the project's folder, to which the source's path is relative.
         domain: all domain rows with their splits.
         benchmarks: file name to the texts of its items.
         removed: pair keys of rows that were removed earlier.
-
-    Raises:
-        UserError: the source cannot be read, has faulty rows, or has no usable row.
     """
     path = root / mix.source
     rows = _read(path, config.data, mix, config.seed, reporter)
@@ -118,11 +114,7 @@ def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Rep
     first: dict[str, SourceRow] = {}
     for row in reading.rows:
         first.setdefault(row.example.pair_key, row)
-    return sorted(first.values(), key=lambda row: _lot(seed, row.example.pair_key))
-
-
-def _lot(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return sorted(first.values(), key=lambda row: hashlib.sha256(f"{seed}:{row.example.pair_key}".encode()).digest())
 
 
 def exclusion_reasons(
@@ -136,14 +128,7 @@ def exclusion_reasons(
     """Return the reason to reject each row from outside the domain that cannot be trained on, by key.
 
     Such rows are nearly equal to a domain row, contain a held-out row or a benchmark item, or contain secrets.
-
-    Args:
-        examples: rows from outside the domain, by pair key.
-        domain: all domain rows with their splits.
-        data: the similarity threshold, and the secrets that are allowed.
-        benchmarks: file name to the texts of its items.
-        reporter: shows the progress.
-        what: name of the rows in the progress title.
+    ``benchmarks`` maps a file's name to the texts of its items; ``what`` names the rows in the progress title.
     """
     held_out = [m for m in domain if m.split != "train"]
     reasons = _near(examples, domain, data.dedup_threshold, reporter, what)

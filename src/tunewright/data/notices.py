@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
@@ -115,21 +115,17 @@ def by_cause(faults: Sequence[Fault]) -> str:
             causes += [(None, same) for same in reasons.values()]
     lines: list[str] = []
     for title, same in sorted(causes, key=lambda cause: -len(cause[1])):
-        lines += _cause(title, same)
+        first, shown = same[0], same[:_MOST_PLACES]
+        code = f"[{first.code} {first.path}]"
+        if len(same) == 1:
+            lines += [f"  {first} {code}", f"    {first.fix}"]
+            continue
+        places = "; ".join(map(str, shown))
+        if title is None:
+            title, places = f"{first.reason} {code}", ", ".join(f"{fault.source}:{fault.line}" for fault in shown)
+        more = f" and {len(same) - len(shown):,} more" if len(same) > len(shown) else ""
+        lines += [f"  {len(same):,} rows: {title}", f"    {places}{more}", f"    {first.fix}"]
     return "\n".join(lines)
-
-
-def _cause(title: str | None, faults: Sequence[Fault]) -> list[str]:
-    first, fix = faults[0], faults[0].fix
-    if len(faults) == 1:
-        return [f"  {first} [{first.code} {first.path}]", f"    {fix}"]
-    shown = faults[:_MOST_PLACES]
-    more = f" and {len(faults) - len(shown):,} more" if len(faults) > len(shown) else ""
-    if title is None:
-        places = ", ".join(f"{fault.source}:{fault.line}" for fault in shown) + more
-        return [f"  {len(faults):,} rows: {first.reason} [{first.code} {first.path}]", f"    {places}", f"    {fix}"]
-    places = "; ".join(map(str, shown)) + more
-    return [f"  {len(faults):,} rows: {title}", f"    {places}", f"    {fix}"]
 
 
 def near_duplicates(kept: Sequence[Duplicate]) -> str:
@@ -153,10 +149,7 @@ def duplicates(dropped: Sequence[Duplicate], setting: Duplicates) -> str:
 def conflicting(conflicts: Sequence[Conflict], inputs: int, *, accepted: bool) -> UserError:
     """Return the error for new rows whose input has another output, with a few examples.
 
-    Args:
-        conflicts: all conflicts; three are shown.
-        inputs: the number of distinct inputs in the dataset.
-        accepted: whether the previous version accepted conflicts.
+    The dataset has ``inputs`` distinct inputs; ``accepted`` is true if its version accepted conflicts.
     """
     lead = ""
     if 2 * len(conflicts) > inputs:
@@ -168,30 +161,30 @@ def conflicting(conflicts: Sequence[Conflict], inputs: int, *, accepted: bool) -
     )
     if accepted:
         fix += " The previous version accepted conflicts with that option, which holds for one command: pass it again."
-    examples = (f'"{shorten(c.input, _LONG_INPUT, placeholder="…")}": {_some_outputs(c)}' for c in conflicts)
+    examples = []
+    for conflict in conflicts[:_MOST_PLACES]:
+        few = zip(excerpts(conflict.outputs[:_MOST_PLACES]), conflict.places, strict=False)
+        shown = "; ".join(f"{output} ({place})" for output, place in few)
+        more = len(conflict.outputs) - _MOST_PLACES
+        also = f"; and {more:,} more outputs" if more > 0 else ""
+        examples.append(f'"{shorten(conflict.input, _LONG_INPUT, placeholder="…")}": {shown}{also}')
     lines = listed(examples, len(conflicts), _MOST_PLACES, "`tunewright data check FILE --json` lists all")
     what = f"{count_of(len(conflicts), 'input')} with different outputs, nothing was added"
     return UserError(f"{what}\n{lead}{lines}", fix=fix)
 
 
-def _some_outputs(conflict: Conflict) -> str:
-    few = zip(excerpts(conflict.outputs[:_MOST_PLACES]), conflict.places, strict=False)
-    shown = "; ".join(f"{output} ({place})" for output, place in few)
-    more = len(conflict.outputs) - _MOST_PLACES
-    return shown + (f"; and {more:,} more outputs" if more > 0 else "")
-
-
 def contaminated(held: Sequence[tuple[str, MatchKind, str]], *, dropping: bool) -> str:
-    """Return the warning for training rows that contain a test input or a benchmark item.
+    """Return the warning for training rows that contain a test input or a benchmark item; rows left out are all listed.
 
-    Args:
-        held: row, kind of match and item of each hit.
-        dropping: whether the rows are left out; then all are listed.
+    ``held`` has the row, the kind of match and the item of each hit.
     """
     by_row: dict[str, list[tuple[MatchKind, str]]] = {}
     for row, how, item in held:
         by_row.setdefault(row, []).append((how, item))
-    entries = (f"{row} {_holds(items)}" for row, items in by_row.items())
+    entries = []
+    for row, items in by_row.items():
+        how, item = items[0]
+        entries.append(f"{row} {HOLDS[how]} {item}" + (f" and {len(items) - 1:,} more" if len(items) > 1 else ""))
     most = len(by_row) if dropping else _MOST_EXAMPLES
     lines = listed(entries, len(by_row), most, "`tunewright data leakage --json` lists all")
     what = "left out" if dropping else "kept (data.contaminated: drop removes them)"
@@ -203,11 +196,6 @@ def unaccepted(places: Sequence[str]) -> str:
     what = count_of(len(places), "generated row")
     lines = listed(places, len(places), _MOST_PLACES, "the version's imports.jsonl lists all")
     return f"{what} left out: nobody has accepted them, and they share a cluster with a dev or test row:\n{lines}"
-
-
-def _holds(items: Sequence[tuple[MatchKind, str]]) -> str:
-    how, item = items[0]
-    return f"{HOLDS[how]} {item}" + (f" and {len(items) - 1:,} more" if len(items) > 1 else "")
 
 
 HOLDS: dict[MatchKind, str] = {"equal": "is", "contained": "contains or is part of", "overlap": "shares words with"}
@@ -230,9 +218,9 @@ def warn_of_lost_classes(members: Sequence[Member], left_out: Collection[str], r
 
 def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> None:
     """Warn of test answers that no training row has, if answers are labels or at least half repeat."""
-    if not (find_labels(m.example.output for m in members) or answers_repeat(_answers(members))):
+    answers = [m.example.output.strip() for m in members]
+    if not (find_labels(answers) or answers_repeat(answers)):
         return
-    answers = list(_answers(members))
     trained = {answer for m, answer in zip(members, answers, strict=True) if m.split == "train"}
     tested = [answer for m, answer in zip(members, answers, strict=True) if m.split == "test"]
     absent = Counter(answer for answer in tested if answer not in trained)
@@ -249,10 +237,6 @@ def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> 
             f"training answers scores at most {1 - count / len(tested):.1%} on the test split. Add training rows with "
             f"these answers.\n{lines}"
         )
-
-
-def _answers(members: Iterable[Member]) -> Iterator[str]:
-    return (m.example.output.strip() for m in members)
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
@@ -293,12 +277,7 @@ def warn_of_missing_groups(
 
 
 def warn_of_idle_groups(names: Sequence[str], groups: Mapping[str, Sequence[str]], reporter: Reporter) -> None:
-    """Warn of each group that joins no rows, because no two share a value, or joins them all.
-
-    Args:
-        names: the groups' keys.
-        groups: each row's values by its pair key, such as "customer=ACME".
-    """
+    """Warn of each group that joins no rows, because no two share a value, or joins them all."""
     for name in names:
         of_row = [[v for v in values if v.startswith(f"{name}=")] for values in groups.values()]
         counts = Counter(value for values in of_row for value in values)
@@ -333,14 +312,13 @@ def known_outputs(found: OutputLeakage) -> str:
 
 def replaced(rows: Sequence[ReplacedRow]) -> str:
     """Return the notice of rows that replaced others with their input."""
-    lines = listed(map(_became, rows), len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
+    became = []
+    for row in rows[:_MOST_EXAMPLES]:
+        *before, now = excerpts([*row.outputs_before, row.output])
+        became.append(f"{row.source}:{row.line}: {'; '.join(before)} → {now}")
+    lines = listed(became, len(rows), _MOST_EXAMPLES, "`tunewright data diff` shows all")
     count = sum(len(row.before) for row in rows)
     return f"{count_of(count, 'row')} replaced (same input and split, new output):\n{lines}"
-
-
-def _became(row: ReplacedRow) -> str:
-    *before, now = excerpts([*row.outputs_before, row.output])
-    return f"{row.source}:{row.line}: {'; '.join(before)} → {now}"
 
 
 def superseded(rows: Sequence[SourceRow]) -> str:
@@ -367,18 +345,18 @@ def reweighted(examples: Sequence[Example]) -> str:
 
 def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example], reporter: Reporter) -> None:
     """Warn of known pairs that are added with another system turn, as after a change of data.system_prompt."""
-    before = {_turns(example) for example in known}
-    again = sum(_turns(example) in before for example in new) if before else 0
+
+    def turns(example: Example) -> tuple[Message, ...]:
+        return tuple(message for message in example.messages if message.role != "system")
+
+    before = set(map(turns, known))
+    again = sum(turns(example) in before for example in new) if before else 0
     if again:
         reporter.warn(
             f"{count_of(again, 'new row')} with a pair that the previous version has with another system turn; both "
             "are kept. data.system_prompt is put before pairs when they are added: if you changed it, start a new "
             "dataset."
         )
-
-
-def _turns(example: Example) -> tuple[Message, ...]:
-    return tuple(message for message in example.messages if message.role != "system")
 
 
 def warn_of_contents(
@@ -390,7 +368,11 @@ def warn_of_contents(
 ) -> None:
     """Warn of accepted conflicts, moved rows, a large cluster and too few training rows."""
     if accepted:
-        entries = (f"{_excerpt(c.input)}: {_outputs(c)}" for c in accepted)
+        entries = []
+        for conflict in accepted[:_MOST_EXAMPLES]:
+            pairs = zip(excerpts(conflict.outputs), conflict.places, strict=True)
+            outputs = "; ".join(f"{output} ({place})" for output, place in pairs)
+            entries.append(f"{_excerpt(conflict.input)}: {outputs}")
         lines = listed(entries, len(accepted), _MOST_EXAMPLES, "the result lists all")
         reporter.warn(f"{count_of(len(accepted), 'input')} with different outputs, all kept:\n{lines}")
     for (before, now), count in Counter((move.before, move.now) for move in moved).items():
@@ -418,11 +400,6 @@ def warn_of_contents(
             "them, which a rising dev loss shows. More pairs help. `tunewright crossval` trains several adapters, and "
             "so measures on all rows."
         )
-
-
-def _outputs(conflict: Conflict) -> str:
-    pairs = zip(excerpts(conflict.outputs), conflict.places, strict=True)
-    return "; ".join(f"{output} ({place})" for output, place in pairs)
 
 
 def _excerpt(text: str) -> str:

@@ -22,11 +22,7 @@ _IMPORTED_COLUMNS = ("row", "draw", "answer", "verdict", "new_output")
 
 
 def export_csv(path: Path, review: ReviewSession, most: int) -> int:
-    """Write at most ``most`` next rows of the review as CSV, and return their number.
-
-    Raises:
-        UserError: no suspects, no row left to review, an existing file, or a full disk.
-    """
+    """Write at most ``most`` next rows of the review as CSV, and return their number."""
     cards = [review.item(key) for key in review.open_keys(most)]
     if not review.order and review.drawn is None:
         raise UserError(
@@ -54,14 +50,7 @@ def export_csv(path: Path, review: ReviewSession, most: int) -> int:
 def import_csv(
     path: Path, dataset: Path, version: DatasetVersion, reviewer: str, allow: Collection[str] = ()
 ) -> SheetImport:
-    """Record all verdicts of a filled-in export, or none if a row is faulty.
-
-    Args:
-        allow: kinds of secrets that answers may contain (data.allow).
-
-    Raises:
-        UserError: the file cannot be read, or has faulty rows (named by line).
-    """
+    """Record all verdicts of a filled-in export, or none if a row is faulty."""
     members = {m.key: m for m in version.domain}
     reviews = read_reviews(dataset)
     rows = checked_rows(
@@ -74,7 +63,17 @@ def import_csv(
     filled = [cells for cells in rows if cells["verdict"].strip()]
     events = []
     for cells in filled:
-        event = _event(cells, version, reviewer)
+        draw = cells["draw"].strip()
+        verdict = next(each for each in VERDICTS if each == cells["verdict"].strip().lower())
+        event = VerdictEvent(
+            key=cells["row"],
+            verdict=verdict,
+            output=cells["new_output"] if verdict == "edit" else None,
+            draw=int(draw) if draw else None,
+            version=version.digest,
+            reviewer=reviewer,
+            when=now(),
+        )
         current = reviews.current_verdicts(event.key).get(reviewer)
         if current is None or (current.verdict, current.output) != (event.verdict, event.output):
             events.append(event)
@@ -106,17 +105,3 @@ def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Coll
     if fields["draw"].strip() and not fields["draw"].strip().isdecimal():
         return f"invalid draw {fields['draw']!r}: keep the column as exported"
     return None
-
-
-def _event(fields: Mapping[str, str], version: DatasetVersion, reviewer: str) -> VerdictEvent:
-    draw = fields["draw"].strip()
-    verdict = next(each for each in VERDICTS if each == fields["verdict"].strip().lower())
-    return VerdictEvent(
-        key=fields["row"],
-        verdict=verdict,
-        output=fields["new_output"] if verdict == "edit" else None,
-        draw=int(draw) if draw else None,
-        version=version.digest,
-        reviewer=reviewer,
-        when=now(),
-    )

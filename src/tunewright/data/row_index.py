@@ -61,7 +61,7 @@ class RowIndex:
         if query.flag in ("generated", "mixed"):
             places = [i for i in places if getattr(members[i], query.flag)]
         elif query.flag:
-            flagged = suspects if query.flag == "suspect" else self._flagged(query.flag)
+            flagged = suspects if query.flag == "suspect" else self._flagged[query.flag]
             places = [i for i in places if members[i].key in flagged]
         for word in query.words.casefold().split():
             places = [i for i in places if word in self._texts[i]]
@@ -85,19 +85,15 @@ class RowIndex:
 
     def flags_of(self, member: Member) -> list[str]:
         """Return a row's flags; ``suspect`` is not among them."""
-        flags = [flag for flag in ("conflict", "edited") if member.key in self._flagged(flag)]
+        flags = [flag for flag in ("conflict", "edited") if member.key in self._flagged[flag]]
         return flags + [flag for flag in ("generated", "mixed") if getattr(member, flag)]
 
-    def _flagged(self, flag: str) -> frozenset[str]:
-        return self._conflicting if flag == "conflict" else self._edited
-
     @cached_property
-    def _conflicting(self) -> frozenset[str]:
-        return frozenset(each.key for each in conflicts(self._version.domain))
-
-    @cached_property
-    def _edited(self) -> frozenset[str]:
-        return frozenset(superseded_keys(self._dataset, self._version.manifest).values())
+    def _flagged(self) -> dict[str, frozenset[str]]:
+        return {
+            "conflict": frozenset(each.key for each in conflicts(self._version.domain)),
+            "edited": frozenset(superseded_keys(self._dataset, self._version.manifest).values()),
+        }
 
 
 @dataclass(frozen=True)
@@ -116,14 +112,7 @@ class RowHistory:
 
 
 def row_history(project: ProjectFolder, version: DatasetVersion, key: str, places: KnownPlaces) -> RowHistory:
-    """Return the history of a row, by its full key.
-
-    Args:
-        places: reads each version's rows once.
-
-    Raises:
-        UserError: the version lacks the row, or a version, review or lineage cannot be read.
-    """
+    """Return the history of a row, by its full key."""
     dataset = project.dataset
     verdicts = read_reviews(dataset).current_verdicts(key).values()
     uses = row_uses(dataset, project.adapters, [key], places)[key]

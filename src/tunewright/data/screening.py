@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
@@ -15,14 +14,13 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import listed
 from tunewright.core.workers import THIS_PROCESS, Workers, slices
 from tunewright.data import pii
-from tunewright.data.examples import Example
+from tunewright.data.examples import Example, RowFile
 from tunewright.data.pii import LocatedFinding
 from tunewright.data.pii.names import open_presidio
 from tunewright.data.pii.secret_patterns import Finder, Finding
 from tunewright.data.readers import SourceRow
 from tunewright.data.readers.preferences import REJECTED, rejected_messages, rejected_value
 from tunewright.data.readers.validate import texts_of
-from tunewright.data.row_file import RowFile
 
 _MOST = 10
 
@@ -45,16 +43,10 @@ def screen(
     presidio: str | None,
     workers: Workers = THIS_PROCESS,
 ) -> ScreenedRows:
-    """Search rows for secrets and personal data.
+    """Search rows for secrets and personal data, and replace them by placeholders with ``redact``.
 
-    Args:
-        allow: kinds that are permitted, and reported.
-        redact: replace findings by placeholders.
-        presidio: a spaCy model that finds names and places too.
-        workers: search the rows.
-
-    Raises:
-        UserError: a secret that is neither replaced nor allowed, by place; or presidio or its model is missing.
+    Secrets that are neither replaced nor allowed are refused, by place. Kinds in ``allow`` are permitted, and reported.
+    ``presidio`` is a spaCy model that finds names and places too.
     """
     screening = _Screening(tuple(allow), redact, presidio)
     if presidio:
@@ -119,7 +111,7 @@ def _screened(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _
     also = _finder(screening.presidio) if screening.presidio else None
     redacted: Counter[str] = Counter()
     if screening.redact:
-        rows, redacted = _redacted(rows, also, screening.allow)
+        rows = [_redacted(row, also, screening.allow, redacted) for row in rows]
     values = _ValueFindings()
     clean = _with_clean_values(rows, also, screening, values)
     found = pii.find_in_rows([(f"{row.source}:{row.line}", row.example) for row in clean], also)
@@ -127,26 +119,16 @@ def _screened(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _
     return _Part(clean if screening.redact else [], redacted, found, values)
 
 
-def _redacted(
-    rows: Sequence[SourceRow], also: Finder | None, allow: Sequence[str]
-) -> tuple[list[SourceRow], Counter[str]]:
-    done: list[SourceRow] = []
-    counts: Counter[str] = Counter()
-    for row in rows:
-        example, of_row = pii.redact(row.example, also=also, allow=allow)
-        counts.update(of_row)
-        metadata = row.metadata
-        if REJECTED in metadata and isinstance(metadata[REJECTED], str | list):
-            metadata = {**metadata, REJECTED: _redacted_answer(row.example, metadata[REJECTED], also, allow)}
-        done.append(replace(row, example=example, metadata=metadata))
-    return done, counts
-
-
-def _redacted_answer(example: Example, rejected: Any, also: Finder | None, allow: Sequence[str]) -> Any:
-    """Return a rejected answer with the placeholders of the row's prompt."""
-    answer = rejected_messages(rejected)
-    redacted, _ = pii.redact(Example((*example.prompt, *answer)), also=also, allow=allow)
-    return rejected_value(redacted.messages[-len(answer) :])
+def _redacted(row: SourceRow, also: Finder | None, allow: Sequence[str], counts: Counter[str]) -> SourceRow:
+    example, of_row = pii.redact(row.example, also=also, allow=allow)
+    counts.update(of_row)
+    metadata = row.metadata
+    if REJECTED in metadata and isinstance(metadata[REJECTED], str | list):
+        answer = rejected_messages(metadata[REJECTED])
+        # With the prompt, so that the rejected answer gets the same placeholders.
+        redacted, _ = pii.redact(Example((*row.example.prompt, *answer)), also=also, allow=allow)
+        metadata = {**metadata, REJECTED: rejected_value(redacted.messages[-len(answer) :])}
+    return replace(row, example=example, metadata=metadata)
 
 
 def _with_clean_values(

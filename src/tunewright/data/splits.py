@@ -27,13 +27,8 @@ LARGEST = 1 / 3
 def join_groups(clusters: Mapping[str, Sequence[str]], group_of: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
     """Join the clusters whose rows share a group value, through any chain of rows and values.
 
-    Args:
-        clusters: cluster name to the pair keys in it.
-        group_of: pair key to its group values, such as "customer=ACME", for rows of earlier versions too. Keys in no
-            cluster (dropped duplicates) are ignored.
-
-    Returns:
-        The joined clusters, each named after the smallest of its parts' names, which is its smallest pair key.
+    Each joined cluster is named after the smallest of its parts' names, which is its smallest pair key. Values, such as
+    "customer=ACME", of keys in no cluster (dropped duplicates) are ignored.
     """
     parent = {name: name for name in clusters}
 
@@ -72,17 +67,17 @@ def assign_splits(
     Args:
         clusters: cluster name to the pair keys in it.
         former: the split of each pair key in the previous version.
-        data: the shares of dev and test.
-        seed: decides the order of new clusters.
         class_of: the class of each pair key, to stratify as far as whole clusters and settled splits allow; None: do
             not stratify.
         train_only: pair keys of generated rows, whose new clusters are for training. They do not count for the shares
             of the other splits, and no cluster with a row of the former dev or test split has one.
-
-    Raises:
-        UserError: too few clusters for three splits.
     """
-    splits = _settled(clusters, {**former, **dict.fromkeys(train_only, "train")})
+    splits: dict[str, Split] = {}
+    for name, keys in clusters.items():
+        before = {"train" if key in train_only else former.get(key) for key in keys}
+        settled = next((split for split in SPLITS[::-1] if split in before), None)  # test comes first, then dev
+        if settled is not None:
+            splits[name] = settled
     if train_only:
         clusters = {name: [key for key in keys if key not in train_only] for name, keys in clusters.items()}
     own = {name: keys for name, keys in clusters.items() if keys}
@@ -113,18 +108,6 @@ def assign_splits(
                 f"No cluster is left for {split}: the new rows join separate clusters",
                 fix="Add rows that are independent of the existing ones, or leave out the rows that join clusters.",
             )
-    return splits
-
-
-def _settled(clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split]) -> dict[str, Split]:
-    """Return the split of each cluster that has rows of the previous version."""
-    splits: dict[str, Split] = {}
-    for name, keys in clusters.items():
-        before = {former[key] for key in keys if key in former}
-        for split in ("test", "dev", "train"):
-            if split in before:
-                splits[name] = split
-                break
     return splits
 
 

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import regex
-from jsonschema import Draft202012Validator, FormatChecker
-from jsonschema.exceptions import ValidationError
-from jsonschema.validators import extend
-from referencing import Registry
 
 from tunewright.core.io import canonical_json
-from tunewright.data.tool_limits import (
-    MAX_DEPTH,
-    ArgumentsError,
-    DeclarationError,
-    SchemaLimitError,
-    nested_values,
-    reference_path,
-)
 
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
+
+MAX_DEPTH = 32
+"""Of a schema inside schemas, with references followed, and of arguments."""
 MAX_VALUES = 10_000
 """Schemas and listed values of one function, with references followed."""
 MAX_STEPS = 2_000_000
@@ -40,10 +34,50 @@ _SECONDS = 1.0
 """Processor time of the patterns in one check."""
 
 _Pointer = tuple[str, ...]
+Path = tuple[str | int, ...]
 
 
-def _count(value: Any) -> int:
-    return sum(1 for _ in nested_values(value))
+class DeclarationError(ValueError):
+    """Declarations that are not functions with a JSON Schema; ``path`` is the place in them."""
+
+    def __init__(self, reason: str, path: Path = ()) -> None:
+        super().__init__(reason)
+        self.path = path
+
+
+class SchemaLimitError(DeclarationError):
+    """A schema that is recursive, too large or too slow, or that needs a document from elsewhere."""
+
+
+class ArgumentsError(ValueError):
+    """Arguments that violate a function's schema."""
+
+
+def require_depth(value: Any) -> None:
+    """Raise a SchemaLimitError for JSON values nested deeper than any schema in its limit needs."""
+    if any(depth > 4 * MAX_DEPTH for _, depth in nested_values(value)):
+        raise SchemaLimitError(f"nested more than {4 * MAX_DEPTH} levels deep")
+
+
+def reference_path(reference: Any) -> tuple[str, ...]:
+    """Return the steps of the JSON Pointer (RFC 6901) in a schema's ``$ref``.
+
+    Raises:
+        SchemaLimitError: it leads to another document, or is no pointer.
+    """
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        raise SchemaLimitError('"$ref" must be local, such as "#/$defs/address"')
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(reference[1:]).split("/")[1:])
+
+
+def nested_values(value: Any) -> Iterator[tuple[Any, int]]:
+    """Yield a JSON value and all values in it, each with its depth, from 1."""
+    left = [(value, 1)]
+    while left:
+        each, depth = left.pop()
+        yield each, depth
+        inner = each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
+        left += [(one, depth + 1) for one in inner]
 
 
 @dataclass(frozen=True)
@@ -60,7 +94,7 @@ class CompiledSchema:
             ArgumentsError: they violate the schema.
             SchemaLimitError: the check would take too long.
         """
-        if self.size * _count(arguments) > MAX_STEPS:
+        if self.size * sum(1 for _ in nested_values(arguments)) > MAX_STEPS:
             raise SchemaLimitError("schema and arguments are too large to be checked")
         token = _END.set(time.thread_time() + _SECONDS)
         try:
@@ -95,20 +129,12 @@ def compiled_schema(text: str) -> CompiledSchema:
     size = _checked_size(schema)
     for key in ("$schema", "$id"):  # both would make references other than local
         schema.pop(key, None)
-    metaschema = Draft202012Validator(Draft202012Validator.META_SCHEMA, format_checker=_FORMATS)
+    metaschema, validator = _validators()
     error = next(metaschema.iter_errors(schema), None)
     if error is not None:
         place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
         raise DeclarationError(f"not JSON Schema (Draft 2020-12): parameters{place}: {_cut(error.message)}")
-    return CompiledSchema(_Validator(schema, registry=Registry()), size)
-
-
-_FORMATS = FormatChecker(formats=())
-
-
-@_FORMATS.checks("regex", raises=(regex.error, RecursionError))
-def _is_regex(pattern: object) -> bool:
-    return not isinstance(pattern, str) or bool(regex.compile(pattern))
+    return CompiledSchema(validator(schema), size)
 
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -182,7 +208,7 @@ def _followed(
         schema = places[path]
         size, height = 1, 0
         if isinstance(schema, dict):
-            size += sum(_count(schema[key]) for key in ("enum", "const", "required") if key in schema)
+            size += sum(1 for key in ("enum", "const", "required") if key in schema for _ in nested_values(schema[key]))
             inner = [(*path, *steps) for steps, _ in _subschemas(schema)]
             if "$ref" in schema:
                 inner.append(_target(schema["$ref"], places))
@@ -215,28 +241,35 @@ def _found(pattern: str, text: str) -> bool:
         raise SchemaLimitError(f"the pattern {_cut(canonical_json(pattern))} takes too long on the arguments") from None
 
 
-# jsonschema's own forms of these keywords search with Python's re, which has no limit, or compare all pairs of items.
+@cache
+def _validators() -> tuple[Any, Callable[[Any], Any]]:
+    """Return a validator of schemas, and one of arguments for a schema; jsonschema is imported when it is needed."""
+    from jsonschema import Draft202012Validator, FormatChecker
+    from jsonschema.exceptions import ValidationError
+    from jsonschema.validators import extend
+    from referencing import Registry
 
+    formats = FormatChecker(formats=())
 
-def _pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
-    if isinstance(value, str) and not _found(pattern, value):
-        yield ValidationError("does not match")
+    @formats.checks("regex", raises=(regex.error, RecursionError))
+    def is_regex(pattern: object) -> bool:
+        return not isinstance(pattern, str) or bool(regex.compile(pattern))
 
+    # jsonschema's own forms of these keywords search with Python's re, which has no limit, or compare all pairs of
+    # items.
+    def check_pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
+        if isinstance(value, str) and not _found(pattern, value):
+            yield ValidationError("does not match")
 
-def _pattern_properties(
-    validator: Any, patterns: Mapping[str, Any], value: Any, _schema: Any
-) -> Iterator[ValidationError]:
-    if isinstance(value, dict):
-        for pattern, schema in patterns.items():
+    def check_patterns(validator: Any, patterns: Any, value: Any, _schema: Any) -> Iterator[ValidationError]:
+        for pattern, schema in patterns.items() if isinstance(value, dict) else ():
             for key, inner in value.items():
                 if _found(pattern, key):
                     yield from validator.descend(inner, schema, path=key, schema_path=pattern)
 
-
-def _additional_properties(validator: Any, others: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
-    if isinstance(value, dict):
+    def check_others(validator: Any, others: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
         patterns = schema.get("patternProperties", {})
-        for key, inner in value.items():
+        for key, inner in value.items() if isinstance(value, dict) else ():
             if key in schema.get("properties", {}) or any(_found(pattern, key) for pattern in patterns):
                 continue
             if others is False:
@@ -244,10 +277,19 @@ def _additional_properties(validator: Any, others: Any, value: Any, schema: Any)
             else:
                 yield from validator.descend(inner, others, path=key)
 
+    def check_unique(_validator: Any, unique: bool, value: Any, _schema: Any) -> Iterator[ValidationError]:
+        if unique and isinstance(value, list) and len({canonical_json(_whole(each)) for each in value}) < len(value):
+            yield ValidationError("has equal items")
 
-def _unique_items(_validator: Any, unique: bool, value: Any, _schema: Any) -> Iterator[ValidationError]:
-    if unique and isinstance(value, list) and len({canonical_json(_whole(each)) for each in value}) < len(value):
-        yield ValidationError("has equal items")
+    keywords = {
+        "pattern": check_pattern,
+        "patternProperties": check_patterns,
+        "additionalProperties": check_others,
+        "uniqueItems": check_unique,
+    }
+    validator = extend(Draft202012Validator, keywords)
+    metaschema = Draft202012Validator(Draft202012Validator.META_SCHEMA, format_checker=formats)
+    return metaschema, lambda schema: validator(schema, registry=Registry())
 
 
 def _whole(value: Any) -> Any:
@@ -257,14 +299,3 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Validator = extend(
-    Draft202012Validator,
-    {
-        "pattern": _pattern,
-        "patternProperties": _pattern_properties,
-        "additionalProperties": _additional_properties,
-        "uniqueItems": _unique_items,
-    },
-)

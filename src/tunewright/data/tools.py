@@ -10,7 +10,14 @@ from typing import Any
 from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import parse_json
 from tunewright.core.text import normalize
-from tunewright.data.tool_limits import ArgumentsError, DeclarationError, Path, SchemaLimitError, require_depth
+from tunewright.data.tool_schemas import (
+    ArgumentsError,
+    DeclarationError,
+    Path,
+    SchemaLimitError,
+    compiled_schema,
+    require_depth,
+)
 
 MAX_CHARACTERS = 1 << 18
 """Of all declarations of a conversation, as canonical JSON."""
@@ -34,8 +41,6 @@ class Toolset:
             ArgumentsError: they violate it.
             SchemaLimitError: the check would take too long.
         """
-        from tunewright.data.tool_schemas import compiled_schema  # jsonschema takes a tenth of a second to import
-
         compiled_schema(self.schemas[name]).check(arguments)
 
 
@@ -49,8 +54,6 @@ def read_tools(value: Any) -> Toolset:
         DeclarationError: a list of anything else, a name that is declared twice, an invalid schema.
         SchemaLimitError: a schema over a limit.
     """
-    from tunewright.data.tool_schemas import compiled_schema  # jsonschema takes a tenth of a second to import
-
     if isinstance(value, str):
         try:
             value = parse_json(value)

@@ -43,7 +43,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import standard_json
 from tunewright.data.examples import Example, ToolCall, call_id
-from tunewright.data.tool_limits import ArgumentsError, SchemaLimitError
+from tunewright.data.tool_schemas import ArgumentsError, SchemaLimitError, compiled_schema
 from tunewright.metrics.fields import micro_f1, same
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
 
@@ -180,8 +180,6 @@ def _where_called(name: MetricName, definition: str, right: Callable[[Pair], boo
 
 
 def _satisfies(call: ToolCall, schema: Any) -> bool:
-    from tunewright.data.tool_schemas import compiled_schema  # jsonschema takes a tenth of a second to import
-
     try:
         compiled_schema(canonical_json(schema)).check(json.loads(call.arguments))
     except (ArgumentsError, SchemaLimitError):

@@ -15,7 +15,7 @@ from tunewright.core.io import file_digest
 from tunewright.core.progress import LogTask, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.examples import Example
+from tunewright.data.examples import Example, RowFile
 from tunewright.data.readers.generated_rows import generated_groups, has_generated_rows, is_generated, unmapped
 from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import json_path
@@ -30,7 +30,6 @@ from tunewright.data.readers.validate import (
     groups_of,
     metadata_of,
 )
-from tunewright.data.row_file import RowFile
 
 __all__ = [
     "Fault",

@@ -10,7 +10,7 @@ from tunewright.core.strict_json import parse_json
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.turns import Declared, RawCall, Turn
-from tunewright.data.tool_limits import ArgumentsError, DeclarationError, SchemaLimitError
+from tunewright.data.tool_schemas import ArgumentsError, DeclarationError, SchemaLimitError
 from tunewright.data.tools import Toolset, canonical_arguments, read_tools
 
 

@@ -16,7 +16,7 @@ from tunewright.core.io import canonical_json, new_file
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.examples import ROLES, call_id
+from tunewright.data.examples import ROLES, RowFile, call_id
 from tunewright.data.pii import LABELS, find_in_value, message_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.readers.calls import declared_tools
@@ -25,7 +25,6 @@ from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.sources import Source, is_workbook, open_source
 from tunewright.data.readers.turns import Turn, TurnKeys, json_or_literal, read_turn
 from tunewright.data.readers.validate import example_from_turns, groups_of, metadata_of, texts_of
-from tunewright.data.row_file import RowFile
 
 _LOOKED_AT = 20  # rows, some of which may be faulty
 # Templates on the whole row: every column is read, whatever its name.

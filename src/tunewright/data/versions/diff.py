@@ -11,12 +11,7 @@ from typing import Any, Literal
 
 from tunewright.core.text import changes
 from tunewright.data.splits import Split
-from tunewright.data.versions import (
-    DatasetVersion,
-    Manifest,
-    Member,
-    short,
-)
+from tunewright.data.versions import DatasetVersion, Manifest, Member, short
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,10 @@ class Diff:
     @cached_property
     def metadata(self) -> dict[str, tuple[Any, Any]]:
         """Other differences of the manifests (author, message, sources, settings), with both values."""
-        facts = [_metadata(manifest) for manifest in (self.a, self.b)]
+        facts = []
+        for manifest in (self.a, self.b):
+            settings = {f"settings.{k}": v for k, v in manifest.settings.model_dump(mode="json").items()}
+            facts.append(manifest.model_dump(mode="json", include={"author", "message", "sources"}) | settings)
         names = [*facts[0], *(name for name in facts[1] if name not in facts[0])]
         pairs = {name: (facts[0].get(name), facts[1].get(name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -127,11 +125,15 @@ def diff(a: DatasetVersion, b: DatasetVersion) -> Diff:
             gone[key].remove(old)
             new[key].remove(now)
     both = before.keys() & after.keys()
+    added, removed = (
+        tuple(sorted((m for members in groups.values() for m in members), key=lambda m: m.key))
+        for groups in (new, gone)
+    )
     return Diff(
         a=a.manifest,
         b=b.manifest,
-        added=_sorted(new),
-        removed=_sorted(gone),
+        added=added,
+        removed=removed,
         edited=tuple(sorted(edited, key=lambda e: e.after.key)),
         moved=tuple(SplitMove(after[k], before[k].split) for k in sorted(both) if before[k].split != after[k].split),
         regrouped=_regrouped([before[key] for key in both], [after[key] for key in both]),
@@ -158,10 +160,6 @@ def _by_input(mine: dict[str, Member], other: dict[str, Member]) -> dict[str, li
     return {key: sorted(members, key=lambda m: (m.example.output, m.key)) for key, members in found.items()}
 
 
-def _sorted(groups: dict[str, list[Member]]) -> tuple[Member, ...]:
-    return tuple(sorted((m for members in groups.values() for m in members), key=lambda m: m.key))
-
-
 def _row(member: Member) -> dict[str, Any]:
     return {
         "key": member.key,
@@ -169,11 +167,6 @@ def _row(member: Member) -> dict[str, Any]:
         "cluster": member.cluster,
         "messages": [m.as_dict() for m in member.example.messages],
     }
-
-
-def _metadata(manifest: Manifest) -> dict[str, Any]:
-    facts = manifest.model_dump(mode="json", include={"author", "message", "sources"})
-    return {**facts, **{f"settings.{k}": v for k, v in manifest.settings.model_dump(mode="json").items()}}
 
 
 Mark = Literal["same", "gone", "new"]

@@ -58,11 +58,6 @@ class _Link:
     size: int
 
 
-def members_sha256(text: str) -> str:
-    """Return the digest of a version with these members."""
-    return lines_sha256([text])
-
-
 def lines_sha256(lines: Iterable[str]) -> str:
     """Return the digest of lines, without holding all of them."""
     whole = hashlib.sha256()
@@ -72,20 +67,15 @@ def lines_sha256(lines: Iterable[str]) -> str:
 
 
 def read_members(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> str:
-    """Return the lines of all members of a version, verified against its digest.
+    """Return the lines of all members of a version, verified against its full digest.
 
-    Args:
-        digest: the version's full digest.
-        data, where: content and name of its file, if it is not in the dataset yet.
-
-    Raises:
-        UserError: something was changed or is missing; names the file, and the line if known.
+    ``data`` and ``where`` are content and name of its file, if it is not in the dataset yet.
     """
     chain = _chain(dataset, digest, data, where)
     text = _text(chain)
-    if members_sha256(text) != digest:
+    if lines_sha256([text]) != digest:
         for count, link in enumerate(chain, start=1):
-            actual = members_sha256(_text(chain[:count]))
+            actual = lines_sha256([_text(chain[:count])])
             if actual[:12] != link.folder:
                 raise _wrong(f"The members were changed (digest {actual[:12]})", link.where)
     return text
@@ -101,7 +91,8 @@ def places_of(text: str) -> Places:
     places: Places = {}
     for line in text_lines(text):
         key, split, cluster, *rest = line.split("\t")
-        places[key] = Place(_split(split), cluster, *(_read_more(rest[0]) if rest else ()))
+        known = next(each for each in SPLITS if each == split)
+        places[key] = Place(known, cluster, *(_read_more(rest[0]) if rest else ()))
     return places
 
 
@@ -116,11 +107,7 @@ def member_line(key: str, place: Place) -> str:
 
 
 def _read_more(field: str) -> tuple[tuple[str, ...], bool, bool]:
-    """Return groups, mix-in and generated from the fourth field.
-
-    Raises:
-        ValueError: ``member_line`` would write it otherwise.
-    """
+    """Return groups, mix-in and generated from the fourth field; a ValueError if it is not in canonical form."""
     more = json.loads(field)
     if (
         not isinstance(more, dict)
@@ -135,14 +122,6 @@ def _read_more(field: str) -> tuple[tuple[str, ...], bool, bool]:
     if not named or groups != sorted(set(groups)) or not flags:
         raise ValueError(field)
     return tuple(more.get("groups", ())), "mix" in more, "generated" in more
-
-
-def _is_more(field: str) -> bool:
-    try:
-        _read_more(field)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def members_file(dataset: Path, lines: Iterable[str], parent: str | None) -> Iterator[str]:
@@ -194,7 +173,10 @@ def _link(data: bytes, where: str, folder: str) -> _Link:
                 raise _wrong("Invalid change: expected + or -, pair key, split and cluster", f"{where}:{number}")
         elif parent is not None or lines == [""]:
             continue
-        known = len(fields) == 3 or (len(fields) == 4 and _is_more(fields[3]))
+        try:
+            known = len(fields) == 3 or (len(fields) == 4 and bool(_read_more(fields[3])))
+        except (ValueError, RecursionError):
+            known = False
         if not known or fields[1] not in SPLITS:
             raise _wrong("Invalid member: expected pair key, split and cluster", f"{where}:{number}")
     kept = tuple(lines[1:]) if parent is not None else tuple(line for line in lines if line)
@@ -214,10 +196,6 @@ def _text(chain: Sequence[_Link]) -> str:
             else:
                 members.add(member)
     return "".join(f"{line}\n" for line in sorted(members))
-
-
-def _split(name: str) -> Split:
-    return next(split for split in SPLITS if split == name)
 
 
 def _wrong(what: str, where: str) -> UserError:

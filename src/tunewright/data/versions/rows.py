@@ -76,11 +76,7 @@ def scan_rows(data: bytes) -> Iterator[Row | BadRow]:
 
 
 def parse_rows(data: bytes, where: str) -> dict[str, Example]:
-    """Return the examples in a file of rows, by pair key; ``where`` names the file in errors.
-
-    Raises:
-        UserError: a row does not match its key; names line and key.
-    """
+    """Return the examples in a file of rows, by pair key; ``where`` names the file in errors."""
     rows: dict[str, Example] = {}
     for row in scan_rows(data):
         if isinstance(row, BadRow):
@@ -89,14 +85,20 @@ def parse_rows(data: bytes, where: str) -> dict[str, Example]:
     return rows
 
 
+def _shards(folder: Path, keys: Iterable[str]) -> list[tuple[Path, set[str]]]:
+    """Return the files that have, or would have, the rows of these pair keys, in order."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for key in keys:
+        found[key[:2]].add(key)
+    return [(folder / f"{prefix}.jsonl", mine) for prefix, mine in sorted(found.items())]
+
+
 def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter) -> None:
     """Add examples by pair key; files that have them all are not rewritten."""
-    shards: dict[str, list[str]] = defaultdict(list)
-    for key in examples:
-        shards[key[:2]].append(key)
+    shards = _shards(folder, examples)
     with reporter.task("saving rows", len(shards), "files") as task:
-        for prefix, keys in sorted(shards.items()):
-            path, rows = folder / f"{prefix}.jsonl", {key: examples[key] for key in keys}
+        for path, keys in shards:
+            rows = {key: examples[key] for key in keys}
             there = parse_rows(path.read_bytes(), str(path)) if path.exists() else {}
             if rows.keys() - there.keys():
                 write_text(path, rows_text(rows | there))
@@ -105,12 +107,8 @@ def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter
 
 def has_rows(folder: Path, keys: Iterable[str]) -> set[str]:
     """Return the pair keys that have a row in the files."""
-    shards: dict[str, set[str]] = defaultdict(set)
-    for key in keys:
-        shards[key[:2]].add(key)
     found: set[str] = set()
-    for prefix, wanted in shards.items():
-        path = folder / f"{prefix}.jsonl"
+    for path, wanted in _shards(folder, keys):
         if path.is_file():
             found |= wanted & {key.decode() for key in _KEY.findall(path.read_bytes())}
     return found
@@ -118,11 +116,7 @@ def has_rows(folder: Path, keys: Iterable[str]) -> set[str]:
 
 def remove_rows(folder: Path, keys: Iterable[str]) -> None:
     """Remove rows that no version needs; missing ones are ignored."""
-    shards: dict[str, set[str]] = defaultdict(set)
-    for key in keys:
-        shards[key[:2]].add(key)
-    for prefix, gone in sorted(shards.items()):
-        path = folder / f"{prefix}.jsonl"
+    for path, gone in _shards(folder, keys):
         there = parse_rows(path.read_bytes(), str(path)) if path.exists() else {}
         if gone & there.keys():
             kept = {key: example for key, example in there.items() if key not in gone}
@@ -133,17 +127,9 @@ def remove_rows(folder: Path, keys: Iterable[str]) -> None:
 
 
 def read_rows(folder: Path, keys: Iterable[str]) -> dict[str, Example]:
-    """Return the examples of these pair keys, each checked against its key.
-
-    Raises:
-        UserError: a row is missing, or does not match its key; names file and key.
-    """
-    wanted: dict[str, set[str]] = defaultdict(set)
-    for key in keys:
-        wanted[key[:2]].add(key)
+    """Return the examples of these pair keys, each checked against its key."""
     found: dict[str, Example] = {}
-    for prefix, mine in sorted(wanted.items()):
-        path = folder / f"{prefix}.jsonl"
+    for path, mine in _shards(folder, keys):
         if not path.is_file():
             raise UserError("Rows of the dataset are missing: the file does not exist", where=str(path), fix=_RESTORE)
         shard = parse_rows(path.read_bytes(), str(path))
