@@ -39,16 +39,9 @@ from tunewright.data.readers.validate import counted
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
 from tunewright.data.trace import read_metadata
-from tunewright.data.versions import (
-    DatasetVersion,
-    Manifest,
-    Settings,
-    Source,
-    locked,
-    save_version,
-)
+from tunewright.data.versions import DatasetVersion, Manifest, Settings, Source, locked, save_version
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs, append_removals
-from tunewright.data.versions.version import ImportCounts, cluster_sizes, clusters_by_split, new_manifest
+from tunewright.data.versions.version import cluster_sizes, clusters_by_split, new_manifest
 
 
 @dataclass(frozen=True)
@@ -235,8 +228,10 @@ def _save(
             parent,
             Settings(**settings, seed=config.seed),
             message=message,
-            sources=list(sources.values()),
-            left_out=ImportCounts(len(merged.duplicates), len(faults), len(plan.moved)),
+            sources=sources.values(),
+            duplicates=len(merged.duplicates),
+            skipped=len(faults),
+            moved=len(plan.moved),
             mix=plan.mixed.about if plan.mixed else None,
             near_duplicates=near,
             split_from=plan.inherited.about if plan.inherited else None,

@@ -350,11 +350,8 @@ def inherit_split(path: Path, merged: Merge, split_by: str) -> InheritedSplit:
     A row inherits the split of its pair, else of the rows with its question: the prompt without system turns, ignoring
     case and white space. If the question is in several splits, test comes before dev and dev before train.
 
-    Args:
-        path: a project's folder, or its dataset folder.
-        merged: the rows of the new dataset.
-        split_by: as in the config. A split by input is not inherited by output template if a template is in several
-            splits: all its rows would follow one of them into the test split, with most of the training rows.
+    A split by input is not inherited by output template if a template is in several splits: all its rows would follow
+    one of them into the test split, with most of the training rows.
     """
     where = f"--split-from {path}"
     if merged.parent is not None:

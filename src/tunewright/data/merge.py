@@ -49,8 +49,7 @@ class Replacement:
     rows: dict[str, SourceRow] = field(default_factory=dict)
     edits_kept: tuple[SourceRow, ...] = ()
     joining: frozenset[str] = frozenset()
-    sets: str = ""
-    """Notice on inputs with several outputs, if there are any."""
+    sets: str = ""  # the notice on inputs with several outputs, if there are any
 
 
 @dataclass
@@ -138,11 +137,11 @@ class Merge:
     def replaced(self) -> tuple[ReplacedRow, ...]:
         """The rows that replaced others, sorted by file and line."""
         before = {m.key: m.example for m in self.parent.domain} if self.parent else {}
-        found = []
-        for key, olds in self.replacement.olds.items():
-            row = self.replacement.rows[key]
-            outputs = tuple(before[old].output for old in olds)
-            found.append(ReplacedRow(row.source, row.line, key, row.example.output, olds, outputs))
+        found = [
+            ReplacedRow(row.source, row.line, key, row.example.output, olds, tuple(before[old].output for old in olds))
+            for key, olds in self.replacement.olds.items()
+            for row in (self.replacement.rows[key],)
+        ]
         return tuple(sorted(found, key=lambda r: (r.source, r.line)))
 
     @cached_property
@@ -240,13 +239,9 @@ def merge(
         if row.example.pair_key not in known and row.example.pair_key not in edited:
             first.setdefault(row.example.pair_key, row)
     people = {row.example.pair_key for row in rows if not row.generated}
-
     # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows of
     # people come first: a generated row may be the duplicate of one, and not the other way round.
-    def preference(key: str) -> tuple[bool, int, str]:
-        return key not in people, first[key].example.trained_turns, key
-
-    new = sorted(first, key=preference)
+    new = sorted(first, key=lambda key: (key not in people, first[key].example.trained_turns, key))
     reweighted = _reweighted(new, first, known, rows)
     for old in reweighted.values():
         del known[old]
@@ -312,12 +307,7 @@ def _supersede(
 
     If an input has several outputs, in the version or in the files, the files' outputs replace all of them. They must
     be at least as many, so that a file with one corrected reference never removes the others.
-
-    Args:
-        known: domain rows by pair key.
-        edited: pair key to the known one that replaced it, by review or by an earlier replacement.
-        made: pair keys of rows that came from a replacement, not from a reviewer's edit.
-        accept: allow several outputs of an input.
+    ``edited`` maps a pair key to the known one that replaced it, by review or by an earlier replacement (``made``).
     """
     respelled = _with_known_spelling(rows, known)
     rows = [replace(row, example=respelled.get(row.example.pair_key, row.example)) for row in rows]
@@ -416,10 +406,6 @@ class _OutputSet:
         coming = [row for output, row in sorted(read.items()) if output not in there]
         return cls(list(read.values()), len(stay), len(there), gone, coming)
 
-    def __str__(self) -> str:
-        example = self.rows[0].example
-        return f'"{example.input_text[:60]}": {self.before:,} in the dataset, {self.outputs:,} in the files'
-
 
 def _several(examples: Sequence[Example]) -> bool:
     different = {example.pair_key: example for example in examples}
@@ -435,7 +421,11 @@ def _another_answer(old: Example, new: Example) -> bool:
 def _require_all_outputs(sets: Sequence[_OutputSet], parent: DatasetVersion, *, accept: bool) -> None:
     """Refuse to replace the outputs of an input by fewer ones, or by several that are not accepted."""
     if few := [each for each in sets if each.outputs < each.before]:
-        places = (f"{each.rows[0].source}:{each.rows[0].line}: {each}" for each in few)
+        places = (
+            f'{each.rows[0].source}:{each.rows[0].line}: "{each.rows[0].example.input_text[:60]}": {each.before:,} in '
+            f"the dataset, {each.outputs:,} in the files"
+            for each in few
+        )
         raise UserError(
             f"Nothing was replaced: {count_of(len(few), 'input')} with more outputs in version "
             f"{short(parent.digest)} than in the files\n{listed(places, len(few), _FEW, 'complete them too')}",

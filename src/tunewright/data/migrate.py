@@ -46,19 +46,22 @@ class HostedJob:
     seed: int | None = None
     differences: list[str] = field(default_factory=list)
 
-    def take(self, value: object, key: str, theirs: str) -> None:
-        """Set a key of the train section, or name the difference if the value is automatic or not valid here."""
-        if value is None:
-            return
-        if isinstance(value, str) and key != "lr_scheduler_type":
-            self.differ(f"{theirs} was {value!r}, which the service chose by itself", f"train.{key} has its default")
-            return
-        try:
-            TrainConfig.model_validate({key: value})
-        except ValidationError:
-            self.differ(f"{theirs} was {value!r}, which is not valid here", f"train.{key} has its default")
-        else:
-            self.train[key] = value
+    def take(self, settings: Mapping[str, Any], **names: str) -> None:
+        """Set keys of the train section from their settings, or name the difference of one that is not valid here."""
+        for key, theirs in names.items():
+            value = settings.get(theirs)
+            if value is None:
+                continue
+            if isinstance(value, str) and key != "lr_scheduler_type":
+                what = f"{theirs} was {value!r}, which the service chose by itself"
+                self.differ(what, f"train.{key} has its default")
+                continue
+            try:
+                TrainConfig.model_validate({key: value})
+            except ValidationError:
+                self.differ(f"{theirs} was {value!r}, which is not valid here", f"train.{key} has its default")
+            else:
+                self.train[key] = value
 
     def differ(self, theirs: str, ours: str) -> None:
         """Name a difference: the job's side, and the project's."""
@@ -83,16 +86,19 @@ def migrate(
     """Return the project for a job's files; nothing is written.
 
     Args:
-        service: the job's service.
         job_file: the job's object, as the service's API returns it (JSON).
-        train: the job's training file (JSON Lines).
-        validation: its validation file, if there was one.
+        train, validation: the job's files (JSON Lines).
         base: the open-weight base to tune (None: the job's, if it has a documented hub id, else the default).
 
     Raises:
         UserError: a file cannot be read, or is not of that service; the job has no rows with ideal outputs.
     """
-    document = _object(job_file)
+    try:
+        document = parse_json(_text(job_file))
+    except ValueError as error:
+        raise UserError(f"Not JSON: {error}", where=str(job_file)) from None
+    if not isinstance(document, dict):
+        raise UserError("The job must be a JSON object", where=str(job_file))
     job = _READERS[service](document, str(job_file))
     texts = {TRAIN_FILE: _text(train)}
     if validation is not None:
@@ -176,8 +182,8 @@ def _openai(document: Mapping[str, Any], where: str) -> HostedJob:
         )
     if kind != "supervised":
         job.differ(f"The job's method was {kind}", "the project trains on the preferred answers (supervised)")
-    job.take(settings.pop("n_epochs", None), "epochs", "n_epochs")
-    job.take(settings.pop("batch_size", None), "batch_size", "batch_size")
+    job.take(settings, epochs="n_epochs", batch_size="batch_size")
+    settings = {name: value for name, value in settings.items() if name not in ("n_epochs", "batch_size")}
     multiplier = settings.pop("learning_rate_multiplier", None)
     if multiplier is not None:
         job.differ(
@@ -201,19 +207,15 @@ def _together(document: Mapping[str, Any], where: str) -> HostedJob:
             fix="Save the answer of GET /v1/fine-tunes/ID.",
         )
     job = HostedJob(model=document.get("model_output_name"), base=document.get("model"))
-    job.take(document.get("n_epochs"), "epochs", "n_epochs")
-    job.take(document.get("batch_size"), "batch_size", "batch_size")
-    job.take(document.get("learning_rate"), "learning_rate", "learning_rate")
-    job.take(document.get("warmup_ratio"), "warmup_ratio", "warmup_ratio")
+    same = {name: name for name in ("batch_size", "learning_rate", "warmup_ratio")}
+    job.take(document, epochs="n_epochs", **same)
     scheduler = document.get("lr_scheduler") or {}
-    job.take(scheduler.get("lr_scheduler_type"), "lr_scheduler_type", "lr_scheduler_type")
+    job.take(scheduler, lr_scheduler_type="lr_scheduler_type")
     if scheduler.get("lr_scheduler_args"):
         job.differ(f"lr_scheduler_args were {scheduler['lr_scheduler_args']}", "the schedule ends at 0")
     kind = document.get("training_type") or {}
     if kind.get("type") == "Lora":
-        job.take(kind.get("lora_r"), "lora_r", "lora_r")
-        job.take(kind.get("lora_alpha"), "lora_alpha", "lora_alpha")
-        job.take(kind.get("lora_dropout"), "lora_dropout", "lora_dropout")
+        job.take(kind, lora_r="lora_r", lora_alpha="lora_alpha", lora_dropout="lora_dropout")
         modules = kind.get("lora_trainable_modules")
         if modules == "all-linear":
             job.train["preset"] = "all-linear"
@@ -240,10 +242,7 @@ def _fireworks(document: Mapping[str, Any], where: str) -> HostedJob:
             fix="Save the answer of GET /v1/accounts/ACCOUNT/supervisedFineTuningJobs/ID.",
         )
     job = HostedJob(model=document.get("outputModel"))
-    job.take(document.get("epochs"), "epochs", "epochs")
-    job.take(document.get("learningRate"), "learning_rate", "learningRate")
-    job.take(document.get("loraRank"), "lora_r", "loraRank")
-    job.take(document.get("maxContextLength"), "max_length", "maxContextLength")
+    job.take(document, epochs="epochs", learning_rate="learningRate", lora_r="loraRank", max_length="maxContextLength")
     if document.get("batchSize"):
         job.differ(f"batchSize was {document['batchSize']} tokens", "train.batch_size counts examples: its default")
     if document.get("earlyStop"):
@@ -271,17 +270,6 @@ def _text(path: Path) -> str:
         raise UserError(f"The file cannot be read: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError:
         raise UserError("The file is not UTF-8 text", where=str(path)) from None
-
-
-def _object(path: Path) -> Mapping[str, Any]:
-    text = _text(path)
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"Not JSON: {error}", where=str(path)) from None
-    if not isinstance(found, dict):
-        raise UserError("The job must be a JSON object", where=str(path))
-    return found
 
 
 def _kinds(text: str, path: Path) -> dict[str, int]:

@@ -52,10 +52,7 @@ def mix_in(
     extends it. Rows are rejected if their input is (nearly) equal to one of the domain. They are also rejected if they
     contain a held-out row, a benchmark item or secrets.
 
-    Args:
-        domain: all domain rows with their splits.
-        benchmarks: file name to the texts of its items.
-        removed: pair keys of rows that were removed earlier.
+    ``removed`` are pair keys of rows that were removed earlier.
     """
     path = root / mix.source
     rows = _read(path, config.data, mix, config.seed, reporter)

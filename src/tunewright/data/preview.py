@@ -12,12 +12,12 @@ from typing import Any
 from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data import notices
-from tunewright.data.add import prepare_add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.add import map_columns, prepare_add
+from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.notices import Conflict
-from tunewright.data.readers import SourceRow, file_check
-from tunewright.data.readers.file_check import FileCheck
+from tunewright.data.readers import SourceRow, file_check, source_size
+from tunewright.data.readers.file_check import Change, FileCheck, FilePreview
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS
 
@@ -152,3 +152,28 @@ def _effect(plan: AddPlan) -> Effect:
         moved=len(plan.moved),
         splits=tuple(sizes),
     )
+
+
+def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
+    """Return the columns of a file of pairs, whatever their names, and its first three rows.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
+    given = {key: value for key, value in wanted.items() if value is not None}
+    return file_check.preview_file(Path(file), project.folder.config.data.model_copy(update=given))
+
+
+def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:
+    """Return the titles of a workbook's visible sheets; of another file, nothing."""
+    return file_check.sheet_titles(Path(file))
+
+
+def fix_file(
+    project: OpenFolder, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()
+) -> list[Change]:
+    """Write a corrected copy of a file of pairs, and list every change."""
+    data = map_columns(project.folder.config.data, mapping, [Path(file)])
+    with project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
+        return file_check.fix_file(Path(file), Path(out), data, task)

@@ -41,7 +41,7 @@ from tunewright.data.versions import (
 from tunewright.data.versions.logs import Removal, append_removals, describe_purges, read_removals
 from tunewright.data.versions.members import Place, read_places
 from tunewright.data.versions.rows import read_rows
-from tunewright.data.versions.version import ImportCounts, new_manifest, rename_clusters
+from tunewright.data.versions.version import new_manifest, rename_clusters
 
 _MOST = 10
 _ITEM_KEY = re.compile(rb'^\{"key": ?"([0-9a-f]{64})"', re.MULTILINE)
@@ -263,8 +263,6 @@ def _save(
         parent,
         settings,
         message=f"{count_of(len(going), 'row')} removed: {because}",
-        sources=[],
-        left_out=ImportCounts(),
         mix=mix and mix.model_copy(update={"drawn": sum(m.mixed for m in members)}),
         near_duplicates=count_near_repeats(members, settings.dedup_threshold, reporter) if near else 0,
     )

@@ -60,11 +60,7 @@ def require_depth(value: Any) -> None:
 
 
 def reference_path(reference: Any) -> tuple[str, ...]:
-    """Return the steps of the JSON Pointer (RFC 6901) in a schema's ``$ref``.
-
-    Raises:
-        SchemaLimitError: it leads to another document, or is no pointer.
-    """
+    """Return the steps of the local JSON Pointer (RFC 6901) in a schema's ``$ref``."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         raise SchemaLimitError('"$ref" must be local, such as "#/$defs/address"')
     return tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(reference[1:]).split("/")[1:])

@@ -1,54 +1,20 @@
-"""Verbs on pairs and versions of a project's dataset: ``tunewright data …``."""
+"""Verbs on the rows and versions of a project's dataset: ``tunewright data …``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunewright.config.project import OpenFolder
-from tunewright.data import trace, versions
-from tunewright.data.add import map_columns
-from tunewright.data.add_options import ColumnMapping
+from tunewright.data import dedup, trace, versions
+from tunewright.data.dedup.leakage import LeakageReport, measure_leakage
+from tunewright.data.splits import Split
+from tunewright.data.trace import RowOrigin, RowUse
 from tunewright.data.versions import DatasetVersion, Manifest, Member, list_versions, load_version
-
-if TYPE_CHECKING:
-    from tunewright.data.dedup.leakage import LeakageReport
-    from tunewright.data.readers.file_check import Change, FilePreview
-    from tunewright.data.splits import Split
-    from tunewright.data.trace import RowOrigin, RowUse
-    from tunewright.data.versions.diff import Diff
-    from tunewright.data.versions.export import Exported, Format
-
-
-def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
-    """Return the columns of a file of pairs, whatever their names, and its first three rows.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    from tunewright.data.readers import file_check
-
-    wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
-    given = {key: value for key, value in wanted.items() if value is not None}
-    return file_check.preview_file(Path(file), project.folder.config.data.model_copy(update=given))
-
-
-def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:
-    """Return the titles of a workbook's visible sheets; of another file, nothing."""
-    from tunewright.data.readers.file_check import sheet_titles
-
-    return sheet_titles(Path(file))
-
-
-def fix_file(
-    project: OpenFolder, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()
-) -> list[Change]:
-    """Write a corrected copy of a file of pairs, and list every change."""
-    from tunewright.data.readers import file_check, source_size
-
-    data = map_columns(project.folder.config.data, mapping, [Path(file)])
-    with project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
-        return file_check.fix_file(Path(file), Path(out), data, task)
+from tunewright.data.versions import diff as differences
+from tunewright.data.versions import export as exporting
+from tunewright.data.versions.diff import Diff
+from tunewright.data.versions.export import Exported, Format
 
 
 def version(project: OpenFolder, digest: str | None = None) -> DatasetVersion:
@@ -74,22 +40,16 @@ def metadata(project: OpenFolder, key: str) -> dict[str, Any]:
 
 def cluster_counts(project: OpenFolder, member: Member) -> tuple[int, int]:
     """Return the number of rows in a row's cluster, and how many of them share its output."""
-    from tunewright.data import dedup
-
     return dedup.cluster_counts(load_version(project.folder.dataset), member)
 
 
 def leakage(project: OpenFolder) -> LeakageReport:
     """Return the similarity of held-out rows to training rows, compared with that under a random split."""
-    from tunewright.data.dedup.leakage import measure_leakage
-
     return measure_leakage(load_version(project.folder.dataset), project.folder.config.seed, project.reporter)
 
 
 def diff(project: OpenFolder, a: str, b: str | None = None) -> Diff:
     """Return the differences between two versions (the second: the current one by default)."""
-    from tunewright.data.versions import diff as differences
-
     before, after = (load_version(project.folder.dataset, digest, without_purged=True) for digest in (a, b))
     return differences.diff(before, after)
 
@@ -128,8 +88,6 @@ def export(
 
     ``metadata`` adds the source files' other keys to chat rows.
     """
-    from tunewright.data.versions import export as exporting
-
     chosen = load_version(project.folder.dataset, version)
     dataset = project.folder.dataset
     extra = trace.metadata_by_key(dataset, chosen.manifest) if metadata else None

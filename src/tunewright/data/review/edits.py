@@ -38,7 +38,7 @@ from tunewright.data.versions import (
     save_version,
     short,
 )
-from tunewright.data.versions.version import ImportCounts, new_manifest, rename_clusters
+from tunewright.data.versions.version import new_manifest, rename_clusters
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             parent.manifest.settings,
             message=f"{own}: {message}" if message else own,
             sources=[source],
-            left_out=ImportCounts(duplicates=len(collapsed)),
+            duplicates=len(collapsed),
             mix=parent.manifest.mix,
             near_duplicates=count_near_repeats(members, parent.manifest.settings.dedup_threshold, reporter),
         )

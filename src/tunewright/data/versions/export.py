@@ -64,7 +64,12 @@ def export(
         UserError: metadata in a format other than chat, rows that the format cannot represent (named; nothing is
             written), an existing file, an empty split, an unknown format or split, a full disk.
     """
-    _check(path, form, split)
+    if form not in FORMATS:
+        raise UserError(f"Unknown format {form!r}", where="--format", fix=f"Formats: {', '.join(FORMATS)}.")
+    if split is not None and split not in SPLITS:
+        raise UserError(f"Unknown split {split!r}", where="--split", fix=f"Splits: {', '.join(SPLITS)}.")
+    if path.exists():
+        raise UserError("The file exists already", where=str(path), fix="Choose another name, or delete it first.")
     if metadata is not None and form != "chat":
         raise UserError(f"--metadata requires the format chat (got {form})", fix="Export as chat.")
     members = [m for m in version.members if split in (None, m.split)]
@@ -75,13 +80,15 @@ def export(
     system = _fit(members, form)
     examples = [m.example for m in members]
     with reporter.task("exporting", 1, "files") as task:
-        write = {"alpaca": _write_alpaca, "csv": _write_csv}.get(form)
         if form == "chat":
-            _write_chat(path, members, metadata or {})
-        elif write is None:
-            _write_parquet(path, examples, {"tunewright.version": version.digest, "tunewright.split": split or "all"})
+            rows = ({**(metadata or {}).get(m.key, {}), **m.example.as_row()} for m in members)
+            write_text(path, "".join(canonical_json(row) + "\n" for row in rows))
+        elif form == "alpaca":
+            _write_alpaca(path, examples)
+        elif form == "csv":
+            _write_csv(path, examples)
         else:
-            write(path, examples)
+            _write_parquet(path, examples, {"tunewright.version": version.digest, "tunewright.split": split or "all"})
         task.advance()
     mixed = sum(m.mixed for m in members)
     if mixed:
@@ -101,15 +108,6 @@ def export(
             "tools. A spreadsheet may run them: import the columns as text."
         )
     return Exported(path, form, version.digest, split, len(members), system)
-
-
-def _check(path: Path, form: Format, split: Split | None) -> None:
-    if form not in FORMATS:
-        raise UserError(f"Unknown format {form!r}", where="--format", fix=f"Formats: {', '.join(FORMATS)}.")
-    if split is not None and split not in SPLITS:
-        raise UserError(f"Unknown split {split!r}", where="--split", fix=f"Splits: {', '.join(SPLITS)}.")
-    if path.exists():
-        raise UserError("The file exists already", where=str(path), fix="Choose another name, or delete it first.")
 
 
 def _fit(members: Sequence[Member], form: Format) -> str | None:
@@ -143,11 +141,6 @@ def _refuse(members: Sequence[Member], form: Format, what: str, wrong: Callable[
             where="--format",
             fix="Export as chat or parquet.",
         )
-
-
-def _write_chat(path: Path, members: Sequence[Member], metadata: Mapping[str, Mapping[str, Any]]) -> None:
-    lines = (canonical_json({**metadata.get(m.key, {}), **m.example.as_row()}) for m in members)
-    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _write_preferences(

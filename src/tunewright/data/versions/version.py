@@ -61,9 +61,9 @@ class Counts(_Record):
     clusters: int
     families: int
     conflicts: int
-    duplicates: int
-    skipped: int
-    moved: int
+    duplicates: int = 0
+    skipped: int = 0
+    moved: int = 0
     mixed: int = 0
     near_duplicates: int = 0
 
@@ -245,56 +245,45 @@ def members_digest(members: Iterable[Member]) -> str:
     return lines_sha256(members_lines(members))
 
 
-@dataclass(frozen=True)
-class ImportCounts:
-    """Rows that an import left out as duplicates or as faulty, and rows whose split changed."""
-
-    duplicates: int = 0
-    skipped: int = 0
-    moved: int = 0
-
-
 def new_manifest(
     members: Sequence[Member],
     parent: DatasetVersion | None,
     settings: Settings,
     *,
     message: str,
-    sources: Sequence[Source],
-    left_out: ImportCounts,
     mix: Mix | None,
-    near_duplicates: int = 0,
+    sources: Iterable[Source] = (),
     split_from: SplitFrom | None = None,
+    **of_import: int,
 ) -> Manifest:
-    """Return the manifest of a new version; author, imports and seal are set when it is saved."""
+    """Return the manifest of a new version; author, imports and seal are set when it is saved.
+
+    ``of_import`` are counts of the import: duplicates, skipped, moved, near_duplicates.
+    """
+    same_prompt = repeated(m.example.prompt_digest for m in members)
+    splits = Counter(m.split for m in members)
+    counts = Counts(
+        rows=len(members),
+        train=splits["train"],
+        dev=splits["dev"],
+        test=splits["test"],
+        clusters=len({m.cluster for m in members}),
+        families=count_families(members),
+        conflicts=sum(in_conflict([members[i].example for i in places]) for places in same_prompt),
+        mixed=sum(m.mixed for m in members),
+        **of_import,
+    )
     return Manifest(
         digest=members_digest(members),
         parent=parent.digest if parent else None,
         created=now(),
         message=message,
         sources=tuple(sources),
-        counts=_counts(members, left_out, near_duplicates),
+        counts=counts,
         splits={split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
         settings=settings,
         mix=mix,
         split_from=split_from,
-    )
-
-
-def _counts(members: Sequence[Member], left_out: ImportCounts, near_duplicates: int) -> Counts:
-    same_prompt = repeated(m.example.prompt_digest for m in members)
-    splits = Counter(m.split for m in members)
-    return Counts(
-        rows=len(members),
-        **{split: splits[split] for split in SPLITS},
-        clusters=len({m.cluster for m in members}),
-        families=count_families(members),
-        conflicts=sum(in_conflict([members[i].example for i in places]) for places in same_prompt),
-        duplicates=left_out.duplicates,
-        skipped=left_out.skipped,
-        moved=left_out.moved,
-        mixed=sum(m.mixed for m in members),
-        near_duplicates=near_duplicates,
     )
 
 
