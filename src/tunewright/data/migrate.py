@@ -93,8 +93,9 @@ def migrate(
     Raises:
         UserError: a file cannot be read, or is not of that service; the job has no rows with ideal outputs.
     """
+    text = _text(job_file)
     try:
-        document = parse_json(_text(job_file))
+        document = parse_json(text)
     except ValueError as error:
         raise UserError(f"Not JSON: {error}", where=str(job_file)) from None
     if not isinstance(document, dict):
