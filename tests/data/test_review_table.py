@@ -18,7 +18,7 @@ from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.session import ReviewSession
-from tunewright.data.review.sheet import export_csv, import_csv
+from tunewright.data.review_csv import export_csv, import_csv
 from tunewright.data.versions import load_version
 
 Row = dict[str, str]

@@ -82,7 +82,7 @@ def data_review(
     With --status, the exit code is 0 for accepted, 3 for rejected, 4 for undecided.
     """
     from tunewright.data.review.session import check_options
-    from tunewright.data.review.sheet import export_csv
+    from tunewright.data.review_csv import export_csv
 
     chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
     chosen["--conflicts"] = conflicts

@@ -189,7 +189,7 @@ def review(
 def import_reviews(project: OpenProject, file: str | Path, reviewer: str | None = None) -> SheetImport:
     """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
     from tunewright.data.review.session import default_reviewer
-    from tunewright.data.review.sheet import import_csv
+    from tunewright.data.review_csv import import_csv
 
     name = default_reviewer() if reviewer is None else reviewer
     folder = project.folder
