@@ -34,7 +34,7 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import load_version
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines.start import max_num_seqs
+from tunewright.serving.engine_start import max_num_seqs
 from tunewright.serving.gateway.fair_scheduler import ACTIVE_SECONDS
 from tunewright.serving.tenants import Grounds, State
 

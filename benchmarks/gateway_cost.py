@@ -38,10 +38,10 @@ from tunewright.config import ChatConfig, GatewayConfig
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
+from tunewright.engines.peft import Subscription, TokenDispatch
 from tunewright.engines.protocol import PREFILL_TOKENS, Delta, TokenSink
 from tunewright.generation.requests import Request
 from tunewright.models.bases import resolve_base
-from tunewright.serving.engines.token_dispatch import Subscription, TokenDispatch
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.preprocess import Tokenization
@@ -92,7 +92,6 @@ class IdleEngine:
     stopped: str | None = None
     permanently_stopped = False
     in_flight = (0, 0)
-    restarts = 0
 
     def __init__(self) -> None:
         self._rows: dict[Subscription, int] = {}

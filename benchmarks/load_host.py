@@ -41,10 +41,10 @@ from tunewright.data.examples import Message
 from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
 from tunewright.open_project import OpenProject
-from tunewright.serving.gateway.admission import AdmissionQueue, Slot
-from tunewright.serving.gateway.app_factory import Service, TenantSource
 from tunewright.serving.gateway.auth import ServedAdapter
-from tunewright.serving.served_adapters import adapter_of
+from tunewright.serving.gateway.fair_scheduler import AdmissionQueue, Slot
+from tunewright.serving.gateway.server import Service, TenantSource
+from tunewright.serving.project_state import adapter_of
 from tunewright.serving.tenants import State
 
 

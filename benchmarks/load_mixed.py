@@ -23,8 +23,7 @@ from load_tenants import Tenant, release
 
 from tunewright.core.errors import UserError
 from tunewright.gate.answers import Digest, GreedyAnswer, Ids
-from tunewright.gate.isolation import TOLERANCE
-from tunewright.gate.probes import PROBE_MARGIN, Reference
+from tunewright.gate.isolation import PROBE_MARGIN, TOLERANCE, Reference
 from tunewright.open_project import OpenProject
 from tunewright.serving.tenants import State
 

@@ -27,12 +27,12 @@ from tunewright.adapters.registry import adapter_digest, find_adapter
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
+from tunewright.engines import peft
+from tunewright.engines.peft import PREFILL_CHUNK, PeftEngine
 from tunewright.engines.protocol import stream
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines import peft
-from tunewright.serving.engines.peft import PREFILL_CHUNK, PeftEngine
 
 SIDES = {"whole": 1 << 20, f"in pieces of {PREFILL_CHUNK}": PREFILL_CHUNK}
 RESULTS = Path(__file__).with_name("results") / "long_prompt.json"

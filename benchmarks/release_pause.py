@@ -40,7 +40,7 @@ from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines.start import EngineSpec, start_engine
+from tunewright.serving.engine_start import EngineSpec, start_engine
 
 NOISE = 10.0
 PROMPT = 40

@@ -15,7 +15,7 @@ import asyncio
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.table import Table
 from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
+from tunewright.engines.protocol import Engine
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.tenant_auth import TenantAuth
 from tunewright.serving.tenants import Grounds, Reservation, State
@@ -82,7 +83,9 @@ async def measure(folder: Path, rounds: int, burst: int) -> dict[str, dict[str, 
             reservations.append(Reservation(caller.tenant_id, caller.key_id, "model", release.id, DIGEST, 10))
     greedy, quiet = reservations
     served = ServedAdapter(folder, SystemPrompt(None))
-    auth = TenantAuth(State(url, serving=True), AnyAdapter(), lambda _name, _digest: served, LogReporter())
+    auth = TenantAuth(
+        State(url, serving=True), cast(Engine, AnyAdapter()), lambda _name, _digest: served, LogReporter()
+    )
     turns = auth._reserving
     taken: dict[str, list[tuple[int, float]]] = {side: [] for side in SIDES}
     async with auth.running(lambda _callers: None):

@@ -38,15 +38,14 @@ from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
+from tunewright.engines.llamacpp import cache_tokens
 from tunewright.engines.vllm.engine import VllmSettings, kv_cache_bytes, max_rank
 from tunewright.engines.vllm.launch import PACKAGE
 from tunewright.export.gguf.model import gguf_context, write_model
 from tunewright.export.weights import Weights
 from tunewright.models.loading import context_length, text_settings
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines.llamacpp.engine import cache_tokens
-from tunewright.serving.engines.llamacpp.files import lora_file
-from tunewright.serving.engines.start import require_llamacpp
+from tunewright.serving.engine_start import lora_file, require_llamacpp
 from tunewright.serving.tenants import State
 
 GREEDY = {"temperature": 0.0}

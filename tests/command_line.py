@@ -115,9 +115,9 @@ def copy_dataset(project: Path, folder: Path) -> None:
 
 def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that gets the prompt's ids of every request that an engine is asked from now on."""
+    from tunewright.engines.peft import PeftEngine
     from tunewright.engines.protocol import TokenSink
     from tunewright.generation.requests import Request
-    from tunewright.serving.engines.peft import PeftEngine
 
     seen: list[tuple[int, ...]] = []
     submit = PeftEngine.submit

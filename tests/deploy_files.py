@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from command_line import parsed
-from tunewright.serving.engines.pool import EngineState
+from tunewright.engines.pool import EngineState
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.gateway.metrics import Metrics, ServerState

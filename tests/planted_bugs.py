@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunewright.adapters.lora_weights import load_lora_weights
+from tunewright.engines.peft import PeftEngine
 from tunewright.engines.protocol import Delta, TokenSink, deliver_stream, stream
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.peft import PeftEngine
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from command_line import Ran, tiny_project, tunewright, without_state
 from planted_bugs import LastSlot, StaleCache
 from tunewright.adapters.registry import WEIGHTS, Adapter, list_adapters, store_adapter
-from tunewright.serving.engines import peft
-from tunewright.serving.engines.peft import PeftEngine
+from tunewright.engines import peft
+from tunewright.engines.peft import PeftEngine
 
 pytestmark = pytest.mark.slow
 

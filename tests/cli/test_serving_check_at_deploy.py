@@ -15,11 +15,11 @@ from planted_bugs import LateBase, WrongScale
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
+from tunewright.engines import peft
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines import peft
 from tunewright.serving.project_state import open_state
-from tunewright.serving.release_gate import ReleaseGate
+from tunewright.serving.releases import ReleaseGate
 from tunewright.serving.tenants import ServingCheck
 
 SHIPS = make_evidence(make_items())

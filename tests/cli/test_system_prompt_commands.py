@@ -21,9 +21,9 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.open_project import OpenProject
-from tunewright.serving.gateway.app_factory import Service
+from tunewright.serving.gateway.server import Service
 from tunewright.serving.options import ServeOptions
-from tunewright.serving.served_adapters import adapter_of
+from tunewright.serving.project_state import adapter_of
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.artifact import running
 from tunewright.export.gguf.model import write_model
 from tunewright.export.weights import Weights
-from tunewright.gate.function_conversations import function_conversations
+from tunewright.gate.prompts import function_conversations
 from tunewright.open_project import OpenProject
 
 CITIES = ["Oslo", "Rome", "Lima", "Kyiv", "Cairo", "Quito", "Seoul", "Tokyo", "Paris", "Delhi", "Accra", "Dakar"]

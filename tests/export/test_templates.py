@@ -17,7 +17,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.data.examples import Message
 from tunewright.export.templates import count_equal_renderings, exported_template
-from tunewright.gate.function_conversations import function_conversations
+from tunewright.gate.prompts import function_conversations
 
 SYSTEM = "Answer with the court's \"citation\".\n\n\tC:\\new — {{ d'été }} {% no %} 中文 #}"
 

@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from tunewright.gate.distributions import TopTokens, distance
+from tunewright.gate.answers import TopTokens, distance
 from tunewright.gate.parity import LIMITS, Figures, shortcomings
 from tunewright.gate.prompts import places
 

@@ -12,10 +12,10 @@ from isolation_helpers import failed, result_of
 
 from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from small_models import write_adapter
+from tunewright.engines.peft import PeftEngine
 from tunewright.engines.protocol import Engine
 from tunewright.gate.reference import PeftReference
 from tunewright.models.bases import Base
-from tunewright.serving.engines.peft import PeftEngine
 
 
 @pytest.fixture(scope="module")

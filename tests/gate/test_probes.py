@@ -15,8 +15,7 @@ from hypothesis_settings import examples
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Delta
 from tunewright.gate.answers import END, Answer, Digest, GreedyAnswer, Ids
-from tunewright.gate.isolation import check_isolation
-from tunewright.gate.probes import PER_MODEL, PROBE_MARGIN, find_probes
+from tunewright.gate.isolation import PER_MODEL, PROBE_MARGIN, check_isolation, find_probes
 from tunewright.generation.requests import Request
 
 TOKENS, VOCABULARY, STOP = 4, 5, 0

@@ -13,14 +13,14 @@ from small_models import CONTEXT
 from tiny import byte_tokenizer
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
+from tunewright.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
+from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import Engine
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.generation.constraints import GrammarCompiler
 from tunewright.models.bases import Base
-from tunewright.serving.engines.engine_server import EngineApp, EngineOrigin
-from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings
-from tunewright.serving.engines.llamacpp.files import base_file, lora_file
-from tunewright.serving.engines.pool import EnginePool
+from tunewright.serving.engine_service import EngineApp, EngineOrigin
+from tunewright.serving.engine_start import base_file, lora_file
 from tunewright.serving.gateway.server import serving
 
 TOKENIZER = byte_tokenizer()
@@ -35,7 +35,7 @@ def peft_engine(base: Path) -> Iterator[Engine]:
     """The embedded engine."""
     from transformers import LlamaForCausalLM
 
-    from tunewright.serving.engines.peft import PeftEngine
+    from tunewright.engines.peft import PeftEngine
 
     model: Any = LlamaForCausalLM.from_pretrained(base).eval()
     engine = PeftEngine(model, stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, max_num_seqs=16, context_length=CONTEXT)

@@ -13,10 +13,10 @@ from scripted_engine import ScriptedEngine
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
+from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError, stream
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.engine_server import EngineApp, EngineOrigin
-from tunewright.serving.engines.pool import EnginePool
+from tunewright.serving.engine_service import EngineApp, EngineOrigin
 from tunewright.serving.gateway.server import serving
 
 BASE = "b" * 64

@@ -49,7 +49,6 @@ class ScriptedEngine:
     name = "scripted"
     unsupported: frozenset[str] = frozenset()
     prefill_tokens = PREFILL_TOKENS
-    restarts = 0
 
     def __init__(self, waits: Sequence[float] = (0.0, 0.0), max_num_seqs: int = 8, context: int = 2000) -> None:
         self.waits = list(waits)

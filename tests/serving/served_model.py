@@ -14,9 +14,9 @@ from tiny import byte_tokenizer, chat_of
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
+from tunewright.engines.peft import PeftEngine
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.preprocess import Tokenization

@@ -16,7 +16,7 @@ from tunewright.adapters.lineage import SystemPrompt
 from tunewright.adapters.registry import adapter_digest
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.serving.engines.peft import PeftEngine
+from tunewright.engines.peft import PeftEngine
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.server import serving

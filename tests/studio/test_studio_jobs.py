@@ -13,7 +13,7 @@ import pytest
 
 from studio_client import Browser, restarted
 from tunewright.cli.json_log import json_line
-from tunewright.serving.engines.pool import EngineState
+from tunewright.engines.pool import EngineState
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.jobs import Jobs, read_entry
 

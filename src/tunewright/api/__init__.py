@@ -16,7 +16,7 @@ from tunewright.open_project import OpenProject
 from tunewright.pipeline import RunResult as RunResult  # users import it from here
 from tunewright.report import verbs as curve
 from tunewright.report import verbs as reports
-from tunewright.serving import project_state, release_gate, serve
+from tunewright.serving import project_state, serve
 from tunewright.serving import releases as release_verbs
 from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.training import memory
@@ -63,7 +63,7 @@ class Project(OpenProject):
     prompting = measuring.prompting
     regressions = measuring.regressions
 
-    self_test = keywords(release_gate.self_test, ServeOptions)
+    self_test = keywords(serve.self_test, ServeOptions)
     serve_engine = serve.serve_engine
     serve = keywords(serve.serve, ServeOptions)
     state = project_state.open_state

@@ -34,7 +34,6 @@ _GROUPS = (
     "serve",
     "releases",
     "tenants",
-    "audit",
     "keys",
     "export",
     "engine",

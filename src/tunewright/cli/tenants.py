@@ -1,4 +1,4 @@
-"""``tenant``: access to aliases, limits, API keys and usage."""
+"""``tenant`` and ``audit``: access to aliases, limits, API keys and usage, and the record of all changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunewright.cli.app import DEPLOY, command, group
-from tunewright.cli.console import Session
+from tunewright.cli.console import FAILED, Session
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.serving.options import LimitOptions
@@ -116,7 +116,7 @@ def tenant_usage(
 ) -> None:
     """Show requests and tokens by tenant, alias and adapter."""
     from tunewright.serving.tenants.blocks import days_table, usage_table
-    from tunewright.serving.tenants.times import iso, parse_time
+    from tunewright.serving.tenants.database import iso, parse_time
     from tunewright.serving.tenants.usage import usage_csv
 
     if csv and run.as_json:
@@ -147,7 +147,7 @@ def tenant_prune_usage(
     before: Annotated[str, typer.Option(help="Day, such as 2026-11-01: requests of earlier days are pruned.")],
 ) -> None:
     """Roll old requests up into daily totals and delete the individual records. `tenant usage` stays the same."""
-    from tunewright.serving.tenants.times import parse_time
+    from tunewright.serving.tenants.database import parse_time
 
     day = parse_time(before, "--before")
     with run.project.state() as state:
@@ -169,7 +169,7 @@ def key_add(
     expires: Expires = None,
 ) -> None:
     """Make a key and print it on stdout, alone. It is shown only once: tunewright stores a hash of it."""
-    from tunewright.serving.tenants.times import duration
+    from tunewright.serving.tenants.database import duration
 
     lifetime = None if expires is None else duration(expires, "--expires")
     with run.project.state() as state:
@@ -187,7 +187,7 @@ def key_rotate(
     expires: Expires = None,
 ) -> None:
     """Replace a key by a new one with the same aliases. Both are valid during the overlap."""
-    from tunewright.serving.tenants.times import duration
+    from tunewright.serving.tenants.database import duration
 
     lifetime = None if expires is None else duration(expires, "--expires")
     both = duration(overlap, "--overlap")
@@ -230,3 +230,34 @@ def new_key_text(made: NewKey) -> str:
     scope = "all aliases of" if made.key.aliases is None else f"{', '.join(made.key.aliases)} of"
     until = f" until {minute(made.key.expires)} (UTC)" if made.key.expires is not None else ""
     return f"Good for {scope} {made.key.tenant}{until}. It is not shown again: only its hash is stored."
+
+
+audit_app = group("audit", DEPLOY, "Show and verify the record of changes to tenants, keys, limits and releases.")
+
+
+@command(audit_app, "show", example="tunewright audit show", status=False, database=True)
+def audit_show(run: Session) -> None:
+    """List every change: who made it, when, and what changed."""
+    from tunewright.serving.tenants.blocks import audit_table
+
+    with run.project.state() as state:
+        lines = state.audit.lines()
+    document = {"lines": lines}
+    run.show(document, audit_table(lines) if lines else "Nothing has been changed yet.")
+
+
+@command(audit_app, "verify", example="tunewright audit verify", status=False, database=True)
+def audit_verify(
+    run: Session,
+    noted: Annotated[
+        str | None, typer.Option(help="Digest of a line, noted elsewhere, that must still be in the record.")
+    ] = None,
+) -> int | None:
+    """Check the record, what follows from it, the usage and SQLite's file. Exit code 1 if something was changed."""
+    with run.project.state() as state:
+        check = state.verify(noted)
+    whole = f"{check.lines} lines, all as written. Digest of the last one, to note elsewhere: {check.head}"
+    if not check.lines:
+        whole = "Nothing has been changed yet: there is no line."
+    run.show(check.as_dict(), "\n".join(check.faults) if check.faults else whole)
+    return FAILED if check.faults else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tunewright._version import __version__
 from tunewright.core.errors import UserError
@@ -104,47 +104,34 @@ def _require_supported() -> None:
         )
 
 
-class Span(Protocol):
-    """A piece of work with a name, times and attributes."""
+class Span:
+    """A piece of work with a name, times and attributes; where nothing is traced, one that does nothing.
+
+    The no-op spans of OpenTelemetry's API package would take 14 µs instead of 2, and 90 ms of each command to import.
+    """
+
+    def __init__(self, span: OtelSpan | None = None) -> None:
+        self._span = span
 
     def set(self, attributes: Mapping[str, Value | None]) -> None:
         """Set attributes; None leaves one out."""
+        if self._span is not None:
+            self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
 
     def fail(self, reason: str) -> None:
         """Mark the work as failed."""
+        if self._span is not None:
+            from opentelemetry.trace import StatusCode
+
+            self._span.set_status(StatusCode.ERROR, reason)
 
     def end(self) -> None:
         """End it now."""
+        if self._span is not None:
+            self._span.end()
 
 
-class _NoSpan:
-    def set(self, attributes: Mapping[str, Value | None]) -> None:
-        pass
-
-    def fail(self, reason: str) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
-class _OtelSpan:
-    def __init__(self, span: OtelSpan) -> None:
-        self.span = span
-
-    def set(self, attributes: Mapping[str, Value | None]) -> None:
-        self.span.set_attributes({name: value for name, value in attributes.items() if value is not None})
-
-    def fail(self, reason: str) -> None:
-        from opentelemetry.trace import StatusCode
-
-        self.span.set_status(StatusCode.ERROR, reason)
-
-    def end(self) -> None:
-        self.span.end()
-
-
-_NO_SPAN = _NoSpan()
+_NO_SPAN = Span()
 
 
 @contextmanager
@@ -174,12 +161,12 @@ def command(name: str, ends: tuple[type[Exception], ...] = ()) -> Iterator[None]
 
 
 @contextmanager
-def _started(tracer: Tracer, name: str, context: Any, ends: tuple[type[Exception], ...]) -> Iterator[_OtelSpan]:
+def _started(tracer: Tracer, name: str, context: Any, ends: tuple[type[Exception], ...]) -> Iterator[Span]:
     # OpenTelemetry would record an exception's message, which may quote a row.
     with tracer.start_as_current_span(
         name, context=context, record_exception=False, set_status_on_exception=False
     ) as started:
-        made = _OtelSpan(started)
+        made = Span(started)
         try:
             yield made
         except ends:
@@ -203,7 +190,7 @@ def request(name: str, headers: Mapping[str, str]) -> Iterator[Span]:
 
     started = _tracer.start_span(name, context=_extract(headers), kind=SpanKind.SERVER)
     with use_span(started, end_on_exit=False, record_exception=False, set_status_on_exception=False):
-        yield _OtelSpan(started)
+        yield Span(started)
 
 
 def _extract(carrier: Mapping[str, str]) -> Any:

@@ -1,4 +1,4 @@
-"""Engines in child processes, shared by serving, evaluation and training: the child, its protocol, and vLLM.
+"""Engines of one protocol: embedded (peft), vLLM and llama.cpp in child processes, and a pool at addresses.
 
-They are not in ``serving/engines`` since evaluation and training import them, and imports run one way.
+They are below evaluation and training, which use vLLM too. Their start for a server is in ``serving/engine_start``.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import socket
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -26,6 +28,7 @@ from tunewright.core.progress import Reporter, duration
 START_SECONDS = 900
 """The longest start: with a GPU, vLLM compiles the model first."""
 STOP_SECONDS = 20
+CONNECT_SECONDS = 5.0
 GIVE_UP = 5
 """Consecutive failures after which the child is not restarted."""
 PROBE_SECONDS = 15.0
@@ -65,7 +68,55 @@ class Plan:
     metrics: str
 
 
-class Child:
+class LoopClients:
+    """A client of an engine's server for each event loop, since a connection belongs to the loop that opened it."""
+
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None, **transport: Any) -> None:
+        self._base_url = url
+        self._headers = headers
+        self._transport = transport
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._closing: set[asyncio.Future[None]] = set()
+
+    def client(self) -> httpx.AsyncClient:
+        """Return the HTTP client of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            # No idle connection outlives its event loop.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            self._clients[loop] = httpx.AsyncClient(
+                base_url=self._base_url,
+                headers=self._headers,
+                transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, **self._transport),
+                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            )
+        return self._clients[loop]
+
+    @asynccontextmanager
+    async def post(
+        self, route: str, body: object, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """Send a request; the connection is closed at the end, which aborts the request in the server, too.
+
+        The caller may be cancelled at this point. So the close is shielded: a connection closed by half would stay.
+
+        Raises:
+            httpx.TransportError: the server is lost.
+        """
+        client = self.client()
+        reply = await client.send(client.build_request("POST", route, json=body, headers=headers), stream=True)
+        try:
+            yield reply
+        finally:
+            closing = asyncio.ensure_future(reply.aclose())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            await asyncio.shield(closing)
+
+
+class Child(LoopClients):
     """A server on a socket that only this user can reach.
 
     Its private folder (mode 0700) has the socket, its log, and whatever ``plan`` puts there.
@@ -73,10 +124,6 @@ class Child:
     Args:
         plan: returns the server to run, given the private folder; it is called once.
         busy: returns whether the server has requests.
-
-    Raises:
-        UserError: the server does not start; the message has the end of its log. Or the folder for temporary files has
-            too long a path for a socket.
     """
 
     def __init__(self, plan: Callable[[Path], Plan], busy: Callable[[], bool], reporter: Reporter) -> None:
@@ -90,14 +137,10 @@ class Child:
                 where="TMPDIR",
                 fix="Set it to a folder with a shorter path, such as /tmp.",
             )
+        super().__init__("http://engine", uds=str(self.socket))
         self.log = self.folder / "log"
         self._plan = plan(self.folder)
         self._busy = busy
-        # A connection belongs to the event loop that opened it.
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._closing: set[asyncio.Future[None]] = set()
         self._reporter = reporter
         self._process: Process | None = None
         self._changed = threading.Condition()
@@ -127,39 +170,6 @@ class Child:
     def stopping(self) -> bool:
         """True if it has been stopped for good."""
         return self._stopping.is_set()
-
-    def client(self) -> httpx.AsyncClient:
-        """Return the HTTP client of the running event loop."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            # A new connection over a Unix socket costs nothing, and no idle one outlives its event loop.
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-            transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=limits)
-            self._clients[loop] = httpx.AsyncClient(
-                transport=transport, base_url="http://engine", timeout=httpx.Timeout(None, connect=5)
-            )
-        return self._clients[loop]
-
-    @asynccontextmanager
-    async def post(
-        self, route: str, body: object, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[httpx.Response]:
-        """Send a request; the connection is closed at the end, which aborts the request in the child, too.
-
-        The caller may be cancelled at this point. So the close is shielded: a connection closed by half would stay.
-
-        Raises:
-            httpx.TransportError: the child crashed.
-        """
-        client = self.client()
-        reply = await client.send(client.build_request("POST", route, json=body, headers=headers), stream=True)
-        try:
-            yield reply
-        finally:
-            closing = asyncio.ensure_future(reply.aclose())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-            await asyncio.shield(closing)
 
     async def is_healthy(self) -> bool:
         """Return whether it is healthy now. After an internal crash, a server fails every request until it exits."""
@@ -350,3 +360,11 @@ def _remove_abandoned() -> None:
             with (folder / _LOCK).open("rb") as file:
                 if lock(file.fileno()):
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def refusal(name: str, body: bytes) -> str:
+    """Return the message of a server's error response."""
+    try:
+        return f"{name} refused the request: {json.loads(body)['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"{name} refused the request: {body[:500].decode(errors='replace')}"

@@ -177,23 +177,14 @@ def _obstacle(config: Config, quantization: Quantization, adapter: Path | None, 
 
 @dataclass(frozen=True)
 class MachineVllm:
-    """vLLM's environment on a machine.
-
-    Args:
-        environment: its environment.
-        card: bytes of the machine's smallest GPU; None with the build for the CPU.
-    """
+    """vLLM's environment on a machine."""
 
     environment: Environment
     card: int | None
 
 
 def vllm_of(workers: ModelWorkers) -> MachineVllm:
-    """Return the environment that every machine of a cluster has, with the bytes of the smallest GPU of all machines.
-
-    Raises:
-        UserError: a machine has no vLLM for the workers' device, another version, or a GPU that torch cannot use.
-    """
+    """Return the environment that every machine of a cluster has, with the bytes of the smallest GPU."""
     build: Build = workers.device
     answers = workers.ask(vllm_here, build)
     expected = answers[0][1].environment
@@ -207,11 +198,7 @@ def vllm_of(workers: ModelWorkers) -> MachineVllm:
 
 
 def vllm_here(build: Build) -> MachineVllm:
-    """Return this machine's vLLM.
-
-    Raises:
-        UserError: this build is not installed, or torch cannot use a GPU that it needs.
-    """
+    """Return this machine's vLLM."""
     try:
         found = environment.find(VLLM, build)
     except UserError:
@@ -225,11 +212,7 @@ def vllm_here(build: Build) -> MachineVllm:
 
 
 def require_equal(expected: Environment, found: Environment) -> None:
-    """Check that a machine has the versions of another one.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Check that a machine has the versions of another one."""
     ours, theirs = _versions(expected.versions), _versions(found.versions)
     if ours != theirs:
         fix = "Run `tunewright engine install vllm` with the same tunewright on each machine, or set it to peft."

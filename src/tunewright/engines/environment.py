@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import platformdirs
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
@@ -247,7 +248,8 @@ def _complete(tool: Tool, folder: Path) -> Environment | None:
 
 def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | None, task: Task) -> None:
     there = _installed(folder)
-    missing = [pin for pin in wanted if pin not in there]
+    pinned = {pin: pin.partition("==") for pin in wanted}
+    missing = [pin for pin, (name, _, version) in pinned.items() if (canonicalize_name(name), version) not in there]
     if len(missing) < len(wanted):
         task.advance(len(wanted) - len(missing), note="already installed")
     for group in _groups(missing):
@@ -278,36 +280,20 @@ def _groups(missing: Sequence[str]) -> Iterator[list[str]]:
     yield from (others[start : start + _AT_ONCE] for start in range(0, len(others), _AT_ONCE))
 
 
-def _installed(folder: Path) -> set[str]:
-    """Return the complete packages as pins; remove incomplete ones, which pip would take for complete."""
-    found = set()
+def _installed(folder: Path) -> set[tuple[str, str]]:
+    """Return the complete packages with their versions; remove incomplete ones, which pip would take for complete."""
+    found: set[tuple[str, str]] = set()
     for info in folder.glob("lib/python*/site-packages/*.dist-info"):
         if not (info / "RECORD").exists() or not (info / "INSTALLER").exists():
             shutil.rmtree(info)
             continue
         name, _, version = info.name.removesuffix(".dist-info").partition("-")
-        found.add(f"{_normal(name)}=={version}")
-    return _Pins(found)
-
-
-class _Pins(set[str]):
-    """A set of pins that ignores the spelling of names."""
-
-    def __contains__(self, pin: object) -> bool:
-        name, _, version = str(pin).partition("==")
-        return super().__contains__(f"{_normal(name)}=={version}")
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+        found.add((canonicalize_name(name), version))
+    return found
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
-    """Return the output of a command.
-
-    Raises:
-        UserError: it fails; the message has the end of its output.
-    """
+    """Return the output of a command."""
     ran = run(command)
     if ran.code != 0:
         tail = "\n".join((ran.stdout + ran.stderr).strip().splitlines()[-_TAIL:])

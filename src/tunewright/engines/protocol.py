@@ -86,10 +86,6 @@ class Engine(Protocol):
         """True if the engine stays stopped, so that the server has to be restarted."""
 
     @property
-    def restarts(self) -> int:
-        """The number of times that it was restarted after a crash or a hang."""
-
-    @property
     def in_flight(self) -> tuple[int, int]:
         """The number of running requests, and of requests waiting inside the engine."""
 

@@ -16,7 +16,7 @@ from tunewright.export.artifact import BuiltArtifact, MergeMeasurement, Source
 from tunewright.export.templates import count_equal_renderings, exported_template
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype
-from tunewright.gate.distributions import answer, distance, distributions
+from tunewright.gate.answers import answer, distance, distributions
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import INDEX, Base
 from tunewright.models.loading import device, load_model

@@ -17,7 +17,7 @@ from tunewright.chat.answers import answer_text
 from tunewright.core.progress import Reporter
 from tunewright.export.artifact import Source
 from tunewright.export.weights import Weights, put_into, trained_dtype
-from tunewright.gate.distributions import Context, TopTokens, answer, distance, distributions
+from tunewright.gate.answers import Context, TopTokens, answer, distance, distributions
 from tunewright.gate.parity import Figures
 from tunewright.gate.prompts import Probe, contexts, draw_probe
 from tunewright.generation.requests import Completion

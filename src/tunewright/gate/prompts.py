@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
 from tunewright.chat.tool_form import has_functions
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest
-from tunewright.data.examples import Message
+from tunewright.core.io import canonical_json, digest
+from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.versions import DatasetVersion, Member, has_version, load_version
-from tunewright.gate.function_conversations import function_conversations
 from tunewright.models.loading import context_length
 from tunewright.open_project import OpenProject
 
@@ -105,11 +105,7 @@ def draw_probe(project: OpenProject, version: DatasetVersion, system_prompt: str
 
 
 def serving_probe(project: OpenProject) -> Probe:
-    """Return the prompts of the serving check: dev items, or general questions on a machine without the data.
-
-    Raises:
-        UserError: no dev row fits the base's context.
-    """
+    """Return the prompts of the serving check: dev items, or general questions on a machine without the data."""
     config, chat = project.folder.config, project.chat
     if has_version(project.folder.dataset):
         version = load_version(project.folder.dataset)
@@ -148,3 +144,68 @@ def contexts(probe: Probe, completions: Sequence[Completion]) -> list[tuple[tupl
         before = [len(prompt) + place for place in places(len(answer.ids), ended=ended)]
         found.append(((*prompt, *answer.ids), before))
     return found
+
+
+_PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": 'Town\'s "name", e.g. Łódź'},
+        "days": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "unit": {"type": "string", "enum": ["°C", "°F"]},
+    },
+    "required": ["city"],
+}
+_DECLARED = canonical_json(
+    [
+        {"type": "function", "function": {"name": name, "description": text, "parameters": _PARAMETERS}}
+        for name, text in (("weather", "Weather & temperature of a <place>."), ("clock_time", "d'été\n2nd line"))
+    ]
+)
+_SYSTEM = "Be brief."
+
+
+def function_conversations(chat: ChatFormat, system_prompt: str | None) -> tuple[tuple[Message, ...], ...]:
+    """Return conversations with declarations, a call, parallel calls and results, as far as the format has forms."""
+    declared = Message("tools", _DECLARED)
+    _ = chat.tool_form  # refuse before any conversation is tried
+    found = []
+    for turns in _conversations(chat):
+        for system in (_SYSTEM, None) if system_prompt is None else (system_prompt,):
+            conversation = (declared, *([Message("system", system)] if system else []), *turns)
+            try:
+                chat.prompt(conversation)
+            except UserError:
+                continue  # no system turns, or one result a turn (Mistral v2)
+            found.append(conversation)
+    return tuple(found)
+
+
+def _conversations(chat: ChatFormat) -> Iterator[tuple[Message, ...]]:
+    """Return conversations that wait for an answer, without declarations and system turn."""
+    asked = Message("user", "How warm is it?")
+    called = (
+        _called("", _call(0, "weather", city='Łódź "x" <&>', days=[1, 20])),
+        Message("tool", '{"t": "12°C"}', call_id=call_id(0)),
+    )
+    answered = (asked, *called, Message("assistant", "12°C."), Message("user", "And there, d'été?"))
+    yield (asked,)
+    yield (asked, *called)
+    yield answered
+    if chat.tool_form.parallel:
+        both = _called("", _call(1, "clock_time"), _call(2, "weather", city="Oslo", unit=None, more={"a": [1.5, True]}))
+        results = (Message("tool", "18:00", call_id=call_id(1)), Message("tool", "4\n5", call_id=call_id(2)))
+        yield (*answered, both, *results)
+    if chat.tool_form.with_text:
+        yield (
+            asked,
+            _called("Let me see.", _call(0, "clock_time", city="Oslo")),
+            Message("tool", "8", call_id=call_id(0)),
+        )
+
+
+def _called(content: str, *calls: ToolCall) -> Message:
+    return Message("assistant", content, calls=calls)
+
+
+def _call(place: int, name: str, **arguments: object) -> ToolCall:
+    return ToolCall(name, canonical_json(arguments), call_id(place))

@@ -14,9 +14,19 @@ from torch import Tensor
 
 from tunewright.chat import ChatFormat
 from tunewright.config import Quantization
-from tunewright.gate.answers import Answer, Digest, GreedyAnswer, Ids, alternatives, comparable, cut, ended
-from tunewright.gate.distributions import distance, distributions
-from tunewright.gate.probes import TOKENS
+from tunewright.gate.answers import (
+    Answer,
+    Digest,
+    GreedyAnswer,
+    Ids,
+    alternatives,
+    comparable,
+    cut,
+    distance,
+    distributions,
+    ended,
+)
+from tunewright.gate.isolation import TOKENS
 from tunewright.gate.prompts import Probe, places
 from tunewright.generation.requests import Completion
 from tunewright.models.bases import Base
@@ -40,13 +50,7 @@ class ReferenceAnswer:
 
 
 class PeftReference:
-    """Correct answers from a separate model, which shares no code with the engines. It is loaded on first use.
-
-    Args:
-        base: the base, in the same precision as in the engine.
-        folders: adapters by digest.
-        stop_ids: tokens that end an answer.
-    """
+    """Correct answers from a separate model, which shares no code with the engines. It is loaded on first use."""
 
     def __init__(
         self,
@@ -93,14 +97,7 @@ class PeftReference:
     def measured(
         self, model: Digest, probe: Probe, chat: ChatFormat, on_answers: Callable[[int], None]
     ) -> list[ReferenceAnswer]:
-        """Return a model's greedy answers, with their distributions and what the adapter changes of them.
-
-        Args:
-            model: the adapter, or None for the base.
-            probe: the prompts, and the limits of answers.
-            chat: the base's format.
-            on_answers: called with the number of new answers.
-        """
+        """Return a model's greedy answers, with their distributions and what the adapter changes of them."""
         completions: list[Completion] = []
         for first in range(0, len(probe.prompts), _BATCH):
             prompts = probe.prompts[first : first + _BATCH]

@@ -27,8 +27,7 @@ from tunewright.evidence.statistics import (
     percentiles,
     wilson,
 )
-from tunewright.gate.answers import Digest, Ids, ask, comparable, cut
-from tunewright.gate.distributions import TopTokens, distance
+from tunewright.gate.answers import Digest, Ids, TopTokens, ask, comparable, cut, distance
 from tunewright.gate.parity import LIMITS, Precision
 from tunewright.gate.prompts import Probe
 from tunewright.gate.reference import ReferenceAnswer
@@ -62,16 +61,7 @@ class EngineAnswer:
 
 @dataclass(frozen=True)
 class ServingComparison:
-    """A comparison of an engine's answers with the reference's.
-
-    Args:
-        probe: the prompts, and the limits of answers.
-        chat: the base's format.
-        precision: a key of :data:`NOISE`.
-        tolerance: nats by which another token may be less likely in an answer that is not wrong.
-        seed: decides the resamples of intervals.
-        reporter: shows the answers' progress.
-    """
+    """A comparison of an engine's answers with the reference's."""
 
     probe: Probe
     chat: ChatFormat
@@ -216,15 +206,7 @@ def _is_json(text: str) -> bool:
 def serving_figures(
     served: ServedAs, answers: Sequence[ComparedAnswer], precision: str, tolerance: float, seed: int
 ) -> ServingFigures:
-    """Return one model's figures.
-
-    Args:
-        served: the model.
-        answers: one for each prompt.
-        precision: a key of :data:`NOISE`.
-        tolerance: nats by which another token may be less likely in an answer that is not wrong.
-        seed: decides the resamples of intervals.
-    """
+    """Return one model's figures."""
     clusters = [each.cluster for each in answers]
     sums = np.array([(sum(each.divergences), sum(each.effects), len(each.divergences)) for each in answers])
     drawn = bootstrap_sums(cluster_sums(sums, clusters), seed)

@@ -30,7 +30,7 @@ from tunewright.evaluation.prompt_search import advice_file, known_advice
 from tunewright.generation.requests import Finish, Request
 from tunewright.generation.text_stream import TextStream
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines.start import EngineSpec, start_engine
+from tunewright.serving.engine_start import EngineSpec, start_engine
 from tunewright.serving.playground_answers import (
     BASE,
     PROMPTING,
@@ -39,7 +39,7 @@ from tunewright.serving.playground_answers import (
     conversation,
     shared_system,
 )
-from tunewright.serving.served_adapters import choose_served, require_held
+from tunewright.serving.project_state import choose_served, require_held
 
 _LIKELIEST = 5  # tokens with their probabilities in each place
 _ANSWER_TOKENS = 256  # without a dataset, whose answers decide otherwise
@@ -56,12 +56,6 @@ class Playground:
     """A base in memory, which answers without a server.
 
     It decodes greedily, as an evaluation does. Adapters are loaded when they are first asked.
-
-    Args:
-        opened: the project. Its config holds until the playground is made again.
-
-    Raises:
-        UserError: the base cannot be loaded, or the engine is not installed or does not start.
     """
 
     def __init__(self, opened: OpenProject) -> None:
@@ -103,9 +97,6 @@ class Playground:
             model: `BASE`, `PROMPTING`, or an adapter's name.
             version: the dataset version with the demonstrations and the shared system turn, if there is one.
             limit: longest answer in tokens (None: as in an evaluation).
-
-        Raises:
-            UserError: the model cannot answer, is missing by now, or the question is too long.
         """
         prepared = await asyncio.to_thread(self._prepare, question, model, version, limit)
         try:
@@ -237,11 +228,7 @@ class _Answered:
 
 
 def _best(runner: ArmRunner) -> ArmPlan:
-    """Return the best prompting arm on dev.
-
-    Raises:
-        UserError: none was measured on this version and config, or its demonstrations need the base a second time.
-    """
+    """Return the best prompting arm on dev."""
     advice = known_advice(runner, advice_file(runner))
     if advice is None:
         raise UserError(

@@ -24,7 +24,9 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.engines.environment import VLLM, find
+from tunewright.engines.pool import engines_at
 from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
+from tunewright.engines.remote import EngineFacts
 from tunewright.export.merge import write_merged
 from tunewright.export.weights import Weights, read_deltas, trained_dtype
 from tunewright.gate import isolation
@@ -37,9 +39,7 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
 from tunewright.models.memory.plan import gigabytes
 from tunewright.open_project import OpenProject
-from tunewright.serving.engines.pool import engines_at
-from tunewright.serving.engines.remote import EngineFacts
-from tunewright.serving.engines.start import EngineSpec, max_num_seqs, require_llamacpp, start_engine
+from tunewright.serving.engine_start import EngineSpec, max_num_seqs, require_llamacpp, start_engine
 
 SERVING_CHECK_VERSION = 1
 """The version of the serving check; a result of an earlier version does not count."""
@@ -150,35 +150,23 @@ class EngineUnderTest:
 
 
 def engines_under_test(project: OpenProject, quantization: Quantization, kind: EngineName) -> list[EngineUnderTest]:
-    """Return the engine that the config starts, or each one at an address of ``serve.engines``.
-
-    Raises:
-        UserError: as for :class:`tunewright.serving.engines.pool.EnginePool`, or an engine does not answer.
-    """
+    """Return the engine that the config starts, or each one at an address of ``serve.engines``."""
     config = project.folder.config
     if not config.serve.engines:
         return [EngineUnderTest(project, config, quantization, kind)]
     found = engines_at(config.serve.engines, project.base.digest, quantization, project.reporter)
     kinds: dict[str, EngineName] = {each: each for each in get_args(EngineName)}
+    each = {
+        url: config.model_copy(update={"serve": config.serve.model_copy(update={"engines": (url,)})}) for url in found
+    }
     return [
-        EngineUnderTest(project, _with_engines(config, (url,)), quantization, kinds[facts.engine], facts)
-        for url, facts in found.items()
+        EngineUnderTest(project, each[url], quantization, kinds[facts.engine], facts) for url, facts in found.items()
     ]
-
-
-def _with_engines(config: Config, urls: tuple[str, ...]) -> Config:
-    return config.model_copy(update={"serve": config.serve.model_copy(update={"engines": urls})})
 
 
 @dataclass(frozen=True)
 class IsolationRunner:
-    """The isolation test of an engine with adapters.
-
-    Args:
-        on: the engine.
-        named: folders of the adapters by name.
-        spare: the number of further adapters that the server reserves room for.
-    """
+    """The isolation test of an engine with adapters."""
 
     on: EngineUnderTest
     named: Mapping[str, Path]
@@ -201,14 +189,7 @@ class IsolationRunner:
         )
 
     def run(self, prompts: Sequence[Ids]) -> IsolationResult:
-        """Start the engine, test it, and stop it.
-
-        Args:
-            prompts: prompts on which the models differ, the most promising first.
-
-        Raises:
-            UserError: there is no adapter, or the engine is not installed or cannot hold these adapters.
-        """
+        """Start the engine, test it, and stop it."""
         if not self.folders:
             raise UserError("The isolation test needs at least one adapter")
         on = self.on
@@ -250,13 +231,7 @@ class IsolationRunner:
 
 @dataclass(frozen=True)
 class ServingCheckRunner:
-    """The serving check of one adapter.
-
-    Args:
-        on: the engine.
-        adapter: the adapter.
-        probe: the prompts, and the limits of answers; without members, no answer has a form to check.
-    """
+    """The serving check of one adapter."""
 
     on: EngineUnderTest
     adapter: Adapter
@@ -276,12 +251,7 @@ class ServingCheckRunner:
         )
 
     def run(self) -> ServingCheck:
-        """Have PEFT answer, then the engine; return the figures.
-
-        Raises:
-            UserError: the engine is not installed, or cannot hold the base or the adapter.
-            RequestFailedError, EngineStoppedError: the engine fails to answer.
-        """
+        """Have PEFT answer, then the engine; return the figures."""
         began = monotonic()
         on, own = self.on, self.adapter.digest
         chat, reporter = on.project.chat, on.project.reporter
@@ -362,11 +332,7 @@ class ServingCheckRunner:
 
 
 def write_identity(adapter: Path, folder: Path) -> Path:
-    """Write an adapter of the same shape that changes nothing: LoRA's B is zero, as before training.
-
-    Returns:
-        Its folder.
-    """
+    """Write an adapter of the same shape that changes nothing: LoRA's B is zero, as before training."""
     from safetensors.torch import load_file, save_file
 
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Verbs on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``undeploy``, ``releases``."""
+"""Releases: an adapter is tested, then an alias points at it (``deploy``, ``promote``, ``rollback``, ``undeploy``)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.config import EngineName
 from tunewright.core.errors import UserError
+from tunewright.core.progress import duration
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.files import EVIDENCE_FILE, evidence_on
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Verdict, verdict
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import DeployOptions, Engine, ReleaseTestOptions
-from tunewright.serving.project_state import open_state
-from tunewright.serving.release_gate import ReleaseGate
-from tunewright.serving.served_adapters import adapter_of, missing_evidence, require_servable, served_grammar
+from tunewright.serving.project_state import adapter_of, missing_evidence, open_state, require_servable, served_grammar
 
 if TYPE_CHECKING:
+    from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
     from tunewright.serving.tenants import IsolationTest, Release, ServingCheck, State
     from tunewright.serving.tenants.usage import ShadowLine
 
@@ -100,7 +101,9 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
     _require_reason(because, "--because")
     _require_reason(options.untested, "--untested")
     chosen = find_adapter(project.folder.adapters, adapter)
-    decided, evidence = _judge(project, chosen, because)
+    # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
+    AccessLog(project.folder.evaluations).require_all()
+    decided, evidence = _decide(project, chosen, because)
     grammar = _grammar(project, chosen, evidence, because) if options.constrain else None
     evaluation = evidence.id if evidence else None
     if because is None and decided is not None and decided.decision != "ship":
@@ -117,7 +120,9 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
         else:
             state.releases.require_triable(alias, candidate)
         _require_servable_together(project, chosen, alias, state)
-        test, check, passes = _tested(project, state, alias, chosen, options, forced=because is not None)
+        test, check, passes = ReleaseGate(project, state, alias, chosen, options.engine).run(
+            options, forced=because is not None
+        )
         if not passes:
             return DeployResult(None, decided, test, check)
         grounds = Grounds(decided.decision if decided else None, evaluation, because, test, options.untested, check)
@@ -153,43 +158,13 @@ def promote(project: OpenProject, alias: str, options: ReleaseTestOptions = Rele
             _require_evaluation(project, before.grounds.evaluation)
         if options.engine is None and before.grounds.isolation is not None:
             options = replace(options, engine=cast("Engine", before.grounds.isolation.engine))
-        forced = before.grounds.because is not None
-        test, check, passes = _tested(project, state, alias, chosen, options, forced=forced)
+        gate = ReleaseGate(project, state, alias, chosen, options.engine)
+        test, check, passes = gate.run(options, forced=before.grounds.because is not None)
         if not passes:
             return DeployResult(None, None, test, check)
         grounds = replace(before.grounds, isolation=test, untested=options.untested, serving=check)
         made = state.releases.promote(alias, grounds)
         return DeployResult(made, None, test, check, len(state.quota.servers()))
-
-
-def _tested(
-    project: OpenProject,
-    state: State,
-    alias: str,
-    adapter: Adapter,
-    options: ReleaseTestOptions,
-    *,
-    forced: bool,
-) -> tuple[IsolationTest | None, ServingCheck | None, bool]:
-    """Return the isolation test and the serving check, unless skipped, and whether the release may go live.
-
-    A refusal is audited. A forced release may fail the serving check, but not the isolation test.
-    """
-    gate = ReleaseGate(project, state, alias, adapter, options.engine)
-    if options.untested is not None:
-        gate.require_not_failed()
-        project.reporter.warn(f"{alias} goes live without the isolation test and the serving check.")
-        return None, None, True
-    test, passes = gate.require_isolation()
-    if not passes:
-        state.releases.refuse(alias, adapter.name, adapter.digest, test)
-        return test, None, False
-    check = gate.serving_check()
-    if not check.passes and forced:
-        project.reporter.warn(f"{alias} goes live although the serving check failed: it was forced.")
-    elif not check.passes:
-        state.releases.refuse_served(alias, adapter.name, check)
-    return test, check, check.passes or forced
 
 
 def rollback(project: OpenProject, alias: str, number: int | None = None) -> Release:
@@ -267,14 +242,8 @@ def releasable(project: OpenProject, adapters: Sequence[Adapter]) -> list[Releas
     return found
 
 
-def _judge(project: OpenProject, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
-    """Return the verdict of the adapter's newest evaluation, and its evidence."""
-    # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
-    AccessLog(project.folder.evaluations).require_all()
-    return _decide(project, adapter, because)
-
-
 def _decide(project: OpenProject, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
+    """Return the verdict of the adapter's newest evaluation, and its evidence."""
     evidence = evidence_on(project.folder.evaluations, adapter.digest, project.reporter)
     if evidence is None:
         if because is None:
@@ -300,9 +269,6 @@ def _grammar(project: OpenProject, adapter: Adapter, evidence: Evidence | None, 
     """Return the rule of the config's constraint, with which the adapter was evaluated.
 
     A forced release may be without that evidence, with a warning.
-
-    Raises:
-        UserError: the config has no constraint, it cannot be compiled, or no evidence has it.
     """
     grammar = served_grammar(project)
     missing = missing_evidence(adapter.name, evidence, grammar)
@@ -339,3 +305,139 @@ def _require_servable_together(project: OpenProject, adapter: Adapter, alias: st
 def _require_reason(reason: str | None, where: str) -> None:
     if reason is not None and not reason.strip():
         raise UserError("The reason is empty", where=where, fix="State the reason: it is stored with the release.")
+
+
+class ReleaseGate:
+    """The isolation test and the serving check that a release must pass before it goes live."""
+
+    def __init__(
+        self, project: OpenProject, state: State, alias: str, adapter: Adapter, engine: EngineName | None
+    ) -> None:
+        from tunewright.serving.release_tests import IsolationRunner, engines_under_test
+
+        self._project = project
+        self._state = state
+        self._alias = alias
+        self._adapter = adapter
+        own, others = self._live()
+        self._own = {adapter.name, *(each.name for each in own)}
+        adapters = {each.digest: each for each in (*others, *own, adapter)}.values()
+        config = project.folder.config
+        held = config.serve.quantization or trained_quantization(list(adapters))
+        engines = engines_under_test(project, held, engine or config.serve.engine)
+        named = {each.name: each.folder for each in adapters}
+        self._tests = [IsolationRunner(on, named, config.serve.spare_adapters) for on in engines]
+
+    def run(
+        self, options: ReleaseTestOptions, *, forced: bool
+    ) -> tuple[IsolationTest | None, ServingCheck | None, bool]:
+        """Return the isolation test and the serving check, unless skipped, and whether the release may go live.
+
+        A refusal is audited. A forced release may fail the serving check, but not the isolation test.
+        """
+        releases, alias, adapter, warn = self._state.releases, self._alias, self._adapter, self._project.reporter.warn
+        if options.untested is not None:
+            self._require_not_failed()
+            warn(f"{alias} goes live without the isolation test and the serving check.")
+            return None, None, True
+        test, passes = self.require_isolation()
+        if not passes:
+            releases.refuse(alias, adapter.name, adapter.digest, test)
+            return test, None, False
+        check = self.serving_check()
+        if not check.passes and forced:
+            warn(f"{alias} goes live although the serving check failed: it was forced.")
+        elif not check.passes:
+            releases.refuse_served(alias, adapter.name, check)
+        return test, check, check.passes or forced
+
+    def require_isolation(self) -> tuple[IsolationTest, bool]:
+        """Test all adapters that are in memory together during the switch, unless this set has already passed.
+
+        The second value is whether the release may go live; of several engines the first one that does not allow it
+        decides.
+        """
+        for runner in self._tests:
+            test, passes = self._isolation_on(runner)
+            if not passes:
+                break
+        return test, passes
+
+    def _isolation_on(self, runner: IsolationRunner) -> tuple[IsolationTest, bool]:
+        from tunewright.gate.prompts import isolation_prompts
+
+        say = self._project.reporter.say
+        known = self._state.releases.passed(runner.subject)
+        if known is not None and not self._across(known):
+            say(
+                f"Isolation test: passed for exactly these on {known.tested[:16].replace('T', ' ')} (base, "
+                f"{len(known.adapters)} adapters, engine {known.engine} and versions are the same), and not run again."
+            )
+            return known, True
+        count = len(runner.folders)
+        say(f"Isolation test on {runner.on.title}: the base and {count} adapter{'' if count == 1 else 's'}")
+        test = runner.record(isolation_prompts(self._project))
+        say(f"Isolation test: {test.summary}, {duration(test.seconds)}")
+        passes = test.verdict != "not isolated" and not self._across(test)
+        if passes:
+            for one, other in test.alike:
+                self._project.reporter.warn(
+                    f"{one} and {other} give the same answers to all probes: the test would not notice if one "
+                    "answered for the other."
+                )
+        return test, passes
+
+    def serving_check(self) -> ServingCheck:
+        """Compare the adapter's answers through the engine with the trained model's, unless that was done before."""
+        for test in self._tests:
+            check = self._serving_check_on(test.on)
+            if check.reasons:
+                break
+        return check
+
+    def _serving_check_on(self, engine: EngineUnderTest) -> ServingCheck:
+        from tunewright.gate.prompts import serving_probe
+        from tunewright.serving.release_tests import ServingCheckRunner
+
+        say = self._project.reporter.say
+        runner = ServingCheckRunner(engine, self._adapter, serving_probe(self._project))
+        known = self._state.releases.checked(runner.subject)
+        if known is not None:
+            say(f"Serving check: {known.summary} on {known.checked[:16].replace('T', ' ')}, and not run again.")
+            return known
+        say(f"Serving check on {engine.title}: {len(runner.probe.prompts)} prompts")
+        check = runner.run()
+        say(f"Serving check: {check.summary}, {duration(check.seconds)}")
+        return check
+
+    def _require_not_failed(self) -> None:
+        """Refuse to skip the test if this set has failed it."""
+        for test in self._tests:
+            failed = self._state.releases.refused(test.subject)
+            if failed is not None and failed.verdict == "not isolated":
+                raise UserError(
+                    f"The same adapters failed the isolation test on {failed.tested[:16].replace('T', ' ')}: "
+                    + "; ".join(failed.reasons),
+                    where="--untested",
+                    fix="Omit --untested to test them again.",
+                )
+
+    def _live(self) -> tuple[list[Adapter], list[Adapter]]:
+        """Return the alias's current and candidate adapters that exist here, and those of the other aliases."""
+        own: list[Adapter] = []
+        others: list[Adapter] = []
+        for alias, release in self._state.releases.live().items():
+            for name, digest in release.adapters:
+                try:
+                    found = adapter_of(self._project, name, digest)
+                except UserError as error:
+                    if alias != self._alias or digest == self._adapter.digest:
+                        raise
+                    self._project.reporter.warn(f"{error} The isolation test does without it.")
+                    continue
+                (own if alias == self._alias else others).append(found)
+        return own, others
+
+    def _across(self, test: IsolationTest) -> list[tuple[str, str]]:
+        """Return indistinguishable pairs of the new adapter and an adapter of another alias."""
+        return [pair for pair in test.alike if self._adapter.name in pair and not set(pair) <= self._own]

@@ -17,12 +17,12 @@ from tunewright.core.errors import UserError
 from tunewright.evidence.files import evidence_on
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import EngineOptions, ServeOptions
-from tunewright.serving.project_state import open_state
-from tunewright.serving.served_adapters import (
+from tunewright.serving.project_state import (
     adapter_of,
     all_served,
     choose_served,
     missing_evidence,
+    open_state,
     refuse_names,
     released,
     require_held,
@@ -30,9 +30,10 @@ from tunewright.serving.served_adapters import (
 )
 
 if TYPE_CHECKING:
+    from tunewright.gate.results import IsolationResult
     from tunewright.serving.engine_service import EngineService
-    from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
+    from tunewright.serving.gateway.server import Service
     from tunewright.serving.tenants import State
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -85,8 +86,8 @@ def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOpti
         state.close()
     if options.auth:
         _require_private(config.serve.host)
-    from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
+    from tunewright.serving.gateway.server import Service
 
     held, folders = choose_served(project, adapters)
     rules = _constraints(project, folders) if options.constrain else {}
@@ -99,6 +100,35 @@ def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOpti
     return Service(config, project.base, project.chat, held, served, project.reporter)
 
 
+def self_test(
+    project: OpenProject,
+    adapters: Sequence[str] = (),
+    options: ServeOptions = ServeOptions(),
+) -> IsolationResult:
+    """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
+
+    The prompts are dev items of the current version, if there is one, and general questions. With ``serve.engines``
+    each engine is tested; the result is that of the first one that is not isolated, or of the last one. Of the options,
+    only the engine has an effect.
+
+    Raises:
+        UserError: as for :meth:`serve`, or no adapter.
+    """
+    from tunewright.gate.prompts import isolation_prompts
+    from tunewright.serving.release_tests import IsolationRunner, engines_under_test
+
+    config = project.folder.config
+    held, folders, spare = all_served(project, adapters)
+    prompts = isolation_prompts(project)
+    for on in engines_under_test(project, held, options.engine or config.serve.engine):
+        result = IsolationRunner(on, folders, spare).run(prompts)
+        if on.remote is not None:
+            project.reporter.say(f"{on.config.serve.engines[0]}: {result.verdict}")
+        if result.verdict == "not isolated":
+            break
+    return result
+
+
 def serve_engine(project: OpenProject, options: EngineOptions = EngineOptions()) -> EngineService:
     """Return one engine for servers on other machines, loaded but not yet started: see ``serve.engines``.
 
@@ -107,8 +137,8 @@ def serve_engine(project: OpenProject, options: EngineOptions = EngineOptions())
     Raises:
         UserError: other machines can reach the address, and the environment has no token.
     """
+    from tunewright.engines.remote import TOKEN
     from tunewright.serving.engine_service import EngineService
-    from tunewright.serving.engines.remote import TOKEN
 
     if not os.environ.get(TOKEN) and not _is_private(options.host):
         raise UserError(
@@ -132,11 +162,7 @@ def serve_engine(project: OpenProject, options: EngineOptions = EngineOptions())
 
 
 def _constraints(project: OpenProject, folders: Mapping[str, Path]) -> dict[str, str]:
-    """Return the rule of each adapter's answers, with a warning for each that was not evaluated with it.
-
-    Raises:
-        UserError: the config has no constraint, or it cannot be compiled.
-    """
+    """Return the rule of each adapter's answers, with a warning for each that was not evaluated with it."""
     grammar = served_grammar(project)
     for name, folder in folders.items():
         evidence = evidence_on(project.folder.evaluations, adapter_digest(folder), project.reporter)
@@ -170,18 +196,14 @@ def _for_tenants(project: OpenProject, state: State, names: Sequence[str], confi
         require_held(project, adapter, held)
         return ServedAdapter(adapter.folder, system_prompt(adapter, project.folder.dataset))
 
-    from tunewright.serving.gateway.app_factory import Service, TenantSource
+    from tunewright.serving.gateway.server import Service, TenantSource
 
     served = TenantSource(state, locate, {adapter.name: adapter.folder for adapter in trained})
     return Service(config, project.base, project.chat, held, served, project.reporter)
 
 
 def _require_private(host: str) -> None:
-    """Refuse to serve without authentication on an address that other machines can reach.
-
-    Raises:
-        UserError: other machines can reach the address.
-    """
+    """Refuse to serve without authentication on an address that other machines can reach."""
     if not _is_private(host):
         raise UserError(
             f"Other machines can reach {host}, and without tenants the server answers all of them",

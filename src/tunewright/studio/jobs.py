@@ -25,7 +25,7 @@ from tunewright.core.processes import NOTHING, start
 from tunewright.core.text import visible
 
 if TYPE_CHECKING:
-    from tunewright.serving.engines.pool import EngineState
+    from tunewright.engines.pool import EngineState
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def engines(server: Served) -> list[EngineState] | None:
     if server.metrics is None:
         return []
     # It imports torch, which a page without a running server does not need.
-    from tunewright.serving.engines.pool import EngineState
+    from tunewright.engines.pool import EngineState
 
     try:
         answer = httpx.get(server.metrics, timeout=_ANSWER_S, trust_env=False)

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.serving.engines.llamacpp.cache_slots import CacheSlots
+from tunewright.engines.llamacpp import CacheSlots
 
 
 async def _settle() -> None:

@@ -23,7 +23,7 @@ from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.options import EngineOptions, ServeOptions
 from tunewright.serving.project_state import open_state
-from tunewright.serving.release_gate import ReleaseGate
+from tunewright.serving.releases import ReleaseGate
 
 pytestmark = pytest.mark.slow
 

@@ -18,13 +18,12 @@ from starlette.applications import Starlette
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
+from tunewright.engines import pool as pools
+from tunewright.engines.pool import LOST, UNAVAILABLE, EnginePool
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError, RequestFailedError, stream
-from tunewright.serving.engines import engine_server
-from tunewright.serving.engines import pool as pools
-from tunewright.serving.engines.affinity import choose, resolved
-from tunewright.serving.engines.engine_server import EngineApp
-from tunewright.serving.engines.pool import LOST, UNAVAILABLE, EnginePool
-from tunewright.serving.engines.remote import FACTS, TOKEN, EngineFacts, RemoteEngine
+from tunewright.engines.remote import FACTS, TOKEN, EngineFacts, RemoteEngine, choose, resolved
+from tunewright.serving import engine_service
+from tunewright.serving.engine_service import EngineApp
 from tunewright.serving.gateway.server import serving
 
 DIGESTS = (ONE, TWO, THREE)
@@ -205,9 +204,9 @@ def test_new_process_at_an_address_loads_the_adapters_before_it_gets_requests_fo
         await until(lambda: not pool.up)
         app = EngineApp(second, ORIGIN, locate, COMPILER).app
         held.enter_context(serving(app, port=port))
-        await until(lambda: pool.restarts == 1 and pool.resident == sorted(DIGESTS))
+        await until(lambda: pool.states()[0].restarts == 1 and pool.resident == sorted(DIGESTS))
         assert await answer(pool, asked(ONE)) == (97, 97)
-        assert pool.restarts == 1
+        assert pool.states()[0].restarts == 1
 
     with ExitStack() as held, ExitStack() as before:
         url = before.enter_context(at_address(first))
@@ -236,7 +235,7 @@ def test_engine_keeps_an_adapter_until_its_last_gateway_has_left() -> None:
 
 def test_engine_frees_the_adapters_of_a_gateway_that_is_not_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Recorded()
-    monkeypatch.setattr(engine_server, "LEASE_S", 0.3)
+    monkeypatch.setattr(engine_service, "LEASE_S", 0.3)
 
     async def ask(lost: EnginePool, pool: EnginePool) -> None:
         for each in (lost, pool):

@@ -26,15 +26,14 @@ from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines.child import Plan
+from tunewright.engines.llamacpp import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.engines.protocol import Engine, EngineStoppedError, stream
 from tunewright.gate.answers import Answer
 from tunewright.gate.isolation import TOLERANCE
 from tunewright.gate.reference import PeftReference
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
-from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
-from tunewright.serving.engines.llamacpp.files import base_file
-from tunewright.serving.engines.start import EngineSpec, load_all, start_engine
+from tunewright.serving.engine_start import EngineSpec, base_file, load_all, start_engine
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +307,7 @@ def test_start_leaves_live_releases_to_be_loaded_one_by_one_when_one_is_bad(
 def test_start_names_the_package_when_llama_cpp_is_not_installed(
     small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunewright.serving.engines.start.find_spec", lambda name: None)
+    monkeypatch.setattr("tunewright.serving.engine_start.find_spec", lambda name: None)
     spec = EngineSpec(Base("small", small_base, None, "LlamaForCausalLM", {}), None, "none", {})  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
         start_engine("llamacpp", Config(), spec, LogReporter())

@@ -16,7 +16,7 @@ from tunewright.engines import environment
 from tunewright.engines.environment import Build, Environment
 from tunewright.engines.vllm import engine as vllm_engine
 from tunewright.models.bases import resolve_base
-from tunewright.serving.engines.start import EngineSpec, max_num_seqs, start_engine
+from tunewright.serving.engine_start import EngineSpec, max_num_seqs, start_engine
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) -> None:

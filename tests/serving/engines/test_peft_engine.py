@@ -21,10 +21,10 @@ from tenant_server import store_adapters
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, adapter_digest
 from tunewright.core.errors import UserError
+from tunewright.engines.peft import PREFILL_CHUNK, PeftEngine
 from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError, stream
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.peft import PREFILL_CHUNK, PeftEngine
 
 ENDLESS = Request((1, 2, 3), None, CONTEXT)
 
@@ -224,7 +224,7 @@ def test_answers_continue_while_an_adapter_is_read(tmp_path: Path, monkeypatch: 
             await anext(answer)
         assert await _collect(engine, Request((4, 5), stored.digest, 5))
 
-    monkeypatch.setattr("tunewright.serving.engines.peft.load_lora_weights", slowly)
+    monkeypatch.setattr("tunewright.engines.peft.load_lora_weights", slowly)
     with running_engine(build_base(), stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 300))
 

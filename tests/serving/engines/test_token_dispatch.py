@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tunewright.engines.peft import Subscription, TokenDispatch
 from tunewright.engines.protocol import Delta, Event
-from tunewright.serving.engines.token_dispatch import Subscription, TokenDispatch
 
 
 class Sink:

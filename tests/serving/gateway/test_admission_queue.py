@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from tunewright.serving.gateway.admission import AdmissionQueue, Slot
-from tunewright.serving.gateway.fair_scheduler import HELD_PASSES
+from tunewright.serving.gateway.fair_scheduler import HELD_PASSES, AdmissionQueue, Slot
 
 
 async def _serve(demand: dict[str, list[int]], room: int, steps: int) -> tuple[Counter[str], list[str]]:

@@ -19,9 +19,9 @@ from tenant_server import SHIP, Stored, deploy, store_adapters, until
 
 from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.progress import LogReporter
-from tunewright.serving.engines.engine_server import EngineApp
-from tunewright.serving.engines.peft import PeftEngine
-from tunewright.serving.engines.pool import EnginePool
+from tunewright.engines.peft import PeftEngine
+from tunewright.engines.pool import EnginePool
+from tunewright.serving.engine_service import EngineApp
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.metrics import exposed

@@ -17,10 +17,10 @@ from tenant_server import SHIP, Stored, ask, deploy, store_adapters, tenant_serv
 
 from tunewright.engines.protocol import Delta, RequestFailedError
 from tunewright.generation.requests import Request
-from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import Admission, AnonymousAuth, Target
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.schemas import CompletionRequest

@@ -105,9 +105,6 @@ class VllmAnswers:
             tenant: cached prefixes are reused under the same name only.
             on_finished: called with a request's index and its completion as soon as it is finished, in any order and
                 in another thread.
-
-        Raises:
-            UserError: vLLM fails to start, crashes, or cannot answer one of the requests.
         """
         named = adapters or {}
         assert len(named) <= 1
@@ -268,9 +265,6 @@ def gpu_share(free: int, total: int) -> float:
     """Return ``--gpu-memory-utilization``: the share of the card's ``total`` bytes that is ``free``, less 5%.
 
     vLLM does not start if less than this share is free, and other programs may use some of the card.
-
-    Raises:
-        UserError: less than a tenth of the card is left.
     """
     share = min(0.9, int(100 * (free / total - _SPARE_SHARE)) / 100)
     if share < 0.1:

@@ -24,7 +24,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.processes import last_lines
 from tunewright.core.progress import Reporter
-from tunewright.engines.child import Child
+from tunewright.engines.child import Child, refusal
 from tunewright.engines.protocol import (
     Delta,
     EngineStoppedError,
@@ -124,14 +124,7 @@ class VllmSettings:
 
 
 class VllmEngine:
-    """vLLM in a child process.
-
-    Args:
-        stop_ids: tokens that end an answer; they are not part of it.
-
-    Raises:
-        UserError: vLLM failed to start.
-    """
+    """vLLM in a child process."""
 
     name = "vllm"
     unsupported: frozenset[str] = frozenset()
@@ -159,18 +152,11 @@ class VllmEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Reason why the engine answers no requests now; None while it does."""
         return self.child.failure_reason
 
     @property
     def permanently_stopped(self) -> bool:
-        """True if vLLM has crashed too often to be restarted."""
         return self.child.given_up
-
-    @property
-    def restarts(self) -> int:
-        """The number of restarts after a crash or a hang."""
-        return max(0, self.child.starts - 1)
 
     @property
     def in_flight(self) -> tuple[int, int]:
@@ -188,33 +174,21 @@ class VllmEngine:
     async def stream(
         self, request: Request, *, tenant: str = "", stop_ids: Collection[int] | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Yield a request's deltas; closing the generator early ends the request in vLLM, too.
-
-        Args:
-            request, tenant: see :meth:`submit`.
-            stop_ids: the tokens that end this answer; None: those of the engine.
-
-        Raises:
-            RequestFailedError: this request could not be computed.
-            EngineStoppedError: vLLM crashed or is restarting.
-        """
+        """Yield a request's deltas; closing the generator early ends the request in vLLM, too."""
         ends = self._stop_ids if stop_ids is None else stop_ids
         async with self._post(request, {**self._body(request, ends, tenant), "stream": True}) as reply:
             async for line in reply.aiter_lines():
-                delta = _streamed(line, ends)
-                if delta is not None:
+                if not line.startswith("data: {"):
+                    continue
+                delta = _delta(_only_choice(json.loads(line.removeprefix("data: "))), ends)
+                if delta.ids or delta.finish:
                     yield delta
-                    if delta.finish:
-                        return
+                if delta.finish:
+                    return
             raise EngineStoppedError("vLLM ended an answer before it was complete.")
 
     async def answer(self, request: Request, stop_ids: Collection[int], *, tenant: str = "") -> Delta:
-        """Return the complete answer from one reply, which costs this process far less than an event per token.
-
-        Raises:
-            RequestFailedError: vLLM could not compute this request, or got other token ids than were sent.
-            EngineStoppedError: vLLM crashed or is restarting.
-        """
+        """Return the complete answer from one reply, which costs this process far less than an event per token."""
         async with self._post(request, self._body(request, stop_ids, tenant)) as reply:
             choice = _only_choice(json.loads(await reply.aread()))
             if tuple(choice["prompt_token_ids"]) != request.prompt_ids:
@@ -233,7 +207,7 @@ class VllmEngine:
         try:
             async with self.child.post("/v1/completions", body, tracing.headers()) as reply:
                 if reply.status_code != 200:
-                    raise RequestFailedError(_refusal(await reply.aread()))
+                    raise RequestFailedError(refusal("vLLM", await reply.aread()))
                 yield reply
         except httpx.TransportError as error:
             raise EngineStoppedError(self.stopped or _CRASHED) from error
@@ -246,12 +220,7 @@ class VllmEngine:
             self._running -= 1
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Add an adapter to the list, and load it into vLLM.
-
-        Raises:
-            UserError: there is no room, the files do not match the digest, or vLLM cannot load the adapter.
-            EngineStoppedError: vLLM crashed or is restarting.
-        """
+        """Add an adapter to the list, and load it into vLLM."""
         if digest in self._listed:
             return
         self._require_room(folder)
@@ -266,11 +235,7 @@ class VllmEngine:
             raise UserError(f"vLLM cannot load it: {self._load_error(digest) or error}", where=str(folder)) from error
 
     async def unload(self, digest: str) -> None:
-        """Take an adapter that no running request needs off the list and out of its slot.
-
-        Raises:
-            EngineStoppedError: vLLM crashed or is restarting; the adapter is off the list nevertheless.
-        """
+        """Take an adapter that no running request needs off the list and out of its slot."""
         if self._listed.pop(digest, None) is None:
             return
         list_adapters(self.child.folder, self._listed)
@@ -280,7 +245,6 @@ class VllmEngine:
             raise EngineStoppedError(_CRASHED) from error
 
     def stop(self) -> None:
-        """Stop vLLM; unfinished requests receive :class:`EngineStoppedError`."""
         self.child.stop()
 
     def _body(self, request: Request, stop_ids: Collection[int], tenant: str) -> dict[str, Any]:
@@ -339,20 +303,8 @@ class VllmEngine:
         return None
 
 
-def _streamed(line: str, stop_ids: Collection[int]) -> Delta | None:
-    """Return the delta of a line of the event stream; None if it has none."""
-    if not line.startswith("data: {"):
-        return None
-    delta = _delta(_only_choice(json.loads(line.removeprefix("data: "))), stop_ids)
-    return delta if delta.ids or delta.finish else None
-
-
 def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the only choice of a reply or an event.
-
-    Raises:
-        RequestFailedError: it is an error.
-    """
+    """Return the only choice of a reply or an event."""
     if "error" in reply:
         raise RequestFailedError(f"vLLM could not compute this request: {reply['error'].get('message')}")
     (choice,) = reply["choices"]
@@ -387,11 +339,7 @@ def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
 
 
 def _entry(digest: str, folder: Path) -> dict[str, Any]:
-    """Return the entry that vLLM's resolver checks an adapter against: see :data:`.worker.MANIFEST`.
-
-    Raises:
-        UserError: the adapter's manifest does not match its files.
-    """
+    """Return the entry that vLLM's resolver checks an adapter against: see :data:`.worker.MANIFEST`."""
     entry: dict[str, Any] = {
         "path": str(folder.resolve()),
         "files": {name: file_digest(folder / name) for name in (CONFIG, WEIGHTS)},
@@ -418,11 +366,7 @@ def max_rank(folders: Sequence[Path]) -> int:
 
 
 def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_num_seqs: int) -> int:
-    """Return the size of a small key/value cache without a GPU: a whole context or 2,048 tokens per row; at most 4 GiB.
-
-    Args:
-        config: the configuration of the base's text model.
-    """
+    """Return the bytes of a small key/value cache without a GPU: a context or 2,048 tokens per row; at most 4 GiB."""
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
@@ -430,11 +374,3 @@ def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_num_seqs: int) -> 
     tokens = max(config["max_position_embeddings"], 2048 * max_num_seqs)
     # In blocks of 128 tokens, with one more per row, since each row's last block is not full.
     return min(4 << 30, int(math.ceil(tokens / 128 + max_num_seqs + 1) * 128 * per_token))
-
-
-def _refusal(body: bytes) -> str:
-    """Return the message of an error response."""
-    try:
-        return f"vLLM refused the request: {json.loads(body)['error']['message']}"
-    except (ValueError, KeyError, TypeError):
-        return f"vLLM refused the request: {body[:500].decode(errors='replace')}"

@@ -31,13 +31,7 @@ _NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_", "RAY_")
 
 
 def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[str, str]) -> Plan:
-    """Return the plan of vLLM's API server on the socket of a private folder, without any adapter.
-
-    Args:
-        python: the interpreter of vLLM's environment.
-        options: options of vLLM's API server, without the socket.
-        variables: further environment variables.
-    """
+    """Return the plan of vLLM's API server on the socket of a private folder, without any adapter."""
     list_adapters(folder, {})
     _write_plugin(folder / "site")
     # The allocator's setting is for training; vLLM reserves its memory at once.

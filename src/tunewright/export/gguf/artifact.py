@@ -30,8 +30,7 @@ from tunewright.export.merge import choose_merge_method
 from tunewright.export.templates import TEMPLATE_FILE, equivalent_conversations, exported_template
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights, read_deltas, trained_dtype
-from tunewright.gate.answers import cut, ended
-from tunewright.gate.distributions import TopTokens
+from tunewright.gate.answers import TopTokens, cut, ended
 from tunewright.gate.parity import Figures
 from tunewright.open_project import OpenProject
 

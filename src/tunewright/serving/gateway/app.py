@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,25 +17,23 @@ from starlette.routing import Route
 
 from tunewright.config import GatewayConfig
 from tunewright.core import tracing
+from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
-from tunewright.serving.engines.pool import EnginePool
-from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
-from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.errors import AnyError, ApiError, as_api_error
+from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.messages_api import MessagesFormat, MessagesRequest, error_document
 from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
 from tunewright.serving.gateway.request import GenerationRequest
-from tunewright.serving.gateway.request_handler import RequestHandler
+from tunewright.serving.gateway.request_handler import RequestHandler, Shadows
 from tunewright.serving.gateway.responses import ChatCompletionResponse, CompletionResponse, ResponseFormat
 from tunewright.serving.gateway.responses_api import ResponsesFormat, ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
-from tunewright.serving.gateway.shadows import Shadows
 from tunewright.serving.gateway.streaming import (
     FLUSH_SECONDS,
     EventStreamResponse,
-    as_api_error,
     cancel_on_disconnect,
     read_body,
     sse_events,
@@ -45,33 +43,24 @@ from tunewright.serving.tenants import StateUnavailableError
 log = logging.getLogger("tunewright")
 
 _MESSAGES = "/v1/messages"
-ROUTES = (
-    "POST /v1/chat/completions",
-    "POST /v1/completions",
-    "POST /v1/responses",
-    f"POST {_MESSAGES}",
-    "GET /v1/models",
-    "GET /v1/models/NAME",
-    "GET /ready",
-    "GET /health",
-)
 ADAPTER_HEADER = "x-tunewright-adapter"
 SYSTEM_HEADER = "x-tunewright-system"
 
-Parse = Callable[[bytes], tuple[RequestBody, ResponseFormat]]
-"""Validates a body, and returns it with the format of its response."""
-AnyError = ApiError | RequestFailedError | EngineStoppedError | StateUnavailableError
+_FORMATS: Mapping[str, tuple[type[ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest], Any]] = {
+    "/v1/chat/completions": (ChatRequest, ChatCompletionResponse),
+    "/v1/completions": (CompletionRequest, CompletionResponse),
+    "/v1/responses": (ResponsesRequest, ResponsesFormat),
+    _MESSAGES: (MessagesRequest, MessagesFormat),
+}
+"""The body of each route, and the format of its response, which is made from the body."""
+ROUTES = (
+    *(f"POST {path}" for path in _FORMATS),
+    *(f"GET {path}" for path in ("/v1/models", "/v1/models/NAME", "/ready", "/health")),
+)
 
 
 class Gateway:
-    """The server as an ASGI application, ``app``, with its graceful shutdown.
-
-    Args:
-        engine: computes the answers; the caller stops it after the server has ended.
-        auth: decides which client may use which model.
-        tokenization: converts between text and token ids.
-        limits: limits of a request's size and time.
-    """
+    """The server as an ASGI application, ``app``, with its graceful shutdown."""
 
     def __init__(
         self,
@@ -130,18 +119,12 @@ class Gateway:
             Route("/ready", self._ready),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),  # a base's name may contain slashes
-            Route("/v1/chat/completions", partial(self._answer, parse=_parse_chat), methods=["POST"]),
-            Route("/v1/completions", partial(self._answer, parse=_parse_completion), methods=["POST"]),
-            Route("/v1/responses", partial(self._answer, parse=_parse_responses), methods=["POST"]),
-            Route(_MESSAGES, partial(self._answer, parse=_parse_messages), methods=["POST"]),
+            *(Route(path, partial(self._answer, path=path), methods=["POST"]) for path in _FORMATS),
             Route("/v1/embeddings", _no_embeddings, methods=["POST"]),
         ]
         error_handlers: dict[Any, Any] = {
-            ApiError: _error_response,
             HTTPException: _unknown_route,
-            RequestFailedError: _error_response,
-            EngineStoppedError: _error_response,
-            StateUnavailableError: _error_response,
+            **dict.fromkeys(get_args(AnyError), _error_response),
         }
 
         @asynccontextmanager
@@ -197,17 +180,17 @@ class Gateway:
             raise ApiError(message, code="duplicate_authorization")
         return await self._auth.authenticate(authorization[0] if authorization else None)
 
-    async def _answer(self, http: HttpRequest, parse: Parse) -> Response:
+    async def _answer(self, http: HttpRequest, path: str) -> Response:
         self._in_flight += 1
         streaming = False
         with tracing.request(f"{http.method} {http.url.path}", http.headers) as span:
             try:
-                response = await self._respond(http, parse, span)
+                response = await self._respond(http, path, span)
                 streaming = isinstance(response, EventStreamResponse)
                 span.set({"http.response.status_code": response.status_code})
                 return response
             except (ApiError, RequestFailedError, EngineStoppedError, StateUnavailableError) as error:
-                refusal = _as_response(error)
+                refusal = as_api_error(error)
                 span.set({"http.response.status_code": refusal.status, "error.type": refusal.code})
                 raise
             finally:
@@ -215,9 +198,9 @@ class Gateway:
                     self._in_flight -= 1
                     span.end()
 
-    async def _respond(self, http: HttpRequest, parse: Parse, span: tracing.Span) -> Response:
+    async def _respond(self, http: HttpRequest, path: str, span: tracing.Span) -> Response:
         arrived = asyncio.get_running_loop().time()
-        handler, response_format = await self._admit(http, parse, arrived)
+        handler, response_format = await self._admit(http, path, arrived)
         target = handler.target
         headers = {ADAPTER_HEADER: target.digest or "none", SYSTEM_HEADER: handler.system_source}
         if handler.requests[0].body.stream:
@@ -230,7 +213,7 @@ class Gateway:
             return Response(status_code=499)  # not read by anyone: the client has disconnected
         return JSONResponse(response_format.response(*result), headers=headers)
 
-    async def _admit(self, http: HttpRequest, parse: Parse, arrived: float) -> tuple[RequestHandler, ResponseFormat]:
+    async def _admit(self, http: HttpRequest, path: str, arrived: float) -> tuple[RequestHandler, ResponseFormat]:
         """Authenticate, parse, tokenize and reserve quota."""
         tenant = ""
         try:
@@ -240,7 +223,10 @@ class Gateway:
                 raise _shutting_down()
             async with principal.counting():
                 raw = await read_body(http, self._preprocessor.body_bytes, self._limits.body_timeout_s)
-                body, response_format = parse(raw)
+                kind, make_format = _FORMATS[path]
+                asked = parse_request(kind, raw)
+                response_format: ResponseFormat = make_format(asked)
+                body = asked if isinstance(asked, ChatRequest | CompletionRequest) else asked.as_chat()
                 # Nothing may be awaited between this and admit(): a release could take the adapter away.
                 requests = await self._preprocess(body, principal, arrived)
                 if self._engine.stopped:
@@ -249,7 +235,7 @@ class Gateway:
                 tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
                 admission = await principal.admit(requests[0].target, tokens, body.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
-            self.metrics.refused(tenant, _as_response(error).code or "")
+            self.metrics.refused(tenant, as_api_error(error).code or "")
             raise
         handler = RequestHandler(requests, admission, self._engine, self._queue)
         self._handlers.add(handler)
@@ -332,26 +318,6 @@ class Gateway:
         self._shadows.start(handler)
 
 
-def _parse_chat(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
-    body = parse_request(ChatRequest, raw)
-    return body, ChatCompletionResponse(body)
-
-
-def _parse_completion(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
-    body = parse_request(CompletionRequest, raw)
-    return body, CompletionResponse(body)
-
-
-def _parse_responses(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
-    body = parse_request(ResponsesRequest, raw)
-    return body.as_chat(), ResponsesFormat(body)
-
-
-def _parse_messages(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
-    body = parse_request(MessagesRequest, raw)
-    return body.as_chat(), MessagesFormat(body)
-
-
 async def _no_embeddings(_http: HttpRequest) -> Response:
     message = (
         "This server generates text and has no embeddings. Serve an embedding model on another server, for example "
@@ -369,24 +335,14 @@ def _shutting_down() -> ApiError:
     return ApiError("The server is shutting down.", status=503, code="shutting_down", headers=headers)
 
 
-def _as_response(error: AnyError) -> ApiError:
-    """Return the error as the client sees it."""
-    if isinstance(error, StateUnavailableError):
-        message, headers = "Authentication is temporarily unavailable.", {"Retry-After": "5"}
-        return ApiError(message, status=503, code="state_unavailable", headers=headers)
-    return as_api_error(error)
-
-
 async def _error_response(http: HttpRequest, error: AnyError) -> Response:
-    response = _as_response(error)
-    return JSONResponse(_error_body(http, response), response.status, headers=response.headers)
-
-
-def _error_body(http: HttpRequest, error: ApiError) -> dict[str, Any]:
-    return error_document(error) if http.url.path.startswith(_MESSAGES) else error.body
+    found = as_api_error(error)
+    body = error_document(found) if http.url.path.startswith(_MESSAGES) else found.body
+    return JSONResponse(body, found.status, headers=found.headers)
 
 
 async def _unknown_route(http: HttpRequest, error: HTTPException) -> Response:
     message = f"{http.method} {http.url.path}: {error.detail}. Routes: {', '.join(ROUTES)}."
-    response = ApiError(message, status=error.status_code, code="unknown_route")
-    return JSONResponse(_error_body(http, response), error.status_code, headers=error.headers)
+    return await _error_response(
+        http, ApiError(message, status=error.status_code, code="unknown_route", headers=error.headers)
+    )

@@ -42,16 +42,12 @@ class Target:
     digest: str | None
     """The adapter's digest; None: the base."""
     release_id: int | None = None
-    shadow: str | None = None
-    """The digest of the shadow adapter, which gets the same request, and whose answer is only recorded."""
     system_prompt: str | None = None
     """The system message added to requests without one; None: nothing is added."""
-    shadow_system_prompt: str | None = None
-    """The same for the shadow."""
     grammar: str | None = None
     """The rule that constrains answers, text or calls; None: any."""
-    shadow_grammar: str | None = None
-    """The same for the shadow."""
+    shadow: Target | None = None
+    """The candidate that gets the same request, and whose answer is only recorded."""
 
 
 @dataclass(frozen=True)
@@ -71,30 +67,21 @@ class Shadow:
     """An adapter that gets a request after its live answer, and whose answer is only recorded.
 
     Args:
-        digest: the adapter's.
-        system_prompt: the system message added to requests without one; None: nothing is added.
+        target: the adapter.
         acquire: keeps the adapter loaded until ``release``; returns False if it is not loaded any more.
         release: to be called once after each ``acquire`` that returned True.
         record: stores the live answer, with the shadow's answer or the reason why it has none.
-        grammar: the rule that constrains answers; None: any.
     """
 
-    digest: str
-    system_prompt: str | None
+    target: Target
     acquire: Callable[[], bool]
     release: Callable[[], None]
     record: Callable[[str, str | None, str | None], None]
-    grammar: str | None = None
 
 
 @dataclass(frozen=True)
 class Admission:
-    """The permission to answer a request.
-
-    Args:
-        settle: to be called once with the request's usage.
-        shadow: the adapter that gets the same request afterwards.
-    """
+    """The permission to answer a request."""
 
     settle: Callable[[RequestUsage], None]
     shadow: Shadow | None = None
@@ -159,10 +146,6 @@ class Auth(Protocol):
         """False while requests are refused because nobody can be authenticated."""
 
     @property
-    def names(self) -> list[str]:
-        """The names of all models."""
-
-    @property
     def released(self) -> list[Released]:
         """The adapters behind these names now; safe to read from any thread."""
 
@@ -190,13 +173,7 @@ class Auth(Protocol):
 
 
 class AnonymousAuth:
-    """Access without keys: every client may use the base and all adapters, by name.
-
-    Args:
-        models: digests of adapters (None: the base) by model name.
-        system_prompts: the system messages added to requests without one, by model name.
-        grammars: the rules that constrain answers, by model name.
-    """
+    """Access without keys: every client may use the base and all adapters, by name."""
 
     reports_load = True
     available = True
@@ -212,10 +189,6 @@ class AnonymousAuth:
         self._models = dict(models)
         self.system_prompts = dict(system_prompts or {})
         self._grammars = dict(grammars or {})
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._models)
 
     @property
     def released(self) -> list[Released]:

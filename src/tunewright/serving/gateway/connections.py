@@ -43,11 +43,7 @@ _BACKLOG = 2048
 
 
 class ConnectionState(ServerState):
-    """The connections of a server, and the number of those that it refused or closed.
-
-    Args:
-        limits: the maximum number of connections, and their timeouts.
-    """
+    """The connections of a server, and the number of those that it refused or closed."""
 
     def __init__(self, limits: GatewayConfig) -> None:
         super().__init__()
@@ -148,7 +144,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _PipelineFlow(self)
         if not self._state.admit(self):
-            self._send(_too_many_connections())
+            self._send(ApiError("Too many connections.", status=503, code="too_many_connections"))
             transport.close()
             self._refused = True
             return
@@ -181,7 +177,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             pass  # answered as an ordinary request
         except httptools.HttpParserError:
             if not self._refused:
-                self._refuse(_headers_too_large() if self._too_large else _invalid_http())
+                invalid = ApiError("Invalid HTTP request.", code="invalid_http")
+                self._refuse(_headers_too_large() if self._too_large else invalid)
             return
         if self._idle and self._head_timer is None and self.timeout_keep_alive_task is None:
             self._start_head_timer()
@@ -221,7 +218,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
             # Read data may hold thousands of requests. The earlier ones are answered before this error.
-            error = _too_many_pipelined()
+            message = f"Too many pipelined requests (limit {MAX_PIPELINED}): wait for answers."
+            error = ApiError(message, status=429, code="too_many_pipelined_requests")
             refusal: Any = JSONResponse(error.body, error.status, {"connection": "close"})  # uvicorn's types differ
             self.pipeline[0] = self.cycle, refusal
             self._refused = True
@@ -278,7 +276,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._start_head_timer()
             return
         if self._in_head:
-            self._refuse(_header_timeout(self._state.limits.header_timeout_s))
+            seconds = self._state.limits.header_timeout_s
+            message = f"Timed out after {seconds:g} s waiting for the request headers."
+            self._refuse(ApiError(message, status=408, code="header_timeout"))
         else:  # nothing was asked, or it was answered
             self.transport.close()
 
@@ -322,21 +322,3 @@ def raise_descriptor_limit(needed: int) -> int:
 def _headers_too_large() -> ApiError:
     message = f"Request headers too large (limit {MAX_HEADER_BYTES} bytes, {MAX_HEADERS} headers)."
     return ApiError(message, status=431, code="headers_too_large")
-
-
-def _invalid_http() -> ApiError:
-    return ApiError("Invalid HTTP request.", status=400, code="invalid_http")
-
-
-def _too_many_pipelined() -> ApiError:
-    message = f"Too many pipelined requests (limit {MAX_PIPELINED}): wait for answers."
-    return ApiError(message, status=429, code="too_many_pipelined_requests")
-
-
-def _header_timeout(seconds: float) -> ApiError:
-    message = f"Timed out after {seconds:g} s waiting for the request headers."
-    return ApiError(message, status=408, code="header_timeout")
-
-
-def _too_many_connections() -> ApiError:
-    return ApiError("Too many connections.", status=503, code="too_many_connections")

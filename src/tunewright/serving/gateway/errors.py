@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
+from tunewright.serving.tenants.database import StateUnavailableError
+
 
 class ApiError(Exception):
-    """An error in OpenAI's format.
-
-    Args:
-        message: the fault and its remedy.
-        status: the HTTP status.
-        param: the body's field at fault.
-        code: an identifier for programs.
-        kind: OpenAI's ``type``, if the status does not imply it.
-        headers: headers of the response.
-    """
+    """An error in OpenAI's format."""
 
     def __init__(
         self,
@@ -40,3 +34,18 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON document of the response."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+AnyError = ApiError | RequestFailedError | EngineStoppedError | StateUnavailableError
+
+
+def as_api_error(error: AnyError) -> ApiError:
+    """Return the error as the client sees it."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestFailedError):
+        return ApiError(str(error), status=500, code="request_failed")
+    message, code = str(error), "engine_stopped"
+    if isinstance(error, StateUnavailableError):
+        message, code = "Authentication is temporarily unavailable.", "state_unavailable"
+    return ApiError(message, status=503, code=code, headers={"Retry-After": "5"})

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import Part, as_request
+from tunewright.serving.gateway.parsing import Part, as_request, one_as_list
 from tunewright.serving.gateway.request import TextChunk
 from tunewright.serving.gateway.responses import Answer, Document, new_id
 from tunewright.serving.gateway.schemas import (
@@ -48,8 +48,7 @@ class TextBlock(_Block):
     text: str
 
 
-def _one_block(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+_one_block = one_as_list(lambda text: {"type": "text", "text": text})
 
 
 class ToolUseBlock(_Block):
@@ -68,7 +67,7 @@ class ToolResultBlock(_Block):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[list[TextBlock] | None, BeforeValidator(_one_block)] = None
+    content: Annotated[list[TextBlock] | None, _one_block] = None
     is_error: bool | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
 
 
@@ -91,7 +90,7 @@ class InputMessage(Part):
     """A turn; a plain string becomes a single block."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[list[Block], Field(min_length=1), BeforeValidator(_one_block)]
+    content: Annotated[list[Block], Field(min_length=1), _one_block]
 
     @model_validator(mode="after")
     def _blocks_in_their_place(self) -> Self:
@@ -105,7 +104,15 @@ class InputMessage(Part):
         """Return the same turn as messages of a chat request: each result is a message of its own."""
         texts = [block for block in self.content if isinstance(block, TextBlock)]
         if self.role == "assistant":
-            calls = [_chat_call(block) for block in self.content if isinstance(block, ToolUseBlock)]
+            uses = [block for block in self.content if isinstance(block, ToolUseBlock)]
+            calls = [
+                {
+                    "id": block.id,
+                    "type": "function",
+                    "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)},
+                }
+                for block in uses
+            ]
             return [{"role": "assistant", "content": _joined(texts), "tool_calls": calls or None}]
         messages: list[dict[str, Any]] = []
         for block in self.content:
@@ -125,11 +132,6 @@ def _joined(texts: Sequence[TextBlock]) -> str:
 
 def _chat_part(block: TextBlock) -> dict[str, str]:
     return {"type": "text", "text": block.text}
-
-
-def _chat_call(block: ToolUseBlock) -> dict[str, Any]:
-    function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
-    return {"id": block.id, "type": "function", "function": function}
 
 
 class MessagesTool(Part):
@@ -209,7 +211,7 @@ class MessagesRequest(Part):
     model: str
     max_tokens: Annotated[int, Field(ge=1)]
     messages: Annotated[list[InputMessage], Field(min_length=1)]
-    system: Annotated[list[TextBlock] | None, BeforeValidator(_one_block)] = None
+    system: Annotated[list[TextBlock] | None, _one_block] = None
     tools: Annotated[list[MessagesTool] | None, Field(max_length=MAX_TOOLS)] = None
     tool_choice: MessagesToolChoice | None = None
     output_config: OutputConfig | None = None
@@ -237,11 +239,7 @@ class MessagesRequest(Part):
         return self
 
     def as_chat(self) -> MessagesChatRequest:
-        """Return the chat request with the same messages.
-
-        Raises:
-            ApiError: 400, calls and results do not match, or the form of the answer is not valid or over a limit.
-        """
+        """Return the chat request with the same messages."""
         same = ("model", "max_tokens", "temperature", "top_p", "stream")
         fields = {name: getattr(self, name) for name in same} | {"stop": self.stop_sequences}
         fields |= self.tool_choice.as_chat() if self.tool_choice else {}
@@ -277,11 +275,7 @@ def error_document(error: ApiError) -> Document:
 
 
 class MessagesFormat:
-    """The documents of one message, complete or as the events of a stream.
-
-    Args:
-        body: the request.
-    """
+    """The documents of one message, complete or as the events of a stream."""
 
     end = ""
 
@@ -293,14 +287,12 @@ class MessagesFormat:
         self._answer: Answer | None = None
 
     def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
-        """Return the complete message."""
         (answer,) = answers
         text = [{"type": "text", "text": answer.text}] if answer.text else []
         uses = [_tool_use(name, _input(arguments)) for name, arguments in answer.calls]
         return self._message([*text, *uses], answer, usage)
 
     def first_chunks(self, usage: Usage) -> list[Document]:
-        """Return the event that begins the message."""
         return [{"type": "message_start", "message": self._message([], None, usage)}]
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:  # noqa: ARG002 - there is one answer
@@ -321,7 +313,6 @@ class MessagesFormat:
         return self._end()
 
     def last_chunks(self, usage: Usage) -> list[Document]:
-        """Return the events that end the message."""
         return [
             {"type": "message_delta", "delta": _stop(self._answer), "usage": _usage(usage)},
             {"type": "message_stop"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ from prometheus_client import (
     disable_created_metrics,
     start_http_server,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tunewright.core.errors import UserError
-from tunewright.serving.engines.pool import EngineState
+from tunewright.engines.pool import EngineState
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.tenants.quota import RequestUsage
 
@@ -105,11 +105,7 @@ class Metrics:
         self._refusals.labels(tenant, code).inc()
 
     def keep(self, callers: Mapping[str, Collection[str]]) -> None:
-        """Remove the series of other tenants and of their other aliases, :data:`ENDED_SECONDS` after they ended.
-
-        Args:
-            callers: the tenants that can send requests, with their aliases.
-        """
+        """Remove the series of other tenants and of their other aliases, :data:`ENDED_SECONDS` after they ended."""
         now = self._clock()
         for (tenant, alias), since in list(self._ended.items()):
             if tenant in callers and alias in ("", *callers[tenant]):
@@ -131,57 +127,41 @@ class _Gauges(Collector):
     def __init__(self, now: Callable[[], ServerState]) -> None:
         self._now = now
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Yield the current values."""
         now = self._now()
-
-        def gauge(name: str, text: str, labels: Sequence[str] = ()) -> GaugeMetricFamily:
-            return GaugeMetricFamily(f"tunewright_{name}", text, labels=labels)
-
-        ready = gauge("ready", "1 while requests are accepted.")
-        ready.add_metric([], float(now.ready))
-        yield ready
+        yield _gauge("ready", "1 while requests are accepted.", [((), now.ready)])
         # Autoscalers need a number at every moment, which the series of tenants are not.
-        queued = gauge("queued_requests", "Requests in the queue, of all tenants.")
-        queued.add_metric([], float(len(now.waiting)))
-        yield queued
+        yield _gauge("queued_requests", "Requests in the queue, of all tenants.", [((), len(now.waiting))])
         for name, text, tenants in (
             ("waiting_requests", "Requests in the queue.", now.waiting),
             ("running_requests", "Requests at the engine.", now.running),
         ):
-            family = gauge(name, text, ["tenant"])
-            for tenant, count in Tally(tenants).items():
-                family.add_metric([tenant], count)
-            yield family
-        resident = gauge("resident_adapter", "1 for each adapter in memory.", ["digest"])
-        for digest in sorted(now.resident):
-            resident.add_metric([digest[:12]], 1)
-        yield resident
-        release = gauge("release", "Release number of an alias's adapter.", ["alias", "digest", "role"])
-        for released in now.released:
-            release.add_metric([released.alias, (released.digest or "base")[:12], released.role], released.number)
-        yield release
-        if now.engines:
-            yield from _of_engines(now.engines)
+            yield _gauge(name, text, [((tenant,), count) for tenant, count in Tally(tenants).items()], "tenant")
+        resident = [((digest[:12],), 1) for digest in sorted(now.resident)]
+        yield _gauge("resident_adapter", "1 for each adapter in memory.", resident, "digest")
+        released = [((each.alias, (each.digest or "base")[:12], each.role), each.number) for each in now.released]
+        yield _gauge("release", "Release number of an alias's adapter.", released, "alias", "digest", "role")
+        if not now.engines:
+            return
+        up = [((each.url,), each.up) for each in now.engines]
+        yield _gauge("engine_up", "1 while the engine takes requests.", up, "engine")
+        running = [((each.url,), each.running) for each in now.engines]
+        yield _gauge("engine_running_requests", "Requests at the engine.", running, "engine")
+        adapters = [((each.url,), each.adapters) for each in now.engines]
+        yield _gauge("engine_adapters", "Adapters that the engine has loaded.", adapters, "engine")
+        text = "Times that the engine came back as a new process."
+        restarts = CounterMetricFamily("tunewright_engine_restarts", text, labels=["engine"])
+        for each in now.engines:
+            restarts.add_metric([each.url], each.restarts)
+        yield restarts
 
 
-def _of_engines(engines: Sequence[EngineState]) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-    """Yield the values of each engine of a pool."""
-    for name, text, value in (
-        ("up", "1 while the engine takes requests.", lambda state: state.up),
-        ("running_requests", "Requests at the engine.", lambda state: state.running),
-        ("adapters", "Adapters that the engine has loaded.", lambda state: state.adapters),
-    ):
-        gauge = GaugeMetricFamily(f"tunewright_engine_{name}", text, labels=["engine"])
-        for state in engines:
-            gauge.add_metric([state.url], float(value(state)))
-        yield gauge
-    restarts = CounterMetricFamily(
-        "tunewright_engine_restarts", "Times that the engine came back as a new process.", labels=["engine"]
-    )
-    for state in engines:
-        restarts.add_metric([state.url], state.restarts)
-    yield restarts
+def _gauge(name: str, text: str, values: Iterable[tuple[Sequence[str], float]], *labels: str) -> Metric:
+    family = GaugeMetricFamily(f"tunewright_{name}", text, labels=labels)
+    for own, value in values:
+        family.add_metric(own, float(value))
+    return family
 
 
 @contextmanager
@@ -189,9 +169,6 @@ def exposed(metrics: Metrics, host: str, port: int) -> Iterator[str]:
     """Serve the metrics while the block runs, and yield their address; port 0 picks a free one.
 
     They have a separate listener, since tenants must not see each other's names.
-
-    Raises:
-        UserError: the server cannot listen on the address.
     """
     try:
         server, thread = start_http_server(port, host, metrics.registry)

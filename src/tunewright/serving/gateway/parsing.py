@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tunewright.serving.gateway.errors import ApiError
@@ -40,6 +40,11 @@ class Part(BaseModel):
         )
 
 
+def one_as_list(make: Callable[[str], Any] = str) -> BeforeValidator:
+    """Return a validator that takes a plain string for a list with one part, which is made of it."""
+    return BeforeValidator(lambda given: [make(given)] if isinstance(given, str) else given)
+
+
 R = TypeVar("R", bound=Part)
 
 _MAX_FAULTS = 10
@@ -47,11 +52,7 @@ _MAX_PARAM = 100
 
 
 def parse_request(kind: type[R], body: bytes) -> R:
-    """Return the validated body.
-
-    Raises:
-        ApiError: 400, naming the fields at fault.
-    """
+    """Return the validated body."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -65,9 +66,6 @@ def as_request(kind: type[R], fields: Mapping[str, Any], names: Mapping[str, str
         kind: the request's.
         fields: its fields.
         names: fields of the other request, by the beginning of their name in this one. Its tools have no ``function``.
-
-    Raises:
-        ApiError: 400, naming the fields at fault as in the other request.
     """
     try:
         return kind.model_validate(fields)

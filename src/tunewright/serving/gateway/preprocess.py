@@ -18,9 +18,9 @@ from tunewright.engines.protocol import Engine
 from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.generation.requests import Request
 from tunewright.generation.text_stream import Decode
-from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.request import GenerationRequest, system_source
 from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, RequestBody
 from tunewright.serving.gateway.structured import Form, GrammarCache, require_size
@@ -59,11 +59,7 @@ class Tokenization:
 
 
 class RequestPreprocessor:
-    """Tokenizes prompts, checks them against the limits, and makes generation requests of them.
-
-    Args:
-        engine: the engine that answers.
-    """
+    """Tokenizes prompts, checks them against the limits, and makes generation requests of them."""
 
     def __init__(self, tokenization: Tokenization, limits: GatewayConfig, engine: Engine) -> None:
         self._tokenization = tokenization
@@ -82,11 +78,7 @@ class RequestPreprocessor:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def require_supported(self, body: RequestBody) -> None:
-        """Check the fields that depend on the engine, the base or the config.
-
-        Raises:
-            ApiError: 400, naming the field.
-        """
+        """Check the fields that depend on the engine, the base or the config."""
         for field in sorted(self._engine.unsupported):
             if getattr(body, field, None):
                 message = f"{field} is not supported by the engine {self._engine.name}: remove it."
@@ -117,9 +109,6 @@ class RequestPreprocessor:
             grammar: the release's rule. A text's form is that of requests that set none; calls are constrained in
                 requests that declare functions.
             tenant: on whose account it waits for the compiler.
-
-        Raises:
-            ApiError: 400, the form is not valid, not supported, or too complex.
         """
         form = body.form
         if form is None and grammar is not None and CallGrammars.from_rule(grammar) is None:
@@ -149,15 +138,7 @@ class RequestPreprocessor:
         await self._grammars.close()
 
     async def prompts(self, body: RequestBody, tenant: str, system_prompt: str | None) -> list[Ids]:
-        """Return the token ids of each prompt in the body.
-
-        Args:
-            tenant: on whose account it waits for the tokenizer.
-            system_prompt: added where the messages have no system message; None: nothing is added.
-
-        Raises:
-            ApiError: 400, the template refuses the messages, or there are too many messages or characters.
-        """
+        """Return the token ids of each prompt in the body."""
         if isinstance(body, ChatRequest) and len(body.messages) > self._limits.max_messages:
             message = f"Too many messages: {len(body.messages)} (limit {self._limits.max_messages})."
             raise ApiError(message, param=body.prompt_param, code="too_many_messages")
@@ -193,9 +174,6 @@ class RequestPreprocessor:
         answer that ends there has the ``finish_reason`` "length". Without a limit in the body, the prompt and its
         answer have at most ``max_tokens`` together. So a request with an SDK's defaults stays within its tenant's
         limit.
-
-        Raises:
-            ApiError: 400, the prompt is too long.
         """
         new_tokens = self._token_limit(body, target, len(prompt), max_tokens)
         engine_request = Request(

@@ -9,28 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.engines.protocol import AdapterFailedError
+from tunewright.engines.protocol import AdapterFailedError, Engine
 from tunewright.serving.gateway.auth import Released, ServedAdapter, constraint_text
 from tunewright.serving.tenants import Release, State
 from tunewright.serving.tenants.async_state import AsyncState
-
-
-class AdapterLoader(Protocol):
-    """The part of an engine that changes its adapters."""
-
-    name: str
-
-    async def load(self, digest: str, folder: Path) -> None:
-        """Load an adapter, or raise AdapterFailedError or EngineStoppedError."""
-
-    async def unload(self, digest: str) -> None:
-        """Free an adapter, or raise AdapterFailedError or EngineStoppedError."""
 
 
 class ReleaseRouter:
@@ -48,7 +35,7 @@ class ReleaseRouter:
         self,
         state: State,
         async_state: AsyncState,
-        engine: AdapterLoader,
+        engine: Engine,
         locate: Callable[[str, str], ServedAdapter],
         reporter: Reporter,
     ) -> None:
@@ -63,11 +50,6 @@ class ReleaseRouter:
         self._users: Counter[str] = Counter()  # requests and shadows that need an adapter
         self._newest = -1
         self._failed: dict[str, tuple[int, str]] = {}  # by alias: the release that could not be loaded, and why
-
-    @property
-    def names(self) -> list[str]:
-        """The aliases with a live release."""
-        return sorted(self.routes)
 
     @property
     def released(self) -> list[Released]:
@@ -122,21 +104,13 @@ class ReleaseRouter:
             del self._users[digest]
 
     async def has_changed(self) -> bool:
-        """Return whether there is a release that :meth:`update` has not seen.
-
-        Raises:
-            StateUnavailableError: the database does not answer.
-        """
+        """Return whether there is a release that :meth:`update` has not seen."""
         return await self._async_state.read(self._state.releases.newest) != self._newest
 
     async def update(self) -> None:
         """Load the adapters of the live releases, then switch the aliases to them.
 
         A release whose adapters cannot be loaded is reported, and its alias keeps the release before it.
-
-        Raises:
-            StateUnavailableError: the database does not answer.
-            EngineStoppedError: the engine has stopped.
         """
         newest = await self._async_state.read(self._state.releases.newest)
         live = await self._async_state.read(self._state.releases.live)
@@ -160,11 +134,7 @@ class ReleaseRouter:
         self._newest = newest
 
     async def unload_unused(self) -> None:
-        """Free the adapters that no alias and no running request needs.
-
-        Raises:
-            AdapterFailedError, EngineStoppedError: the engine could not free one.
-        """
+        """Free the adapters that no alias and no running request needs."""
         needed = {digest for release in self.routes.values() for digest in release.digests}
         for digest in self._loaded.keys() - needed:
             if digest not in self._users:
@@ -205,10 +175,6 @@ class ReleaseRouter:
                 self._reporter.say(
                     f"{release.alias}, {adapter}: the release was made without the adapter's system prompt"
                 )
-        self._warn_untested(release)
-
-    def _warn_untested(self, release: Release) -> None:
-        """Warn of a release that has not passed the isolation test on this kind of engine."""
         test = release.grounds.isolation
         if test is None or test.engine != self._engine.name:
             tested = f"tested for isolation on {test.engine} only" if test else "not tested for isolation"

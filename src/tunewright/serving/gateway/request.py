@@ -23,9 +23,9 @@ from tunewright.engines.protocol import (
 )
 from tunewright.generation.requests import Finish, Request, TokenLogprob
 from tunewright.generation.text_stream import Decode, TextStream
-from tunewright.serving.gateway.admission import AdmissionQueue, Slot
 from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.fair_scheduler import AdmissionQueue, Slot
 from tunewright.serving.gateway.schemas import ChatRequest, RequestBody
 from tunewright.serving.gateway.tools import CallReader, as_turn
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
@@ -67,35 +67,11 @@ Failure = RequestFailedError | EngineStoppedError | ApiError
 """An error that ends a request."""
 
 
-@dataclass(frozen=True)
-class _Deadline:
-    at: float
-    code: str
-    message: str
-
-    @property
-    def error(self) -> ApiError:
-        """The response: 503 if the engine has not begun, so that the client may retry; else 504."""
-        if self.code == "queue_timeout":
-            return ApiError(self.message, status=503, code=self.code, headers={"Retry-After": "1"})
-        return ApiError(self.message, status=504, code=self.code)
-
-
 class GenerationRequest:
     """One prompt: the engine's request, and the sink of its tokens.
 
     The engine delivers tokens here, in the gateway's event loop. Each delivery is counted, decoded and emitted as
     text, without any task or queue in between. All times are of the monotonic clock.
-
-    Args:
-        body: the HTTP request's body.
-        target: the adapter that answers.
-        engine_request: prompt and sampling for the engine.
-        stops: texts that end the answer.
-        piece: returns the bytes that a token stands for.
-        calls: reads the answer's calls; None if it cannot have any.
-        tenant: the tenant whose turn it takes in the queue.
-        arrived: when the HTTP request arrived.
     """
 
     def __init__(
@@ -310,43 +286,35 @@ class GenerationRequest:
         setting one.
         """
         self._unwatch()
-        loop, deadline = asyncio.get_running_loop(), self._deadline()
-        if loop.time() >= deadline.at:
-            self._end("timed out", deadline.error)
+        loop, (at, error) = asyncio.get_running_loop(), self._deadline()
+        if loop.time() >= at:
+            self._end("timed out", error)
         else:
-            self._timer = loop.call_at(deadline.at, self._watch)
+            self._timer = loop.call_at(at, self._watch)
 
     def _unwatch(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _deadline(self) -> _Deadline:
-        limits = self._limits
-        total = _Deadline(
-            self.arrived + limits.total_timeout_s,
-            "total_timeout",
-            f"Timed out: the answer took over {limits.total_timeout_s:g} s.",
-        )
+    def _deadline(self) -> tuple[float, ApiError]:
+        """Return the time of the next deadline, and the response: 503 (retry) if the engine has not begun, else 504."""
+        limits, status, headers = self._limits, 504, None
         if self._admitted_at is None:
-            stage = _Deadline(
-                self._queued_at + limits.queue_timeout_s,
-                "queue_timeout",
-                f"Timed out after {limits.queue_timeout_s:g} s in the queue.",
-            )
+            since, seconds, code, stage = self._queued_at, limits.queue_timeout_s, "queue_timeout", "in the queue"
+            status, headers = 503, {"Retry-After": "1"}
         elif self._last_token_at is None:
-            stage = _Deadline(
-                self._admitted_at + limits.first_token_timeout_s,
-                "first_token_timeout",
-                f"Timed out after {limits.first_token_timeout_s:g} s without a first token.",
-            )
+            since, seconds = self._admitted_at, limits.first_token_timeout_s
+            code, stage = "first_token_timeout", "without a first token"
         else:
-            stage = _Deadline(
-                self._last_token_at + limits.inter_token_timeout_s,
-                "idle_timeout",
-                f"Timed out after {limits.inter_token_timeout_s:g} s without a further token.",
-            )
-        return min(stage, total, key=lambda deadline: deadline.at)
+            since, seconds = self._last_token_at, limits.inter_token_timeout_s
+            code, stage = "idle_timeout", "without a further token"
+        total = self.arrived + limits.total_timeout_s
+        if total < since + seconds:
+            message = f"Timed out: the answer took over {limits.total_timeout_s:g} s."
+            return total, ApiError(message, status=504, code="total_timeout")
+        message = f"Timed out after {seconds:g} s {stage}."
+        return since + seconds, ApiError(message, status=status, code=code, headers=headers)
 
 
 def system_source(body: RequestBody, system_prompt: str | None) -> SystemSource:

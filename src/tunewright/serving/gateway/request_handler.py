@@ -1,4 +1,4 @@
-"""Lifecycle of an HTTP request: queue, stream, record usage exactly once."""
+"""Lifecycle of an HTTP request: queue, stream, record usage exactly once; then its shadow."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
-from tunewright.engines.protocol import Engine
+from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.generation.requests import Finish
-from tunewright.serving.gateway.admission import AdmissionQueue
-from tunewright.serving.gateway.auth import Admission, Target
+from tunewright.serving.gateway.auth import Admission, Shadow, Target
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
+from tunewright.serving.gateway.preprocess import RequestPreprocessor
 from tunewright.serving.gateway.request import GenerationRequest, SystemSource, TextChunk
 from tunewright.serving.gateway.responses import Answer
 from tunewright.serving.gateway.schemas import Usage
@@ -23,12 +24,6 @@ class RequestHandler:
     """Answers the prompts of one admitted HTTP request, each of them a choice of the response.
 
     Their chunks share one queue, which is the only one between the engine and the response.
-
-    Args:
-        requests: one for each prompt, in order.
-        admission: covers all of them.
-        engine: computes at most ``max_num_seqs`` of the prompts at once.
-        queue: gives slots at the engine.
     """
 
     def __init__(
@@ -59,11 +54,6 @@ class RequestHandler:
         return self.requests[0].system_source
 
     @property
-    def arrived(self) -> float:
-        """The time at which the HTTP request arrived, by the monotonic clock."""
-        return self.requests[0].arrived
-
-    @property
     def tenant(self) -> str:
         """The tenant on whose account the prompts are computed."""
         return self.requests[0].tenant
@@ -72,11 +62,6 @@ class RequestHandler:
     def waiting(self) -> bool:
         """True if no prompt has a slot at the engine yet."""
         return all(request.waiting for request in self.requests)
-
-    @property
-    def first_token_at(self) -> float | None:
-        """The time at which the first token of any answer arrived, by the monotonic clock; None: not yet."""
-        return min((each.first_token_at for each in self.requests if each.first_token_at is not None), default=None)
 
     @property
     def finished(self) -> bool:
@@ -97,11 +82,7 @@ class RequestHandler:
         self._events.put_nowait((index, event))
 
     async def chunks(self) -> AsyncGenerator[tuple[int, TextChunk], None]:
-        """Yield text as it is computed, each chunk with its choice's index; closing the generator aborts the rest.
-
-        Raises:
-            RequestFailedError, EngineStoppedError, ApiError: the first error of any choice; it ends the others too.
-        """
+        """Yield text as it is computed, each chunk with its choice's index; closing the generator aborts the rest."""
         places = asyncio.Semaphore(self._engine.max_num_seqs)
 
         async def generate(index: int, request: GenerationRequest) -> None:
@@ -165,3 +146,81 @@ class RequestHandler:
         )
         self.admission.settle(usage)
         return usage
+
+
+MAX_CONCURRENT = 4
+"""While this many shadow requests run, further ones are skipped, and the record says so."""
+
+_TENANT = " shadows"
+"""All shadow requests together count as one tenant in the queue. No real tenant can have this name."""
+
+
+class Shadows:
+    """Runs shadow requests, a few at once; their errors are recorded and affect nothing else."""
+
+    def __init__(self, engine: Engine, queue: AdmissionQueue, preprocessor: RequestPreprocessor) -> None:
+        self._engine = engine
+        self._queue = queue
+        self._preprocessor = preprocessor
+        self._running: set[asyncio.Task[None]] = set()
+
+    def start(self, handler: RequestHandler) -> None:
+        """Start the shadow of a finished request, if its alias has a candidate in the shadow."""
+        shadow = handler.admission.shadow
+        if shadow is None or not handler.finished:
+            return
+        live, *more = handler.requests
+        if more:  # the record has room for one answer per request
+            texts = "\n\n".join(request.recorded for request in handler.requests)
+            shadow.record(texts, None, f"the request had {len(handler.requests)} answers")
+        elif len(self._running) >= MAX_CONCURRENT:
+            shadow.record(live.recorded, None, f"{MAX_CONCURRENT} other shadow requests were running")
+        elif not shadow.acquire():
+            shadow.record(live.recorded, None, "the candidate was unloaded")
+        else:
+            task = asyncio.create_task(self._run(live, shadow))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def close(self) -> None:
+        """Cancel the running shadow requests."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _run(self, live: GenerationRequest, shadow: Shadow) -> None:
+        why_not: str | None = None
+        answer: str | None = None
+        try:
+            request = await self._request(live, shadow)
+            handler = RequestHandler([request], Admission(settle=lambda _usage: None), self._engine, self._queue)
+            async for _chunk in handler.chunks():
+                pass
+            answer = request.recorded
+        except asyncio.CancelledError:
+            why_not = "the server stopped"
+        except (ApiError, RequestFailedError, EngineStoppedError) as error:
+            why_not = str(error)
+        finally:
+            shadow.record(live.recorded, answer, why_not)
+            shadow.release()
+
+    async def _request(self, live: GenerationRequest, shadow: Shadow) -> GenerationRequest:
+        """Return the same request for the candidate, with the candidate's system prompt and constraint."""
+        prompt, max_tokens = live.engine_request.prompt_ids, None
+        target = shadow.target
+        if live.target.system_prompt == target.system_prompt:
+            max_tokens = live.prompt_tokens + live.engine_request.max_new_tokens
+        else:
+            # Requests with several prompts have no shadow.
+            [prompt] = await self._preprocessor.prompts(live.body, _TENANT, target.system_prompt)
+        now = asyncio.get_running_loop().time()
+        return self._preprocessor.request(
+            live.body,
+            target,
+            prompt,
+            tenant=_TENANT,
+            arrived=now,
+            max_tokens=max_tokens,
+            constraint=await self._preprocessor.constraint(live.body, target.grammar, _TENANT),
+        )

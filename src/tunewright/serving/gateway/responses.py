@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.chat.tool_calls import Call
@@ -77,6 +77,10 @@ def now() -> int:
 class _OpenAIResponse:
     """Common to both routes; ``body`` is the request."""
 
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
     body: ChatRequest | CompletionRequest
     id: str = field(default_factory=new_id)
     created: int = field(default_factory=now)
@@ -90,13 +94,9 @@ class _OpenAIResponse:
         """Return the error as in a response."""
         return error.body
 
-    def _kind(self, *, chunk: bool) -> tuple[str, str]:
-        """Return the beginning of the id, and the kind of document."""
-        raise NotImplementedError
-
     def _document(self, choices: list[Document], *, chunk: bool = False, **more: Any) -> Document:
-        name, kind = self._kind(chunk=chunk)
-        head = {"id": f"{name}-{self.id}", "object": kind, "created": self.created, "model": self.body.model}
+        kind = self.chunk_kind if chunk else self.kind
+        head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.body.model}
         tier = {} if self.body.service_tier is None else {"service_tier": "default"}
         return {**head, "choices": choices, **more, **tier}
 
@@ -104,8 +104,9 @@ class _OpenAIResponse:
 class ChatCompletionResponse(_OpenAIResponse):
     """The format of ``/v1/chat/completions``."""
 
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
     def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
-        """Return a ``chat.completion``."""
         choices = [
             {
                 "index": index,
@@ -118,11 +119,9 @@ class ChatCompletionResponse(_OpenAIResponse):
         return self._document(choices, usage=usage.as_dict())
 
     def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
-        """Return a chunk with the role for each choice."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.body.choices)]
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
-        """Return a ``chat.completion.chunk`` with text."""
         return [self._chunk(index, {"content": chunk.text}, chunk.scored)]
 
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
@@ -134,7 +133,6 @@ class ChatCompletionResponse(_OpenAIResponse):
         return [self._chunk(index, {"tool_calls": [{"index": delta.index, **_call((delta.name, delta.arguments))}]})]
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
-        """Return a ``chat.completion.chunk`` with the finish reason alone."""
         return [self._chunk(index, {}, finish=_finish_reason(answer))]
 
     def _chunk(
@@ -146,9 +144,6 @@ class ChatCompletionResponse(_OpenAIResponse):
     ) -> Document:
         choice = {"index": index, "delta": delta, "logprobs": _chat_logprobs(scored), "finish_reason": finish}
         return self._document([choice], chunk=True)
-
-    def _kind(self, *, chunk: bool) -> tuple[str, str]:
-        return "chatcmpl", "chat.completion.chunk" if chunk else "chat.completion"
 
 
 def _message(answer: Answer) -> Document:
@@ -171,17 +166,16 @@ def _finish_reason(answer: Answer) -> str:
 class CompletionResponse(_OpenAIResponse):
     """The format of ``/v1/completions``, where chunks have the shape of complete responses."""
 
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
     def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
-        """Return a ``text_completion`` with all texts."""
         choices = [_choice(index, each.text, each.finish, each.scored) for index, each in enumerate(answers)]
         return self._document(choices, usage=usage.as_dict())
 
     def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
-        """Return no chunks."""
         return []
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
-        """Return a ``text_completion`` with text."""
         return [self._document([_choice(index, chunk.text, None, chunk.scored)])]
 
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
@@ -189,11 +183,7 @@ class CompletionResponse(_OpenAIResponse):
         raise AssertionError(f"a completion has no calls: {index}, {delta}")
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
-        """Return a ``text_completion`` with the finish reason."""
         return [self._document([_choice(index, "", answer.finish, None)])]
-
-    def _kind(self, *, chunk: bool) -> tuple[str, str]:  # noqa: ARG002
-        return "cmpl", "text_completion"
 
 
 def _choice(index: int, text: str, finish: Finish | None, scored: Sequence[ScoredToken] | None) -> Document:

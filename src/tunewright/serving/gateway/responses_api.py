@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import Part, as_request
+from tunewright.serving.gateway.parsing import Part, as_request, one_as_list
 from tunewright.serving.gateway.request import TextChunk
 from tunewright.serving.gateway.responses import Answer, Document, new_id, now
 from tunewright.serving.gateway.schemas import (
@@ -35,16 +35,14 @@ class InputText(Part):
     text: str
 
 
-def _one_part(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
 class InputMessage(Part):
     """A message of the input, or of an earlier response's output."""
 
     type: Literal["message"] | None = None
     role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(as_system)]
-    content: Annotated[list[InputText], Field(min_length=1), BeforeValidator(_one_part)]
+    content: Annotated[
+        list[InputText], Field(min_length=1), one_as_list(lambda text: {"type": "input_text", "text": text})
+    ]
     id: str | None = None
     status: str | None = None
 
@@ -128,10 +126,6 @@ InputItem = Annotated[
 ]
 
 
-def _one_message(given: Any) -> Any:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
-
-
 class ResponsesTool(FunctionDeclaration):
     """A declared function."""
 
@@ -143,7 +137,7 @@ class ResponsesRequest(RequestFields):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**ANSWER_NEUTRAL, "truncation": ("disabled",)}
 
-    input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_one_message)]
+    input: Annotated[list[InputItem], Field(min_length=1), one_as_list(lambda text: {"role": "user", "content": text})]
     tools: list[ResponsesTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -169,11 +163,7 @@ class ResponsesRequest(RequestFields):
         return self
 
     def as_chat(self) -> ResponsesChatRequest:
-        """Return the chat request with the same messages.
-
-        Raises:
-            ApiError: 400, the form of the answer is not valid or over a limit.
-        """
+        """Return the chat request with the same messages."""
         messages = _chat_messages(self.input)
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
@@ -210,11 +200,7 @@ def _chat_messages(items: Sequence[InputMessage | FunctionCallItem | FunctionOut
 
 
 class ResponsesFormat:
-    """The documents of one response, complete or as the events of a stream.
-
-    Args:
-        body: the request.
-    """
+    """The documents of one response, complete or as the events of a stream."""
 
     end = ""
 
@@ -227,7 +213,6 @@ class ResponsesFormat:
         self._parts: list[str] | None = None  # of the last item's text or arguments, while it is in progress
 
     def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
-        """Return the complete response."""
         (answer,) = answers
         if answer.text:
             self._add(answer.text)
@@ -237,7 +222,6 @@ class ResponsesFormat:
         return self._document(usage)
 
     def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
-        """Return the events that begin the response."""
         return [
             self._event("response.created", response=self._document(None)),
             self._event("response.in_progress", response=self._document(None)),
@@ -266,11 +250,9 @@ class ResponsesFormat:
         return [*events, *self._end()]
 
     def last_chunks(self, usage: Usage) -> list[Document]:
-        """Return the event with the complete response."""
         return [self._event(f"response.{self._status}", response=self._document(usage))]
 
     def error_chunk(self, error: ApiError) -> Document:
-        """Return the event of an error."""
         return self._event("error", code=error.code, message=error.message, param=error.param)
 
     @property
@@ -350,15 +332,13 @@ class ResponsesFormat:
             "temperature": body.temperature or 0.0,
             "text": {"format": {"type": "text"}, **text},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [_declared(tool) for tool in body.tools or ()],
+            "tools": [
+                {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()
+            ],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": usage and _usage(usage),
         }
-
-
-def _declared(tool: ResponsesTool) -> Document:
-    return {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
 
 
 def _output_text(text: str) -> Document:

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from tunewright.core.text import mark_fault, normalize
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import Part
+from tunewright.serving.gateway.parsing import Part, one_as_list
 from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, Schema, StructuredOutputs, one_form
 from tunewright.serving.gateway.tools import AssistantCall, Choice, Tool, ToolChoice, declarations
 
@@ -64,10 +64,6 @@ class TextPart(Part):
     text: str
 
 
-def _one_part(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def refuse_mark_runs(text: str) -> str:
     """Return the text; refuse more combining marks in a row than any script needs."""
     if fault := mark_fault(text):
@@ -84,7 +80,7 @@ class ChatMessage(Part):
     """One message; a plain string becomes a single part, and the role ``developer`` becomes ``system``."""
 
     role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(as_system)]
-    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
+    content: Annotated[list[TextPart], Field(min_length=1), one_as_list(lambda text: {"type": "text", "text": text})]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
     parsed: Any = None  # OpenAI's client adds it to a turn that it has parsed: the same as ``content``
     tool_calls: list[AssistantCall] | None = None
@@ -111,12 +107,7 @@ class ChatMessage(Part):
         return self
 
     def as_message(self, *, calls: tuple[ToolCall, ...] = (), call_id: str | None = None) -> Message:
-        """Return the message in the form of training data: Unicode NFC, as in datasets.
-
-        Args:
-            calls: an assistant's calls, with ids by place.
-            call_id: the call that a result answers.
-        """
+        """Return the message in the form of training data: Unicode NFC, as in datasets."""
         return Message(self.role, normalize(self._text), calls=calls, call_id=call_id)
 
     @property
@@ -125,11 +116,7 @@ class ChatMessage(Part):
 
 
 def numbered(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Return the messages with calls named by their places.
-
-    Raises:
-        ApiError: 400, a result answers no open call, or a call has no result.
-    """
+    """Return the messages with calls named by their places."""
     turns: list[Message] = []
     places: dict[str, str] = {}
     unanswered: dict[str, str] = {}
@@ -192,10 +179,6 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
-def _one_stop(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
 class RequestFields(Part):
     """The fields of all routes: model, stream, sampling and labels.
 
@@ -235,7 +218,7 @@ class _CompletionFields(RequestFields):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[StopStrings | None, BeforeValidator(_one_stop)] = None
+    stop: Annotated[StopStrings | None, one_as_list()] = None
     n: Annotated[int, Field(ge=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -255,11 +238,7 @@ class _CompletionFields(RequestFields):
 
     @cached_property
     def form(self) -> Form | None:
-        """The form that the answer must have; None: any text.
-
-        Raises:
-            ApiError: 400, there are several forms, or one is not valid or over a limit.
-        """
+        """The form that the answer must have; None: any text."""
         guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
         return one_form(self.response_format, self.structured_outputs, guided, self.form_param)
 
@@ -358,9 +337,6 @@ class ChatRequest(_CompletionFields):
 
         Some frameworks send several there, for example pydantic-ai its system prompt and its instructions. They are
         joined by a blank line. Functions that the answer must not call are left out, if no message calls them.
-
-        Raises:
-            ApiError: 400, calls and results do not match, or a function is declared twice.
         """
         messages = numbered(self.messages)
         system = list(takewhile(lambda message: message.role == "system", messages))

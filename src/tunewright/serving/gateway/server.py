@@ -1,41 +1,41 @@
-"""Runs the application: in the foreground until Ctrl-C, or in the background for a ``with`` block."""
+"""Assembles a server from a base and adapters, and runs it: until Ctrl-C, or in the background for a ``with`` block."""
 
 from __future__ import annotations
 
+import gc
 import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 
-from tunewright.config import GatewayConfig
+from tunewright.adapters.registry import adapter_digest
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import grammar_compiler, stop_strings
+from tunewright.config import Config, GatewayConfig, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import leave_signals_to_server
+from tunewright.core.progress import Reporter
+from tunewright.models.bases import Base
+from tunewright.serving.engine_start import EngineSpec, start_engine
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter, constraint_text
 from tunewright.serving.gateway.connections import BoundedHttpProtocol, ConnectionState
+from tunewright.serving.gateway.metrics import exposed
+from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.tenant_auth import TenantAuth
+from tunewright.serving.tenants import State
 
 _DEFAULT_LIMITS = GatewayConfig()
 _FLUSH_SECONDS = 5
 """Time for clients to read the error that ends their request."""
-
-
-class Drainable(Protocol):
-    """An application with a graceful shutdown."""
-
-    @property
-    def in_flight(self) -> int:
-        """The number of requests that have arrived and are not answered."""
-
-    def drain(self) -> None:
-        """Refuse further requests. Called in a signal handler."""
-
-    def abort(self) -> None:
-        """End the requests in progress."""
 
 
 def serve(
@@ -44,7 +44,7 @@ def serve(
     port: int,
     limits: GatewayConfig,
     *,
-    drain: Drainable | None = None,
+    drain: Gateway | None = None,
     on_ready: Callable[[str], None] = lambda _url: None,
     say: Callable[[str], None] = lambda _message: None,
 ) -> None:
@@ -57,9 +57,6 @@ def serve(
             that clients get an error with a reason, and not a refused connection.
         on_ready: called with the server's address once it accepts connections.
         say: called with messages about the shutdown.
-
-    Raises:
-        UserError: the server cannot listen on the address.
     """
     listener = _listen(host, port)
     server = _Server(app, limits, lambda: on_ready(_url(listener)), drain, say)
@@ -75,11 +72,7 @@ def serve(
 def serving(
     app: Starlette, host: str = "127.0.0.1", port: int = 0, limits: GatewayConfig = _DEFAULT_LIMITS
 ) -> Iterator[str]:
-    """Serve in a thread while the block runs, and yield the server's address; port 0 picks a free one.
-
-    Raises:
-        UserError: the server cannot listen on the address.
-    """
+    """Serve in a thread while the block runs, and yield the server's address; port 0 picks a free one."""
     listener = _listen(host, port)
     ready = threading.Event()
     server = _Server(app, limits, ready.set)
@@ -103,7 +96,7 @@ class _Server(uvicorn.Server):
         app: Starlette,
         limits: GatewayConfig,
         on_ready: Callable[[], None],
-        drain: Drainable | None = None,
+        drain: Gateway | None = None,
         say: Callable[[str], None] = lambda _message: None,
     ) -> None:
         connections = ConnectionState(limits)
@@ -175,14 +168,141 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def require_free(host: str, port: int) -> None:
-    """Check that the server can listen on an address, before any slow work.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Check that the server can listen on an address, before any slow work."""
     _listen(host, port).close()
 
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+@dataclass(frozen=True)
+class TenantSource:
+    """The tenants and their releases, as the source of a server's models."""
+
+    state: State
+    locate: Callable[[str, str], ServedAdapter]
+    live: Mapping[str, Path]
+
+
+class Service:
+    """A base and adapters, loaded and ready to serve.
+
+    Args:
+        config: sets engine, precision, addresses, ports and batch.
+        quantization: the precision of the base's weights.
+        served: adapters by model name, for every client; or the tenants with their releases, whose adapters are loaded
+            when the server starts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        base: Base,
+        chat: ChatFormat,
+        quantization: Quantization,
+        served: Mapping[str, ServedAdapter] | TenantSource,
+        reporter: Reporter,
+    ) -> None:
+        adapters = {} if isinstance(served, TenantSource) else served
+        digests = {name: adapter_digest(adapter.folder) for name, adapter in adapters.items()}
+        self._config = config
+        self._reporter = reporter
+        # Before the base is loaded, which takes minutes if it is large.
+        require_free(config.serve.host, config.serve.port)
+        if config.serve.metrics_port is not None:
+            require_free(config.serve.metrics_host, config.serve.metrics_port)
+        spec = EngineSpec(
+            base,
+            chat,
+            quantization,
+            # One adapter under several names is loaded once.
+            {digests[name]: adapter.folder for name, adapter in adapters.items()},
+            to_come=tuple(served.live.values()) if isinstance(served, TenantSource) else (),
+            spare=config.serve.spare_adapters if isinstance(served, TenantSource) else 0,
+        )
+        self._engine = start_engine(config.serve.engine, config, spec, reporter)
+        if isinstance(served, TenantSource):
+            self._auth: TenantAuth | AnonymousAuth = TenantAuth(served.state, self._engine, served.locate, reporter)
+        else:
+            prompts = {name: adapter.system_prompt for name, adapter in adapters.items()}
+            for name, prompt in prompts.items():
+                prompt.report(name, reporter)
+            added = {name: prompt.text for name, prompt in prompts.items() if prompt.text is not None}
+            grammars = {name: adapter.grammar for name, adapter in adapters.items() if adapter.grammar is not None}
+            for name, grammar in grammars.items():
+                reporter.say(f"{name}: {constraint_text(grammar)}")
+            self._auth = AnonymousAuth({base.spec: None, **digests}, added, grammars)
+        tokenization = Tokenization(
+            chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), stop_strings(config, chat), chat
+        )
+        self.metrics_url: str | None = None
+        """The address of the metrics while the server runs."""
+        self._gateway = Gateway(self._engine, self._auth, tokenization, config.gateway)
+
+    @property
+    def models(self) -> list[str]:
+        """The names of all models; with tenants, the aliases with a live release."""
+        return [each.alias for each in self._auth.released if each.role == "live"]
+
+    @property
+    def system_prompts(self) -> dict[str, str]:
+        """The system messages added to requests without one, by model."""
+        return self._auth.system_prompts
+
+    def run(self, on_ready: Callable[[str], None]) -> None:
+        """Serve until Ctrl-C or SIGTERM; ``on_ready`` is called with the address."""
+        try:
+            with _frozen_heap(), self._serving_metrics():
+                serve(
+                    self._gateway.app,
+                    self._config.serve.host,
+                    self._config.serve.port,
+                    self._config.gateway,
+                    drain=self._gateway,
+                    on_ready=on_ready,
+                    say=self._reporter.say,
+                )
+        finally:
+            self._engine.stop()
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Serve in the background while the block runs, and yield the address."""
+        try:
+            listened = self._config.serve
+            with (
+                _frozen_heap(),
+                self._serving_metrics(),
+                serving(self._gateway.app, listened.host, listened.port, self._config.gateway) as url,
+            ):
+                yield url
+        finally:
+            self._engine.stop()
+
+    @contextmanager
+    def _serving_metrics(self) -> Iterator[None]:
+        config = self._config.serve
+        if config.metrics_port is None:
+            yield
+            return
+        with exposed(self._gateway.metrics, config.metrics_host, config.metrics_port) as self.metrics_url:
+            yield
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Exempt everything imported and loaded so far from garbage collection.
+
+    Otherwise each full collection visits those 600,000 objects. That takes a third of a second, in which no request
+    gets a token, and happens more often with more requests (docs/decisions/0023).
+    """
+    others = gc.get_freeze_count() > 0  # another server in this process, which may serve on when this one stops
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not others:
+            gc.unfreeze()

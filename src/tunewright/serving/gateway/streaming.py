@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
-from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.errors import ApiError, as_api_error
 from tunewright.serving.gateway.request import TextChunk
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.responses import ResponseFormat
@@ -32,11 +32,7 @@ _CLOSE = {"Connection": "close"}
 
 
 async def read_body(http: HttpRequest, limit: int, seconds: float) -> bytes:
-    """Return the request's body.
-
-    Raises:
-        ApiError: 413, it is larger than the limit; 408, it did not arrive in time; 499, the client disconnected.
-    """
+    """Return the request's body."""
     body = b""
     try:
         async with asyncio.timeout(seconds):
@@ -136,12 +132,3 @@ def _sse(document: dict[str, Any]) -> str:
     """Return an event; one with a type (of responses and messages) is also named by it."""
     name = f"event: {document['type']}\n" if "type" in document else ""
     return f"{name}data: {_ENCODER.encode(document)}\n\n"
-
-
-def as_api_error(error: ApiError | RequestFailedError | EngineStoppedError) -> ApiError:
-    """Return the response to an engine's failure."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, EngineStoppedError):
-        return ApiError(str(error), status=503, code="engine_stopped", headers={"Retry-After": "5"})
-    return ApiError(str(error), status=500, code="request_failed")

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from fractions import Fraction
@@ -25,8 +25,8 @@ from tunewright.core.errors import UserError
 from tunewright.data.tool_schemas import SchemaLimitError, nested_values, reference_path
 from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.generation.grammar_process import GrammarProcess
-from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.parsing import Part
 
 log = logging.getLogger("tunewright")
@@ -97,6 +97,9 @@ class Form(NamedTuple):
     schemas: Mapping[str, dict[str, Any]] = {}
 
 
+_ANY_OBJECT = Grammar.json_schema({"type": "object"})
+
+
 def one_form(
     response_format: AnswerFormat | None,
     structured: StructuredOutputs | None,
@@ -108,11 +111,23 @@ def one_form(
     Args:
         guided: vLLM's earlier fields, by the name that they have in ``structured_outputs``.
         param: the field that sets the form, if it is not ``response_format``.
-
-    Raises:
-        ApiError: 400, there are several forms, or one is not valid or over a limit.
     """
-    forms = [*_openai(response_format, param), *_vllm(structured), *_guided(guided)]
+    forms: list[Form] = []
+    if response_format is not None:
+        schema, kind = response_format.json_schema, response_format.type
+        if (kind == "json_schema") is (schema is None):
+            message = "response_format.json_schema goes with the type json_schema, and with no other."
+            raise ApiError(message, param="response_format.json_schema", code="invalid_value")
+        if schema is not None:
+            forms.append(_form("json", schema.schema_, param or "response_format.json_schema.schema"))
+        elif kind == "json_object":
+            forms.append(Form(param or "response_format", _ANY_OBJECT))
+    if structured is not None:
+        own = structured.model_dump(by_alias=True, exclude={"json_object"}, exclude_none=True)
+        forms += (_form(name, value, f"structured_outputs.{name}") for name, value in own.items())
+        if structured.json_object:
+            forms.append(Form("structured_outputs.json_object", _ANY_OBJECT))
+    forms += (_form(name, value, f"guided_{name}") for name, value in guided.items() if value is not None)
     if len(forms) > 1:
         fields = " and ".join(form.param for form in forms)
         raise ApiError(
@@ -121,55 +136,17 @@ def one_form(
     return forms[0] if forms else None
 
 
-def _openai(asked: AnswerFormat | None, param: str | None) -> Iterator[Form]:
-    if asked is None:
-        return
-    if (asked.type == "json_schema") is (asked.json_schema is None):
-        message = "response_format.json_schema goes with the type json_schema, and with no other."
-        raise ApiError(message, param="response_format.json_schema", code="invalid_value")
-    if asked.json_schema is not None:
-        yield _schema(asked.json_schema.schema_, param or "response_format.json_schema.schema")
-    elif asked.type == "json_object":
-        yield Form(param or "response_format", Grammar.json_schema({"type": "object"}))
-
-
-def _vllm(asked: StructuredOutputs | None) -> Iterator[Form]:
-    if asked is None:
-        return
-    for name in ("json", "regex", "choice", "grammar"):
-        value = getattr(asked, "json_" if name == "json" else name)
-        if value is not None:
-            yield _form(name, value, f"structured_outputs.{name}")
-    if asked.json_object:
-        yield Form("structured_outputs.json_object", Grammar.json_schema({"type": "object"}))
-
-
-def _guided(asked: Mapping[str, Any]) -> Iterator[Form]:
-    for name, value in asked.items():
-        if value is not None:
-            yield _form(name, value, f"guided_{name}")
-
-
 def _form(name: str, value: Any, param: str) -> Form:
-    if name == "json":
-        return _schema(value, param)
     require_size(value, param)
+    if name == "json":
+        return Form(param, Grammar.json_schema(value), {param: value})
     if name == "choice":
         return Form(param, Grammar.choices(value))
     return Form(param, Grammar.regex(value) if name == "regex" else Grammar.lark(value))
 
 
-def _schema(schema: dict[str, Any], param: str) -> Form:
-    require_size(schema, param)
-    return Form(param, Grammar.json_schema(schema), {param: schema})
-
-
 def require_size(value: Any, param: str) -> None:
-    """Check the size and nesting of a schema, or of another form.
-
-    Raises:
-        ApiError: 400, naming the field.
-    """
+    """Check the size and nesting of a schema, or of another form."""
     # A value takes at least a byte: of more values than the limit has bytes, the size is reported.
     if any(depth > MAX_DEPTH for _, depth in islice(nested_values(value), MAX_BYTES)):
         message = f"{param} is nested too deeply (limit {MAX_DEPTH} levels)."
@@ -181,11 +158,7 @@ def require_size(value: Any, param: str) -> None:
 
 
 def check_schema(schema: dict[str, Any], param: str) -> None:
-    """Check a schema's references and multiples, in a time that grows with its size only.
-
-    Raises:
-        ApiError: 400, the schema is recursive, has too many references or one to elsewhere, or too large multiples.
-    """
+    """Check a schema's references and multiples, in a time that grows with its size only."""
     ended: dict[int, bool] = {}  # by identity, since references can spell a place in many ways
     left: list[tuple[Any, str, bool]] = [(schema, "#", False)]  # a value, the last reference to it, True at its end
     references, multiple = 0, Fraction(1)
@@ -252,11 +225,7 @@ class GrammarCache:
         self._queue = AdmissionQueue(1)
 
     async def constraint(self, form: Form, tenant: str) -> Constraint:
-        """Return the compiled grammar of a form.
-
-        Raises:
-            ApiError: 400, the grammar is not valid, not supported, or too complex.
-        """
+        """Return the compiled grammar of a form."""
         kept = self._kept.setdefault(tenant, OrderedDict())
         self._kept.move_to_end(tenant)
         if len(self._kept) > KEPT_TENANTS:

@@ -21,10 +21,10 @@ from weakref import WeakValueDictionary
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
 from tunewright.core.text import token_checksum
-from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
+from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
 from tunewright.serving.gateway.auth import Admission, Released, ServedAdapter, Shadow, Target, model_not_found
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.release_router import AdapterLoader, ReleaseRouter
+from tunewright.serving.gateway.release_router import ReleaseRouter
 from tunewright.serving.gateway.schemas import RequestBody
 from tunewright.serving.tenants import (
     Caller,
@@ -38,6 +38,7 @@ from tunewright.serving.tenants import (
 from tunewright.serving.tenants.async_state import AsyncState
 from tunewright.serving.tenants.database import ceil_seconds
 from tunewright.serving.tenants.quota import LOST_SECONDS, Outcome
+from tunewright.serving.tenants.releases import Answer
 
 POLL_SECONDS = 0.5
 """The time between two looks for new releases."""
@@ -59,19 +60,12 @@ class _Begun:
 
 
 class TenantAuth:
-    """Access by API key: each tenant may use its own aliases, within its quota.
-
-    Args:
-        state: closed when the server ends.
-        engine: loads the adapters of releases.
-        locate: returns an adapter by its name and digest, or raises a UserError.
-        reporter: receives a message for each release.
-    """
+    """Access by API key: each tenant may use its own aliases, within its quota."""
 
     reports_load = False
 
     def __init__(
-        self, state: State, engine: AdapterLoader, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
+        self, state: State, engine: Engine, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
     ) -> None:
         self._state = state
         self._async_state = AsyncState(state)
@@ -87,28 +81,19 @@ class TenantAuth:
         self._keep: Callable[[Mapping[str, Collection[str]]], None] = lambda _callers: None
 
     @property
-    def names(self) -> list[str]:
-        """The aliases with a live release."""
-        return self.router.names
-
-    @property
     def released(self) -> list[Released]:
-        """The adapters of each alias."""
         return self.router.released
 
     @property
     def resident(self) -> list[str]:
-        """The digests of the loaded adapters."""
         return self.router.resident
 
     @property
     def system_prompts(self) -> dict[str, str]:
-        """The system messages added to requests without one, by alias."""
         return self.router.system_prompts
 
     @property
     def available(self) -> bool:
-        """False while requests are refused because the state does not answer."""
         return not self._troubles
 
     @asynccontextmanager
@@ -146,12 +131,7 @@ class TenantAuth:
 
     @asynccontextmanager
     async def counting(self, caller: Caller, is_counted: Callable[[], bool]) -> AsyncIterator[None]:
-        """Count a request of the block towards requests per minute, unless it is counted at the end.
-
-        Raises:
-            LimitExceededError: the tenant has begun as many requests.
-            StateUnavailableError: the database does not answer.
-        """
+        """Count a request of the block towards requests per minute, unless it is counted at the end."""
         limit, tenant = caller.requests_per_minute, caller.tenant_id
         if limit is None:
             yield
@@ -192,10 +172,6 @@ class TenantAuth:
         """Reserve quota, keep the adapter loaded, and return the number to settle by.
 
         Nothing may be awaited between :meth:`ReleaseRouter.route` and this, or the adapter could be unloaded.
-
-        Raises:
-            LimitExceededError: the request is over a limit.
-            StateUnavailableError: the database does not answer.
         """
         acquired = self.router.acquire(reservation.digest)
         assert acquired, "a live release's adapter is loaded"
@@ -236,7 +212,8 @@ class TenantAuth:
 
     def shadow(self, number: int, target: Target) -> Shadow:
         """Return the shadow of a request."""
-        digest, release_id = target.shadow, target.release_id
+        assert target.shadow is not None
+        digest, release_id = target.shadow.digest, target.release_id
         assert digest is not None and release_id is not None
 
         def record(answer: str, shadow_answer: str | None, why_not: str | None) -> None:
@@ -244,14 +221,7 @@ class TenantAuth:
                 lambda: self._state.quota.record_shadow(number, release_id, answer, shadow_answer, why_not)
             )
 
-        return Shadow(
-            digest,
-            target.shadow_system_prompt,
-            acquire=lambda: self.router.acquire(digest),
-            release=lambda: self.router.release(digest),
-            record=record,
-            grammar=target.shadow_grammar,
-        )
+        return Shadow(target.shadow, lambda: self.router.acquire(digest), lambda: self.router.release(digest), record)
 
     async def _follow(self) -> None:
         beat = asyncio.get_running_loop().time()
@@ -312,12 +282,10 @@ class TenantPrincipal:
 
     @property
     def name(self) -> str:
-        """The tenant's name."""
         return self.caller.tenant
 
     @property
     def max_tokens(self) -> int | None:
-        """The tenant's limit of tokens per minute, which no single request can exceed."""
         return self.caller.tokens_per_minute
 
     @asynccontextmanager
@@ -334,24 +302,26 @@ class TenantPrincipal:
             raise _over_limit(error) from None
 
     def models(self) -> list[str]:
-        """Return the aliases that the key may use and that have a live release."""
-        return [alias for alias in self.auth.names if alias in self.caller.aliases]
+        return sorted(self.auth.router.routes.keys() & self.caller.aliases)
 
     def target(self, body: RequestBody) -> Target:
         """Return the adapter of an alias; a missing alias and one of another tenant give the same error."""
-        router = self.auth.router
-        release = router.routes.get(body.model) if body.model in self.caller.aliases else None
+        release = self.auth.router.routes.get(body.model) if body.model in self.caller.aliases else None
         if release is None:
             raise model_not_found(body.model, self)
-        digest, shadow, grammar, shadow_grammar = release.digest, None, release.grammar, None
-        prompt, shadow_prompt = router.system_prompt(release.digest, release.system_prompt), None
-        if (candidate := release.candidate) is not None:
-            candidate_prompt = router.system_prompt(candidate.digest, candidate.system_prompt)
-            if candidate.share is None:
-                shadow, shadow_prompt, shadow_grammar = candidate.digest, candidate_prompt, candidate.grammar
-            elif in_canary_share(self.caller.tenant, body, candidate.digest, candidate.share):
-                digest, prompt, grammar = candidate.digest, candidate_prompt, candidate.grammar
-        return Target(body.model, digest, release.id, shadow, prompt, shadow_prompt, grammar, shadow_grammar)
+
+        def target(answer: Answer, shadow: Target | None = None) -> Target:
+            digest, added, grammar = answer
+            prompt = self.auth.router.system_prompt(digest, added)
+            return Target(body.model, digest, release.id, prompt, grammar, shadow)
+
+        candidate = release.candidate
+        if candidate is None:
+            return target(release.answer)
+        if candidate.share is None:
+            return target(release.answer, target(candidate.answer))
+        canary = in_canary_share(self.caller.tenant, body, candidate.digest, candidate.share)
+        return target(candidate.answer if canary else release.answer)
 
     async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
         """Reserve the most that the request can use."""
@@ -367,9 +337,7 @@ class TenantPrincipal:
             self._counted = error.limit == "requests_per_minute"
             raise _over_limit(error) from None
         self._counted = True
-        shadow = None
-        if target.shadow is not None:
-            shadow = self.auth.shadow(number, target)
+        shadow = None if target.shadow is None else self.auth.shadow(number, target)
         return Admission(settle=lambda usage: self.auth.settle(number, digest, usage), shadow=shadow)
 
 

@@ -103,11 +103,7 @@ class AssistantCall(Part):
 
 
 def declarations(tools: Sequence[Tool]) -> Message:
-    """Return the message that declares functions.
-
-    Raises:
-        ApiError: 400, two functions have the same name, or parameters that are no object.
-    """
+    """Return the message that declares functions."""
     names = [tool.function.name for tool in tools]
     for number, name in enumerate(names):
         if name in names[:number]:
@@ -125,12 +121,7 @@ def declarations(tools: Sequence[Tool]) -> Message:
 
 
 class CallReader:
-    """Splits one answer into content and calls while it is generated.
-
-    Args:
-        chat: the base's format.
-        calls_only: the answer must be calls.
-    """
+    """Splits one answer into content and calls while it is generated."""
 
     def __init__(self, chat: ChatFormat, *, calls_only: bool) -> None:
         form = chat.tool_form.form
@@ -147,12 +138,7 @@ class CallReader:
             self._marks.append((decoded, *self._signs[token]))
 
     def read(self, text: str, finish: Finish | None) -> tuple[str, tuple[CallDelta, ...]]:
-        """Return the further content and the pieces of calls that are certain after this text.
-
-        Args:
-            text: the next piece of the answer, without control tokens.
-            finish: why the answer ended, if it has.
-        """
+        """Return the further content and the pieces of calls that are certain after this text."""
         self._held += text
         end = self._read + len(self._held)
         parts = []

@@ -16,12 +16,10 @@ from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine, chang
 from tunewright.serving.tenants.database import Database, StateUnavailableError, exists
 from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys, NewKey
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
-from tunewright.serving.tenants.release_record import Candidate, Grounds, Release
-from tunewright.serving.tenants.releases import Releases
+from tunewright.serving.tenants.releases import Candidate, Grounds, Release, Releases
 from tunewright.serving.tenants.tables import MIGRATIONS, SCHEMA_VERSION, schema
 from tunewright.serving.tenants.tenants import Tenant, Tenants
-from tunewright.serving.tenants.usage import Usage
-from tunewright.serving.tenants.usage_rollup import DayTotal, RollupResult, UsageRollup
+from tunewright.serving.tenants.usage import DayTotal, RollupResult, Usage, UsageRollup
 
 __all__ = [
     "Audit",

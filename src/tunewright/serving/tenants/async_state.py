@@ -23,11 +23,7 @@ T = TypeVar("T")
 
 
 class AsyncState:
-    """Threads in which the state is read and written.
-
-    Args:
-        state: closed by :meth:`close`.
-    """
+    """Threads in which the state is read and written."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -43,9 +39,6 @@ class AsyncState:
         """Call a function that only reads.
 
         An SQLite read waits for no writer and takes less time than a change of threads, so it runs in the event loop.
-
-        Raises:
-            StateUnavailableError: there is no answer within `ANSWER_SECONDS`.
         """
         if self._state.is_sqlite:
             return function(*arguments)
@@ -60,11 +53,7 @@ class AsyncState:
         return self._threads.submit(function, *arguments, **named)
 
     async def answer(self, call: Future[T]) -> T:
-        """Wait for a call; if its time is over, it is cancelled unless it has begun.
-
-        Raises:
-            StateUnavailableError: there is no answer within `ANSWER_SECONDS`.
-        """
+        """Wait for a call; if its time is over, it is cancelled unless it has begun."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 return await asyncio.wrap_future(call)
@@ -92,11 +81,7 @@ class AsyncState:
         self._threads.submit(attempt).add_done_callback(keep)
 
     async def flush(self) -> None:
-        """Repeat the writes that failed.
-
-        Raises:
-            StateUnavailableError: the database does not answer yet.
-        """
+        """Repeat the writes that failed."""
         while self._unwritten:
             # Removed only once it is written: a server that ends cancels this, and writes the rest in `close`. Each of
             # these writes may be repeated.

@@ -10,10 +10,9 @@ from tunewright.core.clock import minute
 from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Table, table, words
 from tunewright.serving.tenants.audit import AuditLine
 from tunewright.serving.tenants.keys import Key
-from tunewright.serving.tenants.release_record import Candidate, Release
+from tunewright.serving.tenants.releases import Candidate, Release
 from tunewright.serving.tenants.tenants import Tenant
-from tunewright.serving.tenants.usage import ShadowLine, UsageSum
-from tunewright.serving.tenants.usage_rollup import DayTotal
+from tunewright.serving.tenants.usage import DayTotal, ShadowLine, UsageSum
 
 _SHORT = 12  # digits of a digest
 _DIFFERING = 10  # answers of shadows

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,17 +50,7 @@ class StateUnavailableError(UserError):
 
 
 class Database:
-    """Connections to the state, in atomic transactions.
-
-    Args:
-        url: ``sqlite:///FILE`` or ``postgresql://…``.
-        clock: seconds since 1970, in place of the database's clock (tests).
-        steady: seconds that no change of the clock affects (tests; default: ``clock``, or else monotonic time).
-        serving: True for a server, in which no statement on PostgreSQL may take longer than `ANSWER_SECONDS`.
-
-    Raises:
-        UserError: the kind of database is not supported, it cannot be reached, or it belongs to a newer tunewright.
-    """
+    """Connections to the state, in atomic transactions."""
 
     def __init__(
         self,
@@ -100,22 +92,14 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Open a read-only transaction, which sees one state of the data.
-
-        Raises:
-            StateUnavailableError: the database does not answer, or its file was replaced.
-        """
+        """Open a read-only transaction, which sees one state of the data."""
         self._require_same_file()
         with self._translated_errors(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Open a transaction, which is committed at the end unless an exception is raised.
-
-        Raises:
-            StateUnavailableError: the database does not answer or cannot be written to, or its file was replaced.
-        """
+        """Open a transaction, which is committed at the end unless an exception is raised."""
         self._require_same_file()
         with (
             self._translated_errors(),
@@ -232,11 +216,7 @@ class Database:
 
 
 def exists(url: str) -> bool:
-    """Return whether SQLite's file exists; True for PostgreSQL.
-
-    Raises:
-        UserError: the kind of database is not supported.
-    """
+    """Return whether SQLite's file exists; True for PostgreSQL."""
     parsed = _checked(url)
     return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).exists()
 
@@ -336,3 +316,36 @@ def _on_sqlite_begin(connection: Connection) -> None:
 def ceil_seconds(seconds: float) -> int:
     """Return the seconds to wait as a whole number, at least 1."""
     return max(1, math.ceil(seconds))
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def iso(seconds: float | None) -> str | None:
+    """Return seconds since 1970 as ISO 8601 in UTC; None stays None."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def duration(text: str, where: str) -> float:
+    """Return the seconds of a duration like 30d, 12h, 90m or 45s.
+
+    Raises:
+        UserError: the text is not a duration.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
+    if match is None:
+        raise UserError(f"Invalid duration {text!r}", where=where, fix="Use a duration like 30d, 12h, 90m or 45s.")
+    return float(int(match[1]) * _UNITS[match[2]])
+
+
+def parse_time(text: str, where: str) -> float:
+    """Return seconds since 1970 of a date or time in ISO 8601, in UTC unless it names a zone.
+
+    Raises:
+        UserError: the text is not a date.
+    """
+    try:
+        read = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"Invalid date {text!r}", where=where, fix="Use a date like 2026-11-25.") from None
+    return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()

@@ -24,16 +24,14 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 from tunewright.core.errors import UserError
 from tunewright.core.text import token_checksum
 from tunewright.serving.tenants.audit import Change, changing
-from tunewright.serving.tenants.database import Database
+from tunewright.serving.tenants.database import Database, iso
 from tunewright.serving.tenants.tables import api_keys, key_uses, requests, tenant_aliases, tenants
 from tunewright.serving.tenants.tenants import aliases_of, find_tenant
-from tunewright.serving.tenants.times import iso
 
 _PREFIX_BYTES = 5
 _SECRET_BYTES = 32
 _KEY = re.compile(r"tw_(?P<body>(?P<number>[0-9a-f]{10})_[A-Za-z0-9_-]{43})(?P<checksum>[0-9A-Za-z]{6})")
 _NO_HASH = hashlib.sha256(secrets.token_bytes(_SECRET_BYTES)).hexdigest()
-"""Compared with an unknown key, so that it takes as long to refuse as a known one."""
 
 _UNKNOWN = "Invalid API key."
 _BROKEN = "Invalid API key: its checksum is wrong, so part of it is missing or mistyped, or it is for another service."
@@ -200,7 +198,8 @@ class Keys:
         with self._database.reading() as connection:
             rows = connection.execute(_KEY_WITH_ALIASES, {"prefix": f"tw_{match['number']}"}).all()
             row = rows[0] if rows else None
-            if not _has_hash(key, row.sha256 if row else None) or row is None:
+            # An unknown key takes as long to refuse as a known one.
+            if not hmac.compare_digest(key_hash(key), row.sha256 if row else _NO_HASH) or row is None:
                 raise InvalidKeyError(_UNKNOWN)
             state = key_state(row, self._database.not_before(self._database.now(connection)))
             if state != "valid":  # only the holder of the right secret gets to know this
@@ -213,11 +212,6 @@ class Keys:
 def key_hash(key: str) -> str:
     """Return the stored hash of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _has_hash(key: str, stored: str | None) -> bool:
-    """Return whether a key has the stored hash (None: no key's), in the same time either way."""
-    return hmac.compare_digest(key_hash(key), stored or _NO_HASH) and stored is not None
 
 
 def key_state(row: Row[Any], now: float) -> KeyState:
@@ -252,18 +246,8 @@ def _find_key(connection: Connection, prefix: str, now: float) -> Key:
     used = connection.execute(select(func.max(requests.c.started)).where(requests.c.key_id == row.id)).scalar()
     if used is None:  # its requests may have been rolled up
         used = connection.execute(select(key_uses.c.last_used).where(key_uses.c.key_id == row.id)).scalar()
-    aliases = None if row.aliases is None else tuple(row.aliases)
-    return Key(
-        row.prefix,
-        row.name,
-        aliases,
-        row.created,
-        row.expires,
-        row.revoked,
-        row.replaced_by,
-        used,
-        key_state(row, now),
-    )
+    aliases, state = None if row.aliases is None else tuple(row.aliases), key_state(row, now)
+    return Key(row.prefix, row.name, aliases, row.created, row.expires, row.revoked, row.replaced_by, used, state)
 
 
 def _check_lifetime(lifetime: float | None) -> None:

@@ -89,11 +89,7 @@ def _limit(text: str, where: str) -> int | None:
 
 
 def check_limits(limits: Limits) -> None:
-    """Check that each limit is at least 1.
-
-    Raises:
-        UserError: a limit is below 1.
-    """
+    """Check that each limit is at least 1."""
     for name, value in asdict(limits).items():
         if value is not None and value < 1:
             raise UserError(
@@ -154,11 +150,7 @@ class Quota:
         self._steady_since = 0.0
 
     def reserve(self, reservation: Reservation, gateway: str) -> int:
-        """Reserve tokens for a request, and return the number to settle it by.
-
-        Raises:
-            LimitExceededError: the request is over a limit; nothing is reserved.
-        """
+        """Reserve tokens for a request, and return the number to settle it by."""
         with self._database.writing() as connection:
             # Waits for other reservations of this tenant; SQLite has a single writer anyway.
             limits = connection.execute(_LIMITS, {"tenant_id": reservation.tenant_id}).one()
@@ -173,11 +165,7 @@ class Quota:
         raise refused
 
     def recent_requests(self, tenant_id: int, allowed: int) -> int:
-        """Return the number of requests that a tenant has begun in the last 60 seconds, if it may begin another one.
-
-        Raises:
-            LimitExceededError: there are ``allowed`` requests or more.
-        """
+        """Return the number of requests that a tenant has begun in the last 60 seconds, if it may begin another one."""
         with self._database.reading() as connection:
             now = self._database.now(connection)
             numbers = [_started(table, tenant_id, now, func.count()) for table in _COUNTED]

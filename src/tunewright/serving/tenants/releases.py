@@ -1,4 +1,4 @@
-"""The release history of each alias, and the rules for its next release.
+"""Releases: the adapter of an alias, its candidate and the grounds for it; the history, and the rules for the next one.
 
 A history is a list of releases, each with the alias's whole state from then on. None is changed later, and the last one
 is live.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, func, insert, select
 
@@ -17,10 +17,109 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.gate.results import IsolationTest, ServingCheck
 from tunewright.serving.tenants.audit import Change, changing
-from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.release_record import Action, Answer, Candidate, Grounds, Release
+from tunewright.serving.tenants.database import Database, iso
 from tunewright.serving.tenants.tables import audit, releases
 from tunewright.serving.tenants.tenants import check_name
+
+Answer = tuple[str, bool, str | None]
+"""The adapter's digest, True if its system prompt is added, and the rule that constrains answers."""
+
+Action = Literal["deploy", "canary", "shadow", "promote", "rollback", "undeploy"]
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """The reasons for a release, or for a withdrawal."""
+
+    verdict: str | None = None
+    """The verdict of the adapter's newest evaluation; None: it has none."""
+    evaluation: str | None = None
+    """The ID of that evaluation."""
+    because: str | None = None
+    """The reason for a release without a verdict to ship, or for a withdrawal."""
+    isolation: IsolationTest | None = None
+    """The isolation test that it passed, together with all live adapters."""
+    untested: str | None = None
+    """The reason for a release without that test, and without the serving check."""
+    serving: ServingCheck | None = None
+    """The serving check of its adapter."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter on trial next to the live one."""
+
+    adapter: str
+    digest: str
+    share: float | None
+    """The share of the traffic that it answers, as a canary; None: its answers are only recorded, as a shadow."""
+    system_prompt: bool = True
+    """True if its trained system prompt is added to requests without one."""
+    grammar: str | None = None
+    """The rule that constrains its answers, text or calls; None: any."""
+
+    @property
+    def answer(self) -> Answer:
+        """As :attr:`Release.answer`."""
+        return self.digest, self.system_prompt, self.grammar
+
+    @property
+    def summary(self) -> str:
+        """The kind of trial, in words."""
+        how = "in the shadow" if self.share is None else f"on {100 * self.share:.4g}% of the traffic"
+        how = how if self.grammar is None else f"{how}, constrained"
+        return how if self.system_prompt else f"{how} without its system prompt"
+
+
+@dataclass(frozen=True)
+class Release:
+    """One entry of an alias's history."""
+
+    id: int
+    """Counts over all aliases, in the order of time."""
+    alias: str
+    number: int
+    """Counts within the alias, from 1."""
+    action: Action
+    adapter: str
+    """The alias's adapter from this release on; for an undeployment, the adapter until then."""
+    digest: str
+    candidate: Candidate | None
+    restores: int | None
+    """For a rollback, the number of the restored release."""
+    grounds: Grounds
+    author: str | None
+    created: float
+    system_prompt: bool = True
+    """True if the adapter's trained system prompt is added to requests without one."""
+    grammar: str | None = None
+    """The rule that constrains answers, text or calls; None: any."""
+
+    @property
+    def undeployed(self) -> bool:
+        """True if the alias has no adapter from this release on."""
+        return self.action == "undeploy"
+
+    @property
+    def answer(self) -> Answer:
+        """The part of a release that decides the alias's answers: equal for two releases that answer alike."""
+        return self.digest, self.system_prompt, self.grammar
+
+    @property
+    def adapters(self) -> list[tuple[str, str]]:
+        """The adapters it needs, by name and digest."""
+        candidate = [(self.candidate.adapter, self.candidate.digest)] if self.candidate else []
+        return [(self.adapter, self.digest), *candidate]
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """The digests of the adapters it needs."""
+        return frozenset(digest for _, digest in self.adapters)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the release as ``--json`` prints it."""
+        return {**asdict(self), "created": iso(self.created)}
+
 
 _REFUSED = "isolation.refused"
 _NOT_AS_TRAINED = "serving.refused"
@@ -65,8 +164,8 @@ class Releases:
 
     def passed(self, subject: str) -> IsolationTest | None:
         """Return the newest passed isolation test of this subject, if there is one."""
-        tests = [release.grounds.isolation for release in self.history()]
-        return next((test for test in reversed(tests) if test is not None and test.subject == subject), None)
+        tests = (release.grounds.isolation for release in reversed(self.history()))
+        return next((test for test in tests if test is not None and test.subject == subject), None)
 
     def refused(self, subject: str) -> IsolationTest | None:
         """Return the newest failed isolation test of this subject, if there is one."""
@@ -77,35 +176,23 @@ class Releases:
 
     def checked(self, subject: str) -> ServingCheck | None:
         """Return the newest serving check of this subject that a release has, if there is one."""
-        checks = [release.grounds.serving for release in self.history()]
-        return next((check for check in reversed(checks) if check is not None and check.subject == subject), None)
+        checks = (release.grounds.serving for release in reversed(self.history()))
+        return next((check for check in checks if check is not None and check.subject == subject), None)
 
     def require_deployable(
         self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True, grammar: str | None = None
     ) -> None:
-        """Check that :meth:`deploy` would accept this adapter now.
-
-        Raises:
-            UserError: as :meth:`deploy`.
-        """
+        """Check that :meth:`deploy` would accept this adapter now."""
         with self._database.reading() as connection:
             _require_new(connection, alias, adapter, (digest, system_prompt, grammar))
 
     def require_triable(self, alias: str, candidate: Candidate) -> None:
-        """Check that :meth:`start_candidate` would accept this candidate now.
-
-        Raises:
-            UserError: as :meth:`start_candidate`.
-        """
+        """Check that :meth:`start_candidate` would accept this candidate now."""
         with self._database.reading() as connection:
             _require_candidate(connection, alias, candidate)
 
     def promotable(self, alias: str) -> tuple[Release, Candidate]:
-        """Return the release and the candidate that :meth:`promote` would use.
-
-        Raises:
-            UserError: as :meth:`promote`.
-        """
+        """Return the release and the candidate that :meth:`promote` would use."""
         with self._database.reading() as connection:
             return _promotable(connection, alias)
 
@@ -172,11 +259,7 @@ class Releases:
             return _add(change, before, "promote", alias, chosen.adapter, chosen.answer, None, by)
 
     def rollback_target(self, alias: str, number: int | None = None) -> Release:
-        """Return the release that :meth:`rollback` would restore.
-
-        Raises:
-            UserError: as :meth:`rollback`.
-        """
+        """Return the release that :meth:`rollback` would restore."""
         with self._database.reading() as connection:
             return _target(_history(connection, alias), number)
 
@@ -342,28 +425,12 @@ def _release(row: Row[Any]) -> Release:
     if row.candidate is not None:
         adds = row.candidate_system_prompt is not False
         candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds, row.candidate_grammar)
-    return Release(
-        row.id,
-        row.alias,
-        row.number,
-        row.action,
-        row.adapter,
-        row.digest,
-        candidate,
-        row.restores,
-        Grounds(
-            row.verdict,
-            row.evaluation,
-            row.because,
-            None if row.isolation is None else IsolationTest.of(row.isolation),
-            row.untested,
-            None if row.serving is None else ServingCheck.of(row.serving),
-        ),
-        row.author,
-        row.created,
-        row.system_prompt is not False,
-        row.grammar,
-    )
+    isolation = None if row.isolation is None else IsolationTest.of(row.isolation)
+    serving = None if row.serving is None else ServingCheck.of(row.serving)
+    grounds = Grounds(row.verdict, row.evaluation, row.because, isolation, row.untested, serving)
+    head = row.id, row.alias, row.number, row.action, row.adapter, row.digest
+    added = row.system_prompt is not False
+    return Release(*head, candidate, row.restores, grounds, row.author, row.created, added, row.grammar)
 
 
 def _last(connection: Connection, alias: str) -> Release | None:

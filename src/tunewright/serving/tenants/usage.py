@@ -1,25 +1,58 @@
-"""Reading the usage: request by request, in totals, and as CSV; and the answers of shadows."""
+"""Usage: request by request, in totals, and as CSV; the answers of shadows; and old requests rolled up by day."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
-from sqlalchemy import Connection, Integer, and_, cast, func, or_, select
+from sqlalchemy import (
+    Connection,
+    Integer,
+    RowMapping,
+    and_,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    union_all,
+    update,
+)
 
 from tunewright.core.csv import safe_cell
-from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.tables import api_keys, releases, requests, shadow_answers, tenants
+from tunewright.core.errors import UserError
+from tunewright.serving.tenants.audit import Change, changing
+from tunewright.serving.tenants.database import Database, iso
+from tunewright.serving.tenants.tables import (
+    api_keys,
+    key_uses,
+    releases,
+    requests,
+    shadow_answers,
+    tenants,
+    usage_days,
+)
 from tunewright.serving.tenants.tenants import find_tenant
-from tunewright.serving.tenants.times import iso
-from tunewright.serving.tenants.usage_rollup import DAY_SECONDS, DayTotal, daily_totals, rolled_up_until
 
+DAY_SECONDS = 86_400
+_MIN_AGE_SECONDS = 3600.0
+"""Newer requests are never rolled up, since limits count those of the last minute."""
 _MOST_FAULTS = 100
 """Requests that `Usage.faults` lists; one mistake may affect all."""
+
+_BY = (requests.c.tenant_id, requests.c.alias, requests.c.digest)
+_SUMS = {
+    "requests": func.count(),
+    "prompt_tokens": func.coalesce(func.sum(requests.c.prompt_tokens), 0),
+    "completion_tokens": func.coalesce(func.sum(requests.c.completion_tokens), 0),
+    "first_tokens": func.count(requests.c.first_token_s),
+    "first_token_s": func.coalesce(func.sum(requests.c.first_token_s), 0.0),
+}
+"""The totals of a group of requests, by the column of ``usage_days`` that keeps them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +91,46 @@ class UsageSum:
 
 
 @dataclass(frozen=True)
+class DayTotal:
+    """The usage of one tenant, alias and adapter on one day; the audit log has it of a day that was rolled up."""
+
+    day: str
+    tenant: str
+    alias: str
+    digest: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def of(cls, row: RowMapping) -> DayTotal:
+        """Return the total of a row, whose day is a number since 1970; PostgreSQL sums to a decimal."""
+        counts = (int(row["requests"]), int(row["prompt_tokens"]), int(row["completion_tokens"]))
+        return cls(_date(row["day"]), row["tenant"], row["alias"], row["digest"], *counts)
+
+    @property
+    def name(self) -> str:
+        """The total's name in messages, which begins with the day."""
+        return f"{self.day}, {self.tenant}, {self.alias}, adapter {self.digest}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers to compare."""
+        counted = ("requests", "prompt_tokens", "completion_tokens")
+        return {name: getattr(self, name) for name in counted}
+
+
+@dataclass(frozen=True)
+class RollupResult:
+    """The records that were rolled up."""
+
+    days: int
+    requests: int
+    shadow_answers: int
+    """Answers of shadows to those requests, which were deleted; there is no total of them."""
+
+
+@dataclass(frozen=True)
 class ShadowLine:
     """The live answer to a request, and the answer of its shadow."""
 
@@ -84,33 +157,17 @@ class Usage:
         Raises:
             UserError: the tenant does not exist.
         """
-        query = select(requests, tenants.c.name.label("tenant"), api_keys.c.prefix.label("key"))
-        query = query.join(tenants, requests.c.tenant_id == tenants.c.id)
+        same = [column for column in requests.c if column.name in UsageLine.__dataclass_fields__]
+        named = (requests.c.started.label("time"), tenants.c.name.label("tenant"), api_keys.c.prefix.label("key"))
+        query = select(*same, *named).join(tenants, requests.c.tenant_id == tenants.c.id)
         query = query.join(api_keys, requests.c.key_id == api_keys.c.id).order_by(requests.c.id)
         if since is not None:
             query = query.where(requests.c.started >= since)
         with self._database.reading() as connection:
             if tenant is not None:
                 query = query.where(requests.c.tenant_id == find_tenant(connection, tenant).id)
-            rows = connection.execute(query).all()
-        return [
-            UsageLine(
-                row.id,
-                str(iso(row.started)),
-                row.tenant,
-                row.key,
-                row.alias,
-                row.digest,
-                row.prompt_tokens,
-                row.completion_tokens,
-                row.queued_s,
-                row.first_token_s,
-                row.total_s,
-                row.outcome,
-                row.end_user,
-            )
-            for row in rows
-        ]
+            rows = connection.execute(query).mappings().all()
+        return [UsageLine(**{**row, "time": str(iso(row["time"]))}) for row in rows]
 
     def sums(self, tenant: str | None = None, since: float | None = None) -> list[UsageSum]:
         """Return totals by tenant, alias and adapter.
@@ -118,12 +175,19 @@ class Usage:
         Raises:
             UserError: the tenant does not exist, or of a day in part before ``since`` only the total is known.
         """
-        with self._database.reading() as connection:
-            tenant_id = None if tenant is None else int(find_tenant(connection, tenant).id)
-            rows = _request_totals(connection, tenant_id, since)
-            rows += daily_totals(connection, tenant_id, since)
-            names = dict(connection.execute(select(tenants.c.id, tenants.c.name)).all())
-        return _summed(rows, names)
+        return [
+            UsageSum(
+                row["tenant"],
+                row["alias"],
+                row["digest"],
+                int(row["requests"]),  # PostgreSQL sums to a decimal
+                int(row["in_flight"]),
+                int(row["prompt_tokens"]),
+                int(row["completion_tokens"]),
+                row["first_token_s"] / int(row["first_tokens"]) if row["first_tokens"] else None,
+            )
+            for row in self._totals(tenant, since)
+        ]
 
     def by_day(self, tenant: str | None = None, since: float | None = None) -> list[DayTotal]:
         """Return totals by day (UTC), tenant, alias and adapter, the oldest first.
@@ -131,49 +195,47 @@ class Usage:
         Raises:
             UserError: the tenant does not exist, or ``since`` is within a day that was rolled up.
         """
-        with self._database.reading() as connection:
-            tenant_id = None if tenant is None else int(find_tenant(connection, tenant).id)
-            rows = _request_totals(connection, tenant_id, since, (self._day,))
-            rows += daily_totals(connection, tenant_id, since)
-            names = dict(connection.execute(select(tenants.c.id, tenants.c.name)).all())
-        sums: dict[tuple[str, str, str, str], Counter[str]] = defaultdict(Counter)
-        for row in rows:
-            day = str(iso(int(row["day"]) * DAY_SECONDS))[:10]
-            by = (day, names[row["tenant_id"]], row["alias"], row["digest"])
-            sums[by].update({name: int(row[name]) for name in _COUNTED})
-        return [
-            DayTotal(*by, total["requests"], total["prompt_tokens"], total["completion_tokens"])
-            for by, total in sorted(sums.items())
-        ]
+        return [DayTotal.of(row) for row in self._totals(tenant, since, "day")]
 
-    @property
-    def _day(self) -> Any:
-        """The day of a request since 1970, as SQL."""
+    def _totals(self, tenant: str | None, since: float | None, *more: str) -> list[RowMapping]:
+        """Return the totals of requests and of rolled-up days together, by tenant, alias, digest and ``more``."""
         days = requests.c.started / DAY_SECONDS
         # PostgreSQL rounds in a cast; SQLite cuts, and may have no floor.
-        return (cast(days, Integer) if self._database.is_sqlite else func.floor(days)).label("day")
+        day = (cast(days, Integer) if self._database.is_sqlite else func.floor(days)).label("day")
+        in_flight = func.count() - func.count(requests.c.finished)
+        of_requests = select(
+            day, *_BY, in_flight.label("in_flight"), *(sums.label(name) for name, sums in _SUMS.items())
+        )
+        of_days = select(usage_days.c.day, *(usage_days.c[column.name] for column in _BY), literal(0))
+        of_days = of_days.add_columns(*(usage_days.c[name] for name in _SUMS))
+        with self._database.reading() as connection:
+            if tenant is not None:
+                tenant_id = find_tenant(connection, tenant).id
+                of_requests = of_requests.where(requests.c.tenant_id == tenant_id)
+                of_days = of_days.where(usage_days.c.tenant_id == tenant_id)
+            if since is not None:
+                _require_whole_day(connection, tenant_id if tenant is not None else None, since)
+                of_requests = of_requests.where(requests.c.started >= since)
+                of_days = of_days.where(usage_days.c.day >= since / DAY_SECONDS)
+            totals = union_all(of_requests.group_by(day, *_BY), of_days).subquery()
+            by = [*(totals.c[name] for name in more), tenants.c.name.label("tenant"), totals.c.alias, totals.c.digest]
+            sums = (func.sum(totals.c[name]).label(name) for name in ("in_flight", *_SUMS))
+            query = select(*by, *sums).join(tenants, totals.c.tenant_id == tenants.c.id).group_by(*by)
+            rows = connection.execute(query).mappings().all()
+        return sorted(rows, key=lambda row: [row[column.name] for column in by])  # not by a database's collation
 
     def shadow_lines(self, alias: str) -> list[ShadowLine]:
         """Return the requests of an alias's shadows, the oldest first."""
-        query = select(shadow_answers, requests.c.started, tenants.c.name, releases.c.candidate)
+        answers = [shadow_answers.c[name] for name in ("answer", "shadow_answer", "why_not")]
+        named = (requests.c.id.label("request"), requests.c.started.label("time"), tenants.c.name.label("tenant"))
+        query = select(*named, releases.c.candidate, *answers).select_from(shadow_answers)
         query = query.join(requests, shadow_answers.c.request_id == requests.c.id)
         query = query.join(tenants, requests.c.tenant_id == tenants.c.id)
         query = query.join(releases, shadow_answers.c.release_id == releases.c.id)
         query = query.where(releases.c.alias == alias).order_by(shadow_answers.c.request_id)
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-        return [
-            ShadowLine(
-                row.request_id,
-                str(iso(row.started)),
-                row.name,
-                row.candidate,
-                row.answer,
-                row.shadow_answer,
-                row.why_not,
-            )
-            for row in rows
-        ]
+            rows = connection.execute(query).mappings().all()
+        return [ShadowLine(**{**row, "time": str(iso(row["time"]))}) for row in rows]
 
     def faults(self) -> list[str]:
         """Return a sentence for each request whose usage contradicts itself, its key or its release.
@@ -207,7 +269,49 @@ class Usage:
     def rolled_up_until(self) -> float | None:
         """Return the time before which there may be daily totals only; None: every request has its line."""
         with self._database.reading() as connection:
-            return rolled_up_until(connection)
+            last = connection.execute(select(func.max(usage_days.c.day))).scalar()
+        return None if last is None else float((last + 1) * DAY_SECONDS)
+
+
+class UsageRollup:
+    """Roll-up of old requests into daily totals, which replace the individual records.
+
+    Otherwise the records of all requests would be kept forever. Each day has a separate transaction, so that an
+    interrupted call leaves complete days behind, and the next call resumes.
+    """
+
+    def __init__(self, database: Database, actor: str | None) -> None:
+        self._database = database
+        self._actor = actor
+
+    def roll_up(self, before: float) -> RollupResult:
+        """Roll up the requests of all days before a time, which is the beginning of a day in UTC.
+
+        Raises:
+            UserError: the time is within a day, or in the future.
+        """
+        with self._database.reading() as connection:
+            now = self._database.now(connection)
+            first = connection.execute(select(func.min(requests.c.started))).scalar()
+        if before % DAY_SECONDS or before > now:
+            raise UserError(
+                f"{iso(before)} {'is in the future' if before > now else 'is not the beginning of a day (UTC)'}",
+                where="--before",
+                fix="Requests are rolled up by whole days: use a date like 2026-11-25.",
+            )
+        days = rolled_up = shadows = 0
+        if first is not None:
+            for day in range(int(first // DAY_SECONDS), int(before // DAY_SECONDS)):
+                with changing(self._database, self._actor) as change:
+                    counts = _roll_up_day(change, day, now - _MIN_AGE_SECONDS)
+                days, rolled_up, shadows = days + bool(counts[0]), rolled_up + counts[0], shadows + counts[1]
+        return RollupResult(days, rolled_up, shadows)
+
+    def days(self) -> list[DayTotal]:
+        """Return the totals of all days."""
+        query = select(usage_days, tenants.c.name.label("tenant")).join(tenants)
+        with self._database.reading() as connection:
+            return [DayTotal.of(row) for row in connection.execute(query).mappings()]
 
 
 def usage_csv(lines: Sequence[UsageLine]) -> str:
@@ -221,45 +325,57 @@ def usage_csv(lines: Sequence[UsageLine]) -> str:
     return out.getvalue()
 
 
-_COUNTED = ("requests", "prompt_tokens", "completion_tokens")
-_SUMMED = ("requests", "in_flight", "prompt_tokens", "completion_tokens", "first_tokens", "first_token_s")
+def _date(day: float) -> str:
+    return str(iso(int(day) * DAY_SECONDS))[:10]
 
 
-def _request_totals(
-    connection: Connection, tenant_id: int | None, since: float | None, more: tuple[Any, ...] = ()
-) -> list[dict[str, Any]]:
-    by = (requests.c.tenant_id, requests.c.alias, requests.c.digest, *more)
-    query = select(
-        *by,
-        func.count().label("requests"),
-        (func.count() - func.count(requests.c.finished)).label("in_flight"),
-        func.coalesce(func.sum(requests.c.prompt_tokens), 0).label("prompt_tokens"),
-        func.coalesce(func.sum(requests.c.completion_tokens), 0).label("completion_tokens"),
-        func.count(requests.c.first_token_s).label("first_tokens"),
-        func.coalesce(func.sum(requests.c.first_token_s), 0.0).label("first_token_s"),
-    )
-    query = query.group_by(*by)
-    if since is not None:
-        query = query.where(requests.c.started >= since)
+def _require_whole_day(connection: Connection, tenant_id: int | None, since: float) -> None:
+    """Refuse a time within a day that was rolled up: of its requests only the total is known."""
+    day, rest = divmod(since, DAY_SECONDS)
+    found = select(usage_days.c.day).where(usage_days.c.day == int(day)).limit(1)
     if tenant_id is not None:
-        query = query.where(requests.c.tenant_id == tenant_id)
-    return [dict(row) for row in connection.execute(query).mappings()]
-
-
-def _summed(rows: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[UsageSum]:
-    """Add up totals of requests and of days."""
-    sums: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        counted = {name: row.get(name, 0) for name in _SUMMED}
-        sums[names[row["tenant_id"]], row["alias"], row["digest"]].update(counted)
-    return [
-        UsageSum(
-            *by,
-            requests=total["requests"],
-            in_flight=total["in_flight"],
-            prompt_tokens=int(total["prompt_tokens"]),
-            completion_tokens=int(total["completion_tokens"]),
-            mean_first_token_s=total["first_token_s"] / total["first_tokens"] if total["first_tokens"] else None,
+        found = found.where(usage_days.c.tenant_id == tenant_id)
+    if rest and connection.execute(found).first() is not None:
+        raise UserError(
+            f"The requests of {_date(day)} were rolled up into one total",
+            where="--since",
+            fix="Use the beginning of a day.",
         )
-        for by, total in sorted(sums.items())
-    ]
+
+
+def _roll_up_day(change: Change, day: int, until: float) -> tuple[int, int]:
+    """Roll up a day, and return the numbers of deleted requests and shadow answers."""
+    connection = change.connection
+    # A request in progress has no usage yet; it is left for the next call.
+    old = and_(
+        requests.c.started >= day * DAY_SECONDS,
+        requests.c.started < min((day + 1) * DAY_SECONDS, until),
+        requests.c.finished.is_not(None),
+    )
+    sums = (total.label(name) for name, total in _SUMS.items())
+    query = select(literal(day).label("day"), *_BY, tenants.c.name.label("tenant"), *sums).select_from(requests)
+    query = query.join(tenants, requests.c.tenant_id == tenants.c.id).where(old).group_by(*_BY, tenants.c.name)
+    rows = connection.execute(query).mappings().all()
+    if not rows:
+        return 0, 0
+    for row in rows:
+        by = {name: row[name] for name in ("day", *(column.name for column in _BY))}
+        same = and_(*(usage_days.c[name] == value for name, value in by.items()))
+        more = {name: usage_days.c[name] + row[name] for name in _SUMS}
+        if not connection.execute(update(usage_days).where(same).values(**more)).rowcount:
+            connection.execute(insert(usage_days).values(**by, **{name: row[name] for name in _SUMS}))
+    # A key's last use is otherwise read from its requests.
+    used = select(requests.c.key_id, func.max(requests.c.started)).where(old).group_by(requests.c.key_id)
+    for key, last in connection.execute(used).all():
+        known = connection.execute(select(key_uses.c.last_used).where(key_uses.c.key_id == key)).scalar()
+        if known is None:
+            connection.execute(insert(key_uses).values(key_id=key, last_used=last))
+        elif known < last:
+            connection.execute(update(key_uses).where(key_uses.c.key_id == key).values(last_used=last))
+    shadows = connection.execute(
+        delete(shadow_answers).where(shadow_answers.c.request_id.in_(select(requests.c.id).where(old)))
+    ).rowcount
+    rolled_up = connection.execute(delete(requests).where(old)).rowcount
+    totals = [asdict(DayTotal.of(row)) for row in rows]
+    change.log("usage.rollup", _date(day), requests=rolled_up, shadow_answers=shadows, totals=totals)
+    return rolled_up, shadows

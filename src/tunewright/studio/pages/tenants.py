@@ -21,8 +21,7 @@ from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants import Limits, NewKey, State, Tenant
-    from tunewright.serving.tenants.usage import UsageSum
-    from tunewright.serving.tenants.usage_rollup import DayTotal
+    from tunewright.serving.tenants.usage import DayTotal, UsageSum
 
 _DAYS = 30  # of usage
 _DAY = 86_400
@@ -246,7 +245,7 @@ def _aliases(visit: Visit) -> list[str]:
 
 
 def _seconds(visit: Visit, field: str) -> float | None:
-    from tunewright.serving.tenants.times import duration
+    from tunewright.serving.tenants.database import duration
 
     text = visit.form.get(field, "").strip()
     return duration(text, field.capitalize()) if text else None

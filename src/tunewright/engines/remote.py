@@ -1,24 +1,36 @@
 """An engine at an address: requests, deltas and errors as JSON over HTTP, and the gateway's side of it.
 
-:mod:`.engine_server` is the other side, started by ``tunewright engine serve``.
+``serving/engine_service`` is the other side, started by ``tunewright engine serve``.
+
+A request goes to an engine that has its adapter, the same one each time:
+
+*Affinity.* An adapter's engines are tried in its rendezvous order (Thaler and Ravishankar 1998, "Using name-based
+mappings to increase hit rates", IEEE/ACM Transactions on Networking 6:1): each address is scored by a hash of it and
+the adapter's digest. So the prefixes of a tenant's prompts are cached on one engine and not on all, and a new engine
+takes over 1/N of the adapters.
+
+*Load.* An engine is passed over while over half of its rows are in use and it has 1.25 times the mean load, as in
+consistent hashing with bounded loads (Mirrokni et al. 2018, SODA, arXiv 1608.01350).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import socket
-import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from tunewright.core.errors import UserError
+from tunewright.engines.child import LoopClients
 from tunewright.engines.protocol import (
     AdapterFailedError,
     ConstraintFailedError,
@@ -37,7 +49,7 @@ GATEWAY = "x-tunewright-gateway"
 """The header with the id of the gateway, for which an engine keeps its adapters."""
 TOKEN = "TUNEWRIGHT_ENGINE_TOKEN"
 """The environment variable with the secret that gateways and engines share."""
-CONNECT_S, FACTS_S = 5.0, 5.0
+FACTS_S = 5.0
 CHANGE_S = 600.0
 """The longest load of an adapter: llama.cpp restarts for it."""
 _PROBES = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
@@ -82,18 +94,14 @@ class EngineFacts:
     stopped: str | None
 
 
-class RemoteEngine:
-    """The engine at one address, as :class:`.pool.EnginePool` uses it.
-
-    Args:
-        url: its address, without a path.
-        gateway: the id of this gateway.
-    """
+class RemoteEngine(LoopClients):
+    """The engine at one address, as :class:`.pool.EnginePool` uses it."""
 
     def __init__(self, url: str, gateway: str) -> None:
         self.url = url
         token = os.environ.get(TOKEN)
-        self._headers = {GATEWAY: gateway} | ({"Authorization": f"Bearer {token}"} if token else {})
+        headers = {GATEWAY: gateway} | ({"Authorization": f"Bearer {token}"} if token else {})
+        super().__init__(url, headers, socket_options=_ALIVE)
         self.facts: EngineFacts | None = None
         """None until it has been admitted to the pool."""
         self.stopped: str | None = f"The engine {url} has not answered yet."
@@ -104,11 +112,6 @@ class RemoteEngine:
         """Held while an adapter is loaded or unloaded, so that the last change wins."""
         self.running = 0
         self.restarts = 0
-        # A connection belongs to the event loop that opened it.
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._closing: set[asyncio.Future[None]] = set()
 
     @property
     def rows(self) -> int:
@@ -116,14 +119,9 @@ class RemoteEngine:
         return self.facts.max_num_seqs if self.facts else 0
 
     async def ask_facts(self) -> EngineFacts:
-        """Ask the engine about itself.
-
-        Raises:
-            EngineStoppedError: nothing answers at the address.
-            UserError: what answers is no engine of tunewright, or refuses this gateway's secret.
-        """
+        """Ask the engine about itself."""
         try:
-            reply = await self._client().get(FACTS, timeout=FACTS_S)
+            reply = await self.client().get(FACTS, timeout=FACTS_S)
         except httpx.TransportError as error:
             raise EngineStoppedError(
                 f"The engine {self.url} does not answer ({error or type(error).__name__})."
@@ -156,13 +154,7 @@ class RemoteEngine:
         return facts
 
     async def change(self, method: str, body: Event) -> None:
-        """Load or unload an adapter.
-
-        Raises:
-            UserError: the engine has no such adapter, or cannot hold it.
-            AdapterFailedError: the engine failed to load or free it.
-            EngineStoppedError: the engine is lost.
-        """
+        """Load or unload an adapter."""
         try:
             async with asyncio.timeout(CHANGE_S), aclosing(self._events(method, body)) as events:
                 async for event in events:
@@ -192,34 +184,14 @@ class RemoteEngine:
 
     async def _events(self, method: str, body: Event) -> AsyncGenerator[Event, None]:
         """Yield the events of a call; closing the generator closes the connection, which ends the call there."""
-        client = self._client()
         try:
-            reply = await client.send(client.build_request("POST", f"{FACTS}/{method}", json=body), stream=True)
-            try:
+            async with self.post(f"{FACTS}/{method}", body) as reply:
                 reply.raise_for_status()
                 async for line in reply.aiter_lines():
                     yield json.loads(line)
-            finally:
-                # The caller may be cancelled at this point, and a connection closed by half would stay.
-                closing = asyncio.ensure_future(reply.aclose())
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
-                await asyncio.shield(closing)
         except httpx.HTTPError as error:
             self.stopped = f"The engine {self.url} does not answer ({error or type(error).__name__})."
             raise EngineStoppedError(self.stopped) from error
-
-    def _client(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            # No idle connection outlives its event loop, and no proxy is between a gateway and its engines.
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-            transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=_ALIVE)
-            timeout = httpx.Timeout(None, connect=CONNECT_S)
-            self._clients[loop] = httpx.AsyncClient(
-                base_url=self.url, headers=self._headers, transport=transport, timeout=timeout
-            )
-        return self._clients[loop]
 
     def _error(self, event: Event) -> Exception:
         what: str = event["what"]
@@ -265,3 +237,43 @@ def _delta(event: Mapping[str, Any]) -> Delta:
         TokenLogprob(logprob, tuple((token, value) for token, value in top)) for logprob, top in event["logprobs"]
     )
     return Delta(tuple(event["ids"]), event["finish"], logprobs)
+
+
+FREE = 0.5
+"""An engine with at most this share of its rows in use is never passed over."""
+BALANCE = 1.25
+"""Above that, an engine with this many times the mean load is passed over."""
+
+
+def choose(adapter: str | None, engines: Sequence[RemoteEngine]) -> RemoteEngine:
+    """Return the engine for a request: the adapter's first one that is not busy, or for the base the least loaded."""
+    loads = {engine.url: engine.running / max(1, engine.rows) for engine in engines}
+    if adapter is None:
+        return min(engines, key=lambda engine: loads[engine.url])
+    busy_above = max(FREE, BALANCE * sum(loads.values()) / len(loads))
+
+    def weight(engine: RemoteEngine) -> bytes:
+        return hashlib.blake2b(f"{adapter}\0{engine.url}".encode(), digest_size=16).digest()
+
+    order = sorted(engines, key=weight, reverse=True)
+    # The least loaded engine is at most at the mean, so one is found.
+    return next(engine for engine in order if loads[engine.url] <= busy_above)
+
+
+def resolved(url: str) -> list[str]:
+    """Return an address for each IP address of the name in ``url``, none if it cannot be resolved.
+
+    With TLS the name stays, for its certificate. A name with addresses of both families is one engine for each of the
+    first family's.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return [url]
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    family = min(entry[0] for entry in found)
+    found = [entry for entry in found if entry[0] == family]
+    hosts = dict.fromkeys(f"[{entry[4][0]}]" if entry[0] == socket.AF_INET6 else str(entry[4][0]) for entry in found)
+    return [f"http://{host}:{parts.port or 80}" for host in hosts]

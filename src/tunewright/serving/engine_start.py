@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,16 @@ from tunewright.chat import ChatFormat
 from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
+from tunewright.core.io import damage, digest, new_folder, seal
 from tunewright.core.progress import Reporter
+from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
+from tunewright.export.gguf.model import write_lora, write_token_id_model
+from tunewright.export.gguf.tensors import FileType
+from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
-from tunewright.serving.engines.pool import EnginePool
 
 LARGE_CARD = 70 * 10**9
 """GPU memory from which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
@@ -45,12 +49,7 @@ class EngineSpec:
 
 
 def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
-    """Return the server's engine with the adapters loaded: one here, or those at ``serve.engines``.
-
-    Raises:
-        UserError: the engine is not installed, does not start, or cannot hold this base or these adapters; or as for
-            :class:`tunewright.serving.engines.pool.EnginePool`.
-    """
+    """Return the server's engine with the adapters loaded: one here, or those at ``serve.engines``."""
     if config.serve.engines:
         reporter.say(f"Asking the engines at {', '.join(config.serve.engines)}")
         pool = EnginePool(config.serve.engines, spec.base.digest, spec.quantization, reporter)
@@ -67,11 +66,7 @@ def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: R
 
 
 def max_num_seqs(kind: EngineName, config: Config) -> int:
-    """Return the number of rows that the engine decodes at once: the config's number, or the engine's default.
-
-    Raises:
-        UserError: the default depends on vLLM, and vLLM is not installed.
-    """
+    """Return the number of rows that the engine decodes at once: the config's number, or the engine's default."""
     if config.serve.max_num_seqs is not None:
         return config.serve.max_num_seqs
     if kind == "vllm":
@@ -86,11 +81,7 @@ def max_num_seqs(kind: EngineName, config: Config) -> int:
 
 
 def require_llamacpp() -> None:
-    """Check that llama.cpp is installed.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Check that llama.cpp is installed."""
     if find_spec("xllamacpp") is None:
         raise UserError(
             "The engine llamacpp is not installed", where="serve.engine", fix="pip install 'tunewright[llamacpp]'"
@@ -98,7 +89,7 @@ def require_llamacpp() -> None:
 
 
 def _peft(config: Config, spec: EngineSpec) -> Engine:
-    from tunewright.serving.engines.peft import PeftEngine
+    from tunewright.engines.peft import PeftEngine
 
     engine = PeftEngine(
         load_model(spec.base, config.train.dtype, spec.quantization),
@@ -114,13 +105,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     from tunewright.engines import environment
     from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
-    if spec.quantization == "nf4":
-        raise UserError(
-            "vLLM cannot hold the base in NF4, only in 16 bits",
-            where="serve.quantization",
-            fix="Use the engine peft. Or set serve.quantization: none, after evaluating the adapter on that base "
-            "(evaluate.quantization: none): it is a different model.",
-        )
+    _refuse_nf4(spec, "vLLM", "16 bits")
     found = environment.find(environment.VLLM)
     cpu = found.build == "cpu"
     known = [*spec.adapters.values(), *spec.to_come]
@@ -142,19 +127,13 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
 
 def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     require_llamacpp()
-    if spec.quantization == "nf4":
-        raise UserError(
-            "llama.cpp cannot hold the base in NF4, only in f16 or q8_0",
-            where="serve.quantization",
-            fix="Use the engine peft. Or set serve.quantization: none, after evaluating the adapter on that base "
-            "(evaluate.quantization: none): it is a different model.",
-        )
+    _refuse_nf4(spec, "llama.cpp", "f16 or q8_0")
     import torch
 
     from tunewright.chat.answers import constraint_end, grammar_compiler
+    from tunewright.engines.llamacpp import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.export.gguf.model import gguf_context, require_gguf
-    from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
-    from tunewright.serving.engines.llamacpp.files import base_file, lora_file
+    from tunewright.serving.engine_start import base_file, lora_file
 
     base, rows = spec.base, max_num_seqs("llamacpp", config)
     place = platformdirs.user_cache_path("tunewright") / "gguf"
@@ -192,6 +171,16 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
         return LlamaCppEngine(settings, spec.adapters, stop_ids=spec.chat.stop_ids, reporter=reporter)
 
 
+def _refuse_nf4(spec: EngineSpec, engine: str, precisions: str) -> None:
+    if spec.quantization == "nf4":
+        raise UserError(
+            f"{engine} cannot hold the base in NF4, only in {precisions}",
+            where="serve.quantization",
+            fix="Use the engine peft. Or set serve.quantization: none, after evaluating the adapter on that base "
+            "(evaluate.quantization: none): it is a different model.",
+        )
+
+
 def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
     """Return the engine with these adapters loaded; stop it if that fails."""
     try:
@@ -206,5 +195,54 @@ def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
 
 async def load_all(engine: Engine, adapters: Mapping[str, Path]) -> None:
     """Load adapters one by one."""
-    for digest, folder in adapters.items():
-        await engine.load(digest, folder)
+    for own_digest, folder in adapters.items():
+        await engine.load(own_digest, folder)
+
+
+_FORMAT = 1
+"""Increase it when the same weights are written differently."""
+
+
+def base_file(
+    place: Path,
+    base: Base,
+    pieces: Sequence[bytes | None],
+    stop_ids: Collection[int],
+    end_id: int,
+    file_type: FileType,
+    reporter: Reporter,
+) -> Path:
+    """Return the base's file, with a vocabulary for grammars only: llama.cpp gets ids and returns ids.
+
+    Args:
+        place: the folder of all such files.
+        pieces: see :func:`tunewright.export.gguf.tokenizer.add_token_ids`.
+        end_id: the one of ``stop_ids`` that ends a constrained answer.
+    """
+    ends = [end_id, *sorted(set(stop_ids) - {end_id})]
+
+    def write(path: Path) -> None:
+        write_token_id_model(path, base.spec, Weights(base, "float32", {}), base, pieces, ends, file_type, reporter)
+
+    tokens = digest([None if piece is None else piece.hex() for piece in pieces])
+    made_of = {"base": base.digest, "stops": ends, "tokens": tokens, "type": file_type}
+    return _cached(place / f"base-{digest([_FORMAT, made_of])[:24]}-{file_type}", write)
+
+
+def lora_file(place: Path, base: Base, adapter: str, folder: Path, reporter: Reporter) -> Path:
+    """Return an adapter's file in 16 bits; 8 bits would save little of a small file."""
+
+    def write(path: Path) -> None:
+        write_lora(path, folder.name, Weights(base, "float32", read_deltas(folder)), base, "f16", reporter)
+
+    return _cached(place / f"lora-{digest([_FORMAT, {'base': base.digest, 'adapter': adapter}])[:24]}", write)
+
+
+def _cached(folder: Path, write: Callable[[Path], None]) -> Path:
+    if not folder.exists():
+        with new_folder(folder) as temporary:
+            write(temporary / "weights.gguf")
+            seal(temporary)
+    for fault in damage(folder):
+        raise UserError(fault, where=str(folder), fix="Remove this folder; it is written again when needed.")
+    return folder / "weights.gguf"

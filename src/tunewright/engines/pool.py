@@ -1,4 +1,4 @@
-"""Engines at several addresses as one engine; :mod:`.affinity` chooses the one for a request.
+"""Engines at several addresses as one engine; :func:`.remote.choose` picks the one for a request.
 
 Starting, restarting and scaling the engines is another program's work.
 """
@@ -26,9 +26,8 @@ from tunewright.engines.protocol import (
     RequestFailedError,
     TokenSink,
 )
+from tunewright.engines.remote import EngineFacts, RemoteEngine, adapter_body, choose, resolved
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.affinity import choose, resolved
-from tunewright.serving.engines.remote import EngineFacts, RemoteEngine, adapter_body
 
 T = TypeVar("T")
 
@@ -45,13 +44,7 @@ log = logging.getLogger("tunewright")
 
 @dataclass(frozen=True)
 class EngineState:
-    """An engine of a pool at one moment.
-
-    Args:
-        up: whether it takes requests.
-        adapters: the number of adapters that it has loaded.
-        restarts: the number of times that it came back as a new process.
-    """
+    """An engine of a pool at one moment."""
 
     url: str
     up: bool
@@ -72,10 +65,6 @@ class EnginePool:
             engine at each.
         base: the digest of the base's files.
         quantization: the precision of the base's weights.
-
-    Raises:
-        UserError: an address has an engine of another base or precision or with another protocol, is no engine, or
-            refuses the gateway's token; or none answers.
     """
 
     def __init__(self, urls: Sequence[str], base: str, quantization: str, reporter: Reporter) -> None:
@@ -130,18 +119,12 @@ class EnginePool:
 
     @property
     def stopped(self) -> str | None:
-        """Reason why no engine answers requests now; None while one does."""
         return self._stopped or (None if self.up else UNAVAILABLE)
 
     @property
     def permanently_stopped(self) -> bool:
         """True once the server ends: an address that does not answer is asked again."""
         return self._stopped is not None
-
-    @property
-    def restarts(self) -> int:
-        """The number of times that an engine came back as a new process."""
-        return sum(engine.restarts for engine in self.engines)
 
     @property
     def in_flight(self) -> tuple[int, int]:
@@ -169,13 +152,7 @@ class EnginePool:
         return route.abort
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Load an adapter on each engine that is up. An engine without it is reported, and gets no requests for it.
-
-        Raises:
-            UserError: no engine has the adapter, or can hold it.
-            AdapterFailedError: no engine could load it.
-            EngineStoppedError: no engine is up.
-        """
+        """Load an adapter on each engine that is up. An engine without it is reported, and gets no requests for it."""
         with self._lock:
             if digest in self._folders:
                 return
@@ -189,12 +166,7 @@ class EnginePool:
             raise failed[0] if failed else EngineStoppedError(UNAVAILABLE)
 
     async def unload(self, digest: str) -> None:
-        """Free an adapter that no running request needs, on each engine that is up.
-
-        Raises:
-            AdapterFailedError: an engine could not free it.
-            EngineStoppedError: the server is ending.
-        """
+        """Free an adapter that no running request needs, on each engine that is up."""
         if self._stopped is not None:
             raise EngineStoppedError(self._stopped)
         with self._lock:
@@ -219,12 +191,7 @@ class EnginePool:
             self._loop.close()
 
     def assign(self, route: _Route, adapter: str | None, tried: Sequence[RemoteEngine]) -> RemoteEngine:
-        """Return the engine for a request, which counts as running there until :meth:`give_back`.
-
-        Raises:
-            RequestFailedError: the adapter is not loaded.
-            EngineStoppedError: no further engine with the adapter is up.
-        """
+        """Return the engine for a request, which counts as running there until :meth:`give_back`."""
         with self._lock:
             if self._stopped is not None:
                 raise EngineStoppedError(self._stopped)
@@ -311,11 +278,7 @@ class EnginePool:
         return None
 
     def _require_equal(self, engine: RemoteEngine, facts: EngineFacts) -> None:
-        """Check that an engine holds the gateway's base.
-
-        Raises:
-            UserError: it holds another one, or has a shorter context than the first engines.
-        """
+        """Check that an engine holds the gateway's base."""
         for what, own, other, fix in (
             ("base", self._base[:12], facts.base[:12], "Start it with the same base_model and revision."),
             ("quantization", self._quantization, facts.quantization, "Set serve.quantization to the same on both."),
@@ -445,11 +408,7 @@ class _Route:
 
 
 def engines_at(urls: Sequence[str], base: str, quantization: str, reporter: Reporter) -> dict[str, EngineFacts]:
-    """Return what the engines at these addresses say of themselves, by address.
-
-    Raises:
-        UserError: as for :class:`EnginePool`; an engine that does not answer is a warning.
-    """
+    """Return what the engines at these addresses say of themselves, by address."""
     pool = EnginePool(urls, base, quantization, reporter)
     try:
         return {engine.url: engine.facts for engine in pool.up if engine.facts is not None}

@@ -4,7 +4,7 @@ llama.cpp gets token ids and returns token ids. It tokenizes nothing, since its 
 the model sees the same ids as in training.
 
 Each request selects its adapter: its ``lora`` list has every loaded adapter, all but one with a scale of 0. Adapters
-alternate (:mod:`.cache_slots`), so that llama.cpp has requests of one adapter only at any time. No key or value
+alternate (:class:`CacheSlots`), so that llama.cpp has requests of one adapter only at any time. No key or value
 outlives its request.
 
 llama.cpp cannot load a further adapter. So a change of adapters starts a second child with the new list. It takes the
@@ -19,9 +19,10 @@ import json
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import httpx
 from tunewright.adapters.registry import require_digest
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.engines.child import Child, Plan, socket_in
+from tunewright.engines.child import Child, Plan, refusal, socket_in
 from tunewright.engines.protocol import (
     PREFILL_TOKENS,
     Delta,
@@ -41,7 +42,6 @@ from tunewright.engines.protocol import (
     deliver_stream,
 )
 from tunewright.generation.requests import Finish, Request, TokenLogprob
-from tunewright.serving.engines.llamacpp.cache_slots import CacheSlot, CacheSlots
 
 BLOCK = 256
 """Tokens of an answer for which cache is reserved ahead."""
@@ -52,16 +52,7 @@ _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class LlamaCppSettings:
-    """Settings of llama.cpp.
-
-    Args:
-        base: the GGUF file of the base.
-        lora_file: returns an adapter's GGUF file, given its digest and folder.
-        max_num_seqs: maximum number of concurrent requests.
-        context: maximum tokens of one request, prompt and answer together.
-        tokens: maximum total tokens of all requests, at least ``context``.
-        threads: the number of threads that compute.
-    """
+    """Settings of llama.cpp."""
 
     base: Path
     lora_file: Callable[[str, Path], Path]
@@ -84,7 +75,7 @@ class LlamaCppSettings:
         variables = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         return Plan(
-            "llama.cpp", [sys.executable, "-m", f"{__package__}.worker", json.dumps(settings)], variables, "llamacpp:"
+            "llama.cpp", [sys.executable, "-m", f"{__name__}_worker", json.dumps(settings)], variables, "llamacpp:"
         )
 
 
@@ -107,15 +98,7 @@ class _Generation:
 
 
 class LlamaCppEngine:
-    """llama.cpp in a child process.
-
-    Args:
-        adapters: folders by digest, loaded at the start.
-        stop_ids: tokens that end an answer; they are not part of it.
-
-    Raises:
-        UserError: an adapter's files do not match its digest, or llama.cpp does not start.
-    """
+    """llama.cpp in a child process."""
 
     name = "llamacpp"
     # llama.cpp's own penalties count the prompt's tokens, too.
@@ -143,18 +126,11 @@ class LlamaCppEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Reason why the engine answers no requests now; None while it does."""
         return self._now.child.failure_reason
 
     @property
     def permanently_stopped(self) -> bool:
-        """True if llama.cpp has crashed too often to be restarted."""
         return self._now.child.given_up
-
-    @property
-    def restarts(self) -> int:
-        """The number of restarts after a crash or a hang, of the present child."""
-        return max(0, self._now.child.starts - 1)
 
     @property
     def in_flight(self) -> tuple[int, int]:
@@ -197,12 +173,7 @@ class LlamaCppEngine:
             self._left(generation)
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Add an adapter: a second child takes over.
-
-        Raises:
-            UserError: the files do not match the digest, or llama.cpp does not support the adapter.
-            EngineStoppedError: the engine has been stopped.
-        """
+        """Add an adapter: a second child takes over."""
 
         def change() -> None:
             with self._changing:
@@ -217,11 +188,7 @@ class LlamaCppEngine:
         await asyncio.to_thread(change)
 
     async def unload(self, digest: str) -> None:
-        """Free an adapter: a second child without it takes over.
-
-        Raises:
-            EngineStoppedError: the engine has been stopped.
-        """
+        """Free an adapter: a second child without it takes over."""
 
         def change() -> None:
             with self._changing:
@@ -231,7 +198,6 @@ class LlamaCppEngine:
         await asyncio.to_thread(change)
 
     def stop(self) -> None:
-        """Stop llama.cpp; unfinished requests receive :class:`EngineStoppedError`."""
         with self._changing:
             for generation in (*self._retired, self._now):
                 generation.child.stop()
@@ -280,22 +246,17 @@ class LlamaCppEngine:
                     yield delta
                     if delta.finish:
                         return
-                    if not self._has_room(generation.slots, slot, request, len(ids)):
+                    more = len(request.prompt_ids) + min(len(ids) + BLOCK, request.max_new_tokens)
+                    full = len(request.prompt_ids) + len(ids) >= slot.tokens
+                    if full and not generation.slots.extend(slot, more):
                         break
-
-    def _has_room(self, slots: CacheSlots, slot: CacheSlot, request: Request, answered: int) -> bool:
-        """Return whether the cache has room for another token."""
-        used = len(request.prompt_ids) + answered
-        if used < slot.tokens:
-            return True
-        return slots.extend(slot, len(request.prompt_ids) + min(answered + BLOCK, request.max_new_tokens))
 
     async def _asked(self, generation: _Generation, request: Request, before: list[int]) -> AsyncGenerator[Delta, None]:
         """Yield the deltas of one call of llama.cpp, which continues the answer so far."""
         body = self._body(generation, request, before)
         async with generation.child.post("/completion", body) as reply:
             if reply.status_code != 200:
-                raise RequestFailedError(_refusal(await reply.aread()))
+                raise RequestFailedError(refusal("llama.cpp", await reply.aread()))
             async for line in reply.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
@@ -313,7 +274,8 @@ class LlamaCppEngine:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "samplers": ["temperature", "top_p"],  # without the samplers that llama.cpp adds by default
-            "seed": _seed(request, len(before)),
+            # It has 32 bits, and all ones (-1) mean a random one.
+            "seed": -1 if request.seed is None else (request.seed + len(before)) % (2**32 - 1),
             "lora": generation.scales(request.adapter),
             "cache_prompt": False,
             "return_tokens": True,
@@ -336,7 +298,13 @@ class LlamaCppEngine:
         if self._stop_ids.intersection(ids):
             (_,) = ids
             return Delta((), "stop")
-        found = () if logprobs is None else _logprobs(event, logprobs)
+        found = tuple(
+            TokenLogprob(
+                token["logprob"], tuple((top["id"], top["logprob"]) for top in token["top_logprobs"][:logprobs])
+            )
+            for token in event.get("completion_probabilities", ())
+            if logprobs is not None
+        )
         if not event["stop"]:
             return Delta(ids, None, found)
         finishes: dict[str, Finish] = {"limit": "length", "eos": "stop"}
@@ -345,39 +313,91 @@ class LlamaCppEngine:
         return Delta(ids, finishes[event["stop_type"]], found)
 
 
-def _logprobs(event: Mapping[str, Any], most: int) -> tuple[TokenLogprob, ...]:
-    """Return the log probabilities of an event's tokens, with at most ``most`` of the likeliest."""
-    return tuple(
-        TokenLogprob(token["logprob"], tuple((top["id"], top["logprob"]) for top in token["top_logprobs"][:most]))
-        for token in event.get("completion_probabilities", ())
-    )
-
-
-def _seed(request: Request, answered: int) -> int:
-    """Return llama.cpp's seed, which has 32 bits; all ones (-1) means a random one."""
-    if request.seed is None:
-        return -1
-    return (request.seed + answered) % (2**32 - 1)
-
-
-def _refusal(body: bytes) -> str:
-    """Return the message of an error response."""
-    try:
-        return f"llama.cpp refused the request: {json.loads(body)['error']['message']}"
-    except (ValueError, KeyError, TypeError):
-        return f"llama.cpp refused the request: {body[:500].decode(errors='replace')}"
-
-
 def cache_tokens(config: Mapping[str, Any], context: int, max_num_seqs: int) -> int:
-    """Return the tokens of a small 16-bit key/value cache: a whole context or 2,048 for each row; 4 GiB at most.
-
-    Args:
-        config: the base's ``config.json``.
-        context: the base's context length in llama.cpp.
-    """
+    """Return the tokens of a small 16-bit key/value cache: a whole context or 2,048 for each row; 4 GiB at most."""
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     per_token: int = 2 * 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
     tokens = min(max(context, 2048 * max_num_seqs), (4 << 30) // per_token)
     assert tokens >= BLOCK, "no Llama takes 16 MB per token"
     return tokens // BLOCK * BLOCK
+
+
+@dataclass(eq=False)
+class CacheSlot:
+    """A request's part of the cache: it may fill this many tokens."""
+
+    adapter: str | None
+    tokens: int
+    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class CacheSlots:
+    """Slots in llama.cpp's key/value cache, given out for one adapter at a time, in one event loop.
+
+    This is a constraint of llama.cpp, and no scheduling policy. It computes the requests of different adapters in
+    separate passes, and takes the adapter of the first busy slot each time: a slot that is always busy would starve all
+    other adapters. So adapters alternate. When all answers of one adapter have ended, the adapter that has waited
+    longest is next, with all of its waiting requests. While others wait, no later request joins the running adapter.
+    """
+
+    def __init__(self, rows: int, tokens: int) -> None:
+        self.rows = rows
+        self.tokens = tokens
+        self.running: list[CacheSlot] = []
+        self.waiting: deque[CacheSlot] = deque()
+
+    @asynccontextmanager
+    async def slot(self, adapter: str | None, tokens: int, *, resumed: bool = False) -> AsyncIterator[CacheSlot]:
+        """Wait for a slot, and keep it for the block.
+
+        Args:
+            tokens: at most as many as there are in all.
+            resumed: the request had given up its slot to make room, and is the next one of all.
+        """
+        assert tokens <= self.tokens
+        slot = CacheSlot(adapter, tokens)
+        (self.waiting.appendleft if resumed else self.waiting.append)(slot)
+        self._admit()
+        try:
+            await slot.admitted
+            yield slot
+        finally:
+            if slot in self.running:
+                self.running.remove(slot)
+            else:
+                self.waiting.remove(slot)
+            self._admit()
+
+    def extend(self, slot: CacheSlot, tokens: int) -> bool:
+        """Change a running request's tokens if there is room, and return whether there was; alone, there always is."""
+        assert tokens <= self.tokens
+        if tokens - slot.tokens > self._free:
+            return False
+        slot.tokens = tokens
+        return True
+
+    @property
+    def _free(self) -> int:
+        return self.tokens - sum(slot.tokens for slot in self.running)
+
+    def _admit(self) -> None:
+        while self.waiting:
+            adapter = (self.running or self.waiting)[0].adapter
+            if self.running and any(slot.adapter != adapter for slot in self.waiting):
+                return
+            if not self._admit_adapter(adapter):
+                return
+
+    def _admit_adapter(self, adapter: str | None) -> bool:
+        """Admit the waiting requests of an adapter in their order while there is room; return whether any was."""
+        admitted = False
+        for slot in [slot for slot in self.waiting if slot.adapter == adapter]:
+            if len(self.running) >= self.rows or slot.tokens > self._free:
+                break
+            self.waiting.remove(slot)
+            self.running.append(slot)
+            admitted = True
+            if not slot.admitted.done():  # a cancelled request removes itself
+                slot.admitted.set_result(None)
+        return admitted

@@ -1,6 +1,6 @@
 """The child process: llama.cpp's server on a Unix socket, until its standard input is closed.
 
-Usage: python -m tunewright.serving.engines.llamacpp.worker SETTINGS, a JSON object (see :func:`main`). llama.cpp may
+Usage: python -m tunewright.engines.llamacpp_worker SETTINGS, a JSON object (see :func:`main`). llama.cpp may
 end the process on a bad file (``GGML_ASSERT``), so it must not be the gateway's own.
 """
 

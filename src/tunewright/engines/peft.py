@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Collection
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tunewright.engines.protocol import (
     ConstraintFailedError,
     Delta,
     EngineStoppedError,
+    Event,
     RequestFailedError,
     TokenSink,
 )
@@ -29,7 +30,6 @@ from tunewright.generation.generate import prefill_groups
 from tunewright.generation.lora_dispatch import adapter_sort_keys
 from tunewright.generation.openmp import release_openmp_threads
 from tunewright.generation.requests import Request, Row
-from tunewright.serving.engines.token_dispatch import Subscription, TokenDispatch
 
 log = logging.getLogger("tunewright")
 
@@ -77,15 +77,11 @@ class PeftEngine:
         stop_ids, pad_id: see :class:`tunewright.generation.decoding.Batch`.
         max_num_seqs: the number of rows that decode at once; further requests wait.
         context_length: maximum tokens of a prompt and its answer together.
-
-    Raises:
-        UserError: an adapter is of a kind that cannot share a batch.
     """
 
     name = "peft"
     unsupported: frozenset[str] = frozenset()
     prefill_tokens = PREFILL_TOKENS
-    restarts = 0
 
     def __init__(
         self,
@@ -109,8 +105,6 @@ class PeftEngine:
         self._running: list[_Sequence] = []
         self._prefilling: dict[_Sequence, PrefillState] = {}
         """Long prompts that are partly computed; the oldest first."""
-        self.steps = 0
-        """Passes over the model so far; a number that stays while there are requests shows a hang."""
         self._dispatch = TokenDispatch()
         self._stopped: str | None = None
         release_openmp_threads()  # the thread that loaded the model has computed with them
@@ -119,17 +113,14 @@ class PeftEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Reason why the engine answers no requests; None while it does."""
         return self._stopped
 
     @property
     def permanently_stopped(self) -> bool:
-        """True if the engine has stopped: it does not restart."""
         return self._stopped is not None
 
     @property
     def in_flight(self) -> tuple[int, int]:
-        """The number of running and of waiting requests."""
         with self._changed:
             return len(self._running), len(self._waiting)
 
@@ -158,13 +149,7 @@ class PeftEngine:
         return abort
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Add an adapter; running requests continue while its weights are read.
-
-        Raises:
-            UserError: the files do not match the digest, or the adapter cannot share a batch.
-            AdapterFailedError: the adapter could not be loaded.
-            EngineStoppedError: the engine has stopped.
-        """
+        """Add an adapter; running requests continue while its weights are read."""
         if digest in self._loaded:
             return
 
@@ -187,12 +172,7 @@ class PeftEngine:
         await self._run_between_steps(put)
 
     async def unload(self, digest: str) -> None:
-        """Free an adapter that no running request needs.
-
-        Raises:
-            AdapterFailedError: the adapter could not be freed.
-            EngineStoppedError: the engine has stopped.
-        """
+        """Free an adapter that no running request needs."""
 
         def drop() -> None:
             if any(sequence.request.adapter == digest for sequence in self._running):
@@ -203,7 +183,6 @@ class PeftEngine:
         await self._run_between_steps(drop)
 
     def stop(self) -> None:
-        """Stop at once and wait for the thread; unfinished requests receive :class:`EngineStoppedError`."""
         with self._changed:
             self._stopped = self._stopped or "The server is shutting down."
             self._changed.notify()
@@ -247,7 +226,6 @@ class PeftEngine:
 
     def _step(self) -> None:
         """Drop cancelled requests, run commands, prefill new requests, then decode one token for every row."""
-        self.steps += 1
         # Before the commands: an adapter may be unloaded as soon as its last request is cancelled.
         self._drop_cancelled()
         self._run_commands()
@@ -356,3 +334,52 @@ class PeftEngine:
     def _release_finished(self) -> None:
         with self._changed:
             self._running = [sequence for sequence in self._running if not sequence.finished]
+
+
+class Subscription:
+    """A request's sink with its event loop; create it in that loop.
+
+    ``cancelled`` is set by :meth:`cancel`, or by the dispatch once the loop is closed. The engine then drops the
+    request, and no event reaches the sink any more.
+    """
+
+    def __init__(self, sink: TokenSink) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.cancelled = False
+        self._sink = sink
+
+    def deliver(self, event: Event) -> None:
+        """Hand an event to the sink; call it in the subscription's loop."""
+        if not self.cancelled:
+            self._sink.deliver(event)
+
+
+class TokenDispatch:
+    """Events of one engine step, collected in the engine's thread and sent together.
+
+    Waking a loop from another thread costs more than delivering a token, and takes the interpreter away from the
+    engine's next step. So each loop is woken once a step, however many rows it has (docs/decisions/0023).
+    """
+
+    def __init__(self) -> None:
+        self._events: dict[asyncio.AbstractEventLoop, list[tuple[Subscription, Event]]] = defaultdict(list)
+
+    def put(self, subscription: Subscription, event: Event) -> None:
+        """Add an event to the next :meth:`send`."""
+        self._events[subscription.loop].append((subscription, event))
+
+    def send(self) -> None:
+        """Send the collected events."""
+        for loop, events in self._events.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, loop, events)
+            except RuntimeError:  # the loop is closed
+                for subscription, _ in events:
+                    subscription.cancelled = True
+        self._events.clear()
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, events: Sequence[tuple[Subscription, Event]]) -> None:
+    for subscription, event in events:
+        # One callback each: an exception in one sink must not cost the other requests their tokens.
+        loop.call_soon(subscription.deliver, event)

@@ -1,1 +1,0 @@
-"""The embedded engine, llama.cpp, and the start of an engine of each kind."""
