@@ -150,9 +150,6 @@ def refusals() -> list[tuple[str, str, str]]:
 
 def _refusal_of(call: ast.Call, function: ast.AST) -> tuple[str, str, str] | None:
     """Return the code, status and message of a call that makes an error; None for another call."""
-    words = [_text(argument) for argument in call.args]
-    if len(words) > 1 and words[-2].endswith("_timeout"):  # a deadline: its code, then its message
-        return words[-2], "503" if words[-2] == "queue_timeout" else "504", words[-1]
     if not isinstance(call.func, ast.Name) or call.func.id != ApiError.__name__ or not call.args:
         return None
     options = {option.arg: option.value for option in call.keywords}

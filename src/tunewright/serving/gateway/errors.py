@@ -43,9 +43,10 @@ def as_api_error(error: AnyError) -> ApiError:
     """Return the error as the client sees it."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestFailedError):
-        return ApiError(str(error), status=500, code="request_failed")
-    message, code = str(error), "engine_stopped"
+    later = {"Retry-After": "5"}
     if isinstance(error, StateUnavailableError):
-        message, code = "Authentication is temporarily unavailable.", "state_unavailable"
-    return ApiError(message, status=503, code=code, headers={"Retry-After": "5"})
+        message = "Authentication is temporarily unavailable."
+        return ApiError(message, status=503, code="state_unavailable", headers=later)
+    if isinstance(error, EngineStoppedError):
+        return ApiError(str(error), status=503, code="engine_stopped", headers=later)
+    return ApiError(str(error), status=500, code="request_failed")

@@ -299,22 +299,22 @@ class GenerationRequest:
 
     def _deadline(self) -> tuple[float, ApiError]:
         """Return the time of the next deadline, and the response: 503 (retry) if the engine has not begun, else 504."""
-        limits, status, headers = self._limits, 504, None
+        limits = self._limits
+        message = f"Timed out: the answer took over {limits.total_timeout_s:g} s."
+        total = self.arrived + limits.total_timeout_s, ApiError(message, status=504, code="total_timeout")
         if self._admitted_at is None:
-            since, seconds, code, stage = self._queued_at, limits.queue_timeout_s, "queue_timeout", "in the queue"
-            status, headers = 503, {"Retry-After": "1"}
+            message = f"Timed out after {limits.queue_timeout_s:g} s in the queue."
+            error = ApiError(message, status=503, code="queue_timeout", headers={"Retry-After": "1"})
+            stage = self._queued_at + limits.queue_timeout_s, error
         elif self._last_token_at is None:
-            since, seconds = self._admitted_at, limits.first_token_timeout_s
-            code, stage = "first_token_timeout", "without a first token"
+            message = f"Timed out after {limits.first_token_timeout_s:g} s without a first token."
+            error = ApiError(message, status=504, code="first_token_timeout")
+            stage = self._admitted_at + limits.first_token_timeout_s, error
         else:
-            since, seconds = self._last_token_at, limits.inter_token_timeout_s
-            code, stage = "idle_timeout", "without a further token"
-        total = self.arrived + limits.total_timeout_s
-        if total < since + seconds:
-            message = f"Timed out: the answer took over {limits.total_timeout_s:g} s."
-            return total, ApiError(message, status=504, code="total_timeout")
-        message = f"Timed out after {seconds:g} s {stage}."
-        return since + seconds, ApiError(message, status=status, code=code, headers=headers)
+            message = f"Timed out after {limits.inter_token_timeout_s:g} s without a further token."
+            error = ApiError(message, status=504, code="idle_timeout")
+            stage = self._last_token_at + limits.inter_token_timeout_s, error
+        return min(stage, total, key=lambda deadline: deadline[0])
 
 
 def system_source(body: RequestBody, system_prompt: str | None) -> SystemSource:
