@@ -224,7 +224,7 @@ def mixed(
     Raises:
         UserError: no prompt distinguishes some tenant's adapter.
     """
-    from tunewright.gate.reference import PeftReference
+    from tunewright.gate.answers import PeftReference
 
     chat, dtype = opened.chat, opened.folder.config.train.dtype
     adapters = {one.adapter.digest: one.adapter.folder for one in (*tenants, *others)}

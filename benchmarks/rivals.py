@@ -39,8 +39,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
 from tunewright.engines.llamacpp import cache_tokens
-from tunewright.engines.vllm.engine import VllmSettings, kv_cache_bytes, max_rank
-from tunewright.engines.vllm.launch import PACKAGE
+from tunewright.engines.vllm.engine import PACKAGE, VllmSettings, kv_cache_bytes, max_rank
 from tunewright.export.gguf.model import gguf_context, write_model
 from tunewright.export.weights import Weights
 from tunewright.models.loading import context_length, text_settings

@@ -32,9 +32,8 @@ from tunewright.data.readers.mapping import compile_jmespath
 from tunewright.data.versions.diff import marked
 from tunewright.generation.text_stream import StopFilter
 from tunewright.render.markdown import plain
-from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest
-from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 from tunewright.serving.gateway.structured import check_schema
 

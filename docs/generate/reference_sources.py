@@ -32,7 +32,7 @@ from tunewright.pipeline import RunResult
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.messages_api import MessagesRequest, error_document
-from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.errors import parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions

@@ -38,9 +38,8 @@ from tunewright.data.selection import Origins, Selection, select
 from tunewright.data.versions import Member
 from tunewright.models.families import Shape
 from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, BoundedHttpProtocol, ConnectionState
-from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest
-from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 CORPUS = Path(__file__).parent / "corpus"

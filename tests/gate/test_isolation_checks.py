@@ -14,7 +14,7 @@ from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCac
 from small_models import write_adapter
 from tunewright.engines.peft import PeftEngine
 from tunewright.engines.protocol import Engine
-from tunewright.gate.reference import PeftReference
+from tunewright.gate.answers import PeftReference
 from tunewright.models.bases import Base
 
 

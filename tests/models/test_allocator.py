@@ -11,7 +11,7 @@ import pytest
 
 import tunewright
 from command_line import tiny_project
-from tunewright.engines.vllm.launch import plan
+from tunewright.engines.vllm.engine import plan
 from tunewright.models import ALLOCATOR
 
 WATCH = """

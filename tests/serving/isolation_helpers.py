@@ -10,9 +10,8 @@ from engine_kinds import TOKENIZER
 
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine
-from tunewright.gate.answers import Digest
+from tunewright.gate.answers import Digest, PeftReference
 from tunewright.gate.isolation import TOLERANCE, check_isolation
-from tunewright.gate.reference import PeftReference
 from tunewright.gate.results import IsolationResult
 
 PROMPTS = tuple(

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
-from tunewright.gate.answers import Answer, Digest, GreedyAnswer, Ids, ask
+from tunewright.gate.answers import TOKENS, Answer, Digest, GreedyAnswer, Ids, ask
 from tunewright.gate.results import Failure, IsolationCheck, IsolationResult
 from tunewright.generation.requests import Request
 
@@ -303,8 +303,6 @@ def _scored(
 
 PROBE_MARGIN = 2.0
 """Minimum shortfall of a wrong answer to a probe, in tolerances. More than one tolerance is a failure."""
-TOKENS = 8
-"""Tokens of an answer: enough for models to differ, few enough for many requests."""
 PER_MODEL = 2
 """Minimum number of probes of a model."""
 _GROUP = 2

@@ -27,10 +27,9 @@ from tunewright.evidence.statistics import (
     percentiles,
     wilson,
 )
-from tunewright.gate.answers import Digest, Ids, TopTokens, ask, comparable, cut, distance
+from tunewright.gate.answers import Digest, Ids, ReferenceAnswer, TopTokens, ask, comparable, cut, distance
 from tunewright.gate.parity import LIMITS, Precision
 from tunewright.gate.prompts import Probe
-from tunewright.gate.reference import ReferenceAnswer
 from tunewright.gate.results import Estimate, ServedAs, ServingFigures
 from tunewright.generation.requests import Completion, Request, TokenLogprob
 from tunewright.metrics.calls import call_schema_valid

@@ -30,9 +30,8 @@ from tunewright.engines.remote import EngineFacts
 from tunewright.export.merge import write_merged
 from tunewright.export.weights import Weights, read_deltas, trained_dtype
 from tunewright.gate import isolation
-from tunewright.gate.answers import Digest, Ids
+from tunewright.gate.answers import Digest, Ids, PeftReference, ReferenceAnswer
 from tunewright.gate.prompts import Probe
-from tunewright.gate.reference import PeftReference, ReferenceAnswer
 from tunewright.gate.results import IsolationResult, IsolationTest, ServingCheck
 from tunewright.gate.serving_check import LOST, NOISE, WRONG, ServingComparison, shortcomings
 from tunewright.models.bases import Base

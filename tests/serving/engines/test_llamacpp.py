@@ -28,9 +28,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.child import Plan
 from tunewright.engines.llamacpp import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.engines.protocol import Engine, EngineStoppedError, stream
-from tunewright.gate.answers import Answer
+from tunewright.gate.answers import Answer, PeftReference
 from tunewright.gate.isolation import TOLERANCE
-from tunewright.gate.reference import PeftReference
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
 from tunewright.serving.engine_start import EngineSpec, base_file, load_all, start_engine

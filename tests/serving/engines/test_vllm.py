@@ -17,9 +17,8 @@ from engine_kinds import STOPS, vllm_engine
 from isolation_helpers import PROMPTS, failed, result_of
 
 from tunewright.engines.protocol import Engine, EngineStoppedError, stream
-from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
-from tunewright.engines.vllm.launch import list_adapters
-from tunewright.gate.reference import PeftReference
+from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, list_adapters
+from tunewright.gate.answers import PeftReference
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
 

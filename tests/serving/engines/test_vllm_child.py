@@ -24,8 +24,7 @@ from tunewright.core.io import file_digest, write_json
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import RequestFailedError
 from tunewright.engines.vllm import worker
-from tunewright.engines.vllm.engine import VllmEngine
-from tunewright.engines.vllm.launch import plan
+from tunewright.engines.vllm.engine import VllmEngine, plan
 from tunewright.generation.requests import Request
 from vllm_child import alive, ids, seen, settings, wait_until
 

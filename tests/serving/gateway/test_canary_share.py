@@ -8,7 +8,7 @@ import httpx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.errors import parse_request
 from tunewright.serving.gateway.schemas import ChatRequest
 from tunewright.serving.gateway.tenant_auth import in_canary_share
 

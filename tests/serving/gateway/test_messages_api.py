@@ -22,9 +22,8 @@ from tool_families import family
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.engines.protocol import Delta, Engine
 from tunewright.generation.requests import Request
-from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest
-from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.tenants import Limits, State
 
 pytest_plugins = ["two_tenants"]

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tunewright.data.examples import Message
-from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 TURN = {"role": "user", "content": "x"}

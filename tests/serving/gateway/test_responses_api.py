@@ -13,8 +13,7 @@ import pytest
 from scripted_engine import ScriptedEngine, scripted_server
 from served_model import build_model, running_server
 
-from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 
 INPUT = "Which court is this?"

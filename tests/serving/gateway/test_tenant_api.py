@@ -409,7 +409,7 @@ def test_reservation_does_not_wait_for_all_of_another_tenants_reservations(
         return number
 
     monkeypatch.setattr(Quota, "reserve", reserve_in_turn)
-    monkeypatch.setattr("tunewright.serving.tenants.async_state.ANSWER_SECONDS", 60.0)
+    monkeypatch.setattr("tunewright.serving.tenants.database.ANSWER_SECONDS", 60.0)
     served = ServedAdapter(tmp_path, SystemPrompt(None))
     with State(state_url) as state:
         busy, quiet = (reservation(*with_tenant(state, name)) for name in ("acme", "globex"))

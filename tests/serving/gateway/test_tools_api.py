@@ -21,8 +21,7 @@ from tool_families import arguments, family
 from tunewright.config import DataConfig
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.readers.validate import example_from_object
-from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest
 

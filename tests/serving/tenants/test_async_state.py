@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tunewright.serving.tenants import State, StateUnavailableError
-from tunewright.serving.tenants.async_state import AsyncState
+from tunewright.serving.tenants.database import AsyncState
 
 
 def _failing(times: int, written: list[str]) -> Callable[[], None]:
@@ -75,7 +75,7 @@ def test_reads_do_not_wait_for_threads_that_write(state_url: str) -> None:
 
 
 def test_answer_gives_up_and_drops_a_call_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunewright.serving.tenants.async_state.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("tunewright.serving.tenants.database.ANSWER_SECONDS", 0.05)
     proceed = threading.Event()
     called: list[str] = []
 

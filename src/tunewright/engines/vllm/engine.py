@@ -1,4 +1,4 @@
-"""The engine ``vllm`` in the gateway's process."""
+"""The engine ``vllm``: its start with our plugin in a private folder, and its requests from the gateway's process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import hashlib
 import hmac
 import json
 import math
+import os
 import secrets
+import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.processes import last_lines
 from tunewright.core.progress import Reporter
-from tunewright.engines.child import Child, refusal
+from tunewright.engines.child import Child, Plan, refusal, socket_in
 from tunewright.engines.protocol import (
     Delta,
     EngineStoppedError,
@@ -34,8 +36,8 @@ from tunewright.engines.protocol import (
     deliver_stream,
 )
 from tunewright.engines.vllm import worker
-from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
 from tunewright.generation.requests import Finish, Request, TokenLogprob
+from tunewright.models import ALLOCATOR
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The valid values of ``--max-lora-rank`` (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
@@ -374,3 +376,65 @@ def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_num_seqs: int) -> 
     tokens = max(config["max_position_embeddings"], 2048 * max_num_seqs)
     # In blocks of 128 tokens, with one more per row, since each row's last block is not full.
     return min(4 << 30, int(math.ceil(tokens / 128 + max_num_seqs + 1) * 128 * per_token))
+
+
+PACKAGE = "tunewright_vllm"
+
+# Python runs it first. A process that vLLM starts imports for many seconds before it loads plugins, and would outlive a
+# parent that is killed meanwhile. Python's resource tracker has to outlive it, to free its shared memory.
+_FIRST = f"""\
+import sys
+
+if "--multiprocessing-fork" in sys.orig_argv:
+    import {PACKAGE}
+
+    {PACKAGE}.end_with_parent()
+"""
+
+# Not inherited: vLLM's switches (one of them makes it answer unknown names with the base), Python's search paths, and
+# the token of a Ray cluster.
+_NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_", "RAY_")
+
+
+def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[str, str]) -> Plan:
+    """Return the plan of vLLM's API server on the socket of a private folder, without any adapter."""
+    list_adapters(folder, {})
+    _write_plugin(folder / "site")
+    # The allocator's setting is for training; vLLM reserves its memory at once.
+    environment = [each for each in os.environ.items() if each != ALLOCATOR]
+    inherited = {name: value for name, value in environment if not name.startswith(_NOT_INHERITED)}
+    ours = {
+        "PYTHONPATH": str(folder / "site"),
+        worker.MANIFEST: str(_manifest(folder)),
+        worker.GATEWAY: str(os.getpid()),
+        "VLLM_PLUGINS": PACKAGE,  # without vLLM's own resolvers
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # resolvers need it; it also opens routes, which the gate closes
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    server = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket_in(folder))]
+    return Plan("vLLM", [*server, *options], {**inherited, **ours, **variables}, "vllm:")
+
+
+def list_adapters(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
+    """Write the list of adapters that vLLM may load: see :data:`tunewright.engines.vllm.worker.MANIFEST`."""
+    manifest = _manifest(folder)
+    fresh = manifest.with_suffix(".new")
+    fresh.write_text(json.dumps(dict(entries)), encoding="utf-8")
+    fresh.replace(manifest)
+
+
+def _manifest(folder: Path) -> Path:
+    return folder / "adapters.json"
+
+
+def _write_plugin(site: Path) -> None:
+    """Write the package that vLLM finds by its entry point, and what Python runs first."""
+    package, info = site / PACKAGE, site / f"{PACKAGE}-1.dist-info"
+    package.mkdir(parents=True)
+    (site / "sitecustomize.py").write_text(_FIRST, encoding="utf-8")
+    info.mkdir()
+    shutil.copyfile(worker.__file__, package / "__init__.py")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1\n", encoding="utf-8")
+    entry = f"[vllm.general_plugins]\n{PACKAGE} = {PACKAGE}:register\n"
+    (info / "entry_points.txt").write_text(entry, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The plugin in vLLM's processes: it restricts the adapters that vLLM may load, and the routes that it answers.
 
-vLLM runs in a separate environment, so this module imports nothing of tunewright. :mod:`.launch` copies it into the
+vLLM runs in a separate environment, so this module imports nothing of tunewright. :mod:`.engine` copies it into the
 child's private folder as the package ``tunewright_vllm``.
 
 vLLM's own two resolvers interpret the name in a request as a path or a repository. The variable that turns resolvers on

@@ -20,11 +20,10 @@ from tunewright.core import tracing
 from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
-from tunewright.serving.gateway.errors import AnyError, ApiError, as_api_error
+from tunewright.serving.gateway.errors import AnyError, ApiError, as_api_error, parse_request
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.messages_api import MessagesFormat, MessagesRequest, error_document
 from tunewright.serving.gateway.metrics import Metrics, ServerState
-from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
 from tunewright.serving.gateway.request import GenerationRequest
 from tunewright.serving.gateway.request_handler import RequestHandler, Shadows

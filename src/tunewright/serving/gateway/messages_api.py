@@ -13,8 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunewright.chat.call_stream import CallDelta
-from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import Part, as_request, one_as_list
+from tunewright.serving.gateway.errors import ApiError, Part, as_request, one_as_list
 from tunewright.serving.gateway.request import TextChunk
 from tunewright.serving.gateway.responses import Answer, Document, new_id
 from tunewright.serving.gateway.schemas import (

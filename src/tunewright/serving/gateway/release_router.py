@@ -17,7 +17,7 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import AdapterFailedError, Engine
 from tunewright.serving.gateway.auth import Released, ServedAdapter, constraint_text
 from tunewright.serving.tenants import Release, State
-from tunewright.serving.tenants.async_state import AsyncState
+from tunewright.serving.tenants.database import AsyncState
 
 
 class ReleaseRouter:

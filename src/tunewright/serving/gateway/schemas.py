@@ -18,8 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from tunewright.core.text import mark_fault, normalize
 from tunewright.data.examples import Message, ToolCall, call_id
-from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import Part, one_as_list
+from tunewright.serving.gateway.errors import ApiError, Part, one_as_list
 from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, Schema, StructuredOutputs, one_form
 from tunewright.serving.gateway.tools import AssistantCall, Choice, Tool, ToolChoice, declarations
 

@@ -25,9 +25,8 @@ from tunewright.core.errors import UserError
 from tunewright.data.tool_schemas import SchemaLimitError, nested_values, reference_path
 from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.generation.grammar_process import GrammarProcess
-from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.errors import ApiError, Part
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
-from tunewright.serving.gateway.parsing import Part
 
 log = logging.getLogger("tunewright")
 

@@ -35,8 +35,7 @@ from tunewright.serving.tenants import (
     State,
     StateUnavailableError,
 )
-from tunewright.serving.tenants.async_state import AsyncState
-from tunewright.serving.tenants.database import ceil_seconds
+from tunewright.serving.tenants.database import AsyncState, ceil_seconds
 from tunewright.serving.tenants.quota import LOST_SECONDS, Outcome
 from tunewright.serving.tenants.releases import Answer
 

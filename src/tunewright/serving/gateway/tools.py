@@ -20,8 +20,7 @@ from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.tool_schemas import ArgumentsError, DeclarationError
 from tunewright.data.tools import canonical_arguments, canonical_function
 from tunewright.generation.requests import Finish
-from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import Part
+from tunewright.serving.gateway.errors import ApiError, Part
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 

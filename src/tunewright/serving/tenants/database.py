@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import math
 import re
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
@@ -20,6 +24,9 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityErr
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text, writing
 from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, schema
+
+if TYPE_CHECKING:
+    from tunewright.serving.tenants import State
 
 BUSY_SECONDS = 10
 """Timeout of a writer that waits for others, each of which locks SQLite for well under a millisecond."""
@@ -83,7 +90,8 @@ class Database:
                 fix = 'Install it: pip install "tunewright[postgresql]"'
                 raise UserError("PostgreSQL's driver psycopg is not installed", where=self.name, fix=fix) from None
             if serving:
-                event.listen(self._engine, "do_connect", _connect_bounded)
+                connect = lambda _dialect, _record, given, named: _bounded_connection().connect(*given, **named)  # noqa: E731
+                event.listen(self._engine, "do_connect", connect)
         try:
             self._create_or_check()
         except BaseException:
@@ -246,10 +254,6 @@ def _connect_args(url: URL, *, serving: bool) -> dict[str, Any]:
     return {**timeouts, "options": " ".join(options)}
 
 
-def _connect_bounded(_dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> Any:
-    return _bounded_connection().connect(*arguments, **named)
-
-
 @cache
 def _bounded_connection() -> Any:
     """Return a class of connections to PostgreSQL that fail if there is no answer within `ANSWER_SECONDS`.
@@ -349,3 +353,98 @@ def parse_time(text: str, where: str) -> float:
     except ValueError:
         raise UserError(f"Invalid date {text!r}", where=where, fix="Use a date like 2026-11-25.") from None
     return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
+
+
+log = logging.getLogger("tunewright")
+
+CLOSE_SECONDS = 10.0
+"""The time for the last writes of a server that ends."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AsyncState:
+    """Threads in which the state is read and written."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        # SQLite has one writer at a time: more threads would only wait for each other.
+        self._threads = ThreadPoolExecutor(1 if state.is_sqlite else 8, thread_name_prefix="tunewright-state")
+        # PostgreSQL's reads wait for no lock, and so must not wait for threads that do.
+        self._readers = (
+            self._threads if state.is_sqlite else ThreadPoolExecutor(4, thread_name_prefix="tunewright-read")
+        )
+        self._unwritten: deque[Callable[[], None]] = deque()
+
+    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that only reads.
+
+        An SQLite read waits for no writer and takes less time than a change of threads, so it runs in the event loop.
+        """
+        if self._state.is_sqlite:
+            return function(*arguments)
+        return await self.answer(self._readers.submit(function, *arguments))
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> Future[T]:
+        """Start a call in a thread; it runs even if the coroutine that waits for it is cancelled."""
+        return self._threads.submit(function, *arguments, **named)
+
+    async def answer(self, call: Future[T]) -> T:
+        """Wait for a call; if its time is over, it is cancelled unless it has begun."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await asyncio.wrap_future(call)
+        except TimeoutError:
+            raise StateUnavailableError(
+                f"The serving state did not answer within {ANSWER_SECONDS:g} s", where=self._state.name
+            ) from None
+
+    def write_later(self, write: Callable[[], None]) -> None:
+        """Write in the background; if the database does not answer, :meth:`flush` tries again."""
+
+        def attempt() -> None:
+            try:
+                write()
+            except StateUnavailableError as error:
+                log.warning("usage cannot be written now and will be retried: %s", error)
+                self._unwritten.append(write)
+
+        def keep(attempted: Future[None]) -> None:
+            if attempted.cancelled():
+                self._unwritten.append(write)
+            elif (error := attempted.exception()) is not None:
+                log.error("a record of usage or of a shadow answer was refused and is lost", exc_info=error)
+
+        self._threads.submit(attempt).add_done_callback(keep)
+
+    async def flush(self) -> None:
+        """Repeat the writes that failed."""
+        while self._unwritten:
+            # Removed only once it is written: a server that ends cancels this, and writes the rest in `close`. Each of
+            # these writes may be repeated.
+            await self.call(self._unwritten[0])
+            self._unwritten.popleft()
+
+    def close(self, last: Callable[[], None]) -> None:
+        """Finish all writes, then the last one, and close the state; what takes longer than `CLOSE_SECONDS` is lost."""
+
+        def finish() -> None:
+            with suppress(StateUnavailableError):
+                while self._unwritten:
+                    self._unwritten[0]()
+                    self._unwritten.popleft()
+                last()
+
+        with suppress(TimeoutError):
+            self._threads.submit(finish).result(CLOSE_SECONDS)
+        for threads in (self._readers, self._threads):
+            threads.shutdown(cancel_futures=True)
+        if self._unwritten:
+            lost = len(self._unwritten)
+            log.warning("%d records of usage or shadow answers were lost: the state was unavailable", lost)
+        self._state.close()
