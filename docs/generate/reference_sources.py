@@ -30,9 +30,8 @@ from tunewright.evidence.verdict import Verdict
 from tunewright.export.hub_options import HubOptions
 from tunewright.pipeline import RunResult
 from tunewright.serving.gateway.app import ROUTES
-from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest, error_document
-from tunewright.serving.gateway.errors import parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
