@@ -147,16 +147,13 @@ def _start_failure(there: Environment | None, config: Config, base: Base, report
 
 def _vllm(why: str, workers: ModelWorkers | None) -> AnswerEngine:
     if workers is None:
-        return AnswerEngine("vllm", why, _installed())
+        try:
+            return AnswerEngine("vllm", why, environment.find(VLLM))
+        except UserError as error:
+            fix = "`tunewright engine install vllm`, or set it to peft."
+            raise UserError(error.what, where=_WHERE, fix=fix) from None
     found = vllm_of(workers)
     return AnswerEngine("vllm", why, found.environment, found.card)
-
-
-def _installed() -> Environment:
-    try:
-        return environment.find(VLLM)
-    except UserError as error:
-        raise UserError(error.what, where=_WHERE, fix="`tunewright engine install vllm`, or set it to peft.") from None
 
 
 def _obstacle(config: Config, quantization: Quantization, adapter: Path | None, *, constrained: bool) -> str | None:

@@ -201,8 +201,10 @@ def install(
         _run([sys.executable, "-m", "venv", str(folder)], folder)
     with reporter.task("Installing", len(wanted), "packages") as task:
         _install_missing(folder, wanted, torch_index, task)
-    if unmet := _unmet(tool, folder):
-        reporter.warn(f"Packages of {tool.title} do not fit together, by `pip check`:\n{unmet}")
+    checked = run([str(folder / "bin" / "pip"), "check"])
+    lines = checked.stdout.splitlines() if checked.code else []
+    if unmet := [line for line in lines if not line.startswith(tool.unmet)]:
+        reporter.warn("\n".join((f"Packages of {tool.title} do not fit together, by `pip check`:", *unmet)))
     reporter.say(f"Importing {tool.title}, which compiles its Python files (a minute or two)")
     versions = json.loads(_run([str(folder / "bin" / "python"), "-c", probe or tool.probe], folder).splitlines()[-1])
     write_json(folder / MARK, {"tool": tool.name, "build": build, "pins": digest(list(wanted)), "versions": versions})
@@ -222,13 +224,6 @@ def _finish(tool: Tool, environment: Environment, to: Path | None, reporter: Rep
             needed = f"Its torch is built for CUDA {cuda}" + _DRIVERS.get(str(cuda)[:2], "")
             reporter.warn(f"{tool.title} cannot use a GPU on this machine: {why}. {needed}.")
     return environment
-
-
-def _unmet(tool: Tool, folder: Path) -> str:
-    """Return what `pip check` reports, without what the pins leave out on purpose."""
-    found = run([str(folder / "bin" / "pip"), "check"])
-    lines = found.stdout.splitlines() if found.code else []
-    return "\n".join(line for line in lines if not line.startswith(tool.unmet))
 
 
 def _mark(folder: Path) -> dict[str, Any]:

@@ -170,7 +170,11 @@ class LlamaCppEngine:
             failure_reason = generation.child.failure_reason or "llama.cpp crashed and is restarting."
             raise EngineStoppedError(failure_reason) from error
         finally:
-            self._left(generation)
+            with self._counting:
+                generation.users -= 1
+            if generation.retired:
+                # A process takes its time to end, and would block the event loop.
+                threading.Thread(target=self._stop_if_unused, args=(generation,), daemon=True).start()
 
     async def load(self, digest: str, folder: Path) -> None:
         """Add an adapter: a second child takes over."""
@@ -216,13 +220,6 @@ class LlamaCppEngine:
             before.retired = True
             self._retired.append(before)
         self._stop_if_unused(before)
-
-    def _left(self, generation: _Generation) -> None:
-        with self._counting:
-            generation.users -= 1
-        if generation.retired:
-            # A process takes its time to end, and would block the event loop.
-            threading.Thread(target=self._stop_if_unused, args=(generation,), daemon=True).start()
 
     def _stop_if_unused(self, generation: _Generation) -> None:
         with self._counting:

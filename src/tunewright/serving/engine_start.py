@@ -58,7 +58,16 @@ def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: R
     reporter.say(f"Loading {named(spec.base, spec.quantization)}{loaded}")
     match kind:
         case "peft":
-            return _peft(config, spec)
+            from tunewright.engines.peft import PeftEngine
+
+            engine = PeftEngine(
+                load_model(spec.base, config.train.dtype, spec.quantization),
+                stop_ids=spec.chat.stop_ids,
+                pad_id=spec.chat.tokenizer.pad_token_id,
+                max_num_seqs=max_num_seqs("peft", config),
+                context_length=context_length(spec.base),
+            )
+            return _with_adapters(engine, spec.adapters)
         case "vllm":
             return _vllm(config, spec, reporter)
         case "llamacpp":
@@ -86,19 +95,6 @@ def require_llamacpp() -> None:
         raise UserError(
             "The engine llamacpp is not installed", where="serve.engine", fix="pip install 'tunewright[llamacpp]'"
         )
-
-
-def _peft(config: Config, spec: EngineSpec) -> Engine:
-    from tunewright.engines.peft import PeftEngine
-
-    engine = PeftEngine(
-        load_model(spec.base, config.train.dtype, spec.quantization),
-        stop_ids=spec.chat.stop_ids,
-        pad_id=spec.chat.tokenizer.pad_token_id,
-        max_num_seqs=max_num_seqs("peft", config),
-        context_length=context_length(spec.base),
-    )
-    return _with_adapters(engine, spec.adapters)
 
 
 def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:

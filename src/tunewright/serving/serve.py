@@ -85,7 +85,8 @@ def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOpti
             raise
         state.close()
     if options.auth:
-        _require_private(config.serve.host)
+        fix = "Add a tenant with `tunewright tenant add NAME`, or allow all requests with --no-auth."
+        _require_private(config.serve.host, "without tenants the server", "serve.host", fix)
     from tunewright.serving.gateway.auth import ServedAdapter
     from tunewright.serving.gateway.server import Service
 
@@ -140,12 +141,9 @@ def serve_engine(project: OpenProject, options: EngineOptions = EngineOptions())
     from tunewright.engines.remote import TOKEN
     from tunewright.serving.engine_service import EngineService
 
-    if not os.environ.get(TOKEN) and not _is_private(options.host):
-        raise UserError(
-            f"Other machines can reach {options.host}, and without a token the engine answers all of them",
-            where="--host",
-            fix=f"Set {TOKEN} to the same secret here and for `tunewright serve`, such as `openssl rand -hex 32`.",
-        )
+    if not os.environ.get(TOKEN):
+        fix = f"Set {TOKEN} to the same secret here and for `tunewright serve`, such as `openssl rand -hex 32`."
+        _require_private(options.host, "without a token the engine", "--host", fix)
     held, folders, _ = all_served(project)
 
     def locate(name: str, digest: str) -> Path:
@@ -202,20 +200,11 @@ def _for_tenants(project: OpenProject, state: State, names: Sequence[str], confi
     return Service(config, project.base, project.chat, held, served, project.reporter)
 
 
-def _require_private(host: str) -> None:
-    """Refuse to serve without authentication on an address that other machines can reach."""
-    if not _is_private(host):
-        raise UserError(
-            f"Other machines can reach {host}, and without tenants the server answers all of them",
-            where="serve.host",
-            fix="Add a tenant with `tunewright tenant add NAME`, or allow all requests with --no-auth.",
-        )
-
-
-def _is_private(host: str) -> bool:
-    """Return whether only this machine can reach an address."""
+def _require_private(host: str, who: str, where: str, fix: str) -> None:
+    """Refuse to answer everyone on an address that other machines can reach."""
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
-        return True  # not an address; binding to it reports the error
-    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
+        return  # not an address; binding to it reports the error
+    if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
+        raise UserError(f"Other machines can reach {host}, and {who} answers all of them", where=where, fix=fix)

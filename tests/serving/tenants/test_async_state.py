@@ -29,7 +29,7 @@ def _failing(times: int, written: list[str]) -> Callable[[], None]:
 
 def _run(tmp_path: Path, use: Callable[[AsyncState, list[str]], None]) -> list[str]:
     written: list[str] = []
-    state = AsyncState(State(f"sqlite:///{tmp_path}/state.sqlite"))
+    state = AsyncState(State(f"sqlite:///{tmp_path}/state.sqlite").database)
     use(state, written)
     state.close(lambda: written.append("last"))
     return written
@@ -69,7 +69,7 @@ def test_reads_do_not_wait_for_threads_that_write(state_url: str) -> None:
             proceed.set()
         assert all(write.result() for write in writes)
 
-    state = AsyncState(State(state_url))
+    state = AsyncState(State(state_url).database)
     asyncio.run(run(state))
     state.close(lambda: None)
 
@@ -87,7 +87,7 @@ def test_answer_gives_up_and_drops_a_call_that_has_not_begun(tmp_path: Path, mon
         proceed.set()
         await state.call(lambda: None)
 
-    state = AsyncState(State(f"sqlite:///{tmp_path}/state.sqlite"))
+    state = AsyncState(State(f"sqlite:///{tmp_path}/state.sqlite").database)
     asyncio.run(run(state))
     state.close(lambda: None)
     assert called == []

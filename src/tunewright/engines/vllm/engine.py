@@ -150,7 +150,10 @@ class VllmEngine:
             lambda: self._running > 0,
             reporter,
         )
-        self.context_length = self._ask_context()
+        transport = httpx.HTTPTransport(uds=str(self.child.socket))
+        with httpx.Client(transport=transport, base_url="http://vllm", timeout=30) as client:
+            models = client.get("/v1/models").raise_for_status().json()["data"]
+        self.context_length = int(models[0]["max_model_len"])
 
     @property
     def stopped(self) -> str | None:
@@ -273,11 +276,6 @@ class VllmEngine:
         if request.constraint is not None:
             body["structured_outputs"] = {"grammar": request.constraint.rules}
         return body
-
-    def _ask_context(self) -> int:
-        transport = httpx.HTTPTransport(uds=str(self.child.socket))
-        with httpx.Client(transport=transport, base_url="http://vllm", timeout=30) as client:
-            return int(client.get("/v1/models").raise_for_status().json()["data"][0]["max_model_len"])
 
     def _require_room(self, folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -142,7 +142,14 @@ class RequestPreprocessor:
         if isinstance(body, ChatRequest) and len(body.messages) > self._limits.max_messages:
             message = f"Too many messages: {len(body.messages)} (limit {self._limits.max_messages})."
             raise ApiError(message, param=body.prompt_param, code="too_many_messages")
-        self._require_room(body)
+        longest = _characters(body) if isinstance(body, ChatRequest) else max(map(len, body.prompt))
+        limit = _CHARACTERS_PER_TOKEN * self._context
+        if longest > limit:
+            message = (
+                f"The prompt has {longest:,} characters (limit {limit:,} characters for a context length of "
+                f"{self._context:,} tokens)."
+            )
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
         try:
             # A change of threads takes longer than a short prompt does.
             characters = _characters(body) + len(system_prompt or "")
@@ -225,16 +232,6 @@ class RequestPreprocessor:
         if body.token_limit is None and max_tokens is not None:
             lowered = min(lowered, max(1, max_tokens - prompt_tokens))
         return min(lowered, body.token_limit or body.default_tokens or room)
-
-    def _require_room(self, body: RequestBody) -> None:
-        longest = _characters(body) if isinstance(body, ChatRequest) else max(map(len, body.prompt))
-        limit = _CHARACTERS_PER_TOKEN * self._context
-        if longest > limit:
-            message = (
-                f"The prompt has {longest:,} characters (limit {limit:,} characters for a context length of "
-                f"{self._context:,} tokens)."
-            )
-            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
 
     def _ids(self, body: RequestBody, system_prompt: str | None) -> list[Ids]:
         if isinstance(body, ChatRequest):

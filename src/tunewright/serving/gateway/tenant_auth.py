@@ -67,7 +67,7 @@ class TenantAuth:
         self, state: State, engine: Engine, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
     ) -> None:
         self._state = state
-        self._async_state = AsyncState(state)
+        self._async_state = AsyncState(state.database)
         self.router = ReleaseRouter(state, self._async_state, engine, locate, reporter)
         self._reporter = reporter
         self.gateway = uuid.uuid4().hex

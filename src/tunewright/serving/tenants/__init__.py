@@ -79,21 +79,19 @@ class State:
         *,
         serving: bool = False,
     ) -> None:
-        self._database = Database(url, clock, steady, serving=serving)
+        self.database = Database(url, clock, steady, serving=serving)
         try:
-            _upgrade(self._database, actor)
+            _upgrade(self.database, actor)
         except BaseException:
-            self._database.close()
+            self.database.close()
             raise
-        self.name = self._database.name
-        self.is_sqlite = self._database.is_sqlite
-        self.tenants = Tenants(self._database, actor)
-        self.releases = Releases(self._database, actor)
-        self.keys = Keys(self._database, actor)
-        self.quota = Quota(self._database)
-        self.usage = Usage(self._database)
-        self.usage_rollup = UsageRollup(self._database, actor)
-        self.audit = Audit(self._database)
+        self.tenants = Tenants(self.database, actor)
+        self.releases = Releases(self.database, actor)
+        self.keys = Keys(self.database, actor)
+        self.quota = Quota(self.database)
+        self.usage = Usage(self.database)
+        self.usage_rollup = UsageRollup(self.database, actor)
+        self.audit = Audit(self.database)
 
     def verify(self, noted: str | None = None) -> AuditCheck:
         """Check SQLite's file, the audit log, the tables against the log, and the usage against itself.
@@ -105,7 +103,7 @@ class State:
             UserError: ``noted`` is not a digest.
             StateUnavailableError: the database does not answer.
         """
-        damage = [f"the database file is damaged: {line}" for line in self._database.damage()]
+        damage = [f"the database file is damaged: {line}" for line in self.database.damage()]
         try:
             check = self._verified(noted)
             # A change between the two reads would look like a change without a log line, so the check is repeated.
@@ -139,7 +137,7 @@ class State:
 
     def close(self) -> None:
         """Close all connections to the database."""
-        self._database.close()
+        self.database.close()
 
     def __enter__(self) -> State:
         return self

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
@@ -24,9 +24,6 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityErr
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text, writing
 from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, schema
-
-if TYPE_CHECKING:
-    from tunewright.serving.tenants import State
 
 BUSY_SECONDS = 10
 """Timeout of a writer that waits for others, each of which locks SQLite for well under a millisecond."""
@@ -367,13 +364,13 @@ T = TypeVar("T")
 class AsyncState:
     """Threads in which the state is read and written."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, database: Database) -> None:
+        self._database = database
         # SQLite has one writer at a time: more threads would only wait for each other.
-        self._threads = ThreadPoolExecutor(1 if state.is_sqlite else 8, thread_name_prefix="tunewright-state")
+        self._threads = ThreadPoolExecutor(1 if database.is_sqlite else 8, thread_name_prefix="tunewright-state")
         # PostgreSQL's reads wait for no lock, and so must not wait for threads that do.
         self._readers = (
-            self._threads if state.is_sqlite else ThreadPoolExecutor(4, thread_name_prefix="tunewright-read")
+            self._threads if database.is_sqlite else ThreadPoolExecutor(4, thread_name_prefix="tunewright-read")
         )
         self._unwritten: deque[Callable[[], None]] = deque()
 
@@ -382,7 +379,7 @@ class AsyncState:
 
         An SQLite read waits for no writer and takes less time than a change of threads, so it runs in the event loop.
         """
-        if self._state.is_sqlite:
+        if self._database.is_sqlite:
             return function(*arguments)
         return await self.answer(self._readers.submit(function, *arguments))
 
@@ -401,7 +398,7 @@ class AsyncState:
                 return await asyncio.wrap_future(call)
         except TimeoutError:
             raise StateUnavailableError(
-                f"The serving state did not answer within {ANSWER_SECONDS:g} s", where=self._state.name
+                f"The serving state did not answer within {ANSWER_SECONDS:g} s", where=self._database.name
             ) from None
 
     def write_later(self, write: Callable[[], None]) -> None:
@@ -447,4 +444,4 @@ class AsyncState:
         if self._unwritten:
             lost = len(self._unwritten)
             log.warning("%d records of usage or shadow answers were lost: the state was unavailable", lost)
-        self._state.close()
+        self._database.close()
