@@ -25,7 +25,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.table import Table
 
@@ -37,8 +36,9 @@ from tunewright.config import MixConfig, ReplayConfig
 from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
+from tunewright.evaluation.benchmarks.bench import Bench
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
-from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.statistics import effective_items, wilson
 from tunewright.examples import legal_citations
@@ -73,14 +73,14 @@ def main() -> None:
     domain = project_in(options.work / "domain", options, reporter, mix=False)
     adapters = trained(domain, options, reporter)
     arm_runner = open_arm_runner(OpenProject(domain.folder, reporter))
-    meter = ForgettingMeter(domain.folder, arm_runner.version, arm_runner.generator, options.samples)
+    suite = SamplesSuite(options.samples, None)
     questions, why_not = arc(options.questions)
     if why_not:
         console.print(why_not, style="yellow")
 
-    rows = {"base": measured(None, arm_runner, meter, questions, options.work)}
+    rows = {"base": measured(None, arm_runner, suite, questions, options.work)}
     for name, adapter in adapters.items():
-        rows[name] = measured(adapter, arm_runner, meter, questions, options.work)
+        rows[name] = measured(adapter, arm_runner, suite, questions, options.work)
     document: dict[str, Any] = {
         "machine": {
             "platform": platform.platform(),
@@ -166,14 +166,16 @@ def arc(count: int) -> tuple[list[Question], str | None]:
 
 
 def measured(
-    adapter: Adapter | None, arm_runner: Any, meter: ForgettingMeter, questions: list[Question], work: Path
+    adapter: Adapter | None, arm_runner: Any, suite: SamplesSuite, questions: list[Question], work: Path
 ) -> dict[str, Any]:
     """Measure one row of the table."""
     clusters = [member.cluster for member in arm_runner.version.examples("dev")]
     right = arm_runner.dev_scores(adapter).values
     forgetting = {"increase": 0.0, "interval": {"low": 0.0, "high": 0.0}}
     if adapter is not None:
-        forgetting = to_jsonable_python(meter.measure(adapter))
+        runner = arm_runner
+        found = suite.measure(Bench(runner.project, runner.version, runner.generator, adapter, runner.reporter))
+        forgetting = {"increase": found.drop, "interval": found.interval.model_dump()}
     row: dict[str, Any] = {"dev": share(right, clusters), "forgetting": forgetting, "arc_easy": None}
     if questions:
         picked = arc_choices(adapter, arm_runner.generator, questions, work)

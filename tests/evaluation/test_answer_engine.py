@@ -26,8 +26,8 @@ from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm import answers as answers_module
 from tunewright.engines.vllm.answers import VllmAnswers, gpu_share, rows_at_once
 from tunewright.engines.vllm.engine import VllmEngine
+from tunewright.evaluation.arm_runner import noise_floor
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.requests import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base

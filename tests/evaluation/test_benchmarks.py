@@ -19,7 +19,7 @@ from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.bench import draw
 from tunewright.evaluation.benchmarks.choices import read_questions
-from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.benchmarks.samples import OwnSamples
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.open_project import OpenProject
@@ -90,7 +90,7 @@ def test_samples_suite_equals_plain_likelihoods_and_divergences(
 ) -> None:
     """One answer at a time, by log-softmax over the whole vocabulary in double precision."""
     arm_runner = open_arm_runner(OpenProject(project.folder, project.reporter))
-    rows = ForgettingMeter(project.folder, arm_runner.version, arm_runner.generator, 6).unseen(adapter)
+    rows = OwnSamples(project.folder, arm_runner.version, arm_runner.generator, 6).unseen(adapter)
     models = _two(tiny_base_folder, adapter)
     sums = {"base": 0.0, "tuned": 0.0, "divergence": 0.0}
     count = 0

@@ -23,8 +23,8 @@ from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.evaluation import answer_worker
 from tunewright.evaluation.answer_worker import _parts
+from tunewright.evaluation.arm_runner import noise_floor
 from tunewright.evaluation.generations import ArmPrompts, Generator
-from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.constraints import Grammar
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, base_here, resolve_base

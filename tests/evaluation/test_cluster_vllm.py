@@ -29,8 +29,8 @@ from tunewright.engines.choice import AnswerEngine, MachineVllm, answer_engine
 from tunewright.engines.environment import Environment
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.evaluation import answer_worker
+from tunewright.evaluation.arm_runner import noise_floor
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.repeats import noise_floor
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
 from vllm_child import alive, install_fake

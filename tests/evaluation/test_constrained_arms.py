@@ -14,10 +14,10 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
+from tunewright.evaluation.arm_runner import noise_floor
 from tunewright.evaluation.arms import prompting_arms
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import warn_of_unreachable
-from tunewright.evaluation.repeats import noise_floor
 from tunewright.evidence.files import load_items
 from tunewright.generation.constraints import Grammar
 from tunewright.metrics import scorer_of

@@ -19,8 +19,7 @@ from tunewright.config import RetrieverName
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
-from tunewright.evaluation.demonstrations import Demonstrations, TfIdf, with_demonstrations
-from tunewright.evaluation.embeddings import Vectors
+from tunewright.evaluation.demonstrations import Demonstrations, TfIdf, Vectors, with_demonstrations
 from tunewright.evaluation.folds import fold_versions
 
 RETRIEVERS: tuple[RetrieverName, ...] = ("bm25", "tfidf", "dense")

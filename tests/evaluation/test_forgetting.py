@@ -1,4 +1,4 @@
-"""Forgetting and multiple choice against plain computations."""
+"""Held-out samples of the base, and multiple choice against a plain computation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import tunewright
-from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned, short_turns
+from base_and_tuned import likeliest_choice, only_adapter, plain_base, short_turns
 from command_line import tiny_project
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
@@ -20,7 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import normalised
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
-from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.benchmarks.samples import OwnSamples
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.open_project import OpenProject
 
@@ -50,50 +49,13 @@ def adapter(project: Project) -> Adapter:
     return only_adapter(project)
 
 
-def _meter(project: Project, samples: int = 8) -> ForgettingMeter:
-    arm_runner = open_arm_runner(OpenProject(project.folder, project.reporter))
-    return ForgettingMeter(project.folder, arm_runner.version, arm_runner.generator, samples)
-
-
-def test_forgetting_is_the_likelihood_loss_of_the_bases_own_answers(
-    project: Project, adapter: Adapter, tiny_base_folder: Path
-) -> None:
-    meter = _meter(project)
-    found = meter.measure(adapter)
-    plain, tuned = plain_base(tiny_base_folder), plain_tuned(tiny_base_folder, adapter.folder)
-    before = after = 0.0
-    tokens = 0
-    for sample in meter.drawn.used:
-        prompt = project.chat.prompt(sample.example.prompt)
-        row = [*prompt, *sample.ids, *([project.chat.tokenizer.eos_token_id] if sample.stopped else [])]
-        ids = torch.tensor([row])
-        places = range(len(prompt), len(row))
-        with torch.inference_mode():
-            for model, adds in ((plain, "before"), (tuned, "after")):
-                log_p = model(ids).logits[0].double().log_softmax(-1)
-                loss = -sum(float(log_p[place - 1, row[place]]) for place in places)
-                before, after = (before + loss, after) if adds == "before" else (before, after + loss)
-        tokens += len(places)
-    assert {sample.stopped for sample in meter.drawn.used} == {True, False}
-    assert (found.samples, found.tokens) == (8, tokens)
-    assert found.base == pytest.approx(before / tokens, rel=1e-4)
-    assert found.tuned == pytest.approx(after / tokens, rel=1e-4)
-    assert found.increase == pytest.approx((after - before) / tokens, rel=1e-3, abs=1e-4)
-    assert found.interval.low <= found.increase <= found.interval.high
-
-
 def test_held_out_samples_exclude_trained_ones(project: Project, adapter: Adapter) -> None:
     replayed = {normalised(messages[0]["content"]) for messages in adapter.replayed}
-    held_out = {normalised(sample.instruction) for sample in _meter(project).drawn.used}
+    arm_runner = open_arm_runner(OpenProject(project.folder, project.reporter))
+    drawn = OwnSamples(project.folder, arm_runner.version, arm_runner.generator, 8).drawn
+    held_out = {normalised(sample.instruction) for sample in drawn.used}
     assert len(replayed) == 4
     assert not replayed & held_out
-
-
-def test_forgetting_reuses_measured_losses(project: Project, adapter: Adapter) -> None:
-    first = _meter(project).measure(adapter)
-    again = _meter(project)
-    again.generator.model_with = None  # type: ignore[method-assign, assignment]
-    assert again.measure(adapter) == first
 
 
 # Multiple choice

@@ -13,7 +13,7 @@ from fold_helpers import version_of
 from tunewright.core.errors import UserError
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, members_digest
-from tunewright.evaluation.learning_curve import subset_versions
+from tunewright.evaluation.folds import subset_versions
 
 SHARES = (0.25, 0.5, 1.0)
 SPLITS: dict[int, Split] = {3: "dev", 4: "test"}

@@ -20,8 +20,8 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.engines import environment
 from tunewright.engines.choice import EMBEDDED, AnswerEngine
+from tunewright.evaluation.arm_runner import noise_floor
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.requests import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base

@@ -21,7 +21,7 @@ from factories import pair, scorers
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Regex
 from tunewright.metrics import Scores, normalised, p_text, points_text, score_all, score_text
-from tunewright.metrics.fields import same
+from tunewright.metrics.texts import same
 
 SENTENCES = st.lists(st.sampled_from(["the", "court", "of", "appeals", "Ala.", "x,y", "", "É"]), max_size=9).map(
     " ".join

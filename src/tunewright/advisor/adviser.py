@@ -20,8 +20,8 @@ from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ArmPlan, plan_of
+from tunewright.evaluation.folds import subset_versions
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.learning_curve import subset_versions
 from tunewright.evaluation.prompt_search import advice_file, advise, first_items
 from tunewright.evaluation.workload import Workload, limit_time
 from tunewright.evidence.schema import Advice

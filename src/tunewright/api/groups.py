@@ -7,7 +7,7 @@ from tunewright.adapters.import_options import ImportOptions
 from tunewright.api.deprecated import keywords
 from tunewright.data import preview, remote, remove, verify
 from tunewright.data import verbs as data
-from tunewright.evaluation import adapter_details, data_verbs, label_review
+from tunewright.evaluation import data_verbs, label_review, stored
 from tunewright.evaluation.verbs import current_split_power
 from tunewright.export import verbs as exports
 from tunewright.export.hub_options import HubOptions
@@ -28,7 +28,7 @@ class ProjectAdapters(ProjectGroup):
     import_ = keywords(verbs.import_, ImportOptions)
     list = verbs.list_all
     push = verbs.push
-    show = adapter_details.show
+    show = stored.show_adapter
     sign = verbs.sign
     verify = verbs.verify
 

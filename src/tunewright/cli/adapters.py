@@ -19,7 +19,7 @@ from tunewright.render.blocks import Table, table, words
 if TYPE_CHECKING:
     from tunewright.adapters.lineage import DatasetTrace, Trace
     from tunewright.adapters.registry import Adapter as StoredAdapter
-    from tunewright.evaluation.adapter_details import AdapterDetails
+    from tunewright.evaluation.stored import AdapterDetails
 
 # As in config.section, which is too heavy to import for --help.
 Quantization = Literal["none", "nf4"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
-    from tunewright.evaluation.kept_preferences import KeptPreferences
+    from tunewright.evaluation.stored_answers import KeptPreferences
 
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
 SIDE_BY_SIDE = 90  # columns of the terminal; below them A stands over B

@@ -81,7 +81,7 @@ def _train(run: Session, *, force: bool) -> None:
 
 def _evaluated(evaluation: dict[str, Any], metric: MetricName) -> str:
     """Return the dev loss, and the score with its metric's name."""
-    from tunewright.metrics.labels import metric_label, score_text
+    from tunewright.metrics import metric_label, score_text
 
     loss, score = f"{evaluation['dev_loss']:.3f}", evaluation["dev_metric"]
     if score is None:

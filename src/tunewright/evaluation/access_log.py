@@ -48,9 +48,6 @@ class AccessLog:
     Files are named by their paths relative to the folder of evaluations. A write that a crash interrupted is completed
     first, so that the files are there when they are looked for.
 
-    Args:
-        evaluations: the project's folder of evaluations.
-
     Raises:
         UserError: a line was changed or is missing; the message names the first one.
     """
@@ -72,11 +69,7 @@ class AccessLog:
         return [line for line in self._lines if isinstance(line, LoggedAccess)]
 
     def open(self, **facts: Any) -> LoggedAccess:
-        """Return this evaluation's line: the existing one, or a new one.
-
-        Args:
-            facts: fields of `LoggedAccess`, without number, time and digests.
-        """
+        """Return this evaluation's line: the existing one, or a new one."""
         with self._held():
             known = next((o for o in self.openings if o.evaluation == facts["evaluation"]), None)
             if known is not None:
@@ -87,13 +80,7 @@ class AccessLog:
             return opening
 
     def earlier(self, opening: LoggedAccess, dataset: Path, keys: set[str]) -> tuple[EarlierAccess, ...]:
-        """Return the earlier openings that share items with this one.
-
-        Args:
-            opening: a line of this log.
-            dataset: the project's dataset versions, which determine the items that earlier evaluations opened.
-            keys: the pair keys of this opening's items.
-        """
+        """Return the earlier openings that share items with this one."""
         found = []
         for other in self.openings:
             if other.number >= opening.number:
@@ -110,12 +97,7 @@ class AccessLog:
             self._write({file: text})
 
     def add(self, folder: Path, files: Mapping[str, str]) -> None:
-        """Write a new evaluation; one that exists is kept, since the folder is named by its inputs.
-
-        Args:
-            folder: the evaluation's.
-            files: the names of its files and their texts.
-        """
+        """Write a new evaluation; one that exists is kept, since the folder is named by its inputs."""
         with self._held():
             if not (folder / EVIDENCE_FILE).exists():
                 self._write({folder / name: text for name, text in files.items()})
@@ -163,11 +145,7 @@ class AccessLog:
                 self._require(os.path.relpath(file, self.path.parent))
 
     def require_all(self) -> None:
-        """Refuse a project in which a file of any evaluation differs from its line.
-
-        Raises:
-            UserError: as for :meth:`require`; the message names the first such file.
-        """
+        """Refuse a project in which a file of any evaluation differs from its line."""
         if not self.path.parent.exists():
             return
         with self._held():
@@ -299,10 +277,6 @@ def log_of(place: Path, evaluations: Path) -> AccessLog | None:
 
     The evaluations of a project need its log. An evaluation elsewhere needs the log of the folder that it lies in, if
     that folder has one: it belongs to another project.
-
-    Args:
-        place: the evaluation's folder or evidence file.
-        evaluations: the project's folder of evaluations.
     """
     folder = _folder(place)
     # Absolute paths too: a link in the folder of evaluations does not lead out of the project.
@@ -329,11 +303,6 @@ def amendable(place: Path, evaluations: Path) -> tuple[AccessLog, Path]:
 
 def load_checked(place: Path, evaluations: Path, reporter: Reporter) -> Evidence:
     """Load evidence, checked against its access log; evidence without a log gets a warning.
-
-    Args:
-        place: the evaluation's folder or evidence file.
-        evaluations: the project's folder of evaluations.
-        reporter: receives the warning.
 
     Raises:
         UserError: there is no such evidence, or a file of the evaluation or a line of the log was changed or is
@@ -401,11 +370,7 @@ def _shared(other: LoggedAccess, dataset: Path, keys: set[str]) -> int | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the access log for one writer, after waiting for any other; the lock dies with its process.
-
-    Raises:
-        UserError: another process keeps the lock, for example because it is stopped.
-    """
+    """Lock the access log for one writer, after waiting for any other; the lock dies with its process."""
     busy = UserError(
         f"Another command has been writing the access log for {_LOCK_S:g} s",
         where=str(folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,11 +24,10 @@ from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
 from tunewright.evaluation.countdown import TimeLimit, Work, tokens_each
-from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
-from tunewright.evaluation.embeddings import Embeddings
+from tunewright.evaluation.demonstrations import Demonstrations, Embeddings, with_demonstrations
 from tunewright.evaluation.generations import Answer, ArmPrompts, Generator, Prompt
 from tunewright.evaluation.optimized_prompts import find_optimized
-from tunewright.evidence.common import Budget, StoredPrompt
+from tunewright.evidence.common import Budget, NoiseFloor, StoredPrompt
 from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import MEASUREMENT_VERSION, Arm
@@ -69,13 +69,8 @@ class BuiltPrompt:
 class ArmRunner:
     """A dataset version and a base model, with the arms' answers to its rows.
 
-    Args:
-        project: its config decides the measurements.
-        version: the rows; demonstrations come from its training split.
-        generator: answers prompts.
-        reporter: shows progress and warnings.
-        folder: folder for advice and evidence (None: the project's own).
-        limit: the longest answer in tokens (None: see `answer_limit`, of the training split).
+    Of a fold, ``folder`` is the place of its advice, and ``limit`` the longest answer in tokens. Otherwise they are the
+    project's folder of evaluations, and what the training split needs.
     """
 
     def __init__(
@@ -125,20 +120,12 @@ class ArmRunner:
 
     @cached_property
     def instruction(self) -> Instruction:
-        """The instruction that all pairs share, where evaluate.instructions apply.
-
-        Raises:
-            UserError: the shared instruction cannot be determined.
-        """
+        """The instruction that all pairs share, where evaluate.instructions apply."""
         return find_instruction(self.version.domain)
 
     @cached_property
     def optimization(self) -> OptimizedPrompt | None:
-        """The prompt optimization on this dataset version and base; None for folds, whose test rows it may have seen.
-
-        Raises:
-            UserError: a stored prompt was changed after it was written.
-        """
+        """The prompt optimization on this version and base; None for folds, whose test rows it may have seen."""
         project = self.project
         if self.folder != project.evaluations:
             return None
@@ -203,14 +190,6 @@ class ArmRunner:
         """Return the answers to these rows, in order, by arm; the workers of a cluster answer all arms at once.
 
         A prompt that is too long shows fewer demonstrations, with a warning.
-
-        Args:
-            arms: plans, each with the adapter that answers adapted plans.
-            members: the rows.
-            split: the name of their split, for the progress display.
-
-        Raises:
-            UserError: a row does not fit the base's context even alone.
         """
         asked = []
         for plan, adapter in arms:
@@ -240,11 +219,7 @@ class ArmRunner:
         return Work(plan.name, split, missing, len(prompts) - missing, tokens_each(prompts, self.limit))
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> list[BuiltPrompt]:
-        """Return the prompts of these rows, each with as many demonstrations as fit the context.
-
-        Raises:
-            UserError: a row does not fit the base's context even alone.
-        """
+        """Return the prompts of these rows, each with as many demonstrations as fit the context."""
         self.demonstrations.prepare(plan, members)
         return [self._fitting_prompt(plan, member) for member in members]
 
@@ -290,11 +265,7 @@ class ArmRunner:
         return self.instructed(member, text, shown)
 
     def instructed(self, member: Member, text: str | None, shown: Sequence[Member] = ()) -> BuiltPrompt:
-        """Return a row's prompt with an instruction in place of the pairs' own (None: theirs).
-
-        Raises:
-            UserError: the pairs share no single instruction, or the template refuses the conversation.
-        """
+        """Return a row's prompt with an instruction in place of the pairs' own (None: theirs)."""
         messages = with_demonstrations(member, shown)
         if text is not None:
             messages = self.instruction.replaced(messages, text)
@@ -337,11 +308,7 @@ def measured_arm(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Arm:
-    """Return one arm's scores; ``answers`` are the scored answers.
-
-    Raises:
-        UserError: a metric can score none of the answers.
-    """
+    """Return one arm's scores; ``answers`` are the scored answers."""
     prompts = [a.prompt for a in answers]
     arm = score_arm(
         name=name,
@@ -381,3 +348,57 @@ def measured_with(
         },
         "packages": packages(quantization),
     }
+
+
+# The noise floor
+
+
+MOST_ITEMS = 100
+NOISE = "noise floor"
+
+
+def noise_floor(
+    generator: Generator, members: Sequence[Member], prompts: Sequence[Prompt], limit: int, scorer: Scorer, seed: int
+) -> NoiseFloor:
+    """Have the base answer up to 100 of these items twice, with the engine that answers all arms.
+
+    The seed draws the items. Of items with equal prompts, only the first may be drawn.
+    """
+    draw = random.Random(f"{seed}:noise")
+    first_of: dict[Prompt, int] = {}
+    for place, prompt in enumerate(prompts):
+        first_of.setdefault(prompt, place)
+    places = sorted(draw.sample(list(first_of.values()), min(MOST_ITEMS, len(first_of))))
+    # Capped at the number of items: otherwise both passes would batch every item with all the others.
+    most = min(generator.rows, len(places))
+    sizes = most, max(2, most // 2) if most > 1 else 2
+    shuffled = draw.sample(places, len(places))
+    tokens = tokens_each([prompts[place] for place in places], limit)
+    with generator.countdown.arm(NOISE, 2 * len(places), tokens) as task:
+        answers = []
+        for order, size in zip((places, shuffled), sizes, strict=True):
+            requests = generator.requests([prompts[place] for place in order], limit)
+            completions = generator.generate(
+                requests,
+                lambda _index, _completion: task.advance(),
+                at_once=size,
+                # Otherwise the second pass would reuse the first pass's keys and values from vLLM's prefix cache.
+                company=f"noise floor, {size} at once",
+            )
+            answers.append(
+                {
+                    place: generator.text(prompts[place], completion)
+                    for place, completion in zip(order, completions, strict=True)
+                }
+            )
+    first, second = ([given[place] for place in places] for given in answers)
+    examples = [members[place].example for place in places]
+    among = [member.example for member in members]
+    scores = [score_all(scorer, given, examples, among).total() for given in (first, second)]
+    return NoiseFloor(
+        items=len(places),
+        changed=sum(a != b for a, b in zip(first, second, strict=True)),
+        score_difference=scores[1] - scores[0],
+        how=f"zero-shot by the base in {generator.dtype} with {generator.engine.name}: batches of {sizes[0]}, then of "
+        f"{sizes[1]} in another order",
+    )

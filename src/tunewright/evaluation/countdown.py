@@ -20,27 +20,23 @@ _PARTS = 100
 
 @dataclass(eq=False)
 class Work:
-    """One arm's answers to some items.
-
-    Args:
-        arm: name of the arm.
-        split: name of the items' split; empty where the arm's name says everything.
-        answers: number of answers to compute.
-        kept: number of answers that were in the journal before.
-        tokens: work of each answer, see `tokens_each` (None: as much as the longest of the other arms).
-        optional: a time limit may leave the arm out.
-        needs: the arm without which these answers are not needed.
-        done: number of computed answers.
-    """
+    """One arm's answers to some items."""
 
     arm: str
     split: str
+    """Empty where the arm's name says everything."""
     answers: int
+    """Number of answers to compute."""
     kept: int
+    """Number of answers that were in the journal before."""
     tokens: float | None
+    """Work of each answer, see `tokens_each` (None: as much as the longest of the other arms)."""
     optional: bool = False
+    """A time limit may leave the arm out."""
     needs: Work | None = None
+    """The arm without which these answers are not needed."""
     done: int = 0
+    """Number of computed answers."""
 
     @property
     def title(self) -> str:
@@ -58,9 +54,6 @@ class Countdown:
 
     Arms differ in speed by their prompts' lengths, so counting answers alone would mislead. The display extrapolates
     from the share.
-
-    Args:
-        reporter: shows the display.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -90,11 +83,8 @@ class Countdown:
     def expected(self, without: Collection[Work] = ()) -> float | None:
         """Return the seconds from the command's start to its last answer; None before an arm was answered.
 
-        The speed is that of the arms so far. The first one waits for the model to load, so it counts only while it is
-        the only one.
-
-        Args:
-            without: planned arms that are not to be counted, nor what needs them.
+        Planned arms ``without`` are not counted, nor what needs them. The speed is that of the arms so far. The first
+        one waits for the model to load, so it counts only while it is the only one.
         """
         timed = self._timed[1:] or self._timed
         if not timed:
@@ -128,11 +118,6 @@ class Countdown:
         """Show the progress of one arm's answers, as a part of the whole display where there is one.
 
         Several arms may be in progress at once.
-
-        Args:
-            title: the title of its planned work, if any.
-            answers: number of answers to compute.
-            tokens: work of each answer, see `tokens_each`.
         """
         began = monotonic()
         if self._task is None:
@@ -177,11 +162,7 @@ class _ArmTask(LogTask):
 class TimeLimit:
     """The limit of ``--minutes``: the first arm by value that does not fit is left out, with all later ones.
 
-    Args:
-        minutes: the limit, above 0.
-        file: keeps the decision, so that a resumed command leaves out the same arms on a machine of another speed.
-        countdown: the command's answers.
-        reporter: names the arms that are left out.
+    The file keeps the decision, so that a resumed command leaves out the same arms on a machine of another speed.
     """
 
     def __init__(self, minutes: float, file: Path, countdown: Countdown, reporter: Reporter) -> None:
@@ -245,11 +226,7 @@ class TimeLimit:
         self._reporter.warn(f"--minutes {self.minutes:g}: left out {', '.join(left_out)}. The rule: {RULE}.")
 
     def settle(self) -> None:
-        """Decide on the arms that follow the choice of a prompt.
-
-        Raises:
-            UserError: as :meth:`allows`.
-        """
+        """Decide on the arms that follow the choice of a prompt; raises as :meth:`allows`."""
         for work in self._undecided:
             self.allows(work.arm)
         if self.decision is None:

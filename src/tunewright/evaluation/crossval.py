@@ -35,12 +35,13 @@ from tunewright.evaluation.arm_runner import (
     scored_arms,
 )
 from tunewright.evaluation.arms import BEST_PROMPTING, TUNED, TUNED_RETRIEVED, ZERO_SHOT, ArmPlan
-from tunewright.evaluation.comparison import contest, declare
 from tunewright.evaluation.folds import fold_versions
 from tunewright.evaluation.generations import Answer, Generator
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
 from tunewright.evaluation.runner import (
     EvaluateResult,
+    contest,
+    declare,
     measured_contrasts,
     open_test,
     save_evaluation,
@@ -95,16 +96,6 @@ class _Role:
 
 class CrossValidation:
     """The folds of a dataset version, and everything that decides the result.
-
-    Args:
-        project: its config decides; its working folder keeps the folds' adapters, apart from its own.
-        version: the rows, of all splits.
-        base: the base model, adapted and prompted.
-        chat: the chat format.
-        reporter: shows progress and warnings.
-        trainings: where the adapters are trained.
-        folds: number of folds, at least 2.
-        force: train even on fewer pairs than the minimum.
 
     Raises:
         UserError: too few clusters or pairs.
@@ -167,12 +158,7 @@ class CrossValidation:
         return digest(decides)[:12]
 
     def run(self) -> EvaluateResult:
-        """Evaluate the config on all rows. A stopped run resumes and reuses its finished work.
-
-        Raises:
-            UserError: training or evaluation failed.
-            KeyboardInterrupt: a signal stopped the run; finished work is kept.
-        """
+        """Evaluate the config on all rows. A stopped run resumes and reuses its finished work."""
         folder = self.project.evaluations / self.identity
         access_log = AccessLog(self.project.evaluations)
         if (folder / EVIDENCE_FILE).exists():
@@ -180,7 +166,7 @@ class CrossValidation:
         if self.config.evaluate.incumbents:
             self.reporter.warn("evaluate.incumbents are not asked in a cross-validation; `tunewright evaluate` does.")
         # The prompting arm of each fold is not known yet.
-        with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
+        with_retrieved = [TUNED_RETRIEVED] if self._tries_retrieved else []
         opening, earlier = open_test(
             access_log,
             self.project,
@@ -207,7 +193,7 @@ class CrossValidation:
             if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
                 seconds = time.monotonic() - began
                 self.reporter.say(f"The fold took {duration(seconds)}. {left} left: about {duration(left * seconds)}.")
-        return self._result(folder, done, opening, earlier)
+        return self._result(access_log, folder, done, opening, earlier)
 
     def _new_templates(self) -> dict[str, bool] | None:
         """Return, by item, True if its own fold trained on no row with its output template; None if inapplicable."""
@@ -279,7 +265,12 @@ class CrossValidation:
         return [_Role(plans[0].name if len(set(plans)) == 1 else name, plans) for plans, name in each]
 
     def _result(
-        self, folder: Path, done: Sequence[_Done], opening: LoggedAccess, earlier: tuple[EarlierAccess, ...]
+        self,
+        access_log: AccessLog,
+        folder: Path,
+        done: Sequence[_Done],
+        opening: LoggedAccess,
+        earlier: tuple[EarlierAccess, ...],
     ) -> EvaluateResult:
         """Score all folds' answers together, and write the evidence."""
         rows, seed = self.items, self.config.seed
@@ -293,8 +284,7 @@ class CrossValidation:
         }
         scored = scored_arms(self.scorers, rows, answers)
         control = roles[1].name
-        with_retrieved = roles[3].name if len(roles) > 3 else None
-        declared = declare(self.config, self.scorers[0].name, control, with_retrieved)
+        declared = declare(self.config, self.scorers[0].name, control, [role.name for role in roles[3:]])
         contrasts = measured_contrasts(scored, declared, seed)
         nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
         new = self._new_templates()
@@ -342,7 +332,7 @@ class CrossValidation:
         )
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
         distances = Distances(nearest, new)
-        save_evaluation(folder, evidence, rows, answers, scored, distances, prompts, messages, fold_of)
+        save_evaluation(access_log, folder, evidence, rows, answers, scored, distances, prompts, messages, fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
 
 

@@ -1,12 +1,13 @@
-"""Folds: splits of a dataset version in which every row is a test row once, and their adapters."""
+"""Versions in memory: folds in which every row is a test row once, and nested parts of the training rows."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.chat import ChatFormat
@@ -14,6 +15,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, members_digest, short
+from tunewright.data.versions.version import count_families
 from tunewright.models.bases import Base
 
 
@@ -26,11 +28,6 @@ def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[Datase
     Clusters stay whole, so no row has a near-duplicate on another side. Folds are as equal in size as whole clusters
     allow (the largest first, each into the smallest fold). Dev gets the version's own share of all rows. These versions
     exist in memory only, with their own digests.
-
-    Args:
-        version: the rows, of all splits.
-        folds: number of folds, at least 2.
-        seed: decides the fold of each cluster.
 
     Raises:
         UserError: too few clusters.
@@ -53,7 +50,10 @@ def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[Datase
                 fix="Add pairs with other inputs, or choose another number of folds.",
             )
         dev = _choose(_shuffled(rest, f"{seed}:{number}"), rest, round(share * len(people)))
-        made.append(_version(version, number, folds, held_out, dev))
+        members = tuple(m for m in _placed(version, held_out, dev) if not m.generated or m.split == "train")
+        counts = Counter(member.split for member in members)
+        message = f"fold {number} of {folds} of {short(version.digest)}"
+        made.append(_in_memory(version, members, message, {name: counts[name] for name in SPLITS}))
     return made
 
 
@@ -72,6 +72,13 @@ def _assign_folds(sizes: Mapping[str, int], folds: int, seed: int) -> list[set[s
     return dealt
 
 
+def _placed(version: DatasetVersion, test: set[str], dev: set[str]) -> Iterator[Member]:
+    """Yield all members, in the fold's splits."""
+    for member in version.members:
+        split: Split = "test" if member.cluster in test else "dev" if member.cluster in dev else "train"
+        yield replace(member, split="train" if member.mixed else split)
+
+
 def _choose(order: Sequence[str], sizes: Mapping[str, int], room: int) -> set[str]:
     """Choose clusters for dev: in order, each that fits; at least one and never all."""
     taken: set[str] = set()
@@ -82,28 +89,71 @@ def _choose(order: Sequence[str], sizes: Mapping[str, int], room: int) -> set[st
     return taken or {min(order, key=lambda name: sizes[name])}
 
 
-def _version(version: DatasetVersion, number: int, folds: int, test: set[str], dev: set[str]) -> DatasetVersion:
-    def split(member: Member) -> Split:
-        if member.mixed:
-            return "train"
-        return "test" if member.cluster in test else "dev" if member.cluster in dev else "train"
-
-    placed = (replace(member, split=split(member)) for member in version.members)
-    members = tuple(member for member in placed if not member.generated or member.split == "train")
-    counts = Counter(member.split for member in members)
+def _in_memory(
+    version: DatasetVersion, members: tuple[Member, ...], message: str, counts: Mapping[str, int]
+) -> DatasetVersion:
+    """Return a version of these members; it is never saved, so it seals nothing on disk."""
     manifest = version.manifest.model_copy(
         update={
             "digest": members_digest(members),
             "parent": version.digest,
-            "message": f"fold {number} of {folds} of {short(version.digest)}",
-            "counts": version.manifest.counts.model_copy(update={name: counts[name] for name in SPLITS}),
+            "message": message,
+            "counts": version.manifest.counts.model_copy(update=dict(counts)),
             "splits": {name: keys_digest(m.key for m in members if m.split == name) for name in SPLITS},
-            # These versions are never saved, so they seal nothing on disk.
             "imports": None,
             "seal": None,
         }
     )
     return DatasetVersion(manifest, members)
+
+
+def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int) -> list[DatasetVersion]:
+    """Return the version once per share, with that share of its training rows; dev and test are unchanged.
+
+    The seed draws an order of whole clusters. Each part is the prefix of that order that comes nearest to its share of
+    the rows, so larger parts include smaller ones. The generic mix-in is cut to the same share separately, so that its
+    proportion of the training rows stays the same. These versions exist in memory only, with their own digests; the
+    whole (share 1) is the version itself.
+
+    Raises:
+        UserError: too few clusters for the shares to differ.
+    """
+    assert shares[-1] == 1
+    assert all(a < b for a, b in pairwise([0, *shares]))
+    generic = [member for member in version.examples("train") if member.mixed]
+    domain, mixed = _prefixes(version.domain_of("train"), shares, seed), _prefixes(generic, shares, seed)
+    rows = [len(keys) for keys in domain]
+    if any(a == b for a, b in pairwise([0, *rows])):
+        sizes = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, rows, strict=True))
+        raise UserError(
+            f"The training rows form too few independent clusters to divide: whole clusters would give {sizes}",
+            fix="Add pairs with other inputs.",
+        )
+    made = []
+    for share, keys, more in zip(shares, domain, mixed, strict=True):
+        members = tuple(m for m in version.members if m.split != "train" or m.key in keys | more)
+        counts = {
+            "rows": len(members),
+            "train": sum(m.split == "train" for m in members),
+            "mixed": sum(m.mixed for m in members if m.split == "train"),
+            "clusters": len({m.cluster for m in members}),
+            "families": count_families(members),
+        }
+        message = f"{share:.0%} of the training rows of {short(version.digest)}, seed {seed}"
+        made.append(version if share == 1 else _in_memory(version, members, message, counts))
+    return made
+
+
+def _prefixes(members: Iterable[Member], shares: Sequence[float], seed: int) -> list[set[str]]:
+    """Return the keys of each share's members."""
+    clusters: dict[str, list[str]] = defaultdict(list)
+    for member in members:
+        clusters[member.cluster].append(member.key)
+    order = _shuffled(clusters, str(seed))
+    rows = list(accumulate((len(clusters[name]) for name in order), initial=0))
+    # Ties go to the first, so that a larger share never gets fewer.
+    nearest = [min(range(len(rows)), key=lambda n: abs(rows[n] - share * rows[-1])) for share in shares]
+    return [{key for name in order[:count] for key in clusters[name]} for count in nearest]
 
 
 def out_of_fold(

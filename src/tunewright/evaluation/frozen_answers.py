@@ -125,13 +125,7 @@ class IncumbentEstimate:
 
 
 class IncumbentModel:
-    """An incumbent of the config with its frozen answers.
-
-    Args:
-        project: holds the frozen answers and, until they are complete, the journal of replies.
-        config: the incumbent's.
-        reporter: shows progress and warnings.
-    """
+    """An incumbent of the config with its frozen answers."""
 
     def __init__(self, project: ProjectFolder, config: IncumbentConfig, reporter: Reporter) -> None:
         where = f"evaluate.incumbents.{config.name}"
@@ -217,11 +211,7 @@ class IncumbentModel:
             self.endpoint.require_key()
 
     def answers(self, members: Sequence[Member], split: Split) -> FrozenSet:
-        """Return the split's frozen answers; rows that have none are asked, and the file is written once all are there.
-
-        Raises:
-            UserError: the endpoint fails or the budget is used up (replies are kept), or a file was changed.
-        """
+        """Return the split's frozen answers; rows without one are asked, and the file is written once all are there."""
         keys = [self.key(m) for m in members]
         unfrozen = self._unfrozen(members)
         if missing := self.endpoint.journal.missing(unfrozen):
@@ -317,11 +307,7 @@ class IncumbentModel:
 
 
 def read_frozen(path: Path) -> list[FrozenAnswer]:
-    """Load the answers of a frozen file.
-
-    Raises:
-        UserError: a line has another form.
-    """
+    """Load the answers of a frozen file."""
     answers = []
     for number, line in numbered_lines(path.read_bytes()):
         validate = FrozenHeader.model_validate_json if number == 1 else FrozenAnswer.model_validate_json

@@ -58,11 +58,7 @@ def require_ready(project: ProjectFolder, version: DatasetVersion, splits: Seque
 
 
 def _trained_on(model: IncumbentModel, project: ProjectFolder, version: DatasetVersion) -> set[str]:
-    """Return the pair keys of rows from the files that a model was itself trained on.
-
-    Raises:
-        UserError: no row was read from such a file.
-    """
+    """Return the pair keys of rows from the files that a model was itself trained on."""
     if not model.config.trained_on:
         return set()
     source_of = {
@@ -100,12 +96,7 @@ def declared_incumbents(arm_runner: ArmRunner, metric: MetricName) -> tuple[Decl
 
 
 class IncumbentArms:
-    """The incumbents of one evaluation.
-
-    Args:
-        arm_runner: holds the rows and the metrics.
-        split: the split that is compared. On test, dev is answered first.
-    """
+    """The incumbents of one evaluation."""
 
     def __init__(self, arm_runner: ArmRunner, split: Split) -> None:
         self.arm_runner = arm_runner
@@ -116,11 +107,7 @@ class IncumbentArms:
         self._frozen: dict[str, FrozenSet] = {}
 
     def try_dev(self) -> None:
-        """Have each incumbent answer dev and report its score, so that a wrong setting shows before test is opened.
-
-        Raises:
-            UserError: as for :meth:`ask`, or no answer can be scored.
-        """
+        """Have each incumbent answer dev and report its score, so that a wrong setting shows before test is opened."""
         rows = self.arm_runner.version.examples("dev")
         for model in self.models:
             frozen = model.answers(rows, "dev")
@@ -135,11 +122,7 @@ class IncumbentArms:
             self.arm_runner.reporter.say(f"{model.arm} on dev: {score_text(scorer.name, score.value)}")
 
     def ask(self) -> dict[str, list[Answer]]:
-        """Return the answers to the split by arm; an item without one has an empty text and is left out by `scored`.
-
-        Raises:
-            UserError: an endpoint fails or a budget is used up; replies are kept.
-        """
+        """Return the answers to the split by arm; an item without one has an empty text and is left out by `scored`."""
         self._frozen = {model.arm: model.answers(self.members, self.split) for model in self.models}
         return {
             arm: [
@@ -170,11 +153,7 @@ class IncumbentArms:
         return scored
 
     def arms(self, scored: ScoredArms) -> list[Arm]:
-        """Return the incumbents' arms.
-
-        Raises:
-            UserError: no answer can be scored.
-        """
+        """Return the incumbents' arms."""
         return [self._arm(name, frozen, scored) for name, frozen in self._frozen.items()]
 
     def _arm(self, name: str, frozen: FrozenSet, scored: ScoredArms) -> Arm:
@@ -193,13 +172,7 @@ class IncumbentArms:
         return arm.model_copy(update={"answer_tokens": sum(answer.completion_tokens for answer in given) / count})
 
     def section(self, scored: ScoredArms, adapter: Adapter, tuned: Arm) -> Incumbents | None:
-        """Return the evidence's section; None without incumbents.
-
-        Args:
-            scored: all arms' scores, from :meth:`scored`.
-            adapter: the adapter, which is timed here.
-            tuned: its arm.
-        """
+        """Return the evidence's section; None without incumbents."""
         if not self.models:
             return None
         arms = next(iter(scored.by_metric.values()))
@@ -289,14 +262,7 @@ def latency_of(seconds: Sequence[float], how: str) -> Latency:
 
 
 def measured_tuned(arm_runner: ArmRunner, adapter: Adapter, members: Sequence[Member], arm: Arm) -> TunedServing:
-    """Measure the tuned arm's speed: a full batch for its cost, single requests for its latency.
-
-    Args:
-        arm_runner: answers the items.
-        adapter: the adapter.
-        members: the items.
-        arm: the tuned arm on them, for its tokens.
-    """
+    """Measure the tuned arm's speed: a full batch for its cost, single requests for its latency."""
     generator, limit = arm_runner.generator, arm_runner.limit
     distinct = list(dict.fromkeys(prompt.ids for prompt in arm_runner.prompts(TUNED, members)))
     batch = distinct[: min(generator.rows, _BATCH_ROWS)]
@@ -332,13 +298,7 @@ def tuned_side(
 ) -> TunedServing:
     """Return the tuned side at the prices of advise.prices.
 
-    Args:
-        config: holds the prices.
-        arm: the tuned arm, for its tokens.
-        seconds: machine seconds of a call in a full batch.
-        rows: answers in that batch.
-        latency: of single requests.
-        training: seconds of the training; None: unknown.
+    ``seconds`` are the machine's for a call in a full batch of ``rows``; ``training`` is the training's, if known.
     """
     prices = config.advise.prices or PriceConfig()
     missing, per_1000 = {}, None

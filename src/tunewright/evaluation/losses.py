@@ -60,13 +60,7 @@ def judging(
 
     The choice is the version's newest complete cross-fit, else the newest adapter that fits base and chat format.
     ``name`` chooses an adapter by name, or with ``BASE`` the base alone. Rows that an adapter was trained on have low
-    losses whatever their answers: a warning gives their number.
-
-    Returns:
-        None if no adapter fits.
-
-    Raises:
-        UserError: there is no adapter of that name, or it does not fit.
+    losses whatever their answers: a warning gives their number. None if no adapter fits.
     """
     folds = out_of_fold(project, version, base, chat) if name is None else []
     judges: list[Judge]
@@ -195,14 +189,6 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
     """Yield the mean negative log-likelihood per token of each row's last answer, one batch at a time.
 
     The end token is included.
-
-    Args:
-        model: a transformers causal language model or a PeftModel over one, in evaluation mode.
-        rows: name to ids and mask.
-        pad_id: any token id.
-
-    Yields:
-        Name to nats, for each batch.
     """
     import torch
 

@@ -6,11 +6,13 @@ Rows, arms, answers, scores, contrasts, evidence: the verdict (`tunewright.evide
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.registry import Adapter
+from tunewright.adapters.compatibility import require_compatible
+from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.config import Config, MetricName
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import digest, json_document
 from tunewright.core.progress import Reporter
@@ -19,18 +21,28 @@ from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.versions import Member
 from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
-from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
-from tunewright.evaluation.arms import TUNED, ZERO_SHOT
+from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, noise_floor, scored_arms
+from tunewright.evaluation.arms import (
+    PARENT,
+    TUNED,
+    TUNED_CONSTRAINED,
+    TUNED_RETRIEVED,
+    ZERO_SHOT,
+    ArmPlan,
+    plan_of,
+    tuned_optimized,
+    tuned_retrieved,
+)
 from tunewright.evaluation.benchmarks.runner import measure_suites
-from tunewright.evaluation.comparison import plan_comparison
+from tunewright.evaluation.countdown import Work
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.generations import Answer
-from tunewright.evaluation.incumbents import IncumbentArms, repriced
-from tunewright.evaluation.repeats import noise_floor
+from tunewright.evaluation.incumbents import IncumbentArms, declared_incumbents, incumbent_inputs, repriced
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.common import StoredPrompt
 from tunewright.evidence.files import (
+    DEV_PREFIX,
     EVIDENCE_FILE,
     ITEMS_FILE,
     PROMPTS_FILE,
@@ -74,16 +86,6 @@ def evaluate(
 
     The test split is opened: the planned comparison is in the access log before any of its prompts is made. On dev
     nothing is opened, and the evidence allows no release.
-
-    Args:
-        arm_runner: answers the arms' prompts.
-        adapter: the adapter.
-        advice: names the best prompting arm on dev.
-        split: the rows.
-        suites: benchmarks to measure with the adapter off and on.
-
-    Raises:
-        UserError: the access log is damaged, an incumbent's endpoint fails, or a suite that decides cannot be measured.
     """
     config, generator, version = arm_runner.project.config, arm_runner.generator, arm_runner.version
     comparison = plan_comparison(arm_runner, adapter, advice, split)
@@ -191,8 +193,129 @@ def evaluate(
         lineage=_lineage(arm_runner, adapter),
     )
     distances = Distances(nearest, new)
-    save_evaluation(comparison.folder, evidence, rows, answers, scored, distances, prompts, messages)
+    save_evaluation(access_log, comparison.folder, evidence, rows, answers, scored, distances, prompts, messages)
     return EvaluateResult(comparison.folder, evidence, evaluated=True)
+
+
+# The plan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A planned evaluation: everything that decides it, before any answer exists."""
+
+    split: Split
+    arms: Sequence[tuple[ArmPlan, Adapter]]
+    """Each arm with the adapter that answers it, if it is an adapted one."""
+    declared: tuple[Declared, ...]
+    identity: str
+    folder: Path
+    """The folder of its evidence."""
+
+    def work(self, arm_runner: ArmRunner) -> list[Work]:
+        """Return the answers of each arm, those that are kept included."""
+        rows = arm_runner.version.examples(self.split)
+        return [
+            replace(arm_runner.work(plan, rows, self.split, by), optional=plan.adapted and plan not in (TUNED, PARENT))
+            for plan, by in self.arms
+            # On dev, the base's arms were answered while a prompt was chosen.
+            if plan.adapted or self.split == "test"
+        ]
+
+
+def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Split) -> Comparison:
+    """Return the arms to compare and the contrasts to declare. Nothing is opened or answered."""
+    settings, metric = arm_runner.settings, arm_runner.scorers[0].name
+    budget, parent = arm_runner.budget, parent_of(arm_runner, adapter)
+    plans = contest(
+        advice,
+        with_retrieved=settings.tuned_retrieved,
+        constrained=settings.structured_outputs is not None,
+        parent=parent is not None,
+        optimized=arm_runner.optimized,
+        left_out=budget.left_out if budget else (),
+    )
+    treatments = [
+        plan.name for plan in plans if plan.kind == "tuned-retrieved" or (plan.kind == "tuned" and plan.optimized)
+    ]
+    decides = arm_runner.inputs(arm_runner.limit) | {
+        "adapter": adapter.digest,
+        "arms": [plan.name for plan in plans],
+        "instructions": settings.instructions,
+        "margin": settings.margin,
+        **({"left_out": sorted(budget.left_out)} if budget else {}),
+        **({"optimized": arm_runner.optimization.id} if arm_runner.optimization else {}),
+        **({"parent": parent.digest} if parent else {}),
+        **incumbent_inputs(arm_runner, split),
+    }
+    identity = digest(decides)[:12]
+    declared = declare(arm_runner.project.config, metric, advice.best, treatments, parent=parent is not None)
+    return Comparison(
+        split=split,
+        arms=[(plan, parent if parent and plan.kind == PARENT.kind else adapter) for plan in plans],
+        declared=declared + declared_incumbents(arm_runner, metric),
+        identity=identity,
+        folder=arm_runner.folder / (identity if split == "test" else f"{DEV_PREFIX}{identity}"),
+    )
+
+
+def contest(
+    advice: Advice,
+    *,
+    with_retrieved: bool,
+    constrained: bool = False,
+    parent: bool = False,
+    optimized: str | None = None,
+    left_out: Sequence[str] = (),
+) -> list[ArmPlan]:
+    """Return the arms compared on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
+
+    With ``parent``, the adapter that tuned started from is added; then tuned with the ``optimized`` instruction of this
+    digest, and ``constrained`` by the grammar. A time limit may have left out the arms after it.
+    """
+    every = [*advice.arms, *(advice.narrowing.arms if advice.narrowing else [])]
+    known = {arm.name: plan_of(arm) for arm in every}
+    plans = [ZERO_SHOT, known[advice.best], TUNED, *([PARENT] if parent else [])]
+    if with_retrieved and advice.best_retrieved is not None and TUNED_RETRIEVED not in left_out:
+        plans.append(tuned_retrieved(known[advice.best_retrieved]))
+    more = [tuned_optimized(optimized), TUNED_CONSTRAINED if constrained else None]
+    plans += [plan for plan in more if plan is not None and plan.name not in left_out]
+    return list(dict.fromkeys(plans))
+
+
+def declare(
+    config: Config, metric: MetricName, best: str, treatments: Sequence[str] = (), *, parent: bool = False
+) -> tuple[Declared, ...]:
+    """Declare the contrasts to measure by the deciding metric.
+
+    Tuned against the ``best`` prompting arm decides; then tuned against zero-shot and the adapter that it started from,
+    and other ``treatments`` of the same adapter against tuned.
+    """
+    controls = dict.fromkeys([best, ZERO_SHOT.name, *([PARENT.name] if parent else [])])
+    pairs = [(TUNED.name, control) for control in controls] + [(name, TUNED.name) for name in treatments]
+    margin = config.evaluate.margin
+    return tuple(
+        Declared(treatment=treatment, control=control, metric=metric, margin=margin if number == 0 else None)
+        for number, (treatment, control) in enumerate(pairs)
+    )
+
+
+def parent_of(arm_runner: ArmRunner, adapter: Adapter) -> Adapter | None:
+    """Return the adapter that another one started from; None if there is none, or, with a warning, if it is gone."""
+    named = adapter.lineage.get("parent")
+    if named is None:
+        return None
+    found = next((a for a in list_adapters(arm_runner.project.adapters) if a.digest == named["digest"]), None)
+    if found is None:
+        arm_runner.reporter.warn(
+            f"{adapter.name} started from {named['name']}, which is not here: the two are not compared."
+        )
+        return None
+    require_compatible(found, arm_runner.generator.base, arm_runner.generator.chat)
+    return found
+
+
+# The log and the files
 
 
 def open_test(
@@ -200,12 +323,7 @@ def open_test(
 ) -> tuple[LoggedAccess, tuple[EarlierAccess, ...]]:
     """Log the planned comparison on these rows, and report it with the earlier openings of the same rows.
 
-    Args:
-        access_log: the project's.
-        project: the project.
-        rows: the rows of the comparison.
-        reporter: receives the report.
-        facts: further fields of `LoggedAccess`.
+    ``facts`` are further fields of `LoggedAccess`.
     """
     opening = access_log.open(author=current_author(project.root), items=len(rows), **facts)
     earlier = access_log.earlier(opening, project.dataset, {row.key for row in rows})
@@ -273,6 +391,7 @@ def _lineage(arm_runner: ArmRunner, adapter: Adapter) -> dict[str, Any]:
 
 
 def save_evaluation(
+    access_log: AccessLog,
     folder: Path,
     evidence: Evidence,
     members: Sequence[Member],
@@ -311,4 +430,4 @@ def save_evaluation(
         PROMPTS_FILE: messages.text,
         EVIDENCE_FILE: json_document(evidence.model_dump(mode="json")),
     }
-    AccessLog(folder.parent).add(folder, files)
+    access_log.add(folder, files)

@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tunewright.adapters.keys import TrustedKeys
+from tunewright.adapters.lineage import Trace, trace
+from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.trust import TrustStatus, trust_status
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions.rows import has_rows, read_rows
 from tunewright.evaluation.access_log import AccessLog, amendable, load_checked
 from tunewright.evidence.common import StoredPrompt
-from tunewright.evidence.files import PROMPTS_FILE, find_evaluation, load_items, load_messages
+from tunewright.evidence.files import EVIDENCE_FILE, PROMPTS_FILE, find_evaluation, load_items, load_messages
 from tunewright.evidence.logged_access import LoggedAccess
 from tunewright.evidence.schema import Evidence, Item
+from tunewright.evidence.verdict import Decision, verdict
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
@@ -26,8 +31,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
     from tunewright.evaluation.judge.rows import JudgedItem
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
-    from tunewright.evaluation.kept_preferences import KeptPreferences
-    from tunewright.evaluation.row_answers import RowAnswers
+    from tunewright.evaluation.stored_answers import KeptPreferences, RowAnswers
     from tunewright.evidence.human_eval import AnswerReview
 
 
@@ -75,7 +79,7 @@ def human_eval_progress(project: OpenProject, evaluation: str | Path | None = No
 
 def row_answers(project: OpenProject, *, newest: int = 5) -> RowAnswers:
     """Return the adapter's stored answers to rows, from the ``newest`` evaluations. Nothing is generated."""
-    from tunewright.evaluation.row_answers import evaluated_files, row_answers
+    from tunewright.evaluation.stored_answers import evaluated_files, row_answers
 
     evaluations = project.folder.evaluations
     return row_answers(evaluated_files(evaluations)[:newest], evaluations, project.reporter)
@@ -125,7 +129,7 @@ def keep_preferences(
     Raises:
         UserError: nothing was judged, the judge failed its controls, or a file of the evaluation was changed.
     """
-    from tunewright.evaluation.kept_preferences import keep_preferences
+    from tunewright.evaluation.stored_answers import keep_preferences
 
     folder = folder_of(evaluation_folder(project, evaluation, dev=False))
     return keep_preferences(project.folder.dataset, project.folder.evaluations, folder, source, project.reporter)
@@ -306,3 +310,49 @@ def checked_evidence(project: OpenProject, evaluation: str | Path | None) -> Evi
 def folder_of(evaluation: Path) -> Path:
     """Return the folder of an evaluation that was given as its evidence file."""
     return evaluation if evaluation.is_dir() else evaluation.parent
+
+
+# Of an adapter
+
+
+@dataclass(frozen=True)
+class AdapterDetails:
+    """An adapter with its lineage, trust status and evaluation verdicts."""
+
+    trace: Trace
+    standing: TrustStatus
+    verdicts: tuple[tuple[str, Decision], ...]
+    """Evaluation IDs with their decisions, newest last."""
+
+    def as_dict(self, *, rows: bool) -> dict[str, Any]:
+        """Return the result as ``--json`` prints it, optionally with the rows' keys."""
+        evaluations = [{"id": name, "decision": decision} for name, decision in self.verdicts]
+        return {**self.trace.as_dict(rows=rows), "standing": self.standing, "evaluations": evaluations}
+
+
+def show_adapter(project: OpenProject, adapter: str | None = None) -> AdapterDetails:
+    """Return an adapter's lineage down to the rows, its trust status and its verdicts.
+
+    Raises:
+        UserError: no such adapter.
+    """
+    found = find_adapter(project.folder.adapters, adapter)
+    return AdapterDetails(
+        trace(found, project.folder.dataset),
+        trust_status(found, TrustedKeys(project.folder.keys)),
+        tuple(_verdicts(project, found)),
+    )
+
+
+def _verdicts(project: OpenProject, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
+    """Return the decision of each evaluation of the adapter; skip unreadable or changed evidence with a warning."""
+    found = []
+    for path in project.folder.evaluations.glob(f"*/{EVIDENCE_FILE}"):
+        try:
+            evidence = AccessLog(project.folder.evaluations).load(path.parent)
+        except UserError as error:
+            project.reporter.warn(f"{path.parent.name} is skipped: {error.what.splitlines()[0]}")
+            continue
+        if evidence.lineage.get("adapter", {}).get("digest") == adapter.digest:
+            found.append((str(evidence.lineage["created"]), evidence.id, verdict(evidence).decision))
+    return [(name, decision) for _, name, decision in sorted(found)]

@@ -38,15 +38,7 @@ SIMILARITY = "Jaccard similarity of the inputs' character 4-grams, without what 
 def scores_by_distance(
     scored: ScoredArms, nearest: Sequence[float], deciding: Contrast, seed: int, resamples: int = RESAMPLES
 ) -> TrainSimilarity:
-    """Return each arm's score by the deciding metric, and the deciding difference, by bands of similarity.
-
-    Args:
-        scored: the arms on the test items.
-        nearest: the similarity of each item's nearest training input, from 0 to 1.
-        deciding: the deciding contrast, with its two arms and its metric.
-        seed: decides the resamples.
-        resamples: number of resamples.
-    """
+    """Return each arm's score by the deciding metric, and the deciding difference, by bands of similarity."""
     place = np.array([band_of(similarity) for similarity in nearest])
     median = float(np.median(nearest))
     far = np.array(nearest) <= median
@@ -66,13 +58,7 @@ def scores_by_distance(
 def scores_by_template(
     scored: ScoredArms, new: Sequence[bool], deciding: Contrast, seed: int, resamples: int = RESAMPLES
 ) -> OutputTemplates:
-    """Return each arm's score by the deciding metric, for new output templates and for known ones.
-
-    Args:
-        scored: the arms on the test items.
-        new: True for an item whose output template no training row has.
-        deciding, seed, resamples: as for ``scores_by_distance``.
-    """
+    """Return each arm's score by the deciding metric, for new output templates and for known ones."""
     here = np.array(new, dtype=bool)
     seen, unseen = (_subset(part, scored, deciding, seed, resamples) if part.any() else None for part in (~here, here))
     return OutputTemplates(treatment=deciding.treatment, control=deciding.control, seen=seen, new=unseen)

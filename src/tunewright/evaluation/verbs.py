@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -10,16 +11,16 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.workers import ModelWorkers
-from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.versions import load_version
 from tunewright.data.versions.version import clusters_by_split
 from tunewright.evidence.power import DetectableEffects, SplitPower, detectable_effects_text, split_power
-from tunewright.evidence.schema import Advice
 from tunewright.metrics import metric_kind
 from tunewright.models.bases import base_here
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.evaluation.arm_runner import ArmRunner
+    from tunewright.evaluation.benchmarks.bench import OpenSuite
     from tunewright.evaluation.benchmarks.runner import BenchmarkResult
     from tunewright.evaluation.frozen_answers import IncumbentEstimate
     from tunewright.evaluation.prompt_optimization.run import (
@@ -48,9 +49,7 @@ def open_arm_runner(
 ) -> ArmRunner:
     """Return a runner of arms on the base, quantized as ``adapter`` was trained (None: as the config says).
 
-    Args:
-        adapter: the adapter that will answer, if it is trained.
-        workers: a cluster's, which compute the answers (None: this process).
+    Answers are computed by a cluster's ``workers``, or in this process.
 
     Raises:
         UserError: the adapter does not fit the base or chat format, or was trained on another version.
@@ -62,27 +61,22 @@ def open_arm_runner(
     version = load_version(folder.dataset)
     if adapter is not None:
         require_compatible(adapter, project.base, project.chat)
-        _require_version(project, adapter, version)
+        if adapter.dataset is None:
+            project.reporter.warn(
+                f"{adapter.name} was imported: its training data is unknown and may include held-out rows."
+            )
+        elif adapter.dataset != version.digest:
+            raise UserError(
+                f"{adapter.name} was trained on dataset version {adapter.dataset[:12]}, but the current version is "
+                f"{version.digest[:12]}, which may hold out rows that it trained on",
+                fix="Train on the current version first: tunewright train",
+            )
     trained = config.train.quantization if adapter is None else trained_quantization([adapter])
     quantization = config.evaluate.quantization or trained
     generator = Generator.of(
         project.folder, project.base, project.chat, quantization, project.reporter, adapter, workers
     )
     return ArmRunner(project.folder, version, generator, project.reporter)
-
-
-def _require_version(project: OpenProject, adapter: Adapter, version: DatasetVersion) -> None:
-    trained_on = adapter.dataset
-    if trained_on is None:
-        project.reporter.warn(
-            f"{adapter.name} was imported: its training data is unknown and may include held-out rows."
-        )
-    elif trained_on != version.digest:
-        raise UserError(
-            f"{adapter.name} was trained on dataset version {trained_on[:12]}, but the current version is "
-            f"{version.digest[:12]}, which may hold out rows that it trained on",
-            fix="Train on the current version first: tunewright train",
-        )
 
 
 def current_split_power(project: OpenProject) -> SplitPower:
@@ -158,25 +152,49 @@ def evaluate(project: OpenProject, adapter: str | None = None, *, minutes: float
     Raises:
         UserError: the access log was changed, or too few minutes.
     """
-    from tunewright.evaluation import runner
     from tunewright.evaluation.benchmarks.runner import open_suites
 
     # Faults in a benchmark's file are reported before anything is measured.
     suites = open_suites(project.folder) if project.folder.config.regressions.measures else []
-    tuned = find_adapter(project.folder.adapters, adapter)
-    with answer_workers(project) as workers:
-        return runner.evaluate(*_contest(project, tuned, "test", minutes, workers), "test", suites)
+    return _evaluate(project, adapter, "test", minutes, suites)
 
 
 def evaluate_on_dev(
     project: OpenProject, adapter: str | None = None, *, minutes: float | None = None
 ) -> EvaluateResult:
     """Compare as :meth:`evaluate` does, on the dev split that chose the adapter and the prompting arm."""
+    return _evaluate(project, adapter, "dev", minutes)
+
+
+def _evaluate(
+    project: OpenProject,
+    adapter: str | None,
+    split: Literal["test", "dev"],
+    minutes: float | None,
+    suites: Sequence[OpenSuite] = (),
+) -> EvaluateResult:
+    """Choose the best prompting arm on dev, and compare the adapter with it on a split."""
     from tunewright.evaluation import runner
+    from tunewright.evaluation.incumbents import require_ready
+    from tunewright.evaluation.prompt_search import advise
+    from tunewright.evaluation.workload import Workload, limit_time
 
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
-        return runner.evaluate(*_contest(project, tuned, "dev", minutes, workers), "dev")
+        arm_runner = open_arm_runner(project, tuned, workers)
+        require_ready(project.folder, arm_runner.version, asked_splits(split), project.reporter)
+        limit_time(arm_runner, minutes, (tuned, split))
+        # Keys added since the adapter was trained had the effect of their defaults.
+        trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
+        settings = project.folder.config.train
+        now = {**settings.deciding(), "method": settings.method}
+        if "config" in tuned.lineage and any(trained_by[key] != value for key, value in now.items()):
+            project.reporter.warn(
+                f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
+                "adapter with the new values."
+            )
+        advice = advise(arm_runner, Workload(arm_runner, (tuned, split)).announce).advice
+        return runner.evaluate(arm_runner, tuned, advice, split, suites)
 
 
 def estimate_evaluation(
@@ -192,13 +210,13 @@ def estimate_evaluation(
     Raises:
         UserError: no adapter, or one that does not fit; also without ``embed`` if vectors have to be computed.
     """
-    from tunewright.evaluation.workload import Contest, Workload
+    from tunewright.evaluation.workload import Workload
 
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
         arm_runner = open_arm_runner(project, tuned, workers)
         arm_runner.embeddings.kept_only = not embed
-        return Workload(arm_runner, Contest(tuned, "dev" if dev else "test")).estimate()
+        return Workload(arm_runner, (tuned, "dev" if dev else "test")).estimate()
 
 
 def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[IncumbentEstimate]:
@@ -227,34 +245,6 @@ def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[Incu
 def asked_splits(split: Literal["test", "dev"]) -> list[Literal["test", "dev"]]:
     """Return the splits that incumbents answer; dev comes first, so that a wrong setting shows before test."""
     return ["dev"] if split == "dev" else ["dev", "test"]
-
-
-def _contest(
-    project: OpenProject,
-    tuned: Adapter,
-    split: Literal["test", "dev"],
-    minutes: float | None,
-    workers: ModelWorkers | None,
-) -> tuple[ArmRunner, Adapter, Advice]:
-    """Return the arm runner, the adapter and the advice that names its best prompting arm."""
-    from tunewright.evaluation.incumbents import require_ready
-    from tunewright.evaluation.prompt_search import advise
-    from tunewright.evaluation.workload import Contest, Workload, limit_time
-
-    arm_runner = open_arm_runner(project, tuned, workers)
-    require_ready(project.folder, arm_runner.version, asked_splits(split), project.reporter)
-    contest = Contest(tuned, split)
-    limit_time(arm_runner, minutes, contest=contest)
-    # Keys added since the adapter was trained had the effect of their defaults.
-    trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
-    settings = project.folder.config.train
-    now = {**settings.deciding(), "method": settings.method}
-    if "config" in tuned.lineage and any(trained_by[key] != value for key, value in now.items()):
-        project.reporter.warn(
-            f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
-            "adapter with the new values."
-        )
-    return arm_runner, tuned, advise(arm_runner, Workload(arm_runner, contest).announce).advice
 
 
 def regressions(project: OpenProject, adapter: str | None = None) -> BenchmarkResult:

@@ -11,7 +11,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evaluation.arm_runner import ArmRunner
+from tunewright.evaluation.arm_runner import MOST_ITEMS, NOISE, ArmRunner
 from tunewright.evaluation.arms import (
     PARENT,
     TUNED,
@@ -24,20 +24,14 @@ from tunewright.evaluation.arms import (
     other_instructions,
     tuned_optimized,
 )
-from tunewright.evaluation.comparison import parent_of, plan_comparison
 from tunewright.evaluation.countdown import TimeLimit, Work
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
-from tunewright.evaluation.repeats import MOST_ITEMS, NOISE
+from tunewright.evaluation.runner import parent_of, plan_comparison
 from tunewright.evidence.files import EVIDENCE_FILE
 from tunewright.evidence.schema import Advice
 
-
-@dataclass(frozen=True)
-class Contest:
-    """The comparison of an adapter with the prompting arms on a split."""
-
-    adapter: Adapter
-    split: Literal["test", "dev"]
+Contest = tuple[Adapter, Literal["test", "dev"]]
+"""The comparison of an adapter with the prompting arms on a split."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class AnswersEstimate:
 
 
 def limit_time(
-    arm_runner: ArmRunner, minutes: float | None, *, contest: Contest | None = None, pilots: int = 0
+    arm_runner: ArmRunner, minutes: float | None, contest: Contest | None = None, *, pilots: int = 0
 ) -> None:
     """Set a command's time limit, if there is one; its decision is kept for the same command.
 
@@ -72,7 +66,7 @@ def limit_time(
     decides = {
         "advice": advice_file(arm_runner).name,
         "minutes": minutes,
-        "contest": None if contest is None else [contest.adapter.digest, contest.split],
+        "contest": None if contest is None else [contest[0].digest, contest[1]],
         "tuned_retrieved": arm_runner.settings.tuned_retrieved,
         "pilots": pilots,
     }
@@ -81,13 +75,7 @@ def limit_time(
 
 
 class Workload:
-    """The answers of one command.
-
-    Args:
-        arm_runner: answers the prompts.
-        contest: the comparison of an adapter with the prompting arms, if any.
-        pilots: number of adapters that are still to be trained and will answer dev.
-    """
+    """The answers of one command: of a contest, if any, and of ``pilots`` adapters that are still to be trained."""
 
     def __init__(self, arm_runner: ArmRunner, contest: Contest | None = None, *, pilots: int = 0) -> None:
         self._arm_runner = arm_runner
@@ -95,11 +83,7 @@ class Workload:
         self._pilots = pilots
 
     def announce(self, advice: Advice | None) -> None:
-        """Report the answers to compute, if any, and plan the progress display and the time limit.
-
-        Raises:
-            UserError: a row does not fit the base's context even alone.
-        """
+        """Report the answers to compute, if any, and plan the progress display and the time limit."""
         reporter, limit = self._arm_runner.reporter, self._arm_runner.time_limit
         stages = self._stages(advice)
         for stage, planned in stages.items():
@@ -115,11 +99,7 @@ class Workload:
             )
 
     def estimate(self) -> AnswersEstimate:
-        """Return the work that :meth:`announce` would report.
-
-        Raises:
-            UserError: as :meth:`announce`, or choosing a prompt would fail.
-        """
+        """Return the work that :meth:`announce` would report."""
         advice = known_advice(self._arm_runner, advice_file(self._arm_runner))
         if advice is None:
             prepare(self._arm_runner)
@@ -134,8 +114,8 @@ class Workload:
         dev, zero_shot = runner.version.examples("dev"), runner.work(ZERO_SHOT, first_rows(runner), "dev")
         stages = self._choosing(zero_shot) if advice is None else {}
         if self._contest is not None:
-            stages["contest"] = self._contest_works(self._contest, advice, zero_shot)
-            if stages["contest"] and self._contest.split == "test":
+            stages["contest"] = self._contest_works(*self._contest, advice, zero_shot)
+            if stages["contest"] and self._contest[1] == "test":
                 test = runner.version.examples("test")
                 items = min(MOST_ITEMS, len({m.example.input_key for m in test}))
                 stages["noise"] = [Work(NOISE, "", 2 * items, 0, zero_shot.tokens)]
@@ -177,15 +157,13 @@ class Workload:
         on_all = Work(ZERO_SHOT.name, "dev", zero_left, rest - zero_left, zero_shot.tokens)
         return {"entrants": works, "finalists": [on_all, *finalists]}
 
-    def _contest_works(self, contest: Contest, advice: Advice | None, zero_shot: Work) -> list[Work]:
-        """Return the contest's arms; while the split is closed or the best prompting arm unknown, by their number.
-
-        Raises:
-            UserError: the access log is damaged.
-        """
-        runner, split = self._arm_runner, contest.split
+    def _contest_works(
+        self, adapter: Adapter, split: Literal["test", "dev"], advice: Advice | None, zero_shot: Work
+    ) -> list[Work]:
+        """Return the contest's arms; while the split is closed or the best prompting arm unknown, by their number."""
+        runner = self._arm_runner
         if advice is not None:
-            comparison = plan_comparison(runner, contest.adapter, advice, split)
+            comparison = plan_comparison(runner, adapter, advice, split)
             if (comparison.folder / EVIDENCE_FILE).exists():
                 return []
             # While the test split is closed, its prompts may not be made.
@@ -200,8 +178,8 @@ class Workload:
         if split == "test":
             works = [arm(ZERO_SHOT.name), arm("the best prompting arm", None), arm(TUNED.name)]
         else:
-            works = [runner.work(TUNED, members, split, contest.adapter)]
-        if parent_of(runner, contest.adapter) is not None:
+            works = [runner.work(TUNED, members, split, adapter)]
+        if parent_of(runner, adapter) is not None:
             works.append(arm(PARENT.name))
         if runner.settings.structured_outputs is not None:
             works.append(arm(TUNED_CONSTRAINED.name, optional=True))
@@ -226,9 +204,9 @@ class Workload:
             )
         if stages.get("contest"):
             assert self._contest is not None
-            items = len(version.examples(self._contest.split))
-            more = "arm" if self._contest.split == "test" else "more arm"
-            text = f"{_arms_text(len(stages['contest']), more)} on {items:,} {self._contest.split} items"
+            split = self._contest[1]
+            items, more = len(version.examples(split)), "arm" if split == "test" else "more arm"
+            text = f"{_arms_text(len(stages['contest']), more)} on {items:,} {split} items"
             parts.append(f"{text} and the {NOISE}" if "noise" in stages else text)
         if "pilots" in stages:
             parts.append(f"{_arms_text(self._pilots, 'pilot')} on all dev items")
@@ -238,12 +216,9 @@ class Workload:
 
     def _not_counted(self, stages: Mapping[str, Sequence[Work]]) -> str:
         """Return a description of the command's other work."""
+        on_test = self._contest is not None and self._contest[1] == "test"
         besides = []
-        if (
-            self._contest is not None
-            and self._contest.split == "test"
-            and self._arm_runner.project.config.regressions.measures
-        ):
+        if on_test and self._arm_runner.project.config.regressions.measures:
             besides.append("the suites of the regressions section")
         if "pilots" in stages:
             besides.append("training the pilots")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunewright.config import MetricName
-from tunewright.metrics.labels import p_text, points_text, score_text
+from tunewright.metrics import p_text, points_text, score_text
 from tunewright.render.blocks import Bar, Tone
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tunewright.config import MetricName
 from tunewright.evidence.common import Part
-from tunewright.metrics.labels import score_text
+from tunewright.metrics import score_text
 from tunewright.render.blocks import Block, Lead, table
 
 TOP = 100

@@ -33,8 +33,8 @@ from tunewright.gate.prompts import Probe
 from tunewright.gate.results import Estimate, ServedAs, ServingFigures
 from tunewright.generation.requests import Completion, Request, TokenLogprob
 from tunewright.metrics.calls import call_schema_valid
-from tunewright.metrics.fields import json_valid
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer
+from tunewright.metrics.texts import json_valid
 
 NOISE = {"float32": 0.0005, "bfloat16": 0.01, "f16": 0.01, "q8_0": 0.05}
 """KL divergence in nats that rounding alone may cause, by the lower precision of the two models: see

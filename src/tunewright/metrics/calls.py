@@ -44,8 +44,8 @@ from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import standard_json
 from tunewright.data.examples import Example, ToolCall, call_id
 from tunewright.data.tool_schemas import ArgumentsError, SchemaLimitError, compiled_schema
-from tunewright.metrics.fields import micro_f1, same
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
+from tunewright.metrics.texts import micro_f1, same
 
 NO_FUNCTIONS = Unscored("the row declares no functions")
 NO_CALL = Unscored("the reference has no call")
@@ -256,13 +256,6 @@ def call_ast_match(name: MetricName, acceptable: Mapping[str, Any]) -> Scorer:
     """Return a scorer: 1 if the answer's calls match the reference's in any order, else 0.
 
     Where the reference has no call, an answer without one is right.
-
-    Args:
-        name: name of the metric.
-        acceptable: the rows' acceptable values by pair key; they belong to the row's own reference.
-
-    Raises:
-        UserError: when an item is scored whose acceptable values have another form.
     """
 
     def item(pair: Pair) -> ItemScore | Unscored:

@@ -136,10 +136,6 @@ def references_of(examples: Sequence[Example], among: Sequence[Example] | None =
     """Return each example's references: its own output, then the other outputs of the same input and system turn.
 
     Inputs are the same as in ``Example.prompt_key``; outputs that differ only in outer white space count once.
-
-    Args:
-        examples: the rows.
-        among: all rows of their split, whose outputs count as references (None: the examples themselves).
     """
     outputs: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
     for example in examples if among is None else among:
@@ -157,17 +153,7 @@ def _same_input(example: Example) -> tuple[str, tuple[str, ...]]:
 def score_all(
     scorer: Scorer, answers: Sequence[str], examples: Sequence[Example], among: Sequence[Example] | None = None
 ) -> Scores:
-    """Score every answer by all references of its input (see `references_of`).
-
-    Args:
-        scorer: the metric.
-        answers: one for each example.
-        examples: hold the references, in the answers' order.
-        among: all rows of their split, where ``examples`` are a part of it.
-
-    Raises:
-        UserError: a custom function fails on an item.
-    """
+    """Score every answer by all references of its input (see `references_of`)."""
     values = np.full(len(answers), np.nan)
     statistics = np.zeros((len(answers), scorer.columns))
     unscored: dict[int, str] = {}
@@ -184,17 +170,7 @@ def score_all(
 
 
 def check_references(scorers: Sequence[Scorer], examples: Sequence[Example], split: str, reporter: Reporter) -> None:
-    """Score the references as answers: a metric that they cannot win measures nothing.
-
-    Args:
-        scorers: the config's metrics.
-        examples: examples of the split.
-        split: name of the split.
-        reporter: warns of references that cannot be scored, or that score less than 1.
-
-    Raises:
-        UserError: a metric can score none of them, or a custom function fails.
-    """
+    """Score the references as answers: a metric that they cannot win measures nothing."""
     for scorer in scorers:
         scores = score_all(scorer, [example.output for example in examples], examples)
         scores.total()

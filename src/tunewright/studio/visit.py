@@ -21,7 +21,7 @@ from tunewright.data.row_index import RowIndex
 from tunewright.data.trace import KnownPlaces
 from tunewright.data.versions import DatasetVersion, current_manifest, list_versions
 from tunewright.evaluation.human_eval.session import BlindReview
-from tunewright.evaluation.row_answers import RowAnswers, evaluated_files
+from tunewright.evaluation.stored_answers import RowAnswers, evaluated_files
 from tunewright.studio.access import Notice, StudioSession
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.playing import Playing

@@ -54,11 +54,6 @@ class Bench:
 
         Items of a cluster (questions on one passage, a question asked twice) are not independent. Treating them as
         independent would make limits too narrow.
-
-        Args:
-            suite: its name, for the message about fewer clusters than items.
-            texts: the questions, [items].
-            groups: groups from the file, [items]; None where it has none.
         """
         with self.reporter.task("clustering", len(texts), "questions") as task:
             alike = link(distinctive(texts), self.project.config.data.dedup_threshold, task).tolist()
@@ -141,15 +136,7 @@ def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -
 def items_that_fit(
     suite: str, items: Sequence[T], fits: Callable[[T], bool], long: str, bench: Bench
 ) -> tuple[list[T], list[str]]:
-    """Return the items that fit the base's context, and a note on the others.
-
-    Args:
-        suite: its name.
-        items: all items.
-        fits: returns True if an item fits.
-        long: description of the items that do not fit, such as "prompts are longer than the base's context".
-        bench: its reporter warns if there are any.
-    """
+    """Return the items that fit the base's context, and a note on the others."""
     kept = [item for item in items if fits(item)]
     if len(kept) == len(items):
         return kept, []

@@ -94,12 +94,6 @@ def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task:
     """Return each choice's log-likelihood after "…\nAnswer:" divided by its characters.
 
     Follows lm-eval's ``acc_norm``, without a chat template. The tokenizer decides whether BOS comes first.
-
-    Args:
-        model: a transformers causal language model or a PeftModel over one, in evaluation mode.
-        tokenizer: the base model's tokenizer.
-        questions: at least one question.
-        task: progress task, advanced by each question.
     """
     rows = {
         (number, place): _row(tokenizer, question, choice)
@@ -137,11 +131,7 @@ _TOLD_AT_LEAST = 0.9
 
 
 class ChoicesSuite:
-    """A file of questions; an item scores 1 if the likeliest choice per character is right (acc_norm).
-
-    Raises:
-        UserError: the file cannot be read, or has fewer than two questions.
-    """
+    """A file of questions; an item scores 1 if the likeliest choice per character is right (acc_norm)."""
 
     def __init__(self, settings: FileSuite, root: Path, margin: float, seed: int) -> None:
         path = root / settings.file
@@ -158,11 +148,7 @@ class ChoicesSuite:
         return expected_text(self.name, len(self.questions), self.margin)
 
     def measure(self, bench: Bench) -> Suite:
-        """Measure the questions and the controls with the adapter off, then the questions with it on.
-
-        Raises:
-            UserError: no two questions fit the base's context.
-        """
+        """Measure the questions and the controls with the adapter off, then the questions with it on."""
         asked, left_out = self._fitting(bench)
         clusters = bench.clusters(self.name, [q.text for q in asked], [q.group for q in asked])
         base = self._scores(bench, asked, None, "adapter off")

@@ -43,11 +43,7 @@ Values = Mapping[str, Any]
 
 
 class InstructionsSuite:
-    """A file of instructions; an item scores 1 if the greedy answer passes all of its checks.
-
-    Raises:
-        UserError: the file cannot be read, or has fewer than two prompts whose checks are all supported.
-    """
+    """A file of instructions; an item scores 1 if the greedy answer passes all of its checks."""
 
     def __init__(self, settings: Settings, root: Path, margin: float, seed: int) -> None:
         path = root / settings.file
@@ -69,11 +65,7 @@ class InstructionsSuite:
         return "\n".join([expected_text(self.name, len(self.instructions), self.margin), *self.left_out])
 
     def measure(self, bench: Bench) -> Suite:
-        """Measure the answers with the adapter off and on, and the controls.
-
-        Raises:
-            UserError: no two prompts fit the base's context with an answer.
-        """
+        """Measure the answers with the adapter off and on, and the controls."""
         asked, prompts, left_out = self._fitting(bench)
         clusters = bench.clusters(self.name, [i.prompt for i in asked], [i.group for i in asked])
         off = self._answers(bench, prompts, None, "adapter off")

@@ -28,9 +28,6 @@ class LmEvalSuite:
     """A task or a group of tasks; an item scores what lm-eval gives it, as a share.
 
     No chat template is used, as by default in lm-eval. Its own cache is not used: it does not distinguish adapters.
-
-    Raises:
-        UserError: lm-eval is not installed, or has no such task.
     """
 
     def __init__(self, settings: Settings, root: Path, margin: float) -> None:
@@ -68,11 +65,7 @@ class LmEvalSuite:
         return expected_text(self.name, self.settings.limit, self.margin)
 
     def measure(self, bench: Bench) -> Suite:
-        """Measure the task with the adapter off and on; the control is that the base is above guessing.
-
-        Raises:
-            UserError: the task's data cannot be fetched, or its metric is not a share for each item.
-        """
+        """Measure the task with the adapter off and on; the control is that the base is above guessing."""
         off = self._measured(bench, None, "adapter off")
         on = self._measured(bench, bench.adapter, "adapter on")
         assert off["scores"].keys() == on["scores"].keys(), "the same items"

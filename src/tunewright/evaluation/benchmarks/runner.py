@@ -64,13 +64,7 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
 
 
 def measure_suites(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> tuple[Benchmarks, bool]:
-    """Measure the suites with the adapter off and on, or read their measurement; True if anything was measured.
-
-    Args:
-        arm_runner: the project's, on the dataset version that the adapter was trained on.
-        adapter: the adapter.
-        suites: suites from :func:`open_suites`.
-    """
+    """Measure the suites with the adapter off and on, or read their measurement; True if anything was measured."""
     project, generator = arm_runner.project, arm_runner.generator
     identity = digest(
         {
@@ -94,11 +88,7 @@ def measure_suites(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[Ope
 
 
 def measure_benchmarks(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> BenchmarkResult:
-    """Measure the suites, and add them to the newest held-out evidence on this adapter.
-
-    Raises:
-        UserError: an evaluation's files were changed after they were written.
-    """
+    """Measure the suites, and add them to the newest held-out evidence on this adapter."""
     project = arm_runner.project
     benchmarks, measured = measure_suites(arm_runner, adapter, suites)
     access_log = AccessLog(project.evaluations)

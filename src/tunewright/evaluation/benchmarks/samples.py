@@ -1,22 +1,33 @@
-"""The base's own conversations as a suite: the adapter's increase in loss on the base's own output."""
+"""The base's own conversations as a suite: the adapter's increase in loss on the base's own output.
+
+The measure is the negative log-likelihood of conversations that the base wrote (see training/self_samples.py), in nats
+per token of their answers. The samples are disjoint from those that replay trains on. An adapter that answers like the
+base scores 0; the mean over such answers is the divergence between the two.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import Tokens
+from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.data.examples import Example, Message, normalised
+from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.benchmarks.bench import Bench, Floats
-from tunewright.evaluation.forgetting import ForgettingMeter
+from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import judged_batches, max_head_positions, whole_model
 from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.evidence.non_inferiority import items_needed, ratio_drop
-from tunewright.models.loading import decoder_layers
+from tunewright.models.loading import context_length, decoder_layers
+from tunewright.training.rows import trained_spans
+from tunewright.training.self_samples import Drawn, Sampler, sample_filter
 
 _ENGINE = "samples-1"
 _CONTROL_SAMPLES = 8
@@ -25,6 +36,58 @@ _NOTHING = 1e-3  # nats per token, of the base against itself
 Answering = Callable[[], AbstractContextManager[Any]]
 Compared = list[float]
 """Per answer, in nats per token: loss under the first, loss under the second, divergence from first to second."""
+
+
+class OwnSamples:
+    """Held-out samples of a generator's base, none of which resembles the domain; the project's folder keeps them."""
+
+    def __init__(self, project: ProjectFolder, version: DatasetVersion, generator: Generator, wanted: int) -> None:
+        self.project = project
+        self.version = version
+        self.generator = generator
+        self.wanted = wanted
+
+    @cached_property
+    def drawn(self) -> Drawn:
+        """The held-out samples.
+
+        Raises:
+            UserError: none of the base's samples is usable.
+        """
+        generator, config = self.generator, self.project.config
+        sampler = Sampler(
+            generator.base,
+            generator.chat,
+            generator.inputs,
+            generator.write,
+            config.seed,
+            "held-out",
+            self.project.work,
+            generator.reporter,
+            self.wanted,
+        )
+        limit = min(config.train.max_length, context_length(generator.base))
+        screen = sample_filter(self.project, self.version, generator.chat, limit, generator.reporter)
+        return sampler.draw(self.wanted, screen, finished=False)
+
+    def unseen(self, adapter: Adapter) -> dict[str, Tokens]:
+        """Return the samples' rows by pair key, without those that this adapter was trained on."""
+        seen = {normalised(Example.from_dicts(messages).input_text) for messages in adapter.replayed}
+        return {key: row for key, (asked, row) in self._encoded.items() if asked not in seen}
+
+    @cached_property
+    def _encoded(self) -> dict[str, tuple[str, Tokens]]:
+        """The prompt and the encoded row of each sample, by pair key."""
+        chat = self.generator.chat
+        probe = chat.encode([Message("user", "x"), Message("assistant", "x")])
+        end = probe.ids[trained_spans(probe)[-1][1] - 1]
+        rows = {}
+        for sample in self.drawn.used:
+            prompt = chat.prompt(sample.example.prompt)
+            answer = (*sample.ids, end) if sample.stopped else sample.ids
+            mask = (False,) * len(prompt) + (True,) * len(answer)
+            rows[sample.example.pair_key] = (normalised(sample.instruction), Tokens((*prompt, *answer), mask))
+        return rows
 
 
 class SamplesSuite:
@@ -43,13 +106,8 @@ class SamplesSuite:
         return f"{self.name}: {self.wanted} of them{margin}."
 
     def measure(self, bench: Bench) -> Suite:
-        """Measure the samples, drawn at first use, with the adapter off and on; and the controls.
-
-        Raises:
-            UserError: none of the base's samples is usable, or all were trained on.
-        """
-        meter = ForgettingMeter(bench.project, bench.version, bench.generator, self.wanted)
-        rows = meter.unseen(bench.adapter)
+        """Measure the samples, drawn at first use, with the adapter off and on; and the controls."""
+        rows = OwnSamples(bench.project, bench.version, bench.generator, self.wanted).unseen(bench.adapter)
         if len(rows) < 2:
             raise UserError(
                 f"Too few samples that the adapter was not trained on: {len(rows)} (at least 2)",
@@ -158,14 +216,6 @@ def compare(
     """Yield two models' losses on each row's last answer, and the divergence from one to the other over it.
 
     The divergence is computed over the whole vocabulary at each position. Both models see the same batches.
-
-    Args:
-        first, second: context managers that provide the models.
-        rows: name to ids and mask.
-        pad_id: any token id.
-
-    Yields:
-        Name to means over the answer's tokens, for each batch.
     """
     import torch
     from torch.nn.functional import kl_div

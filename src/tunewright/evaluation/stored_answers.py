@@ -18,11 +18,15 @@ from tunewright.core.text import count_of
 from tunewright.data.versions import Member, load_version, locked
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, read_removals, replace_kept_pairs
 from tunewright.evaluation.access_log import load_checked
-from tunewright.evaluation.human_eval.journal import FOLDER, read_journals
+from tunewright.evaluation.human_eval.journal import FOLDER, read_journal, read_journals
 from tunewright.evaluation.human_eval.results import preferences
-from tunewright.evaluation.human_eval.sample import load_sample
+from tunewright.evaluation.human_eval.sample import comparison, load_sample
 from tunewright.evaluation.judge.rows import load_judged
-from tunewright.evidence.files import load_items
+from tunewright.evidence.files import (
+    EVIDENCE_FILE,
+    ITEMS_FILE,
+    load_items,
+)
 from tunewright.evidence.schema import Evidence, Item
 
 Source = Literal["person", "judge"]
@@ -130,11 +134,7 @@ def _pair(verdict: _Verdict, item: Item, member: Member, evidence: Evidence, sou
 
 
 def _people(folder: Path, evidence: Evidence) -> Iterator[_Verdict]:
-    """Yield every reviewer's current verdicts.
-
-    Raises:
-        UserError: nobody has reviewed the evaluation.
-    """
+    """Yield every reviewer's current verdicts."""
     sample = load_sample(folder / FOLDER, evidence)
     journals: Sequence[Any] = [] if sample is None else read_journals(folder / FOLDER)
     if sample is None or not journals:
@@ -149,11 +149,7 @@ def _people(folder: Path, evidence: Evidence) -> Iterator[_Verdict]:
 
 
 def _judge(folder: Path, evidence: Evidence) -> Iterator[_Verdict]:
-    """Yield the judge's verdicts on the deciding contrast.
-
-    Raises:
-        UserError: there is no judge, or it is vetoed.
-    """
+    """Yield the judge's verdicts on the deciding contrast."""
     judgement = evidence.judge
     if judgement is None:
         raise UserError("The evaluation has no judge", where=str(folder), fix="Judge it first: tunewright judge")
@@ -176,3 +172,77 @@ def _judge(folder: Path, evidence: Evidence) -> Iterator[_Verdict]:
         elif not preferred:
             why_not = _FLIPPED if found.flipped else _TIE
         yield _Verdict(row.key, arms, preferred, judgement.model, judgement.created, why_not)
+
+
+# Shown at rows
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """The deciding arm's answer to a row, and its score by the deciding metric; None if it has no score there."""
+
+    evaluation: str
+    arm: str
+    text: str
+    metric: str
+    score: float | None
+
+
+@dataclass(frozen=True)
+class EvaluatedRows:
+    """An evaluation's folder and evidence, and its items by pair key."""
+
+    folder: Path
+    evidence: Evidence
+    items: dict[str, Item]
+
+    def awaits_verdict(self, key: str, reviewer: str) -> bool:
+        """Return whether the reviewer has this row's answers still to compare blind."""
+        incumbents = self.evidence.incumbents.compared if self.evidence.incumbents else ()
+        for against in (None, *(each.name for each in incumbents)):
+            place = comparison(self.folder, self.evidence, against).folder
+            sample = load_sample(place, self.evidence)
+            if sample is not None and key in sample.order:
+                said = read_journal(place, reviewer).standing.get(key)
+                if said is None or said.verdict == "skip":
+                    return True
+        return False
+
+
+@dataclass(frozen=True)
+class RowAnswers:
+    """The evaluations of a project, newest first, as a source of answers to its rows."""
+
+    evaluations: tuple[EvaluatedRows, ...]
+
+    def of(self, key: str, reviewer: str) -> RowAnswer | None:
+        """Return the newest answer to a row; None without one, and while the reviewer has yet to compare it blind."""
+        having = [rows for rows in self.evaluations if key in rows.items]
+        if not having or any(rows.awaits_verdict(key, reviewer) for rows in having):
+            return None
+        evidence, item = having[0].evidence, having[0].items[key]
+        arm = evidence.contrasts[0].treatment
+        if arm not in item.answers:
+            return None
+        score = item.scores.get(evidence.metric, {}).get(arm)
+        return RowAnswer(having[0].folder.name, arm, item.answers[arm], evidence.metric, score)
+
+
+def evaluated_files(evaluations: Path) -> list[Path]:
+    """Return the files of items that :func:`row_answers` reads, newest first."""
+    files = [file.with_name(ITEMS_FILE) for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}")]
+    return sorted((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, reverse=True)
+
+
+def row_answers(files: Sequence[Path], evaluations: Path, reporter: Reporter) -> RowAnswers:
+    """Read the answers of these files; an unreadable evaluation is left out with a warning."""
+    found = []
+    for file in files:
+        try:
+            evidence = load_checked(file.parent, evaluations, reporter)
+            items = {item.key: item for item in load_items(file.parent)}
+        except UserError as error:
+            reporter.warn(f"The answers of an evaluation are not shown: {error}")
+        else:
+            found.append(EvaluatedRows(file.parent, evidence, items))
+    return RowAnswers(tuple(found))
