@@ -164,8 +164,13 @@ class AccessLog:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold the lock, with the lines read again and an interrupted write completed."""
-        with _locked(self.path.parent):
+        """Hold the lock, which dies with its process, with the lines read again and an interrupted write completed."""
+        busy = UserError(
+            f"Another command has been writing the access log for {_LOCK_S:g} s",
+            where=str(self.path.parent),
+            fix="Continue it (fg) or end it, and run the same command again.",
+        )
+        with locked_folder(self.path.parent, busy, _LOCK_S):
             self._lines = _read(self.path)
             with writing(self.path):
                 self._complete()
@@ -259,8 +264,11 @@ class AccessLog:
 
     def _require_those_of_the_evidence(self) -> None:
         for file in sorted(self.path.parent.glob(f"[!.]*/{EVIDENCE_FILE}")):
-            opened = _opening_in(file)
-            if opened is None:
+            try:
+                opened = json.loads(file.read_text(encoding="utf-8")).get("opening")  # of any schema
+            except (ValueError, AttributeError):
+                continue  # no evidence at all: loading it as evidence reports the error
+            if not isinstance(opened, dict) or not {"number", "digest"} <= opened.keys():
                 continue
             there = self._lines[opened["number"] - 1] if opened["number"] <= len(self._lines) else None
             if there is None or there.digest != opened["digest"]:
@@ -346,15 +354,6 @@ def _read(path: Path) -> list[_Line]:
     return lines
 
 
-def _opening_in(file: Path) -> dict[str, Any] | None:
-    """Return the opening that an evidence file records, or None. Evidence of any schema is read."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("opening")
-    except (ValueError, AttributeError):
-        return None  # no evidence at all: loading it as evidence reports the error
-    return found if isinstance(found, dict) and {"number", "digest"} <= found.keys() else None
-
-
 def _shared(other: LoggedAccess, dataset: Path, keys: set[str]) -> int | None:
     """Return the number of these items that an earlier evaluation opened, or None without its dataset version."""
     try:
@@ -366,15 +365,3 @@ def _shared(other: LoggedAccess, dataset: Path, keys: set[str]) -> int | None:
         for key, place in places.items()
         if key in keys
     )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the access log for one writer, after waiting for any other; the lock dies with its process."""
-    busy = UserError(
-        f"Another command has been writing the access log for {_LOCK_S:g} s",
-        where=str(folder),
-        fix="Continue it (fg) or end it, and run the same command again.",
-    )
-    with locked_folder(folder, busy, _LOCK_S):
-        yield

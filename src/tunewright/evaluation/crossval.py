@@ -8,11 +8,9 @@ this much data (the mean over the folds' adapters), not any one adapter.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
@@ -35,8 +33,8 @@ from tunewright.evaluation.arm_runner import (
     scored_arms,
 )
 from tunewright.evaluation.arms import BEST_PROMPTING, TUNED, TUNED_RETRIEVED, ZERO_SHOT, ArmPlan
-from tunewright.evaluation.folds import fold_versions
-from tunewright.evaluation.generations import Answer, Generator
+from tunewright.evaluation.folds import SubsetTrainings, fold_versions
+from tunewright.evaluation.generations import Answer
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
 from tunewright.evaluation.runner import (
     EvaluateResult,
@@ -59,8 +57,7 @@ from tunewright.evidence.schema import (
 from tunewright.evidence.scoring import count_references, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
-from tunewright.training.rows import require_min_examples
-from tunewright.training.train import train, training_inputs
+from tunewright.training.train import TrainResult
 from tunewright.training.trainings import Training, Trainings
 
 
@@ -70,7 +67,6 @@ class _Done:
 
     version: DatasetVersion
     adapter: Adapter
-    trained: bool
     advice: Advice
     plans: list[ArmPlan]
     answers: dict[str, list[Answer]]
@@ -94,7 +90,7 @@ class _Role:
         return self.plans[0] if len(set(self.plans)) == 1 else ArmPlan("mixed")
 
 
-class CrossValidation:
+class CrossValidation(SubsetTrainings):
     """The folds of a dataset version, and everything that decides the result.
 
     Raises:
@@ -113,29 +109,15 @@ class CrossValidation:
         folds: int,
         force: bool = False,
     ) -> None:
-        self.project = project
-        self.config = project.config
-        self.version = version
-        self.base = base
-        self.chat = chat
-        self.reporter = reporter
-        self.trainings = trainings
+        super().__init__(project, version, base, chat, reporter, trainings)
         self.scorers = open_scorers(self.config.evaluate, project.root)
         self.items = [m for m in version.domain if not m.generated]
         self.versions = fold_versions(version, folds, self.config.seed)
-        fewest = min(len(v.domain_of("train")) for v in self.versions)
-        place = f" in the smallest of {folds} folds"
-        self.forced = require_min_examples(fewest, force=force, reporter=reporter, place=place)
+        self.require_enough(self.versions, f" in the smallest of {folds} folds", force=force)
         # From all rows: no fold truncates an answer that another would not, and base answers serve every fold.
         self.limit = answer_limit(self.config, chat, version.domain)
-        # The folds' adapters are all trained by this config.
-        self.quantization = self.config.evaluate.quantization or self.config.train.quantization
         self.generator()  # an engine that cannot answer is refused before any training
-        self.trained_by = digest([training_inputs(project, v, base, chat) for v in self.versions])
-
-    def generator(self) -> Generator:
-        """Return a fresh generator: each fold has one, since the next fold trains on its own base."""
-        return Generator.of(self.project, self.base, self.chat, self.quantization, self.reporter)
+        self.trained_by = digest([self.inputs(project, v) for v in self.versions])
 
     @property
     def identity(self) -> str:
@@ -182,17 +164,19 @@ class CrossValidation:
             declared=declare(self.config, self.scorers[0].name, BEST_PROMPTING, with_retrieved),
         )
         report_references([m.example for m in self.items], "item", self.reporter)
-        folds = [self._training(number) for number in range(1, len(self.versions) + 1)]
-        self.trainings.train_missing(folds, self.chat)
-        done: list[_Done] = []
-        for number in range(1, len(self.versions) + 1):
-            began = time.monotonic()
-            done.append(self._run_fold(number))
-            left = len(self.versions) - number
-            # The first fold that is actually run gives the time that one takes.
-            if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
-                seconds = time.monotonic() - began
-                self.reporter.say(f"The fold took {duration(seconds)}. {left} left: about {duration(left * seconds)}.")
+        planned = []
+        for number, version in enumerate(self.versions, start=1):
+            of = {"crossval": self.trained_by[:12], "of": self.version.digest, "number": number}
+            facts = {"fold": {**of, "folds": len(self.versions)}}
+            rows = "{:,} train, {:,} dev and {:,} test rows".format(*(len(version.examples(s)) for s in SPLITS))
+            message = f"Fold {number} of {len(self.versions)}: {rows}"
+            training = Training(f"fold {number}", self.project, version, self.project.fold_adapters, facts)
+            planned.append((training, 1.0, message))
+        trained = self.trained(
+            planned,
+            lambda took, left, count: f"The fold took {duration(took)}. {count} left: about {duration(left)}.",
+        )
+        done = [self._answered(each.version, result) for (each, _, _), result in zip(planned, trained, strict=True)]
         return self._result(access_log, folder, done, opening, earlier)
 
     def _new_templates(self) -> dict[str, bool] | None:
@@ -205,25 +189,15 @@ class CrossValidation:
         settings = self.config.evaluate
         return settings.tuned_retrieved and bool(settings.retrievers)
 
-    def _run_fold(self, number: int) -> _Done:
-        """Run one fold."""
-        version = self.versions[number - 1]
-        train_rows, dev_rows, test_rows = (len(version.examples(split)) for split in SPLITS)
-        self.reporter.say(
-            f"Fold {number} of {len(self.versions)}: {train_rows:,} train, {dev_rows:,} dev and {test_rows:,} test rows"
-        )
-        training = self._training(number)
-        trained = train(
+    def _answered(self, version: DatasetVersion, trained: TrainResult) -> _Done:
+        """Choose a fold's prompting arm on its dev rows, and answer its test rows."""
+        arm_runner = ArmRunner(
             self.project,
             version,
-            self.base,
-            self.chat,
+            self.generator(),
             self.reporter,
-            adapters=training.adapters,
-            facts=training.facts,
-        )
-        arm_runner = ArmRunner(
-            self.project, version, self.generator(), self.reporter, folder=training.adapters.parent, limit=self.limit
+            folder=self.project.fold_adapters.parent,
+            limit=self.limit,
         )
         advice = advise(arm_runner).advice
         plans = contest(advice, with_retrieved=self.config.evaluate.tuned_retrieved)
@@ -231,20 +205,7 @@ class CrossValidation:
         answers = arm_runner.answer_arms([(plan, trained.adapter) for plan in plans], members, "the fold")
         prompts = {plan.name: arm_runner.prompts(plan, members) for plan in plans}
         longer = arm_runner.longer_than_limit(members)
-        return _Done(version, trained.adapter, trained.trained, advice, plans, answers, prompts, longer)
-
-    def _training(self, number: int) -> Training:
-        facts: dict[str, Any] = {
-            "fold": {
-                "crossval": self.trained_by[:12],
-                "of": self.version.digest,
-                "number": number,
-                "folds": len(self.versions),
-            }
-        }
-        if self.forced:
-            facts["forced"] = self.forced
-        return Training(f"fold {number}", self.project, self.versions[number - 1], self.project.fold_adapters, facts)
+        return _Done(version, trained.adapter, advice, plans, answers, prompts, longer)
 
     def _roles(self, done: Sequence[_Done]) -> list[_Role]:
         """Return the arms that all folds have; the second is the prompting arm that tuned has to beat."""

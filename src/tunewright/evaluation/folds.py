@@ -1,22 +1,121 @@
-"""Versions in memory: folds in which every row is a test row once, and nested parts of the training rows."""
+"""Trainings on parts of a version's rows: folds in which every row is a test row once, and nested training parts.
+
+The parts are versions in memory. Each trains an adapter of the same config, which is then measured.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.chat import ChatFormat
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import Reporter
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, members_digest, short
 from tunewright.data.versions.version import count_families
+from tunewright.evaluation.generations import Generator
 from tunewright.models.bases import Base
+from tunewright.training.rows import require_min_examples
+from tunewright.training.train import TrainResult, find_trained, train, training_inputs
+from tunewright.training.trainings import Training, Trainings
+
+
+class SubsetTrainings:
+    """Adapters of one config, each trained on a part of a version's rows and measured before the next one is trained.
+
+    They are kept in the project's working folder, apart from its own adapters.
+    """
+
+    def __init__(
+        self,
+        project: ProjectFolder,
+        version: DatasetVersion,
+        base: Base,
+        chat: ChatFormat,
+        reporter: Reporter,
+        trainings: Trainings,
+    ) -> None:
+        self.project = project
+        self.config = project.config
+        self.version = version
+        self.base = base
+        self.chat = chat
+        self.reporter = reporter
+        self.trainings = trainings
+        self.quantization = self.config.evaluate.quantization or self.config.train.quantization
+        self.forced: str | None = None
+
+    def require_enough(self, parts: Iterable[DatasetVersion], place: str, *, force: bool) -> None:
+        """Refuse parts with too few training pairs; ``force`` trains anyway, and the lineage records it."""
+        fewest = min(len(part.domain_of("train")) for part in parts)
+        self.forced = require_min_examples(fewest, force=force, reporter=self.reporter, place=place)
+
+    def generator(self) -> Generator:
+        """Return a fresh generator: each adapter has one, since the next training loads its own base."""
+        return Generator.of(self.project, self.base, self.chat, self.quantization, self.reporter)
+
+    def inputs(self, project: ProjectFolder, part: DatasetVersion) -> dict[str, Any]:
+        """Return everything that decides the adapter of a part."""
+        return training_inputs(project, part, self.base, self.chat)
+
+    def own(self, training: Training) -> Adapter | None:
+        """Return the project's own adapter of the same inputs, if there is one."""
+        inputs = digest(self.inputs(training.project, training.version))
+        return find_trained(self.project.adapters, self.config.name, inputs)
+
+    def trained(
+        self,
+        planned: Sequence[tuple[Training, float, str]],
+        left_text: Callable[[float, float, int], str],
+        *,
+        own: bool = False,
+    ) -> Iterator[TrainResult]:
+        """Yield the adapter of each training, and train the next one when it is asked for.
+
+        Args:
+            planned: trainings with their sizes relative to each other, and a message before each.
+            left_text: returns a message after the first adapter that is actually trained and measured, from its
+                seconds, the expected seconds of the rest, and their number.
+            own: use the project's own adapter where it has the same inputs.
+        """
+        known = [self.own(training) if own else None for training, _, _ in planned]
+        missing = [training for (training, _, _), there in zip(planned, known, strict=True) if there is None]
+        self.trainings.train_missing([replace(each, facts=self._facts(each)) for each in missing], self.chat)
+        timed = False
+        for number, ((training, size, message), there) in enumerate(zip(planned, known, strict=True), start=1):
+            began = time.monotonic()
+            self.reporter.say(message)
+            if there is not None:
+                yield TrainResult(there, trained=False)
+                continue
+            result = train(
+                training.project,
+                training.version,
+                self.base,
+                self.chat,
+                self.reporter,
+                adapters=training.adapters,
+                facts=self._facts(training),
+            )
+            yield result
+            left = [size for _, size, _ in planned[number:]]
+            if result.trained and left and not timed:
+                timed = True
+                seconds = time.monotonic() - began
+                self.reporter.say(left_text(seconds, seconds / size * sum(left), len(left)))
+
+    def _facts(self, training: Training) -> dict[str, Any]:
+        return {**training.facts, **({"forced": self.forced} if self.forced else {})}
 
 
 def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[DatasetVersion]:

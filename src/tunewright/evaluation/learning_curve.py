@@ -7,11 +7,9 @@ interval. Dev rather than test: the question comes up while there is still somet
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,8 +22,7 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter, duration
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.arm_runner import measured_with, references_inputs
-from tunewright.evaluation.folds import subset_versions
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.folds import SubsetTrainings, subset_versions
 from tunewright.evidence.learning_curve import (
     CURVE_FILE,
     Curve,
@@ -36,8 +33,6 @@ from tunewright.evidence.learning_curve import (
 )
 from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
 from tunewright.models.bases import Base
-from tunewright.training.rows import require_min_examples
-from tunewright.training.train import TrainResult, find_trained, train, training_inputs
 from tunewright.training.trainings import Training, Trainings
 
 SHARES = (0.25, 0.5, 1.0)
@@ -53,7 +48,7 @@ class CurveResult:
     """False when a curve of the same inputs already existed."""
 
 
-class LearningCurve:
+class LearningCurve(SubsetTrainings):
     """The parts of a version's training rows, and everything that decides the result.
 
     Raises:
@@ -72,39 +67,25 @@ class LearningCurve:
         seeds: int,
         force: bool = False,
     ) -> None:
+        super().__init__(project, version, base, chat, reporter, trainings)
         assert seeds >= 2
-        self.project = project
-        self.version = version
-        self.base = base
-        self.chat = chat
-        self.reporter = reporter
-        self.trainings = trainings
         self.scorer = scorer_of(project.config.evaluate.metric, project.root)
-        self.quantization = project.config.evaluate.quantization or project.config.train.quantization
         self.seeds = tuple(range(project.config.seed, project.config.seed + seeds))
         self.parts = {
             (seed, share): part
             for seed in self.seeds
             for share, part in zip(SHARES, subset_versions(version, SHARES, seed), strict=True)
         }
-        fewest = min(len(part.domain_of("train")) for part in self.parts.values())
-        self.forced = require_min_examples(
-            fewest, force=force, reporter=reporter, place=f" in a {SHARES[0]:.0%} part of them, as a curve needs"
-        )
+        place = f" in a {SHARES[0]:.0%} part of them, as a curve needs"
+        self.require_enough(self.parts.values(), place, force=force)
         # From all training rows, so that no part truncates answers that another does not.
         self.limit = answer_limit(project.config, chat, version.domain_of("train"))
-
-    def generator(self) -> Generator:
-        """Return a fresh generator: each adapter has one, since the next training loads its own base."""
-        return Generator.of(self.project, self.base, self.chat, self.quantization, self.reporter)
 
     @property
     def identity(self) -> str:
         """12 hex digits: a digest of everything that decides the curve."""
         settings = self.project.config.evaluate
-        trainings = [
-            training_inputs(self._config(seed), part, self.base, self.chat) for (seed, _), part in self.parts.items()
-        ]
+        trainings = [self.inputs(self._config(seed), part) for (seed, _), part in self.parts.items()]
         decides = {
             "trainings": trainings,
             "max_new_tokens": self.limit,
@@ -121,58 +102,26 @@ class LearningCurve:
         file = self.project.curves / self.identity / CURVE_FILE
         if file.exists():
             return CurveResult(file.parent, Curve.model_validate_json(file.read_bytes()), measured=False)
-        missing = [(*of, part) for of, part in self.parts.items() if self._own(of[0], part) is None]
-        self.trainings.train_missing([self._training(*each) for each in missing], self.chat)
+        planned, sizes = [], []
+        for (seed, share), part in self.parts.items():
+            facts = {"curve": {"of": self.version.digest, "share": share, "seed": seed}}
+            name = f"{share:.0%} with seed {seed}"
+            training = Training(name, self._config(seed), part, self.project.curve_adapters, facts)
+            sizes.append(len(part.domain_of("train")))
+            message = f"{share:.0%} of the training rows, seed {seed}: {sizes[-1]:,} rows"
+            planned.append((training, share, message))
         points: list[Point] = []
         scores: dict[tuple[int, float], Scores] = {}
-        left = sum(SHARES) * len(self.seeds)
-        announced = False
-        for (seed, share), part in self.parts.items():
-            began = time.monotonic()
-            rows = len(part.domain_of("train"))
-            self.reporter.say(f"{share:.0%} of the training rows, seed {seed}: {rows:,} rows")
-            trained = self._train(seed, share, part)
+        found = self.trained(planned, lambda _, left, count: f"The {count} others: about {duration(left)}.", own=True)
+        for (seed, share), rows, trained in zip(self.parts, sizes, found, strict=True):
             scores[seed, share] = self._scores(trained.adapter)
             points.append(self._point(seed, share, rows, trained.adapter, scores[seed, share]))
-            left -= share
-            if trained.trained and not announced and left > 0:
-                announced = True  # the first adapter that is actually trained gives the time that one takes
-                seconds = (time.monotonic() - began) / share * left
-                self.reporter.say(f"The {len(self.parts) - len(points)} others: about {duration(seconds)}.")
         curve = self._curve(points, scores)
         write_json(file, curve.model_dump(mode="json"))
         return CurveResult(file.parent, curve, measured=True)
 
     def _config(self, seed: int) -> ProjectFolder:
         return ProjectFolder(self.project.root, self.project.config.model_copy(update={"seed": seed}))
-
-    def _train(self, seed: int, share: float, part: DatasetVersion) -> TrainResult:
-        own = self._own(seed, part)
-        if own is not None:
-            return TrainResult(own, trained=False)
-        training = self._training(seed, share, part)
-        return train(
-            training.project,
-            part,
-            self.base,
-            self.chat,
-            self.reporter,
-            adapters=training.adapters,
-            facts=training.facts,
-        )
-
-    def _own(self, seed: int, part: DatasetVersion) -> Adapter | None:
-        """Return the project's own adapter if it has the same inputs: with the config's own seed, on all rows."""
-        project = self._config(seed)
-        inputs = digest(training_inputs(project, part, self.base, self.chat))
-        return find_trained(self.project.adapters, project.config.name, inputs)
-
-    def _training(self, seed: int, share: float, part: DatasetVersion) -> Training:
-        facts: dict[str, Any] = {"curve": {"of": self.version.digest, "share": share, "seed": seed}}
-        if self.forced:
-            facts["forced"] = self.forced
-        name = f"{share:.0%} with seed {seed}"
-        return Training(name, self._config(seed), part, self.project.curve_adapters, facts)
 
     def _scores(self, adapter: Adapter) -> Scores:
         """Answer the dev rows and score the answers."""

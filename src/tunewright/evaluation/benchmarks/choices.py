@@ -111,11 +111,6 @@ def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task:
     return found
 
 
-def tokens(tokenizer: Any, question: Question) -> int:
-    """Return the length of the longest row that the question makes."""
-    return max(len(_row(tokenizer, question, choice).ids) for choice in question.choices)
-
-
 def _row(tokenizer: Any, question: Question, choice: str) -> Tokens:
     before = f"{question.text}\nAnswer:"
     whole: list[int] = tokenizer(f"{before} {choice}")["input_ids"]
@@ -149,7 +144,16 @@ class ChoicesSuite:
 
     def measure(self, bench: Bench) -> Suite:
         """Measure the questions and the controls with the adapter off, then the questions with it on."""
-        asked, left_out = self._fitting(bench)
+        limit, tokenizer = context_length(bench.generator.base), bench.generator.chat.tokenizer
+
+        def fits(question: Question) -> bool:
+            # The control that reveals the answer makes the longest rows.
+            return all(len(_row(tokenizer, question.revealed, choice).ids) <= limit for choice in question.choices)
+
+        long = f"questions are longer than the base's context of {limit:,} tokens"
+        asked, left_out = items_that_fit(self.name, self.questions, fits, long, bench)
+        if len(asked) < 2:
+            raise UserError(f"No two questions fit the base's context of {limit:,} tokens", where=self.name)
         clusters = bench.clusters(self.name, [q.text for q in asked], [q.group for q in asked])
         base = self._scores(bench, asked, None, "adapter off")
         controls = self._controls(bench, asked, base, clusters)
@@ -166,17 +170,6 @@ class ChoicesSuite:
             seed=bench.seed,
             left_out=left_out,
         )
-
-    def _fitting(self, bench: Bench) -> tuple[list[Question], list[str]]:
-        limit, tokenizer = context_length(bench.generator.base), bench.generator.chat.tokenizer
-        long = f"questions are longer than the base's context of {limit:,} tokens"
-        # The control that reveals the answer makes the longest rows.
-        asked, left_out = items_that_fit(
-            self.name, self.questions, lambda q: tokens(tokenizer, q.revealed) <= limit, long, bench
-        )
-        if len(asked) < 2:
-            raise UserError(f"No two questions fit the base's context of {limit:,} tokens", where=self.name)
-        return asked, left_out
 
     def _controls(
         self, bench: Bench, asked: Sequence[Question], base: Floats, clusters: Sequence[str]

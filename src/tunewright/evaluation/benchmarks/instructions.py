@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from tunewright.adapters.registry import Adapter
 from tunewright.config.regressions import InstructionsSuite as Settings
 from tunewright.core.errors import UserError, first_fault
 from tunewright.data.examples import Message
@@ -50,7 +49,9 @@ class InstructionsSuite:
         everything, unsupported = read_instructions(path)
         # A prompt may have two of them, so the counts by check do not add up to the prompts.
         lines = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").split("\n"))
-        self.left_out = [*unsupported_text(unsupported, lines - len(everything))]
+        named = ", ".join(f"{name} ({count})" for name, count in unsupported.items())
+        count = lines - len(everything)
+        self.left_out = [f"{count} prompts have a check that is not supported: {named}"] if unsupported else []
         if len(everything) < 2:
             why = f": {self.left_out[0]}" if self.left_out else ""
             raise UserError(f"{len(everything)} prompts are too few for a suite (at least 2){why}", where=str(path))
@@ -68,8 +69,9 @@ class InstructionsSuite:
         """Measure the answers with the adapter off and on, and the controls."""
         asked, prompts, left_out = self._fitting(bench)
         clusters = bench.clusters(self.name, [i.prompt for i in asked], [i.group for i in asked])
-        off = self._answers(bench, prompts, None, "adapter off")
-        on = self._answers(bench, prompts, bench.adapter, "adapter on")
+        generator = bench.generator
+        off = generator.answer(f"{self.name}, adapter off", prompts, self.limit)
+        on = generator.answer(f"{self.name}, adapter on", prompts, self.limit, bench.adapter)
         base, tuned = (
             np.array([i.followed(a.text) for i, a in zip(asked, given, strict=True)], dtype=np.float64)
             for given in (off, on)
@@ -113,9 +115,6 @@ class InstructionsSuite:
                 fix="Lower max_new_tokens of the suite.",
             )
         return [i for i, _ in asked], [p for _, p in asked], [*self.left_out, *left_out]
-
-    def _answers(self, bench: Bench, prompts: Sequence[Prompt], adapter: Adapter | None, what: str) -> list[Answer]:
-        return bench.generator.answer(f"{self.name}, {what}", prompts, self.limit, adapter)
 
     def _truncated(self, bench: Bench, off: Sequence[Answer], on: Sequence[Answer]) -> tuple[int, int]:
         cut = sum(a.truncated for a in off), sum(a.truncated for a in on)
@@ -267,11 +266,3 @@ _GOOGLE: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "change_case:english_lowercase": lambda _: {"check": "case", "letters": "lower"},
     "change_case:english_capital": lambda _: {"check": "case", "letters": "upper"},
 }
-
-
-def unsupported_text(unsupported: Mapping[str, int], left_out: int) -> Sequence[str]:
-    """Return a message on prompts that are left out for an unsupported check."""
-    if not unsupported:
-        return []
-    named = ", ".join(f"{name} ({count})" for name, count in unsupported.items())
-    return [f"{left_out} prompts have a check that is not supported: {named}"]
