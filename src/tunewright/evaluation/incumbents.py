@@ -20,7 +20,7 @@ from tunewright.data.trace import places_by_key, source_name
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED
-from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentEstimate, IncumbentModel, Split
+from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, Split
 from tunewright.evaluation.generations import Answer, Generator, Prompt
 from tunewright.evidence.common import ArmScore, StoredPrompt
 from tunewright.evidence.files import PromptMessages
@@ -35,14 +35,6 @@ from tunewright.model_io.replies import cost
 def incumbent_models(project: ProjectFolder, reporter: Reporter) -> list[IncumbentModel]:
     """Return the config's incumbents."""
     return [IncumbentModel(project, config, reporter) for config in project.config.evaluate.incumbents]
-
-
-def estimate_incumbents(
-    project: ProjectFolder, version: DatasetVersion, splits: Sequence[Split], reporter: Reporter
-) -> list[IncumbentEstimate]:
-    """Estimate the calls of each incumbent on these splits; nothing is sent."""
-    members = [m for split in splits for m in version.examples(split)]
-    return [model.estimate(members) for model in incumbent_models(project, reporter)]
 
 
 def require_ready(project: ProjectFolder, version: DatasetVersion, splits: Sequence[Split], reporter: Reporter) -> None:
@@ -154,22 +146,21 @@ class IncumbentArms:
 
     def arms(self, scored: ScoredArms) -> list[Arm]:
         """Return the incumbents' arms."""
-        return [self._arm(name, frozen, scored) for name, frozen in self._frozen.items()]
-
-    def _arm(self, name: str, frozen: FrozenSet, scored: ScoredArms) -> Arm:
-        given = frozen.given
-        count = max(len(given), 1)
-        arm = score_arm(
-            name=name,
-            kind="incumbent",
-            shots=0,
-            scores=scored.of_arm(name),
-            clusters=scored.clusters,
-            truncated=sum(answer.finish == "length" for answer in given),
-            prompt_tokens=sum(answer.prompt_tokens for answer in given) / count,
-            seed=self.arm_runner.project.config.seed,
-        )
-        return arm.model_copy(update={"answer_tokens": sum(answer.completion_tokens for answer in given) / count})
+        return [
+            score_arm(
+                name=name,
+                kind="incumbent",
+                shots=0,
+                scores=scored.of_arm(name),
+                clusters=scored.clusters,
+                truncated=sum(answer.finish == "length" for answer in frozen.given),
+                prompt_tokens=sum(answer.prompt_tokens for answer in frozen.given) / max(len(frozen.given), 1),
+                seed=self.arm_runner.project.config.seed,
+            ).model_copy(
+                update={"answer_tokens": sum(a.completion_tokens for a in frozen.given) / max(len(frozen.given), 1)}
+            )
+            for name, frozen in self._frozen.items()
+        ]
 
     def section(self, scored: ScoredArms, adapter: Adapter, tuned: Arm) -> Incumbents | None:
         """Return the evidence's section; None without incumbents."""

@@ -228,7 +228,7 @@ def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[Incu
     Raises:
         UserError: no incumbent, or a file of frozen answers was changed.
     """
-    from tunewright.evaluation import incumbents
+    from tunewright.evaluation.incumbents import incumbent_models
 
     if not project.folder.config.evaluate.incumbents:
         raise UserError(
@@ -237,9 +237,8 @@ def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[Incu
             fix="Set name, base_url and model of a model that you use today.",
         )
     version = load_version(project.folder.dataset)
-    return incumbents.estimate_incumbents(
-        project.folder, version, asked_splits("dev" if dev else "test"), project.reporter
-    )
+    members = [member for split in asked_splits("dev" if dev else "test") for member in version.examples(split)]
+    return [model.estimate(members) for model in incumbent_models(project.folder, project.reporter)]
 
 
 def asked_splits(split: Literal["test", "dev"]) -> list[Literal["test", "dev"]]:

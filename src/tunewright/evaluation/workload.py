@@ -10,6 +10,7 @@ from typing import Literal
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.core.text import count_of
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import MOST_ITEMS, NOISE, ArmRunner
 from tunewright.evaluation.arms import (
@@ -88,10 +89,9 @@ class Workload:
         stages = self._stages(advice)
         for stage, planned in stages.items():
             self._arm_runner.generator.countdown.plan(stage, planned)
-        works = [work for planned in stages.values() for work in planned]
-        if any(work.answers for work in works):
-            reporter.say(f"{self._text(stages)}.{self._not_counted(stages)}")
-        optional = any(work.optional and work.answers for work in works)
+        if (estimate := self._estimated(stages)).missing:
+            reporter.say(estimate.text)
+        optional = any(work.optional and work.answers for planned in stages.values() for work in planned)
         if limit is not None and advice is not None and limit.decision is None and optional:
             reporter.warn(
                 f"--minutes {limit.minutes:g} leaves no arm out: the best prompting arm was chosen before, and without "
@@ -103,10 +103,7 @@ class Workload:
         advice = known_advice(self._arm_runner, advice_file(self._arm_runner))
         if advice is None:
             prepare(self._arm_runner)
-        stages = self._stages(advice)
-        answers, kept = _counts(stages)
-        what = self._text(stages) if answers > kept else "All answers are there"
-        return AnswersEstimate(f"{what}.{self._not_counted(stages)}", answers, kept)
+        return self._estimated(self._stages(advice))
 
     def _stages(self, advice: Advice | None) -> dict[str, list[Work]]:
         """Return what each arm of each stage has to answer; without advice, the finalists with the most work."""
@@ -191,46 +188,31 @@ class Workload:
         left_out = runner.budget.left_out if runner.budget else ()
         return [work for work in works if work.arm not in left_out]
 
-    def _text(self, stages: Mapping[str, Sequence[Work]]) -> str:
-        """Return arms and items of each stage, and the number of answers."""
-        version, parts = self._arm_runner.version, []
+    def _estimated(self, stages: Mapping[str, Sequence[Work]]) -> AnswersEstimate:
+        """Return the number of answers, with the arms and items of each stage and the command's other work in words."""
+        version, settings = self._arm_runner.version, self._arm_runner.project.config.regressions
+        split = None if self._contest is None else self._contest[1]
+        parts, besides = [], ["the suites of the regressions section"] if split == "test" and settings.measures else []
         if "entrants" in stages:
             items, dev = len(first_rows(self._arm_runner)), len(version.examples("dev"))
-            screened = f"{_arms_text(len(stages['entrants']), 'prompting arm')} on {items:,}"
+            screened = f"{count_of(len(stages['entrants']), 'prompting arm')} on {items:,}"
             parts.append(
                 f"{screened} of {dev:,} dev items, at most {len(stages['finalists'])} of them on all"
                 if "finalists" in stages
                 else f"{screened} dev items"
             )
-        if stages.get("contest"):
-            assert self._contest is not None
-            split = self._contest[1]
-            items, more = len(version.examples(split)), "arm" if split == "test" else "more arm"
-            text = f"{_arms_text(len(stages['contest']), more)} on {items:,} {split} items"
-            parts.append(f"{text} and the {NOISE}" if "noise" in stages else text)
+        if split is not None and stages["contest"]:
+            arms = count_of(len(stages["contest"]), "arm" if split == "test" else "more arm")
+            noise = f" and the {NOISE}" if "noise" in stages else ""
+            parts.append(f"{arms} on {len(version.examples(split)):,} {split} items{noise}")
         if "pilots" in stages:
-            parts.append(f"{_arms_text(self._pilots, 'pilot')} on all dev items")
-        answers, kept = _counts(stages)
-        there = f", {kept:,} of them kept from before" if kept else ""
-        return f"To answer: {'; '.join(parts)}. {answers:,} answers{there}"
-
-    def _not_counted(self, stages: Mapping[str, Sequence[Work]]) -> str:
-        """Return a description of the command's other work."""
-        on_test = self._contest is not None and self._contest[1] == "test"
-        besides = []
-        if on_test and self._arm_runner.project.config.regressions.measures:
-            besides.append("the suites of the regressions section")
-        if "pilots" in stages:
+            parts.append(f"{count_of(self._pilots, 'pilot')} on all dev items")
             besides.append("training the pilots")
-        return f" Not counted: {', '.join(besides)}." if besides else ""
-
-
-def _counts(stages: Mapping[str, Sequence[Work]]) -> tuple[int, int]:
-    """Return the number of all answers, and of those that are kept."""
-    works = [work for works in stages.values() for work in works]
-    kept = sum(work.kept for work in works)
-    return kept + sum(work.answers for work in works), kept
-
-
-def _arms_text(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+        works = [work for planned in stages.values() for work in planned]
+        missing, kept = sum(work.answers for work in works), sum(work.kept for work in works)
+        text = "All answers are there"
+        if missing:
+            there = f", {kept:,} of them kept from before" if kept else ""
+            text = f"To answer: {'; '.join(parts)}. {missing + kept:,} answers{there}"
+        other = f" Not counted: {', '.join(besides)}." if besides else ""
+        return AnswersEstimate(f"{text}.{other}", missing + kept, kept)

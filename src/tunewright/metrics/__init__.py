@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +12,7 @@ from typing import Any
 from tunewright.config import EvaluateConfig, Metric, MetricName, metric_name
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest
+from tunewright.core.io import digest, file_digest
 from tunewright.metrics.calls import (
     acceptable_values,
     call_argument_f1,
@@ -147,21 +145,24 @@ def custom_metric(name: MetricName, function: str, root: Path) -> Scorer:
     If an input has several references, the function is called with each, and the item's score is the best result.
     """
     file = module_file(function, root)
-    call = _find(_load(file, function), function)
+    module = _load(file, function)
+    call = getattr(module, function.partition(":")[2], None)
+    if not callable(call):
+        raise UserError(f"The module has no function {function.partition(':')[2]!r}", where=str(module.__file__))
 
     def item(pair: Pair) -> ItemScore | Unscored:
         try:
             value = call(pair.answer, pair.reference, pair.example)
         except Exception as error:  # a user's code can raise anything
             raise UserError(
-                f"{function} raised {type(error).__name__} ({error}) for {_told(pair)}",
+                f"{function} raised {type(error).__name__} ({error}) for {_named(pair)}",
                 where="evaluate.metric",
                 fix=f"Correct {file}. For an item that it cannot score, return None.",
             ) from error
         if value is None:
             return Unscored(f"{function} returned None")
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-            raise UserError(f"{function} returned {value!r} for {_told(pair)}", where="evaluate.metric", fix=_RETURNS)
+            raise UserError(f"{function} returned {value!r} for {_named(pair)}", where="evaluate.metric", fix=_RETURNS)
         return mean_score(float(value))
 
     definition = f"the mean of {function} ({file.name}, SHA-256 {file_digest(file)[:12]})"
@@ -175,11 +176,6 @@ def module_file(function: str, root: Path) -> Path:
     if not file.is_file():
         raise UserError(f"No module {module!r} in the project's folder", where="evaluate.metric", fix=f"Create {file}.")
     return file
-
-
-def file_digest(file: Path) -> str:
-    """Return the SHA-256 of the module's file: another file makes another evaluation."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _load(file: Path, function: str) -> ModuleType:
@@ -204,16 +200,7 @@ def _load(file: Path, function: str) -> ModuleType:
     return module
 
 
-def _find(module: ModuleType, function: str) -> Callable[..., object]:
-    _, _, name = function.partition(":")
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise UserError(f"The module has no function {name!r}", where=str(module.__file__))
-    called: Callable[..., object] = found
-    return called
-
-
-def _told(pair: Pair) -> str:
+def _named(pair: Pair) -> str:
     text = pair.example.input_text
     return f"example {pair.example.pair_key[:12]} ({text[:40]!r}{'…' if len(text) > 40 else ''})"
 
