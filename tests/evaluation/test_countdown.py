@@ -1,4 +1,4 @@
-"""One display over all answers, weighted by tokens; the time until the last one, and the arms that a limit leaves out."""
+"""One display over all answers, weighted by tokens; the time until the last one, and the arms that a limit drops."""
 
 from __future__ import annotations
 
