@@ -19,8 +19,8 @@ from sacrebleu.metrics.chrf import CHRF
 
 from tunewright.config import MetricName
 from tunewright.config.metrics import Normalisation
-from tunewright.core.text import normalize
 from tunewright.core.strict_json import standard_json
+from tunewright.core.text import normalize
 from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer, Unscored, mean_score
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
