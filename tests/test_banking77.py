@@ -32,7 +32,6 @@ from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.versions import MANIFEST, Manifest, load_version
 from tunewright.data.versions.version import version_table
 from tunewright.evaluation.arms import plan_of
-from tunewright.evaluation.runner import measured_contrasts
 from tunewright.evaluation.train_similarity import scores_by_distance
 from tunewright.evidence.blocks import advice_section, evaluation_sections
 from tunewright.evidence.files import load_evidence
@@ -41,7 +40,7 @@ from tunewright.evidence.schema import (
     Arm,
     Evidence,
 )
-from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
+from tunewright.evidence.scoring import ScoredArms, declared_contrasts, score_arm, score_arms
 from tunewright.evidence.verdict import SIGNIFICANT, verdict
 from tunewright.metrics import open_scorers
 from tunewright.render.terminal import rendered
@@ -116,7 +115,8 @@ def _evidence() -> Evidence:
     recorded, test, dev, first = _recorded(), _rows("test"), _rows("dev"), _rows("first")
     assert recorded.opening is not None and recorded.narrowing is not None
     scored = _scored(test)
-    contrasts = measured_contrasts(scored, recorded.opening.declared, CONFIG.seed)
+    pairs = [(declared.treatment, declared.control) for declared in recorded.opening.declared]
+    contrasts = declared_contrasts(scored, pairs, CONFIG.seed)
     on_first = _arms(first, recorded.narrowing.arms, CHOOSING_RESAMPLES)
     value = {arm.name: arm.score(recorded.metric).value for arm in on_first}
     draws = range(1, CONFIG.evaluate.static_seeds + 1)

@@ -129,7 +129,7 @@ class ArmRunner:
         project = self.project
         if self.folder != project.evaluations:
             return None
-        return find_optimized(project.prompts, project.evaluations, self.inputs(self.limit), self.reporter)
+        return find_optimized(project.prompts, project.evaluations, self.inputs, self.reporter)
 
     @property
     def optimized(self) -> str | None:
@@ -146,7 +146,8 @@ class ArmRunner:
         """The arms that the time limit leaves out; None if it leaves out no arm."""
         return None if self.time_limit is None else self.time_limit.budget
 
-    def inputs(self, limit: int) -> dict[str, Any]:
+    @property
+    def inputs(self) -> dict[str, Any]:
         """Return everything that decides an arm's answers, apart from its adapter."""
         return {
             "dataset": self.version.digest,
@@ -154,7 +155,7 @@ class ArmRunner:
             "template": self.generator.chat.digest,
             "dtype": self.generator.dtype,
             "quantization": self.generator.quantization,
-            "max_new_tokens": limit,
+            "max_new_tokens": self.limit,
             "stop": self.generator.stop,
             "structured_outputs": self.generator.grammar.rule if self.generator.grammar else None,
             "metrics": [metric_inputs(metric, self.project.root) for metric in self.settings.metrics],

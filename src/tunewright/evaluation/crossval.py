@@ -40,7 +40,6 @@ from tunewright.evaluation.runner import (
     EvaluateResult,
     contest,
     declare,
-    measured_contrasts,
     open_test,
     save_evaluation,
 )
@@ -54,7 +53,7 @@ from tunewright.evidence.schema import (
     Evidence,
     Fold,
 )
-from tunewright.evidence.scoring import count_references, measured_metrics, report_references
+from tunewright.evidence.scoring import count_references, declared_contrasts, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.training.train import TrainResult
@@ -179,11 +178,6 @@ class CrossValidation(SubsetTrainings):
         done = [self._answered(each.version, result) for (each, _, _), result in zip(planned, trained, strict=True)]
         return self._result(access_log, folder, done, opening, earlier)
 
-    def _new_templates(self) -> dict[str, bool] | None:
-        """Return, by item, True if its own fold trained on no row with its output template; None if inapplicable."""
-        by_fold = [new_templates(version.members) for version in self.versions]
-        return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
-
     @property
     def _tries_retrieved(self) -> bool:
         settings = self.config.evaluate
@@ -246,9 +240,11 @@ class CrossValidation(SubsetTrainings):
         scored = scored_arms(self.scorers, rows, answers)
         control = roles[1].name
         declared = declare(self.config, self.scorers[0].name, control, [role.name for role in roles[3:]])
-        contrasts = measured_contrasts(scored, declared, seed)
+        contrasts = declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
         nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
-        new = self._new_templates()
+        # Each item's output template is compared with the rows that its own fold trained on.
+        by_fold = [new_templates(version.members) for version in self.versions]
+        new = {key: is_new for fold in by_fold for key, is_new in (fold or {}).items()} if all(by_fold) else None
         references = count_references(examples)
         evidence = Evidence(
             id=self.identity,

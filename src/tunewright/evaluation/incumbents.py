@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tunewright.adapters.registry import Adapter
-from tunewright.config import Config, IncumbentConfig, MetricName, PriceConfig
+from tunewright.config import Config, IncumbentConfig, PriceConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
@@ -61,32 +61,6 @@ def _trained_on(model: IncumbentModel, project: ProjectFolder, version: DatasetV
     return {key for key, source in source_of.items() if source in files}
 
 
-def incumbent_inputs(arm_runner: ArmRunner, split: Split) -> dict[str, Any]:
-    """Return the incumbents' part of everything that decides an evaluation; nothing without incumbents."""
-    models = incumbent_models(arm_runner.project, arm_runner.reporter)
-    if not models:
-        return {}
-    members = arm_runner.version.examples(split)
-    unfrozen = {model.config.name: left for model in models if (left := model.unfrozen(members))}
-    return {
-        "incumbents": [model.identity for model in models],
-        "non_inferiority_margin": arm_runner.settings.non_inferiority_margin,
-        **({"unfrozen": unfrozen} if unfrozen else {}),
-    }
-
-
-def declared_incumbents(arm_runner: ArmRunner, metric: MetricName) -> tuple[Declared, ...]:
-    """Return the contrasts of tuned against each incumbent, to declare before the test split is opened."""
-    margin = arm_runner.settings.non_inferiority_margin
-    return tuple(
-        Declared(
-            treatment=TUNED.name, control=f"incumbent-{each.name}", metric=metric, margin=None,
-            non_inferiority_margin=margin,
-        )
-        for each in arm_runner.settings.incumbents
-    )  # fmt: skip
-
-
 class IncumbentArms:
     """The incumbents of one evaluation."""
 
@@ -97,6 +71,33 @@ class IncumbentArms:
         self.models = incumbent_models(arm_runner.project, arm_runner.reporter)
         self._dev: dict[str, ArmScore] = {}
         self._frozen: dict[str, FrozenSet] = {}
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Their part of everything that decides an evaluation; nothing without incumbents."""
+        if not self.models:
+            return {}
+        unfrozen = {model.config.name: left for model in self.models if (left := model.unfrozen(self.members))}
+        return {
+            "incumbents": [model.identity for model in self.models],
+            "non_inferiority_margin": self.arm_runner.settings.non_inferiority_margin,
+            **({"unfrozen": unfrozen} if unfrozen else {}),
+        }
+
+    @property
+    def declared(self) -> tuple[Declared, ...]:
+        """The contrasts of tuned against each of them, to declare before the test split is opened."""
+        metric, margin = self.arm_runner.scorers[0].name, self.arm_runner.settings.non_inferiority_margin
+        return tuple(
+            Declared(
+                treatment=TUNED.name,
+                control=model.arm,
+                metric=metric,
+                margin=None,
+                non_inferiority_margin=margin,
+            )
+            for model in self.models
+        )
 
     def try_dev(self) -> None:
         """Have each incumbent answer dev and report its score, so that a wrong setting shows before test is opened."""

@@ -115,7 +115,18 @@ class LearningCurve(SubsetTrainings):
         found = self.trained(planned, lambda _, left, count: f"The {count} others: about {duration(left)}.", own=True)
         for (seed, share), rows, trained in zip(self.parts, sizes, found, strict=True):
             scores[seed, share] = self._scores(trained.adapter)
-            points.append(self._point(seed, share, rows, trained.adapter, scores[seed, share]))
+            training = trained.adapter.lineage["training"]
+            kept = next(each for each in training["epochs"] if each["step"] == training["kept_step"])
+            points.append(
+                Point(
+                    share=share,
+                    seed=seed,
+                    rows=rows,
+                    score=scores[seed, share].total(),
+                    dev_loss=kept["dev_loss"],
+                    adapter=trained.adapter.digest,
+                )
+            )
         curve = self._curve(points, scores)
         write_json(file, curve.model_dump(mode="json"))
         return CurveResult(file.parent, curve, measured=True)
@@ -129,18 +140,6 @@ class LearningCurve(SubsetTrainings):
         examples = [m.example for m in self.version.examples("dev")]
         answers = generator.answer("answering dev", [generator.prompt(e.prompt) for e in examples], self.limit, adapter)
         return score_all(self.scorer, [g.text for g in answers], examples)
-
-    def _point(self, seed: int, share: float, rows: int, adapter: Adapter, scores: Scores) -> Point:
-        training = adapter.lineage["training"]
-        kept = next(each for each in training["epochs"] if each["step"] == training["kept_step"])
-        return Point(
-            share=share,
-            seed=seed,
-            rows=rows,
-            score=scores.total(),
-            dev_loss=kept["dev_loss"],
-            adapter=adapter.digest,
-        )
 
     def _curve(self, points: list[Point], scores: Mapping[tuple[int, float], Scores]) -> Curve:
         config, dev = self.project.config, self.version.examples("dev")

@@ -112,7 +112,7 @@ def advise(arm_runner: ArmRunner, announce: Callable[[Advice | None], None] | No
 
 def advice_file(arm_runner: ArmRunner) -> Path:
     """Return the path of the advice on all arms that are not left out, whether or not it exists."""
-    decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings, arm_runner.optimized)}
+    decides = {**arm_runner.inputs, **choosing_inputs(arm_runner.settings, arm_runner.optimized)}
     left_out = arm_runner.budget.left_out if arm_runner.budget else ()
     decides["arms"] = [name for name in decides["arms"] if name not in left_out]
     return arm_runner.folder / f"advice-{digest(decides)[:12]}.json"

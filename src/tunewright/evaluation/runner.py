@@ -37,7 +37,7 @@ from tunewright.evaluation.benchmarks.runner import measure_suites
 from tunewright.evaluation.countdown import Work
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.generations import Answer
-from tunewright.evaluation.incumbents import IncumbentArms, declared_incumbents, incumbent_inputs, repriced
+from tunewright.evaluation.incumbents import IncumbentArms, repriced
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.common import StoredPrompt
@@ -52,7 +52,6 @@ from tunewright.evidence.files import (
 from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.schema import (
     Advice,
-    Contrast,
     Evidence,
     Item,
 )
@@ -96,7 +95,7 @@ def evaluate(
     # Rows. Everything that can fail beforehand does so before the test split is opened.
     rows = version.examples(split)
     examples = [row.example for row in rows]
-    incumbents = IncumbentArms(arm_runner, split)
+    incumbents = comparison.incumbents
     if split == "test":
         incumbents.try_dev()
     arm_runner.warn_of_longer(split)
@@ -143,7 +142,9 @@ def evaluate(
         plan.name: measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan, _ in comparison.arms
     }
     declared = comparison.declared if opening is None else opening.declared
-    contrasts = measured_contrasts(scored, declared, config.seed)
+    # Those with incumbents are decisions of their own, and do not count among those that Holm's method adjusts.
+    pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
+    contrasts = declared_contrasts(scored, pairs, config.seed)
     nearest = nearest_training(version, arm_runner.reporter, split)
     new = new_templates(version.members, (split,))
     replaced = incumbents.section(scored, adapter, arms[TUNED.name])
@@ -208,6 +209,7 @@ class Comparison:
     arms: Sequence[tuple[ArmPlan, Adapter]]
     """Each arm with the adapter that answers it, if it is an adapted one."""
     declared: tuple[Declared, ...]
+    incumbents: IncumbentArms
     identity: str
     folder: Path
     """The folder of its evidence."""
@@ -238,7 +240,8 @@ def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, spl
     treatments = [
         plan.name for plan in plans if plan.kind == "tuned-retrieved" or (plan.kind == "tuned" and plan.optimized)
     ]
-    decides = arm_runner.inputs(arm_runner.limit) | {
+    incumbents = IncumbentArms(arm_runner, split)
+    decides = arm_runner.inputs | {
         "adapter": adapter.digest,
         "arms": [plan.name for plan in plans],
         "instructions": settings.instructions,
@@ -246,14 +249,15 @@ def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, spl
         **({"left_out": sorted(budget.left_out)} if budget else {}),
         **({"optimized": arm_runner.optimization.id} if arm_runner.optimization else {}),
         **({"parent": parent.digest} if parent else {}),
-        **incumbent_inputs(arm_runner, split),
+        **incumbents.inputs,
     }
     identity = digest(decides)[:12]
     declared = declare(arm_runner.project.config, metric, advice.best, treatments, parent=parent is not None)
     return Comparison(
         split=split,
         arms=[(plan, parent if parent and plan.kind == PARENT.kind else adapter) for plan in plans],
-        declared=declared + declared_incumbents(arm_runner, metric),
+        declared=declared + incumbents.declared,
+        incumbents=incumbents,
         identity=identity,
         folder=arm_runner.folder / (identity if split == "test" else f"{DEV_PREFIX}{identity}"),
     )
@@ -337,16 +341,6 @@ def open_test(
     if earlier:
         reporter.warn(openings_text(earlier, opening.items))
     return opening, earlier
-
-
-def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: int) -> list[Contrast]:
-    """Measure exactly the declared contrasts by the deciding metric, then the same by the extra metrics.
-
-    Those with incumbents are decisions of their own, so they do not count among the contrasts that Holm's method
-    adjusts.
-    """
-    pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
-    return declared_contrasts(scored, pairs, seed)
 
 
 def _measured_before(

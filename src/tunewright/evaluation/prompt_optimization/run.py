@@ -185,7 +185,7 @@ class PromptOptimization:
     def _lineage(self) -> dict[str, Any]:
         settings, model = self.settings, self.endpoint.config
         return {
-            **self.arm_runner.inputs(self.arm_runner.limit),
+            **self.arm_runner.inputs,
             "optimizer": _optimizer(),
             "reflection": {"url": model.base_url, "model": model.model, "parameters": model.parameters},
             "limits": settings.model_dump(mode="json", exclude={"reflection_model", "seed"}),
