@@ -21,6 +21,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.options import Option
 from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.readers.row_errors import CODES as ROW_ERRORS
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.versions.version import Manifest as VersionManifest
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evidence.learning_curve import Curve
@@ -76,6 +77,7 @@ OPTIONS = (
     MemoryOptions,
     SweepOptions,
     ReleaseTestOptions,
+    RemoveOptions,
     ServeOptions,
 )
 """Options classes, whose fields are documented by their `Option`."""
@@ -91,7 +93,7 @@ API: dict[str, tuple[Any, ...]] = {
         MemoryOptions,
         SweepOptions,
     ),
-    "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),
+    "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping, RemoveOptions),
     "project.adapters": (*functions_of(ProjectAdapters), ImportOptions),
     "project.export": (*functions_of(ProjectExport), HubOptions),
     "project.keys": (TrustedKeys,),

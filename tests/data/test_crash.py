@@ -20,6 +20,7 @@ from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remove import remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, load_version, locked
 
@@ -197,7 +198,10 @@ def test_missing_head_is_reported_and_nothing_is_added(template: Path, tmp_path:
 
 
 def _purge(project: ProjectFolder) -> None:
-    remove(OpenFolder(project, Listener()), because="asked", where="contains(output, 'answer 1')", purge=True)
+    remove(
+        OpenFolder(project, Listener()),
+        RemoveOptions(because="asked", where="contains(output, 'answer 1')", purge=True),
+    )
 
 
 def _purge_and_die_at(project: ProjectFolder, call: int) -> None:

@@ -18,6 +18,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version
 
@@ -120,7 +121,7 @@ class DatasetMachine(RuleBasedStateMachine):
         file = self.folder / "keys.txt"
         file.write_text("".join(f"{keys[text]}\n" for text in going))
         try:
-            remove(OpenFolder(self.project, Listener()), because="a reason", keys=file)
+            remove(OpenFolder(self.project, Listener()), RemoveOptions(because="a reason", keys=file))
         except UserError:
             assert self._rows() == before
             return

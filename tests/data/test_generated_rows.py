@@ -19,6 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.trace import find_row
@@ -240,7 +241,7 @@ def test_a_withdrawn_acceptance_takes_the_row_out_of_the_next_version(tmp_path: 
     elif command == "remove":
         keys = tmp_path / "keys.txt"
         keys.write_text(f"{person.key}\n", encoding="utf-8")
-        remove(OpenFolder(project, listener), because=REASON, keys=keys)
+        remove(OpenFolder(project, listener), RemoveOptions(because=REASON, keys=keys))
     else:
         judge(project, person, "edit", "a better answer")
         apply_edits(project, listener)
@@ -299,7 +300,7 @@ def test_no_version_holds_out_a_generated_row_that_nobody_accepted(steps: list[t
                 else:
                     keys = project.root / "keys.txt"
                     keys.write_text(f"{row.key}\n", encoding="utf-8")
-                    remove(OpenFolder(project, Listener()), because=REASON, keys=keys)
+                    remove(OpenFolder(project, Listener()), RemoveOptions(because=REASON, keys=keys))
             except UserError:
                 continue
             version = current(project)

@@ -22,6 +22,7 @@ from tunewright.data.readers import read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
 from tunewright.data.readers.validate import MOST_CHARACTERS
 from tunewright.data.remove import remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.trace import metadata_by_key, places_by_key
 from tunewright.data.versions import load_version, version_folder
 
@@ -146,7 +147,7 @@ def test_metadata_of_a_purged_row_is_not_recorded(tmp_path: Path) -> None:
     rows = _rows(20)
     add(project, [_jsonl(tmp_path / "a.jsonl", rows)], Listener())
     where = "split == 'train' && ends_with(output, '3')"
-    gone = remove(OpenFolder(project, Listener()), because="asked", where=where, purge=True).rows
+    gone = remove(OpenFolder(project, Listener()), RemoveOptions(because="asked", where=where, purge=True)).rows
     assert gone
     more = [{"prompt": q, "completion": a, "owner": "Ada"} for q, a in unlike_pairs(5, seed=4)]
     listener = Listener()
@@ -167,7 +168,7 @@ def test_add_does_not_warn_of_metadata_when_the_file_is_unchanged(tmp_path: Path
     held = next(m for m in load_version(project.dataset).members if m.split == "test").example.input_text
     more = {"prompt": f"please answer this: {held}", "completion": "another", "id": "T62"}
     add(project, [_jsonl(tmp_path / "b.jsonl", [more])], Listener())
-    remove(OpenFolder(project, Listener()), because="wrong", where="output == 'answer 7'")
+    remove(OpenFolder(project, Listener()), RemoveOptions(because="wrong", where="output == 'answer 7'"))
     listener = Listener()
     assert not add(project, [path, tmp_path / "b.jsonl"], listener).created
     assert not any("not stored" in warned for warned in listener.warned)

@@ -18,6 +18,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add_options import AddOptions
 from tunewright.data.readers import ReadResult, read_pairs
 from tunewright.data.readers.validate import MOST_CHARACTERS
+from tunewright.data.remove_options import RemoveOptions
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "Two and two?"},
@@ -250,6 +251,6 @@ def test_purge_erases_the_rejected_answers(tmp_path: Path) -> None:
     dataset = tmp_path / "p" / "dataset"
     there = [text for file in dataset.rglob("*") if file.is_file() for text in texts if text in file.read_text()]
     assert set(there) == set(texts)
-    project.data.remove(keys=tmp_path / "keys", because="asked for", purge=True)
+    project.data.remove(RemoveOptions(keys=tmp_path / "keys", because="asked for", purge=True))
     left = [file for file in dataset.rglob("*") if file.is_file() for text in texts if text in file.read_text()]
     assert not left

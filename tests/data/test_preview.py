@@ -17,6 +17,7 @@ from tunewright.data.add import add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.preview import Effect, check_files
 from tunewright.data.remove import remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.versions import load_version
 
 
@@ -71,7 +72,7 @@ def test_preview_counts_rows_that_were_removed_earlier(tmp_path: Path) -> None:
     path = _file(tmp_path / "all.jsonl", rows)
     add(project, [path], Listener())
     where = "split == 'train' && contains(output, '1')"
-    gone = remove(OpenFolder(project, Listener()), because="wrong", where=where).rows
+    gone = remove(OpenFolder(project, Listener()), RemoveOptions(because="wrong", where=where)).rows
     effect = _effect(project, path)
     assert (effect.removed, effect.added, effect.known) == (len(gone), 0, 60 - len(gone))
     reported = tunewright("data", "check", path, "-p", project.root)
@@ -150,8 +151,8 @@ def test_check_command_has_the_numbers_of_add_with_its_options(tmp_path: Path) -
     project = new_project(tmp_path / "p")
     rows = _rows(40)
     add(project, [_file(tmp_path / "old.jsonl", rows[:36])], Listener())
-    gone = {"keys": None, "where": "split == 'train' && contains(output, '1')"}
-    removed = len(remove(OpenFolder(project, Listener()), because="wrong", **gone).rows)  # type: ignore[arg-type]
+    gone = RemoveOptions(because="wrong", where="split == 'train' && contains(output, '1')")
+    removed = len(remove(OpenFolder(project, Listener()), gone).rows)
     stays = next(
         row for row in rows if row["completion"] in {m.example.output for m in load_version(project.dataset).members}
     )

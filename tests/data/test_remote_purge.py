@@ -14,6 +14,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remote import RemoteStore
 from tunewright.data.remove import RemoveResult, remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
 from tunewright.data.verify import verify
 from tunewright.data.versions import load_version
@@ -32,7 +33,7 @@ def _with_secret(project: ProjectFolder) -> str:
 
 def _purge(project: ProjectFolder) -> RemoveResult:
     where = "contains(input, 'Lovelace')"
-    return remove(OpenFolder(project, Listener()), because="she asked", where=where, purge=True)
+    return remove(OpenFolder(project, Listener()), RemoveOptions(because="she asked", where=where, purge=True))
 
 
 def _has_text(project: ProjectFolder) -> bool:
@@ -84,7 +85,7 @@ def test_push_does_not_restore_purged_text(one: ProjectFolder, two: ProjectFolde
     pull_from(two, place)
     names = one.root / "keys.txt"
     names.write_text(key)
-    remove(OpenFolder(one, Listener()), because="wrong", keys=names)
+    remove(OpenFolder(one, Listener()), RemoveOptions(because="wrong", keys=names))
     push_to(one, place)
     pull_from(two, place)
     _edit(two, key)
@@ -103,7 +104,7 @@ def test_removed_row_stays_out_in_the_other_copy(one: ProjectFolder, two: Projec
     key = _with_secret(one)
     names = one.root / "keys.txt"
     names.write_text(key)
-    remove(OpenFolder(one, Listener()), because="wrong", keys=names)
+    remove(OpenFolder(one, Listener()), RemoveOptions(because="wrong", keys=names))
     push_to(one, place)
     pull_from(two, place)
     assert read_removals(two.dataset).out.keys() == {key}
@@ -228,7 +229,7 @@ def test_push_does_not_restore_purged_metadata(one: ProjectFolder, two: ProjectF
     _add_with_metadata(two)
     _add_with_metadata(one)
     _purge(one)
-    remove(OpenFolder(one, Listener()), because="wrong", where="source == 'named.jsonl'")
+    remove(OpenFolder(one, Listener()), RemoveOptions(because="wrong", where="source == 'named.jsonl'"))
     RemoteStore(place.url, place.options or None).write(
         "removed/all.jsonl", (one.dataset / "removed.jsonl").read_bytes()
     )  # the purge is there, and the version that lost its rows is not

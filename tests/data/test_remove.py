@@ -20,6 +20,7 @@ from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.purge import find_copies
 from tunewright.data.remove import RemoveResult, remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import PURGED, NoteEvent, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.trace import find_row, metadata_by_key
@@ -61,7 +62,7 @@ def _add(project: ProjectFolder, *names: str, listener: Listener | None = None, 
 def _remove(
     project: ProjectFolder, listener: Listener | None = None, because: str = "mislabelled", **which: Any
 ) -> RemoveResult:
-    return remove(OpenFolder(project, listener or Listener()), because=because, **which)
+    return remove(OpenFolder(project, listener or Listener()), RemoveOptions(because=because, **which))
 
 
 def _keys(project: ProjectFolder) -> set[str]:

@@ -18,6 +18,7 @@ from tunewright.core.text import excerpts
 from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
 from tunewright.data.trace import blame, find_row
@@ -91,7 +92,7 @@ def test_find_row_reports_a_removed_replacement(tmp_path: Path, purge: bool) -> 
     [(question, _), *others] = unlike_pairs(60)
     _add(project, [(question, "old"), *others])
     _add(project, [(question, "new")], "corrected.jsonl", replace=True)
-    remove(OpenFolder(project, Listener()), because="ACME asked", where="output == 'new'", purge=purge)
+    remove(OpenFolder(project, Listener()), RemoveOptions(because="ACME asked", where="output == 'new'", purge=purge))
     for place in ("pairs.jsonl:1", "corrected.jsonl:1"):
         with pytest.raises(UserError, match="The row was removed: ACME asked"):
             find_row(project.dataset, load_version(project.dataset), place)
@@ -109,7 +110,7 @@ def test_find_row_finds_rows_of_a_one_line_document_by_number(tmp_path: Path, ro
     for number in (1, 17, 30):
         member = find_row(project.dataset, load_version(project.dataset), f"rows.json:{number}")
         assert member.example.input_text == pairs[number - 1]["prompt"]
-    dry = remove(OpenFolder(project, Listener()), because="", where="line == `17`", dry_run=True)
+    dry = remove(OpenFolder(project, Listener()), RemoveOptions(because="", where="line == `17`", dry_run=True))
     assert [row.document["input"] for row in dry.rows] == [pairs[16]["prompt"]]
     conflict = [pairs[2], {**pairs[2], "completion": "another"}]
     path.write_text(json.dumps({rows: conflict} if rows else conflict))

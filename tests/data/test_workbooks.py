@@ -22,6 +22,7 @@ from command_line import tunewright as command
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.readers import ReadResult, read_pairs, source_size
+from tunewright.data.remove_options import RemoveOptions
 
 HEADER = ("prompt", "completion")
 SHEET = "xl/worksheets/sheet1.xml"
@@ -316,7 +317,7 @@ def test_workbook_is_added_and_found_by_its_places(tmp_path: Path) -> None:
     assert changes[-1].source == f"{project.root / 'a.xlsx'}:Replies"
     assert not data.add([project.root / "fixed.jsonl"]).created
     with pytest.raises(UserError, match="No train row would be left"):
-        data.remove(source="a.xlsx", dry_run=True)
+        data.remove(RemoveOptions(source="a.xlsx", dry_run=True))
 
 
 def test_command_takes_the_sheet_for_workbooks_only(tmp_path: Path) -> None:

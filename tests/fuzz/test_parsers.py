@@ -34,7 +34,8 @@ from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message
 from tunewright.data.readers import read_pairs
-from tunewright.data.selection import Origins, Selection, select
+from tunewright.data.remove_options import RemoveOptions
+from tunewright.data.selection import Origins, select
 from tunewright.data.versions import Member
 from tunewright.models.families import Shape
 from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, BoundedHttpProtocol, ConnectionState
@@ -139,7 +140,7 @@ def _search(content: bytes, folder: Path) -> None:
         read_pairs(folder / "rows.json", DataConfig(rows=expression, input="q", output="a"))
     except UserError as error:
         assert error.what
-    select(Selection(where=expression), {ROW.key: ROW}, (), Origins(), folder)
+    select(RemoveOptions(where=expression), {ROW.key: ROW}, (), Origins(), folder)
 
 
 def _render(content: bytes, folder: Path) -> None:

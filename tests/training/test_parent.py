@@ -21,6 +21,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.trace import uses_of_row
 from tunewright.training.parent import require_parent
 
@@ -54,7 +55,7 @@ def test_rows_of_the_parent_count_as_trained_by_its_child(trained: tuple[Path, A
     version = opened.data.version()
     gone, kept = (m.key for m in version.domain_of("train")[:2])
     (project / "keys.txt").write_text(f"{gone}\n")
-    opened.data.remove(keys=project / "keys.txt", because="asked to")
+    opened.data.remove(RemoveOptions(keys=project / "keys.txt", because="asked to"))
     heard = Heard()
     new_config(project, {"from": parent.digest[:12]}, learning_rate=0.001)
     child = tunewright.open(project, heard).train().adapter

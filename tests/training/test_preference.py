@@ -18,6 +18,7 @@ from preference_helpers import Heard, new_config, tiny_preference_project
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogTask, Task
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.trace import uses_of_row
 from tunewright.data.versions import DatasetVersion
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs, read_kept_pairs
@@ -223,9 +224,9 @@ def test_rejected_answers_of_known_rows_are_kept_once_and_purged_with_their_row(
     gone = version.domain_of("train")[0].key
     keys = project / "keys.txt"
     keys.write_text(f"{gone}\n")
-    tunewright.open(project).data.remove(keys=keys, because="asked to")
+    tunewright.open(project).data.remove(RemoveOptions(keys=keys, because="asked to"))
     assert len(read_pairs(dataset, _version(project)).pairs) == 1
-    tunewright.open(project).data.remove(keys=keys, because="asked to", purge=True)
+    tunewright.open(project).data.remove(RemoveOptions(keys=keys, because="asked to", purge=True))
     assert [pair.key for pair in read_kept_pairs(dataset)] != []
     assert gone not in (dataset / KEPT_PAIRS_FILE).read_text()
 

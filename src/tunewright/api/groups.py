@@ -7,6 +7,7 @@ from tunewright.adapters.import_options import ImportOptions
 from tunewright.api.deprecated import keywords
 from tunewright.data import preview, remote, remove, verify
 from tunewright.data import verbs as data
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.evaluation import data_verbs, label_review, stored
 from tunewright.evaluation.verbs import current_split_power
 from tunewright.export import verbs as exports
@@ -49,7 +50,7 @@ class ProjectData(ProjectGroup):
     preview_file = preview.preview_file
     pull = remote.pull
     push = remote.push
-    remove = remove.remove
+    remove = keywords(remove.remove, RemoveOptions)
     sheets = preview.sheets
     show = data.show
     trained_by = data.trained_by

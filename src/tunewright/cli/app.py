@@ -11,7 +11,7 @@ from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer._click.exceptions import ClickException
@@ -243,8 +243,10 @@ def _options(of: type[Any]) -> list[Parameter]:
             made += _options(type(each.default))
             continue
         kind, about = get_args(hints[each.name])
+        if get_origin(kind) is tuple:
+            kind = list[get_args(kind)[0]] | None  # type: ignore[misc]
         shown = typer.Option(
-            False if each.default is True else each.default,
+            {True: False, (): None}.get(each.default, each.default),
             *_names(each.name, about),
             help=about.help,
             show_default=about.default or True,
@@ -274,6 +276,8 @@ def _filled(of: type[Any], values: dict[str, Any]) -> Any:
         value, about = values.pop(each.name), get_args(hints[each.name])[1]
         if about.parse is not None and value is not None:
             value = about.parse(value, _names(each.name, about)[0])
+        if each.default == ():
+            value = tuple(value or ())
         filled[each.name] = not value if each.default is True else value
     return of(**filled)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ from tunewright.cli.data import data_app
 from tunewright.core.clock import without_milliseconds
 from tunewright.core.io import canonical_json
 from tunewright.core.text import count_of
+from tunewright.data.remove_options import RemoveOptions
 
 if TYPE_CHECKING:
     from tunewright.chat.inspection import TokenView
@@ -95,51 +95,18 @@ def data_trained_by(run: Session, row: Row) -> None:
 
 
 @command(
-    data_app, "remove", example="tunewright data remove --group customer=ACME --because 'deletion request' --dry-run"
+    data_app,
+    "remove",
+    example="tunewright data remove --group customer=ACME --because 'deletion request' --dry-run",
+    options=RemoveOptions,
 )
-def data_remove(
-    run: Session,
-    because: Annotated[
-        str,
-        typer.Option(
-            "--because",
-            help="Reason, stored with the version and in removed.jsonl. Optional with --dry-run.",
-            show_default=False,
-        ),
-    ] = "",
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of keys: one, or its first digits, on each line; JSON Lines with `key`; what `data suspects` "
-            "or `data show` prints with --json; CSV with a column `key` or `row`."
-        ),
-    ] = None,
-    where: Annotated[
-        str | None, typer.Option(help="JMESPath condition on a row as `data remove --json` shows it.")
-    ] = None,
-    source: Annotated[str | None, typer.Option(help="Added file that the rows came from.")] = None,
-    group: Annotated[
-        list[str] | None, typer.Option(help="Group of the rows, such as customer=ACME (repeatable).")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and change nothing.")] = False,
-    purge: Annotated[
-        bool, typer.Option("--purge", help="Erase the rows' text from all versions too. This cannot be undone.")
-    ] = False,
-) -> None:
+def data_remove(run: Session, options: RemoveOptions = RemoveOptions()) -> None:
     """Make a version without some rows, and a log that keeps them out when their file is added again.
 
     Rows must match all of --keys, --where, --source and --group that are given.
     """
-    done = run.project.data.remove(
-        because=because,
-        keys=keys,
-        where=where,
-        source=source,
-        groups=group or (),
-        dry_run=dry_run,
-        purge=purge,
-    )
-    run.show(done.as_dict(), "\n".join(_removal_lines(done, purging=purge)))
+    done = run.project.data.remove(options)
+    run.show(done.as_dict(), "\n".join(_removal_lines(done, purging=options.purge)))
 
 
 def _blame_text(found: RowOrigin) -> str:

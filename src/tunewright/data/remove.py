@@ -16,10 +16,10 @@ from tunewright.core.text import count_of, listed
 from tunewright.data.dedup import count_near_repeats
 from tunewright.data.purge import RemainingCopy, purge_rows
 from tunewright.data.readers import SourceRow
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.edits import superseded_keys, without_unaccepted
 from tunewright.data.selection import (
     Origins,
-    Selection,
     count_rows_of_earlier_files,
     read_origins,
     row_document,
@@ -94,39 +94,21 @@ class RemoveResult:
         return {**asdict(self), "version": self.version.model_dump(mode="json"), "splits": self.splits}
 
 
-def remove(
-    project: OpenFolder,
-    *,
-    because: str = "",
-    keys: str | Path | None = None,
-    where: str | None = None,
-    source: str | None = None,
-    groups: Iterable[str] = (),
-    dry_run: bool = False,
-    purge: bool = False,
-) -> RemoveResult:
+def remove(project: OpenFolder, options: RemoveOptions = RemoveOptions()) -> RemoveResult:
     """Remove the rows that match all given conditions, which creates a new version.
 
-    Adding a file does not bring them back without ``restore``.
+    Adding a file does not bring them back without ``restore``. Other files of the project with the text of purged rows
+    are listed.
 
     Args:
-        because: the reason, stored with the version and in the log of removals; optional only in a dry run.
-        keys: a file with one row key, or its first digits, per line.
-        where: a JMESPath condition on a row's document.
-        source: the added file that the rows came from.
-        groups: groups such as ``customer=ACME``; a row must have one of them.
-        dry_run: only report the rows that would be removed.
-        purge: also erase the rows' text from all versions, with the text of rows that they were edited from and of
-            former rows with the same input. The rows may be of earlier versions only. Other files of the project with
-            the text are listed.
+        options: the rows, and the reason.
 
     Raises:
         UserError: no reason, no matching row, or too few rows left in the dataset or in a split. Nothing has changed.
     """
-    selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
     dataset, reporter = project.folder.dataset, project.reporter
-    because = " ".join(because.split())
-    if not because and not dry_run:
+    because, purge = " ".join(options.because.split()), options.purge
+    if not because and not options.dry_run:
         raise UserError("--because is missing: a removal needs a reason", fix='For example --because "mislabelled".')
     if current_manifest(dataset) is None:
         raise no_version(dataset)
@@ -136,20 +118,20 @@ def remove(
         current = {m.key: m for m in parent.members}
         members = _all_members(dataset, parent) if purge else current
         purged_before = read_removals(dataset).purged if purge else {}
-        chosen = select(selection, members, purged_before, origins, dataset)
+        chosen = select(options, members, purged_before, origins, dataset)
         if not chosen:
             before = [e for e in purged_before.values() if e.because == because]
             if not before:
                 place = "any version" if purge else f"version {parent.digest[:12]}"
                 raise UserError(
-                    f"No row of {place} matches {selection.options_text}",
+                    f"No row of {place} matches {options.selection}",
                     where="data remove",
                     fix="`tunewright data show ROW --json` shows a row's fields.",
                 )
             reporter.say(f"Nothing more to purge: {describe_purges(before)}")
-        if stay := count_rows_of_earlier_files(selection, current.values(), origins, dataset):
+        if stay := count_rows_of_earlier_files(options, current.values(), origins, dataset):
             reporter.warn(
-                f"{stay:,} rows of {selection.source} stay, because another file had them first. Name that file too, "
+                f"{stay:,} rows of {options.source} stay, because another file had them first. Name that file too, "
                 "or name the rows with --keys."
             )
         going = {m.key: m for m in chosen if m.key in current}
@@ -158,7 +140,7 @@ def remove(
         if going:
             _require_enough(left)
         result = _result(project.folder, parent, list(going.values()), family, left, origins, because)
-        if dry_run:
+        if options.dry_run:
             return replace(result, dry_run=True)
         there = {manifest.digest for manifest in list_versions(dataset)}
         version, holders = parent.manifest, tuple[RemainingCopy, ...]()

@@ -17,28 +17,12 @@ from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
 from tunewright.data.readers.mapping import compile_jmespath, search_jmespath
+from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.trace import source_name
 from tunewright.data.versions import IMPORTS, Member, import_records, list_versions, short, version_folder
 
 _FEWEST_DIGITS = 4
 _MOST = 10
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Options that select rows: a row must match each option that is set, and one of several groups."""
-
-    keys: Path | None = None
-    where: str | None = None
-    source: str | None = None
-    groups: tuple[str, ...] = ()
-
-    @property
-    def options_text(self) -> str:
-        """The selection as command-line options."""
-        options = {"--keys": self.keys, "--where": self.where, "--source": self.source}
-        parts = [f"{name} {value}" for name, value in options.items() if value is not None]
-        return " ".join([*parts, *(f"--group {group}" for group in self.groups)])
 
 
 @dataclass(frozen=True)
@@ -101,38 +85,38 @@ def row_document(member: Member, origins: Origins) -> dict[str, Any]:
 
 
 def select(
-    selection: Selection, members: Mapping[str, Member], former: Iterable[str], origins: Origins, dataset: Path
+    options: RemoveOptions, members: Mapping[str, Member], former: Iterable[str], origins: Origins, dataset: Path
 ) -> list[Member]:
     """Return the members that a selection matches, in the order of their keys.
 
     A file of keys may also name ``former`` rows, which were removed.
     """
-    if not selection.options_text:
+    if not options.selection:
         raise UserError("No rows are selected", where="data remove", fix="Use --keys, --where, --source or --group.")
     found = dict(members)
-    if selection.keys is not None:
-        named = _named(selection.keys, members, set(former))
+    if options.keys is not None:
+        named = _named(Path(options.keys), members, set(former))
         found = {key: member for key, member in found.items() if key in named}
-    if selection.source is not None:
-        source = source_name(selection.source, origins.sources, dataset.parent, "--source")
+    if options.source is not None:
+        source = source_name(options.source, origins.sources, dataset.parent, "--source")
         found = {key: member for key, member in found.items() if origins.first.get(key, ("", 0))[0] == source}
-    if selection.groups:
-        groups = set(selection.groups)
-        _require_groups(selection.groups, members.values())
+    if options.groups:
+        groups = set(options.groups)
+        _require_groups(options.groups, members.values())
         found = {key: member for key, member in found.items() if groups & set(member.groups)}
-    if selection.where is not None:
-        matches = _query(selection.where)
+    if options.where is not None:
+        matches = _query(options.where)
         found = {key: member for key, member in found.items() if matches(row_document(member, origins))}
     return [found[key] for key in sorted(found)]
 
 
 def count_rows_of_earlier_files(
-    selection: Selection, members: Iterable[Member], origins: Origins, dataset: Path
+    options: RemoveOptions, members: Iterable[Member], origins: Origins, dataset: Path
 ) -> int:
     """Count the rows of a source that stay because another file had them first."""
-    if selection.source is None:
+    if options.source is None:
         return 0
-    source = source_name(selection.source, origins.sources, dataset.parent, "--source")
+    source = source_name(options.source, origins.sources, dataset.parent, "--source")
     return sum(
         source in origins.again.get(m.key, ()) and origins.first.get(m.key, ("", 0))[0] != source for m in members
     )
