@@ -1,6 +1,6 @@
 """The workers that ``compute.cluster`` asks for.
 
-Three modules import Ray. Other packages reach them through these functions alone.
+Four modules import Ray. Other packages reach them through these functions alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
         yield THIS_PROCESS
         return
     _require_ray()
-    from tunewright.compute.workers import open_cluster
+    from tunewright.compute.tasks import open_cluster
 
     with open_cluster(config, reporter) as workers:
         yield workers
@@ -63,7 +63,7 @@ def open_model_workers(
     _require_ray()
     import torch
 
-    from tunewright.compute.workers import open_actors
+    from tunewright.compute.actors import open_actors
 
     with open_actors(config, torch.get_num_threads(), check, needed, release, reporter) as workers:
         yield workers
