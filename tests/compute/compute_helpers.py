@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogTask, Task
-from tunewright.core.workers import Needs, Part, Result, Shared, Step, Workers
+from tunewright.core.workers import Workers
 from tunewright.data.add import add
 from tunewright.data.dedup import decontaminate, partition, similarity
 
@@ -116,47 +113,6 @@ def _content(path: Path) -> bytes:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     # The seal is the digest of the rest, the time included.
     return json.dumps({name: value for name, value in manifest.items() if name not in ("created", "seal")}).encode()
-
-
-class PickledWorkers:
-    """Workers that get pickled parts some time before their results are needed, with arrays that cannot be written."""
-
-    count = 3
-    machines = ()
-
-    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
-        """Return nothing: there is no other machine."""
-        return []
-
-    def map(
-        self,
-        step: Step[Shared, Part, Result],
-        shared: Shared,
-        parts: Iterable[Part],
-        task: Task,
-        batch: int = 1,
-        needs: Needs | None = None,
-    ) -> Iterator[Result]:
-        """Yield the result of each part."""
-        source = iter(parts)
-        sent: deque[Any] = deque()
-        while some := list(islice(source, batch)):
-            sent.append(_copied((step, shared, some)))
-            if len(sent) >= 4:
-                yield from _done(sent.popleft(), task)
-        while sent:
-            yield from _done(sent.popleft(), task)
-
-
-def _done(work: Any, task: Task) -> Any:
-    step, shared, parts = work
-    return _copied([step(shared, part, task) for part in parts])
-
-
-def _copied(value: Any) -> Any:
-    buffers: list[pickle.PickleBuffer] = []
-    text = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    return pickle.loads(text, buffers=[bytes(buffer.raw()) for buffer in buffers])
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from compute_helpers import PickledWorkers, built, many_pairs, rows_alike, small_parts
+from compute_helpers import built, many_pairs, rows_alike, small_parts
 from data_helpers import Listener, Pair, jaccard, unlike_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import tiny_project, tunewright, write_jsonl
+from pickled_workers import PickledWorkers
 from tunewright.compute import open_workers
 from tunewright.config import ComputeConfig, Config
 from tunewright.core.progress import LogTask

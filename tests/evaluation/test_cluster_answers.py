@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_helpers import lora_weights, write_adapter
-from pickled_models import PickledModels
+from pickled_workers import PickledModels
 from tunewright.adapters.registry import LINEAGE, Adapter
 from tunewright.chat import open_chat
 from tunewright.core.errors import UserError

@@ -15,7 +15,7 @@ import pytest
 from data_helpers import Listener
 
 from fake_vllm import DIE
-from pickled_models import PickledModels
+from pickled_workers import PickledModels
 from tunewright.adapters.registry import LINEAGE, Adapter
 from tunewright.chat import open_chat
 from tunewright.config import Config, EvaluateConfig

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,61 +13,20 @@ import torch
 from data_helpers import Listener, new_project
 
 from command_line import tiny_project
+from pickled_workers import CPUS, PickledCluster, copied
 from tunewright.advisor.adviser import pilot_parts, pilot_training
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.locks import locked_folder
-from tunewright.core.progress import LogReporter, Reporter, Task
-from tunewright.core.workers import THIS_PROCESS, Machine, Needs, Part, Result, Shared, Step, on_machine
+from tunewright.core.progress import LogReporter, Reporter
+from tunewright.core.workers import THIS_PROCESS, Machine, Needs
 from tunewright.evaluation.learning_curve import LearningCurve
 from tunewright.models.bases import Base, resolve_base
 from tunewright.training.monitoring import DivergedError
 from tunewright.training.sweep.successive_halving import Outcome
 from tunewright.training.train import train
 from tunewright.training.trainings import Job, open_trainings
-
-CPUS = torch.get_num_threads()
-
-
-class PickledCluster:
-    """Machines whose work is done here, with pickled inputs and results."""
-
-    def __init__(self, *machines: Machine, changed: Callable[[Any], Any] = lambda asked: asked) -> None:
-        self.machines = machines or (Machine("10.0.0.7", CPUS, 0), Machine("10.0.0.8", 2 * CPUS + CPUS // 2, 0))
-        self.count = sum(machine.cpus for machine in self.machines)
-        self.changed = changed
-        self.needs: list[Needs] = []
-
-    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
-        """Call the function for each machine; the last one sees what is changed."""
-        answers = []
-        for machine in self.machines:
-            seen = self.changed(needed) if machine is self.machines[-1] else needed
-            try:
-                answers.append((machine.name, question(_copied(seen))))
-            except UserError as error:
-                raise on_machine(machine.name, error) from None
-        return answers
-
-    def map(
-        self,
-        step: Step[Shared, Part, Result],
-        shared: Shared,
-        parts: Iterable[Part],
-        task: Task,
-        batch: int = 1,
-        needs: Needs | None = None,
-    ) -> Iterator[Result]:
-        """Yield the result of each part, none of which this process may compute."""
-        assert needs is not None
-        self.needs.append(needs)
-        for part in parts:
-            yield _copied(step(_copied(shared), _copied(part), task))
-
-
-def _copied(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
 
 
 @pytest.fixture
@@ -184,7 +141,7 @@ def test_job_waits_for_the_process_of_a_lost_machine_to_end(base: Base, tmp_path
 
 
 def test_diverged_trial_is_pickled_with_its_reason() -> None:
-    outcome = _copied(Outcome(DivergedError("the loss is nan at step 3", where="train.learning_rate"), 2.0))
+    outcome = copied(Outcome(DivergedError("the loss is nan at step 3", where="train.learning_rate"), 2.0))
     assert isinstance(outcome.result, DivergedError)
     assert (outcome.result.what, outcome.result.where) == ("the loss is nan at step 3", "train.learning_rate")
 

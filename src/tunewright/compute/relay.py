@@ -169,18 +169,15 @@ class Display:
                 case "stoppable", ():
                     self.stoppable = True
                 case "begin", ():
-                    self._begin()
+                    self.close()
+                    if self._begun:
+                        self._reporter.warn(self._resumes)
+                    self._begun, self.stoppable = True, False
 
     def close(self) -> None:
         """Close what a lost process left open."""
         for number in sorted(self._open, reverse=True):
             self._close(number)
-
-    def _begin(self) -> None:
-        self.close()
-        if self._begun:
-            self._reporter.warn(self._resumes)
-        self._begun, self.stoppable = True, False
 
     def _close(self, number: int) -> None:
         context, _ = self._open.pop(number)

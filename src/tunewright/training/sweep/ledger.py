@@ -80,13 +80,10 @@ class Ledger:
         self.head = head
         self.path = folder / LEDGER
         self.entries: list[Entry] = []
-        if self.path.exists():
-            self._text = self.path.read_text(encoding="utf-8")
-            self._read()
-        else:
+        if not self.path.exists():
             self._text = head.model_dump_json() + "\n"
-
-    def _read(self) -> None:
+            return
+        self._text = self.path.read_text(encoding="utf-8")
         there = None
         for number, line in numbered_lines(self._text.encode()):
             validate = Head.model_validate_json if number == 1 else Entry.model_validate_json
