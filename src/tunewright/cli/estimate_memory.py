@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from tunewright.cli.app import TRAIN, app, command
@@ -12,18 +13,8 @@ from tunewright.training.options import MemoryOptions
 if TYPE_CHECKING:
     from tunewright.models.memory.plan import Plan
 
-_PARTS = {
-    "weights": "weights",
-    "adapter": "adapter",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
-    "attention": "attention",
-    "head": "output layer",
-    "working": "working space",
-    "allocator": "allocator",
-    "runtime": "runtime",
-}
+_TITLES = {"head": "output layer", "working": "working space"}
+"""Titles of parts that have other names in the code."""
 
 
 @command(
@@ -70,7 +61,8 @@ def _parts_blocks(plan: Plan) -> tuple[Block, ...]:
     load, setups = plan.asked, plan.setups
     sharing = f", the first {load.shared:,} shared" if load.shared else ""
     title = f"Memory for {load.rows} x {plan.length:,} tokens{sharing}, {load.trained:,} of each row trained"
-    rows = [(name, *(gigabytes(getattr(each.asked, part)) for each in setups)) for part, name in _PARTS.items()]
+    parts = (part.name for part in fields(setups[0].asked))
+    rows = [(_TITLES.get(part, part), *(gigabytes(getattr(each.asked, part)) for each in setups)) for part in parts]
     rows.append(("together", *(gigabytes(each.asked.total) for each in setups)))
     rows.append(("fits", *("yes" if each.asked.total <= plan.memory.bytes else "no" for each in setups)))
     return (Lead(title), table(title, ("Part", *_heads(plan)), rows))

@@ -26,7 +26,7 @@ from tunewright.data.versions import DatasetVersion
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, hidden_size, load_model
-from tunewright.training.checkpoints import latest_complete_checkpoint
+from tunewright.training.checkpoints import latest_complete_checkpoint, step_of
 from tunewright.training.monitoring import DivergedError
 from tunewright.training.rows import require_min_examples, training_rows
 from tunewright.training.run import evaluation_interval, total_steps
@@ -218,7 +218,7 @@ def _train_part(base: Base, run: _Run, part: _Part, reporter: Reporter) -> Outco
 
 def _train_to(base: Base, run: _Run, part: _Part, reporter: Reporter) -> Progress:
     checkpoint = latest_complete_checkpoint(part.work)
-    behind = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    behind = 0 if checkpoint is None else step_of(checkpoint)
     if behind > part.step:  # left by a sweep whose ledger was removed
         shutil.rmtree(part.work)
         behind = 0
