@@ -12,7 +12,7 @@ import pytest
 import torch
 from data_helpers import Listener, new_project
 
-from command_line import tiny_project
+from command_line import tiny_project, tunewright
 from pickled_workers import CPUS, PickledCluster, copied
 from tunewright.advisor.adviser import pilot_parts, pilot_training
 from tunewright.api import Project
@@ -23,6 +23,7 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.core.workers import THIS_PROCESS, Machine, Needs
 from tunewright.evaluation.learning_curve import LearningCurve
 from tunewright.models.bases import Base, resolve_base
+from tunewright.training.checkpoints import stop_on_signal, stopped_from
 from tunewright.training.monitoring import DivergedError
 from tunewright.training.sweep.successive_halving import Outcome
 from tunewright.training.train import train
@@ -168,3 +169,36 @@ def test_curve_and_pilots_on_a_cluster_are_those_of_this_process(
     for pilot in pilots:
         place, facts = pilot.adapters, pilot.facts
         assert not train(own, pilot.version, project.base, chat, heard, adapters=place, facts=facts).trained
+
+
+# One training in several processes: tests/compute/test_training.py has the rest.
+
+
+def test_run_stops_where_it_is_asked_to_from_elsewhere() -> None:
+    asked = [False, False, True]
+    with stopped_from(lambda: asked.pop(0)), stop_on_signal() as stop:
+        assert [stop.after(step) for step in (1, 2, 3)] == [False, False, True]
+    with stop_on_signal() as stop:
+        assert not stop.agreed()
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+def test_fsdp_without_a_cluster_is_refused(project: Path) -> None:
+    config = project / "tunewright.yaml"
+    config.write_text(f"{config.read_text()}compute: {{fsdp: true}}\n")
+    ran = tunewright("train", "-p", project)
+    assert ran.code == 2
+    assert "compute.fsdp: FSDP needs a cluster" in ran.stderr
+
+
+def test_processes_of_a_launcher_cannot_use_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="Processes of a launcher cannot use a cluster"):
+        Project(ProjectFolder(project).on_cluster("auto")).train()
