@@ -7,7 +7,7 @@ different thread from the one that loaded the base and has computed before, as i
 
     current         with both
     one by one      each adapter is a separate product while decoding, too (generation/batched_lora.py off)
-    helpers kept    the loading thread's helper threads stay alive (models/threads.py left out)
+    helpers kept    the loading thread's helper threads stay alive (generation/openmp.py left out)
 
 Prints a table of medians, and writes benchmarks/results/adapter_passes.json.
 """
