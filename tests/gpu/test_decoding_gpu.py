@@ -160,8 +160,8 @@ def _answers_while_training(
     from tunewright.data.examples import Example, Message
     from tunewright.generation.generate import BatchSize
     from tunewright.generation.requests import Request
-    from tunewright.training.dev_scores import DevTask
     from tunewright.training.lora import keep_float32, lora_config
+    from tunewright.training.monitoring import DevTask
     from vllm_child import StopAfter
 
     settings: Any = {"preset": "all-linear", "quantization": quantization, "lora_dropout": dropout}

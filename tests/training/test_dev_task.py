@@ -11,7 +11,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.models.bases import resolve_base
-from tunewright.training.dev_scores import dev_task
+from tunewright.training.monitoring import dev_task
 from vllm_child import StopAfter
 
 

@@ -29,11 +29,10 @@ from tunewright.training.checkpoints import (
     step_of,
     stop_on_signal,
 )
-from tunewright.training.dev_scores import DevTask
 from tunewright.training.history import evaluations, history_rows, patience_exceeded
 from tunewright.training.lora import use_liger
 from tunewright.training.micro_batch import MicroBatch
-from tunewright.training.monitoring import EvaluationCallback, MetricsCallback
+from tunewright.training.monitoring import DevTask, EvaluationCallback, MetricsCallback
 from tunewright.training.packing.order import Sharing, resolve_sharing
 from tunewright.training.rows import as_columns, render_digest
 

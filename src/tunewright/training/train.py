@@ -31,7 +31,6 @@ from tunewright.models.families import require_quantizable, require_targets
 from tunewright.models.loading import context_length, device, load_model, named, require_bitsandbytes
 from tunewright.training import distributed
 from tunewright.training.checkpoints import require_intact, working_folder
-from tunewright.training.dev_scores import DevTask, dev_task
 from tunewright.training.history import (
     Evaluation,
     adapter_folder,
@@ -41,7 +40,7 @@ from tunewright.training.history import (
     place_text,
 )
 from tunewright.training.lora import require_liger, require_precision
-from tunewright.training.monitoring import UnstableRunError
+from tunewright.training.monitoring import DevTask, UnstableRunError, dev_task
 from tunewright.training.packing.order import ORDER
 from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
 from tunewright.training.preference.pairs import PreferenceRows, preference_inputs, preference_rows

@@ -21,10 +21,10 @@ from trl import SFTTrainer
 from tunewright.generation.generate import in_memory
 from tunewright.training import distributed, fsdp
 from tunewright.training.checkpoints import StopRequest, is_complete
-from tunewright.training.dev_scores import DevTask
 from tunewright.training.history import DEV_METRIC, append_dev_answers
 from tunewright.training.lora import keep_float32
 from tunewright.training.micro_batch import MicroBatch, RawRows, too_little_memory
+from tunewright.training.monitoring import DevTask
 from tunewright.training.packing import PackedBatch, attention, pack
 from tunewright.training.packing.fused_loss import (
     LossBreakdown,

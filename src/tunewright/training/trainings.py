@@ -37,10 +37,9 @@ from tunewright.core.progress import LogReporter, Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import ONE_CPU, Machine, Needs, Workers, on_machine
 from tunewright.data.versions import DatasetVersion, load_version
-from tunewright.models.bases import Base, base_here
+from tunewright.models.bases import Base, Site, base_here, open_site, require_site
 from tunewright.training import distributed
 from tunewright.training.checkpoints import stop_on_signal, stopped_from
-from tunewright.training.machine_check import Site, open_site, require_site
 from tunewright.training.run import micro_batch, require_fsdp_supported
 from tunewright.training.trackers import require_trackers
 from tunewright.training.train import TrainResult, find_trained, train, training_inputs
