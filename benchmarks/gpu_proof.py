@@ -126,7 +126,7 @@ def _card_name() -> str | None:
 def untested_torch(version: str) -> str | None:
     """Return a warning if this version of torch is not one that pyproject.toml allows."""
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    tested = next(r for r in map(Requirement, project["dependencies"]) if r.name == "torch").specifier
+    tested = next(r for r in map(Requirement, project["optional-dependencies"]["train"]) if r.name == "torch").specifier
     return (
         None if tested.contains(version, prereleases=True) else f"not tested with torch {version}, only with {tested}"
     )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from hidden_packages import without
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -57,10 +60,9 @@ def listed_packages() -> set[str]:
 @pytest.fixture(scope="module")
 def without_others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the tunewright dependencies that docs/gpu.md does not list cannot be imported."""
-    metadata = (ROOT / "pyproject.toml").read_text()
-    block = re.search(r"\ndependencies = \[\n(.*?)\n\]", metadata, re.DOTALL)
-    assert block
-    declared = {canonicalize_name(name) for name in re.findall(r'^    "([\w.-]+?)[>\[]', block[1], re.MULTILINE)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    declared = {canonicalize_name(Requirement(text).name) for text in needed}
     others = declared - listed_packages()
     hidden = sorted(
         module
@@ -68,18 +70,7 @@ def without_others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         if others & {canonicalize_name(owner) for owner in owners}
     )
     assert {"sqlalchemy", "scipy", "sklearn"} <= set(hidden)
-    folder = tmp_path_factory.mktemp("hidden")
-    (folder / "sitecustomize.py").write_text(
-        "import sys\n"
-        f"HIDDEN = {hidden!r}\n"
-        "class Hide:\n"
-        "    def __init__(self, finder): self.finder = finder\n"
-        "    def __getattr__(self, name): return getattr(self.finder, name)\n"
-        "    def find_spec(self, name, *more):\n"
-        "        return None if name.split('.')[0] in HIDDEN else self.finder.find_spec(name, *more)\n"
-        "sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]\n"
-    )
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "src")])}
+    return without(hidden, tmp_path_factory.mktemp("hidden"))
 
 
 def proof(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

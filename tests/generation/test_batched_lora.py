@@ -14,7 +14,8 @@ from decoding_helpers import llama
 from hypothesis_settings import examples
 from tunewright.generation import lora_dispatch
 from tunewright.generation.batched_lora import AdapterSlots, Lora
-from tunewright.generation.lora_dispatch import BASE_ROW, LoraDispatch
+from tunewright.generation.lora_dispatch import LoraDispatch
+from tunewright.generation.requests import BASE_ROW
 
 LAYERS = [["q_proj", "v_proj"], ["q_proj"], ["down_proj", "o_proj"], ["q_proj", "down_proj"]]
 CONFIGS = {

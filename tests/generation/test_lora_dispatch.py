@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from decoding_helpers import llama
 from hypothesis_settings import examples
 from tunewright.generation.batched_lora import Lora
-from tunewright.generation.lora_dispatch import BASE_ROW, LoraDispatch
+from tunewright.generation.lora_dispatch import LoraDispatch
+from tunewright.generation.requests import BASE_ROW
 from tunewright.training.lora import use_fused_lora
 
 CONFIGS = {

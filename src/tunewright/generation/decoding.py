@@ -27,7 +27,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tunewright.generation.batched_lora import Lora
-from tunewright.generation.constraints import mask_logits
 from tunewright.generation.kv_cache import (
     copy_rows,
     from_prefix,
@@ -38,7 +37,7 @@ from tunewright.generation.kv_cache import (
 )
 from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.generation.requests import Request, Row
-from tunewright.generation.sampling import adjust_logits, next_tokens, token_logprobs
+from tunewright.generation.sampling import adjust_logits, mask_logits, next_tokens, token_logprobs
 from tunewright.generation.text_stream import Decode
 
 # Tokens of one prefill, padding included: it bounds the memory that new rows need for their activations.

@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from tunewright.core.errors import UserError
 from tunewright.generation.batched_lora import MAX_BYTES, AdapterSlots, BatchedLora, Lora
+from tunewright.generation.requests import BASE_ROW
 
-BASE_ROW = "__base__"
-"""PEFT's name for a row without an adapter."""
 _ADAPTED = (LoraLayer, AuxiliaryTrainingWrapper)
 _STACK_FROM_CPU, _STACK_FROM_CUDA = 4, 2
 """Fewest adapters of a pass for which stacking their weights is faster: measured in time on the CPU, and in kernel

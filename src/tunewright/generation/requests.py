@@ -1,19 +1,24 @@
-"""Requests of the decoding loop: a prompt and its settings, its row while it decodes, and its completion."""
+"""Requests of the decoding loop: a prompt and its settings, its row while it decodes, and its completion.
+
+A gateway to engines elsewhere makes requests without torch, so only rows that sample import it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from tunewright.generation.constraints import Constraint
-from tunewright.generation.lora_dispatch import BASE_ROW
 from tunewright.generation.text_stream import Decode, TextStream
 
+if TYPE_CHECKING:
+    import torch
+
 Finish = Literal["stop", "length"]
+BASE_ROW = "__base__"
+"""PEFT's name for a row without an adapter."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ class Row:
             self._stream = TextStream(decode, request.stop)
         self._generator: torch.Generator | None = None
         if request.temperature > 0:
+            import torch
+
             self._generator = torch.Generator()
             if request.seed is None:
                 self._generator.seed()
@@ -115,6 +122,8 @@ class Row:
 
         The generator is on the CPU, so that a seed means the same on every device.
         """
+        import torch
+
         assert self._generator is not None, "a greedy row draws nothing"
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 

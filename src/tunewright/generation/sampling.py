@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,3 +165,27 @@ def token_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -
         wanted = rows[place].request.logprobs
         found[place] = TokenLogprob(value, tuple(zip(top_ids, tops, strict=True))[:wanted])
     return found
+
+
+def mask_logits(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
+    """Return the logits [rows, vocabulary] with minus infinity where a row's mask forbids a token.
+
+    Args:
+        logits: [rows, vocabulary].
+        masks: a bitmask of :meth:`constraints.Guide.allowed` for each row; None allows every token.
+    """
+    if all(mask is None for mask in masks):
+        return logits
+    # One bit for each token goes to the device, in one copy for all rows. Rows without a mask may take any token. A
+    # model may have more logits than its tokenizer has tokens; no mask allows the extra ones.
+    vocabulary = logits.shape[1]
+    bits = np.full((len(masks), -(-vocabulary // 8)), 255, dtype=np.uint8)  # [rows, vocabulary / 8]
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            own = np.frombuffer(mask, dtype=np.uint8)[: bits.shape[1]]
+            bits[row] = 0
+            bits[row, : len(own)] = own
+    packed = torch.from_numpy(bits).to(logits.device, non_blocking=True)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (packed[:, :, None] >> shifts & 1).flatten(1)[:, :vocabulary]  # [rows, vocabulary]
+    return logits.masked_fill(allowed == 0, -torch.inf)

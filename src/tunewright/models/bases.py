@@ -267,15 +267,20 @@ def _table(folder: Path, text: str) -> tuple[Path | None, str]:
 
 
 def _empty_rows(path: Path, name: str, ids: Collection[int]) -> set[int]:
+    import ml_dtypes  # noqa: F401 - numpy knows bfloat16 from here on
+    import numpy as np
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as weights:
-        table = weights.get_tensor(name)
-    median = float(table[:: max(1, len(table) // _SAMPLED_ROWS)].float().norm(dim=1).median())
-    there = [token for token in ids if token < len(table)]
-    norms = table[there].float().norm(dim=1).tolist()
-    empty = {token for token, norm in zip(there, norms, strict=True) if norm <= _UNTRAINED_NORM * median}
-    return empty | (set(ids) - set(there))
+    with safe_open(path, framework="numpy") as weights:
+        table = weights.get_slice(name)
+        size = table.get_shape()[0]
+        there = [token for token in ids if token < size]
+        sampled, norms = (
+            [float(np.linalg.norm(table[row : row + 1].astype(np.float32))) for row in rows]
+            for rows in (range(0, size, max(1, size // _SAMPLED_ROWS)), there)
+        )
+    limit = _UNTRAINED_NORM * float(np.median(sampled))
+    return {token for token, norm in zip(there, norms, strict=True) if norm <= limit} | (set(ids) - set(there))
 
 
 _FIX = "Mount the project's folder at the same path on every machine, writable."

@@ -24,9 +24,10 @@ from tunewright.engines.protocol import (
     checked,
     stream,
 )
-from tunewright.generation.constraints import Grammar, mask_logits
+from tunewright.generation.constraints import Grammar
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Finish, Request
+from tunewright.generation.sampling import mask_logits
 
 PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "The quick brown fox")]
 SOON = 120
