@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,10 @@ def _is_busy() -> bool:
 # fast (docs/decisions/0009-what-is-decided-by-the-clock.md). libgomp reads this when torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and _is_busy():
     os.environ["GOMP_SPINCOUNT"] = "3000"
+
+if find_spec("torch") is None:
+    # Without it only transformers' tokenizers are used, and transformers advises to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def open(root: str | Path = ".", reporter: Reporter | None = None) -> Project:  # noqa: A001

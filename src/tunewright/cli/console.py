@@ -25,7 +25,7 @@ from tunewright.cli.json_log import JsonReporter, json_log
 from tunewright.cli.live import ConsoleReporter
 from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.core import tracing
-from tunewright.core.errors import OUT_OF_MEMORY, UserError
+from tunewright.core.errors import OUT_OF_MEMORY, UserError, missing_extra
 from tunewright.core.io import refused
 from tunewright.core.text import visible
 from tunewright.render.terminal import Part, rendered
@@ -44,8 +44,6 @@ NOTHING_KEPT = "nothing half done is kept; run the same command again"
 """State after a stopped command that stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
-_TRAIN_PACKAGES = {"accelerate", "bm25s", "gguf", "peft", "torch", "trl"}
-"""Those of `tunewright[train]`, which an installation without extras lacks."""
 _MEMORY_ERRORS = (
     "not enough memory",
     "out of memory",
@@ -274,7 +272,7 @@ def _session(
             raise
         _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
     except (MemoryError, ImportError, RuntimeError) as error:
-        message = _lack_of_memory(error) or _missing_train(error)
+        message = _lack_of_memory(error) or missing_extra(error)
         if message is not None:
             _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
         if not isinstance(error, RuntimeError) or not distributed.is_peer_failure(error):
@@ -314,13 +312,6 @@ def _lack_of_memory(error: Exception) -> UserError | None:
     if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_ERRORS):
         return OUT_OF_MEMORY
     return None
-
-
-def _missing_train(error: Exception) -> UserError | None:
-    """Name the extra of a command that loads a model, where tunewright is installed without it."""
-    if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
-        return None
-    return UserError(f"This command needs {error.name}, which is not installed", fix="pip install 'tunewright[train]'")
 
 
 def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[Session]:

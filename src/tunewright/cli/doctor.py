@@ -15,12 +15,14 @@ from typing import Literal
 from tunewright._version import __version__
 from tunewright.cli.app import PROJECT, app, command
 from tunewright.cli.console import FAILED, Session
+from tunewright.core.errors import TRAIN_PACKAGES
 from tunewright.render.blocks import Cell, ToneOfResult, table, words
 
 State = Literal["ok", "missing", "warning", "problem"]
 
 HUB_TIMEOUT_S = 3.0
 _NAMED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+_TRAIN = "pip install 'tunewright[train]'"
 _LEAST_FREE_GB = 1.0
 """Of the disk: less stops a training at its first checkpoint."""
 _LITTLE_FREE_GB = 10.0
@@ -83,7 +85,10 @@ def _versions(_folder: Path) -> Iterator[Check]:
         try:
             yield Check("versions", name, "ok", metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Check("versions", name, "problem", "not installed", f"pip install {name}")
+            if name in TRAIN_PACKAGES:
+                yield Check("versions", name, "missing", "not installed: training, evaluation, engines", _TRAIN)
+            else:
+                yield Check("versions", name, "problem", "not installed", f"pip install {name}")
     yield from _unmet()
 
 
@@ -97,13 +102,16 @@ def _unmet() -> Iterator[Check]:
         found = "tunewright runs from its source and is not installed, so its dependencies are not checked"
         yield Check("versions", "dependencies", "warning", found, "pip install -e .")
         return
-    needed = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
-    met = 0
+    needed = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": "train"})]
+    met = total = 0
     for each in needed:
         try:
             version: str | None = metadata.version(each.name)
         except metadata.PackageNotFoundError:
+            if each.name in TRAIN_PACKAGES:
+                continue
             version = None
+        total += 1
         if version is not None and each.specifier.contains(version, prereleases=True):
             met += 1
         elif version is not None and all(
@@ -114,7 +122,7 @@ def _unmet() -> Iterator[Check]:
         elif version is not None or each.name not in _NAMED:
             found = f"{version or 'not installed'}; {each.specifier} is needed"
             yield Check("versions", each.name, "problem", found, f"pip install '{each.name}{each.specifier}'")
-    if met == len(needed):
+    if met == total:
         yield Check("versions", "dependencies", "ok", f"all {met} installed")
 
 
@@ -122,6 +130,9 @@ def _devices(_folder: Path) -> Iterator[Check]:
     cores = f"{os.cpu_count()} cores"
     try:
         import torch
+    except ModuleNotFoundError:
+        yield Check("devices", "CPU", "ok", f"{cores}; without torch nothing is computed on them")
+        return
     except (ImportError, OSError) as error:
         found = f"torch cannot be imported: {str(error).splitlines()[0]}"
         yield Check("devices", "torch", "problem", found, "pip install --force-reinstall torch")

@@ -30,7 +30,7 @@ from tunewright.api import Project
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.author import authored_by
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, missing_extra
 from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
 from tunewright.evaluation.training_runs import TrainingRuns
@@ -146,6 +146,7 @@ class Studio:
             ],
             exception_handlers={
                 UserError: self._refused,
+                ModuleNotFoundError: self._refused,
                 HTTPException: self._failed,
                 # The browser left in the middle of a form: nobody reads the answer, and nothing was stored.
                 ClientDisconnect: lambda _request, _error: Response(status_code=400),
@@ -340,7 +341,9 @@ class Studio:
         return RedirectResponse(f"/playground/{name}", status_code=303)
 
     async def _refused(self, _request: Request, error: Exception) -> Response:
-        assert isinstance(error, UserError)
+        error = missing_extra(error) or error
+        if not isinstance(error, UserError):
+            raise error
         texts = (error.what, error.where or "", error.fix or "")
         return self._error(400, *(text.replace(f"{self._root}/", "") for text in texts))
 
