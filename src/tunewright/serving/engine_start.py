@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
@@ -18,12 +19,12 @@ from tunewright.core.io import damage, digest, new_folder, seal
 from tunewright.core.progress import Reporter
 from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
-from tunewright.export.gguf.model import write_lora, write_token_id_model
-from tunewright.export.gguf.tensors import FileType
-from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
+
+if TYPE_CHECKING:
+    from tunewright.export.gguf.tensors import FileType
 
 LARGE_CARD = 70 * 10**9
 """GPU memory from which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
@@ -215,6 +216,9 @@ def base_file(
         pieces: see :func:`tunewright.export.gguf.tokenizer.add_token_ids`.
         end_id: the one of ``stop_ids`` that ends a constrained answer.
     """
+    from tunewright.export.gguf.model import write_token_id_model
+    from tunewright.export.weights import Weights
+
     ends = [end_id, *sorted(set(stop_ids) - {end_id})]
 
     def write(path: Path) -> None:
@@ -227,6 +231,8 @@ def base_file(
 
 def lora_file(place: Path, base: Base, adapter: str, folder: Path, reporter: Reporter) -> Path:
     """Return an adapter's file in 16 bits; 8 bits would save little of a small file."""
+    from tunewright.export.gguf.model import write_lora
+    from tunewright.export.weights import Weights, read_deltas
 
     def write(path: Path) -> None:
         write_lora(path, folder.name, Weights(base, "float32", read_deltas(folder)), base, "f16", reporter)
