@@ -361,7 +361,7 @@ NOISE = "noise floor"
 def noise_floor(
     generator: Generator, members: Sequence[Member], prompts: Sequence[Prompt], limit: int, scorer: Scorer, seed: int
 ) -> NoiseFloor:
-    """Have the base answer up to 100 of these items twice, with the engine that answers all arms.
+    """Have the base answer up to 100 of these items twice, past the journal, in differently composed batches.
 
     The seed draws the items. Of items with equal prompts, only the first may be drawn.
     """

@@ -182,6 +182,7 @@ def _load(file: Path, function: str) -> ModuleType:
     root = file
     for _ in function.partition(":")[0].split("."):
         root = root.parent
+    # At the end of the path: the module can import its neighbours, which hide no installed package.
     if str(root) not in sys.path:
         sys.path.append(str(root))
     # Not by its bare name: a project's `metrics.py` must not clash with an installed package or another project's.

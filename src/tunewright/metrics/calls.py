@@ -263,6 +263,7 @@ def call_ast_match(name: MetricName, acceptable: Mapping[str, Any]) -> Scorer:
         if parameters is None:
             return NO_FUNCTIONS
         wanted, given = reference_calls(pair), calls_in(pair.answer)
+        # Acceptable values belong to the row's own reference, not to another row's output for the same input.
         own = acceptable.get(pair.example.pair_key) if pair.reference == pair.example.output else None
         options = _options(wanted, own, parameters, pair.example.pair_key)
         if len(given) != len(wanted):

@@ -136,6 +136,7 @@ def references_of(examples: Sequence[Example], among: Sequence[Example] | None =
     """Return each example's references: its own output, then the other outputs of the same input and system turn.
 
     Inputs are the same as in ``Example.prompt_key``; outputs that differ only in outer white space count once.
+    ``among`` are all rows of their split, whose outputs count as references (None: the examples themselves).
     """
     outputs: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
     for example in examples if among is None else among:
@@ -153,7 +154,7 @@ def _same_input(example: Example) -> tuple[str, tuple[str, ...]]:
 def score_all(
     scorer: Scorer, answers: Sequence[str], examples: Sequence[Example], among: Sequence[Example] | None = None
 ) -> Scores:
-    """Score every answer by all references of its input (see `references_of`)."""
+    """Score every answer, one for each example, by all references of its input (see `references_of`)."""
     values = np.full(len(answers), np.nan)
     statistics = np.zeros((len(answers), scorer.columns))
     unscored: dict[int, str] = {}
