@@ -17,7 +17,7 @@ from scripted_engine import ScriptedEngine, render, scripted_server
 from tunewright.core.text import normalize
 from tunewright.data.examples import Message
 from tunewright.serving.gateway import schemas
-from tunewright.serving.gateway.streaming import EventStreamResponse
+from tunewright.serving.gateway.responses import EventStreamResponse
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -27,16 +27,18 @@ from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
 from tunewright.serving.gateway.request import GenerationRequest
 from tunewright.serving.gateway.request_handler import RequestHandler, Shadows
-from tunewright.serving.gateway.responses import ChatCompletionResponse, CompletionResponse, ResponseFormat
-from tunewright.serving.gateway.responses_api import ResponsesFormat, ResponsesRequest
-from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
-from tunewright.serving.gateway.streaming import (
+from tunewright.serving.gateway.responses import (
     FLUSH_SECONDS,
+    ChatCompletionResponse,
+    CompletionResponse,
     EventStreamResponse,
+    ResponseFormat,
     cancel_on_disconnect,
     read_body,
     sse_events,
 )
+from tunewright.serving.gateway.responses_api import ResponsesFormat, ResponsesRequest
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
 from tunewright.serving.tenants import StateUnavailableError
 
 log = logging.getLogger("tunewright")

@@ -14,8 +14,8 @@ from pydantic_core import PydanticCustomError
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError, Part, as_request, one_as_list
-from tunewright.serving.gateway.request import TextChunk
-from tunewright.serving.gateway.responses import Answer, Document, new_id
+from tunewright.serving.gateway.request import Answer, TextChunk
+from tunewright.serving.gateway.responses import Document, new_id
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
     MAX_TOOLS,

@@ -63,6 +63,22 @@ class TextChunk:
     """Pieces of calls."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One complete answer.
+
+    Args:
+        scored: None if the request does not ask for log probabilities.
+        stop: the request's stop string that ended it.
+    """
+
+    text: str
+    finish: Finish
+    scored: tuple[ScoredToken, ...] | None = None
+    calls: tuple[Call, ...] = ()
+    stop: str | None = None
+
+
 Failure = RequestFailedError | EngineStoppedError | ApiError
 """An error that ends a request."""
 

@@ -12,8 +12,7 @@ from tunewright.serving.gateway.auth import Admission, Shadow, Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
-from tunewright.serving.gateway.request import GenerationRequest, SystemSource, TextChunk
-from tunewright.serving.gateway.responses import Answer
+from tunewright.serving.gateway.request import Answer, GenerationRequest, SystemSource, TextChunk
 from tunewright.serving.gateway.schemas import Usage
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
