@@ -24,7 +24,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, listed
-from tunewright.data.readers.validate import MOST_CHARACTERS, RowError, example_from_object
+from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.validate import MOST_CHARACTERS, example_from_object
 from tunewright.metrics.calls import ACCEPTABLE, OPTIONAL, alternative
 
 NAME = "bfcl"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.signing import store_signer
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult
-from tunewright.data.readers.hub import is_hub_name
+from tunewright.data.readers.source_files import is_hub_name
 from tunewright.data.versions import load_version
 from tunewright.evaluation import data_verbs
 from tunewright.evaluation.tuning import check_trainable, has_trained, refuse_up_front, require_rows, train_adapter

@@ -1,7 +1,9 @@
-"""Ends of answers: the limit against a count, the stop strings by form."""
+"""Ends of answers (limit, stop strings), and tokens as people read them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import makers
 from hypothesis_settings import examples
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat import chat_format
 from tunewright.chat.answers import PLAIN_STOPS, answer_limit, answer_text, stop_strings
+from tunewright.chat.inspection import view
 from tunewright.config import Config, EvaluateConfig
 from tunewright.data.examples import Message
 from tunewright.generation.requests import Completion
@@ -93,3 +97,32 @@ def test_answer_text_has_canonical_calls_where_functions_are_declared(
     completion = Completion(ids, "stop", text if stopped else None)
     conversation = [*([FUNCTIONS] if declared else []), Message("user", "x")]
     assert answer_text(chat, completion, conversation) == (expected or text)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "bytes": byte_tokenizer,
+    "llama3": makers.llama3_tokenizer,
+    "sentencepiece": lambda: makers.mistral_tokenizer("v3"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_view_texts_join_to_the_conversation(kind: str) -> None:
+    chat = chat_of(TOKENIZERS[kind]())
+    messages = [Message("user", "Where is Zoë's café, 東京?\n\n [INST]"), Message("assistant", "Here.  There.")]
+    tokens = chat.encode(messages)
+    views = view(chat, tokens)
+    assert [v.id for v in views] == list(tokens.ids)
+    shown = "".join(v.text for v in views).encode()
+    text = re.sub(rb"<0x(..)>", lambda byte: bytes.fromhex(byte[1].decode()), shown).decode()
+    assert chat.template.render(messages, generation_prompt=False).removesuffix("\n") == text
+    assert "Here.  There." in "".join(v.text for v in views if v.trained)
+    assert [v.text for v in views if v.control][-1] == chat.tokenizer.eos_token
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_view_shows_incomplete_characters_as_bytes(kind: str) -> None:
+    chat = chat_of(TOKENIZERS[kind]())
+    views = view(chat, chat.encode([Message("user", "\U0001f9ff"), Message("assistant", "x")]))
+    assert [v.text for v in views if v.text.startswith("<0x")] == ["<0xF0>", "<0x9F>", "<0xA7>", "<0xBF>"]

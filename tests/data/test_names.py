@@ -13,7 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.pii import find, redact, scan, warned
-from tunewright.data.pii.names import open_presidio, presidio_finder
+from tunewright.data.pii.personal import open_presidio, presidio_finder
 from tunewright.data.pii.secret_patterns import Finder
 from tunewright.data.versions import load_version
 

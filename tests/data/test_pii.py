@@ -23,7 +23,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
 from tunewright.data.pii import LABELS, allowed_note, blocked, find, redact, scan, warned
-from tunewright.data.pii.personal_patterns import iban_valid, luhn
+from tunewright.data.pii.personal import iban_valid, luhn
 from tunewright.data.pii.secret_patterns import checksummed
 
 POSITIVES = positives(seed=7, each=30)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tunewright.config import DataConfig
 from tunewright.data.readers import Fault, ReadResult, read_pairs
 from tunewright.data.readers.file_check import _REPAIRS
-from tunewright.data.readers.row_errors import CODES
-from tunewright.data.readers.validate import RowError, example_from_object
+from tunewright.data.readers.row_errors import CODES, RowError
+from tunewright.data.readers.validate import example_from_object
 
 ASKED, ANSWERED = "Which court?", "D. Mass."
 CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]

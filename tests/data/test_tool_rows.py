@@ -34,8 +34,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.readers import read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
-from tunewright.data.readers.row_errors import CODES
-from tunewright.data.readers.validate import RowError, example_from_object
+from tunewright.data.readers.row_errors import CODES, RowError
+from tunewright.data.readers.validate import example_from_object
 
 ONE = conversation(
     Message("user", "Time?"),

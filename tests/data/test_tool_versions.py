@@ -24,8 +24,8 @@ from tunewright.data.dedup.decontaminate import find_hits
 from tunewright.data.examples import Example, Message, ToolCall, call_id, with_calls_numbered
 from tunewright.data.pii import find, redact, scan
 from tunewright.data.readers import read_pairs
-from tunewright.data.readers.calls import edited_answer
 from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.validate import edited_answer
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.session import ReviewItem
 from tunewright.data.versions import load_version

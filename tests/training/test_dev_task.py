@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from memory_limit import run_out_of_memory
-from tunewright.chat.loading import open_chat
+from tunewright.chat import open_chat
 from tunewright.config import Config
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message

@@ -36,11 +36,8 @@ def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
 def answer_text(chat: ChatFormat, completion: Completion, conversation: Sequence[Message] = ()) -> str:
     """Return the text of a completion, up to the stop string that ended it.
 
-    Args:
-        chat: the base's format.
-        completion: the answer.
-        conversation: the answered messages. If they declare functions, calls are read and have their canonical text
-            (``Message.text``), which references have too.
+    If the answered conversation declares functions, calls are read and have their canonical text (``Message.text``),
+    which references have too.
     """
     if declared_functions(conversation):
         return answer_message(chat, completion, conversation).text
@@ -50,10 +47,7 @@ def answer_text(chat: ChatFormat, completion: Completion, conversation: Sequence
 def answer_message(chat: ChatFormat, completion: Completion, conversation: Sequence[Message]) -> Message:
     """Return a completion as the assistant's turn, up to the stop string that ended it.
 
-    Args:
-        chat: the base's format.
-        completion: the answer.
-        conversation: the answered messages; calls are read if they declare functions.
+    Calls are read if the answered conversation declares functions.
     """
     ids, rest = completion.ids, ""
     if completion.before_stop is not None:

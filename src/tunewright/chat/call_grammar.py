@@ -63,13 +63,11 @@ def call_grammar(
 ) -> Grammar:
     """Return the grammar of answers in the base's form of calls.
 
-    :func:`tunewright.chat.answers.grammar_compiler` compiles it.
-
-    Calls are spelled as the template spells them, with the keys of arguments in the schema's order.
+    :func:`tunewright.chat.answers.grammar_compiler` compiles it. Calls are spelled as the template spells them, with
+    the keys of arguments in the schema's order.
 
     Args:
-        chat: the base's format.
-        functions: declared functions, as :func:`tunewright.chat.tool_calls.declared_functions` returns them.
+        functions: as :func:`tunewright.chat.tool_calls.declared_functions` returns them.
         choice: "auto" allows text or calls, "required" calls alone, and a function's name calls of that function.
         parallel: allow several calls where the template does.
         text: the form of an answer that is text, which then has no calls after it; None: any text.
@@ -77,8 +75,6 @@ def call_grammar(
     Raises:
         UserError: the template has no form of calls, or no function has this name.
     """
-    from tunewright.generation.constraints import Grammar
-
     chosen = [f for f in functions if choice in ("auto", "required", f["name"])]
     if not chosen:
         declared = ", ".join(f["name"] for f in functions)
@@ -89,15 +85,17 @@ def call_grammar(
     rules = _calls(form, " | ".join(_call(chat, form, function, either=either) for function in chosen), more)
     if either:
         assert text is not None
-        return Grammar("\n".join(["format | calls", f"format: {text.rule}", *_lines(rules)]))
+        return _grammar("format | calls", {"format": text.rule, **rules})
     if choice == "auto":
         rules |= _with_text(form, more)
     rule = "calls" if choice != "auto" else "text | text_calls" if form.with_text else "text | calls"
-    return Grammar("\n".join([rule, *_lines(rules)]))
+    return _grammar(rule, rules)
 
 
-def _lines(rules: Mapping[str, str]) -> list[str]:
-    return [f"{name}: {body}" for name, body in rules.items()]
+def _grammar(start: str, rules: Mapping[str, str]) -> Grammar:
+    from tunewright.generation.constraints import Grammar
+
+    return Grammar("\n".join([start, *(f"{name}: {body}" for name, body in rules.items())]))
 
 
 def _calls(form: ToolForm, call: str, more: str | None) -> dict[str, str]:

@@ -47,25 +47,15 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class _Syntax:
-    """The patterns of a form of calls.
+    """The patterns of a form of calls."""
 
-    Args:
-        key: the key of the arguments.
-        opening: the mark that begins calls; None: they begin the answer, or are not in it.
-        first: the beginning of the first call, up to the brace of its arguments.
-        next: the beginning of a further call; None: an answer has one.
-        tail: what follows the arguments in each call.
-        close: what follows all calls.
-        before: white space between a text and the mark.
-    """
-
-    key: str
-    opening: str | None
-    first: regex.Pattern[str]
-    next: regex.Pattern[str] | None
-    tail: regex.Pattern[str]
-    close: regex.Pattern[str] | None = None
-    before: str = ""
+    key: str  # of the arguments
+    opening: str | None  # the mark that begins calls; None: they begin the answer, or are not in it
+    first: regex.Pattern[str]  # the beginning of the first call, up to the brace of its arguments
+    next: regex.Pattern[str] | None  # the beginning of a further call; None: an answer has one
+    tail: regex.Pattern[str]  # what follows the arguments in each call
+    close: regex.Pattern[str] | None = None  # what follows all calls
+    before: str = ""  # white space between a text and the mark
 
 
 def _syntax(form: CallForm) -> _Syntax:
@@ -105,13 +95,7 @@ def _syntax(form: CallForm) -> _Syntax:
 
 
 class CallStream:
-    """Splits one answer into content and calls, piece by piece.
-
-    Args:
-        form: the base's form of calls.
-        calls_only: the answer cannot have content.
-
-    """
+    """Splits one answer into content and calls, piece by piece; with ``calls_only`` it cannot have content."""
 
     def __init__(self, form: CallForm, *, calls_only: bool = False) -> None:
         self._syntax = _syntax(form)
@@ -137,12 +121,7 @@ class CallStream:
         return [(name, "".join(arguments)) for name, arguments in self._calls]
 
     def push(self, text: str) -> tuple[str, list[CallDelta]]:
-        """Return the further content and the pieces of calls that are certain after this text.
-
-        Args:
-            text: the next piece, with marks that are control tokens as :func:`tunewright.chat.tool_calls.signed`
-                writes them.
-        """
+        """Return further content and pieces of calls that are certain after the next piece of ``signed`` text."""
         self._held += text
         while self._step():
             pass
@@ -151,9 +130,8 @@ class CallStream:
     def end(self, *, cut: bool) -> tuple[str, list[CallDelta]]:
         """Return the rest of the answer.
 
-        Args:
-            cut: the token limit ended it. Then the beginning of a call without its complete name is dropped, and an
-                incomplete call keeps the arguments that it has.
+        If the token limit ``cut`` it, the beginning of a call without its complete name is dropped, and an incomplete
+        call keeps the arguments that it has.
         """
         held, self._held = self._held, ""
         if self._step == self._in_query:
@@ -223,9 +201,6 @@ class CallStream:
         else:
             close = self._syntax.close and self._syntax.close.match(self._held)
             self._held = self._held[close.end() if close else 0 :]
-        self._to_text()
-
-    def _to_text(self) -> None:
         self._step = self._in_text
 
     def _in_object(self) -> bool:
@@ -238,8 +213,7 @@ class CallStream:
         call = call_at(self._held, 0, self._syntax.key, ("id", "type"))
         if call is None:
             self._say(self._held[:end])
-            self._held = self._held[end:]
-            self._to_text()
+            self._held, self._step = self._held[end:], self._in_text
             return True
         self._begin(*call[0])
         self._held, self._step = self._held[end - 1 :], self._in_tail
@@ -269,7 +243,7 @@ class CallStream:
         if match is not None:
             self._held = self._held[match.end() :]
         if match is None or self._syntax.next is None:
-            self._to_text()
+            self._step = self._in_text
         else:
             self._head, self._step = self._syntax.next, self._in_head
         return True

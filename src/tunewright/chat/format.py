@@ -17,9 +17,8 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
-from tunewright.chat.shapes import PROBES, Shape, of_roles, shape_of
-from tunewright.chat.templates import PLAIN_INSTEAD, Template
-from tunewright.chat.text import Piece, TextEncoder
+from tunewright.chat.encoder import Piece, TextEncoder
+from tunewright.chat.templates import PLAIN_INSTEAD, PROBES, Shape, Template, of_roles, shape_of
 from tunewright.chat.tool_calls import declared_functions, numbered, signed
 from tunewright.chat.tool_form import ToolForm, find_tool_form, has_functions, refuse_undeclared
 from tunewright.core.errors import UserError

@@ -1,17 +1,19 @@
-"""Rendering of chat templates, with the date pinned."""
+"""Rendering of chat templates with the date pinned, and ordinary conversations to compare a rendering with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
+from functools import lru_cache
 from typing import Any, Literal
 
 import jinja2
 
 from tunewright.chat.tool_calls import declared_functions, is_builtin
 from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message, Role
 
 TemplateKind = Literal["own", "plain"]
@@ -104,11 +106,7 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: Any, kind: TemplateKind, today: date, tools: ToolsKind = "own") -> Template:
-        """Return the tokenizer's own template, or the plain form.
-
-        Raises:
-            UserError: no template, several without a default, or a syntax error in it.
-        """
+        """Return the tokenizer's own template, or the plain form."""
         name = str(tokenizer.name_or_path) or type(tokenizer).__name__
         source = PLAIN_FORM if kind == "plain" else _own(tokenizer, name)
         special = {key: str(text) for key, text in sorted(tokenizer.special_tokens_map.items())}
@@ -243,8 +241,64 @@ def _own(tokenizer: Any, name: str) -> str:
 def hermes_source(source: str, *, tool_role: bool) -> str:
     """Return a chat template that writes functions, calls and results in the Hermes format.
 
-    Args:
-        source: the template for conversations without functions.
-        tool_role: whether the template has the role ``tool``; else the user's turn holds the results.
+    Without a ``tool_role`` in the template, the user's turn holds the results.
     """
     return _HERMES_PRELUDE.replace("RESULT_ROLE", "'tool'" if tool_role else "'user'") + source
+
+
+Shape = tuple[Message, ...]
+
+PROBES: tuple[tuple[Role, ...], ...] = (
+    ("user",),
+    ("user", "assistant"),
+    ("user", "assistant", "user", "assistant"),
+    ("system", "user", "assistant", "user", "assistant"),
+)
+"""Roles of conversations that show a template's control tokens."""
+
+
+def of_roles(roles: Sequence[Role]) -> Shape:
+    """Return an ordinary conversation of these roles."""
+    return tuple(Message(role, "x") for role in roles)
+
+
+def shape_of(messages: Sequence[Message]) -> Shape:
+    """Return an ordinary conversation of the same shape: roles, calls of each turn and functions.
+
+    Functions and calls stay that Llama's templates render in a form of their own.
+    """
+    builtin = {f["name"] for f in declared_functions(messages) if is_builtin(f)}
+    return tuple(_ordinary(message, builtin) for message in messages)
+
+
+def _ordinary(message: Message, builtin: set[str]) -> Message:
+    if message.role == "tools":
+        return Message("tools", _ordinary_functions(message.content))
+    if not message.calls:
+        return Message(message.role, "x", call_id=message.call_id)
+    calls = tuple(
+        replace(call, arguments='{"query":"x"}')
+        if call.name in builtin
+        else replace(call, name="x", arguments='{"x":"x"}')
+        for call in message.calls
+    )
+    return Message(message.role, "x" if message.content else "", calls=calls)
+
+
+@lru_cache(maxsize=1024)
+def _ordinary_functions(content: str) -> str:
+    functions = declared_functions([Message("tools", content)])
+    return declarations(f["name"] if is_builtin(f) else "x" for f in functions)
+
+
+def declarations(names: Iterable[str]) -> str:
+    """Return declarations of functions with these names and one parameter, as a message of role ``tools`` has them."""
+    return canonical_json(
+        [
+            {"type": "function", "function": {"name": name, "description": "x", "parameters": _PARAMETERS}}
+            for name in names
+        ]
+    )
+
+
+_PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}}

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from tunewright.chat.text import Piece
+from tunewright.chat.encoder import Piece
 from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import strict_decoder
 from tunewright.data.examples import Message, ToolCall, call_id
@@ -40,7 +40,7 @@ Call = tuple[str, str]
 
 
 @lru_cache(maxsize=1024)
-def _declared(content: str) -> tuple[Mapping[str, Any], ...]:
+def _functions(content: str) -> tuple[Mapping[str, Any], ...]:
     functions = [tool["function"] for tool in json.loads(content)]
     return tuple(_ordered({key: f[key] for key in f if key != "strict"}) for f in functions)
 
@@ -51,7 +51,7 @@ def declared_functions(messages: Sequence[Message]) -> tuple[Mapping[str, Any], 
     Keywords come as makers' documentation writes them (name, description, …; type, description, enum, …); the others,
     and all names of properties, are sorted. ``strict`` is left out: it is for the server, not for the model.
     """
-    return _declared(messages[0].content) if messages and messages[0].role == "tools" else ()
+    return _functions(messages[0].content) if messages and messages[0].role == "tools" else ()
 
 
 def _ordered(value: Any, *, names: bool = False) -> Any:
@@ -74,14 +74,7 @@ def is_builtin(function: Mapping[str, Any]) -> bool:
 
 
 class CallForm(ABC):
-    """A way to write calls into an answer.
-
-    Args:
-        control: the texts of the tokenizer's control tokens; other marks are ordinary text.
-
-    Attributes:
-        signs: each mark as :func:`signed` writes it.
-    """
+    """A way to write calls into an answer; marks that are no ``control`` tokens are ordinary text."""
 
     name: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
@@ -90,14 +83,11 @@ class CallForm(ABC):
     def __init__(self, control: Mapping[str, int]) -> None:
         self.control = {mark: control[mark] for mark in self.marks if mark in control}
         self.signs = {mark: _SIGNS[mark] if mark in self.control else mark for mark in self.marks}
+        """Each mark as :func:`signed` writes it."""
 
     @abstractmethod
     def read(self, text: str) -> tuple[str, list[Call]] | None:
-        """Return the content and the calls of an answer, or None if it is not well-formed calls.
-
-        Args:
-            text: the answer, with marks that are control tokens as :func:`signed` writes them.
-        """
+        """Return content and calls of an answer in :func:`signed` form; None if it is not well-formed calls."""
 
 
 def signed(pieces: Iterable[Piece], names: Mapping[int, str]) -> str:
@@ -231,11 +221,7 @@ def numbered(calls: Sequence[Call], conversation: Sequence[Message]) -> tuple[To
 def call_at(text: str, place: int, key: str, more: Collection[str] = ("type",)) -> tuple[Call, int] | None:
     """Return the call that a JSON object at this place spells, and the place after it.
 
-    Args:
-        text: an answer.
-        place: where the object begins.
-        key: the key of the arguments.
-        more: further keys that the object may have.
+    ``key`` is the key of the arguments, and the object may have ``more`` keys.
     """
     found = _json_at(text, place)
     call = _call(found[0], key, more) if found else None

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tunewright.chat.shapes import declarations
-from tunewright.chat.templates import HERMES_INSTEAD, Template
-from tunewright.chat.text import TextEncoder
+from tunewright.chat.encoder import TextEncoder
+from tunewright.chat.templates import HERMES_INSTEAD, Template, declarations
 from tunewright.chat.tool_calls import BUILTIN, FORMS, CallForm, signed
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
@@ -31,16 +30,7 @@ class ToolForm:
     """A rendered turn with one call, up to its end token."""
 
     def check(self, answer: str, message: Message, template: Template) -> None:
-        """Check that a rendered turn reads back as the turn.
-
-        Args:
-            answer: the turn's text, as :func:`tunewright.chat.tool_calls.signed` writes it.
-            message: the turn.
-            template: rendered it.
-
-        Raises:
-            UserError: the template drops or changes a part, or a text without calls reads as calls.
-        """
+        """Check that a turn as the template rendered it (in ``signed`` form) reads back as the turn."""
         read = self.form.read(answer)
         calls = [(call.name, call.arguments) for call in message.calls]
         if read is None:
@@ -57,7 +47,8 @@ class ToolForm:
             what = f"The chat template drops the text {message.content[:60]!r} of a turn with calls"
         else:
             return
-        raise UserError(what, where=template.name, fix=f"Correct the turn. {_instead(template)}".strip())
+        instead = f" {HERMES_INSTEAD}" if template.tools == "own" else ""
+        raise UserError(what, where=template.name, fix=f"Correct the turn.{instead}")
 
 
 def has_functions(messages: Sequence[Message]) -> bool:
@@ -66,25 +57,15 @@ def has_functions(messages: Sequence[Message]) -> bool:
 
 
 def refuse_undeclared(messages: Sequence[Message]) -> None:
-    """Refuse calls and results in a conversation that declares no functions.
-
-    Raises:
-        UserError: such a conversation; templates would drop these turns or render them as others.
-    """
+    """Refuse calls and results without declared functions: templates drop these turns or render them as others."""
     if messages[0].role != "tools":
         raise UserError("Function calls or results without declared functions", where="messages", fix="Declare them.")
 
 
 def find_tool_form(template: Template, encoder: TextEncoder, answer_in: Callable[[str, str], str]) -> ToolForm:
-    """Return the form of a template's calls.
+    """Return the form of a template's calls, which must keep functions, calls and results, and read back.
 
-    Args:
-        template: the template.
-        encoder: reads a rendered text as the base's tokenizer does.
-        answer_in: `ChatFormat.answer_in`.
-
-    Raises:
-        UserError: the template drops functions, calls or results, or writes calls that cannot be read back.
+    ``encoder`` reads a rendered text as the base's tokenizer does, and ``answer_in`` is ``ChatFormat.answer_in``.
     """
     asked = [Message("tools", declarations([_NAME])), Message("user", "x")]
     call = ToolCall(_NAME, _ARGUMENTS, call_id(0))
@@ -97,7 +78,9 @@ def find_tool_form(template: Template, encoder: TextEncoder, answer_in: Callable
     answer = answer_in(prompt, shown)
     if _NAME not in answer:
         raise _refused(template, "drops function calls")
-    form = _reading(encoder, answer)
+    text = signed(encoder.pieces(answer, {}, start=False), encoder.control_names)
+    forms = (kind(encoder.control) for kind in FORMS)
+    form = next((form for form in forms if (read := form.read(text)) and read[1] == [(_NAME, _ARGUMENTS)]), None)
     if form is None:
         raise _refused(template, f"writes calls in a form that cannot be read back: {answer[:100]!r}")
     if _RESULT not in _render(template, [*asked, turn, result], generation_prompt=True):
@@ -136,17 +119,6 @@ def rendered_calls(template: Template) -> Iterator[str]:
             yield shown
 
 
-def _reading(encoder: TextEncoder, answer: str) -> CallForm | None:
-    """Return the form that reads the answer of the probe."""
-    text = signed(encoder.pieces(answer, {}, start=False), encoder.control_names)
-    for kind in FORMS:
-        form = kind(encoder.control)
-        read = form.read(text)
-        if read is not None and read[1] == [(_NAME, _ARGUMENTS)]:
-            return form
-    return None
-
-
 def _render(template: Template, messages: Sequence[Message], *, generation_prompt: bool) -> str:
     try:
         return template.render(messages, generation_prompt=generation_prompt)
@@ -155,8 +127,5 @@ def _render(template: Template, messages: Sequence[Message], *, generation_promp
 
 
 def _refused(template: Template, what: str) -> UserError:
-    return UserError(f"The chat template {what}", where=template.name, fix=_instead(template) or None)
-
-
-def _instead(template: Template) -> str:
-    return HERMES_INSTEAD if template.tools == "own" else ""
+    fix = HERMES_INSTEAD if template.tools == "own" else None
+    return UserError(f"The chat template {what}", where=template.name, fix=fix)

@@ -32,10 +32,9 @@ from tunewright.data.readers import (
     source_digest,
     source_size,
 )
-from tunewright.data.readers.hub import hub_source
-from tunewright.data.readers.preferences import REJECTED, rejected_value
-from tunewright.data.readers.sources import is_workbook, source_files
-from tunewright.data.readers.validate import counted
+from tunewright.data.readers.source_files import hub_source, source_files
+from tunewright.data.readers.sources import is_workbook
+from tunewright.data.readers.validate import REJECTED, counted, rejected_value
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
 from tunewright.data.trace import read_metadata

@@ -25,7 +25,7 @@ from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.strict_json import parse_json
-from tunewright.data.readers.preferences import PREFERENCE_KEYS
+from tunewright.data.readers.schemas import PREFERENCE_KEYS
 
 Service = Literal["openai", "together", "fireworks"]
 

@@ -16,8 +16,8 @@ from tunewright.core.progress import Reporter
 from tunewright.data import notices, pii
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.decontaminate import find_hits
+from tunewright.data.dedup.shingles import Indices, Mask
 from tunewright.data.dedup.similarity import near_pairs
-from tunewright.data.dedup.sketches import Indices, Mask
 from tunewright.data.examples import Example
 from tunewright.data.readers import SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.readers.validate import counted

@@ -10,8 +10,8 @@ from tunewright.core.clock import now
 from tunewright.core.csv import one_line_end, write_sheet
 from tunewright.core.errors import UserError
 from tunewright.data.pii import secret_kinds
-from tunewright.data.readers.calls import edited_answer
 from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.validate import edited_answer
 from tunewright.data.review.reviews import VERDICTS, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.review.session import ReviewSession
 from tunewright.data.trace import places_by_key

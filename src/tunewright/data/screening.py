@@ -16,11 +16,10 @@ from tunewright.core.workers import THIS_PROCESS, Workers, slices
 from tunewright.data import pii
 from tunewright.data.examples import Example, RowFile
 from tunewright.data.pii import LocatedFinding
-from tunewright.data.pii.names import open_presidio
+from tunewright.data.pii.personal import open_presidio
 from tunewright.data.pii.secret_patterns import Finder, Finding
 from tunewright.data.readers import SourceRow
-from tunewright.data.readers.preferences import REJECTED, rejected_messages, rejected_value
-from tunewright.data.readers.validate import texts_of
+from tunewright.data.readers.validate import REJECTED, rejected_messages, rejected_value
 
 _MOST = 10
 
@@ -155,7 +154,7 @@ def _with_clean_values(
         bad_groups = [name for name, value in row.groups.items() if looked_at(name, value, row, f"the group {name}")]
         # A key that contains a secret is not named: the message would leak it.
         bad_names = {key: _digested(key) for key in row.metadata if looked_at("", key, row, "a key's name")}
-        texts = [(key, *each) for key, value in row.metadata.items() for each in texts_of(value, key)]
+        texts = [(key, *each) for key, value in row.metadata.items() for each in pii.value_texts(value, key)]
         bad_keys = {
             key for key, name, text in texts if looked_at(name, text, row, f"the key {bad_names.get(key, key)}")
         }

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
-from tunewright.data.readers.preferences import REJECTED
+from tunewright.data.readers.validate import REJECTED
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.versions import (

@@ -14,7 +14,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message
-from tunewright.data.readers.generated_rows import GENERATED
+from tunewright.data.readers import GENERATED
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.metrics import Scorer

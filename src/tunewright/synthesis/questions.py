@@ -15,8 +15,7 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.core.text import normalize
 from tunewright.data.examples import Example, Message
-from tunewright.data.readers import SourceRow
-from tunewright.data.readers.generated_rows import DOCUMENT_GROUP, GENERATED, PASSAGE
+from tunewright.data.readers import DOCUMENT_GROUP, GENERATED, PASSAGE, SourceRow
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.validate import example_from_object
 from tunewright.data.versions import DatasetVersion

@@ -16,7 +16,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.data.readers.generated_rows import unmapped
+from tunewright.data.readers import unmapped
 from tunewright.data.readers.row_errors import CODES, RowError
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.validate import example_from_turns

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.readers.sources import source_files
+from tunewright.data.readers.source_files import source_files
 from tunewright.data.versions import DatasetVersion, has_version, load_version
 from tunewright.open_project import OpenProject
 

@@ -15,8 +15,7 @@ from tunewright.adapters.lineage import training_lineage
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.signing import SigningKey, store_signer
 from tunewright.adapters.vllm_compat import require_servable
-from tunewright.chat import ChatFormat
-from tunewright.chat.loading import refuse_untrained
+from tunewright.chat import ChatFormat, refuse_untrained
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError

@@ -14,9 +14,8 @@ import numpy as np
 from tunewright.core.progress import Reporter
 from tunewright.core.spill import TextFile, numbered, repeated
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.dedup.shingles import shingle_matrix
+from tunewright.data.dedup.shingles import Indices, shingle_matrix
 from tunewright.data.dedup.similarity import Pairs, link, nearest_kept, similarities
-from tunewright.data.dedup.sketches import Indices
 from tunewright.data.examples import Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
@@ -85,8 +84,6 @@ def find_duplicates(
         examples: all rows, in order of preference.
         kept: number of first rows that are always kept.
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
-        reporter: shows the progress.
-        workers: compare the rows.
 
     Returns:
         The most similar kept row of each dropped row.
@@ -116,12 +113,7 @@ def _answers(examples: Iterable[Example]) -> Indices:
 
 
 def _repeats(pairs: Pairs) -> dict[int, Repeat]:
-    return {
-        row: Repeat(of, similarity)
-        for row, of, similarity in zip(
-            pairs.first.tolist(), pairs.second.tolist(), pairs.similarity.tolist(), strict=True
-        )
-    }
+    return {row: Repeat(of, similarity) for row, of, similarity in zip(*(a.tolist() for a in pairs), strict=True)}
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
@@ -135,12 +127,6 @@ def find_clusters(
     """Return the cluster name of each row: rows linked by a chain of near-equal inputs share one.
 
     A cluster's name is its smallest pair key, so that names do not depend on the order of rows.
-
-    Args:
-        examples: all rows, each pair key once.
-        threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
-        reporter: shows the progress.
-        workers: compare the rows.
     """
     with reporter.task(_CLUSTERS, len(examples), "examples") as task:
         return _names(examples, link(comparison_texts(examples), threshold, task, workers))
@@ -159,19 +145,12 @@ def _names(examples: Sequence[Example], labels: Indices) -> list[str]:
 
 @dataclass(frozen=True)
 class ClusterSpan:
-    """A cluster of several rows, with two dissimilar rows that show how far its chains reach.
-
-    Attributes:
-        name: the cluster's name.
-        rows: number of its rows.
-        ends: indices of two dissimilar rows.
-        similarity: Jaccard similarity of the two; below the threshold if only a chain links them.
-    """
+    """A cluster of several rows, with two dissimilar rows that show how far its chains reach."""
 
     name: str
     rows: int
-    ends: tuple[int, int]
-    similarity: float
+    ends: tuple[int, int]  # indices of the two
+    similarity: float  # of the two; below the threshold if only a chain links them
 
 
 def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count: int) -> list[ClusterSpan]:
@@ -179,11 +158,6 @@ def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count
 
     The two rows are found in two sweeps, like the ends of a tree's longest path: the row least similar to the first,
     then the row least similar to that one. This is a heuristic; a less similar pair may exist.
-
-    Args:
-        examples: all rows.
-        clusters: each row's cluster, as from ``find_clusters`` or joined further.
-        count: maximum number of clusters.
     """
     sizes = Counter(clusters)
     names = [name for name in sorted(sizes, key=lambda n: (-sizes[n], n))[:count] if sizes[name] > 1]
@@ -211,11 +185,7 @@ def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
     """Return the rows with the same prompt as an earlier one, and its output, system turn and functions.
 
     Prompts are compared after NFC, case folding and collapsing of white space; outputs without surrounding white space;
-    system turns and functions exactly.
-
-    Args:
-        examples: all rows, in order of preference.
-        kept: number of first rows that are always kept.
+    system turns and functions exactly. ``kept`` is the number of first rows that are always kept.
     """
     repeats: dict[int, Repeat] = {}
     for rows in repeated(example.prompt_digest for example in examples):

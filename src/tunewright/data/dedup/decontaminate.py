@@ -46,23 +46,16 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ContaminationHit:
-    """A row that contains an item of a source.
+    """A row that contains an item of a source."""
 
-    Attributes:
-        row: the row's key.
-        source: the name of the source.
-        item: the item's index in it.
-        how: equal (one of the row's turns is the item), contained (the row has at least 80% of the item's runs of
-            words, or its input is a part of the item), overlap (the row has some of the runs).
-        score: for equal and contained the share of the runs; for overlap the longest shared run of words, as a share
-            of the item's words.
-    """
-
-    row: str
-    source: str
-    item: int
+    row: str  # its key
+    source: str  # its name
+    item: int  # its index in the source
     how: MatchKind
+    """Equal (one of the row's turns is the item), contained (the row has at least 80% of the item's runs of words, or
+    its input is a part of the item), or overlap (the row has some of the runs)."""
     score: float
+    """For equal and contained the share of the runs; for overlap the longest shared run, as a share of the item."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +81,7 @@ def find_hits(
     Args:
         rows: training rows (or a generic mix-in) by key; user turns, and longer answers and results, are searched.
         against: name of each source, such as "test split" or a file's, to the texts of its items.
-        reporter: shows the progress.
         labels: outputs that are labels (``find_labels``), which are ignored as assistant turns.
-        workers: search the rows.
     """
     if sum(map(len, against.values())) > _SENT:
         workers = THIS_PROCESS
@@ -142,14 +133,7 @@ def training_hits(
     reporter: Reporter,
     workers: Workers = THIS_PROCESS,
 ) -> list[ContaminationHit]:
-    """Return the hits of training rows on test inputs and benchmark items.
-
-    Args:
-        members: all rows of a version or of a draft; an item's index in ``TEST`` counts the test rows, in order.
-        benchmarks: name of each file to the texts of its items.
-        reporter: shows the progress.
-        workers: search the rows.
-    """
+    """Return the hits of training rows on test inputs and benchmark items; an index in ``TEST`` counts test rows."""
     training = {m.key: m.example for m in members if m.split == "train"}
     against = {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}
     return find_hits(training, against, reporter, find_labels(m.example.output for m in members), workers)
@@ -171,10 +155,7 @@ def _tests(members: Sequence[Member]) -> list[Member]:
 def read_items(path: Path, field: str | None = None) -> list[str]:
     """Return the items of a JSONL file, each a string, a conversation or an object with its text in a field.
 
-    Args:
-        path: the file.
-        field: the field; None: the first of question, query, prompt, instruction, input and text in an object, else
-            the last user turn of its ``messages``.
+    Without a field it is the first of ``FIELDS`` in an object, else the last user turn of its ``messages``.
 
     Raises:
         UserError: the file cannot be read, or a line has no such text (names file and line).
@@ -334,12 +315,7 @@ def contamination(
     reporter: Reporter,
     workers: Workers = THIS_PROCESS,
 ) -> Contamination:
-    """Search all training rows, including the mix-in, for test inputs and benchmark items.
-
-    Args:
-        project: its config names benchmarks, relative to its folder.
-        files: further files of items for ``read_items``.
-        workers: search the rows.
+    """Search all training rows, including the mix-in, for test inputs and items of the config's and these files.
 
     Raises:
         UserError: a file cannot be read.

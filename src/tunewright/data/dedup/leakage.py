@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -14,9 +14,8 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import normalize
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage, near_overlap
-from tunewright.data.dedup.shingles import shingle_matrix
+from tunewright.data.dedup.shingles import Indices, Sketches, shingle_matrix
 from tunewright.data.dedup.similarity import verified
-from tunewright.data.dedup.sketches import Indices, Sketches
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.render.blocks import Block, Column, Notes, table
@@ -56,20 +55,12 @@ class LeakageRate:
 
 @dataclass(frozen=True)
 class LeakageReport:
-    """Similarity of a version's held-out rows to its training rows.
+    """Similarity of a version's held-out rows to its training rows."""
 
-    Attributes:
-        version: the version's digest.
-        held_out: number of rows in dev and test; ``nearest`` has all of them, or a random sample.
-        nearest: the measured rows, sorted by key.
-        leaks: at 0.7, 0.8 and 0.9; the share of random splits is the mean over all splits of the same sizes.
-        outputs: test rows with an output, or its template, that training rows have too.
-    """
-
-    version: str
-    held_out: int
-    nearest: tuple[NearestTrainingRow, ...]
-    leaks: tuple[LeakageRate, ...]
+    version: str  # its digest
+    held_out: int  # rows in dev and test
+    nearest: tuple[NearestTrainingRow, ...]  # of all of them, or of a random sample; sorted by key
+    leaks: tuple[LeakageRate, ...]  # at 0.7, 0.8 and 0.9; ``random`` is the mean over all splits of the same sizes
     outputs: OutputLeakage
 
     def histogram(self, split: Split) -> list[int]:
@@ -97,56 +88,43 @@ class EvaluatedItem(Protocol):
     def answers(self) -> Mapping[str, str]: ...
 
 
-@dataclass(frozen=True)
-class BandScore:
-    """Exact match of an arm on the items whose nearest training row has a similarity in [low, high).
-
-    The last band includes 1. ``interval`` is Wilson's 95% interval, which assumes independent items.
-    """
+@dataclass(frozen=True, kw_only=True)
+class _ExactMatch:
+    """Exact match of an arm on some items; ``interval`` is Wilson's 95% interval, which assumes independent items."""
 
     arm: str
+    items: int
+    exact: int
+    interval: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document that ``--json`` prints."""
+        return {**asdict(self), "exact_match": self.exact / self.items}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandScore(_ExactMatch):
+    """That of items whose nearest training row has a similarity in [low, high); the last band includes 1."""
+
     low: float
     high: float
-    items: int
-    exact: int
-    interval: tuple[float, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return {**asdict(self), "exact_match": self.exact / self.items}
 
 
-@dataclass(frozen=True)
-class TemplateScore:
-    """Exact match of an arm on the items whose output template training rows have (seen), or on the others (new).
+@dataclass(frozen=True, kw_only=True)
+class TemplateScore(_ExactMatch):
+    """That of items whose output template training rows have (seen), or of the other items (new)."""
 
-    ``interval`` is Wilson's 95% interval, which assumes independent items.
-    """
-
-    arm: str
     template: Literal["seen", "new"]
-    items: int
-    exact: int
-    interval: tuple[float, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return {**asdict(self), "exact_match": self.exact / self.items}
 
 
 def measure_leakage(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOST_HELD_OUT) -> LeakageReport:
     """Measure the similarity of each held-out row of a version to its training rows.
 
-    Args:
-        version: with rows in train and test.
-        seed: decides the random splits, and the sample if there is one.
-        reporter: receives a warning if only a sample is measured.
-        most: maximum number of held-out rows, each of which is compared with all training rows.
+    Of more than ``most`` held-out rows a sample is measured, with a warning. The seed decides it and the random splits.
     """
     members = version.members
     texts = comparison_texts([m.example for m in members])
-    train = np.array([i for i, m in enumerate(members) if m.split == "train"], dtype=np.int64)
-    held_out = np.array([i for i, m in enumerate(members) if m.split != "train"], dtype=np.int64)
+    train, held_out = _places(members, {"train"}), _places(members, {"dev", "test"})
     measured = held_out
     if len(held_out) > most:
         measured = np.sort(np.random.default_rng(seed).choice(held_out, most, replace=False))
@@ -203,9 +181,12 @@ def nearest_training(version: DatasetVersion, reporter: Reporter, split: Split =
     """Return the Jaccard similarity (character 4-grams) of each test or dev row's nearest training input, by key."""
     members = version.members
     texts = comparison_texts([m.example for m in members])
-    train = np.array([i for i, m in enumerate(members) if m.split == "train"], dtype=np.int64)
-    held_out = np.array([i for i, m in enumerate(members) if m.split == split], dtype=np.int64)
-    return {row.key: row.similarity for row in _nearest(members, texts, held_out, train, reporter)}
+    nearest = _nearest(members, texts, _places(members, {split}), _places(members, {"train"}), reporter)
+    return {row.key: row.similarity for row in nearest}
+
+
+def _places(members: Sequence[Member], splits: set[Split]) -> Indices:
+    return np.array([i for i, m in enumerate(members) if m.split in splits], dtype=np.int64)
 
 
 def _nearest(
@@ -270,7 +251,7 @@ def _near_counts(rows: Any, asked: Indices, others: Indices, threshold: float, e
         met = [(first, second) for first, second, _ in sketches.candidate_pairs(asked[near[asked] < enough], some)]
         if met:
             first, second = (np.concatenate(parts) for parts in zip(*met, strict=True))
-            near += np.bincount(verified(rows, sizes, first, second, threshold)[0], minlength=len(near))
+            near += np.bincount(verified(rows, sizes, first, second, threshold).first, minlength=len(near))
         at, step = at + step, 2 * step
         task.advance(len(some))
     return near
@@ -286,30 +267,28 @@ def score_by_distance(items: Iterable[EvaluatedItem], report: LeakageReport) -> 
     """
     bands = {row.key: band_of(row.similarity) for row in report.nearest}
     return [
-        BandScore(arm, *BANDS[band], items=total, exact=exact, interval=_wilson(exact, total))
-        for arm, band, total, exact in _exact(items, bands, report.version)
+        BandScore(**score, low=BANDS[band][0], high=BANDS[band][1])
+        for score, band in _exact(items, bands, report.version)
     ]
 
 
 def score_by_template(items: Iterable[EvaluatedItem], new: Mapping[str, bool], version: str) -> list[TemplateScore]:
     """Return each arm's exact match on items with an output template of training rows, and on the others.
 
-    Args:
-        items: the items of an evaluation.
-        new: whether no training row has the template, by pair key (``new_templates``).
-        version: the digest of the version of ``new``.
+    ``new`` has whether no training row has the template, by pair key (``new_templates``); ``version`` is its digest.
 
     Raises:
         UserError: an item is not among the rows of ``new``.
     """
-    return [
-        TemplateScore(arm, "new" if place else "seen", items=total, exact=exact, interval=_wilson(exact, total))
-        for arm, place, total, exact in _exact(items, new, version)
-    ]
+    return [TemplateScore(**score, template="new" if place else "seen") for score, place in _exact(items, new, version)]
 
 
-def _exact(items: Iterable[EvaluatedItem], place: Mapping[str, int], version: str) -> list[tuple[str, int, int, int]]:
-    """Return arm, place, number of items and number of exact answers, sorted."""
+def _exact(
+    items: Iterable[EvaluatedItem], place: Mapping[str, int], version: str
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the fields of ``_ExactMatch`` and the place, sorted by arm and place."""
+    from scipy.stats import binomtest
+
     counts: dict[tuple[str, int], list[int]] = {}
     for item in items:
         if item.key not in place:
@@ -321,7 +300,10 @@ def _exact(items: Iterable[EvaluatedItem], place: Mapping[str, int], version: st
             count = counts.setdefault((arm, place[item.key]), [0, 0])
             count[0] += 1
             count[1] += _spelling(answer) == _spelling(item.reference)
-    return [(arm, where, total, exact) for (arm, where), (total, exact) in sorted(counts.items())]
+    for (arm, where), (total, exact) in sorted(counts.items()):
+        interval = binomtest(exact, total).proportion_ci(0.95, method="wilson")
+        bounds = float(interval.low), float(interval.high)
+        yield {"arm": arm, "items": total, "exact": exact, "interval": bounds}, where
 
 
 def band_of(similarity: float) -> int:
@@ -332,10 +314,3 @@ def band_of(similarity: float) -> int:
 def _spelling(text: str) -> str:
     """Return the text that exact match compares, as in ``tunewright.metrics``."""
     return normalize(text).strip()
-
-
-def _wilson(exact: int, items: int) -> tuple[float, float]:
-    from scipy.stats import binomtest
-
-    interval = binomtest(exact, items).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)

@@ -18,8 +18,7 @@ from scipy.special import gammaln
 from tunewright.core.progress import Reporter
 from tunewright.core.spill import numbered
 from tunewright.data.dedup.decontaminate import FEWEST, normalised_words
-from tunewright.data.dedup.shingles import shingle_matrix
-from tunewright.data.dedup.sketches import Indices
+from tunewright.data.dedup.shingles import Indices, shingle_matrix
 from tunewright.data.examples import find_labels, normalised, output_template
 from tunewright.data.splits import MINIMUM_CLUSTERS, Split
 from tunewright.data.versions import Member
@@ -43,41 +42,28 @@ OverlapKind = Literal["identical", "template", "near"]
 
 @dataclass(frozen=True)
 class Overlap:
-    """Share of test rows with the same or a near-equal output as a training row.
-
-    Attributes:
-        how: identical (ignoring case and white space), template (equal by ``output_template``), near (Jaccard
-            similarity of character 4-grams at or above the version's ``similarity``).
-        here: in this split.
-        random: the expected share in a random split of the same sizes.
-    """
+    """Share of test rows with the same or a near-equal output as a training row."""
 
     how: OverlapKind
-    here: float
-    random: float
+    """Identical (ignoring case and white space), template (equal by ``output_template``), or near (Jaccard similarity
+    of character 4-grams at or above the version's ``similarity``)."""
+    here: float  # in this split
+    random: float  # the expected share in a random split of the same sizes
 
 
 @dataclass(frozen=True)
 class OutputLeakage:
-    """Overlap of the test split's outputs with those of the training split.
+    """Overlap of the test split's outputs with those of the training split."""
 
-    Attributes:
-        test: number of test rows.
-        outputs: number of distinct outputs of all rows, ignoring case and white space.
-        templates: number of distinct templates of all rows.
-        overlaps: one for each ``how`` that was measured.
-        natural: reason why such an overlap is natural and not leakage; None if it may be leakage.
-        ceiling: share of the answers whose words all occur in their prompt or in outputs with another template: the
-            most that a split by template, where no test answer is in training, can score. None if templates say
-            nothing: the overlap is natural, or nearly each output is its own template (codes with names, free text).
-    """
-
-    test: int
-    outputs: int
-    templates: int
-    overlaps: tuple[Overlap, ...]
-    natural: str | None
+    test: int  # test rows
+    outputs: int  # distinct ones of all rows, ignoring case and white space
+    templates: int  # distinct ones of all rows
+    overlaps: tuple[Overlap, ...]  # one for each ``how`` that was measured
+    natural: str | None  # the reason why such an overlap is natural; None if it may be leakage
     ceiling: float | None = None
+    """Share of the answers whose words all occur in their prompt or in outputs with another template: the most that a
+    split by template, where no test answer is in training, can score. None if templates say nothing: the overlap is
+    natural, or nearly each output is its own template (codes with names, free text)."""
 
     def share(self, how: OverlapKind) -> float:
         """Return the share of test rows with this kind of overlap."""
@@ -94,11 +80,7 @@ class OutputLeakage:
 
 
 def measure_output_leakage(members: Sequence[Member]) -> OutputLeakage:
-    """Measure identical outputs and equal templates, in linear time; ``near_overlap`` measures near-equal ones.
-
-    Args:
-        members: the rows of a version or of a draft; the generic mix-in is ignored.
-    """
+    """Measure identical outputs and equal templates of the domain, in linear time; ``near_overlap`` near-equal ones."""
     domain = [m for m in members if not m.mixed]
     identical = _numbers(domain, normalised)
     template = _numbers(domain, output_template)
@@ -117,9 +99,7 @@ def measure_output_leakage(members: Sequence[Member]) -> OutputLeakage:
 def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) -> dict[str, bool] | None:
     """Return whether each test row, by key, has an output template of no training row; None if that is uninformative.
 
-    Args:
-        members: the rows of a version; the generic mix-in is ignored.
-        splits: the splits whose rows are returned.
+    The generic mix-in is ignored.
     """
     domain = [m for m in members if not m.mixed]
     if measure_output_leakage(domain).ceiling is None:
@@ -196,11 +176,7 @@ def _mean(values: Iterable[float] | npt.NDArray[Any]) -> float:
 def near_overlap(members: Sequence[Member], threshold: float, seed: int, reporter: Reporter) -> Overlap:
     """Measure near-equal outputs exactly, on random samples of at most 500 test rows and 500 rows of all.
 
-    Args:
-        members: the rows of a version; the generic mix-in is ignored.
-        threshold: Jaccard similarity of the outputs' character 4-grams, in (0, 1].
-        seed: decides the samples.
-        reporter: shows the progress.
+    The generic mix-in is ignored, and the seed decides the samples.
     """
     domain = [m for m in members if not m.mixed]
     numbers = _numbers(domain, normalised)
@@ -222,16 +198,7 @@ def _sample(rng: np.random.Generator, rows: list[int]) -> list[int]:
 
 
 def _near_rows(texts: Sequence[str], asked: Indices, weights: Indices, threshold: float, reporter: Reporter) -> Indices:
-    """Return the sums of the weights of all texts near-equal to each asked text, including itself.
-
-    Args:
-        texts: distinct texts.
-        asked: indices of some of them.
-        weights: [texts, kinds].
-
-    Returns:
-        [asked, kinds].
-    """
+    """Return the sums [asked, kinds] of the weights [texts, kinds] of all texts near each asked one, and its own."""
     matrix = shingle_matrix(texts)
     sizes = np.diff(matrix.indptr)
     order = np.argsort(sizes, kind="stable")

@@ -1,6 +1,6 @@
 """Candidate pairs of near-equal texts: exact, and never much slower than comparing the sketches of all pairs.
 
-Texts of similar size are joined together. Few texts are compared all with all, by their sketches (``sketches``). Of
+Texts of similar size are joined together. Few texts are compared all with all, by their sketches (``shingles``). Of
 many texts, only those that share a signature are compared, with the cheaper of two kinds of signatures:
 
 - Two sets that overlap enough share one of their rarest members, so a text's rarest 4-grams are its signatures (prefix
@@ -18,13 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tunewright.core.progress import Task
-from tunewright.data.dedup.sketches import ROUNDING, Indices, Mask, Sketches, Words, mixed
+from tunewright.data.dedup.shingles import ROUNDING, Indices, Mask, Sketches, Words, mixed
 
 _FEW = 4_000  # maximum number of texts compared all with all, since signing would take longer
 _EQUAL_PARTS = 6  # minimum number of parts that near-equal texts share: more are more selective, and slower
@@ -42,25 +42,41 @@ _TEXT = np.uint64((1 << 30) - 1)
 Pairs = tuple[Indices, Indices]
 
 
+class _Lists(NamedTuple):
+    """Texts by signature: those with number i are ``texts[begins[i]:begins[i + 1]]``."""
+
+    texts: Indices
+    begins: Indices
+
+    @property
+    def sizes(self) -> Indices:
+        """Number of texts by signature."""
+        return np.diff(self.begins)
+
+    def where(self, mask: Mask) -> _Lists:
+        """Return the signatures for which the mask is true."""
+        sizes = self.sizes
+        return _Lists(self.texts[np.repeat(mask, sizes)], np.concatenate([[0], np.cumsum(sizes[mask])]))
+
+    def of(self, number: int) -> Indices:
+        """Return the texts with a signature."""
+        return self.texts[self.begins[number] : self.begins[number + 1]]
+
+
 @dataclass(frozen=True)
 class _Signed:
-    """Texts by signature. A pair is looked for from its larger text, by those of its signatures with number i.
+    """The texts that look for a pair by a signature, which are the larger of it, and those that are found."""
 
-    The texts that look are ``larger[larger_begins[i]:larger_begins[i + 1]]``; those that are found, ``smaller[...]``.
-    """
-
-    larger: Indices
-    larger_begins: Indices
-    smaller: Indices
-    smaller_begins: Indices
+    larger: _Lists
+    smaller: _Lists
 
     def pairs(self, large: _Large | None = None) -> Indices:
         """Return the number of pairs by signature, without pairs of texts that share a large label."""
-        pairs: Indices = np.diff(self.larger_begins) * np.diff(self.smaller_begins)
+        pairs: Indices = self.larger.sizes * self.smaller.sizes
         for number in range(large.count if large else 0):
             assert large is not None
-            ends = ((self.larger, self.larger_begins), (self.smaller, self.smaller_begins))
-            one, other = (np.add.reduceat((large.number == number)[p], b[:-1], dtype=np.int64) for p, b in ends)
+            has = large.number == number
+            one, other = (np.add.reduceat(has[s.texts], s.begins[:-1], dtype=np.int64) for s in self._sides)
             pairs -= one * other
         return pairs
 
@@ -71,27 +87,19 @@ class _Signed:
 
     def where(self, mask: Mask) -> _Signed:
         """Return the signatures for which the mask is true."""
-        return _Signed(
-            *_cut(self.larger, self.larger_begins, mask),
-            *_cut(self.smaller, self.smaller_begins, mask),
-        )
+        return _Signed(self.larger.where(mask), self.smaller.where(mask))
 
     def apart(self, labels: Indices) -> _Signed:
         """Return the signatures of texts that do not all have one label."""
-        if len(self.larger_begins) < 2:
+        if not len(self.larger.sizes):
             return self
-        one, other = labels[self.larger], labels[self.smaller]
-        lows = [np.minimum.reduceat(v, b[:-1]) for v, b in ((one, self.larger_begins), (other, self.smaller_begins))]
-        highs = [np.maximum.reduceat(v, b[:-1]) for v, b in ((one, self.larger_begins), (other, self.smaller_begins))]
+        lows = [np.minimum.reduceat(labels[side.texts], side.begins[:-1]) for side in self._sides]
+        highs = [np.maximum.reduceat(labels[side.texts], side.begins[:-1]) for side in self._sides]
         return self.where(np.minimum(*lows) < np.maximum(*highs))
 
-    def lists(self, mask: Mask) -> Iterator[Pairs]:
-        """Yield the larger and the smaller texts of each masked signature."""
-        for i in np.flatnonzero(mask).tolist():
-            yield (
-                self.larger[self.larger_begins[i] : self.larger_begins[i + 1]],
-                self.smaller[self.smaller_begins[i] : self.smaller_begins[i + 1]],
-            )
+    @property
+    def _sides(self) -> tuple[_Lists, _Lists]:
+        return self.larger, self.smaller
 
 
 @dataclass(frozen=True)
@@ -116,18 +124,10 @@ def _large_labels(labels: Indices) -> _Large:
     return _Large(numbers[number], int(np.count_nonzero(large)))
 
 
-def _cut(places: Indices, begins: Indices, mask: Mask) -> Pairs:
-    sizes = np.diff(begins)
-    return places[np.repeat(mask, sizes)], np.concatenate([[0], np.cumsum(sizes[mask])])
-
-
 def _entries(signatures: npt.NDArray[Any], texts: npt.NDArray[Any], larger: Mask, smaller: Mask) -> Words:
     """Return texts with their signatures as one number each: the order of these numbers is that of the signatures.
 
-    Args:
-        signatures: below 2^32.
-        texts: below 2^30.
-        larger, smaller: the side of a pair that the text may be.
+    Signatures are below 2^32, texts below 2^30; ``larger`` and ``smaller`` say which side of a pair the text may be.
     """
     low = (texts.astype(np.uint64) << np.uint64(2)) | (larger.astype(np.uint64) << np.uint64(1))
     entries: Words = (signatures.astype(np.uint64) << np.uint64(32)) | low | smaller.astype(np.uint64)
@@ -144,12 +144,11 @@ def _by_signature(entries: Words) -> _Signed:
     larger, smaller = (np.add.reduceat(side, begins, dtype=np.int64) if len(begins) else sizes for side in sides)
     met = (sizes > 1) & (larger > 0) & (smaller > 0)
     asked = np.repeat(met, sizes)
-    larger_texts, smaller_texts = ((low[asked & side] >> np.uint32(2)).astype(np.int32) for side in sides)
     return _Signed(
-        larger_texts,
-        np.concatenate([[0], np.cumsum(larger[met])]),
-        smaller_texts,
-        np.concatenate([[0], np.cumsum(smaller[met])]),
+        *(
+            _Lists((low[asked & side] >> np.uint32(2)).astype(np.int32), np.concatenate([[0], np.cumsum(counts[met])]))
+            for side, counts in zip(sides, (larger, smaller), strict=True)
+        )
     )
 
 
@@ -159,13 +158,9 @@ class SizeClass:
     Args:
         rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted;
             or an object that returns some of its rows.
-        sizes: each text's number of shingles.
-        threshold: Jaccard similarity, in (0, 1].
-        low: fewest shingles of the larger text of a pair.
-        high: most shingles.
+        low, high: fewest and most shingles of the larger text of a pair.
         part: number of the part, if several workers look: each pair is found in the part of its larger text, or, of
             texts of one size, in that of either.
-        parts: number of parts.
     """
 
     def __init__(
@@ -181,9 +176,9 @@ class SizeClass:
 
     def in_line(self) -> Iterator[Pairs]:
         """Yield candidate pairs of neighbours, which link most of a cluster without all its pairs."""
-        lists = [(np.arange(len(self._texts)), np.array([0]))]
+        lists = [_Lists(np.arange(len(self._texts)), np.array([0]))]
         if (signed := self._by_signature) is not None:
-            lists += [(signed.larger, signed.larger_begins), (signed.smaller, signed.smaller_begins)]
+            lists += [signed.larger, signed.smaller]
         for places, begins in lists:
             later = np.ones(len(places), dtype=bool)
             later[begins[begins < len(places)]] = False
@@ -195,9 +190,7 @@ class SizeClass:
     def candidates(self, labels: Indices | None, task: Task) -> Iterator[Pairs]:
         """Yield pairs of text indices that may be near-equal: all near-equal ones, some repeatedly.
 
-        Args:
-            labels: labels of all texts; pairs with equal labels may be left out. They may change between the pairs.
-            task: advanced by the larger texts of this class.
+        Pairs with equal labels, which may change between the pairs, may be left out.
         """
         steps = _Steps(task, int(np.count_nonzero(self._large)))
         for first, second in self._meetings(labels, steps):
@@ -224,8 +217,8 @@ class SizeClass:
         steps.work = signed.work(large)
         many = signed.pairs(large) >= _MANY
         yield from self._looked_up(signed.where(~many), labels, steps)
-        for larger, smaller in signed.lists(many):
-            for rows, columns in large.split(larger, smaller):
+        for number in np.flatnonzero(many).tolist():
+            for rows, columns in large.split(signed.larger.of(number), signed.smaller.of(number)):
                 yield from self._compared(rows, columns, labels, steps)
 
     def _all_with_all(self, large: _Large, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
@@ -255,16 +248,16 @@ class SizeClass:
 
     def _looked_up(self, signed: _Signed, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
         """Yield the likely pairs of texts that share a signature."""
-        looking = np.diff(signed.larger_begins)
+        looking = signed.larger.sizes
         number = np.repeat(np.arange(len(looking)), looking)
-        found = np.diff(signed.smaller_begins)[number]
+        found = signed.smaller.sizes[number]
         pairs = np.concatenate([[0], np.cumsum(found)])
         at = 0
         while at < len(number):
             to = max(at + 1, int(np.searchsorted(pairs, pairs[at] + _CELLS, side="right")) - 1)
             entries = np.repeat(np.arange(at, to), found[at:to])
-            others = np.arange(pairs[at], pairs[to]) - pairs[entries] + signed.smaller_begins[number[entries]]
-            yield self._likely(signed.larger[entries], signed.smaller[others], labels)
+            others = np.arange(pairs[at], pairs[to]) - pairs[entries] + signed.smaller.begins[number[entries]]
+            yield self._likely(signed.larger.texts[entries], signed.smaller.texts[others], labels)
             steps.done(_DEAR * int(pairs[to] - pairs[at]))
             at = to
 
@@ -336,14 +329,10 @@ class SizeClass:
 
 
 def _ranks(signatures: list[Words]) -> npt.NDArray[np.uint32]:
-    """Return each signature's place among those of several texts, from 1, the rarest first; 0 for other signatures.
+    """Return each signature's place [texts, parts] among those of several texts, from 1, rarest first; 0 for others.
 
-    Args:
-        signatures: those of all texts, by part; taken out of the list, since they are large. Their highest bits are
-            compared, which only makes candidates more.
-
-    Returns:
-        [texts, parts]
+    The signatures of all texts, by part, are taken out of the list, since they are large. Their highest bits are
+    compared, which only makes candidates more.
     """
     ranks = np.zeros((len(signatures[0]), len(signatures)), dtype=np.uint32)
     counts, begin = [np.zeros(1, dtype=np.int64)], 1

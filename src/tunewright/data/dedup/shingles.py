@@ -1,13 +1,19 @@
-"""Texts as sets of character 4-grams: a sparse matrix in memory, or a file for more texts than memory holds.
+"""Texts as sets of character 4-grams (a sparse matrix in memory, or a file for more texts), and sketches of sets.
 
 4-grams are numbered by array operations, some texts at a time: numbers of characters make numbers of pairs of them, and
 these make numbers of 4-grams. Only the numbers of all 4-grams are kept, four bytes each.
+
+A sketch is a few words per set that rule out most pairs within nanoseconds. A bit is the parity of the members hashed
+to it, so each member in which two sets differ flips one bit. Two sets that differ in d members have sketches that
+differ in at most d bits (Sandes et al. 2020, "Bitmap Filter: Speeding up Exact Set Similarity Joins with Bitwise
+Operations"). The filter never loses a near-equal pair, whatever the hash.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +24,6 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 
 from tunewright.core.io import writing
-from tunewright.data.dedup.sketches import Indices
 
 SHINGLE = 4  # characters: most 4-grams survive a word's inflections and typing errors
 
@@ -28,6 +33,17 @@ _TABLE = 1 << 24  # entries of a table of numbers: 80 MB
 _ROWS = 20_000  # rows copied out of a file at once
 
 Numbers = npt.NDArray[np.int32]
+Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+Wanted = Callable[[Indices, Indices], Mask]
+Words = npt.NDArray[np.uint64]
+
+ROUNDING = 1e-6
+_BITS = 8  # for each member in which two near-equal sets may differ: fewer let too many far pairs through
+_MOST_WORDS = 4096
+_COLUMNS = 4096
+_CELLS = 1 << 17  # pairs compared in one go: the intermediate results stay in the cache
+_COUNTERS = 1 << 22  # held while sketches are made: bounds the memory, not the result
 
 
 def shingles(text: str) -> set[str]:
@@ -50,14 +66,7 @@ def shingle_matrix(texts: Sequence[str]) -> Any:
 class ShingleFile:
     """The rows of :func:`shingle_matrix` in a temporary file, of which this process holds the sizes.
 
-    Args:
-        texts: the texts. Texts of similar length are read together fastest if they are close to each other.
-
-    Raises:
-        UserError: the disk of temporary files is full.
-
-    Attributes:
-        sizes: number of shingles of each text.
+    Texts of similar length are read together fastest if they are close to each other.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -108,12 +117,7 @@ class ShingleFile:
 
 
 class ShingleRows:
-    """Some texts of a file, which are read when they are asked for; another process gets them as a matrix.
-
-    Args:
-        file: the file.
-        places: the texts.
-    """
+    """Some texts of a file, which are read when they are asked for; another process gets them as a matrix."""
 
     def __init__(self, file: ShingleFile, places: Indices) -> None:
         self._file, self._places = file, places
@@ -144,9 +148,6 @@ class _Numbering:
     """Numbers of the 4-grams of some texts.
 
     Each text is followed by zeros, which no character has: so a short text is one shingle that no other equals.
-
-    Attributes:
-        count: number of different 4-grams.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -186,8 +187,7 @@ class _Numbering:
     def sorted_rows(self, parts: Iterable[Numbers]) -> Iterator[tuple[Numbers, Indices]]:
         """Yield the columns of some texts at a time, ascending and each once in a text, and their number by text.
 
-        Args:
-            parts: what :meth:`shingles` has yielded, to its end: then all 4-grams are counted.
+        ``parts`` are what :meth:`shingles` has yielded, to its end: then all 4-grams are counted.
         """
         rank = np.empty(self.count, dtype=np.int32)
         rank[np.argsort(self._frequency, kind="stable")] = np.arange(self.count, dtype=np.int32)
@@ -239,11 +239,7 @@ def _code_points(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
 
 
 class _Values:
-    """Numbers of the values seen, from 0 in ascending order: by a table if it is small enough, else by sorting.
-
-    Args:
-        top: the values are below it.
-    """
+    """Numbers of the values (below ``top``) seen, from 0 in ascending order: by a small table, else by sorting."""
 
     def __init__(self, top: int) -> None:
         self._used = np.zeros(top, dtype=bool) if top <= _TABLE else None
@@ -281,3 +277,80 @@ class _Values:
             self._numbers = np.cumsum(self._used, dtype=np.int32) - np.int32(1)
         table: Numbers = self._numbers[values]
         return table
+
+
+class Sketches:
+    """Sketches of the rows of a 0/1 csr matrix [sets, members], for a Jaccard similarity at or above the threshold.
+
+    ``typical`` is the set size for which the number of bits is chosen; the filter is weaker for larger sets.
+    """
+
+    def __init__(self, rows: Any, sizes: Indices, threshold: float, typical: int) -> None:
+        self.sizes, self._threshold = sizes, threshold
+        self._share = (1 - threshold) / (1 + threshold)  # |A Δ B| / (|A| + |B|) at the threshold
+        count = min(max(math.ceil(self._share * 2 * typical * _BITS / 64), 1), _MOST_WORDS)
+        self._words: Words = np.empty((count, len(sizes)), dtype=np.uint64)
+        bit = (mixed(np.arange(rows.shape[1], dtype=np.uint64)) % np.uint64(64 * count)).astype(np.int64)
+        step = max(_COUNTERS // (64 * count), 1)
+        for start in range(0, len(sizes), step):
+            some = rows[start : start + step]
+            cells = np.repeat(np.arange(some.shape[0]) * 64 * count, np.diff(some.indptr)) + bit[some.indices]
+            odd = (np.bincount(cells, minlength=some.shape[0] * 64 * count) & 1).astype(np.uint8)
+            packed = np.packbits(odd).view(np.uint64).reshape(-1, count)
+            self._words[:, start : start + step] = packed.T
+
+    def likely(self, first: Indices, second: Indices) -> Mask:
+        """Return a mask of the pairs that may be near-equal."""
+        sizes, others = self.sizes[first], self.sizes[second]
+        mask: Mask = np.minimum(sizes, others) >= self._threshold * np.maximum(sizes, others) - ROUNDING
+        left = np.flatnonzero(mask)
+        a, b = first[left], second[left]
+        bits = np.zeros(len(left), dtype=np.int64)
+        for words in self._words:
+            bits += np.bitwise_count(words[a] ^ words[b])
+        mask[left] = bits <= self._share * (sizes[left] + others[left]) + ROUNDING
+        return mask
+
+    def candidate_pairs(
+        self, rows: Indices, columns: Indices | None = None, wanted: Wanted | None = None
+    ) -> Iterator[tuple[Indices, Indices, int]]:
+        """Yield the wanted pairs of a row and another set among the columns that may be near-equal.
+
+        Without columns: all pairs of rows, each once. Each item has some pairs, and how many were compared for them.
+        """
+        if not len(rows):
+            return
+        rows = rows[np.argsort(self.sizes[rows], kind="stable")]
+        others = rows if columns is None else columns[np.argsort(self.sizes[columns], kind="stable")]
+        sizes, words = self.sizes[others], self._words[:, others]
+        step = max(_CELLS // _COLUMNS, _CELLS // max(len(others), 1))
+        for at in range(0, len(rows), step):
+            some = rows[at : at + step]
+            least, most = int(self.sizes[some[0]]), int(self.sizes[some[-1]])
+            low, high = np.searchsorted(sizes, [self._threshold * least - ROUNDING, most / self._threshold + ROUNDING])
+            if columns is None:
+                high = min(high, at + len(some))
+            for start in range(low, high, _COLUMNS):
+                end = min(start + _COLUMNS, high)
+                different = math.floor(self._share * (most + int(sizes[end - 1])) + ROUNDING)
+                # Hamming distances [rows, columns] of sketches [words, rows] and [words, columns]
+                differing = np.zeros((len(some), end - start), dtype=np.uint8 if len(words) < 4 else np.uint32)
+                for mine, theirs in zip(self._words[:, some], words[:, start:end], strict=True):
+                    differing += np.bitwise_count(mine[:, None] ^ theirs)
+                place, other = np.divmod(np.flatnonzero(differing <= different), end - start)
+                other += start
+                if columns is None:
+                    once = other < place + at
+                    place, other = place[once], other[once]
+                first, second = some[place], others[other]
+                near = first != second if wanted is None else wanted(first, second)
+                near[near] = self.likely(first[near], second[near])
+                yield first[near], second[near], len(some) * (end - start)
+
+
+def mixed(values: Words) -> Words:
+    """Hash integers to 64 bits with the finalizer of SplitMix64 (Steele et al. 2014)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

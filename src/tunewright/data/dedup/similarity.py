@@ -1,17 +1,17 @@
 """All pairs of texts whose character 4-grams overlap enough, found exactly.
 
-``partition`` and ``sketches`` find candidates, which are verified here. They miss no pair, unlike MinHash: a missed
-pair would be a leak into the test split.
+``partition`` and sketches (``shingles``) find candidates, which are verified here. They miss no pair, unlike MinHash: a
+missed pair would be a leak into the test split.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,9 @@ from tunewright.core.progress import LogTask, Reporter, Task
 from tunewright.core.spill import TextFile, numbered
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.partition import SizeClass, members_of, size_ranges
-from tunewright.data.dedup.shingles import ShingleFile, ShingleRows, shingle_matrix
-from tunewright.data.dedup.sketches import Indices, Mask, Sketches, Wanted
+from tunewright.data.dedup.shingles import Indices, Mask, ShingleFile, ShingleRows, Sketches, Wanted, shingle_matrix
 
 Similarities = npt.NDArray[np.float64]
-Near = tuple[Indices, Indices, Similarities]
 
 _MANY_IN_GROUP = 128  # size from which a group is compared with its kept texts only
 _CHAINED = 20_000  # size from which a group may be split into chains first
@@ -39,49 +37,45 @@ _SENT = 50_000_000  # shingles sent to a worker at once: bounds its memory, and 
 _TOGETHER = 100_000  # texts whose groups one worker compares
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Pairs of text indices at or above the threshold, with ``first`` > ``second``, each once."""
 
     first: Indices
     second: Indices
     similarity: Similarities
 
+    @classmethod
+    def joined(cls, found: Iterable[Pairs]) -> Pairs:
+        """Return the pairs of several results."""
+        none = cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))
+        return cls(*(np.concatenate(parts) for parts in zip(none, *found, strict=True)))
+
+    def where(self, mask: Mask | Indices) -> Pairs:
+        """Return the pairs for which the mask is true, or those at these places."""
+        return Pairs(self.first[mask], self.second[mask], self.similarity[mask])
+
+    def best(self) -> Pairs:
+        """Return the most similar second text of each first one."""
+        order = np.lexsort((self.second, -self.similarity, self.first))
+        return self.where(order[np.flatnonzero(np.diff(self.first[order], prepend=-1))])
+
 
 def near_pairs(
     texts: Sequence[str], threshold: float, wanted: Wanted, reporter: Reporter, title: str
 ) -> Iterator[Pairs]:
-    """Yield all pairs with a Jaccard similarity of their shingles at or above the threshold, each once, in batches.
-
-    Args:
-        texts: the texts.
-        threshold: in (0, 1].
-        wanted: which candidate pairs matter.
-        reporter: shows the progress.
-        title: what the progress is called.
-    """
+    """Yield the wanted pairs with a Jaccard similarity of their shingles at or above the threshold, each once."""
     rows = shingle_matrix(texts)
     sizes = np.diff(rows.indptr).astype(np.int64)
     with reporter.task(title, len(texts), "examples") as task:
         for low, high in size_ranges(sizes):
             group = SizeClass(rows, sizes, threshold, low, high)
             candidates = _batches(group.candidates(None, task), wanted)
-            found = [verified(rows, sizes, first, second, threshold) for first, second in candidates]
-            if found:
-                first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
-                _, once = np.unique(first * len(texts) + second, return_index=True)
-                yield Pairs(first[once], second[once], similarity[once])
+            found = Pairs.joined(verified(rows, sizes, first, second, threshold) for first, second in candidates)
+            yield found.where(np.unique(found.first * len(texts) + found.second, return_index=True)[1])
 
 
 def link(texts: Sequence[str], threshold: float, task: Task, workers: Workers = THIS_PROCESS) -> Indices:
-    """Return the index of the first text that each text is linked with by a chain of near-equal texts, [texts].
-
-    Args:
-        texts: the texts.
-        threshold: Jaccard similarity of the texts' shingles, in (0, 1].
-        task: is advanced by the texts.
-        workers: compare the texts.
-    """
+    """Return the index of the first text that each text is linked with by a chain of near-equal texts, [texts]."""
     same = numbered(texts)
     first_of = np.unique(same, return_index=True)[1]
     # From short to long, so that texts of similar size are close to each other in the file.
@@ -167,13 +161,9 @@ def nearest_kept(
     A text is kept unless it is near one that is; of equally similar ones the first is taken.
 
     Args:
-        texts: the texts, the most deserving first.
-        groups: each text's group, [texts]; only texts of one group are compared.
+        texts: the most deserving first.
+        groups: each text's group, [texts]; only texts of one group are compared, by one worker.
         kept: number of first texts that are always kept.
-        threshold: in (0, 1].
-        reporter: shows the progress.
-        title: what the progress is called.
-        workers: compare the texts; those of one group are compared by one of them.
     """
     groups = _in_chains(texts, groups, threshold, reporter, title, workers)
     sizes = np.bincount(groups)[groups]
@@ -186,12 +176,11 @@ def nearest_kept(
             for places in _whole_groups(groups[order])
         )
         found = [
-            (places[first], places[second], similarity)
+            Pairs(order[places[first]], order[places[second]], similarity)
             for places, (first, second, similarity) in workers.map(_nearest_in_groups, threshold, parts, task)
         ]
-    first, second, similarity = _together(found)
-    ascending = np.argsort(order[first])
-    return Pairs(order[first[ascending]], order[second[ascending]], similarity[ascending])
+    pairs = Pairs.joined(found)
+    return pairs.where(np.argsort(pairs.first))
 
 
 def _in_chains(
@@ -241,25 +230,19 @@ def _whole_groups(groups: Indices) -> Iterator[Indices]:
         at = to
 
 
-def _nearest_in_groups(threshold: float, some: _Groups, task: Task) -> tuple[Indices, Near]:
+def _nearest_in_groups(threshold: float, some: _Groups, task: Task) -> tuple[Indices, Pairs]:
     """Return the texts' places, and the pairs of :func:`nearest_kept` by their position among these texts."""
     search = _KeptSearch(some.texts, some.always, threshold)
     begins = np.flatnonzero(np.diff(some.groups, prepend=-1))
     sizes = np.diff(begins, append=len(some.groups))
-    found: list[Near] = []
+    found: list[Pairs] = []
     few = np.flatnonzero(np.repeat(sizes <= _MANY_IN_GROUP, sizes))
     if len(few):
         found += search.small_groups(few, np.repeat(begins, sizes)[few], task)
     for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
         if size > _MANY_IN_GROUP:
             found += search.large_group(np.arange(begin, begin + size), task)
-    return some.places, _together(found)
-
-
-def _together(found: Sequence[Near]) -> Near:
-    none = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))
-    first, second, similarity = (np.concatenate(parts) for parts in zip(none, *found, strict=True))
-    return first, second, similarity
+    return some.places, Pairs.joined(found)
 
 
 class _KeptSearch:
@@ -272,19 +255,21 @@ class _KeptSearch:
         self._sketches = Sketches(self._rows, self._sizes, threshold, typical)
         self._gone = np.zeros(len(texts), dtype=bool)
 
-    def small_groups(self, places: Indices, begins: Indices, task: Task) -> Iterator[Near]:
+    def small_groups(self, places: Indices, begins: Indices, task: Task) -> Iterator[Pairs]:
         """Settle all pairs of small groups, many groups at once; ``begins`` has the begin of each place's group."""
         pairs = np.concatenate([[0], np.cumsum(places - begins)])
         at = 0
         while at < len(places):
             to = max(at + 1, int(np.searchsorted(pairs, pairs[at] + _CELLS, side="right")) - 1)
             entry = np.repeat(np.arange(at, to), np.diff(pairs[at : to + 1]))
-            first = places[entry]
-            yield self._settled(*self._near(first, np.arange(pairs[at], pairs[to]) - pairs[entry] + begins[entry]))
+            first, second = places[entry], np.arange(pairs[at], pairs[to]) - pairs[entry] + begins[entry]
+            ask = ~self._always[first]
+            ask[ask] = self._sketches.likely(first[ask], second[ask])
+            yield self._settled(verified(self._rows, self._sizes, first[ask], second[ask], self._threshold))
             task.advance(to - at)
             at = to
 
-    def large_group(self, places: Indices, task: Task) -> Iterator[Near]:
+    def large_group(self, places: Indices, task: Task) -> Iterator[Pairs]:
         """Settle a large group by comparing each text with the kept ones, which are few if most are near-equal."""
         new = np.flatnonzero(~self._always[places])
         kept = [places[self._always[places]]]
@@ -292,47 +277,32 @@ class _KeptSearch:
         for some in np.array_split(places[new], math.ceil(len(new) / _BLOCK)) if len(new) else ():
             near = self._met(some, np.concatenate(kept))
             # Those that are near a kept one are not kept, so only the others have to be compared with each other.
-            self._gone[near[0]] = True
-            own = self._settled(*self._met(some[~self._gone[some]], None))
-            yield own
+            self._gone[near.first] = True
+            yield self._settled(self._met(some[~self._gone[some]], None))
             added = some[~self._gone[some]]
-            later = self._met(np.unique(near[0]), added)
-            yield _best(*(np.concatenate(parts) for parts in zip(near, later, strict=True)))
+            yield Pairs.joined([near, self._met(np.unique(near.first), added)]).best()
             kept.append(added)
             task.advance(len(some), f"{sum(map(len, kept)):,} kept of an output with {len(places):,} rows")
 
-    def _met(self, places: Indices, others: Indices | None) -> Near:
+    def _met(self, places: Indices, others: Indices | None) -> Pairs:
         """Return the near pairs of these places with earlier ones among ``others``, or with each other."""
         pairs = [(first, second) for first, second, _ in self._sketches.candidate_pairs(places, others)]
         if not pairs:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0)
+            return Pairs.joined([])
         first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         if others is None:
             first, second = np.maximum(first, second), np.minimum(first, second)
         before = second < first
         return verified(self._rows, self._sizes, first[before], second[before], self._threshold)
 
-    def _near(self, first: Indices, second: Indices) -> Near:
-        ask = ~self._always[first]
-        ask[ask] = self._sketches.likely(first[ask], second[ask])
-        return verified(self._rows, self._sizes, first[ask], second[ask], self._threshold)
-
-    def _settled(self, first: Indices, second: Indices, similarity: Similarities) -> Near:
+    def _settled(self, near: Pairs) -> Pairs:
         """Decide in order which of these texts are dropped, given all near pairs with an earlier text."""
-        order = np.argsort(first, kind="stable")
-        first, second, similarity = first[order], second[order], similarity[order]
+        near = near.where(np.argsort(near.first, kind="stable"))
+        first, second, _ = near
         begins = np.flatnonzero(np.diff(first, prepend=-1))
         for place, begin, end in zip(first[begins].tolist(), begins, np.append(begins, len(first))[1:], strict=True):
             self._gone[place] = not self._gone[second[begin:end]].all()
-        left = ~self._gone[second]
-        return _best(first[left], second[left], similarity[left])
-
-
-def _best(first: Indices, second: Indices, similarity: Similarities) -> Near:
-    """Return the most similar second text of each first one."""
-    order = np.lexsort((second, -similarity, first))
-    order = order[np.flatnonzero(np.diff(first[order], prepend=-1))]
-    return first[order], second[order], similarity[order]
+        return near.where(~self._gone[second]).best()
 
 
 def _join(labels: Indices, first: Indices, second: Indices) -> None:
@@ -374,14 +344,16 @@ def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> It
         yield np.maximum(a, b)[ask], np.minimum(a, b)[ask]
 
 
-def verified(
-    rows: Any, sizes: Indices, first: Indices, second: Indices, threshold: float
-) -> tuple[Indices, Indices, Similarities]:
-    """Return the pairs at or above the threshold."""
-    shared = _shared(rows, sizes, first, second)
+def verified(rows: Any, sizes: Indices, first: Indices, second: Indices, threshold: float) -> Pairs:
+    """Return the pairs at or above the threshold, some of which may be repeated."""
+    parts = max(1, math.ceil(int(np.sum(sizes[first] + sizes[second])) / _CELLS))
+    counts = [
+        rows[a].multiply(rows[b]).sum(axis=1)
+        for a, b in zip(np.array_split(first, parts), np.array_split(second, parts), strict=True)
+    ]
+    shared: Indices = np.concatenate(counts).astype(np.int64)
     similarity = shared / (sizes[first] + sizes[second] - shared)
-    near = similarity >= threshold
-    return first[near], second[near], similarity[near]
+    return Pairs(first, second, similarity).where(similarity >= threshold)
 
 
 def similarities(some: Any, others: Any) -> Any:
@@ -390,14 +362,3 @@ def similarities(some: Any, others: Any) -> Any:
     sizes, other_sizes = np.diff(some.indptr), np.diff(others.indptr)
     union = sizes[shared.row] + other_sizes[shared.col] - shared.data
     return csr_array((shared.data / union, (shared.row, shared.col)), shape=shared.shape)
-
-
-def _shared(rows: Any, sizes: Indices, first: Indices, second: Indices) -> Indices:
-    """Return the number of common shingles of each pair of rows."""
-    parts = max(1, math.ceil(int(np.sum(sizes[first] + sizes[second])) / _CELLS))
-    counts = [
-        rows[a].multiply(rows[b]).sum(axis=1)
-        for a, b in zip(np.array_split(first, parts), np.array_split(second, parts), strict=True)
-    ]
-    shared: Indices = np.concatenate(counts).astype(np.int64)
-    return shared

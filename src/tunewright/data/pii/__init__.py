@@ -13,14 +13,12 @@ from typing import Any
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import LogReporter, Reporter
+from tunewright.core.text import count_of
 from tunewright.core.workers import slices
 from tunewright.data.examples import INSTRUCTIONS, Example, Message, Role
-from tunewright.data.pii.names import NAME_LABELS
-from tunewright.data.pii.personal_patterns import PERSONAL
+from tunewright.data.pii.personal import NAME_LABELS, PERSONAL
 from tunewright.data.pii.secret_patterns import SECRETS, Category, Finder, Finding, Pattern
 
-_MOST_SECRETS = 50
-_MOST_PERSONAL = 10
 STEP = 1000
 """Rows searched at once, between updates of the progress."""
 
@@ -162,9 +160,8 @@ def scan(
 ) -> Scan:
     """Search all turns of examples, arguments of calls included, each given with its place (FILE:LINE).
 
-    Args:
-        also: an additional finder, such as one of names (``open_presidio``).
-        allow: permitted kinds: counted, but not reported as secrets or personal data.
+    ``also`` is an additional finder, such as one of names (``open_presidio``). Kinds in ``allow`` are counted, but not
+    reported as secrets or personal data.
     """
     places: list[LocatedFinding] = []
     with (reporter or LogReporter()).task("looking for secrets", len(rows), "examples") as task:
@@ -198,10 +195,8 @@ def redact(
     """Return the example with a placeholder such as ``<EMAIL_1>`` for each finding, and counts by kind.
 
     A value has the same placeholder in all turns, whatever its spacing, and is replaced in all turns. Arguments of
-    calls stay valid JSON. Redacting again changes nothing.
-
-    Args:
-        also, allow: as for ``scan``; permitted kinds are not replaced.
+    calls stay valid JSON. Redacting again changes nothing. ``also`` and ``allow`` are as for ``scan``; permitted kinds
+    are not replaced.
     """
     named = [message_texts(message) for message in example.messages]
     keys = [name for of_message in named for name, _ in of_message]
@@ -308,8 +303,8 @@ def blocked(scan: Scan) -> UserError:
     assert secrets, "there is no secret in the scan"
     kinds = sorted({place.finding.kind for place in secrets})
     return UserError(
-        f"{_count(len(secrets), 'secret')} in {_rows(secrets)}, nothing was added ({_kinds(secrets)})\n"
-        f"{_listed(secrets, _MOST_SECRETS)}",
+        f"{count_of(len(secrets), 'secret')} in {_rows(secrets)}, nothing was added ({_kinds(secrets)})\n"
+        f"{_listed(secrets, 50)}",
         fix="Delete them, or use --redact, which replaces them by placeholders such as "
         f"<{secrets[0].finding.kind.upper()}_1>. Revoke secrets that others may have seen. If they are intended, set "
         f"data.allow: [{', '.join(kinds)}]",
@@ -323,7 +318,7 @@ def warned(scan: Scan) -> str:
         return ""
     return (
         f"personal data in {_rows(personal)} ({_kinds(personal)}). A model can repeat its training data; --redact "
-        f"replaces personal data by placeholders.\n{_listed(personal, _MOST_PERSONAL)}"
+        f"replaces personal data by placeholders.\n{_listed(personal, 10)}"
     )
 
 
@@ -340,7 +335,7 @@ def _kinds(places: Iterable[LocatedFinding]) -> str:
 
 
 def _rows(places: Iterable[LocatedFinding]) -> str:
-    return _count(len({place.row for place in places}), "row")
+    return count_of(len({place.row for place in places}), "row")
 
 
 def _listed(places: Sequence[LocatedFinding], most: int) -> str:
@@ -350,10 +345,6 @@ def _listed(places: Sequence[LocatedFinding], most: int) -> str:
     return "\n".join(lines)
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 def message_texts(message: Message) -> list[tuple[str, str]]:
     """Return the texts, each with the key that names it ("" for none), since some secrets are recognised by it.
 
@@ -361,8 +352,8 @@ def message_texts(message: Message) -> list[tuple[str, str]]:
     apart, so that a replaced one leaves valid JSON.
     """
     if message.role == "tools":
-        return list(_json_texts(json.loads(message.content)))
-    arguments = (text for call in message.calls for text in _json_texts(json.loads(call.arguments)))
+        return list(value_texts(json.loads(message.content)))
+    arguments = (text for call in message.calls for text in value_texts(json.loads(call.arguments)))
     return [("", message.content), *arguments]
 
 
@@ -379,14 +370,15 @@ def with_texts(message: Message, texts: Sequence[str]) -> Message:
     return replace(message, content=content, calls=calls)
 
 
-def _json_texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def value_texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield all texts and numbers in a JSON value, each with the nearest key above it or ``name``, and all keys."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield "", key
-            yield from _json_texts(inner, key)
+            yield from value_texts(inner, key)
     elif isinstance(value, list):
         for inner in value:
-            yield from _json_texts(inner, name)
+            yield from value_texts(inner, name)
     elif value is not None and not isinstance(value, bool):
         yield name, str(value)
 

@@ -25,25 +25,15 @@ _FEWEST_DIFFERENT = 8  # of at least 16 random characters so few differ less tha
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern of a kind of finding; a kind may have several.
+    """One pattern of a kind of finding; a kind may have several."""
 
-    Args:
-        kind: its name, as placeholders spell it: ``email`` is replaced by ``<EMAIL_1>``.
-        label: its name in messages.
-        category: a secret gives access or can be used to pay; personal data identifies a person.
-        regex: matches it; the group ``value`` is the finding, if there is one.
-        cues: every match or its surroundings contain one of these; texts without any are not searched.
-        check: further condition on a match.
-        rank: where two findings overlap, the lower rank wins, then the longer.
-    """
-
-    kind: str
-    label: str
-    category: Category
-    regex: re.Pattern[str]
-    cues: tuple[str, ...] = ()
-    check: Check = field(default=lambda match: not is_placeholder(value(match)))
-    rank: int = 0
+    kind: str  # as placeholders spell it: ``email`` is replaced by ``<EMAIL_1>``
+    label: str  # in messages
+    category: Category  # a secret gives access or can be used to pay; personal data identifies a person
+    regex: re.Pattern[str]  # the group ``value`` is the finding, if there is one
+    cues: tuple[str, ...] = ()  # every match or its surroundings contain one of these; other texts are not searched
+    check: Check = field(default=lambda match: not is_placeholder(value(match)))  # further condition on a match
+    rank: int = 0  # where two findings overlap, the lower rank wins, then the longer
 
 
 def words(text: str) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +14,16 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.progress import LogTask, Task
-from tunewright.core.text import count_of
+from tunewright.core.text import count_of, normalize
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.examples import Example, RowFile
-from tunewright.data.readers.generated_rows import generated_groups, has_generated_rows, is_generated, unmapped
 from tunewright.data.readers.json_rows import RawRow
-from tunewright.data.readers.row_errors import json_path
+from tunewright.data.readers.row_errors import RowError, json_path
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.sources import check_mapping, open_source, require_columns
 from tunewright.data.readers.tables import source_size
 from tunewright.data.readers.validate import (
     MOST_CHARACTERS,
-    RowError,
     counted,
     example_from_turns,
     groups_of,
@@ -33,7 +32,7 @@ from tunewright.data.readers.validate import (
 
 __all__ = [
     "Fault",
-    "Reading",
+    "ReadResult",
     "SourceRow",
     "check_mapping",
     "fault_of",
@@ -150,7 +149,9 @@ def scan_pairs(
         yield parsed.row
     if not count:
         raise UserError("The file has no rows", where=str(path))
-    notes.extend(_format_notes(path, source.kind, kinds))
+    for (kind, reason), number in kinds.most_common():
+        of = f"{count_of(number, 'row')} of " if len(kinds) > 1 else ""
+        notes.append(f"{path}: {source.kind}: {of}{kind}, because {reason}")
     if left_out:
         what = f"not text or a number, or longer than {MOST_CHARACTERS:,} characters"
         notes.append(f"{path}: not kept as metadata, because values are {what}: {counted(left_out)}")
@@ -203,12 +204,6 @@ def _parsed(settings: _Settings, raw: RawRow, _task: Task) -> _Parsed:
         return _Parsed(fault_of(fault, settings.name, line), kind, ignored, too_long)
 
 
-def _format_notes(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterator[str]:
-    for (kind, reason), count in kinds.most_common():
-        of = f"{count_of(count, 'row')} of " if len(kinds) > 1 else ""
-        yield f"{path}: {container}: {of}{kind}, because {reason}"
-
-
 def fault_of(error: RowError, source: str, line: int) -> Fault:
     """Return an error of a row as a fault of its file."""
     return Fault(source, line, str(error), error.code, json_path(error.path), error.fix)
@@ -223,3 +218,51 @@ def source_digest(path: Path) -> str:
         if file.is_file():
             whole.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\n".encode())
     return str(whole.hexdigest())
+
+
+GENERATED = "generated"
+"""The key of a row's provenance: an object that names the ``teacher``."""
+PASSAGE = "passage"
+"""The key of the passage that a row's answer is grounded in: an object with the ``document``'s digest."""
+DOCUMENT_GROUP = "source_document"
+"""The group of rows from one document, whatever data.group_by names."""
+
+_HEAD = 1 << 20  # characters
+
+
+def is_generated(row: object) -> bool:
+    """Return whether a row has the provenance of a generated one."""
+    return isinstance(row, Mapping) and isinstance(row.get(GENERATED), Mapping) and "teacher" in row[GENERATED]
+
+
+def has_generated_rows(path: Path) -> bool:
+    """Return whether a file's first line is a generated row."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open(encoding="utf-8") as file:
+            # A JSON array of all rows may be one line.
+            if file.read(1) != "{":
+                return False
+            file.seek(0)
+            return is_generated(json.loads(file.readline(_HEAD)))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def unmapped(data: DataConfig) -> DataConfig:
+    """Return the settings for generated rows, which are chats whatever form the project's own files have."""
+    return data.model_copy(update={"rows": None, "sheet": None, "input": None, "output": None, "group_by": ()})
+
+
+def generated_groups(row: Mapping[str, Any], data: DataConfig) -> dict[str, str]:
+    """Return a generated row's values of data.group_by, as far as it has them, and its document."""
+    groups = {
+        name: normalize(str(row[name]))
+        for name in data.group_by
+        if isinstance(row.get(name), str | int) and not isinstance(row[name], bool) and row[name] != ""
+    }
+    passage = row.get(PASSAGE)
+    if isinstance(passage, Mapping) and isinstance(passage.get("document"), str):
+        groups[DOCUMENT_GROUP] = normalize(passage["document"])
+    return groups

@@ -1,19 +1,113 @@
-"""Detection of a text file's encoding from its bytes; a file has one encoding or is refused."""
+"""Text of files: decompressed, and decoded by the one encoding that the bytes show."""
 
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
-from tunewright.data.readers.compression import open_bytes
+
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "Zstandard"}
+"""First bytes to name."""
+
+MOST_EXPANSION = 100
+"""A file may contain this many times its own size. JSON Lines that share a prompt of 4,000 characters reach 70."""
+
+LEAST_LIMIT = 64 << 20  # bytes that any file may contain
+_BUFFER = 1 << 16
+_DECOMPRESS = {"gzip": "gunzip -k", "Zstandard": "zstd -d"}
+
+
+def expansion_limit(size: int) -> int:
+    """Return how many bytes a compressed file of this size may contain."""
+    return max(LEAST_LIMIT, MOST_EXPANSION * size)
+
+
+def compression_of(path: Path) -> str | None:
+    """Return the name of a file's compression, by its first bytes."""
+    with path.open("rb") as file:
+        return _compression(file.read(4))
+
+
+def _compression(magic: bytes) -> str | None:
+    return next((name for mark, name in COMPRESSIONS.items() if magic.startswith(mark)), None)
+
+
+@contextmanager
+def open_bytes(path: Path, task: Task | None = None) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed if it is compressed; the task is advanced by the bytes of the file itself.
+
+    Reads of a truncated or damaged archive, or of one that contains over ``expansion_limit`` bytes, are UserErrors.
+    """
+    with path.open("rb", buffering=0 if task else -1) as file:
+        raw: Any = io.BufferedReader(_Counting(file, task), _BUFFER) if task else file
+        compression = _compression(raw.peek(4))
+        content: Any = raw if compression is None else _Decompressed(raw, path, compression)
+        yield content if compression is None else io.BufferedReader(content, _BUFFER)
+
+
+class _Counting(io.RawIOBase):
+    """A file that reports the bytes read to a task."""
+
+    def __init__(self, file: BinaryIO, task: Task) -> None:
+        self.file, self.task = file, task
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        chunk = self.file.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        if chunk:
+            self.task.advance(len(chunk))
+        return len(chunk)
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file."""
+
+    def __init__(self, file: BinaryIO, path: Path, compression: str) -> None:
+        self.path, self.compression = path, compression
+        self.left = expansion_limit(path.stat().st_size)
+        if compression == "gzip":
+            self.stream: Any = gzip.GzipFile(fileobj=file)
+        else:
+            import pyarrow as pa  # type: ignore[import-untyped]
+
+            # The package zstandard ends a truncated stream without an error.
+            self.stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        try:
+            chunk = self.stream.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            fix = f"Get the file again, or see what `{_DECOMPRESS[self.compression]} {self.path}` reports."
+            raise UserError(
+                f"Truncated or damaged {self.compression} data: {error}", where=str(self.path), fix=fix
+            ) from None
+        self.left -= len(chunk)
+        if self.left < 0:
+            limit = expansion_limit(self.path.stat().st_size)
+            raise UserError(
+                f"The file contains over {limit:,} bytes, the limit for {self.compression} of its size",
+                where=str(self.path),
+                fix=f"If you trust it, decompress it first: {_DECOMPRESS[self.compression]} {self.path}",
+            )
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
 
 _CHUNK = 1 << 20
 _SAVE = "Save it as UTF-8: iconv -f ENCODING -t UTF-8 FILE > NEW."
@@ -24,6 +118,7 @@ _BOMS = (  # UTF-32's before UTF-16's, which it begins with
     (codecs.BOM_UTF16_LE, "utf-16", "UTF-16"),
     (codecs.BOM_UTF16_BE, "utf-16", "UTF-16"),
 )
+_NOT_CP1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _BEYOND_ASCII = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
 
@@ -48,9 +143,6 @@ def find_encoding(path: Path) -> Encoding:
     A byte-order mark decides. Without one, the encoding is UTF-8 if all bytes are valid. It is cp1252, which includes
     the text of latin-1, if fewer than 1% of the sequences beyond ASCII are valid UTF-8. Otherwise the file is UTF-8
     with invalid bytes, and rows with them are faults.
-
-    Raises:
-        UserError: truncated UTF-16 or UTF-32, or an unsupported encoding, with file and line.
     """
     with open_bytes(path) as file:
         head = file.read(4096)
@@ -104,7 +196,7 @@ def _eight_bit(path: Path) -> Encoding:
             foreign += here
             if here and not first:
                 first, excerpt = number, line.decode("cp1252", errors="replace")
-            if not undefined and not _is_cp1252(line):
+            if not undefined and _NOT_CP1252.search(line):
                 undefined = number
     if utf8 * 100 > foreign:
         return Encoding("utf-8", "UTF-8")
@@ -114,14 +206,6 @@ def _eight_bit(path: Path) -> Encoding:
     assert found is not None
     around = excerpt[max(0, found.start() - 20) : found.start() + 20].strip()
     return Encoding("cp1252", "cp1252", first_line=first, excerpt=around)
-
-
-def _is_cp1252(line: bytes) -> bool:
-    try:
-        line.decode("cp1252")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def note_on(path: Path, encoding: Encoding) -> str | None:

@@ -17,14 +17,13 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.examples import ROLES, RowFile, call_id
-from tunewright.data.pii import LABELS, find_in_value, message_texts
+from tunewright.data.pii import LABELS, find_in_value, message_texts, value_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
-from tunewright.data.readers.calls import declared_tools
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.sources import Source, is_workbook, open_source
 from tunewright.data.readers.turns import Turn, TurnKeys, json_or_literal, read_turn
-from tunewright.data.readers.validate import example_from_turns, groups_of, metadata_of, texts_of
+from tunewright.data.readers.validate import declared_tools, example_from_turns, groups_of, metadata_of
 
 _LOOKED_AT = 20  # rows, some of which may be faulty
 # Templates on the whole row: every column is read, whatever its name.
@@ -57,11 +56,7 @@ def preview_file(path: Path, data: DataConfig, count: int = 3) -> FilePreview:
 
 
 def sheet_titles(path: Path) -> tuple[str, ...]:
-    """Return the titles of a workbook's visible sheets; of another file, nothing.
-
-    Raises:
-        UserError: a damaged workbook.
-    """
+    """Return the titles of a workbook's visible sheets; of another file, nothing."""
     if not is_workbook(path):
         return ()
     from tunewright.data.readers.workbooks import visible_sheets
@@ -162,7 +157,7 @@ def _checked(
                 if rows is not None:
                     rows.append(row.stored(file))
                 texts = [text for m in row.example.messages for text in message_texts(m)]
-                texts += [*row.groups.items(), *texts_of(row.metadata)]
+                texts += [*row.groups.items(), *value_texts(row.metadata)]
                 found = (f for name, text in texts for f in find_in_value(name, text))
                 secrets.update(f.kind for f in found if f.category == "secret" and f.kind not in data.allow)
     except UserError as error:
@@ -213,15 +208,10 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
             written += 1
         if not written:
             raise UserError("Every row has a fault that cannot be repaired", where=str(path), fix="Correct the file.")
-    return _changes_of_the_whole(path, source, notes) + changes
-
-
-def _changes_of_the_whole(path: Path, source: Source, notes: Sequence[str]) -> list[Change]:
-    changes = [Change(str(path), 1, None, note.removeprefix(f"{path}: ")) for note in notes]
-    encoding = source.encoding
-    if encoding and encoding.mark:
-        changes.insert(0, Change(str(path), 1, None, f"{encoding.name} with a byte-order mark written as plain UTF-8"))
-    return changes
+    whole = [note.removeprefix(f"{path}: ") for note in notes]
+    if source.encoding and source.encoding.mark:
+        whole.insert(0, f"{source.encoding.name} with a byte-order mark written as plain UTF-8")
+    return [Change(str(path), 1, None, what) for what in whole] + changes
 
 
 def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
@@ -261,18 +251,22 @@ def _as_lines(turns: Sequence[Turn]) -> str:
 
 def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
     """Return the repaired turns, and each repair with its code; raises the first fault without a repair."""
-    turns, done = list(conversation.turns), []
+    turns = list(conversation.turns)
+    done: list[tuple[str, str]] = []
     while True:
         try:
             example_from_turns(turns, data, conversation.tools)
+            return turns, done
         except RowError as fault:
-            repaired = _repair_turns(turns, fault)
+            path, repair = fault.path, _REPAIRS.get(fault.code)
+            of_content = (i for i, turn in enumerate(turns) if turn.content_path == path)
+            above = (i for i, turn in enumerate(turns) if turn.path and path[: len(turn.path)] == turn.path)
+            at = next(of_content, next(above, None))
+            repaired = None if repair is None or at is None else repair(list(turns), at, fault)
             if repaired is None:
                 raise
             turns = repaired[0]
             done.append((fault.code, repaired[1]))
-        else:
-            return turns, done
 
 
 def _written(turn: Turn) -> dict[str, Any]:
@@ -290,35 +284,20 @@ def _written(turn: Turn) -> dict[str, Any]:
     return written
 
 
-def _repair_turns(turns: Sequence[Turn], error: RowError) -> Repaired | None:
-    """Repair one fault of these turns; None if there is no safe repair."""
-    repair = _REPAIRS.get(error.code)
-    at = next((i for i, turn in enumerate(turns) if turn.content_path == error.path), None)
-    if at is None:
-        at = next((i for i, turn in enumerate(turns) if turn.path and error.path[: len(turn.path)] == turn.path), None)
-    if repair is None or at is None:
+# Each repairs one fault of turns, at the place of the turn; None if there is no safe repair.
+def _drop_key(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Drop a key without a value, a weight without effect, or a name, which no chat template renders."""
+    turn, key, why = turns[at], str(error.path[-1]), ""
+    if key not in turn.rest:
         return None
-    return repair(list(turns), at, error)
-
-
-def _key(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
-    """Drop a key without a value, or a name, which no chat template renders."""
-    key = str(error.path[-1])
-    if key not in turns[at].rest or (error.code != "E309" and turns[at].rest[key] not in (None, "", [], {})):
-        return None
-    return _without(turns, at, key, f"{place(error.path)} left out")
-
-
-def _repair_weight(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
-    weight = turns[at].rest["weight"]
-    nothing = weight is None or (turns[at].role != "assistant" and weight == 0 and not isinstance(weight, bool))
-    return _without(turns, at, "weight", f"{place(error.path)} left out: it has no effect") if nothing else None
-
-
-def _without(turns: list[Turn], at: int, key: str, what: str) -> Repaired:
-    rest = {name: value for name, value in turns[at].rest.items() if name != key}
-    turns[at] = replace(turns[at], rest=rest)
-    return turns, what
+    value = turn.rest[key]
+    if error.code == "E307":
+        why = ": it has no effect"
+        droppable = value is None or (turn.role != "assistant" and value == 0 and not isinstance(value, bool))
+    else:
+        droppable = error.code == "E309" or value in (None, "", [], {})
+    turns[at] = replace(turn, rest={name: given for name, given in turn.rest.items() if name != key})
+    return (turns, f"{place(error.path)} left out{why}") if droppable else None
 
 
 def _role(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
@@ -425,13 +404,13 @@ def _unanswered(turns: list[Turn], _at: int, _error: RowError) -> Repaired | Non
 
 
 _REPAIRS: dict[str, Callable[[list[Turn], int, RowError], Repaired | None]] = {
-    "E303": _key,
+    "E303": _drop_key,
     "E304": _role,
     "E305": _result_text,
     "E306": _result_text,
-    "E307": _repair_weight,
+    "E307": _drop_key,
     "E308": _unanswered,
-    "E309": _key,
+    "E309": _drop_key,
     "E401": _blank,
     "E406": _repeat,
     "E407": _unanswered,

@@ -24,11 +24,7 @@ _MOST_KEYS = 8
 
 
 def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.ParsedResult:
-    """Return the compiled JMESPath expression.
-
-    Raises:
-        UserError: the expression is invalid.
-    """
+    """Return the compiled JMESPath expression."""
     try:
         return jmespath.compile(expression)
     except (ValueError, RecursionError) as error:  # JMESPath's own are ValueErrors, as is a number of too many digits
@@ -37,11 +33,7 @@ def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.P
 
 
 def search_jmespath(compiled: jmespath.parser.ParsedResult, value: Any) -> Any:
-    """Return what a compiled expression selects.
-
-    Raises:
-        JMESPathError: the expression fails on this value.
-    """
+    """Return what a compiled expression selects."""
     try:
         return compiled.search(value)
     except JMESPathError:
@@ -56,11 +48,7 @@ def names_parent(group: str, data: DataConfig) -> bool:
 
 
 def check_groups(data: DataConfig) -> None:
-    """Refuse a group above the rows that is not a JMESPath.
-
-    Raises:
-        UserError: the group is invalid.
-    """
+    """Refuse a group above the rows that is not a JMESPath."""
     for group in data.group_by:
         if names_parent(group, data):
             _expression(group)
@@ -76,11 +64,7 @@ _expression = lru_cache(maxsize=16)(
 
 
 def value_above(group: str, parent: Parent | None) -> Any:
-    """Return a group's value for the rows below an object.
-
-    Raises:
-        RowError: nothing is found there, or the expression fails.
-    """
+    """Return a group's value for the rows below an object."""
     try:
         value = search_jmespath(_expression(group), {PARENT: parent})
     except JMESPathError as error:
@@ -91,16 +75,7 @@ def value_above(group: str, parent: Parent | None) -> Any:
 
 
 def require_groups_found(groups: Iterable[str], parents: Iterable[Parent | None], path: object) -> None:
-    """Refuse a group that is not found above any row of a document.
-
-    Args:
-        groups: names of groups above the rows.
-        parents: the object above each row; None without one.
-        path: the document's.
-
-    Raises:
-        UserError: the group is not found; names the existing keys.
-    """
+    """Refuse a group that is not found above any row of a document, given the object above each row."""
     different = list({id(parent): parent for parent in parents}.values())
     for group in groups:
         if not any(_found(group, parent) for parent in different):
@@ -149,28 +124,19 @@ class MappedField:
     """The variables among ``above`` and ``parent`` that the template uses."""
 
     @property
-    def from_parent(self) -> bool:
-        """True if the template uses ``parent``, the object above the row."""
-        return PARENT in self.outside
-
-    @property
     def path(self) -> JsonPath:
         """Place in the row for faults of this side: its key, or for a template the row."""
         return (self.text,) if self.template is None else ()
 
     def value(self, row: Mapping[str, Any], above: JsonPath, parent: Parent | None = None) -> Any:
-        """Return the value of the key, or the text of the template.
-
-        Raises:
-            RowError: a missing key, or a template that fails or renders a value that is not text.
-        """
+        """Return the value of the key, or the text of the template."""
         if self.template is None:
             if self.text not in row:
                 raise RowError("E207", f'missing key "{self.text}" of {self.field}')
             return row[self.text]
-        if self.from_parent and parent is None:
+        from_above = {PARENT: parent} if PARENT in self.outside else {}
+        if from_above and parent is None:
             raise RowError("E207", f"{self.field} uses parent, but there is no object above the row")
-        from_above = {PARENT: parent} if self.from_parent else {}
         try:
             return render(self.template, {**row, _ROW: row, _ABOVE: above, **from_above})
         except RowError as error:
@@ -204,26 +170,19 @@ class PairMapping:
     @property
     def reason(self) -> str:
         """Text on the mapping: ``the config maps question to the input and reply to the output``."""
-        sides = ((self.input, "input"), (self.output, "output"))
-        return "the config maps " + " and ".join(f"{_named(side)} to the {name}" for side, name in sides)
+        parts = []
+        for side, name in ((self.input, "input"), (self.output, "output")):
+            whole = ["the whole row"] if side.whole_row else []
+            parts.append(f"{', '.join([*side.keys, *whole, *side.outside]) or 'a fixed text'} to the {name}")
+        return f"the config maps {' and '.join(parts)}"
 
     def columns(self, header: Sequence[str]) -> list[str]:
         """Return the columns of a table that are used."""
-        named = list(dict.fromkeys((*self.input.keys, *self.output.keys)))
-        return [*named, *(name for name in header if self.whole_row and name not in named)]
-
-
-def _named(side: MappedField) -> str:
-    whole = ["the whole row"] if side.whole_row else []
-    return ", ".join([*side.keys, *whole, *side.outside]) or "a fixed text"
+        return list(dict.fromkeys((*self.input.keys, *self.output.keys, *(header if self.whole_row else ()))))
 
 
 def pair_mapping(data: DataConfig) -> PairMapping | None:
-    """Return the config's mapping, or None if a side is not named and there is no template.
-
-    Raises:
-        UserError: an invalid template, a template without the other side, or a key that data.drop_columns drops.
-    """
+    """Return the config's mapping, or None if a side is not named and there is no template."""
     return _mapping(data.input, data.output, data.drop_columns, data.rows is not None)
 
 

@@ -57,28 +57,16 @@ _WIDTHS = frozenset(("batch", "center", "indent", "ljust", "rjust", "round", "sl
 _COMPARING = frozenset(("dictsort", "groupby", "max", "min", "sort", "unique"))
 
 
-class _Work:
-    def __init__(self) -> None:
-        self.left = MAX_WORK
+_LEFT: ContextVar[int] = ContextVar("work left for the row that is rendered")
 
 
-_WORK: ContextVar[_Work] = ContextVar("work of the row that is rendered")
-
-
-class TemplateLimitError(RowError):
-    """A template that would take too much memory or time on a row."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__("E207", f"the template {reason}")
+def _limit_error(reason: str) -> RowError:
+    return RowError("E207", f"the template {reason}")
 
 
 def render(template: Template, values: Mapping[str, Any]) -> str:
-    """Return the text of a template of ``parse_template``.
-
-    Raises:
-        TemplateLimitError: it would exceed the limits.
-    """
-    token = _WORK.set(_Work())
+    """Return the text of a template of ``parse_template``; exceeding a limit is a RowError."""
+    token = _LEFT.set(MAX_WORK)
     try:
         pieces, length = [], 0
         for piece in template.generate(values):
@@ -88,15 +76,11 @@ def render(template: Template, values: Mapping[str, Any]) -> str:
             pieces.append(piece)
         return "".join(pieces)
     finally:
-        _WORK.reset(token)
+        _LEFT.reset(token)
 
 
 def parse_template(text: str) -> tuple[nodes.Template, Template]:
-    """Return the tree as written, and the template that spends its row's budget.
-
-    Raises:
-        TemplateSyntaxError: invalid, or a statement that is not supported.
-    """
+    """Return the tree as written, and the template that spends its row's budget."""
     tree = _ENVIRONMENT.parse(text)
     for node in tree.find_all(nodes.Stmt):
         if not isinstance(node, _STATEMENTS) or (isinstance(node, nodes.For) and node.recursive):
@@ -147,15 +131,15 @@ def _through(node: nodes.Node, name: str = "_spent") -> nodes.Expr:
 
 
 def _spend(work: int) -> None:
-    budget = _WORK.get()
-    budget.left -= work + _STEP
-    if budget.left < 0:
-        raise TemplateLimitError(f"takes too many steps (limit {MAX_WORK:,})")
+    left = _LEFT.get() - work - _STEP
+    _LEFT.set(left)
+    if left < 0:
+        raise _limit_error(f"takes too many steps (limit {MAX_WORK:,})")
 
 
 def _require_size(size: int) -> None:
     if size > MAX_SIZE:
-        raise TemplateLimitError(f"makes a value of more than {MAX_SIZE:,} characters and items")
+        raise _limit_error(f"makes a value of more than {MAX_SIZE:,} characters and items")
 
 
 def _size(value: Any) -> int:
@@ -179,7 +163,7 @@ def _size(value: Any) -> int:
         elif isinstance(inner, int):
             size += inner.bit_length() >> 3
             if inner.bit_length() > _MAX_BITS:
-                raise TemplateLimitError(f"makes a number of more than {_MAX_BITS:,} bits")
+                raise _limit_error(f"makes a number of more than {_MAX_BITS:,} bits")
         elif isinstance(inner, Mapping):
             left += [*inner.keys(), *inner.values()]
         elif isinstance(inner, Iterable) and not isinstance(inner, Iterator | Undefined):
@@ -205,7 +189,7 @@ def _spend_call(name: str, value: Any, arguments: list[Any]) -> None:
     if name in _WIDTHS:
         numbers = [abs(each) for each in arguments if isinstance(each, int)]
         if any(number > _MAX_NUMBER for number in numbers):
-            raise TemplateLimitError(f"has a number over {_MAX_NUMBER:,} in {name}")
+            raise _limit_error(f"has a number over {_MAX_NUMBER:,} in {name}")
         lines = value.count("\n") + 1 if isinstance(value, str) and name != "wordwrap" else own
         _require_size(own + lines * (sum(numbers) + others))
         own += lines * (sum(numbers) + others)
@@ -218,7 +202,7 @@ def _spend_call(name: str, value: Any, arguments: list[Any]) -> None:
         _require_size(own + separators * items)
         own += separators * items
     elif name == "sum" and any(not isinstance(each, int | float | str | None) for each in arguments):
-        raise TemplateLimitError("adds up lists in sum")
+        raise _limit_error("adds up lists in sum")
     elif name in _COMPARING:
         own *= _STEP
     _spend(own + others)
@@ -270,7 +254,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str | bytes):
             raise SecurityError("formatting with % is not supported (use ~)")
         if operator == "**" and whole and right > 0 and left.bit_length() * right > _MAX_BITS:
-            raise TemplateLimitError(f"makes a number of more than {_MAX_BITS:,} bits")
+            raise _limit_error(f"makes a number of more than {_MAX_BITS:,} bits")
         if operator == "*" and not whole:
             count = next((each for each in (left, right) if isinstance(each, int)), 1)
             sizes = _size(right if isinstance(left, int) else left) * max(count, 1)
@@ -282,7 +266,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 @pass_context  # so that nothing is computed when the template is compiled, outside of any row's budget
-def _text(_context: Context, value: Any) -> Any:
+def _finalized(_context: Context, value: Any) -> Any:
     """Return the value of an expression; a value without a plain text form is a fault, not "None" in an answer."""
     if isinstance(value, Undefined) or (isinstance(value, _PLAIN) and not isinstance(value, bool)):
         if isinstance(value, float) and not math.isfinite(value):
@@ -301,7 +285,7 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 
 def _environment() -> _Environment:
     environment = _Environment(
-        undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_text, optimized=False
+        undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_finalized, optimized=False
     )
     # Results that change with each call would make different examples of the same row.
     for name in _FILTERS_LEFT_OUT:

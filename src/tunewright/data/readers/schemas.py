@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunewright.config import DataConfig
 from tunewright.data.readers.mapping import Parent, pair_mapping
-from tunewright.data.readers.preferences import PAIR_KEYS, PREFERENCE_KEYS, Preference, Side, parse_preference
 from tunewright.data.readers.row_errors import JsonPath, RowError, place
 from tunewright.data.readers.turns import (
     Declared,
@@ -34,6 +33,10 @@ _SHARE_TURNS = TurnKeys(
 )
 _DECLARING = ("tools", "available_tools", "functions")
 _TOOL_KEYS = (*_DECLARING, "tool_calls", "function_call")
+_OPENAI_PAIR = ("preferred_output", "non_preferred_output")
+_PAIR = ("chosen", "rejected")
+PREFERENCE_KEYS = frozenset((*_OPENAI_PAIR, *_PAIR))
+_BESIDES = ("tools", "parallel_tool_calls")  # keys of a chat row that both preference formats have next to the turns
 _UNTRAINABLE = {
     "input_ids": "rows of token ids depend on one base's tokenizer",
     "text": "rows of plain text (Together's general format) do not separate input and ideal output",
@@ -73,13 +76,11 @@ def parse_conversation(
 ) -> Conversation:
     """Return the unchecked turns of a row in any supported format, ignoring keys in data.drop_columns.
 
-    Args:
-        above: the path of the row in its document, for templates of the config.
-        parent: the objects above the row in its document, for templates of the config.
+    The path of the row in its document (``above``) and the objects above it are for templates of the config. Keys that
+    no format has are allowed: ``metadata_of`` keeps them.
 
     Raises:
-        RowError: an unknown format, missing or misspelt keys, turns that are not a list of objects, or a failing
-            template. Other keys are allowed: ``metadata_of`` keeps them.
+        RowError: an unknown format, missing or misspelt keys, turns that are not a list, or a failing template.
     """
     if data.drop_columns:
         row = {key: value for key, value in row.items() if key not in data.drop_columns}
@@ -95,15 +96,19 @@ def parse_conversation(
         keys = _used(row, {data.input, data.output}, (), data)
         reason = f"the config names {data.input} as input and {data.output} as output"
         return Conversation("mapped pairs", reason, _pair(row, data.input, data.output), keys)
-    _refuse_images(row, data)
+    for key in ("image", "images"):
+        if row.get(key) and key not in data.group_by:
+            raise RowError("E208", f'images are not supported: the row has "{key}"', (key,))
     if _is_preference(row, data):
-        return _preferred(parse_preference(row), data)
+        return _preference(row, data)
     for key in ("messages", "interactions", "conversation"):
         if key in row:
             return _chat(row, key, data)
     if "conversations" in row:
         return _share_gpt(row, data)
-    _refuse_untrainable(row, data)
+    for key, reason in _UNTRAINABLE.items():
+        if key in row and key not in data.group_by and "completion" not in row and "output" not in row:
+            raise RowError("E203", f"{reason}, which is not supported", (key,))
     if "instruction" in row:
         return _alpaca(row, data)
     if meant := misspelled_keys(row):
@@ -155,12 +160,6 @@ def nearest_known_key(key: str, known: Iterable[str]) -> str | None:
     return near[0] if near and plain.count("_") == near[0].count("_") else None
 
 
-def _refuse_images(row: Mapping[str, Any], data: DataConfig) -> None:
-    for key in ("image", "images"):
-        if row.get(key) and key not in data.group_by:
-            raise RowError("E208", f'images are not supported: the row has "{key}"', (key,))
-
-
 def _quoted(keys: Sequence[str]) -> str:
     text = ", ".join(f'"{key}"' for key in keys[:_MOST_KEYS])
     return f"{text} and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else text
@@ -170,35 +169,92 @@ def _is_preference(row: Mapping[str, Any], data: DataConfig) -> bool:
     """Return whether the row has two answers; a rejected answer next to messages is metadata, as exports write it."""
     there = (PREFERENCE_KEYS & row.keys()) - set(data.group_by)
     chats = {"messages", "interactions", "conversation", "conversations"}
-    return bool(there) and not row.keys() & {"completion", "output"} and (there == PAIR_KEYS or chats.isdisjoint(row))
+    return bool(there) and not row.keys() & {"completion", "output"} and (there == set(_PAIR) or chats.isdisjoint(row))
 
 
-def _preferred(pair: Preference, data: DataConfig) -> Conversation:
-    preferred, rejected = (_side(side, data) for side in (pair.preferred, pair.rejected))
-    return replace(preferred, kind=pair.kind, reason=pair.reason, keys=pair.keys, rejected=rejected)
+class _Placed(NamedTuple):
+    """A turn of a preference row, as chats have it, and its place; a ``text`` has no keys of its own there."""
+
+    turn: Any
+    path: JsonPath
+    text: bool = False
 
 
-def _side(side: Side, data: DataConfig) -> Conversation:
-    try:
-        conversation = _chat(side.row, "messages", data)
-    except RowError as error:
-        raise side.located_error(error) from None
-    turns = []
-    for turn in conversation.turns:
-        calls = (
-            replace(call, path=side.located(call.path), arguments_path=side.located(call.arguments_path))
-            for call in turn.calls
-        )
-        here, content = side.located(turn.path), side.located(turn.content_path)
-        turns.append(replace(turn, path=here, content_path=content, calls=tuple(calls)))
-    tools = conversation.tools and conversation.tools._replace(path=side.located(conversation.tools.path))
-    return replace(conversation, turns=tuple(turns), tools=tools)
+def _preference(row: Mapping[str, Any], data: DataConfig) -> Conversation:
+    """Parse a row with one of ``PREFERENCE_KEYS``: one prompt with a preferred and a rejected answer.
+
+    Formats: OpenAI's preference fine-tuning and Together's (input, preferred_output, non_preferred_output); TRL's
+    preference datasets (prompt, chosen, rejected), as texts or as lists of turns, also without a prompt.
+    """
+    openai = not row.keys().isdisjoint(_OPENAI_PAIR)
+    keys = _OPENAI_PAIR if openai else _PAIR
+    for key in keys:
+        if row.get(key) in (None, "", []):
+            raise RowError("E209", f'the row has no "{key}"', (key,) if key in row else ())
+    answers = [_placed(row[key], (key,)) for key in keys]
+    if openai:
+        prompt, besides = _openai_input(row)
+        kind, reason = "preference pairs (OpenAI, Together)", "rows have preferred_output and non_preferred_output"
+        used: frozenset[str] = frozenset({"input", *keys})
+        above: JsonPath = ("input",)
+    else:
+        besides = {key: row[key] for key in ("system", *_BESIDES) if row.get(key) not in (None, "")}
+        prompt, answers = _shared_prompt(row, answers)
+        kind, reason, above = "preference pairs", "rows have chosen and rejected", ()
+        used = frozenset({"prompt", "system", *_BESIDES, *keys})
+    for turn, path, _ in (*answers[0], *answers[1]):
+        if isinstance(turn, dict) and turn.get("role") == "user":
+            raise RowError("E209", f"{place(path)} is a user turn, in which the answers differ", path)
+    if [each.turn for each in answers[0]] == [each.turn for each in answers[1]]:
+        raise RowError("E209", "both answers are equal", (keys[1],))
+    sides = []
+    for answer in answers:
+        turns = _system(besides, "system")
+        for each in (*prompt, *answer):
+            turn = read_turn(each.turn, each.path, _CHAT_TURNS)
+            turns.append(replace(turn, content_path=each.path) if each.text else turn)
+        side = _with_functions(Conversation(kind, reason, tuple(turns), used), besides, data, above)
+        sides.append(replace(side, kind=kind, reason=reason))  # whatever form its functions have
+    return replace(sides[0], rejected=sides[1])
 
 
-def _refuse_untrainable(row: Mapping[str, Any], data: DataConfig) -> None:
-    for key, reason in _UNTRAINABLE.items():
-        if key in row and key not in data.group_by and "completion" not in row and "output" not in row:
-            raise RowError("E203", f"{reason}, which is not supported", (key,))
+def _openai_input(row: Mapping[str, Any]) -> tuple[list[_Placed], dict[str, Any]]:
+    given = row.get("input")
+    if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
+        raise RowError("E209", "input must be an object with messages", ("input",) if "input" in row else ())
+    other = [key for key in given if key not in ("messages", *_BESIDES)]
+    if other:
+        raise RowError("E201", f'unknown key "{other[0]}" of input', ("input", other[0]))
+    besides = {key: given[key] for key in _BESIDES if key in given}
+    return _placed(given["messages"], ("input", "messages")), besides
+
+
+def _placed(value: Any, path: JsonPath) -> list[_Placed]:
+    if isinstance(value, str):
+        return [_Placed({"role": "assistant", "content": value}, path, text=True)]
+    if isinstance(value, list):
+        return [_Placed(turn, (*path, i)) for i, turn in enumerate(value)]
+    return [_Placed(value, path)]
+
+
+def _shared_prompt(row: Mapping[str, Any], answers: list[list[_Placed]]) -> tuple[list[_Placed], list[list[_Placed]]]:
+    """Return the prompt, and the answers without the turns of the prompt that they repeat."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        return _placed(prompt, ("prompt",)), answers
+    firsts = [row[key][0] if isinstance(row[key], list) and row[key] else None for key in _PAIR]
+    if not all(isinstance(first, dict) and first.get("role") != "assistant" for first in firsts):
+        if prompt in (None, ""):
+            raise RowError("E209", 'the row has no "prompt", and its answers are not conversations')
+        return [_Placed({"role": "user", "content": prompt}, ("prompt",), text=True)], answers
+    turns = [[each.turn for each in answer] for answer in answers]
+    most = min(map(len, turns)) - 1
+    shared = next((i for i in range(most) if turns[0][i] != turns[1][i]), most)
+    asked = [turn.get("content") for turn in turns[0][:shared] if isinstance(turn, dict)]
+    if not shared or (prompt not in (None, "") and prompt not in asked):
+        other = "the prompt" if shared else "each other"
+        raise RowError("E209", f"chosen and rejected do not begin with the same turns as {other}", ("rejected",))
+    return answers[0][:shared], [answer[shared:] for answer in answers]
 
 
 def _pair(row: Mapping[str, Any], prompt: str, completion: str) -> tuple[Turn, ...]:
@@ -266,9 +322,17 @@ def _chat(row: Mapping[str, Any], key: str, data: DataConfig) -> Conversation:
     return _with_functions(Conversation(kind, reason, tuple(turns), used), row, data)
 
 
-def _with_functions(conversation: Conversation, row: Mapping[str, Any], data: DataConfig) -> Conversation:
-    """Return the conversation with the row's declarations, and with calls and results in one form."""
-    declared = _declared(row, data)
+def _with_functions(
+    conversation: Conversation, row: Mapping[str, Any], data: DataConfig, above: JsonPath = ()
+) -> Conversation:
+    """Return the conversation with the row's declarations, and with calls and results in one form.
+
+    ``above`` is the place of the object with the row's keys.
+    """
+    keys = [key for key in _DECLARING if row.get(key) not in (None, [], "", "[]") and key not in data.group_by]
+    if len(keys) > 1:
+        raise RowError("E501", f"the row has both {_quoted(keys)}", (keys[1],))
+    declared = Declared(row[keys[0]], (*above, keys[0])) if keys else None
     turns = list(conversation.turns)
     kind, reason = conversation.kind, conversation.reason
     hermes = system_tools(turns)
@@ -282,7 +346,7 @@ def _with_functions(conversation: Conversation, row: Mapping[str, Any], data: Da
     if declared is not None:
         turns = tagged_turns(turns)
     turns = numbered(turns)
-    if row.get("parallel_tool_calls") is not None and not _flag(row, "parallel_tool_calls"):
+    if row.get("parallel_tool_calls") is not None and not _flag(row, "parallel_tool_calls", above):
         several = next((turn for turn in turns if len(turn.calls) > 1), None)
         if several is not None:
             count = len(several.calls)
@@ -291,17 +355,10 @@ def _with_functions(conversation: Conversation, row: Mapping[str, Any], data: Da
     return replace(conversation, kind=kind, reason=reason, turns=tuple(turns), tools=declared)
 
 
-def _declared(row: Mapping[str, Any], data: DataConfig) -> Declared | None:
-    keys = [key for key in _DECLARING if row.get(key) not in (None, [], "", "[]") and key not in data.group_by]
-    if len(keys) > 1:
-        raise RowError("E501", f"the row has both {_quoted(keys)}", (keys[1],))
-    return Declared(row[keys[0]], (keys[0],)) if keys else None
-
-
-def _flag(row: Mapping[str, Any], key: str) -> bool:
-    value = row.get(key, False)
+def _flag(row: Mapping[str, Any], key: str, above: JsonPath = ()) -> bool:
+    value, path = row.get(key, False), (*above, key)
     if not isinstance(value, bool | None):
-        raise RowError("E305", f"{key} is neither true nor false", (key,))
+        raise RowError("E305", f"{place(path)} is neither true nor false", path)
     return bool(value)
 
 

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-import glob
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter, Task
-from tunewright.data.readers.compression import COMPRESSIONS, compression_of, open_bytes
-from tunewright.data.readers.csv_rows import DELIMITERS, csv_rows, delimiter_of
-from tunewright.data.readers.documents import array_hint, check_expression, document_rows, list_keys, rows_hint
-from tunewright.data.readers.encodings import Encoding, find_encoding, note_on, open_text
-from tunewright.data.readers.hub import hub_files, is_hub_name
-from tunewright.data.readers.json_rows import RawRow, json_array, json_lines, json_objects, number_if_ambiguous
-from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping
-from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
-from tunewright.data.readers.suffixes import (
-    JSON_SUFFIXES,
-    OTHER_SUFFIXES,
-    TEXT_SUFFIXES,
-    has_known_suffix,
-    plain_suffix,
+from tunewright.core.progress import Task
+from tunewright.data.readers.encodings import (
+    COMPRESSIONS,
+    Encoding,
+    compression_of,
+    find_encoding,
+    note_on,
+    open_bytes,
+    open_text,
 )
-from tunewright.data.readers.tables import parquet_rows, saved_rows
-from tunewright.data.readers.validate import RowError, parse_json_row
+from tunewright.data.readers.json_rows import (
+    RawRow,
+    array_hint,
+    check_expression,
+    document_rows,
+    json_array,
+    json_lines,
+    json_objects,
+    list_keys,
+    number_if_ambiguous,
+    parse_json_row,
+    rows_hint,
+)
+from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping
+from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
+from tunewright.data.readers.source_files import JSON_SUFFIXES, is_saved, plain_suffix
+from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 
 _KINDS = (
     "Supported: JSON Lines, a JSON array, CSV or TSV, each also as .gz or .zst, Parquet, an .xlsx workbook, a folder "
     "written by datasets' save_to_disk."
 )
-SAVED = ("state.json", "dataset_dict.json")
-"""A folder with one of these was written by ``Dataset.save_to_disk``."""
 _TABLE_NAMES = (".csv", ".tsv", ".tab", ".txt", ".psv", "")
 _PARQUET = b"PAR1"
 _ZIP = b"PK\x03\x04"
@@ -75,7 +82,10 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
     """
     check_mapping(data)
     if path.is_dir():
-        return _open_folder(path, data, notes, task)
+        if not is_saved(path):
+            raise UserError("Expected a file, got a folder", where=str(path), fix="Name the files in it.")
+        _refuse_rows(data, "a saved dataset", path)
+        return Source(str(path), "a saved dataset", saved_rows(path, data, notes, task), table=True)
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -93,8 +103,8 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
         _refuse_rows(data, "a workbook", path)
         from tunewright.data.readers.workbooks import open_workbook
 
-        sheet = open_workbook(path, data, notes, task)
-        return Source(f"{path}:{sheet.title}", f"sheet {sheet.title}", sheet.rows, table=True)
+        title, rows = open_workbook(path, data, notes, task)
+        return Source(f"{path}:{title}", f"sheet {title}", rows, table=True)
     compression = compression_of(path)
     if compression is not None:
         with open_bytes(path) as file:
@@ -126,11 +136,7 @@ def is_workbook(path: Path) -> bool:
 
 
 def check_mapping(data: DataConfig) -> None:
-    """Check the templates and JMESPaths of the config, before any file is read.
-
-    Raises:
-        UserError: data.input or data.output is an invalid template, or data.rows or data.group_by an invalid JMESPath.
-    """
+    """Check the templates and JMESPaths of the config, before any file is read; an invalid one is a UserError."""
     pair_mapping(data)
     check_groups(data)
     if data.rows is not None:
@@ -141,13 +147,6 @@ def _refuse_rows(data: DataConfig, kind: str, path: Path) -> None:
     if data.rows is not None:
         what = f"data.rows requires a JSON document ({path} is {kind})"
         raise UserError(what, where="data.rows (--rows)", fix="Leave it out for this file.")
-
-
-def _open_folder(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Source:
-    if not any((path / name).is_file() for name in SAVED):
-        raise UserError("Expected a file, got a folder", where=str(path), fix="Name the files in it.")
-    _refuse_rows(data, "a saved dataset", path)
-    return Source(str(path), "a saved dataset", saved_rows(path, data, notes, task), table=True)
 
 
 _Reader = Callable[[TextIO], Iterator[RawRow]]
@@ -249,11 +248,7 @@ def _is_object(line: str) -> bool:
 
 
 def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None:
-    """Refuse names of columns that say of no file how it is read: none is a table, or has the keys in its first rows.
-
-    Raises:
-        UserError: as it says, with the keys that are there; or as ``open_source``.
-    """
+    """Refuse names of columns that say of no file how it is read: no table, and no first rows with these keys."""
     mapping = pair_mapping(data)
     if mapping is not None and mapping.templated:
         return
@@ -272,73 +267,3 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
         where=where,
         fix=f"Keys of the first rows: {list_keys(there)}." if there else None,
     )
-
-
-_MOST_NAMED = 5
-
-
-def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
-    """Return the files to read, each once, with folders, glob patterns and datasets of the hub expanded.
-
-    A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below that
-    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. Files of each are sorted by
-    name.
-
-    Raises:
-        UserError: a folder without such a file, a pattern without a match, or as ``hub_files``.
-    """
-    found: list[Path] = []
-    for name in named:
-        path = Path(name)
-        if is_hub_name(name):
-            found += hub_files(name, reporter)
-        elif path.is_dir() and not _saved(path):
-            found += _in_folder(path, reporter)
-        elif not path.exists() and glob.has_magic(str(name)):
-            matches = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207 a pattern may be absolute
-            files = [match for match in matches if match.is_file() or _saved(match)]
-            if not files:
-                raise UserError("No file matches this pattern", where=str(name))
-            base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
-            reporter.say(f"{name}: {_file_count(files)} to read: {_relative_names(files, base)}")
-            found += files
-        else:
-            found.append(path)
-    return list(dict.fromkeys(found))
-
-
-def _in_folder(folder: Path, reporter: Reporter) -> list[Path]:
-    below = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
-    saved = [path for path in below if path.is_dir() and _saved(path)]
-    files = [path for path in below if path.is_file() and not any(path.is_relative_to(one) for one in saved)]
-    taken = sorted([*saved, *(path for path in files if has_known_suffix(path))])
-    others = [path for path in files if path not in set(taken)]
-    if not taken:
-        raise UserError(
-            "The folder has no files of pairs",
-            where=str(folder),
-            fix=f"Supported suffixes: {', '.join(TEXT_SUFFIXES)} (also with .gz or .zst), {', '.join(OTHER_SUFFIXES)}.",
-        )
-    reporter.say(f"{folder}: {_file_count(taken)} to read: {_relative_names(taken, folder)}")
-    if others:
-        reporter.warn(
-            f"{folder}: {_file_count(others)} ignored because of the suffix: {_relative_names(others, folder)}"
-        )
-    return taken
-
-
-def _saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in SAVED)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _file_count(files: list[Path]) -> str:
-    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
-
-
-def _relative_names(files: list[Path], folder: Path) -> str:
-    more = f" and {len(files) - _MOST_NAMED:,} more" if len(files) > _MOST_NAMED else ""
-    return ", ".join(path.relative_to(folder).as_posix() for path in files[:_MOST_NAMED]) + more

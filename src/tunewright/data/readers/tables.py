@@ -1,21 +1,24 @@
-"""Rows in Arrow's tables (Parquet, saved ``datasets`` folders), and the choice of columns in any table."""
+"""Rows in tables: the choice of columns, CSV with one of the common delimiters, Parquet and saved datasets."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
-from tunewright.data.readers.json_rows import RawRow
+from tunewright.data.readers.encodings import escaped
+from tunewright.data.readers.json_rows import LONGEST_ROW, RawRow
 from tunewright.data.readers.mapping import pair_mapping
+from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.schemas import nearest_known_key
-from tunewright.data.readers.validate import RowError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,14 +50,7 @@ _TEXT_COLUMNS = (("prompt", "completion"), ("instruction", "output"), ("prompt",
 def columns(
     header: Sequence[str], where: str, data: DataConfig, notes: list[str], *, nested: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the columns used for input, output and groups, and the other columns to keep as metadata.
-
-    Args:
-        nested: whether cells can contain lists.
-
-    Raises:
-        UserError: missing, duplicate or unspecified columns.
-    """
+    """Return the columns used for input, output and groups, and the other columns to keep as metadata."""
     there = f"Columns: {', '.join(header)}"
     mapping = pair_mapping(data)
     if mapping is not None:
@@ -100,6 +96,101 @@ def _known(header: Sequence[str], nested: bool) -> list[str] | None:
     return None
 
 
+DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
+_CSV_FIELD_LIMIT = 2**31 - 1  # Python's default limit of 131,072 characters would apply before data.max_characters
+_SNIFFED = 50  # rows that decide the delimiter
+
+
+def delimiter_of(head: str, data: DataConfig) -> str:
+    """Return the delimiter that gives the config's columns, else the most regular table, in the first lines."""
+    mapping = pair_mapping(data)
+    best, best_score = ",", (False, 0.0, 0)
+    for delimiter in DELIMITERS:
+        rows = _parsed(head, delimiter)
+        if not rows or len(rows[0]) < 2:
+            continue
+        header = rows[0]
+        named = mapping is not None and mapping.keys <= set(header)
+        alike = sum(len(row) == len(header) for row in rows) / len(rows)
+        score = (named, alike, len(header))
+        if score > best_score:
+            best, best_score = delimiter, score
+    return best
+
+
+def _parsed(head: str, delimiter: str) -> list[list[str]]:
+    rows: list[list[str]] = []
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    try:
+        for row in csv.reader(io.StringIO(head, newline="\n"), delimiter=delimiter, strict=True):
+            if row:
+                rows.append(row)
+            if len(rows) > _SNIFFED:
+                break
+    except csv.Error:  # reported with its line when the file is read
+        pass
+    return rows
+
+
+def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: list[str]) -> Iterator[RawRow]:
+    """Yield the rows below the header; line breaks in quotes belong to the field, and blank lines are skipped."""
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    lines = _BoundedLines(text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    places: dict[str, int] = {}
+    used: list[str] = []
+    start = 1
+    try:
+        for fields in reader:
+            lines.taken = 0
+            if header is None and fields:
+                header = fields
+                if any(escaped(name) is not None for name in header):
+                    raise UserError("Not UTF-8", where=f"{path}:{start}", fix="Save the file as UTF-8.")
+                used, others = columns(header, f"{path}:{start}", data, notes, nested=False)
+                places = {name: header.index(name) for name in (*used, *others)}
+            elif header is not None and fields:
+                yield RawRow(start, _csv_row(fields, len(header), places, used))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"Unreadable CSV from here on: {error}",
+            where=f"{path}:{start}",
+            fix='Quote text with a delimiter, a quote or a line break, and double quotes in it: "".',
+        ) from None
+
+
+class _BoundedLines:
+    """The lines of a text, as long as those of one row are not too long together."""
+
+    def __init__(self, text: TextIO) -> None:
+        self.text = text
+        self.taken = 0
+
+    def __iter__(self) -> _BoundedLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.text.readline(LONGEST_ROW - self.taken)
+        self.taken += len(line)
+        if self.taken == LONGEST_ROW and not line.endswith("\n"):
+            raise csv.Error(f"a row of over {LONGEST_ROW - 1:,} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+
+def _csv_row(fields: list[str], width: int, places: dict[str, int], used: Sequence[str]) -> dict[str, Any] | RowError:
+    if len(fields) != width:
+        return RowError("E107", f"{len(fields)} fields (the header has {width})")
+    row = {name: fields[at] for name, at in places.items()}
+    for name in used:
+        if escaped(row[name]) is not None:
+            return RowError("E101", "not UTF-8", (name,))
+    return row
+
+
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
     """Convert Arrow's errors into UserErrors."""
@@ -116,11 +207,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 
 
 def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
-    """Yield the rows of a Parquet file, numbered from 1; null in an object counts as absent.
-
-    Raises:
-        UserError: a damaged file, or the errors of ``columns``.
-    """
+    """Yield the rows of a Parquet file, numbered from 1; null in an object counts as absent."""
     import pyarrow.parquet as pq
 
     with _reading(path, "Parquet"), pq.ParquetFile(path) as plain:
@@ -168,11 +255,7 @@ def _rows_per_batch(metadata: Any, group: int, names: Sequence[str]) -> int:
 
 
 def saved_rows(folder: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
-    """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote, counted from 1.
-
-    Raises:
-        UserError: a damaged folder, several splits, or the errors of ``columns``.
-    """
+    """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote, counted from 1."""
     from datasets import DatasetDict, load_from_disk
 
     with _reading(folder, "a saved dataset"):

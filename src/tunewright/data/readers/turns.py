@@ -74,9 +74,6 @@ def read_turn(turn: Any, path: JsonPath, keys: TurnKeys) -> Turn:
     """Return one turn of a list.
 
     Text parts of a content are joined without a separator, as chat templates do.
-
-    Raises:
-        RowError: not an object, no role or content, or malformed calls.
     """
     if not isinstance(turn, dict):
         raise RowError("E301", f"{place(path)} must be an object with {keys.role[0]} and {keys.content[0]}", path)
@@ -119,14 +116,12 @@ def joined_parts(content: Any) -> Any:
     """Return the joined texts of a list of text parts, and any other content unchanged."""
     if not isinstance(content, list) or not content:
         return content
-    texts = list(map(_part_text, content))
-    return content if None in texts else "".join(text for text in texts if text is not None)
-
-
-def _part_text(part: Any) -> str | None:
-    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
-        return part["text"] if isinstance(part["text"], str) else None
-    return None
+    for part in content:
+        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+            return content
+        if not isinstance(part["text"], str):
+            return content
+    return "".join(part["text"] for part in content)
 
 
 def _calls(rest: dict[str, Any], path: JsonPath, no_id: object) -> Iterator[RawCall]:
@@ -166,11 +161,7 @@ def _calls_in_text(content: Any, path: JsonPath) -> Iterator[RawCall]:
 
 
 def numbered(turns: Sequence[Turn]) -> list[Turn]:
-    """Give calls and results without ids in their format the ids of their places: the first open call is answered.
-
-    Raises:
-        RowError: a result of such a format answers no open call.
-    """
+    """Give calls and results without ids in their format the ids of their places: the first open call is answered."""
     done: list[Turn] = []
     calls: list[RawCall] = []
     waiting: dict[str | None, deque[int]] = {}  # places of the last turn's calls by name, and of all under None
@@ -202,9 +193,6 @@ def system_tools(turns: Sequence[Turn]) -> tuple[Declared, list[Turn]] | None:
 
     The text around the declarations asks for ``<tool_call>``. It is left out, since each base's template
     has its own. Other text of the system turn is kept.
-
-    Raises:
-        RowError: the text in ``<tools>`` is not JSON.
     """
     first = turns[0] if turns else None
     if first is None or first.role != "system" or not isinstance(first.content, str):
@@ -239,11 +227,7 @@ _PREAMBLES = ("You are a function calling AI model", "# Tools")
 
 
 def tagged_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns with the calls in ``<tool_call>`` and the results in ``<tool_response>`` (Hermes) taken out.
-
-    Raises:
-        RowError: a tag without its end, or a call that is not an object with name and arguments.
-    """
+    """Return the turns with the calls in ``<tool_call>`` and the results in ``<tool_response>`` (Hermes) taken out."""
     answers = (turn.content for turn in turns if turn.role == "assistant" and isinstance(turn.content, str))
     if any(turn.calls for turn in turns) or not any("<tool_call>" in answer for answer in answers):
         return list(turns)
@@ -251,9 +235,12 @@ def tagged_turns(turns: Sequence[Turn]) -> list[Turn]:
     for turn in turns:
         if turn.role == "assistant" and isinstance(turn.content, str) and "<tool_call>" in turn.content:
             text, blocks = _blocks(turn, "tool_call")
-            calls = tuple(
-                call for block in blocks for call in _calls_in_text(_call_value(block, turn), turn.content_path)
-            )
+            try:
+                values = list(map(json_or_literal, blocks))
+            except ValueError as error:
+                what = f"{place(turn.content_path)} has a <tool_call> that is not JSON: {error}"
+                raise RowError("E511", what, turn.content_path) from None
+            calls = tuple(call for value in values for call in _calls_in_text(value, turn.content_path))
             done.append(replace(turn, content=text, calls=calls))
         elif turn.role == "tool" and isinstance(turn.content, str) and "<tool_response>" in turn.content:
             text, blocks = _blocks(turn, "tool_response")
@@ -280,15 +267,6 @@ def _blocks(turn: Turn, tag: str) -> tuple[str, list[str]]:
     return "\n".join(text for part in outside if (text := part.strip())), inside
 
 
-def _call_value(block: str, turn: Turn) -> Any:
-    try:
-        return json_or_literal(block)
-    except ValueError as error:
-        raise RowError(
-            "E511", f"{place(turn.content_path)} has a <tool_call> that is not JSON: {error}", turn.content_path
-        ) from None
-
-
 def _result(block: str) -> str:
     """Return a result's content, which files wrap as ``{"name": …, "content": …}``."""
     try:
@@ -301,11 +279,7 @@ def _result(block: str) -> str:
 
 
 def json_or_literal(text: str) -> Any:
-    """Return the value of a JSON text, or of a Python literal, as files of Hermes have both.
-
-    Raises:
-        ValueError: neither; the reason is JSON's.
-    """
+    """Return the value of a JSON text, or of a Python literal, as files of Hermes have both."""
     try:
         return parse_json(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Validation of a row: example, groups and metadata, or a RowError."""
+"""Validation of a row: its conversation with calls and results, its groups and its metadata; faults are RowErrors."""
 
 from __future__ import annotations
 
@@ -6,90 +6,37 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from itertools import islice
 from typing import Any, Literal
 
 from tunewright.config import DataConfig
-from tunewright.core.strict_json import ConstantError, DuplicateKeyError, strict_decoder
+from tunewright.core.strict_json import parse_json
 from tunewright.core.text import mark_fault, normalize
-from tunewright.data.examples import ROLES, Example, Message
-from tunewright.data.readers.calls import check_order, checked_calls, declared_tools, linked
+from tunewright.data.examples import ROLES, Example, Message, ToolCall, call_id
 from tunewright.data.readers.mapping import Parent, names_parent, value_above
-from tunewright.data.readers.preferences import REJECTED, rejected_value
 from tunewright.data.readers.row_errors import RowError, place
-from tunewright.data.readers.schemas import ROW_SHAPES, Conversation, parse_conversation
-from tunewright.data.readers.turns import Declared, Turn
-from tunewright.data.tools import Toolset
+from tunewright.data.readers.schemas import Conversation, parse_conversation
+from tunewright.data.readers.turns import Declared, RawCall, Turn
+from tunewright.data.tool_schemas import ArgumentsError, DeclarationError, SchemaLimitError
+from tunewright.data.tools import Toolset, canonical_arguments, read_tools
 
-__all__ = ["RowError", "example_from_object", "example_from_turns", "groups_of", "parse_json_row"]
+REJECTED = "rejected"
+"""The metadata key that keeps a row's rejected answer: its text, or its turns if it is not one turn of text."""
 
-
-def parse_json_row(line: bytes | str) -> dict[str, Any]:
-    """Return a line of JSON as an object; duplicate keys, NaN and Infinity are faults, as in RFC 8259 and 7493.
-
-    In a ``str``, bytes that are not UTF-8 may be lone surrogates, as from Python's surrogateescape.
-
-    Raises:
-        RowError: not UTF-8, not JSON, not an object.
-    """
-    try:
-        text = line.decode() if isinstance(line, bytes) else line
-        if not text.isascii():
-            text.encode("utf-8", "surrogateescape").decode()
-        row = strict_decoder.decode(text)
-    except UnicodeError as error:
-        where = (
-            f": {error.reason} at byte {error.start + 1} of the line" if isinstance(error, UnicodeDecodeError) else ""
-        )
-        raise RowError("E101", f"not UTF-8{where}") from None
-    except json.JSONDecodeError as error:
-        raise RowError("E102", f"not JSON: {error.msg.removesuffix(' at')} at character {error.colno}") from None
-    except RecursionError:
-        raise RowError("E106", "nested too deep") from None
-    except (DuplicateKeyError, ConstantError) as error:
-        raise strict_fault(error) from None
-    except ValueError as error:  # a whole number of more digits than Python reads
-        raise RowError("E102", f"unreadable JSON: {error}") from None
-    return row_object(row)
-
-
-def row_object(value: Any) -> dict[str, Any]:
-    """Return the value, which must be an object.
-
-    Raises:
-        RowError: it is something else.
-    """
-    if not isinstance(value, dict):
-        raise RowError("E103", f"a row is an object, {ROW_SHAPES}")
-    return value
-
-
-def strict_fault(error: DuplicateKeyError | ConstantError) -> RowError:
-    """Return the error as a fault of a row."""
-    return RowError("E104" if isinstance(error, DuplicateKeyError) else "E105", str(error))
+_MOST_NAMES = 8
 
 
 def example_from_object(row: Mapping[str, Any], data: DataConfig) -> Example:
-    """Return the example in a row of any supported format.
-
-    Raises:
-        RowError: unknown, missing or mixed keys, or the errors of ``example_from_turns``.
-    """
+    """Return the example in a row of any supported format."""
     conversation = parse_conversation(row, data)
     return example_from_turns(conversation.turns, data, conversation.tools)
 
 
 def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = None) -> dict[str, str]:
-    """Return the row's values of data.group_by, as text; null and empty values are left out.
-
-    Args:
-        parent: the objects above the row in its document, for groups from there.
-
-    Raises:
-        RowError: the row lacks a key of data.group_by, or its value is a list, an object or refused text.
-    """
+    """Return the row's values of data.group_by, as text; null and empty values are left out."""
     groups = {}
     for key in data.group_by:
         above = names_parent(key, data)
@@ -115,13 +62,6 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared 
     """Return the example with these turns, preceded by the config's system turn if they have none.
 
     Texts are normalised to NFC, so that equal digests mean equal text.
-
-    Args:
-        tools: the declarations of the row's functions.
-
-    Raises:
-        RowError: turns out of order, an unknown role or key, an empty or overlong text, half a surrogate pair, too
-            many combining marks in a row, or invalid declarations, calls or results.
     """
     declared = None if tools is None else declared_tools(tools)
     messages = [_message(turn, declared) for turn in turns]
@@ -147,12 +87,12 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared 
     for message, turn in zip(messages, turns, strict=True):
         if fault := mark_fault(message.text):
             raise RowError("E408", f"{fault} of the {message.role} turn", turn.content_path)
-    return Example(tuple(map(_normalised, messages)))
-
-
-def _normalised(message: Message) -> Message:
-    content = normalize(message.content)
-    return message if content == message.content else replace(message, content=content)
+    return Example(
+        tuple(
+            message if (content := normalize(message.content)) == message.content else replace(message, content=content)
+            for message in messages
+        )
+    )
 
 
 def _has_half_pair(text: str) -> bool:
@@ -170,24 +110,17 @@ def _message(turn: Turn, tools: Toolset | None) -> Message:
     if turn.role not in ROLES:
         role = json.dumps(turn.role, default=str)
         raise RowError("E304", f"{place(turn.path)}.role is {role} (expected {', '.join(ROLES)})", turn.path)
-    if turn.rest:
-        _check_rest(turn)
+    for key in turn.rest:
+        if key == "name":
+            reason = f'{place(turn.path)} has the unknown key "name", which chat templates do not render'
+            raise RowError("E309", reason, (*turn.path, key))
+        if key != "weight":
+            reason = f'{place(turn.path)} has the unknown key "{key}" (expected role, content and optionally weight)'
+            raise RowError("E303", reason, (*turn.path, key))
     if not isinstance(turn.content, str):
         raise _not_text(turn)
     calls = checked_calls(turn, tools) if turn.calls else ()
     return Message(turn.role, turn.content, _weight(turn) if "weight" in turn.rest else 1, calls)
-
-
-def _check_rest(turn: Turn) -> None:
-    name = place(turn.path)
-    for key in turn.rest:
-        path = (*turn.path, key)
-        if key == "name":
-            reason = f'{name} has the unknown key "name", which chat templates do not render'
-            raise RowError("E309", reason, path)
-        if key != "weight":
-            reason = f'{name} has the unknown key "{key}" (expected role, content and optionally weight)'
-            raise RowError("E303", reason, path)
 
 
 def _weight(turn: Turn) -> Literal[0, 1]:
@@ -211,6 +144,149 @@ def _not_text(turn: Turn) -> RowError:
     return RowError("E305", f"{name} is {kind}, not text", turn.content_path)
 
 
+def declared_tools(declared: Declared) -> Toolset:
+    """Return the functions that a row declares."""
+    try:
+        return read_tools(declared.value)
+    except DeclarationError as error:
+        code = "E502" if isinstance(error, SchemaLimitError) else "E501"
+        path = declared.path if isinstance(declared.value, str) else (*declared.path, *error.path)
+        raise RowError(code, f"{place(path)}: {error}", path) from None
+
+
+def checked_calls(turn: Turn, tools: Toolset | None) -> tuple[ToolCall, ...]:
+    """Return a turn's calls with canonical arguments and the file's ids."""
+    calls = []
+    for call in turn.calls:
+        if tools is None:
+            raise RowError(
+                "E509", f'{place(call.path)} calls "{call.name}", but the row declares no functions', call.path
+            )
+        if call.name not in tools.schemas:
+            known = ", ".join(f'"{name}"' for name in list(tools.schemas)[:_MOST_NAMES])
+            raise RowError("E503", f'{place(call.path)} calls "{call.name}" (declared: {known})', call.path)
+        at = call.arguments_path
+        try:
+            text, arguments = canonical_arguments(call.arguments)
+        except ArgumentsError as error:
+            raise RowError("E504", f'arguments of "{call.name}" in {place(at)}: {error}', at) from None
+        try:
+            tools.check(call.name, arguments)
+        except ArgumentsError as error:
+            raise RowError("E505", f'call of "{call.name}" in {place(at)}: {error}', at) from None
+        except SchemaLimitError as error:
+            raise RowError("E502", f'call of "{call.name}" in {place(at)}: {error}', at) from None
+        calls.append(ToolCall(call.name, text, call.id))
+    return tuple(calls)
+
+
+def edited_answer(example: Example, text: str) -> Message:
+    """Return the example's last turn with another text, which may end with calls, one line of JSON each.
+
+    This is the inverse of ``Message.text``. In a conversation without functions the text stays text. Invalid calls are
+    RowErrors, as in a row.
+    """
+    last = example.messages[-1]
+    if example.messages[0].role != "tools":
+        return replace(last, content=text)
+    lines = text.split("\n")
+    calls: list[RawCall] = []
+    while lines:
+        call = _call_of_line(lines[-1])
+        if call is None and lines[-1].strip():
+            break
+        lines.pop()
+        if call is not None:
+            calls.append(call)
+    if not calls:
+        return replace(last, content=text, calls=())
+    turn = Turn("assistant", "\n".join(lines), (), (), calls=tuple(reversed(calls)))
+    first = sum(len(message.calls) for message in example.prompt)
+    made = checked_calls(turn, read_tools(example.messages[0].content))
+    numbered = tuple(replace(call, id=call_id(first + n)) for n, call in enumerate(made))
+    return replace(last, content=turn.content if turn.content.strip() else "", calls=numbered)
+
+
+def _call_of_line(line: str) -> RawCall | None:
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or value.keys() != {"name", "arguments"} or not isinstance(value["name"], str):
+        return None
+    return RawCall(value["name"], value["arguments"], None, ("answer",), ("answer",))
+
+
+def check_order(messages: Sequence[Message], turns: Sequence[Turn]) -> None:
+    """Check the order that chat templates render: optional system, then user and assistant in turn, assistant last.
+
+    Results follow the assistant turn with their calls, and an assistant turn follows the results.
+    """
+    start = 1 if messages[0].role == "system" else 0
+    for i in range(start, len(messages)):
+        if messages[i].role == "system":
+            raise RowError("E404", "a system turn must be the first turn", turns[i].path)
+    before = None
+    for message, turn in zip(messages[start:], turns[start:], strict=True):
+        role = message.role
+        if before is None and role != "user":
+            raise RowError("E405", "the first turn must be the user's", turn.path)
+        if before is not None and role == before.role and role != "tool" and not before.calls:
+            reason = f"two {role} turns in a row (user and assistant must alternate)"
+            raise RowError("E406", reason, turn.path)
+        if before is not None and before.role == "tool" and role == "user":
+            raise RowError("E513", f"{place(turn.path)} is a user turn right after a result", turn.path)
+        before = message
+    if len(messages) - start < 2 or messages[-1].role != "assistant":
+        raise RowError("E407", "the last turn must be the assistant's, which is the ideal output", turns[-1].path)
+    if messages[-1].weight == 0:
+        reason = "the last turn has the weight 0, but it is the ideal output"
+        raise RowError("E308", reason, (*turns[-1].path, "weight"))
+
+
+def linked(messages: Sequence[Message], turns: Sequence[Turn]) -> list[Message]:
+    """Return the messages with the ids of calls and results replaced by the calls' places."""
+    done: list[Message] = []
+    ids: dict[str, str] = {}
+    waiting: dict[str, ToolCall] = {}
+    for message, turn in zip(messages, turns, strict=True):
+        if waiting and message.role != "tool":
+            names = ", ".join(f'"{call.name}" ({given})' for given, call in islice(waiting.items(), _MOST_NAMES))
+            raise RowError("E508", f"{place(turn.path)} follows calls without a result: {names}", turn.path)
+        if message.role == "tool":
+            done.append(replace(message, call_id=ids[_answered(turn, ids, waiting)]))
+            continue
+        calls = []
+        for call, raw in zip(message.calls, turn.calls, strict=True):
+            if not isinstance(call.id, str):
+                raise RowError("E512", f"{place(raw.path)} has no id (a text)", raw.path)
+            if call.id in ids:
+                raise RowError("E507", f'{place(raw.path)} repeats the id "{call.id}"', raw.path)
+            ids[call.id] = call_id(len(ids))
+            waiting[call.id] = call
+            calls.append(replace(call, id=ids[call.id]))
+        done.append(replace(message, calls=tuple(calls)) if calls else message)
+        if turn is turns[-1]:
+            waiting.clear()
+    return done
+
+
+def _answered(turn: Turn, ids: dict[str, str], waiting: dict[str, ToolCall]) -> str:
+    """Return the id of the open call that a result answers, and close it."""
+    given = turn.call_id
+    if not isinstance(given, str):
+        raise RowError("E512", f"{place(turn.path)} has no tool_call_id (a text)", turn.path)
+    if given not in waiting:
+        reason = "answers a call that has a result" if given in ids else "answers no call"
+        raise RowError("E506", f'{place(turn.path)} {reason}: tool_call_id "{given}"', turn.path)
+    call = waiting.pop(given)
+    if turn.name not in (None, "", call.name):
+        raise RowError(
+            "E506", f'{place(turn.path)} names "{turn.name}", but call "{given}" is of "{call.name}"', turn.path
+        )
+    return given
+
+
 MOST_CHARACTERS = 1_000
 """Maximum length of a metadata value as JSON, since longer ones would make a version's files large in git."""
 
@@ -225,15 +301,13 @@ def metadata_of(
 
     Null and empty values are left out. Values longer than ``MOST_CHARACTERS``, or without a JSON form, are not kept.
     ``REJECTED`` is the rejected answer of a preference row.
-
-    Raises:
-        RowError: a rejected answer that is invalid, as for ``example_from_turns``, or a completion that is labelled as
-            undesirable.
     """
     kept: dict[str, Any] = {}
     left_out: list[str] = []
-    if conversation.rejected is not None:
-        kept[REJECTED] = _rejected(conversation.rejected, data)
+    if (rejected := conversation.rejected) is not None:
+        messages = example_from_turns(rejected.turns, data, rejected.tools).messages
+        asked = max(i for i, message in enumerate(messages) if message.role == "user")
+        kept[REJECTED] = rejected_value(messages[asked + 1 :])
     if row.keys() <= conversation.keys:
         return kept, left_out
     for key, given in row.items():
@@ -256,13 +330,6 @@ def metadata_of(
         else:
             kept[key] = value
     return kept, left_out
-
-
-def _rejected(conversation: Conversation, data: DataConfig) -> str | list[dict[str, Any]]:
-    """Return the rejected answer: its text, or its turns after the last one of the user if there are several."""
-    messages = example_from_turns(conversation.turns, data, conversation.tools).messages
-    asked = max(i for i, message in enumerate(messages) if message.role == "user")
-    return rejected_value(messages[asked + 1 :])
 
 
 def _json_value(value: Any) -> Any:
@@ -291,17 +358,13 @@ def counted(keys: Counter[str]) -> str:
     return ", ".join(parts) + more
 
 
-def texts_of(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
-    """Yield all texts and numbers in a metadata value, and the keys of its objects, for a scan for secrets.
+def rejected_value(messages: Sequence[Message]) -> str | list[dict[str, Any]]:
+    """Return the turns of a rejected answer as metadata keeps them: as ``REJECTED``."""
+    turns = [message.as_dict() for message in messages]
+    alone = len(turns) == 1 and turns[0].keys() == {"role", "content"}
+    return str(turns[0]["content"]) if alone else turns
 
-    Each comes with the nearest key above it, or ``name``, since a password is often recognised only by its key.
-    """
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield "", str(key)
-            yield from texts_of(inner, str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from texts_of(inner, name)
-    elif not isinstance(value, bool):
-        yield name, str(value)
+
+def rejected_messages(value: Any) -> tuple[Message, ...]:
+    """Return the turns of a rejected answer from the metadata."""
+    return (Message("assistant", value),) if isinstance(value, str) else tuple(map(Message.from_dict, value))

@@ -29,10 +29,10 @@ from openpyxl.worksheet._reader import (  # type: ignore[import-untyped]
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
-from tunewright.data.readers.compression import expansion_limit
+from tunewright.data.readers.encodings import expansion_limit
 from tunewright.data.readers.json_rows import RawRow
+from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.tables import columns
-from tunewright.data.readers.validate import RowError
 
 _MERGED_TAG = f"{{{SHEET_MAIN_NS}}}mergeCell"
 _MOST_ROWS, _MOST_COLUMNS = 1_048_576, 16_384  # Excel's own limits
@@ -45,23 +45,12 @@ _AS_CSV = "Save the sheet as CSV in UTF-8, and name that file."
 _MOST_NAMED = 3
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """The sheet of a workbook that is read, and its rows."""
-
-    title: str
-    rows: Iterator[RawRow]
-
-
-def open_workbook(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Sheet:
-    """Choose the sheet to read: data.sheet, or the only visible one that is not empty.
+def open_workbook(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> tuple[str, Iterator[RawRow]]:
+    """Return the title and the rows of the sheet to read: data.sheet, or the only visible one that is not empty.
 
     Cells are texts, as in CSV: numbers as they are stored, dates in ISO 8601, TRUE and FALSE. The first row with a
-    value is the header, and empty rows are skipped. Rows have their number in the sheet.
-
-    Raises:
-        UserError: a damaged workbook, one that is too large for its size, or several sheets; from the rows: merged
-            cells below the header, or the errors of ``columns``.
+    value is the header, and empty rows are skipped. Rows have their number in the sheet. A damaged workbook, one that
+    is too large for its size, and merged cells below the header are UserErrors.
     """
     with _reading(path), path.open("rb") as file:
         workbook = _Workbook(path, file)
@@ -69,15 +58,11 @@ def open_workbook(path: Path, data: DataConfig, notes: list[str], task: Task | N
     others = [name for name in workbook.parts if name != title]
     if others:
         notes.append(f"{path}: sheets not read: {', '.join(others)}")
-    return Sheet(title, _rows(path, title, data, notes, task))
+    return title, _rows(path, title, data, notes, task)
 
 
 def visible_sheets(path: Path) -> tuple[str, ...]:
-    """Return the titles of a workbook's visible sheets.
-
-    Raises:
-        UserError: a damaged workbook, or one that is too large for its size.
-    """
+    """Return the titles of a workbook's visible sheets."""
     with _reading(path), path.open("rb") as file:
         workbook = _Workbook(path, file)
         return tuple(title for title in workbook.parts if title not in workbook.hidden)
@@ -305,19 +290,16 @@ class _Table:
                 self._unnamed.append(_place(cell))
             elif name in self.wanted:
                 try:
-                    row[name] = _text(cell)
+                    row[name] = text = _text(cell)
                 except RowError as fault:
                     return RowError(fault.code, str(fault), (name,))
-                self._look_at(cell, row[name])
+                if isinstance(cell["value"], int | float) and cell["data_type"] == "n":
+                    shown = self.workbook.format(cell["style_id"])
+                    if shown not in _PLAIN_FORMATS:
+                        self._formatted.append(f"{_place(cell)} is {text} (shown as {shown})")
+                elif len(text) == _MOST_TEXT:
+                    self._full.append(_place(cell))
         return row
-
-    def _look_at(self, cell: dict[str, Any], text: str) -> None:
-        if isinstance(cell["value"], int | float) and cell["data_type"] == "n":
-            shown = self.workbook.format(cell["style_id"])
-            if shown not in _PLAIN_FORMATS:
-                self._formatted.append(f"{_place(cell)} is {text} (shown as {shown})")
-        elif len(text) == _MOST_TEXT:
-            self._full.append(_place(cell))
 
     def notes(self) -> Iterator[str]:
         """Yield notes on cells that were not read, or not as the sheet shows them."""
@@ -327,8 +309,7 @@ class _Table:
             (f"cells of {_MOST_TEXT:,} characters, where Excel cuts text", self._full),
         ):
             if found:
-                more = f" and {len(found) - _MOST_NAMED:,} more" if len(found) > _MOST_NAMED else ""
-                yield f"{self.where}: {what}: {', '.join(found[:_MOST_NAMED])}{more}"
+                yield f"{self.where}: {what}: {_named(found)}"
 
     def refuse_merged(self, merged: Sequence[str]) -> None:
         """Refuse merged cells of the table below its header, because only the first of them has a value."""
@@ -341,12 +322,16 @@ class _Table:
                 found.append((max(top, self.header_row + 1), ref))
         if found:
             found.sort()
-            more = f" and {len(found) - _MOST_NAMED:,} more" if len(found) > _MOST_NAMED else ""
             raise UserError(
-                f"Merged cells: {', '.join(ref for _, ref in found[:_MOST_NAMED])}{more}",
+                f"Merged cells: {_named([ref for _, ref in found])}",
                 where=f"{self.where}:{found[0][0]}",
                 fix="Unmerge them, and fill in each cell: only the first has a value.",
             )
+
+
+def _named(places: Sequence[str]) -> str:
+    more = f" and {len(places) - _MOST_NAMED:,} more" if len(places) > _MOST_NAMED else ""
+    return ", ".join(places[:_MOST_NAMED]) + more
 
 
 def _place(cell: dict[str, Any]) -> str:
@@ -354,11 +339,7 @@ def _place(cell: dict[str, Any]) -> str:
 
 
 def _text(cell: dict[str, Any]) -> str:
-    """Return a cell's value as text.
-
-    Raises:
-        RowError: the cell has no value.
-    """
+    """Return a cell's value as text; one without a value is a RowError."""
     value, kind = cell["value"], cell["data_type"]
     if kind == "f":
         raise RowError("E109", f"{_place(cell)} is a formula without a stored value")

@@ -16,8 +16,8 @@ from tunewright.core.text import count_of
 from tunewright.data.dedup import count_near_repeats
 from tunewright.data.examples import Example
 from tunewright.data.pii import secret_kinds
-from tunewright.data.readers.calls import edited_answer
 from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.validate import edited_answer
 from tunewright.data.review.reviews import (
     REVIEWS_FILE,
     ReviewLog,

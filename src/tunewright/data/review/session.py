@@ -14,9 +14,9 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.pii import secret_kinds
-from tunewright.data.readers.calls import edited_answer
-from tunewright.data.readers.generated_rows import GENERATED, PASSAGE
+from tunewright.data.readers import GENERATED, PASSAGE
 from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.validate import edited_answer
 from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan
 from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect

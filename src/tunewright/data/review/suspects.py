@@ -23,8 +23,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_json, writing
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup import comparison_texts, find_clusters
+from tunewright.data.dedup.shingles import Mask
 from tunewright.data.dedup.similarity import near_pairs
-from tunewright.data.dedup.sketches import Mask
 from tunewright.data.examples import answers_repeat, class_like, in_conflict
 from tunewright.data.review.label_models import (
     Suspect,

@@ -16,7 +16,7 @@ from tunewright.core.io import canonical_json, new_file, write_json, write_text
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.examples import Example
-from tunewright.data.readers.preferences import rejected_messages
+from tunewright.data.readers.validate import rejected_messages
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, short
 

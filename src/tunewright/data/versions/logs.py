@@ -189,7 +189,7 @@ def _line_without(line: bytes, purged: Collection[str]) -> bytes:
 
 JudgedBy = Literal["person", "judge", "file"]
 Answer = str | list[dict[str, Any]]
-"""The text of an answer, or its turns if it is not one turn of text (`readers.preferences.rejected_value`)."""
+"""The text of an answer, or its turns if it is not one turn of text (`readers.validate.rejected_value`)."""
 
 
 class KeptPair(SealedLine):

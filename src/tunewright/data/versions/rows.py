@@ -17,7 +17,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
-from tunewright.data.readers.validate import RowError, parse_json_row
+from tunewright.data.readers.json_rows import parse_json_row
+from tunewright.data.readers.row_errors import RowError
 
 _RESTORE = "Restore the file, from git for example."
 _KEY = re.compile(rb'"key":"([0-9a-f]{64})"')

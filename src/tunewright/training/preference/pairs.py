@@ -18,7 +18,7 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, listed
 from tunewright.data.examples import Example, Message
-from tunewright.data.readers.preferences import rejected_messages
+from tunewright.data.readers.validate import rejected_messages
 from tunewright.data.trace import rejected_answers
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.data.versions.logs import read_kept_pairs

@@ -23,15 +23,8 @@ class TextEncoder:
 
     Only control tokens from the template become control ids. Similar text in messages is encoded as ordinary text, as
     in the makers' encoders (Meta's ``ChatFormat``, ``mistral-common``). transformers' ``sanitize_control_tokens`` would
-    also split the text around it, which gives other ids.
-
-    Args:
-        tokenizer: a tokenizer of the ``tokenizers`` library.
-        written: the template's text around ordinary messages: the tokenizer's added tokens in it are control tokens
-            even if they are not special.
-
-    Raises:
-        UserError: the tokenizer has another type.
+    also split the text around it, which gives other ids. ``written`` is the template's text around ordinary messages:
+    the tokenizer's added tokens in it are control tokens even if they are not special.
     """
 
     def __init__(self, tokenizer: Any, written: str) -> None:
@@ -63,11 +56,12 @@ class TextEncoder:
 
         The characters survive the template's operations (trim, split, join, JSON), and cannot become control tokens.
         Calls and declarations are covered too.
-
-        Raises:
-            UserError: half of a surrogate pair, which no tokenizer accepts.
         """
-        texts = {text: message.role for message in messages for text in _texts(message)}
+        texts = {
+            text: message.role
+            for message in messages
+            for text in (message.content, *(part for call in message.calls for part in (call.name, call.arguments)))
+        }
         for text, role in texts.items():
             if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
                 raise UserError(f"Half of a surrogate pair in the {role} turn, which is not a character")
@@ -103,12 +97,9 @@ class TextEncoder:
         return places[-1][0] if places and not text[places[-1][2] :].strip() else None
 
     def pieces(self, text: str, hidden: Mapping[int, str], *, start: bool) -> list[Piece]:
-        """Return control ids and the runs of text between them, with hidden texts restored.
+        """Return control ids and the runs of text between them, with the texts restored that ``hide`` replaced.
 
-        Args:
-            text: a part of a rendered conversation that does not begin or end inside a control token.
-            hidden: the replacements of ``hide``.
-            start: whether this is the conversation's beginning.
+        The text is a part of a rendered conversation (with ``start`` its beginning), whole control tokens only.
         """
         pieces: list[Piece] = []
         place = 0
@@ -124,11 +115,7 @@ class TextEncoder:
         return [_restored(piece, hidden) if isinstance(piece, str) else piece for piece in pieces] if hidden else pieces
 
     def ids(self, runs: Iterable[str]) -> dict[str, list[int]]:
-        """Return the ids of each distinct run of text.
-
-        Raises:
-            UserError: plain text becomes a control token.
-        """
+        """Return the ids of each distinct run of text, none of which is a control token."""
         distinct = list(dict.fromkeys(runs))
         encoded = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
         ids = {run: encoding.ids for run, encoding in zip(distinct, encoded, strict=True)}
@@ -138,10 +125,6 @@ class TextEncoder:
                 token = self._backend.id_to_token(next(i for i in found if i in forbidden))
                 raise UserError(f"The tokenizer encodes the plain text {run[:60]!r} as the control token {token}")
         return ids
-
-
-def _texts(message: Message) -> list[str]:
-    return [message.content, *(text for call in message.calls for text in (call.name, call.arguments))]
 
 
 def _escape(code: int) -> str:

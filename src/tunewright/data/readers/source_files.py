@@ -1,19 +1,99 @@
-"""Datasets of the Hugging Face hub: the files that a name stands for, downloaded at one commit."""
+"""Files that are named: folders, patterns, and datasets of the Hugging Face hub, downloaded at one commit."""
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import takewhile
+from pathlib import Path, PurePath, PurePosixPath
 
 from tunewright.core.errors import UserError
 from tunewright.core.hub import error_reason, hub_refusals, hub_silence
 from tunewright.core.io import writing
 from tunewright.core.progress import Reporter
-from tunewright.data.readers.suffixes import has_known_suffix
+from tunewright.core.text import count_of
+
+SAVED = ("state.json", "dataset_dict.json")
+"""A folder with one of these was written by ``Dataset.save_to_disk``."""
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TEXT_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".tab", ".psv")
+OTHER_SUFFIXES = (".parquet", ".xlsx")
+_COMPRESSED = (".gz", ".zst")
+
+
+def plain_suffix(path: PurePath) -> str:
+    """Return the last suffix in lower case, without that of a compression."""
+    name = path.name.lower()
+    for compressed in _COMPRESSED:
+        name = name.removesuffix(compressed)
+    return PurePath(name).suffix
+
+
+def has_known_suffix(path: PurePath) -> bool:
+    """Return whether a file of a folder is read; one that is named directly may have any suffix."""
+    return plain_suffix(path) in TEXT_SUFFIXES or path.suffix.lower() in OTHER_SUFFIXES
+
+
+_MOST_NAMED = 5
+
+
+def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
+    """Return the files to read, each once, with folders, glob patterns and datasets of the hub expanded.
+
+    A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below that
+    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. Files of each are sorted by
+    name.
+    """
+    found: list[Path] = []
+    for name in named:
+        path = Path(name)
+        if is_hub_name(name):
+            found += hub_files(name, reporter)
+        elif path.is_dir() and not is_saved(path):
+            found += _in_folder(path, reporter)
+        elif not path.exists() and glob.has_magic(str(name)):
+            matches = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207 a pattern may be absolute
+            files = [match for match in matches if match.is_file() or is_saved(match)]
+            if not files:
+                raise UserError("No file matches this pattern", where=str(name))
+            base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            reporter.say(f"{name}: {count_of(len(files), 'file')} to read: {_relative_names(files, base)}")
+            found += files
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _in_folder(folder: Path, reporter: Reporter) -> list[Path]:
+    below = [path for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    saved = [path for path in below if path.is_dir() and is_saved(path)]
+    files = [path for path in below if path.is_file() and not any(path.is_relative_to(one) for one in saved)]
+    taken = sorted([*saved, *(path for path in files if has_known_suffix(path))])
+    others = [path for path in files if path not in set(taken)]
+    if not taken:
+        raise UserError(
+            "The folder has no files of pairs",
+            where=str(folder),
+            fix=f"Supported suffixes: {', '.join(TEXT_SUFFIXES)} (also with .gz or .zst), {', '.join(OTHER_SUFFIXES)}.",
+        )
+    reporter.say(f"{folder}: {count_of(len(taken), 'file')} to read: {_relative_names(taken, folder)}")
+    if others:
+        ignored = f"{count_of(len(others), 'file')} ignored because of the suffix"
+        reporter.warn(f"{folder}: {ignored}: {_relative_names(others, folder)}")
+    return taken
+
+
+def is_saved(path: Path) -> bool:
+    """Return whether ``Dataset.save_to_disk`` wrote a folder."""
+    return any((path / name).is_file() for name in SAVED)
+
+
+def _relative_names(files: list[Path], folder: Path) -> str:
+    more = f" and {len(files) - _MOST_NAMED:,} more" if len(files) > _MOST_NAMED else ""
+    return ", ".join(path.relative_to(folder).as_posix() for path in files[:_MOST_NAMED]) + more
+
 
 # A Path of it has one slash after the colon. A revision with a slash is one of the hub's own.
 _NAME = re.compile(
@@ -52,11 +132,7 @@ def is_hub_name(name: str | Path) -> bool:
 
 
 def parse_hub_name(name: str | Path) -> HubName:
-    """Return the parts of a name such as ``hf://datasets/openai/gsm8k@main/socratic:train``.
-
-    Raises:
-        UserError: it has another form.
-    """
+    """Return the parts of a name such as ``hf://datasets/openai/gsm8k@main/socratic:train``."""
     match = _NAME.fullmatch(str(name))
     if match is None:
         raise UserError(f"{name} is not the name of a dataset on the hub", where=str(name), fix=f"Expected {_FORM}.")
@@ -75,19 +151,26 @@ def hub_files(name: str | Path, reporter: Reporter) -> list[Path]:
         UserError: no such dataset, revision, configuration, split or file; several configurations or splits, of which
             the name must choose one; an unreachable hub.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download
 
     hub = parse_hub_name(name)
     offline = hub_silence(f"{constants.ENDPOINT}/datasets/{hub.repository}")
     if offline is not None:
         return [_cached(hub, offline)]
-    with _refusals(hub):
-        commit = HfApi().dataset_info(hub.repository, revision=hub.revision).sha
-        assert commit is not None
-        files = _matching(hub, commit) if hub.names_files else _of_split(hub, commit)
-        reporter.say(f"{hub}: {len(files):,} file{'' if len(files) == 1 else 's'} at commit {commit[:12]}")
-        with writing(Path(constants.HF_HUB_CACHE)):
-            return [Path(hf_hub_download(hub.repository, file, repo_type="dataset", revision=commit)) for file in files]
+    try:
+        with hub_refusals("dataset", hub.repository, hub.revision, str(hub), str(hub)):
+            commit = HfApi().dataset_info(hub.repository, revision=hub.revision).sha
+            assert commit is not None
+            files = _matching(hub, commit) if hub.names_files else _of_split(hub, commit)
+            reporter.say(f"{hub}: {count_of(len(files), 'file')} at commit {commit[:12]}")
+            with writing(Path(constants.HF_HUB_CACHE)):
+                return [
+                    Path(hf_hub_download(hub.repository, file, repo_type="dataset", revision=commit)) for file in files
+                ]
+    except (OSError, errors.HTTPError) as error:
+        what = f"The hub ({constants.ENDPOINT}) failed: {error_reason(error)}"
+        fix = "Try again, or name files of the dataset that you have here."
+        raise UserError(what, where=str(hub), fix=fix) from error
 
 
 def hub_source(path: Path) -> str | None:
@@ -159,19 +242,3 @@ def _of_split(hub: HubName, commit: str) -> list[str]:
     files = [str(file) for file in splits[split]]
     assert all(file.startswith(root) for file in files), files  # datasets refuses files from elsewhere
     return [file.removeprefix(root) for file in files]
-
-
-@contextmanager
-def _refusals(hub: HubName) -> Iterator[None]:
-    from huggingface_hub import constants, errors
-
-    try:
-        with hub_refusals("dataset", hub.repository, hub.revision, str(hub), str(hub)):
-            yield
-    except UserError:
-        raise
-    except (OSError, errors.HTTPError) as error:
-        what = f"The hub ({constants.ENDPOINT}) failed: {error_reason(error)}"
-        raise UserError(
-            what, where=str(hub), fix="Try again, or name files of the dataset that you have here."
-        ) from error
