@@ -26,7 +26,7 @@ NAME = "tunewright_shared_prefix"
 
 SHORT = 128
 """Longest suffix for which attention is plain matrix products on the CPU in bfloat16: the fused kernel is slower there
-(benchmarks/attention_speed.py). The bound keeps the memory of the scores in proportion to the keys.
+. The bound keeps the memory of the scores in proportion to the keys.
 """
 
 
