@@ -25,8 +25,8 @@ from tunewright.training.packing.layout import Block, Layout, Piece, Sequences
 NAME = "tunewright_shared_prefix"
 
 SHORT = 128
-"""Longest suffix for which attention is plain matrix products on the CPU in bfloat16: the fused kernel is slower there
-. The bound keeps the memory of the scores in proportion to the keys.
+"""Longest suffix for which attention is plain matrix products on the CPU in bfloat16: the fused kernel is slower
+there. The bound keeps the memory of the scores in proportion to the keys.
 """
 
 
