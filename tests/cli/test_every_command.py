@@ -1,9 +1,10 @@
-"""Help: each command in its panel, with an example that parses."""
+"""What every command keeps to: help with an example that parses, `--json`, exit codes, one error for bad input."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,37 @@ def test_example_in_help_parses_as_a_call_of_its_command(names: tuple[str, ...])
 def test_parsing_an_example_fails_when_the_command_line_does_not_have_it(line: str) -> None:
     with pytest.raises(Exception, match=r"No such|Missing parameter"):
         parsed(line)
+
+
+WITHOUT_PROJECT = {
+    ("config", "schema"),
+    ("demo",),
+    ("doctor",),
+    ("engine", "install"),
+    ("init",),
+    ("studio",),  # one of its pages makes a project
+}
+
+
+@pytest.mark.parametrize("names", sorted(LEAVES.keys() - WITHOUT_PROJECT), ids=" ".join)
+def test_example_is_one_json_error_in_a_folder_without_a_project(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = LEAVES[names].epilog.removeprefix("Example: tunewright ")
+    ran = tunewright(*shlex.split(re.split(r" [|>] ", example)[0]), "--json")
+    assert ran.code == 2
+    assert ran.document.keys() == {"error"}
+    assert ran.document["error"].keys() == {"what", "where", "fix"}
+    assert "Traceback" not in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", LEAVES, ids=" ".join)
+def test_unknown_option_is_wrong_usage(names: tuple[str, ...]) -> None:
+    ran = tunewright(*names, "--no-such-option")
+    assert (ran.code, ran.stdout) == (2, "")
+    assert "--no-such-option" in ran.stderr
 
 
 def test_root_help_lists_every_command_in_one_panel_in_order() -> None:
