@@ -55,6 +55,8 @@ def access_log(run: Session) -> None:
     from tunewright.render.blocks import Lead
 
     openings = run.unopened.access_log()
+    if not openings:
+        run.unopened.folder.config  # noqa: B018 - refuses a folder that is no project
     shown = [Lead("Openings of the test split"), log_table(openings)]
     run.show(
         {"openings": [opening.model_dump(mode="json") for opening in openings]},
