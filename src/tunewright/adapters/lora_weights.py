@@ -61,7 +61,14 @@ def load_lora_weights(folder: Path, base: nn.Module) -> dict[str, Lora]:
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as weights:
-            _check_names(set(weights.keys()), layers, path)
+            there, wanted = set(weights.keys()), {_key(name, half) for name in layers for half in "AB"}
+            # peft would make up missing weights and drop unexpected ones.
+            for names, problem in (
+                (wanted - there, "is missing"),
+                (there - wanted, "is not part of the configuration"),
+            ):
+                if names:
+                    raise UserError(f"{min(names)} {problem}", where=str(path))
             loras = {}
             for name, layer in layers.items():
                 rank, scale = _rank_and_scale(config, name)
@@ -125,14 +132,6 @@ def _rank_and_scale(config: LoraConfig, name: str) -> tuple[int, float]:
     rank = own(config.rank_pattern, config.r)
     alpha = own(config.alpha_pattern, config.lora_alpha)
     return rank, alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-
-
-def _check_names(there: set[str], layers: Mapping[str, Any], path: Path) -> None:
-    """Refuse missing and unexpected weights; peft would make up the former and drop the latter."""
-    wanted = {_key(name, half) for name in layers for half in "AB"}
-    for names, problem in ((wanted - there, "is missing"), (there - wanted, "is not part of the configuration")):
-        if names:
-            raise UserError(f"{min(names)} {problem}", where=str(path))
 
 
 def _key(layer: str, half: str) -> str:

@@ -85,19 +85,16 @@ class Adapter:
 
     def was_trained_by(self, inputs_digest: str) -> bool:
         """Return whether these inputs (dataset, base, template, config, seed) produced this adapter."""
-        return inputs_digest in (*self._trained_by, *self.local.get("also_inputs", []))
+        # An unsigned claim about foreign training inputs must not keep the project from training.
+        believed = self.imported is None or self.imported["signed"]
+        own = (self.lineage["inputs_digest"],) if believed and "inputs_digest" in self.lineage else ()
+        return inputs_digest in (*own, *self.local.get("also_inputs", []))
 
     @property
     def imported(self) -> dict[str, Any] | None:
         """The origin and checks of an import; None for an adapter trained here."""
         found: dict[str, Any] | None = self.local.get("imported")
         return found
-
-    @property
-    def _trained_by(self) -> tuple[str, ...]:
-        # An unsigned claim about foreign training inputs must not keep the project from training.
-        believed = self.imported is None or self.imported["signed"]
-        return (self.lineage["inputs_digest"],) if believed and "inputs_digest" in self.lineage else ()
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -49,9 +49,12 @@ class DeprecatedGroup:
         if name in _IN_STATE:
             return DeprecatedGroup(self._project, name)
         if name == "engine.install":
-            return _warning(name, "tunewright.engines.environment.install()", self._install)
+            install = partial(environment.install, reporter=self._project.reporter)
+            new = "tunewright.engines.environment.install()"
+            return _warning(name, new, lambda tool, **options: install(environment.find_tool(tool), **options))
         if name == "engine.show":
-            return _warning(name, "tunewright.engines.environment.find()", self._find)
+            new = "tunewright.engines.environment.find()"
+            return _warning(name, new, lambda tool: environment.find(environment.find_tool(tool)))
         service = _IN_STATE.get(self._name, {}).get(verb)
         if service is None:
             raise AttributeError(f"project.{self._name} has no method {verb!r}")
@@ -61,12 +64,6 @@ class DeprecatedGroup:
     def _in_state(self, service: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         with open_state(self._project, make=service == "tenants.add") as state:
             return attrgetter(service)(state)(*given, **named)
-
-    def _install(self, name: str, **options: Any) -> environment.Environment:
-        return environment.install(environment.find_tool(name), self._project.reporter, **options)
-
-    def _find(self, name: str) -> environment.Environment:
-        return environment.find(environment.find_tool(name))
 
 
 def _warning(name: str, instead: str, function: Callable[..., Any]) -> Callable[..., Any]:
