@@ -13,8 +13,7 @@ import tunewright.serving
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import Manifest as AdapterManifest
-from tunewright.api import Project
-from tunewright.api.groups import ProjectAdapters, ProjectData, ProjectExport
+from tunewright.api import Project, ProjectAdapters, ProjectData, ProjectExport
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError

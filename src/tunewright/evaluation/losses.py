@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantization
-from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, require_compatible, trained_quantization
 from tunewright.chat import ChatFormat, Tokens
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.compatibility import require_compatible
-from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.adapters.registry import Adapter, list_adapters, require_compatible
 from tunewright.config import Config, MetricName
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import digest, json_document

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantization
-from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.registry import Adapter, find_adapter, require_compatible, trained_quantization
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.workers import ModelWorkers

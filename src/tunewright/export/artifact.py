@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.lineage import SystemPrompt, packages, system_prompt
-from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.registry import Adapter, find_adapter, require_compatible, trained_quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, write_json

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.compatibility import trained_quantization
+from tunewright.adapters.registry import trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter

@@ -10,8 +10,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from tunewright.adapters.compatibility import trained_quantization
-from tunewright.adapters.registry import Adapter
+from tunewright.adapters.registry import Adapter, trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
 from tunewright.core.progress import Reporter

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, require_compatible, trained_quantization
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.config import Quantization

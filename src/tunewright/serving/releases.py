@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from tunewright.adapters.compatibility import trained_quantization
-from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.registry import Adapter, find_adapter, trained_quantization
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration

@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.compatibility import require_compatible
-from tunewright.adapters.registry import CONFIG, Adapter, find_adapter, list_adapters
+from tunewright.adapters.registry import CONFIG, Adapter, find_adapter, list_adapters, require_compatible
 from tunewright.config import TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewright.adapters.compatibility import require_compatible
 from tunewright.adapters.foreign.documents import ForeignConfig, check_history, check_lineage, check_replay, read_config
 from tunewright.adapters.foreign.quarantine import (
     NO_ARCHIVE,
@@ -31,6 +30,7 @@ from tunewright.adapters.registry import (
     WEIGHTS,
     Adapter,
     adapter_digest,
+    require_compatible,
     write_manifest,
 )
 from tunewright.adapters.signing import verify_signatures
