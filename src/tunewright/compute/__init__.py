@@ -6,8 +6,8 @@ Four modules import Ray. Other packages reach them through these functions alone
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,29 +22,25 @@ if TYPE_CHECKING:
     from tunewright.compute.group import WorkerGroup
 
 
-@contextmanager
-def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
-    """Yield the workers of ``compute.cluster``, or this process without one.
+def open_workers(config: Config, reporter: Reporter) -> AbstractContextManager[Workers]:
+    """Open the workers of ``compute.cluster``, or this process without one.
 
     Raises:
         UserError: Ray is not installed, the cluster cannot be reached or has no token authentication, its machines
             have another version of tunewright, Ray, Python or their libraries, or it has too few CPUs.
     """
     if config.compute.cluster is None:
-        yield THIS_PROCESS
-        return
+        return nullcontext(THIS_PROCESS)
     _require_ray()
     from tunewright.compute.tasks import open_cluster
 
-    with open_cluster(config, reporter) as workers:
-        yield workers
+    return open_cluster(config, reporter)
 
 
-@contextmanager
 def open_model_workers(
     config: Config, check: Callable[[Needed], object], needed: Needed, release: Callable[[], object], reporter: Reporter
-) -> Iterator[ModelWorkers]:
-    """Yield the workers of ``compute.cluster`` that keep a model each: one for each GPU.
+) -> AbstractContextManager[ModelWorkers]:
+    """Open the workers of ``compute.cluster`` that keep a model each: one for each GPU.
 
     If the cluster has none, there is one for as many CPUs as this process computes with. Equal numbers of threads add
     in equal orders.
@@ -65,25 +61,21 @@ def open_model_workers(
 
     from tunewright.compute.actors import open_actors
 
-    with open_actors(config, torch.get_num_threads(), check, needed, release, reporter) as workers:
-        yield workers
+    return open_actors(config, torch.get_num_threads(), check, needed, release, reporter)
 
 
-@contextmanager
-def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | None]:
-    """Yield the processes of ``compute.cluster`` that compute one thing together.
+def open_group(config: Config, reporter: Reporter) -> AbstractContextManager[WorkerGroup | None]:
+    """Open the processes of ``compute.cluster`` that compute one thing together.
 
     They are as many as ``compute.workers``, or one for each GPU. None: there is no cluster, or it has no GPU and the
     config asks for one process at most.
     """
     if config.compute.cluster is None:
-        yield None
-        return
+        return nullcontext()
     _require_ray()
     from tunewright.compute.group import open_group as opened
 
-    with opened(config, reporter) as group:
-        yield group
+    return opened(config, reporter)
 
 
 def _require_ray() -> None:
