@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from tunewright.compute.cluster import (
 )
 from tunewright.config import Config
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter, Task
+from tunewright.core.progress import LogTask, Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import ONE_CPU, Machine, Needs, Part, Result, Shared, Step, Workers
 
@@ -220,19 +220,15 @@ def _machine(node: Node) -> Machine:
     return Machine(str(node["NodeManagerAddress"]), int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
-class _Counter:
+class _Counter(LogTask):
     """A task that counts the steps of some parts, for the process that shows the progress."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    steps = 0
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count the steps."""
         del note
         self.steps += steps
-
-    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Ignore the numbers: the parts of a step have no curves."""
 
 
 _kept: dict[str, Any] = {}
