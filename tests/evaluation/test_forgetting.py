@@ -91,3 +91,7 @@ def test_read_questions_names_faulty_lines(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             read_questions(file)
         assert caught.value.where == f"{file}:2"
+    file.write_bytes(b'{"query": "\xff"}')
+    with pytest.raises(UserError, match="Not UTF-8") as caught:
+        read_questions(file)
+    assert caught.value.where == str(file)

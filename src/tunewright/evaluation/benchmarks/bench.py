@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tunewright.adapters.registry import Adapter
 from tunewright.config.project import ProjectFolder
 from tunewright.config.regressions import FileSuite
+from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup import distinctive
@@ -104,6 +105,21 @@ class OpenSuite(Protocol):
 
     def measure(self, bench: Bench) -> Suite:
         """Return the suite, measured with the adapter off and on."""
+
+
+def item_lines(path: Path) -> list[tuple[str, str]]:
+    """Return the lines of a suite's file that are not blank, each with its place.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"Not UTF-8: {error.reason}", where=str(path)) from None
+    return [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def draw(items: Sequence[T], wanted: int | None, seed: int) -> list[T]:

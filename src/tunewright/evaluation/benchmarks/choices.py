@@ -26,6 +26,7 @@ from tunewright.evaluation.benchmarks.bench import (
     draw,
     expected_text,
     file_identity,
+    item_lines,
     items_that_fit,
     suite_of,
 )
@@ -58,24 +59,16 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         UserError: the file cannot be read, or a line is not such an object (the message names file and line).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path)) from None
     questions = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, line in item_lines(path):
         try:
             row = json.loads(line)
             choices, group = tuple(map(str, row["choices"])), row.get("group")
             question = Question(str(row["query"]), choices, int(row["gold"]), None if group is None else str(group))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"Expected a question with query, choices and gold ({error})", where=f"{path}:{number}"
-            ) from None
+            raise UserError(f"Expected a question with query, choices and gold ({error})", where=where) from None
         if not 0 <= question.gold < len(question.choices) or not all(question.choices):
-            raise UserError("gold must be the index of a choice, and no choice may be empty", where=f"{path}:{number}")
+            raise UserError("gold must be the index of a choice, and no choice may be empty", where=where)
         questions.append(question)
     return questions
 

@@ -25,6 +25,7 @@ from tunewright.evaluation.benchmarks.bench import (
     draw,
     expected_text,
     file_identity,
+    item_lines,
     items_that_fit,
     suite_of,
 )
@@ -47,10 +48,9 @@ class InstructionsSuite:
     def __init__(self, settings: Settings, root: Path, margin: float, seed: int) -> None:
         path = root / settings.file
         everything, unsupported = read_instructions(path)
-        # A prompt may have two of them, so the counts by check do not add up to the prompts.
-        lines = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").split("\n"))
         named = ", ".join(f"{name} ({count})" for name, count in unsupported.items())
-        count = lines - len(everything)
+        # A prompt may have two of them, so the counts by check do not add up to the prompts.
+        count = len(item_lines(path)) - len(everything)
         self.left_out = [f"{count} prompts have a check that is not supported: {named}"] if unsupported else []
         if len(everything) < 2:
             why = f": {self.left_out[0]}" if self.left_out else ""
@@ -166,18 +166,10 @@ def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
     Raises:
         UserError: the file cannot be read, or a line has neither format (the message names file and line).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"Not UTF-8: {error.reason}", where=str(path)) from None
     found: list[Instruction] = []
     unsupported: Counter[str] = Counter()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        instruction, lacking = _read(line, f"{path}:{number}")
+    for where, line in item_lines(path):
+        instruction, lacking = _read(line, where)
         unsupported.update(lacking)
         if instruction is not None:
             found.append(instruction)
