@@ -107,12 +107,26 @@ class AnnotationLog(Generic[VerdictMarkT]):
         return max(filter(counts, theirs), key=lambda judged: places[id(judged)], default=None)
 
 
+@dataclass(frozen=True)
+class SheetImport:
+    """The result of an import: verdicts recorded, verdicts known already, rows without one, and notes recorded."""
+
+    recorded: int
+    known: int
+    blank: int
+    notes: int = 0
+
+
 class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
     """A reviewer's pass over a queue of items; each event is on disk before the next item is shown."""
 
     log: AnnotationLog[VerdictMarkT]
     verdict_keys: Sequence[tuple[str, VerdictT, str]]
     """Key, verdict, and the words on its button; the last one skips the item."""
+    sheet_columns: Sequence[str]
+    """The columns that an imported sheet needs: first the one with the item's key, then others and ``verdict``."""
+    sheet_command: str
+    """The command that writes the sheet."""
     note_kind: type[NoteMark] = NoteMark
     undo_kind: type[UndoMark] = UndoMark
 
@@ -144,6 +158,14 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
     @abstractmethod
     def judge(self, item: ItemT, verdict: VerdictT) -> None:
         """Record a verdict, replacing this reviewer's earlier one."""
+
+    @abstractmethod
+    def sheet_fault(self, cells: Mapping[str, str], where: str) -> str | None:
+        """Return what is wrong with a row of a sheet at ``where``, which is its ``file:line``; None: nothing."""
+
+    @abstractmethod
+    def sheet_marks(self, cells: Mapping[str, str]) -> list[Mark]:
+        """Return the events of a faultless row: none for an empty or a known verdict."""
 
     def counts(self, judged: VerdictMarkT) -> bool:
         """Return whether a verdict is of this pass or an earlier one of its kind, so that it can be taken back."""
@@ -214,6 +236,40 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
         self._skipped.discard(last.key)
         return self.item(last.key)
 
+    def import_sheet(self, path: Path) -> SheetImport:
+        """Record the verdicts and notes of a filled-in sheet: all, or none if a row is faulty.
+
+        Raises:
+            UserError: the file cannot be read, or rows are faulty; the message lists the first 50 by line.
+        """
+        rows = self._sheet_rows(path)
+        marks = [mark for cells in rows for mark in self.sheet_marks(cells)]
+        self.record(marks)
+        filled = sum(bool(cells["verdict"].strip()) for cells in rows)
+        recorded = sum(isinstance(mark, VerdictMark) for mark in marks)
+        notes = sum(isinstance(mark, NoteMark) for mark in marks)
+        return SheetImport(recorded, filled - recorded, len(rows) - filled, notes)
+
+    def _sheet_rows(self, path: Path) -> list[dict[str, str]]:
+        """Return the rows of a sheet, with the texts as they were before `write_sheet` and a spreadsheet."""
+        rows, faults = [], []
+        seen: dict[str, int] = {}
+        for line, written in read_sheet(path, self.sheet_columns, self.sheet_command):
+            cells = {name: one_line_end(restored_cell(cell)) for name, cell in written.items()}
+            key = cells[self.sheet_columns[0]]
+            wrong = self.sheet_fault(cells, f"{path}:{line}")
+            if key in seen and not wrong:
+                wrong = f"duplicate of line {seen[key]}"
+            seen.setdefault(key, line)
+            if wrong:
+                faults.append(f"{path}:{line}: {wrong}")
+            rows.append(cells)
+        if faults:
+            listed = "\n".join(f"  {each}" for each in faults[:_MOST_FAULTS])
+            more = f"\n  and {len(faults) - _MOST_FAULTS:,} more" if len(faults) > _MOST_FAULTS else ""
+            raise UserError(f"Faulty rows, no verdict was recorded:\n{listed}{more}", fix="Fix them and import again.")
+        return rows
+
 
 class Leases:
     """The item on each screen, which is offered to no other screen for a time.
@@ -233,46 +289,3 @@ class Leases:
         else:
             self._held[screen, queue] = (item.key, time + LEASE_S)
         return item
-
-
-@dataclass(frozen=True)
-class SheetImport:
-    """The result of an import: verdicts recorded, verdicts known already, rows without one, and notes recorded."""
-
-    recorded: int
-    known: int
-    blank: int
-    notes: int = 0
-
-
-def checked_rows(
-    path: Path, columns: Sequence[str], key: str, made_by: str, fault: Callable[[Mapping[str, str], str], str | None]
-) -> list[dict[str, str]]:
-    """Return the rows of a filled-in sheet, with the texts as they were before `write_sheet` and a spreadsheet.
-
-    Args:
-        path: the file.
-        columns: required columns.
-        key: the column that names a row's item.
-        made_by: the command that writes these files.
-        fault: returns what is wrong with a row, given its ``file:line``.
-
-    Raises:
-        UserError: the file cannot be read, or rows are faulty; the message lists the first 50 by line.
-    """
-    rows, faults = [], []
-    seen: dict[str, int] = {}
-    for line, written in read_sheet(path, columns, made_by):
-        cells = {name: one_line_end(restored_cell(cell)) for name, cell in written.items()}
-        wrong = fault(cells, f"{path}:{line}")
-        if cells[key] in seen and not wrong:
-            wrong = f"duplicate of line {seen[cells[key]]}"
-        seen.setdefault(cells[key], line)
-        if wrong:
-            faults.append(f"{path}:{line}: {wrong}")
-        rows.append(cells)
-    if faults:
-        listed = "\n".join(f"  {each}" for each in faults[:_MOST_FAULTS])
-        more = f"\n  and {len(faults) - _MOST_FAULTS:,} more" if len(faults) > _MOST_FAULTS else ""
-        raise UserError(f"Faulty rows, no verdict was recorded:\n{listed}{more}", fix="Fix them and import again.")
-    return rows

@@ -18,6 +18,7 @@ from tunewright.api import Project
 from tunewright.cli import commands
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.data.review.options import ReviewOptions
 
 NO_VERBS = {"doctor", "init", "config", "demo", "migrate", "studio"}
 """Commands that create a project, describe the config, or open a page on it."""
@@ -92,7 +93,7 @@ def test_command_line_resumes_a_review_begun_in_python(tmp_path: Path, tiny_base
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     data = tunewright.open(folder).data
     data.add([folder / "pairs.jsonl"])
-    review = data.review("ann", fixed=0)
+    review = data.review("ann", options=ReviewOptions(fixed=0))
     card = review.next()
     assert card is not None
     review.judge(card, "right")

@@ -207,6 +207,24 @@ def test_suspects_are_listed_and_reviewed_separately(project: Path, press: list[
     assert _status(project) == "not reviewed"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--status", "--apply"),
+        ("--status", "--redraw"),
+        ("--status", "--reviewer", "ada"),
+        ("--import", "a.csv", "--suspects"),
+        ("--export", "a.csv", "--conflicts"),
+        ("--adapter", "base"),
+        ("--export", "a.csv", "--message", "why"),
+    ],
+)
+def test_review_refuses_options_that_it_would_ignore(project: Path, options: tuple[str, ...]) -> None:
+    before = sorted(project.rglob("*"))
+    assert tunewright("data", "review", *options, "-p", project).code == 2
+    assert sorted(project.rglob("*")) == before
+
+
 def test_review_without_a_terminal_names_alternatives(project: Path) -> None:
     ran = tunewright("data", "review", "-p", project, "--json")
     assert ran.code == 2

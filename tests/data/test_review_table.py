@@ -18,7 +18,7 @@ from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.session import ReviewSession
-from tunewright.data.review_csv import export_csv, import_csv
+from tunewright.data.trace import places_by_key
 from tunewright.data.versions import load_version
 
 Row = dict[str, str]
@@ -39,7 +39,8 @@ def project(tmp_path: Path) -> ProjectFolder:
 
 def _export(project: ProjectFolder, most: int = 100) -> tuple[Path, list[Row]]:
     path = project.root / "review.csv"
-    count = export_csv(path, review(project), most)
+    places = places_by_key(project.dataset, load_version(project.dataset).manifest)
+    count = review(project).export_sheet(path, most, places)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == count
@@ -56,7 +57,8 @@ def _save(path: Path, rows: list[Row], delimiter: str = ",", line_end: str = "\r
 
 
 def _import(project: ProjectFolder, path: Path, reviewer: str = "ada") -> SheetImport:
-    return import_csv(path, project.dataset, load_version(project.dataset), reviewer)
+    version = load_version(project.dataset)
+    return ReviewSession(project.dataset, version, reviewer, Listener(), suspects=()).import_sheet(path)
 
 
 def test_export_csv_contains_exact_texts_in_sample_order(project: ProjectFolder) -> None:
@@ -168,10 +170,10 @@ def test_import_csv_refuses_other_files(project: ProjectFolder, content: bytes, 
 def test_export_csv_does_not_overwrite_and_reports_an_empty_queue(project: ProjectFolder) -> None:
     path, _ = _export(project)
     with pytest.raises(UserError, match="The file already exists"):
-        export_csv(path, review(project), 5)
+        review(project).export_sheet(path, 5, {})
     judge_next(review(project), *right(len(load_version(project.dataset).members)))
     with pytest.raises(UserError, match="No row is left"):
-        export_csv(project.root / "more.csv", review(project), 5)
+        review(project).export_sheet(project.root / "more.csv", 5, {})
 
 
 def test_import_csv_refuses_a_secret(project: ProjectFolder) -> None:
@@ -185,8 +187,9 @@ def test_import_csv_refuses_a_secret(project: ProjectFolder) -> None:
         _import(project, path)
     assert card not in str(caught.value)
     assert read_reviews(project.dataset).current_verdicts(rows[2]["row"]) == {}
-    allowed = import_csv(path, project.dataset, load_version(project.dataset), "ada", ["card"])
-    assert allowed.recorded == len(rows)
+    version = load_version(project.dataset)
+    session = ReviewSession(project.dataset, version, "ada", Listener(), suspects=(), allow=["card"])
+    assert session.import_sheet(path).recorded == len(rows)
 
 
 def test_session_refuses_a_secret(project: ProjectFolder) -> None:
@@ -200,5 +203,5 @@ def test_session_refuses_a_secret(project: ProjectFolder) -> None:
 def test_export_csv_suggests_an_adapter_when_no_row_can_be_judged(project: ProjectFolder) -> None:
     none = ReviewSession(project.dataset, load_version(project.dataset), "ada", Listener(), suspects=[])
     with pytest.raises(UserError, match="There are no suspects to export") as caught:
-        export_csv(project.root / "suspects.csv", none, 100)
+        none.export_sheet(project.root / "suspects.csv", 100, {})
     assert "--adapter base" in (caught.value.fix or "")

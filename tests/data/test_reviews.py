@@ -19,7 +19,7 @@ from tunewright.data.review.acceptance import FixedPlan, SequentialPlan, sample_
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.report import review_report
 from tunewright.data.review.reviews import VerdictEvent, append_reviews, read_reviews
-from tunewright.data.review.session import ReviewSession, check_options
+from tunewright.data.review.session import ReviewSession
 from tunewright.data.versions import load_version
 
 
@@ -299,19 +299,3 @@ def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     assert len(read_reviews(tmp_path).events) == 100
-
-
-def test_check_options_refuses_ignored_options() -> None:
-    def check(*given: str, message: bool = False) -> None:
-        actions = {name: name in given for name in ("--status", "--export", "--import", "--apply")}
-        choices = {name: name in given for name in ("--suspects", "--second", "--fixed", "--redraw")}
-        check_options(actions, choices, message)
-
-    check()
-    check("--suspects", "--export")
-    check("--apply", message=True)
-    for bad in (("--status", "--apply"), ("--status", "--redraw"), ("--import", "--suspects")):
-        with pytest.raises(UserError):
-            check(*bad)
-    with pytest.raises(UserError, match="message"):
-        check("--export", message=True)

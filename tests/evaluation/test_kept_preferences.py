@@ -13,7 +13,7 @@ from report_evidence import JUDGE
 from tunewright.data.versions import load_version
 from tunewright.data.versions.logs import read_kept_pairs
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evaluation.human_eval.journal import FOLDER
+from tunewright.evaluation.human_eval.sample import FOLDER
 from tunewright.evaluation.judge.rows import ROWS_FILE, ArmCorrectness, ArmPreference, JudgedItem, Outcome, Pair
 from tunewright.evidence.files import load_items
 from tunewright.evidence.schema import Item

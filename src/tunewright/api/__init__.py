@@ -13,6 +13,7 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data import preview, remote, remove, verify
 from tunewright.data import verbs as data
 from tunewright.data.remove_options import RemoveOptions
+from tunewright.data.review.options import ReviewOptions
 from tunewright.evaluation import data_verbs, label_review, stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
@@ -80,8 +81,9 @@ class ProjectData(ProjectGroup):
     split_power = current_split_power
 
     apply_reviews = label_review.apply_reviews
+    export_reviews = label_review.export_reviews
     import_reviews = label_review.import_reviews
-    review = label_review.review
+    review = keywords(label_review.review, ReviewOptions)
     review_status = label_review.review_status
     stored_suspects = label_review.stored_suspects
     suspects = label_review.find_suspects

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.annotation import AnnotationSession, ItemT
+
+Reviewer = Annotated[
+    str | None, typer.Option(help="Name of the reviewer.", show_default="git's user.name, else your login name")
+]
+Import = Annotated[Path | None, typer.Option("--import", help="Read verdicts from such a CSV file.")]
 
 
 def annotate(
@@ -48,6 +53,14 @@ def annotate(
             session.judge(item, verdicts[key])
         else:
             message = actions[key](item) if key in actions else f"Unknown key {key!r}."
+
+
+def chosen_action(actions: Mapping[str, object]) -> str | None:
+    """Return the option that was given instead of a review on the screen, of which there is one at most."""
+    given = [name for name, value in actions.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are mutually exclusive", fix="Use one at a time.")
+    return given[0] if given else None
 
 
 def interactive() -> bool:

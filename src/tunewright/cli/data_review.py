@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,22 +10,22 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.cli.annotate import annotate, edit_text, read_note, require_terminal
-from tunewright.cli.app import command, refuse_unused
+from tunewright.cli.annotate import Import, Reviewer, annotate, chosen_action, edit_text, read_note, require_terminal
+from tunewright.cli.app import command, given_options, refuse_unused
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data import data_app
 from tunewright.cli.data_rows import conversation_text, row_heading
+from tunewright.core.errors import UserError
 from tunewright.core.text import visible
+from tunewright.data.review.options import ReviewOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.data.review.label_models import NeighborIndex, Suspect
+    from tunewright.data.review.label_models import NeighborIndex
     from tunewright.data.review.session import ReviewItem, ReviewSession
-    from tunewright.data.versions import DatasetVersion
 
 KEYS = "r right   w wrong   e edit   s skip   n note   u undo   q quit"
-_EXPORTED = 60  # rows, where the plan needs fewer
 
 Judge = Annotated[
     str | None,
@@ -45,32 +45,25 @@ def data_suspects(
 ) -> None:
     """List the rows whose answer is most likely wrong, each with the reason."""
     result = run.project.data.suspects(adapter)
-    shown = result.suspects[:top]
-    count = f"{len(shown):,} of {len(result.suspects):,}"
-    run.show(result.as_dict(), _suspects_table(shown, result.version, result.places), count)
+    count = f"{min(top, len(result.suspects)):,} of {len(result.suspects):,}"
+    run.show(result.as_dict(), result.table(top), count)
 
 
-@command(data_app, "review", example="tunewright data review --reviewer ann", kept=RESUMES, status=False)
+@command(
+    data_app,
+    "review",
+    example="tunewright data review --reviewer ann",
+    kept=RESUMES,
+    status=False,
+    options=ReviewOptions,
+)
 def data_review(
     run: Session,
-    reviewer: Annotated[str | None, typer.Option(help="Name of the reviewer.", show_default="your login name")] = None,
-    suspects: Annotated[bool, typer.Option("--suspects", help="Review the suspects, apart from the sample.")] = False,
-    adapter: Judge = None,
-    second: Annotated[
-        bool, typer.Option("--second", help="Review rows again, blind, that others have reviewed.")
-    ] = False,
-    conflicts: Annotated[
-        bool,
-        typer.Option("--conflicts", help="Judge rows again on which you and others disagree, with all verdicts shown."),
-    ] = False,
-    fixed: Annotated[
-        int | None,
-        typer.Option(min=0, max=1000, help="Draw a sample of fixed size that allows this many wrong rows."),
-    ] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Draw another sample; the first stays on record.")] = False,
+    options: ReviewOptions,
+    reviewer: Reviewer = None,
     status: Annotated[bool, typer.Option("--status", help="Show the state of the review and exit.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write the next rows to a CSV file for a spreadsheet.")] = None,
-    import_file: Annotated[Path | None, typer.Option("--import", help="Read verdicts from such a CSV file.")] = None,
+    import_file: Import = None,
     apply: Annotated[bool, typer.Option("--apply", help="Make a new version with the edited answers.")] = False,
     message: Annotated[
         str, typer.Option("--message", "-m", help="Message stored with the version (--apply only).")
@@ -81,18 +74,16 @@ def data_review(
     Keys: r right, w wrong, e edit in $EDITOR, s skip, n note, u undo, q quit. A review resumes where it stopped.
     With --status, the exit code is 0 for accepted, 3 for rejected, 4 for undecided.
     """
-    from tunewright.data.review.session import check_options
-    from tunewright.data.review_csv import export_csv
-
-    chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
-    chosen["--conflicts"] = conflicts
-    check_options(
-        {"--status": status, "--export": export is not None, "--import": import_file is not None, "--apply": apply},
-        {**chosen, "--fixed": fixed is not None, "--redraw": redraw},
-        message=bool(message),
-    )
+    action = chosen_action({"--status": status, "--export": export, "--import": import_file, "--apply": apply})
+    chosen = given_options(options)
+    if action is not None and chosen and (action != "--export" or options.conflicts):
+        raise UserError(f"{action} cannot be combined with {' '.join(chosen)}", fix="Leave it out.")
+    if options.adapter is not None and not options.suspects:
+        raise UserError("--adapter requires --suspects", fix="Add --suspects.")
+    if message and not apply:
+        raise UserError("--message requires --apply", fix="Add --apply, or leave it out.")
     if apply or status:
-        refuse_unused("--apply" if apply else "--status", {"--reviewer": reviewer is not None})
+        refuse_unused(str(action), {"--reviewer": reviewer is not None})
     data = run.project.data
     if apply:
         edited = data.apply_reviews(message=message)
@@ -107,17 +98,9 @@ def data_review(
         return None
     if export is None:
         require_terminal("--export and --import, or --status")
-    review = data.review(
-        reviewer,
-        suspects=suspects,
-        adapter=adapter,
-        second=second,
-        conflicts=conflicts,
-        fixed=fixed,
-        redraw=redraw,
-    )
+    review = data.review(reviewer, options=options)
     if export is not None:
-        count = export_csv(export, review, max(review.needed, _EXPORTED))
+        count = data.export_reviews(export, review)
         run.show({"file": str(export), "rows": count}, f"Wrote {count} rows to {export}: fill in the column verdict")
         return None
     _ask(run, review)
@@ -177,18 +160,3 @@ def _verdict_lines(review: ReviewSession, card: ReviewItem) -> list[RenderableTy
         note = review.log.notes.get(key, {}).get(name, "")
         lines.append(Text(visible(f"{name}: {said}{f' ({note})' if note else ''}")))
     return lines
-
-
-def _suspects_table(found: Sequence[Suspect], version: DatasetVersion, places: Mapping[str, str]) -> RenderableType:
-
-    from tunewright.data.review.label_models import excerpt
-
-    by_key = {m.key: m for m in version.members}
-    table = Table()
-    for name in ("row", "from", "input", "answer", "reason", "why"):
-        table.add_column(name, no_wrap=name in {"row", "reason"})
-    for suspect in found:
-        example = by_key[suspect.key].example
-        texts = (excerpt(example.input_text), excerpt(example.output), suspect.reason, suspect.detail)
-        table.add_row(suspect.key[:12], Text(places.get(suspect.key, ""), overflow="fold"), *map(Text, texts))
-    return table

@@ -10,11 +10,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.cli.annotate import annotate, read_note, require_terminal
-from tunewright.cli.app import EVALUATE, app, command
+from tunewright.cli.annotate import Import, Reviewer, annotate, chosen_action, read_note, require_terminal
+from tunewright.cli.app import EVALUATE, app, command, refuse_unused
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data_rows import escape_control_character
 from tunewright.cli.verdict import Evaluation
+from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ def human_eval(
     items: Annotated[
         int | None, typer.Option(min=1, help="Number of pairs to judge (first call only).", show_default="50")
     ] = None,
-    reviewer: Annotated[
-        str | None, typer.Option(help="Name of the reviewer.", show_default="git's user.name, else your login name")
-    ] = None,
+    reviewer: Reviewer = None,
     results: Annotated[bool, typer.Option("--results", help="Show the results of all reviewers and exit.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write the remaining pairs to a CSV file.")] = None,
     against: Annotated[
@@ -55,7 +54,7 @@ def human_eval(
         typer.Option(help="Incumbent whose answers to compare with.", show_default="the best prompting arm's"),
     ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Include the references (--export only).")] = False,
-    import_file: Annotated[Path | None, typer.Option("--import", help="Read verdicts from such a CSV file.")] = None,
+    import_file: Import = None,
     keep_preferences: Annotated[
         bool,
         typer.Option("--keep-preferences", help="Keep all reviewers' preferences as pairs for preference tuning."),
@@ -67,20 +66,15 @@ def human_eval(
     Resumes where it stopped. With --results, the exit code is 0 if people prefer the tuned answers, 3 if they prefer
     the others, 4 if neither is clear.
     """
-    from tunewright.evaluation.human_eval.session import check_options
-
-    check_options(
-        {
-            "--results": results,
-            "--export": export is not None,
-            "--import": import_file is not None,
-            "--items": items is not None,
-            "--reviewer": reviewer is not None,
-            "--reference": reference,
-            "--keep-preferences": keep_preferences,
-            "--against": against is not None,
-        }
+    action = chosen_action(
+        {"--results": results, "--export": export, "--import": import_file, "--keep-preferences": keep_preferences}
     )
+    if reference and export is None:
+        raise UserError("--reference requires --export", where="--reference", fix="Add --export.")
+    if action is not None and action != "--export":
+        unused = {"--items": items is not None}
+        unused |= {} if action == "--import" else {"--reviewer": reviewer is not None}
+        refuse_unused(action, unused | ({"--against": against is not None} if keep_preferences else {}))
     if keep_preferences:
         show_kept(run, run.project.keep_preferences(evaluation, source="person"))
         return None
@@ -91,16 +85,22 @@ def human_eval(
     # An evaluation is enough, wherever it lies: no project is opened.
     blind = run.unopened.human_eval(evaluation, reviewer=reviewer, items=items, against=against)
     if export is not None:
-        _export(run, blind, export, reference=reference)
-    elif import_file is not None:
-        _import(run, blind, import_file)
-        _show_results(run, evaluation, against)
+        count = blind.export_sheet(export, reference=reference)
+        text = f"Wrote {count} pairs to {export}: fill in verdict (A, B, both, neither or skip) and note"
+        run.show({"file": str(export), "pairs": count}, text)
+        return None
+    if import_file is not None:
+        taken = blind.import_sheet(import_file)
+        counts = f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one"
+        run.reporter.say(f"{counts}; {taken.notes} notes recorded")
     else:
         _ask(run, blind)
-        if blind.next() is None:
-            _show_results(run, evaluation, against)
-        else:
-            _show_progress(run, blind)
+    if import_file is not None or blind.next() is None:
+        _show_results(run, evaluation, against)
+        return None
+    at = blind.progress
+    document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
+    run.show(document, f"{progress_text(at)}. The same command resumes here.")
     return None
 
 
@@ -110,29 +110,6 @@ def show_kept(run: Session, kept: KeptPreferences) -> None:
     new = f"{kept.new:,} new" if kept.kept else "none"
     text = f"Preference pairs of this evaluation: {kept.kept:,} ({new}{f'; inputs: {splits}' if splits else ''})"
     run.show(kept.as_dict(), f"{text}\nKept in {kept.file}")
-
-
-def _export(run: Session, blind: BlindReview, file: Path, *, reference: bool) -> None:
-    from tunewright.evaluation.human_eval.session import export_sheet
-
-    count = export_sheet(blind, file, reference=reference)
-    text = f"Wrote {count} pairs to {file}: fill in verdict (A, B, both, neither or skip) and note"
-    run.show({"file": str(file), "pairs": count}, text)
-
-
-def _import(run: Session, blind: BlindReview, file: Path) -> None:
-    from tunewright.evaluation.human_eval.session import import_sheet
-
-    taken = import_sheet(blind, file)
-    counts = f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one"
-    run.reporter.say(f"{counts}; {taken.notes} notes recorded")
-
-
-def _show_progress(run: Session, blind: BlindReview) -> None:
-
-    at = blind.progress
-    document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
-    run.show(document, f"{progress_text(at)}. The same command resumes here.")
 
 
 def _show_results(run: Session, evaluation: Path | None, against: str | None) -> int:

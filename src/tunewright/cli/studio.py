@@ -25,7 +25,10 @@ def studio(
         typer.Option(help="File with the password that signs browsers in.", show_default="a token in the address"),
     ] = None,
     reviewer: Annotated[
-        str | None, typer.Option(help="Name that reviews are recorded under.", show_default="your login name")
+        str | None,
+        typer.Option(
+            help="Name that reviews are recorded under.", show_default="git's user.name, else your login name"
+        ),
     ] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Show the finished demo project, read-only and without sign-in.")
@@ -39,7 +42,7 @@ def studio(
     """
     import webbrowser
 
-    from tunewright.data.review.session import default_reviewer
+    from tunewright.data.review.session import reviewer_name
     from tunewright.studio import Studio
 
     def started(url: str) -> None:
@@ -52,7 +55,7 @@ def studio(
         return
     made = Studio(
         run.folder,
-        default_reviewer() if reviewer is None else reviewer,
+        reviewer_name(reviewer, run.folder),
         password=None if password_file is None else _password(password_file),
     )
     made.run(host, port, started)

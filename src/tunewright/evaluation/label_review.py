@@ -11,8 +11,10 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import LogReporter, Reporter
+from tunewright.data.review.options import ReviewOptions
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.open_project import OpenProject
+from tunewright.render.blocks import Table, table, words
 
 if TYPE_CHECKING:
     from tunewright.annotation import SheetImport
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from tunewright.data.review.session import ReviewSession
     from tunewright.data.review.suspects import SuspectList
     from tunewright.evaluation.losses import Judging
+
+_SAMPLE = ReviewOptions()
+_EXPORTED = 60  # rows, where the plan needs fewer
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,25 @@ class SuspectsResult:
                 for suspect in self.suspects
             ],
         }
+
+    def table(self, top: int) -> Table:
+        """Return the first ``top`` suspects as a table."""
+        from tunewright.data.review.label_models import excerpt
+
+        examples = {m.key: m.example for m in self.version.members}
+        head = words("Row", "From", "Input", "Answer", "Reason", "Why")
+        rows = [
+            (
+                each.key[:12],
+                self.places.get(each.key, ""),
+                excerpt(examples[each.key].input_text),
+                excerpt(examples[each.key].output),
+                each.reason,
+                each.detail,
+            )
+            for each in self.suspects[:top]
+        ]
+        return table("Suspects", head, rows)
 
 
 def find_suspects(
@@ -138,47 +162,38 @@ def review(
     project: OpenProject,
     reviewer: str | None = None,
     *,
-    suspects: bool | Sequence[Suspect] = False,
-    adapter: str | None = None,
-    second: bool = False,
-    conflicts: bool = False,
-    fixed: int | None = None,
-    redraw: bool = False,
+    options: ReviewOptions = _SAMPLE,
+    known_suspects: Sequence[Suspect] | None = None,
     version: DatasetVersion | None = None,
 ) -> ReviewSession:
     """Start a review of a random sample of the current version, drawn on first use, or of its suspects.
 
     Args:
-        reviewer: the reviewer's name (None: the login name).
-        suspects: review the suspects instead of the sample; a list: those that :meth:`stored_suspects` returned.
-        adapter: ranks the suspects by its losses, as in :meth:`suspects`.
-        second: judge rows again that others have judged, without seeing their verdicts.
-        conflicts: judge rows again on which the reviewer and others disagree, with their verdicts in sight.
-        fixed: number of wrong rows that a sample of fixed size allows (None: the existing plan, or the sequential
-            one).
-        redraw: draw another sample; the old one stays on record.
+        reviewer: the reviewer's name (None: git's user.name, else the login name).
+        options: the choice of rows.
+        known_suspects: those that :meth:`stored_suspects` has returned, to be reviewed with `options.suspects`.
         version: the current version, if it is loaded already.
 
     Raises:
         UserError: the plan differs from the existing sample's, or the options are mutually exclusive.
     """
     from tunewright.data.review.acceptance import FixedPlan
-    from tunewright.data.review.session import ReviewSession, default_reviewer
+    from tunewright.data.review.session import ReviewSession, reviewer_name
     from tunewright.data.trace import metadata_by_key
 
     version = load_version(project.folder.dataset) if version is None else version
-    if suspects is True:
-        suspects = find_suspects(project, adapter, version=version).suspects
+    if options.suspects and known_suspects is None:
+        known_suspects = find_suspects(project, options.adapter, version=version).suspects
     return ReviewSession(
         project.folder.dataset,
         version,
-        default_reviewer() if reviewer is None else reviewer,
+        reviewer_name(reviewer, project.folder.root),
         project.reporter,
-        plan=None if fixed is None else FixedPlan(allowed=fixed),
-        redraw=redraw,
-        suspects=None if suspects is False else suspects,
-        second=second,
-        conflicts=conflicts,
+        plan=None if options.fixed is None else FixedPlan(allowed=options.fixed),
+        redraw=options.redraw,
+        suspects=known_suspects if options.suspects else None,
+        second=options.second,
+        conflicts=options.conflicts,
         allow=project.folder.config.data.allow,
         metadata=metadata_by_key(project.folder.dataset, version.manifest)
         if any(m.generated for m in version.domain)
@@ -188,12 +203,21 @@ def review(
 
 def import_reviews(project: OpenProject, file: str | Path, reviewer: str | None = None) -> SheetImport:
     """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
-    from tunewright.data.review.session import default_reviewer
-    from tunewright.data.review_csv import import_csv
+    from tunewright.data.review.session import ReviewSession, reviewer_name
 
-    name = default_reviewer() if reviewer is None else reviewer
     folder = project.folder
-    return import_csv(Path(file), folder.dataset, load_version(folder.dataset), name, folder.config.data.allow)
+    name, version = reviewer_name(reviewer, folder.root), load_version(folder.dataset)
+    # A pass over no suspects: it draws no sample.
+    review = ReviewSession(folder.dataset, version, name, project.reporter, suspects=(), allow=folder.config.data.allow)
+    return review.import_sheet(Path(file))
+
+
+def export_reviews(project: OpenProject, file: str | Path, review: ReviewSession) -> int:
+    """Write the next rows of a review to a CSV file for a spreadsheet, and return their number."""
+    from tunewright.data.trace import places_by_key
+
+    places = places_by_key(project.folder.dataset, review.version.manifest)
+    return review.export_sheet(Path(file), max(review.needed, _EXPORTED), places)
 
 
 def apply_reviews(project: OpenProject, *, message: str = "") -> EditResult:

@@ -55,14 +55,12 @@ def human_eval(
         UserError: no evaluation, no incumbent of that name, no reviewer's name, or a sample of another size exists.
             Also if a file of the evaluation was changed after it was written.
     """
-    from tunewright.data.versions.version import current_author
+    from tunewright.data.review.session import reviewer_name
     from tunewright.evaluation.human_eval.session import BlindReview
 
     folder = folder_of(evaluation_folder(project, evaluation, dev=False))
     load_checked(folder, project.folder.evaluations, project.reporter)
-    name = current_author(project.folder.root) if reviewer is None else reviewer
-    if name is None:
-        raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")
+    name = reviewer_name(reviewer, project.folder.root)
     return BlindReview(folder, name, project.reporter, items=items, against=against)
 
 

@@ -18,9 +18,9 @@ from tunewright.core.text import count_of
 from tunewright.data.versions import Member, load_version, locked
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, read_removals, replace_kept_pairs
 from tunewright.evaluation.access_log import load_checked
-from tunewright.evaluation.human_eval.journal import FOLDER, read_journal, read_journals
 from tunewright.evaluation.human_eval.results import preferences
-from tunewright.evaluation.human_eval.sample import comparison, load_sample
+from tunewright.evaluation.human_eval.sample import FOLDER, comparison, load_sample
+from tunewright.evaluation.human_eval.session import read_journal, read_journals
 from tunewright.evaluation.judge.rows import load_judged
 from tunewright.evidence.files import (
     EVIDENCE_FILE,

@@ -11,8 +11,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
-from tunewright.data.review.reviews import read_reviews
-from tunewright.data.review.samples import outcome
+from tunewright.data.review.reviews import outcome, read_reviews
 from tunewright.data.versions import load_version
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tunewright.evaluation.human_eval.estimates import Design, estimate
+from tunewright.evaluation.human_eval.results import Design, estimate
 
 Floats = NDArray[np.float64]
 

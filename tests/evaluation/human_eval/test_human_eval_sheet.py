@@ -13,7 +13,6 @@ from people_helpers import begin, evaluation, save, side_of_treatment
 from tunewright.annotation import SheetImport
 from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.session import export_sheet, import_sheet
 
 Row = dict[str, str]
 
@@ -25,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 def _export(folder: Path, *, reference: bool = False, items: int = 20) -> tuple[Path, list[Row]]:
     path = folder.parent / "sheet.csv"
-    count = export_sheet(begin(folder, items=items), path, reference=reference)
+    count = begin(folder, items=items).export_sheet(path, reference=reference)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == count
@@ -98,19 +97,19 @@ def test_filled_in_verdicts_and_notes_are_recorded(folder: Path, delimiter: str,
         row["verdict"] = verdict
     rows[0]["note"] = "-- the county,\nis missing"
     _save(path, rows, delimiter, line_end)
-    assert import_sheet(begin(folder, "ben"), path) == SheetImport(recorded=5, known=0, blank=15, notes=1)
+    assert begin(folder, "ben").import_sheet(path) == SheetImport(recorded=5, known=0, blank=15, notes=1)
     journal = begin(folder, "ben").log
     assert [journal.standing[row["item"]].verdict for row in rows[:5]] == ["A", "B", "both", "neither", "skip"]
     assert journal.notes == {rows[0]["item"]: {"ben": "-- the county,\nis missing"}}
     assert not any(judged.reference for judged in journal.standing.values())
-    assert import_sheet(begin(folder, "ben"), path) == SheetImport(recorded=0, known=5, blank=15, notes=0)
+    assert begin(folder, "ben").import_sheet(path) == SheetImport(recorded=0, known=5, blank=15, notes=0)
 
 
 def test_import_marks_references_as_shown_when_the_sheet_has_them(folder: Path) -> None:
     path, rows = _export(folder, reference=True)
     rows[1]["verdict"] = "A"
     _save(path, rows)
-    import_sheet(begin(folder), path)
+    begin(folder).import_sheet(path)
     judged = begin(folder).log.standing
     assert [(key, each.reference) for key, each in judged.items()] == [(rows[1]["item"], True)]
 
@@ -126,7 +125,7 @@ def test_formula_like_texts_are_escaped_and_round_trip(tmp_path: Path) -> None:
     assert all(row[name][0] == "'" for row in rows for name in ("input", "A", "B"))
     rows[0]["verdict"] = "A"
     _save(path, rows)
-    assert import_sheet(begin(folder), path).recorded == 1
+    assert begin(folder).import_sheet(path).recorded == 1
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_bad_rows_are_named_by_their_lines_and_nothing_is_recorded(folder: Path,
     text = path.read_text(encoding="utf-8-sig").split("\n")
     lines = [n for n, line in enumerate(text, start=1) if rows[2]["item"][:20] in line or rows[4]["item"][:20] in line]
     with pytest.raises(UserError) as caught:
-        import_sheet(begin(folder), path)
+        begin(folder).import_sheet(path)
     assert str(caught.value).count(message) >= 1
     assert f"{path}:{lines[0]}: " in str(caught.value)
     assert _kept(folder) == before
@@ -158,7 +157,7 @@ def test_import_refuses_a_repeated_item(folder: Path) -> None:
     path, rows = _export(folder)
     _save(path, [*rows, {**rows[0], "verdict": "A"}])
     with pytest.raises(UserError, match=r"duplicate of line 2"):
-        import_sheet(begin(folder), path)
+        begin(folder).import_sheet(path)
 
 
 def test_import_refuses_a_sheet_of_another_evaluation(folder: Path, tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_import_refuses_a_sheet_of_another_evaluation(folder: Path, tmp_path: Pa
     items = make_items(120, tuned=0.7, retrieved=0.3)
     other = save(tmp_path / "other", items, make_evidence(items).model_copy(update={"id": "ffffffffffff"}))
     with pytest.raises(UserError, match="The sheet belongs to evaluation 0123456789ab, not to ffffffffffff"):
-        import_sheet(begin(other), path)
+        begin(other).import_sheet(path)
     assert not (other / "human-eval").exists()
 
 
@@ -178,4 +177,4 @@ def test_export_omits_judged_pairs(folder: Path) -> None:
     assert [row["item"] for row in rows] == review.open_keys()
     review.answer(review.item(rows[0]["item"]), "B")
     with pytest.raises(UserError, match="has judged all pairs"):
-        export_sheet(begin(folder), folder / "again.csv")
+        begin(folder).export_sheet(folder / "again.csv")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from tunewright.evaluation.human_eval.estimates import agreement
+from tunewright.evaluation.human_eval.results import agreement
 
 SAID = st.sampled_from((-1, 0, 1))
 

@@ -12,9 +12,9 @@ from sklearn.metrics import cohen_kappa_score
 from factories import make_evidence, make_items
 from people_helpers import begin, evaluation, save, side_of_treatment
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.results import JudgePreferences, review_results
 from tunewright.evaluation.human_eval.sample import stratify
+from tunewright.evaluation.human_eval.session import Side
 from tunewright.evidence.files import load_items
 
 Taste = Callable[[str], int]

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from factories import make_evidence, make_items, with_scores
 from people_helpers import begin, evaluation, save, side_of_treatment
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.estimates import Design, estimate
+from tunewright.evaluation.human_eval.results import Design, estimate
 from tunewright.evaluation.human_eval.sample import (
     STRATA,
     StratumName,

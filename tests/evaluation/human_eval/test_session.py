@@ -8,9 +8,8 @@ import pytest
 
 from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.results import review_results
-from tunewright.evaluation.human_eval.session import BlindReview, Pair, reviewers_progress
+from tunewright.evaluation.human_eval.session import BlindReview, Pair, Side, reviewers_progress
 from tunewright.evidence.files import load_items
 
 

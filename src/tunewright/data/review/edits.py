@@ -23,10 +23,10 @@ from tunewright.data.review.reviews import (
     ReviewLog,
     VerdictEvent,
     append_reviews,
+    continued_draw,
     event_digest,
     read_reviews,
 )
-from tunewright.data.review.samples import continued_draw
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,

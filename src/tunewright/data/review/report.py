@@ -13,8 +13,16 @@ from typing import Any
 from tunewright.core.text import count_of
 from tunewright.data.review.acceptance import Outcome
 from tunewright.data.review.edits import unaccepted_keys, waiting_edits
-from tunewright.data.review.reviews import VERDICTS, ContinuedSample, DrawEvent, ReviewLog, read_reviews, status_line
-from tunewright.data.review.samples import outcome, sample_of
+from tunewright.data.review.reviews import (
+    VERDICTS,
+    ContinuedSample,
+    DrawEvent,
+    ReviewLog,
+    outcome,
+    read_reviews,
+    sample_of,
+    status_line,
+)
 from tunewright.data.versions import DatasetVersion, current_manifest, short
 from tunewright.data.versions.members import read_places
 

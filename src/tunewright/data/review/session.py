@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tunewright.annotation import AnnotationSession, MarkT
+from tunewright.annotation import AnnotationSession, Mark, MarkT
 from tunewright.core.clock import now
+from tunewright.core.csv import one_line_end, write_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.pii import secret_kinds
@@ -22,20 +22,24 @@ from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
     PURGED,
+    VERDICTS,
     DrawEvent,
     Event,
     NoteEvent,
     ReviewLog,
+    Sample,
     UndoEvent,
     Verdict,
     VerdictEvent,
     append_reviews,
     read_reviews,
+    sample_of,
     status_line,
 )
-from tunewright.data.review.samples import Sample, sample_of
 from tunewright.data.versions import DatasetVersion, Member
+from tunewright.data.versions.version import current_author
 
+SHEET_COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "new_output")
 _NO_METADATA: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -63,6 +67,8 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
 
     log: ReviewLog
     verdict_keys = (("r", "right", "right"), ("w", "wrong", "wrong"), ("s", "skip", "skip"))
+    sheet_columns = ("row", "draw", "answer", "verdict", "new_output")
+    sheet_command = "tunewright data review --export"
     note_kind = NoteEvent
     undo_kind = UndoEvent
 
@@ -216,11 +222,13 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
             self._skipped.add(card.key)  # offered once, also if it is still disputed
             if verdict == "skip":
                 return
-        in_sample = self.drawn is not None and card.key not in self.generated
-        draw = self.drawn.draw if self.drawn is not None and in_sample else None
         settles = True if self.conflicts else None
-        facts = {"verdict": verdict, "output": output, "draw": draw, "settles": settles}
+        facts = {"verdict": verdict, "output": output, "draw": self._draw_of(card.key), "settles": settles}
         self.record([self.mark(VerdictEvent, card.key, **facts)])
+
+    def _draw_of(self, key: str) -> int | None:
+        """Return the number of the sample that a row is judged for; None for suspects and generated rows."""
+        return None if self.drawn is None or key in self.generated else self.drawn.draw
 
     def edit(self, card: ReviewItem, output: str | None) -> str:
         """Record an edit, unless ``output`` is unusable (None: the editor failed); return a message to show."""
@@ -250,6 +258,74 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         edited = self.log.withdrawn_edit(card.key, self.reviewer)
         return card.member.example.output if edited in (None, PURGED) else edited
 
+    def export_sheet(self, path: Path, most: int, places: Mapping[str, str]) -> int:
+        """Write at most ``most`` next rows as CSV, with their ``places`` by pair key, and return their number.
+
+        Raises:
+            UserError: no suspects, no row left to review, an existing file, or a full disk.
+        """
+        if not self.order and self.drawn is None:
+            raise UserError(
+                "There are no suspects to export: no row is suspicious, or no row could be judged",
+                where="--suspects",
+                fix="Free-text answers are ranked by a model's loss: add --adapter base or --adapter NAME.",
+            )
+        keys = self.open_keys(most)
+        if not keys:
+            raise UserError(
+                "No row is left to review", fix="`tunewright data review --status` shows the state of the review."
+            )
+        rows = []
+        for key in keys:
+            example, why = self.members[key].example, self.why.get(key, "")
+            turns = example.prompt
+            prompt = turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.text}" for m in turns)
+            draw = self._draw_of(key)
+            rows.append(
+                [key, places.get(key, ""), "" if draw is None else str(draw), why, prompt, example.output, "", ""]
+            )
+        write_sheet(path, SHEET_COLUMNS, rows)
+        return len(rows)
+
+    def sheet_fault(
+        self,
+        cells: Mapping[str, str],
+        where: str,  # noqa: ARG002 - no fault of a row is one of the whole sheet
+    ) -> str | None:
+        verdict, output = cells["verdict"].strip().lower(), cells["new_output"]
+        member = self.members.get(cells["row"])
+        if member is None:
+            return (
+                f"the version has no row {cells['row'][:12]!r}: its text changed, or the export is of another version"
+            )
+        if verdict not in ("", *VERDICTS):
+            return f"invalid verdict {cells['verdict']!r}: use {', '.join(VERDICTS)} or leave it empty"
+        if (verdict == "edit") != bool(output.strip()):
+            return "verdict edit requires new_output" if verdict == "edit" else "new_output requires the verdict edit"
+        if cells["answer"] != one_line_end(member.example.output):
+            return "the answer was changed: keep it, and write the corrected one in new_output"
+        if output and output == one_line_end(member.example.output):
+            return "new_output equals the present answer"
+        if found := secret_kinds(output, self.allow):
+            return f"new_output contains a secret ({found})"
+        if output.strip():
+            try:
+                edited_answer(member.example, output)
+            except RowError as error:
+                return f"new_output: {error}. {error.fix}"
+        if cells["draw"].strip() and not cells["draw"].strip().isdecimal():
+            return f"invalid draw {cells['draw']!r}: keep the column as exported"
+        return None
+
+    def sheet_marks(self, cells: Mapping[str, str]) -> list[Mark]:
+        verdict, draw = cells["verdict"].strip().lower(), cells["draw"].strip()
+        output = cells["new_output"] if verdict == "edit" else None
+        known = self.verdict(cells["row"])
+        if not verdict or (known is not None and (known.verdict, known.output) == (verdict, output)):
+            return []
+        facts = {"verdict": verdict, "output": output, "draw": int(draw) if draw else None}
+        return [self.mark(VerdictEvent, cells["row"], **facts)]
+
 
 def written_by(metadata: Mapping[str, Any]) -> str:
     """Return who wrote a generated row, and how many of its samples agree, from the row's metadata."""
@@ -263,30 +339,13 @@ def written_by(metadata: Mapping[str, Any]) -> str:
     return text
 
 
-def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], message: bool) -> None:
-    """Refuse options that would be ignored: several actions, or a choice of rows with an action that takes none.
-
-    ``actions`` and ``choices`` map each option to whether it is set; --conflicts is for a review on the screen.
-    """
-    given = [name for name, there in actions.items() if there]
-    chosen = [name for name, there in choices.items() if there]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} are mutually exclusive", fix="Use one at a time.")
-    if given and chosen and (given != ["--export"] or "--conflicts" in chosen):
-        raise UserError(f"{given[0]} cannot be combined with {' '.join(chosen)}", fix="Leave it out.")
-    if "--adapter" in chosen and "--suspects" not in chosen:
-        raise UserError("--adapter requires --suspects", fix="Add --suspects.")
-    if message and given != ["--apply"]:
-        raise UserError("--message requires --apply", fix="Add --apply, or leave it out.")
-
-
-def default_reviewer() -> str:
-    """Return the login name.
+def reviewer_name(name: str | None, folder: Path) -> str:
+    """Return a reviewer's name, by default that of the author of versions: git's user.name, else the login name.
 
     Raises:
-        UserError: the user has no login name, as in some containers.
+        UserError: neither is there, as in some containers.
     """
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # KeyError: before Python 3.13
-        raise UserError("Found no login name", where="--reviewer", fix="Pass a name.") from None
+    found = current_author(folder) if name is None else name
+    if found is None:
+        raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")
+    return found

@@ -19,11 +19,12 @@ from pydantic import Field, ValidationError
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
-from tunewright.evaluation.human_eval.journal import FOLDER
 from tunewright.evidence.common import Part
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import normalised
 
+FOLDER = "human-eval"
+"""Folder next to the evidence."""
 SAMPLE_FILE = "sample.json"
 ITEMS = 50
 """Default number of items. 33 of 50 that all show a preference are significant at 5%."""
@@ -181,19 +182,16 @@ def stratify(items: Sequence[Item], treatment: str, control: str, metric: Metric
     score. In ``both wrong`` they share a lower score, or the item is not scored in both arms.
     """
     different = [i for i in items if normalised(i.answers[treatment]) != normalised(i.answers[control])]
-    return {i.key: _stratum_of(i.scores[metric], treatment, control) for i in different}
+    return {i.key: _stratum(i.scores[metric], treatment, control) for i in different}
 
 
-def _stratum_of(scores: Mapping[str, float], treatment: str, control: str) -> StratumName:
-    if treatment in scores and control in scores:
-        return _stratum(scores[treatment], scores[control])
-    return "both wrong"
-
-
-def _stratum(treatment: float, control: float) -> StratumName:
-    if treatment != control:
-        return "fixed" if treatment > control else "broken"
-    return "both right" if treatment == 1 else "both wrong"
+def _stratum(scores: Mapping[str, float], treatment: str, control: str) -> StratumName:
+    if treatment not in scores or control not in scores:
+        return "both wrong"
+    ours, theirs = scores[treatment], scores[control]
+    if ours != theirs:
+        return "fixed" if ours > theirs else "broken"
+    return "both right" if ours == 1 else "both wrong"
 
 
 def draw(strata: Mapping[str, StratumName], count: int, seed: int) -> list[str]:

@@ -1,26 +1,25 @@
-"""Human evaluation: a reviewer's blind pass over pairs of answers, by keys or through a spreadsheet."""
+"""Human evaluation: a reviewer's journal, and the blind pass over pairs of answers, by keys or through a spreadsheet.
+
+A journal is ``human-eval/NAME.jsonl``, one event per line, append-only. Verdicts are stored for A and B. The sample's
+seed determines which arm is which; the file does not say.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal, get_args
+from urllib.parse import quote, unquote
 
-from tunewright.annotation import AnnotationSession, Mark, NoteMark, SheetImport, checked_rows
+from pydantic import Field, TypeAdapter
+
+from tunewright.annotation import AnnotationLog, AnnotationSession, Mark, NoteMark, UndoMark, VerdictMark
 from tunewright.core.csv import one_line_end, write_sheet
 from tunewright.core.errors import UserError
+from tunewright.core.log import extend, numbered_lines, parse_line, whole_lines
 from tunewright.core.progress import Reporter
-from tunewright.evaluation.human_eval.journal import (
-    SIDES,
-    Event,
-    Journal,
-    ReferenceShownLine,
-    Side,
-    VerdictLine,
-    append_events,
-    read_journal,
-    read_journals,
-)
 from tunewright.evaluation.human_eval.sample import (
     Sample,
     comparison,
@@ -35,24 +34,98 @@ from tunewright.evidence.schema import Evidence, Item
 COLUMNS = ("evaluation", "item", "input", "A", "B", "verdict", "note")
 REFERENCE = "reference"
 """An optional additional column."""
+_LONGEST_NAME = 200  # bytes, of the 255 that a file name may have
+
+Side = Literal["A", "B", "both", "neither", "skip"]
+SIDES: tuple[Side, ...] = get_args(Side)
 _SIDE_OF: Mapping[str, Side] = {side.lower(): side for side in SIDES}
 
 
-def check_options(given: Mapping[str, bool]) -> None:
-    """Refuse options of ``tunewright human-eval`` that would be ignored; ``given`` has all of them."""
-    actions = [name for name in ("--results", "--export", "--import", "--keep-preferences") if given[name]]
-    if len(actions) > 1:
-        raise UserError("These options are mutually exclusive", where=" ".join(actions), fix="Choose one.")
-    if given["--reference"] and not given["--export"]:
-        raise UserError("--reference requires --export", where="--reference", fix="Add --export.")
-    unused = {
-        "--results": ("--items", "--reviewer"),
-        "--keep-preferences": ("--items", "--reviewer", "--against"),
-        "--import": ("--items",),
-    }
-    for action in actions:
-        if idle := [name for name in unused.get(action, ()) if given[name]]:
-            raise UserError(f"{action} does not use {', '.join(idle)}", where=action, fix="Leave it out.")
+class VerdictLine(VerdictMark):
+    """A verdict: the better answer, or both good, or neither."""
+
+    verdict: Side
+    reference: Annotated[bool, Field(description="The reference was shown before the verdict.")]
+
+
+class ReferenceShownLine(Mark):
+    """The reviewer saw the item's reference."""
+
+    event: Literal["reference"] = "reference"
+
+
+Event = VerdictLine | UndoMark | ReferenceShownLine | NoteMark
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+@dataclass(frozen=True)
+class Journal(AnnotationLog[VerdictLine]):
+    """One reviewer's events, and the resulting verdicts."""
+
+    events: tuple[Event, ...] = ()
+    reviewer: str = ""
+
+    @cached_property
+    def standing(self) -> dict[str, VerdictLine]:
+        """The current verdict on each item, by pair key."""
+        return {key: said[self.reviewer] for key in self.stacks if (said := self.current_verdicts(key))}
+
+    @cached_property
+    def shown(self) -> frozenset[str]:
+        """Keys of the items whose reference the reviewer saw."""
+        return frozenset(event.key for event in self.events if isinstance(event, ReferenceShownLine))
+
+
+def journal_path(folder: Path, reviewer: str) -> Path:
+    """Return the path of a reviewer's journal.
+
+    Raises:
+        UserError: the name is empty, or not valid as a file name.
+    """
+    name = reviewer.strip()
+    if not name or not name.isprintable():
+        raise UserError("The reviewer's name is empty", where="--reviewer", fix="Pass a name.")
+    file = quote(name, safe=" ")
+    if len(file) > _LONGEST_NAME:
+        raise UserError("The reviewer's name is too long for a file name", where="--reviewer", fix="Shorten it.")
+    return folder / f"{file}.jsonl"
+
+
+def read_journals(folder: Path) -> list[Journal]:
+    """Return the journals of all reviewers, by name."""
+    return [_parse(path) for path in sorted(folder.glob("*.jsonl"))]
+
+
+def read_journal(folder: Path, reviewer: str) -> Journal:
+    """Return one reviewer's journal; it may be empty.
+
+    Raises:
+        UserError: a line is not an event; the message names file and line.
+    """
+    path = journal_path(folder, reviewer)
+    return _parse(path) if path.is_file() else Journal(reviewer=reviewer.strip())
+
+
+def _parse(path: Path) -> Journal:
+    whole, torn = whole_lines(path.read_bytes())
+    events = [
+        parse_line(_EVENT.validate_json, line, f"{path}:{number}", "Invalid verdict", "Restore the file.")
+        for number, line in numbered_lines(whole)
+    ]
+    reviewer = unquote(path.stem)
+    if other := next((e.reviewer for e in events if e.reviewer != reviewer), None):
+        raise UserError(f"The file has verdicts of {reviewer} and of {other}", where=str(path), fix="Restore the file.")
+    return Journal(tuple(events), torn, reviewer)
+
+
+def append_events(folder: Path, events: Sequence[Event]) -> None:
+    """Append events to a reviewer's journal, first removing a partial line that a crash left.
+
+    Raises:
+        UserError: the file cannot be written, or another process keeps it locked.
+    """
+    lines = "".join(f"{event.model_dump_json()}\n" for event in events)
+    extend(journal_path(folder, events[0].reviewer), lambda _: lines)
 
 
 @dataclass(frozen=True)
@@ -132,6 +205,8 @@ class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
         ("x", "neither", "neither"),
         ("s", "skip", "skip"),
     )
+    sheet_columns = ("item", "evaluation", "input", "A", "B", "verdict", "note")
+    sheet_command = "tunewright human-eval --export"
 
     def __init__(
         self,
@@ -206,12 +281,8 @@ class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
             verdict=None if said is None else said.verdict,
         )
 
-    def reference(self, key: str) -> str:
-        """Return an item's reference, for a sheet: there nobody can record when it is viewed."""
-        return self._items[key].reference
-
     def judge(self, item: Pair, verdict: Side) -> None:
-        self.record([self.judged(item.key, verdict)])
+        self.record([self._judged(item.key, verdict)])
         self._back = None
 
     answer = judge  # the name in earlier releases
@@ -232,9 +303,66 @@ class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
         """Record the sample, as the first verdict also does: from then on it stays the same."""
         keep_sample(self.folder, self.evidence, self.sample)
 
-    def judged(self, key: str, verdict: Side) -> VerdictLine:
-        """Return a verdict in the journal's form."""
+    def _judged(self, key: str, verdict: Side) -> VerdictLine:
         return self.mark(VerdictLine, key, verdict=verdict, reference=key in self.log.shown)
+
+    def export_sheet(self, path: Path, *, reference: bool = False) -> int:
+        """Write the pairs that the reviewer has not judged yet to a spreadsheet, and return their number.
+
+        With ``reference`` it has the references: nobody can record when one is viewed, so all count as seen.
+
+        Raises:
+            UserError: nothing is left to judge, the file already exists, or it cannot be written.
+        """
+        keys = self.open_keys()
+        if not keys:
+            raise UserError(
+                f"{self.reviewer} has judged all pairs", fix="Show the results: tunewright human-eval --results"
+            )
+        columns = [*COLUMNS[:3], REFERENCE, *COLUMNS[3:]] if reference else COLUMNS
+        rows = []
+        for key in keys:
+            pair = self.item(key)
+            cells = {"evaluation": self.evidence.id, "item": key, "input": pair.input, "A": pair.a, "B": pair.b}
+            cells |= {REFERENCE: self._items[key].reference, "verdict": "", "note": pair.note}
+            rows.append([cells[name] for name in columns])
+        write_sheet(path, columns, rows)
+        self.keep_sample()
+        return len(rows)
+
+    def sheet_fault(self, cells: Mapping[str, str], where: str) -> str | None:
+        key, verdict, evaluation = cells["item"], cells["verdict"].strip(), cells["evaluation"].strip()
+        if evaluation != self.evidence.id:
+            raise UserError(
+                f"The sheet belongs to evaluation {evaluation or 'unknown'}, not to {self.evidence.id}; "
+                "no verdict was recorded",
+                where=where,
+                fix=f"Import it there: tunewright human-eval {evaluation} --import …" if evaluation else None,
+            )
+        if key not in self.sample.order:
+            return f"the sample has no item {key[:12]!r}"
+        if verdict and verdict.lower() not in _SIDE_OF:
+            return f"the verdict is {verdict!r}; it can be {', '.join(SIDES)} or nothing"
+        pair = self.item(key)
+        for name, text in (("A", pair.a), ("B", pair.b)):
+            if cells[name] != one_line_end(text):
+                return f"answer {name} was changed: restore the exported text, and write comments into the column note"
+        return None
+
+    def sheet_marks(self, cells: Mapping[str, str]) -> list[Mark]:
+        key, note = cells["item"], cells["note"].strip()
+        marks: list[Mark] = []
+        if note and note != self.note_on(key):
+            marks.append(self.mark(NoteMark, key, text=note))
+        side = _SIDE_OF.get(cells["verdict"].strip().lower())
+        known = self.verdict(key)
+        if side is None or (known is not None and known.verdict == side):
+            return marks
+        judged = self._judged(key, side)
+        if REFERENCE in cells and not judged.reference:
+            marks.append(self.mark(ReferenceShownLine, key))
+            judged = judged.model_copy(update={"reference": True})
+        return [*marks, judged]
 
 
 def require_arms(evidence: Evidence, items: list[Item]) -> None:
@@ -248,84 +376,3 @@ def require_arms(evidence: Evidence, items: list[Item]) -> None:
         lacking = sum(arm not in item.answers for item in items)
         if lacking:
             raise UserError(f"{lacking:,} test items have no answer of {arm}", fix="Evaluate again.")
-
-
-def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) -> int:
-    """Write the pairs that the reviewer has not judged yet to a spreadsheet, and return their number.
-
-    Args:
-        reference: include the references; the reviewer then counts as having seen them.
-
-    Raises:
-        UserError: nothing is left to judge, the file already exists, or it cannot be written.
-    """
-    keys = review.open_keys()
-    if not keys:
-        raise UserError(
-            f"{review.reviewer} has judged all pairs", fix="Show the results: tunewright human-eval --results"
-        )
-    columns = [*COLUMNS[:3], REFERENCE, *COLUMNS[3:]] if reference else COLUMNS
-    rows = []
-    for key in keys:
-        pair = review.item(key)
-        cells = {"evaluation": review.evidence.id, "item": key, "input": pair.input, "A": pair.a, "B": pair.b}
-        cells |= {REFERENCE: review.reference(key), "verdict": "", "note": pair.note}
-        rows.append([cells[name] for name in columns])
-    write_sheet(path, columns, rows)
-    review.keep_sample()
-    return len(rows)
-
-
-def import_sheet(review: BlindReview, path: Path) -> SheetImport:
-    """Record a filled-in sheet's verdicts and notes for this reviewer: all, or none if a row is faulty.
-
-    Raises:
-        UserError: the file cannot be read, is of another evaluation, or rows are faulty (the message names each line).
-    """
-
-    def fault(cells: Mapping[str, str], where: str) -> str | None:
-        _require_evaluation(cells["evaluation"], review, where)
-        return _fault(review, cells)
-
-    rows = checked_rows(path, COLUMNS, "item", "tunewright human-eval --export", fault)
-    noted = [(cells["item"], note) for cells in rows if (note := cells["note"].strip())]
-    notes = [review.mark(NoteMark, key, text=note) for key, note in noted if note != review.note_on(key)]
-    filled = [cells for cells in rows if cells["verdict"].strip()]
-    new = [cells for cells in filled if review.item(cells["item"]).verdict != _side(cells)]
-    events: list[Mark] = [*notes]
-    for cells in new:
-        key = cells["item"]
-        judged = review.judged(key, _side(cells))
-        if REFERENCE in cells and not judged.reference:
-            events.append(review.mark(ReferenceShownLine, key))
-            judged = judged.model_copy(update={"reference": True})
-        events.append(judged)
-    review.record(events)
-    return SheetImport(len(new), len(filled) - len(new), len(rows) - len(filled), len(notes))
-
-
-def _side(cells: Mapping[str, str]) -> Side:
-    return _SIDE_OF[cells["verdict"].strip().lower()]
-
-
-def _require_evaluation(found: str, review: BlindReview, where: str) -> None:
-    if found.strip() != review.evidence.id:
-        raise UserError(
-            f"The sheet belongs to evaluation {found.strip() or 'unknown'}, not to {review.evidence.id}; "
-            "no verdict was recorded",
-            where=where,
-            fix=f"Import it there: tunewright human-eval {found.strip()} --import …" if found.strip() else None,
-        )
-
-
-def _fault(review: BlindReview, cells: Mapping[str, str]) -> str | None:
-    key, verdict = cells["item"], cells["verdict"].strip()
-    if key not in review.sample.order:
-        return f"the sample has no item {key[:12]!r}"
-    if verdict and verdict.lower() not in _SIDE_OF:
-        return f"the verdict is {verdict!r}; it can be {', '.join(SIDES)} or nothing"
-    pair = review.item(key)
-    for name, text in (("A", pair.a), ("B", pair.b)):
-        if cells[name] != one_line_end(text):
-            return f"answer {name} was changed: restore the exported text, and write comments into the column note"
-    return None

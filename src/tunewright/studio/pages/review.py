@@ -16,6 +16,7 @@ from tunewright.core.text import count_of
 from tunewright.data.examples import class_like
 from tunewright.data.review.edits import pending_edits
 from tunewright.data.review.label_models import Suspect, excerpt
+from tunewright.data.review.options import ReviewOptions
 from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
@@ -337,16 +338,14 @@ def _review(visit: Visit, queue: str) -> ReviewSession | None:
     for old in [each for each in kept if each[0] != version.digest]:
         del kept[old]
     adapter = place[-1] or None
-    suspects = _stored(visit, place[-1]) if queue == "suspects" else False
-    if suspects is None:
+    suspects = _stored(visit, place[-1]) if queue == "suspects" else None
+    if queue == "suspects" and suspects is None:
         return None
+    options = ReviewOptions(
+        suspects=queue == "suspects", adapter=adapter, second=queue == "second", conflicts=queue == "conflicts"
+    )
     kept[place] = visit.project.data.review(
-        visit.session.reviewer,
-        suspects=suspects,
-        adapter=adapter,
-        second=queue == "second",
-        conflicts=queue == "conflicts",
-        version=version,
+        visit.session.reviewer, options=options, known_suspects=suspects, version=version
     )
     return kept[place]
 
