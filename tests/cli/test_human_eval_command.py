@@ -36,7 +36,7 @@ def folder(project: Path) -> Path:
 def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys that the reviewer will press, and a note after each n; all of them have to be asked for."""
     import tunewright.cli.annotate as cli
-    import tunewright.cli.human_eval as human_eval
+    import tunewright.cli.preferences as human_eval
 
     commands()
     keys: list[str] = []
@@ -192,7 +192,7 @@ def test_results_without_a_review_name_the_command(project: Path) -> None:
 def test_human_eval_stacks_answers_on_a_narrow_terminal(
     project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunewright.cli import human_eval
+    from tunewright.cli import preferences as human_eval
 
     press += ["q", "q"]
     wide = _review(project)

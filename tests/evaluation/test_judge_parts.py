@@ -16,8 +16,15 @@ from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.evaluation.judge.controls import FEWEST, REQUIRED, control_cases
 from tunewright.evaluation.judge.figures import exact_lower_limit, length_controlled, logistic, win_rate
-from tunewright.evaluation.judge.judge_requests import without_markdown
-from tunewright.evaluation.judge.prompts import INJECTION, Vote, correctness, outcome, pairwise, read_verdict
+from tunewright.evaluation.judge.questions import (
+    INJECTION,
+    Vote,
+    correctness,
+    outcome,
+    pairwise,
+    read_verdict,
+    without_markdown,
+)
 from tunewright.evaluation.judge.runner import family, shared_family, task_text
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
 from tunewright.evidence.verdict import verdict

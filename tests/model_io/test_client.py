@@ -26,8 +26,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.evaluation.judge.rows import ROWS_FILE
 from tunewright.evidence.files import load_evidence
 from tunewright.model_io import client
-from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import Endpoint
+from tunewright.model_io.replies import Budget
 
 CONTROL_QUESTIONS = 14 * 6
 CONVERSATIONS = [({"role": "user", "content": f"question {n}"},) for n in range(12)]

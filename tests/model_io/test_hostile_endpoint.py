@@ -19,9 +19,8 @@ from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.model_io import client
-from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import MAX_REPLY, MAX_TOKENS, Endpoint
-from tunewright.model_io.replies import Reply
+from tunewright.model_io.replies import Budget, Reply
 
 CONVERSATION = ({"role": "user", "content": "a question"},)
 

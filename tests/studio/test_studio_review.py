@@ -16,7 +16,7 @@ from factories import make_items
 from people_helpers import begin, evaluation, evaluation_with_incumbent, save
 from studio_client import PASSWORD, Browser, opened
 from tunewright.cli.data_review import KEYS as REVIEW_KEYS
-from tunewright.cli.human_eval import KEYS as COMPARE_KEYS
+from tunewright.cli.preferences import KEYS as COMPARE_KEYS
 from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio

@@ -15,9 +15,8 @@ from command_line import tunewright
 from scripted_teacher import LICENSE, asked, read, teacher_project, teaching
 from tunewright.core.errors import UserError
 from tunewright.data.versions import load_version
-from tunewright.synthesis import document_formats, documents
-from tunewright.synthesis.document_formats import parse_document
-from tunewright.synthesis.documents import read_document
+from tunewright.synthesis import documents
+from tunewright.synthesis.documents import parse_document, read_document
 from tunewright.synthesis.questions import find_quote
 
 FEES = "The fee for a certified copy is 12 dollars for each page, and 4 dollars for each page of a plain copy."
@@ -207,7 +206,7 @@ def test_docx_whose_cells_repeat_too_much_text_is_refused(tmp_path: Path, monkey
     first = _cell("word " * 4_000, '<w:vMerge w:val="restart"/>')
     rows = f"<w:tr>{first}</w:tr>" + f"<w:tr>{_cell('', '<w:vMerge/>')}</w:tr>" * 300
     path = _docx_of(tmp_path / "a.docx", f"<w:tbl>{rows}</w:tbl>")
-    monkeypatch.setattr(document_formats, "expansion_limit", lambda size: 1_200_000)
+    monkeypatch.setattr(documents, "expansion_limit", lambda size: 1_200_000)
     with pytest.raises(UserError, match=r"characters of text .limit for a file of this size: 1,200,000"):
         parse_document(path.read_bytes(), path)
 

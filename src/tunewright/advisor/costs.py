@@ -19,18 +19,15 @@ _MOST_PREFILLED = 8192
 """Number of prompt tokens to time: a few seconds on a CPU."""
 _WRITTEN = 16
 
+_MILLION, _HOUR = 1e6, 3600.0
+
 
 def measured_speed(
     model: Any, chat: ChatFormat, prompts: Sequence[tuple[int, ...]], adapter: str | None, batch_size: int
 ) -> Speed:
     """Return tokens per second of one batch, decoded as in evaluation and serving, after a short warm-up.
 
-    Args:
-        model: the base, or a PeftModel with the adapter, in evaluation mode.
-        chat: its chat format.
-        prompts: prompts of the kind to be timed, at least one; the first ones that fill a batch are used.
-        adapter: the adapter that answers; None: the base.
-        batch_size: maximum number of rows.
+    ``model`` is the base, or a PeftModel with the ``adapter`` that answers. The first prompts that fill a batch count.
     """
     from tunewright.generation.decoding import Batch
     from tunewright.generation.requests import Request
@@ -58,9 +55,6 @@ def measured_speed(
     )
 
 
-_MILLION, _HOUR = 1e6, 3600.0
-
-
 @dataclass(frozen=True)
 class Lengths:
     """Token counts of an arm's calls, one per item, with the items of all arms in the same order."""
@@ -82,12 +76,7 @@ class TokenPrices:
 
 
 def token_prices(prices: PriceConfig | None, speed: Speed | None) -> TokenPrices:
-    """Return token prices from the config, or from the cost of this machine's time (in hours without a price).
-
-    Args:
-        prices: the config's.
-        speed: the measured speed; required if the config has no token prices.
-    """
+    """Return token prices from the config, or from the cost of this machine's time (in hours without a price)."""
     prices = prices or PriceConfig()
     if prices.input is not None and prices.output is not None:
         return TokenPrices(prices.input / _MILLION, prices.output / _MILLION, prices.cached_discount)
@@ -119,14 +108,8 @@ def break_even(
     A call costs its input tokens, with a discount for those in the prefix cache, and its output tokens. The interval
     comes from a bootstrap of both arms' token counts over clusters. Prices and the cost of training are fixed.
 
-    Args:
-        settings: prices, volume and time.
-        prompting, tuned: each arm's token counts and token prices.
-        clusters: the items' clusters.
-        training: cost of the training, in the unit of the prices.
-        evaluation_calls: test items that each of the two arms answers to evaluate the adapter.
-        speed: arm name to speed, if prices are derived from it.
-        seed: decides the resamples.
+    ``evaluation_calls`` are the test items that each of the two arms answers to evaluate the adapter. ``speed`` is by
+    arm, if prices are derived from it; ``training`` is in the unit of the prices.
     """
     prices = settings.prices or PriceConfig()
     costs = np.column_stack([_costs(*prompting), _costs(*tuned), np.ones(len(clusters))])

@@ -147,11 +147,7 @@ def _still_to_come(gain: TuningGain) -> float:
 
 
 def decide(signals: Signals) -> Decision:
-    """Return the recommendation by the table above.
-
-    Args:
-        signals: measured, or read from ``advice/ID.json``.
-    """
+    """Return the recommendation by the table above."""
     grounds = Grounds(signals)
     best, margin = signals.prompting.best, f"{100 * signals.margin:g} points"
     if not grounds.enough_clusters:

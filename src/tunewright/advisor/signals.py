@@ -216,11 +216,7 @@ class Signals(Part):
 
 
 def load_signals(file: Path) -> Signals:
-    """Load ``advice/ID.json``.
-
-    Raises:
-        UserError: no such file, or another schema.
-    """
+    """Load ``advice/ID.json``."""
     try:
         return Signals.model_validate_json(file.read_bytes())
     except ValidationError as error:
@@ -230,15 +226,7 @@ def load_signals(file: Path) -> Signals:
 
 
 def find_advice(folder: Path, name: str | Path) -> Path:
-    """Return the file of stored advice, by its ID or path.
-
-    Args:
-        folder: the project's advice folder.
-        name: an ID, or a file.
-
-    Raises:
-        UserError: no such advice.
-    """
+    """Return the file of stored advice, by its ID or path."""
     place = next((p for p in (Path(name), folder / f"{name}.json") if p.is_file()), None)
     if place is None:
         known = sorted(file.stem for file in folder.glob("[!.]*.json"))
@@ -248,15 +236,7 @@ def find_advice(folder: Path, name: str | Path) -> Path:
 
 
 def find_matching_advice(folder: Path, evidence: Evidence) -> Signals | None:
-    """Return the newest advice on an evaluation's data, base and metric, preferring advice with a break-even.
-
-    Args:
-        folder: the project's advice folder.
-        evidence: the evaluation's evidence.
-
-    Raises:
-        UserError: advice that cannot be read.
-    """
+    """Return the newest advice on an evaluation's data, base and metric, preferring advice with a break-even."""
     found = []
     for file in sorted(folder.glob("[!.]*.json")):
         signals = load_signals(file)

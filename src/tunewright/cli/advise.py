@@ -1,4 +1,4 @@
-"""``advise``: whether to train at all."""
+"""``advise`` and ``optimize-prompt``: whether to train at all, and the best instruction before it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
     from tunewright.evidence.common import Interval, Score
     from tunewright.render.terminal import Part
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.prompt_optimization.run import OptimizePromptEstimate
 
 _COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold cyan", "can't tell": "bold yellow"}
 _WIDTH = 41
@@ -117,3 +122,43 @@ def bar(score: Score, top: float) -> str:
     line[place(interval.high)] = "┤"
     line[place(score.value)] = "●"
     return "".join(line).rstrip()
+
+
+@command(app, "optimize-prompt", panel=TRAIN, example="tunewright optimize-prompt --estimate", kept=RESUMES)
+def optimize_prompt(
+    run: Session,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print upper limits of calls, tokens and cost, and send nothing.")
+    ] = False,
+) -> None:
+    """Search for a better instruction with GEPA: a reflection model proposes, training rows score, dev chooses.
+
+    The found instruction is stored in prompts/ and measured as further arms. Replies and answers are kept, so a stopped
+    run resumes and pays for nothing twice.
+    """
+    if estimate:
+        expected = run.project.estimate_optimize_prompt()
+        run.show(expected, estimate_text(expected))
+        return
+    from tunewright.evidence.prompt_optimization import optimization_section
+
+    result = run.project.optimize_prompt()
+    prompt = result.prompt
+    run.show(
+        {"file": str(result.file), "optimized": result.optimized, "prompt": prompt.model_dump(mode="json")},
+        optimization_section(prompt),
+        f"Prompt: {result.file}",
+    )
+
+
+def estimate_text(estimate: OptimizePromptEstimate) -> str:
+    """Return the limits of an optimization in three lines."""
+    from tunewright.model_io.client import limits_text
+
+    replies, cost = limits_text(estimate.most_completion_tokens, estimate.most_cost)
+    return (
+        f"At most {estimate.reflection_calls:,} calls of the reflection model, and {estimate.metric_calls:,} answers "
+        f"of the base on training rows and {estimate.dev_answers:,} on dev\n"
+        f"At most about {estimate.prompt_tokens:,} prompt tokens (4 characters each), {replies}\n"
+        f"Cost: {cost}"
+    )

@@ -93,15 +93,12 @@ def data_generated_effect(
 
 def estimate_text(estimate: Estimate, unit: str = "input") -> str:
     """Return the calls, tokens and cost of a run."""
+    from tunewright.model_io.client import limits_text
+
     calls = estimate.calls
     asked = estimate.inputs - sum(map(len, estimate.left_out.values()))
     known = f", {calls.known:,} of them answered already" if calls.known else ""
-    replies = (
-        "no limit on replies is set"
-        if calls.most_completion_tokens is None
-        else f"at most {calls.most_completion_tokens:,} reply tokens"
-    )
-    cost = "unknown" if calls.most_cost is None else f"at most about {calls.most_cost:.2f}"
+    replies, cost = limits_text(calls.most_completion_tokens, calls.most_cost)
     return (
         f"{calls.calls:,} calls for {asked:,} of {count_of(estimate.inputs, unit)}{known}\n"
         f"Still to send: about {calls.prompt_tokens:,} prompt tokens, {replies}\n"

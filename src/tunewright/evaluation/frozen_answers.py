@@ -26,9 +26,8 @@ from tunewright.data.tools import canonical_arguments
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.common import Part
-from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import Endpoint
-from tunewright.model_io.replies import ChatRequest, Reply, cost, estimated_tokens
+from tunewright.model_io.replies import Budget, ChatRequest, Reply, cost, estimated_tokens
 
 Split = Literal["test", "dev"]
 

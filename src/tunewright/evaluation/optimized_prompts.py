@@ -35,11 +35,7 @@ def store(file: Path, prompt: OptimizedPrompt, evaluations: Path) -> None:
 
 
 def load(file: Path, evaluations: Path) -> OptimizedPrompt:
-    """Load an optimization, checked against the access log.
-
-    Raises:
-        UserError: the file was changed after it was written, or cannot be read.
-    """
+    """Load an optimization, checked against the access log."""
     AccessLog(evaluations).require(file)
     try:
         return OptimizedPrompt.model_validate_json(file.read_text(encoding="utf-8"))
@@ -56,14 +52,7 @@ def find_optimized(
 ) -> OptimizedPrompt | None:
     """Return the newest optimization of the same inputs; stale ones are named in a warning if there is no other.
 
-    Args:
-        folder: the project's folder of prompts.
-        evaluations: the project's folder of evaluations, whose access log binds the prompts.
-        inputs: the current inputs (see `ArmRunner.inputs`).
-        reporter: receives the warning.
-
-    Raises:
-        UserError: as :func:`load`.
+    ``evaluations`` is the folder whose access log binds the prompts, and ``inputs`` are those of `ArmRunner.inputs`.
     """
     found = [load(file, evaluations) for file in sorted(folder.glob("[!.]*.json"))]
     found.sort(key=lambda prompt: prompt.created)

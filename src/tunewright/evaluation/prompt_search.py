@@ -26,11 +26,7 @@ _SHOWN = 3
 
 
 def warn_of_unreachable(generator: Generator, members: Sequence[Member], reporter: Reporter) -> None:
-    """Warn of rows whose reference holds a stop string or does not match the grammar of the answers.
-
-    Raises:
-        UserError: no reference can be reached, or the grammar cannot be used.
-    """
+    """Warn of rows whose reference holds a stop string or does not match the grammar of the answers."""
 
     def is_cut(example: Example) -> bool:
         return any(stop in example.output for stop in generator.stop)
@@ -119,11 +115,7 @@ def advice_file(arm_runner: ArmRunner) -> Path:
 
 
 def known_advice(arm_runner: ArmRunner, file: Path) -> Advice | None:
-    """Return stored advice, or None.
-
-    Raises:
-        UserError: the file was changed after it was written.
-    """
+    """Return stored advice, or None."""
     access_log = _access_log(arm_runner)
     if not file.exists():
         return None
@@ -139,11 +131,7 @@ def _access_log(arm_runner: ArmRunner) -> AccessLog | None:
 
 
 def prepare(arm_runner: ArmRunner) -> None:
-    """Refuse what cannot be measured, and warn of low scores to come, before any answer.
-
-    Raises:
-        UserError: as in :func:`advise`.
-    """
+    """Refuse what cannot be measured, and warn of low scores to come, before any answer."""
     if arm_runner.settings.instructions or arm_runner.optimized:
         _ = arm_runner.instruction
     warn_of_unreachable(arm_runner.generator, arm_runner.version.domain, arm_runner.reporter)
@@ -344,11 +332,6 @@ def first_items(members: Sequence[Member], count: int, seed: int) -> list[int]:
 
     Every cluster has its share to within a row. Rows are laid out by cluster, in an order drawn from the seed. They are
     taken at equal distances from a random start (Cochran 1977, "Sampling Techniques", chapter 8).
-
-    Args:
-        members: the rows, more than ``count``.
-        count: number of rows to take.
-        seed: decides the sample.
     """
     line = sorted(
         range(len(members)),

@@ -31,10 +31,11 @@ from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.strict_json import require_shallow
-from tunewright.model_io.budget import Budget, OutOfBudgetError
 from tunewright.model_io.replies import (
+    Budget,
     ChatRequest,
     Conversation,
+    OutOfBudgetError,
     Reply,
     ReplyJournal,
     as_request,
@@ -119,15 +120,18 @@ class Calls:
     most_cost: float | None
 
 
+def limits_text(most_completion_tokens: int | None, most_cost: float | None) -> tuple[str, str]:
+    """Return the limits of the replies and of their cost in words."""
+    replies = "no limit on replies is set"
+    if most_completion_tokens is not None:
+        replies = f"at most {most_completion_tokens:,} reply tokens"
+    return replies, "unknown" if most_cost is None else f"at most about {most_cost:.2f}"
+
+
 class Endpoint:
     """A model behind an endpoint.
 
-    Args:
-        config: with url and model.
-        where: the config section, for messages.
-        folder: folder of the reply journal.
-        purse: the budget, which several endpoints may share.
-        reporter: shows progress and retries.
+    ``where`` is its section of the config, for messages. Several endpoints may share the budget ``purse``.
     """
 
     def __init__(self, config: EndpointConfig, where: str, folder: Path, purse: Budget, reporter: Reporter) -> None:
@@ -141,11 +145,7 @@ class Endpoint:
         self._retried: Counter[str] = Counter()
 
     def ask(self, title: str, requests: Sequence[Conversation | ChatRequest]) -> list[Reply]:
-        """Return replies in the requests' order; equal requests are asked once.
-
-        Raises:
-            UserError: there is no key, the endpoint fails permanently, or the budget is used up.
-        """
+        """Return replies in the requests' order; equal requests are asked once."""
         keys = [self.journal.key(request) for request in requests]
         wanted = dict(zip(keys, map(as_request, requests), strict=True))
         missing = self.journal.missing(wanted)
@@ -161,11 +161,7 @@ class Endpoint:
         return [self.journal.answers[key] for key in keys]
 
     def require_key(self) -> None:
-        """Check the key before anything is sent.
-
-        Raises:
-            UserError: the environment variable of the config is not set, or its value is not a key.
-        """
+        """Check the key before anything is sent."""
         _secret(self.config, self.where)
 
     def is_known(self, request: Conversation | ChatRequest) -> bool:
@@ -361,11 +357,7 @@ def _secret(config: EndpointConfig, where: str) -> str | None:
 
 
 async def _whole(reply: httpx.Response) -> httpx.Response:
-    """Return a reply with its body, decompressed here: httpx would expand each piece as far as it goes.
-
-    Raises:
-        _RequestError: it is too large, or its encoding is not the one that was asked for.
-    """
+    """Return a reply with its body, decompressed here: httpx would expand each piece as far as it goes."""
     encoding = reply.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", "gzip"):
         raise _RequestError(f"the reply has the content encoding {encoding[:40]!r} (supported: gzip)", status=400)

@@ -1,18 +1,36 @@
-"""Passages of documents: PDF by page, DOCX, HTML and Markdown by heading, plain text as a whole."""
+"""Passages of documents: PDF by page, DOCX, HTML and Markdown by heading, plain text as a whole.
+
+As a program, it prints the sections of one document, within limits of memory and time.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import resource
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
+from tunewright.core.unicode import normalize
+from tunewright.data.readers.compression import expansion_limit
+
+if TYPE_CHECKING:
+    from docx.table import Table
+
+
 from tunewright.core.io import file_digest
 from tunewright.core.processes import run
-from tunewright.synthesis import document_formats
-from tunewright.synthesis.document_formats import READERS, SEPARATOR, Section
+
+_INSTALL = "Install it: pip install 'tunewright[documents]'"
+_BEGINNING = "the beginning"
+SEPARATOR = "\n\n"
+_MOST_COLUMNS = 1_000  # Word allows 63
 
 FEWEST_CHARACTERS = 80
 """A shorter passage, such as a heading alone, holds no answer."""
@@ -23,6 +41,287 @@ MAX_SECONDS = 300
 """Its processor time."""
 
 _SUPPORTED = "Supported: .pdf, .docx, .html, .htm, .md, .markdown and .txt."
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a document: ``page 3`` or ``heading "Fees"``, and its text."""
+
+    at: str
+    text: str
+
+
+def parse_document(data: bytes, path: Path) -> list[Section]:
+    """Return a document's sections; call it in a process with limits."""
+    sections = [Section(section.at, _clean(section.text)) for section in READERS[path.suffix.lower()](data, path)]
+    size, limit = sum(len(section.text) for section in sections), expansion_limit(len(data))
+    if size > limit:
+        raise _expanded(f"{size:,} characters of text", limit, path)
+    return sections
+
+
+def _expanded(size: str, limit: int, path: Path) -> UserError:
+    what = f"The document contains {size} (limit for a file of this size: {limit:,})"
+    return UserError(what, where=str(path), fix="Split it, or leave it out.")
+
+
+def _clean(text: str) -> str:
+    """Return the text in NFC, with spaces collapsed and at most one empty line in a row."""
+    text = normalize(text.replace("\r\n", "\n").replace("\xa0", " ").replace("\x00", ""))
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text.encode("utf-8", "ignore").decode())
+    text = re.sub(r"[ \t]+", " ", text)
+    return re.sub(r"\n{3,}", SEPARATOR, re.sub(r" ?\n ?", "\n", text)).strip()
+
+
+def _pdf(data: bytes, path: Path) -> list[Section]:
+    try:
+        import pypdf
+        from pypdf.errors import PyPdfError
+    except ImportError:
+        raise UserError("Reading PDF requires pypdf", where=str(path), fix=_INSTALL) from None
+    try:
+        reader = pypdf.PdfReader(BytesIO(data))
+        # Many files are encrypted with an empty password, which only forbids printing or copying.
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise UserError("The PDF is encrypted", where=str(path), fix="Save it without a password.")
+        return [Section(f"page {number}", page.extract_text()) for number, page in enumerate(reader.pages, start=1)]
+    except UserError:
+        raise
+    except (PyPdfError, *_DAMAGED) as error:
+        raise _damaged("PDF", path, error) from None
+
+
+def _docx(data: bytes, path: Path) -> list[Section]:
+    try:
+        import docx
+        from docx.opc.exceptions import PackageNotFoundError
+        from docx.table import Table
+    except ImportError:
+        raise UserError("Reading DOCX requires python-docx", where=str(path), fix=_INSTALL) from None
+    if data.startswith(b"\xd0\xcf\x11\xe0"):
+        what = "The document is encrypted, or in the format of Word 97 (.doc)"
+        raise UserError(what, where=str(path), fix="Save it as .docx without a password.")
+    sections = _Sections()
+    try:
+        with ZipFile(BytesIO(data)) as archive:
+            size, limit = sum(member.file_size for member in archive.infolist()), expansion_limit(len(data))
+        if size > limit:
+            raise _expanded(f"{size:,} bytes", limit, path)
+        for block in docx.Document(BytesIO(data)).iter_inner_content():
+            if isinstance(block, Table):
+                for row in _rows(block, path):
+                    sections.add(" | ".join(row))
+            elif (block.style.name or "" if block.style else "").startswith(
+                ("Heading", "Title")
+            ) and block.text.strip():
+                sections.head(block.text)
+            else:
+                sections.add(block.text)
+    except UserError:
+        raise
+    except (PackageNotFoundError, BadZipFile, SyntaxError, *_DAMAGED) as error:
+        raise _damaged("DOCX", path, error) from None
+    return sections.done
+
+
+def _rows(table: Table, path: Path) -> Iterator[list[str]]:
+    """Yield the cells' texts of each row, a merged cell once in each row that it covers.
+
+    `row.cells` would repeat a cell for each column that it spans, and a few bytes can state any number of them.
+    """
+    from docx.table import _Cell
+
+    above: dict[int, str] = {}
+    for row in table.rows:
+        texts, column = [], row.grid_cols_before
+        for cell in row._tr.tc_lst:
+            text = above.get(column, "") if cell.vMerge == "continue" else _Cell(cell, table).text.strip()
+            above[column] = text
+            texts.append(text)
+            column += cell.grid_span
+        if column > _MOST_COLUMNS:
+            what = f"A row of a table has {column:,} columns (limit {_MOST_COLUMNS:,})"
+            raise UserError(what, where=str(path), fix="Save the document again, or leave it out.")
+        yield texts
+
+
+def _html(data: bytes, path: Path) -> list[Section]:
+    try:
+        from lxml import etree, html
+    except ImportError:
+        raise UserError("Reading HTML requires lxml", where=str(path), fix=_INSTALL) from None
+    try:
+        root = html.document_fromstring(data, parser=html.HTMLParser(encoding=_declared(data)))
+    except (etree.ParserError, etree.LxmlError, *_DAMAGED) as error:
+        raise _damaged("HTML", path, error) from None
+    sections = _Sections()
+    _walk(root, sections)
+    return sections.done
+
+
+_HEADINGS = {f"h{level}" for level in range(1, 7)}
+_SKIPPED = {"script", "style", "noscript", "template", "nav", "head", "svg", "iframe"}
+_INLINE = {
+    "a",
+    "abbr",
+    "b",
+    "bdi",
+    "cite",
+    "code",
+    "em",
+    "i",
+    "kbd",
+    "mark",
+    "q",
+    "s",
+    "small",
+    "span",
+    "strong",
+    "sub",
+}
+_INLINE |= {"sup", "time", "u", "var", "wbr", "font", "label"}
+
+
+def _walk(root: Any, sections: _Sections) -> None:
+    """Add the texts of an element in order, without recursion: foreign pages nest deeply."""
+    stack: list[tuple[Any, bool]] = [(root, False)]
+    while stack:
+        node, leaving = stack.pop()
+        if isinstance(node, str):
+            sections.text(node)
+            continue
+        if not isinstance(node.tag, str) or node.tag in _SKIPPED:  # a comment has a function as tag
+            continue
+        block = node.tag not in _INLINE
+        if leaving:
+            if block:
+                sections.end()
+            continue
+        if block:
+            sections.end()
+        if node.tag in _HEADINGS:
+            sections.head(" ".join(node.text_content().split()))
+            continue
+        stack.append((node, True))
+        for child in reversed(node):
+            if child.tail:
+                stack.append((child.tail, False))
+            stack.append((child, False))
+        if node.text:
+            stack.append((node.text, False))
+
+
+def _declared(data: bytes) -> str | None:
+    """Return UTF-8 if the page is UTF-8; else the parser finds the encoding that the page declares."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return None
+    return "utf-8"
+
+
+def _markdown(data: bytes, path: Path) -> list[Section]:
+    from markdown_it import MarkdownIt
+
+    lines = _text(data, path).split("\n")
+    tokens = MarkdownIt("commonmark").parse("\n".join(lines))
+    heads = {
+        token.map[0]: (token.map[1], tokens[place + 1].content)
+        for place, token in enumerate(tokens)
+        if token.type == "heading_open" and token.map and token.level == 0
+    }
+    sections = _Sections()
+    line = 0
+    while line < len(lines):
+        if line in heads:
+            line, title = heads[line]
+            sections.head(title)
+            continue
+        sections.text(lines[line] + "\n")
+        line += 1
+    sections.end()
+    return sections.done
+
+
+def _plain(data: bytes, path: Path) -> list[Section]:
+    return [Section(_BEGINNING, _text(data, path))]
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"Not UTF-8: {error.reason}", where=str(path), fix="Save the document in UTF-8.") from None
+
+
+class _Sections:
+    """Sections under headings, built in the order of the document."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, list[str]]] = [(_BEGINNING, [])]
+        self._open = ""
+
+    def head(self, title: str) -> None:
+        """Begin a section."""
+        self.end()
+        title = " ".join(title.split())
+        self._found.append((f'heading "{title[:100]}"', [title]))
+
+    def text(self, text: str) -> None:
+        """Continue the open paragraph."""
+        self._open += text
+
+    def end(self) -> None:
+        """End the open paragraph."""
+        if self._open.strip():
+            self._found[-1][1].append(self._open)
+        self._open = ""
+
+    def add(self, paragraph: str) -> None:
+        """Add a paragraph."""
+        self.text(paragraph)
+        self.end()
+
+    @property
+    def done(self) -> list[Section]:
+        """The sections that have a paragraph or a title."""
+        self.end()
+        return [Section(at, SEPARATOR.join(parts)) for at, parts in self._found if parts]
+
+
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, NotImplementedError, OSError)
+"""What parsers of foreign bytes raise besides errors of their own."""
+
+
+def _damaged(kind: str, path: Path, error: Exception) -> UserError:
+    detail = " ".join(str(error).split())[:120] or type(error).__name__
+    return UserError(f"The {kind} is damaged: {detail}", where=str(path), fix="Save it again, or leave it out.")
+
+
+READERS: dict[str, Callable[[bytes, Path], list[Section]]] = {
+    ".pdf": _pdf,
+    ".docx": _docx,
+    ".html": _html,
+    ".htm": _html,
+    ".md": _markdown,
+    ".markdown": _markdown,
+    ".txt": _plain,
+}
+
+
+def _print_sections(path: Path, memory: int, seconds: int) -> None:
+    """Print a document's sections as JSON, or its error, within limits of address space and processor time."""
+    limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: seconds, resource.RLIMIT_CORE: 0}
+    for kind, limit in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    try:
+        data = path.read_bytes()
+        sections = [asdict(section) for section in parse_document(data, path)]
+    except UserError as error:
+        json.dump({"error": error.as_dict()}, sys.stdout)
+    else:
+        json.dump({"sections": sections}, sys.stdout)
 
 
 @dataclass(frozen=True)
@@ -54,13 +353,7 @@ class Document:
 def read_document(path: Path, longest: int) -> Document:
     """Read a document and cut it into passages.
 
-    Args:
-        path: the file; its suffix decides the format.
-        longest: characters of a passage.
-
-    Raises:
-        UserError: the file is missing, empty, encrypted, damaged, without any text, or of another format; parsing it
-            exceeds a limit; or a package is missing.
+    ``longest`` are the characters of a passage.
     """
     suffix = path.suffix.lower()
     try:
@@ -95,7 +388,7 @@ def read_document(path: Path, longest: int) -> Document:
 
 def _parse_apart(path: Path) -> list[Section]:
     """Return a document's sections, parsed in a process of its own: a parser is not trusted with memory and time."""
-    command = (sys.executable, "-P", "-m", document_formats.__name__, str(path), str(MAX_MEMORY), str(MAX_SECONDS))
+    command = (sys.executable, "-P", "-m", __name__, str(path), str(MAX_MEMORY), str(MAX_SECONDS))
     ran = run(command)
     if ran.code == 0:
         result = json.loads(ran.stdout)
@@ -125,3 +418,7 @@ def _piece(text: str, start: int, end: int) -> Iterator[tuple[int, str]]:
     piece = text[start:end]
     if piece.strip():
         yield start + len(piece) - len(piece.lstrip()), piece.strip()
+
+
+if __name__ == "__main__":
+    _print_sections(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

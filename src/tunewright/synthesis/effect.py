@@ -26,13 +26,6 @@ def measure_effect(project: ProjectFolder, ours: Path, theirs: Path, reporter: R
     """Compare two evaluations on the test items of people, and add the finding to the first one's evidence.
 
     Nothing is answered again: the answers are those that the evaluations stored.
-
-    Args:
-        ours: the evaluation of the adapter trained with the generated rows.
-        theirs: that of the adapter trained without them (train.generated: false).
-
-    Raises:
-        UserError: the evaluations differ in more than the generated rows, or an evaluation was changed.
     """
     log, folder = amendable(ours, project.evaluations)
     evidence = log.load(folder)

@@ -53,12 +53,7 @@ class Input:
 
 
 def read_inputs(paths: Sequence[Path], data: DataConfig, reporter: Reporter) -> list[Input]:
-    """Read files of inputs, in any format of pairs; a row may lack the answer.
-
-    Raises:
-        UserError: a file cannot be read, a row is faulty (names file and line), or a row has a secret, which would be
-            sent to the teacher.
-    """
+    """Read files of inputs, in any format of pairs; a row may lack the answer."""
     found: list[Input] = []
     faults: list[Fault] = []
     notes: list[str] = []
@@ -120,9 +115,6 @@ def screen_inputs(
     """Return the reason why inputs must not become rows, by position, before anybody sees an answer.
 
     The clusters are those of ``data add``: similar inputs, joined by groups.
-
-    Raises:
-        UserError: a file of benchmark items cannot be read.
     """
     reasons: dict[int, str] = {}
     known = {m.example.prompt_key for m in version.domain} if version else set()

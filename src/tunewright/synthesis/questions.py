@@ -88,14 +88,7 @@ class DocumentsResult:
 
 
 class QuestionWriter:
-    """The generation of rows from documents.
-
-    Args:
-        project: its config has the generate section and the data settings.
-        version: the current version, whose held-out rows the questions must not resemble; None: no dataset yet.
-        teacher: writes the pairs; it was opened for answers of ``SCHEMA``.
-        reporter: shows progress and warnings.
-    """
+    """The generation of rows from documents."""
 
     def __init__(
         self, project: ProjectFolder, version: DatasetVersion | None, teacher: Teacher, reporter: Reporter
@@ -115,12 +108,7 @@ class QuestionWriter:
         return Estimate(len(passages) + skipped, self._left_out, calls)
 
     def run(self, files: Sequence[Path], out: Path) -> DocumentsResult:
-        """Have the teacher write pairs for each passage, and write those that are kept to a file for ``data add``.
-
-        Raises:
-            UserError: no document can be read, the endpoint fails or the budget is used up (finished replies are
-                kept), or ``out`` exists with other rows.
-        """
+        """Have the teacher write pairs for each passage, and write those that are kept to a file for ``data add``."""
         passages = self._passages(files)
         prompts = [self._prompt(passage) for passage in passages]
         replies = [each[0] for each in self.teacher.sample("asking for questions", prompts, 1)]

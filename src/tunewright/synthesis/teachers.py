@@ -20,9 +20,8 @@ from tunewright.data.readers import unmapped
 from tunewright.data.readers.row_errors import CODES, RowError
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.validate import example_from_turns
-from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import Calls, Endpoint, Usage
-from tunewright.model_io.replies import ChatRequest, Journal, Reply
+from tunewright.model_io.replies import Budget, ChatRequest, Journal, Reply
 
 if TYPE_CHECKING:
     from tunewright.evaluation.generations import Generator
@@ -89,13 +88,7 @@ class _Reader:
 class EndpointTeacher:
     """A model behind an endpoint.
 
-    Args:
-        project: its config's generate section names the endpoint.
-        schema: the JSON schema of answers, to send as ``response_format``.
-        reporter: shows the progress.
-
-    Raises:
-        UserError: the section names no model.
+    ``schema`` is the JSON schema of answers, to send as ``response_format``.
     """
 
     def __init__(self, project: ProjectFolder, schema: Mapping[str, Any] | None, reporter: Reporter) -> None:
@@ -123,11 +116,7 @@ class EndpointTeacher:
         return self._endpoint.estimate(request for prompt in prompts for request in self._requests(prompt, samples))
 
     def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[Sample]]:
-        """Return the samples of each prompt.
-
-        Raises:
-            UserError: no key, a permanent failure, or the budget is used up; finished replies are kept.
-        """
+        """Return the samples of each prompt."""
         self._reporter.say(f"Inputs are sent to {self.name} at {self.config.base_url}")
         requests = [request for prompt in prompts for request in self._requests(prompt, samples)]
         replies = iter(self._endpoint.ask(title, requests))
@@ -164,16 +153,7 @@ class EndpointTeacher:
 
 
 class LocalTeacher:
-    """A base on this machine, sampled by the engine of evaluations.
-
-    Args:
-        project: its config's generate section names the base.
-        generator: has the base and its chat format.
-        reporter: shows the progress.
-
-    Raises:
-        UserError: a parameter that a local teacher does not take.
-    """
+    """A base on this machine, sampled by the engine of evaluations."""
 
     def __init__(self, project: ProjectFolder, generator: Generator, reporter: Reporter) -> None:
         self.config = project.config.generate
@@ -287,11 +267,7 @@ Teacher = EndpointTeacher | LocalTeacher
 
 
 def require_teacher(config: GenerateConfig) -> None:
-    """Refuse a config without a teacher or its licence.
-
-    Raises:
-        UserError: as it says.
-    """
+    """Refuse a config without a teacher or its licence."""
     if config.base_url is None and config.base is None:
         raise UserError(
             "The config has no teacher",

@@ -45,9 +45,8 @@ def generate(project: OpenProject, files: Iterable[str | Path], out: str | Path 
 
 def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
     from tunewright.metrics import scorer_of
-    from tunewright.synthesis.generate import RowGenerator
+    from tunewright.synthesis.generate import RowGenerator, RubricJudge
     from tunewright.synthesis.inputs import read_inputs
-    from tunewright.synthesis.rubric import RubricJudge
 
     config = project.folder.config
     teacher = _teacher(project.folder, project.reporter)

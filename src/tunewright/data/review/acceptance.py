@@ -146,10 +146,7 @@ class Outcome:
 def judge(plan: SequentialPlan | FixedPlan, findings: Iterable[Finding], rows: int) -> Outcome:
     """Follow a plan through its sample, in draw order, up to the first decision.
 
-    Args:
-        plan: the plan.
-        findings: findings of the sample, up to the first row without one.
-        rows: number of rows of the version. Once all are checked, the true share decides.
+    ``findings`` end at the first row without one. Once all ``rows`` of the version are checked, the true share decides.
     """
     checked = wrong = unsettled = 0
     decision: Decision = "continue"

@@ -227,9 +227,7 @@ def superseded_keys(dataset: Path, manifest: Manifest) -> dict[str, str]:
 def unaccepted_keys(dataset: Path, manifest: Manifest | None, generated: Collection[str]) -> frozenset[str]:
     """Return the generated rows that no person has accepted: by the verdict "right", or by an applied edit.
 
-    Args:
-        manifest: the version that has the edits; None: there is no version.
-        generated: pair keys of generated rows.
+    ``manifest`` is the version that has the edits; None: there is no version.
     """
     if not generated:
         return frozenset()
@@ -252,9 +250,7 @@ def without_unaccepted(
 ) -> list[Member]:
     """Return the members of a new version without held-out generated rows whose acceptance was withdrawn.
 
-    Args:
-        manifest: the version before.
-        edited: pair keys of rows that a person edits in the new version.
+    ``manifest`` is of the version before; ``edited`` are rows that a person edits in the new one.
     """
     held_out = {m.key for m in members if m.generated and m.split != "train"} - set(edited)
     gone = unaccepted_keys(dataset, manifest, held_out)

@@ -235,9 +235,6 @@ def review_status(dataset: Path) -> str | None:
 
     An example is "Version 1f3a… accepted: 0 of 72 wrong, under 5% at 95%". Only the list of members is read, not the
     rows, so that every command can print it.
-
-    Raises:
-        UserError: the version's files or the log of reviews were changed.
     """
     manifest = current_manifest(dataset)
     if manifest is None:

@@ -172,11 +172,7 @@ class ReviewLog(AnnotationLog[VerdictEvent]):
 
 
 def read_reviews(dataset: Path) -> ReviewLog:
-    """Return the reviews of a dataset; the log may be empty.
-
-    Raises:
-        UserError: a line is not an event, or was changed.
-    """
+    """Return the reviews of a dataset; the log may be empty."""
     path = dataset / REVIEWS_FILE
     data = path.read_bytes() if path.is_file() else b""
     whole, torn = whole_lines(data)
@@ -188,9 +184,6 @@ def events_in(data: bytes, where: str) -> list[tuple[int, Event]]:
     """Return the events of a log with their lines, from 1; each has its ``nth``, and no digest.
 
     Equal events in different logs are the same event. A duplicate, which a merge by git may leave, counts once.
-
-    Raises:
-        UserError: a line is not an event, or was changed.
     """
     found: dict[Event, int] = {}
     counts = Counter[tuple[str, str]]()
@@ -223,11 +216,7 @@ def event_line(event: Event) -> str:
 
 
 def parse_event(line: bytes, where: str) -> Event:
-    """Parse a line of the log.
-
-    Raises:
-        UserError: the line is not an event, or its digest does not match.
-    """
+    """Parse a line of the log."""
     event = parse_line(_EVENT.validate_json, line, where, "Not a review")
     if isinstance(event, VerdictEvent) and (event.verdict == "edit") != (event.output is not None):
         raise UserError("Invalid review: `output` belongs to an edit, and only to an edit", where=where, fix=RESTORE)
@@ -241,9 +230,6 @@ def append_reviews(dataset: Path, events: Sequence[Event]) -> None:
 
     An event that is not later than its reviewer's last one (same second, or a slow clock) gets that one's time and the
     next number.
-
-    Raises:
-        UserError: the disk is full or refuses, or the log was changed by hand.
     """
 
     def stamped(known: Sequence[Event]) -> list[Event]:
@@ -263,14 +249,7 @@ def append_reviews(dataset: Path, events: Sequence[Event]) -> None:
 
 
 def merge_reviews(dataset: Path, events: Sequence[Event]) -> list[Event]:
-    """Append the events of other logs (from ``events_in``) that this one lacks.
-
-    Returns:
-        The events added.
-
-    Raises:
-        UserError: the disk is full or refuses, or the log was changed by hand.
-    """
+    """Append the events of other logs (from ``events_in``) that this one lacks."""
     if not events:
         return []
     return _extend(dataset, lambda known: lacking(events, known))
@@ -306,11 +285,7 @@ def without_purged(event: Event, purged: Collection[str]) -> Event:
 
 
 def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
-    """Remove the answers and notes that reviewers wrote for purged rows; each event keeps its line.
-
-    Raises:
-        UserError: the disk is full or refuses, or the log was changed by hand.
-    """
+    """Remove the answers and notes that reviewers wrote for purged rows; each event keeps its line."""
     path = dataset / REVIEWS_FILE
     if not purged or not path.is_file():
         return
@@ -407,12 +382,6 @@ def continued_draw(
     reviews: ReviewLog, parent: tuple[str, Sequence[str]], version: tuple[str, Sequence[str]], edits: Mapping[str, str]
 ) -> DrawEvent | None:
     """Return the draw with which an edited version continues its parent's sample.
-
-    Args:
-        reviews: the log.
-        parent: digest and pair keys of the version before.
-        version: digest and pair keys of the edited version.
-        edits: pair key before to pair key now.
 
     Returns:
         None if there is nothing to continue: no row of the sample was checked, it rejected the parent, the version has

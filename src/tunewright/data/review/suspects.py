@@ -99,16 +99,6 @@ def find_suspects(
     another class, then classes that the out-of-fold model doubts. Repeated answers that are not classes, and classes
     that the model predicts too rarely (``ACCURATE``), are ranked by the other rows with their answer. Free text is
     ranked by loss; if both apply, the two rankings are interleaved.
-
-    Args:
-        version: the rows.
-        reporter: shows progress, and receives messages on rows that cannot be judged.
-        losses: for free text, by pair key.
-        share: maximum share of the rows to return; conflicts are never cut off.
-        seed: decides folds and training order.
-
-    Raises:
-        UserError: a loss is not finite, or the share is outside (0, 1].
     """
     if not 0 < share <= 1:
         raise UserError(f"The share of rows to list must be above 0 and at most 1 (got {share})")
@@ -339,10 +329,7 @@ def _stored(file: Path) -> dict[str, Any]:
 def cached_suspects(file: Path, find: Callable[[Reporter], SuspectList], reporter: Reporter) -> SuspectList:
     """Return the suspects cached in a file, repeating the messages; else find and cache them.
 
-    Args:
-        file: named by the digest of all inputs of the search.
-        find: finds the suspects; its messages are cached too.
-        reporter: receives the messages.
+    ``file`` is named by the digest of all inputs of the search.
     """
     if file.exists():
         kept = _stored(file)

@@ -49,11 +49,7 @@ class JudgePreferences:
 
 
 def accepted_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePreferences | None:
-    """Return the evaluation's judge on its deciding contrast, or None without a judge or with a vetoed one.
-
-    Raises:
-        UserError: the judge's rows cannot be read.
-    """
+    """Return the evaluation's judge on its deciding contrast, or None without a judge or with a vetoed one."""
     judgement = evidence.judge
     if judgement is None:
         return None
@@ -80,11 +76,7 @@ Preferences = Mapping[str, int]
 
 
 def review_results(folder: Path, judge: JudgePreferences | None = None, *, against: str | None = None) -> AnswerReview:
-    """Combine the reviewers' verdicts, weighted to all test items.
-
-    Raises:
-        UserError: there is no evaluation or incumbent, or nobody has started to review it.
-    """
+    """Combine the reviewers' verdicts, weighted to all test items."""
     evidence = load_evidence(folder)
     compared = comparison(folder, evidence, against)
     items = compared.items(load_items(folder))
@@ -245,13 +237,6 @@ def agreement(
 
     Resamples in which both raters give all items the same verdict have no kappa and are left out. If these are half of
     them or more, there is no interval.
-
-    Args:
-        raters: their names.
-        first, second: preferences -1, 0 or 1, [items]; at least one.
-        clusters: the items' clusters.
-        seed: decides the resamples.
-        resamples: number of resamples.
     """
     cells = np.zeros((len(first), len(_KINDS) ** 2), dtype=np.int64)
     places = [(_KINDS.index(a), _KINDS.index(b)) for a, b in zip(first, second, strict=True)]

@@ -71,11 +71,7 @@ class Comparison:
 
 
 def comparison(folder: Path, evidence: Evidence, against: str | None = None) -> Comparison:
-    """Return the comparison of the deciding contrast, or of its treatment with an incumbent.
-
-    Raises:
-        UserError: the evaluation has no such incumbent.
-    """
+    """Return the comparison of the deciding contrast, or of its treatment with an incumbent."""
     first = evidence.contrasts[0]
     if against is None:
         return Comparison(first.treatment, first.control, folder / FOLDER)
@@ -90,11 +86,7 @@ def comparison(folder: Path, evidence: Evidence, against: str | None = None) -> 
 
 
 def open_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
-    """Return the comparison's sample: the existing one, or a new one of ``count`` items (None: `ITEMS`).
-
-    Raises:
-        UserError: the existing sample has another size or other items, or none can be drawn.
-    """
+    """Return the comparison's sample: the existing one, or a new one of ``count`` items (None: `ITEMS`)."""
     sample = load_sample(compared.folder, evidence)
     if sample is None:
         return draw_sample(compared, evidence, items, ITEMS if count is None else count)
@@ -108,11 +100,7 @@ def open_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item],
 
 
 def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
-    """Record the sample, unless it is already recorded.
-
-    Raises:
-        UserError: another sample was recorded meanwhile, or the file cannot be written.
-    """
+    """Record the sample, unless it is already recorded."""
     there = load_sample(folder, evidence)
     if there is None:
         write_json(folder / SAMPLE_FILE, sample.model_dump(mode="json"))
@@ -123,11 +111,7 @@ def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
 
 
 def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
-    """Return the existing sample, if any.
-
-    Raises:
-        UserError: the file is not a sample of this evaluation.
-    """
+    """Return the existing sample, if any."""
     path = folder / SAMPLE_FILE
     try:
         sample = Sample.model_validate_json(path.read_bytes())
@@ -143,11 +127,7 @@ def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
 
 
 def draw_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int) -> Sample:
-    """Draw from the items whose answers by the two arms differ.
-
-    Raises:
-        UserError: there are fewer than two items for each stratum, or no answers differ.
-    """
+    """Draw from the items whose answers by the two arms differ."""
     strata = stratify(items, compared.treatment, compared.control, evidence.metric)
     if not strata:
         raise UserError(
@@ -198,9 +178,6 @@ def draw(strata: Mapping[str, StratumName], count: int, seed: int) -> list[str]:
     """Draw ``count`` keys at random within each stratum, without replacement, and shuffle them over all strata.
 
     A reviewer who stops early has then judged a random part of each stratum.
-
-    Raises:
-        UserError: fewer than two for each stratum.
     """
     rng = np.random.default_rng(seed)
     by_name = {name: sorted(key for key in strata if strata[key] == name) for name in STRATA}
@@ -211,11 +188,7 @@ def draw(strata: Mapping[str, StratumName], count: int, seed: int) -> list[str]:
 
 
 def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, int]:
-    """Allocate the draws to strata: proportional to size, but at least `SMALLEST` where available.
-
-    Raises:
-        UserError: fewer than two for each stratum, without which a variance cannot be estimated.
-    """
+    """Allocate the draws to strata: proportional to size, but at least `SMALLEST` where available."""
     total = sum(sizes.values())
     count = min(count, total)
     least = min(SMALLEST, count // len(sizes))

@@ -77,11 +77,7 @@ class Journal(AnnotationLog[VerdictLine]):
 
 
 def journal_path(folder: Path, reviewer: str) -> Path:
-    """Return the path of a reviewer's journal.
-
-    Raises:
-        UserError: the name is empty, or not valid as a file name.
-    """
+    """Return the path of a reviewer's journal."""
     name = reviewer.strip()
     if not name or not name.isprintable():
         raise UserError("The reviewer's name is empty", where="--reviewer", fix="Pass a name.")
@@ -97,11 +93,7 @@ def read_journals(folder: Path) -> list[Journal]:
 
 
 def read_journal(folder: Path, reviewer: str) -> Journal:
-    """Return one reviewer's journal; it may be empty.
-
-    Raises:
-        UserError: a line is not an event; the message names file and line.
-    """
+    """Return one reviewer's journal; it may be empty."""
     path = journal_path(folder, reviewer)
     return _parse(path) if path.is_file() else Journal(reviewer=reviewer.strip())
 
@@ -119,11 +111,7 @@ def _parse(path: Path) -> Journal:
 
 
 def append_events(folder: Path, events: Sequence[Event]) -> None:
-    """Append events to a reviewer's journal, first removing a partial line that a crash left.
-
-    Raises:
-        UserError: the file cannot be written, or another process keeps it locked.
-    """
+    """Append events to a reviewer's journal, first removing a partial line that a crash left."""
     lines = "".join(f"{event.model_dump_json()}\n" for event in events)
     extend(journal_path(folder, events[0].reviewer), lambda _: lines)
 
@@ -174,11 +162,7 @@ class ComparisonProgress:
 
 
 def reviewers_progress(folder: Path) -> list[ComparisonProgress]:
-    """Return the progress on each comparison of an evaluation that people can make.
-
-    Raises:
-        UserError: there is no evaluation, or a file of the review was changed.
-    """
+    """Return the progress on each comparison of an evaluation that people can make."""
     evidence = load_evidence(folder)
     found = []
     incumbents = evidence.incumbents.compared if evidence.incumbents else ()
@@ -366,11 +350,7 @@ class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
 
 
 def require_arms(evidence: Evidence, items: list[Item]) -> None:
-    """Refuse items that lack an answer of the deciding contrast's arms.
-
-    Raises:
-        UserError: an arm has no answer; the message names it.
-    """
+    """Refuse items that lack an answer of the deciding contrast's arms."""
     first = evidence.contrasts[0]
     for arm in (first.treatment, first.control):
         lacking = sum(arm not in item.answers for item in items)

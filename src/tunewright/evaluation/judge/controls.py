@@ -9,7 +9,7 @@ import numpy as np
 
 from tunewright.core.errors import UserError
 from tunewright.evaluation.judge.figures import exact_lower_limit, reasons
-from tunewright.evaluation.judge.prompts import INJECTION, Question, Vote, correctness, outcome, pairwise
+from tunewright.evaluation.judge.questions import INJECTION, Question, Vote, correctness, outcome, pairwise
 from tunewright.evaluation.judge.rows import ControlRow
 from tunewright.evidence.judge import Control, ControlName
 from tunewright.evidence.schema import Item
@@ -60,11 +60,7 @@ _PASSED: dict[ControlName, Callable[[Sequence[Vote]], bool]] = {
 
 
 def control_cases(items: Sequence[Item], most: int, seed: int, criteria: str | None) -> list[Case]:
-    """Return the controls on up to ``most`` items, one per cluster, each with another cluster's reference.
-
-    Raises:
-        UserError: fewer than `FEWEST` items can be used.
-    """
+    """Return the controls on up to ``most`` items, one per cluster, each with another cluster's reference."""
     rng = np.random.default_rng(seed)
     shuffled = [items[place] for place in rng.permutation(len(items))]
     first_of = {item.cluster: item for item in reversed(shuffled) if item.reference.strip()}

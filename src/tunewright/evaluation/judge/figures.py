@@ -99,12 +99,7 @@ def preference(
 ) -> Preference:
     """Return the treatment's win rates against one opponent; at least one pair needs a verdict.
 
-    Args:
-        treatment, opponent: arms.
-        rows: the items, each with this opponent among its pairs.
-        lengths: pair key to the characters of both answers, the treatment's first.
-        clusters: the items' clusters.
-        seed: decides the resamples.
+    ``lengths`` are the characters of both answers by pair key, the treatment's first.
     """
     plain = [row.pairs[opponent].plain for row in rows]
     scored = [place for place, pair in enumerate(plain) if pair.outcome is not None]

@@ -62,11 +62,7 @@ class ControlRow(Part):
 
 
 def load_judged(folder: Path) -> list[JudgedItem]:
-    """Read ``judge.jsonl`` next to the evidence in ``folder``.
-
-    Raises:
-        UserError: there is no such file, or a line is not a judged item.
-    """
+    """Read ``judge.jsonl`` next to the evidence in ``folder``."""
     file = folder / ROWS_FILE
     try:
         lines = file.read_text(encoding="utf-8").split("\n")

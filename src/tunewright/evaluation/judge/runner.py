@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,25 +18,32 @@ from tunewright.data.versions import load_version, short
 from tunewright.evaluation.access_log import amendable
 from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
 from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
-from tunewright.evaluation.judge.judge_requests import Candidate, JudgeRequests
-from tunewright.evaluation.judge.prompts import Question, Vote, prompts_digest, vote
-from tunewright.evaluation.judge.reference_answers import REFERENCE_MODEL, ReferenceAnswers, asked_answers, read_answers
+from tunewright.evaluation.judge.questions import Candidate, JudgeRequests, Question, Vote, prompts_digest, vote
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
 from tunewright.evidence.common import Part
 from tunewright.evidence.files import load_items
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
 from tunewright.evidence.schema import Evidence, Item
-from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import Endpoint
-from tunewright.model_io.replies import Conversation
+from tunewright.model_io.replies import Budget, Conversation
+
+REFERENCE_MODEL = "reference model"
+"""Its name among the arms."""
+
+_MISSING = "no answer of the reference model"
+_Number = TypeVar("_Number", int, float)
+
+_IDENTITY = ("model", "url", "parameters", "prompts", "reference_model")
+"""Fields that identify a judgement when it is repeated."""
+_FAMILIES = {
+    "smollm": r"smol-?lm|smolvlm",
+    "mistral": r"mistral|mixtral|ministral|codestral|devstral|magistral|pixtral|mathstral|zephyr",
+    "llama": r"llama|vicuna|alpaca",
+}
 
 
 def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
-    """Return each item's chat prompt: its messages up to the answer, the system prompt included.
-
-    Raises:
-        UserError: the evaluated dataset version is missing, or an item has functions.
-    """
+    """Return each item's chat prompt: its messages up to the answer, the system prompt included."""
     messages = _messages(dataset, evidence)
     odd = [item.key for item in items if any(m.role == "tools" for m in messages[item.key])]
     if odd:
@@ -73,13 +81,6 @@ def _messages(dataset: Path, evidence: Evidence) -> dict[str, tuple[Message, ...
     return {member.key: member.example.prompt for member in version.domain}
 
 
-_FAMILIES = {
-    "smollm": r"smol-?lm|smolvlm",
-    "mistral": r"mistral|mixtral|ministral|codestral|devstral|magistral|pixtral|mathstral|zephyr",
-    "llama": r"llama|vicuna|alpaca",
-}
-
-
 def family(model: str) -> str | None:
     """Return the family that a model's name indicates (smollm, mistral or llama, for example), or None."""
     name = model.lower()
@@ -94,12 +95,6 @@ def shared_family(judge: str, base: str) -> str | None:
     """
     found = family(judge)
     return found if found is not None and found == family(base) else None
-
-
-_Number = TypeVar("_Number", int, float)
-
-_IDENTITY = ("model", "url", "parameters", "prompts", "reference_model")
-"""Fields that identify a judgement when it is repeated."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +122,7 @@ class Estimate:
 
 
 class Judge:
-    """One evaluation and the config's judge.
-
-    Args:
-        project: its config names the judge.
-        folder: the evaluation's folder.
-        reporter: shows progress and warnings.
-
-    Raises:
-        UserError: the config has no judge, there is no key or evaluation, or there are too few items for the controls.
-    """
+    """One evaluation and the config's judge."""
 
     def __init__(self, project: ProjectFolder, folder: Path, reporter: Reporter) -> None:
         self.settings = project.config.judge
@@ -191,12 +177,7 @@ class Judge:
         return ReferenceAnswers({item.key: "?" * len(item.reference) for item in self.items}, {})
 
     def judge(self) -> JudgeResult:
-        """Test the judge and, if it passes, judge all items; the evidence gets the findings or the veto.
-
-        Raises:
-            UserError: an endpoint fails or the budget is used up (replies are kept), or some arm has no readable
-                verdict.
-        """
+        """Test the judge and, if it passes, judge all items; the evidence gets the findings or the veto."""
         family = self._warn_of_family()
         self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.base_url}")
         cases = self._tested()
@@ -337,3 +318,60 @@ def _total(numbers: Sequence[_Number | None]) -> _Number | None:
     """Return the sum, or None if a number is unknown."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
+
+
+@dataclass(frozen=True)
+class ReferenceAnswers:
+    """The answers by pair key, and the reason for each item without one."""
+
+    answers: Mapping[str, str]
+    lacking: Mapping[str, str]
+
+
+def asked_answers(
+    endpoint: Endpoint, prompts: Sequence[Conversation], items: Sequence[Item], reporter: Reporter
+) -> ReferenceAnswers:
+    """Return the endpoint's answers to the prompts, which are in the items' order."""
+    replies = endpoint.ask("Answers of the reference model", prompts)
+    cut = sum(reply.finish == "length" for reply in replies)
+    if cut:
+        reporter.warn(
+            f"{cut} of {len(replies)} answers of the reference model ran into its token limit and are judged as they "
+            "are; raise max_tokens in judge.reference_model.parameters."
+        )
+    answered = list(zip(items, replies, strict=True))
+    return ReferenceAnswers(
+        {item.key: reply.text for item, reply in answered if reply.refused is None},
+        {item.key: f"{_MISSING}: {reply.refused}" for item, reply in answered if reply.refused is not None},
+    )
+
+
+def read_answers(path: Path, items: Sequence[Item]) -> ReferenceAnswers:
+    """Load the items' answers from a JSONL file of ``{"key": PAIR KEY, "answer": TEXT}``; other keys are ignored."""
+    where = "judge.reference_model.answers"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}", where=where) from None
+    answers: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key, answer = row["key"], row["answer"]
+        except (ValueError, KeyError, TypeError):
+            key = answer = None
+        if not isinstance(key, str) or not isinstance(answer, str):
+            raise UserError('Expected {"key": PAIR KEY, "answer": TEXT}', where=f"{path}:{number}")
+        if key in answers:
+            raise UserError(f"Duplicate key {key[:12]}", where=f"{path}:{number}")
+        answers[key] = answer
+    missing = [item.key for item in items if item.key not in answers]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(items)} test items have no answer (first: {missing[0]})",
+            where=str(path),
+            fix="Use the pair keys of the evaluation's items.jsonl.",
+        )
+    return ReferenceAnswers({item.key: answers[item.key] for item in items}, {})

@@ -30,12 +30,8 @@ Batch = EvaluationBatch[dict[str, Any], str]
 class InstructionAdapter:
     """GEPA's adapter (the protocol `gepa.core.adapter.GEPAAdapter`).
 
-    Args:
-        arm_runner: answers and scores rows.
-        instruction: the pairs' own instruction, the first candidate.
-        among: all training rows, whose outputs for the same input count as references.
-        ask: sends a prompt to the reflection model; returns None once the search has to end.
-        task: shows the number of scored answers.
+    ``among`` are all training rows, whose outputs for the same input count as references. ``ask`` sends a prompt to the
+    reflection model, and returns None once the search has to end.
     """
 
     def __init__(
@@ -83,11 +79,7 @@ class InstructionAdapter:
         return EvaluationBatch(answers, values, traces if capture_traces else None)
 
     def prompts(self, members: Sequence[Member], text: str) -> list[Prompt]:
-        """Return the zero-shot prompts of rows with an instruction.
-
-        Raises:
-            UserError: the template refuses it, or a prompt does not fit the base's context.
-        """
+        """Return the zero-shot prompts of rows with an instruction."""
         arm_runner = self._arm_runner
         prompts = [arm_runner.instructed(member, None if text == self._own else text).ids for member in members]
         longest = max(map(len, prompts))

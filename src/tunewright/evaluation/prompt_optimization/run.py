@@ -21,9 +21,8 @@ from tunewright.evaluation.judge.runner import task_text
 from tunewright.evaluation.optimized_prompts import instruction_digest, load, store
 from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, ReflectionUsage
 from tunewright.metrics import check_references, score_all
-from tunewright.model_io.budget import Budget
 from tunewright.model_io.client import Endpoint
-from tunewright.model_io.replies import Reply, cost, estimated_tokens
+from tunewright.model_io.replies import Budget, Reply, cost, estimated_tokens
 
 if TYPE_CHECKING:
     from gepa.core.adapter import GEPAAdapter
@@ -65,11 +64,7 @@ class OptimizePromptEstimate:
 
 
 def reflection_endpoint(config: Config) -> tuple[EndpointConfig, str]:
-    """Return the reflection model's endpoint, by default the judge's, and the key of its section.
-
-    Raises:
-        UserError: the config names no model, a budget lacks prices or a limit on replies, or GEPA is not installed.
-    """
+    """Return the reflection model's endpoint, by default the judge's, and the key of its section."""
     settings = config.evaluate.prompt_optimization or PromptOptimizationConfig()
     own = settings.reflection_model
     endpoint, where = (config.judge, "judge") if own is None else (own, f"{KEY}.reflection_model")
@@ -96,14 +91,7 @@ def reflection_endpoint(config: Config) -> tuple[EndpointConfig, str]:
 
 
 class PromptOptimization:
-    """One optimization, and everything that decides it.
-
-    Args:
-        arm_runner: answers and scores rows; its project's config sets everything else.
-
-    Raises:
-        UserError: as :func:`reflection_endpoint`, the pairs share no single instruction, or there are too few rows.
-    """
+    """One optimization, and everything that decides it."""
 
     def __init__(self, arm_runner: ArmRunner) -> None:
         config = arm_runner.project.config
@@ -193,11 +181,7 @@ class PromptOptimization:
         }
 
     def run(self) -> OptimizePromptResult:
-        """Search, choose on dev and store the result; a stopped run repeats its steps from kept replies and answers.
-
-        Raises:
-            UserError: the endpoint fails (replies and answers are kept), or the budget allows no call at all.
-        """
+        """Search, choose on dev and store the result; a stopped run repeats its steps from kept replies and answers."""
         evaluations = self.arm_runner.project.evaluations
         if self.file.exists():
             return OptimizePromptResult(self.file, load(self.file, evaluations), optimized=False)

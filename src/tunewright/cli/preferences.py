@@ -1,4 +1,4 @@
-"""``human-eval``: people compare the arms' answers, blind, with keys in the terminal or through a spreadsheet."""
+"""``judge`` and ``human-eval``: a language model, tested itself first, and people compare the arms' answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tunewright.cli.annotate import Import, Reviewer, annotate, chosen_action, read_note, require_terminal
 from tunewright.cli.app import EVALUATE, app, command, refuse_unused
-from tunewright.cli.console import RESUMES, Session
+from tunewright.cli.console import MEASURED_NO, RESUMES, Session
 from tunewright.cli.data_rows import escape_control_character
 from tunewright.cli.verdict import Evaluation
 from tunewright.core.errors import UserError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
+    from tunewright.evaluation.judge.runner import Estimate
     from tunewright.evaluation.stored_answers import KeptPreferences
 
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
@@ -30,6 +31,65 @@ KEYS = (
     "a A is better   b B is better   g both good   x neither",
     "v view the reference   s skip   n note   u undo   q quit",
 )
+
+
+@command(app, "judge", panel=EVALUATE, example="tunewright judge --estimate", kept=RESUMES)
+def judge(
+    run: Session,
+    evaluation: Evaluation = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Estimate calls, tokens and cost, and send nothing.")
+    ] = False,
+    keep_preferences: Annotated[
+        bool,
+        typer.Option(
+            "--keep-preferences", help="Keep the judged preferences as pairs for preference tuning; send nothing."
+        ),
+    ] = False,
+) -> int | None:
+    """Have a model judge the answers' correctness and compare them. The judge is tested first; exit code 3 if it fails.
+
+    The model is the config's judge. Its replies are stored, so a stopped run resumes and pays for nothing twice.
+    """
+    from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
+    from tunewright.evidence.judge import judge_section
+
+    if estimate and keep_preferences:
+        raise UserError(
+            "--estimate and --keep-preferences are mutually exclusive", where="--keep-preferences", fix="Choose one."
+        )
+    if keep_preferences:
+        show_kept(run, run.project.keep_preferences(evaluation, source="judge"))
+        return None
+    if estimate:
+        expected = run.project.estimate_judge(evaluation)
+        run.show(expected, estimate_text(expected))
+        return None
+    result = run.project.judge(evaluation)
+    judged = result.judgement
+    run.show(
+        {"folder": str(result.folder), "judge": judged.model_dump(mode="json")},
+        judge_section(judged),
+        f"Replies: {result.folder / (CONTROLS_FILE if judged.vetoed else ROWS_FILE)}",
+    )
+    return MEASURED_NO if judged.vetoed else None
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """Return the calls, tokens and cost of judging."""
+    from tunewright.model_io.client import limits_text
+
+    calls = estimate.controls + estimate.questions + estimate.reference_answers
+    parts = [f"{estimate.controls:,} to test the judge", f"{estimate.questions:,} to judge"]
+    if estimate.reference_answers:
+        parts.append(f"{estimate.reference_answers:,} answers of the reference model")
+    known = f", {estimate.known:,} of them answered already" if estimate.known else ""
+    replies, cost = limits_text(estimate.most_completion_tokens, estimate.most_cost)
+    return (
+        f"{calls:,} calls{known}: {', '.join(parts)}\n"
+        f"Still to send: about {estimate.prompt_tokens:,} prompt tokens (4 characters each), {replies}\n"
+        f"Cost: {cost}"
+    )
 
 
 @command(
