@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunewright.advisor.context import Answers, Items, cheapest_enough, context_budget
+from tunewright.advisor.adviser import Answers, Items, cheapest_enough, context_budget
 from tunewright.advisor.signals import ContextBudget
 from tunewright.data.examples import Example, Message
 from tunewright.evaluation.arms import ArmPlan

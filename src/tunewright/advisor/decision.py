@@ -115,7 +115,12 @@ class Grounds:
         """
         ceiling = 1 - self.best.score(self.signals.metric).interval.low
         gain = self.signals.gain
-        return ceiling if gain is None else min(ceiling, gain.contrast.interval.high + _still_to_come(gain))
+        if gain is None:
+            return ceiling
+        ahead = 0.0
+        if left := doublings_left(gain):
+            ahead = math.inf if gain.slope is None else left * max(gain.slope.interval.high, 0.0)
+        return min(ceiling, gain.contrast.interval.high + ahead)
 
     @property
     def no_gain(self) -> bool:
@@ -137,13 +142,6 @@ def last_gain(curve: ShotCurve) -> float:
 def doublings_left(gain: TuningGain) -> float:
     """Return the number of doublings from the pilot's rows to all rows."""
     return math.log2(gain.all_rows / gain.pilot.rows)
-
-
-def _still_to_come(gain: TuningGain) -> float:
-    left = doublings_left(gain)
-    if left == 0:
-        return 0.0
-    return math.inf if gain.slope is None else left * max(gain.slope.interval.high, 0.0)
 
 
 def decide(signals: Signals) -> Decision:

@@ -23,6 +23,10 @@ from tunewright.evidence.scoring import ScoredArms, count_references, measured_m
 from tunewright.metrics import check_references, points_text
 
 _SHOWN = 3
+_RULE = (
+    "of static arms with the same number of demonstrations the best draw; of all arms those whose difference to the "
+    "leader has a paired 95% interval that reaches 0, at most {}, by score; and zero-shot in any case"
+)
 
 
 def warn_of_unreachable(generator: Generator, members: Sequence[Member], reporter: Reporter) -> None:
@@ -184,7 +188,7 @@ class _Choice:
             narrowing = Narrowing(
                 items=len(first),
                 clusters=len({m.cluster for m in first}),
-                rule=_rule(self._settings.finalists),
+                rule=_RULE.format(self._settings.finalists),
                 arms=list(entrants.values()),
                 finalists=tuple(plan.name for plan in going_on),
                 fates=fates,
@@ -274,7 +278,7 @@ class _Choice:
         return max(arms.values(), key=lambda arm: (arm.score(self._metric).value, -arm.shots))
 
     def _fates(self, scored: ScoredArms, arms: Mapping[ArmPlan, Arm]) -> dict[str, str]:
-        """Return the reason for each eliminated arm, by name (see `_rule`)."""
+        """Return the reason for each eliminated arm, by name (see `_RULE`)."""
         fates: dict[str, str] = {}
         leader = self._best(arms)
         left: list[Arm] = []
@@ -318,13 +322,6 @@ class _Choice:
 
 def _of_kind(kind: str, arms: Mapping[ArmPlan, Arm]) -> dict[ArmPlan, Arm]:
     return {plan: arm for plan, arm in arms.items() if plan.kind == kind}
-
-
-def _rule(finalists: int) -> str:
-    return (
-        "of static arms with the same number of demonstrations the best draw; of all arms those whose difference to "
-        f"the leader has a paired 95% interval that reaches 0, at most {finalists}, by score; and zero-shot in any case"
-    )
 
 
 def first_items(members: Sequence[Member], count: int, seed: int) -> list[int]:

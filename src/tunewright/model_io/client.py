@@ -197,10 +197,8 @@ class Endpoint:
 
     def _use(self, key: str) -> None:
         self.used[key] = self.journal.answers[key]
-        self._purse.pay(self._cost(self.used[key]))
-
-    def _cost(self, reply: Reply) -> float:
-        return cost(self.config, reply.prompt_tokens, reply.completion_tokens) or 0.0
+        reply = self.used[key]
+        self._purse.pay(cost(self.config, reply.prompt_tokens, reply.completion_tokens) or 0.0)
 
     async def _ask_all(self, missing: Mapping[str, ChatRequest], task: Task) -> None:
         """Run workers over one list; the first failure stops them all, once the requests in flight have finished."""
@@ -302,7 +300,7 @@ class Endpoint:
         if response.is_success:
             seconds = round(time.perf_counter() - began, 4)
             return replace(_parsed(response, request), seconds=seconds, when=now())
-        message = self._told(response)
+        message = self._error_message(response)
         if response.status_code in {400, 413, 422}:
             for pattern, why in ((_TOO_LONG, "too long for the model"), (_FILTERED, "refused by a content filter")):
                 if pattern.search(response.text):
@@ -313,7 +311,7 @@ class Endpoint:
             retry_after=_retry_after(response.headers.get("retry-after")),
         )
 
-    def _told(self, response: httpx.Response) -> str:
+    def _error_message(self, response: httpx.Response) -> str:
         """Return the endpoint's error message, without the key that it may repeat."""
         try:
             error = response.json()["error"]

@@ -151,7 +151,12 @@ def _html(data: bytes, path: Path) -> list[Section]:
     except ImportError:
         raise UserError("Reading HTML requires lxml", where=str(path), fix=_INSTALL) from None
     try:
-        root = html.document_fromstring(data, parser=html.HTMLParser(encoding=_declared(data)))
+        data.decode()
+        encoding = "utf-8"
+    except UnicodeDecodeError:
+        encoding = None  # the parser finds the one that the page declares
+    try:
+        root = html.document_fromstring(data, parser=html.HTMLParser(encoding=encoding))
     except (etree.ParserError, etree.LxmlError, *_DAMAGED) as error:
         raise _damaged("HTML", path, error) from None
     sections = _Sections()
@@ -161,25 +166,8 @@ def _html(data: bytes, path: Path) -> list[Section]:
 
 _HEADINGS = {f"h{level}" for level in range(1, 7)}
 _SKIPPED = {"script", "style", "noscript", "template", "nav", "head", "svg", "iframe"}
-_INLINE = {
-    "a",
-    "abbr",
-    "b",
-    "bdi",
-    "cite",
-    "code",
-    "em",
-    "i",
-    "kbd",
-    "mark",
-    "q",
-    "s",
-    "small",
-    "span",
-    "strong",
-    "sub",
-}
-_INLINE |= {"sup", "time", "u", "var", "wbr", "font", "label"}
+_INLINE = {"a", "abbr", "b", "bdi", "cite", "code", "em", "font", "i", "kbd", "label", "mark", "q", "s", "small"}
+_INLINE |= {"span", "strong", "sub", "sup", "time", "u", "var", "wbr"}
 
 
 def _walk(root: Any, sections: _Sections) -> None:
@@ -211,15 +199,6 @@ def _walk(root: Any, sections: _Sections) -> None:
             stack.append((node.text, False))
 
 
-def _declared(data: bytes) -> str | None:
-    """Return UTF-8 if the page is UTF-8; else the parser finds the encoding that the page declares."""
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return None
-    return "utf-8"
-
-
 def _markdown(data: bytes, path: Path) -> list[Section]:
     from markdown_it import MarkdownIt
 
@@ -241,10 +220,6 @@ def _markdown(data: bytes, path: Path) -> list[Section]:
         line += 1
     sections.end()
     return sections.done
-
-
-def _plain(data: bytes, path: Path) -> list[Section]:
-    return [Section(_BEGINNING, _text(data, path))]
 
 
 def _text(data: bytes, path: Path) -> str:
@@ -305,7 +280,7 @@ READERS: dict[str, Callable[[bytes, Path], list[Section]]] = {
     ".htm": _html,
     ".md": _markdown,
     ".markdown": _markdown,
-    ".txt": _plain,
+    ".txt": lambda data, path: [Section(_BEGINNING, _text(data, path))],
 }
 
 

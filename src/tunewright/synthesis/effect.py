@@ -87,7 +87,7 @@ def _require_comparable(ours: Evidence, theirs: Evidence) -> None:
         if evidence.design != "held-out" or evidence.split != "test":
             what = f"Evaluation {evidence.id} is not one of `tunewright evaluate` on the test split"
             raise UserError(what, fix="Name an evaluation of the test split.")
-        if _trained_with(evidence) is not wanted:
+        if bool(_train(evidence).get("generated", True)) is not wanted:
             raise UserError(
                 f"The adapter of evaluation {evidence.id} was trained {'without' if wanted else 'with'} generated rows",
                 fix="Name the evaluation with them first, then the one of an adapter trained with train.generated: "
@@ -95,7 +95,9 @@ def _require_comparable(ours: Evidence, theirs: Evidence) -> None:
             )
     differ = [name for name in _SAME if ours.lineage.get(name) != theirs.lineage.get(name)]
     differ += ["metric"] if ours.metric != theirs.metric else []
-    differ += [f"train.{name}" for name in _differing_keys(_train(ours), _train(theirs)) if name != "generated"]
+    mine, other = _train(ours), _train(theirs)
+    keys = sorted((mine.keys() | other.keys()) - {"generated"})
+    differ += [f"train.{name}" for name in keys if mine.get(name) != other.get(name)]
     if differ:
         raise UserError(
             f"Evaluations {ours.id} and {theirs.id} differ in more than the generated rows: {', '.join(differ)}",
@@ -106,11 +108,3 @@ def _require_comparable(ours: Evidence, theirs: Evidence) -> None:
 def _train(evidence: Evidence) -> dict[str, Any]:
     config = evidence.lineage.get("adapter", {}).get("lineage", {}).get("config") or {}
     return dict(config.get("train", {}))
-
-
-def _trained_with(evidence: Evidence) -> bool:
-    return bool(_train(evidence).get("generated", True))
-
-
-def _differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

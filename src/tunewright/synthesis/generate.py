@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tunewright.config import GenerateConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text
@@ -94,27 +95,22 @@ class GenerateResult:
         return asdict(self)
 
 
+@dataclass(frozen=True)
 class RowGenerator:
-    """The generation of rows for inputs."""
+    """The generation of rows for inputs; None: no dataset yet, no form of answers, or no judge."""
 
-    def __init__(
-        self,
-        project: ProjectFolder,
-        version: DatasetVersion | None,
-        teacher: Teacher,
-        scorer: Scorer,
-        constraints: AnswerConstraints | None,
-        judge: RubricJudge | None,
-        reporter: Reporter,
-    ) -> None:
-        self.project = project
-        self.config = project.config.generate
-        self.version = version
-        self.teacher = teacher
-        self.scorer = scorer
-        self.constraints = constraints
-        self.judge = judge
-        self.reporter = reporter
+    project: ProjectFolder
+    version: DatasetVersion | None
+    teacher: Teacher
+    scorer: Scorer
+    constraints: AnswerConstraints | None
+    judge: RubricJudge | None
+    reporter: Reporter
+
+    @property
+    def config(self) -> GenerateConfig:
+        """The section of the config."""
+        return self.project.config.generate
 
     def estimate(self, inputs: Sequence[Input]) -> Estimate:
         """Return the calls, tokens and cost of :meth:`run`, without sending anything."""
@@ -197,14 +193,7 @@ class RowGenerator:
     ) -> dict[str, Any]:
         example = Example((*given.example.prompt, answer))
         about = {
-            "teacher": self.teacher.name,
-            "version": sorted({sample.model for sample in samples}),
-            **self.teacher.about,
-            "date": max(sample.when for sample in samples)[:10],
-            "prompt": digest(
-                [given.example.input_key, self.config.instruction, self.config.parameters],
-            )[:16],
-            "samples": len(samples),
+            **provenance(self.teacher, samples, given.example.input_key),
             "agreement": round(agreement, 4),
             **({} if score is None else {"judge": self.project.config.judge.model, "score": score}),
             "license": self.config.license,
@@ -212,6 +201,19 @@ class RowGenerator:
         }
         own = {key: value for key, value in given.row.metadata.items() if key not in ("messages", "tools")}
         return {**example.as_row(), **given.row.groups, **own, GENERATED: about}
+
+
+def provenance(teacher: Teacher, samples: Sequence[Sample], prompt: str) -> dict[str, Any]:
+    """Return what a generated row records about its samples; ``prompt`` is what identifies the one that was sent."""
+    config = teacher.config
+    return {
+        "teacher": teacher.name,
+        "version": sorted({sample.model for sample in samples}),
+        **teacher.about,
+        "date": max(sample.when for sample in samples)[:10],
+        "prompt": digest([prompt, config.instruction, config.parameters])[:16],
+        "samples": len(samples),
+    }
 
 
 def warn_of_versions(models: Mapping[str, int], reporter: Reporter) -> None:

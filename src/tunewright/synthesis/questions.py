@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tunewright.data.readers.validate import example_from_object
 from tunewright.data.versions import DatasetVersion
 from tunewright.model_io.client import Usage
 from tunewright.synthesis.documents import Document, Passage, read_document
-from tunewright.synthesis.generate import Estimate, warn_of_versions, write_rows
+from tunewright.synthesis.generate import Estimate, provenance, warn_of_versions, write_rows
 from tunewright.synthesis.inputs import Input, screen_inputs
 from tunewright.synthesis.teachers import Prompt, Sample, Teacher
 
@@ -112,16 +113,13 @@ class QuestionWriter:
         passages = self._passages(files)
         prompts = [self._prompt(passage) for passage in passages]
         replies = [each[0] for each in self.teacher.sample("asking for questions", prompts, 1)]
-        models: dict[str, int] = {}
-        for reply in replies:
-            models[reply.model] = models.get(reply.model, 0) + 1
+        models = Counter(reply.model for reply in replies)
         warn_of_versions(models, self.reporter)
         rows, inputs = [], []
         for passage, prompt, reply in zip(passages, prompts, replies, strict=True):
             for example, quote, start in self._pairs(passage, reply):
-                row = self._row(passage, prompt, reply, example, quote, start)
+                rows.append(self._row(passage, prompt, reply, example, quote, start))
                 inputs.append(Input(SourceRow(example, passage.place, 0, {DOCUMENT_GROUP: passage.document}), True))
-                rows.append(row)
         reasons = screen_inputs(self.project, self.version, inputs, self.reporter) if inputs else {}
         for place, reason in sorted(reasons.items()):
             self._leave(reason, inputs[place].row.source)
@@ -130,7 +128,7 @@ class QuestionWriter:
             write_rows(out, kept)
         left_out = dict(sorted(self._left_out.items(), key=lambda each: -len(each[1])))
         written = str(out) if kept else None
-        return DocumentsResult(written, len(files), len(passages), len(kept), left_out, models, self.teacher.used)
+        return DocumentsResult(written, len(files), len(passages), len(kept), left_out, dict(models), self.teacher.used)
 
     def _leave(self, reason: str, place: str) -> None:
         self._left_out.setdefault(reason, []).append(place)
@@ -197,15 +195,7 @@ class QuestionWriter:
     def _row(
         self, passage: Passage, prompt: Prompt, reply: Sample, example: Example, quote: str, start: int
     ) -> dict[str, Any]:
-        about = {
-            "teacher": self.teacher.name,
-            "version": [reply.model],
-            **self.teacher.about,
-            "date": reply.when[:10],
-            "prompt": digest([prompt[0].content, self.config.instruction, self.config.parameters])[:16],
-            "samples": 1,
-            "license": self.config.license,
-        }
+        about = {**provenance(self.teacher, [reply], prompt[0].content), "license": self.config.license}
         cited = {
             "document": passage.document,
             "name": passage.name,

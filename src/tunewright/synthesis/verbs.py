@@ -14,7 +14,6 @@ from tunewright.data.versions import DatasetVersion, has_version, load_version
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.evaluation.answer_constraints import AnswerConstraints
     from tunewright.evidence.common import GeneratedEffect
     from tunewright.synthesis.generate import Estimate, GenerateResult, RowGenerator
     from tunewright.synthesis.inputs import Input
@@ -44,6 +43,7 @@ def generate(project: OpenProject, files: Iterable[str | Path], out: str | Path 
 
 
 def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
+    from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
     from tunewright.metrics import scorer_of
     from tunewright.synthesis.generate import RowGenerator, RubricJudge
     from tunewright.synthesis.inputs import read_inputs
@@ -53,10 +53,10 @@ def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGe
     inputs = read_inputs(source_files(files, project.reporter), config.data, project.reporter)
     scorer = scorer_of(config.evaluate.metric, project.folder.root)
     needed = config.generate.judge_score
+    grammar = grammar_of(project.folder)  # the form that the config's structured outputs have
+    constraints = None if grammar is None else AnswerConstraints(project.chat, grammar)
     judge = None if needed is None else RubricJudge(project.folder, needed, project.reporter)
-    generator = RowGenerator(
-        project.folder, _version(project), teacher, scorer, _constraints(project), judge, project.reporter
-    )
+    generator = RowGenerator(project.folder, _version(project), teacher, scorer, constraints, judge, project.reporter)
     return generator, inputs
 
 
@@ -121,14 +121,6 @@ def _version(project: OpenProject) -> DatasetVersion | None:
         return load_version(project.folder.dataset)
     project.reporter.say("There is no dataset version yet: inputs are not compared with held-out rows.")
     return None
-
-
-def _constraints(project: OpenProject) -> AnswerConstraints | None:
-    """Return the check of the form that the config's structured outputs have."""
-    from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
-
-    grammar = grammar_of(project.folder)
-    return None if grammar is None else AnswerConstraints(project.chat, grammar)
 
 
 def _teacher(project: ProjectFolder, reporter: Reporter) -> Teacher:

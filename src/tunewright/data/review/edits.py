@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -114,24 +113,26 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             mix=parent.manifest.mix,
             near_duplicates=count_near_repeats(members, parent.manifest.settings.dedup_threshold, reporter),
         )
-        version = save_version(dataset, version, members, _imports(edited, source), reporter)
-        _continue_sample(dataset, parent, version.digest, members, edited)
+        imports = [
+            {
+                "source": source.name,
+                "line": e.line,
+                "review": e.review,
+                "fate": "edited",
+                "key": e.now,
+                "before": e.before,
+                "reviewers": list(e.reviewers),
+            }
+            for e in sorted(edited, key=lambda e: e.line)
+        ]
+        version = save_version(dataset, version, members, imports, reporter)
+        # The new version continues its parent's sample, so that an edit does not cost the review.
+        before = (parent.digest, [m.key for m in parent.domain])
+        after = (version.digest, [m.key for m in members if not m.mixed])
+        drawn = continued_draw(read_reviews(dataset), before, after, {edit.before: edit.now for edit in edited})
+        if drawn is not None:
+            append_reviews(dataset, [drawn])
     return EditResult(version, tuple(edited), tuple(disputed))
-
-
-def _continue_sample(
-    dataset: Path, parent: DatasetVersion, digest: str, members: Sequence[Member], edited: Sequence[AppliedEdit]
-) -> None:
-    """Let the new version continue its parent's sample, so that an edit does not cost the review."""
-    keys = [m.key for m in members if not m.mixed]
-    drawn = continued_draw(
-        read_reviews(dataset),
-        (parent.digest, [m.key for m in parent.domain]),
-        (digest, keys),
-        {edit.before: edit.now for edit in edited},
-    )
-    if drawn is not None:
-        append_reviews(dataset, [drawn])
 
 
 def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list[VerdictEvent]], list[str]]:
@@ -189,21 +190,6 @@ def _apply(
         edited.append(AppliedEdit(member.key, key, names, line, review, collapsed=key in members))
         members.setdefault(key, replace(member, example=example, key=key))
     return rename_clusters(list(members.values())), edited
-
-
-def _imports(edited: Sequence[AppliedEdit], source: Source) -> list[dict[str, Any]]:
-    return [
-        {
-            "source": source.name,
-            "line": e.line,
-            "review": e.review,
-            "fate": "edited",
-            "key": e.now,
-            "before": e.before,
-            "reviewers": list(e.reviewers),
-        }
-        for e in sorted(edited, key=lambda e: e.line)
-    ]
 
 
 def superseded_keys(dataset: Path, manifest: Manifest) -> dict[str, str]:

@@ -128,7 +128,9 @@ def _section(
         )
         for size in sample.strata
     )
-    lacking = _lacking(strata)
+    # The variance of an estimate takes two verdicts in each stratum.
+    short = [s.name for s in strata if s.answered < min(2, s.items)]
+    lacking = f"fewer than two verdicts on items of the kind {' and '.join(short)}" if short else None
     clusters = {item.key: item.cluster for item in items}
     classical = powered = None
     if lacking is None:
@@ -152,14 +154,6 @@ def _section(
         agreements=tuple(_agreements(said, judge, clusters, sample.seed)),
         lacking=lacking,
     )
-
-
-def _lacking(strata: Sequence[ReviewStratum]) -> str | None:
-    """Return why there is no estimate yet: each stratum needs two verdicts for its variance."""
-    short = [s.name for s in strata if s.answered < min(2, s.items)]
-    if not short:
-        return None
-    return f"fewer than two verdicts on items of the kind {' and '.join(short)}"
 
 
 def _estimates(

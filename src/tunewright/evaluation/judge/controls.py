@@ -123,12 +123,9 @@ def veto(controls: Sequence[Control]) -> tuple[str, ...]:
     """Return the reason for a veto; empty if the judge passes all controls."""
     return tuple(
         f"{c.name} ({c.expected}): {c.passed} of {c.items} passed"
-        f"{_without_verdict(c)}; that is at least {c.limit:.0%} with 95% "
+        + "".join(f", {count} without a verdict ({why})" for why, count in c.unscored.items())
+        + f"; that is at least {c.limit:.0%} with 95% "
         f"confidence, and {c.required:.0%} is required"
         for c in controls
         if not c.held
     )
-
-
-def _without_verdict(control: Control) -> str:
-    return "".join(f", {count} without a verdict ({why})" for why, count in control.unscored.items())

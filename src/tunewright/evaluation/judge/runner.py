@@ -180,7 +180,8 @@ class Judge:
         """Test the judge and, if it passes, judge all items; the evidence gets the findings or the veto."""
         family = self._warn_of_family()
         self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.base_url}")
-        cases = self._tested()
+        votes = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
+        cases = [case.row([votes[question] for question in case.questions]) for case in self.cases]
         controls = measured_controls(cases)
         vetoed = veto(controls)
         if vetoed:
@@ -202,10 +203,6 @@ class Judge:
                 "would write it themselves, which is the untuned arm's. Take one of another family."
             )
         return shared
-
-    def _tested(self) -> list[ControlRow]:
-        votes = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
-        return [case.row([votes[question] for question in case.questions]) for case in self.cases]
 
     def _votes(self, title: str, questions: Sequence[Question]) -> dict[Question, Vote]:
         asked = list(dict.fromkeys(questions))
@@ -254,7 +251,11 @@ class Judge:
             arms.append(judged_arm(arm, verdicts, clusters))
         for opponent in ballot.opponents:
             _require_some([row.pairs[opponent].plain.unscored for row in rows], f"{self.treatment} against {opponent}")
-            preferences.append(preference(self.treatment, opponent, rows, _lengths(ballot, opponent), clusters, seed))
+            lengths = {
+                each.item.key: (len(each.answers[self.treatment]), len(each.answers.get(opponent, "")))
+                for each in ballot.candidates
+            }
+            preferences.append(preference(self.treatment, opponent, rows, lengths, clusters, seed))
         return judgement.model_copy(
             update={
                 "arms": tuple(arms),
@@ -277,13 +278,6 @@ class Judge:
 def _conversation(question: Question) -> Conversation:
     # All in the user's turn: some templates refuse a system turn.
     return ({"role": "user", "content": question.text},)
-
-
-def _lengths(ballot: JudgeRequests, opponent: str) -> dict[str, tuple[int, int]]:
-    return {
-        candidate.item.key: (len(candidate.answers[ballot.treatment]), len(candidate.answers.get(opponent, "")))
-        for candidate in ballot.candidates
-    }
 
 
 def _require_some(unscored: Sequence[str | None], what: str) -> None:
