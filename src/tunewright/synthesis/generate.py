@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tunewright.config import GenerateConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text
@@ -107,16 +106,11 @@ class RowGenerator:
     judge: RubricJudge | None
     reporter: Reporter
 
-    @property
-    def config(self) -> GenerateConfig:
-        """The section of the config."""
-        return self.project.config.generate
-
     def estimate(self, inputs: Sequence[Input]) -> Estimate:
         """Return the calls, tokens and cost of :meth:`run`, without sending anything."""
         reasons = screen_inputs(self.project, self.version, inputs, self.reporter)
         prompts = [each.example.prompt for place, each in enumerate(inputs) if place not in reasons]
-        calls = self.teacher.calls(prompts, self.config.samples)
+        calls = self.teacher.calls(prompts, self.project.config.generate.samples)
         judged = 0 if self.judge is None else len(prompts) + 2 * self.judge.config.controls
         return Estimate(len(inputs), _places(inputs, reasons), calls, judged)
 
@@ -127,7 +121,7 @@ class RowGenerator:
         prompts = [inputs[place].example.prompt for place in asked]
         if self.judge is not None and prompts:
             self.judge.test(self.version)
-        samples = self.teacher.sample("generating", prompts, self.config.samples) if prompts else []
+        samples = self.teacher.sample("generating", prompts, self.project.config.generate.samples) if prompts else []
         models = Counter(sample.model for each in samples for sample in each)
         warn_of_versions(models, self.reporter)
         kept: dict[int, tuple[Message, float]] = {}
@@ -179,12 +173,12 @@ class RowGenerator:
             return Counter(unusable).most_common(1)[0][0]
         answer, agreement = choose(self.scorer, prompt, usable, len(samples))
         # Thirds have no exact binary form: 2 of 3 would be under 0.6667.
-        if agreement < self.config.agreement - 1e-4:
+        if agreement < self.project.config.generate.agreement - 1e-4:
             return DISAGREE if len(usable) == len(samples) else f"{DISAGREE}, or too few can be used"
         if given.answered or needs_no_reference(self.scorer):
             reference = given.example if given.answered else Example((*prompt, answer))
             score = score_of(self.scorer, reference, answer.text)
-            if score is not None and score < self.config.min_score - 1e-9:
+            if score is not None and score < self.project.config.generate.min_score - 1e-9:
                 return BELOW
         return answer, agreement
 
@@ -196,7 +190,7 @@ class RowGenerator:
             **provenance(self.teacher, samples, given.example.input_key),
             "agreement": round(agreement, 4),
             **({} if score is None else {"judge": self.project.config.judge.model, "score": score}),
-            "license": self.config.license,
+            "license": self.project.config.generate.license,
             "input": given.place,
         }
         own = {key: value for key, value in given.row.metadata.items() if key not in ("messages", "tools")}

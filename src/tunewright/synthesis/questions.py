@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +88,16 @@ class DocumentsResult:
         return asdict(self)
 
 
+@dataclass
 class QuestionWriter:
-    """The generation of rows from documents."""
+    """The generation of rows from documents; the teacher was opened for answers of ``SCHEMA``."""
 
-    def __init__(
-        self, project: ProjectFolder, version: DatasetVersion | None, teacher: Teacher, reporter: Reporter
-    ) -> None:
-        self.project = project
-        self.config = project.config.generate
-        self.version = version
-        self.teacher = teacher
-        self.reporter = reporter
-        self._left_out: dict[str, list[str]] = {}
+    project: ProjectFolder
+    version: DatasetVersion | None
+    """The current version, whose held-out rows the questions must not resemble; None: no dataset yet."""
+    teacher: Teacher
+    reporter: Reporter
+    _left_out: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     def estimate(self, files: Sequence[Path]) -> Estimate:
         """Return the calls, tokens and cost of :meth:`run`, without sending anything."""
@@ -140,7 +138,7 @@ class QuestionWriter:
         seen: dict[str, str] = {}
         for path in files:
             try:
-                document = read_document(path, self.config.passage_characters)
+                document = read_document(path, self.project.config.generate.passage_characters)
             except UserError as error:
                 if len(files) == 1:
                     raise
@@ -163,7 +161,7 @@ class QuestionWriter:
     def _prompt(self, passage: Passage) -> Prompt:
         # No text can contain its own digest, so none can end its own block.
         mark = digest(passage.text)[:12]
-        count = self.config.questions
+        count = self.project.config.generate.questions
         return (Message("user", _ASK.format(mark=mark, text=passage.text, count=count, longest=_LONGEST_QUOTE)),)
 
     def _pairs(self, passage: Passage, reply: Sample) -> Iterator[tuple[Example, str, int]]:
@@ -195,7 +193,10 @@ class QuestionWriter:
     def _row(
         self, passage: Passage, prompt: Prompt, reply: Sample, example: Example, quote: str, start: int
     ) -> dict[str, Any]:
-        about = {**provenance(self.teacher, [reply], prompt[0].content), "license": self.config.license}
+        about = {
+            **provenance(self.teacher, [reply], prompt[0].content),
+            "license": self.project.config.generate.license,
+        }
         cited = {
             "document": passage.document,
             "name": passage.name,

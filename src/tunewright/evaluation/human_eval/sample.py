@@ -192,7 +192,7 @@ def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, 
     total = sum(sizes.values())
     count = min(count, total)
     least = min(SMALLEST, count // len(sizes))
-    if least < 2 and count < total:
+    if least < 2 and count < total:  # one of a stratum has no variance to estimate
         raise UserError(
             f"{count} items are too few: the sample needs 2 of each kind ({', '.join(sizes)})",
             where="--items",

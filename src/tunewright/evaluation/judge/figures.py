@@ -158,7 +158,7 @@ def win_rate(results: Floats, clusters: Sequence[str], seed: int) -> WinRate:
 
 
 def length_controlled(
-    results: Floats, lengths: Floats, clusters: Sequence[str], seed: int, resamples: int = _LENGTH_RESAMPLES
+    results: Floats, lengths: Floats, clusters: Sequence[str], seed: int
 ) -> tuple[LengthControlled | None, str | None]:
     """Return the win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(gap / s)).
 
@@ -166,15 +166,8 @@ def length_controlled(
     a win and half a loss; b has a normal prior of deviation 2.5. This is the length term of length-controlled
     AlpacaEval (Dubois et al. 2024, arXiv 2404.04475), fitted on these pairs alone.
 
-    Args:
-        results: +1, 0 or -1, [pairs].
-        lengths: characters of the treatment's and the opponent's answers, [pairs, 2].
-        clusters: the pairs' clusters.
-        seed: decides the resamples.
-        resamples: number of resamples.
-
-    Returns:
-        The rate, or None and the reason: barely overlapping lengths leave nothing to compare at equal length.
+    ``results`` are +1, 0 or -1, [pairs]; ``lengths`` the characters of both answers, the treatment's first, [pairs, 2].
+    Without a rate there is a reason: barely overlapping lengths leave nothing to compare at equal length.
     """
     gaps = lengths[:, 0] - lengths[:, 1]
     sides = {"longer": int((gaps <= 0).sum()), "shorter": int((gaps >= 0).sum())}
@@ -192,8 +185,8 @@ def length_controlled(
     names, codes = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     wins = (results + 1) / 2
     intercepts, slopes = logistic(covariate, wins, np.ones((1, len(wins))))
-    drawn = bootstrap_sums(np.eye(len(names), dtype=np.int64), seed, resamples)
-    parts = np.array_split(drawn, max(1, resamples * len(wins) // _CELLS))
+    drawn = bootstrap_sums(np.eye(len(names), dtype=np.int64), seed, _LENGTH_RESAMPLES)
+    parts = np.array_split(drawn, max(1, _LENGTH_RESAMPLES * len(wins) // _CELLS))
     rates = [expit(logistic(covariate, wins, part[:, codes].astype(np.float64))[0]) for part in parts]
     return (
         LengthControlled(
@@ -202,7 +195,7 @@ def length_controlled(
             slope=float(slopes[0]),
             matched=matched,
             method=f"logistic regression on tanh(length gap / {scale:.1f} characters), percentile bootstrap over "
-            f"clusters, {resamples:,} resamples",
+            f"clusters, {_LENGTH_RESAMPLES:,} resamples",
         ),
         None,
     )
@@ -213,13 +206,8 @@ def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, 
 
     All fits of a bootstrap are one call; libraries fit one model at a time.
 
-    Args:
-        covariate: [pairs].
-        wins: each pair's share of a win, 0 to 1; [pairs].
-        weights: each fit's weights of the pairs; [fits, pairs].
-
-    Returns:
-        Intercepts and slopes, [fits] each. If all are wins, or all losses, the intercept diverges: it is large.
+    ``covariate`` and ``wins``, the shares of a win from 0 to 1, are [pairs]; ``weights`` are [fits, pairs]. The
+    intercepts and slopes are [fits] each. If all are wins, or all losses, the intercept diverges: it is large.
     """
     a, b = np.zeros(len(weights)), np.zeros(len(weights))
     prior = 1 / _SLOPE_DEVIATION**2
