@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tunewright.advisor.costs import Lengths, TokenPrices, break_even, token_prices, training_cost
+from tunewright.advisor import costs
+from tunewright.advisor.costs import Lengths, TokenPrices, break_even, measured_speed, token_prices, training_cost
 from tunewright.advisor.signals import BreakEven, Speed
-from tunewright.config import AdviseConfig, PriceConfig
+from tunewright.chat import open_chat
+from tunewright.config import AdviseConfig, ChatConfig, PriceConfig
 from tunewright.config.io import parse_config
 from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
+from tunewright.models.bases import resolve_base
+from tunewright.models.loading import load_model
 
 PRICES = PriceConfig(input=1.0, output=4.0, cached_discount=0.9, training=30.0, labelling=5.0, hosting=2.0)
 
@@ -136,3 +143,19 @@ def test_prices_in_incompatible_units_are_refused(prices: str, said: str) -> Non
 
 def test_token_prices_are_by_the_million() -> None:
     assert token_prices(PRICES, None) == TokenPrices(1e-6, 4e-6, 0.9)
+
+
+def test_rates_are_tokens_by_seconds_of_as_many_rows_as_a_batch_holds(
+    tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
+    chat = open_chat(base, ChatConfig(), LogReporter())
+    model = load_model(base, "float32", "none")
+    clock = itertools.count(0, 2)  # each look at it is 2 seconds after the one before
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    short = measured_speed(model, chat, [(5, 6, 7)] * 9, None, batch_size=4)
+    assert (short.rows, short.prefill, short.decode) == (4, 4 * 3 / 2, 4 * 16 / 2)
+    # At most this many tokens are timed, and one row in any case.
+    monkeypatch.setattr(costs, "_MOST_PREFILLED", 10)
+    assert measured_speed(model, chat, [(5, 6, 7)] * 9, None, batch_size=4).rows == 3
+    assert measured_speed(model, chat, [(5,) * 11] * 2, None, batch_size=4).rows == 1

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from command_line import tunewright
@@ -27,7 +29,7 @@ from tunewright.evaluation.judge.rows import ROWS_FILE
 from tunewright.evidence.files import load_evidence
 from tunewright.model_io import client
 from tunewright.model_io.client import Endpoint
-from tunewright.model_io.replies import Budget
+from tunewright.model_io.replies import Budget, Journal
 
 CONTROL_QUESTIONS = 14 * 6
 CONVERSATIONS = [({"role": "user", "content": f"question {n}"},) for n in range(12)]
@@ -307,3 +309,45 @@ def test_judge_runs_inside_a_running_event_loop(tmp_path: Path) -> None:
 
     with scripted(honest) as server:
         assert len(asyncio.run(cell(server))) == 12
+
+
+ANSWERS = st.dictionaries(st.text(max_size=3), st.text(max_size=5), max_size=4)
+
+
+def journal_of(path: Path) -> Journal[str]:
+    return Journal(path, lambda row: (row["key"], row["text"]), lambda key, text: {"key": key, "text": text})
+
+
+@given(answers=ANSWERS, cut=st.integers(min_value=0), last=st.text(max_size=5))
+def test_journal_cut_at_any_byte_yields_its_whole_rows_and_later_ones(
+    tmp_path_factory: pytest.TempPathFactory, answers: dict[str, str], cut: int, last: str
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "folder" / "journal.jsonl"
+    first = journal_of(path)
+    with first.keeping() as keep:
+        for key, text in answers.items():
+            keep(key, text)
+    assert first.answers == answers
+    data = path.read_bytes()
+    path.write_bytes(data[: cut % (len(data) + 1)])
+    there = journal_of(path)
+    assert there.answers == dict(list(answers.items())[: len(there.answers)])
+    assert there.missing({**answers, "last": "?"}).keys() == answers.keys() - there.answers.keys() | {"last"}
+    with there.keeping() as keep:
+        keep("last", last)
+    assert journal_of(path).answers == {**there.answers, "last": last}
+
+
+def test_journal_skips_rows_of_another_form_and_a_line_cut_inside_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes('[1]\n1\n{"key": "a"}\n{"key": "b", "text": "ü"}\n{"key": "c", "text": "ü'.encode()[:-1])
+    assert journal_of(path).answers == {"b": "ü"}
+
+
+def test_answer_without_a_row_is_kept_in_memory_only(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal: Journal[str] = Journal(path, lambda row: (row["key"], ""), lambda _key, _text: None)
+    with journal.keeping() as keep:
+        keep("a", "refused")
+    assert journal.missing({"a": 1, "b": 2}) == {"b": 2}
+    assert path.read_text().strip() == ""
