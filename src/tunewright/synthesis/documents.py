@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
-from tunewright.core.unicode import normalize
+from tunewright.core.text import normalize
 from tunewright.data.readers.compression import expansion_limit
 
 if TYPE_CHECKING:
