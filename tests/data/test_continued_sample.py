@@ -10,14 +10,21 @@ from pathlib import Path
 import pytest
 from data_helpers import Listener, unlike_pairs
 from review_helpers import add_pairs, judge_next, review, reviewed_project, right, status
-from tunewright.data.review.samples import Sample, continued_draw, sample_of
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.data.review.acceptance import SequentialPlan
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.report import review_report
-from tunewright.data.review.reviews import DrawEvent, ReviewLog, VerdictEvent, read_reviews
+from tunewright.data.review.reviews import (
+    DrawEvent,
+    ReviewLog,
+    Sample,
+    VerdictEvent,
+    continued_draw,
+    read_reviews,
+    sample_of,
+)
 from tunewright.data.review.session import ReviewItem
 from tunewright.data.versions import load_version
 
