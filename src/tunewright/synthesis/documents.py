@@ -18,7 +18,7 @@ from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
 from tunewright.core.text import normalize
-from tunewright.data.readers.compression import expansion_limit
+from tunewright.data.readers.encodings import expansion_limit
 
 if TYPE_CHECKING:
     from docx.table import Table
