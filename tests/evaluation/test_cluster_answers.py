@@ -162,13 +162,13 @@ def test_worker_warns_through_the_command(base: Base, tmp_path: Path) -> None:
     generator = _generator(base, tmp_path / "one", PickledModels())
     whole = generator.answer("x", _prompts(generator, 3), 4)
     (loaded,) = answer_worker._loaded.values()
-    assert isinstance(loaded.model, answer_worker._Embedded)
+    assert isinstance(loaded, answer_worker._Embedded)
 
     def fail(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         if len(kwargs["input_ids"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    loaded.model.answers.model_with().register_forward_pre_hook(fail, with_kwargs=True)
+    loaded.answers.model_with().register_forward_pre_hook(fail, with_kwargs=True)
     again = _generator(base, tmp_path / "two", PickledModels())
     assert again.answer("x", _prompts(again, 3), 4) == whole
     assert isinstance(again.reporter, Listener)

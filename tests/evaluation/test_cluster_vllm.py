@@ -146,9 +146,9 @@ def _generator(base: Base, work: Path, engine: AnswerEngine, workers: PickledMod
 
 def _vllm() -> VllmEngine:
     (loaded,) = answer_worker._loaded.values()
-    assert isinstance(loaded.model, answer_worker._Vllm)
-    assert loaded.model.answers._engine is not None
-    return loaded.model.answers._engine
+    assert isinstance(loaded, answer_worker._Vllm)
+    assert loaded.answers._engine is not None
+    return loaded.answers._engine
 
 
 def _process() -> int:

@@ -186,8 +186,9 @@ def _write(files: AdapterFiles, folder: Path) -> None:
 class _Embedded:
     """The embedded loop, with a base in this process."""
 
-    def __init__(self, model: AnswerModel, reporter: _Warnings) -> None:
-        self.answers = EmbeddedAnswers(replace(model, base=base_here(model.base)), reporter)
+    def __init__(self, model: AnswerModel) -> None:
+        self.reporter = _Warnings()
+        self.answers = EmbeddedAnswers(replace(model, base=base_here(model.base)), self.reporter)
         self.constraints = AnswerConstraints(model.chat, model.grammar) if model.grammar else None
 
     def answer(self, batch: RequestBatch, adapters: Mapping[str, AdapterFiles]) -> list[Completion]:
@@ -216,7 +217,8 @@ class _Vllm:
     starts on this machine removes the folder.
     """
 
-    def __init__(self, model: AnswerModel, reporter: _Warnings) -> None:
+    def __init__(self, model: AnswerModel) -> None:
+        self.reporter = _Warnings()
         expected = model.engine.environment
         assert expected is not None
         here = vllm_here(expected.build).environment
@@ -227,7 +229,7 @@ class _Vllm:
             here,
             model.batch_size,
             model.rank,
-            reporter,
+            self.reporter,
             card=model.engine.card,
             threads=model.threads,
         )
@@ -257,17 +259,8 @@ class _Vllm:
         self._private.remove()
 
 
-class _Loaded:
-    """The model of this process."""
-
-    def __init__(self, model: AnswerModel) -> None:
-        self.reporter = _Warnings()
-        kind = _Embedded if model.engine.environment is None else _Vllm
-        self.model = kind(model, self.reporter)
-
-
-_loaded: dict[str, _Loaded] = {}
-"""At most one model by its key."""
+_loaded: dict[str, _Embedded | _Vllm] = {}
+"""The model of this process by its key, if there is one."""
 
 
 def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion], list[str]]:
@@ -281,9 +274,9 @@ def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion]
     try:
         if of.model.key not in _loaded:
             unload()
-            _loaded[of.model.key] = _Loaded(of.model)
+            _loaded[of.model.key] = (_Embedded if of.model.engine.environment is None else _Vllm)(of.model)
         loaded = _loaded[of.model.key]
-        completions = loaded.model.answer(batch, of.adapters)
+        completions = loaded.answer(batch, of.adapters)
     except UserError as error:
         named_error = on_machine(socket.gethostname(), error)
         if isinstance(error, VllmStoppedError):
@@ -296,7 +289,7 @@ def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion]
 def unload() -> None:
     """Free the model of this process, and what it has outside of it."""
     for loaded in _loaded.values():
-        loaded.model.end()
+        loaded.end()
     _loaded.clear()
 
 
