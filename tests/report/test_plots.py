@@ -15,7 +15,7 @@ from tunewright.report.training import break_even_lines
 
 def _ends(svg: str, colour: str) -> list[tuple[float, float]]:
     """First and last x of every horizontal line drawn in ``colour``."""
-    paths = re.findall(rf'd="M ([\d.]+) [\d.]+ ?\s*L ([\d.]+) [\d.]+ ?\s*" [^>]*stroke: {re.escape(colour)}', svg)
+    paths = re.findall(rf'd="M ([\d.]+) [\d.]+ ?\s*L ([\d.]+) [\d.]+ ?\s*" [^>]*stroke="{re.escape(colour)}"', svg)
     return [(float(a), float(b)) for a, b in paths]
 
 
@@ -51,7 +51,7 @@ RUN = [
 
 def _lines(svg: str, colour: str, points: int = 3) -> list[list[tuple[float, float]]]:
     """Return the corners of every line of this many corners in ``colour``, in order; a legend's are level."""
-    paths = re.findall(rf'd="(M [^"z]*)" [^>]*stroke: {re.escape(colour)}', svg)
+    paths = re.findall(rf'd="(M [^"z]*)" [^>]*stroke="{re.escape(colour)}"', svg)
     lines = [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)] for path in paths]
     return [line for line in lines if len(line) == points and len({y for _, y in line}) > 1]
 

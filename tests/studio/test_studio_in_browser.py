@@ -83,20 +83,16 @@ def test_axe_finds_no_fault(page: Page, project: Path) -> None:
 
 def test_charts_grow_while_a_run_trains_and_the_page_is_small(page: Page, project: Path) -> None:
     file = project / ".tunewright" / "training" / RUN / HISTORY
-    drawn = "[...document.querySelectorAll('figure:not([hidden]) canvas')].map(each => each.width > 200)"
     show(page, f"/train/runs/{RUN}", width=1100)
-    assert page.evaluate(drawn) == [True, True, True], "loss, dev score, learning rate"
-    score = "charts.find(each => each.spec.bounds && each.plot)"
-    low, high = page.evaluate(f"[{score}.plot.scales.y.min, {score}.plot.scales.y.max]")
-    assert 0 <= low < high <= 100, "a share has no more than 100%"
+    assert page.locator("figure svg").count() == 2, "losses with the dev score, and the learning rate"
     size = "performance.getEntries().reduce((sum, each) => sum + (each.encodedBodySize || 0), 0)"
-    assert 50_000 < page.evaluate(size) < 150_000
+    assert 10_000 < page.evaluate(size) < 150_000
     with locked_folder(file.parent, UserError("Another process is training this adapter")):
         page.goto(f"/train/runs/{RUN}")
         with file.open("a") as more:
             more.write('{"step": 13, "epoch": 0.65, "loss": 0.125, "tokens_per_s": 512}\n')
         wait_for(page.locator("#steps-table tbody th").first).to_have_text("13")
-        wait_for(page.locator("figure:not([hidden]) canvas")).to_have_count(4)
+        wait_for(page.locator("figure svg")).to_have_count(3)
     wait_for(page.locator("#run-state")).to_have_text("stopped")
 
 

@@ -67,8 +67,9 @@ def _write_run(project: Path, steps: int = 12) -> Path:
     return folder
 
 
-def _charts(html: str) -> list[dict[str, Any]]:
-    return [json.loads(unescape(found)) for found in re.findall("data-chart='([^']*)'", html)]
+def _figures(html: str) -> list[str]:
+    """The titles of the page's figures."""
+    return re.findall(r"<svg [^>]*>\s*<title[^>]*>([^<]*)</title>", html)
 
 
 def test_run_in_progress_is_shown_with_its_numbers_and_as_stopped_without_its_process(
@@ -77,49 +78,14 @@ def test_run_in_progress_is_shown_with_its_numbers_and_as_stopped_without_its_pr
     folder = _write_run(project)
     with locked_folder(folder, _BUSY):
         page = browser.get(f"/train/runs/{RUN}")
-        assert f'data-events="/train/runs/{RUN}/events"' in page
+        assert 'id="live"' in page
         assert "running" in browser.get("/train")
-    losses = {line["key"]: line["points"] for line in _charts(page)[0]["lines"]}
-    history = make_history(12)
-    assert losses["loss"] == [[row["step"], pytest.approx(row["loss"], rel=1e-4)] for row in history if "loss" in row]
-    assert [step for step, _ in losses["eval_loss"]] == [10]
-    assert 'data-column="learning_rate"' in page and f"{history[-1]['loss']:.4g}" in page
+    assert _figures(page) == ["Training and dev loss, and the score on dev, by optimizer step", "Learning rate by step"]
+    assert " style=" not in page, "the Content-Security-Policy forbids inline styles"
+    assert f"{make_history(12)[-1]['loss']:.4g}" in page
     stopped = browser.get(f"/train/runs/{RUN}")
-    assert "data-events" not in stopped and "resumes from its last checkpoint" in stopped
+    assert 'id="live"' not in stopped and "resumes from its last checkpoint" in stopped
     assert not is_locked(folder)
-
-
-def test_events_are_the_rows_then_new_ones_and_the_end(browser: Browser, project: Path) -> None:
-    folder = _write_run(project, 4)
-    received: list[str] = []
-    with locked_folder(folder, _BUSY):
-        events = browser.client.stream("GET", f"/train/runs/{RUN}/events")
-        answer = events.__enter__()
-        lines = answer.iter_lines()
-        for line in lines:
-            received.append(line)
-            if '"step": 4' in line:
-                break
-        new = make_history(5)[-1]
-        with (folder / HISTORY).open("a") as file:
-            file.write(json.dumps(new) + "\n" + '{"step": 6, "lo')  # the last line is being written
-        for line in lines:
-            received.append(line)
-            if '"step": 5' in line:
-                break
-    received += list(lines)
-    events.__exit__(None, None, None)
-    rows = [json.loads(line[len("data: ") :]) for line in received if line.startswith("data: {")]
-    assert rows == [*make_history(4), new]
-    assert [line for line in received if line.startswith("event")] == ["event: again", "event: finished"]
-
-
-def test_events_name_a_damaged_line(browser: Browser, project: Path) -> None:
-    folder = _write_run(project)
-    (folder / HISTORY).write_text('{"step": 1, "epoch": 0.1, "loss": 2}\nnot json\n')
-    with locked_folder(folder, _BUSY), browser.client.stream("GET", f"/train/runs/{RUN}/events") as answer:
-        text = "".join(answer.iter_text())
-    assert "event: fault" in text and f"{HISTORY}:2" in text and "event: finished" not in text
 
 
 @pytest.mark.parametrize("line", ["not json", '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
@@ -151,7 +117,6 @@ def test_removed_run_is_one_message(browser: Browser, project: Path) -> None:
     shutil.rmtree(folder)
     refused = browser.client.get(f"/train/runs/{RUN}")
     assert refused.status_code == 400 and "It was removed" in unescape(refused.text)
-    assert browser.client.get(f"/train/runs/{RUN}/events").status_code == 400
     assert "Nothing has been trained yet" in browser.get("/train")
 
 
@@ -168,7 +133,8 @@ def test_compared_runs_show_what_differs_and_their_curves(browser: Browser, proj
     page = browser.get("/train/compare?" + "&".join(f"run.{name}=on" for name in names))
     assert "train.learning_rate" in page and "0.001" in page and "0.002" in page
     assert "lora_r" not in page, "it is the same in both"
-    assert [[line["label"] for line in chart["lines"]] for chart in _charts(page)] == [names] * 3
+    assert _figures(page) == ["Training loss by step", "Dev loss by step", "Dev: exact match, % by step"]
+    assert all(page.count(f">{name}</text>") == 3 for name in names), "in each legend"
     assert page.count("<td>75.0%, dev loss 0.669</td>") == 2
     assert "at least two runs (got 1)" in browser.client.get(f"/train/compare?run.{names[0]}=on").text
 
@@ -193,10 +159,10 @@ def test_sweep_and_curve_are_read_from_their_files(browser: Browser, project: Pa
     assert head.sweep in overview and CURVE.id in overview
     page = unescape(browser.get(f"/train/sweeps/{head.sweep}"))
     assert "25.0%, loss 1.250" in page and "out at rung 1: 50.0% is better" in page and "not reached" in page
-    assert [line["points"] for line in _charts(page)[0]["lines"]] == [[[10, 25]], [[10, 50]]]
+    assert _figures(page) == ["Dev: exact match, % of each trial by step"]
     page = unescape(browser.get(f"/train/curves/{CURVE.id}"))
     assert "Would more data help? Yes" in page and "1,782" in page
-    assert [len(line["points"]) for line in _charts(page)[0]["lines"]] == [3, 3, 3], "the mean and two seeds"
+    assert _figures(page) == [f"Score on {CURVE.items} dev items by training rows"]
     ledger.path.write_text("{}\n")
     (project / "curves" / CURVE.id / CURVE_FILE).write_text("{}")
     for path in (

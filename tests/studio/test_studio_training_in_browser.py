@@ -48,7 +48,7 @@ def test_training_is_started_stopped_and_resumed_by_keys_alone(page: Page, proje
     state, steps = page.locator("#run-state"), page.locator("#steps-table tbody th").first
     wait_for(state).to_have_text("running")
     wait_for(steps).to_have_text(re.compile("^[1-9]"))
-    wait_for(page.locator("figure:not([hidden]) canvas").first).to_be_visible()
+    wait_for(page.locator("figure svg").first).to_be_visible()
     page.goto(job)
     _press_on(page, "Stop")
     wait_for(page.locator("#state")).to_have_text("stopped")

@@ -274,7 +274,6 @@ def curve_lines(curve: Curve) -> Lines:
         (Line(f"mean of {len(curve.seeds)} seeds", means, "tuned"), *trainings),
         axis_label(curve.metric),
         below="training rows",
-        bounds=(0, 100),
         doubling=True,
         caption=f"Each point is an adapter trained on a part of the rows; {curve.method}.",
     )

@@ -30,6 +30,8 @@ class Notes:
 
 Tone = Literal["tuned", "prompting", "plain"]
 """Colour of an arm in figures."""
+SERIES: tuple[Tone, ...] = ("tuned", "prompting", "plain")
+"""Colours of lines next to each other; the next ones have the same colours, dashed."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,13 @@ class Line:
     dots: bool = False
     """Mark each point: there are few."""
     joined: bool = True
-    key: str = ""
-    """Key of the values that a running training adds; empty: the line does not grow."""
 
 
 @dataclass(frozen=True)
 class Lines:
     """Lines over one axis. A table has the same numbers."""
 
-    template: ClassVar[str] = "lines.html.j2"
+    template: ClassVar[str] = "figure.html.j2"
     name: str
     """Prefix of the drawing's ids, unique on the page."""
     title: str
@@ -121,10 +121,6 @@ class Lines:
     axis: str
     """The label of the values."""
     below: str = "step"
-    scale: float = 1.0
-    """Factor of the values that a running training adds."""
-    bounds: tuple[float, float] | None = None
-    """Values that the axis may not go beyond; None: no limits."""
     doubling: bool = False
     """Equal ratios are equally far apart, and each point of the first line has a tick."""
     mark: tuple[float, str] | None = None

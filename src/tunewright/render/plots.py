@@ -1,4 +1,7 @@
-"""Figures as inline SVG in the colours of the page, so that one drawing serves light and dark mode."""
+"""Figures as inline SVG in the colours of the page, so that one drawing serves light and dark mode.
+
+The report and the studio have the same ones: attributes and text, which any Content-Security-Policy allows.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import cycle
 from typing import Any
 from xml.etree import ElementTree
@@ -109,22 +113,31 @@ def _short(label: str) -> str:
 
 _LEFT, _RIGHT, _TOP = 60.0, 12.0, 18.0  # around the panels of lines
 _UPPER, _LOWER = 172.0, 80.0  # heights of the panels
+_MOST_INSIDE = 3  # lines whose legend has room beside them
+_DASHES = ("-", (0, (6, 3)), (0, (2, 3)), (0, (10, 3, 2, 3)))  # of lines of one colour
 
 
 def lines_plot(shown: blocks.Lines, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
     """Draw lines as an ``<svg>`` element: panels over one axis."""
     panels = [shown] if shown.lower is None else [shown, shown.lower]
-    height = _TOP + _UPPER + FOOT * len(panels) + (_LOWER if shown.lower else 0)
+    names = [line.label for line in shown.lines if line.points]
+    columns = _legend_columns(names)
+    above = _LEGEND * math.ceil(len(names) / columns) if len(names) > _MOST_INSIDE else 0
+    height = _TOP + above + _UPPER + FOOT * len(panels) + (_LOWER if shown.lower else 0)
     with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         first: Axes | None = None
-        top = height - _TOP
+        top = height - _TOP - above
         for panel, size in zip(panels, (_UPPER, _LOWER), strict=False):
             box = (_LEFT / WIDTH, (top - size) / height, 1 - (_LEFT + _RIGHT) / WIDTH, size / height)
             axes = figure.add_axes(box, sharex=first)
             _draw_lines(axes, panel, shown)
             first = first or axes
             top -= size + FOOT
+        if above and first is not None:
+            first.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=INK)
+        elif len(names) > 1 and first is not None:
+            first.legend(loc="best", labelcolor=INK)
         axes.set_xlabel(shown.below)
         if shown.mark is not None and first is not None:
             above = first.get_xaxis_transform()
@@ -137,16 +150,19 @@ def _draw_lines(axes: Axes, panel: blocks.Lines, shown: blocks.Lines) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5 if panel is shown else 3))
     axes.grid(axis="y", linewidth=0.7)
     axes.set_axisbelow(True)
-    marks = cycle(_MARKS)
+    marks, dashes = cycle(_MARKS), {tone: cycle(_DASHES) for tone in TONES}
     for line in panel.lines:
         if line.points:
             marker = next(marks) if line.dots else ""
-            style, width = "-" if line.joined else "", 1.5 if line.tone == "plain" else 2
+            style: Any = next(dashes[line.tone]) if line.joined else ""
+            width = 1.5 if line.tone == "plain" else 2
             look: dict[str, Any] = {"linestyle": style, "linewidth": width, "marker": marker, "color": TONES[line.tone]}
             axes.plot(*zip(*line.points, strict=True), label=line.label, **look)
-    axes.set_ylim(0, 1.08 * max((y for line in panel.lines for _, y in line.points), default=0) or 1)
-    if len(panel.lines) > 1:
-        axes.legend(loc="best", labelcolor=INK)
+    values = [y for line in panel.lines for _, y in line.points] or [0.0]
+    low, high = min(values), max(values)
+    # From zero, unless that would flatten what changes.
+    low = low if low > high / 2 and high - low > high / 20 else 0
+    axes.set_ylim(low - (0.08 * (high - low) if low else 0), (high + 0.08 * (high - low)) or 1)
     if shown.doubling:
         axes.set_xscale("log", base=2)
         ticks = [x for x, _ in shown.lines[0].points]
@@ -172,11 +188,15 @@ def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = P
     root = ElementTree.fromstring(buffer.getvalue())
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
+    for defs in root.findall(f"{{{_SVG}}}defs"):
+        for sheet in defs.findall(f"{{{_SVG}}}style"):
+            defs.remove(sheet)
     for element in root.iter():
+        _as_attributes(element)
         _own_ids(element, name)
     for size in ("width", "height"):
         del root.attrib[size]
-    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
+    root.attrib |= {"stroke-linejoin": "round", "role": "img", "aria-labelledby": f"{name}-title"}
     heading = ElementTree.Element(f"{{{_SVG}}}title", {"id": f"{name}-title"})
     heading.text = title
     root.insert(0, heading)
@@ -184,6 +204,17 @@ def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = P
     for stand_in, colour in colours.items():
         text = text.replace(stand_in, colour)
     return text
+
+
+def _as_attributes(element: ElementTree.Element) -> None:
+    """Turn an element's inline style into attributes: the studio's Content-Security-Policy allows no inline styles.
+
+    Texts have the font of the page.
+    """
+    for declaration in element.attrib.pop("style", "").split(";"):
+        key, _, value = declaration.strip().partition(": ")
+        if key and key != "font-family":
+            element.set(key, value)
 
 
 def _own_ids(element: ElementTree.Element, name: str) -> None:
@@ -206,7 +237,7 @@ def bands_plot(shown: blocks.Bands) -> str:
     """Draw bands next to each other as an ``<svg>`` element."""
     series = shown.series
     with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
-        columns = max((n for n in (4, 3, 2) if _fits(series, n)), default=1)
+        columns = _legend_columns([each.name for each in series])
         height = _PANEL + _BELOW + 8 + _LEGEND * math.ceil(len(series) / columns)
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         axes = figure.add_axes((0.11, _BELOW / height, 0.87, _PANEL / height))
@@ -230,13 +261,17 @@ def bands_plot(shown: blocks.Bands) -> str:
         return inline(figure, shown.name, shown.title)
 
 
-def _fits(series: Sequence[blocks.Series], columns: int) -> bool:
-    """Return whether the names fit into legend lines of ``columns`` columns, each as wide as its longest name."""
-    rows = math.ceil(len(series) / columns)
-    widths = [max(len(each.name) + 3 for each in series[at : at + rows]) for at in range(0, len(series), rows)]
-    return sum(widths) <= _LETTERS + 3 * columns
+def _legend_columns(names: Sequence[str]) -> int:
+    """Return the most columns in which the names fit into a legend's lines, each as wide as its longest name."""
+    for columns in (4, 3, 2):
+        rows = max(math.ceil(len(names) / columns), 1)
+        widths = [max(len(name) + 3 for name in names[at : at + rows]) for at in range(0, len(names), rows)]
+        if sum(widths) <= _LETTERS + 3 * columns:
+            return columns
+    return 1
 
 
+@lru_cache(maxsize=64)
 def drawn(block: blocks.Drawn) -> str:
     """Draw a figure as an ``<svg>`` element in the page's colours."""
     match block:

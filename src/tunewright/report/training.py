@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 from tunewright.advisor.advice import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
 from tunewright.config import MetricName
+from tunewright.core.downsample import downsample
 from tunewright.core.text import count_of
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.metrics import axis_label, metric_label, score_text
-from tunewright.render.blocks import Block, Cell, Column, Lead, Line, Lines, Notes, Row, Section, row, table
-from tunewright.training.history import best_evaluation, evaluations, pairs_loss
+from tunewright.render.blocks import SERIES, Block, Cell, Column, Lead, Line, Lines, Notes, Row, Section, row, table
+from tunewright.training.history import REPLAY_KL, REPLAY_LOSS, best_evaluation, evaluations, pairs_loss
 from tunewright.training.sweep.ledger import Ledger, measured_text
 
 
@@ -29,24 +31,32 @@ def training_section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> S
     return Section("training", "Training", (replace(run_lines(history, metric), caption=caption),))
 
 
-def run_lines(history: Sequence[dict[str, Any]], metric: MetricName) -> Lines:
+_REPLAY = {REPLAY_KL: "replay KL", REPLAY_LOSS: "loss of replay"}
+
+
+def run_lines(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -> Lines:
     """Return a run by step: train and dev loss, the dev metric below, and the selected step.
 
     Args:
         history: the run's rows: ``step`` with ``loss`` (and ``pair_loss``, which is then drawn instead) or with
             ``epoch``, ``eval_loss`` and, if dev rows were answered, ``eval_metric``.
-        metric: the metric in ``eval_metric``.
+        metric: the metric in ``eval_metric``; None: none.
     """
-    train = tuple((row["step"], loss) for row in history if (loss := pairs_loss(row)) is not None)
+    train = downsample([(row["step"], loss) for row in history if (loss := pairs_loss(row)) is not None])
+    replay = {key: downsample([(row["step"], row[key]) for row in history if key in row]) for key in _REPLAY}
     evaluated = evaluations(history)
     dev = tuple((each.step, each.dev_loss) for each in evaluated)
     scores = tuple((each.step, 100 * each.dev_metric) for each in evaluated if each.dev_metric is not None)
-    unit = ", %" if axis_label(metric).endswith("%") else ""
+    unit = ", %" if metric is not None and axis_label(metric).endswith("%") else ""
     score = Lines("loss-score", "", (Line("dev score", scores, "tuned", dots=True),), f"dev score{unit}")
     return Lines(
         "loss",
         "Training and dev loss, and the score on dev, by optimizer step",
-        (Line("train", train), Line("dev", dev, "tuned", dots=True)),
+        (
+            Line("train", tuple(train)),
+            Line("dev", dev, "tuned", dots=True),
+            *(Line(_REPLAY[key], tuple(points), "prompting") for key, points in replay.items() if points),
+        ),
         "loss (nats per token)",
         below="optimizer step",
         mark=(best_evaluation(evaluated).step, "kept") if evaluated else None,
@@ -96,15 +106,14 @@ def sweep_lines(ledger: Ledger) -> Lines:
     """Return the dev score of each trial at each rung, or the dev loss if no dev rows were answered."""
     head = ledger.head
     found = []
-    for name in head.trials:
+    for name, tone in zip(head.trials, cycle(SERIES), strict=False):
         results = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
         values = [(each.step, each.dev_loss if head.metric is None else each.dev_metric) for each in results if each]
         scale = 1 if head.metric is None else 100
         points = tuple((step, scale * value) for step, value in values if value is not None)
-        found.append(Line(name, points, dots=True))
+        found.append(Line(name, points, tone, dots=True))
     axis = "Dev loss" if head.metric is None else f"Dev: {axis_label(head.metric)}"
-    bounds = None if head.metric is None else (0.0, 100.0)
-    return Lines("trials", f"{axis} of each trial by step", tuple(found), axis, bounds=bounds)
+    return Lines("trials", f"{axis} of each trial by step", tuple(found), axis)
 
 
 _UNMEASURED = "No break-even was measured on these data and this base: `tunewright advise` measures it."

@@ -8,7 +8,6 @@ import ipaddress
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -33,7 +32,6 @@ from tunewright.core.author import authored_by
 from tunewright.core.errors import UserError, missing_extra
 from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
-from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.render.html import page_templates
 from tunewright.serving.gateway.server import serve
 from tunewright.studio.access import (
@@ -54,7 +52,6 @@ from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
 from tunewright.studio.pages.project import NEW_PROJECT
 from tunewright.studio.playing import Playing
-from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
 from tunewright.studio.words import (
     ROLES,
@@ -116,7 +113,6 @@ class Studio:
         self._templates = page_templates("tunewright.studio", _PAGES)
         self._templates.filters |= {
             "commands": by_commands,
-            "fields": asdict,
             "role": lambda name: ROLES.get(name, name),
             "capital": capital,
         }
@@ -130,7 +126,6 @@ class Studio:
             Route("/sign-in", self._sign_in, methods=["POST"]),
             Route(_UPLOAD, self._upload, methods=["POST"]),
             Route("/jobs/{job}/events", self._events, methods=["GET"]),
-            Route("/train/runs/{run}/events", self._run_events, methods=["GET"]),
             Route("/playground/{question}/events", self._answer_events, methods=["GET"]),
             Route("/playground/{question}/answers", self._wait_for_answers, methods=["GET"]),
             *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
@@ -311,14 +306,6 @@ class Studio:
                 await sleep(0.5)
 
         return StreamingResponse(lines(), media_type="text/event-stream")
-
-    async def _run_events(self, request: Request) -> Response:
-        """Stream the metrics of a training run as server-sent events."""
-        if self._session(request) is None:
-            raise HTTPException(403)
-        runs = TrainingRuns(ProjectFolder(self._root))
-        run = await to_thread.run_sync(runs.find, str(request.path_params["run"]))
-        return StreamingResponse(run_events(run), media_type="text/event-stream")
 
     async def _answer_events(self, request: Request) -> Response:
         """Stream the answers to a question; a browser that leaves ends their computation."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
 
 from starlette.responses import Response
 
+from tunewright.config import MetricName
+from tunewright.core.downsample import downsample
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
 from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.evidence.learning_curve import curve_section
-from tunewright.metrics import metric_label, score_text
-from tunewright.report.training import sweep_section
-from tunewright.studio.charts import comparison_charts, run_charts
+from tunewright.metrics import axis_label, metric_label, score_text
+from tunewright.render.blocks import SERIES, Line, Lines, Tone
+from tunewright.report.training import run_lines, sweep_section
 from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.training.history import DEV_LOSS, DEV_METRIC
 
 _LAST_STEPS = 20
 _MOST_COMPARED = 8
@@ -111,13 +117,52 @@ def run_page(visit: Visit) -> Response:
         run=run,
         state=run.state,
         best=_best(run) if history else "",
-        charts=run_charts(history, run.metric),
+        charts=_run_charts(history, run.metric),
         evaluations=[(each, _scored(run, each.dev_metric)) for each in run.evaluations],
         steps=steps[: -_LAST_STEPS - 1 : -1],
         number=lambda value: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}",
         dev_rows=_dev_rows(visit, run),
         running=visit.jobs.running(),
     )
+
+
+_NUMBERS = {
+    "learning_rate": ("Learning rate", 1.0),
+    "tokens_per_s": ("Tokens per second", 1.0),
+    "memory_bytes": ("Memory, GiB", 1 / 2**30),
+}
+
+
+def _run_charts(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -> list[Lines]:
+    """Return the figures of what has been measured so far; the first one is the report's."""
+    charts = [_chart(title, [_line(history, key, title, scale=scale)]) for key, (title, scale) in _NUMBERS.items()]
+    return [run_lines(history, metric), *(chart for chart in charts if chart.lines[0].points)] if history else []
+
+
+def _comparison_charts(runs: Sequence[TrainingRun]) -> list[Lines]:
+    """Return the losses of several runs, and their dev scores by each metric."""
+    tones = dict(zip((run.name for run in runs), cycle(SERIES), strict=False))
+    charts = [
+        _chart(title, [_line(run.history, key, run.name, tones[run.name]) for run in runs])
+        for key, title in (("loss", "Training loss"), (DEV_LOSS, "Dev loss"))
+    ]
+    for metric in dict.fromkeys(run.metric for run in runs if run.metric is not None):
+        same = [run for run in runs if run.metric == metric]
+        lines = [_line(run.history, DEV_METRIC, run.name, tones[run.name], scale=100) for run in same]
+        charts.append(_chart(f"Dev: {axis_label(metric)}", lines))
+    return charts
+
+
+def _chart(axis: str, lines: Sequence[Line]) -> Lines:
+    name = re.sub("[^a-z]+", "-", axis.lower())
+    return Lines(name, f"{axis} by step", tuple(lines), axis, below="optimizer step")
+
+
+def _line(
+    history: Sequence[Mapping[str, Any]], key: str, label: str, tone: Tone = "tuned", *, scale: float = 1.0
+) -> Line:
+    points = downsample([(float(row["step"]), scale * row[key]) for row in history if key in row])
+    return Line(label, tuple(points), tone, dots=key in {DEV_LOSS, DEV_METRIC})
 
 
 @dataclass(frozen=True)
@@ -160,7 +205,7 @@ def compare_page(visit: Visit) -> Response:
         differing=found.differing,
         best=[_best(run) for run in found.runs],
         evaluations=_by_step(found.runs),
-        charts=comparison_charts(found.runs),
+        charts=_comparison_charts(found.runs),
     )
 
 

@@ -95,6 +95,22 @@ if (asked) {
   };
 }
 
+// A run in progress: its part of the page is made again, and at its end the whole page.
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+async function refresh() {
+  const live = document.getElementById("live");
+  const answer = document.hidden ? null : await fetch(location.href).catch(() => null);
+  if (answer) {
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const next = page.getElementById("live");
+    if (!next) return location.reload();
+    // Who reads a table by keys keeps the place.
+    if (!live.contains(document.activeElement)) live.replaceWith(next);
+  }
+  setTimeout(refresh, still.matches ? 20000 : 4000);
+}
+if (document.getElementById("live")) setTimeout(refresh, still.matches ? 20000 : 4000);
+
 // A job's log, line by line.
 const log = document.getElementById("log");
 if (log) {
