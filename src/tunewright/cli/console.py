@@ -264,30 +264,29 @@ def _session(
         with stoppable(kept, as_json=current.as_json, log_json=current.log_json, quiet=quiet), _traced(current, span):
             yield from _run(current, project, together=together)
     except UserError as error:
-        _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
+        _fail(current, error, USER_ERROR)
     except OSError as error:
         # The disk's errors reach every command; those that know more about the file have translated them before.
         message = _lack_of_memory(error) or refused(error)
         if message is None:
             raise
-        _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
+        _fail(current, message, USER_ERROR)
     except (MemoryError, ImportError, RuntimeError) as error:
         message = _lack_of_memory(error) or missing_extra(error)
         if message is not None:
-            _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
+            _fail(current, message, USER_ERROR)
         if not isinstance(error, RuntimeError) or not distributed.is_peer_failure(error):
             raise
-        what = "Another process of this run was lost; the same command resumes from the last checkpoint"
-        _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
+        lost = "Another process of this run was lost; the same command resumes from the last checkpoint"
+        _fail(current, UserError(lost), FAILED)
     except KeyboardInterrupt:
-        what = f"Stopped; {kept}"
-        _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what}.", STOPPED)
+        _fail(current, UserError(f"Stopped; {kept}"), STOPPED)
     except BaseException as error:
         # A panic of Rust, whose class cannot be imported, where the tokenizer gets no threads.
         if "ThreadPoolBuildError" not in str(error):
             raise
         short = UserError("No threads can be started", fix="Raise the limits of memory and of processes.")
-        _fail(current, short.as_dict(), f"Error: {short}", USER_ERROR)
+        _fail(current, short, USER_ERROR)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -333,14 +332,15 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(current: Session, document: dict[str, Any], text: str, code: int) -> NoReturn:
+def _fail(current: Session, error: UserError, code: int) -> NoReturn:
     if not distributed.failed_first():
         raise typer.Exit(code)
     current.console.quiet = False
     if current.as_json:
-        _write(_json_text({"error": document}, one_line=current.log_json))
+        _write(_json_text({"error": error.as_dict()}, one_line=current.log_json))
     elif isinstance(current.reporter, JsonReporter):
-        current.reporter.error(document)
+        current.reporter.error(error.as_dict())
     else:
+        text = f"\n{error}." if code == STOPPED else f"Error: {error}"
         current.console.print(text, style="red", markup=False, highlight=False)
     raise typer.Exit(code)

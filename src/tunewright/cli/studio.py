@@ -62,11 +62,7 @@ def studio(
 
 
 def _show_demo(folder: Path, host: str, port: int, started: Callable[[str], None], given: Mapping[str, object]) -> None:
-    """Serve a copy of the demo project.
-
-    Raises:
-        UserError: an option has no effect on a demo, or there is no demo project.
-    """
+    """Serve a copy of the demo project."""
     from tunewright.demo import copied_demo
     from tunewright.studio import Studio
 

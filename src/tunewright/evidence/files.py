@@ -32,7 +32,13 @@ def load_evidence(path: Path) -> Evidence:
     file = path / EVIDENCE_FILE if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
-        _require_schema(text, file)
+        version = _peek(text).get("schema_version")
+        if isinstance(version, int) and version not in READ_VERSIONS:  # before validation reports every field
+            raise UserError(
+                f"Evidence of schema {version}; this tunewright reads schema {' or '.join(map(str, READ_VERSIONS))}",
+                where=str(file),
+                fix="Evaluate again: `tunewright evaluate` (or `crossval`). Existing answers are reused.",
+            )
         return Evidence.model_validate_json(text)
     except FileNotFoundError:
         raise UserError("The folder has no evidence", where=str(file), fix="Run `tunewright evaluate`.") from None
@@ -43,17 +49,6 @@ def load_evidence(path: Path) -> Evidence:
             where=str(file),
             fix="Restore the file, or remove its folder and evaluate again: existing answers are reused.",
         ) from None
-
-
-def _require_schema(text: str, file: Path) -> None:
-    """Refuse evidence of another schema version, before validation reports every field as an error."""
-    version = _peek(text).get("schema_version")
-    if isinstance(version, int) and version not in READ_VERSIONS:
-        raise UserError(
-            f"Evidence of schema {version}; this tunewright reads schema {' or '.join(map(str, READ_VERSIONS))}",
-            where=str(file),
-            fix="Evaluate again: `tunewright evaluate` (or `crossval`). Existing answers are reused.",
-        )
 
 
 def _peek(text: str) -> dict[str, Any]:

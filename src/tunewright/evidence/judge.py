@@ -216,10 +216,15 @@ def judge_section(judge: Judgement) -> Section:
     blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
     if judge.arms:
         head = ("Correct, by the reference", "Correct", "Share, %", "95% interval", "Exact", "No verdict")
-        blocks.append(table("Table of judged arms", head, (_arm(arm) for arm in judge.arms)))
+        rows: list[Row] = []
+        for arm in judge.arms:
+            share = (f"{100 * arm.share.value:.1f}", arm.share.interval.percents)
+            unscored = f"{sum(arm.unscored.values())}"
+            rows.append(row(arm.name, f"{arm.correct} of {arm.items}", *share, f"{arm.exact}", unscored))
+        blocks.append(table("Table of judged arms", head, rows))
     if judge.preferences:
         counts = ("Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Flips", "No verdict")
-        rows = tuple(row for each in judge.preferences for row in _preference(each))
+        rows = [row for each in judge.preferences for row in _preference(each)]
         blocks.append(table("Table of preferences", ("Preferred, in both orders", *counts), rows))
     notes = [*judge.vetoed, *_notes(judge), _spent("Spent", judge.spent)]
     if judge.reference_spent is not None:
@@ -252,12 +257,6 @@ def _controls(controls: tuple[Control, ...]) -> Table:
     return table("Table of controls", head, rows)
 
 
-def _arm(arm: JudgedArm) -> Row:
-    share = (f"{100 * arm.share.value:.1f}", arm.share.interval.percents)
-    counts = (f"{arm.exact}", f"{sum(arm.unscored.values())}")
-    return row(arm.name, f"{arm.correct} of {arm.items}", *share, *counts)
-
-
 def _preference(found: Preference) -> list[Row]:
     flips = "" if found.flip_rate is None else f"{found.flip_rate:.0%}"
     name = f"{found.treatment} against {found.opponent}"
@@ -278,8 +277,17 @@ def _rate(rate: WinRate) -> tuple[str, ...]:
 
 
 def _notes(judge: Judgement) -> list[str]:
-    notes = [_contrast(judge.contrast)] if judge.contrast else []
-    notes += map(_preference_note, judge.preferences)
+    notes = []
+    if (found := judge.contrast) is not None:
+        notes.append(
+            f"Correctness, {found.treatment} − {found.control}: {points_text(found.difference)} points on "
+            f"{found.items:,} items, 95% interval {found.interval.points}, {p_text(found.p_value)} ({found.test}); "
+            f"{found.fixed} fixed, {found.broken} broken."
+        )
+    for each in judge.preferences:
+        test = f"{p_text(each.p_value)} ({each.test})"
+        equal = "" if each.length_note is None else f" At equal length: {each.length_note}."
+        notes.append(f"Against {each.opponent}: {test}; {each.equal} equal answers tie unasked.{equal}")
     missing = {f"{arm.name}: {why}": count for arm in judge.arms for why, count in arm.unscored.items()}
     missing |= {f"against {p.opponent}: {why}": count for p in judge.preferences for why, count in p.unscored.items()}
     notes += [f"No verdict, {why}: {count}." for why, count in missing.items()]
@@ -290,19 +298,6 @@ def _notes(judge: Judgement) -> list[str]:
     if judge.reference_model and not judge.vetoed:
         notes.append(f"The answers of {judge.reference_model} were also compared.")
     return [*notes, *(f"This judgement replaces: {each}." for each in judge.replaced)]
-
-
-def _contrast(found: JudgedContrast) -> str:
-    return (
-        f"Correctness, {found.treatment} − {found.control}: {points_text(found.difference)} points on {found.items:,} "
-        f"items, 95% interval {found.interval.points}, {p_text(found.p_value)} ({found.test}); {found.fixed} "
-        f"fixed, {found.broken} broken."
-    )
-
-
-def _preference_note(found: Preference) -> str:
-    note = f"Against {found.opponent}: {p_text(found.p_value)} ({found.test}); {found.equal} equal answers tie unasked."
-    return f"{note} At equal length: {found.length_note}." if found.length_note is not None else note
 
 
 def _spent(title: str, spent: JudgeUsage) -> str:

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from scipy.stats import t
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
-from tunewright.evidence.common import Interval
+from tunewright.evidence.common import Interval, Part
 from tunewright.evidence.power import FEWEST_CLUSTERS
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import RESAMPLES, Floats, bootstrap_sums, cluster_sums
@@ -25,11 +25,7 @@ from tunewright.render.blocks import Column, Lead, Line, Lines, Notes, Row, Sect
 CURVE_FILE = "curve.json"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Point(_Part):
+class Point(Part):
     """One adapter of the curve."""
 
     share: float
@@ -40,7 +36,7 @@ class Point(_Part):
     adapter: Annotated[str, Field(description="The adapter's digest.")]
 
 
-class Curve(_Part):
+class Curve(Part):
     """A learning curve; ``curve.json``."""
 
     schema_version: Literal[1] = 1

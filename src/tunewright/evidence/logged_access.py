@@ -110,9 +110,14 @@ def openings_text(earlier: Sequence[EarlierAccess], items: int) -> str:
 def openings_section(opening: LoggedAccess, earlier: Sequence[EarlierAccess], items: int) -> Section:
     """Return an access and the earlier ones to the same items."""
     by = f" by {opening.author}" if opening.author else ""
+    declared = [
+        f"{each.treatment} against {each.control} by {metric_label(each.metric)}"
+        + ("" if each.margin is None else f", margin {100 * each.margin:g} points, which decides")
+        for each in opening.declared
+    ]
     lead = (
         f"Line {opening.number} of the access log, {_day(opening.time)}{by}. Declared before any prompt was built: "
-        f"{'; '.join(_declared(each) for each in opening.declared)}."
+        f"{'; '.join(declared)}."
     )
     blocks: list[Block] = [Lead(lead)]
     if earlier:
@@ -140,11 +145,6 @@ def log_table(openings: Sequence[LoggedAccess]) -> Table:
 
 def _day(time: str) -> str:
     return time[:16].replace("T", " ")
-
-
-def _declared(each: Declared) -> str:
-    margin = "" if each.margin is None else f", margin {100 * each.margin:g} points, which decides"
-    return f"{each.treatment} against {each.control} by {metric_label(each.metric)}{margin}"
 
 
 def _earlier(each: EarlierAccess) -> Row:

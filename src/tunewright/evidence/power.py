@@ -140,13 +140,10 @@ def items_to_settle(difference: float, interval: Interval, margin: float, items:
     half = difference - interval.low if gap > 0 else interval.high - difference
     if half * math.sqrt(_POWER_FACTOR / _HOPELESS) >= abs(gap):
         return None
-    return _two_digits(items * max(_POWER_FACTOR * (half / gap) ** 2, 1.1))
-
-
-def _two_digits(number: float) -> int:
-    """Round up to two significant digits, since more would be false precision."""
-    step = int(10 ** max(math.floor(math.log10(number)) - 1, 0))
-    return math.ceil(number / step) * step
+    needed = items * max(_POWER_FACTOR * (half / gap) ** 2, 1.1)
+    # Up to two significant digits: more would be false precision.
+    step = int(10 ** max(math.floor(math.log10(needed)) - 1, 0))
+    return math.ceil(needed / step) * step
 
 
 USUAL = ASSUMED[1]

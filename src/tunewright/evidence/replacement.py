@@ -15,7 +15,6 @@ from tunewright.evidence.incumbents import (
     HOURS_PER_MONTH,
     Incumbent,
     Incumbents,
-    Latency,
     Outcome,
     Serving,
     TunedServing,
@@ -170,14 +169,12 @@ def cost_text(found: Incumbent, tuned: TunedServing, even: BreakEven) -> str:
 def latency_text(found: Incumbent, tuned: TunedServing) -> str:
     """Return the 95th percentile of both sides' latencies, or the reason why one is missing."""
     sides = [
-        f"{name} unknown ({side.missing['latency']})" if side.latency is None else f"{name} {_timed(side.latency)}"
+        f"{name} unknown ({side.missing['latency']})"
+        if side.latency is None
+        else f"{name} {side.latency.p95:.2f} s ({side.latency.answers:,} answers, {side.latency.how})"
         for name, side in (("tuned", tuned), (found.arm, found.serving))
     ]
     return f"Latency, 95th percentile: {'; '.join(sides)}."
-
-
-def _timed(latency: Latency) -> str:
-    return f"{latency.p95:.2f} s ({latency.answers:,} answers, {latency.how})"
 
 
 def _cautions(found: Incumbent) -> list[str]:

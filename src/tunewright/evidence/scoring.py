@@ -134,11 +134,7 @@ def score_arm(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Arm:
-    """Measure one arm by every metric; ``clusters`` are per item.
-
-    Raises:
-        UserError: a metric that cannot score any item.
-    """
+    """Measure one arm by every metric; ``clusters`` are per item."""
     return Arm(
         name=name,
         kind=kind,

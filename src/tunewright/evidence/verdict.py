@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,12 +112,9 @@ def verdict(evidence: Evidence) -> Verdict:
     reasons = (
         _measurement(evidence, contrast),
         *why,
-        *_left_out(contrast),
-        *_against_parent(evidence),
-        *_generated(evidence),
+        *_further(evidence, contrast),
         *regressions,
         *said,
-        *_scope(evidence),
         *_cautions(evidence, contrast),
     )
     replaced = replacements(evidence, decision)
@@ -183,63 +180,43 @@ def fewest_clusters(contrasts: int) -> int:
     return math.floor(math.log2(2 * contrasts / SIGNIFICANT)) + 1
 
 
-def _left_out(contrast: Contrast) -> list[str]:
-    """Return a sentence about items that are not in the contrast."""
-    if not contrast.left_out:
-        return []
-    why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
-    return [f"Left out, not scored in both arms: {count_of(sum(contrast.left_out.values()), 'item')}: {why}."]
+def _further(evidence: Evidence, contrast: Contrast) -> Iterator[str]:
+    """Yield sentences about what is not in the contrast, the adapter's parent and generated rows; none decides."""
+    if contrast.left_out:
+        why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
+        yield f"Left out, not scored in both arms: {count_of(sum(contrast.left_out.values()), 'item')}: {why}."
+    against_parent = next((c for c in evidence.deciding if c.control == "parent"), None)
+    if against_parent is not None:
+        yield _against_parent(evidence, against_parent)
+    if evidence.generated_effect is not None:
+        yield evidence.generated_effect.line
+    elif evidence.generated_train_items:
+        yield (
+            f"{evidence.generated_train_items:,} of {evidence.train_items:,} training rows are generated, with unknown "
+            "effect: `tunewright data generated-effect` measures it."
+        )
 
 
-def _against_parent(evidence: Evidence) -> list[str]:
-    """Return a sentence about the adapter that the tuned one started from; it does not decide."""
-    found = next((c for c in evidence.deciding if c.control == "parent"), None)
-    if found is None:
-        return []
+def _against_parent(evidence: Evidence, found: Contrast) -> str:
     recorded = evidence.lineage.get("adapter", {}).get("lineage", {})
     method = recorded.get("config", {}).get("train", {}).get("method", "sft")
     tuning = "more supervised training" if method == "sft" else method.upper()
     low, high = found.interval.low, found.interval.high
-    outcome = (
-        f"{tuning} is {'better' if low > 0 else 'worse'}" if low > 0 or high < 0 else f"{tuning} shows no difference"
-    )
+    outcome = f"{tuning} is {'better' if low > 0 else 'worse'}"
+    if low <= 0 <= high:
+        outcome = f"{tuning} shows no difference"
     better, worse = changed_words(evidence, found.metric)
-    return [
+    return (
         f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome}: "
         f"{points_text(found.difference)} points, 95% interval {found.interval.points}, "
         f"{_tested(evidence, found)}; {found.fixed} {better}, {found.broken} {worse}."
-    ]
-
-
-def _generated(evidence: Evidence) -> list[str]:
-    """Return a sentence about the generated training rows; it does not decide."""
-    if evidence.generated_effect is not None:
-        return [evidence.generated_effect.line]
-    if not evidence.generated_train_items:
-        return []
-    return [
-        f"{evidence.generated_train_items:,} of {evidence.train_items:,} training rows are generated, with unknown "
-        "effect: `tunewright data generated-effect` measures it."
-    ]
+    )
 
 
 def _more_items(evidence: Evidence) -> str:
     if evidence.design == "cross-fitted":
         return "Add more distinct pairs."
     return f"Add more distinct items to the {evidence.split} split."
-
-
-def _scope(evidence: Evidence) -> list[str]:
-    """Return the scope of a cross-validated verdict; a held-out verdict is about its adapter."""
-    if evidence.design == "held-out":
-        return []
-    return [
-        f"This verdict is about the config on about {evidence.train_items:,} training pairs: the mean of "
-        f"{len(evidence.folds)} adapters, each trained on a part of the rows. `tunewright train` trains the adapter to "
-        "ship.",
-        "These items include the rows of the dev and test splits. If you change anything after reading this, the test "
-        "split is no longer untouched: only new rows are.",
-    ]
 
 
 def _measurement(evidence: Evidence, contrast: Contrast) -> str:
@@ -291,49 +268,44 @@ def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
     )
 
 
-def _cautions(evidence: Evidence, contrast: Contrast) -> list[str]:
+def _cautions(evidence: Evidence, contrast: Contrast) -> Iterator[str]:
+    """Yield the scope of a cross-validated verdict, and what may make these scores misleading."""
+    if evidence.design == "cross-fitted":
+        yield (
+            f"This verdict is about the config on about {evidence.train_items:,} training pairs: the mean of "
+            f"{len(evidence.folds)} adapters, each trained on a part of the rows. `tunewright train` trains the "
+            "adapter to ship."
+        )
+        yield (
+            "These items include the rows of the dev and test splits. If you change anything after reading this, the "
+            "test split is no longer untouched: only new rows are."
+        )
+    if evidence.split == "dev":
+        yield (
+            "Caution: these are dev items, which chose the adapter's step and the best prompt, so both look better "
+            "than on new rows. `tunewright deploy` does not accept this verdict: `tunewright evaluate` measures on the "
+            "test split."
+        )
+    if evidence.budget is not None and evidence.budget.caution is not None:
+        yield f"Caution: {evidence.budget.caution}"
+    if evidence.openings:
+        yield f"Caution: {openings_text(evidence.openings, evidence.items)}"
+    yield from _unknown_training(evidence)
+    yield from _known_templates(evidence)
     arms = [evidence.arm(contrast.treatment), evidence.arm(contrast.control)]
-    outside = [(arm, arm.score(evidence.metric).outside) for arm in arms]
-    opened = [f"Caution: {openings_text(evidence.openings, evidence.items)}"] if evidence.openings else []
-    truncated = [f"Caution: {_cut(evidence, arm)}" for arm in arms if arm.truncated > CAUTION_SHARE * arm.items]
-    none_of_the_choices = [
-        f"Caution: {count} of {arm.items} answers of {arm.name} are not a declared choice and count as wrong."
-        for arm, count in outside
-        if count > CAUTION_SHARE * arm.items
-    ]
-    return [
-        *_on_dev(evidence),
-        *_trimmed(evidence),
-        *opened,
-        *_unknown_training(evidence),
-        *_known_templates(evidence),
-        *truncated,
-        *none_of_the_choices,
-    ]
-
-
-def _cut(evidence: Evidence, arm: Arm) -> str:
-    """Describe answers cut at the token limit. A higher limit helps only if references are longer than it."""
-    text = f"{arm.truncated} of {arm.items} answers of {arm.name} reached the token limit"
-    if evidence.form is not None and not evidence.form.longer:
-        return f"{text}, although every reference is shorter: these answers do not end where they should."
-    return f"{text}; raise evaluate.max_new_tokens to see if that is why they score low."
-
-
-def _on_dev(evidence: Evidence) -> list[str]:
-    if evidence.split == "test":
-        return []
-    return [
-        "Caution: these are dev items, which chose the adapter's step and the best prompt, so both look better "
-        "than on new rows. `tunewright deploy` does not accept this verdict: `tunewright evaluate` measures on the "
-        "test split."
-    ]
-
-
-def _trimmed(evidence: Evidence) -> list[str]:
-    """Return a caution if a time budget left out prompting arms."""
-    caution = evidence.budget.caution if evidence.budget else None
-    return [f"Caution: {caution}"] if caution else []
+    for arm in arms:
+        if arm.truncated > CAUTION_SHARE * arm.items:
+            # A higher limit helps only if references are longer than it.
+            why = "; raise evaluate.max_new_tokens to see if that is why they score low."
+            if evidence.form is not None and not evidence.form.longer:
+                why = ", although every reference is shorter: these answers do not end where they should."
+            yield f"Caution: {arm.truncated} of {arm.items} answers of {arm.name} reached the token limit{why}"
+    for arm in arms:
+        outside = arm.score(evidence.metric).outside
+        if outside > CAUTION_SHARE * arm.items:
+            yield (
+                f"Caution: {outside} of {arm.items} answers of {arm.name} are not a declared choice and count as wrong."
+            )
 
 
 def _known_templates(evidence: Evidence) -> list[str]:

@@ -122,19 +122,19 @@ def lines_plot(shown: blocks.Lines, colours: Mapping[str, str] = PAGE_COLOURS) -
     panels = [shown] if shown.lower is None else [shown, shown.lower]
     names = [line.label for line in shown.lines if line.points]
     columns = _legend_columns(names)
-    above = _LEGEND * math.ceil(len(names) / columns) if len(names) > _MOST_INSIDE else 0
-    height = _TOP + above + _UPPER + FOOT * len(panels) + (_LOWER if shown.lower else 0)
+    legend = _LEGEND * math.ceil(len(names) / columns) if len(names) > _MOST_INSIDE else 0
+    height = _TOP + legend + _UPPER + FOOT * len(panels) + (_LOWER if shown.lower else 0)
     with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         first: Axes | None = None
-        top = height - _TOP - above
+        top = height - _TOP - legend
         for panel, size in zip(panels, (_UPPER, _LOWER), strict=False):
             box = (_LEFT / WIDTH, (top - size) / height, 1 - (_LEFT + _RIGHT) / WIDTH, size / height)
             axes = figure.add_axes(box, sharex=first)
             _draw_lines(axes, panel, shown)
             first = first or axes
             top -= size + FOOT
-        if above and first is not None:
+        if legend and first is not None:
             first.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, labelcolor=INK)
         elif len(names) > 1 and first is not None:
             first.legend(loc="best", labelcolor=INK)

@@ -35,7 +35,6 @@ from tunewright.render.blocks import (
     Series,
     ShownAnswer,
     ShownItem,
-    Table,
     row,
     table,
 )
@@ -49,7 +48,9 @@ Numbered = tuple[int, Item]
 def item_sections(evidence: Evidence, items: Sequence[Item]) -> tuple[Section, ...]:
     """Return broken items in full, then fixed ones, then those still wrong."""
     first = evidence.contrasts[0]
-    groups = _sorted_items(items, first)
+    groups: dict[Change, list[Numbered]] = {name: [] for name in CHANGES}
+    for numbered in enumerate(items, start=1):
+        groups[change_of(numbered[1], first.treatment, first.control, first.metric)].append(numbered)
     graded = evidence.metrics[first.metric].kind != "right or wrong"
     better, worse = changed_words(evidence, first.metric)
     return (
@@ -104,15 +105,6 @@ def _count(items: Sequence[Numbered]) -> str:
     return f"{len(items)} {'item' if len(items) == 1 else 'items'}"
 
 
-def _sorted_items(items: Sequence[Item], contrast: Contrast) -> dict[Change, list[Numbered]]:
-    """Return the items, numbered from 1 in their own order, grouped by the treatment's effect on their score."""
-    groups: dict[Change, list[Numbered]] = {name: [] for name in CHANGES}
-    for number, item in enumerate(items, 1):
-        change = change_of(item, contrast.treatment, contrast.control, contrast.metric)
-        groups[change].append((number, item))
-    return groups
-
-
 def _shown(numbered: Sequence[Numbered], contrast: Contrast) -> tuple[ShownItem, ...]:
     return tuple(
         ShownItem(
@@ -161,6 +153,9 @@ def similarity_section(evidence: Evidence) -> Section | None:
         axis_label(evidence.metric),
         "similarity of the nearest training input",
     )
+    arms = [arm.name for arm in evidence.arms]
+    head = ("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
+    rows = [_band_row(_name(band), band, arms) for band in found.bands]
     lead = (
         f"The {evidence.split} items by similarity to the training rows: the {found.similarity}. "
         f"{_answer(evidence, found)} The bands are not adjusted for multiple "
@@ -169,7 +164,7 @@ def similarity_section(evidence: Evidence) -> Section | None:
     return Section(
         "train-similarity",
         "Does it only work on near copies?",
-        (Lead(lead), figure, _bands_table(evidence, found)),
+        (Lead(lead), figure, table("Table of scores by distance", head, rows)),
     )
 
 
@@ -248,12 +243,6 @@ def _answer(evidence: Evidence, found: TrainSimilarity) -> str:
 
 def _name(band: Band) -> str:
     return f"{band.low:.1f} to {band.high:.1f}"
-
-
-def _bands_table(evidence: Evidence, found: TrainSimilarity) -> Table:
-    arms = [arm.name for arm in evidence.arms]
-    head = ("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
-    return table("Table of scores by distance", head, (_band_row(_name(band), band, arms) for band in found.bands))
 
 
 def _band_row(name: str, band: Subset, arms: list[str]) -> Row:

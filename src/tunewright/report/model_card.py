@@ -64,12 +64,7 @@ class CardSubject:
 
 
 def model_card(subject: CardSubject, evidence: Evidence | None) -> str:
-    """Return the card: the hub's metadata in YAML, then Markdown.
-
-    Args:
-        subject: the published model.
-        evidence: the newest evidence on this adapter from held-out rows; None if there is none.
-    """
+    """Return the card: the hub's metadata in YAML, then Markdown."""
     blocks = [
         f"# {plain(subject.name)}",
         _summary(subject),

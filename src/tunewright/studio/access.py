@@ -109,9 +109,6 @@ class Access:
         """Return a new session's ``Set-Cookie`` value, or None if the secret is wrong.
 
         ``reviewer`` is the name of who signs in; empty: the studio's.
-
-        Raises:
-            HTTPException: 429, there were too many wrong secrets from this address.
         """
         at, source = time.monotonic(), _source(address)
         while self._tries and next(iter(self._tries.values()))[0] <= at - WRONG_S:
@@ -143,11 +140,7 @@ def _source(address: str) -> str:
 
 
 def reviewer_name(text: str) -> str:
-    """Return the name that a person typed.
-
-    Raises:
-        UserError: it is empty, too long, or has characters that nobody sees.
-    """
+    """Return the name that a person typed."""
     name = " ".join(text.split())
     if not name or not name.isprintable() or len(quote(name)) > _LONGEST_NAME:
         raise UserError("The reviewer's name is empty, too long or not printable", fix="Go back and type another one.")
@@ -193,22 +186,14 @@ async def read_form(request: Request, limit: int = MAX_FORM) -> dict[str, str]:
 
 
 def require_same_origin(request: Request) -> None:
-    """Refuse a form that a page of another site sent.
-
-    Raises:
-        UserError: its origin is not the studio.
-    """
+    """Refuse a form that a page of another site sent."""
     origin = request.headers.get("origin")
     if origin is not None and origin != f"{request.url.scheme}://{request.headers.get('host')}":
         raise UserError("The form was sent by another site", fix="Use the studio's own pages.")
 
 
 def require_form_token(session: StudioSession, form: dict[str, str]) -> None:
-    """Refuse a form that this session's pages did not send.
-
-    Raises:
-        UserError: the form's token is missing or another session's.
-    """
+    """Refuse a form that this session's pages did not send."""
     if not secrets.compare_digest(form.pop("form_token", "").encode(), session.form_token.encode()):
         raise UserError("The form belongs to an earlier session", fix="Go back, reload the page and send it again.")
 
@@ -231,12 +216,7 @@ class WithHeaders:
 
 
 class ReadOnly:
-    """An application that only answers requests which change nothing; of others not even the body is read.
-
-    Args:
-        app: the application.
-        refusal: the answer to all other requests.
-    """
+    """An application that only answers requests which change nothing; of others not even the body is read."""
 
     def __init__(self, app: ASGIApp, refusal: ASGIApp) -> None:
         self._app = app

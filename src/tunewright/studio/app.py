@@ -31,7 +31,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.author import authored_by
 from tunewright.core.errors import UserError, missing_extra
 from tunewright.core.io import write_bytes
-from tunewright.core.text import visible
+from tunewright.core.text import capitalised, visible
 from tunewright.render.html import page_templates
 from tunewright.serving.gateway.server import serve
 from tunewright.studio.access import (
@@ -57,7 +57,6 @@ from tunewright.studio.words import (
     ROLES,
     advice,
     by_commands,
-    capital,
     note,
 )
 
@@ -114,9 +113,10 @@ class Studio:
         self._templates.filters |= {
             "commands": by_commands,
             "role": lambda name: ROLES.get(name, name),
-            "capital": capital,
+            "capital": capitalised,
         }
-        self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
+        content = b"".join(path.read_bytes() for path in sorted(_STATIC.rglob("*")) if path.is_file())
+        self._templates.globals["static"] = self._static = f"/static/{hashlib.sha256(content).hexdigest()[:12]}"
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 
     def app(self, hosts: tuple[str, ...] = _LOOPBACK) -> Starlette:
@@ -131,13 +131,15 @@ class Studio:
             *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
             Mount(self._static, _StaticFiles(directory=_STATIC)),
         ]
+        fix = "Make a project of your own: tunewright studio in an empty folder."
+        refusal = self._error(403, "This demo is read-only; nothing was changed", fix=fix)
         return Starlette(
             routes=routes,
             # A page of another site whose name points at this address (DNS rebinding) has another Host header.
             middleware=[
                 Middleware(WithHeaders),
                 Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
-                *([Middleware(ReadOnly, refusal=self._demo_refusal())] if self._visitor else []),
+                *([Middleware(ReadOnly, refusal=refusal)] if self._visitor else []),
             ],
             exception_handlers={
                 UserError: self._refused,
@@ -177,10 +179,6 @@ class Studio:
 
     def _session(self, request: Request) -> StudioSession | None:
         return self._visitor or self._access.session(request)
-
-    def _demo_refusal(self) -> Response:
-        fix = "Make a project of your own: tunewright studio in an empty folder."
-        return self._error(403, "This demo is read-only; nothing was changed", fix=fix)
 
     def _endpoint(self, handler: Handler, method: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
@@ -347,11 +345,7 @@ class Studio:
 
 
 def _store(folder: Path, name: str, file: BinaryIO) -> None:
-    """Write an uploaded file.
-
-    Raises:
-        UserError: its name cannot be used, or there is another file of this name.
-    """
+    """Write an uploaded file."""
     controls = visible(name) != name or any(c in name for c in "\t\r\n")
     if not name or name.startswith(".") or controls or len(name.encode()) > _MOST_NAME:
         fix = f"Rename it: at most {_MOST_NAME} bytes, without control characters or a dot in front."
@@ -362,11 +356,6 @@ def _store(folder: Path, name: str, file: BinaryIO) -> None:
         write_bytes(path, content)
     elif path.read_bytes() != content:
         raise UserError(f"There is another file {name!r}", where=UPLOADS, fix="Rename yours, and upload it again.")
-
-
-def _version_of(folder: Path) -> str:
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:12]
 
 
 def _is_loopback(host: str) -> bool:

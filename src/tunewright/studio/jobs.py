@@ -184,12 +184,7 @@ class Job:
 
 
 class Jobs:
-    """The jobs of a project, in ``.tunewright/jobs``.
-
-    Args:
-        folder: where they are kept.
-        project: the project's folder.
-    """
+    """The jobs of a project, in ``.tunewright/jobs``."""
 
     def __init__(self, folder: Path, project: Path) -> None:
         self._folder = folder.resolve()
@@ -201,11 +196,7 @@ class Jobs:
         return sorted(found, key=lambda job: job.started, reverse=True)
 
     def find(self, name: str) -> Job:
-        """Return a job.
-
-        Raises:
-            UserError: there is no such job.
-        """
+        """Return a job."""
         if re.fullmatch("[0-9a-f]{16}", name) and (self._folder / name / "job.json").is_file():
             return _read(self._folder / name)
         raise UserError(f"There is no job {name!r}", fix="Choose one of the list.")
@@ -222,9 +213,6 @@ class Jobs:
         """Start ``tunewright`` with these arguments. The same command resumes work that was stopped.
 
         It records its work under the stated author.
-
-        Raises:
-            UserError: another job is running, or for a server another server.
         """
         busy = self.server() if words[0] == SERVER else self.running()
         if busy is not None and busy.state == "running":

@@ -45,11 +45,7 @@ class Question:
 
 
 class Playing:
-    """The playground's state between requests.
-
-    Args:
-        root: the project's folder.
-    """
+    """The playground's state between requests."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -109,11 +105,7 @@ class Playing:
         return name
 
     def question(self, name: str) -> Question:
-        """Return a question.
-
-        Raises:
-            UserError: no question has this ID: the studio was restarted, or many others came after it.
-        """
+        """Return a question."""
         found = self._questions.get(name)
         if found is None:
             raise UserError("The question is not in memory any more", fix="Ask it again on the page Playground.")

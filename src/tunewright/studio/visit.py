@@ -29,7 +29,6 @@ from tunewright.studio.playing import Playing
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.data.dedup.leakage import LeakageReport
-    from tunewright.evaluation.workload import AnswersEstimate
 
 T = TypeVar("T")
 
@@ -51,30 +50,27 @@ class PageReporter(LogReporter):
 
 @dataclass
 class Cache:
-    """Kept between requests: the current version, which takes seconds to load, and which rows a reviewer skipped."""
+    """Kept between requests: what takes seconds to make, and which rows a reviewer skipped."""
 
     playing: Playing
-    version: DatasetVersion | None = None
-    rows: RowIndex | None = None
-    """Of that version."""
-    neighbors: NeighborIndex | None = None
-    """Of that version."""
-    places: tuple[set[str], KnownPlaces] | None = None
-    """The places of rows in the versions with these digests."""
-    leakage: tuple[tuple[str, int], LeakageReport] | None = None
-    """The leakage, and the version and seed that decided it."""
-    chat: tuple[tuple[object, ...], ChatFormat] | None = None
-    """The chat format, and the values of the config that decided it."""
     reviews: dict[tuple[str, ...], ReviewSession] = field(default_factory=dict)
     """By version, reviewer and choice of rows."""
-    answers: tuple[tuple[object, ...], RowAnswers] | None = None
-    """The adapter's stored answers, and the files that they are from with their times."""
-    estimates: dict[tuple[str, bool], tuple[object, AnswersEstimate]] = field(default_factory=dict)
-    """The answers of an evaluation by adapter and split (True: dev), with what decided them."""
     leases: Leases = field(default_factory=Leases)
     """The row on each session's screen, by the session's token and the choice of rows."""
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
     """By evaluation, reviewer and incumbent."""
+    _made: dict[object, tuple[object, Any]] = field(default_factory=dict)
+
+    def has(self, name: object, deciding: object) -> bool:
+        """Return whether there is a thing of this name that was made for these values."""
+        return name in self._made and self._made[name][0] == deciding
+
+    def once(self, name: object, deciding: object, make: Callable[[], T]) -> T:
+        """Return what was made for these deciding values; made again where they are others."""
+        if not self.has(name, deciding):
+            self._made[name] = (deciding, make())
+        made: T = self._made[name][1]
+        return made
 
 
 @dataclass
@@ -97,72 +93,55 @@ class Visit:
 
     @property
     def version(self) -> DatasetVersion:
-        """The current dataset version.
-
-        Raises:
-            UserError: no version exists, or its files were changed.
-        """
+        """The current dataset version."""
         manifest = current_manifest(self.project.folder.dataset)
         if manifest is None:
             raise UserError("There are no rows yet", fix="Upload a file on the page Data.")
-        if self.cache.version is None or self.cache.version.digest != manifest.digest:
-            version = self.project.data.version()
-            self.cache.version, self.cache.rows, self.cache.neighbors = version, None, None
-        return self.cache.version
+        return self.cache.once("version", manifest.digest, self.project.data.version)
 
     @property
     def rows(self) -> RowIndex:
         """The current version's rows, ready to be searched."""
-        version = self.version
-        if self.cache.rows is None:
-            self.cache.rows = RowIndex(self.project.folder.dataset, version)
-        return self.cache.rows
+        version, dataset = self.version, self.project.folder.dataset
+        return self.cache.once("rows", version.digest, lambda: RowIndex(dataset, version))
 
     @property
     def places(self) -> KnownPlaces:
         """The places of every version's rows."""
-        digests = {each.digest for each in list_versions(self.project.folder.dataset)}
-        if self.cache.places is None or self.cache.places[0] != digests:
-            self.cache.places = (digests, KnownPlaces(self.project.folder.dataset))
-        return self.cache.places[1]
+        dataset = self.project.folder.dataset
+        digests = {each.digest for each in list_versions(dataset)}
+        return self.cache.once("places", digests, lambda: KnownPlaces(dataset))
 
     @property
     def neighbors(self) -> NeighborIndex:
         """The index of the current version's rows."""
         version = self.version
-        if self.cache.neighbors is None:
-            self.cache.neighbors = NeighborIndex(version)
-        return self.cache.neighbors
+        return self.cache.once("neighbors", version.digest, lambda: NeighborIndex(version))
 
     @property
     def leakage(self) -> LeakageReport:
         """The current version's leakage, which takes seconds to minutes to measure."""
         from tunewright.data.dedup.leakage import measure_leakage
 
-        deciding = (self.version.digest, self.project.folder.config.seed)
-        if self.cache.leakage is None or self.cache.leakage[0] != deciding:
-            self.cache.leakage = (deciding, measure_leakage(self.version, deciding[1], self.project.reporter))
-        return self.cache.leakage[1]
+        version, seed = self.version, self.project.folder.config.seed
+        deciding = (version.digest, seed)
+        return self.cache.once("leakage", deciding, lambda: measure_leakage(version, seed, self.project.reporter))
 
     @property
     def chat(self) -> ChatFormat:
         """The project's chat format."""
         config = self.project.folder.config
         deciding = (config.base_model, config.revision, config.chat)
-        if self.cache.chat is None or self.cache.chat[0] != deciding:
-            self.cache.chat = (deciding, self.project.chat)
         # The project was opened for this request, and its functions would read the tokenizer again.
-        self.project.chat = self.cache.chat[1]
-        return self.cache.chat[1]
+        self.project.chat = self.cache.once("chat", deciding, lambda: self.project.chat)
+        return self.project.chat
 
     @property
     def answers(self) -> RowAnswers:
         """The adapter's stored answers to rows."""
         files = evaluated_files(self.project.folder.evaluations)
         stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
-        if self.cache.answers is None or self.cache.answers[0] != stamps:
-            self.cache.answers = (stamps, self.project.row_answers())
-        return self.cache.answers[1]
+        return self.cache.once("answers", stamps, self.project.row_answers)
 
     def shown(self, found: Sequence[T], size: int) -> tuple[Sequence[T], dict[str, int]]:
         """Return the part of a long list that the address asks for, and the numbers of its pages for a template."""

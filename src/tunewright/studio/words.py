@@ -15,11 +15,6 @@ TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
 """A role at the beginning of a line."""
 
 
-def capital(text: str) -> str:
-    """Return a sentence that begins with a capital letter; its other letters stay."""
-    return text[:1].upper() + text[1:]
-
-
 _PAGES = {
     "data review": ("/review", "Review"),
     "data suspects": ("/review/suspects", "Review"),
@@ -77,16 +72,13 @@ def note(message: str) -> Advice:
 def _parted(sentences: list[str], kept: int) -> Advice:
     parts: dict[str, list[str]] = {"plain": [], "setting": [], "terminal": []}
     for number, each in enumerate(sentences):
-        part = "plain" if number < kept else "terminal" if _in_terminal(each) else "plain"
-        if part == "plain" and number >= kept and _SETTING.search(each):
-            part = "setting"
+        part = "plain"
+        if number >= kept:
+            in_terminal = _COMMAND.search(each) or _OPTION.search(each)
+            part = "terminal" if in_terminal else "setting" if _SETTING.search(each) else "plain"
         parts[part].append(each)
     plain, setting, terminal = map(" ".join, parts.values())
     return Advice(plain, _page_of(terminal), terminal, setting)
-
-
-def _in_terminal(sentence: str) -> bool:
-    return bool(_COMMAND.search(sentence) or _OPTION.search(sentence))
 
 
 def _page_of(text: str) -> tuple[str, str] | None:

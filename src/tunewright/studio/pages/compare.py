@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from tunewright.core.errors import UserError
 from tunewright.data.review.label_models import excerpt
-from tunewright.data.review.report import ReviewReport, review_report
+from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
 from tunewright.evidence.files import DEV_PREFIX, EVIDENCE_FILE
@@ -38,15 +38,11 @@ def comparisons_page(visit: Visit) -> Response:
             found.append((name, visit.project.human_eval_progress(folder / name), None))
         except UserError as error:
             found.append((name, [], str(error)))
-    return visit.page(
-        "comparisons.html.j2", "Compare", evaluations=found, review=_row_review(visit), left_out=len(names) - len(found)
-    )
-
-
-def _row_review(visit: Visit) -> ReviewReport | None:
-    """Return the state of the rows' review; None without rows."""
     dataset = visit.project.folder.dataset
-    return None if current_manifest(dataset) is None else review_report(dataset, visit.version)
+    review = review_report(dataset, visit.version) if current_manifest(dataset) else None
+    return visit.page(
+        "comparisons.html.j2", "Compare", evaluations=found, review=review, left_out=len(names) - len(found)
+    )
 
 
 def compare_page(visit: Visit) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 from starlette.responses import Response
@@ -91,7 +91,11 @@ def check_page(visit: Visit) -> Response:
         refusals.insert(0, refusal)
     else:
         unreadable = [each.unreadable for each in checked.files.files if each.unreadable]
-        refusals = [*map(_as_error, unreadable), *checked.refusals, *refusals]
+        refusals = [
+            *(UserError(str(e["what"]), where=e["where"], fix=e["fix"]) for e in unreadable),
+            *checked.refusals,
+            *refusals,
+        ]
     fields = {name: value for name, value in visit.query.items() if name in (*_FLAGS, *_MAPPING) and value}
     return visit.page(
         "check.html.j2",
@@ -222,7 +226,7 @@ def diff_page(visit: Visit) -> Response:
 def leakage_page(visit: Visit) -> Response:
     """Show how similar held-out rows are to training rows; of a large version only on request."""
     rows = len(visit.version.members)
-    known = visit.cache.leakage is not None and visit.cache.leakage[0][0] == visit.version.digest
+    known = visit.cache.has("leakage", (visit.version.digest, visit.project.folder.config.seed))
     if rows > _MEASURED_AT_ONCE and not known and "measure" not in visit.query:
         return visit.page("leakage.html.j2", "Leakage", rows=rows, report=None)
     report = visit.leakage
@@ -296,10 +300,6 @@ def _on_page(refusal: UserError) -> str:
     if ticks:
         fix = f"Correct the file, or {' or '.join(ticks)} below, and check again."
     return str(UserError(refusal.what, where=refusal.where, fix=fix or None))
-
-
-def _as_error(error: dict[str, Any]) -> UserError:
-    return UserError(error["what"], where=error["where"], fix=error["fix"])
 
 
 _ON_A_PAGE = 50  # rows

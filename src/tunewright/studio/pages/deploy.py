@@ -97,11 +97,7 @@ def newest_releases(visit: Visit) -> list[Release]:
 
 
 def require_state(visit: Visit) -> None:
-    """Refuse a page about an alias or a tenant before there is any: to look at it must not create a database.
-
-    Raises:
-        UserError: there is no serving state.
-    """
+    """Refuse a page about an alias or a tenant before there is any: to look at it must not create a database."""
     if not has_state(visit.project):
         raise UserError("There are no aliases and tenants yet", fix="Start on the pages Deploy and Tenants.")
 
@@ -188,11 +184,7 @@ def undeploy(visit: Visit) -> Response:
 
 
 def _current(visit: Visit) -> str:
-    """Return the form's alias, if nothing was released since its page was made.
-
-    Raises:
-        UserError: something was, or there is no such alias.
-    """
+    """Return the form's alias, if nothing was released since its page was made."""
     require_state(visit)
     alias = visit.place["alias"]
     newest = visit.project.releases(alias)[-1].number

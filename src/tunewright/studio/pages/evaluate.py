@@ -120,7 +120,7 @@ def _split(visit: Visit, adapter: Adapter, *, dev: bool) -> _Split:
 
 def _estimate(visit: Visit, adapter: Adapter, *, dev: bool) -> AnswersEstimate:
     """Return the estimate, again only if a file that decides it has changed: prompts of all arms take seconds."""
-    folder, kept = visit.project.folder, visit.cache.estimates
+    folder = visit.project.folder
     files = [
         folder.root / "tunewright.yaml",
         *sorted(folder.work.glob("generations/*")),
@@ -130,11 +130,11 @@ def _estimate(visit: Visit, adapter: Adapter, *, dev: bool) -> AnswersEstimate:
     stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
     manifest = current_manifest(folder.dataset)
     deciding = (stamps, None if manifest is None else manifest.digest)
-    key = (adapter.digest, dev)
-    if key not in kept or kept[key][0] != deciding:
-        found = visit.project.estimate_evaluation(adapter.name, dev=dev, embed=False)
-        kept[key] = (deciding, found)
-    return kept[key][1]
+    return visit.cache.once(
+        ("estimate", adapter.digest, dev),
+        deciding,
+        lambda: visit.project.estimate_evaluation(adapter.name, dev=dev, embed=False),
+    )
 
 
 def _items(visit: Visit) -> str:
@@ -213,9 +213,7 @@ def evidence_page(visit: Visit) -> Response:
         f"Evaluation {name}",
         id=name,
         evidence=evidence,
-        headline=verdict.headline,
         verdict=verdict,
-        causes=[cause.text for cause in verdict.causes],
         sections=evaluation_sections(evidence),
         choice=choice,
         changes=CHANGES,
@@ -227,11 +225,7 @@ def evidence_page(visit: Visit) -> Response:
 
 
 def _choice(visit: Visit, evidence: Evidence) -> _Choice:
-    """Return the filter of the query.
-
-    Raises:
-        UserError: the query names another effect or similarity than the page offers.
-    """
+    """Return the filter of the query."""
     first = ItemFilter.of(evidence.contrasts[0])
     query = visit.query
     fields = {
@@ -259,6 +253,7 @@ def item_page(visit: Visit) -> Response:
     evidence, items = visit.project.evidence(visit.place["evaluation"])
     number, item = _item(visit, items)
     choice = _choice(visit, evidence)
+    compared = evidence.incumbents.compared if evidence.incumbents else ()
     numbers = [each for each, _, _ in chosen_items(evidence, items, choice.kept)]
     return visit.page(
         "item.html.j2",
@@ -271,7 +266,7 @@ def item_page(visit: Visit) -> Response:
         before=max((each for each in numbers if each < number), default=None),
         after=min((each for each in numbers if each > number), default=None),
         answers=[(shown_answer(item, arm, evidence.metric), _scores(item, arm)) for arm in item.answers],
-        versions=_model_versions(evidence),
+        versions={f"incumbent-{each.name}": ", ".join(each.versions) for each in compared},
     )
 
 
@@ -290,12 +285,6 @@ def _scores(item: Item, arm: str) -> list[tuple[str, str]]:
         text = f"{scores[arm]:g}" if arm in scores else f"not scored{f': {why}' if why else ''}"
         found.append((metric_label(metric), text))
     return found
-
-
-def _model_versions(evidence: Evidence) -> dict[str, str]:
-    """Return the model versions that gave each incumbent's frozen answers."""
-    compared = evidence.incumbents.compared if evidence.incumbents else ()
-    return {f"incumbent-{each.name}": ", ".join(each.versions) for each in compared}
 
 
 def prompts_page(visit: Visit) -> Response:

@@ -204,7 +204,9 @@ def new_page(visit: Visit) -> Response:
     """Ask for the name and the base of a new project."""
     if visit.project.folder.has_config:
         return visit.go("/", "The folder has a project already.")
-    return _form(visit, _name_from(visit.project.folder.root.name), "bundled" if _has_bundled() else "other", "")
+    # A valid name that resembles the folder's.
+    name = re.sub("[^a-z0-9]+", "-", visit.project.folder.root.name.lower()).strip("-")[:40] or "my-model"
+    return _form(visit, name, "bundled" if _has_bundled() else "other", "")
 
 
 def create(visit: Visit) -> Response:
@@ -239,11 +241,6 @@ def _form(visit: Visit, name: str, choice: str, base_model: str, refusal: UserEr
     )
     page.status_code = 200 if refusal is None else 400
     return page
-
-
-def _name_from(folder: str) -> str:
-    """Return a valid project name that resembles the folder's."""
-    return re.sub("[^a-z0-9]+", "-", folder.lower()).strip("-")[:40] or "my-model"
 
 
 def _has_bundled() -> bool:

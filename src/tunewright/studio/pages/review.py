@@ -60,7 +60,8 @@ def review_page(visit: Visit) -> Response:
     queue = _queue(visit)
     review = _review(visit, queue)
     if review is None:
-        if not _adapter(visit, queue) and (found := _searched(visit)):
+        found = next((name for name in reversed(stored_searches(visit)) if name), "")
+        if found and not _adapter(visit, queue):
             return visit.go(f"{_QUEUES[queue].path}?{urlencode({'adapter': found})}")
         judges = _judges(visit)
         return visit.page(
@@ -231,11 +232,6 @@ def _judges(visit: Visit) -> list[tuple[str, str]]:
     default = "the newest adapter that fits" if adapters else "other rows with the same answer"
     named = [(name, f"adapter {name}: how unlikely it finds the answer") for name in adapters]
     return [("", default), ("base", "the base model: how unlikely it finds the answer"), *named]
-
-
-def _searched(visit: Visit) -> str:
-    """Return a judge whose suspects were found, or an empty text."""
-    return next((name for name in reversed(stored_searches(visit)) if name), "")
 
 
 def stored_searches(visit: Visit) -> dict[str, list[Suspect]]:

@@ -224,11 +224,7 @@ def _own_key(visit: Visit, state: State) -> str:
 
 
 def _require_same_keys(visit: Visit, state: State) -> None:
-    """Refuse a form that was sent twice, or whose page is older than the newest key.
-
-    Raises:
-        UserError: the tenant's keys have changed since the page was made.
-    """
+    """Refuse a form that was sent twice, or whose page is older than the newest key."""
     tenant = visit.place["tenant"]
     if visit.form.get("seen") != str(len(state.keys.list(tenant))):
         raise UserError(

@@ -64,14 +64,13 @@ def _best(run: TrainingRun) -> str:
     best = run.best
     if best is None:
         return "not evaluated yet"
-    score = "" if best.dev_metric is None or run.metric is None else f"{_score(run, best.dev_metric)}, "
+    score = "" if best.dev_metric is None or run.metric is None else f"{_score(run.metric, best.dev_metric)}, "
     return f"{score}dev loss {best.dev_loss:.3f} at step {best.step:,}"
 
 
-def _score(run: TrainingRun, value: float) -> str:
-    assert run.metric is not None
-    text = score_text(run.metric, value)
-    return f"{metric_label(run.metric)} {text}" if text.endswith("%") else text
+def _score(metric: MetricName, value: float) -> str:
+    text = score_text(metric, value)
+    return f"{metric_label(metric)} {text}" if text.endswith("%") else text
 
 
 def start_training(visit: Visit) -> Response:
