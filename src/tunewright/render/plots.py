@@ -113,7 +113,7 @@ def _short(label: str) -> str:
 
 _LEFT, _RIGHT, _TOP = 60.0, 12.0, 18.0  # around the panels of lines
 _UPPER, _LOWER = 172.0, 80.0  # heights of the panels
-_MOST_INSIDE = 3  # lines whose legend has room beside them
+_MOST_INSIDE = 3  # lines whose legend has room next to them
 _DASHES = ("-", (0, (6, 3)), (0, (2, 3)), (0, (10, 3, 2, 3)))  # of lines of one colour
 
 

@@ -1,4 +1,4 @@
-"""What people and a judge prefer: blind comparison, and the judge of an evaluation with its replies."""
+"""Preferences of people and of a judge: blind comparison, and the judge of an evaluation with its replies."""
 
 from __future__ import annotations
 
