@@ -10,7 +10,7 @@ from typing import Any
 from tunewright.advisor.advice import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
 from tunewright.config import MetricName
-from tunewright.core.downsample import downsample
+from tunewright.core.progress import downsample
 from tunewright.core.text import count_of
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.metrics import axis_label, metric_label, score_text

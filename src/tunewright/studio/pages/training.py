@@ -11,9 +11,8 @@ from typing import Any
 from starlette.responses import Response
 
 from tunewright.config import MetricName
-from tunewright.core.downsample import downsample
 from tunewright.core.errors import UserError
-from tunewright.core.progress import duration
+from tunewright.core.progress import downsample, duration
 from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
