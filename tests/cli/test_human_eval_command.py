@@ -184,11 +184,6 @@ def test_options_that_would_be_ignored_and_a_missing_terminal_are_refused(
     assert not (folder / "human-eval").exists()
 
 
-def test_results_without_a_review_name_the_command(project: Path) -> None:
-    ran = _review(project, "--results", "--json", reviewer=None)
-    assert (ran.code, ran.document["error"]["what"]) == (2, "The evaluation has no reviews")
-
-
 def test_human_eval_stacks_answers_on_a_narrow_terminal(
     project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
