@@ -1,4 +1,4 @@
-"""What every command keeps to: help with an example that parses, `--json`, exit codes, one error for bad input."""
+"""Rules of every command: help with an example that parses, `--json`, exit codes, one error for bad input."""
 
 from __future__ import annotations
 

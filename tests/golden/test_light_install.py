@@ -1,4 +1,4 @@
-"""What an installation without extras does: torch and the packages of `tunewright[train]` cannot be imported here.
+"""An installation without extras: torch and the packages of `tunewright[train]` cannot be imported here.
 
 `tests/check_wheel.py` repeats some of it in an environment that pip made.
 """
