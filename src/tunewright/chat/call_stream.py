@@ -125,7 +125,7 @@ class CallStream:
         self._held += text
         while self._step():
             pass
-        return self._taken()
+        return self._take()
 
     def end(self, *, cut: bool) -> tuple[str, list[CallDelta]]:
         """Return the rest of the answer.
@@ -137,7 +137,7 @@ class CallStream:
         if self._step == self._in_query:
             closed = regex.fullmatch(r'"\)\s*', held)
             if not cut or closed:
-                self._add('"}' if closed else _escaped(held))
+                self._add('"}' if closed else _escape(held))
         elif self._step == self._in_head and self._head is self._syntax.next:
             self._say("" if cut else held)
         elif self._step in (self._in_head, self._in_object):
@@ -147,9 +147,9 @@ class CallStream:
             self._say("" if cut and self._calls_only else held)
         if not self._calls:
             self._content, self._blank = self._content + self._blank, ""
-        return self._taken()
+        return self._take()
 
-    def _taken(self) -> tuple[str, list[CallDelta]]:
+    def _take(self) -> tuple[str, list[CallDelta]]:
         taken = self._content, self._deltas
         self._content, self._deltas = "", []
         return taken
@@ -232,7 +232,7 @@ class CallStream:
     def _in_query(self) -> bool:
         match = regex.search(r'"(?:\)\s*)?$', self._held)
         certain = match.start() if match else len(self._held)
-        self._add(_escaped(self._held[:certain]))
+        self._add(_escape(self._held[:certain]))
         self._held = self._held[certain:]
         return False
 
@@ -305,6 +305,6 @@ def _name(text: str) -> str | None:
     return name
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Return a text as it is spelled within a JSON string."""
     return canonical_json(text)[1:-1]

@@ -40,7 +40,7 @@ class TextEncoder:
         self.control_names: Mapping[int, str] = {number: text for text, number in self.control.items()}
         longest_first = sorted(control, key=len, reverse=True)
         self._look_alike = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._written = re.compile("|".join(_as_written(control[text]) for text in longest_first) or "(?!)")
+        self._written = re.compile("|".join(_written_pattern(control[text]) for text in longest_first) or "(?!)")
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
         backend.no_truncation()
         backend.no_padding()
@@ -112,7 +112,7 @@ class TextEncoder:
             pieces.append(text[place:])
         if start and self.space_first and pieces and isinstance(pieces[0], str) and not pieces[0].startswith(" "):
             pieces[0] = " " + pieces[0]
-        return [_restored(piece, hidden) if isinstance(piece, str) else piece for piece in pieces] if hidden else pieces
+        return [_restore(piece, hidden) if isinstance(piece, str) else piece for piece in pieces] if hidden else pieces
 
     def ids(self, runs: Iterable[str]) -> dict[str, list[int]]:
         """Return the ids of each distinct run of text, none of which is a control token."""
@@ -132,7 +132,7 @@ def _escape(code: int) -> str:
     return json.dumps(chr(code))[1:-1]
 
 
-def _restored(piece: str, hidden: Mapping[int, str]) -> str:
+def _restore(piece: str, hidden: Mapping[int, str]) -> str:
     """Restore hidden texts, which a template may have written as JSON in ASCII."""
     if "\\u" in piece:
         for code, text in hidden.items():
@@ -140,7 +140,7 @@ def _restored(piece: str, hidden: Mapping[int, str]) -> str:
     return piece.translate(hidden)
 
 
-def _as_written(token: Any) -> str:
+def _written_pattern(token: Any) -> str:
     """Return a pattern for the token in rendered text, with adjacent white space if the token strips it."""
     content = str(token.content)
     return (r"\s*" if token.lstrip else "") + re.escape(content) + (r"\s*" if token.rstrip else "")

@@ -42,7 +42,7 @@ Call = tuple[str, str]
 @lru_cache(maxsize=1024)
 def _functions(content: str) -> tuple[Mapping[str, Any], ...]:
     functions = [tool["function"] for tool in json.loads(content)]
-    return tuple(_ordered({key: f[key] for key in f if key != "strict"}) for f in functions)
+    return tuple(_order_keys({key: f[key] for key in f if key != "strict"}) for f in functions)
 
 
 def declared_functions(messages: Sequence[Message]) -> tuple[Mapping[str, Any], ...]:
@@ -54,16 +54,16 @@ def declared_functions(messages: Sequence[Message]) -> tuple[Mapping[str, Any], 
     return _functions(messages[0].content) if messages and messages[0].role == "tools" else ()
 
 
-def _ordered(value: Any, *, names: bool = False) -> Any:
+def _order_keys(value: Any, *, names: bool = False) -> Any:
     """Order the keys of declarations; ``names`` are those of properties."""
     if isinstance(value, list):
-        return [_ordered(item) for item in value]
+        return [_order_keys(item) for item in value]
     if not isinstance(value, dict):
         return value
     keys = list(value)  # sorted, as canonical JSON is; sorting again would order stand-ins otherwise than their texts
     if not names:
         keys.sort(key=lambda key: _FIRST_KEYS.index(key) if key in _FIRST_KEYS else len(_FIRST_KEYS))
-    return {key: _ordered(value[key], names=key == "properties" and not names) for key in keys}
+    return {key: _order_keys(value[key], names=key == "properties" and not names) for key in keys}
 
 
 def is_builtin(function: Mapping[str, Any]) -> bool:

@@ -73,18 +73,18 @@ def find_tool_form(template: Template, encoder: TextEncoder, answer_in: Callable
     result = Message("tool", _RESULT, call_id=call.id)
     prompt = _render(template, asked, generation_prompt=True)
     if _NAME not in prompt:
-        raise _refused(template, "drops the declarations of functions")
+        raise _template_error(template, "drops the declarations of functions")
     shown = _render(template, [*asked, turn], generation_prompt=False)
     answer = answer_in(prompt, shown)
     if _NAME not in answer:
-        raise _refused(template, "drops function calls")
+        raise _template_error(template, "drops function calls")
     text = signed(encoder.pieces(answer, {}, start=False), encoder.control_names)
     forms = (kind(encoder.control) for kind in FORMS)
     form = next((form for form in forms if (read := form.read(text)) and read[1] == [(_NAME, _ARGUMENTS)]), None)
     if form is None:
-        raise _refused(template, f"writes calls in a form that cannot be read back: {answer[:100]!r}")
+        raise _template_error(template, f"writes calls in a form that cannot be read back: {answer[:100]!r}")
     if _RESULT not in _render(template, [*asked, turn, result], generation_prompt=True):
-        raise _refused(template, "drops the results of functions")
+        raise _template_error(template, "drops the results of functions")
 
     def reads_back(turn: Message) -> bool:
         try:
@@ -123,9 +123,9 @@ def _render(template: Template, messages: Sequence[Message], *, generation_promp
     try:
         return template.render(messages, generation_prompt=generation_prompt)
     except UserError as error:
-        raise _refused(template, f"has no form for functions, calls and results ({error.what})") from error
+        raise _template_error(template, f"has no form for functions, calls and results ({error.what})") from error
 
 
-def _refused(template: Template, what: str) -> UserError:
+def _template_error(template: Template, what: str) -> UserError:
     fix = HERMES_INSTEAD if template.tools == "own" else None
     return UserError(f"The chat template {what}", where=template.name, fix=fix)

@@ -89,26 +89,26 @@ def find_hits(
     pieces: dict[str, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
         sources = [_source(name, texts) for name, texts in against.items()]
-        searched = workers.map(_searched, _Searched(sources, frozenset(labels)), rows.items(), task, _ROWS)
+        searched = workers.map(_search_row, _Search(sources, frozenset(labels)), rows.items(), task, _ROWS)
         for key, (found, short_turns) in zip(rows, searched, strict=True):
             hits |= {(key, hit.source, hit.item): hit for hit in found}
             for turn in short_turns:
                 pieces[" ".join(turn)].append(key)
         for source in sources:
-            for item, row in _holding(source, pieces):
+            for item, row in _items_around(source, pieces):
                 hits.setdefault((row, source.name, item), ContaminationHit(row, source.name, item, "contained", 1.0))
     return [hits[place] for place in sorted(hits)]
 
 
 @dataclass(frozen=True)
-class _Searched:
+class _Search:
     """Sources that rows are searched for, and the outputs that are labels."""
 
     sources: Sequence[_Source]
     labels: frozenset[str]
 
 
-def _searched(what: _Searched, row: tuple[str, Example], task: Task) -> tuple[list[ContaminationHit], list[Words]]:
+def _search_row(what: _Search, row: tuple[str, Example], task: Task) -> tuple[list[ContaminationHit], list[Words]]:
     """Return a row's hits, and its short user turns, which may be parts of items."""
     key, example = row
     asked = [normalised_words(m.content) for m in example.messages if m.role == "user"]
@@ -118,7 +118,7 @@ def _searched(what: _Searched, row: tuple[str, Example], task: Task) -> tuple[li
     hits = [
         ContaminationHit(key, source.name, item, how, score)
         for source in what.sources
-        for item, how, score in _found(turns, source)
+        for item, how, score in _items_inside(turns, source)
     ]
     task.advance()
     return hits, [turn for turn in asked if FEWEST <= len(turn) < RUN]
@@ -241,7 +241,7 @@ def _common_head(texts: Collection[Words]) -> int:
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
 
 
-def _found(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, MatchKind, float]]:
+def _items_inside(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, MatchKind, float]]:
     """Yield the items that these turns contain, each once."""
     equal = {number for turn in turns for number in source.equal.get(turn, ())}
     yield from ((number, "equal", 1.0) for number in equal)
@@ -263,7 +263,7 @@ def _found(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, Match
             yield number, "overlap", longest / len(words)
 
 
-def _holding(source: _Source, pieces: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str]]:
+def _items_around(source: _Source, pieces: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str]]:
     """Yield the items that contain a whole short turn, with the keys of its rows, unless many items do."""
     lengths = sorted({piece.count(" ") + 1 for piece in pieces})
     holders: dict[str, set[int]] = defaultdict(set)

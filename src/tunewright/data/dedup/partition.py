@@ -219,20 +219,20 @@ class SizeClass:
         yield from self._looked_up(signed.where(~many), labels, steps)
         for number in np.flatnonzero(many).tolist():
             for rows, columns in large.split(signed.larger.of(number), signed.smaller.of(number)):
-                yield from self._compared(rows, columns, labels, steps)
+                yield from self._compare(rows, columns, labels, steps)
 
     def _all_with_all(self, large: _Large, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
         """Yield all pairs of texts with similar sketches, except pairs that share a large label."""
         for number in range(large.count):
             mine, others = large.number == number, (large.number > number) | (large.number < 0)
-            yield from self._compared(np.flatnonzero(mine & self._large), np.flatnonzero(others), labels, steps)
+            yield from self._compare(np.flatnonzero(mine & self._large), np.flatnonzero(others), labels, steps)
             small = np.flatnonzero(mine & ~self._large)
-            yield from self._compared(np.flatnonzero(others & self._large), small, labels, steps)
+            yield from self._compare(np.flatnonzero(others & self._large), small, labels, steps)
         rest = np.flatnonzero((large.number < 0) & self._large)
-        yield from self._compared(rest, None, labels, steps)
-        yield from self._compared(rest, np.flatnonzero((large.number < 0) & ~self._large), labels, steps)
+        yield from self._compare(rest, None, labels, steps)
+        yield from self._compare(rest, np.flatnonzero((large.number < 0) & ~self._large), labels, steps)
 
-    def _compared(
+    def _compare(
         self, rows: Indices, columns: Indices | None, labels: Indices | None, steps: _Steps
     ) -> Iterator[Pairs]:
         def wanted(first: Indices, second: Indices) -> Mask:

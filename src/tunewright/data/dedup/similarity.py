@@ -87,9 +87,9 @@ def link(texts: Sequence[str], threshold: float, task: Task, workers: Workers = 
     with ShingleFile(different) as rows:
         del different
         labels: Indices = np.arange(len(order), dtype=np.int64)
-        parts = _alike(rows, threshold, labels, workers.count)
+        parts = _by_size(rows, threshold, labels, workers.count)
         for here, some in groupby(parts, key=lambda alike: alike.large):
-            for places, linked in (THIS_PROCESS if here else workers).map(_linked, threshold, some, task):
+            for places, linked in (THIS_PROCESS if here else workers).map(_link_texts, threshold, some, task):
                 _join(labels, places, places[linked])
     first = np.full(len(order), len(order), dtype=np.int64)
     np.minimum.at(first, labels, order)
@@ -99,7 +99,7 @@ def link(texts: Sequence[str], threshold: float, task: Task, workers: Workers = 
 
 
 @dataclass(frozen=True)
-class _Alike:
+class _SizeRange:
     """Texts of similar size to link, in part: ``part`` of ``parts`` says which of them look for others."""
 
     places: Indices
@@ -117,7 +117,7 @@ class _Alike:
     parts: int = 1
 
 
-def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> Iterator[_Alike]:
+def _by_size(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> Iterator[_SizeRange]:
     """Yield the texts of each size, with the links that are known by then, in at most ``most`` parts."""
     sizes = texts.sizes
     for low, high in size_ranges(sizes):
@@ -127,10 +127,10 @@ def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> 
         parts = 1 if large else min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
         for part in range(parts):
             _, first, number = np.unique(labels[places], return_index=True, return_inverse=True)
-            yield _Alike(places, some, sizes[places], first[number], low, high, large, part, parts)
+            yield _SizeRange(places, some, sizes[places], first[number], low, high, large, part, parts)
 
 
-def _linked(threshold: float, alike: _Alike, task: Task) -> tuple[Indices, Indices]:
+def _link_texts(threshold: float, alike: _SizeRange, task: Task) -> tuple[Indices, Indices]:
     """Return the texts, and the first of them, by its place, that each is linked with."""
     rows, sizes, labels = alike.rows, alike.sizes, alike.labels.copy()
 
@@ -265,7 +265,7 @@ class _KeptSearch:
             first, second = places[entry], np.arange(pairs[at], pairs[to]) - pairs[entry] + begins[entry]
             ask = ~self._always[first]
             ask[ask] = self._sketches.likely(first[ask], second[ask])
-            yield self._settled(verified(self._rows, self._sizes, first[ask], second[ask], self._threshold))
+            yield self._settle(verified(self._rows, self._sizes, first[ask], second[ask], self._threshold))
             task.advance(to - at)
             at = to
 
@@ -275,16 +275,16 @@ class _KeptSearch:
         kept = [places[self._always[places]]]
         task.advance(len(places) - len(new))
         for some in np.array_split(places[new], math.ceil(len(new) / _BLOCK)) if len(new) else ():
-            near = self._met(some, np.concatenate(kept))
+            near = self._near(some, np.concatenate(kept))
             # Those that are near a kept one are not kept, so only the others have to be compared with each other.
             self._gone[near.first] = True
-            yield self._settled(self._met(some[~self._gone[some]], None))
+            yield self._settle(self._near(some[~self._gone[some]], None))
             added = some[~self._gone[some]]
-            yield Pairs.joined([near, self._met(np.unique(near.first), added)]).best()
+            yield Pairs.joined([near, self._near(np.unique(near.first), added)]).best()
             kept.append(added)
             task.advance(len(some), f"{sum(map(len, kept)):,} kept of an output with {len(places):,} rows")
 
-    def _met(self, places: Indices, others: Indices | None) -> Pairs:
+    def _near(self, places: Indices, others: Indices | None) -> Pairs:
         """Return the near pairs of these places with earlier ones among ``others``, or with each other."""
         pairs = [(first, second) for first, second, _ in self._sketches.candidate_pairs(places, others)]
         if not pairs:
@@ -295,7 +295,7 @@ class _KeptSearch:
         before = second < first
         return verified(self._rows, self._sizes, first[before], second[before], self._threshold)
 
-    def _settled(self, near: Pairs) -> Pairs:
+    def _settle(self, near: Pairs) -> Pairs:
         """Decide in order which of these texts are dropped, given all near pairs with an earlier text."""
         near = near.where(np.argsort(near.first, kind="stable"))
         first, second, _ = near

@@ -221,7 +221,7 @@ def redact(
                     last[finding.kind] += 1
                     names[finding.kind, value] = f"<{finding.kind.upper()}_{last[finding.kind]}>"
         again = _occurrences(names, counts)
-        texts = [_replaced(text, findings, names, counts, again) for text, findings in zip(texts, found, strict=True)]
+        texts = [_replace(text, findings, names, counts, again) for text, findings in zip(texts, found, strict=True)]
     if not names:
         return example, {}
     left = iter(texts)
@@ -231,7 +231,7 @@ def redact(
     )
 
 
-def _replaced(
+def _replace(
     text: str,
     findings: list[Finding],
     names: dict[tuple[str, str], str],
@@ -261,7 +261,7 @@ def _occurrences(names: dict[tuple[str, str], str], counts: Counter[str]) -> Cal
         # Usually empty. Compiling an expression for each example would dominate the run time.
         there = [(kind, value) for bare, kind, value in longest_first[first:] if bare in bare_text]
         for kind, value in there:
-            text, count = re.subn(_spelled(kind, value), names[kind, value], text)
+            text, count = re.subn(_spelling_regex(kind, value), names[kind, value], text)
             counts[kind] += count
         return text
 
@@ -282,7 +282,7 @@ def _identity(kind: str, value: str) -> str:
     return value.lower() if kind == "email" else value
 
 
-def _spelled(kind: str, value: str) -> str:
+def _spelling_regex(kind: str, value: str) -> str:
     """Return a regular expression for all spellings of a value."""
     if kind in _SPACED:
         return rf"(?i)(?<![A-Za-z0-9])[+(]*{'[ ().+/-]{0,3}'.join(value)}(?![A-Za-z0-9])"
@@ -304,7 +304,7 @@ def blocked(scan: Scan) -> UserError:
     kinds = sorted({place.finding.kind for place in secrets})
     return UserError(
         f"{count_of(len(secrets), 'secret')} in {_rows(secrets)}, nothing was added ({_kinds(secrets)})\n"
-        f"{_listed(secrets, 50)}",
+        f"{_list_places(secrets, 50)}",
         fix="Delete them, or use --redact, which replaces them by placeholders such as "
         f"<{secrets[0].finding.kind.upper()}_1>. Revoke secrets that others may have seen. If they are intended, set "
         f"data.allow: [{', '.join(kinds)}]",
@@ -318,7 +318,7 @@ def warned(scan: Scan) -> str:
         return ""
     return (
         f"personal data in {_rows(personal)} ({_kinds(personal)}). A model can repeat its training data; --redact "
-        f"replaces personal data by placeholders.\n{_listed(personal, 10)}"
+        f"replaces personal data by placeholders.\n{_list_places(personal, 10)}"
     )
 
 
@@ -338,7 +338,7 @@ def _rows(places: Iterable[LocatedFinding]) -> str:
     return count_of(len({place.row for place in places}), "row")
 
 
-def _listed(places: Sequence[LocatedFinding], most: int) -> str:
+def _list_places(places: Sequence[LocatedFinding], most: int) -> str:
     lines = [f"  {place}" for place in places[:most]]
     if len(places) > most:
         lines.append(f"  and {len(places) - most:,} more: the result lists all")

@@ -140,7 +140,7 @@ def scan_pairs(
     ignored: set[str] = set()
     count = 0
     settings = _Settings(source.name, data, chats)
-    for parsed in workers.map(_parsed, settings, source.rows, LogTask(), _ROWS):
+    for parsed in workers.map(_check_row, settings, source.rows, LogTask(), _ROWS):
         count += 1
         ignored.update(parsed.ignored)
         left_out.update(parsed.too_long)
@@ -170,7 +170,7 @@ class _Settings:
 
 
 @dataclass
-class _Parsed:
+class _CheckedRow:
     """A row or its fault; its format with the reason, and keys ignored or too long for metadata, for the notes."""
 
     row: SourceRow | Fault
@@ -179,7 +179,7 @@ class _Parsed:
     too_long: Sequence[str] = ()
 
 
-def _parsed(settings: _Settings, raw: RawRow, _task: Task) -> _Parsed:
+def _check_row(settings: _Settings, raw: RawRow, _task: Task) -> _CheckedRow:
     """Check one row."""
     line, row, above, parent = raw
     data = settings.data
@@ -199,9 +199,9 @@ def _parsed(settings: _Settings, raw: RawRow, _task: Task) -> _Parsed:
         row_read = SourceRow(
             example, settings.name, line, groups or NO_VALUES, metadata or NO_VALUES, generated=generated
         )
-        return _Parsed(row_read, kind, ignored, too_long)
+        return _CheckedRow(row_read, kind, ignored, too_long)
     except RowError as fault:
-        return _Parsed(fault_of(fault, settings.name, line), kind, ignored, too_long)
+        return _CheckedRow(fault_of(fault, settings.name, line), kind, ignored, too_long)
 
 
 def fault_of(error: RowError, source: str, line: int) -> Fault:

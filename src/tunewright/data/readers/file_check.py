@@ -133,11 +133,11 @@ def check_files(
     faults: list[Fault] = []
     secrets: Counter[str] = Counter()
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
-        files = tuple(_checked(path, data, faults, secrets, task, rows, workers) for path in paths)
+        files = tuple(_check_file(path, data, faults, secrets, task, rows, workers) for path in paths)
     return FileCheck(files, tuple(faults), dict(secrets.most_common()))
 
 
-def _checked(
+def _check_file(
     path: Path,
     data: DataConfig,
     faults: list[Fault],
@@ -203,7 +203,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     plain = data.model_copy(update={"system_prompt": None})
     with new_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as copy:
         written = 0
-        for row in _fixed_rows(source, plain, changes):
+        for row in _fix_rows(source, plain, changes):
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
@@ -214,7 +214,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     return [Change(str(path), 1, None, what) for what in whole] + changes
 
 
-def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
+def _fix_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
     for line, row, above, parent in source.rows:
         try:
@@ -222,7 +222,7 @@ def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iter
                 raise row
             groups = groups_of(row, data, parent)
             conversation = parse_conversation(row, data, above, parent)
-            turns, done = _repaired(conversation, data)
+            turns, done = _repair(conversation, data)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
             changes.append(Change(source.name, line, fault.code, f"left out: {fault}", left_out=True))
@@ -242,14 +242,14 @@ def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iter
             metadata = {key: value for key, value in metadata.items() if key not in lost}
         plain = {key: groups.get(key) for key in data.group_by}
         tools = {"tools": json.loads(declared_tools(conversation.tools).text)} if conversation.tools else {}
-        yield {**metadata, **plain, "messages": [_written(turn) for turn in turns], **tools}
+        yield {**metadata, **plain, "messages": [_chat_turn(turn) for turn in turns], **tools}
 
 
 def _as_lines(turns: Sequence[Turn]) -> str:
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
-def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
+def _repair(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
     """Return the repaired turns, and each repair with its code; raises the first fault without a repair."""
     turns = list(conversation.turns)
     done: list[tuple[str, str]] = []
@@ -269,7 +269,7 @@ def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn],
             done.append((fault.code, repaired[1]))
 
 
-def _written(turn: Turn) -> dict[str, Any]:
+def _chat_turn(turn: Turn) -> dict[str, Any]:
     written = {"role": turn.role, "content": turn.content}
     if turn.rest.get("weight") == 0:
         written["weight"] = 0

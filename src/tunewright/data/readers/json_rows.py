@@ -275,8 +275,8 @@ def document_rows(
     whole = text.read()
     if not whole.strip():
         return
-    document = _read(whole, path)
-    found = _found(document, expression)
+    document = _parse_document(whole, path)
+    found = _select(document, expression)
     places = {id(each): number for number, each in enumerate(document.objects)}
     if all(id(item) in places for item in found):
         yield from _rows_in_place(document, found, places, groups, notes)
@@ -284,7 +284,7 @@ def document_rows(
     require_groups_found(groups, [None], path)
     if document.faults:
         place, fault = document.faults[0]
-        raise _refused(document, place, fault)
+        raise _outside_rows(document, place, fault)
     notes.append(
         f"{path}: places are row numbers in the result of data.rows, not lines, because not all rows are objects of "
         "the document"
@@ -296,7 +296,7 @@ def document_rows(
             yield RawRow(number, fault)
 
 
-def _read(text: str, path: Path) -> _Document:
+def _parse_document(text: str, path: Path) -> _Document:
     document = _Document(text, path)
     doubles: dict[int, str] = {}
 
@@ -345,7 +345,7 @@ def _tokens(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, str]]]:
     return spans, constants
 
 
-def _found(document: _Document, expression: str) -> list[Any]:
+def _select(document: _Document, expression: str) -> list[Any]:
     try:
         found = search_jmespath(check_expression(expression), document.value)
     except JMESPathError as error:
@@ -383,7 +383,7 @@ def _rows_in_place(
     covered = {number for numbers in inside for number in numbers}
     for number, (place, fault) in enumerate(document.faults):
         if number not in covered:  # a duplicate key of the document may have hidden rows
-            raise _refused(document, place, fault)
+            raise _outside_rows(document, place, fault)
     paths = _paths_to(document.value, {id(item) for item in found})
     require_groups_found(groups, (parent for _, parent in paths.values()), document.path)
     starts = {start for start, _ in spans}
@@ -413,7 +413,7 @@ def _paths_to(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent 
     return paths
 
 
-def _refused(document: _Document, place: int, fault: RowError) -> UserError:
+def _outside_rows(document: _Document, place: int, fault: RowError) -> UserError:
     where = f"{document.path}:{document.line(place)}"
     return UserError(f"Outside the rows that data.rows selects: {fault}", where=where, fix=CODES[fault.code][1])
 

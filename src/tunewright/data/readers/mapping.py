@@ -78,14 +78,14 @@ def require_groups_found(groups: Iterable[str], parents: Iterable[Parent | None]
     """Refuse a group that is not found above any row of a document, given the object above each row."""
     different = list({id(parent): parent for parent in parents}.values())
     for group in groups:
-        if not any(_found(group, parent) for parent in different):
+        if not any(_is_found(group, parent) for parent in different):
             keys = list(dict.fromkeys(key for parent in different[:1] if parent for key in parent if key != PARENT))
             named = ", ".join(keys[:_MOST_KEYS]) + (f" and {len(keys) - _MOST_KEYS} more" * (len(keys) > _MOST_KEYS))
             fix = f"Keys of the object above a row: {named}." if keys else "There are no objects above the rows."
             raise UserError(f"{group!r} selects nothing above any row of {path}", where="data.group_by", fix=fix)
 
 
-def _found(group: str, parent: Parent | None) -> bool:
+def _is_found(group: str, parent: Parent | None) -> bool:
     try:
         value_above(group, parent)
     except RowError:

@@ -125,7 +125,7 @@ class _Spending(NodeTransformer):
     visit_List = visit_Tuple = visit_Dict = _literal  # noqa: N815
 
 
-def _through(node: nodes.Node, name: str = "_spent") -> nodes.Expr:
+def _through(node: nodes.Node, name: str = "_spend_value") -> nodes.Expr:
     assert isinstance(node, nodes.Expr)
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
@@ -172,7 +172,7 @@ def _size(value: Any) -> int:
     return size
 
 
-def _spent(value: Any) -> Any:
+def _spend_value(value: Any) -> Any:
     _spend(_size(value))
     return value
 
@@ -266,7 +266,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 @pass_context  # so that nothing is computed when the template is compiled, outside of any row's budget
-def _finalized(_context: Context, value: Any) -> Any:
+def _finalize(_context: Context, value: Any) -> Any:
     """Return the value of an expression; a value without a plain text form is a fault, not "None" in an answer."""
     if isinstance(value, Undefined) or (isinstance(value, _PLAIN) and not isinstance(value, bool)):
         if isinstance(value, float) and not math.isfinite(value):
@@ -285,7 +285,7 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 
 def _environment() -> _Environment:
     environment = _Environment(
-        undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_finalized, optimized=False
+        undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_finalize, optimized=False
     )
     # Results that change with each call would make different examples of the same row.
     for name in _FILTERS_LEFT_OUT:
@@ -293,7 +293,7 @@ def _environment() -> _Environment:
     del environment.globals["lipsum"]
     environment.filters["tojson"] = _tojson
     environment.filters = {name: _spending(name, filter_) for name, filter_ in environment.filters.items()}
-    environment.filters |= {"_spent": _spent, "_each": _each}
+    environment.filters |= {"_spend_value": _spend_value, "_each": _each}
     tests: Mapping[str, Any] = environment.tests
     environment.tests = {name: _spending(name, test) for name, test in tests.items()}
     return environment

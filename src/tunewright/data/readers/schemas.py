@@ -93,7 +93,7 @@ def parse_conversation(
         )
     if data.input in row and data.output in row:
         assert data.input is not None and data.output is not None
-        keys = _used(row, {data.input, data.output}, (), data)
+        keys = _used_keys(row, {data.input, data.output}, (), data)
         reason = f"the config names {data.input} as input and {data.output} as output"
         return Conversation("mapped pairs", reason, _pair(row, data.input, data.output), keys)
     for key in ("image", "images"):
@@ -114,13 +114,13 @@ def parse_conversation(
     if meant := misspelled_keys(row):
         key, known = next(iter(meant.items()))
         raise RowError("E201", f'unknown key "{key}", did you mean "{known}"?', (key,))
-    keys = _used(row, {"prompt", "completion"}, (), data)
+    keys = _used_keys(row, {"prompt", "completion"}, (), data)
     return Conversation(
         "prompt/completion pairs", "rows have prompt and completion", _pair(row, "prompt", "completion"), keys
     )
 
 
-def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data: DataConfig) -> frozenset[str]:
+def _used_keys(row: Mapping[str, Any], needed: set[str], also: Collection[str], data: DataConfig) -> frozenset[str]:
     """Return the keys that this row format uses; refuse a row with a missing or misspelt one."""
     used = frozenset((*needed, *also, *_TOOL_KEYS))
     if row.keys() == needed:
@@ -136,8 +136,8 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
     missing = [key for key in sorted(needed) if key not in row and key not in meant.values()]
     if missing:
         others = [key for key in unknown if key not in meant]
-        faults = [f"unknown key {_quoted(others)}"] * bool(others) + faults + [f"missing key {_quoted(missing)}"]
-        of = ROW_SHAPES if needed <= {"messages", "prompt", "completion"} else _quoted([*sorted(needed), *also])
+        faults = [f"unknown key {_quote(others)}"] * bool(others) + faults + [f"missing key {_quote(missing)}"]
+        of = ROW_SHAPES if needed <= {"messages", "prompt", "completion"} else _quote([*sorted(needed), *also])
         faults[-1] += f": a row is {of}"
     if faults:
         first = (next(iter(meant or unknown)),) if unknown else ()
@@ -160,7 +160,7 @@ def nearest_known_key(key: str, known: Iterable[str]) -> str | None:
     return near[0] if near and plain.count("_") == near[0].count("_") else None
 
 
-def _quoted(keys: Sequence[str]) -> str:
+def _quote(keys: Sequence[str]) -> str:
     text = ", ".join(f'"{key}"' for key in keys[:_MOST_KEYS])
     return f"{text} and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else text
 
@@ -191,7 +191,7 @@ def _preference(row: Mapping[str, Any], data: DataConfig) -> Conversation:
     for key in keys:
         if row.get(key) in (None, "", []):
             raise RowError("E209", f'the row has no "{key}"', (key,) if key in row else ())
-    answers = [_placed(row[key], (key,)) for key in keys]
+    answers = [_place_turns(row[key], (key,)) for key in keys]
     if openai:
         prompt, besides = _openai_input(row)
         kind, reason = "preference pairs (OpenAI, Together)", "rows have preferred_output and non_preferred_output"
@@ -226,10 +226,10 @@ def _openai_input(row: Mapping[str, Any]) -> tuple[list[_Placed], dict[str, Any]
     if other:
         raise RowError("E201", f'unknown key "{other[0]}" of input', ("input", other[0]))
     besides = {key: given[key] for key in _BESIDES if key in given}
-    return _placed(given["messages"], ("input", "messages")), besides
+    return _place_turns(given["messages"], ("input", "messages")), besides
 
 
-def _placed(value: Any, path: JsonPath) -> list[_Placed]:
+def _place_turns(value: Any, path: JsonPath) -> list[_Placed]:
     if isinstance(value, str):
         return [_Placed({"role": "assistant", "content": value}, path, text=True)]
     if isinstance(value, list):
@@ -241,7 +241,7 @@ def _shared_prompt(row: Mapping[str, Any], answers: list[list[_Placed]]) -> tupl
     """Return the prompt, and the answers without the turns of the prompt that they repeat."""
     prompt = row.get("prompt")
     if isinstance(prompt, list):
-        return _placed(prompt, ("prompt",)), answers
+        return _place_turns(prompt, ("prompt",)), answers
     firsts = [row[key][0] if isinstance(row[key], list) and row[key] else None for key in _PAIR]
     if not all(isinstance(first, dict) and first.get("role") != "assistant" for first in firsts):
         if prompt in (None, ""):
@@ -266,7 +266,7 @@ def _pair(row: Mapping[str, Any], prompt: str, completion: str) -> tuple[Turn, .
 
 def _alpaca(row: Mapping[str, Any], data: DataConfig) -> Conversation:
     """Parse Stanford Alpaca's format, with LLaMA-Factory's system and history (its data/README.md)."""
-    keys = _used(row, {"instruction", "output"}, ("input", "system", "history"), data)
+    keys = _used_keys(row, {"instruction", "output"}, ("input", "system", "history"), data)
     history = row.get("history")
     if history is None:
         history = []
@@ -296,8 +296,8 @@ def _system(row: Mapping[str, Any], *keys: str) -> list[Turn]:
 
 def _share_gpt(row: Mapping[str, Any], data: DataConfig) -> Conversation:
     """Parse ShareGPT's format, with the functions of LLaMA-Factory (its data/README.md) and of Hermes."""
-    keys = _used(row, {"conversations"}, ("system", *_DECLARING), data)
-    turns = [*_system(row, "system"), *_listed(row, "conversations", _SHARE_TURNS)]
+    keys = _used_keys(row, {"conversations"}, ("system", *_DECLARING), data)
+    turns = [*_system(row, "system"), *_read_turns(row, "conversations", _SHARE_TURNS)]
     first = turns[-1].content_path[-1]
     reason = f"rows have conversations[].{'from' if first == 'value' else 'role'}/{first}"
     return _with_functions(Conversation("ShareGPT conversations", reason, tuple(turns), keys), row, data)
@@ -306,8 +306,8 @@ def _share_gpt(row: Mapping[str, Any], data: DataConfig) -> Conversation:
 def _chat(row: Mapping[str, Any], key: str, data: DataConfig) -> Conversation:
     """Parse OpenAI's and Together's formats, and Mistral's with interactions, text and system_prompt."""
     mistral = key == "interactions" or not {"system", "system_prompt", "only_last"}.isdisjoint(row)
-    used = _used(row, {key}, ("system", "system_prompt", "only_last", *_DECLARING), data)
-    turns = _listed(row, key, _CHAT_TURNS)
+    used = _used_keys(row, {key}, ("system", "system_prompt", "only_last", *_DECLARING), data)
+    turns = _read_turns(row, key, _CHAT_TURNS)
     first = turns[0].content_path[-1]
     mistral = mistral or first == "text"
     if _flag(row, "only_last"):
@@ -331,7 +331,7 @@ def _with_functions(
     """
     keys = [key for key in _DECLARING if row.get(key) not in (None, [], "", "[]") and key not in data.group_by]
     if len(keys) > 1:
-        raise RowError("E501", f"the row has both {_quoted(keys)}", (keys[1],))
+        raise RowError("E501", f"the row has both {_quote(keys)}", (keys[1],))
     declared = Declared(row[keys[0]], (*above, keys[0])) if keys else None
     turns = list(conversation.turns)
     kind, reason = conversation.kind, conversation.reason
@@ -362,7 +362,7 @@ def _flag(row: Mapping[str, Any], key: str, above: JsonPath = ()) -> bool:
     return bool(value)
 
 
-def _listed(row: Mapping[str, Any], key: str, keys: TurnKeys) -> list[Turn]:
+def _read_turns(row: Mapping[str, Any], key: str, keys: TurnKeys) -> list[Turn]:
     turns = row[key]
     if not isinstance(turns, list) or not turns:
         raise RowError("E206", f"{key} must be a list of turns", (key,))

@@ -156,7 +156,7 @@ def hub_files(name: str | Path, reporter: Reporter) -> list[Path]:
     hub = parse_hub_name(name)
     offline = hub_silence(f"{constants.ENDPOINT}/datasets/{hub.repository}")
     if offline is not None:
-        return [_cached(hub, offline)]
+        return [_find_cached(hub, offline)]
     try:
         with hub_refusals("dataset", hub.repository, hub.revision, str(hub), str(hub)):
             commit = HfApi().dataset_info(hub.repository, revision=hub.revision).sha
@@ -182,7 +182,7 @@ def hub_source(path: Path) -> str | None:
     return f"hf://datasets/{repository}@{path.parts[at + 2]}/{'/'.join(path.parts[at + 3 :])}"
 
 
-def _cached(hub: HubName, why: str) -> Path:
+def _find_cached(hub: HubName, why: str) -> Path:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

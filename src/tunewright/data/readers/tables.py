@@ -106,7 +106,7 @@ def delimiter_of(head: str, data: DataConfig) -> str:
     mapping = pair_mapping(data)
     best, best_score = ",", (False, 0.0, 0)
     for delimiter in DELIMITERS:
-        rows = _parsed(head, delimiter)
+        rows = _parse_head(head, delimiter)
         if not rows or len(rows[0]) < 2:
             continue
         header = rows[0]
@@ -118,7 +118,7 @@ def delimiter_of(head: str, data: DataConfig) -> str:
     return best
 
 
-def _parsed(head: str, delimiter: str) -> list[list[str]]:
+def _parse_head(head: str, delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     try:

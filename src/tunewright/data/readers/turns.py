@@ -248,7 +248,7 @@ def tagged_turns(turns: Sequence[Turn]) -> list[Turn]:
                 raise RowError(
                     "E511", f"{place(turn.content_path)} has text outside of <tool_response>", turn.content_path
                 )
-            done += [replace(turn, content=_result(block), call_id=_BY_ORDER) for block in blocks]
+            done += [replace(turn, content=_result_text(block), call_id=_BY_ORDER) for block in blocks]
         else:
             done.append(turn)
     return done
@@ -267,7 +267,7 @@ def _blocks(turn: Turn, tag: str) -> tuple[str, list[str]]:
     return "\n".join(text for part in outside if (text := part.strip())), inside
 
 
-def _result(block: str) -> str:
+def _result_text(block: str) -> str:
     """Return a result's content, which files wrap as ``{"name": …, "content": …}``."""
     try:
         value = json_or_literal(block)

@@ -254,7 +254,7 @@ def linked(messages: Sequence[Message], turns: Sequence[Turn]) -> list[Message]:
             names = ", ".join(f'"{call.name}" ({given})' for given, call in islice(waiting.items(), _MOST_NAMES))
             raise RowError("E508", f"{place(turn.path)} follows calls without a result: {names}", turn.path)
         if message.role == "tool":
-            done.append(replace(message, call_id=ids[_answered(turn, ids, waiting)]))
+            done.append(replace(message, call_id=ids[_close_call(turn, ids, waiting)]))
             continue
         calls = []
         for call, raw in zip(message.calls, turn.calls, strict=True):
@@ -271,7 +271,7 @@ def linked(messages: Sequence[Message], turns: Sequence[Turn]) -> list[Message]:
     return done
 
 
-def _answered(turn: Turn, ids: dict[str, str], waiting: dict[str, ToolCall]) -> str:
+def _close_call(turn: Turn, ids: dict[str, str], waiting: dict[str, ToolCall]) -> str:
     """Return the id of the open call that a result answers, and close it."""
     given = turn.call_id
     if not isinstance(given, str):

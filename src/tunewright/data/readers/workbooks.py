@@ -54,7 +54,7 @@ def open_workbook(path: Path, data: DataConfig, notes: list[str], task: Task | N
     """
     with _reading(path), path.open("rb") as file:
         workbook = _Workbook(path, file)
-        title = _chosen(workbook, path, data.sheet)
+        title = _choose_sheet(workbook, path, data.sheet)
     others = [name for name in workbook.parts if name != title]
     if others:
         notes.append(f"{path}: sheets not read: {', '.join(others)}")
@@ -205,7 +205,7 @@ class _SheetParser(WorkSheetParser):  # type: ignore[misc]
         return cell
 
 
-def _chosen(workbook: _Workbook, path: Path, wanted: str | None) -> str:
+def _choose_sheet(workbook: _Workbook, path: Path, wanted: str | None) -> str:
     titles = ", ".join(workbook.parts)
     if wanted is not None:
         if wanted not in workbook.parts:
@@ -309,7 +309,7 @@ class _Table:
             (f"cells of {_MOST_TEXT:,} characters, where Excel cuts text", self._full),
         ):
             if found:
-                yield f"{self.where}: {what}: {_named(found)}"
+                yield f"{self.where}: {what}: {_list_places(found)}"
 
     def refuse_merged(self, merged: Sequence[str]) -> None:
         """Refuse merged cells of the table below its header, because only the first of them has a value."""
@@ -323,13 +323,13 @@ class _Table:
         if found:
             found.sort()
             raise UserError(
-                f"Merged cells: {_named([ref for _, ref in found])}",
+                f"Merged cells: {_list_places([ref for _, ref in found])}",
                 where=f"{self.where}:{found[0][0]}",
                 fix="Unmerge them, and fill in each cell: only the first has a value.",
             )
 
 
-def _named(places: Sequence[str]) -> str:
+def _list_places(places: Sequence[str]) -> str:
     more = f" and {len(places) - _MOST_NAMED:,} more" if len(places) > _MOST_NAMED else ""
     return ", ".join(places[:_MOST_NAMED]) + more
 
