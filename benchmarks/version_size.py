@@ -21,7 +21,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
 from tunewright.data.versions import load_version, members_lines, version_folder
-from tunewright.data.versions.members import MEMBERS
+from tunewright.data.versions.files import MEMBERS
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
 
 ROWS = 10_000

@@ -20,7 +20,7 @@ from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions
 from tunewright.data.verify import verify
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
-from tunewright.data.versions.members import Place, member_line, places_of
+from tunewright.data.versions.files import Place, member_line, places_of
 
 GROUPED = "data: {group_by: [customer, ticket], conflicts: accept}\n"
 

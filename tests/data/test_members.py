@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hypothesis_settings import examples
 from tunewright.core.errors import UserError
-from tunewright.data.versions.members import lines_sha256, members_file, read_members
+from tunewright.data.versions.files import lines_sha256, members_file, read_members
 
 
 def _text(members: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ from tunewright.core.text import mark_fault, normalize
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.trace import ancestors, trained_keys
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, list_versions, load_version
-from tunewright.data.versions.members import Places, read_places
+from tunewright.data.versions.files import Places, read_places
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat

@@ -10,8 +10,7 @@ from tunewright.advisor import advice
 from tunewright.api.deprecated import DeprecatedGroup, keywords
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.data import preview, remote, remove, verify
-from tunewright.data import verbs as data
+from tunewright.data import browse, preview, remote, remove, verify
 from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.options import ReviewOptions
 from tunewright.evaluation import data_verbs, label_review, stored, tuning
@@ -52,25 +51,25 @@ class ProjectAdapters(ProjectGroup):
 class ProjectData(ProjectGroup):
     """Verbs on a project's data."""
 
-    blame = data.blame
+    blame = browse.blame
     check_files = preview.check_files
-    checkout = data.checkout
-    cluster_counts = data.cluster_counts
-    diff = data.diff
-    export = data.export
+    checkout = browse.checkout
+    cluster_counts = browse.cluster_counts
+    diff = browse.diff
+    export = browse.export
     fix_file = preview.fix_file
-    leakage = data.leakage
-    log = data.log
-    metadata = data.metadata
+    leakage = browse.leakage
+    log = browse.log
+    metadata = browse.metadata
     preview_file = preview.preview_file
     pull = remote.pull
     push = remote.push
     remove = keywords(remove.remove, RemoveOptions)
     sheets = preview.sheets
-    show = data.show
-    trained_by = data.trained_by
+    show = browse.show
+    trained_by = browse.trained_by
     verify = verify.verify
-    version = data.version
+    version = browse.version
 
     add = data_verbs.add
     check = data_verbs.check

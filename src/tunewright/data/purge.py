@@ -25,6 +25,7 @@ from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.review.suspects import remove_cached_suspects
 from tunewright.data.selection import Origins, read_origins
 from tunewright.data.versions import Member, erase_purged
+from tunewright.data.versions.files import has_rows, read_rows
 from tunewright.data.versions.logs import (
     Removal,
     append_removals,
@@ -32,7 +33,6 @@ from tunewright.data.versions.logs import (
     erase_kept_pairs,
     read_removals,
 )
-from tunewright.data.versions.rows import has_rows, read_rows
 
 FEWEST_CHARACTERS = 12
 """Shorter texts are not searched for: they occur in unrelated files."""

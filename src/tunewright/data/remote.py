@@ -49,6 +49,15 @@ from tunewright.data.versions import (
     version_folder,
     write_head,
 )
+from tunewright.data.versions.files import (
+    MEMBERS,
+    parse_rows,
+    places_of,
+    read_members,
+    read_places,
+    rows_text,
+    write_rows,
+)
 from tunewright.data.versions.logs import (
     KEPT_PAIRS_FILE,
     Removal,
@@ -58,8 +67,6 @@ from tunewright.data.versions.logs import (
     read_kept_pairs,
     read_removals,
 )
-from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
-from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
 
 _ROWS = "rows.jsonl"
 _FILES = len(VERSION_FILES) + 1

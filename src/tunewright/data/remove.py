@@ -38,9 +38,8 @@ from tunewright.data.versions import (
     no_version,
     save_version,
 )
+from tunewright.data.versions.files import Place, read_places, read_rows
 from tunewright.data.versions.logs import Removal, append_removals, describe_purges, read_removals
-from tunewright.data.versions.members import Place, read_places
-from tunewright.data.versions.rows import read_rows
 from tunewright.data.versions.version import new_manifest, rename_clusters
 
 _MOST = 10

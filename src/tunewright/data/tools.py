@@ -1,23 +1,60 @@
-"""Function declarations in OpenAI's form, and the arguments of calls, both as canonical JSON."""
+"""Functions that a conversation may call: declarations in OpenAI's form, arguments, and JSON Schemas that check both.
+
+Declarations and arguments are canonical JSON. Nothing is fetched, and time and memory are bounded: references are
+local, schemas are not recursive, and a pattern has a limit of processor time.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import regex
 
 from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import parse_json
 from tunewright.core.text import normalize
-from tunewright.data.tool_schemas import (
-    ArgumentsError,
-    DeclarationError,
-    Path,
-    SchemaLimitError,
-    compiled_schema,
-    require_depth,
-)
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
+
+MAX_DEPTH = 32
+"""Of a schema inside schemas, with references followed, and of arguments."""
+MAX_VALUES = 10_000
+"""Schemas and listed values of one function, with references followed."""
+MAX_STEPS = 2_000_000
+"""Values of a schema times values of the arguments."""
+MAX_PATTERN = 1_000
+"""Characters of a regular expression."""
+_SECONDS = 1.0
+"""Processor time of the patterns in one check."""
+
+_Pointer = tuple[str, ...]
+Path = tuple[str | int, ...]
+
+
+class DeclarationError(ValueError):
+    """Declarations that are not functions with a JSON Schema; ``path`` is the place in them."""
+
+    def __init__(self, reason: str, path: Path = ()) -> None:
+        super().__init__(reason)
+        self.path = path
+
+
+class SchemaLimitError(DeclarationError):
+    """A schema that is recursive, too large or too slow, or that needs a document from elsewhere."""
+
+
+class ArgumentsError(ValueError):
+    """Arguments that violate a function's schema."""
+
 
 MAX_CHARACTERS = 1 << 18
 """Of all declarations of a conversation, as canonical JSON."""
@@ -146,3 +183,247 @@ def canonical_arguments(value: Any) -> tuple[str, dict[str, Any]]:
 def _in_nfc(value: Any) -> Any:
     text = canonical_json(value)
     return parse_json(text if text.isascii() else normalize(text))
+
+
+def require_depth(value: Any) -> None:
+    """Raise a SchemaLimitError for JSON values nested deeper than any schema in its limit needs."""
+    if any(depth > 4 * MAX_DEPTH for _, depth in nested_values(value)):
+        raise SchemaLimitError(f"nested more than {4 * MAX_DEPTH} levels deep")
+
+
+def reference_path(reference: Any) -> tuple[str, ...]:
+    """Return the steps of the local JSON Pointer (RFC 6901) in a schema's ``$ref``."""
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        raise SchemaLimitError('"$ref" must be local, such as "#/$defs/address"')
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(reference[1:]).split("/")[1:])
+
+
+def nested_values(value: Any) -> Iterator[tuple[Any, int]]:
+    """Yield a JSON value and all values in it, each with its depth, from 1."""
+    left = [(value, 1)]
+    while left:
+        each, depth = left.pop()
+        yield each, depth
+        inner = each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
+        left += [(one, depth + 1) for one in inner]
+
+
+@dataclass(frozen=True)
+class CompiledSchema:
+    """A schema that is within the limits."""
+
+    validator: Any
+    size: int
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Check arguments.
+
+        Raises:
+            ArgumentsError: they violate the schema.
+            SchemaLimitError: the check would take too long.
+        """
+        if self.size * sum(1 for _ in nested_values(arguments)) > MAX_STEPS:
+            raise SchemaLimitError("schema and arguments are too large to be checked")
+        token = _END.set(time.thread_time() + _SECONDS)
+        try:
+            error = next(self.validator.iter_errors(arguments), None)
+        finally:
+            _END.reset(token)
+        if error is not None:
+            raise ArgumentsError(_violated(error))
+
+
+def _violated(error: ValidationError) -> str:
+    """Return the violated keyword and its place, without the value, which may be a secret."""
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
+    if error.validator in ("required", "additionalProperties", "dependentRequired"):
+        return f"arguments{place}: {_cut(error.message)}"  # names keys only
+    return f'arguments{place}: not valid under "{error.validator}": {_cut(canonical_json(error.validator_value))}'
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+@lru_cache(maxsize=4096)  # rows of a domain share their functions
+def compiled_schema(text: str) -> CompiledSchema:
+    """Return the schema in a JSON text, ready to check arguments.
+
+    Raises:
+        DeclarationError: not a JSON Schema (Draft 2020-12).
+        SchemaLimitError: over a limit.
+    """
+    schema = json.loads(text)
+    size = _checked_size(schema)
+    for key in ("$schema", "$id"):  # both would make references other than local
+        schema.pop(key, None)
+    metaschema, validator = _validators()
+    error = next(metaschema.iter_errors(schema), None)
+    if error is not None:
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
+        raise DeclarationError(f"not JSON Schema (Draft 2020-12): parameters{place}: {_cut(error.message)}")
+    return CompiledSchema(validator(schema), size)
+
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else", "contentSchema")
+_REFUSED = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$anchor", "unevaluatedItems", "unevaluatedProperties")
+"""They would need a check of their own that it ends; no schema for functions uses them."""
+
+
+def _checked_size(schema: Any) -> int:
+    """Return the number of schemas and listed values, with references followed; refuse what is over a limit."""
+    places: dict[_Pointer, Any] = {(): schema}
+    left: list[_Pointer] = [()]
+    while left:
+        path = left.pop()
+        _check_keywords(places[path], path)
+        for inner, child in _subschemas(places[path]):
+            places[*path, *inner] = child
+            left.append((*path, *inner))
+        if len(places) > MAX_VALUES:
+            raise SchemaLimitError(f"more than {MAX_VALUES:,} values")
+    return _followed((), places, {}, set(), 0)[0]
+
+
+def _subschemas(schema: Any) -> Iterator[tuple[_Pointer, Any]]:
+    if not isinstance(schema, dict):
+        return
+    for key in _MAPS:
+        inner = schema.get(key)
+        if isinstance(inner, dict):
+            yield from (((key, name), each) for name, each in inner.items())
+    for key in _LISTS:
+        inner = schema.get(key)
+        if isinstance(inner, list):
+            yield from (((key, str(place)), each) for place, each in enumerate(inner))
+    yield from (((key,), schema[key]) for key in _SINGLE if isinstance(schema.get(key), dict | bool))
+
+
+def _check_keywords(schema: Any, path: _Pointer) -> None:
+    if not isinstance(schema, dict):
+        return
+    refused = [*_REFUSED, *(["$id", "$schema"] if path else [])]
+    for key in refused:
+        if key in schema:
+            raise SchemaLimitError(f'the keyword "{key}" is not supported')
+    required = schema.get("dependentRequired")
+    lists = [schema.get("required"), schema.get("type"), *(required.values() if isinstance(required, dict) else ())]
+    for names in lists:  # the metaschema compares their items with each other, which takes long for mixed types
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise DeclarationError("not JSON Schema (Draft 2020-12): required and type list texts")
+    patterns = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
+        if isinstance(pattern, str) and len(pattern) > MAX_PATTERN:
+            raise SchemaLimitError(f"a pattern of {len(pattern):,} characters (limit {MAX_PATTERN:,})")
+
+
+def _followed(
+    path: _Pointer,
+    places: Mapping[_Pointer, Any],
+    done: dict[_Pointer, tuple[int, int]],
+    above: set[_Pointer],
+    level: int,
+) -> tuple[int, int]:
+    """Return size and height of a schema, with references followed."""
+    if path in above:
+        raise SchemaLimitError("a recursive schema is not supported")
+    if path not in done:
+        if level > MAX_DEPTH:
+            raise SchemaLimitError(f"more than {MAX_DEPTH} schemas deep")
+        above.add(path)
+        schema = places[path]
+        size, height = 1, 0
+        if isinstance(schema, dict):
+            size += sum(1 for key in ("enum", "const", "required") if key in schema for _ in nested_values(schema[key]))
+            inner = [(*path, *steps) for steps, _ in _subschemas(schema)]
+            if "$ref" in schema:
+                inner.append(_target(schema["$ref"], places))
+            for each in inner:
+                more, high = _followed(each, places, done, above, level + 1)
+                size, height = size + more, max(height, high + 1)
+        above.remove(path)
+        if size > MAX_VALUES:
+            raise SchemaLimitError(f"more than {MAX_VALUES:,} values, with references followed")
+        done[path] = size, height
+    if level + done[path][1] > MAX_DEPTH:
+        raise SchemaLimitError(f"more than {MAX_DEPTH} schemas deep, with references followed")
+    return done[path]
+
+
+def _target(reference: Any, places: Mapping[_Pointer, Any]) -> _Pointer:
+    path = reference_path(reference)
+    if path not in places:
+        raise DeclarationError(f'"$ref" {_cut(reference)} names no schema of this document')
+    return path
+
+
+_END: ContextVar[float] = ContextVar("the thread's time at which a check ends")
+
+
+def _found(pattern: str, text: str) -> bool:
+    try:
+        return regex.search(pattern, text, timeout=max(_END.get() - time.thread_time(), 0.001)) is not None
+    except TimeoutError:
+        raise SchemaLimitError(f"the pattern {_cut(canonical_json(pattern))} takes too long on the arguments") from None
+
+
+@cache
+def _validators() -> tuple[Any, Callable[[Any], Any]]:
+    """Return a validator of schemas, and one of arguments for a schema; jsonschema is imported when it is needed."""
+    from jsonschema import Draft202012Validator, FormatChecker
+    from jsonschema.exceptions import ValidationError
+    from jsonschema.validators import extend
+    from referencing import Registry
+
+    formats = FormatChecker(formats=())
+
+    @formats.checks("regex", raises=(regex.error, RecursionError))
+    def is_regex(pattern: object) -> bool:
+        return not isinstance(pattern, str) or bool(regex.compile(pattern))
+
+    # jsonschema's own forms of these keywords search with Python's re, which has no limit, or compare all pairs of
+    # items.
+    def check_pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
+        if isinstance(value, str) and not _found(pattern, value):
+            yield ValidationError("does not match")
+
+    def check_patterns(validator: Any, patterns: Any, value: Any, _schema: Any) -> Iterator[ValidationError]:
+        for pattern, schema in patterns.items() if isinstance(value, dict) else ():
+            for key, inner in value.items():
+                if _found(pattern, key):
+                    yield from validator.descend(inner, schema, path=key, schema_path=pattern)
+
+    def check_others(validator: Any, others: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+        patterns = schema.get("patternProperties", {})
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            if key in schema.get("properties", {}) or any(_found(pattern, key) for pattern in patterns):
+                continue
+            if others is False:
+                yield ValidationError(f'unexpected key "{key}"')
+            else:
+                yield from validator.descend(inner, others, path=key)
+
+    def check_unique(_validator: Any, unique: bool, value: Any, _schema: Any) -> Iterator[ValidationError]:
+        if unique and isinstance(value, list) and len({canonical_json(_whole(each)) for each in value}) < len(value):
+            yield ValidationError("has equal items")
+
+    keywords = {
+        "pattern": check_pattern,
+        "patternProperties": check_patterns,
+        "additionalProperties": check_others,
+        "uniqueItems": check_unique,
+    }
+    validator = extend(Draft202012Validator, keywords)
+    metaschema = Draft202012Validator(Draft202012Validator.META_SCHEMA, format_checker=formats)
+    return metaschema, lambda schema: validator(schema, registry=Registry())
+
+
+def _whole(value: Any) -> Any:
+    """Return the value with numbers such as 1.0 as 1, to which they are equal in JSON Schema."""
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, text_lines
+from tunewright.core.io import canonical_json
 from tunewright.data.readers.validate import REJECTED
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.review.reviews import read_reviews
@@ -28,8 +28,8 @@ from tunewright.data.versions import (
     short,
     version_folder,
 )
+from tunewright.data.versions.files import Places, read_places
 from tunewright.data.versions.logs import read_removals
-from tunewright.data.versions.members import Places, read_places
 
 
 def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
@@ -188,7 +188,9 @@ def blame(dataset: Path, version: DatasetVersion, key: str) -> RowOrigin:
     brought = line[first]
     parent = line[first + 1] if first + 1 < len(line) else None
     edit_of, conflicts_with = _same_input(dataset, version, brought, parent, key)
-    record = _import_of(dataset, brought, key) or {}
+    files = [version_folder(dataset, brought.digest) / IMPORTS]
+    records = import_records(files, "added", "edited", "replaced", "mixed", key=key)
+    record = next((each for each in records if each["key"] == key), {})
     place = record.get("line")
     if record.get("fate") == "edited":
         place = read_reviews(dataset).cited_line(record)
@@ -215,20 +217,6 @@ def _same_input(
     before = [m.key for m in former.members if m.example.input_key == asked]
     there = read_places(dataset, brought.digest)
     return tuple(k for k in before if k not in there), tuple(k for k in before if k in there)
-
-
-def _import_of(dataset: Path, manifest: Manifest, key: str) -> dict[str, Any] | None:
-    path = version_folder(dataset, manifest.digest) / IMPORTS
-    for number, text in enumerate(text_lines(path.read_text(encoding="utf-8")), start=1):
-        if key not in text:
-            continue
-        try:
-            record: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError:
-            raise UserError("Invalid import record", where=f"{path}:{number}", fix="Restore the file.") from None
-        if record.get("fate") in ("added", "edited", "replaced", "mixed") and record.get("key") == key:
-            return record
-    return None
 
 
 def ancestors(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -28,6 +28,7 @@ from tunewright.data.versions import (
     read_manifest,
     short,
 )
+from tunewright.data.versions.files import MEMBERS, BadRow, places_of, read_members, scan_rows
 from tunewright.data.versions.logs import (
     KEPT_PAIRS_FILE,
     REMOVED_FILE,
@@ -36,8 +37,6 @@ from tunewright.data.versions.logs import (
     Removals,
     erased_metadata,
 )
-from tunewright.data.versions.members import MEMBERS, places_of, read_members
-from tunewright.data.versions.rows import BadRow, scan_rows
 
 
 @dataclass(frozen=True)

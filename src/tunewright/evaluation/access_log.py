@@ -26,7 +26,7 @@ from tunewright.core.locks import locked_folder
 from tunewright.core.log import parse_line
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
-from tunewright.data.versions.members import read_places
+from tunewright.data.versions.files import read_places
 from tunewright.data.versions.version import current_author
 from tunewright.evidence.common import Part
 from tunewright.evidence.files import EVIDENCE_FILE, load_evidence

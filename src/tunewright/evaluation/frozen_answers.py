@@ -21,8 +21,7 @@ from tunewright.core.io import canonical_json, digest
 from tunewright.core.log import numbered_lines, parse_line
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message, ToolCall, call_id
-from tunewright.data.tool_schemas import ArgumentsError
-from tunewright.data.tools import canonical_arguments
+from tunewright.data.tools import ArgumentsError, canonical_arguments
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.common import Part

@@ -17,7 +17,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.examples import INSTRUCTIONS, Example, Message, with_calls_numbered
 from tunewright.data.review.suspects import AnswerLoss
 from tunewright.data.versions import DatasetVersion, Member, short
-from tunewright.data.versions.members import read_places
+from tunewright.data.versions.files import read_places
 from tunewright.evaluation.folds import out_of_fold
 from tunewright.generation.generate import prefill_groups
 from tunewright.models.bases import Base

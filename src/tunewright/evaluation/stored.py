@@ -17,7 +17,7 @@ from tunewright.adapters.trust import TrustStatus, trust_status
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message
-from tunewright.data.versions.rows import has_rows, read_rows
+from tunewright.data.versions.files import has_rows, read_rows
 from tunewright.evaluation.access_log import AccessLog, amendable, load_checked
 from tunewright.evidence.common import StoredPrompt
 from tunewright.evidence.files import EVIDENCE_FILE, PROMPTS_FILE, find_evaluation, load_items, load_messages

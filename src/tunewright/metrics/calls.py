@@ -43,7 +43,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import standard_json
 from tunewright.data.examples import Example, ToolCall, call_id
-from tunewright.data.tool_schemas import ArgumentsError, SchemaLimitError, compiled_schema
+from tunewright.data.tools import ArgumentsError, SchemaLimitError, compiled_schema
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
 from tunewright.metrics.texts import micro_f1, same
 

@@ -15,9 +15,9 @@ from tunewright.annotation import AnnotationSession, ItemT, Leases, VerdictT
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
+from tunewright.data.browse import RowIndex
 from tunewright.data.review.label_models import NeighborIndex
 from tunewright.data.review.session import ReviewSession
-from tunewright.data.row_index import RowIndex
 from tunewright.data.trace import KnownPlaces
 from tunewright.data.versions import DatasetVersion, current_manifest, list_versions
 from tunewright.evaluation.human_eval.session import BlindReview

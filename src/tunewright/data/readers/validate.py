@@ -20,7 +20,7 @@ from tunewright.data.readers.mapping import Parent, names_parent, value_above
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.turns import Declared, RawCall, Turn
-from tunewright.data.tool_schemas import ArgumentsError, DeclarationError, SchemaLimitError
+from tunewright.data.tools import ArgumentsError, DeclarationError, SchemaLimitError
 from tunewright.data.tools import Toolset, canonical_arguments, read_tools
 
 REJECTED = "rejected"

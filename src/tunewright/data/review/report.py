@@ -24,7 +24,7 @@ from tunewright.data.review.reviews import (
     status_line,
 )
 from tunewright.data.versions import DatasetVersion, current_manifest, short
-from tunewright.data.versions.members import read_places
+from tunewright.data.versions.files import read_places
 
 _Z = 1.959964  # the normal distribution's 97.5% point
 

@@ -1,9 +1,9 @@
 """Dataset versions: immutable sets of examples with their splits, named by a digest that ignores row order.
 
 dataset/HEAD                           the current version's digest
-dataset/rows/AB.jsonl                  the rows of all versions (see ``rows``)
+dataset/rows/AB.jsonl                  the rows of all versions (see ``files``)
 dataset/removed.jsonl                  rows removed on purpose (see ``logs``)
-dataset/versions/DIGEST12/members.tsv  pair key, split, cluster: the version's digest is theirs (see ``members``)
+dataset/versions/DIGEST12/members.tsv  pair key, split, cluster: the version's digest is theirs (see ``files``)
                           manifest.json  origin, counts and settings of the version
                           imports.jsonl  the fate of each row of the added files
 """

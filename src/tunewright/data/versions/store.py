@@ -17,6 +17,15 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, new_folder, text_lines, write_json, write_text, writing
 from tunewright.core.locks import locked_folder
 from tunewright.core.progress import Reporter
+from tunewright.data.versions.files import (
+    MEMBERS,
+    has_rows,
+    members_file,
+    read_places,
+    read_rows,
+    remove_rows,
+    write_rows,
+)
 from tunewright.data.versions.logs import (
     KEPT_PAIRS_FILE,
     REMOVED_FILE,
@@ -25,8 +34,6 @@ from tunewright.data.versions.logs import (
     erased_metadata,
     read_removals,
 )
-from tunewright.data.versions.members import MEMBERS, members_file, read_places
-from tunewright.data.versions.rows import has_rows, read_rows, remove_rows, write_rows
 from tunewright.data.versions.version import (
     IMPORTS,
     MANIFEST,
@@ -281,16 +288,20 @@ def import_files(dataset: Path, manifest: Manifest) -> list[Path]:
     return [version_folder(dataset, m.digest) / IMPORTS for m in ancestry(dataset, manifest)]
 
 
-def import_records(files: Iterable[Path], *fates: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of some imports.jsonl in order; those with one of these fates, if any are named."""
+def import_records(files: Iterable[Path], *fates: str, key: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the records of some imports.jsonl in order; if given, those of a pair key or with one of these fates."""
     wanted = [f'"fate":"{fate}"' for fate in fates]
     for path in files:
-        for line in text_lines(path.read_text(encoding="utf-8")):
+        for number, line in enumerate(text_lines(path.read_text(encoding="utf-8")), start=1):
             # The lines are canonical JSON: most need no parsing.
-            if not wanted or any(text in line for text in wanted):
+            if key not in line or (wanted and not any(text in line for text in wanted)):
+                continue
+            try:
                 record: dict[str, Any] = json.loads(line)
-                if not fates or record["fate"] in fates:
-                    yield record
+            except json.JSONDecodeError:
+                raise UserError("Invalid import record", where=f"{path}:{number}", fix="Restore the file.") from None
+            if not fates or record.get("fate") in fates:
+                yield record
 
 
 def version_folder(dataset: Path, digest: str) -> Path:

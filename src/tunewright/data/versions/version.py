@@ -22,7 +22,7 @@ from tunewright.core.processes import run
 from tunewright.core.spill import repeated
 from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
-from tunewright.data.versions.members import Place, lines_sha256, member_line
+from tunewright.data.versions.files import Place, lines_sha256, member_line
 from tunewright.render.blocks import Table, table, words
 
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from tunewright.core.errors import UserError
-from tunewright.data.tool_schemas import SchemaLimitError, nested_values, reference_path
+from tunewright.data.tools import SchemaLimitError, nested_values, reference_path
 from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.generation.grammar_process import GrammarProcess
 from tunewright.serving.gateway.errors import ApiError, Part

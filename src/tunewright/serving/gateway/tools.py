@@ -17,8 +17,7 @@ from tunewright.chat.call_stream import CallDelta, CallStream
 from tunewright.chat.tool_calls import Call
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message, ToolCall, call_id
-from tunewright.data.tool_schemas import ArgumentsError, DeclarationError
-from tunewright.data.tools import canonical_arguments, canonical_function
+from tunewright.data.tools import ArgumentsError, DeclarationError, canonical_arguments, canonical_function
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError, Part
 
