@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,25 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from version_helpers import next_version, with_output
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.examples import Example
+from tunewright.data.splits import SPLITS
 from tunewright.data.trace import blame, trained_adapters, uses_of_row
-from tunewright.data.versions import DatasetVersion, Member, list_versions, load_version, short, version_folder
+from tunewright.data.versions import (
+    DatasetVersion,
+    Member,
+    keys_digest,
+    list_versions,
+    load_version,
+    locked,
+    members_digest,
+    save_version,
+    short,
+    version_folder,
+)
 from tunewright.data.versions.diff import diff, diff_text, marked, word_changes
 
 FIRST = unlike_pairs(60, seed=1)
@@ -32,6 +45,38 @@ def project(tmp_path: Path) -> ProjectFolder:
     project = new_project(tmp_path / "p")
     add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener(), message="first")
     return project
+
+
+def _with_output(member: Member, output: str) -> Member:
+    """The row with another ideal output."""
+    example = Example((*member.example.prompt, replace(member.example.messages[-1], content=output)))
+    return replace(member, example=example, key=example.pair_key)
+
+
+def _next_version(
+    project: ProjectFolder,
+    change: Callable[[Member], Member | None],
+    imports: Sequence[Mapping[str, Any]] = (),
+    **facts: Any,
+) -> DatasetVersion:
+    """Make a version of the current one by changing each row, or leaving it out (None), and make it current."""
+    parent = load_version(project.dataset)
+    members = [changed for m in parent.members if (changed := change(m)) is not None]
+    names = {m.cluster: m.cluster for m in members}
+    for member in members:
+        names[member.cluster] = min(m.key for m in members if m.cluster == member.cluster)
+    members = [replace(m, cluster=names[m.cluster]) for m in members]
+    manifest = parent.manifest.model_copy(
+        update={
+            "digest": members_digest(members),
+            "parent": parent.digest,
+            "splits": {split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
+            **facts,
+        }
+    )
+    with locked(project.dataset):
+        save_version(project.dataset, manifest, members, imports, Listener())
+    return load_version(project.dataset)
 
 
 def _of(version: DatasetVersion, split: str, count: int = 1) -> list[Member]:
@@ -59,14 +104,14 @@ def test_diff_is_empty_for_the_same_version(project: ProjectFolder) -> None:
 def test_diff_distinguishes_added_removed_edited_and_moved_rows(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     gone, edited, moved = _of(a, "train", 3)
-    other = with_output(edited, "another answer")
+    other = _with_output(edited, "another answer")
 
     def change(member: Member) -> Member | None:
         if member.key == moved.key:
             return Member(member.example, member.key, "dev", member.cluster)
         return {gone.key: None, edited.key: other}.get(member.key, member)
 
-    b = next_version(project, change)
+    b = _next_version(project, change)
     there, back = diff(a, b), diff(b, a)
     assert [m.key for m in there.removed] == [gone.key]
     assert [(e.before.key, e.after.key) for e in there.edited] == [(edited.key, other.key)]
@@ -79,7 +124,7 @@ def test_diff_distinguishes_added_removed_edited_and_moved_rows(project: Project
 
 def test_diff_puts_every_row_in_exactly_one_group(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
-    b = next_version(project, lambda m: None if m.key[0] in "01" else with_output(m, "x") if m.key[0] in "23" else m)
+    b = _next_version(project, lambda m: None if m.key[0] in "01" else _with_output(m, "x") if m.key[0] in "23" else m)
     found = diff(a, b)
     before = {m.key for m in found.removed} | {e.before.key for e in found.edited}
     after = {m.key for m in found.added} | {e.after.key for e in found.edited}
@@ -93,7 +138,7 @@ def test_diff_puts_every_row_in_exactly_one_group(project: ProjectFolder) -> Non
 def test_diff_is_comparable_unless_a_test_row_changes(project: ProjectFolder, split: str) -> None:
     a = load_version(project.dataset)
     row = _of(a, split)[0]
-    b = next_version(project, lambda m: with_output(m, "edited") if m.key == row.key else m)
+    b = _next_version(project, lambda m: _with_output(m, "edited") if m.key == row.key else m)
     found = diff(a, b)
     assert found.comparable == (split != "test")
     assert found.test_rows_changed == (split == "test")
@@ -106,14 +151,14 @@ def test_diff_is_not_comparable_when_a_row_enters_or_leaves_test(project: Projec
     a = load_version(project.dataset)
     out, into = _of(a, "test")[0], _of(a, "train")[0]
     swap = {out.key: "train", into.key: "test"}
-    b = next_version(project, lambda m: Member(m.example, m.key, swap.get(m.key, m.split), m.cluster))  # type: ignore[arg-type]
+    b = _next_version(project, lambda m: Member(m.example, m.key, swap.get(m.key, m.split), m.cluster))  # type: ignore[arg-type]
     assert diff(a, b).test_rows_changed == 2
 
 
 def test_diff_pairs_only_changed_outputs_of_one_input(project: ProjectFolder) -> None:
     a = _add(project, ("one question", "yes"), ("one question", "no"))
     yes = next(m for m in a.members if m.example.output == "yes")
-    b = next_version(project, lambda m: with_output(m, "maybe") if m.key == yes.key else m)
+    b = _next_version(project, lambda m: _with_output(m, "maybe") if m.key == yes.key else m)
     found = diff(a, b)
     assert [(e.before.example.output, e.after.example.output) for e in found.edited] == [("yes", "maybe")]
     assert (found.added, found.removed) == ((), ())
@@ -156,7 +201,7 @@ def test_marked_marks_changed_words_and_cuts_distant_text() -> None:
 
 def test_diff_text_counts_hidden_rows(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
-    b = next_version(project, lambda m: with_output(m, f"{m.example.output} indeed"))
+    b = _next_version(project, lambda m: _with_output(m, f"{m.example.output} indeed"))
     text = diff_text(diff(a, b), most=7)
     assert "60 edited" in text
     assert text.count("{+") == 7
@@ -183,10 +228,10 @@ def test_blame_returns_the_import_of_a_row(project: ProjectFolder) -> None:
 def test_blame_returns_the_row_before_an_edit(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     row = first.members[5]
-    other = with_output(row, "better")
+    other = _with_output(row, "better")
     record: dict[str, Any] = {"fate": "edited", "key": other.key, "before": row.key, "reviewers": ["Ada"]}
     record |= {"source": "dataset/reviews.jsonl", "line": 3}
-    second = next_version(project, lambda m: other if m.key == row.key else m, [record], message="review")
+    second = _next_version(project, lambda m: other if m.key == row.key else m, [record], message="review")
     third = _add(project, *unlike_pairs(20, seed=2))
     found = blame(project.dataset, third, other.key)
     assert found.version.digest == second.digest
@@ -204,7 +249,7 @@ def test_blame_distinguishes_conflicts_from_edits(project: ProjectFolder) -> Non
 
 def test_blame_returns_the_version_that_restored_a_row(project: ProjectFolder) -> None:
     row = load_version(project.dataset).members[5]
-    next_version(project, lambda m: None if m.key == row.key else m)
+    _next_version(project, lambda m: None if m.key == row.key else m)
     version = _add(project, (row.example.input_text, row.example.output), *unlike_pairs(5, seed=3))
     assert blame(project.dataset, version, row.key).version.digest == version.digest
 
@@ -294,8 +339,8 @@ def test_diff_counts_a_row_as_regrouped_only_when_cluster_members_change(
     a = load_version(project.dataset)
     gone, *_, one, two = sorted(_of(a, "train", 4), key=lambda m: m.key)
     clusters = {gone.key: one.key, one.key: one.key, two.key: two.key}
-    named = next_version(project, lambda m: replace(m, cluster=clusters.get(m.key, m.cluster)))
-    fewer = next_version(project, lambda m: None if m.key == gone.key else m)
+    named = _next_version(project, lambda m: replace(m, cluster=clusters.get(m.key, m.cluster)))
+    fewer = _next_version(project, lambda m: None if m.key == gone.key else m)
     assert diff(named, fewer).regrouped == 0
-    joined = next_version(project, lambda m: replace(m, cluster=one.key) if m.key == two.key else m)
+    joined = _next_version(project, lambda m: replace(m, cluster=one.key) if m.key == two.key else m)
     assert diff(fewer, joined).regrouped == 2

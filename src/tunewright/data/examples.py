@@ -378,23 +378,18 @@ def template_groups(outputs: Mapping[str, str]) -> dict[str, str]:
     return {key: f"output_template={template}" for key, template in templates.items() if counts[template] > 1}
 
 
-def find_labels(outputs: Iterable[str]) -> frozenset[str]:
-    """Return the distinct outputs, stripped, if they are labels (``class_like``); else the empty set."""
-    return _classes(output.strip() for output in outputs)
-
-
 def class_like(outputs: Iterable[str]) -> bool:
     """Return whether answers are classes: at most 200 distinct ones, with 5 or more rows each on average."""
-    return bool(_classes(outputs))
+    return bool(find_labels(outputs))
 
 
-def _classes(outputs: Iterable[str]) -> frozenset[str]:
-    """Return the distinct answers if they are classes; else the empty set, as soon as they are too many."""
+def find_labels(outputs: Iterable[str]) -> frozenset[str]:
+    """Return the distinct outputs, stripped, if they are classes; else the empty set, as soon as they are too many."""
     different: set[str] = set()
     count = 0
     for output in outputs:
         count += 1
-        different.add(output)
+        different.add(output.strip())
         if len(different) > MOST_CLASSES:
             return frozenset()
     return frozenset(different) if len(different) > 1 and count >= ROWS_PER_CLASS * len(different) else frozenset()

@@ -82,20 +82,14 @@ class _Screening:
     presidio: str | None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Findings in turns of some rows, and in values of groups and metadata; with ``redact`` the rows without them."""
-
-    rows: list[SourceRow]
-    redacted: Counter[str]
-    found: list[LocatedFinding]
-    values: _ValueFindings
-
-
 @dataclass
-class _ValueFindings:
-    """Findings in values: the texts, and places for messages by category."""
+class _Part:
+    """Findings in turns of some rows; with ``redact`` the rows without them."""
 
+    rows: list[SourceRow] = field(default_factory=list)
+    redacted: Counter[str] = field(default_factory=Counter)
+    found: list[LocatedFinding] = field(default_factory=list)
+    # Findings in values of groups and metadata: the texts, and places for messages by category.
     texts: set[str] = field(default_factory=set)
     secret: list[str] = field(default_factory=list)
     personal: list[str] = field(default_factory=list)
@@ -108,14 +102,15 @@ _finder = cache(open_presidio)
 def _screened(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:
     """Search some rows, and replace what is found if that is wanted."""
     also = _finder(screening.presidio) if screening.presidio else None
-    redacted: Counter[str] = Counter()
+    part = _Part()
     if screening.redact:
-        rows = [_redacted(row, also, screening.allow, redacted) for row in rows]
-    values = _ValueFindings()
-    clean = _with_clean_values(rows, also, screening, values)
-    found = pii.find_in_rows([(f"{row.source}:{row.line}", row.example) for row in clean], also)
+        rows = [_redacted(row, also, screening.allow, part.redacted) for row in rows]
+    clean = _with_clean_values(rows, also, screening, part)
+    part.found = pii.find_in_rows([(f"{row.source}:{row.line}", row.example) for row in clean], also)
+    if screening.redact:
+        part.rows = clean
     task.advance(len(rows))
-    return _Part(clean if screening.redact else [], redacted, found, values)
+    return part
 
 
 def _redacted(row: SourceRow, also: Finder | None, allow: Sequence[str], counts: Counter[str]) -> SourceRow:
@@ -131,11 +126,11 @@ def _redacted(row: SourceRow, also: Finder | None, allow: Sequence[str], counts:
 
 
 def _with_clean_values(
-    rows: Sequence[SourceRow], also: Finder | None, screening: _Screening, values: _ValueFindings
+    rows: Sequence[SourceRow], also: Finder | None, screening: _Screening, part: _Part
 ) -> list[SourceRow]:
     """Return the rows, with ``redact`` without secrets in group values and metadata, which the version stores as given.
 
-    A text is replaced as a whole by its digest, so that rows of one group still share a value. ``values`` receives the
+    A text is replaced as a whole by its digest, so that rows of one group still share a value. ``part`` receives the
     findings.
     """
     found: dict[tuple[str, str], list[Finding]] = {}
@@ -144,9 +139,9 @@ def _with_clean_values(
         if (name, text) not in found:
             found[name, text] = [f for f in pii.find_in_value(name, text, also) if f.kind not in screening.allow]
         for finding in found[name, text]:
-            places = values.secret if finding.category == "secret" else values.personal
+            places = part.secret if finding.category == "secret" else part.personal
             places.append(f"{row.source}:{row.line}: {pii.LABELS[finding.kind]} in {where}")
-            values.texts.add(text)
+            part.texts.add(text)
         return bool(found[name, text])
 
     clean = []
@@ -172,12 +167,12 @@ def _with_clean_values(
 def _report_values(parts: Sequence[_Part], reporter: Reporter, *, redact: bool) -> None:
     """Report the findings in group values and metadata."""
     if redact:
-        replaced = len(set().union(*(part.values.texts for part in parts)))
+        replaced = len(set().union(*(part.texts for part in parts)))
         if replaced:
             reporter.say(f"Replaced by digests: {replaced:,} values of groups and metadata")
         return
-    secret = [place for part in parts for place in part.values.secret]
-    personal = [place for part in parts for place in part.values.personal]
+    secret = [place for part in parts for place in part.secret]
+    personal = [place for part in parts for place in part.personal]
     if secret:
         raise UserError(
             f"{len(secret):,} secrets in groups or metadata, nothing was added\n{_places(secret)}",

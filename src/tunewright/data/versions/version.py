@@ -61,9 +61,9 @@ class Counts(_Record):
     clusters: int
     families: int
     conflicts: int
-    duplicates: int = 0
-    skipped: int = 0
-    moved: int = 0
+    duplicates: int
+    skipped: int
+    moved: int
     mixed: int = 0
     near_duplicates: int = 0
 
@@ -271,7 +271,7 @@ def new_manifest(
         families=count_families(members),
         conflicts=sum(in_conflict([members[i].example for i in places]) for places in same_prompt),
         mixed=sum(m.mixed for m in members),
-        **of_import,
+        **{"duplicates": 0, "skipped": 0, "moved": 0, **of_import},
     )
     return Manifest(
         digest=members_digest(members),
