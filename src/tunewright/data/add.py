@@ -178,13 +178,7 @@ def prepare_add(
 
 def map_columns(data: DataConfig, mapping: ColumnMapping, paths: Sequence[Path]) -> DataConfig:
     """Return the config's data section with a mapping's values; each must be used by a file."""
-    options = {
-        "rows": mapping.rows,
-        "sheet": mapping.sheet,
-        "input": mapping.input_column,
-        "output": mapping.output_column,
-    }
-    given = {key: option for key, option in options.items() if option is not None}
+    given = mapping.given
     if empty := [key for key, option in given.items() if not option]:
         raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
     data = data.model_copy(update=given)

@@ -26,6 +26,12 @@ class ColumnMapping:
         Option("Column, key or template of the output.", default="data.output in the config", name="--output"),
     ] = None
 
+    @property
+    def given(self) -> dict[str, str]:
+        """The overrides by their key in the data section."""
+        values = {"rows": self.rows, "sheet": self.sheet, "input": self.input_column, "output": self.output_column}
+        return {key: value for key, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class AddOptions:

@@ -160,8 +160,7 @@ def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping =
     Raises:
         UserError: the file cannot be read.
     """
-    wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
-    given = {key: value for key, value in wanted.items() if value is not None}
+    given = {key: value for key, value in mapping.given.items() if key in ("rows", "sheet")}
     return file_check.preview_file(Path(file), project.folder.config.data.model_copy(update=given))
 
 

@@ -129,11 +129,8 @@ def metadata_by_key(dataset: Path, manifest: Manifest) -> dict[str, dict[str, An
 def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     """Return the metadata of each pair key, from the newest record of each place, exact duplicates included."""
     found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
-    edits = superseded_keys(dataset, manifest)
-    for record in import_records(import_files(dataset, manifest), *_PRESENT, "duplicate"):
-        there = record["fate"] in _PRESENT or record["of"] == record["key"]
-        if there and "metadata" in record:
-            key = edits.get(record["key"], record["key"])
+    for key, record in _records(dataset, manifest, "duplicate"):
+        if "metadata" in record:
             found.setdefault((record["source"], record["line"]), (key, record["metadata"]))
     by_key: dict[str, list[dict[str, Any]]] = {}
     for key, metadata in found.values():
@@ -151,10 +148,11 @@ def rejected_answers(dataset: Path, manifest: Manifest) -> dict[str, list[Any]]:
     return found
 
 
-def _records(dataset: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(dataset: Path, manifest: Manifest, *also: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the present key and the record of each row read, newest import first; of duplicates only exact ones."""
     edits = superseded_keys(dataset, manifest)
-    for record in import_records(import_files(dataset, manifest), *_PRESENT):
-        if "key" in record:
+    for record in import_records(import_files(dataset, manifest), *_PRESENT, *also):
+        if "key" in record and record.get("of", record["key"]) == record["key"]:
             yield edits.get(record["key"], record["key"]), record
 
 
