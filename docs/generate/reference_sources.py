@@ -18,9 +18,8 @@ from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.options import Option
-from tunewright.data.add_options import AddOptions, ColumnMapping
+from tunewright.data.options import AddOptions, ColumnMapping, RemoveOptions
 from tunewright.data.readers.row_errors import CODES as ROW_ERRORS
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.versions.version import Manifest as VersionManifest
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evidence.learning_curve import Curve

@@ -19,8 +19,8 @@ from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.add_options import AddOptions
 from tunewright.data.dedup import comparison_texts
+from tunewright.data.options import AddOptions
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 
 ACCEPT = "data: {conflicts: accept}\n"

@@ -19,8 +19,8 @@ from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.options import RemoveOptions
 from tunewright.data.remove import remove
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, load_version, locked
 

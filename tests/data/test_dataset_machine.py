@@ -16,9 +16,8 @@ from hypothesis_settings import examples
 from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.remove import remove
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version
 

@@ -17,9 +17,8 @@ from hypothesis_settings import examples
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.remove import remove
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.trace import find_row

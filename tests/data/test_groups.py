@@ -17,7 +17,7 @@ from hypothesis_settings import examples
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions
 from tunewright.data.verify import verify
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.files import Place, member_line, places_of

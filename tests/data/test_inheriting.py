@@ -10,7 +10,7 @@ from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions
 from tunewright.data.versions import load_version
 
 

@@ -18,7 +18,6 @@ import real_data
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.add_options import AddOptions
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.leakage import (
     LeakageReport,
@@ -30,6 +29,7 @@ from tunewright.data.dedup.leakage import (
 )
 from tunewright.data.dedup.output_leakage import measure_output_leakage, near_overlap, new_templates
 from tunewright.data.examples import Example, normalised, output_template
+from tunewright.data.options import AddOptions
 from tunewright.data.splits import Split
 from tunewright.data.versions import Counts, DatasetVersion, Manifest, Member, Settings, load_version
 from tunewright.evidence.schema import Item

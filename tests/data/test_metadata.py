@@ -17,12 +17,11 @@ from tunewright.config import DataConfig
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.readers import read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
 from tunewright.data.readers.validate import MOST_CHARACTERS
 from tunewright.data.remove import remove
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.trace import metadata_by_key, places_by_key
 from tunewright.data.versions import load_version, version_folder
 

@@ -11,7 +11,7 @@ from data_helpers import Listener, example, new_project, unlike_pairs, write_jso
 from command_line import tunewright
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions
 from tunewright.data.pii import find, redact, scan, warned
 from tunewright.data.pii.personal import open_presidio, presidio_finder
 from tunewright.data.pii.secret_patterns import Finder

@@ -15,10 +15,9 @@ from command_line import tunewright as command
 from tunewright.api import Project
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.readers import ReadResult, read_pairs
 from tunewright.data.readers.validate import MOST_CHARACTERS
-from tunewright.data.remove_options import RemoveOptions
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "Two and two?"},

@@ -14,10 +14,9 @@ from tunewright.config import Config
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.preview import Effect, check_files
 from tunewright.data.remove import remove
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.versions import load_version
 
 

@@ -12,9 +12,9 @@ from remote_helpers import Place, add_rows, one, place, pull_from, push_to, s3_e
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.options import RemoveOptions
 from tunewright.data.remote import RemoteStore
 from tunewright.data.remove import RemoveResult, remove
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
 from tunewright.data.verify import verify
 from tunewright.data.versions import load_version

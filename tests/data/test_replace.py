@@ -16,9 +16,8 @@ from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.text import excerpts
 from tunewright.data.add import AddResult, add
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.remove import remove
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
 from tunewright.data.trace import blame, find_row

@@ -21,8 +21,8 @@ import tunewright
 from command_line import tunewright as command
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
+from tunewright.data.options import RemoveOptions
 from tunewright.data.readers import ReadResult, read_pairs, source_size
-from tunewright.data.remove_options import RemoveOptions
 
 HEADER = ("prompt", "completion")
 SHEET = "xl/worksheets/sheet1.xml"

@@ -33,8 +33,8 @@ from tunewright.config.io import parse_config
 from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message
+from tunewright.data.options import RemoveOptions
 from tunewright.data.readers import read_pairs
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.selection import Origins, select
 from tunewright.data.versions import Member
 from tunewright.models.families import Shape

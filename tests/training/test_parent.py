@@ -21,7 +21,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
-from tunewright.data.remove_options import RemoveOptions
+from tunewright.data.options import RemoveOptions
 from tunewright.data.trace import uses_of_row
 from tunewright.training.parent import require_parent
 

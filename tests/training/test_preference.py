@@ -18,7 +18,7 @@ from preference_helpers import Heard, new_config, tiny_preference_project
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogTask, Task
-from tunewright.data.remove_options import RemoveOptions
+from tunewright.data.options import RemoveOptions
 from tunewright.data.trace import uses_of_row
 from tunewright.data.versions import DatasetVersion
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs, read_kept_pairs

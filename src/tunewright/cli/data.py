@@ -14,7 +14,7 @@ from tunewright.cli.app import DATA, command, given_options, group, refuse_unuse
 from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
-from tunewright.data.add_options import AddOptions, ColumnMapping
+from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, table
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from tunewright.cli.data import data_app
 from tunewright.core.clock import without_milliseconds
 from tunewright.core.io import canonical_json
 from tunewright.core.text import count_of
-from tunewright.data.remove_options import RemoveOptions
+from tunewright.data.options import RemoveOptions
 
 if TYPE_CHECKING:
     from tunewright.chat.inspection import TokenView

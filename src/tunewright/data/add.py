@@ -18,11 +18,11 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.core.workers import Workers
 from tunewright.data import notices
-from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
+from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import (
     Fault,
     ReadResult,

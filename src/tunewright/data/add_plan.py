@@ -15,7 +15,6 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data import notices
-from tunewright.data.add_options import AddOptions
 from tunewright.data.dedup import find_clusters, largest_clusters
 from tunewright.data.dedup.decontaminate import (
     TEST,
@@ -31,6 +30,7 @@ from tunewright.data.examples import Example, find_labels, template_groups
 from tunewright.data.merge import Merge, merge
 from tunewright.data.mix import DrawnMix, mix_in
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, SplitChange
+from tunewright.data.options import AddOptions
 from tunewright.data.readers import SourceRow
 from tunewright.data.remove import removals_ended_by, removed_rows_notice
 from tunewright.data.review.edits import unaccepted_keys

@@ -15,10 +15,10 @@ from tunewright.core.progress import Reporter
 from tunewright.core.spill import repeated
 from tunewright.core.text import count_of, excerpts, listed
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.add_options import AddOptions
 from tunewright.data.dedup import exact_repeats, find_clusters_and_duplicates, find_duplicates
 from tunewright.data.examples import Example, Message, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
+from tunewright.data.options import AddOptions
 from tunewright.data.readers import SourceRow
 from tunewright.data.remove import exclude_removed
 from tunewright.data.review.edits import superseded_keys

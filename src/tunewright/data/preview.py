@@ -13,9 +13,9 @@ from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data import notices
 from tunewright.data.add import map_columns, prepare_add
-from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.notices import Conflict
+from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import SourceRow, file_check, source_size
 from tunewright.data.readers.file_check import Change, FileCheck, FilePreview
 from tunewright.data.screening import screen

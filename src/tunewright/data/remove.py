@@ -14,9 +14,9 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, listed
 from tunewright.data.dedup import count_near_repeats
+from tunewright.data.options import RemoveOptions
 from tunewright.data.purge import RemainingCopy, purge_rows
 from tunewright.data.readers import SourceRow
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.review.edits import superseded_keys, without_unaccepted
 from tunewright.data.selection import (
     Origins,

@@ -16,8 +16,8 @@ from jmespath.exceptions import JMESPathError
 from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
+from tunewright.data.options import RemoveOptions
 from tunewright.data.readers.mapping import compile_jmespath, search_jmespath
-from tunewright.data.remove_options import RemoveOptions
 from tunewright.data.trace import source_name
 from tunewright.data.versions import IMPORTS, Member, import_records, list_versions, short, version_folder
 

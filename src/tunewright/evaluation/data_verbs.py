@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tunewright.core.errors import UserError
 from tunewright.data import add as adding
 from tunewright.data.add import AddResult
-from tunewright.data.add_options import AddOptions
+from tunewright.data.options import AddOptions
 from tunewright.data.versions import load_version
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import find_evaluation, load_items

@@ -20,8 +20,14 @@ from tunewright.data.readers.mapping import Parent, names_parent, value_above
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.turns import Declared, RawCall, Turn
-from tunewright.data.tools import ArgumentsError, DeclarationError, SchemaLimitError
-from tunewright.data.tools import Toolset, canonical_arguments, read_tools
+from tunewright.data.tools import (
+    ArgumentsError,
+    DeclarationError,
+    SchemaLimitError,
+    Toolset,
+    canonical_arguments,
+    read_tools,
+)
 
 REJECTED = "rejected"
 """The metadata key that keeps a row's rejected answer: its text, or its turns if it is not one turn of text."""

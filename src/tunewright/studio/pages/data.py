@@ -14,10 +14,10 @@ from tunewright.config.io import write_section
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
-from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.browse import FLAGS, RowQuery, row_history
 from tunewright.data.dedup import cluster_counts
 from tunewright.data.dedup.leakage import similarity_blocks
+from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
