@@ -1,5 +1,7 @@
 """The verdict: its table, that better evidence never makes it worse, and how often chance alone makes it say ship."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 
@@ -12,7 +14,7 @@ from factories import cross_fitted, make_evidence, make_items, scored_items, wit
 from tunewright.evaluation.train_similarity import scores_by_template
 from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.statistics import difference_interval, exact_mcnemar, holm
-from tunewright.evidence.verdict import SIGNIFICANT, fewest_clusters, verdict
+from tunewright.evidence.verdict import SIGNIFICANT, fewest_clusters, plain_measurement, verdict
 
 EVIDENCE = make_evidence(make_items(60))
 ORDER = ["don't ship", "can't tell", "ship"]
@@ -252,3 +254,47 @@ def test_verdict_warns_when_all_output_templates_were_trained() -> None:
 
 def test_new_output_templates_are_not_a_caution() -> None:
     assert not any("template" in r for r in verdict(_with_templates([n % 5 > 0 for n in range(60)])).reasons)
+
+
+PLAIN_EVIDENCE = make_evidence(make_items(120, tuned=0.7, retrieved=0.3))
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "expected"),
+    [
+        (0.4, 0.3, 0.5, "40.0 points more. With 95% confidence, the true difference is 30.0 to 50.0 points more."),
+        (-0.2, -0.3, -0.1, "20.0 points less. With 95% confidence, the true difference is 10.0 to 30.0 points less."),
+        (
+            0.02,
+            -0.031,
+            0.082,
+            "2.0 points more. With 95% confidence, the true difference is between 3.1 points less and 8.2 points more, "
+            "so it may be chance.",
+        ),
+        (
+            0.0,
+            0.0,
+            0.1,
+            "no difference. With 95% confidence, the true difference is between no difference and 10.0 points more.",
+        ),
+    ],
+)
+def test_difference_and_its_interval_are_said_with_their_direction(
+    difference: float, low: float, high: float, expected: str
+) -> None:
+    changed = with_contrast(PLAIN_EVIDENCE, difference=difference, low=low, high=high)
+    assert plain_measurement(changed, changed.contrasts[0]).endswith(f": {expected}")
+
+
+def test_scores_are_those_of_the_arms() -> None:
+    tuned, other = (PLAIN_EVIDENCE.arm(name).score("exact_match").value for name in ("tuned", "retrieved-4"))
+    begin = f"The adapter answers {tuned:.1%} of 120 test questions right, and the base with its best prompt "
+    assert plain_measurement(PLAIN_EVIDENCE, PLAIN_EVIDENCE.contrasts[0]).startswith(
+        f"{begin}(retrieved-4) {other:.1%}: "
+    )
+
+
+def test_metric_that_is_not_right_or_wrong_is_named() -> None:
+    found = make_evidence(make_items(60), metric="chrf")
+    text = plain_measurement(found, found.contrasts[0])
+    assert text.startswith("On 60 test questions the adapter scores chrF ") and "right" not in text
