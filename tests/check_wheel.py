@@ -9,6 +9,7 @@ left to the project's own environment, which runs the tests.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -68,7 +69,10 @@ def check_install(python: str, wheel: Path, folder: Path) -> None:
     run(command, "init", str(folder / "project"))
     assert "train:" in (folder / "project" / "tunewright.yaml").read_text(encoding="utf-8")
     rows = folder / "rows.jsonl"
-    rows.write_text('{"prompt": "one", "completion": "1"}\n{"prompt": "two", "completion": "2"}\n', encoding="utf-8")
+    pairs = [
+        {"prompt": name, "completion": name[0]} for name in "ant bee cat cow dog eel fox hen ibex jay kid owl".split()
+    ]
+    rows.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs), encoding="utf-8")
     run(command, "data", "check", str(rows), "-p", str(folder / "project"))
     with tarfile.open(ROOT / "tests" / "golden" / "project-1.tar.xz") as archive:
         archive.extractall(folder / "golden", filter="data")
