@@ -76,7 +76,7 @@ def check_install(python: str, wheel: Path, folder: Path) -> None:
     run(command, "data", "check", str(rows), "-p", str(folder / "project"))
     with tarfile.open(ROOT / "tests" / "golden" / "project-1.tar.xz") as archive:
         archive.extractall(folder / "golden", filter="data")
-    for words in (("data", "log"), ("data", "review", "--status"), ("report",)):
+    for words in (("data", "log"), ("adapters", "list"), ("report",)):
         run(command, *words, "-p", str(folder / "golden"))
     refused = subprocess.run([command, "demo", str(folder / "demo")], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
