@@ -56,7 +56,7 @@ from tunewright.evidence.schema import (
 from tunewright.evidence.scoring import count_references, declared_contrasts, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
-from tunewright.training.train import TrainResult
+from tunewright.training.train import TrainResult, training_inputs
 from tunewright.training.trainings import Training, Trainings
 
 
@@ -116,7 +116,7 @@ class CrossValidation(SubsetTrainings):
         # From all rows: no fold truncates an answer that another would not, and base answers serve every fold.
         self.limit = answer_limit(self.config, chat, version.domain)
         self.generator()  # an engine that cannot answer is refused before any training
-        self.trained_by = digest([self.inputs(project, v) for v in self.versions])
+        self.trained_by = digest([training_inputs(project, v, self.base, self.chat) for v in self.versions])
 
     @property
     def identity(self) -> str:

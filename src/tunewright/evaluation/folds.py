@@ -64,13 +64,9 @@ class SubsetTrainings:
         """Return a fresh generator: each adapter has one, since the next training loads its own base."""
         return Generator.of(self.project, self.base, self.chat, self.quantization, self.reporter)
 
-    def inputs(self, project: ProjectFolder, part: DatasetVersion) -> dict[str, Any]:
-        """Return everything that decides the adapter of a part."""
-        return training_inputs(project, part, self.base, self.chat)
-
     def own(self, training: Training) -> Adapter | None:
         """Return the project's own adapter of the same inputs, if there is one."""
-        inputs = digest(self.inputs(training.project, training.version))
+        inputs = digest(training_inputs(training.project, training.version, self.base, self.chat))
         return find_trained(self.project.adapters, self.config.name, inputs)
 
     def trained(

@@ -33,6 +33,7 @@ from tunewright.evidence.learning_curve import (
 )
 from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
 from tunewright.models.bases import Base
+from tunewright.training.train import training_inputs
 from tunewright.training.trainings import Training, Trainings
 
 SHARES = (0.25, 0.5, 1.0)
@@ -85,7 +86,9 @@ class LearningCurve(SubsetTrainings):
     def identity(self) -> str:
         """12 hex digits: a digest of everything that decides the curve."""
         settings = self.project.config.evaluate
-        trainings = [self.inputs(self._config(seed), part) for (seed, _), part in self.parts.items()]
+        trainings = [
+            training_inputs(self._config(seed), part, self.base, self.chat) for (seed, _), part in self.parts.items()
+        ]
         decides = {
             "trainings": trainings,
             "max_new_tokens": self.limit,
