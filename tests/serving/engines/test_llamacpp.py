@@ -67,7 +67,7 @@ class WithPromptCache(LlamaCppSettings):
         plan = super().plan(folder, loras)
         program = (
             "import sys, xllamacpp\n"
-            "from tunewright.serving.engines.llamacpp import worker\n"
+            "from tunewright.engines import llamacpp_worker as worker\n"
             "kept = {'cache_prompt', 'cache_ram_mib', 'cache_idle_slots', 'slot_prompt_similarity'}\n"
             "class Default(xllamacpp.CommonParams):\n"
             "    def __setattr__(self, name, value):\n"

@@ -173,7 +173,11 @@ def current_author(folder: Path) -> str | None:
     """Return the stated author, else git's user.name for this folder, else the login name, else None."""
     if stated := stated_author():
         return stated
-    if shutil.which("git") and (name := " ".join(run(["git", "config", "user.name"], cwd=folder).stdout.split())):
+    if (
+        folder.is_dir()
+        and shutil.which("git")
+        and (name := " ".join(run(["git", "config", "user.name"], cwd=folder).stdout.split()))
+    ):
         return name
     try:
         return getpass.getuser()
