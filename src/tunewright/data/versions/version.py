@@ -173,11 +173,9 @@ def current_author(folder: Path) -> str | None:
     """Return the stated author, else git's user.name for this folder, else the login name, else None."""
     if stated := stated_author():
         return stated
-    if (
-        folder.is_dir()
-        and shutil.which("git")
-        and (name := " ".join(run(["git", "config", "user.name"], cwd=folder).stdout.split()))
-    ):
+    # A folder that is missing has no git either; what is opened next names it.
+    git = folder.is_dir() and shutil.which("git")
+    if git and (name := " ".join(run(["git", "config", "user.name"], cwd=folder).stdout.split())):
         return name
     try:
         return getpass.getuser()
