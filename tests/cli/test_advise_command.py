@@ -96,4 +96,4 @@ def test_advise_refuses_wrong_usage(advised: Advised, tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     refused = tunewright("advise", broken, "-p", project)
-    assert (refused.code, "Not advice of schema 2" in refused.stderr) == (2, True)
+    assert (refused.code, "Not advice of schema 1 or 2" in refused.stderr) == (2, True)

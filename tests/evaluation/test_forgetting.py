@@ -49,11 +49,28 @@ def adapter(project: Project) -> Adapter:
     return only_adapter(project)
 
 
-def test_held_out_samples_exclude_trained_ones(project: Project, adapter: Adapter) -> None:
-    replayed = {normalised(messages[0]["content"]) for messages in adapter.replayed}
+@pytest.fixture(scope="module")
+def samples(project: Project) -> OwnSamples:
     arm_runner = open_arm_runner(OpenProject(project.folder, project.reporter))
-    drawn = OwnSamples(project.folder, arm_runner.version, arm_runner.generator, 8).drawn
-    held_out = {normalised(sample.instruction) for sample in drawn.used}
+    return OwnSamples(project.folder, arm_runner.version, arm_runner.generator, 8)
+
+
+def test_sample_is_encoded_with_the_end_token_where_the_base_stopped(
+    project: Project, adapter: Adapter, samples: OwnSamples
+) -> None:
+    rows = samples.unseen(adapter)
+    assert {sample.stopped for sample in samples.drawn.used} == {True, False}
+    for sample in samples.drawn.used:
+        prompt = project.chat.prompt(sample.example.prompt)
+        end = [project.chat.tokenizer.eos_token_id] if sample.stopped else []
+        row = rows[sample.example.pair_key]
+        assert row.ids == (*prompt, *sample.ids, *end)
+        assert row.loss_mask == (False,) * len(prompt) + (True,) * (len(row.ids) - len(prompt))
+
+
+def test_held_out_samples_exclude_trained_ones(adapter: Adapter, samples: OwnSamples) -> None:
+    replayed = {normalised(messages[0]["content"]) for messages in adapter.replayed}
+    held_out = {normalised(sample.instruction) for sample in samples.drawn.used}
     assert len(replayed) == 4
     assert not replayed & held_out
 

@@ -111,12 +111,14 @@ class Adviser:
 
     def _file(self, prompting: Path) -> Path:
         """Return the path of the stored signals, named by a digest of their inputs."""
+        # Advice of schema 1 named a signal more here; without it, stored advice would not be found.
+        unmeasured = {} if self.config.regressions.samples else {"generic text": "regressions.samples is 0"}
         decides = {
             "prompting": prompting.name,
             "pilots": [
                 training_inputs(self.project, part, self.generator.base, self.generator.chat) for part in self.parts
             ],
-            "left_out": self.left_out,
+            "left_out": self.left_out | unmeasured,
             "advise": self.config.advise.model_dump(mode="json"),
             "margin": self.config.evaluate.margin,
         }

@@ -222,7 +222,7 @@ def load_signals(file: Path) -> Signals:
     except ValidationError as error:
         first = " ".join(str(error).splitlines()[:3])
         fix = "Remove it; `tunewright advise` measures it again."
-        raise UserError(f"Not advice of schema {SCHEMA_VERSION}: {first}", where=str(file), fix=fix) from None
+        raise UserError(f"Not advice of schema 1 or {SCHEMA_VERSION}: {first}", where=str(file), fix=fix) from None
 
 
 def find_advice(folder: Path, name: str | Path) -> Path:

@@ -81,6 +81,8 @@ def keywords(function: Verb, options: type[Any]) -> Verb:
     @wraps(function)
     def verb(*given: Any, **named: Any) -> Any:
         if old := {name: named.pop(name) for name in names & named.keys()}:
+            if not isinstance(old.get("suspects", True), bool):  # a list, which `review` takes as `known_suspects` now
+                named["known_suspects"], old["suspects"] = old["suspects"], True
             instead = f"{options.__name__}({', '.join(f'{name}={value!r}' for name, value in old.items())})"
             warnings.warn(f"Pass {instead} to {function.__name__}().", DeprecationWarning, stacklevel=2)
             named["options"] = options(**old)

@@ -59,7 +59,7 @@ def chosen_action(actions: Mapping[str, object]) -> str | None:
     """Return the option that was given instead of a review on the screen, of which there is one at most."""
     given = [name for name, value in actions.items() if value]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} are mutually exclusive", fix="Use one at a time.")
+        raise UserError("These options are mutually exclusive", where=" ".join(given), fix="Choose one.")
     return given[0] if given else None
 
 

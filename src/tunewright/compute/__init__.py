@@ -1,6 +1,6 @@
 """The workers that ``compute.cluster`` asks for.
 
-Four modules import Ray. Other packages reach them through these functions alone.
+The modules that import Ray are reached through these functions alone.
 """
 
 from __future__ import annotations

@@ -135,10 +135,12 @@ class _Ahead:
         self._send()
         while self._waiting:
             first = self._waiting[0]
-            there = not isinstance(first, _Sent) or ray.wait([first.answer], timeout=0, fetch_local=False)[0]
-            if self._here and not there and self._compute():
+            if not isinstance(first, _Sent):
+                results = first
+            elif self._here and not ray.wait([first.answer], timeout=0, fetch_local=False)[0] and self._compute():
                 continue
-            results = self._taken(first) if isinstance(first, _Sent) else first
+            else:
+                results = self._taken(first)
             self._waiting.popleft()
             return results
         return []

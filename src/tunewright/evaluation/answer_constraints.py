@@ -43,7 +43,9 @@ class AnswerConstraints:
         return self._compiler.compile(self._grammar)
 
     def of_row(self, functions: Message | None) -> Constraint | None:
-        """Return the constraint on a row's answer; None for calls in a row whose message ``tools`` is missing.
+        """Return the constraint on a row's answer.
+
+        ``functions`` is the row's message of role ``tools``; without it calls are not constrained (None).
 
         Raises:
             UserError: the grammar engine rejects the grammar, or the template has no form of calls.

@@ -52,6 +52,7 @@ class SubsetTrainings:
         self.chat = chat
         self.reporter = reporter
         self.trainings = trainings
+        # The adapters are all trained by this config, so its quantization is theirs.
         self.quantization = self.config.evaluate.quantization or self.config.train.quantization
         self.forced: str | None = None
 

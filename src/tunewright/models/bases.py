@@ -279,7 +279,7 @@ def _empty_rows(path: Path, name: str, ids: Collection[int]) -> set[int]:
             [float(np.linalg.norm(table[row : row + 1].astype(np.float32))) for row in rows]
             for rows in (range(0, size, max(1, size // _SAMPLED_ROWS)), there)
         )
-    limit = _UNTRAINED_NORM * float(np.median(sampled))
+    limit = _UNTRAINED_NORM * sorted(sampled)[(len(sampled) - 1) // 2]
     return {token for token, norm in zip(there, norms, strict=True) if norm <= limit} | (set(ids) - set(there))
 
 

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
+from tunewright.core.io import file_digest
+from tunewright.core.processes import run
 from tunewright.core.text import normalize
 from tunewright.data.readers.encodings import expansion_limit
 
 if TYPE_CHECKING:
     from docx.table import Table
-
-
-from tunewright.core.io import file_digest
-from tunewright.core.processes import run
 
 _INSTALL = "Install it: pip install 'tunewright[documents]'"
 _BEGINNING = "the beginning"
@@ -326,10 +324,7 @@ class Document:
 
 
 def read_document(path: Path, longest: int) -> Document:
-    """Read a document and cut it into passages.
-
-    ``longest`` are the characters of a passage.
-    """
+    """Read a document and cut it into passages of at most ``longest`` characters."""
     suffix = path.suffix.lower()
     try:
         data = path.read_bytes()

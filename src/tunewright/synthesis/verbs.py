@@ -53,9 +53,9 @@ def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGe
     inputs = read_inputs(source_files(files, project.reporter), config.data, project.reporter)
     scorer = scorer_of(config.evaluate.metric, project.folder.root)
     needed = config.generate.judge_score
+    judge = None if needed is None else RubricJudge(project.folder, needed, project.reporter)
     grammar = grammar_of(project.folder)  # the form that the config's structured outputs have
     constraints = None if grammar is None else AnswerConstraints(project.chat, grammar)
-    judge = None if needed is None else RubricJudge(project.folder, needed, project.reporter)
     generator = RowGenerator(project.folder, _version(project), teacher, scorer, constraints, judge, project.reporter)
     return generator, inputs
 

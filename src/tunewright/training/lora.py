@@ -1,6 +1,7 @@
 """The LoRA configuration of a run, linear layers that compute base and LoRA as one autograd step, and Liger's kernels.
 
-The fused layers compute the same numbers as peft's with fewer passes over memory."""
+The fused layers compute the same numbers as peft's with fewer passes over memory.
+"""
 
 from __future__ import annotations
 
@@ -199,6 +200,7 @@ def _unpacked(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(weight, packed).to(dtype)
 
 
+# Optional (Hsu et al. 2024, arXiv 2410.10989): the models' own code stays the reference.
 LIGER_KERNELS = {
     "rope": True,
     "rms_norm": True,
@@ -212,8 +214,6 @@ LIGER_KERNELS = {
 
 def missing_for_liger() -> str | None:
     """Return the requirement of Liger's kernels that is missing on this machine; None if they can run."""
-    import torch
-
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     return None if torch.cuda.is_available() else "Liger's kernels need a CUDA GPU, and none is present"

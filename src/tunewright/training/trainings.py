@@ -136,8 +136,11 @@ def stored_adapter(adapters: Path, name: str, identity: str, seconds: float = _S
     until = time.monotonic() + seconds
     while (adapter := find_trained(adapters, name, identity)) is None:
         if time.monotonic() >= until:
-            fix = "Restore it, or check the storage that holds the project."
-            raise UserError("The trained adapter is missing", where=str(adapters), fix=fix)
+            what, fix = "The trained adapter is missing", "Restore it, or check the storage that holds the project."
+            if seconds:
+                what = f"The adapter that another machine has stored does not appear here within {seconds:.0f} s"
+                fix = "Check the storage, and run the same command again."
+            raise UserError(what, where=str(adapters), fix=fix)
         time.sleep(1)
     return adapter
 
