@@ -162,7 +162,7 @@ def test_cluster_without_ray_is_one_error_that_names_the_extra(project: Path, mo
     ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
     assert ran.code == 2
     assert "compute.cluster: Ray is not installed" in ran.stderr
-    assert "pip install 'tunewright[ray]'" in ran.stderr
+    assert "pip install 'tunewright[ray,train]'" in ran.stderr
     assert not (project / "dataset").exists()
 
 

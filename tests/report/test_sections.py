@@ -89,7 +89,7 @@ def test_contrasts_have_raw_and_adjusted_p_values() -> None:
     for contrast, row in zip(FULL.contrasts, rows, strict=True):
         assert row[0].startswith(f"{contrast.treatment} − {contrast.control}")
         assert row[1:3] == [metric_label(contrast.metric), points_text(contrast.difference)]
-        assert row[3].startswith(f"{contrast.interval.points}")
+        assert row[3].startswith(f"{points_text(contrast.interval.low)} to {points_text(contrast.interval.high)}")
         raw, adjusted = contrast.p_value, contrast.p_adjusted
         assert row[4] == ("<1e-15" if raw < 1e-15 else f"{raw:.2g}") + f" {contrast.test}"
         assert row[5] == ("none" if adjusted is None else "<1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")

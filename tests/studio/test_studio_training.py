@@ -22,6 +22,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 from tunewright.core.locks import is_locked, locked_folder
 from tunewright.evidence.learning_curve import CURVE_FILE
+from tunewright.report.training import sweep_lines
 from tunewright.studio.jobs import Jobs
 from tunewright.training.history import DEV_ANSWERS, append_dev_answers
 from tunewright.training.sweep.ledger import Head, Ledger
@@ -86,6 +87,17 @@ def test_run_in_progress_is_shown_with_its_numbers_and_as_stopped_without_its_pr
     stopped = browser.get(f"/train/runs/{RUN}")
     assert 'id="live"' not in stopped and "resumes from its last checkpoint" in stopped
     assert not is_locked(folder)
+
+
+def test_run_in_progress_is_shown_without_a_line_that_is_being_written(browser: Browser, project: Path) -> None:
+    folder = _write_run(project)
+    with (folder / HISTORY).open("a") as file:
+        file.write('{"step": 13, "lo')
+    with locked_folder(folder, _BUSY):
+        assert f"{make_history(12)[-1]['loss']:.4g}" in browser.get(f"/train/runs/{RUN}")
+    (folder / HISTORY).write_text('{"step": 1, "epoch": 0.1, "loss": 2}\nnot json\n')
+    refused = browser.client.get(f"/train/runs/{RUN}")
+    assert refused.status_code == 400 and f"{HISTORY}:2" in refused.text
 
 
 @pytest.mark.parametrize("line", ["not json", '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
@@ -160,6 +172,7 @@ def test_sweep_and_curve_are_read_from_their_files(browser: Browser, project: Pa
     page = unescape(browser.get(f"/train/sweeps/{head.sweep}"))
     assert "25.0%, loss 1.250" in page and "out at rung 1: 50.0% is better" in page and "not reached" in page
     assert _figures(page) == ["Dev: exact match, % of each trial by step"]
+    assert [line.points for line in sweep_lines(ledger).lines] == [((10, 25.0),), ((10, 50.0),)]
     page = unescape(browser.get(f"/train/curves/{CURVE.id}"))
     assert "Would more data help? Yes" in page and "1,782" in page
     assert _figures(page) == [f"Score on {CURVE.items} dev items by training rows"]

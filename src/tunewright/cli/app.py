@@ -246,7 +246,7 @@ def _options(of: type[Any]) -> list[Parameter]:
         if get_origin(kind) is tuple:
             kind = list[get_args(kind)[0]] | None  # type: ignore[misc]
         shown = typer.Option(
-            {True: False, (): None}.get(each.default, each.default),
+            False if each.default is True else None if each.default == () else each.default,
             *_names(each.name, about),
             help=about.help,
             show_default=about.default or True,

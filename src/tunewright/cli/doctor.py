@@ -130,10 +130,10 @@ def _devices(_folder: Path) -> Iterator[Check]:
     cores = f"{os.cpu_count()} cores"
     try:
         import torch
-    except ModuleNotFoundError:
-        yield Check("devices", "CPU", "ok", f"{cores}; without torch nothing is computed on them")
-        return
     except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            yield Check("devices", "CPU", "ok", f"{cores}; without torch nothing is computed on them")
+            return
         found = f"torch cannot be imported: {str(error).splitlines()[0]}"
         yield Check("devices", "torch", "problem", found, "pip install --force-reinstall torch")
         return
@@ -225,7 +225,10 @@ def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     from tunewright.core.errors import UserError
     from tunewright.engines.environment import TOOLS, find
 
-    yield Check("engines", "peft", "ok", "part of tunewright")
+    if util.find_spec("torch") is None or util.find_spec("peft") is None:
+        yield Check("engines", "peft", "missing", "not installed: serve, evaluate", _TRAIN)
+    else:
+        yield Check("engines", "peft", "ok", "part of tunewright")
     for name, needed_by in _ENVIRONMENTS.items():
         try:
             there = find(TOOLS[name])

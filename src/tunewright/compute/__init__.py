@@ -81,7 +81,7 @@ def open_group(config: Config, reporter: Reporter) -> AbstractContextManager[Wor
 def _require_ray() -> None:
     """Check that Ray is installed, before it is imported."""
     if find_spec("ray") is None:
-        fix = "Install it on every machine: pip install 'tunewright[ray]'"
+        fix = "Install it on every machine: pip install 'tunewright[ray,train]'"
         raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
     # Read when Ray is imported: nothing is reported to anyone, and `uv run` gives workers no other environment.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -84,7 +84,7 @@ class LoopClients:
         """Return the HTTP client of the running event loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            # No idle connection outlives its event loop.
+            # No idle connection outlives its event loop, and no proxy is between a gateway and its engines (trust_env).
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             self._clients[loop] = httpx.AsyncClient(
                 base_url=self._base_url,

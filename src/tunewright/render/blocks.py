@@ -129,6 +129,8 @@ class Lines:
     """An interval on the axis below that is shaded."""
     lower: Lines | None = None
     """A lower panel on the same axis."""
+    from_zero: bool = True
+    """Whether the axis of the values always begins at zero."""
     caption: str = ""
 
 

@@ -160,8 +160,8 @@ def _draw_lines(axes: Axes, panel: blocks.Lines, shown: blocks.Lines) -> None:
             axes.plot(*zip(*line.points, strict=True), label=line.label, **look)
     values = [y for line in panel.lines for _, y in line.points] or [0.0]
     low, high = min(values), max(values)
-    # From zero, unless that would flatten what changes.
-    low = low if low > high / 2 and high - low > high / 20 else 0
+    # A score's axis begins at zero, since a cut one exaggerates gains. That would flatten a loss.
+    low = low if not panel.from_zero and low > high / 2 and high - low > high / 20 else 0
     axes.set_ylim(low - (0.08 * (high - low) if low else 0), (high + 0.08 * (high - low)) or 1)
     if shown.doubling:
         axes.set_xscale("log", base=2)
@@ -285,4 +285,5 @@ def drawn(block: blocks.Drawn) -> str:
 
 def lines_file(shown: blocks.Lines) -> str:
     """Return lines as a standalone SVG file."""
-    return lines_plot(shown, FILE_COLOURS) + "\n"
+    # On a page the font is the page's; a file has none to inherit.
+    return lines_plot(shown, FILE_COLOURS).replace("<svg ", '<svg font-family="sans-serif" ', 1) + "\n"

@@ -61,6 +61,7 @@ def run_lines(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -
         below="optimizer step",
         mark=(best_evaluation(evaluated).step, "kept") if evaluated else None,
         lower=score if scores else None,
+        from_zero=False,
     )
 
 
@@ -113,7 +114,7 @@ def sweep_lines(ledger: Ledger) -> Lines:
         points = tuple((step, scale * value) for step, value in values if value is not None)
         found.append(Line(name, points, tone, dots=True))
     axis = "Dev loss" if head.metric is None else f"Dev: {axis_label(head.metric)}"
-    return Lines("trials", f"{axis} of each trial by step", tuple(found), axis)
+    return Lines("trials", f"{axis} of each trial by step", tuple(found), axis, from_zero=head.metric is not None)
 
 
 _UNMEASURED = "No break-even was measured on these data and this base: `tunewright advise` measures it."

@@ -86,7 +86,7 @@ log = logging.getLogger("tunewright")
 
 @dataclass(frozen=True)
 class EngineOrigin:
-    """The origin of an engine's answers, besides the request: see :class:`.remote.EngineFacts`."""
+    """The origin of an engine's answers, besides the request: see :class:`tunewright.engines.remote.EngineFacts`."""
 
     base: str
     quantization: str

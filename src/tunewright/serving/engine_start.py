@@ -130,7 +130,6 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     from tunewright.chat.answers import constraint_end, grammar_compiler
     from tunewright.engines.llamacpp import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.export.gguf.model import gguf_context, require_gguf
-    from tunewright.serving.engine_start import base_file, lora_file
 
     base, rows = spec.base, max_num_seqs("llamacpp", config)
     place = platformdirs.user_cache_path("tunewright") / "gguf"

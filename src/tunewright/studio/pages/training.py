@@ -152,8 +152,8 @@ def _comparison_charts(runs: Sequence[TrainingRun]) -> list[Lines]:
 
 
 def _chart(axis: str, lines: Sequence[Line]) -> Lines:
-    name = re.sub("[^a-z]+", "-", axis.lower())
-    return Lines(name, f"{axis} by step", tuple(lines), axis, below="optimizer step")
+    name, from_zero = re.sub("[^a-z0-9]+", "-", axis.lower()), "loss" not in axis.lower()
+    return Lines(name, f"{axis} by step", tuple(lines), axis, below="optimizer step", from_zero=from_zero)
 
 
 def _line(

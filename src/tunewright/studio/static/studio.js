@@ -99,9 +99,10 @@ if (asked) {
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 async function refresh() {
   const live = document.getElementById("live");
-  const answer = document.hidden ? null : await fetch(location.href).catch(() => null);
-  if (answer) {
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  // A connection may end before the page is there, or in the middle of it.
+  const text = document.hidden ? null : await fetch(location.href).then(answer => answer.text()).catch(() => null);
+  if (text !== null) {
+    const page = new DOMParser().parseFromString(text, "text/html");
     const next = page.getElementById("live");
     if (!next) return location.reload();
     // Who reads a table by keys keeps the place.
