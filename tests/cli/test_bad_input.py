@@ -289,9 +289,25 @@ def test_lack_of_memory_is_reported_wherever_it_is_met(error: Exception, capfd: 
         ),
         (["data", "generate", "new.jsonl", "--estimate", "--out", "x"], "--estimate does not use --out"),
         (["data", "from-documents", "new.md", "--estimate", "--out", "x"], "--estimate does not use --out"),
+        (["data", "review", "--status", "--redraw"], "--status cannot be combined with --redraw"),
+        (["data", "review", "--import", "x.csv", "--suspects"], "--import cannot be combined with --suspects"),
         (["data", "review", "--status", "--reviewer", "ann"], "--status does not use --reviewer"),
         (["data", "review", "--apply", "--reviewer", "ann"], "--apply does not use --reviewer"),
     ],
 )
 def test_options_that_an_action_would_ignore_are_refused(command: list[str], unused: str, tmp_path: Path) -> None:
     _refused(tunewright(*command, "-p", tmp_path), unused, "Leave it out")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["data", "review", "--status", "--apply"], ["--status --apply", "Choose one."]),
+        (["data", "review", "--export", "x.csv", "--message", "m"], ["--message", "--apply"]),
+        (["human-eval", "--results", "--export", "x.csv"], ["--results --export", "Choose one."]),
+    ],
+)
+def test_options_that_exclude_or_need_each_other_are_named(
+    command: list[str], words: list[str], tmp_path: Path
+) -> None:
+    _refused(tunewright(*command, "-p", tmp_path), *words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial, wraps
 from operator import attrgetter
@@ -51,10 +51,10 @@ class DeprecatedGroup:
         if name == "engine.install":
             install = partial(environment.install, reporter=self._project.reporter)
             new = "tunewright.engines.environment.install()"
-            return _warning(name, new, lambda tool, **options: install(environment.find_tool(tool), **options))
+            return _warning(name, new, lambda name, **options: install(environment.find_tool(name), **options))
         if name == "engine.show":
             new = "tunewright.engines.environment.find()"
-            return _warning(name, new, lambda tool: environment.find(environment.find_tool(tool)))
+            return _warning(name, new, lambda name: environment.find(environment.find_tool(name)))
         service = _IN_STATE.get(self._name, {}).get(verb)
         if service is None:
             raise AttributeError(f"project.{self._name} has no method {verb!r}")
@@ -81,7 +81,7 @@ def keywords(function: Verb, options: type[Any]) -> Verb:
     @wraps(function)
     def verb(*given: Any, **named: Any) -> Any:
         if old := {name: named.pop(name) for name in names & named.keys()}:
-            if not isinstance(old.get("suspects", True), bool):  # a list, which `review` takes as `known_suspects` now
+            if isinstance(old.get("suspects"), Sequence):  # `review` takes a list as `known_suspects` now
                 named["known_suspects"], old["suspects"] = old["suspects"], True
             instead = f"{options.__name__}({', '.join(f'{name}={value!r}' for name, value in old.items())})"
             warnings.warn(f"Pass {instead} to {function.__name__}().", DeprecationWarning, stacklevel=2)

@@ -76,6 +76,9 @@ class RemoveOptions:
     purge: Annotated[bool, Option("Erase the rows' text from all versions too. This cannot be undone.")] = False
     """Also that of rows that they were edited from, and of former rows with the same input."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))  # a generator would be empty at its second use
+
     @property
     def selection(self) -> str:
         """The selection of rows as command-line options."""

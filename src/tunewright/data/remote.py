@@ -365,15 +365,16 @@ class RemoteStore(RemoteFiles):
         names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
         return sorted(name for name in names if re.fullmatch(pattern, name))
 
-    def _log(self, folder: str) -> Iterator[tuple[str, bytes]]:
-        """Yield name and content of the files of a log."""
-        for name in self._names(folder, r"[0-9a-f]{12}\.jsonl"):
-            path = f"{folder}/{name}"
+    def _log_files(self, folder: str) -> list[str]:
+        return [f"{folder}/{name}" for name in self._names(folder, r"[0-9a-f]{12}\.jsonl")]
+
+    def _log(self, folder: str, fix: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of the files of a log; ``fix`` is what to do if one was changed."""
+        for path in self._log_files(folder):
             data = self.read(path)
             yield path, data
             # After the caller has parsed it: lines have digests too, so if they match, lines are missing or repeated.
-            if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
-                fix = "Restore the file, or delete it and push again from the copies that have its lines."
+            if f"{folder}/{short(hashlib.sha256(data).hexdigest())}.jsonl" != path:
                 raise UserError(_CHANGED, where=f"{self.url}/{path}", fix=fix)
 
     def write_lines(self, folder: str, lines: Iterable[str]) -> None:
@@ -385,7 +386,7 @@ class RemoteStore(RemoteFiles):
         """Return all events of the remote's logs of removals."""
         # For web servers that do not list files, one file has all events.
         events = events_in(self.read_if_there(_ALL_REMOVED) or b"", f"{self.url}/{_ALL_REMOVED}")
-        for path, data in self._log(_REMOVED):
+        for path, data in self._log(_REMOVED, "Restore the file."):
             events += events_in(data, f"{self.url}/{path}")
         return events
 
@@ -393,7 +394,8 @@ class RemoteStore(RemoteFiles):
         """Return all review events on the remote."""
         events: list[Event] = []
         files = 0
-        for path, data in self._log(_REVIEWS):
+        fix = "Restore the file, or delete it and push again from the copies that have its reviews."
+        for path, data in self._log(_REVIEWS, fix):
             events += [event for _, event in reviews.events_in(data, f"{self.url}/{path}")]
             files += 1
         if self.is_web and not files:
@@ -422,8 +424,9 @@ class RemoteStore(RemoteFiles):
             for name, data in (files if kept == rows else {**files, _ROWS: kept}).items():
                 self._rewrite(f"{folder}/{name}", data)
                 changed += 1
-        for name, data in self._log(_REVIEWS):
-            events = [event for _, event in reviews.events_in(data, f"{self.url}/{name}")]
+        # A file whose digest does not match is erased too, and refused when its reviews are read.
+        for name in self._log_files(_REVIEWS):
+            events = [event for _, event in reviews.events_in(self.read(name), f"{self.url}/{name}")]
             redacted = [without_purged(event, purged) for event in events]
             if redacted != events:
                 text = "".join(map(event_line, redacted)).encode()

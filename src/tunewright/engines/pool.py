@@ -1,4 +1,4 @@
-"""Engines at several addresses as one engine; :func:`.remote.choose` picks the one for a request.
+"""Engines at several addresses as one engine; :func:`tunewright.engines.remote.choose` picks the one for a request.
 
 Starting, restarting and scaling the engines is another program's work.
 """

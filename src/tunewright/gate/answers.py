@@ -209,9 +209,6 @@ def _listed(trained: Tensor, listed: TopTokens) -> tuple[Tensor, Tensor, bool]:
     return kl.clamp(min=0), moved, bool(trained.argmax() == listed.ids[listed.log_probs.argmax()])
 
 
-_BATCH = 8
-
-
 @dataclass(frozen=True)
 class ReferenceAnswer:
     """A greedy answer, and the distributions at some of its places."""

@@ -172,7 +172,8 @@ def mask_logits(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
 
     Args:
         logits: [rows, vocabulary].
-        masks: a bitmask of :meth:`constraints.Guide.allowed` for each row; None allows every token.
+        masks: a bitmask for each row, of :meth:`tunewright.generation.constraints.Guide.allowed`; None allows every
+            token.
     """
     if all(mask is None for mask in masks):
         return logits

@@ -251,7 +251,7 @@ def import_adapter(project: OpenProject, source: Source, said: ImportOptions, by
         files.mkdir()
         intake = _Intake(project, source, said, files)
         try:
-            intake.take()
+            intake.take()  # from here on only the copy is read: a source that changes passes no other check
             configs = intake.configs()
             config = configs[files]
             intake.require_statement(config)

@@ -51,6 +51,7 @@ def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
         if length > LARGEST_HEADER:
             raise UserError(f"The header claims {length:,} bytes (limit {LARGEST_HEADER:,})", where=where)
         text = file.read(length)
+    # The library refuses bytes in gaps, which could hide a payload, and overlaps, which could alias weights.
     try:
         with safe_open(path, framework="numpy") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
