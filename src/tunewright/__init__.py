@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ def _is_busy() -> bool:
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and _is_busy():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
-if find_spec("torch") is None:
+if not any(Path(folder, "torch").is_dir() for folder in sys.path):
     # Without it only transformers' tokenizers are used, and transformers advises to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

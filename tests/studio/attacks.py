@@ -9,5 +9,8 @@ ATTACKS = (
     f'<a href="javascript:{_RUN}">link</a> [link](javascript:{_RUN}) {{{{7*7}}}} <style>*{{display:none}}</style>',
     "\u05e9\u05dc\u05d5\u05dd" * 300 + " \u202eabc " + "\u0645\u0631\u062d\u0628\u0627 " * 200,
 )
-PLANTED = 'main :is(script, svg:not(.bar, .bars), img, style, iframe, [onload], [onerror], a[href^="javascript" i])'
+PLANTED = (
+    "main :is(script, svg:not(.bar, .bars, figure > svg), img, style, iframe, [onload], [onerror], "
+    'a[href^="javascript" i])'
+)
 """Elements that only an attack brings."""
