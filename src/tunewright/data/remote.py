@@ -164,7 +164,8 @@ def pull(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None
     Existing versions are unchanged. Reviews are always merged.
 
     Args:
-        url, options: as for ``push``.
+        url: as for ``push``.
+        options: as for ``push``.
 
     Raises:
         UserError: nothing was pushed there, the remote's files were changed, the histories diverged, or the remote is
