@@ -52,6 +52,7 @@ WITHOUT_PROJECT = {
     ("demo",),
     ("doctor",),
     ("engine", "install"),
+    ("engine", "show"),
     ("init",),
     ("studio",),  # one of its pages makes a project
 }
