@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -35,6 +35,10 @@ docs: $(VENV)/.installed
 # The same, rebuilt at each change of a page, on http://127.0.0.1:8000.
 docs-serve: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The words of errors, warnings and notices, as tests/golden/messages.txt has them for a review.
+messages: $(VENV)/.installed
+	$(BIN)/python tests/golden/messages.py
 
 # Types are checked next to the tests: mypy's one process would leave a core idle for a minute.
 test: lint
