@@ -49,9 +49,8 @@ class Key:
     @property
     def meaning(self) -> str:
         """Return the description without the default's source."""
-        text = self.field.description or ""
         found = self._cited
-        return " ".join((text.replace(found[0], "") if found else text).split())
+        return " ".join((self._text.replace(found[0], "") if found else self._text).split())
 
     @property
     def source(self) -> str:
@@ -67,9 +66,14 @@ class Key:
         return self._cited[2] if self._cited and self.default is None else ""
 
     @property
+    def _text(self) -> str:
+        """Return the description on one line."""
+        return " ".join((self.field.description or "").split())
+
+    @property
     def _cited(self) -> re.Match[str] | None:
         """Find the ``(DEFAULT: SOURCE)`` of the description."""
-        for found in _SOURCE.finditer(self.field.description or ""):
+        for found in _SOURCE.finditer(self._text):
             if _same(found[1], self.default):
                 return found
         return None

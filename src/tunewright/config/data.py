@@ -50,163 +50,97 @@ Duplicates = Literal["keep", "drop"]
 class MixConfig(Section):
     """Generic instruction data that is mixed into the training rows to reduce forgetting."""
 
-    source: Annotated[
-        str, Field(min_length=1, description="A file of pairs from outside the domain, relative to this file.")
-    ]
-    fraction: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=0.5,
-            description="Share of all training rows to draw from this file, by the seed (0.05: Scialom et al. 2022, "
-            "arXiv 2205.12393, find 1% enough for whole tasks).",
-        ),
-    ] = 0.05
-    rows: Annotated[str | None, Field(description="Like data.rows, for this file.")] = None
-    sheet: Annotated[str | None, Field(description="Like data.sheet, for this file.")] = None
-    input: Annotated[str | None, Field(description="Like data.input, for this file.")] = None
-    output: Annotated[str | None, Field(description="Like data.output, for this file.")] = None
-    drop_columns: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], Field(description="Like data.drop_columns, for this file.")
-    ] = ()
+    source: Annotated[str, Field(min_length=1)]
+    """A file of pairs from outside the domain, relative to this file."""
+    fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """Share of all training rows to draw from this file, by the seed (0.05: Scialom et al. 2022,
+    arXiv 2205.12393, find 1% enough for whole tasks).
+    """
+    rows: str | None = None
+    """Like data.rows, for this file."""
+    sheet: str | None = None
+    """Like data.sheet, for this file."""
+    input: str | None = None
+    """Like data.input, for this file."""
+    output: str | None = None
+    """Like data.output, for this file."""
+    drop_columns: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Like data.drop_columns, for this file."""
 
 
 class DataConfig(Section):
     """Sources of the pairs, and their split."""
 
-    sources: Annotated[
-        tuple[str, ...],
-        Field(
-            description="Files of pairs that `tunewright run` adds: JSON, CSV, .xlsx, Parquet or a saved `datasets` "
-            "folder, relative to this file. Folders of such files, patterns such as data/*.jsonl and datasets of the "
-            "Hugging Face hub such as hf://datasets/org/name:train work too."
-        ),
-    ] = ()
-    rows: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="JMESPath expression that finds the rows in a JSON document that is not an array of rows, such "
-            "as values(@) for {id: row, ...} or *[] for {name: [row, ...], ...}.",
-        ),
-    ] = None
-    sheet: Annotated[
-        str | None,
-        Field(min_length=1, description="Sheet of an .xlsx workbook. Required if several visible sheets have rows."),
-    ] = None
-    input: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="Column or key of the input, or a Jinja template over the row's keys, such as "
-            '{{ context ~ " " ~ question }}.',
-        ),
-    ] = None
-    output: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            description="Column or key of the ideal output, or a Jinja template, such as "
-            "{{ answers[0] }} or {{ slots | tojson }}.",
-        ),
-    ] = None
-    group_by: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...],
-        Field(
-            description="Columns or keys such as customer or document. Rows that share a value are not independent and "
-            "stay on one side of the split. With data.rows, also a JMESPath from the object above a row, such as "
-            "parent.id or parent.sql[0]; parent.parent is the next object above."
-        ),
-    ] = ()
-    drop_columns: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...],
-        Field(
-            description="Columns or keys to leave out, such as id or source. Other unused ones are kept as metadata."
-        ),
-    ] = ()
-    system_prompt: Annotated[
-        str | None,
-        Field(description="System prompt for pairs without one, put before each pair when it is added."),
-    ] = None
-    allow: Annotated[
-        tuple[Findable, ...],
-        Field(
-            description="Kinds of secrets and personal data that may be in the pairs, such as the firm's phone number "
-            "or test keys. They are counted and reported, and do not block."
-        ),
-    ] = ()
-    max_characters: Annotated[
-        int,
-        Field(
-            gt=0,
-            description="Longest conversation in characters. A longer one is rejected: it is nearly always a file "
-            "pasted into a cell.",
-        ),
-    ] = 32_000
-    dedup_threshold: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            description="Inputs at or above this Jaccard similarity of character 4-grams share a cluster, which never "
-            "straddles the split (0.8: Lee et al. 2021, arXiv 2107.06499).",
-        ),
-    ] = 0.8
-    split_by: Annotated[
-        Literal["input", "output_template"],
-        Field(
-            description="`input` clusters rows with near-equal inputs. `output_template` also clusters rows whose "
-            "outputs differ only in quoted strings and numbers, such as queries made from one template."
-        ),
-    ] = "input"
-    duplicates: Annotated[
-        Duplicates,
-        Field(
-            description="`keep` or `drop` rows that nearly repeat another's input (data.dedup_threshold) with the same "
-            "output. They are counted either way. Exact duplicates are always dropped."
-        ),
-    ] = "keep"
-    val_size: Annotated[
-        float,
-        Field(gt=0, lt=0.5, description="Share of examples in dev, the split that chooses prompts and checkpoints."),
-    ] = 0.1
-    test_size: Annotated[
-        float,
-        Field(
-            gt=0,
-            lt=0.5,
-            description="Share of examples in test, the held-out split: nothing is trained or chosen on it.",
-        ),
-    ] = 0.1
+    sources: tuple[str, ...] = ()
+    """Files of pairs that `tunewright run` adds: JSON, CSV, .xlsx, Parquet or a saved `datasets`
+    folder, relative to this file. Folders of such files, patterns such as data/*.jsonl and datasets
+    of the Hugging Face hub such as hf://datasets/org/name:train work too.
+    """
+    rows: Annotated[str | None, Field(min_length=1)] = None
+    """JMESPath expression that finds the rows in a JSON document that is not an array of rows, such
+    as values(@) for {id: row, ...} or *[] for {name: [row, ...], ...}.
+    """
+    sheet: Annotated[str | None, Field(min_length=1)] = None
+    """Sheet of an .xlsx workbook. Required if several visible sheets have rows."""
+    input: Annotated[str | None, Field(min_length=1)] = None
+    """Column or key of the input, or a Jinja template over the row's keys, such as {{ context ~ " "
+    ~ question }}.
+    """
+    output: Annotated[str | None, Field(min_length=1)] = None
+    """Column or key of the ideal output, or a Jinja template, such as {{ answers[0] }} or {{ slots
+    | tojson }}.
+    """
+    group_by: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Columns or keys such as customer or document. Rows that share a value are not independent and
+    stay on one side of the split. With data.rows, also a JMESPath from the object above a row, such
+    as parent.id or parent.sql[0]; parent.parent is the next object above.
+    """
+    drop_columns: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Columns or keys to leave out, such as id or source. Other unused ones are kept as metadata.
+    """
+    system_prompt: str | None = None
+    """System prompt for pairs without one, put before each pair when it is added."""
+    allow: tuple[Findable, ...] = ()
+    """Kinds of secrets and personal data that may be in the pairs, such as the firm's phone number
+    or test keys. They are counted and reported, and do not block.
+    """
+    max_characters: Annotated[int, Field(gt=0)] = 32_000
+    """Longest conversation in characters. A longer one is rejected: it is nearly always a file
+    pasted into a cell.
+    """
+    dedup_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Inputs at or above this Jaccard similarity of character 4-grams share a cluster, which never
+    straddles the split (0.8: Lee et al. 2021, arXiv 2107.06499).
+    """
+    split_by: Literal["input", "output_template"] = "input"
+    """`input` clusters rows with near-equal inputs. `output_template` also clusters rows whose
+    outputs differ only in quoted strings and numbers, such as queries made from one template.
+    """
+    duplicates: Duplicates = "keep"
+    """`keep` or `drop` rows that nearly repeat another's input (data.dedup_threshold) with the same
+    output. They are counted either way. Exact duplicates are always dropped.
+    """
+    val_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of examples in dev, the split that chooses prompts and checkpoints."""
+    test_size: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of examples in test, the held-out split: nothing is trained or chosen on it."""
 
-    conflicts: Annotated[
-        Literal["error", "accept"],
-        Field(
-            description="`error` rejects new rows that give another output for a known input; `accept` keeps them. "
-            "Both list them."
-        ),
-    ] = "error"
-    benchmarks: Annotated[
-        tuple[str, ...],
-        Field(
-            description="JSONL files of benchmark items, relative to this file. Training rows are searched for these "
-            "items in the same way as for test rows."
-        ),
-    ] = ()
-    contaminated: Annotated[
-        Literal["warn", "drop"],
-        Field(
-            description="`warn` keeps a training row that contains a test or benchmark item; `drop` leaves it out. "
-            "Both name it."
-        ),
-    ] = "warn"
-    mix: Annotated[
-        MixConfig | None,
-        Field(
-            description="Generic instruction data to mix into training against forgetting: "
-            "{source: FILE, fraction: 0.05}."
-        ),
-    ] = None
+    conflicts: Literal["error", "accept"] = "error"
+    """`error` rejects new rows that give another output for a known input; `accept` keeps them.
+    Both list them.
+    """
+    benchmarks: tuple[str, ...] = ()
+    """JSONL files of benchmark items, relative to this file. Training rows are searched for these
+    items in the same way as for test rows.
+    """
+    contaminated: Literal["warn", "drop"] = "warn"
+    """`warn` keeps a training row that contains a test or benchmark item; `drop` leaves it out.
+    Both name it.
+    """
+    mix: MixConfig | None = None
+    """Generic instruction data to mix into training against forgetting: {source: FILE, fraction:
+    0.05}.
+    """
 
     @model_validator(mode="after")
     def _check_names(self) -> DataConfig:

@@ -37,9 +37,12 @@ class _Keyed(Section):
 class Normalisation(Section):
     """Differences that exact match ignores, besides outer white space and Unicode form (NFC)."""
 
-    ignore_case: Annotated[bool, Field(description="Ignore case.")] = False
-    collapse_whitespace: Annotated[bool, Field(description="Collapse each run of white space to one space.")] = False
-    ignore_punctuation: Annotated[bool, Field(description="Remove punctuation (Unicode's general category P).")] = False
+    ignore_case: bool = False
+    """Ignore case."""
+    collapse_whitespace: bool = False
+    """Collapse each run of white space to one space."""
+    ignore_punctuation: bool = False
+    """Remove punctuation (Unicode's general category P)."""
 
 
 class ExactMatch(_Keyed):
@@ -51,12 +54,8 @@ class ExactMatch(_Keyed):
 class Choices(_Keyed):
     """Accuracy over a declared list of answers: ``{choices: [granted, denied]}``."""
 
-    choices: Annotated[
-        tuple[str, ...],
-        Field(
-            min_length=2, description="All valid answers. Any other answer is wrong and counted as outside the list."
-        ),
-    ]
+    choices: Annotated[tuple[str, ...], Field(min_length=2)]
+    """All valid answers. Any other answer is wrong and counted as outside the list."""
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -76,10 +75,8 @@ class Choices(_Keyed):
 class JsonFields(Section):
     """The fields of a JSON object to score."""
 
-    fields: Annotated[
-        tuple[str, ...] | None,
-        Field(min_length=1, description="Names of top-level fields (null: all fields of reference and answer)."),
-    ] = None
+    fields: Annotated[tuple[str, ...] | None, Field(min_length=1)] = None
+    """Names of top-level fields (null: all fields of reference and answer)."""
 
 
 class Json(_Keyed):
@@ -91,7 +88,8 @@ class Json(_Keyed):
 class Regex(_Keyed):
     """The share of answers that match a pattern in full: ``{regex: '[A-Z]{2}-[0-9]+'}``."""
 
-    regex: Annotated[str, Field(min_length=1, description="A pattern of Python's re.")]
+    regex: Annotated[str, Field(min_length=1)]
+    """A pattern of Python's re."""
 
     @field_validator("regex")
     @classmethod
@@ -106,14 +104,10 @@ class Regex(_Keyed):
 class Python(_Keyed):
     """The mean of your own function's values: ``{python: 'scoring:citation'}``."""
 
-    python: Annotated[
-        str,
-        Field(
-            pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
-            description="module:function in the project's folder, called as function(answer, reference, example). It "
-            "returns a number from 0 to 1, or None for an item that cannot be scored.",
-        ),
-    ]
+    python: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+    """module:function in the project's folder, called as function(answer, reference, example). It
+    returns a number from 0 to 1, or None for an item that cannot be scored.
+    """
 
 
 def _kind(value: Any) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 RetrieverName = Literal["bm25", "tfidf", "dense", "sentence-transformers"]
 """Ways to retrieve demonstrations for a question."""
@@ -19,6 +20,15 @@ Quantization = Literal["none", "nf4"]
 
 
 class Section(BaseModel):
-    """A frozen section of the config that rejects unknown keys."""
+    """A frozen section of the config that rejects unknown keys; the text below each key describes it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema, whose descriptions do not keep the line ends of the source."""
+        found = handler(schema)
+        for each in handler.resolve_ref_schema(found).get("properties", {}).values():
+            if "description" in each:
+                each["description"] = " ".join(each["description"].split())
+        return found

@@ -41,23 +41,15 @@ Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 class ReplayConfig(Section):
     """Conversations that the base writes and training replays, to reduce forgetting."""
 
-    samples: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="Conversations that the base writes, by the seed, as in Magpie (Xu et al. 2024, arXiv "
-            "2406.08464; 100: Capacity-Gated Forgetting in LoRA Fine-Tuning, openreview AmQVxvyRJC).",
-        ),
-    ] = 100
-    kl_coef: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            description="Weight of the loss on their answers, the Kullback-Leibler divergence from the base to the "
-            "adapter (1: Learning without Forgetting, Li and Hoiem 2016, arXiv 1606.09282; null: train on their tokens "
-            "as on a pair's).",
-        ),
-    ] = 1.0
+    samples: Annotated[int, Field(ge=1)] = 100
+    """Conversations that the base writes, by the seed, as in Magpie (Xu et al. 2024, arXiv
+    2406.08464; 100: Capacity-Gated Forgetting in LoRA Fine-Tuning, openreview AmQVxvyRJC).
+    """
+    kl_coef: Annotated[float | None, Field(gt=0)] = 1.0
+    """Weight of the loss on their answers, the Kullback-Leibler divergence from the base to the
+    adapter (1: Learning without Forgetting, Li and Hoiem 2016, arXiv 1606.09282; null: train on
+    their tokens as on a pair's).
+    """
 
 
 def _self_replay(value: Any) -> Any:
@@ -69,197 +61,108 @@ class TrainConfig(Section):
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    preset: Annotated[
-        Literal["classic", "all-linear"],
-        Field(
-            description="Defaults of target_modules, learning_rate and epochs: `classic` adapts q_proj and "
-            "v_proj (Hu et al. 2021, arXiv 2106.09685); `all-linear` adapts every linear layer (Dettmers et al. 2023, "
-            "arXiv 2305.14314)."
-        ),
-    ] = "classic"
-    from_: Annotated[
-        str | None,
-        Field(
-            alias="from",
-            min_length=1,
-            description="Adapter to start from, by name or digest (null: a new adapter). Its LoRA settings must be "
-            "those of this section.",
-        ),
-    ] = None
-    method: Annotated[
-        Method,
-        Field(
-            description="`sft` trains on the ideal outputs. `dpo` (Rafailov et al. 2023, arXiv 2305.18290) and `orpo` "
-            "(Hong et al. 2024, arXiv 2403.07691) train on pairs of a chosen and a rejected answer, `kto` "
-            "(Ethayarajh et al. 2024, arXiv 2402.01306) on single good and bad answers. With `dpo` and `kto`, the "
-            "defaults are learning_rate 5e-6 and 1 epoch."
-        ),
-    ] = "sft"
-    beta: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            description="With dpo and kto, the weight of staying close to the adapter in `from`, or to the base. With "
-            "orpo, the weight of the odds ratio (null: 0.1, trl's default for all three).",
-        ),
-    ] = None
-    target_modules: Annotated[
-        tuple[Target, ...],
-        Field(min_length=1, description="Linear layers that get LoRA weights (Hu et al. 2021, section 7.1)."),
-    ] = ("q_proj", "v_proj")
-    lora_r: Annotated[int, Field(ge=1, description="LoRA rank (16: Alpaca-LoRA's published adapters).")] = 16
-    lora_alpha: Annotated[
-        int,
-        Field(ge=1, description="LoRA scale is lora_alpha / lora_r (32: Schulman et al. 2025, LoRA Without Regret)."),
-    ] = 32
-    lora_dropout: Annotated[
-        float, Field(ge=0, lt=1, description="Dropout before the LoRA weights (0: peft's default).")
-    ] = 0.0
-    use_rslora: Annotated[
-        bool,
-        Field(
-            description="Scale LoRA by lora_alpha / sqrt(lora_r), so that a high rank learns as fast (Kalajdzievski "
-            "2023, arXiv 2312.03732; false: peft's default)."
-        ),
-    ] = False
-    use_dora: Annotated[
-        bool,
-        Field(
-            description="Train magnitudes apart from directions: DoRA (Liu et al. 2024, arXiv 2402.09353; false: "
-            "peft's default). vLLM does not load it."
-        ),
-    ] = False
-    require_vllm_compatible: Annotated[
-        bool,
-        Field(
-            description="Reject settings that vLLM would not load (DoRA, a rank over 512) before training starts. With "
-            "false such an adapter is trained, evaluated here and loaded with peft."
-        ),
-    ] = True
-    learning_rate: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            description="Peak learning rate (2e-4: QLoRA, Dettmers et al. 2023, table 9, for 7B-13B).",
-        ),
-    ] = 2e-4
-    lr_scheduler_type: Annotated[
-        Literal["cosine", "linear", "constant"],
-        Field(description="Schedule of the learning rate after warm-up (cosine: Stanford Alpaca's config)."),
-    ] = "cosine"
-    warmup_ratio: Annotated[
-        float,
-        Field(ge=0, lt=1, description="Share of the steps that warm up (0.1: BERT's fine-tuning code)."),
-    ] = 0.1
-    epochs: Annotated[
-        int, Field(ge=1, le=100, description="Passes over the training split (3: Stanford Alpaca's config).")
-    ] = 3
-    batch_size: Annotated[
-        int,
-        Field(ge=1, description="Examples per optimizer step (16: QLoRA, Dettmers et al. 2023, table 9)."),
-    ] = 16
-    micro_batch_size: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="Examples per forward pass; gradients accumulate to batch_size (null: batch_size).",
-        ),
-    ] = None
-    prefix_sharing: Annotated[
-        Switch,
-        Field(
-            description="Compute the prompt that rows of a batch share only once (docs/concepts/shared-prefix.md). "
-            "`auto` does so where it saves 5% of the tokens and lora_dropout is 0."
-        ),
-    ] = "auto"
-    max_length: Annotated[
-        int,
-        Field(
-            ge=16,
-            description="Longest conversation in tokens. A longer one is never cut: see on_overlength (2048: the "
-            "context that Llama was first trained with).",
-        ),
-    ] = 2048
-    on_overlength: Annotated[
-        Literal["error", "drop"],
-        Field(
-            description="`error` stops where a conversation is longer than max_length; `drop` leaves it out. Both name "
-            "it."
-        ),
-    ] = "error"
-    dtype: Annotated[
-        Literal["bfloat16", "float32"],
-        Field(
-            description="Precision of the base's weights and of the forward pass. LoRA weights stay float32 "
-            "(bfloat16: the type that Llama and Mistral are published in)."
-        ),
-    ] = "bfloat16"
-    quantization: Annotated[
-        Quantization,
-        Field(
-            description="Quantization of the base: `none` keeps dtype. `nf4` is QLoRA, with linear layers in 4 bits "
-            "and double quantization (Dettmers et al. 2023, arXiv 2305.14314); it needs tunewright[4bit]."
-        ),
-    ] = "none"
-    use_liger_kernel: Annotated[
-        bool,
-        Field(
-            description="Use Liger's fused rotary embedding, RMSNorm and SwiGLU on a GPU (Hsu et al. 2024, arXiv "
-            "2410.10989; false: transformers' default). Needs tunewright[liger]. The loss stays tunewright's."
-        ),
-    ] = False
-    replay: Annotated[
-        ReplayConfig | None,
-        BeforeValidator(_self_replay),
-        Field(
-            description="Reduce forgetting without extra data: `self`, or {samples: 100, kl_coef: 1.0}, also trains on "
-            "conversations that the base writes and keeps the adapter close to the base's predictions there."
-        ),
-    ] = None
-    save_steps: Annotated[
-        int, Field(ge=1, description="Steps between the checkpoints that a stopped run resumes from.")
-    ] = 50
-    eval_steps: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="Steps between evaluations on dev (null: at the end of each epoch). Each keeps its adapter. "
-            "The last step is always evaluated.",
-        ),
-    ] = None
-    eval_max_samples: Annotated[
-        int | None,
-        Field(
-            ge=0,
-            description="Maximum number of dev rows that each evaluation answers for evaluate.metric, which chooses "
-            "the adapter; "
-            "drawn by the seed (256: a share's standard error is at most 3.1 points; null: all; 0: the dev loss alone "
-            "chooses).",
-        ),
-    ] = 256
-    early_stopping_patience: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="Evaluations without improvement after which training stops (null: never early). The best "
-            "adapter is kept either way.",
-        ),
-    ] = None
-    generated: Annotated[
-        bool,
-        Field(
-            description="Train on generated rows. false leaves them out, to measure their effect with "
-            "`tunewright data generated-effect`."
-        ),
-    ] = True
-    report_to: Annotated[
-        tuple[Tracker, ...],
-        Field(
-            description="Trackers that also get every metric, through transformers' integrations. Local ones write to "
-            ".tunewright/trackers."
-        ),
-    ] = ()
+    preset: Literal["classic", "all-linear"] = "classic"
+    """Defaults of target_modules, learning_rate and epochs: `classic` adapts q_proj and v_proj (Hu
+    et al. 2021, arXiv 2106.09685); `all-linear` adapts every linear layer (Dettmers et al. 2023,
+    arXiv 2305.14314).
+    """
+    from_: Annotated[str | None, Field(alias="from", min_length=1)] = None
+    """Adapter to start from, by name or digest (null: a new adapter). Its LoRA settings must be
+    those of this section.
+    """
+    method: Method = "sft"
+    """`sft` trains on the ideal outputs. `dpo` (Rafailov et al. 2023, arXiv 2305.18290) and `orpo`
+    (Hong et al. 2024, arXiv 2403.07691) train on pairs of a chosen and a rejected answer, `kto`
+    (Ethayarajh et al. 2024, arXiv 2402.01306) on single good and bad answers. With `dpo` and `kto`,
+    the defaults are learning_rate 5e-6 and 1 epoch.
+    """
+    beta: Annotated[float | None, Field(gt=0)] = None
+    """With dpo and kto, the weight of staying close to the adapter in `from`, or to the base. With
+    orpo, the weight of the odds ratio (null: 0.1, trl's default for all three).
+    """
+    target_modules: Annotated[tuple[Target, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    """Linear layers that get LoRA weights (Hu et al. 2021, section 7.1)."""
+    lora_r: Annotated[int, Field(ge=1)] = 16
+    """LoRA rank (16: Alpaca-LoRA's published adapters)."""
+    lora_alpha: Annotated[int, Field(ge=1)] = 32
+    """LoRA scale is lora_alpha / lora_r (32: Schulman et al. 2025, LoRA Without Regret)."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the LoRA weights (0: peft's default)."""
+    use_rslora: bool = False
+    """Scale LoRA by lora_alpha / sqrt(lora_r), so that a high rank learns as fast (Kalajdzievski
+    2023, arXiv 2312.03732; false: peft's default).
+    """
+    use_dora: bool = False
+    """Train magnitudes apart from directions: DoRA (Liu et al. 2024, arXiv 2402.09353; false:
+    peft's default). vLLM does not load it.
+    """
+    require_vllm_compatible: bool = True
+    """Reject settings that vLLM would not load (DoRA, a rank over 512) before training starts. With
+    false such an adapter is trained, evaluated here and loaded with peft.
+    """
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate (2e-4: QLoRA, Dettmers et al. 2023, table 9, for 7B-13B)."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Schedule of the learning rate after warm-up (cosine: Stanford Alpaca's config)."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps that warm up (0.1: BERT's fine-tuning code)."""
+    epochs: Annotated[int, Field(ge=1, le=100)] = 3
+    """Passes over the training split (3: Stanford Alpaca's config)."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Examples per optimizer step (16: QLoRA, Dettmers et al. 2023, table 9)."""
+    micro_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Examples per forward pass; gradients accumulate to batch_size (null: batch_size)."""
+    prefix_sharing: Switch = "auto"
+    """Compute the prompt that rows of a batch share only once (docs/concepts/shared-prefix.md).
+    `auto` does so where it saves 5% of the tokens and lora_dropout is 0.
+    """
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Longest conversation in tokens. A longer one is never cut: see on_overlength (2048: the
+    context that Llama was first trained with).
+    """
+    on_overlength: Literal["error", "drop"] = "error"
+    """`error` stops where a conversation is longer than max_length; `drop` leaves it out. Both name
+    it.
+    """
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the base's weights and of the forward pass. LoRA weights stay float32 (bfloat16:
+    the type that Llama and Mistral are published in).
+    """
+    quantization: Quantization = "none"
+    """Quantization of the base: `none` keeps dtype. `nf4` is QLoRA, with linear layers in 4 bits
+    and double quantization (Dettmers et al. 2023, arXiv 2305.14314); it needs tunewright[4bit].
+    """
+    use_liger_kernel: bool = False
+    """Use Liger's fused rotary embedding, RMSNorm and SwiGLU on a GPU (Hsu et al. 2024, arXiv
+    2410.10989; false: transformers' default). Needs tunewright[liger]. The loss stays tunewright's.
+    """
+    replay: Annotated[ReplayConfig | None, BeforeValidator(_self_replay)] = None
+    """Reduce forgetting without extra data: `self`, or {samples: 100, kl_coef: 1.0}, also trains on
+    conversations that the base writes and keeps the adapter close to the base's predictions there.
+    """
+    save_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between the checkpoints that a stopped run resumes from."""
+    eval_steps: Annotated[int | None, Field(ge=1)] = None
+    """Steps between evaluations on dev (null: at the end of each epoch). Each keeps its adapter.
+    The last step is always evaluated.
+    """
+    eval_max_samples: Annotated[int | None, Field(ge=0)] = 256
+    """Maximum number of dev rows that each evaluation answers for evaluate.metric, which chooses
+    the adapter; drawn by the seed (256: a share's standard error is at most 3.1 points; null: all;
+    0: the dev loss alone chooses).
+    """
+    early_stopping_patience: Annotated[int | None, Field(ge=1)] = None
+    """Evaluations without improvement after which training stops (null: never early). The best
+    adapter is kept either way.
+    """
+    generated: bool = True
+    """Train on generated rows. false leaves them out, to measure their effect with `tunewright data
+    generated-effect`.
+    """
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that also get every metric, through transformers' integrations. Local ones write to
+    .tunewright/trackers.
+    """
 
     @model_validator(mode="before")
     @classmethod

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.adapters.registry import Adapter
+from tunewright.config.evaluate import FileSuite
 from tunewright.config.project import ProjectFolder
-from tunewright.config.regressions import FileSuite
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json
 from tunewright.core.progress import Reporter

@@ -12,7 +12,7 @@ import numpy as np
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import Tokens
-from tunewright.config.regressions import FileSuite
+from tunewright.config.evaluate import FileSuite
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Task

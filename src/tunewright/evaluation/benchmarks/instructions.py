@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from tunewright.config.regressions import InstructionsSuite as Settings
+from tunewright.config.evaluate import InstructionsSuite as Settings
 from tunewright.core.errors import UserError, first_fault
 from tunewright.data.examples import Message
 from tunewright.evaluation.benchmarks.bench import (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tunewright.adapters.registry import Adapter
-from tunewright.config.regressions import LmEvalSuite as Settings
+from tunewright.config.evaluate import LmEvalSuite as Settings
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.bench import Bench, above_chance, expected_text, suite_of
 from tunewright.evidence.benchmarks import Suite
