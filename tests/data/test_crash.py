@@ -18,6 +18,7 @@ from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.data import versions
 from tunewright.data.add import add
 from tunewright.data.options import RemoveOptions
 from tunewright.data.remove import remove
@@ -167,16 +168,14 @@ def test_lock_refuses_a_second_writer_and_ends_with_its_process(template: Path, 
 
 
 def test_interrupted_add_leaves_no_rows(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunewright.data.versions import store
-
     project = _fresh(template, tmp_path / "w")
     before = {path: path.read_bytes() for path in project.dataset.rglob("*") if path.is_file()}
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "write_head", stopped)
-    monkeypatch.setattr(store, "new_folder", stopped)
+    monkeypatch.setattr(versions, "write_head", stopped)
+    monkeypatch.setattr(versions, "new_folder", stopped)
     with pytest.raises(KeyboardInterrupt):
         _add_second(project)
     assert {path: path.read_bytes() for path in project.dataset.rglob("*") if path.is_file()} == before

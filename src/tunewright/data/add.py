@@ -38,7 +38,7 @@ from tunewright.data.readers.validate import REJECTED, counted, rejected_value
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
 from tunewright.data.trace import read_metadata
-from tunewright.data.versions import DatasetVersion, Manifest, Settings, Source, locked, save_version
+from tunewright.data.versions import DatasetVersion, Manifest, Settings, SourceFile, locked, save_version
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs, append_removals
 from tunewright.data.versions.version import cluster_sizes, clusters_by_split, new_manifest
 
@@ -192,7 +192,7 @@ def map_columns(data: DataConfig, mapping: ColumnMapping, paths: Sequence[Path])
 def _save(
     project: ProjectFolder,
     plan: AddPlan,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, SourceFile],
     faults: Sequence[Fault],
     reporter: Reporter,
     *,
@@ -239,7 +239,7 @@ def _save(
 
 
 def _keep_known(
-    dataset: Path, plan: AddPlan, parent: DatasetVersion, sources: Mapping[str, Source], reporter: Reporter
+    dataset: Path, plan: AddPlan, parent: DatasetVersion, sources: Mapping[str, SourceFile], reporter: Reporter
 ) -> None:
     """Keep the rejected answers of known rows as preference pairs, and warn of metadata that is not stored."""
     known = read_metadata(dataset, parent.manifest)
@@ -292,9 +292,9 @@ def _read(
     return read
 
 
-def _sources(read: Sequence[tuple[Path, ReadResult]], root: Path) -> dict[str, Source]:
+def _sources(read: Sequence[tuple[Path, ReadResult]], root: Path) -> dict[str, SourceFile]:
     """Map each file's name in messages to its source record, named relative to the project or by its file name."""
-    sources: dict[str, Source] = {}
+    sources: dict[str, SourceFile] = {}
     for path, reading in read:
         full, home = path.resolve(), root.resolve()
         name = full.relative_to(home).as_posix() if full.is_relative_to(home) else hub_source(path) or path.name
@@ -302,7 +302,7 @@ def _sources(read: Sequence[tuple[Path, ReadResult]], root: Path) -> dict[str, S
         sha256 = source_digest(path)
         if any(other != reading.source and source.name == name for other, source in sources.items()):
             name = f"{name}@{sha256[:8]}"  # two files of one name, from different folders
-        sources[reading.source] = Source(name=name, sha256=sha256, rows=len(reading.rows))
+        sources[reading.source] = SourceFile(name=name, sha256=sha256, rows=len(reading.rows))
     return sources
 
 
@@ -315,7 +315,7 @@ class _Imports:
 
     plan: AddPlan
     skipped: Sequence[Fault]
-    sources: Mapping[str, Source]
+    sources: Mapping[str, SourceFile]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         found: dict[str, list[SourceRow | Fault]] = defaultdict(list)

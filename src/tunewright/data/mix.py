@@ -21,7 +21,7 @@ from tunewright.data.dedup.similarity import near_pairs
 from tunewright.data.examples import Example
 from tunewright.data.readers import SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.readers.validate import counted
-from tunewright.data.versions import Member, Mix, Source, short
+from tunewright.data.versions import Member, Mix, SourceFile, short
 
 _SPARE = 50  # rows looked at beyond those that are needed, so that a few that are left out cost no second look
 
@@ -82,7 +82,7 @@ def mix_in(
         row, reason = left_out[0]
         fix = f"Name another file. Its first row, {row.source}:{row.line}: {reason}."
         raise UserError("No row of the file can be mixed in", where=f"data.mix.source: {path}", fix=fix)
-    source = Source(name=Path(mix.source).as_posix(), sha256=source_digest(path), rows=len(rows))
+    source = SourceFile(name=Path(mix.source).as_posix(), sha256=source_digest(path), rows=len(rows))
     members = [
         Member(row.example, row.example.pair_key, "train", row.example.pair_key, mixed=True)
         for row in sorted(drawn, key=lambda row: row.example.pair_key)

@@ -12,9 +12,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.review.reviews import outcome, read_reviews
-from tunewright.data.versions import load_version
+from tunewright.data.versions import load_version, version_folder
 from tunewright.data.versions.files import read_places
-from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.stored import checked_evidence, evaluation_folder, folder_of

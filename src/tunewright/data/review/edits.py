@@ -30,7 +30,7 @@ from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
     Member,
-    Source,
+    SourceFile,
     import_files,
     load_version,
     locked,
@@ -98,7 +98,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             reporter.warn(f"{len(collapsed):,} edited rows duplicate an existing row and were merged: {named}")
         names = sorted({name for e in edited for name in e.reviewers})
         own = f"{count_of(len(edited), 'answer')} edited in review ({', '.join(names)})"
-        source = Source(
+        source = SourceFile(
             name=f"{dataset.name}/{REVIEWS_FILE}", sha256=file_digest(dataset / REVIEWS_FILE), rows=len(edited)
         )
         now = {e.now for e in edited}

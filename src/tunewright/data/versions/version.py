@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
+import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +39,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(_Record):
+class SourceFile(_Record):
     """A file that a version's new rows came from; ``rows`` counts the readable ones."""
 
     name: str
@@ -95,7 +97,7 @@ class Mix(_Record):
     ``left_out`` rows were drawn and rejected: (nearly) held-out rows, benchmark items, rows with secrets.
     """
 
-    source: Source
+    source: SourceFile
     fraction: float
     drawn: int
     left_out: int
@@ -120,7 +122,7 @@ class Manifest(_Record):
     parent: Digest | None
     created: str
     message: str
-    sources: tuple[Source, ...]
+    sources: tuple[SourceFile, ...]
     counts: Counts
     splits: dict[Split, str]
     settings: Settings
@@ -153,6 +155,14 @@ def version_table(versions: Sequence[Manifest], current: Manifest | None = None)
 def manifest_seal(document: Mapping[str, Any]) -> str:
     """Return the seal of a manifest's JSON document: the digest of all other fields."""
     return json_digest({name: value for name, value in document.items() if name != "seal"})
+
+
+def changed_files(imports: bytes, manifest: bytes) -> list[str]:
+    """Return which of a version's two files do not match the digests in the manifest; earlier releases wrote none."""
+    document = json.loads(manifest)
+    expected = {IMPORTS: hashlib.sha256(imports).hexdigest(), MANIFEST: manifest_seal(document)}
+    stated = {IMPORTS: document.get("imports"), MANIFEST: document.get("seal")}
+    return [name for name, digest in expected.items() if stated[name] not in (None, digest)]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -254,7 +264,7 @@ def new_manifest(
     *,
     message: str,
     mix: Mix | None,
-    sources: Iterable[Source] = (),
+    sources: Iterable[SourceFile] = (),
     split_from: SplitFrom | None = None,
     **of_import: int,
 ) -> Manifest:
