@@ -18,7 +18,7 @@ from tunewright.api import Project
 from tunewright.cli import commands
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.data.review.options import ReviewOptions
+from tunewright.data.options import ReviewOptions
 
 NO_VERBS = {"doctor", "init", "config", "demo", "migrate", "studio"}
 """Commands that create a project, describe the config, or open a page on it."""

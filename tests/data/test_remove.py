@@ -18,8 +18,7 @@ from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.options import AddOptions, RemoveOptions
-from tunewright.data.purge import find_copies
-from tunewright.data.remove import RemoveResult, remove
+from tunewright.data.remove import RemoveResult, find_copies, remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import PURGED, NoteEvent, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.trace import find_row, metadata_by_key

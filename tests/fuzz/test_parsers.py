@@ -35,7 +35,8 @@ from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message
 from tunewright.data.options import RemoveOptions
 from tunewright.data.readers import read_pairs
-from tunewright.data.selection import Origins, select
+from tunewright.data.selection import select
+from tunewright.data.trace import Origins
 from tunewright.data.versions import Member
 from tunewright.models.families import Shape
 from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, BoundedHttpProtocol, ConnectionState

@@ -11,8 +11,7 @@ from tunewright.api.deprecated import DeprecatedGroup, keywords
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data import browse, preview, remote, remove, verify
-from tunewright.data.options import RemoveOptions
-from tunewright.data.review.options import ReviewOptions
+from tunewright.data.options import RemoveOptions, ReviewOptions
 from tunewright.evaluation import data_verbs, label_review, stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns

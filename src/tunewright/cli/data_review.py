@@ -17,7 +17,7 @@ from tunewright.cli.data import data_app
 from tunewright.cli.data_rows import conversation_text, row_heading
 from tunewright.core.errors import UserError
 from tunewright.core.text import visible
-from tunewright.data.review.options import ReviewOptions
+from tunewright.data.options import ReviewOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -32,11 +32,10 @@ from tunewright.data.mix import DrawnMix, mix_in
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, SplitChange
 from tunewright.data.options import AddOptions
 from tunewright.data.readers import SourceRow
-from tunewright.data.remove import removals_ended_by, removed_rows_notice
 from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
 from tunewright.data.versions import DatasetVersion, Member, load_version, members_digest, short
-from tunewright.data.versions.logs import Removal, read_removals
+from tunewright.data.versions.logs import Removal, read_removals, removals_ended_by, removed_rows_notice
 from tunewright.data.versions.version import SplitFrom, rename_clusters
 
 _LARGEST = 5

@@ -20,7 +20,6 @@ from tunewright.data.examples import Example, Message, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
 from tunewright.data.options import AddOptions
 from tunewright.data.readers import SourceRow
-from tunewright.data.remove import exclude_removed
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.splits import Split
 from tunewright.data.versions import (
@@ -31,7 +30,7 @@ from tunewright.data.versions import (
     load_version,
     short,
 )
-from tunewright.data.versions.logs import Removal
+from tunewright.data.versions.logs import Removal, exclude_removed
 
 _MOST = 10
 _FEW = 3

@@ -1,4 +1,4 @@
-"""The options of ``data add``, which ``data check`` shares, and of ``data remove``."""
+"""The options of ``data add``, which ``data check`` shares, of ``data remove`` and of ``data review``."""
 
 from __future__ import annotations
 
@@ -85,3 +85,25 @@ class RemoveOptions:
         options = {"--keys": self.keys, "--where": self.where, "--source": self.source}
         parts = [f"{name} {value}" for name, value in options.items() if value is not None]
         return " ".join([*parts, *(f"--group {group}" for group in self.groups)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewOptions:
+    """The rows that a review goes through: a random sample by default."""
+
+    suspects: Annotated[bool, Option("Review the suspects, apart from the sample.")] = False
+    adapter: Annotated[
+        str | None,
+        Option(
+            'For free text: adapter whose loss ranks the suspects, or "base".',
+            default="cross-validated adapters, or the newest that fits",
+        ),
+    ] = None
+    second: Annotated[bool, Option("Review rows again, blind, that others have reviewed.")] = False
+    conflicts: Annotated[
+        bool, Option("Judge rows again on which you and others disagree, with all verdicts shown.")
+    ] = False
+    fixed: Annotated[
+        int | None, Option("Draw a sample of fixed size that allows this many wrong rows.", min=0, max=1000)
+    ] = None
+    redraw: Annotated[bool, Option("Draw another sample; the first stays on record.")] = False

@@ -30,7 +30,7 @@ from tunewright.core.progress import Reporter
 from tunewright.core.remote_files import RemoteFiles
 from tunewright.core.text import count_of
 from tunewright.data.examples import Example
-from tunewright.data.purge import merge_removals
+from tunewright.data.remove import merge_removals
 from tunewright.data.review import reviews
 from tunewright.data.review.reviews import Event, VerdictEvent, event_line, lacking, merge_reviews, without_purged
 from tunewright.data.versions import (
@@ -43,7 +43,6 @@ from tunewright.data.versions import (
     keys_digest,
     load_version,
     locked,
-    manifest_seal,
     short,
     unfinished,
     version_folder,
@@ -67,6 +66,7 @@ from tunewright.data.versions.logs import (
     read_kept_pairs,
     read_removals,
 )
+from tunewright.data.versions.version import changed_files
 
 _ROWS = "rows.jsonl"
 _FILES = len(VERSION_FILES) + 1
@@ -98,12 +98,13 @@ class Transfer:
     verdicts: int = 0
 
     @classmethod
-    def of(cls, url: str, head: str, events: Sequence[Event], **copied: Any) -> Transfer:
+    def of(
+        cls, url: str, head: str, events: Sequence[Event], versions: tuple[str, ...], rows: int, size: int, ahead: int
+    ) -> Transfer:
         """Return the result for these review events and what else was copied."""
-        facts: dict[str, Any] = {"versions": (), "rows": 0, "bytes": 0, **copied}
-        facts["bytes"] += sum(len(event_line(event).encode()) for event in events)
+        size += sum(len(event_line(event).encode()) for event in events)
         verdicts = sum(isinstance(event, VerdictEvent) for event in events)
-        return cls(url, head=head, reviews=len(events), verdicts=verdicts, **facts)
+        return cls(url, versions, rows, size, head, ahead, len(events), verdicts)
 
 
 def push(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None) -> Transfer:
@@ -131,14 +132,13 @@ def push(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None
         mine = ancestry(dataset, head)
         remote = RemoteStore(url, options)
         before = remote.head()
+        theirs: list[Manifest] = []  # with versions that are not here
         if before is not None and before not in {m.digest for m in mine}:
             theirs = remote.line(before)
             if head.digest not in {m.digest for m in theirs}:
                 raise _diverged(mine, theirs, url)
-            events = _push_reviews(dataset, remote, reporter)
-            remote.erase(_push_removals(dataset, remote, reporter), reporter)
-            return Transfer.of(url, before, events, ahead=_position(theirs, head.digest))
-        new_ones = [m for m in reversed(mine[: _position(mine, before)]) if not remote.has_version(m.digest)]
+        missing = [] if theirs else reversed(mine[: _position(mine, before)])
+        new_ones = [m for m in missing if not remote.has_version(m.digest)]
         events = _push_reviews(dataset, remote, reporter)
         purged = _push_removals(dataset, remote, reporter)
         rows, size = 0, 0
@@ -152,10 +152,12 @@ def push(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None
                 rows += new
         if remote.head() != before:
             raise UserError("Another push ran at the same time", where=url, fix="Run the push again.")
-        if before != head.digest:
+        if not theirs and before != head.digest:
             remote.write("HEAD", f"{head.digest}\n".encode())
         remote.erase(purged, reporter)
-    return Transfer.of(url, head.digest, events, versions=tuple(m.digest for m in new_ones), rows=rows, bytes=size)
+    there = theirs[0].digest if theirs else head.digest
+    ahead = _position(theirs, head.digest)
+    return Transfer.of(url, there, events, tuple(m.digest for m in new_ones), rows, size, ahead)
 
 
 def pull(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None) -> Transfer:
@@ -179,13 +181,9 @@ def pull(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None
         head = remote.head()
         if head is None:
             raise UserError("The remote has no dataset", where=url, fix=f"Push one: tunewright data push {url}")
-        if head in {m.digest for m in mine}:
-            merge_removals(dataset, remote.removals(), reporter)
-            gone = read_removals(dataset).purged
-            brought = merge_reviews(dataset, [without_purged(event, gone) for event in remote.reviews(reporter)])
-            return Transfer.of(url, mine[0].digest, brought, ahead=_position(mine, head))
-        theirs = remote.line(head, stop={m.digest for m in mine})
-        if current is not None and theirs[-1].parent != current.digest:
+        known = {m.digest for m in mine}
+        theirs = [] if head in known else remote.line(head, stop=known)
+        if theirs and current is not None and theirs[-1].parent != current.digest:
             raise _diverged(mine, remote.line(head), url)
         new_ones = [m for m in reversed(theirs) if not (version_folder(dataset, m.digest) / MANIFEST).is_file()]
         removals = remote.removals()
@@ -201,10 +199,14 @@ def pull(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None
                 size += read
             # Purge only after everything is copied: the version that is current until then may have purged rows.
             merge_removals(dataset, removals, reporter)
-            load_version(dataset, head)
+            if theirs:
+                load_version(dataset, head)
             brought = merge_reviews(dataset, events)
-            write_head(dataset, head)
-    return Transfer.of(url, head, brought, versions=tuple(m.digest for m in new_ones), rows=len(rows), bytes=size)
+            if theirs:
+                write_head(dataset, head)
+    here = head if theirs else mine[0].digest
+    ahead = 0 if theirs else _position(mine, head)
+    return Transfer.of(url, here, brought, tuple(m.digest for m in new_ones), len(rows), size, ahead)
 
 
 def _push_reviews(dataset: Path, remote: RemoteStore, reporter: Reporter) -> list[Event]:
@@ -300,16 +302,12 @@ def _unpack(
 
 def _check_files(manifest: Manifest, files: dict[str, bytes], where: str) -> None:
     """Check imports and manifest against the digests in the manifest; members are checked when they are read."""
-    document = json.loads(files[MANIFEST])
     # Not the digests in ``manifest``, which was read earlier: a purge may have replaced both files since.
-    imports, seal = document.get("imports"), document.get("seal")
-    wrong = {
-        IMPORTS: imports not in (None, hashlib.sha256(files[IMPORTS]).hexdigest()),
-        MANIFEST: document.get("digest") != manifest.digest or seal not in (None, manifest_seal(document)),
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise UserError(_CHANGED, where=f"{where}/{name}", fix=_AGAIN)
+    wrong = changed_files(files[IMPORTS], files[MANIFEST])
+    if json.loads(files[MANIFEST]).get("digest") != manifest.digest:
+        wrong.append(MANIFEST)
+    if wrong:
+        raise UserError(_CHANGED, where=f"{where}/{wrong[0]}", fix=_AGAIN)
 
 
 class RemoteStore(RemoteFiles):

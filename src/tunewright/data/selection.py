@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +16,11 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
 from tunewright.data.options import RemoveOptions
 from tunewright.data.readers.mapping import compile_jmespath, search_jmespath
-from tunewright.data.trace import source_name
-from tunewright.data.versions import IMPORTS, Member, import_records, list_versions, short, version_folder
+from tunewright.data.trace import Origins, source_name
+from tunewright.data.versions import Member, short
 
 _FEWEST_DIGITS = 4
 _MOST = 10
-
-
-@dataclass(frozen=True)
-class Origins:
-    """The files that rows were read from, and their metadata."""
-
-    first: dict[str, tuple[str, int]] = field(default_factory=dict)
-    again: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """Pair key to all files that have it, including the first."""
-    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Pair key to the newest metadata, if its file had any."""
-
-    @property
-    def sources(self) -> list[str]:
-        """Files that rows came from."""
-        return sorted({source for names in self.again.values() for source in names})
-
-
-def read_origins(dataset: Path) -> Origins:
-    """Return the place and metadata of each row of any version, by pair key.
-
-    An edited row has those of the row before the edit.
-    """
-    origins = Origins()
-    for manifest in list_versions(dataset):
-        path = version_folder(dataset, manifest.digest) / IMPORTS
-        for record in import_records([path], "added", "mixed", "known", "replaced", "edited"):
-            key = record["key"]
-            if record["fate"] == "edited":
-                if record["before"] in origins.first:
-                    origins.first.setdefault(key, origins.first[record["before"]])
-                    origins.again[key] |= origins.again[record["before"]]
-                if record["before"] in origins.metadata:
-                    origins.metadata.setdefault(key, origins.metadata[record["before"]])
-                continue
-            origins.first.setdefault(key, (record["source"], record["line"]))
-            origins.again[key].add(record["source"])
-            if "metadata" in record:
-                origins.metadata[key] = record["metadata"]
-            elif record.get("before") in origins.metadata:  # replaced
-                origins.metadata.setdefault(key, origins.metadata[record["before"]])
-    return origins
 
 
 def row_document(member: Member, origins: Origins) -> dict[str, Any]:

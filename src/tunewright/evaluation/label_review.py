@@ -11,7 +11,7 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.data.review.options import ReviewOptions
+from tunewright.data.options import ReviewOptions
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.open_project import OpenProject
 from tunewright.render.blocks import Table, table, words

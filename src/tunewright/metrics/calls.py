@@ -246,7 +246,7 @@ def best_pairing(gains: np.ndarray[Any, Any]) -> int:
 
 def acceptable_values(root: Path) -> dict[str, Any]:
     """Return the metadata ``acceptable`` of the rows that have it, by pair key, from all versions of a project."""
-    from tunewright.data.selection import read_origins
+    from tunewright.data.trace import read_origins
 
     metadata = read_origins(ProjectFolder(root).dataset).metadata
     return {key: values[ACCEPTABLE] for key, values in sorted(metadata.items()) if ACCEPTABLE in values}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.io import file_digest, text_lines
+from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.dedup import count_near_repeats
@@ -32,6 +31,7 @@ from tunewright.data.versions import (
     Member,
     SourceFile,
     import_files,
+    import_records,
     load_version,
     locked,
     save_version,
@@ -199,14 +199,11 @@ def superseded_keys(dataset: Path, manifest: Manifest) -> dict[str, str]:
     replaced count as edits.
     """
     steps: dict[str, str] = {}
-    for path in reversed(import_files(dataset, manifest)):
-        for line in text_lines(path.read_text(encoding="utf-8")):
-            if '"fate":"edited"' in line or '"fate":"replaced"' in line:  # canonical JSON; most lines need no parsing
-                entry = json.loads(line)
-                for gone in (entry["before"], *entry.get("besides", ())):
-                    steps = {before: entry["key"] if now == gone else now for before, now in steps.items()}
-                    steps[gone] = entry["key"]
-                steps.pop(entry["key"], None)
+    for entry in import_records(reversed(import_files(dataset, manifest)), "edited", "replaced"):
+        for gone in (entry["before"], *entry.get("besides", ())):
+            steps = {before: entry["key"] if now == gone else now for before, now in steps.items()}
+            steps[gone] = entry["key"]
+        steps.pop(entry["key"], None)
     return steps
 
 
@@ -218,11 +215,8 @@ def unaccepted_keys(dataset: Path, manifest: Manifest | None, generated: Collect
     if not generated:
         return frozenset()
     reviews = read_reviews(dataset)
-    edited = set()
-    for path in import_files(dataset, manifest) if manifest else ():
-        for line in text_lines(path.read_text(encoding="utf-8")):
-            if '"fate":"edited"' in line:
-                edited.add(json.loads(line)["key"])
+    files = import_files(dataset, manifest) if manifest else []
+    edited = {record["key"] for record in import_records(files, "edited")}
 
     def accepted(key: str) -> bool:
         found = reviews.finding(key)

@@ -28,13 +28,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from tunewright.core.clock import now
+from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, json_document, write_text
 from tunewright.core.log import SealedLine, numbered_lines
+from tunewright.core.text import count_of, listed
 from tunewright.data.examples import Example
+from tunewright.data.readers import SourceRow
 from tunewright.data.versions.version import IMPORTS, MANIFEST, current_author, manifest_seal
 
 REMOVED_FILE = "removed.jsonl"
 KEPT_PAIRS_FILE = "preferences.jsonl"
+
+_MOST = 10  # rows named in a message
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -129,9 +134,67 @@ def describe_purges(purges: Collection[Removal]) -> str:
     for purge in purges:
         by_reason[purge.day, purge.because] = by_reason.get((purge.day, purge.because), 0) + 1
     return "; ".join(
-        f"{count:,} row{'' if count == 1 else 's'} purged on {day}: {because}"
-        for (day, because), count in sorted(by_reason.items())
+        f"{count_of(count, 'row')} purged on {day}: {because}" for (day, because), count in sorted(by_reason.items())
     )
+
+
+def exclude_removed(
+    dataset: Path,
+    rows: Sequence[SourceRow],
+    known: Collection[str],
+    replacing: Mapping[str, str],
+    *,
+    restore: bool,
+) -> tuple[list[SourceRow], dict[str, Removal]]:
+    """Separate the rows that may be added from those that were removed earlier, with their removals by pair key.
+
+    A row stays out if it was removed itself, if its edited version (``replacing``) was, or if a row with the same
+    content was; ``known`` rows of the version never do. Content is compared without system turns, and without case and
+    white space of the input. ``restore`` adds removed rows, and refuses purged ones.
+    """
+    log = read_removals(dataset)
+    if not log.out:
+        return list(rows), {}
+    coming: list[SourceRow] = []
+    held: dict[str, Removal] = {}
+    purged: list[SourceRow] = []
+    for row in rows:
+        key = row.example.pair_key
+        removal = (
+            None if key in known else log.holding(replacing.get(key, key), row.example.content_key) or log.out.get(key)
+        )
+        if removal is None or (restore and removal.event == "removed"):
+            coming.append(row)
+        else:
+            held[key] = removal
+            if restore:
+                purged.append(row)
+    if purged:
+        places = listed((f"{r.source}:{r.line}" for r in purged), len(purged), _MOST, "leave out --restore to see all")
+        raise UserError(
+            f"Nothing was added: {len(purged):,} rows of the files were purged and cannot be restored\n{places}",
+            where="--restore",
+            fix="Delete the rows from the file, or add it without --restore, which skips them.",
+        )
+    return coming, held
+
+
+def removed_rows_notice(rows: Sequence[SourceRow], held: Mapping[str, Removal]) -> str:
+    """Return the warning for rows that stay out because they were removed earlier."""
+    found = [(row, held[row.example.pair_key]) for row in rows if row.example.pair_key in held]
+    entries = (f"{row.source}:{row.line} ({e.event} on {e.day}: {e.because})" for row, e in found)
+    lines = listed(entries, len(found), _MOST, "the version's imports.jsonl lists all")
+    back = " --restore adds those that were not purged." if any(e.event == "removed" for _, e in found) else ""
+    return f"{count_of(len(found), 'row')} left out, removed earlier.{back}\n{lines}"
+
+
+def removals_ended_by(dataset: Path, rows: Sequence[SourceRow]) -> list[Removal]:
+    """Return the removals that end because these rows were added."""
+    log = read_removals(dataset)
+    if not log.out:
+        return []
+    found = (log.holding(row.example.pair_key, row.example.content_key) for row in rows)
+    return list(dict.fromkeys(removal for removal in found if removal is not None and removal.event == "removed"))
 
 
 _METADATA = b'"metadata":'
@@ -188,7 +251,7 @@ def _line_without(line: bytes, purged: Collection[str]) -> bytes:
 
 
 JudgedBy = Literal["person", "judge", "file"]
-Answer = str | list[dict[str, Any]]
+PairAnswer = str | list[dict[str, Any]]
 """The text of an answer, or its turns if it is not one turn of text (`readers.validate.rejected_value`)."""
 
 
@@ -201,8 +264,8 @@ class KeptPair(SealedLine):
     """Pair key of the judged row."""
     input: _Sha256
     """:attr:`Example.input_key` of the judged row."""
-    chosen: Answer
-    rejected: Answer
+    chosen: PairAnswer
+    rejected: PairAnswer
     kind: JudgedBy
     by: str
     """Name of the reviewer or of the judging model, who saw both answers blind, or FILE:LINE."""

@@ -14,9 +14,9 @@ from tunewright.annotation import LEASE_S
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.examples import class_like
+from tunewright.data.options import ReviewOptions
 from tunewright.data.review.edits import pending_edits
 from tunewright.data.review.label_models import Suspect, excerpt
-from tunewright.data.review.options import ReviewOptions
 from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
