@@ -35,6 +35,9 @@ def raylets(**options: Any) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
+        # Ray's client server forks while gRPC's threads run. With gRPC's fork handlers, a child in three died on a busy
+        # machine before it could say why.
+        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
         # On a busy machine, the process that serves one client may take longer to start than Ray's 30 seconds.
         patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "200")
         # Ray's 15 would have each worker wait for all other work of the machine.

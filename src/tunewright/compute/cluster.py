@@ -97,8 +97,10 @@ def _connect(cluster: str) -> None:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # A client server answers with its own traceback, whose last line is the reason.
+        reason = lines[-1 if "Traceback (most recent call last):" in lines else 0]
         fix = "Check that it runs there (ray status), with the same versions of Ray and Python and the same token."
-        raise UserError(f"No connection to the cluster: {lines[0]}", where=f"{WHERE}: {cluster}", fix=fix) from None
+        raise UserError(f"No connection to the cluster: {reason}", where=f"{WHERE}: {cluster}", fix=fix) from None
     finally:
         # Ray ends the process at SIGTERM, and the command line has its own way to do so.
         if threading.current_thread() is threading.main_thread():
