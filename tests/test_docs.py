@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import typer.main
 import yaml
+from messages import own_words
 
 from tunewright.cli import commands
 from tunewright.config import Config
@@ -109,10 +109,8 @@ def _messages() -> frozenset[str]:
     """Return the longest piece of each text of the source, without its first letter, which may be a capital there."""
     found = set()
     for file in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-            longest = " ".join(max(texts, key=len, default="").split())
+        for text in re.findall(r'f?"([^"\n]{9,})"', file.read_text(encoding="utf-8")):
+            longest = max(own_words(text).splitlines(), key=len, default="").strip()
             if longest.count(" ") >= 2:
                 found.add(longest[1:])
     return frozenset(found)
