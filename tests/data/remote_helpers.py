@@ -5,6 +5,7 @@ PYTEST_DONT_REWRITE: the tests have imported it before pytest takes the fixtures
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,12 +59,18 @@ def s3_endpoint() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Place:
+    """A folder."""
+    return Place(str(tmp_path / "there"))
+
+
 # A second for each test: tests/data/test_remote_s3.py pushes to S3 in `make test`.
 @pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.slow)])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(request: pytest.FixtureRequest, folder: Place) -> Place:
     """A folder, a dictionary, a bucket."""
     if request.param == "folder":
-        return Place(str(tmp_path / "there"))
+        return folder
     if request.param == "memory":
         return Place(f"memory://{uuid.uuid4().hex}/there")
     endpoint = request.getfixturevalue("s3_endpoint")
@@ -73,12 +80,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return Place(f"s3://{bucket}/there", options)
 
 
-@pytest.fixture
-def one(tmp_path: Path) -> ProjectFolder:
+@pytest.fixture(scope="module")
+def pristine_one(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     """A project with one version of 60 rows."""
-    project = new_project(tmp_path / "one")
+    project = new_project(tmp_path_factory.mktemp("one") / "p")
     add_rows(project, 60, 1)
     return project
+
+
+@pytest.fixture
+def one(pristine_one: ProjectFolder, tmp_path: Path) -> ProjectFolder:
+    """A copy of a project with one version of 60 rows."""
+    shutil.copytree(pristine_one.root, tmp_path / "one")
+    return ProjectFolder(tmp_path / "one")
 
 
 @pytest.fixture

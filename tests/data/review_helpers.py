@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
@@ -16,9 +19,20 @@ from tunewright.data.versions import DatasetVersion, load_version
 
 def reviewed_project(root: Path, count: int = 200, pairs: list[Pair] | None = None) -> ProjectFolder:
     """A project with a version of pairs that have little in common."""
+    if pairs is None:
+        shutil.copytree(Path(_unlike(count).name) / "p", root)
+        return ProjectFolder(root)
     project = new_project(root, "data: {conflicts: accept}\n")
-    add_pairs(project, pairs or unlike_pairs(count))
+    add_pairs(project, pairs)
     return project
+
+
+@cache
+def _unlike(count: int) -> tempfile.TemporaryDirectory[str]:
+    """Make the project that tests work on copies of."""
+    folder = tempfile.TemporaryDirectory(prefix="reviewed-")
+    reviewed_project(Path(folder.name) / "p", pairs=unlike_pairs(count))
+    return folder
 
 
 def add_pairs(project: ProjectFolder, pairs: list[Pair]) -> DatasetVersion:

@@ -74,17 +74,6 @@ def test_add_warns_of_test_rows_whose_answer_no_training_row_has(tmp_path: Path)
     assert f'"{absent[0].example.output}": 1' in warned
 
 
-@pytest.mark.parametrize("answer", ["label {0}", "an answer of its own, {1}"])
-def test_add_does_not_warn_of_untrained_answers_when_they_are_all_trained_or_free_text(
-    tmp_path: Path, answer: str
-) -> None:
-    project = new_project(tmp_path / "p")
-    pairs = [(text, answer.format(i % 4, i)) for i, (text, _) in enumerate(unlike_pairs(100))]
-    listener = Listener()
-    add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], listener)
-    assert not any("no training row has" in warned for warned in listener.warned)
-
-
 def _families(count: int, seed: int) -> list[Pair]:
     """Unlike inputs, each with some near-equal ones: same output (duplicates) or another one (a family)."""
     draw = random.Random(seed)
@@ -104,17 +93,6 @@ def _assert_no_leak(version: DatasetVersion, threshold: float = 0.8) -> None:
         for j, b in enumerate(members[:i]):
             if a.split != b.split or a.cluster != b.cluster:
                 assert jaccard(texts[i], texts[j]) < threshold, (a, b)
-
-
-def test_add_creates_a_version_with_three_splits(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    result = _add(project, *unlike_pairs(200))
-    version = load_version(project.dataset)
-    assert result.created
-    assert result.added == 200
-    assert result.version == version.manifest
-    assert [len(version.examples(split)) for split in ("train", "dev", "test")] == [160, 20, 20]
-    assert json.loads(json.dumps(result.as_dict()))["version"]["digest"] == version.digest
 
 
 @few_examples
@@ -230,13 +208,6 @@ def test_add_refuses_new_conflicts_only(tmp_path: Path) -> None:
     assert _add(project, ("capital of Australia", "Canberra"), *unlike_pairs(3, seed=5)).added == 3
 
 
-def test_add_ignores_case_and_white_space_of_inputs(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    _add(project, *unlike_pairs(20), ("capital of Australia", "Sydney"))
-    with pytest.raises(UserError, match="1 input with different outputs"):
-        _add(project, (" Capital of  australia", "Canberra"))
-
-
 def test_add_accepts_outputs_that_repeat_the_spelling_of_the_input(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     echoes = [("play Let It Be", '{"track": "Let It Be"}'), ("play let it be", '{"track": "let it be"}')]
@@ -268,20 +239,6 @@ def test_add_lists_all_faulty_rows_and_adds_nothing(tmp_path: Path) -> None:
     assert not project.dataset.exists()
 
 
-def test_add_lists_faults_by_cause_with_three_places(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    with pytest.raises(UserError) as caught:
-        _add(project, *[("a", "")] * 70, ("", "b"))
-    path = project.root / "pairs.jsonl"
-    lines = caught.value.what.splitlines()
-    assert lines[:3] == [
-        "71 faulty rows, nothing was added",
-        "  70 rows: an empty answer [E401 $.completion]",
-        f"    {path}:1, {path}:2, {path}:3 and 67 more",
-    ]
-    assert lines[4] == f"  {path}:71: an empty user turn [E401 $.prompt]"
-
-
 def test_add_counts_skipped_rows_by_cause_and_records_each(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     path = write_jsonl(tmp_path / "pairs.jsonl", [*unlike_pairs(20), *[("a", "")] * 70])
@@ -292,14 +249,6 @@ def test_add_counts_skipped_rows_by_cause_and_records_each(tmp_path: Path) -> No
     record = (version_folder(project.dataset, result.version.digest) / "imports.jsonl").read_text(encoding="utf-8")
     skipped = [json.loads(line)["line"] for line in record.splitlines() if '"skipped"' in line]
     assert skipped == list(range(21, 91))
-
-
-def test_add_refuses_three_rows(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    with pytest.raises(UserError, match="3 distinct rows in 3 clusters"):
-        _add(project, *unlike_pairs(3))
-    with pytest.raises(UserError, match="no dataset version yet"):
-        load_version(project.dataset)
 
 
 def test_add_refuses_an_empty_list_of_files(tmp_path: Path) -> None:
@@ -331,15 +280,6 @@ def test_add_warns_of_a_large_cluster(tmp_path: Path) -> None:
     family = [(f"the circuit court of the county of number {i:02}", f"{i}") for i in range(30)]
     _add(new_project(tmp_path / "p"), *unlike_pairs(60), *family, listener=listener)
     assert any("one cluster holds 30 of 90 rows" in w for w in listener.warned)
-
-
-def test_add_warns_of_few_training_pairs(tmp_path: Path) -> None:
-    few, enough = Listener(), Listener()
-    _add(new_project(tmp_path / "few"), *unlike_pairs(600), listener=few)
-    _add(new_project(tmp_path / "enough"), *unlike_pairs(640), listener=enough)
-    [reported] = [w for w in few.warned if "480 training pairs, fewer than 500" in w]
-    assert "test" not in reported, "the warning of test clusters says what the test shows"
-    assert enough.warned == []
 
 
 def test_add_creates_a_version_when_the_similarity_changes(tmp_path: Path) -> None:

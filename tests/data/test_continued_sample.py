@@ -77,13 +77,6 @@ def test_rejected_version_is_followed_by_a_sample_of_its_own(project: ProjectFol
     assert review(project).order == ordered
 
 
-def test_redraw_starts_again_and_is_recorded(project: ProjectFolder) -> None:
-    judge_next(review(project), *right(3), "edit")
-    apply_edits(project, Listener())
-    session = review(project, redraw=True)
-    assert "draw 2" in session.status and "earlier version" not in session.status
-
-
 def test_added_rows_need_a_sample_of_their_own(project: ProjectFolder) -> None:
     judge_next(review(project), *right(3))
     add_pairs(project, [*unlike_pairs(200), ("one more question", "one more answer")])

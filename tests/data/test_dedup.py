@@ -256,17 +256,6 @@ def test_comparison_texts_are_equal_only_if_inputs_are(inputs: list[str]) -> Non
     assert [a == b for a in texts for b in texts] == [a == b for a in whole for b in whole]
 
 
-def test_find_duplicates_requires_equal_outputs() -> None:
-    near = "what is the monthly fee for a late card payment"
-    rows = [
-        example(near, "fees"),
-        example(near + "?", "fees "),
-        example(near + "!", "cards"),
-        *(example(text, "fees") for text, _ in unlike_pairs(20)),
-    ]
-    assert find_duplicates(rows, 0, 0.8, Listener()) == {1: Repeat(0, jaccard(near, near + "?"))}
-
-
 def test_find_duplicates_requires_equal_system_turns() -> None:
     rows = [example("Buy now, buy cheap", "yes", "Is this spam?"), example("Buy now, buy cheap", "yes", "English?")]
     assert find_duplicates(rows, 0, 0.8, Listener()) == {}
@@ -280,27 +269,6 @@ def test_find_duplicates_compares_earlier_turns() -> None:
 
     rows = [talk("I lost my card in Lisbon"), talk("A wire to Denmark has not arrived")]
     assert find_duplicates(rows, 0, 0.8, Listener()) == {}
-
-
-def test_find_duplicates_keeps_rows_of_a_chain() -> None:
-    """Each row is near the next but not the one after: only rows near a kept one go."""
-    text = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    chain = [text[i * 3 : i * 3 + 40].swapcase() + "." for i in range(6)]
-    rows = [example(t, "same") for t in chain]
-    dropped = find_duplicates(rows, 0, 0.8, Listener())
-    texts = comparison_texts(rows)
-    for row in range(len(rows)):
-        kept = [other for other in range(row) if other not in dropped]
-        near = {other: jaccard(texts[row], texts[other]) for other in kept if jaccard(texts[row], texts[other]) >= 0.8}
-        assert (row in dropped) == bool(near)
-        if row in dropped:
-            assert dropped[row].similarity == pytest.approx(max(near.values()))
-
-
-def test_find_duplicates_never_drops_kept_rows() -> None:
-    rows = [example("the very same question", "a"), example("the very same question ", "a")]
-    assert list(find_duplicates(rows, 0, 0.8, Listener())) == [1]
-    assert find_duplicates(rows, 2, 0.8, Listener()) == {}
 
 
 @given(texts_like_each_other, st.sampled_from([0.3, 0.5, 0.8]), st.randoms())

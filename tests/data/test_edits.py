@@ -13,7 +13,6 @@ from tunewright.core.errors import UserError
 from tunewright.data.review.edits import apply_edits, superseded_keys
 from tunewright.data.review.report import review_report
 from tunewright.data.review.session import ReviewItem
-from tunewright.data.trace import find_row
 from tunewright.data.versions import load_version
 
 
@@ -109,13 +108,6 @@ def test_applied_edits_keep_the_review_and_are_not_applied_twice(project: Projec
     assert status(project) == f"{before}, 1 checked in an earlier version"
     with pytest.raises(UserError, match="No row"):
         apply_edits(project, Listener())
-
-
-def test_find_row_finds_an_edited_row_by_its_line_in_the_log(project: ProjectFolder) -> None:
-    judge_next(review(project), "right", "edit", output="found by its line")
-    apply_edits(project, Listener())
-    version = load_version(project.dataset)
-    assert find_row(project.dataset, version, "reviews.jsonl:3").example.output == "found by its line"
 
 
 def test_superseded_keys_follow_several_edits(project: ProjectFolder) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,61 +52,61 @@ def test_push_copies_only_what_is_missing(one: ProjectFolder, two: ProjectFolder
     assert first.bytes > more.bytes
 
 
-def test_push_and_pull_alternate_between_copies(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
-    for turn in range(3):
+def test_push_and_pull_alternate_between_copies(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
+    for turn in range(2):
         for mine, other in ((one, two), (two, one)):
-            push_to(mine, place)
-            pull_from(other, place)
+            push_to(mine, folder)
+            pull_from(other, folder)
             assert load_version(mine.dataset) == load_version(other.dataset)
             add_rows(other, 5, 10 + 2 * turn + (other is one))
-    assert len(list_versions(two.dataset)) == 6
+    assert len(list_versions(two.dataset)) == 4
 
 
-def test_push_does_not_change_a_copy_that_is_ahead(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_push_does_not_change_a_copy_that_is_ahead(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
     first = load_version(one.dataset).digest
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     second = add_rows(one, 30, 2)
-    ahead = pull_from(one, place)
+    ahead = pull_from(one, folder)
     assert (ahead.head, ahead.ahead, ahead.versions) == (second, 1, ())
-    push_to(one, place)
-    before = place.files
-    behind = push_to(two, place)
+    push_to(one, folder)
+    before = folder.files
+    behind = push_to(two, folder)
     assert (behind.head, behind.ahead, behind.versions) == (second, 1, ())
-    assert place.files == before
+    assert folder.files == before
     assert load_version(two.dataset).digest == first
 
 
-def test_push_refuses_diverged_histories(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_push_refuses_diverged_histories(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
     common = load_version(one.dataset).digest
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     mine, theirs = add_rows(one, 5, 2), add_rows(two, 5, 3)
-    push_to(two, place)
-    before = place.files
+    push_to(two, folder)
+    before = folder.files
     for refused in (push_to, pull_from):
         with pytest.raises(UserError) as caught:
-            refused(one, place)
+            refused(one, folder)
         assert f"after version {short(common)}" in caught.value.what
         assert f"only here: {short(mine)} (seed 2)" in caught.value.what
         assert f"only there: {short(theirs)} (seed 3)" in caught.value.what
-    assert place.files == before
+    assert folder.files == before
     assert load_version(one.dataset).digest == mine
     # The way out that the message names.
     checkout(one.dataset, common)
-    pull_from(one, place)
+    pull_from(one, folder)
     add_rows(one, 5, 2)
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     assert len(load_version(two.dataset).members) == 70
 
 
-def test_push_refuses_unrelated_datasets(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
-    push_to(one, place)
+def test_push_refuses_unrelated_datasets(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
+    push_to(one, folder)
     add_rows(two, 30, 9)
     for refused in (push_to, pull_from):
         with pytest.raises(UserError, match="from the start"):
-            refused(two, place)
+            refused(two, folder)
 
 
 def test_interrupted_push_keeps_the_former_version_and_can_be_repeated(
@@ -144,71 +142,66 @@ def test_interrupted_push_keeps_the_former_version_and_can_be_repeated(
 @pytest.mark.parametrize("name", ["rows.jsonl", "members.tsv", "imports.jsonl", "manifest.json"])
 @pytest.mark.parametrize("damage", ["changed", "lost"])
 def test_pull_refuses_changed_files(
-    one: ProjectFolder, two: ProjectFolder, place: Place, name: str, damage: str
+    one: ProjectFolder, two: ProjectFolder, folder: Place, name: str, damage: str
 ) -> None:
     first = load_version(one.dataset).digest
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     path = f"versions/{short(add_rows(one, 30, 2))}/{name}"
-    push_to(one, place)
+    push_to(one, folder)
     if damage == "lost":
-        place.remove(path)
+        folder.remove(path)
     else:
-        data = place.files[path]
+        data = folder.files[path]
         at = data.index(b"answer") if name == "rows.jsonl" else data.index(b"2")
-        place.write(path, data[:at] + b"7" + data[at + 1 :])
+        folder.write(path, data[:at] + b"7" + data[at + 1 :])
     with pytest.raises(UserError) as caught:
-        pull_from(two, place)
+        pull_from(two, folder)
     assert f"{path}" in str(caught.value.where)
     assert load_version(two.dataset).digest == first
     assert verify(OpenFolder(two, Listener())).ok
 
 
-def test_pull_reports_a_missing_row(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_pull_reports_a_missing_row(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
     version = load_version(one.dataset)
-    push_to(one, place)
+    push_to(one, folder)
     path = f"versions/{short(version.digest)}/rows.jsonl"
-    lines = place.files[path].splitlines(keepends=True)
-    place.write(path, b"".join(lines[1:]))
+    lines = folder.files[path].splitlines(keepends=True)
+    folder.write(path, b"".join(lines[1:]))
     with pytest.raises(UserError, match=f"The row {version.members[0].key} is missing"):
-        pull_from(two, place)
+        pull_from(two, folder)
     assert list_versions(two.dataset) == []
 
 
-def test_push_refuses_a_changed_version(one: ProjectFolder, place: Place) -> None:
+def test_push_refuses_a_changed_version(one: ProjectFolder, folder: Place) -> None:
     member = load_version(one.dataset).members[0]
     path = one.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(path.read_text().replace(member.example.output, "something else"))
     with pytest.raises(UserError, match="was changed"):
-        push_to(one, place)
-    assert place.files == {}
+        push_to(one, folder)
+    assert folder.files == {}
 
 
-def test_pull_refuses_an_invalid_head(one: ProjectFolder, place: Place) -> None:
-    place.write("HEAD", b"ref: refs/heads/main\n")
+def test_push_and_pull_refuse_what_is_not_there(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
+    for verb, where in ((pull_from, folder.url), (push_to, str(two.dataset))):
+        with pytest.raises(UserError) as caught:
+            verb(two, folder)
+        assert caught.value.where == where
+    folder.write("HEAD", b"ref: refs/heads/main\n")
     for refused in (push_to, pull_from):
-        with pytest.raises(UserError, match="Invalid version digest in HEAD"):
-            refused(one, place)
+        with pytest.raises(UserError) as caught:
+            refused(one, folder)
+        assert caught.value.where == f"{folder.url}/HEAD"
 
 
-def test_pull_refuses_an_empty_remote(two: ProjectFolder, place: Place) -> None:
-    with pytest.raises(UserError, match="The remote has no dataset"):
-        pull_from(two, place)
-
-
-def test_push_refuses_a_dataset_without_versions(two: ProjectFolder, place: Place) -> None:
-    with pytest.raises(UserError, match="no dataset"):
-        push_to(two, place)
-
-
-def test_push_detects_a_concurrent_push(one: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_detects_a_concurrent_push(one: ProjectFolder, folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     head = RemoteStore.head
     answers = iter([None, "0" * 64])
     monkeypatch.setattr(RemoteStore, "head", lambda self: next(answers))
     with pytest.raises(UserError, match="at the same time"):
-        push_to(one, place)
+        push_to(one, folder)
     monkeypatch.setattr(RemoteStore, "head", head)
-    assert "HEAD" not in place.files
+    assert "HEAD" not in folder.files
 
 
 def test_push_refuses_a_projects_dataset_folder(one: ProjectFolder, two: ProjectFolder) -> None:
@@ -227,29 +220,11 @@ def test_unusable_remote_is_a_user_error(one: ProjectFolder, url: str) -> None:
     assert caught.value.where == url
 
 
-def test_push_reports_a_folder_without_write_permission(one: ProjectFolder, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    there = tmp_path / "there"
-    there.mkdir(mode=0o500)
-    with pytest.raises(UserError, match="Permission denied"):
-        push(OpenFolder(one, Listener()), str(there))
-
-
-def test_push_copies_versions_that_do_not_need_a_lost_one(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
-    first = load_version(one.dataset).digest
-    add_rows(one, 200, 2)
-    shutil.rmtree(one.dataset / "versions" / short(first))
-    push_to(one, place)
-    pull_from(two, place)
-    assert load_version(two.dataset) == load_version(one.dataset)
-
-
-def test_push_reports_a_lost_version_that_is_needed(one: ProjectFolder, place: Place) -> None:
+def test_push_reports_a_lost_version_that_is_needed(one: ProjectFolder, folder: Place) -> None:
     first = load_version(one.dataset).digest
     add_rows(one, 3, 2)
     shutil.rmtree(one.dataset / "versions" / short(first))
     with pytest.raises(UserError, match="Cannot read the members") as caught:
-        push_to(one, place)
+        push_to(one, folder)
     assert short(first) in caught.value.what
-    assert place.files == {}
+    assert folder.files == {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
-from remote_helpers import Place, add_rows, one, place, pull_from, push_to, s3_endpoint, two
+from remote_helpers import Place, add_rows, pull_from, push_to
 
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
@@ -20,7 +20,7 @@ from tunewright.data.verify import verify
 from tunewright.data.versions import load_version
 from tunewright.data.versions.logs import read_removals
 
-__all__ = ["one", "place", "s3_endpoint", "two"]
+pytest_plugins = ["remote_helpers"]
 
 SECRET = "my name is Ada Lovelace and I lost my card"
 
@@ -67,55 +67,43 @@ def test_push_and_pull_erase_purged_text(one: ProjectFolder, two: ProjectFolder,
     assert place.files == files
 
 
-def test_pull_after_a_purge_is_complete_without_the_text(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
-    _with_secret(one)
-    _purge(one)
-    add_rows(one, 20, 5)
-    push_to(one, place)
-    pull_from(two, place)
-    assert not _has_text(two)
-    assert verify(OpenFolder(two, Listener())).ok
-    path = one.root.parent / "secret.jsonl"
-    assert add(two, [path], Listener()).added == 0
-
-
-def test_push_does_not_restore_purged_text(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_push_does_not_restore_purged_text(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
     key = _with_secret(one)
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     names = one.root / "keys.txt"
     names.write_text(key)
     remove(OpenFolder(one, Listener()), RemoveOptions(because="wrong", keys=names))
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     _edit(two, key)
     # Purged without a new version: the row is in none that is current.
     _purge(one)
-    push_to(one, place)
+    push_to(one, folder)
     add_rows(two, 20, 6)
     assert _has_text(two)
-    push_to(two, place)
-    assert [name for name, data in place.files.items() if b"Lovelace" in data] == []
-    pull_from(two, place)
+    push_to(two, folder)
+    assert [name for name, data in folder.files.items() if b"Lovelace" in data] == []
+    pull_from(two, folder)
     assert not _has_text(two)
 
 
-def test_removed_row_stays_out_in_the_other_copy(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_removed_row_stays_out_in_the_other_copy(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
     key = _with_secret(one)
     names = one.root / "keys.txt"
     names.write_text(key)
     remove(OpenFolder(one, Listener()), RemoveOptions(because="wrong", keys=names))
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     assert read_removals(two.dataset).out.keys() == {key}
     assert add(two, [one.root.parent / "secret.jsonl"], Listener()).added == 0
 
 
 def test_interrupted_erasure_is_finished_by_the_next_push(
-    one: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, folder: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _with_secret(one)
-    push_to(one, place)
+    push_to(one, folder)
     _purge(one)
     write = RemoteStore.write
 
@@ -124,48 +112,46 @@ def test_interrupted_erasure_is_finished_by_the_next_push(
             raise UserError("permission denied", where=name, fix="Ask for the right to write.")
         write(self, name, data)
 
-    before = set(place.files)
+    before = set(folder.files)
     with monkeypatch.context() as patch:
         patch.setattr(RemoteStore, "write", refuse)
         with pytest.raises(UserError, match="Could not erase the text of purged rows on the remote: permission denied"):
-            push_to(one, place)
-    assert any(b"Lovelace" in data for data in place.files.values())
-    push_to(one, place)
-    assert [name for name, data in place.files.items() if b"Lovelace" in data] == []
+            push_to(one, folder)
+    assert any(b"Lovelace" in data for data in folder.files.values())
+    push_to(one, folder)
+    assert [name for name, data in folder.files.items() if b"Lovelace" in data] == []
 
 
 def test_changed_log_of_removals_is_refused_and_reported_by_verify(
-    one: ProjectFolder, two: ProjectFolder, tmp_path: Path
+    one: ProjectFolder, two: ProjectFolder, folder: Place
 ) -> None:
-    place = Place(str(tmp_path / "there"))
     _with_secret(one)
     _purge(one)
-    push_to(one, place)
-    [name] = [name for name in place.files if name.startswith("removed/") and "all" not in name]
-    place.write(name, place.files[name].replace(b"she asked", b"he asked"))
+    push_to(one, folder)
+    [name] = [name for name in folder.files if name.startswith("removed/") and "all" not in name]
+    folder.write(name, folder.files[name].replace(b"she asked", b"he asked"))
     with pytest.raises(UserError, match="The removal was changed"):
-        pull_from(two, place)
+        pull_from(two, folder)
     log = one.dataset / "removed.jsonl"
     log.write_bytes(log.read_bytes().replace(b"she asked", b"he asked"))
     found = verify(OpenFolder(one, Listener()))
     assert any("removed.jsonl:1" in damage.where for damage in found.damage)
 
 
-def test_failed_pull_keeps_the_current_version_complete(one: ProjectFolder, two: ProjectFolder, tmp_path: Path) -> None:
-    place = Place(str(tmp_path / "there"))
+def test_failed_pull_keeps_the_current_version_complete(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
     _with_secret(one)
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     before = load_version(two.dataset).digest
     new = _purge(one).version.digest[:12]
-    push_to(one, place)
-    members = place.files[f"versions/{new}/members.tsv"]
-    place.remove(f"versions/{new}/members.tsv")
+    push_to(one, folder)
+    members = folder.files[f"versions/{new}/members.tsv"]
+    folder.remove(f"versions/{new}/members.tsv")
     with pytest.raises(UserError, match="The file is missing"):
-        pull_from(two, place)
+        pull_from(two, folder)
     assert load_version(two.dataset).digest == before
-    place.write(f"versions/{new}/members.tsv", members)
-    pull_from(two, place)
+    folder.write(f"versions/{new}/members.tsv", members)
+    pull_from(two, folder)
     assert not _has_text(two)
 
 
@@ -191,8 +177,8 @@ def _add_with_metadata(project: ProjectFolder) -> None:
     add(project, [path], Listener())
 
 
-def _metadata_there(place: Place) -> list[str]:
-    return [name for name, data in place.files.items() if b"countess" in data]
+def _metadata_there(folder: Place) -> list[str]:
+    return [name for name, data in folder.files.items() if b"countess" in data]
 
 
 def _metadata_here(project: ProjectFolder) -> bool:
@@ -200,20 +186,20 @@ def _metadata_here(project: ProjectFolder) -> bool:
 
 
 def test_push_and_pull_erase_the_metadata_of_purged_rows(
-    one: ProjectFolder, two: ProjectFolder, tmp_path: Path, place: Place
+    one: ProjectFolder, two: ProjectFolder, tmp_path: Path, folder: Place
 ) -> None:
     _add_with_metadata(one)
-    push_to(one, place)
-    pull_from(two, place)
+    push_to(one, folder)
+    pull_from(two, folder)
     assert _metadata_here(two)
     _purge(one)
     assert not _metadata_here(one)
-    push_to(one, place)
-    assert _metadata_there(place) == []
-    pull_from(two, place)
+    push_to(one, folder)
+    assert _metadata_there(folder) == []
+    pull_from(two, folder)
     assert not _metadata_here(two)
     fresh = new_project(tmp_path / "fresh")
-    pull_from(fresh, place)
+    pull_from(fresh, folder)
     for project in (one, two, fresh):
         assert verify(OpenFolder(project, Listener())).ok
     manifests = [
@@ -223,29 +209,29 @@ def test_push_and_pull_erase_the_metadata_of_purged_rows(
     assert manifests[0] == manifests[1] == manifests[2]
 
 
-def test_push_does_not_restore_purged_metadata(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
-    push_to(one, place)
-    pull_from(two, place)
+def test_push_does_not_restore_purged_metadata(one: ProjectFolder, two: ProjectFolder, folder: Place) -> None:
+    push_to(one, folder)
+    pull_from(two, folder)
     _add_with_metadata(two)
     _add_with_metadata(one)
     _purge(one)
     remove(OpenFolder(one, Listener()), RemoveOptions(because="wrong", where="source == 'named.jsonl'"))
-    RemoteStore(place.url, place.options or None).write(
+    RemoteStore(folder.url, folder.options or None).write(
         "removed/all.jsonl", (one.dataset / "removed.jsonl").read_bytes()
     )  # the purge is there, and the version that lost its rows is not
-    push_to(two, place)
-    assert _metadata_there(place) == []
+    push_to(two, folder)
+    assert _metadata_there(folder) == []
     assert verify(OpenFolder(two, Listener())).ok
 
 
 def test_pull_reads_half_erased_metadata_and_the_next_push_finishes(
-    one: ProjectFolder, two: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
+    one: ProjectFolder, two: ProjectFolder, folder: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add_with_metadata(one)
-    push_to(one, place)
+    push_to(one, folder)
     _purge(one)
     write = RemoteStore.write
-    before = set(place.files)
+    before = set(folder.files)
 
     def refuse(self: RemoteStore, name: str, data: bytes) -> None:
         if name.endswith("imports.jsonl") and name in before:
@@ -255,10 +241,10 @@ def test_pull_reads_half_erased_metadata_and_the_next_push_finishes(
     with monkeypatch.context() as patch:
         patch.setattr(RemoteStore, "write", refuse)
         with pytest.raises(UserError, match=r"Could not erase .* on the remote: permission denied"):
-            push_to(one, place)
-    assert _metadata_there(place) != []
-    pull_from(two, place)
+            push_to(one, folder)
+    assert _metadata_there(folder) != []
+    pull_from(two, folder)
     assert not _metadata_here(two)
     assert verify(OpenFolder(two, Listener())).ok
-    push_to(one, place)
-    assert _metadata_there(place) == []
+    push_to(one, folder)
+    assert _metadata_there(folder) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tunewright.data.add import AddResult, add
 from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.remove import RemoveResult, find_copies, remove
 from tunewright.data.review.edits import apply_edits
-from tunewright.data.review.reviews import PURGED, NoteEvent, VerdictEvent, append_reviews, read_reviews
+from tunewright.data.review.reviews import NoteEvent, VerdictEvent, append_reviews
 from tunewright.data.trace import find_row, metadata_by_key
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, version_folder
@@ -38,10 +39,10 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> ProjectFolder:
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     """A project with 40 rows of two customers in a.jsonl and 10 more in b.jsonl."""
-    project = new_project(tmp_path / "p", "data: {group_by: [customer], conflicts: accept}\n")
+    project = new_project(tmp_path_factory.mktemp("remove") / "p", "data: {group_by: [customer], conflicts: accept}\n")
     rows = unlike_pairs(50)
     for name, part in (("a.jsonl", rows[:40]), ("b.jsonl", rows[40:])):
         lines = [
@@ -51,6 +52,13 @@ def project(tmp_path: Path) -> ProjectFolder:
     _add(project, "a.jsonl")
     _add(project, "b.jsonl")
     return project
+
+
+@pytest.fixture
+def project(pristine: ProjectFolder, tmp_path: Path) -> ProjectFolder:
+    """A copy to be changed."""
+    shutil.copytree(pristine.root, tmp_path / "p")
+    return ProjectFolder(tmp_path / "p")
 
 
 def _add(project: ProjectFolder, *names: str, listener: Listener | None = None, **options: Any) -> AddResult:
@@ -220,13 +228,6 @@ def test_restore_adds_removed_rows_permanently(project: ProjectFolder) -> None:
     assert _add(project, "b.jsonl").removed != ()
 
 
-def test_removal_holds_when_an_earlier_version_becomes_current(project: ProjectFolder) -> None:
-    first = list_versions(project.dataset)[0].digest
-    if _remove(project, source="b.jsonl").version.digest != first:
-        pytest.skip("the rows of b.jsonl changed clusters of the others")
-    assert _add(project, "b.jsonl").added == 0
-
-
 def test_superseded_row_does_not_return_for_a_removed_edit(project: ProjectFolder) -> None:
     [key] = _train_rows(project, 1)
     edit = VerdictEvent(key=key, verdict="edit", output="better", version="0" * 64, reviewer="ada", when=WHEN)
@@ -386,20 +387,6 @@ def test_version_with_purged_rows_is_refused_but_compared(tmp_path: Path) -> Non
     before = load_version(project.dataset, old, without_purged=True)
     found = diff(before, load_version(project.dataset))
     assert (len(found.removed), len(found.purged)) == (0, 1)
-
-
-def test_purge_erases_pending_edits(tmp_path: Path) -> None:
-    project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
-    row = next(m for m in load_version(project.dataset).members if "Lovelace" in m.example.input_text)
-    other = next(m for m in load_version(project.dataset).members if m.key != row.key)
-    for key, output in ((other.key, "kept"), (row.key, "sorry, Countess Lovelace")):
-        edit = VerdictEvent(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=WHEN)
-        append_reviews(project.dataset, [edit])
-    _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge=True)
-    reviews = read_reviews(project.dataset)
-    assert [reviews.current_verdicts(key)["ada"].output for key in (other.key, row.key)] == ["kept", PURGED]
-    assert reviews.lines == (1, 2)
-    assert verify(OpenFolder(project, Listener())).ok
 
 
 def test_purge_lists_files_with_the_text(tmp_path: Path) -> None:

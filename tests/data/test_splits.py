@@ -26,11 +26,6 @@ def _rows(clusters: dict[str, list[str]], splits: dict[str, Split]) -> Counter[S
     return Counter(splits[name] for name, keys in clusters.items() for _ in keys)
 
 
-def test_assign_splits_is_80_10_10_for_single_rows() -> None:
-    clusters = _clusters([1] * 1000)
-    assert _rows(clusters, assign_splits(clusters, {}, CONFIG, 0)) == {"train": 800, "dev": 100, "test": 100}
-
-
 @given(st.lists(st.integers(1, 30), min_size=10, max_size=60), st.integers(0, 5))
 def test_assign_splits_fills_every_split_within_its_share(sizes: list[int], seed: int) -> None:
     clusters = _clusters(sizes)
@@ -91,20 +86,14 @@ def test_assign_splits_puts_a_bridge_into_the_held_out_split(parts: tuple[Split,
     assert assign_splits(clusters, former, CONFIG, 0)["bridge"] == split
 
 
-def test_assign_splits_refuses_too_few_clusters_with_numbers() -> None:
-    with pytest.raises(UserError, match=r"3 distinct rows in 3 clusters .minimum 10"):
-        assign_splits(_clusters([1, 1, 1]), {}, CONFIG, 0)
-
-
-def test_assign_splits_suggests_data_system_for_one_giant_cluster() -> None:
-    with pytest.raises(UserError, match=r"One cluster holds 500 rows.*data\.system_prompt"):
-        assign_splits(_clusters([500, 1, 1]), {}, CONFIG, 0)
-
-
-def test_assign_splits_refuses_an_empty_split() -> None:
-    former: dict[str, Split] = {f"c{i}-0": "test" for i in range(12)}
-    with pytest.raises(UserError, match="No cluster is left for train"):
-        assign_splits(_clusters([1] * 12), former, CONFIG, 0)
+@pytest.mark.parametrize(
+    ("sizes", "held", "numbers"),
+    [([1] * 3, 0, r"3 distinct rows in 3 clusters .minimum 10"), ([500, 1, 1], 0, "500 rows"), ([1] * 12, 12, "train")],
+)
+def test_assign_splits_refuses_too_few_clusters(sizes: list[int], held: int, numbers: str) -> None:
+    former: dict[str, Split] = {f"c{i}-0": "test" for i in range(held)}
+    with pytest.raises(UserError, match=numbers):
+        assign_splits(_clusters(sizes), former, CONFIG, 0)
 
 
 def test_join_groups_joins_clusters_through_chains() -> None:
