@@ -23,15 +23,15 @@ from packaging.utils import canonicalize_name
 from test_golden_project import ARCHIVES, missing
 from write_project import EXPECTED, READING
 
-from command_line import pairs, tiny_project, write_jsonl
+from command_line import Ran, pairs, tiny_project, write_jsonl
 from hidden_packages import ROOT, without
 from tiny import build_base
 
-_DOCUMENTS = """
+_RUN = """
 import json, sys
+from dataclasses import asdict
 from command_line import tunewright
-ran = [tunewright(*words, "-p", sys.argv[1], "--json") for words in json.loads(sys.argv[2])]
-print(json.dumps([json.loads(each.stdout) for each in ran]))
+print(json.dumps([asdict(tunewright(*words)) for words in json.loads(sys.argv[1])]))
 """
 
 
@@ -46,32 +46,33 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return without(hidden, tmp_path_factory.mktemp("hidden"))
 
 
-def ran(light: dict[str, str], *words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tunewright", *map(str, words)]
-    return subprocess.run(command, env=light, capture_output=True, text=True, check=False)
+def ran(light: dict[str, str], *commands: Sequence[str | Path]) -> list[Ran]:
+    """Run commands in one process of this environment."""
+    words = json.dumps([list(map(str, each)) for each in commands])
+    done = subprocess.run([sys.executable, "-c", _RUN, words], env=light, capture_output=True, text=True, check=True)
+    return [Ran(**each) for each in json.loads(done.stdout)]
 
 
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda archive: archive.name)
 def test_a_project_is_read_without_torch(light: dict[str, str], archive: Path, tmp_path: Path) -> None:
     with tarfile.open(archive) as packed:
         packed.extractall(tmp_path, filter="data")
-    command = [sys.executable, "-c", _DOCUMENTS, str(tmp_path), json.dumps(READING)]
-    done = subprocess.run(command, env=light, capture_output=True, text=True, check=True)
+    reading = [(*words, "-p", tmp_path, "--json") for words in READING]
+    *documents, report = ran(light, *reading, ("report", "-p", tmp_path))
     then = json.loads((tmp_path / EXPECTED).read_text(encoding="utf-8"))["documents"]
-    for words, now in zip(READING, json.loads(done.stdout), strict=True):
-        assert missing(then[" ".join(words)], now) == [], words
-    report = ran(light, "report", "-p", tmp_path)
-    assert report.returncode == 0, report.stderr
+    for words, now in zip(READING, documents, strict=True):
+        assert missing(then[" ".join(words)], now.document) == [], words
+    assert report.code == 0, report.stderr
 
 
 def test_rows_are_added_without_torch_and_training_names_the_extra(light: dict[str, str], tmp_path: Path) -> None:
     project = tiny_project(tmp_path / "project", build_base(tmp_path / "base"))
     more = write_jsonl(tmp_path / "more.jsonl", pairs(40, seed=7))
-    added = ran(light, "data", "add", more, "-p", project, "--json")
-    assert added.returncode == 0, added.stderr
-    refused = ran(light, "train", "-p", project, "--json")
-    assert refused.returncode == 2
-    assert json.loads(refused.stdout)["error"]["fix"] == "pip install 'tunewright[train]'"
+    here = ("-p", project, "--json")
+    added, refused = ran(light, ("data", "add", more, *here), ("train", *here))
+    assert added.code == 0, added.stderr
+    assert refused.code == 2
+    assert refused.document["error"]["fix"] == "pip install 'tunewright[train]'"
     assert "Traceback" not in refused.stderr
     assert not list(project.glob("adapters/*"))
 
