@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tunewright.advisor import costs
-from tunewright.advisor.costs import Lengths, TokenPrices, break_even, measured_speed, token_prices, training_cost
+from tunewright.advisor.costs import Lengths, break_even, measured_speed, token_prices, training_cost
 from tunewright.advisor.signals import BreakEven, Speed
 from tunewright.chat import open_chat
 from tunewright.config import AdviseConfig, ChatConfig, PriceConfig
@@ -139,10 +139,6 @@ def test_break_even_does_not_depend_on_the_hourly_price() -> None:
 def test_prices_in_incompatible_units_are_refused(prices: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse_config(f"advise:\n  prices: {prices}\n", Path("tunewright.yaml"))
-
-
-def test_token_prices_are_by_the_million() -> None:
-    assert token_prices(PRICES, None) == TokenPrices(1e-6, 4e-6, 0.9)
 
 
 def test_rates_are_tokens_by_seconds_of_as_many_rows_as_a_batch_holds(

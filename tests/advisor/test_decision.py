@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from signals_factory import arm, break_even, curve, doubling, gain, make_signals
 from tunewright.advisor.advice import changes, expectations, measured
-from tunewright.advisor.decision import Grounds, decide
-from tunewright.advisor.signals import Signals, load_signals
+from tunewright.advisor.signals import Grounds, Signals, decide, load_signals
 
 FLAT = doubling(50, 100, 0, -1, 0)
 """A doubling of the rows that brought nothing: all rows reach what the pilot reaches."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import subprocess
 import sys
-import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import openpyxl  # type: ignore[import-untyped]
 import pytest
-from data_helpers import Listener
+from data_helpers import Listener, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,14 +57,6 @@ def _csv(delimiter: str, rows: list[tuple[str, str]] = TABLE) -> str:
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter).writerows(rows)
     return text.getvalue()
-
-
-def test_json_array_yields_the_rows_before_a_syntax_error(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"}, {"prompt": ')
-    rows = scan_pairs(tmp_path / "a.json", DataConfig(), [])
-    assert not isinstance(next(rows), Fault)
-    with pytest.raises(UserError, match="Unreadable JSON from here on"):
-        next(rows)
 
 
 @pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.csv", "pairs.txt", "pairs.data", "pairs"])
@@ -331,13 +324,6 @@ def test_parquet_is_refused_when_damaged(tmp_path: Path, cut: int) -> None:
         read_pairs(path, DATA)
 
 
-def test_saved_dataset_is_refused_when_damaged(tmp_path: Path) -> None:
-    folder = _saved(tmp_path / "rows", {"q": ["a"], "a": ["b"]})
-    (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="Unreadable as a saved dataset"):
-        read_pairs(folder, DATA)
-
-
 def test_saved_dataset_is_refused_when_offsets_point_out_of_the_file(tmp_path: Path) -> None:
     folder = _saved(tmp_path / "rows", {"q": ["one", "three"], "a": ["b", "c"]})
     [file] = folder.glob("*.arrow")
@@ -348,19 +334,21 @@ def test_saved_dataset_is_refused_when_offsets_point_out_of_the_file(tmp_path: P
         read_pairs(folder, DATA)
 
 
-@pytest.mark.parametrize("magic", [b"\xd0\xcf\x11\xe0", b"BZh9", b"\xfd7zX"])
-def test_unsupported_formats_are_refused_by_name(tmp_path: Path, magic: bytes) -> None:
-    with pytest.raises(UserError, match="Unsupported file format"):
-        _read(tmp_path, magic + bytes(range(256)), "pairs.jsonl")
-
-
 def test_progress_counts_every_byte_of_any_format(tmp_path: Path) -> None:
-    array = tmp_path / "a.json"
-    array.write_text(json.dumps(PAIRS * 9, indent=1))
-    wide = tmp_path / "b.csv"
-    wide.write_bytes(_csv(",").encode("utf-16"))
-    columns = {"q": ["x"] * 3000, "a": ["y"] * 3000}
-    for path in (array, wide, _parquet(tmp_path / "c", columns), _saved(tmp_path / "d", columns)):
+    rows = [{"q": "x\ny", "a": "z"}] * 3000
+    names = ("a.jsonl", "a.json", "a.csv", "a.parquet", "saved")
+    files = [write_rows(tmp_path / name, rows) for name in names]
+    for name, content in (
+        ("wide.csv", _csv(",").encode("utf-16")),
+        ("a.jsonl.gz", gzip.compress(files[0].read_bytes())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        files.append(tmp_path / name)
+    book = openpyxl.Workbook()
+    for pair in [("q", "a"), *(("x", "y"),) * 3000]:
+        book.active.append(pair)
+    book.save(tmp_path / "a.xlsx")
+    for path in (*files, tmp_path / "a.xlsx"):
         listener = Listener()
         with listener.task("reading", source_size(path), "bytes") as task:
             read_pairs(path, DATA, task)
@@ -376,28 +364,6 @@ def test_rows_are_read_lazily(tmp_path: Path) -> None:
         assert not isinstance(next(rows), Fault)
         done, total = listener.steps["reading"]
     assert done < total / 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lines", "array", "csv"])
-def test_rows_are_not_held_after_reading(tmp_path: Path, kind: str) -> None:
-    path, count = tmp_path / kind, 10_000
-    rows = [{"prompt": f"question {i}", "completion": "é"} for i in range(count)]
-    if kind == "csv":
-        path.write_text(_csv(";", [("prompt", "completion"), *((r["prompt"], r["completion"]) for r in rows)]))
-    else:
-        path.write_text(json.dumps(rows) if kind == "array" else "\n".join(json.dumps(row) for row in rows))
-    tracemalloc.start()
-    held = read_pairs(path, DataConfig())
-    holding = tracemalloc.get_traced_memory()[1]
-    assert len(held.rows) == count
-    del held
-    tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
-    assert sum(not isinstance(row, Fault) for row in scan_pairs(path, DataConfig(), [])) == count
-    scanning = tracemalloc.get_traced_memory()[1] - before
-    tracemalloc.stop()
-    assert scanning < holding / 2
 
 
 def test_source_digest_of_a_folder_depends_on_its_contents(tmp_path: Path) -> None:

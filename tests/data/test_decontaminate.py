@@ -132,12 +132,6 @@ def test_find_hits_always_finds_an_item_that_is_a_row(items: list[str], extra: s
         assert ((number, "equal") in found) == any(c.isalnum() for c in item)
 
 
-def test_find_hits_advances_progress_to_the_number_of_rows() -> None:
-    listener = Listener()
-    find_hits({"a": example("x", "y"), "b": example("z", "y")}, {"suite": [ITEM]}, listener)
-    assert listener.steps == {"looking for test items": (2, 2)}
-
-
 def test_read_items_accepts_strings_and_known_or_named_fields(tmp_path: Path) -> None:
     file = tmp_path / "suite.jsonl"
     file.write_text('"one"\n{"answer": "no", "question": "two"}\n\n{"prompt": "three\u2028"}\n', encoding="utf-8-sig")
@@ -179,11 +173,6 @@ def test_read_items_refuses_a_line_without_text(tmp_path: Path, text: str, what:
     with pytest.raises(UserError, match=what) as error:
         read_items(file)
     assert error.value.where == f"{file}:2"
-
-
-def test_read_items_refuses_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Cannot read the file"):
-        read_items(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize("output", ["cancel", "Cancel my order", "cancel my order, please now"])

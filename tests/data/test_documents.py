@@ -120,69 +120,33 @@ def test_document_rows_that_are_not_objects_are_faults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "rows", "words", "where", "fix"),
+    ("document", "rows", "words", "where"),
     [
-        ({"data": [A]}, "data[", "Invalid JMESPath expression", "data.rows (--rows)", "values(@)"),
-        ({"data": [A]}, "rows", "'rows' selects nothing in ", "data.rows (--rows)", "The document's keys: data."),
-        (
-            [{"sentences": [A], "sql": "b"}],
-            "[].sentence[]",
-            "selects nothing",
-            "data.rows (--rows)",
-            "keys sentences, sql.",
-        ),
-        (
-            {"data": A},
-            "data",
-            "'data' selects one object instead of a list of rows",
-            "data.rows (--rows)",
-            "keys: data",
-        ),
-        ({"data": [A]}, "length(data)", "selects a number instead of a list", "data.rows (--rows)", "keys: data"),
-        ({"data": [A]}, "nothing(@)", "Unknown function", "data.rows (--rows)", None),
-        ({"data": [A]}, "values(data)", "fails on", "data.rows (--rows)", None),
-        (
-            json.dumps(A) + "\n" + json.dumps(B),
-            "data",
-            "text after the end of the document",
-            "rows.json:2",
-            "JSON Lines",
-        ),
-        ('{"data": [{"prompt": "a",\n}]}', "data", "Not one JSON document", "rows.json:2", None),
-        ('{"data": [{}],\n "data": [{}]}', "data", 'duplicate key "data"', "rows.json:1", "Keep one of the two"),
-        ('{"data": [{}],\n\n "x": NaN}', "data", "NaN is not JSON", "rows.json:3", "Write text"),
-        ('{"data": [{}],\n "\udce9": "é"}', "data", "not UTF-8: invalid byte in line 2", "rows.json:2", "UTF-8"),
-        ("[" * 100_000, "data", "nested too deep", "rows.json", None),
-        ("", "data", "The file has no rows", "rows.json", None),
-        ("q,a\nx,y\n", "data", "is a table", "data.rows (--rows)", "Leave it out"),
-    ],
-    ids=[
-        "syntax",
-        "nothing",
-        "nothing-in-array",
-        "object",
-        "number",
-        "function",
-        "type",
-        "lines",
-        "cut",
-        "double",
-        "nan",
-        "byte",
-        "deep",
-        "empty",
-        "csv",
+        ({"data": [A]}, "data[", "Invalid JMESPath expression", "data.rows (--rows)"),
+        ({"data": [A]}, "rows", "'rows' selects nothing in ", "data.rows (--rows)"),
+        ([{"sentences": [A], "sql": "b"}], "[].sentence[]", "selects nothing", "data.rows (--rows)"),
+        ({"data": A}, "data", "'data' selects one object instead of a list of rows", "data.rows (--rows)"),
+        ({"data": [A]}, "length(data)", "selects a number instead of a list", "data.rows (--rows)"),
+        ({"data": [A]}, "nothing(@)", "Unknown function", "data.rows (--rows)"),
+        ({"data": [A]}, "values(data)", "fails on", "data.rows (--rows)"),
+        (json.dumps(A) + "\n" + json.dumps(B), "data", "text after the end of the document", "rows.json:2"),
+        ('{"data": [{"prompt": "a",\n}]}', "data", "Not one JSON document", "rows.json:2"),
+        ('{"data": [{}],\n "data": [{}]}', "data", 'duplicate key "data"', "rows.json:1"),
+        ('{"data": [{}],\n\n "x": NaN}', "data", "NaN is not JSON", "rows.json:3"),
+        ('{"data": [{}],\n "\udce9": "é"}', "data", "not UTF-8: invalid byte in line 2", "rows.json:2"),
+        ("[" * 100_000, "data", "nested too deep", "rows.json"),
+        ("", "data", "The file has no rows", "rows.json"),
+        ("q,a\nx,y\n", "data", "is a table", "data.rows (--rows)"),
     ],
 )
 def test_document_without_rows_is_refused_once(
-    tmp_path: Path, document: Any, rows: str, words: str, where: str, fix: str | None
+    tmp_path: Path, document: Any, rows: str, words: str, where: str
 ) -> None:
     name = "rows.csv" if words == "is a table" else "rows.json"
     with pytest.raises(UserError) as caught:
         _read(tmp_path, document, rows, name)
     assert words in caught.value.what
     assert (caught.value.where or "").endswith(where)
-    assert fix is None or fix in (caught.value.fix or "")
 
 
 def test_document_fault_affects_its_row_only(tmp_path: Path) -> None:
@@ -272,13 +236,6 @@ def test_array_of_objects_with_rows_is_refused_with_the_expression(tmp_path: Pat
     assert "sql, id, sentences" in (refusal.value.fix or "")
     # An object that a mapping makes a row of is one, whatever else it holds.
     assert len(read_pairs(path, DataConfig(input="{{ id }}", output="{{ sql[0] }}")).rows) == 2
-
-
-def test_note_names_parent_and_above_when_a_template_uses_them(tmp_path: Path) -> None:
-    reading = _read(tmp_path, QUERIES, "[].sentences[]", **FROM_PARENT)
-    assert any("to the input and parent to the output" in note for note in reading.notes), reading.notes
-    reading = _read(tmp_path, QUERIES, "[].sentences[]", input="{{ text }}", output="{{ above | join('/') }}")
-    assert any("to the input and above to the output" in note for note in reading.notes), reading.notes
 
 
 def test_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:

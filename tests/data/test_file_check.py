@@ -58,11 +58,6 @@ def test_check_files_counts_faults_of_all_files_by_code(tmp_path: Path) -> None:
     assert listener.steps["checking"] == (size, size)
 
 
-def test_check_files_finds_the_faults_of_add(tmp_path: Path) -> None:
-    path = _file(tmp_path, [GOOD, {"prompt": "a"}, {"messages": [USER]}, 7, GOOD])
-    assert list(check_files([path], DATA, Listener()).faults) == read_pairs(path, DATA).faults
-
-
 def test_check_files_continues_after_an_unreadable_file(tmp_path: Path) -> None:
     array = tmp_path / "cut.json"
     array.write_text(f"[\n{json.dumps(GOOD)},\n{json.dumps({'prompt': 'a'})},\n")
@@ -74,20 +69,6 @@ def test_check_files_continues_after_an_unreadable_file(tmp_path: Path) -> None:
     assert [fault.line for fault in check.faults] == [3]
     assert not check.ok
     assert "2 files not readable to the end" in check.summary
-
-
-def test_check_files_result_is_json(tmp_path: Path) -> None:
-    path = _file(tmp_path, [GOOD, {"messages": [USER, {**ANSWER, "name": "Ann"}]}])
-    document = json.loads(json.dumps(check_files([path], DATA, Listener()).as_dict()))
-    assert (document["ok"], document["counts"]) == (False, {"E309": 1})
-    [fault] = document["faults"]
-    assert (fault["line"], fault["path"]) == (2, "$.messages[1].name")
-    assert fault["fix"]
-
-
-def test_check_files_is_ok_for_valid_files(tmp_path: Path) -> None:
-    check = check_files([_file(tmp_path, [GOOD, GOOD])], DATA, Listener())
-    assert (check.ok, check.counts, check.files[0].notes != ()) == (True, {}, True)
 
 
 @pytest.mark.parametrize(

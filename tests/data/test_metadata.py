@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import Listener, new_project, unlike_pairs
+from data_helpers import Listener, new_project, unlike_pairs, write_rows
 
 from command_line import tunewright
 from tunewright.config import DataConfig
@@ -28,32 +26,6 @@ from tunewright.data.versions import load_version, version_folder
 Row = dict[str, Any]
 
 
-def _jsonl(path: Path, rows: list[Row]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def _array(path: Path, rows: list[Row]) -> Path:
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
-
-
-def _csv(path: Path, rows: list[Row]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def _parquet(path: Path, rows: list[Row]) -> Path:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
 def _rows(count: int = 20, **more: Any) -> list[Row]:
     return [{"prompt": q, "completion": a, **more} for q, a in unlike_pairs(count)]
 
@@ -64,14 +36,10 @@ def _record(project: ProjectFolder) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("write", "name"), [(_jsonl, "a.jsonl"), (_array, "a.json"), (_csv, "a.csv"), (_parquet, "a.parquet")]
-)
-def test_extra_keys_become_metadata_in_every_format(
-    tmp_path: Path, write: Callable[[Path, list[Row]], Path], name: str
-) -> None:
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_extra_keys_become_metadata_in_every_format(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": "a", "completion": "b", "id": "r1", "source": "mail", "empty": ""}]
-    reading = read_pairs(write(tmp_path / name, rows), DataConfig())
+    reading = read_pairs(write_rows(tmp_path / name, rows), DataConfig())
     assert reading.faults == []
     assert [row.metadata for row in reading.rows] == [{"id": "r1", "source": "mail"}]
     ignoring = read_pairs(tmp_path / name, DataConfig(drop_columns=("source",)))
@@ -81,14 +49,14 @@ def test_extra_keys_become_metadata_in_every_format(
 
 def test_table_values_become_json_and_others_are_reported(tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": "b", "day": datetime.date(2026, 1, 2), "n": {"x": [1, None]}, "raw": b"\xff"}
-    path = _parquet(tmp_path / "a.parquet", [row])
+    path = write_rows(tmp_path / "a.parquet", [row])
     reading = read_pairs(path, DataConfig())
     assert reading.rows[0].metadata == {"day": "2026-01-02", "n": {"x": [1, None]}}
     assert any("not kept as metadata" in note and note.endswith("raw (1 row)") for note in reading.notes)
 
 
 def test_long_values_are_dropped_and_counted(tmp_path: Path) -> None:
-    reading = read_pairs(_jsonl(tmp_path / "a.jsonl", _rows(3, text="x" * MOST_CHARACTERS)), DataConfig())
+    reading = read_pairs(write_rows(tmp_path / "a.jsonl", _rows(3, text="x" * MOST_CHARACTERS)), DataConfig())
     assert [row.metadata for row in reading.rows] == [{}] * 3
     assert any(note.endswith("longer than 1,000 characters: text (3 rows)") for note in reading.notes)
 
@@ -102,10 +70,10 @@ def test_invalid_byte_in_an_unused_column_is_no_fault(tmp_path: Path) -> None:
 def test_metadata_is_recorded_without_changing_digests(tmp_path: Path) -> None:
     plain, project = new_project(tmp_path / "plain"), new_project(tmp_path / "p")
     rows = _rows()
-    first = add(plain, [_jsonl(tmp_path / "a.jsonl", rows)], Listener())
+    first = add(plain, [write_rows(tmp_path / "a.jsonl", rows)], Listener())
     listener = Listener()
     with_ids = [{**row, "id": n, "metadata": {"lang": "en"}} for n, row in enumerate(rows)]
-    second = add(project, [_jsonl(tmp_path / "a.jsonl", with_ids)], listener)
+    second = add(project, [write_rows(tmp_path / "a.jsonl", with_ids)], listener)
     assert second.version.digest == first.version.digest
     assert [said for said in listener.said if said.startswith("Kept")] == [
         "Kept as metadata: id (20 rows), metadata (20)"
@@ -122,18 +90,18 @@ def test_metadata_is_recorded_without_changing_digests(tmp_path: Path) -> None:
 def test_newer_metadata_of_a_known_row_is_stored_with_the_next_version(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(20, rating=1)
-    path = _jsonl(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     add(project, [path], Listener())
     listener = Listener()
     again = [{**row, "rating": 2} for row in rows]
-    assert not add(project, [_jsonl(path, again)], listener).created
+    assert not add(project, [write_rows(path, again)], listener).created
     assert any("metadata of 20 known rows was not stored" in warned for warned in listener.warned)
     first = Listener()
-    add(project, [_jsonl(path, [again[0]])], first)
+    add(project, [write_rows(path, [again[0]])], first)
     assert any("metadata of 1 known row was not stored" in warned for warned in first.warned)
     assert not any("Kept as metadata" in said for said in listener.said)
     more = [{"prompt": q, "completion": a, "rating": 3} for q, a in unlike_pairs(5, seed=4)]
-    add(project, [_jsonl(path, [*again, *more])], Listener())
+    add(project, [write_rows(path, [*again, *more])], Listener())
     found = metadata_by_key(project.dataset, load_version(project.dataset).manifest)
     assert sorted(value["rating"] for value in found.values()) == [2] * 20 + [3] * 5
     unchanged = Listener()
@@ -144,92 +112,47 @@ def test_newer_metadata_of_a_known_row_is_stored_with_the_next_version(tmp_path:
 def test_metadata_of_a_purged_row_is_not_recorded(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(20)
-    add(project, [_jsonl(tmp_path / "a.jsonl", rows)], Listener())
+    add(project, [write_rows(tmp_path / "a.jsonl", rows)], Listener())
     where = "split == 'train' && ends_with(output, '3')"
     gone = remove(OpenFolder(project, Listener()), RemoveOptions(because="asked", where=where, purge=True)).rows
     assert gone
     more = [{"prompt": q, "completion": a, "owner": "Ada"} for q, a in unlike_pairs(5, seed=4)]
     listener = Listener()
-    add(project, [_jsonl(tmp_path / "b.jsonl", [*({**row, "owner": "Ada"} for row in rows), *more])], listener)
+    add(project, [write_rows(tmp_path / "b.jsonl", [*({**row, "owner": "Ada"} for row in rows), *more])], listener)
     record = _record(project)
     assert {line["key"] for line in record if line["fate"] == "removed"} == {row.key for row in gone}
     assert all(("metadata" in line) is (line["fate"] != "removed") for line in record)
     assert f"Kept as metadata: owner ({25 - len(gone)} rows)" in listener.said
 
 
-def test_add_does_not_warn_of_metadata_when_the_file_is_unchanged(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {contaminated: drop}\n")
-    rows = _rows(60)
-    spaced = {**rows[5], "prompt": f" {rows[5]['prompt'].upper()}"}
-    rows = [{**row, "id": f"T{i}"} for i, row in enumerate([*rows, rows[4], spaced])]
-    path = _jsonl(tmp_path / "a.jsonl", rows)
-    add(project, [path], Listener())
-    held = next(m for m in load_version(project.dataset).members if m.split == "test").example.input_text
-    more = {"prompt": f"please answer this: {held}", "completion": "another", "id": "T62"}
-    add(project, [_jsonl(tmp_path / "b.jsonl", [more])], Listener())
-    remove(OpenFolder(project, Listener()), RemoveOptions(because="wrong", where="output == 'answer 7'"))
-    listener = Listener()
-    assert not add(project, [path, tmp_path / "b.jsonl"], listener).created
-    assert not any("not stored" in warned for warned in listener.warned)
-    rows[3]["id"] = "changed"
-    add(project, [_jsonl(path, rows)], listener)
-    assert any("metadata of 1 known row" in warned for warned in listener.warned)
-    rows.append({"prompt": "something else altogether", "completion": "new", "id": "T99"})
-    assert add(project, [_jsonl(path, rows)], Listener()).created
-    unchanged = Listener()
-    add(project, [path], unchanged)
-    assert not any("not stored" in warned for warned in unchanged.warned)
-
-
-@pytest.mark.parametrize("value", ["4539148803436467", 4539148803436467, {"pay": ["4539 1488 0343 6467"]}])
-def test_secret_metadata_is_refused_by_place_and_redacted(tmp_path: Path, value: Any) -> None:
-    project = new_project(tmp_path / "p")
-    rows = _rows()
-    rows[3]["note"] = value
-    path = _jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="1 secrets in groups or metadata, nothing was added") as caught:
-        add(project, [path], Listener())
-    assert f"{path}:4: payment card number in the key note" in str(caught.value)
-    assert "4539" not in str(caught.value)
-    add(project, [path], Listener(), AddOptions(redact=True))
-    [line] = [line for line in _record(project) if "metadata" in line]
-    assert line["metadata"]["note"].startswith("redacted-")
-    assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
-
-
 @pytest.mark.parametrize(
-    "extra",
+    ("extra", "found", "secret"),
     [
-        {"password": "hunter2xyz!"},
-        {"metadata": {"password": "hunter2xyz!"}},
-        {"login": [{"dbPassword": ["hunter2xyz!"]}]},
+        ({"note": "4539148803436467"}, "payment card number in the key note", "4539"),
+        ({"note": 4539148803436467}, "payment card number in the key note", "4539"),
+        ({"note": {"pay": ["4539 1488 0343 6467"]}}, "payment card number in the key note", "4539"),
+        ({"4539148803436467": "paid"}, "payment card number in a key's name", "4539"),
+        ({"password": "hunter2xyz!"}, "password in the key password", "hunter2"),
+        ({"metadata": {"password": "hunter2xyz!"}}, "password in the key metadata", "hunter2"),
+        ({"login": [{"dbPassword": ["hunter2xyz!"]}]}, "password in the key login", "hunter2"),
     ],
 )
-def test_add_refuses_and_redacts_a_password_known_by_its_key(tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_secret_metadata_is_refused_by_place_and_redacted(
+    tmp_path: Path, extra: dict[str, Any], found: str, secret: str
+) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows()
     rows[3] |= extra
-    path = _jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="1 secrets in groups or metadata, nothing was added") as caught:
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as caught:
         add(project, [path], Listener())
-    assert f"{path}:4: password in the key {next(iter(extra))}" in str(caught.value)
-    assert "hunter2" not in str(caught.value)
-    assert check_files([path], project.config.data, Listener()).secrets == {"password": 1}
+    assert f"{path}:4: {found}" in str(caught.value)
+    assert secret not in str(caught.value)
+    assert check_files([path], project.config.data, Listener()).secrets.keys() <= {"password", "card"}
     add(project, [path], Listener(), AddOptions(redact=True))
-    assert len([line for line in _record(project) if "metadata" in line]) == 1
-    assert not any("hunter2" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
-
-
-def test_add_refuses_and_redacts_a_key_with_a_secret(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    rows = _rows()
-    rows[3]["4539148803436467"] = "paid"
-    path = _jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="payment card number in a key's name") as caught:
-        add(project, [path], Listener())
-    assert "4539" not in str(caught.value)
-    add(project, [path], Listener(), AddOptions(redact=True))
-    assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
+    [line] = [line for line in _record(project) if "metadata" in line]
+    assert "redacted-" in json.dumps(line["metadata"])
+    assert not any(secret in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
 
 
 def test_add_accepts_ordinary_metadata(tmp_path: Path) -> None:
@@ -246,20 +169,20 @@ def test_add_accepts_ordinary_metadata(tmp_path: Path) -> None:
         "id": "hunter2xyz!",
     }
     listener = Listener()
-    add(project, [_jsonl(tmp_path / "a.jsonl", [row | extra for row in _rows()])], listener)
+    add(project, [write_rows(tmp_path / "a.jsonl", [row | extra for row in _rows()])], listener)
     assert not any("data in groups or metadata" in warned for warned in listener.warned)
     assert all(line["metadata"] == extra for line in _record(project))
 
 
 def test_add_warns_of_personal_data_in_metadata(tmp_path: Path) -> None:
     listener = Listener()
-    path = _jsonl(tmp_path / "a.jsonl", _rows(20, by="maria@uni-bonn.de"))
+    path = write_rows(tmp_path / "a.jsonl", _rows(20, by="maria@uni-bonn.de"))
     add(new_project(tmp_path / "p"), [path], listener)
     assert any("e-mail address in the key by" in warned for warned in listener.warned)
 
 
 def test_fix_file_keeps_metadata_except_chat_keys(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path / "a.jsonl", [{"q": "a", "r": "b", "id": 7, "system": "x"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"q": "a", "r": "b", "id": 7, "system": "x"}])
     changes = fix_file(path, tmp_path / "out.jsonl", DataConfig(input="q", output="r"))
     [row] = read_pairs(tmp_path / "out.jsonl", DataConfig()).rows
     assert (row.metadata, len(row.example.messages)) == ({"id": 7}, 2)
@@ -268,7 +191,7 @@ def test_fix_file_keeps_metadata_except_chat_keys(tmp_path: Path) -> None:
 
 def test_metadata_is_shown_and_exported_on_request(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
-    path = _jsonl(project.root / "a.jsonl", [{**row, "id": n} for n, row in enumerate(_rows())])
+    path = write_rows(project.root / "a.jsonl", [{**row, "id": n} for n, row in enumerate(_rows())])
     add(project, [path], Listener())
     shown = tunewright("data", "show", "a.jsonl:3", "-p", project.root)
     assert "id: 2\n" in shown.stderr + shown.stdout

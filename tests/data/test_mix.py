@@ -15,7 +15,6 @@ from tunewright.data.review.suspects import AnswerLoss, find_suspects
 from tunewright.data.trace import blame
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.diff import diff
-from tunewright.data.versions.export import export
 
 MIXED = "data:\n  mix: {source: generic.jsonl, fraction: 0.2}\n"
 GENERIC = [
@@ -133,14 +132,6 @@ def test_imports_record_only_new_rows_of_the_mix(tmp_path: Path) -> None:
     assert drawn == [20, 12]
 
 
-def test_export_warns_of_mixed_in_rows(tmp_path: Path) -> None:
-    project = _project(tmp_path / "p", GENERIC)
-    _add(project, unlike_pairs(100))
-    listener = Listener()
-    assert export(load_version(project.dataset), tmp_path / "out.jsonl", "chat", listener).rows == 120
-    assert any("20 of the 120 rows are generic mix-in" in warning for warning in listener.warned)
-
-
 def test_mix_removed_from_the_config_leaves_the_next_version(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     _add(project, unlike_pairs(100))
@@ -159,9 +150,3 @@ def test_mix_is_refused_when_unusable(tmp_path: Path, generic: list[Pair], messa
     with pytest.raises(UserError, match=message):
         _add(project, unlike_pairs(100))
     assert not (project.dataset / "HEAD").exists()
-
-
-def test_mix_is_refused_when_the_file_is_missing(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", MIXED)
-    with pytest.raises(UserError, match=r"generic\.jsonl"):
-        _add(project, unlike_pairs(100))

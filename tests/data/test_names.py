@@ -111,13 +111,6 @@ def test_presidio_findings_are_cut_at_other_findings() -> None:
     assert [m.content for m in redacted.messages] == ["<PERSON_2> <<EMAIL_1>>, <PERSON_1>", "<PERSON_1>"]
 
 
-def test_redact_keeps_allowed_kinds(names: Finder) -> None:
-    given = example("I am Maria Weber", "Come to Bonn")
-    redacted, counts = redact(given, also=names, allow=["location"])
-    assert redacted.output == "Come to Bonn"
-    assert counts == {"person": 1}
-
-
 def test_cli_warns_of_names_and_redacts_them(model: str, tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = [*unlike_pairs(60), ("Who lives in Bonn?", "Maria Weber lives there")]

@@ -82,14 +82,6 @@ def test_output_template_ignores_case_and_white_space(text: str) -> None:
     assert output_template(ascii_text.upper()) == output_template(ascii_text.lower())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "text", ['"' * 32_000, "'" * 32_001, "'a" * 16_000, '"\\' * 16_000, "' " * 16_001, "1" * 32_000]
-)
-def test_output_template_returns_for_unpaired_quotes(text: str) -> None:
-    assert output_template(text)
-
-
 def test_template_groups_leaves_out_templates_of_one_row() -> None:
     outputs = {"a": "x = 1", "b": "x = 2", "c": "y = 1"}
     assert template_groups(outputs) == dict.fromkeys("ab", "output_template=x = <number>")

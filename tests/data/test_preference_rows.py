@@ -103,64 +103,30 @@ def test_shared_prompt_is_that_of_trl(tmp_path: Path, before: list[dict[str, str
 
 
 @pytest.mark.parametrize(
-    ("row", "code", "path", "words"),
+    ("row", "code", "path"),
     [
-        ({"prompt": "a", "chosen": "b"}, "E209", "$", 'no "rejected"'),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, "E209", "$.rejected", 'no "rejected"'),
-        ({"prompt": "a", "rejected": "b"}, "E209", "$", 'no "chosen"'),
-        ({"chosen": "a b", "rejected": "a c"}, "E209", "$", 'no "prompt"'),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "E209", "$.rejected", "both answers are equal"),
-        ({"chosen": [USER, GOOD], "rejected": [SYSTEM, BAD]}, "E209", "$.rejected", "do not begin with the same turns"),
-        ({"prompt": "x", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "E209", "$.rejected", "as the prompt"),
-        (
-            {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
-            "E209",
-            "$.chosen[2]",
-            "chosen[2] is a user turn, in which the answers differ",
-        ),
-        ({"preferred_output": [GOOD], "non_preferred_output": [BAD]}, "E209", "$", "input must be an object"),
-        (
-            {**OPENAI, "input": {"messages": [USER], "n": 1}},
-            "E201",
-            "$.input.n",
-            'unknown key "n" of input',
-        ),
-        (
-            {**OPENAI, "non_preferred_output": ["five"]},
-            "E301",
-            "$.non_preferred_output[0]",
-            "non_preferred_output[0] must be an object",
-        ),
-        (
-            {
-                "input": {"messages": [USER]},
-                "preferred_output": [GOOD],
-                "non_preferred_output": [{**BAD, "content": " "}],
-            },
-            "E401",
-            "$.non_preferred_output[0].content",
-            "an empty answer",
-        ),
-        (
-            {
-                "input": {"messages": [USER]},
-                "preferred_output": [{**GOOD, "content": 4}],
-                "non_preferred_output": [BAD],
-            },
-            "E305",
-            "$.preferred_output[0].content",
-            "preferred_output[0].content is int",
-        ),
-        ({"prompt": 4, "chosen": "b", "rejected": "c"}, "E305", "$.prompt", "prompt is int, not text"),
-        ({"prompt": "a", "chosen": "b", "rejected": 4}, "E301", "$.rejected", "rejected must be an object"),
+        ({"prompt": "a", "chosen": "b"}, "E209", "$"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "E209", "$.rejected"),
+        ({"prompt": "a", "rejected": "b"}, "E209", "$"),
+        ({"chosen": "a b", "rejected": "a c"}, "E209", "$"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "E209", "$.rejected"),
+        ({"chosen": [USER, GOOD], "rejected": [SYSTEM, BAD]}, "E209", "$.rejected"),
+        ({"prompt": "x", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "E209", "$.rejected"),
+        ({"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]}, "E209", "$.chosen[2]"),
+        ({"preferred_output": [GOOD], "non_preferred_output": [BAD]}, "E209", "$"),
+        ({**OPENAI, "input": {"messages": [USER], "n": 1}}, "E201", "$.input.n"),
+        ({**OPENAI, "non_preferred_output": ["five"]}, "E301", "$.non_preferred_output[0]"),
+        ({**OPENAI, "non_preferred_output": [{**BAD, "content": " "}]}, "E401", "$.non_preferred_output[0].content"),
+        ({**OPENAI, "preferred_output": [{**GOOD, "content": 4}]}, "E305", "$.preferred_output[0].content"),
+        ({"prompt": 4, "chosen": "b", "rejected": "c"}, "E305", "$.prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": 4}, "E301", "$.rejected"),
     ],
 )
 def test_malformed_preference_row_is_a_fault_at_its_place(
-    tmp_path: Path, row: dict[str, Any], code: str, path: str, words: str
+    tmp_path: Path, row: dict[str, Any], code: str, path: str
 ) -> None:
     reading = _read(tmp_path, row)
     assert [(f.code, f.path) for f in reading.faults] == [(code, path)]
-    assert words in reading.faults[0].reason
 
 
 def test_preferences_are_read_from_tables(tmp_path: Path) -> None:

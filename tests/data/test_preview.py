@@ -10,7 +10,6 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs
 
 from command_line import tunewright
-from tunewright.config import Config
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
@@ -126,14 +125,6 @@ def test_check_command_prints_causes_and_splits_with_the_exit_code_of_add(tmp_pa
     assert not project.dataset.exists()
 
 
-def test_preview_accepts_conflicts_on_request(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    rows = _rows(30)
-    path = _file(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])
-    assert tunewright("data", "check", path, "-p", project.root).code == 2
-    assert tunewright("data", "check", path, "--accept-conflicts", "-p", project.root).code == 0
-
-
 @pytest.mark.parametrize(("setting", "warned"), [("error", False), ("accept", True)])
 def test_preview_warns_of_conflicts_only_when_accepted(tmp_path: Path, setting: str, warned: bool) -> None:
     project = new_project(tmp_path / "p", f"data: {{conflicts: {setting}}}\n")
@@ -186,24 +177,6 @@ def test_check_command_refuses_options_without_effect(tmp_path: Path) -> None:
     assert (version.code, "--skip-bad requires files" in version.stderr) == (2, True)
 
 
-def test_preview_mentions_imports_only_if_rows_are_added(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    listener = Listener()
-    rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
-    with pytest.raises(UserError, match="1 secret in 1 row"):
-        add(project, [_file(tmp_path / "a.jsonl", rows)], listener, AddOptions(skip_bad=True))
-    assert "The new version's imports.jsonl lists each" in listener.warned[0]
-
-
-def test_faults_group_images_as_one_cause(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    turns = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]
-    path = _file(tmp_path / "a.jsonl", [*_rows(20), *[{"messages": turns}] * 4])
-    [refusal] = check_files(OpenFolder(project, Listener()), [path]).refusals
-    assert refusal.what.count("images are not supported") == 1
-    assert f"{path}:21, {path}:22, {path}:23 and 1 more" in refusal.what
-
-
 def test_conflict_refusal_is_short_and_the_json_lists_all_when_most_inputs_have_references(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     start = "one attribute that all of them have, and then another, and a third "
@@ -216,15 +189,3 @@ def test_conflict_refusal_is_short_and_the_json_lists_all_when_most_inputs_have_
     assert "and 27 more: `tunewright data check FILE --json` lists all" in str(refusal)
     listed = found.as_dict()["conflicts"]
     assert (len(listed), {len(conflict["outputs"]) for conflict in listed}) == (30, {9})
-
-
-def test_conflict_refusal_names_the_option_when_the_version_before_accepted_conflicts(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
-    question = {"prompt": "a question"}
-    several = [{**question, "completion": "yes"}, {**question, "completion": "no"}]
-    add(project, [_file(project.root / "pairs.jsonl", [*_rows(40), *several])], Listener())
-    strict = ProjectFolder(project.root, Config())
-    more = _file(project.root / "more.jsonl", [{**question, "completion": "maybe"}])
-    with pytest.raises(UserError, match="1 input with different outputs") as caught:
-        add(strict, [more], Listener())
-    assert "The previous version accepted conflicts with that option" in (caught.value.fix or "")

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tunewright.config import DataConfig
 from tunewright.data.readers import Fault, ReadResult, read_pairs
-from tunewright.data.readers.file_check import _REPAIRS
-from tunewright.data.readers.row_errors import CODES, RowError
+from tunewright.data.readers.row_errors import CODES
 from tunewright.data.readers.validate import example_from_object
 
 ASKED, ANSWERED = "Which court?", "D. Mass."
@@ -111,49 +107,38 @@ def test_mistral_only_last_trains_the_last_answer_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "code", "path", "words"),
+    ("row", "code", "path"),
     [
-        ({"text": "a whole document"}, "E203", "$.text", "Together's general format"),
-        (
-            {"input": {}, "preferred_output": [], "non_preferred_output": []},
-            "E209",
-            "$.preferred_output",
-            'the row has no "preferred_output"',
-        ),
-        ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, "E203", "$.input_ids", "tokenizer"),
-        ({"prompt": ASKED, "completion": ANSWERED, "tools": [{}]}, "E204", "$.tools", "this row format does not hold"),
-        ({"instruction": ASKED, "output": ANSWERED, "tools": [{}]}, "E204", "$.tools", "does not hold"),
-        ({"messages": CHAT, "sytem": "x"}, "E201", "$.sytem", 'unknown key "sytem", did you mean "system"?'),
-        ({"mesages": CHAT}, "E201", "$.mesages", 'did you mean "messages"?'),
-        ({"promt": "a", "completion": "b"}, "E201", "$.promt", 'unknown key "promt", did you mean "prompt"?'),
-        ({"prompt": "a", "completion": "b", "Completions": "c"}, "E201", "$.Completions", 'did you mean "completion"?'),
-        ({"messages": CHAT, "images": ["a.png"]}, "E208", "$.images", "images are not supported"),
-        ({"instruction": "a"}, "E202", "$", 'missing key "output"'),
-        ({"instruction": "a", "output": "b", "history": [["c"]]}, "E206", "$.history[0]", "[input, output]"),
-        ({"instruction": "a", "output": "b", "input": 4}, "E305", "$.input", "int, not text"),
-        ({"conversations": []}, "E206", "$.conversations", "a list of turns"),
-        ({"conversations": [{"from": "human"}]}, "E302", "$.conversations[0]", 'no "value"'),
-        ({"messages": [{"role": "user", "content": "a", "text": "b"}]}, "E303", "$.messages[0]", "both"),
-        ({"messages": [*CHAT, {**CHAT[0], "name": "Ann"}, CHAT[1]]}, "E309", "$.messages[2].name", "name"),
-        ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "E305", "$.messages[1].content", "null"),
-        ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "E401", "$.messages[1].content", "empty"),
-        ({"messages": [*CHAT, CHAT[1]]}, "E406", "$.messages[2]", "two assistant turns"),
-        ({"messages": [*CHAT, CHAT[0]]}, "E407", "$.messages[2]", "the last turn"),
-        ({"prompt": "a" + MARKS, "completion": ANSWERED}, "E408", "$.prompt", "from character 2 of the user turn"),
-        (
-            {"messages": [CHAT[0], {**CHAT[1], "content": MARKS}]},
-            "E408",
-            "$.messages[1].content",
-            "more than 30 combining",
-        ),
-        ({"messages": CHAT, "system_prompt": "a", "system": "b"}, "E404", "$.system_prompt", "must be the first"),
-        ({"messages": CHAT, "only_last": "yes"}, "E305", "$.only_last", "neither true nor false"),
+        ({"text": "a whole document"}, "E203", "$.text"),
+        ({"input": {}, "preferred_output": [], "non_preferred_output": []}, "E209", "$.preferred_output"),
+        ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, "E203", "$.input_ids"),
+        ({"prompt": ASKED, "completion": ANSWERED, "tools": [{}]}, "E204", "$.tools"),
+        ({"instruction": ASKED, "output": ANSWERED, "tools": [{}]}, "E204", "$.tools"),
+        ({"messages": CHAT, "sytem": "x"}, "E201", "$.sytem"),
+        ({"mesages": CHAT}, "E201", "$.mesages"),
+        ({"promt": "a", "completion": "b"}, "E201", "$.promt"),
+        ({"prompt": "a", "completion": "b", "Completions": "c"}, "E201", "$.Completions"),
+        ({"messages": CHAT, "images": ["a.png"]}, "E208", "$.images"),
+        ({"instruction": "a"}, "E202", "$"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "E206", "$.history[0]"),
+        ({"instruction": "a", "output": "b", "input": 4}, "E305", "$.input"),
+        ({"conversations": []}, "E206", "$.conversations"),
+        ({"conversations": [{"from": "human"}]}, "E302", "$.conversations[0]"),
+        ({"messages": [{"role": "user", "content": "a", "text": "b"}]}, "E303", "$.messages[0]"),
+        ({"messages": [*CHAT, {**CHAT[0], "name": "Ann"}, CHAT[1]]}, "E309", "$.messages[2].name"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "E305", "$.messages[1].content"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "E401", "$.messages[1].content"),
+        ({"messages": [*CHAT, CHAT[1]]}, "E406", "$.messages[2]"),
+        ({"messages": [*CHAT, CHAT[0]]}, "E407", "$.messages[2]"),
+        ({"prompt": "a" + MARKS, "completion": ANSWERED}, "E408", "$.prompt"),
+        ({"messages": [CHAT[0], {**CHAT[1], "content": MARKS}]}, "E408", "$.messages[1].content"),
+        ({"messages": CHAT, "system_prompt": "a", "system": "b"}, "E404", "$.system_prompt"),
+        ({"messages": CHAT, "only_last": "yes"}, "E305", "$.only_last"),
     ],
 )
-def test_fault_has_code_place_and_fix(tmp_path: Path, row: Any, code: str, path: str, words: str) -> None:
+def test_fault_has_code_place_and_fix(tmp_path: Path, row: Any, code: str, path: str) -> None:
     fault = _fault(tmp_path, row)
     assert (fault.code, fault.path, fault.fix) == (code, path, CODES[code][1])
-    assert words in fault.reason
     assert str(fault) == f"{tmp_path / 'rows.jsonl'}:1: {fault.reason}"
 
 
@@ -185,12 +170,6 @@ def test_groups_are_read_and_null_is_no_group(tmp_path: Path) -> None:
     assert _read(tmp_path, [pair]).rows[0].groups == {}
 
 
-def test_used_key_can_be_a_group(tmp_path: Path) -> None:
-    row = {"instruction": "Translate.", "input": "chat", "output": "cat"}
-    [read] = _read(tmp_path, [row], DataConfig(group_by=("instruction",))).rows
-    assert (read.groups, read.example.input_text) == ({"instruction": "Translate."}, "Translate.\nchat")
-
-
 def test_ignored_keys_are_dropped_and_reported_once(tmp_path: Path) -> None:
     row = {"prompt": ASKED, "completion": ANSWERED, "id": 4, "source": {"url": "x"}}
     reading = _read(tmp_path, [row, row], DataConfig(drop_columns=("id", "source", "date")))
@@ -198,45 +177,3 @@ def test_ignored_keys_are_dropped_and_reported_once(tmp_path: Path) -> None:
     assert [note for note in reading.notes if "data.drop_columns" in note] == [
         f"{tmp_path / 'rows.jsonl'}: dropped by data.drop_columns: id, source"
     ]
-
-
-def test_ignored_key_cannot_be_used() -> None:
-    with pytest.raises(ValueError, match="drop_columns names customer, which input, output or group_by use"):
-        DataConfig(group_by=("customer",), drop_columns=("customer",))
-
-
-def test_repairs_are_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "how-to" / "file-formats.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| E")]
-    assert {code for cell in rows for code in re.findall(r"E\d{3}", cell)} == set(_REPAIRS)
-
-
-_values = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from(["user", "gpt"])
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "text", "weight", "name", "type", "tool_calls"]),
-            inner,
-            max_size=3,
-        ),
-    ),
-    max_leaves=10,
-)
-_keys = st.one_of(
-    st.sampled_from(["messages", "interactions", "conversation", "conversations", "system", "system_prompt", "tools"]),
-    st.sampled_from(["instruction", "input", "output", "history", "only_last", "prompt", "completion", "text"]),
-    st.sampled_from(["q", "a", "g", "id"]),
-)
-
-
-@given(st.dictionaries(_keys, _values, max_size=5))
-def test_any_object_is_an_example_or_a_known_fault(row: dict[str, Any]) -> None:
-    try:
-        example = example_from_object(row, DataConfig(input="q", output="a", group_by=("g",), drop_columns=("id",)))
-    except RowError as error:
-        assert error.code in CODES
-    else:
-        assert example.output.strip()

@@ -32,15 +32,6 @@ def test_source_files_expands_a_folder_and_names_other_files(tmp_path: Path) -> 
     assert listener.warned == [f"{tmp_path / 'd'}: 1 file ignored because of the suffix: README.md"]
 
 
-def test_source_files_names_files_relative_to_the_folder(tmp_path: Path) -> None:
-    for name in ("dup/x/f.csv", "dup/y/f.csv", "dup/x/notes.md"):
-        _pairs(tmp_path / name)
-    listener = Listener()
-    source_files([tmp_path / "dup", tmp_path / "dup" / "*" / "f.csv"], listener)
-    assert [said.rpartition(": ")[2] for said in listener.said] == ["x/f.csv, y/f.csv"] * 2
-    assert listener.warned[0].endswith(": x/notes.md")
-
-
 def test_source_files_expands_a_pattern_without_duplicates(tmp_path: Path) -> None:
     files = [_pairs(tmp_path / f"p{n}.jsonl") for n in (3, 1, 2)]
     assert source_files([files[0], str(tmp_path / "p*.jsonl")], Listener()) == [files[0], files[1], files[2]]
@@ -63,16 +54,6 @@ def test_source_files_treats_a_saved_dataset_as_one_source(tmp_path: Path) -> No
     other = _pairs(tmp_path / "d" / "a.jsonl")
     assert source_files([saved], Listener()) == [saved]
     assert source_files([tmp_path / "d"], Listener()) == [other, saved]
-
-
-def test_folder_is_added_and_checked_like_its_files(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    first, second = _pairs(project.root / "data" / "a.jsonl"), _pairs(project.root / "data" / "b.jsonl", seed=1)
-    data = tunewright.open(project.root).data
-    assert data.check_files([project.root / "data"]).effect.added == 24  # type: ignore[union-attr]
-    added = data.add([project.root / "data"])
-    assert [source.name for source in added.version.sources] == ["data/a.jsonl", "data/b.jsonl"]
-    assert not data.add([first, second]).created
 
 
 def _rows(count: int, seed: int = 0) -> bytes:

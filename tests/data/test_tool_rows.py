@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import new_project
 from hypothesis import given
 from hypothesis import strategies as st
 from tool_rows import (
@@ -19,15 +18,12 @@ from tool_rows import (
     TOOLS,
     WEATHER,
     Row,
-    as_hermes,
     as_openai,
     as_openai_functions,
-    as_share_gpt,
     conversation,
     weather,
 )
 
-from command_line import tunewright
 from tunewright.config import DataConfig
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import LogReporter
@@ -96,12 +92,6 @@ def test_any_conversation_is_the_same_in_each_format_and_in_a_version_file(examp
     for written in FORMATS:
         assert example_from_object(written(example), DataConfig()) == example, written.__name__
     assert Example.from_dicts([message.as_dict() for message in example.messages]) == example
-
-
-def test_note_names_the_format_and_that_text_is_left_out(tmp_path: Path) -> None:
-    notes = read_pairs(_write(tmp_path, [as_hermes(OSLO), as_share_gpt(OSLO)]), DataConfig()).notes
-    assert "1 row of Hermes conversations, because system turns declare functions in <tools>" in notes[0]
-    assert "1 row of ShareGPT conversations" in notes[1]
 
 
 def test_text_like_tags_stays_text_without_declarations() -> None:
@@ -233,18 +223,6 @@ def test_all_codes_of_functions_are_tested() -> None:
     assert {code for code in CODES if code.startswith("E5")} <= {code for _, _, code, _, _ in FAULTS}
 
 
-def test_add_and_check_name_file_line_code_and_fix(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "project")
-    path = _write(tmp_path, [as_openai(ONE), _changed(_arguments("[]"))])
-    for command in ("add", "check"):
-        ran = tunewright("data", command, path, "-p", project.root)
-        assert ran.code == 2
-        text = " ".join((ran.stderr + ran.stdout).split())
-        assert "rows.jsonl:2" in text
-        assert "[E504 $.messages[2].tool_calls[0].function.arguments]" in text
-        assert CODES["E504"][1] in text
-
-
 def test_hostile_pattern_ends() -> None:
     hostile = {"type": "object", "properties": {"city": {"pattern": "^(a|aa)+$"}}}
     row = _changed(_parameters(hostile))
@@ -344,59 +322,3 @@ def test_fix_file_writes_any_format_as_chat_rows(tmp_path: Path, written: Callab
     assert (row["tools"], {"messages", "tools"} <= row.keys()) == (json.loads(canonical_json(TOOLS)), True)
     assert example_from_object(row, DataConfig()) == OSLO
     assert check_files([tmp_path / "out.jsonl"], DataConfig(), LogReporter()).ok
-
-
-_json = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["", "{}", "user", "x", "object"])),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(
-                [
-                    "type",
-                    "function",
-                    "name",
-                    "arguments",
-                    "id",
-                    "parameters",
-                    "properties",
-                    "$ref",
-                    "enum",
-                    "a",
-                    "pattern",
-                ]
-            ),
-            inner,
-            max_size=3,
-        ),
-    ),
-    max_leaves=8,
-)
-
-
-@given(st.data())
-def test_damaged_row_is_an_example_or_a_known_fault(data: st.DataObject) -> None:
-    written = data.draw(st.sampled_from([*FORMATS, lambda _: as_openai_functions(ONE)]))
-    row: Any = json.loads(json.dumps(written(OSLO)))
-    for _ in range(data.draw(st.integers(1, 3))):
-        inner: Any = row
-        for _ in range(data.draw(st.integers(0, 5))):
-            below = list(inner.values()) if isinstance(inner, dict) else inner
-            below = [each for each in below if isinstance(each, dict | list) and each]
-            if not below:
-                break
-            inner = data.draw(st.sampled_from(below))
-        key = data.draw(st.sampled_from(list(inner) if isinstance(inner, dict) else range(len(inner))))
-        if data.draw(st.booleans()):
-            inner[key] = data.draw(_json)
-        else:
-            del inner[key]
-        if not row:
-            return
-    try:
-        example = example_from_object(row, DataConfig())
-    except RowError as error:
-        assert error.code in CODES
-    else:
-        assert example.output.strip()
-        assert Example.from_dicts([message.as_dict() for message in example.messages]) == example

@@ -11,7 +11,7 @@ from data_helpers import Listener, new_project
 from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import review
-from tool_rows import FORMATS, OSLO, TOOLS, Row, as_openai, conversation, weather
+from tool_rows import OSLO, TOOLS, Row, as_openai, conversation, weather
 
 from command_line import tunewright
 from tunewright.config import DataConfig
@@ -65,15 +65,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
     return _added(tmp_path_factory.mktemp("tools") / "p", [*rows, OSLO])
 
 
-def test_equal_rows_of_different_formats_give_the_same_version(tmp_path: Path) -> None:
-    rows = [asked(city, n) for n, city in enumerate(CITIES)]
-    versions = [load_version(_added(tmp_path / f"{n}" / "p", rows, w).dataset) for n, w in enumerate(FORMATS[:1])]
-    for number, write in enumerate(FORMATS[1:], start=1):
-        (tmp_path / f"{number}").mkdir(exist_ok=True)
-        versions.append(load_version(_added(tmp_path / f"{number}" / "p", rows, write).dataset))
-    assert len({version.digest for version in versions}) == 1
-
-
 @pytest.mark.parametrize("form", ["chat", "parquet"])
 def test_version_on_disk_and_export_keep_calls_and_declarations(
     project: ProjectFolder, tmp_path: Path, form: Any
@@ -100,23 +91,6 @@ def test_export_to_a_format_without_functions_is_refused_by_name(
     with pytest.raises(UserError, match=f"{form} cannot represent functions and calls"):
         export(load_version(project.dataset), tmp_path / "out", form, Listener())
     assert not (tmp_path / "out").exists()
-
-
-def test_show_names_functions_calls_and_results(project: ProjectFolder) -> None:
-    shown = tunewright("data", "show", OSLO.pair_key[:12], "-p", project.root)
-    text = shown.stdout + shown.stderr
-    assert "get_weather(city: string, days?: integer, units?: any): The weather of a city." in " ".join(text.split())
-    assert 'call00000: get_weather({"city":"Oslo","days":2})' in text
-    assert "tool (result of call00001)" in text
-
-
-def test_where_query_sees_calls(project: ProjectFolder) -> None:
-    selected = tunewright(
-        "data", "remove", "--where", "contains(output, 'get_weather') && contains(output, 'Lima')", "--dry-run",
-        "--because", "x", "-p", project.root, "--json",
-    )  # fmt: skip
-    assert selected.code == 0, selected.stderr
-    assert len(selected.document["rows"]) == 1
 
 
 def test_rows_that_differ_in_functions_only_are_not_duplicates() -> None:
@@ -188,14 +162,6 @@ def test_scan_finds_secrets_in_arguments_and_results_with_their_place() -> None:
     assert "messages[2] (tool)" in lines[1]
 
 
-def test_secret_in_arguments_is_refused_by_place(tmp_path: Path) -> None:
-    paid = conversation(Message("user", "Pay"), Message("assistant", "", calls=(weather(0, city=CARD),)))
-    with pytest.raises(
-        UserError, match=r'rows.jsonl:2: payment card number in messages\[1\] \(assistant\) under "city"'
-    ):
-        _added(tmp_path / "p", [asked("Lima"), paid])
-
-
 def test_password_is_found_by_the_name_of_its_argument() -> None:
     login = {"name": "login", "parameters": {"type": "object", "properties": {"password": {"type": "string"}}}}
     tools = canonical_json([{"type": "function", "function": login}])
@@ -264,14 +230,6 @@ def test_edited_answer_of_an_undeclared_function_is_refused() -> None:
     with pytest.raises(RowError, match='answer calls "rm"') as caught:
         edited_answer(called("Lima"), '{"name": "rm", "arguments": {}}')
     assert caught.value.code == "E503"
-
-
-def test_review_table_shows_calls_and_results(project: ProjectFolder, tmp_path: Path) -> None:
-    sheet = tmp_path / "review.csv"
-    ran = tunewright("data", "review", "--export", sheet, "-p", project.root)
-    assert ran.code == 0, ran.stderr
-    text = sheet.read_text(encoding="utf-8")
-    assert '""name"": ""get_weather"", ""arguments"": {""city"":""Lima""}' in text
 
 
 def test_purge_finds_copies_of_arguments(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +60,6 @@ def test_types_become_json_schema(tmp_path: Path) -> None:
     }
 
 
-def test_function_may_lack_a_description_and_parameters(tmp_path: Path) -> None:
-    bare = {key: value for key, value in PLAY.items() if key != "description"}
-    (row,) = _converted(tmp_path, [{"spotify.play": {"artist": ["Björk"]}}], functions=[bare]).rows
-    assert row["tools"][0]["function"].keys() == {"name", "parameters"}
-    (row,) = _converted(tmp_path, [{"stop": {}}], functions=[{"name": "stop", "description": "Stop."}]).rows
-    assert row["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}}
-
-
 @pytest.mark.parametrize(
     ("truth", "arguments", "acceptable"),
     [
@@ -123,31 +114,6 @@ def test_item_that_cannot_be_a_row_is_named_with_its_reason(tmp_path: Path, trut
     assert line.endswith(reason)
 
 
-@pytest.mark.parametrize(
-    ("functions", "reason"),
-    [
-        (
-            [{**PLAY, "name": "play music"}],
-            "the function name 'play music' has other characters than letters, digits, _, - and dots",
-        ),
-        ([PLAY, {**PLAY, "name": "spotify_play"}], "two functions have the same name"),
-        ([{**PLAY, "parameters": {"type": "HashMap"}}], "the type 'HashMap' is unknown"),
-        ([{"description": "Play music."}], "a function has no name"),
-    ],
-)
-def test_functions_that_no_api_takes_are_named(tmp_path: Path, functions: Any, reason: str) -> None:
-    (line,) = _converted(tmp_path, [{"spotify.play": {"artist": ["a"]}}], functions=functions).left_out
-    assert reason in line
-
-
-def test_file_of_another_kind_is_named(tmp_path: Path) -> None:
-    (tmp_path / "BFCL_v4_multi_turn_base.json").write_text('{"id": "m_0"}\n', encoding="utf-8")
-    converted = _converted(tmp_path, [{"spotify.play": {"artist": ["a"]}}])
-    assert len(converted.rows) == 1
-    (line,) = converted.left_out
-    assert line == "BFCL_v4_multi_turn_base.json: its answers are not one assistant turn with JSON arguments"
-
-
 def test_irrelevant_item_has_text_for_its_ideal_output(tmp_path: Path) -> None:
     (row,) = _converted(tmp_path, [], category="irrelevance").rows
     assert row["messages"][-1] == {"role": "assistant", "content": NO_FUNCTION_FITS}
@@ -158,20 +124,6 @@ def test_damaged_file_is_an_error_with_its_line(tmp_path: Path, line: str) -> No
     (tmp_path / "BFCL_v4_irrelevance.json").write_text(f"\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"BFCL_v4_irrelevance.json:2: Expected a JSON object with an id"):
         convert(tmp_path)
-
-
-def test_folder_without_usable_files_is_an_error_that_names_the_others(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="0 JSON files"):
-        convert(tmp_path / "missing")
-    for name in ("BFCL_v4_simple_javascript.json", "bfcl_live_parallel.json"):
-        (tmp_path / name).write_text('{"id": "s_0"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="2 JSON files") as refusal:
-        convert(tmp_path)
-    assert [line.strip() for line in refusal.value.what.splitlines()[1:]] == [
-        "BFCL_v4_simple_javascript.json: its answers are not one assistant turn with JSON arguments",
-        "bfcl_live_parallel.json: its name does not begin with BFCL_v4_",
-    ]
-    assert "live_parallel_multiple" in str(refusal.value.fix)
 
 
 def test_items_that_data_add_would_refuse_are_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -192,14 +144,6 @@ def test_items_that_data_add_would_refuse_are_left_out_with_the_reason(tmp_path:
     ]
 
 
-def test_init_is_refused_when_no_item_is_a_row(tmp_path: Path) -> None:
-    (tmp_path / "BFCL_v4_irrelevance.json").write_text('{"id": "i_0", "question": []}\n', encoding="utf-8")
-    ran = tunewright("init", tmp_path / "project", "--example", "bfcl", "--data", tmp_path)
-    assert ran.code == 2
-    assert "i_0: " in ran.stderr
-    assert not (tmp_path / "project").exists()
-
-
 @pytest.mark.slow
 @needs_bfcl
 def test_every_item_of_the_data_set_is_a_row_or_named() -> None:
@@ -215,23 +159,3 @@ def test_every_item_of_the_data_set_is_a_row_or_named() -> None:
     assert [name for name in named if ".json" in name] == ["BFCL_v4_multi_turn_base.json"]
     assert len(converted.rows) > 0.99 * len(there)
     assert len(items()) == len(converted.rows)  # the reader of rows takes them all, and checks calls against schemas
-
-
-@needs_bfcl
-def test_function_is_in_one_family_only() -> None:
-    families = defaultdict(set)
-    for item in items():
-        for tool in item.row["tools"]:
-            families[tool["function"]["name"]].add(item.row["family"])
-    assert {len(names) for names in families.values()} == {1}
-    assert len({item.row["family"] for item in items()}) > 500
-
-
-@needs_bfcl
-@pytest.mark.slow  # 10 s
-def test_project_takes_all_of_its_rows(tmp_path: Path) -> None:
-    project = tmp_path / "bfcl"
-    assert tunewright("init", project, "--example", "bfcl", "--data", FOLDER).code == 0
-    added = tunewright("data", "add", project / "bfcl.jsonl", "--project", project, "--json")
-    assert added.code == 0, added.stderr
-    assert added.document["added"] == len(items())

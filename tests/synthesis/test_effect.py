@@ -12,12 +12,6 @@ from tunewright.data.versions import load_version
 from tunewright.evidence.files import load_evidence
 
 
-def test_generated_effect_refuses_evaluations_that_are_not_there(tmp_path: Path) -> None:
-    (tmp_path / "tunewright.yaml").write_text("name: p\n", encoding="utf-8")
-    ran = tunewright("data", "generated-effect", "a", "b", "-p", tmp_path)
-    assert (ran.code, "No evaluation 'a'" in ran.stderr) == (2, True)
-
-
 @pytest.mark.slow
 def test_generated_effect_is_measured_and_said_in_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "p", tiny_base_folder)

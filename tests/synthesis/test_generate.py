@@ -234,15 +234,6 @@ def test_generate_refuses_an_incomplete_teacher(tmp_path: Path, settings: dict[s
     assert not (tmp_path / "p" / "generated").exists()
 
 
-def test_generate_reports_faulty_inputs_by_line(tmp_path: Path) -> None:
-    with teaching(right) as teacher:
-        project = teacher_project(tmp_path / "p", teacher.url)
-        ran = generate(project, rows=[{"prompt": INPUTS[0]}, {"prompt": ""}, {"messages": []}, {"promt": "x"}])
-        assert teacher.bodies == []
-    assert ran.code == 2
-    assert all(f"inputs.jsonl:{line}: " in ran.stderr for line in (2, 3, 4))
-
-
 def test_generate_pays_for_nothing_twice_after_a_failure_or_a_budget(tmp_path: Path) -> None:
     broken = [PlainTextResponse("<html>busy</html>", 200)]
 

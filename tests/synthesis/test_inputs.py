@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tunewright.config import DataConfig
-from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.synthesis.inputs import read_inputs
 
@@ -47,9 +46,3 @@ def test_read_inputs_takes_tables_with_an_empty_output_column(tmp_path: Path) ->
     found = read_inputs([path], DataConfig(input="question", output="answer"), LogReporter())
     assert [each.example.input_text for each in found] == ["hello you", "and you"]
     assert (found[0].answered, found[0].row.metadata) == (False, {"note": "1"})
-
-
-def test_read_inputs_refuses_an_empty_file(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(UserError):
-        read_inputs([tmp_path / "in.jsonl"], DataConfig(), LogReporter())

@@ -11,8 +11,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tunewright.advisor.decision import Decision, Grounds, decide, doublings_left, last_gain
-from tunewright.advisor.signals import BreakEven, ShotCurve, Signals, TuningGain, find_advice, load_signals
+from tunewright.advisor.signals import (
+    BreakEven,
+    Decision,
+    Grounds,
+    ShotCurve,
+    Signals,
+    TuningGain,
+    decide,
+    doublings_left,
+    find_advice,
+    last_gain,
+    load_signals,
+)
 from tunewright.data.splits import FEW_TRAINING_PAIRS
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.tuning import open_trainings, refuse_up_front

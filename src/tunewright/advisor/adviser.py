@@ -14,7 +14,6 @@ import numpy as np
 from tunewright.adapters.registry import Adapter
 from tunewright.advisor.costs import Lengths, break_even, measured_speed, token_prices, training_cost
 from tunewright.advisor.signals import (
-    Answer,
     BreakEven,
     ContextBudget,
     Doubling,
@@ -23,6 +22,7 @@ from tunewright.advisor.signals import (
     ShotPoint,
     Signals,
     Speed,
+    Ternary,
     TuningGain,
     load_signals,
 )
@@ -53,11 +53,9 @@ from tunewright.training.trainings import Training, Trainings
 class Adviser:
     """Measurement of the signals of one dataset version and base.
 
-    Args:
-        open_measurement: opens the arm runner for the dev split; its project's config sets everything else. It is
-            called again for the pilots, so that no second base is in memory during their training.
-        pilots: where pilot adapters are trained (None: train none, and leave out the signals that need them).
-        minutes: time limit for answers (None: no limit); arms that do not fit are left out, the pilots never.
+    ``open_measurement`` opens the arm runner for the dev split; it is called again for the pilots, so that no second
+    base is in memory during their training. ``pilots`` is where they are trained (None: leave out the signals that
+    need them). Arms that do not fit in ``minutes`` are left out, the pilots never.
     """
 
     def __init__(
@@ -359,6 +357,7 @@ class Items:
 def per_doubling(larger: Answers, smaller: Answers, after: int, before: int, items: Items) -> Doubling:
     """Return the gain of an arm with ``after`` rows or demonstrations over one with ``before``, per doubling."""
     difference, interval = items.difference(larger, smaller)
+    # A step from k to 3 k is more than one doubling; score against log k is taken as a line between the two.
     doublings = math.log2(after / before)
     return Doubling(
         before=before,
@@ -373,13 +372,8 @@ def context_budget(
 ) -> ContextBudget:
     """Return the score curve over k for each kind of demonstrations, and the number that fits.
 
-    Args:
-        arms: prompting arms with their answers to the same items, including zero-shot. Arms with alternative
-            instructions or constrained decoding are ignored.
-        items: those items.
-        context: the base's context length in tokens.
-        query_tokens: lengths of the dev prompts without demonstrations.
-        output_tokens: lengths of the training answers.
+    Of the ``arms``, which include zero-shot, those with alternative instructions or constrained decoding are ignored.
+    ``query_tokens`` are the lengths of the dev prompts without demonstrations, ``output_tokens`` those of the answers.
     """
     query, output = (int(np.percentile(lengths, 99, method="higher")) for lengths in (query_tokens, output_tokens))
     zero = next(a for a in arms if a.arm.name == ZERO_SHOT.name)
@@ -412,7 +406,7 @@ def _curve(name: str, arms: Sequence[Answers], items: Items, free: int) -> ShotC
     each = (longest.prompt_tokens - first.prompt_tokens) / longest.shots
     halves = [a for a in arms if 0 < 2 * a.arm.shots <= longest.shots]
     last = per_doubling(arms[-1], halves[-1], longest.shots, halves[-1].arm.shots, items) if halves else None
-    rising: Answer = "unclear"
+    rising: Ternary = "unclear"
     if last is not None and last.interval.low > 0:
         rising = "yes"
     elif last is not None and last.interval.high <= items.margin:
@@ -439,6 +433,7 @@ def cheapest_enough(arms: Sequence[Answers], best: Answers, items: Items) -> Ans
     qualifies.
     """
     for arm in sorted(arms, key=lambda a: a.arm.prompt_tokens):
+        # Non-inferiority: not "no difference found", which too few items would grant to any arm.
         if arm is best or items.difference(arm, best)[1].low > -items.margin:
             return arm
     raise AssertionError("the best is one of the arms")

@@ -16,7 +16,7 @@ from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
     from tunewright.render.terminal import Part
-    from tunewright.synthesis.generate import Estimate, GenerateResult
+    from tunewright.synthesis.generate import GenerateEstimate, GenerateResult
     from tunewright.synthesis.questions import DocumentsResult
 
 _NAMED = 3
@@ -91,7 +91,7 @@ def data_generated_effect(
     run.show(effect.model_dump(mode="json"), effect.line)
 
 
-def estimate_text(estimate: Estimate, unit: str = "input") -> str:
+def estimate_text(estimate: GenerateEstimate, unit: str = "input") -> str:
     """Return the calls, tokens and cost of a run."""
     from tunewright.model_io.client import limits_text
 

@@ -57,6 +57,7 @@ def mix_in(
     path = root / mix.source
     rows = _read(path, config.data, mix, config.seed, reporter)
     training = sum(m.split == "train" for m in domain)
+    # The fraction is of all training rows, mixed-in ones included: m / (t + m) = f, so m = t f / (1 - f).
     wanted = max(1, round(training * mix.fraction / (1 - mix.fraction)))
     inputs = {m.example.input_text for m in domain}
     rows, gone = ([row for row in rows if (row.example.pair_key in removed) is out] for out in (False, True))

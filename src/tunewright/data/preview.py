@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.notices import Conflict
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import SourceRow, file_check, source_size
-from tunewright.data.readers.file_check import Change, FileCheck, FilePreview
+from tunewright.data.readers.file_check import Change, FileCheck
+from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.sources import is_workbook, open_source
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS
 
@@ -154,19 +157,39 @@ def _effect(plan: AddPlan) -> Effect:
     )
 
 
+# Templates on the whole row: every column is read, whatever its name.
+_ANY_COLUMNS = {"input": "{{ row }}", "output": "{{ row | tojson }}", "group_by": (), "drop_columns": ()}
+_LOOKED_AT = 20  # rows, some of which may be faulty
+
+
+@dataclass(frozen=True)
+class FilePreview:
+    """The columns (or keys) of a file and its first rows without a fault."""
+
+    columns: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+
+
 def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
     """Return the columns of a file of pairs, whatever their names, and its first three rows.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or two columns have the same name.
     """
     given = {key: value for key, value in mapping.given.items() if key in ("rows", "sheet")}
-    return file_check.preview_file(Path(file), project.folder.config.data.model_copy(update=given))
+    source = open_source(Path(file), project.folder.config.data.model_copy(update=given | _ANY_COLUMNS), [])
+    first = [raw.row for raw in islice(source.rows, _LOOKED_AT)]
+    rows = [row for row in first if not isinstance(row, RowError)][:3]
+    return FilePreview(tuple(dict.fromkeys(key for row in rows for key in row)), tuple(rows))
 
 
 def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:
     """Return the titles of a workbook's visible sheets; of another file, nothing."""
-    return file_check.sheet_titles(Path(file))
+    if not is_workbook(Path(file)):
+        return ()
+    from tunewright.data.readers.workbooks import visible_sheets
+
+    return visible_sheets(Path(file))
 
 
 def fix_file(

@@ -81,10 +81,6 @@ def read_tools(value: Any) -> Toolset:
 
     A declaration is ``{"type": "function", "function": {...}}`` or the inner object. Absent parameters become those of
     a function without any. ``strict`` is left out: it is an instruction for decoding, not for the model.
-
-    Raises:
-        DeclarationError: a list of anything else, a name that is declared twice, an invalid schema.
-        SchemaLimitError: a schema over a limit.
     """
     if isinstance(value, str):
         try:
@@ -119,8 +115,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 def canonical_function(declared: Any, path: Path = ()) -> dict[str, Any]:
     """Return name, description and parameters of one declaration, in NFC: the same for rows and for requests.
 
-    Raises:
-        DeclarationError: it is no declaration; the schema itself is not checked.
+    The schema itself is not checked.
     """
     inner = declared
     if isinstance(declared, dict) and "function" in declared:
@@ -156,14 +151,7 @@ def canonical_function(declared: Any, path: Path = ()) -> dict[str, Any]:
 
 
 def canonical_arguments(value: Any) -> tuple[str, dict[str, Any]]:
-    """Return a call's arguments as canonical JSON in NFC, and as the object that it spells.
-
-    Args:
-        value: an object, or its text in JSON.
-
-    Raises:
-        ArgumentsError: it is anything else.
-    """
+    """Return a call's arguments, an object or its text in JSON, as canonical JSON in NFC and as the object."""
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -216,12 +204,7 @@ class CompiledSchema:
     size: int
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Check arguments.
-
-        Raises:
-            ArgumentsError: they violate the schema.
-            SchemaLimitError: the check would take too long.
-        """
+        """Raise an ArgumentsError if they violate the schema, or a SchemaLimitError if that would take too long."""
         if self.size * sum(1 for _ in nested_values(arguments)) > MAX_STEPS:
             raise SchemaLimitError("schema and arguments are too large to be checked")
         token = _END.set(time.thread_time() + _SECONDS)
@@ -247,12 +230,7 @@ def _cut(text: str) -> str:
 
 @lru_cache(maxsize=4096)  # rows of a domain share their functions
 def compiled_schema(text: str) -> CompiledSchema:
-    """Return the schema in a JSON text, ready to check arguments.
-
-    Raises:
-        DeclarationError: not a JSON Schema (Draft 2020-12).
-        SchemaLimitError: over a limit.
-    """
+    """Return the JSON Schema (Draft 2020-12) in a text, ready to check arguments."""
     schema = json.loads(text)
     size = _checked_size(schema)
     for key in ("$schema", "$id"):  # both would make references other than local
@@ -339,7 +317,9 @@ def _followed(
             size += sum(1 for key in ("enum", "const", "required") if key in schema for _ in nested_values(schema[key]))
             inner = [(*path, *steps) for steps, _ in _subschemas(schema)]
             if "$ref" in schema:
-                inner.append(_target(schema["$ref"], places))
+                inner.append(reference_path(schema["$ref"]))
+                if inner[-1] not in places:
+                    raise DeclarationError(f'"$ref" {_cut(schema["$ref"])} names no schema of this document')
             for each in inner:
                 more, high = _followed(each, places, done, above, level + 1)
                 size, height = size + more, max(height, high + 1)
@@ -350,13 +330,6 @@ def _followed(
     if level + done[path][1] > MAX_DEPTH:
         raise SchemaLimitError(f"more than {MAX_DEPTH} schemas deep, with references followed")
     return done[path]
-
-
-def _target(reference: Any, places: Mapping[_Pointer, Any]) -> _Pointer:
-    path = reference_path(reference)
-    if path not in places:
-        raise DeclarationError(f'"$ref" {_cut(reference)} names no schema of this document')
-    return path
 
 
 _END: ContextVar[float] = ContextVar("the thread's time at which a check ends")

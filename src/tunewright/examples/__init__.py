@@ -17,16 +17,7 @@ NAMES = (legal_citations.NAME, "bfcl", "orders")
 
 
 def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str, str]:
-    """Return the files of the example project called ``name``.
-
-    Args:
-        name: one of ``NAMES``.
-        data: the folder of its data, for an example that brings none.
-        reporter: reports what was read and left out.
-
-    Raises:
-        UserError: no such example, or its data is missing or not needed.
-    """
+    """Return the files of the example project called ``name``; ``data`` is the folder of one that brings none."""
     if name not in NAMES:
         raise UserError(f"Unknown example {name!r}", where="--example", fix=f"Use {' or '.join(NAMES)}.")
     if data is not None and name != "bfcl":

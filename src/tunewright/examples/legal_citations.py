@@ -16,14 +16,7 @@ PAIRS_FILE = "pairs.jsonl"
 
 
 def project_files(*, quick: bool = False) -> dict[str, str]:
-    """Return the project's files by name.
-
-    Args:
-        quick: settings for a run of a few minutes on two cores: fewer prompting arms, one epoch, fewer repeats.
-
-    Raises:
-        UserError: the package ``courts-db`` is not installed.
-    """
+    """Return the project's files by name; ``quick`` is for a run of a few minutes on two cores."""
     try:
         from courts_db import courts
     except ImportError:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
@@ -22,13 +21,9 @@ from tunewright.core.processes import run
 from tunewright.core.text import normalize
 from tunewright.data.readers.encodings import expansion_limit
 
-if TYPE_CHECKING:
-    from docx.table import Table
-
 _INSTALL = "Install it: pip install 'tunewright[documents]'"
 _BEGINNING = "the beginning"
 SEPARATOR = "\n\n"
-_MOST_COLUMNS = 1_000  # Word allows 63
 
 FEWEST_CHARACTERS = 80
 """A shorter passage, such as a heading alone, holds no answer."""
@@ -42,16 +37,17 @@ _SUPPORTED = "Supported: .pdf, .docx, .html, .htm, .md, .markdown and .txt."
 
 
 @dataclass(frozen=True)
-class Section:
+class DocumentSection:
     """A part of a document: ``page 3`` or ``heading "Fees"``, and its text."""
 
     at: str
     text: str
 
 
-def parse_document(data: bytes, path: Path) -> list[Section]:
+def parse_document(data: bytes, path: Path) -> list[DocumentSection]:
     """Return a document's sections; call it in a process with limits."""
-    sections = [Section(section.at, _clean(section.text)) for section in READERS[path.suffix.lower()](data, path)]
+    found = READERS[path.suffix.lower()](data, path)
+    sections = [DocumentSection(section.at, _clean(section.text)) for section in found]
     size, limit = sum(len(section.text) for section in sections), expansion_limit(len(data))
     if size > limit:
         raise _expanded(f"{size:,} characters of text", limit, path)
@@ -71,7 +67,7 @@ def _clean(text: str) -> str:
     return re.sub(r"\n{3,}", SEPARATOR, re.sub(r" ?\n ?", "\n", text)).strip()
 
 
-def _pdf(data: bytes, path: Path) -> list[Section]:
+def _pdf(data: bytes, path: Path) -> list[DocumentSection]:
     try:
         import pypdf
         from pypdf.errors import PyPdfError
@@ -82,14 +78,15 @@ def _pdf(data: bytes, path: Path) -> list[Section]:
         # Many files are encrypted with an empty password, which only forbids printing or copying.
         if reader.is_encrypted and not reader.decrypt(""):
             raise UserError("The PDF is encrypted", where=str(path), fix="Save it without a password.")
-        return [Section(f"page {number}", page.extract_text()) for number, page in enumerate(reader.pages, start=1)]
+        pages = enumerate(reader.pages, start=1)
+        return [DocumentSection(f"page {number}", page.extract_text()) for number, page in pages]
     except UserError:
         raise
     except (PyPdfError, *_DAMAGED) as error:
         raise _damaged("PDF", path, error) from None
 
 
-def _docx(data: bytes, path: Path) -> list[Section]:
+def _docx(data: bytes, path: Path) -> list[DocumentSection]:
     try:
         import docx
         from docx.opc.exceptions import PackageNotFoundError
@@ -107,8 +104,8 @@ def _docx(data: bytes, path: Path) -> list[Section]:
             raise _expanded(f"{size:,} bytes", limit, path)
         for block in docx.Document(BytesIO(data)).iter_inner_content():
             if isinstance(block, Table):
-                for row in _rows(block, path):
-                    sections.add(" | ".join(row))
+                for row in block.rows:  # a merged cell is the same object in each column that it spans
+                    sections.add(" | ".join(cell.text.strip() for cell in dict.fromkeys(row.cells)))
             elif (block.style.name or "" if block.style else "").startswith(
                 ("Heading", "Title")
             ) and block.text.strip():
@@ -122,28 +119,7 @@ def _docx(data: bytes, path: Path) -> list[Section]:
     return sections.done
 
 
-def _rows(table: Table, path: Path) -> Iterator[list[str]]:
-    """Yield the cells' texts of each row, a merged cell once in each row that it covers.
-
-    `row.cells` would repeat a cell for each column that it spans, and a few bytes can state any number of them.
-    """
-    from docx.table import _Cell
-
-    above: dict[int, str] = {}
-    for row in table.rows:
-        texts, column = [], row.grid_cols_before
-        for cell in row._tr.tc_lst:
-            text = above.get(column, "") if cell.vMerge == "continue" else _Cell(cell, table).text.strip()
-            above[column] = text
-            texts.append(text)
-            column += cell.grid_span
-        if column > _MOST_COLUMNS:
-            what = f"A row of a table has {column:,} columns (limit {_MOST_COLUMNS:,})"
-            raise UserError(what, where=str(path), fix="Save the document again, or leave it out.")
-        yield texts
-
-
-def _html(data: bytes, path: Path) -> list[Section]:
+def _html(data: bytes, path: Path) -> list[DocumentSection]:
     try:
         from lxml import etree, html
     except ImportError:
@@ -154,11 +130,24 @@ def _html(data: bytes, path: Path) -> list[Section]:
     except UnicodeDecodeError:
         encoding = None  # the parser finds the one that the page declares
     try:
-        root = html.document_fromstring(data, parser=html.HTMLParser(encoding=encoding))
+        parser = html.HTMLParser(encoding=encoding, remove_comments=True, remove_pis=True)
+        root = html.document_fromstring(data, parser=parser)
     except (etree.ParserError, etree.LxmlError, *_DAMAGED) as error:
         raise _damaged("HTML", path, error) from None
     sections = _Sections()
-    _walk(root, sections)
+    walker = etree.iterwalk(root, events=("start", "end"))
+    for event, node in walker:
+        if node.tag not in _INLINE and node.tag not in _SKIPPED:
+            sections.end()
+        if event == "end":
+            sections.text(node.tail or "")
+        elif node.tag in _SKIPPED:
+            walker.skip_subtree()
+        elif node.tag in _HEADINGS:
+            sections.head(" ".join(node.text_content().split()))
+            walker.skip_subtree()
+        else:
+            sections.text(node.text or "")
     return sections.done
 
 
@@ -168,36 +157,7 @@ _INLINE = {"a", "abbr", "b", "bdi", "cite", "code", "em", "font", "i", "kbd", "l
 _INLINE |= {"span", "strong", "sub", "sup", "time", "u", "var", "wbr"}
 
 
-def _walk(root: Any, sections: _Sections) -> None:
-    """Add the texts of an element in order, without recursion: foreign pages nest deeply."""
-    stack: list[tuple[Any, bool]] = [(root, False)]
-    while stack:
-        node, leaving = stack.pop()
-        if isinstance(node, str):
-            sections.text(node)
-            continue
-        if not isinstance(node.tag, str) or node.tag in _SKIPPED:  # a comment has a function as tag
-            continue
-        block = node.tag not in _INLINE
-        if leaving:
-            if block:
-                sections.end()
-            continue
-        if block:
-            sections.end()
-        if node.tag in _HEADINGS:
-            sections.head(" ".join(node.text_content().split()))
-            continue
-        stack.append((node, True))
-        for child in reversed(node):
-            if child.tail:
-                stack.append((child.tail, False))
-            stack.append((child, False))
-        if node.text:
-            stack.append((node.text, False))
-
-
-def _markdown(data: bytes, path: Path) -> list[Section]:
+def _markdown(data: bytes, path: Path) -> list[DocumentSection]:
     from markdown_it import MarkdownIt
 
     lines = _text(data, path).split("\n")
@@ -256,10 +216,10 @@ class _Sections:
         self.end()
 
     @property
-    def done(self) -> list[Section]:
+    def done(self) -> list[DocumentSection]:
         """The sections that have a paragraph or a title."""
         self.end()
-        return [Section(at, SEPARATOR.join(parts)) for at, parts in self._found if parts]
+        return [DocumentSection(at, SEPARATOR.join(parts)) for at, parts in self._found if parts]
 
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, NotImplementedError, OSError)
@@ -271,14 +231,14 @@ def _damaged(kind: str, path: Path, error: Exception) -> UserError:
     return UserError(f"The {kind} is damaged: {detail}", where=str(path), fix="Save it again, or leave it out.")
 
 
-READERS: dict[str, Callable[[bytes, Path], list[Section]]] = {
+READERS: dict[str, Callable[[bytes, Path], list[DocumentSection]]] = {
     ".pdf": _pdf,
     ".docx": _docx,
     ".html": _html,
     ".htm": _html,
     ".md": _markdown,
     ".markdown": _markdown,
-    ".txt": lambda data, path: [Section(_BEGINNING, _text(data, path))],
+    ".txt": lambda data, path: [DocumentSection(_BEGINNING, _text(data, path))],
 }
 
 
@@ -356,7 +316,7 @@ def read_document(path: Path, longest: int) -> Document:
     return Document(tuple(passages), tuple(without), tuple(short))
 
 
-def _parse_apart(path: Path) -> list[Section]:
+def _parse_apart(path: Path) -> list[DocumentSection]:
     """Return a document's sections, parsed in a process of its own: a parser is not trusted with memory and time."""
     command = (sys.executable, "-P", "-m", __name__, str(path), str(MAX_MEMORY), str(MAX_SECONDS))
     ran = run(command)
@@ -364,7 +324,7 @@ def _parse_apart(path: Path) -> list[Section]:
         result = json.loads(ran.stdout)
         if error := result.get("error"):
             raise UserError(**error)
-        return [Section(**section) for section in result["sections"]]
+        return [DocumentSection(**section) for section in result["sections"]]
     reason = ran.stderr.strip().rpartition("\n")[2]
     what = f"The document cannot be parsed: {reason[:200]}"
     if ran.code < 0 or reason.startswith("MemoryError"):
@@ -378,6 +338,7 @@ def _pieces(text: str, longest: int) -> Iterator[tuple[int, str]]:
     while len(text) - start > longest:
         window = text[start : start + longest]
         ends = (window.rfind(mark) + len(mark) for mark in (SEPARATOR, "\n", ". ", " ") if mark in window)
+        # A cut in the first half would leave pieces too short to ask about; a finer mark is better then.
         end = next((end for end in ends if end > longest // 2), longest)
         yield from _piece(text, start, start + end)
         start += end

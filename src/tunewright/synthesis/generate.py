@@ -27,7 +27,7 @@ from tunewright.metrics import ItemScore, Pair, Scorer, normalised
 from tunewright.model_io.client import Calls, Endpoint, Usage
 from tunewright.model_io.replies import Budget, Conversation, Reply
 from tunewright.synthesis.inputs import Input, screen_inputs
-from tunewright.synthesis.teachers import Sample, Teacher
+from tunewright.synthesis.teachers import Teacher, TeacherSample
 
 DISAGREE = "samples disagree"
 FORM = "not in the form of evaluate.structured_outputs"
@@ -62,7 +62,7 @@ _SCORE = re.compile(rf"^{_DRESS}SCORE{_DRESS}:{_DRESS}([1-5])(?:/5)?{_DRESS}\r?$
 
 
 @dataclass(frozen=True)
-class Estimate:
+class GenerateEstimate:
     """The calls of a run before anything is sent; ``left_out`` has the places of inputs by reason.
 
     ``judge_calls`` is the highest number, since only answers that are kept are judged.
@@ -109,13 +109,13 @@ class RowGenerator:
     judge: RubricJudge | None
     reporter: Reporter
 
-    def estimate(self, inputs: Sequence[Input]) -> Estimate:
+    def estimate(self, inputs: Sequence[Input]) -> GenerateEstimate:
         """Return the calls, tokens and cost of :meth:`run`, without sending anything."""
         reasons = screen_inputs(self.project, self.version, inputs, self.reporter)
         prompts = [each.example.prompt for place, each in enumerate(inputs) if place not in reasons]
         calls = self.teacher.calls(prompts, self.project.config.generate.samples)
         judged = 0 if self.judge is None else len(prompts) + 2 * self.judge.config.controls
-        return Estimate(len(inputs), _places(inputs, reasons), calls, judged)
+        return GenerateEstimate(len(inputs), _places(inputs, reasons), calls, judged)
 
     def run(self, inputs: Sequence[Input], out: Path) -> GenerateResult:
         """Sample the teacher, and write the rows that are kept to a file that ``data add`` reads."""
@@ -163,7 +163,7 @@ class RowGenerator:
                 reasons[place] = UNDER if isinstance(score, int) else f"not judged: {score}"
         return found
 
-    def _kept(self, given: Input, samples: Sequence[Sample]) -> tuple[Message, float] | str:
+    def _kept(self, given: Input, samples: Sequence[TeacherSample]) -> tuple[Message, float] | str:
         """Return the chosen answer with its agreement, or the reason why the input gets no row."""
         prompt = given.example.prompt
         unusable = [sample.unusable for sample in samples if sample.unusable is not None]
@@ -186,7 +186,7 @@ class RowGenerator:
         return answer, agreement
 
     def _row(
-        self, given: Input, answer: Message, agreement: float, samples: Sequence[Sample], score: int | None
+        self, given: Input, answer: Message, agreement: float, samples: Sequence[TeacherSample], score: int | None
     ) -> dict[str, Any]:
         example = Example((*given.example.prompt, answer))
         about = {
@@ -200,7 +200,7 @@ class RowGenerator:
         return {**example.as_row(), **given.row.groups, **own, GENERATED: about}
 
 
-def provenance(teacher: Teacher, samples: Sequence[Sample], prompt: str) -> dict[str, Any]:
+def provenance(teacher: Teacher, samples: Sequence[TeacherSample], prompt: str) -> dict[str, Any]:
     """Return what a generated row records about its samples; ``prompt`` is what identifies the one that was sent."""
     config = teacher.config
     return {
@@ -310,6 +310,7 @@ class RubricJudge:
         """Test the judge on people's training rows: their own answers pass, and those of other rows fail."""
         rows = [m for m in version.domain_of("train") if not m.generated] if version else []
         rng = np.random.default_rng(self._seed)
+        # One row of each cluster: the binomial limit below assumes that the controls are independent.
         chosen = {rows[place].cluster: rows[place].example for place in rng.permutation(len(rows))}
         examples = list(chosen.values())[: self.config.controls]
         swapped = [

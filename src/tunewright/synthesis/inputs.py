@@ -155,6 +155,8 @@ def _held_out(
         near = (keys for keys in clusters if any(splits.get(key) in ("dev", "test") for key in keys))
         return frozenset(key for keys in near for key in keys if key in inputs and key not in splits)
 
+    # Inputs like a held-out row leave by themselves; only then do groups join clusters, so that one such input does not
+    # take its whole document along.
     alone = held_out(clusters.values())
     clusters = {name: [key for key in keys if key not in alone] for name, keys in clusters.items()}
     groups = {m.key: m.groups for m in version.domain}

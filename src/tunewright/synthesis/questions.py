@@ -22,9 +22,9 @@ from tunewright.data.readers.validate import example_from_object
 from tunewright.data.versions import DatasetVersion
 from tunewright.model_io.client import Usage
 from tunewright.synthesis.documents import Document, Passage, read_document
-from tunewright.synthesis.generate import Estimate, provenance, warn_of_versions, write_rows
+from tunewright.synthesis.generate import GenerateEstimate, provenance, warn_of_versions, write_rows
 from tunewright.synthesis.inputs import Input, screen_inputs
-from tunewright.synthesis.teachers import Prompt, Sample, Teacher
+from tunewright.synthesis.teachers import Prompt, Teacher, TeacherSample
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -99,12 +99,12 @@ class QuestionWriter:
     reporter: Reporter
     _left_out: dict[str, list[str]] = field(default_factory=dict, init=False)
 
-    def estimate(self, files: Sequence[Path]) -> Estimate:
+    def estimate(self, files: Sequence[Path]) -> GenerateEstimate:
         """Return the calls, tokens and cost of :meth:`run`, without sending anything."""
         passages = self._passages(files)
         calls = self.teacher.calls([self._prompt(passage) for passage in passages], 1)
         skipped = sum(map(len, self._left_out.values()))
-        return Estimate(len(passages) + skipped, self._left_out, calls)
+        return GenerateEstimate(len(passages) + skipped, self._left_out, calls)
 
     def run(self, files: Sequence[Path], out: Path) -> DocumentsResult:
         """Have the teacher write pairs for each passage, and write those that are kept to a file for ``data add``."""
@@ -164,7 +164,7 @@ class QuestionWriter:
         count = self.project.config.generate.questions
         return (Message("user", _ASK.format(mark=mark, text=passage.text, count=count, longest=_LONGEST_QUOTE)),)
 
-    def _pairs(self, passage: Passage, reply: Sample) -> Iterator[tuple[Example, str, int]]:
+    def _pairs(self, passage: Passage, reply: TeacherSample) -> Iterator[tuple[Example, str, int]]:
         """Yield the example of each pair with its quote and the quote's place in the passage."""
         if reply.message is None:
             self._leave(str(reply.unusable), passage.place)
@@ -191,7 +191,7 @@ class QuestionWriter:
             yield example, passage.text[start:end], passage.start + start
 
     def _row(
-        self, passage: Passage, prompt: Prompt, reply: Sample, example: Example, quote: str, start: int
+        self, passage: Passage, prompt: Prompt, reply: TeacherSample, example: Example, quote: str, start: int
     ) -> dict[str, Any]:
         about = {
             **provenance(self.teacher, [reply], prompt[0].content),

@@ -37,7 +37,7 @@ _LONGEST = 512  # tokens, where the parameters set no limit
 
 
 @dataclass(frozen=True)
-class Sample:
+class TeacherSample:
     """One sampled answer, or the reason why it cannot be used."""
 
     message: Message | None
@@ -115,7 +115,7 @@ class EndpointTeacher:
         """Return what sampling takes."""
         return self._endpoint.estimate(request for prompt in prompts for request in self._requests(prompt, samples))
 
-    def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[Sample]]:
+    def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[TeacherSample]]:
         """Return the samples of each prompt."""
         self._reporter.say(f"Inputs are sent to {self.name} at {self.config.base_url}")
         requests = [request for prompt in prompts for request in self._requests(prompt, samples)]
@@ -134,17 +134,17 @@ class EndpointTeacher:
         conversation = tuple(_sent(with_instruction(prompt, self.config.instruction)))
         return [ChatRequest(conversation, own, number) for number in range(samples)]
 
-    def _sample(self, prompt: Prompt, reply: Reply) -> Sample:
+    def _sample(self, prompt: Prompt, reply: Reply) -> TeacherSample:
         model, when = reply.model or self.name, reply.when or now()
         if reply.refused is not None:
-            return Sample(None, reply.refused, model, when)
+            return TeacherSample(None, reply.refused, model, when)
         if reply.finish == "length":
-            return Sample(None, CUT_OFF, model, when)
+            return TeacherSample(None, CUT_OFF, model, when)
         turn: dict[str, Any] = {"role": "assistant", "content": reply.text}
         if reply.tool_calls:
             turn["tool_calls"] = list(reply.tool_calls)
         message, unusable = self._reader.message(prompt, turn)
-        return Sample(message, unusable, model, when)
+        return TeacherSample(message, unusable, model, when)
 
     @property
     def used(self) -> Usage:
@@ -200,7 +200,7 @@ class LocalTeacher:
             most_cost=0.0,
         )
 
-    def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[Sample]]:
+    def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[TeacherSample]]:
         """Return the samples of each prompt; a resumed run computes only the missing ones."""
         encoded = self._encoded(prompts)
         asked = {ids: prompt for prompt, ids in encoded}
@@ -249,12 +249,12 @@ class LocalTeacher:
             for request, (ids, number) in zip(free, missing, strict=True)
         ]
 
-    def _sample(self, prompt: Prompt, entry: Mapping[str, Any]) -> Sample:
+    def _sample(self, prompt: Prompt, entry: Mapping[str, Any]) -> TeacherSample:
         version = f"{self.name}@{self._generator.base.digest[:12]}"
         if entry["cut"]:
-            return Sample(None, CUT_OFF, version, entry["when"])
+            return TeacherSample(None, CUT_OFF, version, entry["when"])
         message, unusable = self._reader.message(prompt, entry["turn"])
-        return Sample(message, unusable, version, entry["when"])
+        return TeacherSample(message, unusable, version, entry["when"])
 
     @property
     def used(self) -> Usage:

@@ -15,13 +15,13 @@ from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.evidence.common import GeneratedEffect
-    from tunewright.synthesis.generate import Estimate, GenerateResult, RowGenerator
+    from tunewright.synthesis.generate import GenerateEstimate, GenerateResult, RowGenerator
     from tunewright.synthesis.inputs import Input
     from tunewright.synthesis.questions import DocumentsResult, QuestionWriter
     from tunewright.synthesis.teachers import Teacher
 
 
-def estimate_generate(project: OpenProject, files: Iterable[str | Path]) -> Estimate:
+def estimate_generate(project: OpenProject, files: Iterable[str | Path]) -> GenerateEstimate:
     """Estimate calls, tokens and cost of :meth:`generate`, without sending anything."""
     generator, inputs = _generator(project, files)
     return generator.estimate(inputs)
@@ -60,7 +60,7 @@ def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGe
     return generator, inputs
 
 
-def estimate_from_documents(project: OpenProject, files: Iterable[str | Path]) -> Estimate:
+def estimate_from_documents(project: OpenProject, files: Iterable[str | Path]) -> GenerateEstimate:
     """Estimate calls, tokens and cost of :meth:`from_documents`, without sending anything."""
     return _writer(project).estimate([Path(file) for file in files])
 

@@ -13,7 +13,7 @@ from typing import Any
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.core.text import count_of
+from tunewright.core.text import count_of, listed
 from tunewright.core.workers import slices
 from tunewright.data.examples import INSTRUCTIONS, Example, Message, Role
 from tunewright.data.pii.personal import NAME_LABELS, PERSONAL
@@ -141,6 +141,7 @@ def _find_by_patterns(text: str) -> list[Finding]:
         for match in pattern.regex.finditer(text):
             if pattern.check(match):
                 found.append((pattern.rank, Finding(pattern.kind, pattern.category, *match.span(group))))
+    # Greedy: lower rank first, then the longer match, then the earlier one.
     found.sort(key=lambda ranked: (ranked[0], ranked[1].start - ranked[1].end, ranked[1].start))
     taken = bytearray(len(text))
     kept = []
@@ -198,9 +199,8 @@ def redact(
     calls stay valid JSON. Redacting again changes nothing. ``also`` and ``allow`` are as for ``scan``; permitted kinds
     are not replaced.
     """
-    named = [message_texts(message) for message in example.messages]
-    keys = [name for of_message in named for name, _ in of_message]
-    texts = [text for of_message in named for _, text in of_message]
+    named = [each for message in example.messages for each in message_texts(message)]
+    keys, texts = [name for name, _ in named], [text for _, text in named]
     names: dict[tuple[str, str], str] = {}
     last = Counter[str]()  # the highest number of each kind's placeholders
     for text in texts:
@@ -225,10 +225,7 @@ def redact(
     if not names:
         return example, {}
     left = iter(texts)
-    turns = zip(example.messages, named, strict=True)
-    return Example(tuple(with_texts(message, [next(left) for _ in of_turn]) for message, of_turn in turns)), dict(
-        counts
-    )
+    return Example(tuple(with_texts(message, left) for message in example.messages)), dict(counts)
 
 
 def _replace(
@@ -304,7 +301,7 @@ def blocked(scan: Scan) -> UserError:
     kinds = sorted({place.finding.kind for place in secrets})
     return UserError(
         f"{count_of(len(secrets), 'secret')} in {_rows(secrets)}, nothing was added ({_kinds(secrets)})\n"
-        f"{_list_places(secrets, 50)}",
+        f"{listed(map(str, secrets), len(secrets), 50, 'the result lists all')}",
         fix="Delete them, or use --redact, which replaces them by placeholders such as "
         f"<{secrets[0].finding.kind.upper()}_1>. Revoke secrets that others may have seen. If they are intended, set "
         f"data.allow: [{', '.join(kinds)}]",
@@ -316,9 +313,10 @@ def warned(scan: Scan) -> str:
     personal = scan.of("personal")
     if not personal:
         return ""
+    lines = listed(map(str, personal), len(personal), 10, "the result lists all")
     return (
         f"personal data in {_rows(personal)} ({_kinds(personal)}). A model can repeat its training data; --redact "
-        f"replaces personal data by placeholders.\n{_list_places(personal, 10)}"
+        f"replaces personal data by placeholders.\n{lines}"
     )
 
 
@@ -338,13 +336,6 @@ def _rows(places: Iterable[LocatedFinding]) -> str:
     return count_of(len({place.row for place in places}), "row")
 
 
-def _list_places(places: Sequence[LocatedFinding], most: int) -> str:
-    lines = [f"  {place}" for place in places[:most]]
-    if len(places) > most:
-        lines.append(f"  and {len(places) - most:,} more: the result lists all")
-    return "\n".join(lines)
-
-
 def message_texts(message: Message) -> list[tuple[str, str]]:
     """Return the texts, each with the key that names it ("" for none), since some secrets are recognised by it.
 
@@ -357,9 +348,8 @@ def message_texts(message: Message) -> list[tuple[str, str]]:
     return [("", message.content), *arguments]
 
 
-def with_texts(message: Message, texts: Sequence[str]) -> Message:
-    """Return the message with other texts, in the order of ``message_texts``; a changed number becomes a text."""
-    left = iter(texts)
+def with_texts(message: Message, left: Iterator[str]) -> Message:
+    """Return the message with the next texts, in the order of ``message_texts``; a changed number becomes a text."""
     if message.role == "tools":
         return replace(message, content=canonical_json(_with_values(json.loads(message.content), left)))
     content = next(left)

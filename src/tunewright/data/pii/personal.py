@@ -285,13 +285,9 @@ _WHERE = "--presidio"
 
 
 def open_presidio(model: str) -> Finder:
-    """Return a finder of names and places that uses presidio and a spaCy model.
+    """Return a finder of names and places that uses presidio and an installed spaCy model, or a folder with one.
 
-    Args:
-        model: an installed spaCy model, such as en_core_web_lg, or a folder with one. It decides the language.
-
-    Raises:
-        UserError: presidio or the model is not installed, or the model finds neither names nor places.
+    The model decides the language.
     """
     try:
         import presidio_analyzer  # noqa: F401

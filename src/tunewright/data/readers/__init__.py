@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,7 @@ class SourceRow:
 
     def stored(self, file: RowFile) -> SourceRow:
         """Return the row with its turns in a file."""
-        example = file.stored(self.example)
-        return SourceRow(example, self.source, self.line, self.groups, self.metadata, self.generated)
+        return replace(self, example=file.stored(self.example))
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class ReadResult:
 
 
 def read_pairs(path: Path, data: DataConfig, task: Task | None = None, workers: Workers = THIS_PROCESS) -> ReadResult:
-    """Read a file of pairs; arguments and errors are those of ``scan_pairs``. The rows' turns are in a ``RowFile``."""
+    """Read a file of pairs as ``scan_pairs`` does. The rows' turns are in a ``RowFile``."""
     reading, file = ReadResult([], [], []), RowFile()
     for row in scan_pairs(path, data, reading.notes, task, workers):
         if isinstance(row, Fault):
@@ -123,15 +122,8 @@ def scan_pairs(
 ) -> Iterator[SourceRow | Fault]:
     """Yield the rows of a file of pairs, faulty ones as ``Fault``, with memory independent of the file's length.
 
-    Args:
-        data: the config's columns, keys, system turn and character limit.
-        notes: receives notes for the user: the format of the rows and the reason, encoding, dropped keys.
-        task: advanced by the bytes read, ``source_size(path)`` in total.
-        workers: check the rows; the file is read here.
-
-    Raises:
-        UserError: the file cannot be read (missing, empty, unknown format or encoding, missing column, truncated JSON
-            or CSV), or a template or JMESPath of the config is invalid.
+    ``notes`` receives notes for the user: the format of the rows and the reason, encoding, dropped keys. ``task`` is
+    advanced by the bytes read, ``source_size(path)`` in total. ``workers`` check the rows; the file is read here.
     """
     chats = unmapped(data)
     source = open_source(path, chats if has_generated_rows(path) else data, notes, task)

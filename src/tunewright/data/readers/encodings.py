@@ -32,13 +32,8 @@ def expansion_limit(size: int) -> int:
     return max(LEAST_LIMIT, MOST_EXPANSION * size)
 
 
-def compression_of(path: Path) -> str | None:
+def compression_of(magic: bytes) -> str | None:
     """Return the name of a file's compression, by its first bytes."""
-    with path.open("rb") as file:
-        return _compression(file.read(4))
-
-
-def _compression(magic: bytes) -> str | None:
     return next((name for mark, name in COMPRESSIONS.items() if magic.startswith(mark)), None)
 
 
@@ -50,7 +45,7 @@ def open_bytes(path: Path, task: Task | None = None) -> Iterator[BinaryIO]:
     """
     with path.open("rb", buffering=0 if task else -1) as file:
         raw: Any = io.BufferedReader(_Counting(file, task), _BUFFER) if task else file
-        compression = _compression(raw.peek(4))
+        compression = compression_of(raw.peek(4))
         content: Any = raw if compression is None else _Decompressed(raw, path, compression)
         yield content if compression is None else io.BufferedReader(content, _BUFFER)
 
@@ -149,9 +144,9 @@ def find_encoding(path: Path) -> Encoding:
         for mark, codec, name in _BOMS:
             if head.startswith(mark):
                 if codec != "utf-8-sig" and not _is_all(head, file, codec):
-                    line = _first_bad_line(path, codec)
-                    raise UserError(f"Invalid {name} despite its byte-order mark", where=f"{path}:{line}", fix=_SAVE)
+                    raise UserError(f"Invalid {name} despite its byte-order mark", where=str(path), fix=_SAVE)
                 return Encoding(codec, name, mark=True)
+        # UTF-16 of Latin text has a NUL in every second byte, and text in UTF-8 has none.
         if head.count(0) * 3 > len(head):
             raise UserError("UTF-16 without a byte-order mark, or not text", where=str(path), fix=_SAVE)
         if _is_all(head, file, "utf-8"):
@@ -171,18 +166,6 @@ def _is_all(head: bytes, file: BinaryIO, codec: str) -> bool:
     return True
 
 
-def _first_bad_line(path: Path, codec: str) -> int:
-    decoder = codecs.getincrementaldecoder(codec)("replace")
-    line = 1
-    with open_bytes(path) as file:
-        while chunk := file.read(_CHUNK):
-            before, found, _ = decoder.decode(chunk).partition("\ufffd")
-            line += before.count("\n")
-            if found:
-                break
-    return line
-
-
 def _eight_bit(path: Path) -> Encoding:
     foreign = utf8 = first = undefined = 0
     excerpt = ""
@@ -198,6 +181,7 @@ def _eight_bit(path: Path) -> Encoding:
                 first, excerpt = number, line.decode("cp1252", errors="replace")
             if not undefined and _NOT_CP1252.search(line):
                 undefined = number
+    # In cp1252 a sequence that is valid UTF-8 by chance is rare; in UTF-8 with a damaged byte nearly all are valid.
     if utf8 * 100 > foreign:
         return Encoding("utf-8", "UTF-8")
     if undefined:
@@ -206,16 +190,6 @@ def _eight_bit(path: Path) -> Encoding:
     assert found is not None
     around = excerpt[max(0, found.start() - 20) : found.start() + 20].strip()
     return Encoding("cp1252", "cp1252", first_line=first, excerpt=around)
-
-
-def note_on(path: Path, encoding: Encoding) -> str | None:
-    """Return the note on an encoding that was guessed."""
-    if encoding.codec != "cp1252":
-        return None
-    return (
-        f"{path}: read as cp1252 (Windows, Western European; includes latin-1), because line {encoding.first_line} is "
-        f'not UTF-8. That line has "{encoding.excerpt}": if this is wrong, save the file as UTF-8.'
-    )
 
 
 def escaped(text: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Files of pairs before they are added: a preview, all faults, and corrected copies; the files never change."""
+"""Files of pairs before they are added: all faults, and corrected copies; the files never change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +21,15 @@ from tunewright.data.pii import LABELS, find_in_value, message_texts, value_text
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
-from tunewright.data.readers.sources import Source, is_workbook, open_source
+from tunewright.data.readers.sources import SourceFile, open_source
 from tunewright.data.readers.turns import Turn, TurnKeys, json_or_literal, read_turn
 from tunewright.data.readers.validate import declared_tools, example_from_turns, groups_of, metadata_of
 
-_LOOKED_AT = 20  # rows, some of which may be faulty
-# Templates on the whole row: every column is read, whatever its name.
-_ANY_COLUMNS = {"input": "{{ row }}", "output": "{{ row | tojson }}", "group_by": (), "drop_columns": ()}
 _CHAT_KEYS = {"messages", "system", "system_prompt", "only_last"}
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 Repaired = tuple[list[Turn], str]
 """The repaired turns, and a description of the repair."""
-
-
-@dataclass(frozen=True)
-class FilePreview:
-    """The columns (or keys) of a file and its first rows without a fault."""
-
-    columns: tuple[str, ...]
-    rows: tuple[dict[str, Any], ...]
-
-
-def preview_file(path: Path, data: DataConfig, count: int = 3) -> FilePreview:
-    """Return the columns of a file and its first ``count`` rows.
-
-    Raises:
-        UserError: the file cannot be read, or two columns have the same name.
-    """
-    source = open_source(path, data.model_copy(update=_ANY_COLUMNS), [])
-    rows = [raw.row for raw in islice(source.rows, _LOOKED_AT)]
-    good = [row for row in rows if not isinstance(row, RowError)][:count]
-    return FilePreview(tuple(dict.fromkeys(key for row in good for key in row)), tuple(good))
-
-
-def sheet_titles(path: Path) -> tuple[str, ...]:
-    """Return the titles of a workbook's visible sheets; of another file, nothing."""
-    if not is_workbook(path):
-        return ()
-    from tunewright.data.readers.workbooks import visible_sheets
-
-    return visible_sheets(path)
 
 
 @dataclass(frozen=True)
@@ -125,9 +93,6 @@ def check_files(
 
     ``rows`` receives the examples; without it they are not held, so that files of any length can be checked. A file
     that cannot be read is part of the result, and the other files are checked.
-
-    Raises:
-        UserError: a template or JMESPath of the config is invalid.
     """
     check_mapping(data)
     faults: list[Fault] = []
@@ -189,9 +154,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
 
     A fault is repaired if there is only one way to do so (docs/how-to/file-formats.md). Rows with other faults are left
     out and listed. The config's system turn is not written, since it is put before pairs when they are added.
-
-    Raises:
-        UserError: ``out`` exists, no row is left, the errors of ``scan_pairs``, a full disk. Nothing is written then.
+    Nothing is written if ``out`` exists, or if no row is left.
     """
     if out.exists():
         same = path.exists() and out.samefile(path)
@@ -214,7 +177,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     return [Change(str(path), 1, None, what) for what in whole] + changes
 
 
-def _fix_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
+def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
     for line, row, above, parent in source.rows:
         try:

@@ -180,6 +180,8 @@ class _Cursor:
             try:
                 value, end = self._decode()
             except json.JSONDecodeError as error:
+                # A token that the buffer's end cuts is a fault near it; the longest besides strings is a pair of \u
+                # escapes (12 characters).
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
                 if not cut or not self._more():
                     self._move(min(error.pos, len(self.buffer)))
@@ -430,10 +432,10 @@ def rows_hint(document: dict[str, Any]) -> str | None:
     return _key(lists[0]) if lists else None
 
 
-def array_hint(items: Sequence[dict[str, Any]]) -> str | None:
-    """Return the expression for rows in the objects of an array, if all have a list of objects under one key."""
-    keys = [key for key in items[0] if all(_holds_rows(item.get(key)) for item in items)] if items else []
-    return f"[].{_key(keys[0])}[]" if keys else None
+def array_hint(item: dict[str, Any]) -> str | None:
+    """Return the expression for rows in the objects of an array like this one, which has them under a key."""
+    key = next((key for key, value in item.items() if _holds_rows(value)), None)
+    return None if key is None else f"[].{_key(key)}[]"
 
 
 def _key(name: str) -> str:

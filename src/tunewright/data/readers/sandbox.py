@@ -31,7 +31,7 @@ MAX_WORK = 1 << 24
 """Of one rendered row: the sizes of all values that its operations read and make, together."""
 _MAX_BITS = 100_000  # of a whole number
 _MAX_NUMBER = 10_000  # as an argument that sets a width or a count
-_STEP = 16  # work of an operation besides the sizes of its values
+_STEP = 16  # work of an operation besides the sizes of its values: an empty loop must end too
 
 _PLAIN = (str, int, float, Decimal, datetime.date, datetime.time)
 _STATEMENTS = (nodes.Template, nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.With)

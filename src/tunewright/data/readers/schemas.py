@@ -78,9 +78,6 @@ def parse_conversation(
 
     The path of the row in its document (``above``) and the objects above it are for templates of the config. Keys that
     no format has are allowed: ``metadata_of`` keeps them.
-
-    Raises:
-        RowError: an unknown format, missing or misspelt keys, turns that are not a list, or a failing template.
     """
     if data.drop_columns:
         row = {key: value for key, value in row.items() if key not in data.drop_columns}

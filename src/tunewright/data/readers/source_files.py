@@ -146,10 +146,6 @@ def hub_files(name: str | Path, reporter: Reporter) -> list[Path]:
     """Download the files that a name stands for into the hub's cache, at one commit.
 
     Files are downloaded and read like files of this machine; no code of the repository is run.
-
-    Raises:
-        UserError: no such dataset, revision, configuration, split or file; several configurations or splits, of which
-            the name must choose one; an unreachable hub.
     """
     from huggingface_hub import HfApi, constants, errors, hf_hub_download
 

@@ -17,7 +17,6 @@ from tunewright.data.readers.encodings import (
     Encoding,
     compression_of,
     find_encoding,
-    note_on,
     open_bytes,
     open_text,
 )
@@ -54,11 +53,11 @@ _OTHERS = {
     b"\xfd7zX": "compressed by xz",
 }
 _HEAD = 1 << 16  # characters
-_LOOKED_AT = 20  # rows that decide whether names of columns, or an array's objects, can be rows
+_LOOKED_AT = 20  # rows that decide whether names of columns can be keys of rows
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file's name in messages, its format ("JSON Lines"), its rows as an iterator, and the encoding of text."""
 
     name: str
@@ -69,23 +68,18 @@ class Source:
     """True if the rows have columns."""
 
 
-def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | None = None) -> Source:
+def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | None = None) -> SourceFile:
     """Detect the format of a file from its beginning, and from its name if the content is ambiguous.
 
-    Args:
-        notes: receives notes for the user: encoding, unused columns, rows without lines.
-        task: advanced by the bytes read.
-
-    Raises:
-        UserError: a missing file, an unknown format or encoding, or an invalid template or JMESPath in the config;
-            from ``rows``, the errors of the readers.
+    ``notes`` receives notes for the user: encoding, unused columns, rows without lines. ``task`` is advanced by the
+    bytes read.
     """
     check_mapping(data)
     if path.is_dir():
         if not is_saved(path):
             raise UserError("Expected a file, got a folder", where=str(path), fix="Name the files in it.")
         _refuse_rows(data, "a saved dataset", path)
-        return Source(str(path), "a saved dataset", saved_rows(path, data, notes, task), table=True)
+        return SourceFile(str(path), "a saved dataset", saved_rows(path, data, notes, task), table=True)
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -98,14 +92,14 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
         raise UserError("Not a regular file", where=str(path), fix="Save it as a file first.")
     if magic == _PARQUET:
         _refuse_rows(data, "Parquet", path)
-        return Source(str(path), "Parquet", parquet_rows(path, data, notes, task), table=True)
+        return SourceFile(str(path), "Parquet", parquet_rows(path, data, notes, task), table=True)
     if magic == _ZIP:
         _refuse_rows(data, "a workbook", path)
         from tunewright.data.readers.workbooks import open_workbook
 
         title, rows = open_workbook(path, data, notes, task)
-        return Source(f"{path}:{title}", f"sheet {title}", rows, table=True)
-    compression = compression_of(path)
+        return SourceFile(f"{path}:{title}", f"sheet {title}", rows, table=True)
+    compression = compression_of(magic)
     if compression is not None:
         with open_bytes(path) as file:
             magic = file.read(4)
@@ -114,17 +108,19 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
             inside = f" inside {compression}: decompress the file first" if compression else ""
             raise UserError(f"Unsupported file format: {what}{inside}", where=str(path), fix=_KINDS)
     encoding = find_encoding(path)
-    note = note_on(path, encoding)
-    if note:
-        notes.append(note)
+    if encoding.codec == "cp1252":  # the only encoding that is guessed
+        notes.append(
+            f"{path}: read as cp1252 (Windows, Western European; includes latin-1), because line {encoding.first_line} "
+            f'is not UTF-8. That line has "{encoding.excerpt}": if this is wrong, save the file as UTF-8.'
+        )
     with open_text(path, encoding) as text:
-        head = text.read(_HEAD)
+        head = text.read(_HEAD)  # white space does not count
         while len(head.lstrip()) < _HEAD // 2 and (more := text.read(_HEAD)):
             head = head.lstrip() + more
         kind, reader = _text_reader(head, path, data, notes)
     table = kind.startswith("CSV")
     kind += f" in {compression}" if compression else ""
-    return Source(str(path), kind, _text_rows(path, encoding, task, reader), encoding, table=table)
+    return SourceFile(str(path), kind, _text_rows(path, encoding, task, reader), encoding, table=table)
 
 
 def is_workbook(path: Path) -> bool:
@@ -169,16 +165,16 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
             text, path, expression, notes, above
         )
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
-        return "a JSON array", lambda text: _no_nested_rows(
-            number_if_ambiguous(json_array(text, path), path, notes), path, data
+        return "a JSON array", lambda text: _no_container(
+            number_if_ambiguous(json_array(text, path), path, notes), path, data, array=True
         )
     if any(_is_object(line) for line in lines[: 20 if named_json else 1]):
-        return "JSON Lines", lambda text: _no_document(json_lines(text), path, data)
+        return "JSON Lines", lambda text: _no_container(json_lines(text), path, data, array=False)
     if start.startswith("{") and suffix not in _TABLE_NAMES[:3]:
         if len(lines) > 1 and not lines[1].lstrip().startswith("{"):
             kind = "JSON objects over several lines"
-            return kind, lambda text: _no_document(
-                number_if_ambiguous(json_objects(text, path), path, notes), path, data
+            return kind, lambda text: _no_container(
+                number_if_ambiguous(json_objects(text, path), path, notes), path, data, array=False
             )
         return "JSON Lines", json_lines
     delimiter = delimiter_of(head, data)
@@ -192,22 +188,19 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
     return kind, lambda text: csv_rows(text, path, delimiter, data, notes)
 
 
-def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Iterator[RawRow]:
-    """Yield the rows, but refuse an array whose objects seem to contain the rows."""
-    first = list(islice(rows, 1))
-    objects = [raw.row for raw in first if isinstance(raw.row, dict)]
-    if array_hint(objects) and _no_row(objects[0], data):
-        first += islice(rows, _LOOKED_AT - 1)
-        objects = [raw.row for raw in first if isinstance(raw.row, dict)]
-    if len(objects) == len(first) and (hint := array_hint(objects)) is not None:
-        faults = [_no_row(row, data) for row in objects]
-        if all(faults):
-            raise UserError(
-                f"The objects of the array are not rows, but seem to contain them ({faults[0]})",
-                where=f"{path}:{first[0].line}",
-                fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/how-to/file-formats.md). "
-                f"Keys of the objects: {list_keys(objects[0])}.",
-            )
+def _no_container(rows: Iterator[RawRow], path: Path, data: DataConfig, *, array: bool) -> Iterator[RawRow]:
+    """Yield the rows, but refuse an array whose first object, or the only object, seems to contain the rows."""
+    first = list(islice(rows, 1 if array else 2))
+    row = first[0].row if len(first) == 1 else None
+    hint = (array_hint if array else rows_hint)(row) if isinstance(row, dict) else None
+    if isinstance(row, dict) and hint and (fault := _no_row(row, data)):
+        what = "The objects of the array are not rows" if array else "The only object is not a row"
+        raise UserError(
+            f"{what}, but seem{'' if array else 's'} to contain the rows ({fault})",
+            where=f"{path}:{first[0].line}",
+            fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/how-to/file-formats.md). "
+            f"Keys: {list_keys(row)}.",
+        )
     yield from first
     yield from rows
 
@@ -221,21 +214,6 @@ def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
     except RowError as fault:
         return fault
     return None
-
-
-def _no_document(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Iterator[RawRow]:
-    """Yield the rows, but refuse a single object that seems to contain the rows."""
-    first = list(islice(rows, 2))
-    document = first[0].row if len(first) == 1 else None
-    if isinstance(document, dict) and (hint := rows_hint(document)) and (fault := _no_row(document, data)):
-        raise UserError(
-            f"The only object is not a row, but seems to contain the rows ({fault})",
-            where=f"{path}:{first[0].line}",
-            fix=f"Say where in it they are: --rows {shlex.quote(hint)}, "
-            "or set data.rows (docs/how-to/file-formats.md).",
-        )
-    yield from first
-    yield from rows
 
 
 def _is_object(line: str) -> bool:

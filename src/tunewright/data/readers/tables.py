@@ -240,7 +240,7 @@ def _text_columns(metadata: Any) -> list[str]:
 def _rows_per_batch(metadata: Any, group: int, names: Sequence[str]) -> int:
     """Return how many rows of a Parquet row group to read at once, by the bytes that these columns can take."""
     described = metadata.row_group(group)
-    size = 0.0  # of a row
+    size = 0.0  # of a row: pages as stored, in which a dictionary counts once (it stays one in memory too)
     for number in range(metadata.num_columns):
         path = metadata.schema.column(number).path
         if not any(path == name or path.startswith(f"{name}.") for name in names):

@@ -84,9 +84,11 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared 
         messages.insert(0, Message("tools", declared.text))
         turns = [Turn("tools", declared.text, tools.path, tools.path), *turns]
     for message, turn in zip(messages, turns, strict=True):
-        if _has_half_pair(message.text):
+        try:
+            message.text.encode()
+        except UnicodeEncodeError:
             reason = f"half of a surrogate pair in the {message.role} turn, which is not a character"
-            raise RowError("E402", reason, turn.content_path)
+            raise RowError("E402", reason, turn.content_path) from None
     characters = sum(len(message.text) for message in messages)
     if characters > data.max_characters:
         raise RowError("E403", f"{characters:,} characters (limit {data.max_characters:,}, data.max_characters)")
@@ -99,16 +101,6 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared 
             for message in messages
         )
     )
-
-
-def _has_half_pair(text: str) -> bool:
-    if text.isascii():
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _message(turn: Turn, tools: Toolset | None) -> Message:

@@ -31,8 +31,7 @@ from tunewright.studio.visit import Handlers, PageReporter, Visit, path_of
 from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
-    from tunewright.data.preview import Effect
-    from tunewright.data.readers.file_check import FilePreview
+    from tunewright.data.preview import Effect, FilePreview
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's."""
