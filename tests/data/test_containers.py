@@ -159,14 +159,6 @@ def test_table_groups_are_read_and_missing_ones_refused(tmp_path: Path) -> None:
         _read(tmp_path, text, "a.csv", data.model_copy(update={"group_by": ("custmer",)}))
 
 
-def _parquet(path: Path, columns: dict[str, Any]) -> Path:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
 def _saved(folder: Path, columns: dict[str, Any], **features: Any) -> Path:
     import datasets
 
@@ -176,26 +168,24 @@ def _saved(folder: Path, columns: dict[str, Any], **features: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("write", [_parquet, _saved])
-def test_arrow_rows_are_numbered_and_null_and_nan_are_faults(tmp_path: Path, write: Any) -> None:
-    path = write(
-        tmp_path / "rows", {"q": ["one", None, "three", "four"], "a": ["x", "y", None, "z"], "n": [1, 2, 3, 4]}
-    )
+@pytest.mark.parametrize("suffix", [".parquet", ""])
+def test_arrow_rows_are_numbered_and_null_and_nan_are_faults(tmp_path: Path, suffix: str) -> None:
+    pairs = (("one", "x"), (None, "y"), ("three", None), ("four", "z"))
+    rows = [{"q": q, "a": a, "n": n} for n, (q, a) in enumerate(pairs, start=1)]
+    path = write_rows(tmp_path / f"rows{suffix}", rows)
     reading = read_pairs(path, DATA)
     assert [(r.line, r.example.input_text) for r in reading.rows] == [(1, "one"), (4, "four")]
     assert [(f.line, f.code, f.path) for f in reading.faults] == [(2, "E305", "$.q"), (3, "E305", "$.a")]
     assert [row.metadata for row in reading.rows] == [{"n": 1}, {"n": 4}]
-    floats = write(tmp_path / "floats", {"q": ["one"], "a": [float("nan")]})
+    floats = write_rows(tmp_path / f"floats{suffix}", [{"q": "one", "a": float("nan")}])
     assert [f.reason for f in read_pairs(floats, DATA).faults] == ["a is float, not text"]
 
 
-@pytest.mark.parametrize("write", [_parquet, _saved])
-def test_arrow_conversations_are_read_without_added_nulls(tmp_path: Path, write: Any) -> None:
-    chats = [
-        [{"role": "user", "content": "a", "weight": None}, {"role": "assistant", "content": "b", "weight": w}]
-        for w in (1, None)
-    ]
-    path = write(tmp_path / "rows", {"messages": chats, "customer": [12, None]})
+@pytest.mark.parametrize("suffix", [".parquet", ""])
+def test_arrow_conversations_are_read_without_added_nulls(tmp_path: Path, suffix: str) -> None:
+    user, answer = {"role": "user", "content": "a", "weight": None}, {"role": "assistant", "content": "b"}
+    rows = [{"messages": [user, {**answer, "weight": w}], "customer": n} for w, n in ((1, 12), (None, None))]
+    path = write_rows(tmp_path / f"rows{suffix}", rows)
     reading = read_pairs(path, DataConfig(group_by=("customer",)))
     assert (_inputs(reading), [row.groups for row in reading.rows]) == (["a", "a"], [{"customer": "12"}, {}])
 
@@ -223,7 +213,7 @@ def test_saved_dataset_with_several_splits_is_refused(tmp_path: Path) -> None:
 
 def _repeated(text: str, count: int) -> Any:
     """An array that repeats a text, held once."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([text]))
 
@@ -261,7 +251,7 @@ for path in sys.argv[1:]:
 @pytest.mark.slow
 def test_parquet_that_repeats_a_long_text_is_read_with_little_memory(tmp_path: Path) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     rows = 200  # of 20 MB
     text = _repeated("x" * (20 << 20), rows)
@@ -318,7 +308,7 @@ def test_parquet_batches_are_small_where_values_share_their_prefix(tmp_path: Pat
 
 @pytest.mark.parametrize("cut", [5, 100, -3])
 def test_parquet_is_refused_when_damaged(tmp_path: Path, cut: int) -> None:
-    path = _parquet(tmp_path / "a.parquet", {"q": ["a"], "a": ["b"]})
+    path = write_rows(tmp_path / "a.parquet", [{"q": "a", "a": "b"}])
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UserError, match="Unreadable as Parquet"):
         read_pairs(path, DATA)

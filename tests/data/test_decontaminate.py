@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 from pathlib import Path
@@ -60,16 +59,6 @@ def test_find_hits_finds_all_planted_copies(name: str) -> None:
     assert {hit.how for hit in hits if hit.row.startswith("verbatim") and planted[hit.row] == hit.item} == {"equal"}
 
 
-@pytest.mark.parametrize("name", SUITES)
-def test_find_hits_finds_nothing_of_a_suite_in_bank_questions(name: str) -> None:
-    path = DATA / "banking77" / "train.csv"
-    if not path.is_file():
-        pytest.skip("the BANKING77 files are not next to this checkout")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = {str(i): example(row["text"], row["category"]) for i, row in enumerate(csv.DictReader(file))}
-    assert find_hits(rows, {name: _suite(name)}, Listener()) == []
-
-
 def test_find_hits_finds_nothing_of_one_suite_in_another() -> None:
     suites = {name: _suite(name) for name in SUITES}
     for name, items in suites.items():
@@ -78,23 +67,40 @@ def test_find_hits_finds_nothing_of_one_suite_in_another() -> None:
         assert find_hits(rows, others, Listener()) == []
 
 
-def test_find_hits_finds_short_items_in_rows_and_short_rows_in_items() -> None:
-    short = "where can I change my card"
-    assert _hits(f"Hi there! {short.upper()}, and does it cost anything these days?", ["x y z", short]) == [
-        (1, "contained")
-    ]
-    assert _hits(short, ["x y z", f"Good morning, {short} and what does it cost me? Thank you for the answer"]) == [
-        (1, "contained")
-    ]
+CARD = "where can I change my card"
+MORNING = f"Good morning, {CARD} and what does it cost me? Thank you for the answer"
+PHRASE = "your entire answer has to be in lower case letters and must not have any commas at all"
+PHRASES = [f"{topic} {topic}: {PHRASE}" for topic in "abcdefghijklmnop"]
+HEADER = "Answer with one of the labels fees cards or loans and nothing else whatever the customer says:"
+HEADED = [f"{HEADER} where is my new card today", f"{HEADER} what does a wire cost"]
+CLAUSE = "terminate this agreement on thirty days notice"
+AGREED = [f"The parties agree that either of them may {CLAUSE} to the other side"]
 
 
-def test_find_hits_matches_a_few_words_only_as_a_whole_row() -> None:
-    assert _hits("lost card", ["Lost card!"]) == [(0, "equal")]
-    assert _hits("my lost card was found by a neighbour of mine", ["Lost card!"]) == []
-
-
-def test_find_hits_includes_outputs_that_contain_an_item() -> None:
-    assert _hits("Write a question for a test.", [ITEM, "other"], output=f"Here is one: {ITEM}") == [(0, "contained")]
+@pytest.mark.parametrize(
+    ("row", "items", "output", "found"),
+    [
+        (f"Hi there! {CARD.upper()}, and does it cost anything these days?", ["x y z", CARD], "ok", [(1, "contained")]),
+        (CARD, ["x y z", MORNING], "ok", [(1, "contained")]),
+        # A few words match as a whole row only.
+        ("lost card", ["Lost card!"], "ok", [(0, "equal")]),
+        ("my lost card was found by a neighbour of mine", ["Lost card!"], "ok", []),
+        ("Write a question for a test.", [ITEM, "other"], f"Here is one: {ITEM}", [(0, "contained")]),
+        # A phrase of many items, or an instruction before every item, is no hit.
+        (f"Tell me of the sea, {PHRASE}", PHRASES, "ok", []),
+        (f"Tell me of the sea, {PHRASE}", PHRASES[:3], "ok", [(n, "overlap") for n in range(3)]),
+        (f"{HEADER} how do I get a loan", HEADED, "ok", []),
+        (HEADED[1], HEADED, "ok", [(1, "equal")]),
+        ("I asked: what does a wire cost?", HEADED, "ok", [(1, "contained")]),
+        # An output that is part of an item is no hit, an input is one.
+        ("which clause is it", AGREED, CLAUSE, []),
+        (CLAUSE, AGREED, "ok", [(0, "contained")]),
+    ],
+)
+def test_find_hits_compares_words_of_a_row_with_each_item(
+    row: str, items: list[str], output: str, found: list[tuple[int, str]]
+) -> None:
+    assert _hits(row, items, output) == found
 
 
 def test_find_hits_scores_an_overlap_by_its_longest_run() -> None:
@@ -103,21 +109,6 @@ def test_find_hits_scores_an_overlap_by_its_longest_run() -> None:
         {"row": example("before " + " ".join(words[5:25]) + " after", "x")}, {"suite": [" ".join(words)]}, Listener()
     )
     assert hits == [ContaminationHit("row", "suite", 0, "overlap", 20 / 40)]
-
-
-def test_find_hits_ignores_phrases_of_many_items() -> None:
-    phrase = "your entire answer has to be in lower case letters and must not have any commas at all"
-    items = [f"{topic} {topic}: {phrase}" for topic in "abcdefghijklmnop"]
-    assert _hits(f"Tell me of the sea, {phrase}", items) == []
-    assert _hits(f"Tell me of the sea, {phrase}", items[:3]) == [(0, "overlap"), (1, "overlap"), (2, "overlap")]
-
-
-def test_find_hits_ignores_an_instruction_before_every_item() -> None:
-    header = "Answer with one of the labels fees cards or loans and nothing else whatever the customer says:"
-    tests = [f"{header} where is my new card today", f"{header} what does a wire cost"]
-    assert _hits(f"{header} how do I get a loan", tests) == []
-    assert _hits(f"{header} what does a wire cost", tests) == [(1, "equal")]
-    assert _hits("I asked: what does a wire cost?", tests) == [(1, "contained")]
 
 
 def test_find_hits_ignores_system_turns() -> None:
@@ -181,13 +172,6 @@ def test_find_hits_ignores_short_outputs_and_labels(output: str) -> None:
     assert find_hits(rows, {"suite": [output]}, Listener(), labels={output}) == []
     long = len(output.split()) >= 5
     assert bool(find_hits(rows, {"suite": [output]}, Listener())) == long
-
-
-def test_find_hits_ignores_an_output_that_is_part_of_an_item() -> None:
-    clause = "terminate this agreement on thirty days notice"
-    item = f"The parties agree that either of them may {clause} to the other side"
-    assert _hits("which clause is it", [item], output=clause) == []
-    assert _hits(clause, [item]) == [(0, "contained")]
 
 
 def test_find_hits_ignores_short_earlier_replies() -> None:

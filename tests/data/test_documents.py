@@ -230,7 +230,7 @@ def test_parent_is_available_to_templates_and_groups(tmp_path: Path) -> None:
 def test_array_of_objects_with_rows_is_refused_with_the_expression(tmp_path: Path) -> None:
     path = tmp_path / "queries.json"
     path.write_text(json.dumps(QUERIES))
-    with pytest.raises(UserError, match="seem to contain them") as refusal:
+    with pytest.raises(UserError, match="seem to contain the rows") as refusal:
         read_pairs(path, DataConfig())
     assert "--rows '[].sentences[]'" in (refusal.value.fix or "")
     assert "sql, id, sentences" in (refusal.value.fix or "")

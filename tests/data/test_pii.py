@@ -223,20 +223,6 @@ def test_scan_reports_row_turn_and_offsets_and_counts() -> None:
     assert list(listener.steps.values()) == [(2, 2)]
 
 
-def test_blocked_names_place_kind_and_fix() -> None:
-    key, card = _sample("stripe_key").expected[0][1], "4539148803436467"
-    rows = [
-        ("a.jsonl:8", _example("Answer.", f"key {key}", "Thanks")),
-        ("a.jsonl:9", _example("x", "hi", f"pay {card}")),
-    ]
-    text = str(blocked(scan(rows)))
-    assert f"  a.jsonl:8: Stripe live key in messages[1] (user), 4-{4 + len(key)}\n" in text
-    assert "  a.jsonl:9: payment card number in messages[2] (assistant), 4-20\n" in text
-    assert "2 secrets in 2 rows" in text
-    assert "--redact" in text
-    assert warned(scan(rows)) == ""
-
-
 def test_redact_gives_a_value_one_placeholder_in_any_spelling() -> None:
     example = _example(
         "Be brief.",

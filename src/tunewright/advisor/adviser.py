@@ -229,8 +229,14 @@ class Adviser:
         ]
         if not priced:
             speed[answers[-1].arm.name] = self._speed(answers[-1], pilots[-1][1])
-        measured = gain(parts, answers, best, self.items, all_rows)
-        return measured, self._break_even(measured, best, answers[-1], speed)
+        pilot, nested = answers[-1], len(parts) > 1
+        measured = TuningGain(
+            parts=parts,
+            all_rows=all_rows,
+            contrast=self.items.contrast(pilot, best),
+            slope=per_doubling(pilot, answers[-2], parts[-1].rows, parts[-2].rows, self.items) if nested else None,
+        )
+        return measured, self._break_even(measured, best, pilot, speed)
 
     def _break_even(self, measured: TuningGain, best: Answers, tuned: Answers, speed: dict[str, Speed]) -> BreakEven:
         prices = self.config.advise.prices
@@ -294,22 +300,6 @@ def _trained_elsewhere(project: ProjectFolder, part: DatasetVersion, base: Base,
     inputs = digest(training_inputs(project, part, base, chat))
     found = (find_trained(place, project.config.name, inputs) for place in (project.adapters, project.curve_adapters))
     return next((adapter for adapter in found if adapter is not None), None)
-
-
-def gain(
-    parts: Sequence[PilotPart], answers: Sequence[Answers], best: Answers, items: Items, all_rows: int
-) -> TuningGain:
-    """Return the pilot's difference from the best prompting arm, and the gain of its last doubling.
-
-    ``parts`` are one or two, the pilot last, each with its ``answers`` to the dev items.
-    """
-    pilot = answers[-1]
-    return TuningGain(
-        parts=list(parts),
-        all_rows=all_rows,
-        contrast=items.contrast(pilot, best),
-        slope=per_doubling(pilot, answers[-2], parts[-1].rows, parts[-2].rows, items) if len(parts) > 1 else None,
-    )
 
 
 @dataclass(frozen=True)

@@ -213,15 +213,15 @@ class CompiledSchema:
         finally:
             _END.reset(token)
         if error is not None:
-            raise ArgumentsError(_violated(error))
+            # The message of most keywords has the value, which may be a secret; that of these names keys only.
+            keys_only = error.validator in ("required", "additionalProperties", "dependentRequired")
+            rule = f'not valid under "{error.validator}": '
+            what = _cut(error.message) if keys_only else rule + _cut(canonical_json(error.validator_value))
+            raise ArgumentsError(f"arguments{_place(error)}: {what}")
 
 
-def _violated(error: ValidationError) -> str:
-    """Return the violated keyword and its place, without the value, which may be a secret."""
-    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
-    if error.validator in ("required", "additionalProperties", "dependentRequired"):
-        return f"arguments{place}: {_cut(error.message)}"  # names keys only
-    return f'arguments{place}: not valid under "{error.validator}": {_cut(canonical_json(error.validator_value))}'
+def _place(error: ValidationError) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
 
 
 def _cut(text: str) -> str:
@@ -238,8 +238,7 @@ def compiled_schema(text: str) -> CompiledSchema:
     metaschema, validator = _validators()
     error = next(metaschema.iter_errors(schema), None)
     if error is not None:
-        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
-        raise DeclarationError(f"not JSON Schema (Draft 2020-12): parameters{place}: {_cut(error.message)}")
+        raise DeclarationError(f"not JSON Schema (Draft 2020-12): parameters{_place(error)}: {_cut(error.message)}")
     return CompiledSchema(validator(schema), size)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
@@ -20,6 +21,9 @@ from tunewright.core.io import file_digest
 from tunewright.core.processes import run
 from tunewright.core.text import normalize
 from tunewright.data.readers.encodings import expansion_limit
+
+if TYPE_CHECKING:
+    from docx.table import Table
 
 _INSTALL = "Install it: pip install 'tunewright[documents]'"
 _BEGINNING = "the beginning"
@@ -104,8 +108,8 @@ def _docx(data: bytes, path: Path) -> list[DocumentSection]:
             raise _expanded(f"{size:,} bytes", limit, path)
         for block in docx.Document(BytesIO(data)).iter_inner_content():
             if isinstance(block, Table):
-                for row in block.rows:  # a merged cell is the same object in each column that it spans
-                    sections.add(" | ".join(cell.text.strip() for cell in dict.fromkeys(row.cells)))
+                for row in _rows(block):
+                    sections.add(" | ".join(row))
             elif (block.style.name or "" if block.style else "").startswith(
                 ("Heading", "Title")
             ) and block.text.strip():
@@ -117,6 +121,23 @@ def _docx(data: bytes, path: Path) -> list[DocumentSection]:
     except (PackageNotFoundError, BadZipFile, SyntaxError, *_DAMAGED) as error:
         raise _damaged("DOCX", path, error) from None
     return sections.done
+
+
+def _rows(table: Table) -> Iterator[list[str]]:
+    """Yield the cells' texts of each row, a merged cell once in each row that it covers."""
+    from docx.table import _Cell
+
+    # `row.cells` would repeat a cell for each column that it spans (a few bytes can state any number), takes quadratic
+    # time for a column of merged cells, and fails where the rows of a foreign table do not fit each other.
+    above: dict[int, str] = {}
+    for row in table.rows:
+        texts, column = [], row.grid_cols_before
+        for cell in row._tr.tc_lst:
+            text = above.get(column, "") if cell.vMerge == "continue" else _Cell(cell, table).text.strip()
+            above[column] = text
+            texts.append(text)
+            column += cell.grid_span
+        yield texts
 
 
 def _html(data: bytes, path: Path) -> list[DocumentSection]:

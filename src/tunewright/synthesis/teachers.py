@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tunewright.chat.answers import answer_message
-from tunewright.config import DataConfig, GenerateConfig
+from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
@@ -71,18 +71,23 @@ class _Reader:
         # The prompt has its system turn already, or goes without one.
         self._data = unmapped(data).model_copy(update={"system_prompt": None, "drop_columns": ()})
 
-    def message(self, prompt: Prompt, turn: Mapping[str, Any]) -> tuple[Message | None, str | None]:
-        """Return the turn, or the reason why it cannot be used."""
-        if not str(turn.get("content") or "").strip() and not turn.get("tool_calls"):
-            return None, EMPTY
+    def sample(
+        self, prompt: Prompt, turn: Mapping[str, Any], unusable: str | None, model: str, when: str
+    ) -> TeacherSample:
+        """Return the turn as a sample, ``unusable`` for that reason or for one that is found here."""
+        if not unusable and not str(turn.get("content") or "").strip() and not turn.get("tool_calls"):
+            unusable = EMPTY
+        if unusable:
+            return TeacherSample(None, unusable, model, when)
         row: dict[str, Any] = {"messages": [*_sent(prompt), turn]}
         if prompt[0].role == "tools":
             row["tools"] = json.loads(prompt[0].content)
         try:
             conversation = parse_conversation(row, self._data)
-            return example_from_turns(conversation.turns, self._data, conversation.tools).messages[-1], None
+            example = example_from_turns(conversation.turns, self._data, conversation.tools)
         except RowError as error:
-            return None, f"invalid answer: {CODES[error.code][0]} ({error.code})"
+            return TeacherSample(None, f"invalid answer: {CODES[error.code][0]} ({error.code})", model, when)
+        return TeacherSample(example.messages[-1], None, model, when)
 
 
 class EndpointTeacher:
@@ -135,16 +140,11 @@ class EndpointTeacher:
         return [ChatRequest(conversation, own, number) for number in range(samples)]
 
     def _sample(self, prompt: Prompt, reply: Reply) -> TeacherSample:
-        model, when = reply.model or self.name, reply.when or now()
-        if reply.refused is not None:
-            return TeacherSample(None, reply.refused, model, when)
-        if reply.finish == "length":
-            return TeacherSample(None, CUT_OFF, model, when)
         turn: dict[str, Any] = {"role": "assistant", "content": reply.text}
         if reply.tool_calls:
             turn["tool_calls"] = list(reply.tool_calls)
-        message, unusable = self._reader.message(prompt, turn)
-        return TeacherSample(message, unusable, model, when)
+        unusable = CUT_OFF if reply.refused is None and reply.finish == "length" else reply.refused
+        return self._reader.sample(prompt, turn, unusable, reply.model or self.name, reply.when or now())
 
     @property
     def used(self) -> Usage:
@@ -251,10 +251,7 @@ class LocalTeacher:
 
     def _sample(self, prompt: Prompt, entry: Mapping[str, Any]) -> TeacherSample:
         version = f"{self.name}@{self._generator.base.digest[:12]}"
-        if entry["cut"]:
-            return TeacherSample(None, CUT_OFF, version, entry["when"])
-        message, unusable = self._reader.message(prompt, entry["turn"])
-        return TeacherSample(message, unusable, version, entry["when"])
+        return self._reader.sample(prompt, entry["turn"], CUT_OFF if entry["cut"] else None, version, entry["when"])
 
     @property
     def used(self) -> Usage:
@@ -264,22 +261,6 @@ class LocalTeacher:
 
 
 Teacher = EndpointTeacher | LocalTeacher
-
-
-def require_teacher(config: GenerateConfig) -> None:
-    """Refuse a config without a teacher or its licence."""
-    if config.base_url is None and config.base is None:
-        raise UserError(
-            "The config has no teacher",
-            where="generate.base_url",
-            fix="Set generate.base_url, model and api_key_env, or generate.base for a local model.",
-        )
-    if config.license is None:
-        raise UserError(
-            "The teacher's licence is not stated",
-            where="generate.license",
-            fix="Read the licence or terms of the teacher on training with its outputs, and put a note of it there.",
-        )
 
 
 def _sample_key(ids: tuple[int, ...], number: int) -> str:

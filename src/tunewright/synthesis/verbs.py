@@ -124,10 +124,21 @@ def _version(project: OpenProject) -> DatasetVersion | None:
 
 
 def _teacher(project: ProjectFolder, reporter: Reporter) -> Teacher:
-    from tunewright.synthesis.teachers import EndpointTeacher, LocalTeacher, require_teacher
+    from tunewright.synthesis.teachers import EndpointTeacher, LocalTeacher
 
     config = project.config
-    require_teacher(config.generate)
+    if config.generate.base_url is None and config.generate.base is None:
+        raise UserError(
+            "The config has no teacher",
+            where="generate.base_url",
+            fix="Set generate.base_url, model and api_key_env, or generate.base for a local model.",
+        )
+    if config.generate.license is None:
+        raise UserError(
+            "The teacher's licence is not stated",
+            where="generate.license",
+            fix="Read the licence or terms of the teacher on training with its outputs, and put a note of it there.",
+        )
     if config.generate.base is None:
         return EndpointTeacher(project, _schema(project), reporter)
     from tunewright.chat import open_chat
