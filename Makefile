@@ -89,9 +89,9 @@ fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
 
-# Every engine's tests on real vLLM, those of evaluation and of the clients, and compressed exports. Two workers: a vLLM
+# Every engine's tests on real vLLM, those of evaluation, and compressed exports. Two workers: a vLLM
 # that starts uses one core for half a minute.
-test-vllm: engines build/clients/.installed
+test-vllm: engines
 	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/cli tests/evaluation tests/export
 
 # vLLM in the workers of a Ray cluster. Not at the same time as test-ray, whose clusters are on this machine too.

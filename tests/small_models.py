@@ -38,39 +38,6 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def write_terse_base(base: Path, folder: Path, context: int) -> Path:
-    """The base with a longer context, without white space, that ends objects and answers as soon as a grammar allows.
-
-    One dimension of the hidden states is the same for all tokens, so that the head's weights for it are a bias.
-    """
-    tokenizer = byte_tokenizer()
-    model = LlamaForCausalLM.from_pretrained(base, max_position_embeddings=context)
-    spaces = [tokenizer.convert_tokens_to_ids(space) for space in "ĠĊčĉ"]
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 64
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
-        model.lm_head.weight[:, 0] = 0
-        model.lm_head.weight[tokenizer.convert_tokens_to_ids("}"), 0] = 5
-        model.lm_head.weight[tokenizer.eos_token_id, 0] = 10
-        model.lm_head.weight[spaces, 0] = -10
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_printable_base(base: Path, folder: Path, context: int) -> Path:
-    """The base with a longer context, which prefers printable ASCII."""
-    tokenizer = byte_tokenizer()
-    model = LlamaForCausalLM.from_pretrained(base, max_position_embeddings=context)
-    kept = {tokenizer.convert_tokens_to_ids(chr(code)) for code in range(33, 127)} | {tokenizer.eos_token_id}
-    with torch.no_grad():
-        model.lm_head.weight[sorted(set(range(len(tokenizer))) - kept)] = 0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def write_adapter(base: Path, folder: Path, *, seed: int, rank: int = 4) -> tuple[str, Path]:
     """An adapter that changes every answer: its digest and folder."""
     torch.manual_seed(seed)

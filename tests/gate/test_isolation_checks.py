@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from engine_kinds import STOPS, peft_engine, pool_engine
-from isolation_helpers import failed, result_of
+from engine_kinds import failed, isolation_of, peft_engine, reference_of
 
 from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from small_models import write_adapter
 from tunewright.engines.peft import PeftEngine
-from tunewright.engines.protocol import Engine
 from tunewright.gate.answers import PeftReference
-from tunewright.models.bases import Base
 
 
 @pytest.fixture(scope="module")
 def reference(small_base: Path, small_adapters: dict[str, Path]) -> PeftReference:
-    base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    return PeftReference(base, "float32", "none", small_adapters, stop_ids=STOPS)
+    return reference_of(small_base, small_adapters)
 
 
 @contextmanager
@@ -33,21 +29,11 @@ def planted(kind: type[PeftEngine], base: Path) -> Iterator[PeftEngine]:
         yield engine
 
 
-@pytest.mark.parametrize(
-    "started",
-    [
-        pytest.param(peft_engine, id="one engine"),
-        pytest.param(pool_engine, id="pool"),
-    ],
-)
 def test_embedded_engine_is_isolated(
-    started: Callable[[Path], AbstractContextManager[Engine]],
-    small_base: Path,
-    small_adapters: dict[str, Path],
-    reference: PeftReference,
+    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:
-    with started(small_base) as engine:
-        result = result_of(engine, reference, small_adapters)
+    with peft_engine(small_base) as engine:
+        result = isolation_of(engine, reference, small_adapters)
     assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
     assert all(check.asked >= 8 for check in result.checks)
     # float32 with another order of additions: nothing that a tolerance of 0.05 nats has to forgive.
@@ -72,7 +58,7 @@ def test_planted_bug_is_detected_by_its_checks(
     reference: PeftReference,
 ) -> None:
     with planted(bug, small_base) as engine:
-        result = result_of(engine, reference, small_adapters)
+        result = isolation_of(engine, reference, small_adapters)
     assert result.verdict == "not isolated"
     assert seen_by <= failed(result)
     assert any(failure.like is not None for failure in result.failures), "it says whose answer it was"
@@ -88,8 +74,7 @@ def test_verdict_is_cannot_tell_when_two_adapters_are_indistinguishable(
     from tunewright.adapters.registry import adapter_digest
 
     pair = {digest: folder, adapter_digest(twin): twin}
-    base = Base("small", small_base, None, "LlamaForCausalLM", {})
     with peft_engine(small_base) as engine:
-        result = result_of(engine, PeftReference(base, "float32", "none", pair, stop_ids=STOPS), pair)
+        result = isolation_of(engine, reference_of(small_base, pair), pair)
     assert (result.verdict, len(result.alike)) == ("can't tell", 1)
     assert failed(result) == set()

@@ -1,9 +1,10 @@
-"""Starts each kind of engine on the small base."""
+"""Starts each kind of engine on the small base, and tests its isolation."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tunewright.engines.llamacpp import LlamaCppEngine, LlamaCppSettings
 from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import Engine
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
+from tunewright.gate.answers import Digest, PeftReference
+from tunewright.gate.isolation import TOLERANCE, check_isolation
+from tunewright.gate.results import IsolationResult
 from tunewright.generation.constraints import GrammarCompiler
 from tunewright.models.bases import Base
 from tunewright.serving.engine_service import EngineApp, EngineOrigin
@@ -28,6 +32,10 @@ STOPS = frozenset({TOKENIZER.eos_token_id})
 ROOM = 3
 COMPILER = GrammarCompiler(TOKENIZER, STOPS)
 PIECES = COMPILER.token_bytes
+PROMPTS = tuple(
+    tuple(TOKENIZER(text).input_ids)
+    for text in ("Mobile County", "Where is it?", "a", "The quick brown fox", "Give the citation.", "42 U.S.C.")
+)
 
 
 @contextmanager
@@ -111,3 +119,35 @@ KINDS = [
     pytest.param(llamacpp_engine, id="llamacpp"),
     pytest.param(vllm_engine, id="vllm", marks=pytest.mark.vllm),
 ]
+
+
+def reference_of(base: Path, adapters: dict[str, Path]) -> PeftReference:
+    """Return what says how these models answer, apart from any engine."""
+    small = Base("small", base, None, "LlamaForCausalLM", {})
+    return PeftReference(small, "float32", "none", adapters, stop_ids=STOPS)
+
+
+async def load_all(engine: Engine, adapters: dict[str, Path]) -> None:
+    for digest, folder in adapters.items():
+        await engine.load(digest, folder)
+
+
+def isolation_of(engine: Engine, reference: PeftReference, adapters: dict[str, Path]) -> IsolationResult:
+    """Return the isolation test's result; the adapters are loaded at its end."""
+    asyncio.run(load_all(engine, adapters))
+    names: dict[Digest, str] = {None: "base", **{digest: f"adapter {digest[:6]}" for digest in adapters}}
+    return check_isolation(
+        lambda: nullcontext(engine),
+        reference,
+        adapters,
+        PROMPTS,
+        context=engine.context_length,
+        tolerance=TOLERANCE["float32"],
+        names=names,
+        reporter=LogReporter(),
+    )
+
+
+def failed(result: IsolationResult) -> set[str]:
+    """Return the checks that failed."""
+    return {check.name for check in result.checks if check.wrong}

@@ -1,8 +1,7 @@
-"""``tunewright serve --engine …`` with two trained adapters, with and without tenants."""
+"""``tunewright serve --engine …`` with two trained adapters: the tests of a release, and tenants."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from contextlib import ExitStack
@@ -15,7 +14,6 @@ import pytest
 import tunewright
 from command_line import tiny_project, without_state
 from command_line import tunewright as command
-from studio_client import restarted
 from tunewright.adapters.registry import list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
@@ -44,15 +42,6 @@ def project(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert command("train", "-p", folder).code == 0
     assert len(list_adapters(folder / "adapters")) == 2
     return folder
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_self_test_passes_for_trained_adapters(kind: Any, project: Path) -> None:
-    ran = command("serve", "--engine", kind, "--self-test", "--json", "-p", project)
-    assert ran.code == 0, (ran.stdout, ran.stderr)
-    reported = ran.document
-    assert (reported["verdict"], reported["engine"], len(reported["models"])) == ("isolated", kind, 3)
-    assert all(check["asked"] > 0 and not check["failures"] for check in reported["checks"])
 
 
 def test_release_is_tested_at_each_address(project: Path, tmp_path: Path) -> None:
@@ -98,55 +87,6 @@ def test_serving_check_passes_for_a_trained_adapter(kind: Any, project: Path, tm
         assert figures.kl is not None
         assert figures.kl.value < 0.001
         assert figures.wrong.value == 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_engine_answers_clients_as_the_embedded_engine_does(kind: Any, project: Path) -> None:
-    opened = tunewright.open(project)
-    asked = ["violet red teal 17", "navy green blue 4"]
-
-    def answers(engine: Any) -> list[Any]:
-        service = opened.serve(options=ServeOptions(port=0, engine=engine))
-        said: list[Any] = [service.models]
-        with service.running() as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-            for model in service.models:
-                for text in asked:
-                    messages: Any = [{"role": "user", "content": text}]
-                    reply = client.chat.completions.with_raw_response.create(
-                        model=model, messages=messages, max_tokens=12
-                    )
-                    whole = reply.parse()
-                    assert whole.usage is not None
-                    pieces = client.chat.completions.create(model=model, messages=messages, max_tokens=12, stream=True)
-                    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-                    assert streamed == whole.choices[0].message.content
-                    header = reply.headers["x-tunewright-adapter"]
-                    said.append((header, streamed, whole.choices[0].finish_reason, whole.usage.total_tokens))
-                    said += _plain(client, model, text)
-            with pytest.raises(openai.NotFoundError):
-                client.chat.completions.create(model="../adapters", messages=messages)
-        return said
-
-    assert answers(kind) == answers("peft")
-
-
-def _plain(client: openai.OpenAI, model: str, text: str) -> list[Any]:
-    """Return completions of a text: complete, streamed, and up to a stop string."""
-    reply = client.completions.with_raw_response.create(model=model, prompt=text, max_tokens=12)
-    whole = reply.parse()
-    assert whole.usage is not None
-    assert whole.usage.prompt_tokens == len(text.encode()), "no template around it"
-    *pieces, last, usage = client.completions.create(
-        model=model, prompt=text, max_tokens=12, stream=True, stream_options={"include_usage": True}
-    )
-    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
-    assert (last.choices[0].finish_reason, usage.usage) == (whole.choices[0].finish_reason, whole.usage)
-    stop = whole.choices[0].text[4:6]
-    cut = client.completions.create(model=model, prompt=text, max_tokens=12, stop=stop or None).choices[0]
-    if stop:
-        assert (cut.text, cut.finish_reason) == (whole.choices[0].text.partition(stop)[0], "stop")
-    header = reply.headers["x-tunewright-adapter"]
-    return [(header, whole.choices[0].text, whole.choices[0].finish_reason, whole.usage.total_tokens)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,29 +141,3 @@ def _asked(client: openai.OpenAI, model: str) -> tuple[str, str]:
     messages: Any = [{"role": "user", "content": "violet red teal 17"}]
     reply = client.chat.completions.with_raw_response.create(model=model, messages=messages, max_tokens=12)
     return reply.headers["x-tunewright-adapter"], reply.parse().choices[0].message.content or ""
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_studios_playground_answers_as_on_the_embedded_engine(kind: Any, project: Path, tmp_path: Path) -> None:
-    def answers(engine: str) -> list[str]:
-        folder = without_state(project, tmp_path / engine)
-        (folder / "tunewright.yaml").unlink()
-        (folder / "tunewright.yaml").write_text(
-            (project / "tunewright.yaml").read_text() + f"serve:\n  engine: {engine}\n"
-        )
-        with restarted(folder) as browser:
-            browser.send("/playground/load", "/playground")
-            while "is in memory" not in (page := browser.get("/playground")):
-                assert 'role="alert"' not in page, page
-                time.sleep(0.2)
-            models = dict.fromkeys(re.findall('name="(model [^"]*)"', page), "on")
-            asked = browser.send("/playground", "/playground", question="violet red teal 17", limit="12", **models)
-            page = browser.get(f"{asked.url.path}/answers")
-            found = re.findall(
-                r"Digest <code>\w+</code>, .*? answer tokens|<pre[^>]* aria-label=\"Answer\">[^<]*", page
-            )
-            browser.send("/playground/unload", "/playground")
-            assert len(found) == 5, "the base, and two adapters with their digests"
-        return found
-
-    assert answers(kind) == answers("peft")

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from contextlib import aclosing
+import os
+import shutil
+import signal
+import time
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_kinds import COMPILER, KINDS, STOPS, TOKENIZER
+from engine_kinds import (
+    COMPILER,
+    KINDS,
+    PROMPTS,
+    STOPS,
+    TOKENIZER,
+    failed,
+    isolation_of,
+    load_all,
+    reference_of,
+    vllm_engine,
+)
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
@@ -24,25 +39,23 @@ from tunewright.engines.protocol import (
     checked,
     stream,
 )
+from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, list_adapters
+from tunewright.gate.answers import Answer
+from tunewright.gate.isolation import TOLERANCE
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Finish, Request
 from tunewright.generation.sampling import mask_logits
 
-PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "The quick brown fox")]
+FOUR = PROMPTS[:4]
 SOON = 120
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def engine(request: pytest.FixtureRequest, small_base: Path, small_adapters: dict[str, Path]) -> Iterator[Engine]:
     with request.param(small_base) as engine:
-        asyncio.run(_load_all(engine, small_adapters))
+        asyncio.run(load_all(engine, small_adapters))
         yield engine
-
-
-async def _load_all(engine: Engine, adapters: dict[str, Path]) -> None:
-    for digest, folder in adapters.items():
-        await engine.load(digest, folder)
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -84,10 +97,10 @@ def test_each_model_answers_as_transformers_generate(
 
     async def ask() -> list[Any]:
         return await asyncio.gather(
-            *(_answer(engine, Request(prompt, digest, 12)) for digest, _ in models for prompt in PROMPTS)
+            *(_answer(engine, Request(prompt, digest, 12)) for digest, _ in models for prompt in FOUR)
         )
 
-    expected = [_expected(small_base, folder, prompt, 12) for _, folder in models for prompt in PROMPTS]
+    expected = [_expected(small_base, folder, prompt, 12) for _, folder in models for prompt in FOUR]
     assert _run(ask()) == expected
     assert len(set(expected)) > len(expected) * 0.9, "the models differ, or this would show nothing"
 
@@ -96,7 +109,7 @@ def test_answer_ends_before_a_stop_token_with_finish_stop(
     small_base: Path, small_adapters: dict[str, Path], engine: Engine
 ) -> None:
     async def ask() -> list[Any]:
-        asked = [Request(PROMPTS[seed % 4], None, 60, temperature=1.5, seed=seed) for seed in range(24)]
+        asked = [Request(FOUR[seed % 4], None, 60, temperature=1.5, seed=seed) for seed in range(24)]
         return await asyncio.gather(*(_answer(engine, request) for request in asked))
 
     answers = _run(ask())
@@ -108,20 +121,20 @@ def test_answer_ends_before_a_stop_token_with_finish_stop(
 
 def test_equal_seeds_sample_equal_answers_and_different_seeds_do_not(engine: Engine) -> None:
     def sampled(seed: int) -> Any:
-        return _run(_answer(engine, Request(PROMPTS[0], None, 20, temperature=1.0, top_p=0.9, seed=seed)))
+        return _run(_answer(engine, Request(FOUR[0], None, 20, temperature=1.0, top_p=0.9, seed=seed)))
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(4)}) > 1
 
 
 def test_tokens_are_streamed_one_by_one(engine: Engine) -> None:
-    deltas = _run(_deltas(engine, Request(PROMPTS[0], None, 30)))
+    deltas = _run(_deltas(engine, Request(FOUR[0], None, 30)))
     assert len(deltas) > 3
 
 
 def test_closing_a_stream_early_aborts_its_request(engine: Engine) -> None:
     async def leave() -> None:
-        deltas = stream(engine, Request(PROMPTS[1], None, 400))
+        deltas = stream(engine, Request(FOUR[1], None, 400))
         await anext(deltas)
         assert sum(engine.in_flight) == 1
         await deltas.aclose()
@@ -137,7 +150,7 @@ def test_adapter_that_is_not_loaded_is_refused_and_never_answered_by_the_base(
     async def ask() -> None:
         for digest in ("0" * 64, "../adapter-1", "base", str(next(iter(small_adapters.values())))):
             with pytest.raises(RequestFailedError, match="not loaded"):
-                await _answer(engine, Request(PROMPTS[0], digest, 5))
+                await _answer(engine, Request(FOUR[0], digest, 5))
 
     _run(ask())
 
@@ -146,7 +159,7 @@ def test_unloaded_adapter_is_refused_and_answers_as_before_when_reloaded(
     engine: Engine, small_adapters: dict[str, Path]
 ) -> None:
     digest, folder = next(iter(small_adapters.items()))
-    request = Request(PROMPTS[0], digest, 8)
+    request = Request(FOUR[0], digest, 8)
 
     async def there_and_gone() -> None:
         before = await _answer(engine, request)
@@ -177,9 +190,9 @@ def test_load_refuses_files_that_do_not_match_the_digest_and_running_answers_con
         with pytest.raises(UserError, match="changed"):
             await engine.load(digest, tmp_path)
         with pytest.raises(RequestFailedError, match="not loaded"):
-            await _answer(engine, Request(PROMPTS[0], digest, 5))
+            await _answer(engine, Request(FOUR[0], digest, 5))
         await engine.load(digest, folder)
-        assert await _answer(engine, Request(PROMPTS[0], digest, 5))
+        assert await _answer(engine, Request(FOUR[0], digest, 5))
 
     _run(ask())
 
@@ -204,8 +217,8 @@ GRAMMARS = {
 def test_constrained_answers_are_those_of_the_decoding_loop(engine: Engine, small_base: Path) -> None:
     model: Any = LlamaForCausalLM.from_pretrained(small_base).eval()
     constraints = [COMPILER.compile(grammar) for grammar in GRAMMARS.values()]
-    requests = [Request(prompt, None, 40, constraint=each) for each in constraints for prompt in PROMPTS]
-    free = [Request(prompt, None, 12) for prompt in PROMPTS]
+    requests = [Request(prompt, None, 40, constraint=each) for each in constraints for prompt in FOUR]
+    free = [Request(prompt, None, 12) for prompt in FOUR]
     expected = generate(model, [*requests, *free], stop_ids=STOPS, pad_id=0, batch_size=4)
 
     async def ask() -> list[Any]:
@@ -224,9 +237,9 @@ def test_constrained_answers_are_those_of_the_decoding_loop(engine: Engine, smal
 
 def test_constrained_answer_cut_at_its_limit_has_finish_length(engine: Engine) -> None:
     constraint = COMPILER.compile(Grammar.regex("[a-z]{30}"))
-    ids, finish = _run(_answer(engine, Request(PROMPTS[0], None, 10, constraint=constraint)))
+    ids, finish = _run(_answer(engine, Request(FOUR[0], None, 10, constraint=constraint)))
     assert (len(ids), finish) == (10, "length")
-    assert len(_run(_answer(engine, Request(PROMPTS[0], None, 30, constraint=constraint)))[0]) == 30
+    assert len(_run(_answer(engine, Request(FOUR[0], None, 30, constraint=constraint)))[0]) == 30
 
 
 def _log_probabilities(base: Path, folder: Path, prompt: tuple[int, ...], ids: tuple[int, ...]) -> torch.Tensor:
@@ -242,15 +255,15 @@ def test_log_probabilities_are_those_of_the_model_at_each_token(
     engine: Engine, small_base: Path, small_adapters: dict[str, Path], how: dict[str, Any]
 ) -> None:
     digest, folder = next(iter(small_adapters.items()))
-    deltas = _run(_deltas(engine, Request(PROMPTS[0], digest, 8, logprobs=3, **how)))
+    deltas = _run(_deltas(engine, Request(FOUR[0], digest, 8, logprobs=3, **how)))
     ids = tuple(token for delta in deltas for token in delta.ids)
     found = [logprob for delta in deltas for logprob in delta.logprobs]
-    expected = _log_probabilities(small_base, folder, PROMPTS[0], ids)
+    expected = _log_probabilities(small_base, folder, FOUR[0], ids)
     assert len(found) == len(ids)
     for token, logprob, row in zip(ids, found, expected, strict=True):
         assert logprob.logprob == pytest.approx(row[token].item(), abs=0.05)
         assert [value for _, value in logprob.top[:3]] == pytest.approx(row.topk(3).values.tolist(), abs=0.05)
-    plain = _run(_deltas(engine, Request(PROMPTS[0], digest, 8, logprobs=0)))
+    plain = _run(_deltas(engine, Request(FOUR[0], digest, 8, logprobs=0)))
     assert all(logprob.top[:0] == () and logprob.logprob < 0 for delta in plain for logprob in delta.logprobs)
 
 
@@ -289,7 +302,7 @@ def test_penalties_and_biases_change_the_answer_by_openais_formula(
 ) -> None:
     if engine.unsupported & set(how):
         pytest.skip("the gateway refuses them for this engine")
-    asked = [Request(prompt, None, 16, **how) for prompt in PROMPTS]
+    asked = [Request(prompt, None, 16, **how) for prompt in FOUR]
 
     async def ask() -> list[Any]:
         return await asyncio.gather(*(_answer(engine, request) for request in asked))
@@ -297,15 +310,122 @@ def test_penalties_and_biases_change_the_answer_by_openais_formula(
     answers = [ids for ids, _ in _run(ask())]
     for request, ids in zip(asked, answers, strict=True):
         assert max(_shortfalls(small_base, request, ids)) < 0.02, "a tie to within 16 bits at most"
-    free = [_expected(small_base, None, prompt, 16)[0] for prompt in PROMPTS]
+    free = [_expected(small_base, None, prompt, 16)[0] for prompt in FOUR]
     assert answers != free
 
 
+@pytest.mark.slow
+def test_engine_is_isolated(engine: Engine, small_base: Path, small_adapters: dict[str, Path]) -> None:
+    result = isolation_of(engine, reference_of(small_base, small_adapters), small_adapters)
+    assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
+    assert all(check.asked >= 8 for check in result.checks)
+
+
+def _vllm(engine: Engine) -> VllmEngine:
+    if not isinstance(engine, VllmEngine):
+        pytest.skip("of vLLM")
+    return engine
+
+
+class NamedByAlias(VllmEngine):
+    """Adapters called by an alias, from one folder, as is usual: a new version takes the old one's name and path."""
+
+    place: Path
+
+    async def load(self, digest: str, folder: Path) -> None:
+        alias = self.place / "alias"
+        await asyncio.to_thread(shutil.copytree, folder, alias, dirs_exist_ok=True)
+        self._listed[digest] = {}
+        list_adapters(self.child.folder, {"alias": {"path": str(alias), "files": {}}})
+
+    async def unload(self, digest: str) -> None:
+        self._listed.pop(digest, None)
+        (await self.child.client().delete("/tunewright/adapters/alias")).raise_for_status()
+
+    def _body(self, request: Request, stop_ids: Collection[int], tenant: str) -> dict[str, Any]:
+        body = super()._body(request, stop_ids, tenant)
+        return body if request.adapter is None else {**body, "model": "alias"}
+
+
+def test_isolation_test_detects_a_stale_prefix_cache_of_vllm(
+    engine: Engine, small_base: Path, small_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The keys of vLLM's prefix cache are name and path: with both the same, it takes the old version's."""
+    vllm = _vllm(engine)
+    (old, first), (new, second), _ = small_adapters.items()
+    reference = reference_of(small_base, {old: first, new: second})
+    prompt = PROMPTS[3] * 12  # more than a block of the cache, which holds whole blocks only
+
+    async def empty() -> None:
+        for digest in small_adapters:
+            await vllm.unload(digest)
+
+    async def replace() -> tuple[Any, Any]:
+        await engine.load(old, first)
+        before = await _answer(engine, Request(prompt, old, 8))
+        await engine.unload(old)
+        await engine.load(new, second)
+        return before, await _answer(engine, Request(prompt, new, 8))
+
+    _run(empty())
+    vllm.__class__ = NamedByAlias
+    try:
+        assert isinstance(vllm, NamedByAlias)
+        vllm.place = tmp_path
+        before, after = _run(replace())
+        _run(vllm.unload(new))
+    finally:
+        vllm.__class__ = VllmEngine
+    _run(load_all(vllm, small_adapters))
+    (right,) = reference.shortfalls(old, prompt, [Answer(*before)])
+    (wrong,) = reference.shortfalls(new, prompt, [Answer(*after)])
+    assert right <= TOLERANCE["float32"] < wrong
+
+
+@pytest.mark.fault("engine", "serve")
+def test_vllm_answers_equally_after_a_crash_of_its_core(engine: Engine, small_adapters: dict[str, Path]) -> None:
+    vllm = _vllm(engine)
+    requests = [Request(PROMPTS[0], digest, 8) for digest in (None, *small_adapters)]
+    before = [_run(_answer(vllm, request)) for request in requests]
+    _run(_lose_core(vllm))
+    until = time.monotonic() + 300
+    while vllm.child.starts < 2 or vllm.stopped is not None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    # The resolver loads them again as they are asked for.
+    assert [_run(_answer(vllm, request)) for request in requests] == before
+
+
+async def _lose_core(engine: VllmEngine) -> None:
+    """Kill vLLM's core process while requests are running."""
+    waiting = [asyncio.create_task(_answer(engine, Request(PROMPTS[0], None, 480))) for _ in range(2)]
+    while engine.in_flight[0] < 2:
+        await asyncio.sleep(0)
+    assert engine.child.process_id is not None
+    os.kill(_engine_core(engine.child.process_id), signal.SIGKILL)
+    for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(outcome, EngineStoppedError), outcome
+    while True:
+        with pytest.raises(EngineStoppedError, match="restarting"):
+            await _answer(engine, Request(PROMPTS[0], None, 2))
+        if engine.stopped is not None:
+            return
+
+
+def _engine_core(server: int) -> int:
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name, _, rest = status.read_text().partition("(")[2].rpartition(")")
+            if name.startswith("VLLM::EngineCor") and int(rest.split()[1]) == server:
+                return int(status.parent.name)
+    raise AssertionError("vLLM has no EngineCore")
+
+
 def test_stopped_engine_fails_running_and_new_requests(engine: Engine, small_base: Path) -> None:
-    """The last test of this file: it ends the engine."""
+    """The last test of the engine: it ends it."""
 
     async def ask() -> None:
-        asking = asyncio.create_task(_answer(engine, Request(PROMPTS[1], None, 480)))
+        asking = asyncio.create_task(_answer(engine, Request(FOUR[1], None, 480)))
         while not sum(engine.in_flight):
             await asyncio.sleep(0)
         await asyncio.to_thread(engine.stop)
@@ -313,7 +433,7 @@ def test_stopped_engine_fails_running_and_new_requests(engine: Engine, small_bas
             await asking
         assert engine.stopped
         with pytest.raises(EngineStoppedError):
-            await _answer(engine, Request(PROMPTS[0], None, 5))
+            await _answer(engine, Request(FOUR[0], None, 5))
 
     _run(ask())
 
@@ -345,3 +465,23 @@ def test_deltas_of_an_engine_with_its_own_grammar_are_checked(text: str, finish:
         got = _run(ask())
         assert TOKENIZER.decode([token for delta in got for token in delta.ids]) == outcome
         assert got[-1].finish == ("stop" if outcome == "abc" else finish)
+
+
+class SlotsLikeAdapters(VllmSettings):
+    """Without the slot to spare."""
+
+    @property
+    def slots(self) -> int:
+        return self.room
+
+
+@pytest.mark.vllm
+def test_isolation_test_detects_vllms_last_slot_bug(small_base: Path, small_adapters: dict[str, Path]) -> None:
+    with vllm_engine(small_base, SlotsLikeAdapters, room=len(small_adapters)) as engine:
+        result = isolation_of(engine, reference_of(small_base, small_adapters), small_adapters)
+    assert result.verdict == "not isolated"
+    # Either pattern batches the base with adapters; which of them meets in a batch depends on the machine.
+    assert failed(result) & {"the base in the mix", "all mixed"}
+    wrong = result.failures
+    assert {failure.asked for failure in wrong} == {"base"}
+    assert all(failure.like is not None and failure.like.startswith("adapter") for failure in wrong if failure.like)

@@ -190,11 +190,6 @@ def test_pinned_wheels_own_no_file_together_and_meet_each_others_requirements(
     assert [line for line in unmet if not line.startswith(tool.unmet)] == []
 
 
-def test_record_shortens_files_to_folders_of_one_wheel() -> None:
-    files = {"one": ["a/b/c.py", "a/b/d.py", "x.py"], "two": ["a/e.py", "a/f/g.py", "x.py"]}
-    assert pinned_wheels.owned(files) == {"one": ["a/b/", "x.py"], "two": ["a/e.py", "a/f/", "x.py"]}
-
-
 @pytest.mark.parametrize("build", ["cpu", "cuda"])
 def test_every_build_pins_each_package_once_and_the_known_vllm_release(
     build: environment.Build,

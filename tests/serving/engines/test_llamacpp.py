@@ -16,8 +16,7 @@ from typing import Any
 
 import gguf
 import pytest
-from engine_kinds import PIECES, STOPS, TOKENIZER, llamacpp_engine
-from isolation_helpers import PROMPTS, failed, result_of
+from engine_kinds import PIECES, PROMPTS, TOKENIZER, llamacpp_engine, load_all, reference_of
 
 from small_models import write_adapter
 from tiny import chat_of
@@ -32,13 +31,12 @@ from tunewright.gate.answers import Answer, PeftReference
 from tunewright.gate.isolation import TOLERANCE
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
-from tunewright.serving.engine_start import EngineSpec, base_file, load_all, start_engine
+from tunewright.serving.engine_start import EngineSpec, base_file, start_engine
 
 
 @pytest.fixture(scope="module")
 def reference(small_base: Path, small_adapters: dict[str, Path]) -> PeftReference:
-    base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    return PeftReference(base, "float32", "none", small_adapters, stop_ids=STOPS)
+    return reference_of(small_base, small_adapters)
 
 
 async def _ids(engine: Engine, request: Request) -> list[int]:
@@ -48,16 +46,6 @@ async def _ids(engine: Engine, request: Request) -> list[int]:
 
 def _answer(ids: list[int], limit: int) -> Answer:
     return Answer(tuple(ids), "length" if len(ids) == limit else "stop")
-
-
-@pytest.mark.slow
-def test_llama_cpp_with_our_settings_is_isolated(
-    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
-) -> None:
-    with llamacpp_engine(small_base) as engine:
-        result = result_of(engine, reference, small_adapters)
-    assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
-    assert all(check.asked >= 8 for check in result.checks)
 
 
 class WithPromptCache(LlamaCppSettings):
@@ -166,8 +154,7 @@ def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes_or_hangs(
         assert isinstance(engine, LlamaCppEngine)
 
         async def ask() -> None:
-            for digest, folder in small_adapters.items():
-                await engine.load(digest, folder)
+            await load_all(engine, small_adapters)
             request = Request(PROMPTS[1], next(iter(small_adapters)), 8)
             before = await _ids(engine, request)
             waiting = asyncio.create_task(_ids(engine, Request(PROMPTS[0], None, 400)))

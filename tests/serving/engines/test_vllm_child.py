@@ -110,13 +110,6 @@ def test_vllm_traces_to_the_same_collector_and_continues_the_engines_span(
     assert found["traceparent"].rpartition("-")[0] == f"00-{span.trace}-{span.id}"
 
 
-def test_request_has_no_traceparent_without_traces(engine: VllmEngine) -> None:
-    asyncio.run(ids(engine, Request((1,), None, 2)))
-    found = seen(engine)
-    assert found["traceparent"] is None
-    assert "--otlp-traces-endpoint" not in found["options"]
-
-
 def test_request_has_a_cache_salt_per_tenant_and_all_sampling_settings(
     engine: VllmEngine,
 ) -> None:

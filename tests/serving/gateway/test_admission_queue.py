@@ -3,52 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 
 from tunewright.serving.gateway.fair_scheduler import HELD_PASSES, AdmissionQueue, Slot
-
-
-async def _serve(demand: dict[str, list[int]], room: int, steps: int) -> tuple[Counter[str], list[str]]:
-    """Tenants that ask for answers of these lengths, all at once; one token a step for each place at the engine.
-
-    Returns:
-        Tokens served after this many steps, and the admitted requests in order.
-    """
-    queue, served, order = AdmissionQueue(room), Counter[str](), []
-    ticks: list[asyncio.Event] = []
-
-    async def request(tenant: str, length: int) -> None:
-        async with queue.slot(tenant, 1) as place:
-            order.append(tenant)
-            for _ in range(length):
-                tick = asyncio.Event()
-                ticks.append(tick)
-                await tick.wait()
-                served[tenant] += 1
-                place.record_tokens(1)
-
-    tasks = [asyncio.create_task(request(name, length)) for name, lengths in demand.items() for length in lengths]
-    for _ in range(steps):
-        for _ in range(5):
-            await asyncio.sleep(0)
-        due, ticks[:] = list(ticks), []
-        for tick in due:
-            tick.set()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert queue.idle, "every place has been given back"
-    return served, order
-
-
-def test_queue_serves_a_quiet_tenant_before_a_loud_one() -> None:
-    _, order = asyncio.run(_serve({"loud": [4] * 100, "quiet": [4]}, 2, 12))
-    assert order.index("quiet") <= 2  # the places were taken when it came
-
-
-def test_queue_serves_two_busy_tenants_equally() -> None:
-    served, _ = asyncio.run(_serve({"loud": [4] * 100, "quiet": [4] * 30}, 4, 40))
-    assert abs(served["loud"] - served["quiet"]) <= 2 * 4 * 4
 
 
 def test_queue_admits_the_next_request_when_a_waiter_is_cancelled() -> None:

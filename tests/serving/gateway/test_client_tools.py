@@ -1,29 +1,25 @@
 """Functions and structured output with published SDKs and frameworks with their defaults: only the base URL changes.
 
-Structured output and required calls come from the embedded engine or vLLM, whose random weights obey the schemas. Where
+Structured output and required calls come from the embedded engine, whose random weights obey the schemas. Where
 the model chooses to call, a scripted model does: this is about what the clients send and read back.
 `make test-clients` makes their environments; without them these tests skip.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import shutil
 import sys
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from client_scripts import PYTHON, ROOT, needs_node, needs_python, node, python, run
-from engine_kinds import vllm_engine
 from scripted_engine import ScriptedEngine
 from served_model import MODELS, STOPS, build_model, running_engine
 
-from small_models import write_adapter, write_terse_base
 from tool_families import family
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
@@ -55,9 +51,9 @@ class CallingEngine(ScriptedEngine):
             yield Delta((token,), "stop" if place == len(ids) else None)
 
 
-def server(engine: Engine, models: Mapping[str, str | None] = MODELS) -> Any:
+def server(engine: Engine) -> Any:
     tokenization = Tokenization(CHAT.prompt, CHAT.continuation, CHAT.text, grammar_compiler(CHAT), (), CHAT)
-    return serving(Gateway(engine, AnonymousAuth(models), tokenization, LIMITS).app)
+    return serving(Gateway(engine, AnonymousAuth(MODELS), tokenization, LIMITS).app)
 
 
 def terse_model() -> Any:
@@ -72,28 +68,12 @@ def terse_model() -> Any:
     return model
 
 
-@contextmanager
-def obedient(kind: str, base: Path, folder: Path) -> Iterator[str]:
-    """The address of a server whose answers obey a schema and then end."""
-    if kind == "embedded":
-        with running_engine(terse_model()) as embedded, server(embedded) as url:
-            yield url
-        return
-    terse = write_terse_base(base, folder / "base", context=2048)
-    digest, adapter = write_adapter(terse, folder / "adapter", seed=1)
-    with vllm_engine(terse) as engine:
-        asyncio.run(engine.load(digest, adapter))
-        with server(engine, {"base": None, MODEL: digest}) as url:
-            yield url
-
-
-@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=pytest.mark.vllm)])
-def urls(
-    request: pytest.FixtureRequest, small_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, str]]:
+@pytest.fixture(scope="module")
+def urls() -> Iterator[tuple[str, str]]:
     """The addresses of an engine that obeys schemas, and of one that calls."""
     with (
-        obedient(request.param, small_base, tmp_path_factory.mktemp("terse")) as url,
+        running_engine(terse_model()) as embedded,
+        server(embedded) as url,
         server(CallingEngine(context=100_000)) as calling,
     ):
         yield f"{url}/v1", f"{calling}/v1"

@@ -362,15 +362,3 @@ def test_tenant_sends_its_key_in_either_header_and_its_usage_is_recorded(
     both = {"authorization": f"Bearer {key}", "x-api-key": two_tenants["globex"]}
     twice = httpx.post(f"{server.url}/v1/messages", headers=both, json=HOW, trust_env=False)
     assert (twice.status_code, twice.json()["error"]["type"]) == (400, "invalid_request_error")
-
-
-def test_same_conversation_has_the_same_canary_as_in_chat() -> None:
-    from tunewright.serving.gateway.schemas import ChatRequest
-    from tunewright.serving.gateway.tenant_auth import in_canary_share
-
-    for number in range(20):
-        turns = [{"role": "user", "content": f"case {number}"}]
-        body = {"model": "m", "messages": turns, "max_tokens": 5}
-        chat_request = parse_request(ChatRequest, json.dumps(body).encode())
-        message = parse_request(MessagesRequest, json.dumps(body).encode()).as_chat()
-        assert in_canary_share("acme", message, "d", 0.5) == in_canary_share("acme", chat_request, "d", 0.5)

@@ -87,17 +87,6 @@ def expected_answer_without_stop(reference: Any, adapter: str, content: str, max
     return decode(answer.ids)
 
 
-def test_rollback_restores_the_earlier_answers(
-    server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
-) -> None:
-    client = server.client(two_tenants["acme"])
-    before = ask(client, "courts")
-    deploy(state, "courts", adapters["three"])
-    until(lambda: ask(client, "courts")[1] == adapters["three"].digest)
-    state.releases.rollback("courts")
-    until(lambda: ask(client, "courts") == before)
-
-
 def test_withdrawn_alias_looks_unknown_and_its_adapter_is_unloaded(
     server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
 ) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import jsonschema
-import openai
 import pytest
-from served_model import TOKENIZER, build_model, running_engine
 from tenant_server import SHIP, Running, Stored, ask, until
-from tool_server import DECLARED, QUESTION, TOOLS, WEATHER, Saying, client_of
+from tool_server import DECLARED, QUESTION, TOOLS, Saying, client_of
 
 from tool_families import family
 from tunewright.chat.call_grammar import CallGrammars, call_grammar
@@ -150,29 +146,3 @@ def test_release_constrains_answers_to_functions_as_evaluation_did(
     (chat, _), (text, _) = engine.asked
     assert (chat.constraint and chat.constraint.grammar) == _grammar(expected)
     assert (text.constraint and text.constraint.grammar) == (Grammar(COURTS) if model == "texts" else None)
-
-
-def test_answers_to_functions_are_calls_or_texts_of_the_release() -> None:
-    how: Any = {"messages": QUESTION, "tools": TOOLS, "max_tokens": 100, "temperature": 2}
-    how["parallel_tool_calls"] = False
-    how |= {"logit_bias": {str(TOKENIZER.convert_tokens_to_ids(space)): -50 for space in "ĠĊčĉ"}}
-    answers: dict[str, set[str]] = {"texts": set(), "required": set()}
-    with (
-        running_engine(build_model()) as engine,
-        client_of(engine, CHAT, AnonymousAuth(MODELS, grammars=RULES)) as client,
-    ):
-        for model, found in answers.items():
-            for seed in range(6):
-                (choice,) = client.chat.completions.create(model=model, seed=seed, **how).choices
-                calls: Any = choice.message.tool_calls or ()
-                for call in calls:
-                    if call.function.name == "weather" and choice.finish_reason == "tool_calls":
-                        jsonschema.validate(json.loads(call.function.arguments), WEATHER["parameters"])
-                found.add("call" if calls else choice.message.content or "")
-        with pytest.raises(openai.BadRequestError, match="recursive") as caught:
-            nested: Any = {"type": "object", "properties": {"x": {"$ref": "#"}}}
-            tree: Any = [{"type": "function", "function": {"name": "f", "parameters": nested}}]
-            client.chat.completions.create(model="required", **how | {"tools": tree})
-    assert caught.value.param == "tools.0.function.parameters"
-    assert answers["required"] == {"call"}
-    assert "call" in answers["texts"] and answers["texts"] <= {"call", "Ala.", "Fla."}

@@ -87,12 +87,6 @@ def test_streamed_events_join_to_the_response(client: openai.OpenAI) -> None:
     assert (last.response.output_text, last.response.usage) == (whole.output_text, whole.usage)
 
 
-def test_stream_helper_of_the_client_follows_the_events(client: openai.OpenAI) -> None:
-    with client.responses.stream(model="courts", input=INPUT, max_output_tokens=5) as stream:
-        kinds = {event.type for event in stream}
-    assert "response.output_text.delta" in kinds
-
-
 def test_client_parses_a_structured_response(client: openai.OpenAI) -> None:
     class Court(pydantic.BaseModel):
         name: Literal["Ala.", "Fla."]

@@ -76,17 +76,6 @@ def test_n_answers_have_consecutive_seeds_and_all_count(client: openai.OpenAI) -
     assert roles == [0, 1, 2]
 
 
-def test_n_greedy_answers_are_equal(client: openai.OpenAI) -> None:
-    answer = ask(client, n=2)
-    assert answer.choices[0].message == answer.choices[1].message == ask(client).choices[0].message
-
-
-def test_n_over_its_cap_is_refused_with_the_cap(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"n is 17 \(limit 16\)") as caught:
-        ask(client, n=17)
-    assert (caught.value.param, caught.value.code) == ("n", "too_many_choices")
-
-
 def test_penalties_and_biases_change_the_answer(client: openai.OpenAI) -> None:
     plain = ask(client).choices[0].message.content
     assert ask(client, frequency_penalty=0, presence_penalty=0, logit_bias={}).choices[0].message.content == plain

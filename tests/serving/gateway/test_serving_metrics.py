@@ -112,18 +112,6 @@ def test_metrics_have_waiting_and_running_requests_only_while_there_are_any() ->
         assert value(metrics, "ready") == 0
 
 
-def test_metrics_have_the_whole_queue_as_one_number() -> None:
-    now = ServerState(True, ["acme", "acme", "globex"], ["globex"], [], [])
-    assert Metrics(lambda: now).registry.get_sample_value("tunewright_queued_requests") == 3
-
-
-def test_metrics_count_timeouts_as_an_outcome() -> None:
-    limits = GatewayConfig(first_token_timeout_s=0.1)
-    with server(ScriptedEngine((60,)), AnonymousAuth(MODELS), limits) as (client, metrics):
-        assert client.post("/v1/completions", json={"model": "base", "prompt": "x"}).status_code == 504
-        until(metrics, "requests_total", 1, tenant="everybody", alias="base", outcome="timed out")
-
-
 def test_metrics_have_a_listener_of_their_own_with_tenants_aliases_and_releases(state_url: str, tmp_path: Path) -> None:
     with State(state_url, "ann") as state:
         state.releases.deploy("courts", "courts-1", DIGESTS["a"], SHIP)
@@ -181,19 +169,6 @@ def owners(metrics: Metrics) -> Counter[tuple[str, str]]:
     labels = (sample.labels for family in metrics.registry.collect() for sample in family.samples)
     named = (one for one in labels if "tenant" in one)
     return Counter((one["tenant"], one.get("alias", one.get("code", ""))) for one in named)
-
-
-def test_metrics_do_not_grow_with_tenants_that_have_ended() -> None:
-    clock = Clock()
-    metrics = counting(clock)
-    sizes = []
-    for number in range(50):
-        metrics.settled(f"passing-{number}", "courts", USAGE)
-        metrics.refused(f"passing-{number}", "model_not_found")
-        metrics.keep({})
-        clock.now += ENDED_SECONDS / 5
-        sizes.append(owners(metrics).total())
-    assert sizes[10:] == [sizes[10]] * 40
 
 
 def test_metrics_of_an_ended_tenant_remain_for_ten_minutes_and_return_with_it() -> None:

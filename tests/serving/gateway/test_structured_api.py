@@ -8,16 +8,14 @@ import math
 import re
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import jsonschema
 import openai
-import pydantic
 import pytest
-from served_model import GRAMMARS, STOPS, TOKENIZER, build_model, running_server
+from served_model import STOPS, TOKENIZER, build_model, running_server
 
-from tunewright.core.errors import UserError
 from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.serving.gateway import structured
 from tunewright.serving.gateway.errors import ApiError
@@ -30,8 +28,6 @@ SCHEMA: dict[str, Any] = {
     "required": ["court", "number"],
     "additionalProperties": False,
 }
-# Random weights prefer white space, which JSON allows without end.
-BRACE = str(TOKENIZER.convert_tokens_to_ids("}"))
 COMPACT = {str(TOKENIZER.convert_tokens_to_ids(space)): -100 for space in "ĠĊčĉ"}
 
 
@@ -92,40 +88,6 @@ def test_answer_has_the_form_that_the_request_asks_for(url: str, route: str, nam
             assert re.fullmatch(expected, text)
 
 
-def test_json_object_answer_is_an_object_as_far_as_it_goes(url: str) -> None:
-    reply = post(url, response_format={"type": "json_object"}, max_tokens=12, logit_bias={**COMPACT, BRACE: -100})
-    (choice,) = reply["choices"]
-    assert choice["finish_reason"] == "length", "cut, as OpenAI reports it"
-    assert choice["message"]["content"].startswith("{")
-    assert post(url, response_format={"type": "text"})["choices"][0]["message"] == post(url)["choices"][0]["message"]
-
-
-def test_openai_client_parses_an_answer_into_a_pydantic_model(client: openai.OpenAI) -> None:
-    class Court(pydantic.BaseModel):
-        name: Literal["Ala.", "Fla."]
-        appeal: bool
-
-    how: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 60, "logit_bias": COMPACT}
-    parsed = client.chat.completions.parse(response_format=Court, **how)
-    assert isinstance(parsed.choices[0].message.parsed, Court)
-    with client.chat.completions.stream(response_format=Court, **how) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
-
-
-def test_rows_of_one_batch_have_their_own_forms(url: str) -> None:
-    forms: list[dict[str, Any]] = [*(fields for fields, _ in FORMS.values()), {}, {}]
-
-    async def ask() -> list[Any]:
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
-            same: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 60, "logit_bias": COMPACT}
-            bodies = [{**same, **form} for form in forms]
-            replies = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
-            return [reply.json()["choices"] for reply in replies]
-
-    assert asyncio.run(ask()) == [post(url, **form)["choices"] for form in forms]
-
-
 def deep(levels: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(levels):
@@ -165,13 +127,6 @@ def test_fault_of_a_schema_names_its_field(client: openai.OpenAI, schema: Any, c
         client.chat.completions.create(model="courts", messages=QUESTION, response_format=json_schema(schema))
     assert (caught.value.param, caught.value.code) == ("response_format.json_schema.schema", code)
     assert "answer:" not in caught.value.message, "our own rules are not the client's"
-
-
-def test_shared_definition_is_not_recursive(url: str) -> None:
-    schema: dict[str, Any] = {"$defs": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "type": "object"}
-    schema["properties"] = {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": "#/$defs/n"}}
-    schema |= {"required": ["a", "b"], "additionalProperties": False}
-    jsonschema.validate(json.loads(text_of(post(url, response_format=json_schema(schema)))), schema)
 
 
 @pytest.mark.parametrize(
@@ -352,8 +307,3 @@ def test_schema_at_the_limits_of_references_and_multiples_is_accepted() -> None:
     check_schema({"$ref": "#/" + "9" * 5000, "a": {"$ref": "#/none"}, "b": {"const": [[], [], {}, {}]}}, "schema")
     check_schema(multiples(0.01, 2.5, 8, 100, 125, 1000), "schema")
     check_schema(multiples(True, -7, 0, float("nan"), 1e-300, math.inf), "schema")
-
-
-def test_constraint_names_what_the_grammar_engine_refuses() -> None:
-    with pytest.raises(UserError, match=r'Invalid constraint: Unimplemented keys: \["not"\]$'):
-        GRAMMARS.compile(Grammar.json_schema({"not": {}}))

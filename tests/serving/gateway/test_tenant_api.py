@@ -239,30 +239,6 @@ def test_two_authorization_headers_are_refused(server: Running, two_tenants: dic
             assert (reply.status_code, reply.json()["error"]["code"]) == (400, "duplicate_authorization")
 
 
-def test_openai_client_retries_when_rate_limited(
-    state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
-) -> None:
-    state.tenants.limit("acme", Limits(concurrency=1))
-    replies: list[tuple[int, str | None]] = []
-    with tenant_server(state_url, adapters, stop_ids=frozenset()) as running:
-        first = running.client(two_tenants["acme"]).chat.completions.create(
-            model="courts", messages=ASKED, max_tokens=CONTEXT, stream=True
-        )
-        next(iter(first))
-
-        def note(reply: httpx.Response) -> None:
-            replies.append((reply.status_code, reply.headers.get("retry-after")))
-            first.close()
-            until(lambda: state.usage.lines("acme")[0].outcome is not None)
-
-        with (
-            openai.DefaultHttpxClient(event_hooks={"response": [note]}) as http,
-            openai.OpenAI(base_url=f"{running.url}/v1", api_key=two_tenants["acme"], http_client=http) as client,
-        ):
-            assert ask(client, "courts")[1] == adapters["one"].digest
-    assert replies == [(429, "1"), (200, None)]
-
-
 def test_request_over_the_token_limit_by_itself_is_a_bad_request(
     server: Running, state: State, two_tenants: dict[str, str]
 ) -> None:
@@ -332,22 +308,6 @@ def test_two_servers_share_limits_and_releases(
         newest = state.releases.newest()
         until(lambda: [release for _, release in state.quota.servers()] == [newest, newest])
     assert state.quota.servers() == []
-
-
-def test_every_request_is_refused_when_the_state_is_unavailable(
-    server: Running, state_url: str, two_tenants: dict[str, str]
-) -> None:
-    client = server.client(two_tenants["acme"])
-    ask(client, "courts")
-    with raw(state_url) as execute:
-        execute("ALTER TABLE api_keys RENAME TO elsewhere")
-    with pytest.raises(openai.InternalServerError) as caught:
-        ask(client, "courts")
-    assert (caught.value.response.status_code, caught.value.code) == (503, "state_unavailable")
-    assert "api_keys" not in caught.value.response.text
-    with raw(state_url) as execute:
-        execute("ALTER TABLE elsewhere RENAME TO api_keys")
-    ask(client, "courts")
 
 
 @pytest.mark.slow

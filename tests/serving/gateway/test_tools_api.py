@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jsonschema
 import openai
-import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served_model import TOKENIZER, build_model, running_engine
+from served_model import build_model, running_engine
 from tool_server import ASKED, CALL, CLOCK, QUESTION, TOOLS, WEATHER, Saying, answer_ids, client_of
 
 from hypothesis_settings import examples
@@ -26,7 +25,6 @@ from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest
 
 FLAT: list[Any] = [{"type": "function", "strict": None, **function} for function in (WEATHER, CLOCK)]
-FAMILIES = ["hermes-chatml", "qwen2_5", "llama3_1", "mistral-v7"]
 
 
 def spoken(message: Any) -> tuple[str, list[tuple[str, Any]]]:
@@ -34,36 +32,6 @@ def spoken(message: Any) -> tuple[str, list[tuple[str, Any]]]:
     return (message.content or "").lstrip(), [
         (call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or ()
     ]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("calls", [(CALL,), (CALL, ToolCall("clock", "{}", call_id(1))), ()])
-@pytest.mark.parametrize("content", ["", "I look: {it up} [now] <tool"])
-def test_calls_of_an_answer_are_read_and_streamed(name: str, calls: tuple[ToolCall, ...], content: str) -> None:
-    chat = family(name)
-    if (len(calls) > 1 and not chat.tool_form.parallel) or (content and calls and not chat.tool_form.with_text):
-        pytest.skip("the template has no such turn")
-    content = content if calls or content else "Sunny."
-    engine = Saying(answer_ids(chat, Message("assistant", content, calls=calls)))
-    expected = content, [(call.name, json.loads(call.arguments)) for call in calls]
-    how: Any = {"model": "base", "messages": QUESTION, "tools": TOOLS}
-    with client_of(engine, chat) as client:
-        (choice,) = client.chat.completions.create(**how).choices
-        assert spoken(choice.message) == expected
-        assert choice.finish_reason == ("tool_calls" if calls else "stop")
-        assert bool(content) is (choice.message.content is not None)
-        chunks = list(client.chat.completions.create(stream=True, **how))
-        with client.chat.completions.stream(**how) as stream:
-            (final,) = stream.get_final_completion().choices
-        plain = client.chat.completions.create(model="base", messages=QUESTION).choices[0].message
-    assert spoken(final.message) == expected
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == (choice.message.content or "")
-    assert chunks[-1].choices[0].finish_reason == choice.finish_reason
-    ids = [call.id for message in (choice.message, final.message) for call in message.tool_calls or ()]
-    assert len(set(ids)) == 2 * len(calls), "new ids in each response"
-    assert plain.tool_calls is None, "without tools an answer is text"
-    if content and not calls:
-        assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) > 3, "text is not held back for long"
 
 
 def test_request_declares_functions_as_rows_of_the_same_text_do() -> None:
@@ -171,17 +139,6 @@ def test_answer_cut_in_its_calls_has_the_complete_ones_and_what_there_is_of_the_
             ]
 
 
-def test_call_is_streamed_while_it_is_generated() -> None:
-    chat = family("hermes-chatml")
-    engine = Saying(answer_ids(chat, Message("assistant", "", calls=(CALL,))))
-    how: Any = {"model": "base", "messages": QUESTION, "tools": TOOLS}
-    with client_of(engine, chat) as client:
-        chunks = [chunk.choices[0].delta.tool_calls for chunk in client.chat.completions.create(stream=True, **how)]
-    first, *others = [calls[0] for calls in chunks if calls]
-    assert first.id and first.function and (first.function.name, first.function.arguments) == ("weather", "")
-    assert len(others) > 5 and all(call.id is None and call.function for call in others)
-
-
 def test_conversation_with_results_is_rendered_as_in_training_whatever_the_ids() -> None:
     chat = family("mistral-v7")
     engine = Saying(answer_ids(chat, Message("assistant", "Sunny.")))
@@ -240,51 +197,6 @@ def test_required_call_matches_its_functions_schema(embedded: openai.OpenAI, cho
         assert name == "weather" if choice != "required" else name in ("weather", "clock")
         if name == "weather":
             jsonschema.validate(arguments, WEATHER["parameters"])
-
-
-def test_agent_calls_a_local_function_and_continues_with_its_result(embedded: openai.OpenAI) -> None:
-    messages = list(QUESTION)
-    how: Any = {"model": "courts", "tools": TOOLS, "max_tokens": 200}
-    named: Any = {"type": "function", "function": {"name": "weather"}}
-    for _ in range(2):
-        message = embedded.chat.completions.create(messages=messages, tool_choice=named, **how).choices[0].message
-        assert message.tool_calls
-        messages.append(message)
-        for call in message.tool_calls:
-            assert call.type == "function"
-            asked = json.loads(call.function.arguments)
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": f"{asked['city']}: rain"})
-    last = embedded.chat.completions.create(messages=messages, tool_choice="none", **how | {"max_tokens": 9})
-    assert last.choices[0].message.content and last.choices[0].message.tool_calls is None
-
-
-@pytest.mark.slow
-def test_client_parses_calls_or_an_answer_of_its_format(embedded: openai.OpenAI) -> None:
-    class Weather(pydantic.BaseModel):
-        city: Literal["Oslo", "Rome"]
-
-    class Court(pydantic.BaseModel):
-        name: Literal["Ala.", "Fla."]
-
-    how: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 100, "temperature": 2}
-    how |= {
-        "parallel_tool_calls": False,
-        "logit_bias": {str(TOKENIZER.convert_tokens_to_ids(space)): -50 for space in "ĠĊčĉ"},
-        "response_format": Court,
-    }
-    tools: Any = [openai.pydantic_function_tool(Weather)]
-    kinds = set()
-    for seed in range(20):
-        (choice,) = embedded.chat.completions.parse(tools=tools, seed=seed, **how).choices
-        kinds.add(choice.finish_reason)
-        for call in choice.message.tool_calls or ():
-            assert isinstance(call.function.parsed_arguments, Weather)
-        assert isinstance(choice.message.parsed, Court) is (choice.finish_reason == "stop")
-    assert kinds == {"stop", "tool_calls"}
-    (choice,) = embedded.chat.completions.parse(tools=tools, tool_choice="required", **how).choices
-    assert choice.message.tool_calls and not choice.message.content
-    (choice,) = embedded.chat.completions.parse(tools=tools, tool_choice="none", **how).choices
-    assert choice.message.parsed and not choice.message.tool_calls
 
 
 def test_fault_of_a_format_next_to_tools_names_the_format(embedded: openai.OpenAI) -> None:
@@ -355,16 +267,6 @@ def test_fault_of_calls_in_a_request_for_a_response_names_its_field(more: dict[s
     with pytest.raises(ApiError) as caught:
         parse_request(ResponsesRequest, json.dumps(body).encode()).as_chat()
     assert (caught.value.status, caught.value.param) == (400, param)
-
-
-def test_required_call_of_a_response_matches_its_schema(embedded: openai.OpenAI) -> None:
-    named: Any = {"type": "function", "name": "weather"}
-    response = embedded.responses.create(
-        model="courts", input="How is it there?", tools=FLAT, tool_choice=named, max_output_tokens=200
-    )
-    (call,) = response.output
-    assert call.type == "function_call"
-    jsonschema.validate(json.loads(call.arguments), WEATHER["parameters"])
 
 
 def turn(**fields: Any) -> dict[str, Any]:

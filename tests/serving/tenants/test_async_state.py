@@ -93,10 +93,6 @@ def test_answer_gives_up_and_drops_a_call_that_has_not_begun(tmp_path: Path, mon
     assert called == []
 
 
-def test_close_writes_what_is_left_and_then_the_last(tmp_path: Path) -> None:
-    assert _run(tmp_path, lambda state, written: state.write_later(_failing(1, written))) == ["usage", "last"]
-
-
 def test_write_of_a_cancelled_flush_is_written_at_close(tmp_path: Path) -> None:
     proceed = threading.Event()
 

@@ -161,18 +161,6 @@ def test_two_servers_together_admit_as_much_as_one(state_url: str, limits: Limit
         assert one.usage.sums()[0].requests == most
 
 
-def test_settle_returns_unused_tokens(state_url: str) -> None:
-    with State(state_url) as state:
-        caller, release = with_tenant(state, limits=Limits(tokens_per_minute=100))
-        number = state.quota.reserve(reservation(caller, release, 90), "g")
-        with pytest.raises(
-            LimitExceededError, match=r"90 tokens in the last 60 seconds \(limit \d+\), and this request may need 20"
-        ):
-            state.quota.reserve(reservation(caller, release, 20), "g")
-        state.quota.settle(number, used(10, 20))
-        state.quota.reserve(reservation(caller, release, 70), "g")
-
-
 def test_second_settle_changes_nothing(state_url: str) -> None:
     with State(state_url) as state:
         caller, release = with_tenant(state)
@@ -189,15 +177,6 @@ def test_request_over_the_limit_by_itself_has_no_wait(state_url: str) -> None:
         with pytest.raises(LimitExceededError, match="101 tokens, over the limit") as caught:
             state.quota.reserve(reservation(caller, release, 101), "g")
         assert caught.value.wait is None
-
-
-def test_limits_count_each_tenant_separately(state_url: str) -> None:
-    with State(state_url) as state:
-        one, two = (with_tenant(state, name, Limits(requests_per_minute=1)) for name in ("one", "two"))
-        state.quota.reserve(reservation(*one), "g")
-        state.quota.reserve(reservation(*two), "g")
-        with pytest.raises(LimitExceededError):
-            state.quota.reserve(reservation(*one), "g")
 
 
 def test_requests_of_a_dead_server_no_longer_count(state_url: str) -> None:

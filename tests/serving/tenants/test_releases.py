@@ -2,105 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from states import DIGESTS, SHIP, raw
 
-from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants import Candidate, Grounds, State
-
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("deploy"), st.sampled_from("abc")),
-        st.tuples(st.just("canary"), st.sampled_from("abc")),
-        st.tuples(st.sampled_from(["promote", "rollback", "undeploy"]), st.just("")),
-    ),
-    max_size=12,
-)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
-    with State(f"sqlite:///{tmp_path_factory.mktemp('releases')}/state.sqlite") as state:
-        yield state
-
-
-class Stack:
-    """The adapter of an alias, in the simplest implementation."""
-
-    def __init__(self) -> None:
-        self.before: list[str] = []
-        self.now: str | None = None
-        self.candidate: str | None = None
-        self.undeployed = False
-
-    def take(self, step: str, name: str) -> bool:
-        """Do it if possible, and return True."""
-        if step == "deploy":
-            if self.now == name and self.candidate is None and not self.undeployed:
-                return False
-            self._answer_with(name)
-        elif step == "canary":
-            if self.now is None or self.undeployed or name in (self.now, self.candidate):
-                return False
-            self.candidate = name
-        elif step == "promote":
-            if self.candidate is None:
-                return False
-            self._answer_with(self.candidate)
-        elif step == "undeploy":
-            if self.now is None or self.undeployed:
-                return False
-            self.undeployed, self.candidate = True, None
-        elif self.candidate is not None or self.undeployed:
-            self.candidate, self.undeployed = None, False
-        else:
-            if not self.before:
-                return False
-            self.now = self.before.pop()
-        return True
-
-    def _answer_with(self, name: str) -> None:
-        if self.now is not None and self.now != name:
-            self.before.append(self.now)
-        self.now, self.candidate, self.undeployed = name, None, False
-
-
-@settings(examples(100), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(steps=STEPS)
-def test_alias_follows_a_stack_after_any_steps(shared: State, steps: list[tuple[str, str]]) -> None:
-    alias, stack, releases = f"alias-{shared.releases.newest()}", Stack(), shared.releases
-    history: list[object] = []
-    for step, name in steps:
-        can = stack.take(step, name)
-        try:
-            if step == "deploy":
-                releases.deploy(alias, name, DIGESTS[name], SHIP)
-            elif step == "canary":
-                releases.start_candidate(alias, Candidate(name, DIGESTS[name], 0.1), SHIP)
-            elif step == "promote":
-                releases.promote(alias)
-            elif step == "undeploy":
-                releases.undeploy(alias)
-            else:
-                releases.rollback(alias)
-        except UserError:
-            assert not can
-        else:
-            assert can
-            # The lines that were there stay as they were, and one is added.
-            now: list[object] = list(releases.history(alias))
-            assert now[:-1] == history
-            history = now
-        live = releases.live().get(alias)
-        assert (None if live is None else live.adapter) == (None if stack.undeployed else stack.now)
-        if live is not None:
-            assert (live.candidate.adapter if live.candidate else None) == stack.candidate
 
 
 def test_grounds_follow_the_adapter(state_url: str) -> None:
@@ -139,18 +47,6 @@ def test_rollback_of_a_withdrawal_restores_its_grounds(state_url: str) -> None:
         assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
         assert list(state.releases.live()) == ["courts"]
         assert not state.verify().faults
-
-
-def test_rollback_restores_any_release_by_number(state_url: str) -> None:
-    with State(state_url) as state:
-        for name in "abc":
-            state.releases.deploy("courts", name, DIGESTS[name], SHIP)
-        assert state.releases.rollback("courts", 1).adapter == "a"
-        with pytest.raises(UserError, match="already"):
-            state.releases.rollback("courts", 1)
-        assert state.releases.rollback("courts").adapter == "c"
-        with pytest.raises(UserError, match="a release from 1 to 5"):
-            state.releases.rollback("courts", 6)
 
 
 def test_invalid_releases_are_refused(state_url: str) -> None:
