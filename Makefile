@@ -92,7 +92,7 @@ fuzz: $(VENV)/.installed
 # Every engine's tests on real vLLM, those of evaluation, and compressed exports. Two workers: a vLLM
 # that starts uses one core for half a minute.
 test-vllm: engines
-	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/cli tests/evaluation tests/export
+	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/gate tests/cli tests/evaluation tests/export
 
 # vLLM in the workers of a Ray cluster. Not at the same time as test-ray, whose clusters are on this machine too.
 test-vllm-workers: engines build/ray/.installed $(if $(filter test-ray,$(MAKECMDGOALS)),test-ray)

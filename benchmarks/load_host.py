@@ -44,7 +44,7 @@ from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue, Slot
 from tunewright.serving.gateway.server import Service, TenantSource
-from tunewright.serving.project_state import adapter_of
+from tunewright.serving.serve import adapter_of
 from tunewright.serving.tenants import State
 
 

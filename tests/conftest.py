@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, settings
 from tiny import build_base
 
 # Fixtures that some files import and others take as a plugin: their assertions are rewritten whichever comes first.
-pytest.register_assert_rewrite("adapter_fixtures", "two_tenants", "vllm_child")
+pytest.register_assert_rewrite("adapter_fixtures", "tenant_server", "vllm_child")
 
 TESTS = Path(__file__).parent
 

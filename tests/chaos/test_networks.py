@@ -24,7 +24,7 @@ from postgres import USER, new_schema, restart
 from tunewright.serving.tenants import State
 
 pytestmark = pytest.mark.chaos
-pytest_plugins = ["chaos_fixtures", "two_tenants"]
+pytest_plugins = ["chaos_fixtures", "tenant_server"]
 
 BACKEND = "postgresql"
 

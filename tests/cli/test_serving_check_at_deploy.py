@@ -18,8 +18,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines import peft
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.open_project import OpenProject
-from tunewright.serving.project_state import open_state
 from tunewright.serving.releases import ReleaseGate
+from tunewright.serving.serve import open_state
 from tunewright.serving.tenants import ServingCheck
 
 SHIPS = make_evidence(make_items())

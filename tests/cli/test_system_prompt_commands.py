@@ -23,7 +23,7 @@ from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.server import Service
 from tunewright.serving.options import ServeOptions
-from tunewright.serving.project_state import adapter_of
+from tunewright.serving.serve import adapter_of
 
 pytestmark = pytest.mark.slow
 

@@ -37,27 +37,9 @@ def test_dashboard_variables_are_labels_of_their_metric() -> None:
     assert len(asked) == 2
 
 
-def test_dashboard_panels_do_not_overlap_and_have_their_own_ids() -> None:
-    cells = [
-        (x, y)
-        for at in (panel["gridPos"] for panel in BOARD["panels"])
-        for x in range(at["x"], at["x"] + at["w"])
-        for y in range(at["y"], at["y"] + at["h"])
-    ]
-    assert len(set(cells)) == len(cells)
-    assert max(x for x, _ in cells) < 24
-    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
-
-
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_alert_asks_for_metrics_and_labels_that_exist(rule: dict[str, Any]) -> None:
     assert require_metrics(rule["expr"]) >= 1 or rule["expr"].startswith("up{")
-
-
-def test_check_of_metrics_finds_a_metric_and_a_label_that_do_not_exist() -> None:
-    for wrong in ("tunewright_request_total", 'tunewright_ready{tenant="a"}', "sum by (model) (tunewright_ready)"):
-        with pytest.raises(AssertionError):
-            require_metrics(wrong)
 
 
 def test_promtool_reads_rules_and_config() -> None:

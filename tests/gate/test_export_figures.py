@@ -11,8 +11,8 @@ from scipy.special import log_softmax
 from scipy.stats import entropy
 
 from tunewright.gate.answers import TopTokens, distance
-from tunewright.gate.parity import LIMITS, Figures, shortcomings
 from tunewright.gate.prompts import places
+from tunewright.gate.results import LIMITS, Figures, shortcomings
 
 
 def _distributions(seed: int, spread: float = 2.0) -> Any:

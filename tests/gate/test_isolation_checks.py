@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from engine_kinds import failed, isolation_of, peft_engine, reference_of
+from engine_kinds import failed, isolation_of, peft_engine, reference_of, vllm_engine
 
 from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from small_models import write_adapter
 from tunewright.engines.peft import PeftEngine
+from tunewright.engines.vllm.engine import VllmSettings
 from tunewright.gate.answers import PeftReference
 
 
@@ -78,3 +79,25 @@ def test_verdict_is_cannot_tell_when_two_adapters_are_indistinguishable(
         result = isolation_of(engine, reference_of(small_base, pair), pair)
     assert (result.verdict, len(result.alike)) == ("can't tell", 1)
     assert failed(result) == set()
+
+
+class SlotsLikeAdapters(VllmSettings):
+    """Without the slot to spare."""
+
+    @property
+    def slots(self) -> int:
+        return self.room
+
+
+@pytest.mark.vllm
+def test_isolation_test_detects_vllms_last_slot_bug(
+    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
+) -> None:
+    with vllm_engine(small_base, SlotsLikeAdapters, room=len(small_adapters)) as engine:
+        result = isolation_of(engine, reference, small_adapters)
+    assert result.verdict == "not isolated"
+    # Either pattern batches the base with adapters; which of them meets in a batch depends on the machine.
+    assert failed(result) & {"the base in the mix", "all mixed"}
+    wrong = result.failures
+    assert {failure.asked for failure in wrong} == {"base"}
+    assert all(failure.like is not None and failure.like.startswith("adapter") for failure in wrong if failure.like)

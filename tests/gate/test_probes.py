@@ -14,7 +14,7 @@ from scripted_engine import ScriptedEngine
 from hypothesis_settings import examples
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Delta
-from tunewright.gate.answers import END, Answer, Digest, GreedyAnswer, Ids
+from tunewright.gate.answers import END, Digest, GreedyAnswer, Ids, ModelAnswer
 from tunewright.gate.isolation import PER_MODEL, PROBE_MARGIN, check_isolation, find_probes
 from tunewright.generation.requests import Request
 
@@ -52,17 +52,17 @@ class TableOracle:
             behind.append({**gaps, END: gaps[STOP]})
             ids.append(logits.index(best))
             if ids[-1] == STOP:
-                return GreedyAnswer(Answer(tuple(ids[:-1]), "stop"), tuple(behind))
-        return GreedyAnswer(Answer(tuple(ids), "length"), tuple(behind))
+                return GreedyAnswer(ModelAnswer(tuple(ids[:-1]), "stop"), tuple(behind))
+        return GreedyAnswer(ModelAnswer(tuple(ids), "length"), tuple(behind))
 
-    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
+    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[ModelAnswer]) -> list[float]:
         self.judged += len(answers)
         return [self.shortfall(model, prompt, answer) for answer in answers]
 
     def unload(self) -> None:
         pass
 
-    def shortfall(self, model: Digest, prompt: Ids, answer: Answer) -> float:
+    def shortfall(self, model: Digest, prompt: Ids, answer: ModelAnswer) -> float:
         tokens = (*answer.ids, STOP) if answer.finish == "stop" else answer.ids
         worst = 0.0
         for place, token in enumerate(tokens):
@@ -107,10 +107,10 @@ def test_shortfall_at_divergence_is_at_most_that_of_the_whole_answer(seed: int, 
 
 
 def test_unlisted_token_is_at_least_as_unlikely_as_the_last_listed_one() -> None:
-    own = GreedyAnswer(Answer((7,), "length"), ({7: 0.0, 8: 1.5, 9: 2.5, END: 30.0},))
-    shortfalls = [own.shortfall(Answer((token,), "length")) for token in (7, 8, 1)]
+    own = GreedyAnswer(ModelAnswer((7,), "length"), ({7: 0.0, 8: 1.5, 9: 2.5, END: 30.0},))
+    shortfalls = [own.shortfall(ModelAnswer((token,), "length")) for token in (7, 8, 1)]
     assert shortfalls == [0.0, 1.5, 2.5]
-    assert own.shortfall(Answer((), "stop")) == 30.0
+    assert own.shortfall(ModelAnswer((), "stop")) == 30.0
 
 
 def test_reference_passes_grow_with_models_and_not_with_pairs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,3 +105,11 @@ def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[h
     gateway = Gateway(engine, AnonymousAuth(MODELS), TOKENIZATION, config)
     with serving(gateway.app, limits=config) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client
+
+
+def until(holds: Callable[[], bool], seconds: float = 300) -> None:
+    """Wait for what happens in the background."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.02)

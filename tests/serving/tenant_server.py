@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
+from scripted_engine import until as until  # tests import it from here
 from served_model import CONTEXT, LIMITS, STOPS, TOKENIZER, build_base, build_model, texts
 
 from tunewright.adapters.lineage import SystemPrompt
@@ -126,9 +127,35 @@ def ask(
     return answer.choices[0].message.content, raw_answer.headers["x-tunewright-adapter"]
 
 
-def until(holds: Callable[[], bool], seconds: float = 300) -> None:
-    """Wait for what happens in the background."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it has not come about"
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
+    return store_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The model that says what each adapter answers alone."""
+    return build_model()
+
+
+@pytest.fixture
+def state(state_url: str) -> Iterator[State]:
+    with State(state_url, "ann") as opened:
+        yield opened
+
+
+@pytest.fixture
+def two_tenants(state: State, adapters: dict[str, Stored]) -> dict[str, str]:
+    """The keys of acme, which may call courts, and of globex, which may call recipes."""
+    keys = {}
+    for tenant, alias, adapter in (("acme", "courts", "one"), ("globex", "recipes", "two")):
+        deploy(state, alias, adapters[adapter])
+        state.tenants.add(tenant, [alias])
+        keys[tenant], _ = state.keys.create(tenant)
+    return keys
+
+
+@pytest.fixture
+def server(state_url: str, two_tenants: dict[str, str], adapters: dict[str, Stored]) -> Iterator[Running]:
+    with tenant_server(state_url, adapters) as running:
+        yield running

@@ -21,8 +21,8 @@ from tunewright.export.hub_options import HubOptions
 from tunewright.open_project import OpenProject
 from tunewright.pipeline import RunResult as RunResult  # users import it from here
 from tunewright.report import verbs as reports
-from tunewright.serving import project_state, serve
 from tunewright.serving import releases as release_verbs
+from tunewright.serving import serve
 from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
 from tunewright.synthesis import verbs as synthesis
 from tunewright.training import memory
@@ -145,8 +145,8 @@ class Project(OpenProject):
 
     self_test = keywords(serve.self_test, ServeOptions)
     serve_engine = serve.serve_engine
+    state = serve.open_state
     serve = keywords(serve.serve, ServeOptions)
-    state = project_state.open_state
 
     run = pipeline.run
 

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tunewright.engines import environment
-from tunewright.serving.project_state import open_state
+from tunewright.serving.serve import open_state
 
 if TYPE_CHECKING:
     from tunewright.open_project import OpenProject

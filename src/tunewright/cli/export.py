@@ -95,7 +95,7 @@ def hub(
 
 
 def _show(run: Session, result: ExportResult) -> int | None:
-    from tunewright.gate.parity import figures_blocks
+    from tunewright.gate.results import figures_blocks
 
     done = "Exported to" if result.made else "Already exported and unchanged:"
     text = f"{done} {result.folder}" if result.good else f"Not kept. Its figures are in {result.numbers}"

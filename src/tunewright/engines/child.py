@@ -101,9 +101,6 @@ class LoopClients:
         """Send a request; the connection is closed at the end, which aborts the request in the server, too.
 
         The caller may be cancelled at this point. So the close is shielded: a connection closed by half would stay.
-
-        Raises:
-            httpx.TransportError: the server is lost.
         """
         client = self.client()
         reply = await client.send(client.build_request("POST", route, json=body, headers=headers), stream=True)
@@ -211,7 +208,7 @@ class Child(LoopClients):
         try:
             self._keep_running()
         except Exception as error:
-            self._fault = error  # of the program that starts it, which must not wait for it forever
+            self._fault = error  # the program that starts it must not wait for it forever
             self._set_failure_reason(f"{self._plan.name} cannot be started: {error}. Restart the server.")
             raise
 
@@ -248,22 +245,17 @@ class Child(LoopClients):
         self._process = process
         self._end = "crashed"
         try:
-            ready = self._await_ready(process)
+            began, ready = time.monotonic(), False
+            while not ready and process.poll() is None and not self._stopping.wait(0.05):
+                ready = self._answers()
+                if time.monotonic() - began > START_SECONDS:
+                    break
             if ready:
                 self._set_failure_reason(None)
                 self._watch(process)
         finally:
             end(process, STOP_SECONDS)
         return ready
-
-    def _await_ready(self, process: Process) -> bool:
-        began = time.monotonic()
-        while process.poll() is None and not self._stopping.wait(0.05):
-            if self._answers():
-                return True
-            if time.monotonic() - began > START_SECONDS:
-                return False
-        return False
 
     def _watch(self, process: Process) -> None:
         """Wait until it ends, must stop, fails its health checks, or computes nothing although it has requests."""

@@ -94,10 +94,6 @@ def answer_engine(
         constrained: some answers must match a grammar.
         workers: a cluster's, which answer; None: this machine does.
         start_on: a base on which ``auto`` starts vLLM the first time, with the receiver of messages; None: no trial.
-
-    Raises:
-        UserError: the config requires vLLM, which is not installed, differs between machines, or cannot compute these
-            answers.
     """
     chosen = config.evaluate.engine
     if chosen == "peft":

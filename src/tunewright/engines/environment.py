@@ -123,11 +123,7 @@ def default_folder(tool: Tool, build: Build) -> Path:
 
 
 def find_tool(name: str) -> Tool:
-    """Return the tool of this name.
-
-    Raises:
-        UserError: no tool with an environment has this name.
-    """
+    """Return the tool of this name."""
     if name not in TOOLS:
         raise UserError(
             f"Unknown engine {name!r}: only {' and '.join(TOOLS)} have their own environment",
@@ -137,11 +133,7 @@ def find_tool(name: str) -> Tool:
 
 
 def find(tool: Tool, build: Build | None = None) -> Environment:
-    """Return the installed environment.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return the installed environment."""
     for candidate in (build,) if build else ("cuda", "cpu"):
         folder = default_folder(tool, candidate)
         elsewhere = folder.with_suffix(".json")
@@ -170,9 +162,6 @@ def install(
         build: None: "cuda" if there is a GPU.
         torch_index: the package index with PyTorch's builds without CUDA; None: the index that pip is configured for.
         requirements, probe: other packages, and code that imports them; None: the tool's own.
-
-    Raises:
-        UserError: there is no build for this machine, the disk is full, or pip fails.
     """
     build = build or build_for_this_machine()
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
@@ -242,7 +231,14 @@ def _complete(tool: Tool, folder: Path) -> Environment | None:
 
 
 def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | None, task: Task) -> None:
-    there = _installed(folder)
+    # Incomplete packages go: pip would take them for complete.
+    there: set[tuple[str, str]] = set()
+    for info in folder.glob("lib/python*/site-packages/*.dist-info"):
+        if not (info / "RECORD").exists() or not (info / "INSTALLER").exists():
+            shutil.rmtree(info)
+            continue
+        name, _, version = info.name.removesuffix(".dist-info").partition("-")
+        there.add((canonicalize_name(name), version))
     pinned = {pin: pin.partition("==") for pin in wanted}
     missing = [pin for pin, (name, _, version) in pinned.items() if (canonicalize_name(name), version) not in there]
     if len(missing) < len(wanted):
@@ -273,18 +269,6 @@ def _groups(missing: Sequence[str]) -> Iterator[list[str]]:
     others = [pin for pin in missing if pin not in alone]
     yield from ([pin] for pin in alone)
     yield from (others[start : start + _AT_ONCE] for start in range(0, len(others), _AT_ONCE))
-
-
-def _installed(folder: Path) -> set[tuple[str, str]]:
-    """Return the complete packages with their versions; remove incomplete ones, which pip would take for complete."""
-    found: set[tuple[str, str]] = set()
-    for info in folder.glob("lib/python*/site-packages/*.dist-info"):
-        if not (info / "RECORD").exists() or not (info / "INSTALLER").exists():
-            shutil.rmtree(info)
-            continue
-        name, _, version = info.name.removesuffix(".dist-info").partition("-")
-        found.add((canonicalize_name(name), version))
-    return found
 
 
 def _run(command: Sequence[str], folder: Path) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -219,8 +219,7 @@ class EnginePool:
             if isinstance(error, UserError):
                 raise error
         if up := self.up:
-            for url, error in found.items():
-                self._report(url, None if error is None else f"{error} It is left out until it answers.")
+            self._report_looks(found)
             return up
         reasons = "\n".join(f"  {engine.stopped}" for engine in self.engines) or "  Their names have no address."
         raise UserError(
@@ -233,12 +232,9 @@ class EnginePool:
         while True:
             await asyncio.sleep(LOOK_S)
             try:
-                errors = await self._look()
+                self._report_looks(await self._look())
             except Exception:  # requests are answered whatever is wrong here
                 log.exception("the engines could not be asked")
-                continue
-            for url, error in errors.items():
-                self._report(url, None if error is None else f"{error} It is left out until it answers.")
 
     async def _look(self) -> dict[str, Exception | None]:
         """Ask each address; return the errors by address, None where the engine takes requests."""
@@ -336,6 +332,10 @@ class EnginePool:
         with suppress(EngineStoppedError):  # when it comes back it loads only what is served
             async with engine.changing:
                 await engine.change("unload", {"digest": digest})
+
+    def _report_looks(self, errors: Mapping[str, Exception | None]) -> None:
+        for url, error in errors.items():
+            self._report(url, None if error is None else f"{error} It is left out until it answers.")
 
     def _report(self, what: str, fault: str | None) -> None:
         """Report a fault when it begins, and its end; not at each look."""

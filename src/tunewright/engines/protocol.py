@@ -139,10 +139,7 @@ async def checked(deltas: AsyncGenerator[Delta, None], request: Request) -> Asyn
     """Yield the deltas of an engine that compiles constraints itself, as the embedded engine would deliver them.
 
     An answer ends as soon as it matches and nothing can follow. A token or an end that the constraint does not allow
-    fails the request: the engine has given the constraint up as too complex.
-
-    Raises:
-        ConstraintFailedError: a token, or the end, is not allowed.
+    fails the request (ConstraintFailedError): the engine has given the constraint up as too complex.
     """
     guide = request.constraint.start() if request.constraint else None
     async with aclosing(deltas):
@@ -163,28 +160,20 @@ async def checked(deltas: AsyncGenerator[Delta, None], request: Request) -> Asyn
             yield delta
 
 
-class _Queue:
+class _Queue(asyncio.Queue[Event]):
     """A sink to read from."""
 
-    def __init__(self) -> None:
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-
     def deliver(self, event: Event) -> None:
-        self.events.put_nowait(event)
+        self.put_nowait(event)
 
 
 async def stream(engine: Engine, request: Request, *, tenant: str = "") -> AsyncGenerator[Delta, None]:
-    """Yield a request's deltas; closing the generator early aborts the request.
-
-    Raises:
-        RequestFailedError: the model could not compute this request.
-        EngineStoppedError: the engine has stopped.
-    """
+    """Yield a request's deltas, or raise the error that ends it; closing the generator early aborts the request."""
     sink = _Queue()
     abort = engine.submit(request, sink, tenant=tenant)
     try:
         while True:
-            event = await sink.events.get()
+            event = await sink.get()
             if not isinstance(event, Delta):
                 raise event
             yield event

@@ -135,9 +135,8 @@ class RemoteEngine(LoopClients):
         try:
             found = reply.raise_for_status().json()
             protocol = found["protocol"]
-            facts = (
-                EngineFacts(**{**found, "unsupported": tuple(found["unsupported"])}) if protocol == PROTOCOL else None
-            )
+            if protocol == PROTOCOL:
+                return EngineFacts(**{**found, "unsupported": tuple(found["unsupported"])})
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.url} is not an engine of tunewright: it has no {FACTS}, so it may answer other routes and "
@@ -145,13 +144,11 @@ class RemoteEngine(LoopClients):
                 where="serve.engines",
                 fix="Start the engine there with `tunewright engine serve`.",
             ) from error
-        if facts is None:
-            raise UserError(
-                f"The engine {self.url} has protocol {protocol}, this gateway {PROTOCOL}",
-                where="serve.engines",
-                fix="Run the same version of tunewright on both.",
-            )
-        return facts
+        raise UserError(
+            f"The engine {self.url} has protocol {protocol}, this gateway {PROTOCOL}",
+            where="serve.engines",
+            fix="Run the same version of tunewright on both.",
+        )
 
     async def change(self, method: str, body: Event) -> None:
         """Load or unload an adapter."""
@@ -172,13 +169,20 @@ class RemoteEngine(LoopClients):
 
     async def _stream(self, request: Request, tenant: str) -> AsyncGenerator[Delta, None]:
         assert not request.stop, "the gateway handles stop strings"
-        async with aclosing(self._events("answer", _body(request, tenant))) as events:
+        # The constraint goes as its rule, which the engine compiles for the same tokenizer.
+        rule = None if request.constraint is None else request.constraint.grammar.rule
+        body = {**vars(request), "constraint": rule, "tenant": tenant}
+        del body["stop"]
+        async with aclosing(self._events("answer", body)) as events:
             async for event in events:
                 if "error" in event:
                     raise self._error(event)
-                delta = _delta(event)
-                yield delta
-                if delta.finish:
+                logprobs = (
+                    TokenLogprob(logprob, tuple((token, value) for token, value in top))
+                    for logprob, top in event["logprobs"]
+                )
+                yield Delta(tuple(event["ids"]), event["finish"], tuple(logprobs))
+                if event["finish"]:
                     return
         raise EngineStoppedError(f"The engine {self.url} ended an answer before it was complete.")
 
@@ -211,32 +215,6 @@ def adapter_body(digest: str, folder: Path) -> Event:
     """Return the adapter to load as JSON: its name, for the engine's own store, and its digest, which must match."""
     checkpoint = folder.parent.name == "checkpoints"
     return {"digest": digest, "name": f"{folder.parent.parent.name}@{folder.name}" if checkpoint else folder.name}
-
-
-def _body(request: Request, tenant: str) -> Event:
-    """Return a request as JSON; the constraint as its rule, which the engine compiles for the same tokenizer."""
-    constraint = request.constraint
-    return {
-        "prompt_ids": request.prompt_ids,
-        "adapter": request.adapter,
-        "max_new_tokens": request.max_new_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "seed": request.seed,
-        "constraint": None if constraint is None else constraint.grammar.rule,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "logit_bias": request.logit_bias,
-        "logprobs": request.logprobs,
-        "tenant": tenant,
-    }
-
-
-def _delta(event: Mapping[str, Any]) -> Delta:
-    logprobs = tuple(
-        TokenLogprob(logprob, tuple((token, value) for token, value in top)) for logprob, top in event["logprobs"]
-    )
-    return Delta(tuple(event["ids"]), event["finish"], logprobs)
 
 
 FREE = 0.5

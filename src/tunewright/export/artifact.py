@@ -20,7 +20,7 @@ from tunewright.core.locks import in_use, remove_abandoned
 from tunewright.data.examples import Message
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.evidence.common import Part
-from tunewright.gate.parity import LIMITS, Figures, Limits, Precision, shortcomings
+from tunewright.gate.results import LIMITS, Figures, Limits, Precision, shortcomings
 from tunewright.open_project import OpenProject
 
 

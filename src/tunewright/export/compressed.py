@@ -28,7 +28,7 @@ from tunewright.export.artifact import BuiltArtifact, Source
 from tunewright.export.merge import choose_merge_method, load_folder, observe_folder, save_settings, write_merged
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights
-from tunewright.gate.parity import Precision
+from tunewright.gate.results import Precision
 from tunewright.models.bases import Base
 from tunewright.models.loading import device, text_settings
 from tunewright.training.rows import encode_members

@@ -17,8 +17,8 @@ from tunewright.core.progress import Reporter
 from tunewright.export.artifact import Source
 from tunewright.export.weights import Weights, put_into, trained_dtype
 from tunewright.gate.answers import Context, TopTokens, answer, distance, distributions
-from tunewright.gate.parity import Figures
 from tunewright.gate.prompts import Probe, contexts, draw_probe
+from tunewright.gate.results import Figures
 from tunewright.generation.requests import Completion
 from tunewright.metrics import Scorer, open_scorers, score_all
 from tunewright.models.bases import Base

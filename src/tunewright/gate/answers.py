@@ -18,8 +18,8 @@ from torch import Tensor
 from tunewright.chat import ChatFormat
 from tunewright.config import Quantization
 from tunewright.engines.protocol import Engine, stream
-from tunewright.gate.parity import TOP
 from tunewright.gate.prompts import Probe, places
+from tunewright.gate.results import TOP
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion, Finish, Request, TokenLogprob
 from tunewright.generation.text_stream import TextStream
@@ -39,7 +39,7 @@ _LIKELIEST = 64
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """A model's answer."""
 
     ids: Ids
@@ -55,11 +55,11 @@ class Answer:
 class GreedyAnswer:
     """A model's greedy answer, and the alternatives to each choice."""
 
-    answer: Answer
+    answer: ModelAnswer
     behind: tuple[Mapping[int, float], ...]
     """For each choice, by how many nats other tokens are less likely: the likeliest tokens, and :data:`END`."""
 
-    def shortfall(self, other: Answer) -> float:
+    def shortfall(self, other: ModelAnswer) -> float:
         """Return by how many nats another answer is less likely where it diverges; its later tokens may be worse."""
         for own, theirs, behind in zip(self.answer.choices, other.choices, self.behind, strict=False):
             if own != theirs:
@@ -83,13 +83,13 @@ def alternatives(logits: Tensor, stop_ids: Collection[int]) -> dict[int, float]:
     return at
 
 
-def ended(ids: Sequence[int], stop_ids: Collection[int]) -> Answer:
+def ended(ids: Sequence[int], stop_ids: Collection[int]) -> ModelAnswer:
     """Return an answer without its end token and what follows it."""
     place = next((place for place, token in enumerate(ids) if token in stop_ids), None)
-    return Answer(tuple(ids), "length") if place is None else Answer(tuple(ids[:place]), "stop")
+    return ModelAnswer(tuple(ids), "length") if place is None else ModelAnswer(tuple(ids[:place]), "stop")
 
 
-def cut(answer: Answer, stop: tuple[str, ...], chat: ChatFormat) -> Completion:
+def cut(answer: ModelAnswer, stop: tuple[str, ...], chat: ChatFormat) -> Completion:
     """Return an answer, cut at the first stop string."""
     pieces, text = TextStream(chat.text, stop), ""
     for place, token in enumerate(answer.ids if stop else (), 1):
@@ -99,12 +99,12 @@ def cut(answer: Answer, stop: tuple[str, ...], chat: ChatFormat) -> Completion:
     return Completion(answer.ids, answer.finish)
 
 
-def comparable(completion: Completion) -> Answer:
+def comparable(completion: Completion) -> ModelAnswer:
     """Return an answer for comparison token by token; a stop string ends it without a choice of the model."""
-    return Answer(completion.ids, "length" if completion.before_stop is not None else completion.finish)
+    return ModelAnswer(completion.ids, "length" if completion.before_stop is not None else completion.finish)
 
 
-async def ask(engine: Engine, request: Request) -> tuple[Answer, list[TokenLogprob]]:
+async def ask(engine: Engine, request: Request) -> tuple[ModelAnswer, list[TokenLogprob]]:
     """Return an engine's answer, with what it reports of its tokens."""
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []
@@ -115,7 +115,7 @@ async def ask(engine: Engine, request: Request) -> tuple[Answer, list[TokenLogpr
             logprobs += delta.logprobs
             finish = delta.finish
     assert finish is not None
-    return Answer(tuple(ids), finish), logprobs
+    return ModelAnswer(tuple(ids), finish), logprobs
 
 
 _BATCH = 8
@@ -256,7 +256,7 @@ class PeftReference:
         self._loaded = None
         clear_device_cache(garbage_collection=True)
 
-    def answers(self, model: Digest, prompts: Sequence[Ids]) -> list[Answer]:
+    def answers(self, model: Digest, prompts: Sequence[Ids]) -> list[ModelAnswer]:
         """Return transformers' greedy answers, computed in one batch."""
         return [greedy.answer for greedy in self.greedy(model, prompts)]
 
@@ -312,16 +312,16 @@ class PeftReference:
             return_dict_in_generate=True,
         )
 
-    def _ended(self, made: Any, prompts: Sequence[Ids]) -> list[Answer]:
+    def _ended(self, made: Any, prompts: Sequence[Ids]) -> list[ModelAnswer]:
         """Return the answers without their ends and the padding behind them."""
         return [ended(ids, self._stop_ids) for ids in made.sequences[:, max(map(len, prompts)) :].tolist()]
 
-    def _greedy(self, answer: Answer, logits: Tensor) -> GreedyAnswer:
+    def _greedy(self, answer: ModelAnswer, logits: Tensor) -> GreedyAnswer:
         behind = tuple(alternatives(row, self._stop_ids) for row in logits[: len(answer.choices)])
         return GreedyAnswer(answer, behind)
 
     @torch.inference_mode()
-    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
+    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[ModelAnswer]) -> list[float]:
         """Score all answers in one pass; no token of a shorter answer sees the padding behind it."""
         longest = max(len(answer.ids) for answer in answers)
         ids = [[*prompt, *answer.ids, *[0] * (longest - len(answer.ids))] for answer in answers]
@@ -331,7 +331,7 @@ class PeftReference:
             )
         return [self._shortfall(logits, answer) for logits, answer in zip(found.logits.double(), answers, strict=True)]
 
-    def _shortfall(self, logits: Tensor, answer: Answer) -> float:
+    def _shortfall(self, logits: Tensor, answer: ModelAnswer) -> float:
         """Return an answer's shortfall, given the logits [places + 1, vocabulary] of its places and the one behind."""
         best = logits.max(-1).values
         count = len(answer.ids)

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
-from tunewright.gate.answers import TOKENS, Answer, Digest, GreedyAnswer, Ids, ask
+from tunewright.gate.answers import TOKENS, Digest, GreedyAnswer, Ids, ModelAnswer, ask
 from tunewright.gate.results import Failure, IsolationCheck, IsolationResult
 from tunewright.generation.requests import Request
 
@@ -54,7 +54,7 @@ class _Observation:
     check: str
     model: Digest
     prompt: Ids
-    answer: Answer
+    answer: ModelAnswer
 
 
 @dataclass
@@ -204,7 +204,9 @@ def check_isolation(
         long: tokens of the prompts that test prefix caches: see :data:`LONG` and :data:`SHORT`.
     """
     models: list[Digest] = [None, *folders]
-    longer = list(dict.fromkeys(_lengthened(prompt, min(long, context - TOKENS)) for prompt in prompts))
+    # Repeated, and cut from the left to this length: a prompt keeps its end, where models differ.
+    size = min(long, context - TOKENS)
+    longer = list(dict.fromkeys((prompt * -(-size // len(prompt)))[-size:] for prompt in prompts))
     with reporter.task("Looking for prompts that tell the models apart", 2 * len(models), "models") as task:
         probes = find_probes(reference, models, prompts, tolerance, task.advance)
         long_probes = find_probes(reference, models, longer, tolerance, task.advance)
@@ -234,21 +236,16 @@ def _collect(
         return engine.name, session.observations
 
 
-def _lengthened(prompt: Ids, tokens: int) -> Ids:
-    """Return the prompt repeated and cut from the left to a length; it keeps its end, where models differ."""
-    return (prompt * -(-tokens // len(prompt)))[-tokens:]
-
-
 class _Scorer:
     """Scores answers by the reference; an answer that occurs many times is scored once."""
 
-    def __init__(self, reference: Reference, correct: Mapping[tuple[Digest, Ids], Answer]) -> None:
+    def __init__(self, reference: Reference, correct: Mapping[tuple[Digest, Ids], ModelAnswer]) -> None:
         self._reference = reference
         self._correct = correct
         # The reference's own answers need no scoring.
         self._known = {(model, prompt, answer): 0.0 for (model, prompt), answer in correct.items()}
 
-    def shortfalls(self, model: Digest, prompt: Ids, answers: Iterable[Answer]) -> list[float]:
+    def shortfalls(self, model: Digest, prompt: Ids, answers: Iterable[ModelAnswer]) -> list[float]:
         """Return the shortfall of each answer in nats, as an answer of this model."""
         answers = list(answers)
         unknown = list(dict.fromkeys(a for a in answers if (model, prompt, a) not in self._known))
@@ -315,7 +312,7 @@ class Reference(Protocol):
     def greedy(self, model: Digest, prompts: Sequence[Ids], tokens: int = TOKENS) -> list[GreedyAnswer]:
         """Return a model's greedy answers, each of at most this many tokens."""
 
-    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[Answer]) -> list[float]:
+    def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[ModelAnswer]) -> list[float]:
         """Return for each answer by how many nats its worst token is less likely than the model's best one there."""
 
     def unload(self) -> None:
@@ -328,7 +325,7 @@ class Probes:
 
     prompts: dict[Digest, tuple[Ids, ...]]
     alike: frozenset[tuple[Digest, Digest]]
-    answers: Mapping[tuple[Digest, Ids], Answer]
+    answers: Mapping[tuple[Digest, Ids], ModelAnswer]
 
     @property
     def every(self) -> list[tuple[Digest, Ids]]:

@@ -70,9 +70,6 @@ def draw_probe(project: OpenProject, version: DatasetVersion, system_prompt: str
     """Return dev rows from as many clusters as possible, in an order that the config's seed draws.
 
     If rows have functions or ``chat.tools`` is hermes, generated conversations with functions come on top.
-
-    Raises:
-        UserError: no dev row fits the base's context.
     """
     config, chat, context = project.folder.config, project.chat, context_length(project.base)
     limit = answer_limit(config, chat, version.domain_of("train"))

@@ -28,9 +28,8 @@ from tunewright.evidence.statistics import (
     wilson,
 )
 from tunewright.gate.answers import Digest, Ids, ReferenceAnswer, TopTokens, ask, comparable, cut, distance
-from tunewright.gate.parity import LIMITS, Precision
 from tunewright.gate.prompts import Probe
-from tunewright.gate.results import Estimate, ServedAs, ServingFigures
+from tunewright.gate.results import LIMITS, IntervalEstimate, Precision, ServedAs, ServingFigures
 from tunewright.generation.requests import Completion, Request, TokenLogprob
 from tunewright.metrics.calls import call_schema_valid
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer
@@ -145,14 +144,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _listed(logprobs: Sequence[TokenLogprob], common: int, start: int, places: Sequence[int]) -> dict[int, TopTokens]:
-    """Return the distributions at those places whose tokens before them are the reference's.
-
-    Args:
-        logprobs: of the engine's tokens from place ``start`` on.
-        common: the number of these tokens that are the reference's.
-        start: the reference's tokens that were part of the prompt.
-        places: the places that are needed.
-    """
+    """Return the distributions at those places whose tokens before them are the reference's."""
     found = {}
     for place in places:
         if start <= place <= start + common and place - start < len(logprobs):
@@ -239,21 +231,21 @@ def serving_figures(
     )
 
 
-def _formed_share(formed: Sequence[ComparedAnswer], *, trained: bool) -> Estimate | None:
+def _formed_share(formed: Sequence[ComparedAnswer], *, trained: bool) -> IntervalEstimate | None:
     if not formed:
         return None
     values = [bool(each.trained_well_formed if trained else each.well_formed) for each in formed]
     return _share(values, [each.cluster for each in formed])
 
 
-def _share(values: Sequence[bool], clusters: Sequence[str]) -> Estimate:
+def _share(values: Sequence[bool], clusters: Sequence[str]) -> IntervalEstimate:
     numbers: Floats = np.array(values, dtype=np.float64)
     share = float(numbers.mean())
     return _estimate(share, wilson(share, effective_items(numbers, clusters)))
 
 
-def _estimate(value: float, interval: Interval) -> Estimate:
-    return Estimate(round(float(value), 6), round(interval.low, 6), round(interval.high, 6))
+def _estimate(value: float, interval: Interval) -> IntervalEstimate:
+    return IntervalEstimate(round(float(value), 6), round(interval.low, 6), round(interval.high, 6))
 
 
 def shortcomings(figures: Sequence[ServingFigures]) -> tuple[str, ...]:

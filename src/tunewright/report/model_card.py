@@ -17,7 +17,7 @@ from tunewright.evidence.benchmarks import benchmarks_section
 from tunewright.evidence.blocks import arms_section, contrasts_section, metric_order
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.verdict import verdict
-from tunewright.gate.parity import Figures
+from tunewright.gate.results import Figures
 from tunewright.metrics import metric_label
 from tunewright.render.markdown import bullets, markdown, plain, table
 

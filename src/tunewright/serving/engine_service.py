@@ -102,12 +102,6 @@ class EngineApp:
     there is one. A request names an adapter by its digest; the files come from the engine's own project and must match
     it. Several gateways may share an engine. It keeps an adapter until the last gateway that loaded it has unloaded it,
     or has not been heard of for :data:`LEASE_S` seconds.
-
-    Args:
-        engine: answers the requests; the caller stops it after the server has ended.
-        origin: what its answers depend on.
-        locate: returns the folder of an adapter by its name and digest.
-        compiler: compiles constraints for the base's tokenizer.
     """
 
     def __init__(

@@ -208,13 +208,7 @@ def base_file(
     file_type: FileType,
     reporter: Reporter,
 ) -> Path:
-    """Return the base's file, with a vocabulary for grammars only: llama.cpp gets ids and returns ids.
-
-    Args:
-        place: the folder of all such files.
-        pieces: see :func:`tunewright.export.gguf.tokenizer.add_token_ids`.
-        end_id: the one of ``stop_ids`` that ends a constrained answer.
-    """
+    """Return the base's file, with a vocabulary for grammars only: llama.cpp gets ids and returns ids."""
     from tunewright.export.gguf.model import write_token_id_model
     from tunewright.export.weights import Weights
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
+from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.options import Option
-
-Engine = Literal["peft", "vllm", "llamacpp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ class ServeOptions:
     constrain: Annotated[
         bool, Option("Without tenants: constrain the adapters' answers by evaluate.structured_outputs.")
     ] = False
-    engine: Annotated[Engine | None, Option("Inference engine.", default="serve.engine in the config")] = None
+    engine: Annotated[EngineName | None, Option("Inference engine.", default="serve.engine in the config")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +50,11 @@ class EngineOptions:
 
     host: Annotated[str, Option("Address to listen on; one that other machines can reach needs a token.")] = "127.0.0.1"
     port: Annotated[int, Option("Port to listen on; 0 for any.", min=0, max=65535)] = 8100
-    engine: Annotated[Engine | None, Option("Inference engine.", default="serve.engine in the config")] = None
+    engine: Annotated[EngineName | None, Option("Inference engine.", default="serve.engine in the config")] = None
 
 
 def percent(text: str, where: str) -> float:
-    """Return the share that a text like 10% or 0.5% states.
-
-    Raises:
-        UserError: the text is not a percentage above 0% and below 100%.
-    """
+    """Return the share that a text like 10% or 0.5% states."""
     match = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,4})?)%", text)
     if match is None or not float(match[1]):
         raise UserError(
@@ -73,7 +68,7 @@ class ReleaseTestOptions:
     """Options of the tests that a release passes before it goes live."""
 
     engine: Annotated[
-        Engine | None,
+        EngineName | None,
         Option("Engine of the isolation test and the serving check.", default="serve.engine in the config"),
     ] = None
     untested: Annotated[

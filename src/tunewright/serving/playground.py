@@ -39,7 +39,7 @@ from tunewright.serving.playground_answers import (
     conversation,
     shared_system,
 )
-from tunewright.serving.project_state import choose_served, require_held
+from tunewright.serving.serve import choose_served, require_held
 
 _LIKELIEST = 5  # tokens with their probabilities in each place
 _ANSWER_TOKENS = 256  # without a dataset, whose answers decide otherwise

@@ -15,8 +15,8 @@ from tunewright.evidence.files import EVIDENCE_FILE, evidence_on
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Verdict, verdict
 from tunewright.open_project import OpenProject
-from tunewright.serving.options import DeployOptions, Engine, ReleaseTestOptions
-from tunewright.serving.project_state import adapter_of, missing_evidence, open_state, require_servable, served_grammar
+from tunewright.serving.options import DeployOptions, ReleaseTestOptions
+from tunewright.serving.serve import adapter_of, missing_evidence, open_state, require_servable, served_grammar
 
 if TYPE_CHECKING:
     from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
@@ -156,7 +156,7 @@ def promote(project: OpenProject, alias: str, options: ReleaseTestOptions = Rele
         if before.grounds.evaluation is not None:
             _require_evaluation(project, before.grounds.evaluation)
         if options.engine is None and before.grounds.isolation is not None:
-            options = replace(options, engine=cast("Engine", before.grounds.isolation.engine))
+            options = replace(options, engine=cast("EngineName", before.grounds.isolation.engine))
         gate = ReleaseGate(project, state, alias, chosen, options.engine)
         test, check, passes = gate.run(options, forced=before.grounds.because is not None)
         if not passes:

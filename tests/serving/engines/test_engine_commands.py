@@ -20,8 +20,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.open_project import OpenProject
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.options import EngineOptions, ServeOptions
-from tunewright.serving.project_state import open_state
 from tunewright.serving.releases import ReleaseGate
+from tunewright.serving.serve import open_state
 
 pytestmark = pytest.mark.slow
 

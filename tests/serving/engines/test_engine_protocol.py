@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
 import time
 from collections.abc import AsyncGenerator, Collection, Coroutine, Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from engine_kinds import (
@@ -24,7 +23,6 @@ from engine_kinds import (
     isolation_of,
     load_all,
     reference_of,
-    vllm_engine,
 )
 from peft import PeftModel
 from transformers import LlamaForCausalLM
@@ -39,8 +37,8 @@ from tunewright.engines.protocol import (
     checked,
     stream,
 )
-from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, list_adapters
-from tunewright.gate.answers import Answer
+from tunewright.engines.vllm.engine import VllmEngine, list_adapters
+from tunewright.gate.answers import ModelAnswer
 from tunewright.gate.isolation import TOLERANCE
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.generate import generate
@@ -125,11 +123,6 @@ def test_equal_seeds_sample_equal_answers_and_different_seeds_do_not(engine: Eng
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(4)}) > 1
-
-
-def test_tokens_are_streamed_one_by_one(engine: Engine) -> None:
-    deltas = _run(_deltas(engine, Request(FOUR[0], None, 30)))
-    assert len(deltas) > 3
 
 
 def test_closing_a_stream_early_aborts_its_request(engine: Engine) -> None:
@@ -351,7 +344,7 @@ def test_isolation_test_detects_a_stale_prefix_cache_of_vllm(
     engine: Engine, small_base: Path, small_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     """The keys of vLLM's prefix cache are name and path: with both the same, it takes the old version's."""
-    vllm = _vllm(engine)
+    vllm: Any = _vllm(engine)
     (old, first), (new, second), _ = small_adapters.items()
     reference = reference_of(small_base, {old: first, new: second})
     prompt = PROMPTS[3] * 12  # more than a block of the cache, which holds whole blocks only
@@ -377,8 +370,8 @@ def test_isolation_test_detects_a_stale_prefix_cache_of_vllm(
     finally:
         vllm.__class__ = VllmEngine
     _run(load_all(vllm, small_adapters))
-    (right,) = reference.shortfalls(old, prompt, [Answer(*before)])
-    (wrong,) = reference.shortfalls(new, prompt, [Answer(*after)])
+    (right,) = reference.shortfalls(old, prompt, [ModelAnswer(*before)])
+    (wrong,) = reference.shortfalls(new, prompt, [ModelAnswer(*after)])
     assert right <= TOLERANCE["float32"] < wrong
 
 
@@ -401,8 +394,8 @@ async def _lose_core(engine: VllmEngine) -> None:
     waiting = [asyncio.create_task(_answer(engine, Request(PROMPTS[0], None, 480))) for _ in range(2)]
     while engine.in_flight[0] < 2:
         await asyncio.sleep(0)
-    assert engine.child.process_id is not None
-    os.kill(_engine_core(engine.child.process_id), signal.SIGKILL)
+    children = psutil.Process(engine.child.process_id).children()
+    next(child for child in children if child.name().startswith("VLLM::EngineCor")).kill()
     for outcome in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(outcome, EngineStoppedError), outcome
     while True:
@@ -410,15 +403,6 @@ async def _lose_core(engine: VllmEngine) -> None:
             await _answer(engine, Request(PROMPTS[0], None, 2))
         if engine.stopped is not None:
             return
-
-
-def _engine_core(server: int) -> int:
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            name, _, rest = status.read_text().partition("(")[2].rpartition(")")
-            if name.startswith("VLLM::EngineCor") and int(rest.split()[1]) == server:
-                return int(status.parent.name)
-    raise AssertionError("vLLM has no EngineCore")
 
 
 def test_stopped_engine_fails_running_and_new_requests(engine: Engine, small_base: Path) -> None:
@@ -465,23 +449,3 @@ def test_deltas_of_an_engine_with_its_own_grammar_are_checked(text: str, finish:
         got = _run(ask())
         assert TOKENIZER.decode([token for delta in got for token in delta.ids]) == outcome
         assert got[-1].finish == ("stop" if outcome == "abc" else finish)
-
-
-class SlotsLikeAdapters(VllmSettings):
-    """Without the slot to spare."""
-
-    @property
-    def slots(self) -> int:
-        return self.room
-
-
-@pytest.mark.vllm
-def test_isolation_test_detects_vllms_last_slot_bug(small_base: Path, small_adapters: dict[str, Path]) -> None:
-    with vllm_engine(small_base, SlotsLikeAdapters, room=len(small_adapters)) as engine:
-        result = isolation_of(engine, reference_of(small_base, small_adapters), small_adapters)
-    assert result.verdict == "not isolated"
-    # Either pattern batches the base with adapters; which of them meets in a batch depends on the machine.
-    assert failed(result) & {"the base in the mix", "all mixed"}
-    wrong = result.failures
-    assert {failure.asked for failure in wrong} == {"base"}
-    assert all(failure.like is not None and failure.like.startswith("adapter") for failure in wrong if failure.like)

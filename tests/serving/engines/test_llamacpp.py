@@ -27,7 +27,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.child import Plan
 from tunewright.engines.llamacpp import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.engines.protocol import Engine, EngineStoppedError, stream
-from tunewright.gate.answers import Answer, PeftReference
+from tunewright.gate.answers import ModelAnswer, PeftReference
 from tunewright.gate.isolation import TOLERANCE
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
@@ -44,8 +44,8 @@ async def _ids(engine: Engine, request: Request) -> list[int]:
         return [token async for delta in deltas for token in delta.ids]
 
 
-def _answer(ids: list[int], limit: int) -> Answer:
-    return Answer(tuple(ids), "length" if len(ids) == limit else "stop")
+def _answer(ids: list[int], limit: int) -> ModelAnswer:
+    return ModelAnswer(tuple(ids), "length" if len(ids) == limit else "stop")
 
 
 class WithPromptCache(LlamaCppSettings):

@@ -21,8 +21,14 @@ from tenant_server import store_adapters
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, adapter_digest
 from tunewright.core.errors import UserError
-from tunewright.engines.peft import PREFILL_CHUNK, PeftEngine
-from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError, stream
+from tunewright.engines.peft import PREFILL_CHUNK, PeftEngine, Subscription, TokenDispatch
+from tunewright.engines.protocol import (
+    AdapterFailedError,
+    Delta,
+    Event,
+    RequestFailedError,
+    stream,
+)
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
 
@@ -31,21 +37,6 @@ ENDLESS = Request((1, 2, 3), None, CONTEXT)
 
 async def _collect(engine: PeftEngine, request: Request) -> list[Delta]:
     return [delta async for delta in stream(engine, request)]
-
-
-def test_stop_fails_running_and_waiting_requests() -> None:
-    async def run(engine: PeftEngine) -> None:
-        asking = [asyncio.create_task(_collect(engine, ENDLESS)) for _ in range(3)]
-        while engine.in_flight != (1, 2):
-            await asyncio.sleep(0)
-        await asyncio.to_thread(engine.stop)
-        for outcome in await asyncio.gather(*asking, return_exceptions=True):
-            assert isinstance(outcome, EngineStoppedError)
-        with pytest.raises(EngineStoppedError, match="shutting down"):
-            await _collect(engine, ENDLESS)
-
-    with running_engine(build_model(), max_num_seqs=1, stop_ids=frozenset()) as engine:
-        asyncio.run(asyncio.wait_for(run(engine), 300))
 
 
 def test_waiting_request_is_dropped_when_aborted() -> None:
@@ -435,3 +426,25 @@ def test_newest_row_fails_when_only_the_whole_batch_cannot_be_computed() -> None
         assert isinstance(failed, RequestFailedError)
         assert all(ids == answer for ids, answer in zip(outcomes, expected, strict=True) if isinstance(ids, list))
         assert engine.stopped is None
+
+
+def test_exception_in_one_sink_costs_the_others_no_token() -> None:
+    class Sink(asyncio.Queue[Event]):
+        def deliver(self, event: Event) -> None:
+            self.put_nowait(event)
+
+    class Broken:
+        def deliver(self, event: Event) -> None:
+            raise RuntimeError("broken")
+
+    async def run() -> None:
+        dispatch, sink, crashes = TokenDispatch(), Sink(), []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: crashes.append(context["exception"]))
+        dispatch.put(Subscription(Broken()), Delta((1,), None))
+        dispatch.put(Subscription(sink), Delta((2,), None))
+        dispatch.send()
+        async with asyncio.timeout(10):
+            assert await sink.get() == Delta((2,), None)
+        assert [type(crash) for crash in crashes] == [RuntimeError]
+
+    asyncio.run(run())

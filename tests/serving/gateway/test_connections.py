@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import ScriptedEngine, scripted_server
+from scripted_engine import ScriptedEngine, scripted_server, until
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -63,13 +63,6 @@ def connected(url: str) -> Iterator[socket.socket]:
 def connection_to(**limits: float) -> Iterator[socket.socket]:
     with serving(APP, limits=GatewayConfig.model_validate(limits)) as url, connected(url) as connection:
         yield connection
-
-
-def until(holds: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it has not come about"
-        time.sleep(0.01)
 
 
 def read_to_end(connection: socket.socket) -> bytes:

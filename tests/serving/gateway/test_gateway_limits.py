@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import ScriptedEngine, render, scripted_server
+from scripted_engine import ScriptedEngine, render, scripted_server, until
 
 from tunewright.core.text import normalize
 from tunewright.data.examples import Message
@@ -38,13 +37,6 @@ def reported(reply: httpx.Response) -> tuple[int, str, str | None]:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == ("server_error" if reply.status_code >= 500 else "invalid_request_error")
     return reply.status_code, error["code"], error["param"]
-
-
-def until(holds: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it has not come about"
-        time.sleep(0.01)
 
 
 NOT_A_CLIENTS = [

@@ -26,7 +26,7 @@ from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest
 from tunewright.serving.tenants import Limits, State
 
-pytest_plugins = ["two_tenants"]
+pytest_plugins = ["tenant_server"]
 
 CHAT = family("hermes-chatml")
 QUESTION = "How is it there?"

@@ -15,7 +15,7 @@ from engine_kinds import COMPILER
 from prometheus_client.parser import text_string_to_metric_families
 from recorded_engine import BASE, ORIGIN
 from served_model import LIMITS, build_base, build_model, expected_answer, running_engine, texts
-from tenant_server import SHIP, Stored, deploy, store_adapters, until
+from tenant_server import SHIP, Stored, deploy, until
 
 from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.progress import LogReporter
@@ -28,6 +28,8 @@ from tunewright.serving.gateway.metrics import exposed
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
 from tunewright.serving.tenants import Candidate, Limits, State
+
+pytest_plugins = ["tenant_server"]
 
 TOKENS = 16
 QUESTIONS = [f"Which court is number {number}?" for number in range(12)]
@@ -54,11 +56,6 @@ class Server:
         samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
         found = [each for each in samples if each.name == f"tunewright_{name}"]
         return {each.labels.get(label, ""): each.value for each in found}
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
-    return store_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @contextmanager

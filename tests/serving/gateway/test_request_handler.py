@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 from scripted_engine import LIMITS, TOKENIZATION, ScriptedEngine, scripted_server
-from tenant_server import SHIP, Stored, ask, deploy, store_adapters, tenant_server
+from tenant_server import SHIP, Stored, deploy, tenant_server, until
 
 from tunewright.engines.protocol import Delta, RequestFailedError
 from tunewright.generation.requests import Request
@@ -26,6 +26,8 @@ from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.schemas import CompletionRequest
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Limits, State
+
+pytest_plugins = ["tenant_server"]
 
 URL = "/v1/completions"
 
@@ -45,13 +47,6 @@ class FailingEngine(ScriptedEngine):
                 raise RequestFailedError("it cannot be computed")
             yield delta
             self.firsts += number == 1
-
-
-def until(holds: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it has not come about"
-        time.sleep(0.01)
 
 
 def test_one_failed_prompt_ends_the_request_and_frees_the_others() -> None:
@@ -118,11 +113,6 @@ def test_model_name_with_slashes_is_found() -> None:
             assert (reply.status_code, reply.json()["id"]) == (200, name)
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
-    return store_adapters(tmp_path_factory.mktemp("adapters"))
-
-
 def test_request_with_several_prompts_is_recorded_once(tmp_path: Path, adapters: dict[str, Stored]) -> None:
     url = f"sqlite:///{tmp_path}/state.sqlite"
     with State(url, "ann") as state:
@@ -131,7 +121,8 @@ def test_request_with_several_prompts_is_recorded_once(tmp_path: Path, adapters:
         key, _ = state.keys.create("acme")
         with tenant_server(url, adapters) as server:
             client = server.client(key)
-            answer = client.completions.create(model="courts", prompt=["one", "two!", "three"], max_tokens=4)
+            how: Any = {"model": "courts", "prompt": ["one", "two!", "three"], "max_tokens": 4}
+            answer = client.completions.create(**how, user="ann")
             assert answer.usage is not None
             until(lambda: state.usage.lines()[0].outcome is not None)
             (line,) = state.usage.lines()
@@ -140,6 +131,7 @@ def test_request_with_several_prompts_is_recorded_once(tmp_path: Path, adapters:
                 client.models.retrieve("recipes")
             assert client.models.retrieve("courts").id == "courts"
     assert (line.prompt_tokens, line.completion_tokens) == (12, answer.usage.completion_tokens)
+    assert line.end_user == "ann"
     assert answer.usage.prompt_tokens == 12
 
 
@@ -160,26 +152,3 @@ def test_shadow_skips_requests_with_several_prompts(tmp_path: Path, adapters: di
     assert (listed.shadow_answer, listed.why_not) == (None, "the request had 2 answers")
     assert listed.answer == f"{choices[0].text}\n\n{choices[1].text}"
     assert single.shadow_answer is not None
-
-
-@pytest.mark.parametrize(
-    ("labels", "kept"),
-    [
-        ({"user": "ann"}, "ann"),
-        ({"safety_identifier": "5f2e"}, "5f2e"),
-        ({"user": "ann", "safety_identifier": "5f2e"}, "5f2e"),
-        ({"user": ""}, None),
-        ({"metadata": {"a": "b"}, "store": True, "prompt_cache_key": "k"}, None),
-    ],
-)
-def test_usage_records_the_clients_label_of_its_user(
-    tmp_path: Path, adapters: dict[str, Stored], labels: Any, kept: str | None
-) -> None:
-    url = f"sqlite:///{tmp_path}/state.sqlite"
-    with State(url, "ann") as state:
-        deploy(state, "courts", adapters["one"])
-        state.tenants.add("acme", ["courts"])
-        key, _ = state.keys.create("acme")
-        with tenant_server(url, adapters) as server:
-            ask(server.client(key), "courts", **labels)
-        assert [line.end_user for line in state.usage.lines()] == [kept]

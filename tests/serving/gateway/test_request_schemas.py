@@ -1,4 +1,4 @@
-"""The fields of a request, and the errors for all others."""
+"""The fields of a request, the errors for all others, and the conversations that a canary answers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tunewright.data.examples import Message
 from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
+from tunewright.serving.gateway.tenant_auth import in_canary_share
 
 TURN = {"role": "user", "content": "x"}
 LEAST = {"model": "m", "messages": [TURN]}
@@ -213,3 +216,38 @@ def test_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse_request(ChatRequest, body)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ({"user": "ann"}, "ann"),
+        ({"user": "ann", "safety_identifier": "5f2e"}, "5f2e"),
+        ({"user": ""}, None),
+        ({"metadata": {"a": "b"}, "store": True, "prompt_cache_key": "k"}, None),
+    ],
+)
+def test_clients_label_of_its_user_is_kept(labels: dict[str, Any], kept: str | None) -> None:
+    assert parse_request(ChatRequest, json.dumps(LEAST | labels).encode()).end_user == kept
+
+
+def _conversation(first: str, turns: int = 0) -> Any:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": first}]
+    for turn in range(turns):
+        messages += [{"role": "assistant", "content": f"a{turn}"}, {"role": "user", "content": f"u{turn}"}]
+    return parse_request(ChatRequest, json.dumps({"model": "m", "messages": messages}).encode())
+
+
+@given(first=st.text(min_size=1), turns=st.integers(1, 3), low=st.floats(0.01, 0.5), more=st.floats(0, 0.4))
+def test_conversation_stays_with_its_canary_when_it_or_the_share_grows(
+    first: str, turns: int, low: float, more: float
+) -> None:
+    begun, later = _conversation(first), _conversation(first, turns)
+    assert in_canary_share("acme", begun, "d", low) == in_canary_share("acme", later, "d", low)
+    if in_canary_share("acme", begun, "d", low):
+        assert in_canary_share("acme", begun, "d", low + more)
+
+
+def test_canary_answers_its_share_of_conversations() -> None:
+    answered = sum(in_canary_share("acme", _conversation(f"case {number}"), "d", 0.1) for number in range(4000))
+    assert abs(answered / 4000 - 0.1) < 0.02  # four standard deviations

@@ -1,7 +1,8 @@
-"""Start and stop of the server, in the background and by Ctrl-C."""
+"""Start and stop of the server, in the background and by Ctrl-C, and its effect on its own process."""
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import subprocess
@@ -15,9 +16,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+import tunewright
+from command_line import tiny_project
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.serving.gateway.server import _listen, serve, serving
+from tunewright.serving.options import ServeOptions
 
 
 async def _hello(_request: Request) -> Response:
@@ -96,3 +100,14 @@ def test_tokens_do_not_wait_for_tcp_acknowledgements() -> None:
     listener = _listen("127.0.0.1", 0)
     with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.slow
+def test_garbage_collection_skips_loaded_objects_while_serving(small_base: Path, tmp_path: Path) -> None:
+    service = tunewright.open(tiny_project(tmp_path / "project", small_base)).serve(options=ServeOptions(port=0))
+    gc.unfreeze()  # what tests/conftest.py exempts
+    loaded = len(gc.get_objects())
+    with service.running():
+        assert len(gc.get_objects()) < loaded / 10
+    assert len(gc.get_objects()) > loaded / 2
+    assert gc.get_freeze_count() == 0

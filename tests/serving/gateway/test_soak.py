@@ -21,7 +21,7 @@ from tenant_server import ASKED, Running, Stored, deploy
 
 from tunewright.serving.tenants import Limits, State
 
-pytest_plugins = ["two_tenants"]
+pytest_plugins = ["tenant_server"]
 
 COUNTED = ("tunewright.", "asyncio", "_asyncio", "uvicorn", "starlette", "httptools", "concurrent", "torch", "anyio")
 CHAT = "/v1/chat/completions"

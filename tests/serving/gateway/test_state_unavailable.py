@@ -15,7 +15,7 @@ from tenant_server import ASKED, Running, Stored, ask, tenant_server, until
 from postgres import frozen
 from tunewright.serving.tenants import State
 
-pytest_plugins = ["two_tenants"]
+pytest_plugins = ["tenant_server"]
 
 MANY = 24  # more than there are threads for the state
 

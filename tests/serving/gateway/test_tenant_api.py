@@ -26,7 +26,7 @@ from tunewright.serving.gateway.tenant_auth import POLL_SECONDS, TenantAuth
 from tunewright.serving.tenants import Limits, Reservation, State
 from tunewright.serving.tenants.quota import Quota
 
-pytest_plugins = ["two_tenants"]
+pytest_plugins = ["tenant_server"]
 
 
 def test_tenant_sees_only_its_own_models_and_answers(
@@ -131,8 +131,12 @@ def post(server: Running, key: str, **request: Any) -> httpx.Response:
 def test_refused_requests_count_towards_requests_per_minute(
     server: Running, state: State, two_tenants: dict[str, str]
 ) -> None:
-    state.tenants.limit("acme", Limits(requests_per_minute=5))
+    state.tenants.limit("acme", Limits(requests_per_minute=7))
     key = two_tenants["acme"]
+    client = server.client(key)
+    client.models.list()
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nowhere")
     long = [{"role": "user", "content": "x " * CONTEXT}]
     refused = [
         post(server, key, content=b"{"),
@@ -141,65 +145,48 @@ def test_refused_requests_count_towards_requests_per_minute(
         post(server, key, content=b"x" * 10_000_000),
     ]
     assert [reply.status_code for reply in refused] == [400, 404, 400, 413]
-    ask(server.client(key), "courts")
+    ask(client, "courts")
+    with pytest.raises(openai.RateLimitError):
+        client.models.list()
     for _ in range(3):  # these are not counted, or a client that retries would never be answered
         reply = post(server, key, content=b"{")
         assert (reply.status_code, reply.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert "5 requests in the last 60 seconds (limit 5)" in reply.json()["error"]["message"]
+        assert "7 requests in the last 60 seconds (limit 7)" in reply.json()["error"]["message"]
         assert 1 <= int(reply.headers["retry-after"]) <= 60
     assert len(state.usage.lines("acme")) == 1
     ask(server.client(two_tenants["globex"]), "recipes")
-    state.tenants.limit("acme", Limits(requests_per_minute=6))
-    ask(server.client(key), "courts")
+    state.tenants.limit("acme", Limits(requests_per_minute=8))
+    ask(client, "courts")
 
 
-def test_model_lists_count_towards_requests_per_minute(
-    server: Running, state: State, two_tenants: dict[str, str]
-) -> None:
-    state.tenants.limit("acme", Limits(requests_per_minute=3))
-    client = server.client(two_tenants["acme"])
-    client.models.list()
-    client.models.retrieve("courts")
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("nowhere")
-    with pytest.raises(openai.RateLimitError):
-        client.models.list()
-    with pytest.raises(openai.RateLimitError):
-        ask(client, "courts")
-
-
-def test_refused_requests_at_once_stop_at_the_limit(
+def test_two_servers_share_limits_and_releases(
     state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
 ) -> None:
-    """None of them has been recorded when the last one arrives."""
-    state.tenants.limit("acme", Limits(requests_per_minute=4))
+    body = {"model": "courts", "messages": ASKED, "max_tokens": 2}
 
-    async def burst(url: str) -> list[int]:
+    async def burst(urls: list[str], **content: Any) -> Counter[int]:
+        """The status codes; no request has been recorded when the last one arrives."""
         headers = {"Authorization": f"Bearer {two_tenants['acme']}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
-            asked = (client.post("/v1/chat/completions", content=b"{") for _ in range(30))
-            return [reply.status_code for reply in await asyncio.gather(*asked)]
+        async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+            asked = (client.post(f"{urls[n % len(urls)]}/v1/chat/completions", **content) for n in range(30))
+            return Counter(reply.status_code for reply in await asyncio.gather(*asked))
 
     with tenant_server(state_url, adapters) as one, tenant_server(state_url, adapters) as two:
-        codes = asyncio.run(burst(one.url))
-        assert (codes.count(400), codes.count(429)) == (4, 26)
+        until(lambda: len(state.quota.servers()) == 2)
+        state.tenants.limit("acme", Limits(requests_per_minute=4))
+        assert asyncio.run(burst([one.url], content=b"{")) == {400: 4, 429: 26}
         assert post(two, two_tenants["acme"], content=b"{").status_code == 429
-
-
-def test_requests_at_once_are_all_answered_up_to_the_limit(
-    server: Running, state: State, two_tenants: dict[str, str]
-) -> None:
-    state.tenants.limit("acme", Limits(requests_per_minute=40))
-
-    async def burst() -> list[int]:
-        headers = {"Authorization": f"Bearer {two_tenants['acme']}"}
-        body = {"model": "courts", "messages": ASKED, "max_tokens": 1}
-        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client:
-            asked = (client.post("/v1/chat/completions", json=body) for _ in range(40))
-            return [reply.status_code for reply in await asyncio.gather(*asked)]
-
-    assert asyncio.run(burst()) == [200] * 40
-    assert post(server, two_tenants["acme"], content=b"{").status_code == 429
+        state.tenants.limit("acme", Limits(requests_per_minute=10))
+        assert asyncio.run(burst([one.url, two.url], json=body)) == {200: 6, 429: 24}
+        state.tenants.limit("acme", Limits(requests_per_minute=40))
+        assert asyncio.run(burst([one.url], json=body)) == {200: 30}
+        deploy(state, "recipes", adapters["three"])
+        for server in (one, two):
+            client = server.client(two_tenants["globex"])
+            until(lambda client=client: ask(client, "recipes")[1] == adapters["three"].digest)  # type: ignore[misc]
+        newest = state.releases.newest()
+        until(lambda: [release for _, release in state.quota.servers()] == [newest, newest])
+    assert state.quota.servers() == []
 
 
 def test_requests_refused_by_another_limit_count_towards_requests_per_minute(
@@ -282,32 +269,6 @@ def test_disconnected_request_no_longer_counts_as_concurrent(
         assert line.completion_tokens is not None
         assert line.completion_tokens < CONTEXT - 1000
         ask(running.client(two_tenants["acme"]), "courts")
-
-
-def test_two_servers_share_limits_and_releases(
-    state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
-) -> None:
-    state.tenants.limit("acme", Limits(requests_per_minute=10))
-    with tenant_server(state_url, adapters) as one, tenant_server(state_url, adapters) as two:
-        until(lambda: len(state.quota.servers()) == 2)
-
-        async def burst() -> list[int]:
-            headers = {"Authorization": f"Bearer {two_tenants['acme']}"}
-            body = {"model": "courts", "messages": ASKED, "max_tokens": 2}
-            async with httpx.AsyncClient(headers=headers, timeout=60) as client:
-                urls = [(one, two)[number % 2].url for number in range(30)]
-                replies = await asyncio.gather(*(client.post(f"{u}/v1/chat/completions", json=body) for u in urls))
-            return [reply.status_code for reply in replies]
-
-        codes = asyncio.run(burst())
-        assert (codes.count(200), codes.count(429)) == (10, 20)
-        deploy(state, "recipes", adapters["three"])
-        for server in (one, two):
-            client = server.client(two_tenants["globex"])
-            until(lambda client=client: ask(client, "recipes")[1] == adapters["three"].digest)  # type: ignore[misc]
-        newest = state.releases.newest()
-        until(lambda: [release for _, release in state.quota.servers()] == [newest, newest])
-    assert state.quota.servers() == []
 
 
 @pytest.mark.slow

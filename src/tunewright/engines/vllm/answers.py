@@ -40,16 +40,6 @@ class VllmAnswers:
     """vLLM for lists of requests, started by the first list; at most one adapter is loaded at a time.
 
     The process ends with :meth:`stop`, when this object is garbage collected, and when the interpreter exits.
-
-    Args:
-        base: the base, which answers alone or with an adapter.
-        dtype: "bfloat16" or "float32".
-        environment: vLLM's environment.
-        batch_size: the number of rows that decode at once without a GPU; with one, its memory decides.
-        rank: adapters up to this LoRA rank are loaded without restarting vLLM.
-        reporter: receives a message when vLLM starts.
-        card: bytes of the GPU that decides the number of rows; None: this process's.
-        threads: number of threads that compute without a GPU; None: as many as in this process.
     """
 
     def __init__(
@@ -67,9 +57,9 @@ class VllmAnswers:
         self._base = base
         self._dtype = dtype
         self._environment = environment
-        self._rank = rank
+        self._rank = rank  # adapters up to it are loaded without a restart
         self._reporter = reporter
-        self._batch_size = batch_size
+        self._batch_size = batch_size  # without a GPU, whose memory decides otherwise
         self._card = card
         self._variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._engine: VllmEngine | None = None
@@ -110,7 +100,13 @@ class VllmAnswers:
         assert len(named) <= 1
         engine = self._started(max([self._rank, max_rank(list(named.values()))]))
         for digest, folder in named.items():
-            self._load(engine, digest, folder)
+            if digest == self._loaded:
+                continue
+            if self._loaded is not None:
+                self._run(engine.unload(self._loaded))
+                self._loaded = None
+            self._run(engine.load(digest, folder))
+            self._loaded = digest
         longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
         if longest > engine.context_length:
             raise UserError(
@@ -160,15 +156,6 @@ class VllmAnswers:
         self._engine, self._loop = engine, loop
         self._end = weakref.finalize(self, _ended, engine, loop, thread)
         return engine
-
-    def _load(self, engine: VllmEngine, digest: str, folder: Path) -> None:
-        if digest == self._loaded:
-            return
-        if self._loaded is not None:
-            self._run(engine.unload(self._loaded))
-            self._loaded = None
-        self._run(engine.load(digest, folder))
-        self._loaded = digest
 
     def _run(self, coroutine: Awaitable[T]) -> T:
         """Run a coroutine in the engine's event loop; this thread may have another loop running, as in a notebook."""

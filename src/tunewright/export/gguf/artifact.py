@@ -31,7 +31,7 @@ from tunewright.export.templates import TEMPLATE_FILE, equivalent_conversations,
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights, read_deltas, trained_dtype
 from tunewright.gate.answers import TopTokens, cut, ended
-from tunewright.gate.parity import Figures
+from tunewright.gate.results import Figures
 from tunewright.open_project import OpenProject
 
 TOP_TOKENS = 1000

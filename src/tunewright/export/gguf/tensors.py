@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunewright.core.errors import UserError
-from tunewright.gate.parity import Precision
+from tunewright.gate.results import Precision
 
 _Kind = gguf.GGMLQuantizationType
 _FALLBACKS = {_Kind.Q4_K: _Kind.Q5_0, _Kind.Q5_K: _Kind.Q5_1, _Kind.Q6_K: _Kind.Q8_0}

@@ -102,8 +102,8 @@ class Gateway:
         handlers = self._handlers.copy()
         return ServerState(
             ready=not self._draining and self._engine.stopped is None and self._auth.available,
-            waiting=[handler.tenant for handler in handlers if handler.waiting],
-            running=[handler.tenant for handler in handlers if not handler.waiting],
+            waiting=[handler.requests[0].tenant for handler in handlers if handler.waiting],
+            running=[handler.requests[0].tenant for handler in handlers if not handler.waiting],
             released=self._auth.released,
             resident=self._auth.resident if self._pool is None else self._pool.resident,
             engines=() if self._pool is None else self._pool.states(),
@@ -202,9 +202,9 @@ class Gateway:
     async def _respond(self, http: HttpRequest, path: str, span: tracing.Span) -> Response:
         arrived = asyncio.get_running_loop().time()
         handler, response_format = await self._admit(http, path, arrived)
-        target = handler.target
-        headers = {ADAPTER_HEADER: target.digest or "none", SYSTEM_HEADER: handler.system_source}
-        if handler.requests[0].body.stream:
+        first = handler.requests[0]
+        headers = {ADAPTER_HEADER: first.target.digest or "none", SYSTEM_HEADER: first.system_source}
+        if first.body.stream:
             return await self._stream(http, handler, response_format, headers, arrived, span)
         try:
             result = await cancel_on_disconnect(http, handler.answers())
@@ -301,15 +301,16 @@ class Gateway:
     def _end(self, handler: RequestHandler, span: tracing.Span) -> None:
         self._handlers.discard(handler)
         usage = handler.settle()
+        tenant, target = handler.requests[0].tenant, handler.requests[0].target
         if usage is not None:
-            self.metrics.settled(handler.tenant, handler.target.name, usage)
+            self.metrics.settled(tenant, target.name, usage)
             span.set(
                 {
-                    "gen_ai.request.model": handler.target.name,
+                    "gen_ai.request.model": target.name,
                     "gen_ai.usage.input_tokens": usage.prompt_tokens,
                     "gen_ai.usage.output_tokens": usage.completion_tokens,
-                    "tunewright.tenant": handler.tenant,
-                    "tunewright.adapter": handler.target.digest,
+                    "tunewright.tenant": tenant,
+                    "tunewright.adapter": target.digest,
                     "tunewright.outcome": usage.outcome,
                     "tunewright.first_token_s": usage.first_token_s,
                 }

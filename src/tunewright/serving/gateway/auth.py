@@ -99,21 +99,13 @@ class Principal(Protocol):
         """Maximum number of tokens that the prompts and answers of one request may have together; None: no limit."""
 
     def counting(self) -> AbstractAsyncContextManager[None]:
-        """Return a context in which a request is handled; it counts even if it is refused.
-
-        Raises:
-            ApiError: 429, there were too many requests.
-        """
+        """Return a context in which a request is handled; it counts even if it is refused."""
 
     def models(self) -> list[str]:
         """Return the names of the models it may use."""
 
     def target(self, body: RequestBody) -> Target:
-        """Return the adapter that answers a request.
-
-        Raises:
-            ApiError: 404, there is no such model.
-        """
+        """Return the adapter that answers a request."""
 
     async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
         """Reserve quota for a request. Call it right after :meth:`target`.
@@ -165,11 +157,7 @@ class Auth(Protocol):
         """
 
     async def authenticate(self, authorization: str | None) -> Principal:
-        """Return the sender of a request, given its ``Authorization`` header.
-
-        Raises:
-            ApiError: 401, the key is not valid.
-        """
+        """Return the sender of a request, given its ``Authorization`` header."""
 
 
 class AnonymousAuth:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError, Part, as_request, one_as_list
-from tunewright.serving.gateway.request import Answer, TextChunk
+from tunewright.serving.gateway.request import ChoiceAnswer, TextChunk
 from tunewright.serving.gateway.responses import Document, new_id
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
@@ -23,8 +23,8 @@ from tunewright.serving.gateway.schemas import (
     Label,
     StopStrings,
     Temperature,
+    TokenUsage,
     TopP,
-    Usage,
 )
 from tunewright.serving.gateway.tools import FunctionName, is_object
 
@@ -283,15 +283,15 @@ class MessagesFormat:
         self._id = f"msg_{new_id()}"
         self._index = -1  # of the last block
         self._block: Literal["text", "tool_use"] | None = None  # in progress
-        self._answer: Answer | None = None
+        self._answer: ChoiceAnswer | None = None
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
+    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
         (answer,) = answers
         text = [{"type": "text", "text": answer.text}] if answer.text else []
         uses = [_tool_use(name, _input(arguments)) for name, arguments in answer.calls]
         return self._message([*text, *uses], answer, usage)
 
-    def first_chunks(self, usage: Usage) -> list[Document]:
+    def first_chunks(self, usage: TokenUsage) -> list[Document]:
         return [{"type": "message_start", "message": self._message([], None, usage)}]
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:  # noqa: ARG002 - there is one answer
@@ -306,12 +306,12 @@ class MessagesFormat:
             events.append(self._delta({"type": "input_json_delta", "partial_json": delta.arguments}))
         return events
 
-    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:  # noqa: ARG002 - there is one answer
+    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return the event that ends the last block, if there is one."""
         self._answer = answer
         return self._end()
 
-    def last_chunks(self, usage: Usage) -> list[Document]:
+    def last_chunks(self, usage: TokenUsage) -> list[Document]:
         return [
             {"type": "message_delta", "delta": _stop(self._answer), "usage": _usage(usage)},
             {"type": "message_stop"},
@@ -331,7 +331,7 @@ class MessagesFormat:
         open_block, self._block = self._block, None
         return [] if open_block is None else [{"type": "content_block_stop", "index": self._index}]
 
-    def _message(self, content: list[Document], answer: Answer | None, usage: Usage) -> Document:
+    def _message(self, content: list[Document], answer: ChoiceAnswer | None, usage: TokenUsage) -> Document:
         head = {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content}
         return {**head, **_stop(answer), "usage": {**_usage(usage), "service_tier": "standard"}}
 
@@ -351,7 +351,7 @@ def _input(arguments: str) -> Document:
     return {"INVALID_JSON": arguments} if arguments else {}
 
 
-def _stop(answer: Answer | None) -> Document:
+def _stop(answer: ChoiceAnswer | None) -> Document:
     reason = None
     if answer is not None:
         ended = "stop_sequence" if answer.stop is not None else "tool_use" if answer.calls else "end_turn"
@@ -359,6 +359,6 @@ def _stop(answer: Answer | None) -> Document:
     return {"stop_reason": reason, "stop_sequence": answer and answer.stop}
 
 
-def _usage(usage: Usage) -> Document:
+def _usage(usage: TokenUsage) -> Document:
     cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
     return {"input_tokens": usage.prompt_tokens, **cached, "output_tokens": usage.completion_tokens}

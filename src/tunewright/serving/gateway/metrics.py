@@ -57,12 +57,7 @@ class ServerState:
 
 
 class Metrics:
-    """Counters of one server.
-
-    Args:
-        now: called at each scrape, in another thread than the server's.
-        clock: seconds that never go back.
-    """
+    """Counters of one server."""
 
     def __init__(self, now: Callable[[], ServerState], clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -21,15 +21,7 @@ from tunewright.serving.tenants.database import AsyncState
 
 
 class ReleaseRouter:
-    """The live releases as this server has them.
-
-    Args:
-        state: the releases.
-        engine: loads the adapters.
-        locate: returns an adapter by its name and digest. If it raises a UserError, that is reported and the alias
-            keeps its release.
-        reporter: receives a message for each change.
-    """
+    """The live releases as this server has them."""
 
     def __init__(
         self,

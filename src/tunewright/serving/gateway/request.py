@@ -64,7 +64,7 @@ class TextChunk:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChoiceAnswer:
     """One complete answer.
 
     Args:

@@ -8,12 +8,12 @@ from functools import partial
 
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.generation.requests import Finish
-from tunewright.serving.gateway.auth import Admission, Shadow, Target
+from tunewright.serving.gateway.auth import Admission, Shadow
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
-from tunewright.serving.gateway.request import Answer, GenerationRequest, SystemSource, TextChunk
-from tunewright.serving.gateway.schemas import Usage
+from tunewright.serving.gateway.request import ChoiceAnswer, GenerationRequest, TextChunk
+from tunewright.serving.gateway.schemas import TokenUsage
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
 _WORST_FIRST: tuple[Outcome, ...] = ("failed", "timed out", "disconnected", "length", "stop")
@@ -22,7 +22,8 @@ _WORST_FIRST: tuple[Outcome, ...] = ("failed", "timed out", "disconnected", "len
 class RequestHandler:
     """Answers the prompts of one admitted HTTP request, each of them a choice of the response.
 
-    Their chunks share one queue, which is the only one between the engine and the response.
+    All have the same tenant, adapter and origin of the system message. Their chunks share one queue, which is the only
+    one between the engine and the response.
     """
 
     def __init__(
@@ -43,29 +44,9 @@ class RequestHandler:
             request.emit_to(partial(self._emit, index))
 
     @property
-    def target(self) -> Target:
-        """The adapter that answers."""
-        return self.requests[0].target
-
-    @property
-    def system_source(self) -> SystemSource:
-        """The origin of the system message."""
-        return self.requests[0].system_source
-
-    @property
-    def tenant(self) -> str:
-        """The tenant on whose account the prompts are computed."""
-        return self.requests[0].tenant
-
-    @property
     def waiting(self) -> bool:
         """True if no prompt has a slot at the engine yet."""
         return all(request.waiting for request in self.requests)
-
-    @property
-    def finished(self) -> bool:
-        """True if each answer is complete, in its ``text``."""
-        return all(request.finished for request in self.requests)
 
     @property
     def prompt_tokens(self) -> int:
@@ -110,13 +91,13 @@ class RequestHandler:
             for task in tasks:
                 task.cancel()
 
-    def answer(self, index: int, finish: Finish) -> Answer:
+    def answer(self, index: int, finish: Finish) -> ChoiceAnswer:
         """Return a complete answer."""
         request = self.requests[index]
         scored = None if request.scored is None else tuple(request.scored)
-        return Answer(request.text, finish, scored, request.calls, request.stop)
+        return ChoiceAnswer(request.text, finish, scored, request.calls, request.stop)
 
-    async def answers(self) -> tuple[list[Answer], Usage]:
+    async def answers(self) -> tuple[list[ChoiceAnswer], TokenUsage]:
         """Return each choice's answer, and the usage of all."""
         last: dict[int, TextChunk] = {}
         async for index, chunk in self.chunks():
@@ -126,7 +107,7 @@ class RequestHandler:
             finish = last[index].finish
             assert finish is not None
             answers.append(self.answer(index, finish))
-        return answers, Usage(self.prompt_tokens, sum(chunk.tokens for chunk in last.values()))
+        return answers, TokenUsage(self.prompt_tokens, sum(chunk.tokens for chunk in last.values()))
 
     def settle(self) -> RequestUsage | None:
         """Record the usage; later calls record nothing and return None."""
@@ -166,7 +147,7 @@ class Shadows:
     def start(self, handler: RequestHandler) -> None:
         """Start the shadow of a finished request, if its alias has a candidate in the shadow."""
         shadow = handler.admission.shadow
-        if shadow is None or not handler.finished:
+        if shadow is None or not all(request.finished for request in handler.requests):
             return
         live, *more = handler.requests
         if more:  # the record has room for one answer per request

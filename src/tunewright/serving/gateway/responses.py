@@ -21,9 +21,9 @@ from tunewright.chat.tool_calls import Call
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError, as_api_error
-from tunewright.serving.gateway.request import Answer, ScoredToken, TextChunk
+from tunewright.serving.gateway.request import ChoiceAnswer, ScoredToken, TextChunk
 from tunewright.serving.gateway.request_handler import RequestHandler
-from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, Usage
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, TokenUsage
 
 Document = dict[str, Any]
 
@@ -35,10 +35,10 @@ class ResponseFormat(Protocol):
     def end(self) -> str:
         """The last event of a stream."""
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
+    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
         """Return the complete response: a choice for each answer."""
 
-    def first_chunks(self, usage: Usage) -> list[Document]:
+    def first_chunks(self, usage: TokenUsage) -> list[Document]:
         """Return the chunks that a stream begins with; the usage has the prompt's tokens alone."""
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
@@ -47,10 +47,10 @@ class ResponseFormat(Protocol):
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
         """Return the chunks with a piece of a choice's call."""
 
-    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
+    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:
         """Return the last chunks of a choice, with its finish reason."""
 
-    def last_chunks(self, usage: Usage) -> list[Document]:
+    def last_chunks(self, usage: TokenUsage) -> list[Document]:
         """Return the chunks that follow all choices."""
 
     def error_chunk(self, error: ApiError) -> Document:
@@ -80,7 +80,7 @@ class _OpenAIResponse:
     created: int = field(default_factory=now)
     end: str = "data: [DONE]\n\n"
 
-    def last_chunks(self, usage: Usage) -> list[Document]:
+    def last_chunks(self, usage: TokenUsage) -> list[Document]:
         """Return a chunk with the usage and without choices, if the request asks for it."""
         return [self._document([], usage=usage.as_dict(), chunk=True)] if self.body.include_usage else []
 
@@ -100,7 +100,7 @@ class ChatCompletionResponse(_OpenAIResponse):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
+    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
         choices = [
             {
                 "index": index,
@@ -112,7 +112,7 @@ class ChatCompletionResponse(_OpenAIResponse):
         ]
         return self._document(choices, usage=usage.as_dict())
 
-    def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
+    def first_chunks(self, usage: TokenUsage) -> list[Document]:  # noqa: ARG002 - it comes last
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.body.choices)]
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
@@ -126,7 +126,7 @@ class ChatCompletionResponse(_OpenAIResponse):
             ]
         return [self._chunk(index, {"tool_calls": [{"index": delta.index, **_call((delta.name, delta.arguments))}]})]
 
-    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
+    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:
         return [self._chunk(index, {}, finish=_finish_reason(answer))]
 
     def _chunk(
@@ -140,7 +140,7 @@ class ChatCompletionResponse(_OpenAIResponse):
         return self._document([choice], chunk=True)
 
 
-def _message(answer: Answer) -> Document:
+def _message(answer: ChoiceAnswer) -> Document:
     message: Document = {"role": "assistant", "content": answer.text, "refusal": None}
     if answer.calls:
         message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
@@ -153,7 +153,7 @@ def _call(call: Call) -> Document:
     return {"id": f"call_{new_id()[:24]}", "type": "function", "function": function}
 
 
-def _finish_reason(answer: Answer) -> str:
+def _finish_reason(answer: ChoiceAnswer) -> str:
     return "tool_calls" if answer.calls and answer.finish == "stop" else answer.finish
 
 
@@ -162,11 +162,11 @@ class CompletionResponse(_OpenAIResponse):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
+    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
         choices = [_choice(index, each.text, each.finish, each.scored) for index, each in enumerate(answers)]
         return self._document(choices, usage=usage.as_dict())
 
-    def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
+    def first_chunks(self, usage: TokenUsage) -> list[Document]:  # noqa: ARG002 - it comes last
         return []
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
@@ -176,7 +176,7 @@ class CompletionResponse(_OpenAIResponse):
         """Return nothing: this route has no functions."""
         raise AssertionError(f"a completion has no calls: {index}, {delta}")
 
-    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
+    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:
         return [self._document([_choice(index, "", answer.finish, None)])]
 
 
@@ -308,7 +308,7 @@ async def sse_events(
 
     Events available at the same moment are yielded together, since sending costs more than encoding.
     """
-    documents = response_format.first_chunks(Usage(handler.prompt_tokens, 0))
+    documents = response_format.first_chunks(TokenUsage(handler.prompt_tokens, 0))
     unfinished, tokens = len(handler.requests), 0
     try:
         item: tuple[int, TextChunk] | None = first
@@ -322,7 +322,7 @@ async def sse_events(
                 documents += response_format.finish_chunks(index, handler.answer(index, chunk.finish))
                 unfinished, tokens = unfinished - 1, tokens + chunk.tokens
             if not unfinished:
-                documents += response_format.last_chunks(Usage(handler.prompt_tokens, tokens))
+                documents += response_format.last_chunks(TokenUsage(handler.prompt_tokens, tokens))
             yield "".join(map(_sse, documents)) + ("" if unfinished else response_format.end)
             documents = []
             item = await anext(rest, None)

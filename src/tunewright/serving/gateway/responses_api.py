@@ -13,13 +13,13 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError, Part, as_request, one_as_list
-from tunewright.serving.gateway.request import Answer, TextChunk
+from tunewright.serving.gateway.request import ChoiceAnswer, TextChunk
 from tunewright.serving.gateway.responses import Document, new_id, now
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
     ChatRequest,
     RequestFields,
-    Usage,
+    TokenUsage,
     as_system,
     no_image,
     refuse_mark_runs,
@@ -207,11 +207,11 @@ class ResponsesFormat:
         self._body = body
         self._id, self._created = f"resp_{new_id()}", now()
         self._numbers = count()
-        self._answer: Answer | None = None
+        self._answer: ChoiceAnswer | None = None
         self._items: list[Document] = []
         self._parts: list[str] | None = None  # of the last item's text or arguments, while it is in progress
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
+    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
         (answer,) = answers
         if answer.text:
             self._add(answer.text)
@@ -220,7 +220,7 @@ class ResponsesFormat:
         self.finish_chunks(0, answer)
         return self._document(usage)
 
-    def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
+    def first_chunks(self, usage: TokenUsage) -> list[Document]:  # noqa: ARG002 - it comes last
         return [
             self._event("response.created", response=self._document(None)),
             self._event("response.in_progress", response=self._document(None)),
@@ -242,13 +242,13 @@ class ResponsesFormat:
             events.append(self._item_event("response.function_call_arguments.delta", delta=delta.arguments))
         return events
 
-    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:  # noqa: ARG002 - there is one answer
+    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return the events that end the last item: an empty message if there was none."""
         events = [] if self._items else self._begin_message()
         self._answer = answer
         return [*events, *self._end()]
 
-    def last_chunks(self, usage: Usage) -> list[Document]:
+    def last_chunks(self, usage: TokenUsage) -> list[Document]:
         return [self._event(f"response.{self._status}", response=self._document(usage))]
 
     def error_chunk(self, error: ApiError) -> Document:
@@ -309,7 +309,7 @@ class ResponsesFormat:
     def _part_event(self, kind: str, **fields: Any) -> Document:
         return self._item_event(kind, content_index=0, **fields)
 
-    def _document(self, usage: Usage | None) -> Document:
+    def _document(self, usage: TokenUsage | None) -> Document:
         body = self._body
         text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
         return {

@@ -402,7 +402,7 @@ RequestBody = ChatRequest | CompletionRequest
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     """The token counts of one request."""
 
     prompt_tokens: int

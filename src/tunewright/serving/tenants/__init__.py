@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 Records = dict[str, dict[str, Any]]
-"""Fields to compare, by the name of a tenant, the prefix of a key, or a day with tenant, alias and adapter."""
+"""Fields to compare, by their subject: a tenant, a key, or the usage of a day, tenant, alias and adapter."""
 
 
 class State:
@@ -130,8 +130,8 @@ class State:
         differing = sorted(release for release in releases if logged.get(release) != stored.get(release))
         faults = [f"release {number} of {alias} differs from the audit log" for alias, number in differing]
         if not check.faults:  # a log with gaps cannot be replayed
-            replayed = replay(self.audit.lines())
-            faults += replayed.differing(self.tenants.list(), self.keys.list(), self.usage_rollup.days())
+            tables = self.tenants.list(), self.keys.list(), self.usage_rollup.days()
+            faults += _differing(self.audit.lines(), *tables)
         faults += self.usage.faults()
         return replace(check, faults=(*check.faults, *faults))
 
@@ -176,70 +176,53 @@ def _without_default(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in defaults or value != defaults[name]}
 
 
-@dataclass(frozen=True)
-class AuditReplay:
-    """The state that follows from all lines together.
+def _differing(
+    lines: Iterable[AuditLine], tenants: Iterable[Tenant], keys: Iterable[Key], usage: Iterable[DayTotal]
+) -> list[str]:
+    """Return a sentence for each tenant, key and day that differs from what all log lines together say."""
+    logged, unlogged = replay(lines)
+    stored: Records = {f"tenant {each.name}": _tenant(each.aliases, asdict(each.limits)) for each in tenants}
+    for key in keys:
+        stored[f"key {key.prefix}"] = _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked)
+    stored |= {f"usage of {total.name}": total.counts for total in usage if total.day not in unlogged}
+    names = sorted(name for name in logged.keys() | stored.keys() if logged.get(name) != stored.get(name))
+    return [f"{name} differs from the audit log" for name in names]
 
-    Args:
-        tenants: aliases and limits by name.
-        keys: tenant, aliases, expiry and revocation by prefix.
-        usage: the rolled-up totals.
-        unlogged: days that an earlier version rolled up without logging the totals.
+
+def replay(lines: Iterable[AuditLine]) -> tuple[Records, set[str]]:
+    """Replay a whole log, the oldest line first.
+
+    Also return the days that an earlier version rolled up without logging the totals.
     """
-
-    tenants: Records = field(default_factory=dict)
-    keys: Records = field(default_factory=dict)
-    usage: Records = field(default_factory=dict)
-    unlogged: set[str] = field(default_factory=set)
-
-    def differing(self, tenants: Iterable[Tenant], keys: Iterable[Key], usage: Iterable[DayTotal]) -> list[str]:
-        """Return a sentence for each tenant, key and day that differs in the tables."""
-        stored_tenants = {tenant.name: _tenant(tenant.aliases, asdict(tenant.limits)) for tenant in tenants}
-        stored_keys = {
-            key.prefix: _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked) for key in keys
-        }
-        logged, stored = (
-            {name: total for name, total in records.items() if name.partition(",")[0] not in self.unlogged}
-            for records in (self.usage, {total.name: total.counts for total in usage})
-        )
-        return [
-            *_differing("tenant", self.tenants, stored_tenants),
-            *_differing("key", self.keys, stored_keys),
-            *_differing("usage of", logged, stored),
-        ]
-
-
-def replay(lines: Iterable[AuditLine]) -> AuditReplay:
-    """Replay a whole log, the oldest line first."""
-    replayed = AuditReplay()
+    found: Records = {}
+    unlogged: set[str] = set()
     for line in lines:
-        subject, details = line.subject, json.loads(line.details)
+        details = json.loads(line.details)
+        tenant, key = f"tenant {line.subject}", f"key {line.subject}"
         match line.action:
             case "tenant.add":
-                replayed.tenants[subject] = _tenant(details["aliases"], details["limits"])
+                found[tenant] = _tenant(details["aliases"], details["limits"])
             case "tenant.grant":
-                replayed.tenants[subject]["aliases"] |= set(details["aliases"])
+                found[tenant]["aliases"] |= set(details["aliases"])
             case "tenant.revoke":
-                replayed.tenants[subject]["aliases"] -= set(details["aliases"])
+                found[tenant]["aliases"] -= set(details["aliases"])
             case "tenant.limit":
-                replayed.tenants[subject]["limits"] = details["after"]
+                found[tenant]["limits"] = details["after"]
             case "key.add":
-                replayed.keys[subject] = _key(details["tenant"], details["aliases"], details["expires"])
+                found[key] = _key(details["tenant"], details["aliases"], details["expires"])
             case "key.rotate":
-                new = {"expires": details["expires"], "replaced_by": None}
-                replayed.keys[details["new"]] = replayed.keys[subject] | new
-                replayed.keys[subject] |= {"expires": details["old_expires"], "replaced_by": details["new"]}
+                found[f"key {details['new']}"] = found[key] | {"expires": details["expires"], "replaced_by": None}
+                found[key] |= {"expires": details["old_expires"], "replaced_by": details["new"]}
             case "key.revoke":
-                replayed.keys[subject]["revoked"] = True
+                found[key]["revoked"] = True
             case "usage.rollup" if "totals" not in details:
-                replayed.unlogged.add(subject)
+                unlogged.add(line.subject)
             case "usage.rollup":
                 for total in (DayTotal(**total) for total in details["totals"]):
-                    so_far = replayed.usage.get(total.name, {})
-                    replayed.usage[total.name] = {
-                        name: so_far.get(name, 0) + count for name, count in total.counts.items()
-                    }
-    return replayed
+                    so_far = found.setdefault(f"usage of {total.name}", dict.fromkeys(total.counts, 0))
+                    so_far |= {name: so_far[name] + count for name, count in total.counts.items()}
+    days = tuple(f"usage of {day}," for day in unlogged)
+    return {name: record for name, record in found.items() if not name.startswith(days)}, unlogged
 
 
 def _tenant(aliases: Sequence[str], limits: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,15 +237,5 @@ def _key(
     revoked: float | None = None,
 ) -> dict[str, Any]:
     scope = None if aliases is None else set(aliases)
-    return {
-        "tenant": tenant,
-        "aliases": scope,
-        "expires": expires,
-        "replaced_by": replaced_by,
-        "revoked": revoked is not None,
-    }
-
-
-def _differing(what: str, replayed: Records, stored: Records) -> list[str]:
-    names = sorted(name for name in replayed.keys() | stored.keys() if replayed.get(name) != stored.get(name))
-    return [f"{what} {name} differs from the audit log" for name in names]
+    times = {"expires": expires, "replaced_by": replaced_by, "revoked": revoked is not None}
+    return {"tenant": tenant, "aliases": scope, **times}

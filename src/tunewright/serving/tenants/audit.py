@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -98,6 +98,17 @@ def changing(database: Database, actor: str | None) -> Iterator[Change]:
     with database.writing() as connection:
         head = connection.execute(select(audit_head).with_for_update()).one()
         yield Change(connection, database.now(connection), actor, head.number, head.digest)
+
+
+class Audited:
+    """A part of the state whose changes are in the audit log, with ``actor`` as their author."""
+
+    def __init__(self, database: Database, actor: str | None) -> None:
+        self._database = database
+        self._actor = actor
+
+    def _changing(self) -> AbstractContextManager[Change]:
+        return changing(self._database, self._actor)
 
 
 class Audit:

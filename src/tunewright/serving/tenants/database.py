@@ -328,11 +328,7 @@ def iso(seconds: float | None) -> str | None:
 
 
 def duration(text: str, where: str) -> float:
-    """Return the seconds of a duration like 30d, 12h, 90m or 45s.
-
-    Raises:
-        UserError: the text is not a duration.
-    """
+    """Return the seconds of a duration like 30d, 12h, 90m or 45s."""
     match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
     if match is None:
         raise UserError(f"Invalid duration {text!r}", where=where, fix="Use a duration like 30d, 12h, 90m or 45s.")
@@ -340,11 +336,7 @@ def duration(text: str, where: str) -> float:
 
 
 def parse_time(text: str, where: str) -> float:
-    """Return seconds since 1970 of a date or time in ISO 8601, in UTC unless it names a zone.
-
-    Raises:
-        UserError: the text is not a date.
-    """
+    """Return seconds since 1970 of a date or time in ISO 8601, in UTC unless it names a zone."""
     try:
         read = datetime.fromisoformat(text)
     except ValueError:

@@ -23,8 +23,8 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from tunewright.core.errors import UserError
 from tunewright.core.text import token_checksum
-from tunewright.serving.tenants.audit import Change, changing
-from tunewright.serving.tenants.database import Database, iso
+from tunewright.serving.tenants.audit import Audited, Change
+from tunewright.serving.tenants.database import iso
 from tunewright.serving.tenants.tables import api_keys, key_uses, requests, tenant_aliases, tenants
 from tunewright.serving.tenants.tenants import aliases_of, find_tenant
 
@@ -99,16 +99,8 @@ class InvalidKeyError(Exception):
     """A key that is unknown, revoked or expired; the message is for its sender."""
 
 
-class Keys:
-    """The API keys in the state.
-
-    Args:
-        actor: the author of changes, for the audit log.
-    """
-
-    def __init__(self, database: Database, actor: str | None) -> None:
-        self._database = database
-        self._actor = actor
+class Keys(Audited):
+    """The API keys in the state."""
 
     def create(self, tenant: str, *, aliases: Sequence[str] | None = None, lifetime: float | None = None) -> NewKey:
         """Create a key, and return it together with its stored data. The key itself is not stored.
@@ -121,7 +113,7 @@ class Keys:
             UserError: the tenant does not exist or may not use an alias, or the lifetime is not positive.
         """
         _check_lifetime(lifetime)
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             row = find_tenant(change.connection, tenant)
             scope = None if aliases is None else sorted(set(aliases))
             forbidden = sorted(set(scope or ()) - set(aliases_of(change.connection, row.id)))
@@ -142,7 +134,7 @@ class Keys:
             UserError: the key does not exist or is not valid, or the lifetime is not positive.
         """
         _check_lifetime(lifetime)
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             old = _find_key(change.connection, prefix, change.now)
             if old.state != "valid":
                 raise UserError(
@@ -165,7 +157,7 @@ class Keys:
         Raises:
             UserError: the key does not exist, or is revoked already.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             key = _find_key(change.connection, prefix, change.now)
             if key.revoked is not None:
                 raise UserError(f"{prefix} is already revoked")

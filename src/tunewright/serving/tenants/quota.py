@@ -68,11 +68,7 @@ UNLIMITED = Limits()
 
 
 def changed_limits(limits: Limits, options: LimitOptions) -> Limits:
-    """Return the limits with the given ones replaced.
-
-    Raises:
-        UserError: a value is neither a number nor ``none``.
-    """
+    """Return the limits with the given ones replaced."""
     names = {"requests": "requests_per_minute", "tokens": "tokens_per_minute", "concurrency": "concurrency"}
     given = {option: text for option in names if (text := getattr(options, option)) is not None}
     return replace(limits, **{names[option]: _limit(text, f"--{option}") for option, text in given.items()})

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
 from sqlalchemy import Connection, Row, func, insert, select
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.gate.results import IsolationTest, ServingCheck
-from tunewright.serving.tenants.audit import Change, changing
-from tunewright.serving.tenants.database import Database, iso
+from tunewright.serving.tenants.audit import Audited, Change
+from tunewright.serving.tenants.database import iso
 from tunewright.serving.tenants.tables import audit, releases
 from tunewright.serving.tenants.tenants import check_name
 
@@ -123,18 +124,11 @@ class Release:
 
 _REFUSED = "isolation.refused"
 _NOT_AS_TRAINED = "serving.refused"
+_ISOLATION, _SERVING = TypeAdapter(IsolationTest), TypeAdapter(ServingCheck)
 
 
-class Releases:
-    """The releases in the state.
-
-    Args:
-        actor: the author of changes, for the history and the audit log.
-    """
-
-    def __init__(self, database: Database, actor: str | None) -> None:
-        self._database = database
-        self._actor = actor
+class Releases(Audited):
+    """The releases in the state."""
 
     def live(self) -> dict[str, Release]:
         """Return the live release of each alias; undeployed aliases have none."""
@@ -172,7 +166,7 @@ class Releases:
         query = select(audit.c.details).where(audit.c.action == _REFUSED).order_by(audit.c.number.desc())
         with self._database.reading() as connection:
             tests = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
-        return next((IsolationTest.of(test) for test in tests if test["subject"] == subject), None)
+        return next((_ISOLATION.validate_python(test) for test in tests if test["subject"] == subject), None)
 
     def checked(self, subject: str) -> ServingCheck | None:
         """Return the newest serving check of this subject that a release has, if there is one."""
@@ -198,12 +192,12 @@ class Releases:
 
     def refuse_served(self, alias: str, adapter: str, check: ServingCheck) -> None:
         """Record in the audit log that an adapter failed its serving check; nothing else changes."""
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             change.log(_NOT_AS_TRAINED, alias, adapter=adapter, digest=check.adapter, serving=asdict(check))
 
     def refuse(self, alias: str, adapter: str, digest: str, test: IsolationTest) -> None:
         """Record in the audit log that an adapter failed its isolation test; nothing else changes."""
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             change.log(_REFUSED, alias, adapter=adapter, digest=digest, isolation=asdict(test))
 
     def deploy(
@@ -226,7 +220,7 @@ class Releases:
             UserError: the adapter is live already, the alias's name is not valid, or another adapter has gone live
                 since the isolation test.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             answer = (digest, system_prompt, grammar)
             before = _require_new(change.connection, alias, adapter, answer)
             return _add(change, before, "deploy", alias, adapter, answer, None, grounds)
@@ -238,7 +232,7 @@ class Releases:
             UserError: the alias has no release, the candidate is live already, the share is not valid, or another
                 adapter has gone live since the isolation test.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             before = _require_candidate(change.connection, alias, candidate)
             action: Action = "shadow" if candidate.share is None else "canary"
             return _add(change, before, action, alias, before.adapter, before.answer, candidate, grounds)
@@ -253,7 +247,7 @@ class Releases:
             UserError: the alias does not exist or has no candidate, or another adapter has gone live since the
                 isolation test.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             before, chosen = _promotable(change.connection, alias)
             by = before.grounds if grounds is None else grounds
             return _add(change, before, "promote", alias, chosen.adapter, chosen.answer, None, by)
@@ -272,7 +266,7 @@ class Releases:
         Raises:
             UserError: the alias or release does not exist, or there is no earlier adapter.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             history = _history(change.connection, alias)
             back = _target(history, number)
             grounds = back.grounds
@@ -284,7 +278,7 @@ class Releases:
         Raises:
             UserError: the alias does not exist, or is undeployed already.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             now = _history(change.connection, alias)[-1]
             if now.undeployed:
                 raise UserError(f"{alias} is already undeployed, since its release {now.number}")
@@ -425,8 +419,8 @@ def _release(row: Row[Any]) -> Release:
     if row.candidate is not None:
         adds = row.candidate_system_prompt is not False
         candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds, row.candidate_grammar)
-    isolation = None if row.isolation is None else IsolationTest.of(row.isolation)
-    serving = None if row.serving is None else ServingCheck.of(row.serving)
+    isolation = None if row.isolation is None else _ISOLATION.validate_python(row.isolation)
+    serving = None if row.serving is None else _SERVING.validate_python(row.serving)
     grounds = Grounds(row.verdict, row.evaluation, row.because, isolation, row.untested, serving)
     head = row.id, row.alias, row.number, row.action, row.adapter, row.digest
     added = row.system_prompt is not False

@@ -11,8 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, func, insert, or_, select, update
 
 from tunewright.core.errors import UserError
-from tunewright.serving.tenants.audit import changing
-from tunewright.serving.tenants.database import Database
+from tunewright.serving.tenants.audit import Audited
 from tunewright.serving.tenants.quota import UNLIMITED, Limits, check_limits
 from tunewright.serving.tenants.tables import api_keys, tenant_aliases, tenants
 
@@ -31,11 +30,7 @@ class Tenant:
 
 
 def check_name(name: str, what: str) -> None:
-    """Check the name of a tenant or an alias.
-
-    Raises:
-        UserError: the name is not valid.
-    """
+    """Check the name of a tenant or an alias."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"Invalid name {name!r} for {what}",
@@ -43,16 +38,8 @@ def check_name(name: str, what: str) -> None:
         )
 
 
-class Tenants:
-    """The tenants in the state.
-
-    Args:
-        actor: the author of changes, for the audit log.
-    """
-
-    def __init__(self, database: Database, actor: str | None) -> None:
-        self._database = database
-        self._actor = actor
+class Tenants(Audited):
+    """The tenants in the state."""
 
     def add(self, name: str, aliases: Sequence[str] = (), limits: Limits = UNLIMITED) -> Tenant:
         """Create a tenant.
@@ -64,7 +51,7 @@ class Tenants:
         for alias in aliases:
             check_name(alias, "an alias")
         check_limits(limits)
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             taken = change.connection.execute(select(tenants.c.id).where(tenants.c.name == name)).first()
             if taken:
                 raise UserError(
@@ -110,7 +97,7 @@ class Tenants:
         """
         for alias in aliases:
             check_name(alias, "an alias")
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             row = find_tenant(change.connection, name)
             added = sorted(set(aliases) - set(aliases_of(change.connection, row.id)))
             for alias in added:
@@ -125,7 +112,7 @@ class Tenants:
         Raises:
             UserError: the tenant does not exist, or does not have one of the aliases.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             row = find_tenant(change.connection, name)
             own = aliases_of(change.connection, row.id)
             if missing := sorted(set(aliases) - set(own)):
@@ -142,7 +129,7 @@ class Tenants:
         Raises:
             UserError: the tenant does not exist, or has no keys and no aliases.
         """
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             row = find_tenant(change.connection, name)
             own = aliases_of(change.connection, row.id)
             unrevoked = api_keys.c.tenant_id == row.id, api_keys.c.revoked.is_(None)
@@ -164,7 +151,7 @@ class Tenants:
             UserError: the tenant does not exist, or a limit is below 1.
         """
         check_limits(limits)
-        with changing(self._database, self._actor) as change:
+        with self._changing() as change:
             before = _tenant(change.connection, find_tenant(change.connection, name), change.now)
             if limits != before.limits:
                 change.connection.execute(update(tenants).where(tenants.c.name == name).values(**asdict(limits)))
@@ -182,11 +169,7 @@ class Tenants:
 
 
 def find_tenant(connection: Connection, name: str) -> Row[Any]:
-    """Return the row of a tenant.
-
-    Raises:
-        UserError: the tenant does not exist.
-    """
+    """Return the row of a tenant."""
     row = connection.execute(select(tenants).where(tenants.c.name == name)).first()
     if row is None:
         known = connection.execute(select(tenants.c.name).order_by(tenants.c.name)).scalars().all()

@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from tunewright.core.csv import safe_cell
 from tunewright.core.errors import UserError
-from tunewright.serving.tenants.audit import Change, changing
+from tunewright.serving.tenants.audit import Audited, Change
 from tunewright.serving.tenants.database import Database, iso
 from tunewright.serving.tenants.tables import (
     api_keys,
@@ -273,16 +273,12 @@ class Usage:
         return None if last is None else float((last + 1) * DAY_SECONDS)
 
 
-class UsageRollup:
+class UsageRollup(Audited):
     """Roll-up of old requests into daily totals, which replace the individual records.
 
     Otherwise the records of all requests would be kept forever. Each day has a separate transaction, so that an
     interrupted call leaves complete days behind, and the next call resumes.
     """
-
-    def __init__(self, database: Database, actor: str | None) -> None:
-        self._database = database
-        self._actor = actor
 
     def roll_up(self, before: float) -> RollupResult:
         """Roll up the requests of all days before a time, which is the beginning of a day in UTC.
@@ -302,7 +298,7 @@ class UsageRollup:
         days = rolled_up = shadows = 0
         if first is not None:
             for day in range(int(first // DAY_SECONDS), int(before // DAY_SECONDS)):
-                with changing(self._database, self._actor) as change:
+                with self._changing() as change:
                     counts = _roll_up_day(change, day, now - _MIN_AGE_SECONDS)
                 days, rolled_up, shadows = days + bool(counts[0]), rolled_up + counts[0], shadows + counts[1]
         return RollupResult(days, rolled_up, shadows)

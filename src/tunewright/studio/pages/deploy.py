@@ -10,7 +10,7 @@ from starlette.responses import Response
 from tunewright.adapters.registry import list_adapters
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
-from tunewright.serving.project_state import has_state
+from tunewright.serving.serve import has_state
 from tunewright.studio.jobs import (
     RELEASES,
     SERVER,

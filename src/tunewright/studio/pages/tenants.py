@@ -14,7 +14,7 @@ from starlette.responses import Response
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.serving.options import LimitOptions
-from tunewright.serving.project_state import has_state
+from tunewright.serving.serve import has_state
 from tunewright.studio.jobs import Served, served
 from tunewright.studio.pages.deploy import newest_releases, require_state
 from tunewright.studio.visit import Handlers, Visit, path_of
