@@ -178,24 +178,13 @@ def distance(trained: Tensor, seen: Tensor | Sequence[TopTokens]) -> Distance:
     of the full ones (the log sum inequality; Cover and Thomas 2006, theorem 2.7.1), and next to equal when a thousand
     tokens are listed. An unlisted token's own log-probability is at most the lowest listed one.
     """
-    if isinstance(seen, Tensor):
-        rows = [(row, other) for row, other in zip(trained, seen, strict=True)]
-        parts = [_full(row, other) for row, other in rows]
-    else:
-        parts = [_listed(row, listed) for row, listed in zip(trained, seen, strict=True)]
-    kl, moved, same = zip(*parts, strict=True)
+    listed = [TopTokens(torch.arange(len(row)), row) for row in seen] if isinstance(seen, Tensor) else seen
+    kl, moved, same = zip(*(_distance_of(*pair) for pair in zip(trained, listed, strict=True)), strict=True)
     return Distance(torch.stack(kl), torch.stack(moved), torch.tensor(same))
 
 
-def _full(trained: Tensor, other: Tensor) -> tuple[Tensor, Tensor, bool]:
-    # KL(trained || other) = sum p (log p - log q), of two rows [vocabulary]
-    kl = (trained.double().exp() * (trained.double() - other.double())).sum().clamp(min=0)
-    top = trained.topk(min(TOP, len(trained))).indices
-    return kl, (trained[top] - other[top]).abs().max(), bool(trained.argmax() == other.argmax())
-
-
-def _listed(trained: Tensor, listed: TopTokens) -> tuple[Tensor, Tensor, bool]:
-    # The same sum over the listed tokens, and one more term for the rest of both distributions.
+def _distance_of(trained: Tensor, listed: TopTokens) -> tuple[Tensor, Tensor, bool]:
+    # KL(trained || other) = sum p (log p - log q) over the listed tokens, and one more term for the rest of both.
     theirs = listed.log_probs.double()
     ours = trained[listed.ids].double()
     kl = (ours.exp() * (ours - theirs)).sum()

@@ -233,49 +233,48 @@ USE = {"type": "tool_use", "id": "a", "name": "clock", "input": {}}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
 
 
+DOCUMENT = {"type": "document", "source": {}}
+
+
+def asking(*content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}]}
+
+
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "param"),
     [
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking is not supported"),
-        ({"mcp_servers": [{"type": "url", "url": "x", "name": "y"}]}, "mcp_servers is not supported"),
-        ({"container": "x"}, "container is not supported"),
-        ({"thread": {"type": "create"}}, "thread is not supported, since nothing is stored"),
-        ({"top_k": 5}, "top_k is not supported"),
-        ({"output_config": {"effort": "low"}}, "output_config.effort is not supported"),
-        ({"top_p": 0.5}, "top_p has no effect at temperature 0"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type: image is not supported"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]},
-            "messages.0.content.0.type: document is not supported",
-        ),
-        ({"messages": [*ASK, tool_result(content=[IMAGE])]}, "messages.1.content.0.content.0.type: image is not"),
-        ({"messages": [*ASK, {"role": "assistant", "content": "I"}]}, "The last of messages is the assistant's turn"),
-        ({"messages": [*ASK, tool_result(content="x")]}, "messages: 'a' is no call of the assistant's turn before it"),
-        ({"messages": [*ASK, {"role": "assistant", "content": [USE]}, *ASK]}, "messages: the calls 'a' have no result"),
-        ({"messages": [{"role": "user", "content": [USE]}]}, "messages.0: tool_use goes with the role assistant"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type: Input should be 'custom'"),
-        ({"tools": [*TOOLS, TOOLS[0]]}, "tools.2: the function weather is declared twice"),
-        (
-            {"tools": [{"name": "f", "input_schema": {"type": 3}}]},
-            'tools.0: the parameters of "f" are not a JSON Schema',
-        ),
-        ({"tools": [TOOLS[0] | {"input_examples": [{"city": "Oslo"}]}]}, "tools.0.input_examples is not supported"),
-        ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice: name goes with the type tool"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice requires tools"),
-        ({"max_tokens": None}, "max_tokens: Input should be a valid integer"),
-        ({"stop_sequences": ["a"] * 5}, "stop_sequences: List should have at most 4 items"),
-        ({"metadata": {"user_id": "a\u0000"}}, "metadata.user_id: "),
-        ({"cache_salt": "mine"}, "cache_salt is not supported"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"mcp_servers": [{"type": "url", "url": "x", "name": "y"}]}, "mcp_servers"),
+        ({"container": "x"}, "container"),
+        ({"thread": {"type": "create"}}, "thread"),
+        ({"top_k": 5}, "top_k"),
+        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+        ({"top_p": 0.5}, "top_p"),
+        (asking(IMAGE), "messages.0.content.0.type"),
+        (asking(DOCUMENT), "messages.0.content.0.type"),
+        (asking(USE), "messages.0"),
+        ({"messages": [*ASK, tool_result(content=[IMAGE])]}, "messages.1.content.0.content.0.type"),
+        ({"messages": [*ASK, {"role": "assistant", "content": "I"}]}, "messages"),
+        ({"messages": [*ASK, tool_result(content="x")]}, "messages"),
+        ({"messages": [*ASK, {"role": "assistant", "content": [USE]}, *ASK]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools.2"),
+        ({"tools": [{"name": "f", "input_schema": {"type": 3}}]}, "tools.0"),
+        ({"tools": [TOOLS[0] | {"input_examples": [{"city": "Oslo"}]}]}, "tools.0.input_examples"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"stop_sequences": ["a"] * 5}, "stop_sequences"),
+        ({"metadata": {"user_id": "a\u0000"}}, "metadata.user_id"),
+        ({"cache_salt": "mine"}, "cache_salt"),
     ],
 )
-def test_fault_names_its_field(more: dict[str, Any], message: str) -> None:
+def test_fault_names_its_field(more: dict[str, Any], param: str) -> None:
     body = {"model": "m", "max_tokens": 5, "messages": ASK, **more}
     with pytest.raises(ApiError) as caught:
         parse_request(MessagesRequest, json.dumps(body).encode()).as_chat()
-    assert caught.value.status == 400
-    assert message in caught.value.message
-    assert (caught.value.param or "").split(".")[0] in message
+    assert (caught.value.status, caught.value.param) == (400, param)
 
 
 def test_fields_of_the_clients_without_effect_are_accepted() -> None:
@@ -330,6 +329,7 @@ def test_timeouts_are_errors_of_the_client_before_and_within_a_stream() -> None:
         list(client.messages.create(stream=True, **how))
 
 
+@pytest.mark.parametrize("state_url", ["sqlite"], indirect=True)
 def test_tenant_sends_its_key_in_either_header_and_its_usage_is_recorded(
     server: Running, state: State, two_tenants: dict[str, str]
 ) -> None:

@@ -24,6 +24,9 @@ from tunewright.serving.tenants import Candidate, State
 
 pytest_plugins = ["tenant_server"]
 
+# PostgreSQL has its turn where the state itself is tested, and in test_tenant_api.py.
+pytestmark = pytest.mark.parametrize("state_url", ["sqlite"], indirect=True)
+
 PROMPTS = {"one": "Give the court.", "two": "Give the config, please.", "three": "Name the ticket's owner."}
 COURTS, STATES = {"Ala.", "Fla."}, {"Ohio", "Utah"}
 

@@ -109,26 +109,26 @@ def test_error_in_a_stream_is_an_event() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "param", "message"),
+    ("more", "param"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id", "no response is stored"),
-        ({"conversation": "conv_1"}, "conversation", "no response is stored"),
-        ({"background": True}, "background", "not supported"),
-        ({"truncation": "auto"}, "truncation", "not supported"),
-        ({"reasoning": {"effort": "low"}}, "reasoning", "not supported"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "not supported"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "not supported"),
-        ({"input": []}, "input", "at least 1"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type", "images"),
-        ({"input": [{"role": "user", "content": "e" + "\u0300" * 40}]}, "input.0", "marks"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format", "name and schema"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity", "not supported"),
-        ({"max_output_tokens": 0}, "max_output_tokens", "greater"),
-        ({"top_p": 0.5}, "top_p", "no effect"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
+        ({"input": []}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
+        ({"input": [{"role": "user", "content": "e" + "\u0300" * 40}]}, "input.0"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"top_p": 0.5}, "top_p"),
     ],
 )
-def test_refused_field_is_named(more: dict[str, Any], param: str, message: str) -> None:
-    with pytest.raises(ApiError, match=message) as caught:
+def test_refused_field_is_named(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
         parse_request(ResponsesRequest, json.dumps({"model": "m", "input": "x"} | more).encode()).as_chat()
     assert (caught.value.status, caught.value.param) == (400, param)
 

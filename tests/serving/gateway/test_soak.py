@@ -100,6 +100,7 @@ class Rounds:
             time.sleep(0.05)
 
 
+@pytest.mark.parametrize("state_url", ["sqlite"], indirect=True)
 @pytest.mark.slow
 def test_server_holds_nothing_more_after_hundreds_of_requests_and_releases(
     server: Running,

@@ -28,6 +28,9 @@ from tunewright.serving.tenants.quota import Quota
 
 pytest_plugins = ["tenant_server"]
 
+on_sqlite = pytest.mark.parametrize("state_url", ["sqlite"], indirect=True)
+"""For what does not depend on the database."""
+
 
 def test_tenant_sees_only_its_own_models_and_answers(
     server: Running, two_tenants: dict[str, str], adapters: dict[str, Stored], reference: Any
@@ -48,6 +51,7 @@ def test_tenant_sees_only_its_own_models_and_answers(
         assert bodies[0] == bodies[1]
 
 
+@on_sqlite
 def test_request_without_a_valid_key_is_refused(server: Running, two_tenants: dict[str, str]) -> None:
     key = two_tenants["acme"]
     unknown = "Bearer tw_0000000000_" + "A" * 43 + "0UYFdY"  # the checksum is right
@@ -72,6 +76,7 @@ def test_request_without_a_valid_key_is_refused(server: Running, two_tenants: di
             assert "courts" not in reply.text
 
 
+@on_sqlite
 def test_health_reveals_no_load_without_a_key(server: Running) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
@@ -109,6 +114,7 @@ def test_recorded_usage_equals_the_usage_in_the_response(
         assert line.outcome in ("stop", "length")
 
 
+@on_sqlite
 def test_rate_limited_response_has_retry_after(server: Running, state: State, two_tenants: dict[str, str]) -> None:
     state.tenants.limit("acme", Limits(requests_per_minute=2))
     client = server.client(two_tenants["acme"])
@@ -128,6 +134,7 @@ def post(server: Running, key: str, **request: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/chat/completions", headers=headers, trust_env=False, timeout=60, **request)
 
 
+@on_sqlite
 def test_refused_requests_count_towards_requests_per_minute(
     server: Running, state: State, two_tenants: dict[str, str]
 ) -> None:
@@ -189,6 +196,7 @@ def test_two_servers_share_limits_and_releases(
     assert state.quota.servers() == []
 
 
+@on_sqlite
 def test_requests_refused_by_another_limit_count_towards_requests_per_minute(
     server: Running, state: State, two_tenants: dict[str, str]
 ) -> None:
@@ -201,6 +209,7 @@ def test_requests_refused_by_another_limit_count_towards_requests_per_minute(
         ask(client, "courts")
 
 
+@on_sqlite
 def test_request_that_disconnects_within_its_body_counts_and_logs_nothing(
     server: Running, state: State, two_tenants: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,6 +226,7 @@ def test_request_that_disconnects_within_its_body_counts_and_logs_nothing(
     assert not caplog.records
 
 
+@on_sqlite
 def test_two_authorization_headers_are_refused(server: Running, two_tenants: dict[str, str]) -> None:
     own, other = (f"Bearer {two_tenants[tenant]}" for tenant in ("acme", "globex"))
     for first, second in ((own, other), (own, own), ("", own)):
@@ -226,6 +236,7 @@ def test_two_authorization_headers_are_refused(server: Running, two_tenants: dic
             assert (reply.status_code, reply.json()["error"]["code"]) == (400, "duplicate_authorization")
 
 
+@on_sqlite
 def test_request_over_the_token_limit_by_itself_is_a_bad_request(
     server: Running, state: State, two_tenants: dict[str, str]
 ) -> None:
@@ -243,6 +254,7 @@ def test_request_over_the_token_limit_by_itself_is_a_bad_request(
         until(lambda: all(line.outcome for line in state.usage.lines("acme")))
 
 
+@on_sqlite
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnected_request_no_longer_counts_as_concurrent(
     state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored], stream: bool
