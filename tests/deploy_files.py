@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from command_line import parsed
-from tunewright.engines.pool import EngineState
+from tunewright.engines.remote import RemoteEngine
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.gateway.metrics import Metrics, ServerState
@@ -78,7 +78,7 @@ def require_route(path: str) -> None:
 @cache
 def metric_labels() -> dict[str, set[str]]:
     """The labels of each series on the page of metrics, after one request, one refusal and one release."""
-    engine = EngineState("http://gpu-1:8100", up=True, running=1, adapters=1, restarts=0)
+    engine = RemoteEngine("http://gpu-1:8100", "gateway")
     released = [Released("legal", "d" * 64, "live", 1)]
     now = ServerState(True, ["acme"], ["acme"], released, ["d" * 64], [engine])
     metrics = Metrics(lambda: now)

@@ -8,12 +8,13 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from studio_client import Browser, restarted
 from tunewright.cli.json_log import json_line
-from tunewright.engines.pool import EngineState
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.jobs import Jobs, read_entry
 
@@ -99,7 +100,11 @@ def test_line_of_a_jobs_log_is_shown_as_text(line: str, expected: list[str]) -> 
 
 
 def test_engines_of_a_running_server_are_shown(browser: Browser, project: Path) -> None:
-    states = [EngineState("http://gpu-1:8100", True, 3, 20, 0), EngineState("http://gpu-2:8100", False, 0, 4, 2)]
+    of: Any = SimpleNamespace
+    states = [
+        of(url="http://gpu-1:8100", up=True, running=3, adapters=range(20), restarts=0),
+        of(url="http://gpu-2:8100", up=False, running=0, adapters=range(4), restarts=2),
+    ]
     now = ServerState(ready=True, waiting=(), running=(), released=(), resident=(), engines=states)
     with exposed(Metrics(lambda: now), "127.0.0.1", 0) as address:
         log = f"Serving at http://127.0.0.1:1/v1\n  courts\nPrometheus metrics: {address}\nCtrl-C stops the server.\n"

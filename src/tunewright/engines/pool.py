@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,17 +39,6 @@ LOOK_S = 5.0
 """Time between two looks at each address, and at the names' addresses."""
 
 log = logging.getLogger("tunewright")
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """An engine of a pool at one moment."""
-
-    url: str
-    up: bool
-    running: int
-    adapters: int
-    restarts: int
 
 
 class EnginePool:
@@ -103,8 +91,7 @@ class EnginePool:
     @property
     def up(self) -> list[RemoteEngine]:
         """The engines that take requests."""
-        with self._lock:
-            return [engine for engine in self._engines.values() if engine.facts is not None and engine.stopped is None]
+        return [engine for engine in self.engines if engine.up]
 
     @property
     def engines(self) -> list[RemoteEngine]:
@@ -136,14 +123,6 @@ class EnginePool:
     def resident(self) -> list[str]:
         """The digests of the adapters that an engine has loaded."""
         return sorted({digest for engine in self.engines for digest in list(engine.adapters)})
-
-    def states(self) -> list[EngineState]:
-        """Return the state of each engine."""
-        up = self.up
-        return [
-            EngineState(engine.url, engine in up, engine.running, len(engine.adapters), engine.restarts)
-            for engine in self.engines
-        ]
 
     def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
         """Start a request on an engine: see :meth:`tunewright.engines.protocol.Engine.submit`."""

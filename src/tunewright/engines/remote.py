@@ -118,6 +118,11 @@ class RemoteEngine(LoopClients):
         """The number of requests that it computes at once; 0 before it is known."""
         return self.facts.max_num_seqs if self.facts else 0
 
+    @property
+    def up(self) -> bool:
+        """True if it takes requests."""
+        return self.facts is not None and self.stopped is None
+
     async def ask_facts(self) -> EngineFacts:
         """Ask the engine about itself."""
         try:

@@ -204,9 +204,9 @@ def test_new_process_at_an_address_loads_the_adapters_before_it_gets_requests_fo
         await until(lambda: not pool.up)
         app = EngineApp(second, ORIGIN, locate, COMPILER).app
         held.enter_context(serving(app, port=port))
-        await until(lambda: pool.states()[0].restarts == 1 and pool.resident == sorted(DIGESTS))
+        await until(lambda: pool.engines[0].restarts == 1 and pool.resident == sorted(DIGESTS))
         assert await answer(pool, asked(ONE)) == (97, 97)
-        assert pool.states()[0].restarts == 1
+        assert pool.engines[0].restarts == 1
 
     with ExitStack() as held, ExitStack() as before:
         url = before.enter_context(at_address(first))

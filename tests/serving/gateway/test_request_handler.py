@@ -77,7 +77,7 @@ def test_abort_before_the_first_chunk_reaches_the_client() -> None:
         handler = RequestHandler(requests, Admission(lambda _usage: None), engine, AdmissionQueue(engine.max_num_seqs))
         handler.abort(ApiError("The server is shutting down.", status=503))
         with pytest.raises(ApiError, match="shutting down"):
-            await asyncio.wait_for(handler.answers(), 10)
+            await asyncio.wait_for(handler.complete(), 10)
         assert engine.asked == []
 
     asyncio.run(run())

@@ -106,7 +106,7 @@ class Gateway:
             running=[handler.requests[0].tenant for handler in handlers if not handler.waiting],
             released=self._auth.released,
             resident=self._auth.resident if self._pool is None else self._pool.resident,
-            engines=() if self._pool is None else self._pool.states(),
+            engines=() if self._pool is None else self._pool.engines,
         )
 
     @property
@@ -207,12 +207,12 @@ class Gateway:
         if first.body.stream:
             return await self._stream(http, handler, response_format, headers, arrived, span)
         try:
-            result = await cancel_on_disconnect(http, handler.answers())
+            usage = await cancel_on_disconnect(http, handler.complete())
         finally:
             self._end(handler, span)
-        if result is None:
+        if usage is None:
             return Response(status_code=499)  # not read by anyone: the client has disconnected
-        return JSONResponse(response_format.response(*result), headers=headers)
+        return JSONResponse(response_format.response(handler.requests, usage), headers=headers)
 
     async def _admit(self, http: HttpRequest, path: str, arrived: float) -> tuple[RequestHandler, ResponseFormat]:
         """Authenticate, parse, tokenize and reserve quota."""

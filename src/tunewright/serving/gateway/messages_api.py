@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError, Part, as_request, one_as_list
-from tunewright.serving.gateway.request import ChoiceAnswer, TextChunk
+from tunewright.serving.gateway.request import GenerationRequest, TextChunk
 from tunewright.serving.gateway.responses import Document, new_id
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
@@ -283,9 +283,9 @@ class MessagesFormat:
         self._id = f"msg_{new_id()}"
         self._index = -1  # of the last block
         self._block: Literal["text", "tool_use"] | None = None  # in progress
-        self._answer: ChoiceAnswer | None = None
+        self._answer: GenerationRequest | None = None
 
-    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
+    def response(self, answers: Sequence[GenerationRequest], usage: TokenUsage) -> Document:
         (answer,) = answers
         text = [{"type": "text", "text": answer.text}] if answer.text else []
         uses = [_tool_use(name, _input(arguments)) for name, arguments in answer.calls]
@@ -306,7 +306,7 @@ class MessagesFormat:
             events.append(self._delta({"type": "input_json_delta", "partial_json": delta.arguments}))
         return events
 
-    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:  # noqa: ARG002 - there is one answer
+    def finish_chunks(self, index: int, answer: GenerationRequest) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return the event that ends the last block, if there is one."""
         self._answer = answer
         return self._end()
@@ -331,7 +331,7 @@ class MessagesFormat:
         open_block, self._block = self._block, None
         return [] if open_block is None else [{"type": "content_block_stop", "index": self._index}]
 
-    def _message(self, content: list[Document], answer: ChoiceAnswer | None, usage: TokenUsage) -> Document:
+    def _message(self, content: list[Document], answer: GenerationRequest | None, usage: TokenUsage) -> Document:
         head = {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content}
         return {**head, **_stop(answer), "usage": {**_usage(usage), "service_tier": "standard"}}
 
@@ -351,7 +351,7 @@ def _input(arguments: str) -> Document:
     return {"INVALID_JSON": arguments} if arguments else {}
 
 
-def _stop(answer: ChoiceAnswer | None) -> Document:
+def _stop(answer: GenerationRequest | None) -> Document:
     reason = None
     if answer is not None:
         ended = "stop_sequence" if answer.stop is not None else "tool_use" if answer.calls else "end_turn"

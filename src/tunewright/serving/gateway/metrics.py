@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tunewright.core.errors import UserError
-from tunewright.engines.pool import EngineState
+from tunewright.engines.remote import RemoteEngine
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.tenants.quota import RequestUsage
 
@@ -37,23 +37,16 @@ ENDED_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class ServerState:
-    """The server's state at one moment.
-
-    Args:
-        ready: whether it accepts requests.
-        waiting: the tenant of each request in the queue.
-        running: the tenant of each request at the engine.
-        released: the adapters of each alias.
-        resident: digests of the adapters in memory.
-        engines: the state of each engine of ``serve.engines``; empty without them.
-    """
+    """The server's state at one moment."""
 
     ready: bool
     waiting: Sequence[str]
+    """The tenant of each request in the queue."""
     running: Sequence[str]
+    """The tenant of each request at the engine."""
     released: Sequence[Released]
     resident: Sequence[str]
-    engines: Sequence[EngineState] = ()
+    engines: Sequence[RemoteEngine] = ()
 
 
 class Metrics:
@@ -143,7 +136,7 @@ class _Gauges(Collector):
         yield _gauge("engine_up", "1 while the engine takes requests.", up, "engine")
         running = [((each.url,), each.running) for each in now.engines]
         yield _gauge("engine_running_requests", "Requests at the engine.", running, "engine")
-        adapters = [((each.url,), each.adapters) for each in now.engines]
+        adapters = [((each.url,), len(each.adapters)) for each in now.engines]
         yield _gauge("engine_adapters", "Adapters that the engine has loaded.", adapters, "engine")
         text = "Times that the engine came back as a new process."
         restarts = CounterMetricFamily("tunewright_engine_restarts", text, labels=["engine"])

@@ -55,28 +55,10 @@ class TextChunk:
 
     text: str
     finish: Finish | None
-    tokens: int
-    """Tokens of the answer so far."""
     scored: tuple[ScoredToken, ...] | None = None
     """The tokens whose text begins in this chunk; None if the request does not ask for log probabilities."""
     calls: tuple[CallDelta, ...] = ()
     """Pieces of calls."""
-
-
-@dataclass(frozen=True)
-class ChoiceAnswer:
-    """One complete answer.
-
-    Args:
-        scored: None if the request does not ask for log probabilities.
-        stop: the request's stop string that ended it.
-    """
-
-    text: str
-    finish: Finish
-    scored: tuple[ScoredToken, ...] | None = None
-    calls: tuple[Call, ...] = ()
-    stop: str | None = None
 
 
 Failure = RequestFailedError | EngineStoppedError | ApiError
@@ -148,8 +130,14 @@ class GenerationRequest:
 
     @property
     def finished(self) -> bool:
-        """True if the answer is complete, in ``text``."""
+        """True if the answer is complete: ``text``, ``calls``, ``scored``, ``stop`` and ``finish``."""
         return self.outcome in ("stop", "length")
+
+    @property
+    def finish(self) -> Finish:
+        """The reason why the complete answer ended."""
+        assert self.outcome == "stop" or self.outcome == "length"
+        return self.outcome
 
     def restart_queue_time(self) -> None:
         """Count the time in the queue from now: until now it was behind other prompts of its own HTTP request."""
@@ -220,7 +208,7 @@ class GenerationRequest:
         self.text += text
         self._sent += len(text) if before_calls else 0
         if finish or text or deltas:
-            chunk = TextChunk(text, finish, self.tokens, self._sent_with(finish), deltas)
+            chunk = TextChunk(text, finish, self._sent_with(finish), deltas)
             if finish:
                 self._end(finish, chunk)
             else:

@@ -7,12 +7,11 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
-from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.auth import Admission, Shadow
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
-from tunewright.serving.gateway.request import ChoiceAnswer, GenerationRequest, TextChunk
+from tunewright.serving.gateway.request import GenerationRequest, TextChunk
 from tunewright.serving.gateway.schemas import TokenUsage
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
@@ -49,9 +48,10 @@ class RequestHandler:
         return all(request.waiting for request in self.requests)
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(request.prompt_tokens for request in self.requests)
+    def token_usage(self) -> TokenUsage:
+        """Tokens of all prompts, and of the answers so far."""
+        prompts = sum(request.prompt_tokens for request in self.requests)
+        return TokenUsage(prompts, sum(request.tokens for request in self.requests))
 
     def abort(self, error: ApiError) -> None:
         """End each unfinished answer after its computed text; the client receives the error."""
@@ -91,23 +91,11 @@ class RequestHandler:
             for task in tasks:
                 task.cancel()
 
-    def answer(self, index: int, finish: Finish) -> ChoiceAnswer:
-        """Return a complete answer."""
-        request = self.requests[index]
-        scored = None if request.scored is None else tuple(request.scored)
-        return ChoiceAnswer(request.text, finish, scored, request.calls, request.stop)
-
-    async def answers(self) -> tuple[list[ChoiceAnswer], TokenUsage]:
-        """Return each choice's answer, and the usage of all."""
-        last: dict[int, TextChunk] = {}
-        async for index, chunk in self.chunks():
-            last[index] = chunk
-        answers = []
-        for index in range(len(self.requests)):
-            finish = last[index].finish
-            assert finish is not None
-            answers.append(self.answer(index, finish))
-        return answers, TokenUsage(self.prompt_tokens, sum(chunk.tokens for chunk in last.values()))
+    async def complete(self) -> TokenUsage:
+        """Compute all answers, which the requests then have, and return their usage."""
+        async for _ in self.chunks():
+            pass
+        return self.token_usage
 
     def settle(self) -> RequestUsage | None:
         """Record the usage; later calls record nothing and return None."""

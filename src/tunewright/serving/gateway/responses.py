@@ -21,7 +21,7 @@ from tunewright.chat.tool_calls import Call
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError, as_api_error
-from tunewright.serving.gateway.request import ChoiceAnswer, ScoredToken, TextChunk
+from tunewright.serving.gateway.request import GenerationRequest, ScoredToken, TextChunk
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, TokenUsage
 
@@ -35,7 +35,7 @@ class ResponseFormat(Protocol):
     def end(self) -> str:
         """The last event of a stream."""
 
-    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
+    def response(self, answers: Sequence[GenerationRequest], usage: TokenUsage) -> Document:
         """Return the complete response: a choice for each answer."""
 
     def first_chunks(self, usage: TokenUsage) -> list[Document]:
@@ -47,7 +47,7 @@ class ResponseFormat(Protocol):
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
         """Return the chunks with a piece of a choice's call."""
 
-    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:
+    def finish_chunks(self, index: int, answer: GenerationRequest) -> list[Document]:
         """Return the last chunks of a choice, with its finish reason."""
 
     def last_chunks(self, usage: TokenUsage) -> list[Document]:
@@ -100,7 +100,7 @@ class ChatCompletionResponse(_OpenAIResponse):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
+    def response(self, answers: Sequence[GenerationRequest], usage: TokenUsage) -> Document:
         choices = [
             {
                 "index": index,
@@ -126,7 +126,7 @@ class ChatCompletionResponse(_OpenAIResponse):
             ]
         return [self._chunk(index, {"tool_calls": [{"index": delta.index, **_call((delta.name, delta.arguments))}]})]
 
-    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:
+    def finish_chunks(self, index: int, answer: GenerationRequest) -> list[Document]:
         return [self._chunk(index, {}, finish=_finish_reason(answer))]
 
     def _chunk(
@@ -140,7 +140,7 @@ class ChatCompletionResponse(_OpenAIResponse):
         return self._document([choice], chunk=True)
 
 
-def _message(answer: ChoiceAnswer) -> Document:
+def _message(answer: GenerationRequest) -> Document:
     message: Document = {"role": "assistant", "content": answer.text, "refusal": None}
     if answer.calls:
         message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
@@ -153,7 +153,7 @@ def _call(call: Call) -> Document:
     return {"id": f"call_{new_id()[:24]}", "type": "function", "function": function}
 
 
-def _finish_reason(answer: ChoiceAnswer) -> str:
+def _finish_reason(answer: GenerationRequest) -> str:
     return "tool_calls" if answer.calls and answer.finish == "stop" else answer.finish
 
 
@@ -162,7 +162,7 @@ class CompletionResponse(_OpenAIResponse):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
+    def response(self, answers: Sequence[GenerationRequest], usage: TokenUsage) -> Document:
         choices = [_choice(index, each.text, each.finish, each.scored) for index, each in enumerate(answers)]
         return self._document(choices, usage=usage.as_dict())
 
@@ -176,7 +176,7 @@ class CompletionResponse(_OpenAIResponse):
         """Return nothing: this route has no functions."""
         raise AssertionError(f"a completion has no calls: {index}, {delta}")
 
-    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:
+    def finish_chunks(self, index: int, answer: GenerationRequest) -> list[Document]:
         return [self._document([_choice(index, "", answer.finish, None)])]
 
 
@@ -308,8 +308,8 @@ async def sse_events(
 
     Events available at the same moment are yielded together, since sending costs more than encoding.
     """
-    documents = response_format.first_chunks(TokenUsage(handler.prompt_tokens, 0))
-    unfinished, tokens = len(handler.requests), 0
+    documents = response_format.first_chunks(TokenUsage(handler.token_usage.prompt_tokens, 0))
+    unfinished = len(handler.requests)
     try:
         item: tuple[int, TextChunk] | None = first
         while item is not None:
@@ -319,10 +319,10 @@ async def sse_events(
             for delta in chunk.calls:
                 documents += response_format.call_chunk(index, delta)
             if chunk.finish:
-                documents += response_format.finish_chunks(index, handler.answer(index, chunk.finish))
-                unfinished, tokens = unfinished - 1, tokens + chunk.tokens
+                documents += response_format.finish_chunks(index, handler.requests[index])
+                unfinished -= 1
             if not unfinished:
-                documents += response_format.last_chunks(TokenUsage(handler.prompt_tokens, tokens))
+                documents += response_format.last_chunks(handler.token_usage)
             yield "".join(map(_sse, documents)) + ("" if unfinished else response_format.end)
             documents = []
             item = await anext(rest, None)

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError, Part, as_request, one_as_list
-from tunewright.serving.gateway.request import ChoiceAnswer, TextChunk
+from tunewright.serving.gateway.request import GenerationRequest, TextChunk
 from tunewright.serving.gateway.responses import Document, new_id, now
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
@@ -207,11 +207,11 @@ class ResponsesFormat:
         self._body = body
         self._id, self._created = f"resp_{new_id()}", now()
         self._numbers = count()
-        self._answer: ChoiceAnswer | None = None
+        self._answer: GenerationRequest | None = None
         self._items: list[Document] = []
         self._parts: list[str] | None = None  # of the last item's text or arguments, while it is in progress
 
-    def response(self, answers: Sequence[ChoiceAnswer], usage: TokenUsage) -> Document:
+    def response(self, answers: Sequence[GenerationRequest], usage: TokenUsage) -> Document:
         (answer,) = answers
         if answer.text:
             self._add(answer.text)
@@ -242,7 +242,7 @@ class ResponsesFormat:
             events.append(self._item_event("response.function_call_arguments.delta", delta=delta.arguments))
         return events
 
-    def finish_chunks(self, index: int, answer: ChoiceAnswer) -> list[Document]:  # noqa: ARG002 - there is one answer
+    def finish_chunks(self, index: int, answer: GenerationRequest) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return the events that end the last item: an empty message if there was none."""
         events = [] if self._items else self._begin_message()
         self._answer = answer
