@@ -62,6 +62,15 @@ def test_stored_key_data_cannot_authenticate(tmp_path: Path) -> None:
     assert (file.parent / ".gitignore").read_text() == "*\n"
 
 
+def test_keys_differ_and_hold_256_random_bits(state_url: str) -> None:
+    with State(state_url) as state:
+        state.tenants.add("acme")
+        keys = [state.keys.create("acme") for _ in range(20)]
+        assert len({key for key, _ in keys}) == 20
+        # 43 characters of 6 bits, and the checksum.
+        assert all(len(key) == len(reported.prefix) + 1 + 43 + 6 for key, reported in keys)
+
+
 NO_KEY = "tw_0000000000_" + "A" * 43
 
 
