@@ -71,13 +71,18 @@ def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOpti
             if state.tenants.any():
                 if not options.auth:
                     raise UserError("Tenants exist, so every request needs an API key", where="--no-auth")
-                for option, given, what in (
-                    ("--no-system-prompt", not options.system_prompts, "its system prompt is added"),
-                    ("--constrain", options.constrain, "its answers are constrained"),
-                ):
-                    if given:
-                        fix = f"Use `tunewright deploy ALIAS ADAPTER {option}`."
-                        raise UserError(f"Tenants exist, so each release sets whether {what}", where=option, fix=fix)
+                if not options.system_prompts:
+                    raise UserError(
+                        "Tenants exist, so each release sets whether its system prompt is added",
+                        where="--no-system-prompt",
+                        fix="Use `tunewright deploy ALIAS ADAPTER --no-system-prompt`.",
+                    )
+                if options.constrain:
+                    raise UserError(
+                        "Tenants exist, so each release sets whether its answers are constrained",
+                        where="--constrain",
+                        fix="Use `tunewright deploy ALIAS ADAPTER --constrain`.",
+                    )
                 return _for_tenants(project, state, adapters, config)
         except BaseException:
             state.close()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -23,9 +23,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.processes import NOTHING, start
 from tunewright.core.text import visible
-
-if TYPE_CHECKING:
-    from tunewright.engines.pool import EngineState
 
 
 @dataclass(frozen=True)
@@ -281,6 +278,17 @@ def served(job: Job) -> Served | None:
     return Served(ready[1], tuple(line.strip() for line in ready[2].splitlines()), ready[3]) if ready else None
 
 
+@dataclass(frozen=True)
+class EngineState:
+    """An engine of a server over several, by the server's metrics."""
+
+    url: str
+    up: bool
+    running: int
+    adapters: int
+    restarts: int
+
+
 def engines(server: Served) -> list[EngineState] | None:
     """Return a running server's engines by its metrics: empty if it has one itself; None if they do not answer."""
     import httpx
@@ -288,9 +296,6 @@ def engines(server: Served) -> list[EngineState] | None:
 
     if server.metrics is None:
         return []
-    # It imports torch, which a page without a running server does not need.
-    from tunewright.engines.pool import EngineState
-
     try:
         answer = httpx.get(server.metrics, timeout=_ANSWER_S, trust_env=False)
         answer.raise_for_status()
