@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import openai
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -119,3 +120,13 @@ def running_server(
         serving(Gateway(engine, AnonymousAuth(MODELS), texts(stops), limits).app) as url,
     ):
         yield url
+
+
+@contextmanager
+def openai_client(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of a server, past the machine's proxies."""
+    with (
+        openai.DefaultHttpxClient(trust_env=False) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
+    ):
+        yield client

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 from scripted_engine import LIMITS, MODELS, ScriptedEngine
+from served_model import openai_client
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import grammar_compiler
@@ -70,9 +71,5 @@ def tool_server(engine: Engine, chat: ChatFormat, auth: Auth | None = None) -> I
 @contextmanager
 def client_of(engine: Engine, chat: ChatFormat, auth: Auth | None = None) -> Iterator[openai.OpenAI]:
     """Yield OpenAI's client of such a server."""
-    with (
-        tool_server(engine, chat, auth) as url,
-        openai.DefaultHttpxClient(trust_env=False) as http,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
-    ):
+    with tool_server(engine, chat, auth) as url, openai_client(url) as client:
         yield client

@@ -28,6 +28,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from tunewright.core.errors import UserError
+from tunewright.engines.child import START_SECONDS
 from tunewright.engines.protocol import (
     ConstraintFailedError,
     Delta,
@@ -380,7 +381,7 @@ def test_vllm_answers_equally_after_a_crash_of_its_core(engine: Engine, small_ad
     requests = [Request(PROMPTS[0], digest, 8) for digest in (None, *small_adapters)]
     before = [_run(_answer(vllm, request)) for request in requests]
     _run(_lose_core(vllm))
-    until = time.monotonic() + 300
+    until = time.monotonic() + START_SECONDS
     while vllm.child.starts < 2 or vllm.stopped is not None:
         assert time.monotonic() < until
         time.sleep(0.05)

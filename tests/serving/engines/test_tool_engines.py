@@ -13,6 +13,7 @@ import openai
 import pydantic
 import pytest
 from engine_kinds import STOPS, TOKENIZER, llamacpp_engine, vllm_engine
+from served_model import openai_client
 
 from tool_families import family
 from tunewright.chat.answers import grammar_compiler
@@ -62,8 +63,7 @@ def client(
         auth = AnonymousAuth({"base": None, "courts": digest})
         with (
             serving(Gateway(engine, auth, tokenization, GatewayConfig()).app) as url,
-            openai.DefaultHttpxClient(trust_env=False) as http,
-            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
+            openai_client(url) as client,
         ):
             yield client
 

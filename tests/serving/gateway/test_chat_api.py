@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 from scripted_engine import ScriptedEngine, scripted_server
-from served_model import CONTEXT, MODELS, TOKENIZER, build_model, decode, render, running_server
+from served_model import CONTEXT, MODELS, TOKENIZER, build_model, decode, openai_client, render, running_server
 
 from tunewright.data.examples import Message
 from tunewright.generation.generate import generate
@@ -29,10 +29,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
-    with (
-        openai.DefaultHttpxClient(trust_env=False) as http,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as opened,
-    ):
+    with openai_client(url) as opened:
         yield opened
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from served_model import MODELS, STOPS, TOKENIZER, build_model, decode, running_server
+from served_model import MODELS, STOPS, TOKENIZER, build_model, decode, openai_client, running_server
 
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
@@ -24,8 +24,7 @@ def model() -> Any:
 def client() -> Iterator[openai.OpenAI]:
     with (
         running_server(build_model(), stops=["e"]) as url,  # of chat; plain text is not cut there
-        openai.DefaultHttpxClient(trust_env=False) as http,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as opened,
+        openai_client(url) as opened,
     ):
         yield opened
 

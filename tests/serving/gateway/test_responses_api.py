@@ -11,7 +11,7 @@ import openai
 import pydantic
 import pytest
 from scripted_engine import ScriptedEngine, scripted_server
-from served_model import build_model, running_server
+from served_model import build_model, openai_client, running_server
 
 from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
@@ -21,11 +21,7 @@ INPUT = "Which court is this?"
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    with (
-        running_server(build_model()) as url,
-        openai.DefaultHttpxClient(trust_env=False) as http,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as opened,
-    ):
+    with running_server(build_model()) as url, openai_client(url) as opened:
         yield opened
 
 

@@ -14,7 +14,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
-from served_model import STOPS, TOKENIZER, build_model, running_server
+from served_model import STOPS, TOKENIZER, build_model, openai_client, running_server
 
 from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.serving.gateway import structured
@@ -39,10 +39,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
-    with (
-        openai.DefaultHttpxClient(trust_env=False) as http,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as opened,
-    ):
+    with openai_client(url) as opened:
         yield opened
 
 
