@@ -33,13 +33,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import tunewright
+from tunewright import examples
 from tunewright.adapters.registry import list_adapters
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.io import text_lines, write_json, write_text
 from tunewright.evidence.files import load_evidence
 from tunewright.evidence.verdict import verdict
-from tunewright.examples import legal_citations
 from tunewright.serving.gateway.server import serving
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def parts_of_rows() -> dict[str, list[Row]]:
     """Draw the three parts by a seed."""
-    lines = text_lines(legal_citations.project_files()[legal_citations.PAIRS_FILE])
+    lines = text_lines(examples.project_files()[examples.PAIRS_FILE])
     rows = [json.loads(line) for line in random.Random(0).sample(lines, HOSTED + HUMAN + INPUTS)]
     return {"hosted": rows[:HOSTED], "human": rows[HOSTED : HOSTED + HUMAN], "inputs": rows[HOSTED + HUMAN :]}
 

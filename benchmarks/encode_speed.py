@@ -28,7 +28,7 @@ from tunewright.chat import ChatFormat, chat_format, encode, open_chat
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.examples.legal_citations import PAIRS_FILE, project_files
+from tunewright.examples import PAIRS_FILE, project_files
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import resolve_base
 from tunewright.training.rows import as_columns, encode_members

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from tunewright import examples
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
@@ -41,7 +42,6 @@ from tunewright.evaluation.benchmarks.choices import Question, chosen, read_ques
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.statistics import effective_items, wilson
-from tunewright.examples import legal_citations
 from tunewright.open_project import OpenProject
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -106,11 +106,11 @@ def main() -> None:
 def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *, mix: bool) -> Project:
     """Create the demo's project with its dataset version, optionally with the mix-in."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = legal_citations.project_files()
-    pairs = files[legal_citations.PAIRS_FILE].splitlines(keepends=True)
+    files = examples.project_files()
+    pairs = files[examples.PAIRS_FILE].splitlines(keepends=True)
     if options.rows:
         pairs = random.Random(SEED).sample(pairs, options.rows)
-    (folder / legal_citations.PAIRS_FILE).write_text("".join(pairs), encoding="utf-8")
+    (folder / examples.PAIRS_FILE).write_text("".join(pairs), encoding="utf-8")
     (folder / CONFIG_FILE).write_text(files[CONFIG_FILE], encoding="utf-8")
     config = ProjectFolder(folder).config
     update: dict[str, Any] = {"base_model": options.base} if options.base else {}
@@ -119,7 +119,7 @@ def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *,
         chosen_mix = MixConfig(source="generic.jsonl", fraction=MIX)
         update["data"] = config.data.model_copy(update={"mix": chosen_mix})
     opened = Project(ProjectFolder(folder, config.model_copy(update=update)), reporter)
-    opened.data.add([folder / legal_citations.PAIRS_FILE])
+    opened.data.add([folder / examples.PAIRS_FILE])
     return opened
 
 
@@ -216,7 +216,8 @@ def table(rows: Mapping[str, Any], document: Mapping[str, Any]) -> Table:
     """Return the results as a table."""
     task, questions = document["task"], document["arc_easy"]["questions"]
     made = Table(
-        title=f"{task['train']:,} pairs of {legal_citations.NAME}, {task['base']}; 95% intervals", title_justify="left"
+        title=f"{task['train']:,} pairs of {examples.LEGAL_CITATIONS}, {task['base']}; 95% intervals",
+        title_justify="left",
     )
     for name in ("", f"dev exact match, {task['dev']} items", "forgotten, nats/token", f"ARC-easy, {questions} items"):
         made.add_column(name, justify="right" if name else "left", no_wrap=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import tunewright
+from tunewright import examples
 from tunewright.api import Project
 from tunewright.config.project import CONFIG_FILE
-from tunewright.examples import legal_citations
 
 NOISE = 0.05
 
@@ -42,8 +42,8 @@ def main(rows: int) -> None:
 def _noisy_project(folder: Path, rows: int) -> tuple[Project, set[str]]:
     """Return the project, and the inputs whose answers are wrong."""
     generator = random.Random(0)
-    files = legal_citations.project_files()
-    pairs = [json.loads(line) for line in files[legal_citations.PAIRS_FILE].splitlines()]
+    files = examples.project_files()
+    pairs = [json.loads(line) for line in files[examples.PAIRS_FILE].splitlines()]
     pairs = generator.sample(pairs, rows)
     bad = generator.sample(pairs, round(NOISE * rows))
     answers = [pair["completion"] for pair in bad]

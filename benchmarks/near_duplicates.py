@@ -31,7 +31,7 @@ from tunewright.data.dedup import comparison_texts, find_clusters, find_duplicat
 from tunewright.data.dedup.shingles import shingle_matrix, shingles
 from tunewright.data.dedup.similarity import near_pairs, similarities
 from tunewright.data.examples import Example, Message
-from tunewright.examples.legal_citations import PAIRS_FILE, project_files
+from tunewright.examples import PAIRS_FILE, project_files
 
 BANDS, BAND_ROWS = 32, 4
 Pairs = set[tuple[int, int]]

@@ -28,6 +28,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from tunewright import examples
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.chat.answers import answer_text
@@ -37,7 +38,6 @@ from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import write_json, write_text
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.verbs import open_arm_runner
-from tunewright.examples import legal_citations
 from tunewright.generation.requests import Request
 from tunewright.open_project import OpenProject
 
@@ -104,17 +104,17 @@ def main() -> None:
 def opened(options: argparse.Namespace, reporter: Reporter) -> Project:
     """Return the project with its dataset version, created if it is missing."""
     options.work.mkdir(parents=True, exist_ok=True)
-    files = legal_citations.project_files(quick=True)
-    rows = files[legal_citations.PAIRS_FILE].splitlines(keepends=True)
+    files = examples.project_files(quick=True)
+    rows = files[examples.PAIRS_FILE].splitlines(keepends=True)
     chosen = random.Random(SEED).sample(rows, min(options.rows, len(rows)))
-    write_text(options.work / legal_citations.PAIRS_FILE, "".join(chosen))
+    write_text(options.work / examples.PAIRS_FILE, "".join(chosen))
     write_text(options.work / CONFIG_FILE, files[CONFIG_FILE])
     config = ProjectFolder(options.work).config
     data = config.data.model_copy(update={"val_size": 0.15, "test_size": 0.25})
     evaluate = type(config.evaluate).model_validate(EVALUATE)
     config = config.model_copy(update={"data": data, "evaluate": evaluate})
     project = Project(ProjectFolder(options.work, config), reporter)
-    project.data.add([options.work / legal_citations.PAIRS_FILE])
+    project.data.add([options.work / examples.PAIRS_FILE])
     return project
 
 

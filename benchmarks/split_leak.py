@@ -24,7 +24,7 @@ from tunewright.data.dedup.leakage import measure_leakage
 from tunewright.data.examples import class_like
 from tunewright.data.splits import assign_splits
 from tunewright.data.versions import DatasetVersion, load_version
-from tunewright.examples.legal_citations import PAIRS_FILE, project_files
+from tunewright.examples import PAIRS_FILE, project_files
 
 SIMILARITIES = (0.8, 0.7)
 

@@ -163,11 +163,11 @@ def time_to(runs: Sequence[Run], loss: float, score: float) -> float | None:
 def write_rows(file: Path, data: str, train_rows: int | None, dev_rows: int | None) -> None:
     """Write the data set's train and dev rows, as ids and labels, and the tokens that end an answer."""
     import tunewright
+    from tunewright import examples
     from tunewright.config.project import CONFIG_FILE, create_project
-    from tunewright.examples import legal_citations
     from tunewright.training.rows import IGNORED, as_columns, encode_members
 
-    files = legal_citations.project_files()
+    files = examples.project_files()
     if data != "demo":
         files[CONFIG_FILE] = files[CONFIG_FILE].replace("Give the citation abbreviation of this court.", INSTRUCTION)
     written: dict[str, Any] = {}

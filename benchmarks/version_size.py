@@ -22,7 +22,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
 from tunewright.data.versions import load_version, members_lines, version_folder
 from tunewright.data.versions.files import MEMBERS
-from tunewright.examples.legal_citations import PAIRS_FILE, project_files
+from tunewright.examples import PAIRS_FILE, project_files
 
 ROWS = 10_000
 WAYS = ("a file of its own", "the file that grew", "whole member lists")

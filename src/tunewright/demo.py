@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from tunewright import examples
 from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.lineage import system_prompt
 from tunewright.adapters.registry import Adapter
@@ -31,7 +32,6 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.evidence.files import EVIDENCE_FILE
 from tunewright.evidence.schema import Item
-from tunewright.examples import legal_citations
 from tunewright.pipeline import RunResult
 from tunewright.serving.options import DeployOptions, ServeOptions
 
@@ -85,19 +85,19 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, clust
 
     With ``whole`` it gets the example's whole settings, also over unchanged quick ones.
     """
-    config, name = directory / CONFIG_FILE, legal_citations.NAME
+    config, name = directory / CONFIG_FILE, examples.LEGAL_CITATIONS
     if not config.exists():
-        create_project(directory, legal_citations.project_files(quick=not whole))
+        create_project(directory, examples.project_files(quick=not whole))
         reporter.say(f"Wrote the example project {name} in {directory}")
-    elif whole and config.read_text(encoding="utf-8") == legal_citations.project_files(quick=True)[CONFIG_FILE]:
-        write_text(config, legal_citations.project_files()[CONFIG_FILE])
+    elif whole and config.read_text(encoding="utf-8") == examples.project_files(quick=True)[CONFIG_FILE]:
+        write_text(config, examples.project_files()[CONFIG_FILE])
         reporter.say(f"Replaced the quick settings in {config} by the whole ones")
     return Project(ProjectFolder(directory).on_cluster(cluster), reporter)
 
 
 def find_demo(folder: Path) -> Path:
     """Return the folder of the finished demo project: this one, or `DEMO_FOLDER` in it."""
-    configs = {legal_citations.config_text(quick=quick) for quick in (True, False)}
+    configs = {examples.config_text(quick=quick) for quick in (True, False)}
     for place in (folder / DEMO_FOLDER, folder):
         config = place / CONFIG_FILE
         ours = config.is_file() and config.read_text(encoding="utf-8", errors="replace") in configs

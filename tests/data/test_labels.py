@@ -154,10 +154,16 @@ def _many_labels(wrong: int) -> tuple[list[Pair], set[str]]:
     return [(q, labels.get(i, label)) for i, (q, label) in enumerate(pairs)], {pairs[i][0] for i in bad}
 
 
-def test_suspects_ranks_repeated_answers_by_their_other_rows(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[DatasetVersion, set[str]]:
+    """Rows of 300 labels, 60 of them wrong, and the inputs of these."""
     pairs, bad = _many_labels(60)
-    version = _version(tmp_path / "p", pairs)
-    assert not class_like([pair[1] for pair in pairs])
+    return _version(tmp_path_factory.mktemp("many") / "p", pairs), bad
+
+
+def test_suspects_ranks_repeated_answers_by_their_other_rows(many: tuple[DatasetVersion, set[str]]) -> None:
+    version, bad = many
+    assert not class_like([m.example.output for m in version.members])
     found = find_suspects(version, Listener()).suspects
     assert {s.reason for s in found} == {"label"}
     assert len(set(_inputs(version, found[:60])) & bad) >= 54
@@ -176,9 +182,10 @@ def test_suspects_ignores_rows_of_the_same_cluster(tmp_path: Path) -> None:
     assert set(_inputs(version, found[:3])) == inputs
 
 
-def test_suspects_judges_repeated_answers_when_the_split_is_by_output_template(tmp_path: Path) -> None:
-    pairs, bad = _many_labels(60)
-    version = _version(tmp_path / "p", pairs)
+def test_suspects_judges_repeated_answers_when_the_split_is_by_output_template(
+    many: tuple[DatasetVersion, set[str]],
+) -> None:
+    version, bad = many
     settings = version.manifest.settings.model_copy(update={"split_by": "output_template"})
     by_template = replace(
         version,

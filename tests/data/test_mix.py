@@ -52,12 +52,9 @@ def test_mix_fraction_is_of_training_rows_only(tmp_path: Path) -> None:
 
 
 def test_mix_draw_depends_on_the_seed(tmp_path: Path) -> None:
-    one, same, other = (
-        _project(tmp_path / name, GENERIC, f"seed: {seed}\n{MIXED}") for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    )
-    drawn = [_mixed(load_version(p.dataset)) for p in (one, same, other) if _add(p, unlike_pairs(100))]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
+    projects = [_project(tmp_path / f"{seed}", GENERIC, f"seed: {seed}\n{MIXED}") for seed in (1, 2)]
+    one, other = (_mixed(load_version(p.dataset)) for p in projects if _add(p, unlike_pairs(100)))
+    assert one != other
 
 
 def test_mix_draw_of_a_larger_version_extends_the_smaller_one(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from command_line import pairs, tunewright, write_jsonl
 from people_helpers import evaluation
 from tunewright.core.errors import UserError
 from tunewright.demo import DEMO_FOLDER, copied_demo, find_demo
-from tunewright.examples.legal_citations import config_text
+from tunewright.examples import config_text
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 from tunewright.studio.pages import HANDLERS

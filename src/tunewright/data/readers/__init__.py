@@ -20,8 +20,10 @@ from tunewright.data.examples import Example, RowFile
 from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import RowError, json_path
 from tunewright.data.readers.schemas import parse_conversation
-from tunewright.data.readers.sources import check_mapping, open_source, require_columns
-from tunewright.data.readers.tables import source_size
+from tunewright.data.readers.sources import check_mapping as check_mapping
+from tunewright.data.readers.sources import open_source
+from tunewright.data.readers.sources import require_columns as require_columns
+from tunewright.data.readers.tables import source_size as source_size
 from tunewright.data.readers.validate import (
     MOST_CHARACTERS,
     counted,
@@ -29,20 +31,6 @@ from tunewright.data.readers.validate import (
     groups_of,
     metadata_of,
 )
-
-__all__ = [
-    "Fault",
-    "ReadResult",
-    "SourceRow",
-    "check_mapping",
-    "fault_of",
-    "read_pairs",
-    "require_columns",
-    "scan_pairs",
-    "source_digest",
-    "source_size",
-]
-
 
 _ROWS = 2_000  # rows that a worker checks at once
 
