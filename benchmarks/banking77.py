@@ -128,7 +128,7 @@ def config(intents: Sequence[str], seed: int) -> str:
                 # Two sizes of the default's five: retrieved ones are most of what there is to compute.
                 "num_fewshot": [4, 16],
             },
-            # The demo measures forgetting (docs/benchmarks/forgetting.md); here it would take half of the time.
+            # The demo measures forgetting (docs/benchmarks/training.md); here it would take half of the time.
             "regressions": {"samples": 0},
         }
     )

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -192,11 +193,15 @@ def _serve() -> None:
     gc.disable()
     import peft
     import trl
+    import typer.main
 
     import tunewright.cli
     import tunewright.training.train
 
-    assert all((peft, trl, tunewright.cli, tunewright.training.train))
+    assert all((peft, trl, tunewright.training.train))
+    # Building the tree of all commands takes most of a quick command's time: the forked ones find it in memory.
+    typer.main.get_command = cache(typer.main.get_command)
+    typer.main.get_command(tunewright.cli.commands())
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)

@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel
 
 import tunewright.serving
-from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, ProjectAdapters, ProjectData, ProjectExport
@@ -26,7 +26,7 @@ from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.verdict import Verdict
-from tunewright.export.hub_options import HubOptions
+from tunewright.export import HubOptions
 from tunewright.pipeline import RunResult
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError, parse_request

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from tunewright import examples
-from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.lineage import system_prompt
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project

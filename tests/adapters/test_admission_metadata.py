@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,63 +38,60 @@ def _keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_requires_a_stated_base_without_digests(stock: Path, other: Path) -> None:
-    message = refused_import(other, stock)
-    assert "does not name its base and chat template by digest" in message
-    assert "--base-matches" in message
-
-
-def test_import_refuses_statements_with_digests(ours: Path, other: Path) -> None:
-    assert "The lineage already says so by digest" in refused_import(other, ours, "--base-matches")
+    assert "--base-matches" in refused_import(other, stock)
 
 
 def test_import_refuses_another_base_and_names_the_differing_files(ours: Path, tmp_path: Path) -> None:
     project = tiny_project(tmp_path / "elsewhere", build_base(tmp_path / "another-base", seed=1))
-    message = refused_import(project, ours)
-    assert "and the base here is" in message
-    assert "other model.safetensors" in message
+    assert "other model.safetensors" in refused_import(project, ours)
 
 
-def test_import_refuses_another_chat_template(ours: Path, other: Path) -> None:
-    claim(ours, template_digest="0" * 64)
-    assert "The adapter was trained with another chat template" in refused_import(other, ours)
-
-
-def test_import_refuses_a_lineage_of_other_weights(ours: Path, other: Path) -> None:
+def _other_weights(ours: Path) -> None:
     weights = load_file(ours / WEIGHTS)
     save_file({name: weight * np.float32(0.5) for name, weight in weights.items()}, ours / WEIGHTS)
+
+
+def _lineage_of_others(ours: Path) -> None:
+    _other_weights(ours)
     (ours / MANIFEST).unlink()
-    assert "The lineage belongs to other weights" in refused_import(other, ours)
+
+
+def _record(file: str, line: str) -> Callable[[Path], None]:
+    def write(ours: Path) -> None:
+        (ours / file).write_text(line)
+        write_manifest(ours, ours.name)
+
+    return write
 
 
 @pytest.mark.parametrize(
-    ("gone", "changes", "words"),
+    ("change", "words"),
     [
-        (("dataset",), {}, "Not a lineage of this version of tunewright: dataset: Field required"),
-        ((), {"created": "whenever"}, "created: String should match"),
-        ((), {"seed": "\x1b]0;owned\x07"}, "A text has the control character 0x1b"),
-        ((), {"packages": {"\x9b2J": "1"}}, "A text has the control character 0x9b"),
-        ((), {"training": {"kept_step": 1}}, "training.seconds"),
+        (lambda ours: claim(ours, template_digest="0" * 64), "The adapter was trained with another chat template"),
+        (_lineage_of_others, "The lineage belongs to other weights"),
+        (lambda ours: claim(ours, "dataset"), "Not a lineage of this version of tunewright: dataset: Field required"),
+        (lambda ours: claim(ours, created="whenever"), "created: String should match"),
+        (lambda ours: claim(ours, seed="\x1b]0;owned\x07"), "A text has the control character 0x1b"),
+        (lambda ours: claim(ours, packages={"\x9b2J": "1"}), "A text has the control character 0x9b"),
+        (lambda ours: claim(ours, training={"kept_step": 1}), "training.seconds"),
+        (_record("metrics.jsonl", '{"step": "one"}\n'), "metrics.jsonl:1: Not a line of metrics"),
+        (_record("metrics.jsonl", '{"step": NaN}\n'), "NaN is not JSON"),
+        (_record("replay.jsonl", '{"messages": [{"role": "root", "content": ""}]}\n'), "replay.jsonl:1: Not a conv"),
+        (
+            lambda ours: (ours / "metrics.jsonl").write_text("{}\n"),
+            "metrics.jsonl has changed",
+        ),
+        (lambda ours: write_manifest(ours, "tiny-000000000000"), "The manifest names tiny-000000000000"),
     ],
 )
-def test_import_refuses_an_invalid_lineage(
-    gone: tuple[str, ...], changes: dict[str, Any], words: str, ours: Path, other: Path
-) -> None:
-    claim(ours, *gone, **changes)
+def test_import_refuses_a_wrong_claim(change: Callable[[Path], Any], words: str, ours: Path, other: Path) -> None:
+    change(ours)
     assert words in refused_import(other, ours)
 
 
-@pytest.mark.parametrize(
-    ("file", "line", "words"),
-    [
-        ("metrics.jsonl", b'{"step": "one"}\n', "metrics.jsonl:1: Not a line of metrics"),
-        ("metrics.jsonl", b'{"step": NaN}\n', "NaN is not JSON"),
-        ("replay.jsonl", b'{"messages": [{"role": "root", "content": ""}]}\n', "replay.jsonl:1: Not a conversation"),
-    ],
-)
-def test_import_refuses_invalid_training_records(file: str, line: bytes, words: str, ours: Path, other: Path) -> None:
-    (ours / file).write_bytes(line)
-    write_manifest(ours, ours.name)
-    assert words in refused_import(other, ours)
+def test_import_refuses_statements_that_the_adapter_makes_itself(ours: Path, other: Path) -> None:
+    assert "The lineage already says so by digest" in refused_import(other, ours, "--base-matches")
+    assert "The manifest names the adapter already" in refused_import(other, ours, "--name", "mine")
 
 
 def test_import_checks_earlier_checkpoints_like_the_adapter(ours: Path, other: Path) -> None:
@@ -110,18 +108,6 @@ def test_import_checks_earlier_checkpoints_like_the_adapter(ours: Path, other: P
     assert f"{WEIGHTS} is missing" in refused_import(other, ours)
 
 
-def test_import_refuses_a_manifest_of_other_files(ours: Path, other: Path) -> None:
-    (ours / "metrics.jsonl").write_text("{}\n")
-    assert "The files differ from the manifest: metrics.jsonl has changed" in refused_import(other, ours)
-
-
-def test_import_refuses_a_manifest_of_another_name(ours: Path, other: Path) -> None:
-    write_manifest(ours, "tiny-000000000000")
-    assert "The manifest names tiny-000000000000" in refused_import(other, ours)
-    write_manifest(ours, ours.name)
-    assert "The manifest names the adapter already" in refused_import(other, ours, "--name", "mine")
-
-
 def test_import_refuses_a_path_as_name(stock: Path, other: Path, tmp_path: Path) -> None:
     for name in ("../evil", "Evil", "évil", "a" * 60, ""):
         folder = stock if name else Path(shutil.copytree(stock, tmp_path / "Ünnamed"))
@@ -132,8 +118,7 @@ def test_import_refuses_a_path_as_name(stock: Path, other: Path, tmp_path: Path)
 
 def test_unsigned_claim_of_inputs_does_not_prevent_training(ours: Path, other: Path) -> None:
     """The claim names the inputs that this project would train on; the weights are others."""
-    weights = load_file(ours / WEIGHTS)
-    save_file({name: weight * np.float32(0.5) for name, weight in weights.items()}, ours / WEIGHTS)
+    _other_weights(ours)
     claim(ours, digest=adapter_digest(ours))
     forged = ours.rename(ours.with_name(f"tiny-{adapter_digest(ours)[:12]}"))
     write_manifest(forged, forged.name)

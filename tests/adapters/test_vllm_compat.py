@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import tunewright as api
 from command_line import tiny_project, tunewright
+from tunewright.adapters.lora_weights import check_adapter, require_servable
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
-from tunewright.adapters.vllm_compat import check_adapter, require_servable
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.serving.options import ServeOptions
@@ -111,9 +111,6 @@ def test_require_servable_refuses_by_config_key(keys: dict[str, Any], where: str
     assert caught.value.where == where
     assert "train.require_vllm_compatible to false" in (caught.value.fix or "")
     require_servable(TrainConfig(**keys, require_vllm_compatible=False))
-
-
-def test_ranks_up_to_512_and_rslora_are_servable() -> None:
     require_servable(TrainConfig(lora_r=512, use_rslora=True))
 
 

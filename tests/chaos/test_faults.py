@@ -23,6 +23,8 @@ pytest_plugins = ["chaos_fixtures"]
 
 COMMANDS = ("add", "train", "evaluate", "judge", "deploy", "promote", "export")
 TRIES, TRIES_OF_SLOW = 3, 2
+TRIED_AT_EACH_CALL = ("full disk", "read-only disk")
+"""Faults of single calls, which test_every_call.py lets happen at each place: one random moment is enough here."""
 DAY = 86_400
 MEGABYTE = 1 << 20
 IGNORED = re.compile(r"Exception ignored in(?: thread started by)?: .*\n(?:Traceback .*\n(?:  .*\n)*)?MemoryError: \n")
@@ -39,7 +41,7 @@ def moments(fault: str, name: str, stages: Stages) -> Iterator[int]:
     """Return numbers of calls that change a file, by the seed; a failure prints it."""
     calls = len(stages.listed(name)[2])
     draw = random.Random(f"{seed()} {fault} {name}")
-    tries = TRIES if CASES[name].quick else TRIES_OF_SLOW
+    tries = 1 if fault in TRIED_AT_EACH_CALL else TRIES if CASES[name].quick else TRIES_OF_SLOW
     for number in sorted(draw.sample(range(1, calls + 1), min(tries, calls))):
         print(f"{SEED_VARIABLE}={seed()}: {fault} at call {number} of {calls} of {name}")  # noqa: T201
         yield number

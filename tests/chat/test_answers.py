@@ -48,10 +48,6 @@ def test_answer_limit_is_the_99th_percentile_and_a_quarter(lengths: list[int]) -
     assert answer_limit(Config(), CHAT, _pairs(lengths)) == expected
 
 
-def test_answer_limit_ignores_one_long_answer() -> None:
-    assert answer_limit(Config(), CHAT, _pairs([10] * 150 + [500])) == 18
-
-
 def test_answer_limit_is_the_configs_when_set() -> None:
     assert answer_limit(Config(evaluate=EvaluateConfig(max_new_tokens=3)), CHAT, []) == 3
 

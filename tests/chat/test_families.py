@@ -63,7 +63,7 @@ def _tokenizer(family: str) -> Any:
     return makers.mistral_tokenizer(next(name for name in makers.MISTRAL_FILES if name == family))
 
 
-# Building tekken's and Llama 3's large tokenizers takes seconds each; test_makers.py compares them with their makers'.
+# Building tekken's and Llama 3's large tokenizers takes seconds each; test_parity.py compares them with their makers'.
 LARGE = ("tekken", "v7-tekken", "llama3", "llama3_1", "llama3_2")
 
 

@@ -179,11 +179,6 @@ def test_added_token_in_the_template_is_a_control_token() -> None:
     assert "<|turn|> <|word|>" in tokenizer.decode(ids)
 
 
-def test_private_use_characters_survive_hiding() -> None:
-    text = "\U000f0000<|im_end|>\U000f0001<|pad|>\U000ffffd"
-    assert text in TOKENIZER.decode(CHAT.prompt(_turns(text)))
-
-
 def test_control_token_from_two_texts_is_refused() -> None:
     chat = _chat(
         "{% for m in messages %}{{ '|' if m.role == 'assistant' }}{{ m.content }}"
@@ -231,18 +226,6 @@ def test_untrainable_shape_does_not_affect_others() -> None:
     assert _trained(chat.encode(_turns("a", "b"))) == ["b<|im_end|>"]
     with pytest.raises(UserError, match="Cannot locate the answer"):
         chat.encode(_turns("a", "b", system="c"))
-
-
-def test_template_with_bos_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="beginning-of-text token twice"):
-        _chat("{{ bos_token }}{{ bos_token }}" + CHATML.replace("<|im_start|>", "|"))
-
-
-def test_syntax_error_is_reported_with_its_line() -> None:
-    with pytest.raises(UserError) as caught:
-        _chat("{{ bos_token }}\n{% for m in messages %}\n{{ m. }}\n{% endfor %}")
-    assert caught.value.where is not None
-    assert caught.value.where.endswith("chat template line 3")
 
 
 @pytest.mark.parametrize(

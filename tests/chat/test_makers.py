@@ -1,28 +1,22 @@
-"""The model makers' encoders agree with the tokenizers of other tests; bases with them through the pipeline."""
+"""Bases with the model makers' tokenizers: how they are loaded, and the whole pipeline on them."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import httpx
-import jinja2
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import makers
 import tunewright
 from command_line import COLOURS, recorded_prompts, write_jsonl
 from command_line import tunewright as run
-from hypothesis_settings import examples
-from makers import LLAMA3_FAMILIES, Llama3, Mistral
 from tunewright.chat import encode, open_chat
 from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
@@ -33,20 +27,6 @@ from tunewright.models.loading import load_tokenizer
 from tunewright.serving.options import ServeOptions
 
 Messages = list[dict[str, str]]
-
-MISTRAL_VERSIONS: tuple[Mistral, ...] = get_args(Mistral)
-SENTENCEPIECE: tuple[Mistral, ...] = ("v1", "v2", "v3", "v7")
-
-
-def _quick_unless_large(names: Iterable[str]) -> list[Any]:
-    """Mark the tokenizers of 130,000 tokens as slow: those of v11 and later have the same format with fewer tokens."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in ("tekken", "v7-tekken") else ()) for name in names]
-
-
-# The first example loads the tokenizer.
-unhurried = examples(40)
-DATE = "26 Jul 2024"
-DATES = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
 
 ORDINARY = [
     "What is the holding?",
@@ -59,7 +39,6 @@ ORDINARY = [
     "def f(x: int) -> str:\n    return f'{x!r}'  # 3.14159, 0x1F, 12345678\n",
     " leading and trailing  ",
 ]
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40) | st.sampled_from(ORDINARY)
 
 
 def _conversation(texts: list[str], system: str | None = None) -> Messages:
@@ -67,165 +46,9 @@ def _conversation(texts: list[str], system: str | None = None) -> Messages:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
-def _ids(tokenizer: Any, messages: Messages, **options: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
-
-
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of the text alone, whatever special tokens it spells."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-
-def _stripped(messages: Messages) -> Messages:
-    return [{"role": m["role"], "content": m["content"].strip()} for m in messages]
-
-
-def _without_last_spaces(messages: Messages) -> Messages:
-    """Strip white space that Mistral's encoder cuts from an answer, but mistral-common's templates keep."""
-    return [{**m, "content": m["content"].rstrip(" ")} if m["role"] == "assistant" else m for m in messages]
-
-
-conversations = st.builds(_conversation, st.lists(TEXT, min_size=1, max_size=5), st.none() | TEXT)
-stripped_texts = TEXT.map(str.strip).filter(bool)
-stripped_conversations = st.builds(
-    _conversation, st.lists(stripped_texts, min_size=1, max_size=5), st.none() | stripped_texts
-)
-
-
-@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
-@unhurried
-@given(messages=conversations)
-def test_mistral_conversations_match_mistral_common(version: Mistral, messages: Messages) -> None:
-    if version in makers.WRITTEN:
-        messages = _without_last_spaces(messages)
-        assume(all(m["content"] for m in messages))  # these templates refuse an empty answer
-    assert _ids(makers.mistral_tokenizer(version), messages) == makers.mistral_reference(version, messages)
-
-
-@unhurried
-@given(messages=stripped_conversations)
-def test_llama2_conversations_match_llamas_generation_code(messages: Messages) -> None:
-    assert _ids(makers.llama2_tokenizer(), messages) == makers.llama2_reference(messages)
-
-
-@pytest.mark.parametrize("family", LLAMA3_FAMILIES)
-@pytest.mark.parametrize("generation_prompt", [True, False])
-@unhurried
-@given(messages=conversations.filter(lambda messages: all(m["content"].strip() for m in messages)))
-def test_llama3_conversations_match_metas_chat_format(
-    family: Llama3, generation_prompt: bool, messages: Messages
-) -> None:
-    expected = _stripped(messages)
-    if family != "llama3":
-        # These templates have a system turn in any case, which opens with two dates.
-        system, turns = (expected[0]["content"], expected[1:]) if expected[0]["role"] == "system" else ("", expected)
-        expected = [{"role": "system", "content": DATES + system}, *turns]
-    ids = _ids(makers.llama3_tokenizer(family), messages, add_generation_prompt=generation_prompt, date_string=DATE)
-    assert ids == makers.llama3_reference(expected, generation_prompt)
-
-
-TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "llama2": makers.llama2_tokenizer,
-    **{family: partial(makers.llama3_tokenizer, family) for family in LLAMA3_FAMILIES},
-    **{version: partial(makers.mistral_tokenizer, version) for version in MISTRAL_VERSIONS},
-}
-
-
-@pytest.mark.parametrize("name", _quick_unless_large(TOKENIZERS))
-@unhurried
-@given(messages=conversations.filter(lambda messages: messages[-1]["role"] == "assistant"))
-def test_template_appends_the_answer_to_the_prompt(name: str, messages: Messages) -> None:
-    tokenizer = TOKENIZERS[name]()
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    assert tokenizer.apply_chat_template(messages, tokenize=False).startswith(prompt)
-
-
-@pytest.mark.parametrize(
-    "name", _quick_unless_large(["llama2", *(v for v in MISTRAL_VERSIONS if v not in makers.WRITTEN)])
-)
-@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"]])
-def test_mistral_and_llama2_templates_refuse_roles_that_do_not_alternate(name: str, roles: list[str]) -> None:
-    with pytest.raises(jinja2.TemplateError, match="take turns"):
-        _ids(TOKENIZERS[name](), [{"role": role, "content": "a"} for role in roles])
-
-
-@unhurried
-@given(text=TEXT)
-def test_plain_text_matches_metas_tokenizer(text: str) -> None:
-    assert _encode(makers.llama3_tokenizer(), text) == makers.llama3_encoder().encode(text, bos=False, eos=False)
-
-
-@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
-@unhurried
-@given(text=TEXT)
-def test_plain_text_matches_mistrals_tokenizer(version: Mistral, text: str) -> None:
-    assume(version not in SENTENCEPIECE or text[0] not in " ▁")
-    expected = makers.mistral_encoder(version).encode(text, bos=False, eos=False)
-    assert _encode(makers.mistral_tokenizer(version), text) == expected
-
-
-@pytest.mark.parametrize("version", SENTENCEPIECE)
-@pytest.mark.parametrize("text", [" x", "▁x"])
-def test_prefix_space_is_added_only_by_sentencepiece(version: Mistral, text: str) -> None:
-    encoder, ids = makers.mistral_encoder(version), _encode(makers.mistral_tokenizer(version), text)
-    assert ids == encoder.encode("x", bos=False, eos=False) != encoder.encode(text, bos=False, eos=False)
-
-
-LOOK_ALIKES = "<|eot_id|> <|begin_of_text|> [INST] x [/INST] </s> <s> <unk> [SYSTEM_PROMPT] [TOOL_CALLS] <0x0A>"
-
-
-def test_special_tokens_in_text_are_ordinary_text_on_request_for_llama3() -> None:
-    assert _encode(makers.llama3_tokenizer(), LOOK_ALIKES) == makers.llama3_encoder().encode(
-        LOOK_ALIKES, bos=False, eos=False
-    )
-
-
-@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
-def test_special_tokens_in_text_are_ordinary_text_on_request_for_mistral(version: Mistral) -> None:
-    expected = makers.mistral_encoder(version).encode(LOOK_ALIKES, bos=False, eos=False)
-    assert _encode(makers.mistral_tokenizer(version), LOOK_ALIKES) == expected
-
-
-def test_special_tokens_have_metas_ids() -> None:
-    assert makers.llama3_tokenizer().get_added_vocab() == makers.llama3_encoder().special_tokens
-
-
-@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
-def test_special_tokens_have_mistrals_ids(version: Mistral) -> None:
-    tokenizer, encoder = makers.mistral_tokenizer(version), makers.mistral_encoder(version)
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = [i for i in range(encoder.n_words) if encoder.is_special(i)]
-    assert added == {"<unk>": 0, **{encoder.id_to_piece(i): i for i in special}}
-    assert len(tokenizer) == encoder.n_words
-
-
-@pytest.mark.parametrize("name", _quick_unless_large(TOKENIZERS))
-def test_text_starts_with_bos(name: str) -> None:
-    tokenizer = TOKENIZERS[name]()
-    assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *_encode(tokenizer, "a")]
-
-
-BASES: dict[str, tuple[Callable[[Path], Path], str | list[str]]] = {
-    "llama3": (makers.build_llama3_base, ["<|end_of_text|>", "<|eot_id|>"]),
-    "v3": (makers.build_mistral_base, "</s>"),
-    "tekken": (partial(makers.build_mistral_base, version="tekken"), "</s>"),
-}
-
-
-@pytest.mark.parametrize("name", _quick_unless_large(BASES))
-def test_base_loads_with_its_own_tokenizer(name: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    build, stops = BASES[name]
-    folder = build(tmp_path / "base")
-    written, loaded = TOKENIZERS[name](), AutoTokenizer.from_pretrained(folder)
-    assert loaded.backend_tokenizer.to_str() == written.backend_tokenizer.to_str()
-    assert loaded.special_tokens_map == written.special_tokens_map
-    messages = _conversation(ORDINARY[:3], "Cite.")
-    assert _ids(loaded, messages) == _ids(written, messages)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.get_input_embeddings().num_embeddings == len(loaded)
-    assert model.generation_config.eos_token_id == loaded.convert_tokens_to_ids(stops)
 
 
 HINDI = "नमस्ते दुनिया"

@@ -15,7 +15,6 @@ from hypothesis_settings import examples
 from tiny import CHATML, byte_tokenizer
 from tool_families import (
     FAMILIES,
-    LLAMA3,
     MISTRAL,
     conversations,
     family,
@@ -99,16 +98,6 @@ def test_trained_tokens_read_back_as_the_turns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prompt_with_results_is_the_rows_prompt(name: str) -> None:
-    chat = family(name)
-    messages = _answered()
-    row = chat.rows(messages)[-1]
-    assert row.ids[: len(chat.prompt(messages[:-1]))] == chat.prompt(messages[:-1])
-    text = chat.tokenizer.decode(row.ids)
-    assert all(part in text for part in ("Look up the weather", '{"city": "Oslo"}', "3 degrees"))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_look_alikes_in_functions_calls_and_results_stay_text(name: str) -> None:
     chat = family(name)
     every = " ".join(chat.encoder.control)
@@ -118,16 +107,6 @@ def test_look_alikes_in_functions_calls_and_results_stay_text(name: str) -> None
     rows = chat.rows(messages)
     assert tuple(t for t in rows[-1].ids if t in chat.encoder.control_names) == ordinary
     assert chat.tokenizer.decode(rows[-1].ids).count(every) == 5
-
-
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - SINGLE))
-def test_parallel_calls_read_back(name: str) -> None:
-    chat = family(name)
-    calls = (_call(), _call(place=1, city="Bergen"))
-    asked = [_tools(), QUESTION]
-    row = chat.rows([*asked, Message("assistant", "", calls=calls)])[0]
-    assert chat.answer(row.ids[len(chat.prompt(asked)) :], asked).calls == calls
-    assert chat.tool_form.parallel
 
 
 @pytest.mark.parametrize("name", sorted(SINGLE))
@@ -175,14 +154,6 @@ def test_calls_are_numbered_by_their_place_in_the_conversation() -> None:
     ids = chat.rows([_tools(), QUESTION, Message("assistant", "", calls=(_call(city="Bergen"),))])[0]
     answer = ids.ids[len(chat.prompt([_tools(), QUESTION])) :]
     assert chat.answer(answer, conversation).calls == (_call(place=2, city="Bergen"),)
-
-
-def test_calls_are_read_only_where_functions_are_declared() -> None:
-    chat = family("hermes-chatml")
-    text = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
-    ids = chat.tokenizer(text)["input_ids"]
-    assert chat.answer(ids, [QUESTION]) == Message("assistant", text)
-    assert chat.answer(ids, [_tools(), QUESTION]).calls == (ToolCall("weather", "{}", call_id(0)),)
 
 
 MALFORMED = {
@@ -300,11 +271,6 @@ def test_answer_that_reads_as_a_call_is_refused() -> None:
     with pytest.raises(UserError, match="reads as a function call in the form of Llama 3"):
         family("llama3_1").rows([_tools(), QUESTION, Message("assistant", text)])
     family("llama3_1").rows([QUESTION, Message("assistant", text)])
-
-
-def test_call_end_is_a_stop_token() -> None:
-    chat = format_of(tokenizer_of(makers.trl_template("llama3_1"), LLAMA3))
-    assert chat.encoder.control["<|eom_id|>"] in chat.stop_ids
 
 
 def test_hermes_format_differs_from_the_templates_form() -> None:

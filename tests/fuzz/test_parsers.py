@@ -87,8 +87,8 @@ def _read_safetensors(content: bytes, folder: Path) -> None:
 def _read_adapter_config(content: bytes, _folder: Path) -> None:
     config = read_config(content, SHAPE, "LlamaForCausalLM", "adapter_config.json")
     for module in config.modules:
-        assert config.rank(module) >= 1
-        assert config.scale(module) == config.scale(module)
+        rank, scale = config.rank_and_scale(module)
+        assert rank >= 1 and scale == scale
 
 
 def _read_metadata(content: bytes, folder: Path) -> None:

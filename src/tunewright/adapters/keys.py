@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import platformdirs
 
@@ -27,9 +27,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.processes import Finished, run
 from tunewright.data.versions.version import current_author
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 NAMESPACE: Final = "tunewright-adapter@1"
 """The purpose of signatures: one made for anything else never counts for an adapter."""
@@ -72,9 +69,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def own_keys() -> Iterator[tuple[Path, str]]:
-    """Yield the files of this user's keys, each with its fingerprint: OpenSSH's, and those that an earlier tunewright
-    created.
-    """
+    """Yield the files of this user's keys with fingerprints: OpenSSH's, and those that an earlier tunewright made."""
     created = platformdirs.user_data_path("tunewright") / "keys"
     for path in (*sorted(user_path("~/.ssh").glob("*.pub")), *sorted(created.glob("*.pem"))):
         try:
@@ -141,47 +136,19 @@ class TrustedKey(Record):
 
     name: str
     id: str
-    """Its fingerprint, as ``ssh-keygen -l`` prints it; for a key of keys/NAME.json, the SHA-256 of its DER."""
+    """Its fingerprint, as ``ssh-keygen -l`` prints it. For a key of keys/NAME.json, which an earlier tunewright wrote,
+    the SHA-256 of its DER, which its DSSE signatures name."""
     public_key: str
-    """Its type and the key in OpenSSH's format; for a key of keys/NAME.json, PEM."""
+    """Its type and the key in OpenSSH's format."""
     trusted: KeyEvent
     revoked: KeyEvent | None = None
     options: str = ""
     """The options of its line, such as ``valid-before="20270101"``."""
 
     @property
-    def is_former(self) -> bool:
-        """True if it is from a file keys/NAME.json, which an earlier tunewright wrote."""
-        return self.public_key.startswith("-----BEGIN")
-
-    @property
-    def former(self) -> Ed25519PublicKey:
-        """The key of a file keys/NAME.json; a ValueError if that has none."""
-        from cryptography.exceptions import UnsupportedAlgorithm
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-        from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-        try:
-            key = load_pem_public_key(self.public_key.encode())
-        except UnsupportedAlgorithm as error:
-            raise ValueError(error) from None
-        if not isinstance(key, Ed25519PublicKey):
-            raise ValueError(f"{self.name} is not an Ed25519 key")
-        return key
-
-    @property
-    def openssh(self) -> str:
-        """The public key in OpenSSH's format."""
-        if not self.is_former:
-            return self.public_key
-        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-        return self.former.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-
-    @property
     def fingerprint(self) -> str:
         """The key's fingerprint."""
-        return fingerprint(base64.b64decode(self.openssh.split()[1]))
+        return fingerprint(base64.b64decode(self.public_key.split()[1]))
 
 
 @dataclass(frozen=True)
@@ -229,8 +196,8 @@ class TrustedKeys:
     @property
     def allowed_signers(self) -> str:
         """The file for ``ssh-keygen``: the project's, and the keys of keys/NAME.json."""
-        former = (key for key in self.all if key.is_former and key.revoked is None)
-        return _text(self._allowed) + "".join(_line(key.name, key.openssh) for key in former)
+        former = (key for key in self.all if not key.id.startswith("SHA256:") and key.revoked is None)
+        return _text(self._allowed) + "".join(_line(key.name, key.public_key) for key in former)
 
     def find(self, mark: str) -> TrustedKey | None:
         """Return the key with this fingerprint."""
@@ -301,7 +268,7 @@ class TrustedKeys:
             raise UserError("The project revokes keys by a KRL", where=str(self.revocations), fix=fix)
         at, by = without_milliseconds(now()), current_author(self.folder.parent)
         event = KeyEvent(at=at, by=by, because=" ".join(because.split()))
-        lines = "".join(f"{key.openssh} revoked{event}\n" for key in valid)
+        lines = "".join(f"{key.public_key} revoked{event}\n" for key in valid)
         write_text(self.revocations, _text(self.revocations) + lines)
         return valid[0].model_copy(update={"revoked": event})
 
@@ -321,15 +288,20 @@ class TrustedKeys:
 
     def _former(self, path: Path) -> TrustedKey:
         """Return the key of a file of an earlier tunewright, keys/NAME.json."""
-        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
         key = parse_record(TrustedKey, path.read_bytes(), str(path))
         try:
-            der = key.former.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        except ValueError:
-            der = b""
-        if key.name != path.stem or key.id != hashlib.sha256(der).hexdigest() or not der:
+            public = load_pem_public_key(key.public_key.encode())
+            der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            openssh = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        except (ValueError, UnsupportedAlgorithm):
+            der, openssh = b"", ""
+        ours = openssh.startswith("ssh-ed25519 ") and key.id == hashlib.sha256(der).hexdigest()
+        if not ours or key.name != path.stem:
             raise UserError("The file's name or ID does not match its key", where=str(path), fix=_RESTORE)
+        key = key.model_copy(update={"public_key": openssh})
         return key.model_copy(update={"revoked": self._revoked.get(key.fingerprint, key.revoked)})
 
 

@@ -1,7 +1,12 @@
-"""LoRA weights for each of the base's layers, read from an adapter's files by peft's rules, without changing the base.
+"""LoRA weights and their configuration: what vLLM loads or refuses, finite numbers, and loading without peft's layers.
 
-peft's own ``load_adapter`` builds layers into the model. With 32 adapters on a small base that takes seconds, in which
-the model cannot answer. tests/adapters/test_lora_weights.py checks the result against what peft builds.
+The rules are those of vLLM 0.32: ``PEFTHelper`` in vllm/lora/peft_helper.py (features), ``MaxLoRARanks`` in
+vllm/config/lora.py (ranks) and ``parse_fine_tuned_lora_name`` in vllm/lora/utils.py (names of tensors). Earlier
+releases check fewer features: they load an unconverted PiSSA adapter silently and answer wrongly with it.
+
+Loading follows peft's rules without changing the base. peft's own ``load_adapter`` builds layers into the model: with
+32 adapters on a small base that takes seconds, in which the model cannot answer. tests/adapters/test_lora_weights.py
+checks the result against what peft builds.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.vllm_compat import CONFIG, WEIGHTS
+from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +25,121 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunewright.generation.batched_lora import Lora
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+PREFIX = "base_model.model."
+"""What peft writes before a layer's name in the names of tensors."""
+
+MAX_RANK = 512
+"""The largest ``--max-lora-rank``; its default is 16, so a higher rank requires the option."""
+
+# peft's initializations that leave the base unchanged. All others change it, which vLLM does not reproduce.
+_PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases in addition to the LoRA weights (lora_bias)",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "replicated layers",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+}
+
+
+def require_servable(settings: TrainConfig) -> None:
+    """Refuse, before anything is loaded, a config whose adapter vLLM would not load, unless it says so."""
+    if not settings.require_vllm_compatible:
+        return
+    keys = {"use_dora": "use_dora", "r": "lora_r"}
+    config = {"use_dora": settings.use_dora, "r": settings.lora_r}
+    for name, why in vllm_refusals(config).items():
+        key = f"train.{keys[name]}"
+        instead = f"Set it to {MAX_RANK} or less" if name == "r" else "Set it to false"
+        raise UserError(
+            f"vLLM does not load {why}",
+            where=key,
+            fix=f"{instead}. Or set train.require_vllm_compatible to false for an adapter that only tunewright and "
+            "peft load.",
+        )
+
+
+def vllm_refusals(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the entries of an ``adapter_config.json`` that vLLM refuses, with reasons by key; empty if it loads."""
+    refused = {key: what for key, what in _REFUSED.items() if config.get(key)}
+    ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
+    if max(ranks) > MAX_RANK:
+        refused["r"] = f"a rank over {MAX_RANK} (it is {max(ranks)})"
+    if config.get("bias", "none") != "none":
+        refused["bias"] = f"trained biases (bias: {config['bias']})"
+    if config.get("modules_to_save"):
+        refused["modules_to_save"] = (
+            f"complete layers besides the LoRA weights ({', '.join(config['modules_to_save'])})"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _PLAIN_INITIALIZATIONS:
+        refused["init_lora_weights"] = f"an unconverted adapter whose initialization changes the base ({start})"
+    return refused
+
+
+def weight_faults(path: Path) -> list[str]:
+    """Return a sentence for each tensor with weights that are not finite; empty if all are."""
+    import ml_dtypes  # noqa: F401 - numpy knows bfloat16 from here on
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    faults = []
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            for name in sorted(weights.keys()):
+                tensor = weights.get_tensor(name)
+                bad = tensor.size - int(np.isfinite(tensor).sum())
+                if bad:
+                    faults.append(f"{bad:,} of {tensor.size:,} weights of {name} are not finite")
+    except SafetensorError as error:
+        faults.append(f"{path.name} cannot be read: {error}")
+    return faults
+
+
+def check_adapter(folder: Path, *, servable: bool) -> None:
+    """Check before a trained adapter is stored that its weights are finite, and (``servable``) that vLLM loads it."""
+    from safetensors import safe_open
+
+    path = folder / WEIGHTS
+    for fault in weight_faults(path):
+        raise UserError(
+            f"{fault}: the adapter is not kept",
+            where=str(path),
+            fix="Lower train.learning_rate, or train in float32 (train.dtype).",
+        )
+    if not servable:
+        return
+    refused = vllm_refusals(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    with safe_open(path, framework="numpy") as weights:
+        names = sorted(weights.keys())
+    others = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if others and not refused:
+        refused[others[0]] = f"{others[0]}, which is not a LoRA weight"
+    for key, why in refused.items():
+        raise UserError(
+            f"vLLM does not load {why}: the adapter is not kept",
+            where=f"{folder / CONFIG}, {key}",
+            fix="To keep such adapters, set train.require_vllm_compatible: false.",
+        )
+
+
+def require_batchable(folder: Path) -> None:
+    """Refuse an adapter that cannot share a batch with others, as served adapters must."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    kinds = [_REFUSED[key] for key in ("use_dora", "alora_invocation_tokens") if config.get(key)]
+    if kinds:
+        raise UserError(
+            f"{kinds[0]} cannot share a batch with other adapters, so it cannot be served",
+            where=folder.name,
+            fix="Measure it with `tunewright evaluate`. To serve it, train plain LoRA.",
+        )
+
 
 _APPLIED = {
     "r",
@@ -35,21 +155,12 @@ _APPLIED = {
 _NO_EFFECT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
 _NO_EFFECT |= {"task_type"}
 """Keys without effect on a trained adapter's answers."""
-_PLAIN_INITIALIZATIONS = (None, True, False, "gaussian")
-"""Values of init_lora_weights that leave the base unchanged."""
-_PREFIX = "base_model.model."
 
 
 def load_lora_weights(folder: Path, base: nn.Module) -> dict[str, Lora]:
     """Return an adapter's weights by layer name, in float32, as peft holds them, on the base's device.
 
-    Args:
-        folder: the adapter's.
-        base: a causal language model of transformers, with 16-bit or 4-bit linear layers.
-
-    Raises:
-        UserError: the adapter is more than LoRA on linear layers, or its weights do not match its configuration and the
-            base.
+    ``base`` is a causal language model of transformers, with 16-bit or 4-bit linear layers.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -61,7 +172,7 @@ def load_lora_weights(folder: Path, base: nn.Module) -> dict[str, Lora]:
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as weights:
-            there, wanted = set(weights.keys()), {_key(name, half) for name in layers for half in "AB"}
+            there, wanted = set(weights.keys()), {tensor_name(name, half) for name in layers for half in "AB"}
             # peft would make up missing weights and drop unexpected ones.
             for names, problem in (
                 (wanted - there, "is missing"),
@@ -69,14 +180,15 @@ def load_lora_weights(folder: Path, base: nn.Module) -> dict[str, Lora]:
             ):
                 if names:
                     raise UserError(f"{min(names)} {problem}", where=str(path))
-            loras = {}
+            loras, settings = {}, config.to_dict()
             for name, layer in layers.items():
-                rank, scale = _rank_and_scale(config, name)
+                rank, scale = rank_and_scale(settings, name)
                 halves = {}
                 for half, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
-                    tensor = weights.get_tensor(_key(name, half))
+                    key = tensor_name(name, half)
+                    tensor = weights.get_tensor(key)
                     if tuple(tensor.shape) != shape:
-                        problem = f"{_key(name, half)} is {list(tensor.shape)}; with this base it must be {list(shape)}"
+                        problem = f"{key} is {list(tensor.shape)}; with this base it must be {list(shape)}"
                         raise UserError(problem, where=str(path))
                     # A copy, because the tensor maps the file, which other processes can change.
                     halves[half] = tensor.to(layer.weight.device, torch.float32, copy=True)
@@ -94,7 +206,7 @@ def _plain_config(path: Path) -> LoraConfig:
     plain = LoraConfig().to_dict()
     for key, value in said.items():
         if key == "init_lora_weights":
-            supported = value in _PLAIN_INITIALIZATIONS
+            supported = value in (None, True, False, "gaussian")  # others change the base
         else:
             supported = key in _APPLIED | _NO_EFFECT or (value or None) == (plain.get(key) or None)
         if not supported:
@@ -121,18 +233,20 @@ def _targets(config: LoraConfig, base: nn.Module, path: Path) -> dict[str, Any]:
     return layers
 
 
-def _rank_and_scale(config: LoraConfig, name: str) -> tuple[int, float]:
-    """Return a layer's rank and scale, as peft/tuners/lora/model.py and layer.py define them."""
+def rank_and_scale(config: Mapping[str, Any], layer: str) -> tuple[int, float]:
+    """Return a layer's rank, and the factor of BA, as peft/tuners/lora/model.py and layer.py define them."""
     from peft.utils.other import get_pattern_key
 
     def own(patterns: Mapping[str, Any] | None, default: Any) -> Any:
         patterns = patterns or {}
-        return patterns.get(get_pattern_key(list(patterns), name), default)
+        return patterns.get(get_pattern_key(list(patterns), layer), default)
 
-    rank = own(config.rank_pattern, config.r)
-    alpha = own(config.alpha_pattern, config.lora_alpha)
-    return rank, alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    rank = own(config.get("rank_pattern"), config["r"])
+    alpha = own(config.get("alpha_pattern"), config["lora_alpha"])
+    # rsLoRA (Kalajdzievski 2023): with the square root, higher ranks keep their share in the sum.
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _key(layer: str, half: str) -> str:
-    return f"{_PREFIX}{layer}.lora_{half}.weight"
+def tensor_name(layer: str, half: str) -> str:
+    """Return the name of a layer's matrix A or B in the file."""
+    return f"{PREFIX}{layer}.lora_{half}.weight"

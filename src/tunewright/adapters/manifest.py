@@ -128,11 +128,7 @@ def covered_files(folder: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest in an adapter's folder; None if it has none, as for adapters of an earlier tunewright.
-
-    Raises:
-        UserError: not a manifest, or not in its canonical form.
-    """
+    """Return the manifest in an adapter's folder; None if it has none, as for adapters of an earlier tunewright."""
     path = folder / MANIFEST
     if not path.is_file():
         return None

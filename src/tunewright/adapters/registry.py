@@ -1,4 +1,4 @@
-"""Adapters on disk: one immutable folder each, ``adapters/NAME-DIGEST12``, with weights, lineage and history.
+"""Adapters on disk, and trust in them: one immutable folder each, ``adapters/NAME-DIGEST12``.
 
 NAME-DIGEST12/
   adapter_config.json, adapter_model.safetensors   loaded by peft and vLLM
@@ -19,13 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from tunewright.adapters.keys import TrustedKeys
+from tunewright.adapters.lora_weights import CONFIG as CONFIG
+from tunewright.adapters.lora_weights import WEIGHTS as WEIGHTS
+from tunewright.adapters.lora_weights import check_adapter, weight_faults
 from tunewright.adapters.manifest import LOCAL, MANIFEST, changed_files, make_manifest, read_manifest
-from tunewright.adapters.signing import SigningKey, sign
-from tunewright.adapters.vllm_compat import CONFIG as CONFIG
-from tunewright.adapters.vllm_compat import WEIGHTS as WEIGHTS
-from tunewright.adapters.vllm_compat import check_adapter
+from tunewright.adapters.signing import SigningKey, sign, verify_signatures
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, text_lines, write_json, write_text
@@ -78,8 +79,8 @@ class Adapter:
     def quantization(self) -> Quantization:
         """The quantization of the base during training."""
         # Lineages without the key are of unquantized bases.
-        held: Quantization = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
-        return held
+        found: Quantization = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
+        return found
 
     @property
     def local(self) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class Adapter:
         """Check that weights, configuration and lineage (and a checkpoint's files) have not changed since they were
         stored.
 
-        :func:`tunewright.adapters.trust.trust_status` checks all files and the signatures.
+        :func:`tunewright.adapters.registry.trust_status` checks all files and the signatures.
         """
         folder = self.folder if step is None else self.checkpoint(step)
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
@@ -208,11 +209,8 @@ def store_adapter(
 ) -> Adapter:
     """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest.
 
-    Other inputs may give the same adapter: the existing one keeps its lineage, and local.json records them. ``texts``
-    are further files of the folder, by name; ``signer`` signs the manifest of all files.
-
-    Raises:
-        UserError: weights that are not finite, or (with ``servable``) an adapter that vLLM would not load.
+    Its weights must be finite, and with ``servable`` vLLM must load it. Other inputs may give the same adapter: the
+    existing one keeps its lineage, and local.json records them. ``texts`` are further files, by name.
     """
     for source in (weights, *checkpoints.values()):
         check_adapter(source, servable=servable)
@@ -261,9 +259,6 @@ def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
     """Return the adapter with this name or unique prefix of a name; without a name, the newest.
 
     The newest is one trained here, if there is any: an imported adapter must be named.
-
-    Raises:
-        UserError: no such adapter, or the prefix is ambiguous.
     """
     known = list_adapters(adapters)
     if not known:
@@ -278,11 +273,7 @@ def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
 
 
 def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
-    """Check an adapter's files, and that base and chat format are those of its training.
-
-    Raises:
-        UserError: naming the differences.
-    """
+    """Check an adapter's files, and that base and chat format are those of its training; name the differences."""
     from tunewright.chat.inspection import differences
 
     adapter.verify()
@@ -323,3 +314,81 @@ def trained_quantization(adapters: Sequence[Adapter]) -> Quantization:
             fix="Use adapters of one kind, or set serve.quantization for all.",
         )
     return next(iter(by_kind))
+
+
+State = Literal["signed", "unsigned", "untrusted", "not checked", "revoked", "tampered"]
+
+
+@dataclass(frozen=True)
+class TrustStatus:
+    """An adapter's trust status in a project.
+
+    *signed*: intact, with a signature of a key that the project trusts. *unsigned*, *untrusted*: intact, but its maker
+    is not verified. *not checked*: intact, but without ``ssh-keygen`` nobody knows whether its signature is valid.
+    *revoked*: signed with a revoked key. *tampered*: changed since it was stored or signed, or not finite.
+    """
+
+    adapter: str
+    state: State
+    keys: tuple[str, ...]
+    """The signing keys, by their names in the project, else by their fingerprints."""
+    reasons: tuple[str, ...]
+
+
+def trust_status(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True) -> TrustStatus:
+    """Check every file and signature of a stored adapter; with ``weights`` also that its numbers are finite."""
+    try:
+        faults = _faults(adapter, weights=weights)
+        signed = [] if read_manifest(adapter.folder) is None else verify_signatures(adapter.folder, trusted)
+    except UserError as error:
+        return TrustStatus(adapter.name, "tampered", (), (str(error).partition("\n")[0],))
+    keys = tuple(each.key for each in signed)
+    faults += [each.why for each in signed if each.status == "tampered"]
+    if faults:
+        return TrustStatus(adapter.name, "tampered", keys, tuple(faults))
+    for state in ("signed", "revoked", "not checked", "untrusted"):
+        if reasons := [each.why for each in signed if each.status == state]:
+            return TrustStatus(adapter.name, state, keys, tuple(reasons))
+    return TrustStatus(adapter.name, "unsigned", (), ("no signature",))
+
+
+def _faults(adapter: Adapter, *, weights: bool) -> list[str]:
+    """Return the changes since the adapter was stored."""
+    manifest = read_manifest(adapter.folder)
+    lineage = adapter.lineage
+    if manifest is None:  # an earlier tunewright stored it
+        adapter.verify()
+        faults = []
+    else:
+        faults = changed_files(adapter.folder, manifest)
+        if manifest.name != adapter.name:
+            faults.append(f"the manifest names {manifest.name}")
+        if not faults and make_manifest(adapter.folder, adapter.name, lineage) != manifest:
+            faults = ["the manifest and the lineage disagree"]
+        if not faults and adapter_digest(adapter.folder) != manifest.digest:
+            faults = ["the digest does not match the weights and configuration"]
+    if weights and not faults:
+        places = (adapter.folder, *adapter.checkpoints.values())
+        faults = [fault for place in places for fault in weight_faults(place / WEIGHTS)]
+    return faults
+
+
+def require_trusted(adapter: Adapter, trusted: TrustedKeys) -> None:
+    """Refuse an adapter that has changed or whose key is revoked; if the project trusts keys, also one without their
+    signature.
+    """
+    found = trust_status(adapter, trusted, weights=False)
+    unproven = found.state in ("unsigned", "untrusted", "not checked")
+    if found.state == "signed" or (unproven and not trusted.required):
+        return
+    fix = {
+        "unsigned": f"If you vouch for it: tunewright adapters sign {adapter.name}",
+        "untrusted": "If you trust the signer: tunewright keys trust FILE",
+        "not checked": "Install OpenSSH 8.2 or later, or sign it again: tunewright adapters sign",
+        "revoked": "Train again, or sign it again if you vouch for it: tunewright adapters sign",
+        "tampered": "Remove the folder, and train or import it again.",
+    }[found.state]
+    why = "; ".join(found.reasons)
+    if unproven:
+        why += ", and this project requires a trusted signature"
+    raise UserError(f"The adapter is {found.state}: {why}", where=adapter.name, fix=fix)

@@ -140,8 +140,7 @@ def _verify(block: str, mark: str, payload: bytes, trusted: TrustedKeys) -> Sign
 def store_signer(keys: Path, reporter: Reporter) -> SigningKey | None:
     """Return the key that signs stored adapters by default; report it, or the reason for its absence.
 
-    Raises:
-        UserError: the key asks for a passphrase, for which nobody may be there at the end of a training.
+    A key that asks for a passphrase is refused: nobody may be there at the end of a training.
     """
     trusted = TrustedKeys(keys)
     if not trusted.required:  # signing is not in use
@@ -161,13 +160,9 @@ def store_signer(keys: Path, reporter: Reporter) -> SigningKey | None:
 
 
 def signing_key(trusted: TrustedKeys, wanted: str | None = None) -> SigningKey:
-    """Return the key that signs in a project: the wanted one, or the only one of the user's keys that the project
-    trusts.
+    """Return the key that signs in a project: the wanted one, or the only one of the user's that the project trusts.
 
     The wanted one is a file, or a key's name in the project (None: the environment's, if it states one).
-
-    Raises:
-        UserError: no ``ssh-keygen``, no key, several keys, or a key that the project does not trust.
     """
     require_ssh_keygen()
     wanted = wanted or os.environ.get(SIGNING_KEY) or None
@@ -221,6 +216,8 @@ class _Envelope(Record):
 def _verify_former(folder: Path, payload: bytes, trusted: TrustedKeys) -> Iterator[Signed]:
     """Yield the status of each signature that an earlier version made over the manifest ``payload``."""
     from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
     path = folder / DSSE
     if not path.is_file():
@@ -235,9 +232,10 @@ def _verify_former(folder: Path, payload: bytes, trusted: TrustedKeys) -> Iterat
         if key is None:
             yield Signed(mark, "untrusted", f"signed by key {mark}, which is not trusted here")
             continue
-        name = key.name
+        name, public = key.name, load_ssh_public_key(key.public_key.encode())
+        assert isinstance(public, Ed25519PublicKey)  # ids of other keys are no digests of DER
         try:
-            key.former.verify(base64.b64decode(signature.sig, validate=True), message)
+            public.verify(base64.b64decode(signature.sig, validate=True), message)
         except (InvalidSignature, binascii.Error):
             yield Signed(name, "tampered", f"the signature of {name} is of another manifest")
             continue

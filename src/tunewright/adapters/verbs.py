@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters import signing
-from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import DSSE, MANIFEST, SIGNATURE, read_manifest
-from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
-from tunewright.adapters.trust import TrustStatus, trust_status
+from tunewright.adapters.registry import Adapter, TrustStatus, find_adapter, list_adapters, trust_status, write_manifest
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author
 from tunewright.open_project import OpenProject

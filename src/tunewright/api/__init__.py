@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tunewright import pipeline
 from tunewright.adapters import verbs
-from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.advisor import advice
 from tunewright.api.deprecated import DeprecatedGroup, keywords
@@ -16,8 +16,8 @@ from tunewright.evaluation import data_verbs, label_review, stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evaluation.verbs import current_split_power
+from tunewright.export import HubOptions
 from tunewright.export import verbs as exports
-from tunewright.export.hub_options import HubOptions
 from tunewright.open_project import OpenProject
 from tunewright.pipeline import RunResult as RunResult  # users import it from here
 from tunewright.report import verbs as reports

@@ -110,13 +110,14 @@ def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter
                 f"{base.spec} has no chat template: using the plain form (### Instruction, ### Response). An "
                 "instruction-tuned variant has a template."
             )
-    chat = chat_format(
-        tokenizer,
-        stop_ids=_stop_ids(tokenizer, base, end_token_ids(base)),
-        kind=kind,
-        today=settings.date,
-        tools=settings.tools,
-    )
+    ends = end_token_ids(base)
+    if unknown := sorted(token for token in ends if tokenizer.convert_ids_to_tokens(token) is None):
+        raise UserError(
+            f"eos_token_id has ids without a token in the tokenizer: {', '.join(map(str, unknown))}",
+            where=str(base.folder / "generation_config.json"),
+        )
+    stop_ids = ends | {tokenizer.eos_token_id}
+    chat = chat_format(tokenizer, stop_ids=stop_ids, kind=kind, today=settings.date, tools=settings.tools)
     refuse_untrained(chat, base, chat.used_control_ids)
     return chat
 
@@ -160,17 +161,6 @@ def refuse_untrained(chat: ChatFormat, base: Base, ids: frozenset[int]) -> None:
             if own
             else "Remove these texts from the pairs, or use another base.",
         )
-
-
-def _stop_ids(tokenizer: Any, base: Base, ends: frozenset[int]) -> frozenset[int]:
-    """Return the ids that end an answer: the tokenizer's EOS, and those in the base's generation config."""
-    unknown = sorted(token for token in ends if tokenizer.convert_ids_to_tokens(token) is None)
-    if unknown:
-        raise UserError(
-            f"eos_token_id has ids without a token in the tokenizer: {', '.join(map(str, unknown))}",
-            where=str(base.folder / "generation_config.json"),
-        )
-    return ends | {tokenizer.eos_token_id}
 
 
 _PROBE = " Tokens\n\n1234 d'été İstanbul  <s>[INST]<|eot_id|> 🙂 naïve 東京 "

@@ -28,9 +28,6 @@ _text = partial(json.dumps, ensure_ascii=False)
 """Return a literal: Lark's have JSON's syntax."""
 
 
-_CHOICES: tuple[Literal["auto"], Literal["required"]] = ("auto", "required")
-
-
 @dataclass(frozen=True)
 class CallGrammars:
     """The grammars of function calls: one for each row or request, made from the functions that it declares."""
@@ -40,7 +37,7 @@ class CallGrammars:
     @classmethod
     def from_rule(cls, rule: str) -> CallGrammars | None:
         """Return the grammars that this rule names; None for the rule of a text."""
-        return next((named for choice in _CHOICES if (named := cls(choice)).rule == rule), None)
+        return next((named for named in (cls("auto"), cls("required")) if named.rule == rule), None)
 
     @property
     def rule(self) -> str:
@@ -61,19 +58,11 @@ def call_grammar(
     parallel: bool = True,
     text: Grammar | None = None,
 ) -> Grammar:
-    """Return the grammar of answers in the base's form of calls.
+    """Return the grammar of answers in the base's form of calls, for `declared_functions`.
 
-    :func:`tunewright.chat.answers.grammar_compiler` compiles it. Calls are spelled as the template spells them, with
-    the keys of arguments in the schema's order.
-
-    Args:
-        functions: as :func:`tunewright.chat.tool_calls.declared_functions` returns them.
-        choice: "auto" allows text or calls, "required" calls alone, and a function's name calls of that function.
-        parallel: allow several calls where the template does.
-        text: the form of an answer that is text, which then has no calls after it; None: any text.
-
-    Raises:
-        UserError: the template has no form of calls, or no function has this name.
+    Calls are spelled as the template spells them, with the keys of arguments in the schema's order. The choice "auto"
+    allows text or calls, "required" calls alone, and a function's name calls of that function; ``parallel`` allows
+    several where the template does. ``text`` is the form of an answer without calls (None: any text).
     """
     chosen = [f for f in functions if choice in ("auto", "required", f["name"])]
     if not chosen:

@@ -100,11 +100,7 @@ class ChatFormat:
         return self.tokens([self._rendered_row(text, cuts, [], stand_ins)])[0].ids
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """Return the ids of text to continue, without the template; text that looks like a control token stays text.
-
-        Raises:
-            UserError: the tokenizer encodes plain text as a control token.
-        """
+        """Return the ids of text to continue, without the template; text that looks like a control token stays text."""
         start = " " if self.encoder.space_first and not text.startswith(" ") else ""
         ((_, ids),) = self.encoder.ids([start + text]).items()
         return (self.bos_id, *ids) if self.adds_bos else tuple(ids)
@@ -158,11 +154,7 @@ class ChatFormat:
         ]
 
     def tokens(self, rendered: Sequence[RenderedRow]) -> list[Tokens]:
-        """Encode rendered rows; each distinct text is encoded once.
-
-        Raises:
-            UserError: the tokenizer encodes plain text as a control token.
-        """
+        """Encode rendered rows; each distinct text is encoded once."""
         runs = (p for row in rendered for pieces, _ in row.segments for p in pieces if isinstance(p, str))
         known = self.encoder.ids(runs)
         rows = []
@@ -189,13 +181,7 @@ class ChatFormat:
     def answer(self, ids: Sequence[int], conversation: Sequence[Message], rest: str = "") -> Message:
         """Return the assistant's turn that generated ids spell, with its calls if the conversation declares functions.
 
-        Args:
-            ids: the answer, with or without its end token.
-            conversation: the messages that were answered; they number the calls.
-            rest: text after these ids.
-
-        Raises:
-            UserError: the template has no form of calls.
+        The messages of the answered ``conversation`` number the calls; ``rest`` is text after the ids.
         """
         if not declared_functions(conversation):
             return Message("assistant", self.text(ids) + rest)
@@ -213,11 +199,7 @@ class ChatFormat:
 
     @cached_property
     def tool_form(self) -> ToolForm:
-        """The form in which the template writes calls.
-
-        Raises:
-            UserError: the template drops functions, calls or results, or writes calls in an unknown form.
-        """
+        """The form in which the template writes calls."""
         return find_tool_form(self.template, self.encoder, self.answer_in)
 
     def texts(self, many: Sequence[Sequence[int]]) -> list[str]:
@@ -300,11 +282,7 @@ class ChatFormat:
         return turns
 
     def answer_in(self, prompt: str, shown: str) -> str:
-        """Return the text that the answered conversation adds to its prompt, up to its end token.
-
-        Raises:
-            UserError: the answer cannot be found, or has no end token.
-        """
+        """Return the text that the answered conversation adds to its prompt, up to its end token."""
         answer = shown[self._answer_start(prompt, shown) :]
         return answer[: self._answer_end(answer)]
 

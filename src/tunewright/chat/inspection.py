@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -25,20 +24,22 @@ def view(chat: ChatFormat, tokens: Tokens) -> list[TokenView]:
     """Return the tokens of a row as readable text."""
     pieces: list[str] = chat.tokenizer.convert_ids_to_tokens(list(tokens.ids))
     control = set(chat.encoder.control.values())
-    as_text = _of_bytes if "ByteLevel" in repr(chat.tokenizer.backend_tokenizer.decoder) else _of_sentencepiece
+    byte_level = "ByteLevel" in repr(chat.tokenizer.backend_tokenizer.decoder)
+
+    def as_text(piece: str) -> str:
+        return _of_bytes(piece) if byte_level else piece.replace("\u2581", " ")
+
     return [
         TokenView(token, piece if token in control else as_text(piece), token in control, trained)
         for token, piece, trained in zip(tokens.ids, pieces, tokens.loss_mask, strict=True)
     ]
 
 
-def _of_sentencepiece(piece: str) -> str:
-    return piece.replace("\u2581", " ")
-
-
 def _of_bytes(piece: str) -> str:
     """Return the text of a byte-level token, whose characters encode bytes (Radford et al. 2019, GPT-2)."""
-    alphabet = _alphabet()
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     if not all(character in alphabet for character in piece):
         return piece
     raw = bytes(alphabet[character] for character in piece)
@@ -46,13 +47,6 @@ def _of_bytes(piece: str) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return "".join(f"<0x{byte:02X}>" for byte in raw)
-
-
-@cache
-def _alphabet() -> dict[str, int]:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

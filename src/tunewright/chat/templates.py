@@ -127,11 +127,7 @@ class Template:
         return self.tools == "own" and "builtin_tools" in self.source
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer.
-
-        Raises:
-            UserError: the template refuses this conversation.
-        """
+        """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer."""
         try:
             text = self._compiled().render(
                 {

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.foreign import ImportOptions
 from tunewright.cli.app import TRAIN, Adapter, command, group
 from tunewright.cli.console import CANT_TELL, FAILED, Session
 from tunewright.core.clock import without_milliseconds

@@ -10,7 +10,7 @@ import typer
 from tunewright.cli.app import DEPLOY, Adapter, command, group
 from tunewright.cli.console import MEASURED_NO, Session
 from tunewright.core.errors import UserError
-from tunewright.export.hub_options import HubOptions
+from tunewright.export import HubOptions
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewright.adapters.vllm_compat import CONFIG, vllm_refusals
+from tunewright.adapters.lora_weights import CONFIG, vllm_refusals
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text

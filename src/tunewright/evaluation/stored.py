@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.lineage import Trace, trace
-from tunewright.adapters.registry import Adapter, find_adapter
-from tunewright.adapters.trust import TrustStatus, trust_status
+from tunewright.adapters.registry import Adapter, TrustStatus, find_adapter, trust_status
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.vllm_compat import require_servable
+from tunewright.adapters.lora_weights import require_servable
 from tunewright.core.errors import UserError
 from tunewright.data.versions import load_version
 from tunewright.evaluation.verbs import current_split_power, report_detectable_effects

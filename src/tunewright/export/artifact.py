@@ -235,9 +235,6 @@ def export(
     """Return the artifact at ``target``, or make it: ``build`` fills a temporary folder and measures it.
 
     A folder that passes becomes ``target``. One that fails is removed, and its record stays as ``TARGET.failed.json``.
-
-    Raises:
-        UserError: the folder has other contents than ``made_of``, its inputs, determines.
     """
     existing = find_export(target, made_of)
     if existing is not None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
-from tunewright.core.processes import ENOUGH_MEMORY, KILLED, StillRunningError, end, last_lines, start
-from tunewright.core.progress import Reporter, Task
+from tunewright.core.processes import ENOUGH_MEMORY, KILLED, end, last_lines, start
+from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
 from tunewright.engines.llmcompressor import worker
@@ -44,8 +43,6 @@ _GROUPS = (128, 64, 32)
 """Weights per scale: llm-compressor's default, and the smaller groups that vLLM's kernels take."""
 _NOT_INHERITED = ("PYTHON", "VIRTUAL_ENV", "LLM_COMPRESSOR_", "COMPRESSED_TENSORS_")
 _TAIL = 12
-_SHOWN_BY_BARS = 8192
-"""Bytes at the end of the log with the last progress bar in them."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +149,9 @@ def write_compressed(
     name = f"llm-compressor {how.environment.versions['llmcompressor']}"
     job: dict[str, Any] = {"source": str(merged), "target": str(folder), "scheme": how.scheme}
     job |= {"group_size": how.group_size, "rows": [list(row) for row in how.rows]}
-    # GPTQ calibrates layer by layer, and the output last; fp8 is one step.
-    parts = 1 if how.scheme == "fp8" else text_settings(base).num_hidden_layers + 1
-    with reporter.task(f"{how.scheme} with {name}", parts, "parts of the model") as task:
-        _run(how.environment, job, parts, task)
+    with reporter.task(f"{how.scheme} with {name}", 1, "models") as task:
+        _run(how.environment, job)
+        task.advance()
     shutil.rmtree(merged)
     save_settings(folder, base, chat, system_prompt)
     for path in folder.iterdir():
@@ -190,40 +186,23 @@ def group_size(base: Base) -> int:
     )
 
 
-def _run(environment: Environment, job: dict[str, Any], parts: int, task: Task) -> None:
+def _run(environment: Environment, job: dict[str, Any]) -> None:
     """Run llm-compressor, whose output is shown only if it fails."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with TemporaryDirectory() as work, (Path(work) / "log").open("wb") as log:
-        path = Path(log.name)
         write_json(Path(work) / "job.json", job)
         command = [str(environment.python), "-I", worker.__file__, str(Path(work) / "job.json")]
         child = start(command, stdout=log, stderr=log, cwd=Path(work), env=variables)
-        done = 0
         try:
-            while True:
-                with suppress(StillRunningError):
-                    code = child.wait(1)
-                    break
-                if (now := min(_finished_parts(path), parts)) > done:
-                    task.advance(now - done)
-                    done = now
+            code = child.wait()
         finally:
             end(child)
         if code == KILLED:
             raise UserError("llm-compressor was killed", fix=ENOUGH_MEMORY)
         if code:
             raise UserError(
-                f"llm-compressor failed:\n{last_lines(path, _TAIL)}",
+                f"llm-compressor failed:\n{last_lines(Path(log.name), _TAIL)}",
                 where=str(environment.folder),
                 fix="Correct the cause and run the same command again.",
             )
-        task.advance(parts - done)
-
-
-def _finished_parts(log: Path) -> int:
-    """Return the number of parts before the one that llm-compressor's last progress bar names, as in "(3/31): "."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _SHOWN_BY_BARS))
-        found = re.findall(rb"\((\d+)/\d+\): (?:Calibrating|Propagating)", file.read())
-    return int(found[-1]) - 1 if found else 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
+from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.hub import hub_silence
@@ -83,51 +83,35 @@ def card(
     return model_card(subject, found), found.id if found else None
 
 
-@dataclass(frozen=True)
-class Repository:
-    """The contents of a repository folder."""
-
-    source: Source
-    merged: ExportResult | None
-    """The merged model; None publishes the adapter in PEFT's form."""
-    base_model: str | None
-    """The base's hub id."""
-    card: str
-    evidence: str | None
-    """ID of the evidence in the card."""
-
-    def build(self, folder: Path) -> BuiltArtifact:
-        """Write the files."""
-        if self.merged is not None and self.merged.folder is not None:
-            for name in self.merged.record.files:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(self.merged.folder / name, folder / name)
-        else:
-            chat, system = self.source.project.chat, self.source.system_prompt.text
-            _write_adapter(folder, self.source.adapter, self.base_model, chat, system)
-            _check_template(folder, chat, self.source.dev_prompts, system)
-        write_text(folder / CARD, self.card)
-        notes = []
-        if self.evidence is None:
-            name = self.source.adapter.name
-            notes.append(f"the card says that there is no evidence: run `tunewright evaluate {name}`")
-        if self.base_model is None:
-            notes.append("the card names no base model, because the base is not a hub id: use --base-model")
-        figures = self.merged.record.figures if self.merged else None
-        return BuiltArtifact(figures, "16-bit", "original", notes=tuple(notes))
-
-
-def _write_adapter(
-    folder: Path, adapter: Adapter, base_model: str | None, chat: ChatFormat, system_prompt: str | None
-) -> None:
-    """Write the adapter's files and the tokenizer with the template of training.
-
-    The base's name in the adapter's configuration becomes its hub id: the folder that training used is private.
-    """
-    settings = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
-    write_json(folder / CONFIG, {**settings, "base_model_name_or_path": base_model})
-    shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
-    save_tokenizer(folder, chat, system_prompt)
+def build_repository(
+    folder: Path,
+    source: Source,
+    merged: ExportResult | None,
+    base_model: str | None,
+    card: str,
+    evidence: str | None,
+) -> BuiltArtifact:
+    """Write a repository's files: the merged model's, or the adapter's in PEFT's form with the tokenizer."""
+    adapter, chat, system = source.adapter, source.project.chat, source.system_prompt.text
+    if merged is not None and merged.folder is not None:
+        for name in merged.record.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(merged.folder / name, folder / name)
+    else:
+        settings = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+        # The folder that training used is private.
+        write_json(folder / CONFIG, {**settings, "base_model_name_or_path": base_model})
+        shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
+        save_tokenizer(folder, chat, system)
+        _check_template(folder, chat, source.dev_prompts, system)
+    write_text(folder / CARD, card)
+    notes = []
+    if evidence is None:
+        notes.append(f"the card says that there is no evidence: run `tunewright evaluate {adapter.name}`")
+    if base_model is None:
+        notes.append("the card names no base model, because the base is not a hub id: use --base-model")
+    figures = merged.record.figures if merged else None
+    return BuiltArtifact(figures, "16-bit", "original", notes=tuple(notes))
 
 
 def _check_template(

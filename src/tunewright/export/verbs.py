@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.export import HubOptions
 from tunewright.export.artifact import Source
-from tunewright.export.hub_options import HubOptions
 from tunewright.models.bases import hub_id
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.export.artifact import ExportResult, Kind
+    from tunewright.export.artifact import BuiltArtifact, ExportResult, Kind
     from tunewright.export.compressed import Scheme
     from tunewright.export.gguf.tensors import FileType
     from tunewright.export.hub import HubResult
@@ -188,12 +188,15 @@ def hub(
             where=str(model.numbers),
             fix="Publish the adapter: run the same command without --merged.",
         )
-    card = hub.card(source, model, base_model, options.model_license, options.push)
-    repository = hub.Repository(source, model, base_model, *card)
+    card, evidence = hub.card(source, model, base_model, options.model_license, options.push)
     target = source.target(f"hub{'-merged' if options.merged else ''}", to)
-    made_of = {"kind": "hub", "merged": options.merged, "adapter": tuned.digest, "card": digest(repository.card)}
-    result = export(source, "hub", target, made_of, repository.build)
+    made_of = {"kind": "hub", "merged": options.merged, "adapter": tuned.digest, "card": digest(card)}
+
+    def build(folder: Path) -> BuiltArtifact:
+        return hub.build_repository(folder, source, model, base_model, card, evidence)
+
+    result = export(source, "hub", target, made_of, build)
     assert result.folder is not None
-    message = f"{tuned.name}{f', evidence {repository.evidence}' if repository.evidence else ''}"
+    message = f"{tuned.name}{f', evidence {evidence}' if evidence else ''}"
     pushed = hub.push(result.folder, options.push, message, private=not options.public) if options.push else None
-    return hub.HubResult(result.folder, result.record, result.made, repository.evidence, pushed)
+    return hub.HubResult(result.folder, result.record, result.made, evidence, pushed)

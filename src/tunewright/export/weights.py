@@ -19,15 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tunewright.adapters.lora_weights import PREFIX, rank_and_scale, vllm_refusals
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
-from tunewright.adapters.vllm_compat import vllm_refusals
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base, tensor_files
 from tunewright.models.families import ATTENTION, MLP, text_name
 
 MergeMethod = Literal["original", "dequantized"]
 
-_PREFIX = "base_model.model."
 _LINEAR = (*ATTENTION, *MLP)
 
 
@@ -55,7 +54,6 @@ class LoraDelta:
 
 def read_deltas(folder: Path) -> dict[str, LoraDelta]:
     """Return the adapter's delta of each layer, by the weight's name in a model of text alone (`text_name`)."""
-    from peft.utils.other import get_pattern_key
     from safetensors import safe_open
 
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -67,14 +65,11 @@ def read_deltas(folder: Path) -> dict[str, LoraDelta]:
         for name in weights.keys():  # noqa: SIM118 (no mapping)
             layer, part = _place(name, folder)
             parts.setdefault(layer, {})[part] = weights.get_tensor(name).float()
-    alphas: Mapping[str, float] = config.get("alpha_pattern") or {}
     changes = {}
     for layer, found in parts.items():
         if not {"lora_A", "lora_B"} <= found.keys():
             raise UserError(f"{layer} has only {', '.join(sorted(found))}", where=str(folder / WEIGHTS))
-        rank = found["lora_A"].shape[0]
-        alpha = alphas.get(get_pattern_key(list(alphas), layer), config["lora_alpha"])
-        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        _, scale = rank_and_scale(config, layer)
         changes[f"{layer}.weight"] = LoraDelta(
             found["lora_A"], found["lora_B"], scale, found.get("lora_magnitude_vector")
         )
@@ -83,7 +78,7 @@ def read_deltas(folder: Path) -> dict[str, LoraDelta]:
 
 def _place(name: str, folder: Path) -> tuple[str, str]:
     """Return a tensor's layer, and its part: lora_A, lora_B or the magnitude."""
-    module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+    module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
     layer = text_name(module)
     if (
         part not in ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -139,15 +134,8 @@ class BaseWeights:
 class Weights:
     """The weights of a merged model, in float32.
 
-    Args:
-        base: the base.
-        dtype: the base's dtype in training ("bfloat16" or "float32"), which NF4 is quantized from.
-        changes: the adapter's deltas, by the weight's name in a model of text alone (see `read_deltas`); empty for the
-            base.
-        dequantized: start from dequantized NF4 weights of the linear layers.
-
-    Raises:
-        UserError: a delta of a weight that the base lacks, or of another shape.
+    ``dtype`` is the base's in training, which NF4 is quantized from; ``dequantized`` starts from dequantized NF4
+    weights of the linear layers. ``changes`` are those of `read_deltas`; empty for the base.
     """
 
     def __init__(self, base: Base, dtype: str, changes: Mapping[str, LoraDelta], *, dequantized: bool = False) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.import_options import ImportOptions
+from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.lineage import SystemPrompt, system_prompt
 from tunewright.adapters.registry import (
@@ -21,8 +21,8 @@ from tunewright.adapters.registry import (
     require_compatible,
     trained_quantization,
 )
-from tunewright.adapters.trust import require_trusted
-from tunewright.adapters.vllm_compat import require_batchable
+from tunewright.adapters.registry import require_trusted
+from tunewright.adapters.lora_weights import require_batchable
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author

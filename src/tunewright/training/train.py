@@ -12,9 +12,9 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.lineage import training_lineage
+from tunewright.adapters.lora_weights import require_servable
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.signing import SigningKey, store_signer
-from tunewright.adapters.vllm_compat import require_servable
 from tunewright.chat import ChatFormat, refuse_untrained
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder

@@ -7,7 +7,6 @@ are refused by name. Every unknown key is refused too. Lineage and training reco
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tunewright.adapters.lora_weights import MAX_RANK, rank_and_scale
 from tunewright.adapters.manifest import Digest
-from tunewright.adapters.vllm_compat import MAX_RANK
 from tunewright.config import Quantization
 from tunewright.config.train import Target
 from tunewright.core.errors import UserError, first_fault
@@ -108,11 +107,6 @@ class ForeignConfig:
     shape: Shape
     architecture: str
 
-    @property
-    def names_base(self) -> str | None:
-        """The name of the base that it claims, which proves nothing."""
-        return self.document.base_model_name_or_path
-
     @cached_property
     def modules(self) -> dict[str, str]:
         """The base's adapted modules: full names to the names of their kinds."""
@@ -126,22 +120,9 @@ class ForeignConfig:
             for t in targets
         }
 
-    def rank(self, module: str) -> int:
-        """Return the rank of its weights on a module."""
-        return self.document.rank_pattern.get(_pattern_of(module, self.document.rank_pattern), self.document.r)
-
-    def scale(self, module: str) -> float:
-        """Return the factor of BA on a module."""
-        document = self.document
-        alpha = document.alpha_pattern.get(_pattern_of(module, document.alpha_pattern), document.lora_alpha)
-        rank = self.rank(module)
-        return alpha / math.sqrt(rank) if document.use_rslora else alpha / rank
-
-
-def _pattern_of(module: str, patterns: dict[str, Any]) -> str:
-    from peft.utils.other import get_pattern_key
-
-    return str(get_pattern_key(list(patterns), module))
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """Return the rank of its weights on a module, and the factor of BA."""
+        return rank_and_scale(self.document.model_dump(), module)
 
 
 def read_config(data: bytes, shape: Shape, architecture: str, where: str) -> ForeignConfig:
@@ -253,6 +234,18 @@ class _Config(_Claim):
     train: _Train
 
 
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    weight: Any = None
+
+
+class _Replayed(_Claim):
+    messages: list[_Turn]
+
+
 class _LeftOut(_Claim):
     key: Digest
     tokens: int
@@ -317,18 +310,10 @@ def check_history(path: Path, where: str) -> None:
 def check_replay(path: Path, where: str) -> None:
     """Check that ``path`` has conversations, one JSON object a line."""
     for number, row in _rows(path, where):
-        turns = row.get("messages")
-        if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-            raise UserError("Not a conversation", where=f"{where}:{number}")
-
-
-def _is_turn(turn: Any) -> bool:
-    return (
-        isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-        and turn.keys() <= {"role", "content", "weight"}
-    )
+        try:
+            _Replayed.model_validate({"messages": row.get("messages")})
+        except ValidationError:
+            raise UserError("Not a conversation", where=f"{where}:{number}") from None
 
 
 def _rows(path: Path, where: str) -> list[tuple[int, dict[str, Any]]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.foreign.documents import ForeignConfig, check_history, check_lineage, check_replay, read_config
 from tunewright.adapters.foreign.quarantine import (
     NO_ARCHIVE,
@@ -17,7 +18,6 @@ from tunewright.adapters.foreign.quarantine import (
     quarantine_remote,
 )
 from tunewright.adapters.foreign.weights import base_norms, check_numbers, check_shapes
-from tunewright.adapters.import_options import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.lineage import KEY as SYSTEM_PROMPT
 from tunewright.adapters.lineage import stated_system_prompt
@@ -115,7 +115,8 @@ class _Intake:
         """Require the user's statement if the adapter has no lineage that names its base by digest."""
         if (self.files / LINEAGE).exists() or self.said.base_matches:
             return
-        named = f" (it names {config.names_base[:120]!a}, which proves nothing)" if config.names_base else ""
+        name = config.document.base_model_name_or_path
+        named = f" (it names {name[:120]!a}, which proves nothing)" if name else ""
         raise UserError(
             f"The adapter does not name its base and chat template by digest{named}",
             where=self.where,
@@ -188,9 +189,10 @@ class _Intake:
         """Check the lineage against the base and chat format here; without a lineage, write the user's statements."""
         path, said, base, chat = self.files / LINEAGE, self.said, self.project.base, self.project.chat
         if not path.exists():
-            if config.names_base not in (None, base.spec):
+            named = config.document.base_model_name_or_path
+            if named not in (None, base.spec):
                 self.project.reporter.warn(
-                    f"The adapter names the base {config.names_base!a}. You state that it was trained on {base.spec}."
+                    f"The adapter names the base {named!a}. You state that it was trained on {base.spec}."
                 )
             prompt = {} if said.system_prompt is None else {SYSTEM_PROMPT: stated_system_prompt(said.system_prompt)}
             stated = {
@@ -202,7 +204,7 @@ class _Intake:
                 "chat": chat.description,
                 "quantization": said.quantization or "none",
                 **prompt,
-                "stated": {"by": by, "names_base": config.names_base},
+                "stated": {"by": by, "names_base": named},
             }
             write_json(path, stated)
             return "stated"
@@ -239,11 +241,7 @@ class _Intake:
 
 
 def import_adapter(project: OpenProject, source: Source, said: ImportOptions, by: str | None) -> ImportResult:
-    """Check the adapter in a folder or at a URL, and store it.
-
-    Raises:
-        UserError: the reason for a refusal; then nothing is stored.
-    """
+    """Check the adapter in a folder or at a URL, and store it; of a refused one nothing is stored."""
     adapters = project.folder.adapters
     _ = project.base, project.chat  # what is wrong with the project is no fault of the adapter
     with quarantine(adapters.parent) as place:

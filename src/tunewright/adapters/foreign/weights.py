@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.foreign.documents import ForeignConfig
+from tunewright.adapters.lora_weights import tensor_name
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.core.strict_json import strict_object
@@ -31,8 +32,6 @@ LARGEST_HEADER = 8 << 20
 
 DTYPES = ("F16", "BF16", "F32")
 
-_PREFIX = "base_model.model."
-
 
 def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors of a safetensors file, by name.
@@ -40,9 +39,6 @@ def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     The library checks that shapes and offsets agree and that the tensors fill the file: bytes in a gap could hide a
     payload, an overlap could alias weights. Of the text it checks less: of two entries with one name it keeps the last,
     it ignores unknown keys, and it parses headers of up to 100 MB.
-
-    Raises:
-        UserError: a violation of the format, or a size that no adapter needs; ``where`` names the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -51,7 +47,6 @@ def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
         if length > LARGEST_HEADER:
             raise UserError(f"The header claims {length:,} bytes (limit {LARGEST_HEADER:,})", where=where)
         text = file.read(length)
-    # The library refuses bytes in gaps, which could hide a payload, and overlaps, which could alias weights.
     try:
         with safe_open(path, framework="numpy") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -75,8 +70,9 @@ def check_shapes(path: Path, config: ForeignConfig, where: str) -> None:
     wanted: dict[str, tuple[int, tuple[int, int]]] = {}
     for module, kind in config.modules.items():
         inputs, outputs = config.shape.linear(kind)
-        rank = config.rank(module)
-        wanted |= {_weight(module, "A"): (rank, (rank, inputs)), _weight(module, "B"): (rank, (outputs, rank))}
+        rank, _ = config.rank_and_scale(module)
+        wanted[tensor_name(module, "A")] = rank, (rank, inputs)
+        wanted[tensor_name(module, "B")] = rank, (outputs, rank)
     for name in sorted(shapes.keys() - wanted.keys()):
         raise UserError("Not a LoRA weight of this configuration and base", where=f"{where}, {name[:120]!a}")
     for name, (rank, shape) in wanted.items():
@@ -97,15 +93,12 @@ def check_numbers(path: Path, config: ForeignConfig, norms: Mapping[str, float],
         for module in config.modules:
             pair = {}
             for half in "AB":
-                name = _weight(module, half)
+                name = tensor_name(module, half)
                 pair[half] = weights.get_tensor(name)
                 _check_finite(pair[half], f"{where}, {name}")
             _check_overflow(pair["A"], pair["B"], f"{where}, {module}")
-            _check_change(pair["A"], pair["B"], config.scale(module), norms[module], f"{where}, {module}")
-
-
-def _weight(module: str, half: str) -> str:
-    return f"{_PREFIX}{module}.lora_{half}.weight"
+            _, scale = config.rank_and_scale(module)
+            _check_change(pair["A"], pair["B"], scale, norms[module], f"{where}, {module}")
 
 
 def _check_finite(tensor: Any, where: str) -> None:

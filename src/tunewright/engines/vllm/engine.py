@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx
 
+from tunewright.adapters.lora_weights import CONFIG, WEIGHTS, vllm_refusals
 from tunewright.adapters.manifest import MANIFEST, Manifest, parse_record
 from tunewright.adapters.registry import require_digest
-from tunewright.adapters.vllm_compat import CONFIG, WEIGHTS, vllm_refusals
 from tunewright.core import tracing
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest

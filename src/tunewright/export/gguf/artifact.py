@@ -110,12 +110,7 @@ class LlamaCpp:
 
 @contextmanager
 def running(model: Path, context: int, lora: Path | None = None) -> Iterator[LlamaCpp]:
-    """Run llama.cpp with this file loaded, in a child process.
-
-    Raises:
-        EngineFailedError: it rejects the file.
-        UserError: it is killed, or hangs.
-    """
+    """Run llama.cpp with this file loaded, in a child process; it may reject the file, be killed or hang."""
     key = secrets.token_hex(16)
     arguments = [str(model), str(context), str(torch.get_num_threads()), key, *([str(lora)] if lora else [])]
     with tempfile.TemporaryFile() as log:
