@@ -143,7 +143,7 @@ def test_modules_ranks_and_scales_equal_those_of_peft(changes: dict[str, Any], t
     layers = {name.removeprefix(prefix): part for name, part in model.named_modules() if hasattr(part, "lora_A")}
     shape = read_shape(tiny_base_folder / "config.json")
     config = read_config(json.dumps(lora_config(**values)).encode(), shape, "LlamaForCausalLM", "config")
-    expected = {m: (part.r["default"], pytest.approx(part.scaling["default"])) for m, part in layers.items()}
+    expected: Any = {m: (part.r["default"], pytest.approx(part.scaling["default"])) for m, part in layers.items()}
     assert {m: config.rank_and_scale(m) for m in config.modules} == expected
 
 

@@ -81,6 +81,11 @@ def _pickle_for_weights(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(PICKLE)
 
 
+def _very_many_files(folder: Path) -> None:
+    for number in range(100):
+        (folder / f"adapter_config.json.{number}").touch()
+
+
 def _linked_weights(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder.parent / "elsewhere.safetensors")
     (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere.safetensors")
@@ -148,10 +153,7 @@ CORPUS: dict[str, tuple[str, Build]] = {
     "a_name_with_a_cyrillic_letter": (NOT_PART, _with_file("аdapter_config.json")),
     "a_name_written_from_right_to_left": (NOT_PART, _with_file("README‮dm.nib")),
     "a_name_that_moves_the_cursor": (NOT_PART, _with_file("\x1b[2Jadapter_config.json")),
-    "a_folder_of_very_many_files": (
-        "More than 64 files and folders",
-        _changed(lambda folder: [(folder / f"adapter_config.json.{number}").touch() for number in range(100)]),
-    ),
+    "a_folder_of_very_many_files": ("More than 64 files and folders", _changed(_very_many_files)),
     "no_weights": (f"Not an adapter: {WEIGHTS} missing", _changed(lambda folder: (folder / WEIGHTS).unlink())),
     "a_configuration_of_two_megabytes": ("larger than 1 MB", _config(base_model_name_or_path="x" * (2 << 20))),
     "a_checkpoint_of_an_unknown_training": (

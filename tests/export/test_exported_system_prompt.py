@@ -55,14 +55,6 @@ def _exported(project: Path, *arguments: str) -> tuple[Path, str]:
     return Path(ran.document["folder"]), "\n".join(ran.document["notes"])
 
 
-def test_merged_template_adds_the_system_prompt(project: Path) -> None:
-    folder, notes = _exported(project, "merge")
-    assert f'its chat template adds the trained system prompt if there is no other: "{SYSTEM}"' in notes
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for turns, ids in _asked(project):
-        assert tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)) == ids
-
-
 def test_merged_gguf_template_adds_the_system_prompt_in_llama_cpp(project: Path) -> None:
     folder, notes = _exported(project, "gguf", "--merged")
     assert "its chat template adds the trained system prompt" in notes
@@ -73,20 +65,21 @@ def test_merged_gguf_template_adds_the_system_prompt_in_llama_cpp(project: Path)
             assert tuple(engine.prompt_ids(messages, chat.template)) == ids
 
 
-def test_lora_file_export_notes_the_missing_system_prompt(project: Path) -> None:
+def test_export_names_the_place_of_the_system_prompt(project: Path) -> None:
     _, notes = _exported(project, "gguf")
     assert f"the adapter's file alone has no system prompt: send the trained one: {SYSTEM}" in notes
+    for options in ((), ("--lora",)):
+        folder, notes = _exported(project, "ollama", *options)
+        assert f'\nSYSTEM """{SYSTEM}"""\n' in (folder / "Modelfile").read_text(encoding="utf-8")
+        assert "the Modelfile's SYSTEM is the trained system prompt" in notes
 
 
-@pytest.mark.parametrize("options", [(), ("--lora",)])
-def test_modelfile_has_the_system_prompt(project: Path, options: tuple[str, ...]) -> None:
-    folder, notes = _exported(project, "ollama", *options)
-    assert f'\nSYSTEM """{SYSTEM}"""\n' in (folder / "Modelfile").read_text(encoding="utf-8")
-    assert "the Modelfile's SYSTEM is the trained system prompt" in notes
-
-
-def test_export_without_system_prompt_is_not_reused(project: Path, tmp_path: Path) -> None:
-    folder, _ = _exported(project, "merge", "--to", str(tmp_path / "merged"))
+def test_merged_template_adds_the_system_prompt_and_belongs_to_the_inputs(project: Path, tmp_path: Path) -> None:
+    folder, notes = _exported(project, "merge", "--to", str(tmp_path / "merged"))
+    assert f'its chat template adds the trained system prompt if there is no other: "{SYSTEM}"' in notes
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for turns, ids in _asked(project):
+        assert tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)) == ids
     record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     assert record["made_of"].pop("system_prompt") == SYSTEM
     (folder / "export.json").write_text(json.dumps(record), encoding="utf-8")
