@@ -24,7 +24,6 @@ from tunewright.export import merge as merging
 from tunewright.export import templates
 from tunewright.export.artifact import Export
 from tunewright.export.gguf import model as gguf_model
-from tunewright.export.gguf import tokenizer as gguf_tokenizer
 from tunewright.export.weights import LoraDelta, read_deltas
 
 
@@ -197,7 +196,7 @@ def queries_and_keys_in_the_order_of_transformers(patch: pytest.MonkeyPatch) -> 
 
 @_fault(["gguf", "--merged"], "to other tokens than training did")
 def another_template_in_the_file(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gguf_tokenizer, "exported_template", lambda *given: templates.exported_template(*given) + "\n ")
+    patch.setattr(gguf_model, "exported_template", lambda *given: templates.exported_template(*given) + "\n ")
 
 
 @_fault(["gguf", "--merged"], "llama.cpp rejected the file")

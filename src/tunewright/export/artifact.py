@@ -25,14 +25,14 @@ from tunewright.open_project import OpenProject
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """An adapter of an open project, to be exported."""
 
     project: OpenProject
     adapter: Adapter
 
     @classmethod
-    def find(cls, project: OpenProject, adapter: str | None) -> Source:
+    def find(cls, project: OpenProject, adapter: str | None) -> ExportSource:
         """Return an adapter by its name or the beginning of it; None: the newest."""
         found = find_adapter(project.folder.adapters, adapter)
         require_compatible(found, project.base, project.chat)
@@ -230,7 +230,7 @@ def find_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None
 
 
 def export(
-    source: Source, kind: Kind, target: Path, made_of: Mapping[str, Any], build: Callable[[Path], BuiltArtifact]
+    source: ExportSource, kind: Kind, target: Path, made_of: Mapping[str, Any], build: Callable[[Path], BuiltArtifact]
 ) -> ExportResult:
     """Return the artifact at ``target``, or make it: ``build`` fills a temporary folder and measures it.
 

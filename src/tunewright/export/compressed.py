@@ -23,7 +23,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
 from tunewright.engines.llmcompressor import worker
-from tunewright.export.artifact import BuiltArtifact, Source
+from tunewright.export.artifact import BuiltArtifact, ExportSource
 from tunewright.export.merge import choose_merge_method, load_folder, observe_folder, save_settings, write_merged
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights
@@ -123,7 +123,7 @@ def compression(
     return Compression(scheme, environment, group, rows)
 
 
-def build_compressed(folder: Path, source: Source, how: Compression) -> BuiltArtifact:
+def build_compressed(folder: Path, source: ExportSource, how: Compression) -> BuiltArtifact:
     """Write base and adapter as one quantized model, and compare it with the trained model."""
     project, trained = source.project, measure_trained(source)
     weights, way, ways = choose_merge_method(trained, project.reporter)

@@ -18,7 +18,7 @@ from tunewright.core.io import link_or_copy, write_json, write_text
 from tunewright.data.examples import Message
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import evidence_on
-from tunewright.export.artifact import RECORD, BuiltArtifact, Export, ExportResult, Source
+from tunewright.export.artifact import RECORD, BuiltArtifact, Export, ExportResult, ExportSource
 from tunewright.export.merge import save_tokenizer
 from tunewright.export.templates import count_equal_renderings
 from tunewright.report.model_card import CardSubject, model_card
@@ -59,7 +59,7 @@ def require_hub_id(name: str, where: str) -> None:
 
 
 def card(
-    source: Source,
+    source: ExportSource,
     merged: ExportResult | None,
     base_model: str | None,
     model_license: str | None,
@@ -85,7 +85,7 @@ def card(
 
 def build_repository(
     folder: Path,
-    source: Source,
+    source: ExportSource,
     merged: ExportResult | None,
     base_model: str | None,
     card: str,

@@ -12,7 +12,7 @@ from tunewright.adapters.registry import trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
-from tunewright.export.artifact import BuiltArtifact, MergeMeasurement, Source
+from tunewright.export.artifact import BuiltArtifact, ExportSource, MergeMeasurement
 from tunewright.export.templates import count_equal_renderings, exported_template
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype
@@ -26,7 +26,7 @@ _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 """Files of a base that reads images: without them neither transformers nor vLLM loads the full model."""
 
 
-def build_merged(folder: Path, source: Source) -> BuiltArtifact:
+def build_merged(folder: Path, source: ExportSource) -> BuiltArtifact:
     """Write base and adapter as one model, and compare it with the trained model."""
     project, trained = source.project, measure_trained(source)
     weights, way, ways = choose_merge_method(trained, project.reporter)

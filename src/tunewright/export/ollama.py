@@ -16,7 +16,7 @@ from tunewright.chat.templates import Template
 from tunewright.core.errors import UserError
 from tunewright.core.io import link_or_copy, write_text
 from tunewright.data.examples import Message
-from tunewright.export.artifact import BuiltArtifact, ExportResult, Source
+from tunewright.export.artifact import BuiltArtifact, ExportResult, ExportSource
 from tunewright.export.gguf.artifact import base_file
 from tunewright.export.gguf.tensors import PRECISIONS, FileType
 
@@ -204,7 +204,7 @@ MODELFILE = "Modelfile"
 
 
 def build_ollama(
-    folder: Path, source: Source, parts: ExportResult, file_type: FileType, *, lora: bool
+    folder: Path, source: ExportSource, parts: ExportResult, file_type: FileType, *, lora: bool
 ) -> BuiltArtifact:
     """Fill ``folder`` for Ollama from measured GGUF files: a merged one, or a LoRA file with its base under it."""
     project, record = source.project, parts.record

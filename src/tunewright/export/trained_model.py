@@ -14,7 +14,7 @@ from tunewright.adapters.registry import Adapter, trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
 from tunewright.core.progress import Reporter
-from tunewright.export.artifact import Source
+from tunewright.export.artifact import ExportSource
 from tunewright.export.weights import Weights, put_into, trained_dtype
 from tunewright.gate.answers import Context, TopTokens, answer, distance, distributions
 from tunewright.gate.prompts import Probe, contexts, draw_probe
@@ -115,7 +115,7 @@ def load_trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
     return with_adapters(model, {adapter.name: adapter.folder})
 
 
-def measure_trained(source: Source) -> TrainedModel:
+def measure_trained(source: ExportSource) -> TrainedModel:
     """Have the trained model answer dev prompts of the version that it was trained on, with the adapter on and off."""
     project, adapter, system = source.project, source.adapter, source.system_prompt.text
     config, base, chat, reporter = project.folder.config, project.base, project.chat, project.reporter

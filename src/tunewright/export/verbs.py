@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.export import HubOptions
-from tunewright.export.artifact import Source
+from tunewright.export.artifact import ExportSource
 from tunewright.models.bases import hub_id
 from tunewright.open_project import OpenProject
 
@@ -35,7 +35,7 @@ def merge(project: OpenProject, adapter: str | None = None, *, to: str | Path | 
     from tunewright.export.artifact import export
     from tunewright.export.merge import build_merged
 
-    source = Source.find(project, adapter)
+    source = ExportSource.find(project, adapter)
     made_of = source.inputs("merged")
     return export(source, "merged", source.target("merged", to), made_of, lambda folder: build_merged(folder, source))
 
@@ -68,7 +68,7 @@ def gguf(
 
     require_llamacpp()
     require_gguf(project.base)
-    source = Source.find(project, adapter)
+    source = ExportSource.find(project, adapter)
     what = "merged-gguf" if merged else "gguf"
     kind: Kind = "gguf-merged" if merged else "gguf-lora"
     build = build_model if merged else build_lora
@@ -97,7 +97,7 @@ def compressed(
     from tunewright.export.compressed import build_compressed, compression, require_compressed
 
     environment = require_compressed(project.base)
-    source = Source.find(project, adapter)
+    source = ExportSource.find(project, adapter)
     trained_by = source.adapter.lineage.get("config", {}).get("train", {})
     how = compression(
         scheme,
@@ -135,7 +135,7 @@ def ollama(
     from tunewright.export.artifact import export, find_export
     from tunewright.export.ollama import build_ollama, go_template
 
-    source = Source.find(project, adapter)
+    source = ExportSource.find(project, adapter)
     go_template(project.chat)  # refuse unsupported templates before measuring
     if lora:
         project.reporter.warn(
@@ -179,7 +179,7 @@ def hub(
     for name, where in ((options.base_model, "--base-model"), (options.push, "--push")):
         if name is not None:
             hub.require_hub_id(name, where)
-    source = Source.find(project, adapter)
+    source = ExportSource.find(project, adapter)
     tuned, base_model = source.adapter, options.base_model or hub_id(project.base)
     model = merge(project, tuned.name) if options.merged else None
     if model is not None and model.folder is None:

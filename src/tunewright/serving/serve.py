@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.lineage import SystemPrompt, system_prompt
+from tunewright.adapters.lora_weights import require_batchable
 from tunewright.adapters.registry import (
     Adapter,
     adapter_digest,
     find_adapter,
     list_adapters,
     require_compatible,
+    require_trusted,
     trained_quantization,
 )
-from tunewright.adapters.registry import require_trusted
-from tunewright.adapters.lora_weights import require_batchable
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author

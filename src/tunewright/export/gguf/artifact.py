@@ -23,7 +23,7 @@ from tunewright.core.io import digest, write_text, writing
 from tunewright.core.processes import ENOUGH_MEMORY, KILLED, PIPE, Process, end, start
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.export.artifact import BuiltArtifact, Source
+from tunewright.export.artifact import BuiltArtifact, ExportSource
 from tunewright.export.gguf.model import write_lora, write_model
 from tunewright.export.gguf.tensors import PRECISIONS, FileType
 from tunewright.export.merge import choose_merge_method
@@ -189,7 +189,7 @@ def _chat_request(messages: Sequence[Message], template: Template) -> dict[str, 
     return body
 
 
-def build_model(folder: Path, source: Source, file_type: FileType) -> BuiltArtifact:
+def build_model(folder: Path, source: ExportSource, file_type: FileType) -> BuiltArtifact:
     """Write base and adapter as one file."""
     project, name = source.project, source.adapter.name
     trained = measure_trained(source)
@@ -203,7 +203,7 @@ def build_model(folder: Path, source: Source, file_type: FileType) -> BuiltArtif
     return BuiltArtifact(figures, PRECISIONS[file_type], way, ways, (*notes, *source.notes()), failure)
 
 
-def build_lora(folder: Path, source: Source, file_type: FileType) -> BuiltArtifact:
+def build_lora(folder: Path, source: ExportSource, file_type: FileType) -> BuiltArtifact:
     """Write the adapter's matrices as a file to load on a GGUF file of its base, which is in ``file_type``."""
     project, adapter = source.project, source.adapter
     trained = measure_trained(source)
