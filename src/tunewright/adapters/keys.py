@@ -139,16 +139,26 @@ class TrustedKey(Record):
     """Its fingerprint, as ``ssh-keygen -l`` prints it. For a key of keys/NAME.json, which an earlier tunewright wrote,
     the SHA-256 of its DER, which its DSSE signatures name."""
     public_key: str
-    """Its type and the key in OpenSSH's format."""
+    """Its type and the key in OpenSSH's format; for a key of keys/NAME.json, PEM."""
     trusted: KeyEvent
     revoked: KeyEvent | None = None
     options: str = ""
     """The options of its line, such as ``valid-before="20270101"``."""
 
     @property
+    def openssh(self) -> str:
+        """The public key in OpenSSH's format."""
+        if not self.public_key.startswith("-----BEGIN"):
+            return self.public_key
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+        key = load_pem_public_key(self.public_key.encode())
+        return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+    @property
     def fingerprint(self) -> str:
         """The key's fingerprint."""
-        return fingerprint(base64.b64decode(self.public_key.split()[1]))
+        return fingerprint(base64.b64decode(self.openssh.split()[1]))
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ class TrustedKeys:
     def allowed_signers(self) -> str:
         """The file for ``ssh-keygen``: the project's, and the keys of keys/NAME.json."""
         former = (key for key in self.all if not key.id.startswith("SHA256:") and key.revoked is None)
-        return _text(self._allowed) + "".join(_line(key.name, key.public_key) for key in former)
+        return _text(self._allowed) + "".join(_line(key.name, key.openssh) for key in former)
 
     def find(self, mark: str) -> TrustedKey | None:
         """Return the key with this fingerprint."""
@@ -268,7 +278,7 @@ class TrustedKeys:
             raise UserError("The project revokes keys by a KRL", where=str(self.revocations), fix=fix)
         at, by = without_milliseconds(now()), current_author(self.folder.parent)
         event = KeyEvent(at=at, by=by, because=" ".join(because.split()))
-        lines = "".join(f"{key.public_key} revoked{event}\n" for key in valid)
+        lines = "".join(f"{key.openssh} revoked{event}\n" for key in valid)
         write_text(self.revocations, _text(self.revocations) + lines)
         return valid[0].model_copy(update={"revoked": event})
 
@@ -295,13 +305,11 @@ class TrustedKeys:
         try:
             public = load_pem_public_key(key.public_key.encode())
             der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-            openssh = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+            ours = key.openssh.startswith("ssh-ed25519 ") and key.id == hashlib.sha256(der).hexdigest()
         except (ValueError, UnsupportedAlgorithm):
-            der, openssh = b"", ""
-        ours = openssh.startswith("ssh-ed25519 ") and key.id == hashlib.sha256(der).hexdigest()
+            ours = False
         if not ours or key.name != path.stem:
             raise UserError("The file's name or ID does not match its key", where=str(path), fix=_RESTORE)
-        key = key.model_copy(update={"public_key": openssh})
         return key.model_copy(update={"revoked": self._revoked.get(key.fingerprint, key.revoked)})
 
 

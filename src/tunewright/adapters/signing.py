@@ -232,7 +232,7 @@ def _verify_former(folder: Path, payload: bytes, trusted: TrustedKeys) -> Iterat
         if key is None:
             yield Signed(mark, "untrusted", f"signed by key {mark}, which is not trusted here")
             continue
-        name, public = key.name, load_ssh_public_key(key.public_key.encode())
+        name, public = key.name, load_ssh_public_key(key.openssh.encode())
         assert isinstance(public, Ed25519PublicKey)  # ids of other keys are no digests of DER
         try:
             public.verify(base64.b64decode(signature.sig, validate=True), message)
