@@ -24,7 +24,7 @@ from command_line import tunewright
 from factories import pair
 from real_data import SHARED
 from tunewright.cli.data import leakage_blocks
-from tunewright.cli.verdict import verdict_text
+from tunewright.cli.evaluate import verdict_text
 from tunewright.config.io import load_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.data.dedup.leakage import LeakageRate, LeakageReport, NearestTrainingRow

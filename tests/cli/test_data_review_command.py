@@ -37,7 +37,7 @@ def project(added: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys that the reviewer will press; all of them have to be asked for."""
-    import tunewright.cli.annotate as cli
+    import tunewright.cli.data_review as cli
 
     commands()
     keys: list[str] = []

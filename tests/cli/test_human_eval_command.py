@@ -35,7 +35,7 @@ def folder(project: Path) -> Path:
 @pytest.fixture
 def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The keys that the reviewer will press, and a note after each n; all of them have to be asked for."""
-    import tunewright.cli.annotate as cli
+    import tunewright.cli.data_review as cli
     import tunewright.cli.preferences as human_eval
 
     commands()

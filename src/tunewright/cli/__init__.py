@@ -17,27 +17,19 @@ if TYPE_CHECKING:
 # In the order in which each panel of the help lists their commands.
 _GROUPS = (
     "data",
-    "data_rows",
     "data_versions",
     "data_generate",
     "data_review",
     "advise",
     "train",
-    "estimate_memory",
-    "adapters",
     "evaluate",
-    "verdict",
     "preferences",
-    "regressions",
     "serve",
-    "releases",
     "tenants",
-    "keys",
+    "adapters",
     "export",
     "engine",
     "project",
-    "migrate",
-    "studio",
     "doctor",
 )
 

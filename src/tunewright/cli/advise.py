@@ -17,13 +17,10 @@ from tunewright.render.blocks import Lead, table, words
 if TYPE_CHECKING:
     from tunewright.advisor.advice import AdviceResult
     from tunewright.advisor.signals import Signals
+    from tunewright.evaluation.prompt_optimization.run import OptimizePromptEstimate
     from tunewright.evidence.common import Interval, Score
     from tunewright.render.terminal import Part
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tunewright.evaluation.prompt_optimization.run import OptimizePromptEstimate
 
 _COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold cyan", "can't tell": "bold yellow"}
 _WIDTH = 41

@@ -56,6 +56,12 @@ Minutes = Annotated[
 ]
 
 _option = partial(Parameter, kind=Parameter.POSITIONAL_OR_KEYWORD)
+_SHARED = (
+    _option("cluster", annotation=Cluster, default=None),
+    _option("database_url", annotation=DatabaseUrl, default=None),
+    _option("project", annotation=Folder, default=Path()),
+    _option("json", annotation=Json, default=False),
+)
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 
 
@@ -168,33 +174,23 @@ def command(
     """Return a decorator that makes a command of a function of a `Session`, which returns the exit code (None: 0).
 
     Args:
-        within: the group that the command belongs to.
-        name: the command's name.
         example: a complete command line, shown in its help. A test parses it.
         panel: where the help of ``tunewright`` lists the command, if it is not in a group.
         kept: message about the state after a stopped run, and the way to resume it.
         status: report at the end whether reviewers have accepted the project's dataset version.
-        project: add ``--project``.
-        database: add ``--database-url``.
-        cluster: add ``--cluster``.
-        json: add ``--json``.
+        project: add ``--project``; ``database``, ``cluster`` and ``json`` add their options likewise.
         together: returns True if a run with these options may be one of several processes.
         traced: a run of the command is one span of a trace; False for servers, whose requests are.
-        options: a dataclass of `Option` fields, which become options; the function takes an instance of it as
-            ``options``.
+        options: a dataclass of `Option` fields, each of which becomes an option of its own.
     """
+    wanted = {"cluster": cluster, "database_url": database, "project": project, "json": json}
+    shared = [each for each in _SHARED if wanted[each.name]]
 
     def decorate(function: Callable[..., int | None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         if options is not None:
             place = [each.name for each in own].index("options")
             own[place : place + 1] = _options(options)
-        shared = [
-            *([_option("cluster", annotation=Cluster, default=None)] if cluster else []),
-            *([_option("database_url", annotation=DatabaseUrl, default=None)] if database else []),
-            *([_option("project", annotation=Folder, default=Path())] if project else []),
-            *([_option("json", annotation=Json, default=False)] if json else []),
-        ]
 
         @wraps(function)
         def run(**values: Any) -> None:

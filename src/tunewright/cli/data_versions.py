@@ -1,19 +1,251 @@
-"""Dataset versions: ``data log``, ``diff``, ``checkout``, ``export``, ``push``, ``pull`` and ``verify``."""
+"""The dataset's rows and versions: ``data show``, ``blame``, ``remove``, ``log``, ``diff``, ``push`` and more."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from tunewright.cli.app import command
 from tunewright.cli.console import FAILED, Session
 from tunewright.cli.data import data_app
+from tunewright.core.clock import without_milliseconds
+from tunewright.core.io import canonical_json
 from tunewright.core.text import count_of
+from tunewright.data.options import RemoveOptions
 
 if TYPE_CHECKING:
+    from tunewright.chat.inspection import TokenView
     from tunewright.data.remote import Transfer
+    from tunewright.data.remove import RemoveResult
+    from tunewright.data.trace import RowOrigin
+    from tunewright.data.versions import Member
+
+Row = Annotated[str, typer.Argument(help="First digits of the row's key, or FILE:LINE of an added file.")]
+
+_MOST = 10
+
+
+@command(data_app, "show", example="tunewright data show pairs.jsonl:7 --tokens")
+def data_show(
+    run: Session,
+    row: Row,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, as training sees it.")] = False,
+) -> None:
+    """Show a row's conversation, split and cluster or, with --tokens, what the model sees of it."""
+    member = run.project.data.show(row)
+    if tokens:
+        _show_tokens(run, member)
+        return
+    metadata = run.project.data.metadata(member.key)
+    counts = run.project.data.cluster_counts(member)
+    lines = [f"{key}: {canonical_json(value)}" for key, value in metadata.items()]
+    document = {**row_document(member, counts), "metadata": metadata}
+    run.show(document, row_heading(member, counts), *lines, conversation_text(member))
+
+
+def _show_tokens(run: Session, member: Member) -> None:
+    from tunewright.chat.inspection import view
+    from tunewright.training.rows import expected_messages, row_faults
+
+    chat = run.project.chat
+    encoded = chat.rows(member.example.messages)
+    rows = [view(chat, each) for each in encoded]
+    faults = row_faults(chat, encoded, expected_messages(member, len(encoded)))
+    document = {
+        **row_document(member),
+        "template_digest": chat.digest,
+        "rows": [
+            {
+                "ids": [t.id for t in each],
+                "texts": [t.text for t in each],
+                "loss_mask": [t.trained for t in each],
+                "control": [t.control for t in each],
+                "fault": fault,
+            }
+            for each, fault in zip(rows, faults, strict=True)
+        ],
+    }
+    run.show(document, row_heading(member), *(tokens_text(each) for each in rows))
+    for fault in filter(None, faults):
+        run.reporter.warn(f"training would refuse this row: {fault}")
+
+
+@command(data_app, "blame", example="tunewright data blame pairs.jsonl:7")
+def data_blame(run: Session, row: Row) -> None:
+    """Show which version added a row, from which file, when and by whom."""
+    found = run.project.data.blame(row)
+    run.show(found, _blame_text(found))
+
+
+@command(data_app, "trained-by", example="tunewright data trained-by pairs.jsonl:7")
+def data_trained_by(run: Session, row: Row) -> None:
+    """List the adapters that were trained on a row."""
+    from tunewright.data.trace import trained_adapters
+
+    key, found = run.project.data.trained_by(row)
+    lines = [f"{s.adapter}: {s.use}{f' ({s.reason})' if s.reason else ''}" for s in found]
+    run.show(
+        {"key": key, "trained_on": trained_adapters(found), "adapters": found},
+        "\n".join(lines) if lines else "No adapter has been trained yet.",
+    )
+
+
+@command(
+    data_app,
+    "remove",
+    example="tunewright data remove --group customer=ACME --because 'deletion request' --dry-run",
+    options=RemoveOptions,
+)
+def data_remove(run: Session, options: RemoveOptions = RemoveOptions()) -> None:
+    """Make a version without some rows, and a log that keeps them out when their file is added again.
+
+    Rows must match all of --keys, --where, --source and --group that are given.
+    """
+    done = run.project.data.remove(options)
+    run.show(done.as_dict(), "\n".join(_removal_lines(done, purging=options.purge)))
+
+
+def _blame_text(found: RowOrigin) -> str:
+    version = found.version
+    lines = [
+        f"row {found.key[:12]}, version {version.digest[:12]} of {without_milliseconds(version.created)}"
+        + (f", by {version.author}" if version.author else "")
+        + (f": {version.message}" if version.message else "")
+    ]
+    if found.source is not None:
+        lines.append(f"from {found.source}:{found.line}")
+    lines += [f"reviewed by {', '.join(found.reviewers)}"] if found.reviewers else []
+    lines += [f"replaces {key[:12]}, which has the same input and another output" for key in found.edit_of]
+    lines += [f"next to {key[:12]}, which has the same input and another output" for key in found.conflicts_with]
+    if found.older_missing:
+        lines.append(f"or from an older version: {found.older_missing[:12]}, its parent, is not here")
+    return "\n".join(lines)
+
+
+def _removal_lines(done: RemoveResult, *, purging: bool) -> Iterator[str]:
+    goes = "would go" if done.dry_run else "removed"
+    counts = ", ".join(f"{count:,} {split}" for split, count in done.splits.items() if count)
+    if done.rows:
+        yield f"{count_of(len(done.rows), 'row')} {goes} ({counts}){f': {done.because}' if done.because else ''}"
+    if done.dry_run:
+        for row in done.rows[:_MOST]:
+            text = " ".join(row.document["input"].split())
+            place = f"{row.source}:{row.line}" if row.source else "file unknown"
+            yield f"  {row.key[:12]} ({row.split}, {place}) {text if len(text) <= 60 else text[:59] + '…'}"
+        if len(done.rows) > _MOST:
+            yield f"  and {len(done.rows) - _MOST:,} more: --json lists all"
+    if done.earlier:
+        would = "would be" if done.dry_run else "was"
+        yield f"Former rows with these inputs, in earlier versions: {done.earlier:,}; their text {would} purged too"
+    if done.splits["test"]:
+        yield f"Of the test, {done.splits['test']:,} go: scores of the two versions cannot be compared"
+    for seen in done.adapters:
+        parts = [f"trained on {seen.trained:,}"] if seen.trained else []
+        parts += [f"chosen on {seen.dev:,} (dev)"] if seen.dev else []
+        parts += [f"tested on {seen.test:,}"] if seen.test else []
+        parts += [f"{seen.unknown:,} unknown"] if seen.unknown else []
+        yield f"Adapter {seen.adapter}: {', '.join(parts)}"
+    for name, count in done.evaluations.items():
+        yield f"Evaluation {name}: measured on {count:,}"
+    if done.same_input:
+        named = ", ".join(key[:12] for key in done.same_input[:_MOST])
+        yield f"Rows with the same input that stay: {len(done.same_input):,}: {named}"
+    if done.purged:
+        yield f"Text erased from all versions: {count_of(done.purged, 'row')}; digests stay as tombstones."
+        yield "Where versions were pushed, the next `tunewright data push` erases it too."
+    if done.dry_run:
+        yield f"Nothing has changed{'; --purge cannot be undone' if purging else ''}."
+    elif done.created:
+        yield f"New version {done.version.digest[:12]}: {count_of(done.version.counts.rows, 'row')}"
+    elif done.rows:
+        yield (
+            f"Version {done.version.digest[:12]} is current again: {count_of(done.version.counts.rows, 'row')}. "
+            "It keeps its own message in `tunewright data log`; the reason is in dataset/removed.jsonl."
+        )
+    elif not done.purged:
+        yield f"No row was removed: version {done.version.digest[:12]} stays current."
+
+
+def row_document(member: Member, counts: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Return a row as JSON, with the counted rows of its cluster and those of them with the same output."""
+    return {
+        **({"cluster_rows": counts[0], "same_output": counts[1]} if counts else {}),
+        "key": member.key,
+        "split": member.split,
+        "cluster": member.cluster,
+        "groups": list(member.groups),
+        "mixed": member.mixed,
+        "messages": [m.as_dict() for m in member.example.messages],
+    }
+
+
+def row_heading(member: Member, counts: tuple[int, int] | None = None) -> str:
+    """Return the row's key, split and cluster."""
+    more = ["generic mix-in"] if member.mixed else list(member.groups)
+    if counts is not None and counts[0] > 1:
+        more = [f"of {counts[0]:,} rows, {counts[1]:,} with this output", *more]
+    return ", ".join([f"row {member.key[:12]}, split {member.split}, cluster {member.cluster[:12]}", *more])
+
+
+def conversation_text(member: Member) -> Text:
+    """Return the turns, one after the other."""
+    text = Text()
+    for message in member.example.messages:
+        weight = "" if message.weight else " (weight 0: not trained)"
+        answers = f" (result of {message.call_id})" if message.call_id is not None else ""
+        text.append(f"{message.role}{answers}{weight}\n", style="bold")
+        if message.role == "tools":
+            text.append(_escaped("".join(map(_signature, json.loads(message.content)))))
+            continue
+        if message.content or not message.calls:
+            text.append(_escaped(f"{message.content}\n"))
+        for call in message.calls:
+            text.append(_escaped(f"{call.id}: {call.name}({call.arguments})\n"))
+    return text
+
+
+def _signature(tool: Mapping[str, Any]) -> str:
+    """Return a declaration in one line: ``get_weather(city: string, days?: integer): The weather.``"""
+    function = tool["function"]
+    needed = function["parameters"].get("required", [])
+    named = [
+        f"{name}{'' if name in needed else '?'}: {about.get('type', 'any') if isinstance(about, dict) else 'any'}"
+        for name, about in function["parameters"].get("properties", {}).items()
+    ]
+    description = f": {' '.join(function['description'].split())}" if "description" in function else ""
+    return f"{function['name']}({', '.join(named)}){description}\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(map(escape_control_character, text))
+
+
+def tokens_text(tokens: Sequence[TokenView]) -> Text:
+    """Return tokens separated by spaces, their own spaces as · and line ends as ⏎, the trained ones in green ⟦ ⟧."""
+    text = Text()
+    for trained, run in groupby(tokens, key=lambda token: token.trained):
+        text.append("⟦ " if trained else "", style="green")
+        for token in run:
+            style = "bold magenta" if token.control else "green" if trained else "default"
+            shown = token.text.replace(" ", "·").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+            text.append(_escaped(shown), style=f"{style} underline" if trained else style)
+            text.append("\n" if "\n" in token.text else " ")
+        text.append("⟧ " if trained else "", style="green")
+    trained_count = sum(token.trained for token in tokens)
+    text.append(f"\n{len(tokens):,} tokens, {trained_count:,} trained", style="dim")
+    return text
+
+
+def escape_control_character(character: str) -> str:
+    """Return a control or format character as its code: it is invisible, or could corrupt the terminal."""
+    return character if character.isprintable() or character in "\n\t" else f"<U+{ord(character):04X}>"
+
 
 # As in data.export and data.splits, which are too heavy to import for --help.
 Format = Literal["chat", "alpaca", "csv", "parquet", "preference"]

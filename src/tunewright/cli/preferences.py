@@ -10,11 +10,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.cli.annotate import Import, Reviewer, annotate, chosen_action, read_note, require_terminal
 from tunewright.cli.app import EVALUATE, app, command, refuse_unused
 from tunewright.cli.console import MEASURED_NO, RESUMES, Session
-from tunewright.cli.data_rows import escape_control_character
-from tunewright.cli.verdict import Evaluation
+from tunewright.cli.data_review import Import, Reviewer, annotate, chosen_action, read_note, require_terminal
+from tunewright.cli.data_versions import escape_control_character
+from tunewright.cli.evaluate import Evaluation
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 

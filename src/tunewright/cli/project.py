@@ -1,8 +1,9 @@
-"""``init``, ``config``, ``run`` and ``demo``: the project as a whole."""
+"""``init``, ``migrate``, ``config``, ``run``, ``demo`` and ``studio``: the project as a whole."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,11 +12,13 @@ import typer
 
 from tunewright.cli.app import PROJECT, app, command, group
 from tunewright.cli.console import RESUMES, Session
-from tunewright.cli.verdict import verdict_text
+from tunewright.cli.evaluate import verdict_text
+from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
+    from tunewright.data.migrate import Service
     from tunewright.demo import DemoAnswers, TwoTenants
     from tunewright.evidence.schema import Advice
     from tunewright.pipeline import RunResult
@@ -56,7 +59,6 @@ def init(
 ) -> None:
     """Write a commented tunewright.yaml, or a whole example project."""
     from tunewright.config.project import CONFIG_FILE, create_project
-    from tunewright.core.errors import UserError
     from tunewright.examples import example_files
     from tunewright.open_project import new_project
 
@@ -225,3 +227,130 @@ def two_tenants_blocks(shown: TwoTenants) -> tuple[Block, ...]:
         table("Tenants", head, rows),
         Lead(f"To look at it later: tunewright releases --database-url {shown.state}"),
     )
+
+
+migrate_app = group("migrate", PROJECT, "Make a project from a hosted fine-tuning job's files.")
+
+Job = Annotated[Path, typer.Argument(help="The job's object, as the service's API returns it (JSON).")]
+Train = Annotated[Path, typer.Option("--train", help="The job's training file (JSON Lines).")]
+Validation = Annotated[Path | None, typer.Option("--validation", help="The job's validation file.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the new project.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Open-weight base to tune.", show_default="the job's, if it is on the hub")
+]
+_EXAMPLE = "tunewright migrate {} job.json --train train.jsonl --out courts"
+
+
+@command(migrate_app, "openai", example=_EXAMPLE.format("openai"), status=False, project=False)
+def openai(run: Session, job: Job, train: Train, out: Out, validation: Validation = None, base: Base = None) -> None:
+    """Make a project from an OpenAI job: its rows, the nearest settings, its model as incumbent."""
+    _migrate(run, "openai", job, train, out, validation, base)
+
+
+@command(migrate_app, "together", example=_EXAMPLE.format("together"), status=False, project=False)
+def together(run: Session, job: Job, train: Train, out: Out, validation: Validation = None, base: Base = None) -> None:
+    """Make a project from a Together job: its rows, the nearest settings, its model as incumbent."""
+    _migrate(run, "together", job, train, out, validation, base)
+
+
+@command(migrate_app, "fireworks", example=_EXAMPLE.format("fireworks"), status=False, project=False)
+def fireworks(run: Session, job: Job, train: Train, out: Out, validation: Validation = None, base: Base = None) -> None:
+    """Make a project from a Fireworks job: its rows, the nearest settings, its model as incumbent."""
+    _migrate(run, "fireworks", job, train, out, validation, base)
+
+
+def _migrate(
+    run: Session, service: Service, job: Path, train: Path, out: Path, validation: Path | None, base: str | None
+) -> None:
+    from tunewright.config.project import create_project
+    from tunewright.data.migrate import described, migrate
+
+    migration = migrate(service, job, train, validation, base)
+    create_project(out, migration.files)
+    for difference in migration.differences:
+        run.reporter.warn(difference)
+    run.show(
+        {
+            "project": str(out),
+            "files": sorted(migration.files),
+            "rows": migration.rows,
+            "differences": migration.differences,
+            "incumbent": migration.incumbent,
+        },
+        f"Wrote {', '.join(sorted(migration.files))} in {out.resolve()}",
+        *described(migration),
+        "Next: choose base_model in tunewright.yaml, then run there: tunewright data add "
+        + " ".join(sorted(migration.rows)),
+    )
+
+
+@command(app, "studio", panel=PROJECT, example="tunewright studio", kept=RESUMES, status=False, traced=False)
+def studio(
+    run: Session,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback requires a password.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any.")] = 8765,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the password that signs browsers in.", show_default="a token in the address"),
+    ] = None,
+    reviewer: Annotated[
+        str | None,
+        typer.Option(
+            help="Name that reviews are recorded under.", show_default="git's user.name, else your login name"
+        ),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Show the finished demo project, read-only and without sign-in.")
+    ] = False,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the address in your browser.")] = True,
+) -> None:
+    """Open the project in a browser: rows, review, blind comparison, reports and jobs, until Ctrl-C.
+
+    Jobs that were started on a page continue when the studio ends. In a folder without a project, the first page makes
+    one.
+    """
+    import webbrowser
+
+    from tunewright.data.review.session import reviewer_name
+    from tunewright.studio import Studio
+
+    def started(url: str) -> None:
+        run.show({"url": url}, f"The studio is at {url}\nCtrl-C ends it.")
+        if browser:
+            webbrowser.open(url)
+
+    if demo:
+        _show_demo(run.folder, host, port, started, given={"--password-file": password_file, "--reviewer": reviewer})
+        return
+    made = Studio(
+        run.folder,
+        reviewer_name(reviewer, run.folder),
+        password=None if password_file is None else _password(password_file),
+    )
+    made.run(host, port, started)
+
+
+def _show_demo(folder: Path, host: str, port: int, started: Callable[[str], None], given: Mapping[str, object]) -> None:
+    """Serve a copy of the demo project."""
+    from tunewright.demo import copied_demo
+    from tunewright.studio import Studio
+
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name} and --demo are mutually exclusive")
+    with copied_demo(folder) as copy:
+        Studio(copy, "visitor", demo=True).run(host, port, started)
+
+
+def _password(file: Path) -> str:
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(f"The password cannot be read: {error.strerror}", where=str(file)) from None
+    except UnicodeDecodeError:
+        raise UserError("The password is not UTF-8 text", where=str(file)) from None
+    if len(password) < 12:
+        raise UserError(f"The password has {len(password)} characters (at least 12)", where=str(file))
+    return password

@@ -1,14 +1,19 @@
-"""``serve``: the base and its adapters behind an OpenAI-compatible API."""
+"""``serve``, ``deploy`` and releases: the server, and which adapter an alias answers with."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunewright.cli.app import DEPLOY, app, command, given_options, refuse_unused
 from tunewright.cli.console import Session
-from tunewright.serving.options import ServeOptions
+from tunewright.cli.evaluate import verdict_text
+from tunewright.core.errors import UserError
+from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
+
+if TYPE_CHECKING:
+    from tunewright.serving.releases import DeployResult
 
 EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}
 
@@ -74,3 +79,125 @@ def serve(
 
     service.run(started)
     return None
+
+
+Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
+Because = Annotated[str | None, typer.Option(help="Reason, stored in the release history.")]
+
+
+@command(
+    app,
+    "deploy",
+    panel=DEPLOY,
+    example="tunewright deploy legal legal-4f1c02a9 --canary 10%",
+    database=True,
+    options=DeployOptions,
+)
+def deploy(
+    run: Session,
+    alias: Alias,
+    adapter: Annotated[str, typer.Argument(help="Adapter name or its first characters.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Deploy whatever the verdict and the serving check; requires --because.")
+    ] = False,
+    options: DeployOptions = DeployOptions(),
+) -> int | None:
+    """Point an alias at an adapter whose verdict is ship. Running servers follow within a second.
+
+    The isolation test runs first, with all live adapters: is each request answered by its own adapter? Exit code 3 if
+    the verdict is not to ship, the test finds a wrong answer, or the serving check fails, 4 if the test can't tell; the
+    alias is then unchanged. The serving check has the engine answer dev items: as the trained model does?
+    """
+    if force != (options.because is not None):
+        where = "--force" if force else "--because"
+        raise UserError("--force and --because require each other", where=where, fix="Give both or neither.")
+    result = run.project.deploy(alias, adapter, options)
+    if result.release is None and result.isolation is None:
+        assert result.verdict is not None
+        run.show(result.as_dict(), verdict_text(result.verdict), f"{alias} is unchanged.")
+        return result.exit_code
+    return _show(run, alias, result)
+
+
+@command(
+    app,
+    "promote",
+    panel=DEPLOY,
+    example="tunewright promote legal",
+    status=False,
+    database=True,
+    options=ReleaseTestOptions,
+)
+def promote(run: Session, alias: Alias, options: ReleaseTestOptions = ReleaseTestOptions()) -> int | None:
+    """Make an alias's candidate its live adapter, after an isolation test if these adapters have not passed one.
+
+    The serving check runs too, unless the candidate passed it on this engine.
+    """
+    return _show(run, alias, run.project.promote(alias, options))
+
+
+def _show(run: Session, alias: str, result: DeployResult) -> int | None:
+    """Show a release, or the isolation test or the serving check that it did not pass."""
+    from tunewright.gate.results import isolation_blocks, serving_blocks
+    from tunewright.serving.tenants.blocks import releases_blocks
+
+    checked = [] if result.serving is None else serving_blocks(result.serving)
+    if result.release is None and result.serving is not None:
+        run.show(result.as_dict(), *checked, f"{alias} is unchanged.")
+        return result.exit_code
+    if result.release is None:
+        assert result.isolation is not None
+        table = isolation_blocks(result.isolation, len(result.isolation.adapters))
+        run.show(result.as_dict(), *table, f"{alias} is unchanged.")
+        return result.exit_code
+    running = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
+    text = running if result.servers else "No server is running: `tunewright serve` starts one."
+    run.show(result.as_dict(), *checked, *releases_blocks([result.release]), text)
+    return None
+
+
+@command(app, "rollback", panel=DEPLOY, example="tunewright rollback legal --to 3", status=False, database=True)
+def rollback(
+    run: Session,
+    alias: Alias,
+    to: Annotated[
+        int | None, typer.Option(min=1, help="Number of the release to restore.", show_default="the previous one")
+    ] = None,
+) -> None:
+    """Drop an alias's candidate or, if it has none, restore an earlier release."""
+    from tunewright.serving.tenants.blocks import releases_blocks
+
+    made = run.project.rollback(alias, to)
+    run.show(made.as_dict(), *releases_blocks([made]))
+
+
+@command(
+    app, "undeploy", panel=DEPLOY, example="tunewright undeploy legal --because mistyped", status=False, database=True
+)
+def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
+    """Stop answering on an alias, as if it did not exist. `rollback` or `deploy` restores it."""
+    from tunewright.serving.tenants.blocks import releases_blocks
+
+    made = run.project.undeploy(alias, because=because)
+    run.show(made.as_dict(), *releases_blocks([made]))
+
+
+@command(app, "shadow", panel=DEPLOY, example="tunewright shadow legal", status=False, database=True)
+def shadow(run: Session, alias: Alias) -> None:
+    """Compare the answers of an alias's shadow candidates with the answers that were returned."""
+    from tunewright.serving.tenants.blocks import shadow_blocks
+
+    lines = run.project.shadow(alias)
+    run.show({"asked": lines}, *shadow_blocks(lines))
+
+
+@command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, database=True)
+def releases(
+    run: Session, alias: Annotated[str | None, typer.Argument(help="Alias to list.", show_default="all")] = None
+) -> None:
+    """List the releases: which adapter each alias answered with, since when, and on what grounds."""
+    from tunewright.serving.tenants.blocks import releases_blocks
+
+    known = run.project.releases(alias)
+    document = {"releases": [release.as_dict() for release in known]}
+    run.show(document, *(releases_blocks(known) if known else ["Nothing has been released yet."]))
