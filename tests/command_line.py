@@ -6,18 +6,25 @@ import json
 import random
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from tunewright.cli import commands
+
+if TYPE_CHECKING:
+    from tunewright.adapters.registry import Adapter
+    from tunewright.evidence.schema import Evidence
 
 COLOURS = ["red", "green", "blue", "amber", "violet", "ochre", "teal", "navy", "olive", "coral"]
 
@@ -48,6 +55,32 @@ def tunewright(*arguments: str | Path) -> Ran:
         sys.stdout.flush()
         sys.stderr.flush()
         return Ran(code, *(stream.getvalue().decode().replace("\r\n", "\n") for stream in (stdout, stderr)))
+
+
+@contextmanager
+def served(project: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """`serve` as a process on any free port, with what it says at its start; killed at the end."""
+    command = [sys.executable, "-m", "tunewright", "serve", *options, "--port", "0", "--json", "-p", str(project)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line == "}\n":
+                break
+        yield process, json.loads(said)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def interrupted(process: subprocess.Popen[str]) -> str:
+    """Press Ctrl-C, which ends a server well, and return what it said on stderr."""
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert (process.returncode, "Traceback" in stderr) == (0, False), stderr
+    return stderr
 
 
 @cache
@@ -97,6 +130,41 @@ def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
         "regressions:\n  samples: 0\n"
     )
     return folder
+
+
+def trained_project(folder: Path, base: Path, *changes: tuple[str, str], count: int = 120) -> Path:
+    """A project with a dataset version and an adapter; ``changes`` are those of the config's text."""
+    tiny_project(folder, base, count)
+    config = folder / "tunewright.yaml"
+    text = config.read_text(encoding="utf-8")
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    config.write_text(text, encoding="utf-8")
+    for command in (("data", "add", folder / "pairs.jsonl"), ("train",)):
+        ran = tunewright(*command, "-p", folder)
+        assert ran.code == 0, ran.stderr
+    return folder
+
+
+def document(project: Path, *arguments: str | Path) -> Any:
+    """What a command that succeeds prints as JSON."""
+    ran = tunewright(*arguments, "-p", project, "--json")
+    assert ran.code == 0, ran.stderr
+    return ran.document
+
+
+def store_evidence(project: Path, adapter: Adapter, evidence: Evidence, number: int = 1) -> None:
+    """Evidence on an adapter, as `evaluate` leaves it."""
+    from tunewright.evaluation.access_log import AccessLog
+
+    lineage = evidence.lineage | {
+        "created": f"2026-11-0{number}T10:00:00+00:00",
+        "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
+    }
+    stored = evidence.model_copy(update={"id": f"{number:012x}", "lineage": lineage})
+    evaluations = project / "evaluations"
+    AccessLog(evaluations).write(evaluations / stored.id / "evidence.json", stored.model_dump_json())
 
 
 def without_state(project: Path, folder: Path) -> Path:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tunewright as package
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from command_line import pairs, trained_project, tunewright, write_jsonl
 from tunewright.evaluation.access_log import ACCESS_LOG
 
 pytestmark = pytest.mark.slow
@@ -32,10 +27,8 @@ def add_keys(project: Path, text: str) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter, its test split closed."""
-    folder = tiny_project(tmp_path_factory.mktemp("access-log") / "project", tiny_base_folder)
+    folder = trained_project(tmp_path_factory.mktemp("access-log") / "project", tiny_base_folder)
     add_keys(folder, FAST)
-    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    assert tunewright("train", "-p", folder).code == 0
     assert package.open(folder).prompting().measured
     return folder
 
@@ -165,34 +158,3 @@ def test_crossval_opens_the_test_split_too(project: Path) -> None:
     assert (opening["design"], opening["adapter"], opening["items"]) == ("cross-fitted", None, 120)
     evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
     assert [each["shared_items"] for each in evidence["openings"]] == [evidence["items"]]
-
-
-def test_evaluate_dev_does_not_open_the_test_split(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = tunewright("evaluate", "--dev", "-p", project, "--json")
-    assert ran.code == 0, ran.stderr
-    compared = ran.document["evidence"]
-    assert openings(project) == []
-    assert tunewright("verdict", "-p", project, "--json").document["split"] == "dev"
-    advice = package.open(project).prompting().advice.model_dump(mode="json")
-    by_name = {arm["name"]: arm for arm in advice["arms"]}
-    arms = {arm["name"]: arm for arm in compared["arms"]}
-    assert arms["zero-shot"]["scores"]["exact_match"]["value"] == by_name["zero-shot"]["scores"]["exact_match"]["value"]
-    assert {"tuned", f"tuned+{advice['best_retrieved']}", advice["best"]} <= set(arms)
-    assert compared["contrasts"][-1]["control"] == "tuned"
-    assert tunewright("evaluate", "--dev", "-p", project, "--json").document["evaluated"] is False
-
-
-def test_ledger_counts_a_resumed_evaluation_once(project: Path) -> None:
-    command = [sys.executable, "-m", "tunewright", "evaluate", "-p", str(project)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    file = project / "evaluations" / ACCESS_LOG
-    end = time.monotonic() + 300
-    while '"opened"' not in file.read_text():
-        assert running.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert len(openings(project)) == 1
-    evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
-    assert (len(openings(project)), evidence["openings"]) == (1, [])

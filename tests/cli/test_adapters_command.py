@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import tunewright as api
 from adapter_helpers import PHRASE, create_key, own_keys
-from command_line import tiny_project, tunewright, write_jsonl
+from command_line import tunewright
 from terminal import Terminal
 from tunewright.adapters.registry import WEIGHTS
 from tunewright.data.versions import load_version
-from tunewright.serving.options import ServeOptions
 
 pytest_plugins = "adapter_fixtures"
 
@@ -56,52 +54,6 @@ def test_show_traces_an_adapter_to_its_rows_and_back(project: Path) -> None:
         assert [(each["adapter"], each["use"]) for each in found] == [(name, use)]
 
 
-def test_show_json_has_row_keys_only_on_request(project: Path) -> None:
-    short = tunewright("adapters", "show", "--json", "-p", project).document
-    long = tunewright("adapters", "show", "--rows", "--json", "-p", project).document
-    assert all("keys" not in split for split in short["dataset"]["splits"])
-    assert [len(split["keys"]) for split in long["dataset"]["splits"]] == [
-        s["rows"] for s in short["dataset"]["splits"]
-    ]
-    assert short["standing"]["state"] == "unsigned"
-    assert short["evaluations"] == []
-
-
-def test_adapters_show_reports_a_missing_or_changed_dataset_version(project: Path) -> None:
-    (rows,) = {path.parent for path in (project / "dataset" / "rows").glob("*.jsonl")}
-    path = sorted(rows.glob("*.jsonl"))[0]
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    ran = tunewright("adapters", "show", "--json", "-p", project)
-    assert ran.document["dataset"]["found"] is False
-    assert ran.document["dataset"]["why_not"]
-    shutil.rmtree(project / "dataset")
-    ran = tunewright("adapters", "show", "-p", project)
-    assert ran.code == 0
-    assert "it is missing" in ran.stdout
-
-
-def test_trained_by_finds_a_row_that_was_removed_after_training(project: Path) -> None:
-    first = load_version(project / "dataset")
-    key = first.examples("train")[0].key
-    # A new dataset, next to the version that the adapter was trained on.
-    write_jsonl(
-        project / "other.jsonl", [{"prompt": f"one of another kind {n * 7919}", "completion": "x"} for n in range(60)]
-    )
-    fresh = project.parent / "fresh"
-    shutil.copytree(project, fresh, ignore=shutil.ignore_patterns("dataset"))
-    assert tunewright("data", "add", fresh / "other.jsonl", "-p", fresh).code == 0
-    shutil.copytree(
-        project / "dataset", fresh / "dataset", dirs_exist_ok=True, ignore=shutil.ignore_patterns("HEAD", "rows")
-    )
-    for path in (project / "dataset" / "rows").glob("*.jsonl"):
-        with (fresh / "dataset" / "rows" / path.name).open("a", encoding="utf-8") as file:
-            file.write(path.read_text(encoding="utf-8"))
-    ran = tunewright("data", "trained-by", key[:12], "-p", fresh, "--json")
-    assert ran.code == 0, ran.stdout
-    assert ran.document["trained_on"] == [_name(project)]
-    assert tunewright("data", "show", key, "-p", fresh).code == 2
-
-
 def test_verify_reports_each_signature_state_with_its_exit_code(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def verify() -> tuple[int, str]:
         ran = tunewright("adapters", "verify", "-p", project, "--json")
@@ -131,27 +83,6 @@ def test_verify_reports_each_signature_state_with_its_exit_code(project: Path, m
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert verify() == (1, "tampered")
     assert tunewright("adapters", "sign", "-p", project).code == 2
-
-
-def test_verify_lists_an_adapter_without_lineage(project: Path) -> None:
-    (project / "adapters" / _name(project) / "lineage.json").unlink()
-    ran = tunewright("adapters", "verify", "-p", project, "--json")
-    assert (ran.code, ran.document["adapters"][0]["state"]) == (1, "tampered")
-
-
-@pytest.mark.slow
-def test_train_signs_the_adapter_with_a_trusted_key(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    tunewright("keys", "trust", create_key("ann"), "-p", folder)
-    tunewright("data", "add", folder / "pairs.jsonl", "-p", folder)
-    ran = tunewright("train", "-p", folder)
-    assert "The adapter will be signed with your key ann." in ran.stderr
-    assert tunewright("adapters", "verify", "-p", folder).code == 0
-    opened = api.open(folder)
-    with opened.serve(options=ServeOptions(port=0)).running():
-        pass
-    (folder / "adapters" / _name(folder) / "manifest.json.sig").unlink()
-    assert opened.serve(options=ServeOptions(port=0)).models == [str(tiny_base_folder)]
 
 
 @pytest.mark.slow
@@ -195,13 +126,3 @@ def test_keys_list_shows_owners_and_trust(project: Path, tmp_path: Path) -> None
     assert tunewright("keys", "revoke", "ann-laptop", "--because", " ", "-p", project).code == 2
     assert tunewright("keys", "revoke", "ann-laptop", "--because", "lost", "-p", project).code == 0
     assert "lost" in tunewright("keys", "list", "-p", project).stdout
-
-
-@pytest.mark.parametrize(
-    ("command", "replacement"),
-    [("create", "ssh-keygen -t ed25519"), ("passphrase", "ssh-keygen -p -f FILE"), ("show", "FILE.pub")],
-)
-def test_former_keys_command_is_refused_with_its_replacement(command: str, replacement: str) -> None:
-    ran = tunewright("keys", command, "ann")
-    message = " ".join(ran.stderr.replace("│", " ").split())
-    assert (ran.code, f"`keys {command}` was removed" in message, replacement in message) == (2, True, True)

@@ -69,31 +69,3 @@ def test_advise_without_a_pilot_trains_nothing_and_names_missing_signals(advised
     assert ran.document["advice"]["left_out"]["gain"] == "--no-pilot"
     assert ran.document["signals"]["gain"] == "Not measured: --no-pilot."
     assert {p.name for p in (project / ".tunewright" / "pilot" / "adapters").iterdir()} == before
-
-
-def test_advise_with_other_prices_reuses_the_pilot(advised: Advised) -> None:
-    project, ran = advised
-    config = project / "tunewright.yaml"
-    before = config.read_text()
-    config.write_text(before.replace("advise:", "advise:\n  prices: {input: 1, output: 2, training: 30}"))
-    try:
-        other = tunewright("advise", "--json", "-p", project)
-    finally:
-        config.write_text(before)
-    assert "Training tiny" not in other.stderr
-    assert other.document["file"] != ran.document["file"]
-    assert other.document["advice"]["break_even"]["unit"] == "money"
-    assert other.document["advice"]["break_even"]["once"]["training"] == 30
-    assert ran.document["advice"]["break_even"]["unit"] == "machine hours"
-
-
-def test_advise_refuses_wrong_usage(advised: Advised, tmp_path: Path) -> None:
-    project, _ = advised
-    unknown = tunewright("advise", "000000000000", "-p", project)
-    assert (unknown.code, "No advice '000000000000'" in unknown.stderr) == (2, True)
-    both = tunewright("advise", "000000000000", "--no-pilot", "-p", project)
-    assert (both.code, "does not apply to stored advice" in both.stderr) == (2, True)
-    broken = tmp_path / "broken.json"
-    broken.write_text("{}")
-    refused = tunewright("advise", broken, "-p", project)
-    assert (refused.code, "Not advice of schema 1 or 2" in refused.stderr) == (2, True)

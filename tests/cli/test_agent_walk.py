@@ -10,11 +10,8 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ import yaml
 
 import agent
 import prepare_orders as orders
-from command_line import Ran, tunewright, write_jsonl
+from command_line import Ran, interrupted, served, tunewright, write_jsonl
 from tiny import CHATML
 from tool_families import family
 from tunewright.core.io import canonical_json
@@ -160,25 +157,6 @@ def _run(project: Path, *arguments: str | Path) -> Ran:
     return ran
 
 
-@contextmanager
-def _serving(project: Path) -> Iterator[str]:
-    """Serve the project in a process; its API's address, as it is printed."""
-    command = [sys.executable, "-m", "tunewright", "serve", "--port", "0", "-p", str(project)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        first = process.stdout.readline()
-        served = re.fullmatch(r"Serving at (http://127\.0\.0\.1:\d+/v1)\n", first)
-        assert served, first + process.communicate()[1]
-        yield served[1]
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=300)
-        assert (process.returncode, "Traceback" in stderr) == (0, False), stderr
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def _asked(project: Path, url: str, key: str, *questions: str) -> str:
     """Run the project's own agent on the questions of one conversation; what it printed."""
     environment = {**os.environ, "OPENAI_BASE_URL": url, "OPENAI_API_KEY": key}
@@ -208,10 +186,12 @@ def test_walk_from_rows_with_functions_ends_with_an_agent_that_runs_them(project
     _run(project, "tenant", "add", "shop", "--alias", "orders")
     key = _run(project, "tenant", "key", "add", "shop").stdout.strip()
 
-    with _serving(project) as url:
+    with served(project) as (process, started):
+        url = f"{started['url']}/v1"
         cancelled = _asked(project, url, key, "Where is order 48213?", "Cancel it, please.")
         refused = _asked(project, url, key, "Where is my order?", "It's 90377.", "Cancel it, please.")
         no_call = _asked(project, url, key, "Do you have jobs?")
+        interrupted(process)
     assert cancelled == CANCELLED
     assert refused == REFUSED
     assert no_call == f"> Do you have jobs?\n{orders.ONLY_ORDERS}\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
 from tunewright.cli.console import session
 from tunewright.cli.live import ConsoleReporter
 from tunewright.core.progress import LogTask, Task
+from tunewright.data.versions import load_version
 
 GOOD = pairs(60)
 
@@ -54,15 +55,12 @@ def _file(folder: Path, content: bytes | str | list[Any], name: str = "new.jsonl
     ("content", "words"),
     [
         ("", ["new.jsonl", "The file has no rows"]),
-        ("\n \n", ["new.jsonl", "The file has no rows"]),
         ("not json\n", ["new.jsonl:1", "JSON"]),
         ([*GOOD, {"question": "a", "answer": "b"}], ["new.jsonl:61", "question"]),
-        ([*GOOD, {"prompt": "a", "completion": ""}], ["new.jsonl:61", "empty"]),
         (b'{"prompt": "caf\xc3\xa9 and caf\xe9", "completion": "x"}\n', ["new.jsonl:1", "UTF-8"]),
         ([*GOOD, {"prompt": "a" * 100_000, "completion": "x"}], ["new.jsonl:61", "100,00", "data.max_characters"]),
-        ([*GOOD, {"messages": [{"role": "user", "content": "a"}]}], ["new.jsonl:61", "assistant"]),
     ],
-    ids=["empty", "blank", "not-json", "wrong-keys", "empty-answer", "not-utf8", "100000-characters", "no-answer"],
+    ids=["empty", "not-json", "wrong-keys", "not-utf8", "100000-characters"],
 )
 def test_add_refuses_a_faulty_file_and_leaves_the_dataset_unchanged(
     project: Path, content: Any, words: list[str]
@@ -71,30 +69,6 @@ def test_add_refuses_a_faulty_file_and_leaves_the_dataset_unchanged(
     before = _snapshot(project)
     _refused(tunewright("data", "add", path, "-p", project), *words)
     assert _snapshot(project) == before
-
-
-def test_add_lists_all_faults_and_names_each_skipped_row(project: Path) -> None:
-    path = _file(project, [*pairs(30, seed=5), {"prompt": "a"}, 7, {"prompt": "b", "completion": " "}])
-    refused = tunewright("data", "add", path, "-p", project)
-    _refused(refused, "new.jsonl:31", "new.jsonl:32", "new.jsonl:33", "--skip-bad")
-    skipped = tunewright("data", "add", path, "-p", project, "--skip-bad")
-    assert skipped.code == 0
-    for line in (31, 32, 33):
-        assert f"new.jsonl:{line}" in skipped.stderr
-
-
-def test_add_reads_a_file_with_a_byte_order_mark(project: Path) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in pairs(20, seed=3))
-    path = _file(project, b"\xef\xbb\xbf" + text.encode())
-    ran = tunewright("data", "add", path, "-p", project, "--json")
-    assert (ran.code, ran.document["added"]) == (0, 20)
-
-
-def test_add_refuses_three_rows(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder, count=3)
-    _refused(tunewright("data", "add", folder / "pairs.jsonl", "-p", folder), "3", "10")
-    assert not (folder / "dataset" / "HEAD").exists()
-    _refused(tunewright("run", "-p", folder), "3", "10")
 
 
 def test_add_warns_of_pairs_repeated_under_another_system_turn(project: Path) -> None:
@@ -109,74 +83,33 @@ def test_init_refuses_a_path_that_is_a_file(tmp_path: Path) -> None:
     _refused(tunewright("init", tmp_path / "file"), "a file is in the place of a folder")
 
 
-def test_verdict_refuses_an_unknown_evaluation(project: Path) -> None:
-    for command in ("verdict", "report"):
-        _refused(tunewright(command, "nowhere", "-p", project), "No evaluation 'nowhere'")
+MAPPED = ["--rows", "*[]", "--input", "{{ q }}", "--output", '{{ {"topic": above[0], "answer": a} | tojson }}']
+NESTED = {"law": [{"q": f"question {n} of law {n * 7919}", "a": n} for n in range(30)], "tax": [{"q": "odd?"}]}
 
 
-def test_add_names_an_unknown_csv_column_and_the_existing_ones(project: Path) -> None:
-    path = _file(project, "question,answer\na,b\n", "new.csv")
-    _refused(tunewright("data", "add", path, "--input", "query", "--output", "answer", "-p", project), "question")
-    _refused(tunewright("data", "add", path, "-p", project), "--input")
-
-
-def test_column_options_are_refused_for_a_file_without_columns(project: Path) -> None:
-    _refused(
-        tunewright("data", "add", project / "pairs.jsonl", "--input", "a", "-p", project), "--input", "No file is a CSV"
-    )
-
-
-def test_add_reads_the_named_csv_columns(project: Path) -> None:
-    rows = "".join(f'"{row["prompt"]}, x",{row["completion"]}\n' for row in pairs(20, seed=3))
-    path = _file(project, "question,answer\n" + rows, "new.csv")
-    ran = tunewright("data", "add", path, "--input", "question", "--output", "answer", "-p", project, "--json")
-    assert (ran.code, ran.document["added"]) == (0, 20)
-
-
-@pytest.mark.parametrize("command", [["data", "add", "nowhere.jsonl"], ["data", "log"], ["train"], ["run"], ["serve"]])
-def test_commands_outside_a_project_suggest_init(tmp_path: Path, command: list[str]) -> None:
-    _refused(tunewright(*command, "-p", tmp_path), "tunewright.yaml", "tunewright init")
+def test_check_fix_and_add_read_a_file_the_same_way(tmp_path: Path) -> None:
+    assert tunewright("init", tmp_path).code == 0
+    file, out = tmp_path / "rows.json", tmp_path / "fixed.jsonl"
+    file.write_text(json.dumps(NESTED, indent=0))
+    checked = tunewright("data", "check", file, "-p", tmp_path, "--json", *MAPPED)
+    assert checked.code == 2
+    [fault] = checked.document["faults"]
+    added = tunewright("data", "add", file, "-p", tmp_path, "--json", "--skip-bad", *MAPPED)
+    assert (added.code, added.document["added"]) == (0, 30)
+    assert added.document["skipped"] == [fault]
+    assert file.read_text().splitlines()[fault["line"] - 1 : fault["line"] + 1] == ["{", '"q": "odd?"']
+    assert tunewright("data", "check", file, "-p", tmp_path, "--fix", out, *MAPPED).code == 0
+    again = tunewright("data", "add", out, "-p", tmp_path, "--json")
+    assert (again.document["created"], again.document["known"]) == (False, 30)
+    (tmp_path / "tunewright.yaml").write_text('data:\n  rows: law\n  input: q\n  output: "{{ b }}"\n')
+    assert tunewright("data", "check", file, "-p", tmp_path).code == 2
+    assert tunewright("data", "check", file, "-p", tmp_path, "--output", "{{ a }}").code == 0
 
 
 @pytest.mark.parametrize("command", ["advise", "train", "evaluate", "verdict", "report"])
 def test_stage_names_the_missing_earlier_stage(tmp_path: Path, tiny_base_folder: Path, command: str) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     _refused(tunewright(command, "-p", folder), "tunewright ")
-
-
-def test_config_refuses_an_unknown_key_and_suggests_the_nearest(project: Path) -> None:
-    config = project / "tunewright.yaml"
-    text = config.read_text()
-    config.write_text(text + "trian:\n  lora_r: 8\n")
-    line = text.count("\n") + 1
-    _refused(tunewright("train", "-p", project), f"tunewright.yaml:{line}:", "did you mean train?")
-
-
-def test_train_refuses_a_base_without_weights(project: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    config = project / "tunewright.yaml"
-    line = next(line for line in config.read_text().splitlines() if line.startswith("base_model:"))
-    config.write_text(config.read_text().replace(line, f"base_model: {base}"))
-    for command in ("advise", "train", "serve"):
-        _refused(tunewright(command, "-p", project), "Missing weights: model.safetensors")
-
-
-def test_errors_are_json_with_json(project: Path) -> None:
-    ran = tunewright("data", "add", project / "nowhere.jsonl", "-p", project, "--json")
-    assert ran.code == 2
-    assert "nowhere.jsonl" in ran.document["error"]["where"]
-
-
-def test_serve_refuses_a_port_in_use(project: Path) -> None:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        _refused(tunewright("serve", "--port", str(port), "-p", project), str(port))
 
 
 class _CtrlC(LogTask):
@@ -229,41 +162,6 @@ def test_stage_resumes_without_loss_after_ctrl_c(
     assert ran.document["data"]["version"]["counts"]["rows"] == 120
 
 
-@contextmanager
-def _small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param("advise", marks=pytest.mark.slow), "train", pytest.param("evaluate", marks=pytest.mark.slow)],
-)
-def test_full_disk_is_reported_and_existing_files_still_work(
-    command: str, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    with _small_disk(tmp_path / "disk", "8m") as disk:
-        folder = tiny_project(disk / "project", tiny_base_folder)
-        assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-        if command == "evaluate":
-            assert tunewright("train", "-p", folder).code == 0
-        filler = disk / "filler"
-        with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        before = _snapshot(folder / "dataset")
-        _refused(tunewright(command, "-p", folder), "the disk is full", "Free some space")
-        assert _snapshot(folder / "dataset") == before
-        filler.unlink()
-        assert tunewright("run", "-p", folder).code in {0, 3, 4}
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -280,34 +178,73 @@ def test_lack_of_memory_is_reported_wherever_it_is_met(error: Exception, capfd: 
     assert capfd.readouterr().err.startswith("Error: Not enough memory\n")
 
 
-@pytest.mark.parametrize(
-    ("command", "unused"),
-    [
-        (
-            ["serve", "--self-test", "--port", "0", "--metrics-host", "::1", "--no-auth", "--constrain"],
-            "--self-test does not use --port, --metrics-host, --no-auth, --constrain",
-        ),
-        (["data", "generate", "new.jsonl", "--estimate", "--out", "x"], "--estimate does not use --out"),
-        (["data", "from-documents", "new.md", "--estimate", "--out", "x"], "--estimate does not use --out"),
-        (["data", "review", "--status", "--redraw"], "--status cannot be combined with --redraw"),
-        (["data", "review", "--import", "x.csv", "--suspects"], "--import cannot be combined with --suspects"),
-        (["data", "review", "--status", "--reviewer", "ann"], "--status does not use --reviewer"),
-        (["data", "review", "--apply", "--reviewer", "ann"], "--apply does not use --reviewer"),
-    ],
-)
-def test_options_that_an_action_would_ignore_are_refused(command: list[str], unused: str, tmp_path: Path) -> None:
-    _refused(tunewright(*command, "-p", tmp_path), unused, "Leave it out")
+TOO_FEW = "no difference can be significant"
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (["data", "review", "--status", "--apply"], ["--status --apply", "Choose one."]),
-        (["data", "review", "--export", "x.csv", "--message", "m"], ["--message", "--apply"]),
-        (["human-eval", "--results", "--export", "x.csv"], ["--results --export", "Choose one."]),
-    ],
-)
-def test_options_that_exclude_or_need_each_other_are_named(
-    command: list[str], words: list[str], tmp_path: Path
+@pytest.fixture
+def few_clusters(tmp_path: Path) -> Path:
+    """A project with 480 rows in 40 groups of 12, which leave four test clusters, and no base."""
+    rows = [
+        {"prompt": f"{'abcdefghij'[g % 10] * 3} {g * 7919 % 10007} question {g}-{k}", "completion": f"{g} {k}", "g": g}
+        for g in range(40)
+        for k in range(12)
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    (tmp_path / "tunewright.yaml").write_text(
+        f"name: few\nbase_model: {tmp_path / 'nowhere'}\ndata: {{sources: [pairs.jsonl], group_by: [g]}}\n"
+    )
+    return tmp_path
+
+
+def test_data_add_warns_last_of_few_test_clusters_and_succeeds(few_clusters: Path) -> None:
+    ran = tunewright("data", "add", few_clusters / "pairs.jsonl", "-p", few_clusters, "--json")
+    assert ran.code == 0
+    assert ran.document["clusters"] == {"train": 32, "dev": 4, "test": 4}
+    warnings = [line for line in ran.stderr.splitlines() if line.startswith("Warning:")]
+    assert warnings[-1].startswith(f"Warning: 4 test clusters: {TOO_FEW} with fewer than 6. About ")
+    assert "Independent clusters: 32 train, 4 dev, 4 test." in ran.stderr
+
+
+def test_run_stops_before_resolving_the_base_unless_forced(few_clusters: Path) -> None:
+    ran = tunewright("run", "-p", few_clusters)
+    assert ran.code == 2
+    assert f"Error: test split: 4 test clusters: {TOO_FEW}" in ran.stderr
+    assert "--force" in ran.stderr
+    assert "nowhere" not in ran.stderr
+    forced = tunewright("run", "--force", "-p", few_clusters)
+    assert forced.code == 2
+    assert 'the verdict will be "can\'t tell"' in " ".join(forced.stderr.split())
+    assert "nowhere" in forced.stderr
+
+
+TOLD = r"(\d+) of (\d+) {split} references are longer than the limit of 4 tokens.*? (\d+) tokens fit all of"
+
+
+def _told(ran: Ran, split: str) -> list[re.Match[str]]:
+    assert ran.code == 0, ran.stderr
+    return list(re.finditer(TOLD.format(split=split), " ".join(ran.stderr.split())))
+
+
+@pytest.mark.slow
+def test_train_and_evaluate_warn_of_longer_references_before_they_answer(
+    tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    _refused(tunewright(*command, "-p", tmp_path), *words)
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    config = folder / "tunewright.yaml"
+    text = config.read_text().replace(
+        "evaluate:\n  num_fewshot: [1, 2]\n", "evaluate:\n  num_fewshot: [1]\n  max_new_tokens: 4\n"
+    )
+    config.write_text(text.replace("  epochs: 2\n", "  epochs: 1\n"))
+    assert tunewright("data", "add", folder / "pairs.jsonl", "--project", folder).code == 0
+    version = load_version(folder / "dataset")
+    trained = tunewright("train", "--project", folder)
+    (dev,) = _told(trained, "dev")
+    lengths = [len(m.example.output) + 1 for m in version.examples("dev")]  # bytes are tokens, and the end is one
+    assert [int(n) for n in dev.groups()] == [sum(n > 4 for n in lengths), len(lengths), max(lengths)]
+    on_dev = tunewright("evaluate", "--dev", "--project", folder)
+    assert len(_told(on_dev, "dev")) == 1
+    assert _told(on_dev, "test") == []
+    evaluated = tunewright("evaluate", "--project", folder)
+    assert len(_told(evaluated, "test")) == 1
+    message = " ".join(evaluated.stderr.split())
+    assert message.index("test references are longer") < message.index("The test split is opened")

@@ -128,30 +128,6 @@ def test_command_refuses_base_before_fetching_weights_when_card_is_too_small(
     assert hub.asked == {"config.json"}
 
 
-def test_train_offers_several_cards_when_4_bits_do_not_fit_either(
-    hub: type[_ConfigHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project = _project(tmp_path, "org/model")
-    _card(monkeypatch, 4 * GB)
-    _refused(command("train", "-p", project), "nf4 needs 6.", "does not fit either", "several cards")
-
-
-@pytest.mark.parametrize("verb", ["train", "run"])
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
-    ],
-)
-def test_command_refuses_unsupported_base_before_fetching_weights(
-    changed: dict[str, Any], words: str, verb: str, hub: type[_ConfigHub], tmp_path: Path
-) -> None:
-    hub.config |= changed
-    _refused(command(verb, "-p", _project(tmp_path, "org/model")), words)
-    assert hub.asked == {"config.json"}
-
-
 FAULTS = [
     (
         "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver",
@@ -187,13 +163,3 @@ def test_train_warns_and_trains_small_base_when_cuda_build_has_no_usable_card(
     assert ran.code == 0, ran.stderr
     message = " ".join(ran.stderr.split())
     assert "Found no NVIDIA driver on your system. Training runs on the CPU." in message
-
-
-def test_train_says_nothing_of_cards_when_the_user_hides_them(
-    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project = _project(tmp_path, tiny_base_folder)
-    _cuda_build(monkeypatch, FAULTS[1][0])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    ran = command("train", "-p", project)
-    assert (ran.code, "CUDA" in ran.stderr) == (0, False), ran.stderr

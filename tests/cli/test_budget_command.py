@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from command_line import Ran, tiny_project, tunewright
+from command_line import Ran, trained_project, tunewright
 from tunewright.evaluation import countdown
-from tunewright.evaluation.access_log import ACCESS_LOG
 from tunewright.evaluation.generations import Generator
 from tunewright.evidence.files import load_evidence
 from tunewright.generation.requests import Request
@@ -25,16 +24,14 @@ CONFIG = "  screening_items: 20\n  margin: 0.5\n"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter of one short epoch."""
-    folder = tiny_project(tmp_path_factory.mktemp("budget") / "project", tiny_base_folder, count=200)
-    config = folder / "tunewright.yaml"
-    text = config.read_text().replace(
-        "  sources: [pairs.jsonl]\n", "  sources: [pairs.jsonl]\n  val_size: 0.2\n  test_size: 0.2\n"
+    return trained_project(
+        tmp_path_factory.mktemp("budget") / "project",
+        tiny_base_folder,
+        ("  sources: [pairs.jsonl]\n", "  sources: [pairs.jsonl]\n  val_size: 0.2\n  test_size: 0.2\n"),
+        ("  epochs: 2\n", "  epochs: 1\n"),
+        ("  num_fewshot: [1, 2]\n", f"  num_fewshot: [1, 2]\n{CONFIG}"),
+        count=200,
     )
-    text = text.replace("  epochs: 2\n", "  epochs: 1\n")
-    config.write_text(text.replace("  num_fewshot: [1, 2]\n", f"  num_fewshot: [1, 2]\n{CONFIG}"))
-    assert tunewright("data", "add", folder / "pairs.jsonl", "--project", folder).code == 0
-    assert tunewright("train", "--project", folder).code == 0
-    return folder
 
 
 class Clock:
@@ -93,6 +90,9 @@ def test_evaluate_announces_its_answers(project: Path) -> None:
 
 
 def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
+    for none in ("0", "-3", "nan"):
+        refused = tunewright("evaluate", "--minutes", none, "--project", project, "--json")
+        assert (refused.code, refused.document["error"]["where"]) == (2, "--minutes")
     refused = tunewright("evaluate", "--minutes", "1", "--project", project, "--json")
     assert refused.code == 2
     error = refused.document["error"]
@@ -107,34 +107,6 @@ def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
     assert ran.code == 0, ran.stderr
     # The arms answered before the refusal were kept.
     assert re.search(r"answers, [\d,]+ of them kept from before", said(ran))
-
-
-def test_evaluate_counts_the_finalists_answers_stored_by_advise(project: Path) -> None:
-    """With more finalists the choice is another, and most of its answers are there."""
-    assert tunewright("advise", "--no-pilot", "--project", project).code in {0, 3, 4}
-    config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace(CONFIG, f"{CONFIG}  finalists: 6\n"))
-    message = said(tunewright("evaluate", "--dev", "--project", project))
-    kept = re.search(r"([\d,]+) answers, ([\d,]+) of them kept", message)
-    assert kept is not None, message
-    # The arms on the first 20, and zero-shot and some of the finalists on the other 20.
-    assert int(kept[2]) > 11 * 20 + 20
-
-
-def test_evaluate_leaves_no_arm_out_when_the_prompt_was_chosen_before(project: Path) -> None:
-    assert tunewright("advise", "--no-pilot", "--project", project).code in {0, 3, 4}
-    ran = tunewright("evaluate", "--dev", "--minutes", "0.01", "--project", project, "--json")
-    assert ran.code == 0, ran.stderr
-    assert ran.document["evidence"]["budget"] is None
-    assert "--minutes 0.01 leaves no arm out: the best prompting arm was chosen before" in said(ran)
-
-
-@pytest.mark.parametrize("minutes", ["0", "-3", "nan"])
-def test_minutes_must_be_greater_than_zero(project: Path, minutes: str) -> None:
-    for command in ("evaluate", "advise"):
-        refused = tunewright(command, "--minutes", minutes, "--project", project)
-        assert refused.code == 2, refused.stderr
-        assert "Must be greater than 0" in said(refused)
 
 
 def test_evaluate_with_a_budget_leaves_arms_out_by_the_rule_and_reports_them(project: Path) -> None:
@@ -179,30 +151,6 @@ def test_evaluate_reuses_the_same_budget_and_measures_another(project: Path, clo
     assert len(tunewright("access-log", "--project", project, "--json").document["openings"]) == 2
 
 
-def test_advise_accepts_a_budget(project: Path) -> None:
-    ran = tunewright("advise", "--no-pilot", "--minutes", "1.5", "--project", project, "--json")
-    assert ran.code in {3, 4}, ran.stderr
-    budget = ran.document["advice"]["prompting"]["budget"]
-    assert budget["left_out"][0] == "static-2-seed-3"
-    assert "retrieved-1" not in budget["left_out"]
-    stored = tunewright("advise", ran.document["file"], "--minutes", "3", "--project", project)
-    assert (stored.code, "does not apply to stored advice" in stored.stderr) == (2, True)
-
-
-@pytest.mark.slow
-def test_evaluate_counts_stored_answers_after_a_stop(project: Path) -> None:
-    assert tunewright("evaluate", "--project", project).code == 0
-    for each in project.glob("evaluations/*"):  # all but the log, without which nothing is opened again
-        if each.is_dir():
-            shutil.rmtree(each)
-        elif each.name != ACCESS_LOG:
-            each.unlink()
-    again = said(tunewright("evaluate", "--project", project))
-    kept = re.search(r"floor\. ([\d,]+) answers, ([\d,]+) of them kept", again)
-    assert kept is not None, again
-    assert int(kept[2]) >= 11 * 20
-
-
 # The dev split
 
 
@@ -223,11 +171,3 @@ def test_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
     assert "(on dev)" in page
     assert "Arms on the dev split" in page
     assert "test item" not in page
-
-
-def test_deploy_refuses_a_verdict_on_dev(project: Path) -> None:
-    assert tunewright("evaluate", "--dev", "--project", project).code == 0
-    adapter = next((project / "adapters").iterdir()).name
-    refused = tunewright("deploy", "court", adapter, "--project", project)
-    assert refused.code == 2
-    assert "no verdict on the test split, and one on dev does not allow a release" in said(refused)

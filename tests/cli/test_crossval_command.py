@@ -122,12 +122,6 @@ def test_crossval_evidence_covers_all_rows(project: Path) -> None:
     assert evidence["contrasts"][0]["control"] == evidence["best_prompting"]
 
 
-def test_crossval_reuses_a_finished_run(project: Path) -> None:
-    ran = tunewright("crossval", "--folds", str(FOLDS), "-p", project, "--json")
-    assert ran.document["evaluated"] is False
-    assert ran.document["evidence"] == _evaluation(project)[0]
-
-
 def test_verdict_and_report_name_the_cross_fitted_config(project: Path) -> None:
     ran = tunewright("verdict", "-p", project, "--json")
     assert ran.code in {0, 3, 4}
@@ -172,16 +166,6 @@ def test_crossval_resumes_to_the_same_evidence_after_a_kill(
         del evidence["lineage"]["created"]
         assert evidence.pop("opening")["number"] == 1
     assert resumed == unstopped
-
-
-def test_crossval_deals_other_folds_with_another_seed(project: Path) -> None:
-    before, _ = _evaluation(project)
-    config = project / "tunewright.yaml"
-    config.write_text(config.read_text() + "seed: 1\n")
-    ran = tunewright("crossval", "--folds", str(FOLDS), "-p", project, "--json")
-    assert ran.document["evaluated"] is True
-    after = ran.document["evidence"]
-    assert not set(after["lineage"]["folds"]) & set(before["lineage"]["folds"])
 
 
 def test_crossval_refuses_too_few_pairs_or_clusters_before_training(
@@ -253,34 +237,9 @@ def test_suspects_with_a_named_adapter_reports_the_rows_it_was_trained_on(projec
     assert (unknown.code, "No adapter is named 'x'" in unknown.stderr) == (2, True)
 
 
-def test_suspects_uses_the_newest_adapter_without_a_crossval(project: Path) -> None:
-    shutil.rmtree(project / ".tunewright" / "crossval")
-    document, message = _suspects(project)
-    assert document["judged_by"] is None
-    assert "Use --adapter NAME to rank them by an adapter's loss" in message
-    trained = tunewright("train", "-p", project, "--json").document["adapter"]
-    assert _suspects(project)[0]["judged_by"] == trained
-
-
 def test_suspects_reuses_stored_losses(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tunewright.evaluation.losses as losses
 
     before, _ = _suspects(project)
     monkeypatch.setattr(losses, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert _suspects(project)[0] == before
-
-
-def test_review_uses_the_same_suspects_and_accepts_an_adapter_only_with_them(project: Path, tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    ran = tunewright("data", "review", "--suspects", "--export", file, "-p", project)
-    assert (ran.code, "3 cross-fitted adapters" in ran.stderr) == (0, True)
-    assert file.read_text(encoding="utf-8-sig").count("per token of the answer") == 9
-    ran = tunewright("data", "review", "--adapter", "x", "--export", tmp_path / "b.csv", "-p", project)
-    assert (ran.code, "Add --suspects" in ran.stderr) == (2, True)
-
-
-def test_suspects_refuses_an_adapter_when_answers_are_classes(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    ran = tunewright("data", "suspects", "--adapter", "tiny", "-p", folder)
-    assert (ran.code, "The answers are classes" in ran.stderr) == (2, True)

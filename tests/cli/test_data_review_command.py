@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,14 +69,6 @@ def test_review_shows_rows_with_neighbours_and_counts_verdicts(project: Path, pr
     assert _status(project).startswith("under review: 1 of 3 wrong")
 
 
-def test_review_ends_when_the_version_is_accepted(project: Path, press: list[str]) -> None:
-    press += "r" * 72
-    ran = tunewright("data", "review", "-p", project, "--json")
-    assert ran.document["status"] == "accepted: 0 of 72 wrong, under 5% at 95%"
-    assert ran.document["outcome"]["decision"] == "accepted"
-    assert tunewright("data", "review", "--status", "-p", project).code == 0
-
-
 def test_undo_and_skip_by_key(project: Path, press: list[str]) -> None:
     press += "uwusrq"
     ran = tunewright("data", "review", "-p", project)
@@ -105,15 +94,6 @@ def test_review_edit_opens_the_editor_and_creates_a_version(
     )
 
 
-def test_edit_after_an_undo_opens_the_edited_answer(
-    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    _editor(monkeypatch, tmp_path, f"cat $1 >> {tmp_path}/seen; printf 'mine' > $1")
-    press += "eueq"
-    assert tunewright("data", "review", "--reviewer", "ada", "-p", project).code == 0
-    assert (tmp_path / "seen").read_text().endswith("mine")
-
-
 @pytest.mark.parametrize(
     ("script", "message"),
     [("exit 1", "The editor failed"), ("true", "is unchanged"), ("printf '\\377' > $1", "The editor failed")],
@@ -133,30 +113,6 @@ def test_review_status_exits_with_the_verdict(project: Path, press: list[str]) -
     tunewright("data", "review", "-p", project)
     ran = tunewright("data", "review", "--status", "-p", project, "--json")
     assert (ran.code, ran.document["status"]) == (3, "rejected: 2 of 2 wrong, not under 5%")
-
-
-def test_review_exports_and_imports_a_spreadsheet(project: Path) -> None:
-    file = project / "review.csv"
-    ran = tunewright("data", "review", "--fixed", "0", "--export", file, "-p", project, "--json")
-    assert ran.document == {"file": str(file), "rows": 60}
-    with file.open(encoding="utf-8-sig", newline="") as written:
-        rows = list(csv.DictReader(written))
-    with file.open("w", encoding="utf-8", newline="") as out:
-        table = csv.DictWriter(out, list(rows[0]))
-        table.writeheader()
-        table.writerows({**row, "verdict": "right"} for row in rows)
-    ran = tunewright("data", "review", "--import", file, "--reviewer", "ada", "-p", project)
-    assert "60 verdicts recorded, 0 known, 0 rows without one" in ran.stderr
-    assert "accepted: 0 of 59 wrong, under 5% at 95%" in ran.stdout
-
-
-def test_review_reports_the_agreement_of_two_reviewers(project: Path, press: list[str]) -> None:
-    press += "rrrrwq" + "rrrww"
-    tunewright("data", "review", "--reviewer", "ada", "-p", project)
-    ran = tunewright("data", "review", "--reviewer", "ben", "--second", "-p", project, "--json")
-    (found,) = ran.document["agreements"]
-    assert (found["rows"], found["agreed"]) == (5, 4)
-    assert found["low"] < found["kappa"] < found["high"]
 
 
 def test_conflicts_are_settled_with_all_verdicts_and_notes_in_sight(
@@ -180,66 +136,12 @@ def test_conflicts_are_settled_with_all_verdicts_and_notes_in_sight(
     assert tunewright("data", "review", "--conflicts", "--export", project / "out.csv", "-p", project).code == 2
 
 
-def test_suspects_are_listed_and_reviewed_separately(project: Path, press: list[str]) -> None:
-    # Each colour is the answer of about 15 rows: classes, of which one is wrong.
-    version = load_version(project / "dataset")
-    wrong = next(m for m in version.members if m.example.output == "red")
-    text = wrong.example.input_text
-    write_jsonl(project / "more.jsonl", [{"prompt": text, "completion": "green"}])
-    assert tunewright("data", "add", project / "more.jsonl", "--accept-conflicts", "-p", project).code == 0
-    document = tunewright("data", "suspects", "-p", project, "--json").document
-    # The conflict was accepted: it is no suspect as such.
-    assert {s["reason"] for s in document["suspects"]} == {"label"}
-    lines = [json.loads(line) for line in (project / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    first = document["suspects"][0]
-    name, _, line = first["place"].partition(":")
-    assert first["answer"] in {m.example.output for m in version.members}
-    asked = {"pairs.jsonl": lines, "more.jsonl": [{"prompt": text}]}[name][int(line) - 1]["prompt"]
-    assert [m.example.input_text for m in load_version(project / "dataset").members if m.key == first["key"]] == [asked]
-    assert first["input"] == asked
-    assert document["accuracy"] < 0.65
-    shown = tunewright("data", "suspects", "--top", "2", "-p", project)
-    assert first["place"] in shown.stdout
-    assert "Using cached suspects for the same rows and settings" in " ".join(shown.stderr.split())
-    press += "rwq"
-    ran = tunewright("data", "review", "--suspects", "-p", project)
-    assert "label: " in ran.stderr
-    assert _status(project) == "not reviewed"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--status", "--apply"),
-        ("--status", "--redraw"),
-        ("--status", "--reviewer", "ada"),
-        ("--import", "a.csv", "--suspects"),
-        ("--export", "a.csv", "--conflicts"),
-        ("--adapter", "base"),
-        ("--export", "a.csv", "--message", "why"),
-    ],
-)
-def test_review_refuses_options_that_it_would_ignore(project: Path, options: tuple[str, ...]) -> None:
-    before = sorted(project.rglob("*"))
-    assert tunewright("data", "review", *options, "-p", project).code == 2
-    assert sorted(project.rglob("*")) == before
-
-
 def test_review_without_a_terminal_names_alternatives(project: Path) -> None:
     ran = tunewright("data", "review", "-p", project, "--json")
     assert ran.code == 2
     assert "--export and --import" in ran.document["error"]["fix"]
     assert not (project / "dataset" / "reviews.jsonl").exists()
     assert tunewright("data", "review", "--status", "--redraw", "-p", project).code == 2
-
-
-def test_review_help_imports_no_heavy_package() -> None:
-    code = (
-        "import sys\nfrom tunewright.cli import commands\ncommands()\n"
-        "heavy = {'torch', 'sklearn', 'cleanlab', 'numpy', 'pydantic'} & set(sys.modules)\nassert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

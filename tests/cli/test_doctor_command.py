@@ -106,19 +106,6 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def test_doctor_distinguishes_a_hub_with_and_without_a_token(tmp_path: Path, first: Path, hub: str) -> None:
-    _, checks = _doctor(tmp_path, FIRST=str(first), HF_ENDPOINT=hub, HF_TOKEN="hf_made_up", HF_HOME=str(tmp_path))
-    assert checks[f"hub: {hub}"] == {
-        "area": "hub",
-        "name": hub,
-        "state": "ok",
-        "found": "reachable, with a token",
-        "fix": None,
-    }
-    _, checks = _doctor(tmp_path, FIRST=str(first), HF_ENDPOINT=hub, HF_TOKEN="", HF_HOME=str(tmp_path))
-    assert checks[f"hub: {hub}"]["fix"] == "hf auth login"
-
-
 def test_doctor_names_the_commands_that_need_a_missing_extra_or_engine(tmp_path: Path, first: Path) -> None:
     (first / "sitecustomize.py").write_text(
         "import importlib.util as util\nfind = util.find_spec\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Ran, copy_dataset, tiny_project, tunewright
+from command_line import Ran, copy_dataset, trained_project, tunewright
 from vllm_child import alive, children_of, install_fake, wait_until
 
 pytestmark = pytest.mark.slow
@@ -19,13 +19,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with a trained adapter, and nothing measured."""
-    folder = tiny_project(tmp_path_factory.mktemp("engine") / "project", tiny_base_folder)
-    config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1\n  eval_max_samples: 0"))
-    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    ran = tunewright("train", "-p", folder)
-    assert ran.code == 0, ran.stderr
-    return folder
+    folder = tmp_path_factory.mktemp("engine") / "project"
+    return trained_project(folder, tiny_base_folder, ("epochs: 2", "epochs: 1\n  eval_max_samples: 0"))
 
 
 @pytest.fixture
@@ -54,11 +49,6 @@ def _refused(ran: Ran, *words: str) -> None:
     message = " ".join(ran.stderr.split())
     for word in words:
         assert word in message, message
-
-
-def test_evaluate_refuses_an_unknown_engine_and_lists_the_known_ones(project: Path) -> None:
-    ran = tunewright("evaluate", "-p", _with(project, "engine: tgi"))
-    _refused(ran, "tunewright.yaml:", "evaluate.engine", "'auto', 'peft' or 'vllm'")
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("evaluate", "--dev"), ("advise", "--no-pilot"), ("crossval",)])

@@ -147,3 +147,76 @@ def test_completion_script_is_shown_for_the_shell_in_use() -> None:
     )
     assert "_TUNEWRIGHT_COMPLETE=complete_bash" in done.stdout
     assert "complete -o default -F" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("advise X --minutes 3", "--minutes"),
+        ("advise X --no-pilot", "--no-pilot"),
+        ("advise --no-pilot --cluster local", "--cluster"),
+        ("crossval --folds 1", "--folds"),
+        ("data check --rows data", "--rows"),
+        ("data check --skip-bad", "--skip-bad"),
+        ("data check a.csv b.csv --fix c.csv", "--fix"),
+        ("data check a.csv --fix c.csv --redact", "--redact"),
+        ("data from-documents a.md --estimate --out x", "--out"),
+        ("data generate a.jsonl --estimate --out x", "--out"),
+        ("data review --status --apply", "--status --apply"),
+        ("data review --status --redraw", "--redraw"),
+        ("data review --status --reviewer ann", "--reviewer"),
+        ("data review --apply --reviewer ann", "--reviewer"),
+        ("data review --import x.csv --suspects", "--suspects"),
+        ("data review --export x.csv --conflicts", "--conflicts"),
+        ("data review --export x.csv --message m", "--message"),
+        ("data review --adapter base", "--suspects"),
+        ("deploy courts tiny --force", "--because"),
+        ("deploy courts tiny --because x", "--force"),
+        ("deploy courts tiny --canary 110%", "--canary"),
+        ("evaluate --estimate --minutes 3", "--minutes"),
+        ("export hub --public", "--push"),
+        ("human-eval --results --export x.csv", "--results --export"),
+        ("human-eval --results --items 9", "--items"),
+        ("human-eval --import x.csv --items 9", "--items"),
+        ("human-eval --reference", "--export"),
+        ("human-eval --keep-preferences --against x", "--against"),
+        ("human-eval", "--export and --import"),
+        ("judge --estimate --keep-preferences", "--keep-preferences"),
+        ("serve --self-test --port 0 --metrics-host ::1 --no-auth --constrain", "--port, --metrics-host, --no-auth, "),
+        ("studio --demo --reviewer ann", "--reviewer"),
+        ("tenant add acme --requests 0", "--requests"),
+        ("tenant key rotate tw_0 --overlap soon", "--overlap"),
+        ("tenant usage --since yesterday", "--since"),
+        ("tenant usage --csv", "--csv"),  # with --json
+        ("train --minutes 3", "--sweep"),
+        ("train --write", "--sweep"),
+        ("train --sweep --seeds 3", "--curve"),
+        ("train --sweep --curve", "--sweep/--curve"),
+    ],
+)
+def test_option_that_a_command_would_ignore_or_cannot_use_is_refused_by_name(
+    line: str, named: str, tmp_path: Path
+) -> None:
+    ran = tunewright(*shlex.split(line), "-p", tmp_path, "--json")
+    assert ran.code == 2
+    assert named in (str(ran.document["error"]) if ran.stdout else " ".join(ran.stderr.split()))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("init {} --data x", "--data"),
+        ("init {} --example bfcl", "--data"),
+        ("init {} --example legal-citations --data x", "--data"),
+        ("init {} --example legal-citations --name x", "--name"),
+        ("init {} --example recipes", "legal-citations"),
+        ("keys create ann", "ssh-keygen -t ed25519"),
+        ("keys passphrase ann", "ssh-keygen -p -f FILE"),
+        ("keys show ann", "FILE.pub"),
+    ],
+)
+def test_init_without_an_example_and_former_commands_name_what_to_do(line: str, named: str, tmp_path: Path) -> None:
+    ran = tunewright(*shlex.split(line.format(tmp_path / "p")))
+    assert (ran.code, named in " ".join(ran.stderr.replace("│", " ").split())) == (2, True), ran.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,68 +138,6 @@ def test_human_eval_results_exits_with_the_preference(
         press.append("x" if better == "neither" else "ba"[side_of_treatment(review, review.item(key)) == "B"])
     assert _review(project, "--items", "30").code == 0
     assert _review(project, "--results", reviewer=None).code == code
-
-
-def test_human_eval_exports_and_imports_a_spreadsheet(project: Path, folder: Path) -> None:
-    file = project / "answers.csv"
-    assert _review(project, "--items", "20", "--export", file, "--json").document == {"file": str(file), "pairs": 20}
-    with file.open(encoding="utf-8-sig", newline="") as written:
-        rows = list(csv.DictReader(written))
-    with file.open("w", encoding="utf-8", newline="") as out:
-        table = csv.DictWriter(out, list(rows[0]))
-        table.writeheader()
-        table.writerows({**row, "verdict": "A"} for row in rows)
-    ran = _review(project, "--import", file, reviewer="ben")
-    assert "20 verdicts recorded, 0 known, 0 pairs without one; 0 notes recorded" in ran.stderr
-    assert "ben: 20 judged" in ran.stdout
-    rows[3]["verdict"] = "perhaps"
-    with file.open("w", encoding="utf-8", newline="") as out:
-        table = csv.DictWriter(out, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    bad = _review(project, "--import", file, "--json", reviewer="eve")
-    assert bad.code == 2
-    assert f"{file}:" in bad.document["error"]["what"]
-    assert not (folder / "human-eval" / "eve.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--results", "--export", "x.csv"],
-        ["--results", "--items", "9"],
-        ["--reference"],
-        ["--import", "x.csv", "--items", "9"],
-        [],
-    ],
-)
-def test_options_that_would_be_ignored_and_a_missing_terminal_are_refused(
-    project: Path, folder: Path, options: list[str]
-) -> None:
-    ran = tunewright("human-eval", ID, "-p", project, *options, "--json")
-    assert ran.code == 2
-    assert ran.document["error"]["what"]
-    assert not (folder / "human-eval").exists()
-
-
-def test_human_eval_stacks_answers_on_a_narrow_terminal(
-    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tunewright.cli import preferences as human_eval
-
-    press += ["q", "q"]
-    wide = _review(project)
-    monkeypatch.setattr(human_eval, "SIDE_BY_SIDE", 1000)
-    narrow = _review(project)
-    assert any("A ─" in line and "B ─" in line for line in wide.stderr.splitlines())
-    assert not any("A ─" in line and "B ─" in line for line in narrow.stderr.splitlines())
-
-
-def test_human_eval_journal_names_no_arm(project: Path, folder: Path, press: list[str]) -> None:
-    press += ["a", "b", "q"]
-    _review(project)
-    for line in (folder / "human-eval" / "ada.jsonl").read_text().splitlines():
-        assert set(json.loads(line)) == {"event", "key", "reviewer", "when", "verdict", "reference"}
 
 
 @pytest.mark.slow

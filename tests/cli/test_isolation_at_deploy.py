@@ -6,12 +6,11 @@ import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from command_line import Ran, tiny_project, tunewright, without_state
+from command_line import Ran, document, trained_project, tunewright, without_state
 from planted_bugs import LastSlot, StaleCache
 from tunewright.adapters.registry import WEIGHTS, Adapter, list_adapters, store_adapter
 from tunewright.engines import peft
@@ -25,11 +24,10 @@ FORCED = ("--force", "--because", "what is tested here is isolation")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with three trained adapters."""
-    folder = tiny_project(tmp_path_factory.mktemp("isolation") / "project", tiny_base_folder)
-    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    folder = trained_project(tmp_path_factory.mktemp("isolation") / "project", tiny_base_folder)
     config = folder / "tunewright.yaml"
     text = config.read_text()
-    for rate in ("0.003", "0.006", "0.01"):
+    for rate in ("0.006", "0.01"):
         config.write_text(text.replace("0.003", rate))
         assert tunewright("train", "-p", folder).code == 0
     return folder
@@ -48,18 +46,12 @@ def _run(project: Path, *arguments: str) -> Ran:
     return tunewright(*arguments, "-p", project)
 
 
-def _document(project: Path, *arguments: str) -> Any:
-    ran = _run(project, *arguments, "--json")
-    assert ran.code == 0, ran.stderr
-    return ran.document
-
-
 def _deploy(project: Path, alias: str, adapter: Adapter, *options: str) -> Ran:
     return _run(project, "deploy", alias, adapter.name, *FORCED, *options, "--json")
 
 
 def _live(project: Path) -> dict[str, str]:
-    history = _document(project, "releases")["releases"]
+    history = document(project, "releases")["releases"]
     return {release["alias"]: release["adapter"] for release in history}
 
 
@@ -91,7 +83,7 @@ def test_deploy_tests_a_release_with_all_live_adapters_and_stores_the_result(pro
     message = _run(project, "releases").stdout
     assert "isolated" in message
     assert test["tested"][:16].replace("T", " ") in message
-    assert _document(project, "audit", "verify")["ok"]
+    assert document(project, "audit", "verify")["ok"]
 
 
 @pytest.mark.parametrize(
@@ -109,28 +101,28 @@ def test_deploy_releases_nothing_on_an_engine_that_mixes_adapters(
 ) -> None:
     first, second, _ = _adapters(project)
     assert _deploy(project, "courts", first).code == 0
-    before = _document(project, "releases")
+    before = document(project, "releases")
     with monkeypatch.context() as planted:
         planted.setattr(peft, "PeftEngine", bug)
         ran = _deploy(project, "courts", second, *options)
         assert (ran.code, ran.document["release"]) == (3, None)
         assert ran.document["isolation"]["verdict"] == "not isolated"
         assert any(" got the answer of " in reason for reason in ran.document["isolation"]["reasons"])
-        assert _document(project, "releases") == before
+        assert document(project, "releases") == before
 
         # What has failed cannot be let through by leaving the test out.
         ran = _run(project, "deploy", "courts", second.name, *FORCED, *options, "--untested", "no time")
         assert (ran.code, "The same adapters failed the isolation test" in ran.stderr) == (2, True)
-        assert _document(project, "releases") == before
+        assert document(project, "releases") == before
 
         ran = _run(project, "deploy", "courts", second.name, *FORCED, *options)
         assert "NOT isolated" in ran.stdout
         assert "courts is unchanged" in ran.stdout
-    refused = [line for line in _document(project, "audit", "show")["lines"] if line["action"] == "isolation.refused"]
+    refused = [line for line in document(project, "audit", "show")["lines"] if line["action"] == "isolation.refused"]
     assert [line["subject"] for line in refused] == ["courts", "courts"]
     assert json.loads(refused[0]["details"])["digest"] == second.digest
     assert "isolation test: not isolated on peft" in _run(project, "audit", "show").stdout
-    assert _document(project, "audit", "verify")["ok"]
+    assert document(project, "audit", "verify")["ok"]
     assert _deploy(project, "courts", second, *options).code == 0, "without the bug"
 
 
@@ -156,23 +148,23 @@ def test_promote_reuses_the_candidates_test_until_another_release(
     first, second, third = _adapters(project)
     _deploy(project, "courts", first)
     canary = _deploy(project, "courts", second, "--canary", "10%").document
-    promoted = _document(project, "promote", "courts")
+    promoted = document(project, "promote", "courts")
     assert promoted["release"]["adapter"] == second.name
     assert promoted["isolation"] == canary["isolation"]
 
     _deploy(project, "courts", first, "--shadow")
-    _document(project, "deploy", "recipes", third.name, *FORCED, "--untested", "to have it untested")
-    before = _document(project, "releases")
+    document(project, "deploy", "recipes", third.name, *FORCED, "--untested", "to have it untested")
+    before = document(project, "releases")
     with monkeypatch.context() as planted:
         planted.setattr(peft, "PeftEngine", LastSlot)
         ran = _run(project, "promote", "courts", "--json")
         assert (ran.code, ran.document["release"]) == (3, None)
-        assert _document(project, "releases") == before
+        assert document(project, "releases") == before
         # The way back does not wait for a test.
-        assert _document(project, "rollback", "courts")["candidate"] is None
-        assert _document(project, "rollback", "courts")["adapter"] == first.name
+        assert document(project, "rollback", "courts")["candidate"] is None
+        assert document(project, "rollback", "courts")["adapter"] == first.name
     _deploy(project, "courts", second, "--shadow")
-    assert _document(project, "promote", "courts")["release"]["adapter"] == second.name
+    assert document(project, "promote", "courts")["release"]["adapter"] == second.name
 
 
 def test_deploy_untested_stores_the_reason(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +177,7 @@ def test_deploy_untested_stores_the_reason(project: Path, monkeypatch: pytest.Mo
     message = _run(project, "releases").stdout
     assert "left out" in message
     assert "courts 1 was not tested: the GPU holds one copy" in message
-    assert "the GPU holds one copy" in _document(project, "audit", "show")["lines"][0]["details"]
+    assert "the GPU holds one copy" in document(project, "audit", "show")["lines"][0]["details"]
     ran = _deploy(project, "courts", second, "--untested", " ")
     assert (ran.code, "The reason is empty" in ran.stderr + ran.stdout) == (2, True)
     monkeypatch.undo()
@@ -220,10 +212,3 @@ def _twin(project: Path, adapter: Adapter, trained: Path) -> Adapter:
     save_file({name: 0.9999 * w if ".lora_B." in name else w for name, w in weights.items()}, scaled / WEIGHTS)
     lineage = {**adapter.lineage, "inputs_digest": "0" * 64}
     return store_adapter(project / "adapters", "twin", scaled, {}, lineage, [], servable=True)
-
-
-def test_deploy_tests_with_general_questions_without_a_dataset(project: Path) -> None:
-    shutil.rmtree(project / "dataset")
-    ran = _deploy(project, "courts", _adapters(project)[0])
-    assert ran.code == 0, ran.stderr
-    assert "asks general questions" in ran.stderr

@@ -58,12 +58,6 @@ def test_variable_of_the_environment_chooses_the_format(project: Path, monkeypat
     assert record["level"] == "error"
 
 
-def test_text_stays_the_default_after_a_command_with_json(project: Path) -> None:
-    tunewright("--log-format", "json", "train", "--minutes", "3", "-p", project)
-    ran = tunewright("train", "--minutes", "3", "-p", project)
-    assert ran.stderr.startswith("Error: --minutes: --minutes requires --sweep")
-
-
 def test_progress_has_its_numbers_in_fields(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,13 +123,6 @@ def test_command_is_a_span_with_its_tasks_and_its_log_has_their_ids(
     assert training.attributes["tunewright.unit"] == "steps"
     assert job.start <= training.start <= training.end <= job.end
     assert {each.get("trace_id") for each in _records(ran)} == {trace}
-
-
-def test_failed_command_ends_its_span_with_an_error(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with collector() as found:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", found.url)
-        assert tunewright("data", "add", "/not-there", "-p", project).code == 2
-    assert found.one("tunewright data add").failed
 
 
 def test_unreachable_collector_does_not_fail_a_command(project: Path) -> None:

@@ -145,20 +145,3 @@ def test_verdict_comment_and_report_include_judge_and_people(heard: tuple[Path, 
         assert "with the judge" in text
         assert "counts" in text
     assert "people and the judge" in page
-
-
-def test_judge_that_repeats_the_metric_does_not_narrow_the_win_rate(tmp_path: Path) -> None:
-    """The sample has its strata by the metric, so within them such a judge never differs: lambda is 0."""
-    ran, evidence = _asked(tmp_path, honest)
-    assert evidence.human_eval is not None and evidence.human_eval.powered is not None
-    assert evidence.human_eval.powered.tuning == 0
-    assert evidence.human_eval.powered.win_rate.interval == evidence.human_eval.win_rate.interval  # type: ignore[union-attr]
-    assert "people and the judge (lambda 0.00)" in ran.stdout
-
-
-def test_people_overrule_metric_and_judge(tmp_path: Path) -> None:
-    _, evidence = _asked(tmp_path, counts_words, turned=True)
-    before = tunewright("verdict", "-p", tmp_path / "project", "--json")
-    assert evidence.contrasts[0].difference > 0
-    assert (before.code, before.document["decision"]) == (3, "don't ship")
-    assert any("So people prefer retrieved-4, blind" in reason for reason in before.document["reasons"])

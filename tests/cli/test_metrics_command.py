@@ -114,32 +114,6 @@ def test_verdict_and_report_name_the_custom_metric(project: Path) -> None:
     assert "could not be scored in both arms and are left out" in page
 
 
-def test_run_reports_detectable_differences_before_training(project: Path) -> None:
-    ran = tunewright("train", "-p", project, "--json")
-    dev, test = ran.document["detectable_effects"]
-    assert (dev["split"], test["split"]) == ("dev", "test")
-    message = f"The test split's {test['items']} items in {test['clusters']} clusters show a true difference of"
-    assert message in " ".join(ran.stderr.split())
-    assert (
-        tunewright("advise", "-p", project, "--json").document["detectable_effects"]
-        == ran.document["detectable_effects"]
-    )
-
-
-def test_evaluate_measures_again_when_the_metric_module_changes(project: Path) -> None:
-    before, _ = _evaluated(project)
-    file = project / "scoring.py"
-    text = file.read_text()
-    file.write_text(text + "\n# reworded\n")
-    try:
-        # The adapter stands: only what is measured is another.
-        ran = tunewright("evaluate", "-p", project, "--json")
-        assert ran.document["evaluated"] is True
-        assert ran.document["evidence"]["id"] != before["id"]
-    finally:
-        file.write_text(text)
-
-
 def test_evaluate_refuses_a_metric_that_fails_or_scores_nothing(project: Path, tmp_path: Path) -> None:
     config = (project / "tunewright.yaml").read_text()
     for name in ("pairs.jsonl", "scoring.py"):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-import tunewright as package
 from command_line import tunewright, write_jsonl
 from tunewright.data.migrate import VALIDATION_FILE
 
@@ -120,15 +119,6 @@ def test_openai_job_becomes_a_project_with_its_model_as_incumbent(folder: Path) 
     assert all(f"# - {difference}" in text for difference in document["differences"])
 
 
-def test_rows_of_a_migrated_job_are_added_with_their_places(folder: Path) -> None:
-    migrated(folder, "openai", "--validation", folder / "v.jsonl")
-    project = package.open(folder / "out")
-    project.data.add([folder / "out" / "train.jsonl", folder / "out" / VALIDATION_FILE])
-    version = project.data.version()
-    assert len(version.members) == 20 + 5 + 7 + 8
-    assert project.data.show("validation.jsonl:1").key in {m.key for m in version.members}
-
-
 def test_together_job_keeps_its_lora_settings_and_base(folder: Path) -> None:
     document, config, _ = migrated(folder, "together")
     assert config["base_model"] == "meta-llama/Llama-3.1-8B-Instruct"
@@ -152,13 +142,6 @@ def test_fireworks_job_names_what_has_no_equal(folder: Path) -> None:
     assert config["train"] == {"lora_r": 16, "learning_rate": 0.0002, "epochs": 2, "max_length": 4096}
     named = " ".join(document["differences"])
     assert "batchSize was 65536 tokens" in named and "llama-v3p1-8b-instruct" in named
-
-
-def test_unfinished_job_gives_a_project_without_incumbent(folder: Path) -> None:
-    (folder / "openai.json").write_text(json.dumps({**OPENAI, "fine_tuned_model": None}))
-    document, config, _ = migrated(folder, "openai")
-    assert document["incumbent"] is None and config["evaluate"] is None
-    assert any("has no fine-tuned model" in difference for difference in document["differences"])
 
 
 @pytest.mark.parametrize(
@@ -185,19 +168,3 @@ def test_bad_file_is_one_error_and_writes_nothing(folder: Path, file: str, text:
     assert ran.code == 2
     assert said in ran.stderr
     assert not (folder / "out").exists()
-
-
-def test_missing_file_is_named_once(folder: Path) -> None:
-    ran = tunewright("migrate", "openai", folder / "gone.json", "--train", folder / "t.jsonl", "--out", folder / "out")
-    assert ran.code == 2
-    assert ran.stderr.count("gone.json") == 1 and "No such file" in ran.stderr
-
-
-def test_existing_project_is_not_overwritten(folder: Path) -> None:
-    migrated(folder, "openai")
-    before = (folder / "out" / "tunewright.yaml").read_bytes()
-    ran = tunewright(
-        "migrate", "openai", folder / "openai.json", "--train", folder / "t.jsonl", "--out", folder / "out"
-    )
-    assert ran.code == 2 and "Already there" in ran.stderr
-    assert (folder / "out" / "tunewright.yaml").read_bytes() == before

@@ -34,20 +34,6 @@ def test_help_imports_no_torch() -> None:
     assert "run" in done.stdout
 
 
-@pytest.mark.slow
-def test_verdict_imports_no_torch(project: Path) -> None:
-    code = (
-        f"import sys, tunewright\nprint(tunewright.open({str(project)!r}).verdict().decision)\n"
-        "assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_version_is_printed() -> None:
-    assert tunewright("--version").stdout.startswith("tunewright 0.")
-
-
 def test_init_never_overwrites_a_config(tmp_path: Path) -> None:
     assert tunewright("init", tmp_path / "new").code == 0
     config = (tmp_path / "new" / "tunewright.yaml").read_text()
@@ -67,49 +53,12 @@ def test_init_example_creates_a_complete_project(tmp_path: Path) -> None:
     assert (unknown.code, "legal-citations" in unknown.stderr) == (2, True)
 
 
-def test_init_bfcl_converts_its_data(tmp_path: Path) -> None:
-    item = {"id": "irrelevance_0", "question": [[{"role": "user", "content": "Hi"}]]}
-    function = {"name": "f", "parameters": {"type": "dict", "properties": {}, "required": []}}
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = [{**item, "function": [function]}, {**item, "id": "irrelevance_1", "function": []}]
-    (folder / "BFCL_v4_irrelevance.json").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    made = tunewright("init", tmp_path / "p", "--example", "bfcl", "--data", folder)
-    assert (made.code, "left out, with their reasons in left-out.txt: 1" in made.stderr) == (0, True)
-    (row,) = [json.loads(line) for line in (tmp_path / "p" / "bfcl.jsonl").read_text().splitlines()]
-    assert (row["id"], row["family"]) == ("irrelevance_0", "f")
-    assert (tmp_path / "p" / "left-out.txt").read_text() == "irrelevance_1: it declares no function\n"
-    config = tunewright("config", "show", "--project", tmp_path / "p", "--json").document
-    assert config["data"]["group_by"] == ["family"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--example", "bfcl"], "--data: The example bfcl needs its data"),
-        (["--example", "legal-citations", "--data", "x"], "--data: The example legal-citations brings its own data"),
-        (["--data", "x"], "--data requires --example"),
-        (["--example", "bfcl", "--data", "nowhere"], "nowhere: No file with rows for training (0 JSON files)"),
-    ],
-)
-def test_init_refuses_data_that_no_example_reads(tmp_path: Path, options: list[str], message: str) -> None:
-    result = tunewright("init", tmp_path / "p", *options)
-    assert (result.code, message in result.stderr) == (2, True), result.stderr
-
-
 def test_init_sets_the_rate_of_the_bundled_base_if_it_is_named(tmp_path: Path) -> None:
     for folder, options in (("named", ["--base", "bundled:smollm2-135m-instruct"]), ("default", [])):
         assert tunewright("init", tmp_path / folder, *options).code == 0
     rates = {name: ProjectFolder(tmp_path / name).config.train.learning_rate for name in ("named", "default")}
     # Without a named base, the file is a start for any model.
     assert rates == {"named": 1e-3, "default": 2e-4}
-
-
-def test_schema_names_the_source_of_each_default() -> None:
-    schema = json.loads(tunewright("config", "schema").stdout)
-    train = schema["$defs"]["TrainConfig"]["properties"]
-    assert "arXiv" in train["preset"]["description"]
-    assert train["lora_r"]["default"] == 16
 
 
 def test_run_reuses_every_finished_stage(project: Path) -> None:
@@ -182,12 +131,6 @@ def test_project_files_do_not_name_the_machine(project: Path) -> None:
     written = [*(project / "dataset").rglob("*"), *(project / "adapters").rglob("*.json")]
     for path in (p for p in written if p.is_file()):
         assert str(project) not in path.read_text(), path
-
-
-def test_adapters_are_listed(project: Path) -> None:
-    (row,) = tunewright("adapters", "list", "--project", project, "--json").document["adapters"]
-    assert row["name"] == f"tiny-{row['digest'][:12]}"
-    assert row["checkpoints"] == ["step-12"]
 
 
 def test_evaluate_refuses_an_adapter_of_another_dataset_version(project: Path, tmp_path: Path) -> None:

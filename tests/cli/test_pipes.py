@@ -17,7 +17,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from command_line import tiny_project, tunewright
 from tunewright.cli.console import plain_text
 
 LONG = "a message of many words " * 20
@@ -142,17 +142,3 @@ def test_command_exits_quietly_with_141_on_a_closed_pipe(
     assert process.wait(300) == (141 if says_something else 0)
     assert "Traceback" not in reported
     assert "Exception ignored" not in reported
-
-
-def test_key_is_alone_on_stdout_and_its_details_on_stderr(project: Path) -> None:
-    assert tunewright("tenant", "add", "acme", "-p", project).code == 0
-    ran = tunewright("tenant", "key", "add", "acme", "-p", project)
-    assert len(ran.stdout.splitlines()) == 1
-    assert "It is not shown again" in ran.stderr
-
-
-def test_confirmation_is_the_result_of_a_command_that_changes_something(project: Path) -> None:
-    more = write_jsonl(project / "more.jsonl", pairs(5, seed=9))
-    ran = tunewright("data", "add", more, "-p", project)
-    assert ran.stdout.startswith("New version ")
-    assert "5 examples added" in ran.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from command_line import tiny_project, tunewright
 
 
 @pytest.fixture
@@ -33,15 +33,6 @@ def test_remove_previews_then_removes_and_excludes_rows(project: Path) -> None:
     assert f"{len(done['rows']):,} removed earlier and left out" in again.stdout
     back = tunewright("data", "add", project / "pairs.jsonl", "--restore", "-p", project, "--json").document
     assert back["added"] == len(done["rows"])
-
-
-def test_remove_names_the_adapters_trained_on_the_rows(project: Path) -> None:
-    assert tunewright("train", "-p", project).code == 0
-    trained = tunewright(
-        "data", "remove", "--where", "split != 'dev' && output == 'red'", "--because", "x", "-p", project
-    )
-    assert trained.code == 0
-    assert "trained on" in trained.stdout
 
 
 def test_adapters_show_follows_lineage_through_a_purge(project: Path) -> None:
@@ -76,43 +67,6 @@ def test_purge_is_reported_by_verify_and_lists_remaining_copies(project: Path) -
     assert (compared.code, "1 row was purged since" in compared.stderr + compared.stdout) == (0, True)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--because", "x"), "No rows are selected"),
-        (("--where", "output == 'no such'", "--because", "x"), "No row of version"),
-        (("--where", "output ==", "--because", "x"), "Invalid JMESPath expression"),
-        (("--source", "no.jsonl", "--because", "x"), "No row was read from a file no.jsonl"),
-        (("--keys", "no.txt", "--because", "x"), "Cannot read the file"),
-        (("--group", "customer=x", "--because", "x"), "No row has the group"),
-        (("--where", "output == 'red'", "--because", " "), "a removal needs a reason"),
-    ],
-)
-def test_remove_refuses_a_selection_that_matches_nothing(project: Path, options: tuple[str, ...], words: str) -> None:
-    ran = tunewright("data", "remove", *options, "-p", project)
-    assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
-
-
-def test_replace_accepts_the_corrected_file(project: Path) -> None:
-    rows = pairs(120)
-    rows[4] = {**rows[4], "completion": "mended"}
-    path = write_jsonl(project / "mended.jsonl", rows)
-    assert tunewright("data", "add", path, "-p", project).code == 2
-    done = tunewright("data", "add", path, "--replace", "-p", project, "--json").document
-    assert [(row["line"], row["output"]) for row in done["replaced"]] == [(5, "mended")]
-    assert "mended" in json.dumps(tunewright("data", "show", "pairs.jsonl:5", "-p", project, "--json").document)
-
-
-def test_add_split_from_inherits_a_split(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
-    other = tiny_project(tmp_path / "other", tiny_base_folder)
-    (other / "tunewright.yaml").write_text((other / "tunewright.yaml").read_text() + "\nseed: 5\n")
-    ran = tunewright("data", "add", other / "pairs.jsonl", "--split-from", project, "-p", other, "--json")
-    assert ran.code == 0, ran.stderr
-    first = tunewright("data", "log", "-p", project, "--json").document["versions"][0]
-    assert ran.document["version"]["splits"] == first["splits"]
-    assert ran.document["version"]["split_from"]["digest"] == first["digest"]
-
-
 def test_remove_accepts_keys_printed_by_other_commands(project: Path, tmp_path: Path) -> None:
     def removed(name: str, text: str) -> set[str]:
         keys = project / name
@@ -136,17 +90,3 @@ def test_remove_accepts_keys_printed_by_other_commands(project: Path, tmp_path: 
     condition = ("--where", "split == 'train' && output == 'red'", "--because", "x")
     dry = tunewright("data", "remove", *condition, "--dry-run", "-p", project, "--json")
     assert removed("dry.json", dry.stdout) == {row["key"] for row in dry.document["rows"]} != set()
-
-
-def test_remove_reports_that_an_earlier_version_is_current_again(project: Path) -> None:
-    first = tunewright("data", "log", "-p", project, "--json").document["current"]
-    more = write_jsonl(
-        project / "more.jsonl", [{"prompt": "entirely other words, seven of them", "completion": "violet"}]
-    )
-    assert tunewright("data", "add", more, "-p", project).code == 0
-    done = tunewright("data", "remove", "--source", "more.jsonl", "--because", "wrong export", "-p", project)
-    assert done.code == 0
-    assert f"Version {first[:12]} is current again: 120 rows" in done.stdout
-    assert "New version" not in done.stdout
-    assert "the reason is in dataset/removed.jsonl" in done.stdout
-    assert "wrong export" in (project / "dataset" / "removed.jsonl").read_text(encoding="utf-8")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from command_line import Ran, pairs, tiny_project, tunewright, without_state, write_jsonl
+from command_line import Ran, document, pairs, store_evidence, tiny_project, tunewright, without_state, write_jsonl
 from factories import make_evidence, make_items
 from planted_bugs import LateBase, WrongScale
-from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, list_adapters
+from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.engines import peft
-from tunewright.evaluation.access_log import AccessLog
 from tunewright.open_project import OpenProject
 from tunewright.serving.releases import ReleaseGate
 from tunewright.serving.serve import open_state
@@ -36,13 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert tunewright("train", "-p", folder).code == 0
     (adapter,) = list_adapters(folder / "adapters")
-    lineage = SHIPS.lineage | {
-        "created": "2026-11-01T10:00:00+00:00",
-        "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
-    }
-    stored = SHIPS.model_copy(update={"id": f"{1:012x}", "lineage": lineage})
-    evaluations = folder / "evaluations"
-    AccessLog(evaluations).write(evaluations / stored.id / "evidence.json", stored.model_dump_json())
+    store_evidence(folder, adapter, SHIPS)
     return folder
 
 
@@ -64,12 +55,6 @@ def _deploy(project: Path, *options: str) -> Ran:
 def _adapter(project: Path) -> Adapter:
     (adapter,) = list_adapters(project / "adapters")
     return adapter
-
-
-def _document(project: Path, *arguments: str) -> Any:
-    ran = _run(project, *arguments, "--json")
-    assert ran.code == 0, ran.stderr
-    return ran.document
 
 
 def test_deploy_stores_the_serving_check_of_adapter_identity_and_merged_model(project: Path) -> None:
@@ -96,35 +81,12 @@ def test_deploy_stores_the_serving_check_of_adapter_identity_and_merged_model(pr
     shown = _run(project, "releases").stdout
     assert "passed" in shown
     assert "100% the same" in shown
-    assert _document(project, "audit", "verify")["ok"]
-    _document(project, "undeploy", "courts")
+    assert document(project, "audit", "verify")["ok"]
+    document(project, "undeploy", "courts")
     again = _deploy(project)
     assert again.document["serving"] == check
     assert "Serving check: passed on peft on" in again.stderr
     assert "and not run again" in again.stderr
-
-
-def test_serving_check_of_an_imported_adapter_has_a_merged_model_too(project: Path, tmp_path: Path) -> None:
-    adapters = project / "adapters"
-    trained = adapters.resolve()
-    adapters.unlink()
-    shutil.copytree(trained, adapters)
-    stock = tmp_path / "stock"
-    stock.mkdir()
-    for name in (WEIGHTS, CONFIG):
-        shutil.copyfile(_adapter(project).folder / name, stock / name)
-    config = json.loads((stock / CONFIG).read_text(encoding="utf-8"))
-    (stock / CONFIG).write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}), encoding="utf-8")
-    name = _document(project, "adapters", "import", str(stock), "--base-matches", "--unsigned")["adapter"]
-    ran = _run(project, "deploy", "courts", name, "--force", "--because", "a foreign adapter", "--json")
-    assert ran.code == 0, ran.stderr
-    check = ran.document["serving"]
-    assert ([figures["served"] for figures in check["figures"]], check["left_out"]) == (
-        ["adapter", "identity", "merged"],
-        None,
-    )
-    merged = check["figures"][-1]
-    assert merged["kl"]["value"] < 1e-3, "its weights are rounded to bfloat16"
 
 
 @pytest.mark.slow
@@ -138,8 +100,8 @@ def test_deploy_refuses_an_engine_that_loses_the_adapter_in_long_answers(
     check = ran.document["serving"]
     assert any("the adapter: " in reason and "go another way" in reason for reason in check["reasons"])
     assert not any(reason.startswith("the identity adapter") for reason in check["reasons"])
-    assert _document(project, "releases")["releases"] == []
-    (line,) = _document(project, "audit", "show")["lines"]
+    assert document(project, "releases")["releases"] == []
+    (line,) = document(project, "audit", "show")["lines"]
     assert (line["action"], line["subject"]) == ("serving.refused", "courts")
     shown = _run(project, "deploy", "courts", _adapter(project).name)
     assert shown.code == 3
@@ -164,15 +126,6 @@ def test_serving_check_fails_on_an_engine_that_scales_the_adapter_wrongly(
     # Half of every change is missing: more than the 2% that may be lost.
     assert 0.03 < own.kl.value / own.effect < 0.5
     assert max(identity.kl.high, merged.kl.high) < 1e-5, "the fault is in the adapter's way alone"
-
-
-@pytest.mark.slow
-def test_deploy_checks_with_general_questions_without_a_dataset(project: Path) -> None:
-    shutil.rmtree(project / "dataset")
-    ran = _deploy(project, "--force", "--because", "no evidence here")
-    assert ran.code == 0, ran.stderr
-    assert "the serving check asks general questions" in ran.stderr
-    assert {figures["formed"] for figures in ran.document["serving"]["figures"]} == {0}
 
 
 def _checked(project: Path) -> ServingCheck:

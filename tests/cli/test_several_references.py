@@ -65,13 +65,3 @@ def test_evaluate_counts_inputs_and_keeps_every_items_references(ran: tuple[Path
         f"{len(items)} test items, {len(inputs)} distinct inputs with 3.0 references each: an answer is scored by all"
     )
     assert message in " ".join(ran[1].stderr.split())
-
-
-def test_leakage_counts_no_exact_answers_when_the_metric_is_bleu(ran: tuple[Path, Ran]) -> None:
-    folder = _folder(ran[0])
-    document = tunewright("data", "leakage", folder, "-p", ran[0], "--json").document
-    assert (document["bands"], document["templates"]) == ([], [])
-    assert document["exact_not_counted"].startswith(f"Exact answers of evaluation {folder.name} are not counted")
-    shown = tunewright("data", "leakage", folder, "-p", ran[0]).stdout
-    assert "its deciding metric is BLEU." in " ".join(shown.split())
-    assert " exact (" not in shown

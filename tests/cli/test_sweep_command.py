@@ -76,17 +76,6 @@ def test_sweep_halves_six_trials_to_one_finished_winner(swept: Swept) -> None:
     assert not list((project / ".tunewright" / "sweeps").iterdir())
 
 
-@pytest.mark.slow
-def test_train_reuses_the_winner_of_the_sweep(swept: Swept, tmp_path: Path, tiny_base_folder: Path) -> None:
-    project, document, _ = swept
-    ran = tunewright("train", "-p", project, "--json")
-    assert (ran.document["adapter"], ran.document["trained"]) == (document["adapter"], False)
-    fresh = _project(tmp_path / "fresh", tiny_base_folder)
-    (fresh / "tunewright.yaml").write_text((project / "tunewright.yaml").read_text())
-    ran = tunewright("train", "-p", fresh, "--json")
-    assert (ran.document["adapter"], ran.document["trained"]) == (document["adapter"], True)
-
-
 def test_sweep_writes_the_winner_to_the_config_and_keeps_the_rest(swept: Swept) -> None:
     project, document, _ = swept
     text = (project / "tunewright.yaml").read_text()
@@ -105,23 +94,6 @@ def test_sweep_never_uses_test_rows(swept: Swept) -> None:
     assert not any(m.example.input_text in seen for m in version.examples("test"))
 
 
-@pytest.mark.slow
-def test_sweep_reuses_a_finished_sweep(tmp_path: Path, tiny_base_folder: Path) -> None:
-    project = _project(tmp_path / "project", tiny_base_folder)
-    rates = ("--rate", "0.003", "--rate", "0.01")
-    first = tunewright("train", "--sweep", *rates, "-p", project)
-    assert first.code == 0, first.stderr
-    assert "compared on the dev split; the test split stays closed" in first.stdout
-    assert "The current config is not among the trials" in first.stderr
-    before = _ledger(project)
-    again = tunewright("train", "--sweep", *rates, "--json", "-p", project)
-    assert again.code == 0
-    assert _ledger(project) == before
-    assert "Loading" not in again.stderr
-    assert again.document["winner"] in first.stdout
-    assert len(again.document["trials"]) == 4
-
-
 def test_sweep_refuses_a_budget_below_one_trial_and_states_the_minimum(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = _project(tmp_path / "project", tiny_base_folder)
     ran = tunewright("train", "--sweep", "--minutes", "0.001", "-p", project)
@@ -130,32 +102,6 @@ def test_sweep_refuses_a_budget_below_one_trial_and_states_the_minimum(tmp_path:
     assert "--minutes" in ran.stderr
     assert [line["event"] for line in _ledger(project)[1:]] == ["timed"]
     assert not (project / "adapters").exists()
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    """A project that no test changes."""
-    return _project(tmp_path_factory.mktemp("refused") / "project", tiny_base_folder)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--minutes", "3"], "--minutes requires --sweep"),
-        (["--write"], "--write requires --sweep"),
-        (["--seeds", "3"], "--seeds requires --curve"),
-        (["--sweep", "--seeds", "3"], "--seeds requires --curve"),
-        (["--sweep", "--curve"], "mutually exclusive"),
-        (["--sweep", "--rate", "3"], "above 0 and at most 1 (got 3)"),
-        (["--sweep", "--rate", "0.1", "--rate", "0.1"], "given twice"),
-        (["--sweep", "--minutes", "0"], "Must be greater than 0 (got 0)"),
-        (["--curve", "--seeds", "1"], "Must be at least 2 (got 1)"),
-    ],
-)
-def test_sweep_refuses_options_without_effect(options: list[str], message: str, project: Path) -> None:
-    ran = tunewright("train", *options, "-p", project)
-    assert (ran.code, message in ran.stderr) == (2, True), ran.stderr
-    assert not (project / "sweeps").exists()
 
 
 @pytest.fixture(scope="module")

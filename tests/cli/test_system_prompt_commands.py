@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import tunewright
-from command_line import recorded_prompts, tiny_project, without_state
+from command_line import recorded_prompts, trained_project, without_state
 from command_line import tunewright as command
 from tunewright.adapters.lineage import KEY
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
@@ -33,15 +33,10 @@ FORCED = ("--force", "--because", "what is tested here is the system prompt", "-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    folder = tiny_project(tmp_path_factory.mktemp("system") / "project", tiny_base_folder)
-    config = folder / "tunewright.yaml"
     # Not composed, as an editor may write it: what is added and what is asked have one form all the same.
-    system = "Name the first colour, d'e\u0301te\u0301."
-    text = config.read_text(encoding="utf-8").replace("data:\n", f'data:\n  system_prompt: "{system}"\n')
-    config.write_text(text, encoding="utf-8")
-    assert command("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    assert command("train", "-p", folder).code == 0
-    return folder
+    system = 'data:\n  system_prompt: "Name the first colour, d\'e\u0301te\u0301."\n'
+    folder = tmp_path_factory.mktemp("system") / "project"
+    return trained_project(folder, tiny_base_folder, ("data:\n", system))
 
 
 @pytest.fixture
@@ -81,29 +76,6 @@ def test_serve_renders_a_user_turn_to_the_ids_of_the_tuned_arm(project: Path, mo
     assert all(member.example.prompt[0].content == SYSTEM for member in members)
     trained_on = opened.chat.encode(members[0].example.messages).ids
     assert trained_on[: len(seen[0])] == seen[0]
-
-
-def test_serve_adds_no_system_prompt_to_the_base(project: Path) -> None:
-    adapter, members = _adapter(project), _test_members(project)[:1]
-    name = f"{adapter.name}@{next(iter(adapter.checkpoints))}"
-    base = ProjectFolder(project).config.base_model
-    for model, source in ((name, "adapter"), (base, "none")):
-        service = tunewright.open(project).serve([name], ServeOptions(port=0))
-        assert service.system_prompts == {name: SYSTEM}
-        (reply,) = _ask_users_turns(service, model, members)
-        assert reply.headers["x-tunewright-system"] == source
-
-
-def test_serve_reports_at_start_whether_it_adds_system_prompts(project: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "tunewright")
-    name = _adapter(project).name
-    tunewright.open(project).serve([name], ServeOptions(port=0))._engine.stop()
-    assert f'{name}: requests without a system message get the trained system prompt: "{SYSTEM}"' in caplog.text
-    caplog.clear()
-    service = tunewright.open(project).serve([name], ServeOptions(port=0, system_prompts=False))
-    assert f"{name}: no system prompt is added: left out by --no-system-prompt" in caplog.text
-    (reply,) = _ask_users_turns(service, name, _test_members(project)[:1])
-    assert reply.headers["x-tunewright-system"] == "none"
 
 
 def test_releases_show_a_release_without_system_prompt(project: Path) -> None:

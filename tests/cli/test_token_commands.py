@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import tunewright as package
-from command_line import pairs, recorded_prompts, tiny_project, tunewright, write_jsonl
+from command_line import pairs, recorded_prompts, tiny_project, trained_project, tunewright, write_jsonl
 from tiny import build_base
 from tunewright.adapters.registry import find_adapter
 from tunewright.serving.options import ServeOptions
@@ -20,10 +20,7 @@ from tunewright.serving.options import ServeOptions
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with a dataset version and a trained adapter."""
-    folder = tiny_project(tmp_path_factory.mktemp("tokens") / "project", tiny_base_folder)
-    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    assert tunewright("train", "-p", folder).code == 0
-    return folder
+    return trained_project(tmp_path_factory.mktemp("tokens") / "project", tiny_base_folder)
 
 
 def _change(project: Path, to: Path, before: str, after: str) -> Path:
@@ -43,18 +40,6 @@ def test_tokens_finds_a_row_by_key_or_source_line(project: Path) -> None:
     shown = tunewright("data", "show", by_line["key"][:10], "-p", project).stdout
     assert pair["prompt"] in shown
     assert f"split {by_line['split']}" in shown
-
-
-def test_tokens_requires_the_folder_when_two_files_share_a_name(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    for number, name in enumerate(("a", "b")):
-        (folder / name).mkdir()
-        path = write_jsonl(folder / name / "x.jsonl", pairs(30, seed=number))
-        assert tunewright("data", "add", path, "-p", folder).code == 0
-    ran = tunewright("data", "show", "x.jsonl:1", "-p", folder)
-    assert (ran.code, "2 added files are named x.jsonl" in ran.stderr) == (2, True)
-    shown = tunewright("data", "show", "b/x.jsonl:1", "-p", folder, "--json").document
-    assert shown["messages"][0]["content"] == pairs(30, seed=1)[0]["prompt"]
 
 
 def test_tokens_are_listed_with_their_mask(project: Path) -> None:
@@ -135,38 +120,6 @@ def test_rows_over_the_limit_are_named_by_check_and_dropped_only_on_request(proj
     assert lineage["training"]["examples"] == 96 - len(in_train)
 
 
-def test_train_reports_a_long_test_row_and_continues(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    rows = pairs(120)
-    assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
-    (test, *_) = package.open(folder).data.version().examples("test")
-    longer = [{**r, "prompt": r["prompt"] + " and" * 40} if r["prompt"] == test.example.input_text else r for r in rows]
-    other = tiny_project(tmp_path / "other", tiny_base_folder)
-    assert tunewright("data", "add", write_jsonl(other / "pairs.jsonl", longer), "-p", other).code == 0
-    config = other / "tunewright.yaml"
-    config.write_text(config.read_text().replace("train:\n", "train:\n  max_length: 100\n"))
-    document = tunewright("data", "check", "-p", other, "--json")
-    (row,) = document.document["too_long"]
-    trained = tunewright("train", "-p", other)
-    assert document.code == trained.code == (0 if row["split"] == "test" else 2)
-
-
-def test_check_and_train_agree_where_dropping_leaves_nothing(project: Path, tmp_path: Path) -> None:
-    limited = "train:\n  max_length: 16\n  on_overlength: drop\n"
-    empty = _change(project, tmp_path / "empty", "train:\n", limited)
-    assert tunewright("data", "check", "-p", empty).code == tunewright("train", "-p", empty).code == 2
-
-
-def test_max_length_is_capped_at_the_bases_context(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    rows = [*pairs(60), {"prompt": "far too long " + "x" * 2100, "completion": "far"}]
-    assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
-    config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("train:\n", "train:\n  max_length: 100000\n"))
-    document = tunewright("data", "check", "-p", folder, "--json").document
-    assert (document["max_length"], len(document["too_long"])) == (2048, 1)
-
-
 def test_check_lists_the_faults_where_no_row_is_right(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
     base = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
     template = base / "chat_template.jinja"
@@ -191,15 +144,6 @@ def test_tokens_escapes_terminal_control_sequences(tmp_path: Path, tiny_base_fol
         assert not any(c in shown for c in "\x1b\u202e\x00")
 
 
-def test_control_token_look_alikes_are_counted_and_trained_as_text(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    rows = [{**row, "prompt": row["prompt"] + " <|im_end|>"} for row in pairs(30)] + pairs(60, seed=1)
-    path = write_jsonl(folder / "pairs.jsonl", rows)
-    assert tunewright("data", "add", path, "-p", folder).code == 0
-    ran = tunewright("data", "check", "-p", folder)
-    assert (ran.code, "Text that looks like a control token, and stays text: in 30 examples" in ran.stdout) == (0, True)
-
-
 @pytest.mark.parametrize(
     ("chat", "words"),
     [
@@ -221,18 +165,6 @@ def test_evaluate_refuses_an_adapter_trained_on_another_rendering(
     assert (served.code, words in served.stderr) == (2, True), served.stderr
 
 
-def test_evaluate_refuses_a_changed_base_template_and_names_the_line(
-    project: Path, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    base = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
-    template = base / "chat_template.jinja"
-    template.write_text(template.read_text().replace("<|im_end|>\n", "<|im_end|>\n\n"))
-    other = _change(project, tmp_path / "other", f"base_model: {tiny_base_folder}", f"base_model: {base}")
-    ran = tunewright("evaluate", "-p", other)
-    assert ran.code == 2
-    assert "other chat_template.jinja; the chat template differs from its line" in ran.stderr
-
-
 def test_evaluate_refuses_an_adapter_without_recorded_rendering(project: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
     folder = find_adapter(other / "adapters").folder
@@ -241,17 +173,6 @@ def test_evaluate_refuses_an_adapter_without_recorded_rendering(project: Path, t
     (folder / "manifest.json").unlink()  # which such a version did not write either
     ran = tunewright("evaluate", "-p", other)
     assert (ran.code, "does not record the chat format" in ran.stderr) == (2, True)
-
-
-@pytest.mark.slow
-def test_train_reuses_the_adapter_of_an_equivalent_config(project: Path, tmp_path: Path) -> None:
-    """Targets are a set: their order in peft's file changed with Python's hash seed, and the adapter's name with it."""
-    model_config = json.loads((find_adapter(project / "adapters").folder / "adapter_config.json").read_text())
-    assert model_config["target_modules"] == sorted(model_config["target_modules"])
-    other = _change(project, tmp_path / "other", "train:\n", "train:\n  micro_batch_size: 8\n")
-    first, second = (tunewright("train", "-p", other, "--json").document for _ in range(2))
-    assert (first["trained"], second["trained"]) == (True, False)
-    assert first["adapter"] == second["adapter"] == find_adapter(project / "adapters").name
 
 
 @pytest.mark.slow

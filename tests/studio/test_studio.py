@@ -118,30 +118,6 @@ def test_verdicts_are_those_of_the_command_line(browser: Browser, project: Path)
     assert status["outcome"]["checked"] == 2
 
 
-def test_undo_shows_the_row_again_also_after_a_restart(project: Path) -> None:
-    with restarted(project) as browser:
-        first = _row_key(browser.get("/review"))
-        browser.judge("right")
-    with restarted(project) as browser:
-        assert _row_key(browser.get("/review")) != first
-        assert "Taken back." in browser.judge("undo")
-        assert _row_key(browser.get("/review")) == first
-
-
-def test_second_tab_and_repeated_form_record_nothing_twice(browser: Browser, project: Path) -> None:
-    stale = _row_key(browser.get("/review"))
-    browser.judge("wrong")
-    again = browser.send("/review", "/review", action="right", key=stale)
-    assert "Nothing was recorded" in again.text
-    found = library.open(project).data.review("ada").log
-    assert [found.current_verdicts(stale)["ada"].verdict] == ["wrong"]
-
-
-def test_change_of_name_stays_on_the_page_with_its_parameters(browser: Browser) -> None:
-    changed = browser.send("/reviewer", "/rows?split=dev", reviewer="bo")
-    assert (changed.url.path, changed.url.query) == ("/rows", b"split=dev")
-
-
 def test_name_lasts_over_a_restart_and_signs_every_write(project: Path) -> None:
     with restarted(project) as browser:
         browser.send("/reviewer", "/review", reviewer="Zoë  Łuk")
@@ -188,27 +164,6 @@ def test_sign_in_asks_for_the_name_and_leads_back_to_the_page(url: str) -> None:
     assert 'name="back" value="/review/suspects?adapter=base"' in ended.text
 
 
-def test_two_reviewers_judge_the_same_sample(browser: Browser, url: str, project: Path) -> None:
-    with opened(url) as other:
-        assert "You review as bo now." in (changed := other.send("/reviewer", "/review", reviewer="bo")).text
-        assert changed.url.path == "/review"
-        key = _row_key(browser.get("/review"))
-        browser.judge("right")
-        assert _row_key(other.get("/review")) != key, "one verdict settles a row"
-        other.judge("wrong")
-    found = library.open(project).data.review("cy").log
-    assert {name for row in found.stacks for name in found.current_verdicts(row)} == {"ada", "bo"}
-
-
-def test_skipped_row_comes_back_at_the_next_start(project: Path) -> None:
-    with restarted(project) as browser:
-        skipped = _row_key(browser.get("/review"))
-        browser.judge("skip")
-        assert _row_key(browser.get("/review")) != skipped
-    with restarted(project) as browser:
-        assert _row_key(browser.get("/review")) == skipped
-
-
 def test_edits_become_a_version(browser: Browser, project: Path) -> None:
     before = library.open(project).data.version().digest
     browser.judge("right")
@@ -223,17 +178,6 @@ def test_edits_become_a_version(browser: Browser, project: Path) -> None:
     assert "2 judgements of the sample carry over" in made.text and "1 row edited after that still counts" in made.text
     assert f"At least {needed} more until the verdict" in browser.get("/review")
     assert now.manifest.message == "1 answer edited in review (ada): from the studio"
-
-
-def test_two_reviewers_compare_the_same_pairs_at_once(browser: Browser, url: str, project: Path) -> None:
-    path = f"/compare/{EVALUATION}"
-    with opened(url) as other:
-        other.send("/reviewer", path, reviewer="bo")
-        for _ in range(4):
-            browser.send(path, path, action="A")
-            other.send(path, path, action="B")
-    folder = project / "evaluations" / EVALUATION
-    assert [len(begin(folder, name).log.standing) for name in ("ada", "bo")] == [4, 4]
 
 
 def test_blind_comparison_hides_the_arms_and_the_estimate_until_it_is_complete(browser: Browser, project: Path) -> None:
@@ -275,14 +219,6 @@ def test_rows_are_searched_filtered_and_paged(browser: Browser, project: Path) -
     wanted = [m for m in version.members if "teal" in m.example.input_text and "navy" in m.example.input_text]
     found = browser.get("/rows?q=Navy+teal")
     assert set(re.findall('href="/rows/([0-9a-f]{64})"', found)) == {m.key for m in wanted}
-
-
-def test_row_page_marks_the_trained_tokens(browser: Browser, project: Path) -> None:
-    member = library.open(project).data.version().members[0]
-    html = unescape(browser.get(f"/rows/{member.key}"))
-    trained = re.findall('<span class="trained( control)?" title="\\d+">([^<]*)', html)
-    assert "".join(text for control, text in trained if not control) == member.example.output
-    assert browser.client.get("/rows/ffffffffffff").status_code == 400
 
 
 def test_uploaded_file_is_checked_and_added(browser: Browser, project: Path) -> None:

@@ -14,7 +14,6 @@ from tunewright.studio.words import (
     _PAGES,
     Advice,
     advice,
-    by_commands,
     note,
 )
 
@@ -48,11 +47,6 @@ def test_first_sentence_of_a_message_stays_first_although_it_names_a_command() -
     assert note(message) == Advice(
         "12 pairs: `tunewright train` requires --force. Add pairs.", None, "Use --force to train."
     )
-
-
-def test_only_commands_are_taken_out_of_their_quotes() -> None:
-    text = "Your text was: `a ` b. Run `tunewright train`."
-    assert by_commands(text) == ["Your text was: `a ` b. Run ", "tunewright train", "."]
 
 
 def test_each_command_exists_and_so_does_its_page() -> None:

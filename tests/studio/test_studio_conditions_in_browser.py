@@ -95,23 +95,6 @@ def _key(page: Page) -> str:
     return page.locator("[name=key]").first.input_value()
 
 
-def _tab_to(page: Page, selector: str) -> None:
-    """Press Tab until what is searched has the focus."""
-    focused = f"document.activeElement.matches({json.dumps(selector)})"
-    for _ in range(200):
-        if page.evaluate(focused):
-            return
-        page.keyboard.press("Tab")
-    raise AssertionError(selector)
-
-
-def _follow(page: Page, selector: str, key: str = "Enter") -> None:
-    """Reach a link or a button by Tab, and press a key on it."""
-    _tab_to(page, selector)
-    with page.expect_navigation():
-        page.keyboard.press(key)
-
-
 def test_tab_reaches_everything_on_each_page_in_its_order(page: Page) -> None:
     for path in PAGES:
         show(page, path, width=1100)
@@ -125,64 +108,6 @@ def test_tab_reaches_everything_on_each_page_in_its_order(page: Page) -> None:
             assert len(reached) > before, path
         assert [number for number, _ in reached] == list(range(usable)), path
         assert all(outlined for _, outlined in reached), path
-
-
-def test_rows_are_searched_and_opened_by_keys_alone(page: Page) -> None:
-    page.goto("/rows")
-    _tab_to(page, "[name=q]")
-    page.keyboard.type("navy teal")
-    with page.expect_navigation():
-        page.keyboard.press("Enter")
-    assert "q=navy" in page.url
-    _follow(page, "main table a")
-    assert page.get_by_role("heading", level=1).inner_text().startswith("Row ")
-
-
-def test_runs_are_compared_by_keys_alone(page: Page) -> None:
-    page.goto("/train")
-    for name in RUNS:
-        _tab_to(page, f"[name='run.{name}']")
-        page.keyboard.press("Space")
-    _follow(page, "form[action='/train/compare'] button")
-    assert all(name in page.inner_text("main thead >> nth=0") for name in RUNS)
-    wait_for(page.locator("figure svg")).to_have_count(3)
-
-
-def test_items_are_filtered_and_read_by_keys_alone(page: Page) -> None:
-    page.goto("/evidence")
-    _follow(page, f"a[href='/evidence/{EVALUATION}']")
-    _tab_to(page, "select[name=change]")
-    page.keyboard.type("fixed")
-    with page.expect_navigation():
-        _follow(page, "main form button")
-    assert "change=fixed" in page.url
-    _follow(page, f"a[href^='/evidence/{EVALUATION}/']")
-    first = page.get_by_role("heading", level=1).inner_text()
-    with page.expect_navigation():
-        page.keyboard.press("j")
-    assert page.get_by_role("heading", level=1).inner_text() != first
-    with page.expect_navigation():
-        page.keyboard.press("k")
-    assert page.get_by_role("heading", level=1).inner_text() == first
-
-
-def test_file_is_added_and_key_made_by_keys_alone(page: Page, project: Path) -> None:
-    versions = len(library.open(project).data.log())
-    page.goto("/data")
-    _follow(page, "a[href*='faulty.csv']")
-    _tab_to(page, "[name=skip_bad]")
-    page.keyboard.press("Space")
-    _follow(page, "main form button")
-    _follow(page, "form[action='/data/add'] button")
-    assert len(library.open(project).data.log()) == versions + 1
-    page.goto("/tenants")
-    _tab_to(page, "[name=name]")
-    page.keyboard.type("beta")
-    with page.expect_navigation():
-        page.keyboard.press("Enter")
-    page.goto("/tenants/beta")
-    _follow(page, "form[action$='/keys'] button")
-    assert page.input_value("#secret").startswith("tw_")
 
 
 @pytest.mark.parametrize(("motion", "delay_ms"), [("no-preference", 4000), ("reduce", 20000)])

@@ -135,21 +135,6 @@ def test_split_by_the_form_of_answers_is_chosen_where_its_warning_is(
     assert "/data/split-by" not in browser.get(check)
 
 
-def test_init_with_name_and_base_writes_what_the_page_writes(
-    browser: Browser, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    browser.send("/new", "/new", name="desk", choice="other", base_model=str(tiny_base_folder))
-    done = tunewright("init", tmp_path / "other", "--name", "desk", "--base", tiny_base_folder)
-    assert done.code == 0
-    assert (tmp_path / "other" / "tunewright.yaml").read_bytes() == (
-        tmp_path / "Help Desk" / "tunewright.yaml"
-    ).read_bytes()
-    refused = tunewright("init", tmp_path / "third", "--name", "desk", "--example", "legal-citations")
-    assert refused.code == 2 and "mutually exclusive" in refused.stderr
-    assert tunewright("init", tmp_path / "third", "--base", "no/such/folder").code == 2
-    assert not (tmp_path / "third").exists()
-
-
 def test_folder_that_another_process_made_a_project_is_not_overwritten(
     browser: Browser, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -165,11 +150,6 @@ def test_folder_that_another_process_made_a_project_is_not_overwritten(
     )
     assert late.url.path == "/" and "Nothing was changed" in late.text
     assert (folder / "tunewright.yaml").read_bytes() == config
-
-
-def test_studio_on_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    refused = tunewright("studio", "-p", tmp_path / "nowhere", "--no-browser")
-    assert refused.code == 2 and "There is no such folder" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -193,14 +173,6 @@ def test_unreadable_file_shows_the_message_of_the_command_line(
     assert said.partition(f"{name}")[2].strip(": ") in shown
     assert message in shown
     assert "cannot be added like this" in shown
-
-
-def test_same_column_for_both_sides_can_be_corrected_on_the_page(project: Path) -> None:
-    with restarted(project) as browser:
-        browser.upload("faq.csv", _csv(5))
-        page = unescape(browser.get("/data/check?file=faq.csv&input=question&output=question"))
-        assert '"question" cannot be both input and output' in page
-        assert '<select id="output"' in page
 
 
 def test_sheet_of_a_workbook_is_chosen(project: Path) -> None:
@@ -254,16 +226,6 @@ def test_file_is_not_added_to_a_dataset_that_changed_since_the_page(project: Pat
         assert library.open(project).data.version().digest == between
         browser.send("/data/add", path, input="question", output="reply")
     assert len(library.open(project).data.version().members) == 135
-
-
-def test_earlier_version_is_made_current_again(project: Path) -> None:
-    first = library.open(project).data.version().digest
-    write_jsonl(project / "more.jsonl", pairs(5, seed=9))
-    assert tunewright("data", "add", project / "more.jsonl", "-p", project).code == 0
-    with restarted(project) as browser:
-        done = browser.send("/data/checkout", "/data", version=first)
-        assert f"Version {first[:12]} is the current one now." in done.text
-    assert library.open(project).data.version().digest == first
 
 
 def test_difference_of_two_versions_is_that_of_the_command_line(project: Path) -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, faults, show, signed_in
+from browser import AXE, EXECUTABLE, axe_faults, faults, show
 from command_line import pairs, tiny_project, tunewright, write_jsonl
-from tunewright.config.io import load_config
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 
@@ -21,15 +20,6 @@ pytest_plugins = ["studio_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")]
 
 LONG = "averylongcolumnnamewithoutanyspace" * 6
-_CHOOSE = """(() => {
-  const input = document.querySelector("#file");
-  input.dataset.largest = "10";
-  const chosen = new DataTransfer();
-  chosen.items.add(new File(["x".repeat(SIZE)], "rows.csv"));
-  input.files = chosen.files;
-  input.dispatchEvent(new Event("change", {bubbles: true}));
-  return input.validationMessage;
-})()"""
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +72,3 @@ def test_new_project_page_fits_and_can_be_read(page: Page, tmp_path: Path) -> No
             assert page.title() == "New project: tunewright"
             assert faults(page) == []
             assert not AXE.exists() or axe_faults(page) == []
-
-
-def test_typed_base_is_the_base_and_a_bad_name_is_not_sent(page: Page, tmp_path: Path, tiny_base_folder: Path) -> None:
-    assert page.context.browser is not None
-    studio = Studio(tmp_path, "ada")
-    with serving(studio.app()) as url:
-        new = signed_in(page.context.browser, studio.address(url))
-        new.evaluate("document.querySelector('[value=bundled]').checked = true")  # also where it is not installed
-        new.type("#base_model", str(tiny_base_folder))
-        assert new.is_checked("[value=other]")
-        new.fill("#name", "Bad Name")
-        assert new.evaluate("document.querySelector('#name').validity.patternMismatch")
-        assert faults(new) == []
-        new.fill("#name", "a-name-2")
-        with new.expect_navigation():
-            new.click("text=Make the project")
-        assert load_config(tmp_path / "tunewright.yaml").base_model == str(tiny_base_folder)
-        new.context.close()
-
-
-def test_file_that_would_be_refused_is_not_sent(page: Page) -> None:
-    page.goto("/data")
-    assert page.evaluate(_CHOOSE.replace("SIZE", "11")) == "The file is larger than 10 bytes."
-    assert page.evaluate("document.querySelector('#file').checkValidity()") is False
-    assert page.evaluate(_CHOOSE.replace("SIZE", "10")) == ""

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from states import Clock, reservation
+from states import reservation
 
 import tunewright as library
 from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
-from command_line import tiny_project, tunewright
+from command_line import store_evidence, trained_project, tunewright
 from factories import make_evidence, make_items, with_contrast
 from tunewright.adapters.registry import Adapter, list_adapters
-from tunewright.evaluation.access_log import AccessLog
-from tunewright.evidence.schema import Evidence
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
 from tunewright.studio import Studio
@@ -32,7 +30,6 @@ PASSWORD = "a long password"
 SHIPS = make_evidence(make_items())
 FAILS = with_contrast(SHIPS, difference=-0.2, low=-0.3, high=-0.1, p_value=0.001)
 GROUNDS = Grounds("ship", "0123456789ab")
-DAY = 86_400
 
 
 class Visitor:
@@ -72,27 +69,15 @@ class Visitor:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter whose verdict is to ship, and a copy under another digest that failed."""
-    folder = tiny_project(tmp_path_factory.mktemp("studio-deploy") / "project", tiny_base_folder)
-    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
-    assert tunewright("train", "-p", folder).code == 0
+    folder = trained_project(tmp_path_factory.mktemp("studio-deploy") / "project", tiny_base_folder)
     (good,) = list_adapters(folder / "adapters")
     bad = Adapter(folder / "adapters" / "tiny-000000000bad")
     shutil.copytree(good.folder, bad.folder)
     lineage = json.loads((bad.folder / "lineage.json").read_text()) | {"digest": "bad0" * 16}
     (bad.folder / "lineage.json").write_text(json.dumps(lineage))
-    _evaluated(folder, good, SHIPS, 1)
-    _evaluated(folder, bad, FAILS, 2)
+    store_evidence(folder, good, SHIPS, 1)
+    store_evidence(folder, bad, FAILS, 2)
     return folder
-
-
-def _evaluated(project: Path, adapter: Adapter, evidence: Evidence, number: int) -> None:
-    lineage = evidence.lineage | {
-        "created": f"2026-11-0{number}T10:00:00+00:00",
-        "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
-    }
-    stored = evidence.model_copy(update={"id": f"{number:012x}", "lineage": lineage})
-    evaluations = project / "evaluations"
-    AccessLog(evaluations).write(evaluations / stored.id / "evidence.json", stored.model_dump_json())
 
 
 @pytest.fixture
@@ -196,17 +181,6 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
     assert "Live: courts" in browser.get("/")
 
 
-def test_refused_release_changes_nothing_and_says_how_to_force_it(browser: Visitor, project: Path) -> None:
-    sent = browser.send("/deploy", "/deploy", alias="courts", adapter="tiny-000000000bad", trial="all")
-    job = _ended(project, sent)
-    assert job.exit_code == 3, job.log.read_text()
-    page = browser.get(f"/jobs/{job.id}")
-    assert 'tunewright deploy courts tiny-000000000bad --force --because "why"' in page
-    assert "Verdict: don't ship" in job.log.read_text()
-    assert library.open(project).releases() == []
-    assert "refused" in browser.get("/deploy")
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -244,38 +218,6 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert [each.author for each in releases] == ["ann", "ann", "ada", "ada"]
     assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
     assert browser.send("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
-
-
-@pytest.mark.slow
-def test_promotion_makes_the_command_lines_checks(browser: Visitor, project: Path) -> None:
-    good = _good(project)
-    with _state(project) as state:
-        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
-        state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, 0.1), GROUNDS)
-    job = _ended(project, browser.send("/deploy/courts", "/deploy/courts/promote"))
-    assert job.command[:2] == ("promote", "courts")
-    # Its files are not those of its digest.
-    assert (job.state, job.exit_code) == ("failed", 2), job.log.read_text()
-    assert "tiny-000000000bad" in job.log.read_text()
-    assert "failed" in browser.get("/deploy")
-    assert [each.action for each in library.open(project).releases()] == ["deploy", "canary"]
-
-
-def test_shadow_answers_are_compared(browser: Visitor, project: Path) -> None:
-    good = _good(project)
-    with _state(project) as state:
-        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
-        made = state.releases.start_candidate("courts", Candidate("next", "c" * 64, None), GROUNDS)
-        state.tenants.add("acme", ["courts"])
-        caller = state.keys.caller(state.keys.create("acme")[0])
-        for answer, shadow in (("same", "same"), ("live answer", "<script>"), ("other", None)):
-            number = state.quota.reserve(reservation(caller, made), "g")
-            state.quota.record_shadow(number, made.id, answer, shadow, None)
-            state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
-    page = browser.get("/deploy/courts")
-    assert "<td>3</td><td>1</td><td>1</td><td>1</td>" in re.sub(r">\s+<", "><", page)
-    assert "live answer" in page and "<small>live</small>" in page
-    assert ">&lt;script&gt;</td>" in browser.client.get("/deploy/courts").text
 
 
 def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, project: Path) -> None:
@@ -356,48 +298,6 @@ def test_live_aliases_are_ticked_for_tenants_and_keys(browser: Visitor, project:
         (key,) = state.keys.list("acme")
     assert key.aliases == ("laws",)
     assert "Nothing was changed" in browser.sent("/tenants/acme", "/tenants/acme/aliases", **ticked)
-
-
-def test_release_names_its_time_and_its_author(browser: Visitor, project: Path) -> None:
-    good, clock = _good(project), Clock()
-    clock.now = 1_764_403_200.0
-    with _state(project, clock) as state:
-        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
-        clock.now += 60
-        state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, 0.1), GROUNDS)
-    assert "Released 2025-11-29 08:00 UTC by ann" in browser.get("/deploy/courts")
-    assert "Live: courts (on trial since 2025-11-29 08:01 UTC by ann)" in browser.get("/")
-    assert "On trial since 2025-11-29 08:01 UTC by ann" in browser.get("/deploy")
-
-
-def test_usage_is_drawn_by_day_also_after_a_roll_up(browser: Visitor, project: Path) -> None:
-    good, clock = _good(project), Clock()
-    clock.now = (time.time() // DAY - 3) * DAY + 100
-    with _state(project, clock) as state:
-        made = state.releases.deploy("courts", good.name, good.digest, GROUNDS)
-        state.tenants.add("acme", ["courts"])
-        caller = state.keys.caller(state.keys.create("acme")[0])
-        for count in (1, 4, 2):
-            for _ in range(count):
-                number = state.quota.reserve(reservation(caller, made), "g")
-                state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
-            clock.now += DAY
-        before = state.usage.by_day()
-        assert [(day.requests, day.prompt_tokens, day.completion_tokens) for day in before] == [
-            (1, 7, 3),
-            (4, 28, 12),
-            (2, 14, 6),
-        ]
-        assert state.usage_rollup.roll_up((clock.now // DAY - 1) * DAY).requests == 5
-        assert state.usage.by_day() == before == state.usage.by_day("acme")
-    days = tunewright("tenant", "usage", "--by-day", "-p", project, "--json").document["days"]
-    assert [day["requests"] for day in days] == [1, 4, 2]
-    text = tunewright("tenant", "usage", "acme", "--by-day", "-p", project).stdout
-    assert [line.split()[0] for line in text.splitlines()[1:]] == [day["day"] for day in days]
-    page = browser.get("/tenants/acme")
-    heights = [float(each) for each in re.findall(r'<rect [^>]*height="([\d.]+)"', page)]
-    assert len(heights) == 30 and [height for height in heights if height] == [25, 100, 50]
-    assert "style=" not in page
 
 
 def test_server_without_a_live_alias_says_that_it_refuses_every_question(browser: Visitor, project: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from html import unescape
@@ -11,20 +10,15 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import tiny_project, tunewright
+from command_line import trained_project, tunewright
 from studio_client import Browser, restarted
 from tunewright.studio.jobs import Jobs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder, 80)
-    config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1"))
-    project = library.open(folder)
-    project.data.add([folder / "pairs.jsonl"])
-    project.train()
-    return folder
+    folder = tmp_path_factory.mktemp("trained") / "project"
+    return trained_project(folder, tiny_base_folder, ("epochs: 2", "epochs: 1"), count=80)
 
 
 @pytest.fixture
@@ -67,20 +61,6 @@ def test_evaluation_counts_its_answers_before_it_is_started(project: Path) -> No
         # The project's page asks for the command; it is started where its answers are shown.
         assert browser.send("/jobs", "/", command="evaluate").url.path == "/evaluate"
         assert Jobs(project / ".tunewright" / "jobs", project).all() == []
-
-
-def test_estimate_and_minutes_are_mutually_exclusive(project: Path) -> None:
-    ran = tunewright("evaluate", "--estimate", "--minutes", "3", "-p", project)
-    assert ran.code == 2 and "mutually exclusive" in ran.stderr
-
-
-def test_page_without_an_adapter_says_what_decides_the_time(tmp_path: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tmp_path / "no-base", 80)
-    library.open(folder).data.add([folder / "pairs.jsonl"])
-    with restarted(folder) as browser:
-        page = browser.get("/evaluate")
-        assert re.search(r"11 prompting arms answer \d+ dev rows, then at least 3 arms answer \d+ test rows", page)
-        assert "Show its answers" not in page and 'value="run"' in page
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import tunewright as library
 from command_line import tiny_project
 from factories import make_evidence, make_items
 from people_helpers import save
-from stand_in import stand_in, with_incumbents
 from studio_client import Browser, restarted
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE, PROMPTS_FILE
 from tunewright.evidence.schema import Item
@@ -175,37 +174,3 @@ def test_evidence_of_schema_2_says_that_it_has_no_prompts(project: Path, items: 
         page = unescape(browser.get(f"/evidence/{older.id}/1/prompts"))
         assert page.count("stored no prompts") == 1
     assert library.open(project).verdict(older.id) == verdict(older)
-
-
-@pytest.mark.slow
-def test_prompts_of_hosted_models_dense_arms_and_folds_are_shown(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder, 60)
-    arms = {"num_fewshot": [2], "static_seeds": 0, "retrievers": ["dense"], "tuned_retrieved": True}
-    with stand_in() as server:
-        hosted = {"name": "hosted", "base_url": server.url, "model": "m", "system_prompt": "Say the first word."}
-        with_incumbents(folder, hosted, evaluate=arms)
-        project = library.open(folder)
-        project.data.add([folder / "pairs.jsonl"])
-        project.train(force=True)
-        evidence = project.evaluate().evidence
-    _, items = project.evidence(evidence.id)
-    prompts = {each.arm: each for each in library.open(folder).item_prompts(evidence.id, items[0].key)}
-    assert all(each.missing is None for each in prompts.values())
-    hosted_prompt = prompts["incumbent-hosted"]
-    assert [each.arm for each in prompts.values() if not each.tokens] == ["incumbent-hosted"] and hosted_prompt.hosted
-    assert [turn["content"] for turn in hosted_prompt.messages] == ["Say the first word.", items[0].input]
-    assert [len(prompts[name].demonstrations) for name in ("tuned+retrieved-2-dense", "zero-shot")] == [2, 0]
-
-    folds = library.open(folder).crossval(folds=2, force=True).evidence
-    for item in project.evidence(folds.id)[1][::20]:
-        found = library.open(folder).item_prompts(folds.id, item.key)
-        assert [each.arm for each in found] == [arm.name for arm in folds.arms]
-        assert all(each.tokens for each in found), [each.missing for each in found]
-        own = {each.own for each in found if each.arm == "best-prompting"}
-        assert own <= {fold.best_prompting for fold in folds.folds}
-    with restarted(folder) as browser:
-        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
-        assert "Say the first word." in page and page.count("A hosted model was sent this conversation") == 1
-        assert page.count("exactly those that the model was given") == len(prompts) - 1
-        page = unescape(browser.get(f"/evidence/{folds.id}/1/prompts"))
-        assert page.count("exactly those that the model was given") == len(folds.arms)

@@ -16,7 +16,7 @@ import pytest
 from studio_client import Browser, restarted
 from tunewright.cli.json_log import json_line
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
-from tunewright.studio.jobs import Jobs, read_entry
+from tunewright.studio.jobs import read_entry
 
 
 @pytest.fixture
@@ -117,16 +117,3 @@ def test_engines_of_a_running_server_are_shown(browser: Browser, project: Path) 
             assert "Engines" not in browser.get("/deploy"), "one engine"
             (folder / "log").write_text(log.replace(address, "http://127.0.0.1:1/metrics"))
             assert "the state of its engines is unknown" in browser.get("/deploy")
-
-
-@pytest.mark.slow
-def test_server_with_engines_is_started_with_metrics_on_this_machine(browser: Browser, project: Path) -> None:
-    engines = "serve:\n  engines: ['http://gpu-1:8100']\n"
-    (project / "tunewright.yaml").write_text(f"name: tiny\nbase_model: {project}/nowhere\n{engines}")
-    assert "with the engines at <code>http://gpu-1:8100</code>" in browser.get("/deploy")
-    page = browser.send("/server", "/deploy", port="0")
-    job = Jobs(project / ".tunewright" / "jobs", project).find(page.url.path.rpartition("/")[2])
-    assert job.command[:4] == ("serve", "--port=0", "--metrics-host=127.0.0.1", "--metrics-port=0")
-    with browser.client.stream("GET", f"/jobs/{job.id}/events") as events:  # until it has ended
-        assert "nowhere" in "".join(events.iter_text())
-    assert job.state == "failed"

@@ -15,7 +15,7 @@ from command_line import tunewright
 from factories import make_items
 from people_helpers import begin
 from scripted_judge import Asked, Server, honest, scripted, verdict, write_project
-from studio_client import Browser, restarted
+from studio_client import restarted
 from tunewright.evaluation.judge.rows import JudgedItem, load_judged
 from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.schema import Item
@@ -139,18 +139,3 @@ def test_vetoed_judge_shows_its_controls_and_no_items(tmp_path: Path) -> None:
             page = browser.get(PAGE)
             assert "vetoed" in page and "FAILS" in page and "Judged items" not in page
             assert browser.client.get(f"{PAGE}/1").status_code == 400
-
-
-def test_missing_judge_and_unknown_evaluation_are_one_message(project: Path) -> None:
-    (project / "tunewright.yaml").write_text("name: tiny\n")
-    with restarted(project) as browser:
-        page = browser.get(PAGE)
-        assert "The config has no judge" in page and 'value="judge"' not in page
-        assert browser.client.get("/judge/nothing").status_code == 400
-        assert _refused(browser, "/judge/nothing")
-        assert Jobs(project / ".tunewright" / "jobs", project).all() == []
-
-
-def _refused(browser: Browser, path: str) -> bool:
-    """Return whether a form to start the judge there is refused."""
-    return browser.send(path, "/", action="judge").status_code == 400

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import pytest
 
 import tunewright as library
 from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
-from command_line import pairs, tiny_project
+from command_line import tiny_project, trained_project
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.core.text import visible
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, plan_of
@@ -78,13 +77,9 @@ class Player:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter and a best prompting arm."""
-    folder = tiny_project(tmp_path_factory.mktemp("playground") / "project", tiny_base_folder)
-    config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("num_fewshot: [1, 2]", "num_fewshot: [2]"))
-    project = library.open(folder)
-    project.data.add([folder / "pairs.jsonl"])
-    project.train()
-    project.prompting()
+    folder = tmp_path_factory.mktemp("playground") / "project"
+    trained_project(folder, tiny_base_folder, ("num_fewshot: [1, 2]", "num_fewshot: [2]"))
+    library.open(folder).prompting()
     return folder
 
 
@@ -178,20 +173,6 @@ def test_answers_are_those_of_the_evaluation(player: Player) -> None:
     assert best.name in columns["prompting"]
 
 
-def test_uncertain_tokens_are_marked_with_the_likeliest_in_their_place(player: Player) -> None:
-    page = player.answered("red green blue 1", "base", limit="8")
-    count = re.search(r"<summary>(\d+) uncertain tokens?", page)
-    assert count is not None and 0 < int(count[1]) <= 8, "a base of random weights is sure of nothing"
-    marked = len(re.findall('<span class="trained">', page))
-    rows = re.findall(r'<tr><th scope="row"><code>.*?</tr>', page, re.DOTALL)
-    assert marked == len(rows) == int(count[1])
-    for row in rows:
-        shares = [float(each) for each in re.findall(r"([\d.e-]+)%", row)]
-        assert len(shares) == 6 and shares[0] < 50 and shares[1:] == sorted(shares[1:], reverse=True)
-        assert shares[0] == shares[1], "it decodes greedily"
-    assert "cut at the limit" in page
-
-
 def test_answers_are_streamed_and_kept(player: Player) -> None:
     adapter = _adapter(player.project)
     path = player.ask("teal navy olive 2", "base", adapter.name, limit="40")
@@ -223,24 +204,6 @@ def test_browser_that_leaves_ends_the_computation(endless: Player) -> None:
     assert 'data-events="' in player.get(path), "the answer is not complete"
 
 
-def test_question_that_is_too_long_is_refused_with_its_length(player: Player) -> None:
-    columns = _columns(player.answered("word " * 1000, "base", _adapter(player.project).name))
-    for column in columns.values():
-        assert re.search(r"The prompt has 5,\d+ tokens, and the context length is 2,048 tokens", column)
-
-
-def test_adapter_that_is_deleted_meanwhile_is_named(player: Player, tmp_path: Path) -> None:
-    adapter = _adapter(player.project)
-    path = player.ask("coral red green 4", "base", adapter.name, limit="4")
-    moved = shutil.move(adapter.folder, tmp_path / "away")
-    try:
-        columns = _columns(player.get(f"{path}/answers"))
-        assert f"The adapter {adapter.name} is missing" in columns[adapter.name]
-        assert "answer tokens" in columns["base"]
-    finally:
-        shutil.move(moved, adapter.folder)
-
-
 def test_answer_becomes_a_row_with_its_origin(player: Player) -> None:
     before = library.open(player.project).data.version().digest
     page = player.answered("olive coral teal 77", "base", limit="4")
@@ -264,31 +227,6 @@ def test_answer_becomes_a_row_with_its_origin(player: Player) -> None:
     assert project.data.blame(f"{file}:1").version.message == "from the playground"
     origin = project.data.metadata(member.key)["origin"]
     assert origin == {"from": "playground", "answered_by": "base", "adapter": None, "edited": True, "by": "ada"}
-
-
-def test_row_that_contradicts_another_one_is_shown_as_a_conflict(player: Player) -> None:
-    known = pairs(120)[0]["prompt"]
-    page = player.answered(known, "base", limit="4")
-    path = re.search(r'<a href="(/playground/\w+)/row\?model=base">', page)
-    assert path is not None
-    checked = player.send(
-        f"{path[1]}/row?model=base", f"{path[1]}/row", model="base", question=known, answer="something else"
-    )
-    assert "conflict" in checked.text.casefold()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"question": " ", "model base": "on"}, "The question is empty"),
-        ({"question": "x"}, "No model is chosen"),
-        ({"question": "x", "model base": "on", "limit": "-1"}, "Invalid number of tokens"),
-        ({"question": "x", "model ../secret": "on"}, "No model is chosen"),
-    ],
-)
-def test_unusable_questions_are_refused(player: Player, fields: dict[str, str], message: str) -> None:
-    answer = player.send("/playground", "/playground", **fields)
-    assert (answer.status_code, message in answer.text) == (400, True), answer.text
 
 
 def test_base_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:

@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
-from people_helpers import begin, evaluation, evaluation_with_incumbent, save
-from studio_client import PASSWORD, Browser, opened
+from people_helpers import begin, evaluation, save
+from studio_client import Browser, opened
 from tunewright.cli.data_review import KEYS as REVIEW_KEYS
 from tunewright.cli.preferences import KEYS as COMPARE_KEYS
 from tunewright.data.review.reviews import read_reviews
-from tunewright.serving.gateway.server import serving
-from tunewright.studio import Studio
 
 pytest_plugins = ["studio_fixtures"]
 
@@ -57,17 +55,6 @@ def _row_key(html: str) -> str:
     return str(key)
 
 
-@pytest.mark.slow
-def test_rows_until_the_verdict_are_stated_on_every_row(browser: Browser, project: Path) -> None:
-    review = library.open(project).data.review("ada")
-    assert f"At least {review.needed:,} more until the verdict" in browser.get("/review")
-    browser.judge("right")
-    assert f"At least {review.needed - 1:,} more until the verdict" in browser.get("/review")
-    for _ in range(review.needed - 1):
-        browser.judge("right")
-    assert "Version accepted" in browser.get("/review")
-
-
 def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(browser: Browser, project: Path) -> None:
     assert "have not been searched yet" in browser.get("/review/suspects")
     data = library.open(project).data
@@ -97,24 +84,6 @@ def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> No
     done = browser.get(page.url.path)
     assert "Job: data suspects" in done and '<a class="primary" href="/review/suspects">Review the suspects</a>' in done
     assert 'name="key"' in browser.get("/review/suspects")
-
-
-def test_suspects_of_the_base_are_found_without_naming_it(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "texts", tiny_base_folder)
-    write_jsonl(folder / "texts.jsonl", [{"prompt": f"name {n}", "completion": f"text {n * n}"} for n in range(60)])
-    assert tunewright("data", "add", folder / "texts.jsonl", "-p", folder).code == 0
-    data = library.open(folder).data
-    with serving(Studio(folder, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
-        asked = browser.get("/review/suspects")
-        assert '<option value="base" selected>' in asked, "nothing else can rank answers that no other row has"
-        suspects = data.suspects("base").suspects
-        assert suspects and _row_key(browser.get("/review/suspects")) == suspects[0].key
-        assert "Using cached" not in browser.get("/review/suspects?adapter=base"), "the job's log has the messages"
-        rows = browser.get("/rows?flag=suspect")
-        assert f"{len(suspects):,} rows, page" in rows and f"/rows/{suspects[0].key}" in rows
-        data.suspects()  # without a model: none of these rows can be judged
-        nothing = browser.get("/review/suspects")
-        assert "0 left" in nothing and '<option value="base"' in nothing and "find suspects" in nothing
 
 
 def test_verdict_is_taken_back_on_the_page_of_its_row(browser: Browser, ben: Browser, project: Path) -> None:
@@ -182,25 +151,6 @@ def test_row_on_another_screen_is_not_called_reviewed(browser: Browser, ben: Bro
     assert "Other reviewers have the last rows" not in browser.get("/review/suspects")
 
 
-def test_note_with_a_secret_stops_the_verdict_and_stays_in_its_field(browser: Browser, project: Path) -> None:
-    key = _row_key(browser.get("/review"))
-    html = browser.judge("right", note="AKIAIOSFODNN7EXAMPLZ")
-    assert "was not stored" in html and "AKIAIOSFODNN7EXAMPLZ</textarea>" in html
-    assert read_reviews(project / "dataset").current_verdicts(key) == {}
-
-
-@pytest.mark.parametrize("answer", ["two\r\nlines", "old\rMac", "\nfirst", " spaces "])
-def test_unchanged_answer_with_odd_line_ends_is_no_edit(tmp_path: Path, answer: str) -> None:
-    (tmp_path / "tunewright.yaml").write_text("name: ends\n")
-    write_jsonl(tmp_path / "pairs.jsonl", [*pairs(20), {"prompt": "a question", "completion": answer}])
-    assert tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path).code == 0
-    with serving(Studio(tmp_path, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
-        key = next(m.key for m in library.open(tmp_path).data.version().members if m.example.output == answer)
-        sent = answer.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "\r\n")
-        browser.judge("right", key=key, output=sent)
-    assert read_reviews(tmp_path / "dataset").current_verdicts(key)["ada"].verdict == "right"
-
-
 def test_key_means_the_same_on_every_page_and_in_a_terminal(browser: Browser, project: Path) -> None:
     evaluation(project / "evaluations" / EVALUATION, count=12)
     pages = [browser.get("/review"), browser.judge("preview", output="x"), browser.get(f"/compare/{EVALUATION}")]
@@ -256,17 +206,6 @@ def test_second_review_is_blind_and_its_conflict_is_settled_with_both_in_sight(
     assert read_reviews(project / "dataset").disputed(key)
 
 
-def test_skipped_conflict_keeps_its_verdicts_and_is_offered_again(
-    browser: Browser, ben: Browser, project: Path
-) -> None:
-    browser.judge("wrong")
-    ben.judge("right", page="/review/second")
-    before = (project / "dataset" / "reviews.jsonl").read_text()
-    assert "No row is left" in ben.judge("skip", page="/review/conflicts")
-    assert (project / "dataset" / "reviews.jsonl").read_text() == before
-    assert 'name="key"' in ben.judge("again", page="/review/conflicts")
-
-
 def test_skipped_rows_are_offered_again_on_request(browser: Browser, ben: Browser, project: Path) -> None:
     key = _row_key(browser.get("/review"))
     browser.judge("right")
@@ -295,36 +234,3 @@ def test_stored_answer_of_the_model_stands_next_to_the_row_unless_it_waits_for_a
     while (pair := blind.next()) is not None:
         blind.answer(pair, "A")
     assert "The model's own answer" in unescape(browser.get("/review"))
-
-
-def test_progress_page_lists_every_reviewer_without_the_verdicts(browser: Browser, project: Path) -> None:
-    assert "Nothing has been evaluated" in browser.get("/compare")
-    folder = evaluation(project / "evaluations" / EVALUATION, count=12)
-    assert "not begun" in browser.get("/compare")
-    blind = begin(folder, "bo")
-    pair = blind.next()
-    assert pair is not None
-    blind.answer(pair, "A")
-    html = browser.get("/compare")
-    assert f"<td>bo</td><td>1 of {len(blind.sample.order)}</td>" in html
-    assert not re.search("retrieved|zero-shot|tuned|Win rate|prefer", html)
-
-
-def test_incumbent_has_a_blind_comparison_of_its_own(browser: Browser, project: Path) -> None:
-    folder = evaluation_with_incumbent(project / "evaluations" / EVALUATION, count=12)
-    path = f"/compare/{EVALUATION}/hosted"
-    assert f'href="{path}"' in browser.get("/compare")
-    asked = 0
-    while 'name="key"' in (html := browser.get(path)):
-        assert "incumbent-hosted" not in html and "tuned" not in html
-        browser.send(path, path, action="B")
-        asked += 1
-    assert "Win rate" in html or "No win rate" in html
-    assert len(begin(folder, against="hosted").log.standing) == asked > 3
-    assert begin(folder).log.standing == {}
-    assert f"<td>{asked} of {asked}</td>" in browser.get("/compare")
-    assert browser.client.get(f"/compare/{EVALUATION}/other").status_code == 400
-
-
-def test_unknown_queue_is_not_found(browser: Browser) -> None:
-    assert browser.client.get("/review/nothing").status_code == 404

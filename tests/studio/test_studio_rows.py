@@ -15,7 +15,6 @@ from command_line import pairs, tiny_project, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import save
 from studio_client import Browser, restarted
-from tunewright.studio.jobs import Jobs
 
 EVALUATION = f"{7:012x}"
 
@@ -70,44 +69,12 @@ def test_flag_filters_the_rows_that_have_it(browser: Browser, project: Path, fla
     assert page.count(f"<td>{flag}</td>") == len(wanted)
 
 
-def test_filters_by_cluster_and_file_are_joined_with_a_search(browser: Browser, project: Path) -> None:
-    members = library.open(project).data.version().members
-    row = next(m for m in members if m.example.output == "another answer")
-    assert _keys(browser.get(f"/rows?cluster={row.cluster[:12]}")) == {
-        m.key for m in members if m.cluster == row.cluster
-    }
-    options = re.findall('<option value="([^"]*)">[^<]*</option>', browser.get("/rows").partition('id="source"')[2])
-    (source,) = [unescape(each) for each in options if each.endswith("more.jsonl")]
-    page = browser.client.get("/rows", params={"source": source, "split": row.split, "q": row.example.input_text}).text
-    expected = {m.key for m in members if m.example.input_text == row.example.input_text and m.split == row.split}
-    assert _keys(page) == expected
-    assert browser.client.get("/rows?flag=wrong").status_code == 400
-    assert browser.client.get("/rows?split=all").status_code == 400
-
-
 def test_next_page_keeps_the_filters(browser: Browser) -> None:
     page = browser.get("/rows?split=train&q=a")
     (address,) = re.findall('href="([^"]*)" rel="next"', page)
     second = browser.get(unescape(address))
     assert "page 2 of" in second and not _keys(second) & _keys(page)
     assert '<option value="train" selected>' in second
-
-
-@pytest.mark.slow
-def test_suspects_are_those_that_the_command_found(browser: Browser, project: Path) -> None:
-    before = browser.get("/rows?flag=suspect")
-    assert "have not been searched yet" in before and not _keys(before)
-    job = browser.send("/review/find-suspects", "/review/suspects")
-    (started,) = Jobs(project / ".tunewright" / "jobs", project).all()
-    assert job.url.path == f"/jobs/{started.id}" and started.command[:2] == ("data", "suspects")
-    with browser.client.stream("GET", f"/jobs/{started.id}/events") as events:
-        assert "".join(events.iter_text()).rstrip().endswith("data: done")
-    found = library.open(project).data.suspects().suspects
-    page = unescape(browser.get("/rows?flag=suspect"))
-    assert _keys(page) == {each.key for each in found[:50]} != set()
-    assert found[0].detail in page
-    shown = re.findall('href="/rows/([0-9a-f]{64})"', page)
-    assert shown == [each.key for each in found[:50]], "the most suspicious first"
 
 
 def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_it(

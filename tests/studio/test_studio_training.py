@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from html import unescape
@@ -89,17 +88,6 @@ def test_run_in_progress_is_shown_with_its_numbers_and_as_stopped_without_its_pr
     assert not is_locked(folder)
 
 
-def test_run_in_progress_is_shown_without_a_line_that_is_being_written(browser: Browser, project: Path) -> None:
-    folder = _write_run(project)
-    with (folder / HISTORY).open("a") as file:
-        file.write('{"step": 13, "lo')
-    with locked_folder(folder, _BUSY):
-        assert f"{make_history(12)[-1]['loss']:.4g}" in browser.get(f"/train/runs/{RUN}")
-    (folder / HISTORY).write_text('{"step": 1, "epoch": 0.1, "loss": 2}\nnot json\n')
-    refused = browser.client.get(f"/train/runs/{RUN}")
-    assert refused.status_code == 400 and f"{HISTORY}:2" in refused.text
-
-
 @pytest.mark.parametrize("line", ["not json", '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
 def test_damaged_metrics_are_one_message_and_other_runs_stay(browser: Browser, project: Path, line: str) -> None:
     other = _adapter(project, 0.001, "1" * 64)
@@ -121,23 +109,6 @@ def test_answers_to_dev_rows_are_shown_where_they_change(browser: Browser, proje
     assert "the current dataset version does not have" in page
     (folder / DEV_ANSWERS).write_text('{"step": 1}\n')
     assert f"{DEV_ANSWERS}:1" in browser.client.get(f"/train/runs/{RUN}").text
-
-
-def test_removed_run_is_one_message(browser: Browser, project: Path) -> None:
-    folder = _write_run(project)
-    assert RUN in browser.get("/train")
-    shutil.rmtree(folder)
-    refused = browser.client.get(f"/train/runs/{RUN}")
-    assert refused.status_code == 400 and "It was removed" in unescape(refused.text)
-    assert "Nothing has been trained yet" in browser.get("/train")
-
-
-def test_finished_run_leads_to_its_adapter(browser: Browser, project: Path) -> None:
-    adapter = _adapter(project, 0.001, RUN + "0" * 52)
-    answer = browser.client.get(f"/train/runs/{RUN}")
-    assert answer.url.path == f"/train/runs/{adapter.name}"
-    assert "exact match 75.0%, dev loss" in answer.text and "The run has finished" in answer.text
-    assert len(answer.content) < 60_000
 
 
 def test_compared_runs_show_what_differs_and_their_curves(browser: Browser, project: Path) -> None:

@@ -253,42 +253,30 @@ def session(
     """
     quiet = not distributed.is_main_process()
     with json_log(quiet=quiet) if log_json else nullcontext():
-        yield from _session(Session(as_json=as_json, log_json=log_json), project, together, kept, span, quiet=quiet)
-
-
-def _session(
-    current: Session, project: Path | None, together: bool, kept: str, span: str | None, *, quiet: bool
-) -> Iterator[Session]:
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with stoppable(kept, as_json=current.as_json, log_json=current.log_json, quiet=quiet), _traced(current, span):
-            yield from _run(current, project, together=together)
-    except UserError as error:
-        _fail(current, error, USER_ERROR)
-    except OSError as error:
-        # The disk's errors reach every command; those that know more about the file have translated them before.
-        message = _lack_of_memory(error) or refused(error)
-        if message is None:
-            raise
-        _fail(current, message, USER_ERROR)
-    except (MemoryError, ImportError, RuntimeError) as error:
-        message = _lack_of_memory(error) or missing_extra(error)
-        if message is not None:
-            _fail(current, message, USER_ERROR)
-        if not isinstance(error, RuntimeError) or not distributed.is_peer_failure(error):
-            raise
-        lost = "Another process of this run was lost; the same command resumes from the last checkpoint"
-        _fail(current, UserError(lost), FAILED)
-    except KeyboardInterrupt:
-        _fail(current, UserError(f"Stopped; {kept}"), STOPPED)
-    except BaseException as error:
-        # A panic of Rust, whose class cannot be imported, where the tokenizer gets no threads.
-        if "ThreadPoolBuildError" not in str(error):
-            raise
-        short = UserError("No threads can be started", fix="Raise the limits of memory and of processes.")
-        _fail(current, short, USER_ERROR)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        current = Session(as_json=as_json, log_json=log_json)
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            with stoppable(kept, as_json=as_json, log_json=log_json, quiet=quiet), _traced(current, span):
+                if together:
+                    distributed.init()
+                elif distributed.world_size() > 1:
+                    what = "This command runs in one process; `train` alone runs in several"
+                    raise UserError(what, where="WORLD_SIZE")
+                try:
+                    yield current
+                except typer.Exit:
+                    current.report_review_status(project)
+                    raise
+                current.report_review_status(project)
+                if together:
+                    distributed.shutdown()
+        except BaseException as error:
+            failure = _failure(error, kept)
+            if failure is None:
+                raise
+            _fail(current, *failure)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -307,25 +295,27 @@ def _traced(current: Session, span: str | None) -> Iterator[None]:
         tracing.stop()
 
 
-def _lack_of_memory(error: Exception) -> UserError | None:
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_ERRORS):
-        return OUT_OF_MEMORY
+def _failure(error: BaseException, kept: str) -> tuple[UserError, int] | None:
+    """Return the message and the exit code of an error that users can act on; None for any other."""
+    match error:
+        case UserError():
+            return error, USER_ERROR
+        case KeyboardInterrupt():
+            return UserError(f"Stopped; {kept}"), STOPPED
+        case OSError() | MemoryError() | ImportError() | RuntimeError():
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_ERRORS):
+                return OUT_OF_MEMORY, USER_ERROR
+            # The disk's errors reach every command; those that know more about the file have translated them before.
+            message = refused(error) if isinstance(error, OSError) else missing_extra(error)
+            if message is not None:
+                return message, USER_ERROR
+            if isinstance(error, RuntimeError) and distributed.is_peer_failure(error):
+                lost = "Another process of this run was lost; the same command resumes from the last checkpoint"
+                return UserError(lost), FAILED
+    # A panic of Rust, whose class cannot be imported, where the tokenizer gets no threads.
+    if "ThreadPoolBuildError" in str(error):
+        return UserError("No threads can be started", fix="Raise the limits of memory and of processes."), USER_ERROR
     return None
-
-
-def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[Session]:
-    if together:
-        distributed.init()
-    elif distributed.world_size() > 1:
-        raise UserError("This command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
-    try:
-        yield current
-    except typer.Exit:
-        current.report_review_status(project)
-        raise
-    current.report_review_status(project)
-    if together:
-        distributed.shutdown()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -88,7 +88,6 @@ def data_check(
     refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
     """
     mapping, adding = given_options(options.mapping), given_options(replace(options, mapping=ColumnMapping()))
-    data = run.project.data
     if files is None and (mapping or adding):
         named = ", ".join([*mapping, *adding])
         raise UserError(f"{named} requires files (got none)", fix="Name the files.")
@@ -97,17 +96,17 @@ def data_check(
             what = f"--fix requires exactly one file (got {len(files or ())})"
             raise UserError(what, where="--fix", fix="Name one file.")
         refuse_unused("--fix", {**dict.fromkeys(adding, True), "--cluster": run.cluster is not None})
-        changes = data.fix_file(files[0], fix, options.mapping)
+        changes = run.project.data.fix_file(files[0], fix, options.mapping)
         left_out = sum(change.left_out for change in changes)
         done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
         document = {"out": str(fix), "changes": changes}
         run.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
         return None
     if files is not None:
-        checked = data.check_files(files, options)
+        checked = run.project.data.check_files(files, options)
         run.show(checked.as_dict(), preview_text(checked))
         return None if checked.ok else USER_ERROR
-    report = data.check()
+    report = run.project.data.check()
     dropping = run.project.folder.config.train.on_overlength == "drop"
     run.show(report, *check_blocks(report, dropping=dropping))
     return USER_ERROR if report.refused(dropping=dropping) else None

@@ -46,12 +46,12 @@ def evaluate(
     """
     from tunewright.adapters.registry import list_adapters
 
+    if estimate and minutes is not None:
+        raise UserError(
+            "--estimate and --minutes are mutually exclusive", where="--minutes", fix="Leave one of them out."
+        )
     project = run.project
     if estimate:
-        if minutes is not None:
-            raise UserError(
-                "--estimate and --minutes are mutually exclusive", where="--minutes", fix="Leave one of them out."
-            )
         expected = project.estimate_incumbents(dev=dev) if project.folder.config.evaluate.incumbents else []
         # The cost of incumbents can be known before an adapter is trained.
         known = expected and adapter is None and not list_adapters(project.folder.adapters)

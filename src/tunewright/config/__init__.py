@@ -19,13 +19,10 @@ from tunewright.config.endpoint import (
     IncumbentConfig,
     JudgeConfig,
     PromptOptimizationConfig,
-    ReferenceModelConfig,
-    ReflectionModelConfig,
 )
 from tunewright.config.evaluate import ConstrainConfig, EvaluateConfig, RegressionsConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.section import (
-    AnswerEngineName,
     DemonstrationOrder,
     EngineName,
     Quantization,
@@ -39,7 +36,6 @@ __all__ = [
     "PRESETS",
     "PROJECT_NAME",
     "AdviseConfig",
-    "AnswerEngineName",
     "ChatConfig",
     "ComputeConfig",
     "Config",
@@ -62,9 +58,6 @@ __all__ = [
     "PriceConfig",
     "PromptOptimizationConfig",
     "Quantization",
-    "ReferenceModelConfig",
-    "ReflectionModelConfig",
-    "RegressionsConfig",
     "ReplayConfig",
     "RetrieverName",
     "ServeConfig",

@@ -145,6 +145,8 @@ class Cell:
     text: str
     note: str = ""
     tone: ToneOfResult = ""
+    link: str = ""
+    """The address of its page in the studio, which other renderers leave out."""
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,11 @@ class Job:
         return " ".join(self.command[:2] if self.command[0] == "data" else self.command[:1])
 
     @property
+    def minute(self) -> str:
+        """The minute of its start (UTC)."""
+        return self.started[:16].replace("T", " ")
+
+    @property
     def log(self) -> Path:
         """The file with all output."""
         return self.folder / "log"

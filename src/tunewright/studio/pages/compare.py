@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
@@ -10,7 +10,6 @@ from urllib.parse import urlencode
 from starlette.responses import Response
 
 from tunewright.core.errors import UserError
-from tunewright.data.review.label_models import excerpt
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
@@ -18,6 +17,8 @@ from tunewright.evidence.files import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.evidence.human_eval import RaterAgreement, agreement_table, human_eval_section
 from tunewright.evidence.judge import judge_section
 from tunewright.evidence.schema import Evidence, Item
+from tunewright.render.blocks import Cell, Column, Table, table, words
+from tunewright.studio.pages.evaluate import item_texts
 from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
 if TYPE_CHECKING:
@@ -32,17 +33,34 @@ def comparisons_page(visit: Visit) -> Response:
     folder = visit.project.folder.evaluations
     files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
     names = [file.parent.name for file in files if not file.parent.name.startswith(DEV_PREFIX)]
-    found: list[tuple[str, list[ComparisonProgress], str | None]] = []
+    rows: list[tuple[str | Cell, ...]] = []
     for name in names[:_NEWEST]:
         try:
-            found.append((name, visit.project.human_eval_progress(folder / name), None))
+            rows += _progress_rows(name, visit.project.human_eval_progress(folder / name))
         except UserError as error:
-            found.append((name, [], str(error)))
+            rows.append((name, str(error), "", "", "", ""))
+    head = (Column("Evaluation", words=True, of="digest"), *words("Against", "Reviewer"), "Judged", "Skipped", "Left")
     dataset = visit.project.folder.dataset
     review = review_report(dataset, visit.version) if current_manifest(dataset) else None
     return visit.page(
-        "comparisons.html.j2", "Compare", evaluations=found, review=review, left_out=len(names) - len(found)
+        "comparisons.html.j2",
+        "Compare",
+        comparisons=table("Answers of evaluations on the test split", head, rows),
+        review=review,
+        left_out=len(names[_NEWEST:]),
     )
+
+
+def _progress_rows(name: str, comparisons: Sequence[ComparisonProgress]) -> Iterator[tuple[str | Cell, ...]]:
+    """Yield how far each reviewer has compared an evaluation's answers."""
+    for each in comparisons:
+        link = path_of("compare", name, *([each.against] if each.against else []))
+        against = each.against or "best prompting arm"
+        for reviewer, at in each.reviewers.items():
+            judged = f"{at.answered} of {at.asked}"
+            yield Cell(name, link=link), against, reviewer, judged, str(at.skipped), str(at.asked - at.answered)
+        if not each.reviewers:
+            yield Cell(name, link=link), against, "not begun", "", "", ""
 
 
 def compare_page(visit: Visit) -> Response:
@@ -158,12 +176,19 @@ def judge_page(visit: Visit) -> Response:
         outcomes=_OUTCOMES,
         outcome=outcome,
         query=urlencode({"outcome": outcome} if outcome else {}),
-        rows=shown,
+        rows=_rows_table(name, shown, _arms(evidence), outcome),
         **numbers,
         all_rows=len(rows),
-        excerpt=excerpt,
         running=visit.jobs.running(),
     )
+
+
+def _rows_table(name: str, rows: Sequence[_Row], arms: tuple[str, str], outcome: str) -> Table:
+    found: list[tuple[str | Cell, ...]] = []
+    for row in rows:
+        link = path_of("judge", name, str(row.number)) + (f"?{urlencode({'outcome': outcome})}" if outcome else "")
+        found.append((Cell(str(row.number), link=link), row.outcome, *item_texts(row.item, arms)))
+    return table("Judged items", words("Item", "Outcome", "Question", "Reference", *arms), found)
 
 
 def _estimate(visit: Visit, name: str) -> tuple[Estimate | None, str]:

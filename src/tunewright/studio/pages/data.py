@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from tunewright.data.versions import current_manifest
 from tunewright.data.versions.diff import comparability, summary, word_changes
 from tunewright.data.versions.version import version_table
 from tunewright.evidence.power import split_power, split_power_text
+from tunewright.render.blocks import Cell, Column, Table, table, words
 from tunewright.studio.access import ChangedRows
 from tunewright.studio.pages.review import next_row, stored_searches
 from tunewright.studio.visit import Handlers, PageReporter, Visit, path_of
@@ -32,6 +33,7 @@ from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
     from tunewright.data.preview import Effect, FilePreview
+    from tunewright.data.versions import Member
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's."""
@@ -231,13 +233,19 @@ def leakage_page(visit: Visit) -> Response:
     report = visit.leakage
     nearest = sorted(report.nearest, key=lambda row: -row.similarity)[:_NEAREST]
     by_key = {member.key: member for member in visit.version.members}
+    head, pairs = ("Similarity", *words("Held-out row", "Training row")), []
+    for row in nearest:
+        if row.of is not None:
+            held_out, trained = by_key[row.key], by_key[row.of]
+            text = f"{row.split}: {excerpt(held_out.example.input_text)}"
+            near = _row_link(trained, excerpt(trained.example.input_text))
+            pairs.append((f"{row.similarity:.2f}", _row_link(held_out, text), near))
     return visit.page(
         "leakage.html.j2",
         "Leakage",
         rows=rows,
         report=similarity_blocks(report),
-        nearest=[(row, by_key[row.key], by_key[row.of]) for row in nearest if row.of is not None],
-        excerpt=excerpt,
+        nearest=table("Most similar pairs", head, pairs),
     )
 
 
@@ -322,7 +330,7 @@ def rows_page(visit: Visit) -> Response:
     return visit.page(
         "rows.html.j2",
         "Rows",
-        rows=[(row, visit.rows.flags_of(row), (suspects or {}).get(row.key, "")) for row in shown],
+        rows=_rows_table(visit, shown, suspects or {}),
         **numbers,
         given=given,
         # The next and the previous page have the same filters.
@@ -331,8 +339,23 @@ def rows_page(visit: Visit) -> Response:
         sources=visit.rows.sources,
         flags=FLAGS,
         searched=suspects is not None,
-        excerpt=excerpt,
     )
+
+
+def _rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, str]) -> Table:
+    rows = []
+    for member in members:
+        reason = suspects.get(member.key)
+        flags = [*visit.rows.flags_of(member), *([f"suspect: {reason}"] if reason else [])]
+        texts = map(excerpt, (member.example.input_text, member.example.output))
+        rows.append((_row_link(member), member.split, *texts, ", ".join(flags)))
+    head = (Column("Row", words=True, of="digest"), *words("Split", "Question", "Answer", "Flags"))
+    return table("Rows", head, rows)
+
+
+def _row_link(member: Member, text: str | None = None) -> Cell:
+    """Return a cell that leads to a row's page."""
+    return Cell(member.key[:12] if text is None else text, link=path_of("rows", member.key))
 
 
 def _suspects(visit: Visit) -> dict[str, str] | None:

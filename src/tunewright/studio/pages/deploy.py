@@ -10,17 +10,14 @@ from starlette.responses import Response
 from tunewright.adapters.registry import list_adapters
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
+from tunewright.core.text import capitalised
+from tunewright.render.blocks import Cell, Column, Table, table, words
 from tunewright.serving.serve import has_state
-from tunewright.studio.jobs import (
-    RELEASES,
-    SERVER,
-    engines,
-    outcome,
-    served,
-)
+from tunewright.studio.jobs import RELEASES, SERVER, Job, engines, outcome, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
+    from tunewright.engines.pool import EngineState
     from tunewright.serving.tenants import AuditLine, Release
 
 _ADAPTERS = 20  # newest ones on the page
@@ -55,20 +52,52 @@ def deploy_page(visit: Visit) -> Response:
         "deploy.html.j2",
         "Deploy",
         aliases=aliases,
+        aliases_table=_aliases_table(aliases),
         suggested=aliases[0].alias if len(aliases) == 1 else "" if aliases else _alias_of(project.folder.config.name),
         adapters=releasable,
         fault=fault,
         older=len(adapters[_ADAPTERS:]),
         constrains=project.folder.config.evaluate.structured_outputs is not None,
         running=visit.jobs.running(),
-        jobs=[(job, outcome(job)) for job in jobs],
+        jobs=_jobs_table(jobs),
         server=server,
         served=running,
         keys=needs_keys(visit),
         serve=project.folder.config.serve,
         made=made,
-        engines=engines(running) if running else None,
+        engines_table=_engines_table(engines(running)) if running else None,
     )
+
+
+def _aliases_table(aliases: Sequence[Release]) -> Table:
+    rows = []
+    for each in aliases:
+        verdict = (each.grounds.verdict or "not evaluated") + ("" if each.grounds.because is None else ", forced")
+        live = ("nothing: undeployed", "", "") if each.undeployed else (each.adapter, each.digest[:12], verdict)
+        trial = f"{each.candidate.adapter} {each.candidate.summary}" if each.candidate else ""
+        rows.append((each.alias, *live, trial, capitalised(made(each))))
+    alias, digest = Column("Alias", words=True, of="alias"), Column("Digest", words=True, of="digest")
+    head = (alias, *words("Answers with"), digest, *words("Verdict", "On trial", "Newest release"))
+    return table("Aliases", head, rows)
+
+
+def _jobs_table(jobs: Sequence[Job]) -> Table:
+    head, rows = words("Command", "Alias", "Started (UTC)", "Result"), []
+    for job in jobs:
+        name, alias, *_ = job.command
+        rows.append((Cell(name, link=path_of("jobs", job.id)), alias, job.minute, outcome(job)))
+    return table("Releases that were started here", head, rows)
+
+
+def _engines_table(states: Sequence[EngineState] | None) -> Table | None:
+    """Return a server's engines: a table without rows if it has one itself; None if its metrics do not answer."""
+    if states is None:
+        return None
+    rows = []
+    for each in states:
+        counts = (f"{number:,}" for number in (each.running, each.adapters, each.restarts))
+        rows.append((each.url, "up" if each.up else "takes no requests", *counts))
+    return table("Engines", (*words("Address", "State"), "Running", "Adapters loaded", "Restarts"), rows)
 
 
 def made(release: Release) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -26,6 +26,7 @@ from tunewright.evidence.files import (
 )
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import metric_label
+from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.report.items import shown_answer
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -218,10 +219,25 @@ def evidence_page(visit: Visit) -> Response:
         choice=choice,
         changes=CHANGES,
         bands=_bands(evidence),
-        chosen=shown,
+        chosen=_items_table(name, shown, choice),
         **numbers,
-        excerpt=excerpt,
     )
+
+
+def _items_table(name: str, chosen: Sequence[tuple[int, Item, str]], choice: _Choice) -> Table:
+    arms = (choice.kept.treatment, choice.kept.control)
+    rows: list[tuple[str | Cell, ...]] = []
+    for number, item, change in chosen:
+        link = f"{path_of('evidence', name, str(number))}?{choice.query}"
+        nearest = "" if item.nearest is None else f"{item.nearest:.2f}"
+        rows.append((Cell(str(number), link=link), change, *item_texts(item, arms), nearest))
+    return table("Items", (*words("Item", "Effect", "Question", "Reference", *arms), "Similarity"), rows)
+
+
+def item_texts(item: Item, arms: Sequence[str]) -> list[str]:
+    """Return the beginnings of an item's question, its reference, and each arm's answer."""
+    answers = (excerpt(item.answers[arm]) if arm in item.answers else "no answer" for arm in arms)
+    return [excerpt(item.input), excerpt(item.reference), *answers]
 
 
 def _choice(visit: Visit, evidence: Evidence) -> _Choice:

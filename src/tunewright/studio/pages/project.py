@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode
@@ -17,6 +18,7 @@ from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.models.sources import BUNDLED, bundled_weights
 from tunewright.open_project import new_project
+from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job, refusal, served
 from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
@@ -63,11 +65,16 @@ def project_page(visit: Visit) -> Response:
         "Project",
         stages=_stages(visit, evaluations),
         evaluations=evaluations[:_NEWEST],
-        jobs=visit.jobs.all()[:_NEWEST],
+        jobs=_jobs_table(visit.jobs.all()[:_NEWEST]),
         running=visit.jobs.running(),
         # `run` adds the files that the config lists; a project made in the browser lists no file.
         commands=[name for name in _COMMANDS if name != "run" or visit.project.folder.config.data.sources],
     )
+
+
+def _jobs_table(jobs: Sequence[Job]) -> Table:
+    rows = ((Cell(job.title, link=path_of("jobs", job.id)), job.minute, job.state) for job in jobs)
+    return table("Jobs", words("Command", "Started (UTC)", "State"), rows)
 
 
 def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:

@@ -20,6 +20,7 @@ from tunewright.data.review.label_models import Suspect, excerpt
 from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
+from tunewright.render.blocks import Table, table, words
 from tunewright.studio.access import ChangedText, RefusedVerdict
 from tunewright.studio.visit import Handlers, Visit, verdict_of
 
@@ -264,11 +265,20 @@ def agreement_page(visit: Visit) -> Response:
         "Review",
         queues=_QUEUES.values(),
         report=report,
+        reviewers=_reviewers_table(report),
         conflicts=conflicts,
         mine=review.needed,
         excerpt=excerpt,
         changes=word_changes,
     )
+
+
+def _reviewers_table(report: ReviewReport) -> Table:
+    rows = []
+    for each in report.reviewers:
+        counts = (each.right, each.wrong, each.edit, each.skip)
+        rows.append((each.name, *(f"{count:,}" for count in counts)))
+    return table("Reviewers", (*words("Reviewer"), "Right", "Wrong", "Edited", "Skipped"), rows)
 
 
 def edits_page(visit: Visit) -> Response:

@@ -18,7 +18,7 @@ from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.evidence.learning_curve import curve_section
 from tunewright.metrics import axis_label, metric_label, score_text
-from tunewright.render.blocks import SERIES, Line, Lines, Tone
+from tunewright.render.blocks import SERIES, Cell, Line, Lines, Table, Tone, table, words
 from tunewright.report.training import run_lines, sweep_section
 from tunewright.studio.visit import Handlers, Visit, path_of
 from tunewright.training.history import DEV_LOSS, DEV_METRIC
@@ -116,12 +116,33 @@ def run_page(visit: Visit) -> Response:
         state=run.state,
         best=_best(run) if history else "",
         charts=_run_charts(history, run.metric),
-        evaluations=[(each, _scored(run, each.dev_metric)) for each in run.evaluations],
-        steps=steps[: -_LAST_STEPS - 1 : -1],
-        number=lambda value: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}",
+        evaluations=_evaluations_table(run),
+        steps=_steps_table(steps[: -_LAST_STEPS - 1 : -1]),
         dev_rows=_dev_rows(visit, run),
         running=visit.jobs.running(),
     )
+
+
+def _evaluations_table(run: TrainingRun) -> Table:
+    head = ("Step", "Epoch", "Training loss since the last", "Dev loss", "Dev score")
+    rows = []
+    for each in run.evaluations:
+        loss = "" if each.train_loss is None else f"{each.train_loss:.3f}"
+        score = _scored(run, each.dev_metric)
+        rows.append((f"{each.step:,}", f"{each.epoch:.3g}", loss, f"{each.dev_loss:.3f}", score))
+    return table("Evaluations on dev", head, rows)
+
+
+def _steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    rows = []
+    for row in steps:
+        memory = "" if "memory_bytes" not in row else f"{row['memory_bytes'] / 2**30:.4g}"
+        numbers = (number(row.get(key)) for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s"))
+        rows.append((str(row["step"]), *numbers, memory))
+    return table("Last steps", ("Step", "Loss", "Learning rate", "Gradient norm", "Tokens/s", "Memory, GiB"), rows)
 
 
 _NUMBERS = {
@@ -201,13 +222,24 @@ def compare_page(visit: Visit) -> Response:
         "Runs compared",
         runs=found.runs,
         differing=found.differing,
-        best=[_best(run) for run in found.runs],
+        settings=_settings_table(found.runs, found.differing),
         evaluations=_by_step(found.runs),
         charts=_comparison_charts(found.runs),
     )
 
 
-def _by_step(runs: Sequence[TrainingRun]) -> list[tuple[int, list[str]]]:
+def _settings_table(runs: Sequence[TrainingRun], differing: Mapping[str, Sequence[str]]) -> Table:
+    """Return the runs next to each other, with the config keys that differ."""
+    rows: list[tuple[str | Cell, ...]] = [
+        ("Page", *(Cell("its numbers", link=path_of("train", "runs", run.name)) for run in runs)),
+        ("State", *(run.state for run in runs)),
+        ("Best evaluation", *map(_best, runs)),
+        *((key, *values) for key, values in differing.items()),
+    ]
+    return table("Runs next to each other", words("Key", *(run.name for run in runs)), rows)
+
+
+def _by_step(runs: Sequence[TrainingRun]) -> Table:
     """Return each evaluated step with the result of each run; empty where a run was not evaluated."""
     texts: dict[int, list[str]] = {}
     for place, run in enumerate(runs):
@@ -215,7 +247,8 @@ def _by_step(runs: Sequence[TrainingRun]) -> list[tuple[int, list[str]]]:
             score = _scored(run, each.dev_metric)
             row = texts.setdefault(each.step, [""] * len(runs))
             row[place] = f"{score}, dev loss {each.dev_loss:.3f}" if score else f"dev loss {each.dev_loss:.3f}"
-    return sorted(texts.items())
+    rows = ((f"{step:,}", *row) for step, row in sorted(texts.items()))
+    return table("Evaluations on dev", words("Step", *(run.name for run in runs)), rows)
 
 
 def sweep_page(visit: Visit) -> Response:
