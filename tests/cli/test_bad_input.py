@@ -101,9 +101,11 @@ def test_check_fix_and_add_read_a_file_the_same_way(tmp_path: Path) -> None:
     assert tunewright("data", "check", file, "-p", tmp_path, "--fix", out, *MAPPED).code == 0
     again = tunewright("data", "add", out, "-p", tmp_path, "--json")
     assert (again.document["created"], again.document["known"]) == (False, 30)
-    (tmp_path / "tunewright.yaml").write_text('data:\n  rows: law\n  input: q\n  output: "{{ b }}"\n')
-    assert tunewright("data", "check", file, "-p", tmp_path).code == 2
-    assert tunewright("data", "check", file, "-p", tmp_path, "--output", "{{ a }}").code == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tunewright.yaml").write_text('data:\n  rows: law\n  input: q\n  output: "{{ b }}"\n')
+    assert tunewright("data", "check", file, "-p", other).code == 2
+    assert tunewright("data", "check", file, "-p", other, "--output", "{{ a }}").code == 0, "over the config's"
 
 
 @pytest.mark.parametrize("command", ["advise", "train", "evaluate", "verdict", "report"])

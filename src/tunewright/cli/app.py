@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from enum import StrEnum
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer._click.exceptions import ClickException
@@ -63,13 +62,6 @@ _SHARED = (
     _option("json", annotation=Json, default=False),
 )
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
-
-
-class LogFormat(StrEnum):
-    """Form of the log on stderr."""
-
-    text = "text"
-    json = "json"
 
 
 class _InPanels(TyperGroup):
@@ -135,13 +127,13 @@ def _root(
         ),
     ] = False,
     _log_format: Annotated[
-        LogFormat,
+        Literal["text", "json"],
         typer.Option(
             "--log-format",
             envvar="TUNEWRIGHT_LOG_FORMAT",
             help="Form of messages, progress and errors on stderr: text, or one JSON object a line.",
         ),
-    ] = LogFormat.text,
+    ] = "text",
 ) -> None:
     pass
 
@@ -203,7 +195,7 @@ def command(
                 reviewed,
                 together=together(values),
                 kept=kept,
-                log_json=context.find_root().params["_log_format"] == LogFormat.json,
+                log_json=context.find_root().params["_log_format"] == "json",
                 span=" ".join(context.command_path.split()[1:]) if traced else None,
             ) as current:
                 current.folder, current.database_url, current.cluster = folder or Path(), url, on

@@ -243,13 +243,8 @@ def session(
 ) -> Iterator[Session]:
     """Run a command: a UserError becomes one clear message and exit code 2, a stop by Ctrl-C or SIGTERM one and 130.
 
-    Args:
-        as_json: print the result as JSON.
-        project: report at the end whether reviewers have accepted its dataset version.
-        together: allow several processes, one of which prints for all.
-        kept: message about the state after a stop, and the way to resume.
-        log_json: write messages, progress and errors as JSON, one object a line.
-        span: the command's name in a trace; None: it is not traced as a whole.
+    At the end it reports whether reviewers have accepted the dataset version of ``project``. With ``together``, several
+    processes may run the command, one of which prints for all. ``span`` is its name in a trace.
     """
     quiet = not distributed.is_main_process()
     with json_log(quiet=quiet) if log_json else nullcontext():

@@ -44,8 +44,7 @@ class JsonFormatter(logging.Formatter):
 def json_log(*, quiet: bool) -> Iterator[None]:
     """Write every log record, Python warning and unexpected exception to stderr as JSON while the block runs.
 
-    Args:
-        quiet: leave out messages and progress, since another process reports for this one.
+    ``quiet`` leaves out messages and progress, since another process reports for this one.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())

@@ -277,12 +277,7 @@ def _duration(seconds: float) -> str:
 
 
 class ConsoleReporter:
-    """Reports to the terminal, on stderr.
-
-    Args:
-        console: where to.
-        live: redraw bars in place where the terminal can; else progress is lines, as in a log.
-    """
+    """Reports to the terminal, on stderr: bars in place where it can redraw (and ``live``), else lines as in a log."""
 
     line_task: type[LineTask] = LineTask
     """Progress where it is lines."""
@@ -303,11 +298,7 @@ class ConsoleReporter:
     def pipeline(self, stages: Mapping[str, float]) -> Iterator[StageDone | None]:
         """Show stages, the current task and the time left in one view, and yield what to call when a stage is done.
 
-        Args:
-            stages: names in their order, with their usual shares of the time.
-
-        Yields:
-            None where progress is lines: then each stage is a line like everything else.
+        ``stages`` have their usual shares of the time. Where progress is lines, it yields None: each stage is a line.
         """
         if not self._live:
             yield None

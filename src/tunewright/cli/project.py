@@ -241,47 +241,38 @@ Base = Annotated[
 _EXAMPLE = "tunewright migrate {} job.json --train train.jsonl --out courts"
 
 
-@command(migrate_app, "openai", example=_EXAMPLE.format("openai"), status=False, project=False)
-def openai(run: Session, job: Job, train: Train, out: Out, validation: Validation = None, base: Base = None) -> None:
-    """Make a project from an OpenAI job: its rows, the nearest settings, its model as incumbent."""
-    _migrate(run, "openai", job, train, out, validation, base)
+def _add_service(service: Service, name: str) -> None:
+    def from_job(
+        run: Session, job: Job, train: Train, out: Out, validation: Validation = None, base: Base = None
+    ) -> None:
+        from tunewright.config.project import create_project
+        from tunewright.data.migrate import described, migrate
+
+        migration = migrate(service, job, train, validation, base)
+        create_project(out, migration.files)
+        for difference in migration.differences:
+            run.reporter.warn(difference)
+        run.show(
+            {
+                "project": str(out),
+                "files": sorted(migration.files),
+                "rows": migration.rows,
+                "differences": migration.differences,
+                "incumbent": migration.incumbent,
+            },
+            f"Wrote {', '.join(sorted(migration.files))} in {out.resolve()}",
+            *described(migration),
+            "Next: choose base_model in tunewright.yaml, then run there: tunewright data add "
+            + " ".join(sorted(migration.rows)),
+        )
+
+    from_job.__doc__ = f"Make a project from {name} job: its rows, the nearest settings, its model as incumbent."
+    command(migrate_app, service, example=_EXAMPLE.format(service), status=False, project=False)(from_job)
 
 
-@command(migrate_app, "together", example=_EXAMPLE.format("together"), status=False, project=False)
-def together(run: Session, job: Job, train: Train, out: Out, validation: Validation = None, base: Base = None) -> None:
-    """Make a project from a Together job: its rows, the nearest settings, its model as incumbent."""
-    _migrate(run, "together", job, train, out, validation, base)
-
-
-@command(migrate_app, "fireworks", example=_EXAMPLE.format("fireworks"), status=False, project=False)
-def fireworks(run: Session, job: Job, train: Train, out: Out, validation: Validation = None, base: Base = None) -> None:
-    """Make a project from a Fireworks job: its rows, the nearest settings, its model as incumbent."""
-    _migrate(run, "fireworks", job, train, out, validation, base)
-
-
-def _migrate(
-    run: Session, service: Service, job: Path, train: Path, out: Path, validation: Path | None, base: str | None
-) -> None:
-    from tunewright.config.project import create_project
-    from tunewright.data.migrate import described, migrate
-
-    migration = migrate(service, job, train, validation, base)
-    create_project(out, migration.files)
-    for difference in migration.differences:
-        run.reporter.warn(difference)
-    run.show(
-        {
-            "project": str(out),
-            "files": sorted(migration.files),
-            "rows": migration.rows,
-            "differences": migration.differences,
-            "incumbent": migration.incumbent,
-        },
-        f"Wrote {', '.join(sorted(migration.files))} in {out.resolve()}",
-        *described(migration),
-        "Next: choose base_model in tunewright.yaml, then run there: tunewright data add "
-        + " ".join(sorted(migration.rows)),
-    )
+_add_service("openai", "an OpenAI")
+_add_service("together", "a Together")
+_add_service("fireworks", "a Fireworks")
 
 
 @command(app, "studio", panel=PROJECT, example="tunewright studio", kept=RESUMES, status=False, traced=False)

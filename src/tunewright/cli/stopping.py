@@ -70,11 +70,7 @@ def end_process(code: int) -> NoReturn:
 def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) -> Iterator[None]:
     """Announce the first SIGINT or SIGTERM while the block runs, and end the process at a second or after a while.
 
-    Args:
-        kept: message about the work that remains, and the way to resume it.
-        as_json: end with a JSON document on stdout.
-        quiet: print nothing, since another process reports for this one.
-        log_json: announce it as a line of JSON.
+    ``kept`` says what remains and how to resume. A ``quiet`` process prints nothing: another one reports for it.
     """
     global _stopped
     if threading.current_thread() is not threading.main_thread():

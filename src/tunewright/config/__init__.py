@@ -23,11 +23,11 @@ from tunewright.config.endpoint import (
 from tunewright.config.evaluate import ConstrainConfig, EvaluateConfig, RegressionsConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.section import (
+    ConfigSection,
     DemonstrationOrder,
     EngineName,
     Quantization,
     RetrieverName,
-    Section,
 )
 from tunewright.config.train import BETA, PRESETS, Method, ReplayConfig, Tracker, TrainConfig
 
@@ -69,7 +69,7 @@ __all__ = [
 PROJECT_NAME = r"[a-z0-9][a-z0-9\-]{0,39}"  # HTML's patterns need the backslash
 
 
-class PriceConfig(Section):
+class PriceConfig(ConfigSection):
     """Prices of calls and training, in one currency; missing ones are measured on this machine."""
 
     input: Annotated[float | None, Field(ge=0)] = None
@@ -105,7 +105,7 @@ class PriceConfig(Section):
         return self.hour is not None or self.input is not None
 
 
-class AdviseConfig(Section):
+class AdviseConfig(ConfigSection):
     """Settings of `tunewright advise`, which estimates whether fine-tuning is worth it."""
 
     pilot_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -132,7 +132,7 @@ def _plain_date(value: Any) -> Any:
     raise ValueError("write a date like 2024-07-26")
 
 
-class ChatConfig(Section):
+class ChatConfig(ConfigSection):
     """Rendering of conversations to tokens, in training, evaluation and serving."""
 
     template: Literal["auto", "own", "plain"] = "auto"
@@ -149,7 +149,7 @@ class ChatConfig(Section):
     """
 
 
-class ServeConfig(Section):
+class ServeConfig(ConfigSection):
     """Settings of the server."""
 
     host: str = "127.0.0.1"
@@ -207,7 +207,7 @@ class ServeConfig(Section):
         return tuple(url.rstrip("/") for url in urls)
 
 
-class GatewayConfig(Section):
+class GatewayConfig(ConfigSection):
     """Limits that `tunewright serve` puts on the size and duration of requests."""
 
     max_body_bytes: Annotated[int | None, Field(ge=1024)] = None
@@ -252,7 +252,7 @@ class GatewayConfig(Section):
     """Seconds that running answers have to finish when the server shuts down."""
 
 
-class ComputeConfig(Section):
+class ComputeConfig(ConfigSection):
     """Machines that compute. They decide how long a step takes, and are no input of its result."""
 
     cluster: Annotated[
@@ -270,7 +270,7 @@ class ComputeConfig(Section):
     """Shard the base over the processes that train (FSDP2), if it does not fit on one GPU."""
 
 
-class Config(Section):
+class Config(ConfigSection):
     """The whole configuration of a project."""
 
     name: Annotated[str, Field(pattern=f"^{PROJECT_NAME}$")] = "my-model"

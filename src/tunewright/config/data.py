@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tunewright.config.section import Section
+from tunewright.config.section import ConfigSection
 
 # The names that the data scan gives its findings: 23 secrets, 5 kinds of personal data, 3 that need --presidio.
 Findable = Literal[
@@ -47,7 +47,7 @@ Findable = Literal[
 Duplicates = Literal["keep", "drop"]
 
 
-class MixConfig(Section):
+class MixConfig(ConfigSection):
     """Generic instruction data that is mixed into the training rows to reduce forgetting."""
 
     source: Annotated[str, Field(min_length=1)]
@@ -68,7 +68,7 @@ class MixConfig(Section):
     """Like data.drop_columns, for this file."""
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Sources of the pairs, and their split."""
 
     sources: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from tunewright.config.section import Section
+from tunewright.config.section import ConfigSection
 
 _PARAMETERS = {"temperature": 0, "max_tokens": 512}
 _INCUMBENT_PARAMETERS = {"temperature": 0, "max_tokens": 1024}
@@ -15,7 +15,7 @@ _REFLECTION_PARAMETERS = {"temperature": 1.0, "max_tokens": 4096}
 _OURS = {"model", "messages", "stream", "stream_options", "n"}
 
 
-class EndpointConfig(Section):
+class EndpointConfig(ConfigSection):
     """A model behind an OpenAI-compatible API."""
 
     base_url: Annotated[str | None, Field(pattern=r"^https?://[^@\s]+$")] = None
@@ -218,7 +218,7 @@ class ReflectionModelConfig(EndpointConfig):
     """
 
 
-class PromptOptimizationConfig(Section):
+class PromptOptimizationConfig(ConfigSection):
     """Optimization of the instruction by GEPA, which `tunewright optimize-prompt` runs."""
 
     reflection_model: ReflectionModelConfig | None = None

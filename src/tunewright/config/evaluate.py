@@ -8,10 +8,10 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from tunewright.config.endpoint import IncumbentConfig, PromptOptimizationConfig
 from tunewright.config.metrics import Metric, metric_name
-from tunewright.config.section import AnswerEngineName, DemonstrationOrder, Quantization, RetrieverName, Section
+from tunewright.config.section import AnswerEngineName, ConfigSection, DemonstrationOrder, Quantization, RetrieverName
 
 
-class ConstrainConfig(Section):
+class ConstrainConfig(ConfigSection):
     """The form of a constrained answer: choices, a regular expression, a JSON schema or function calls."""
 
     choices: Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, Field(min_length=1)] = None
@@ -36,7 +36,7 @@ class ConstrainConfig(Section):
         return self
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(ConfigSection):
     """Measurement of the arms, and the gain that counts as better."""
 
     metric: Metric = "exact_match"
@@ -163,7 +163,7 @@ Margin = Annotated[
 ]
 
 
-class FileSuite(Section):
+class FileSuite(ConfigSection):
     """A suite whose items are in a file."""
 
     file: Annotated[str, Field(min_length=1)]
@@ -180,7 +180,7 @@ class InstructionsSuite(FileSuite):
     """Longest answer in tokens (1280: lm-eval's setting for IFEval; fewer is faster)."""
 
 
-class LmEvalSuite(Section):
+class LmEvalSuite(ConfigSection):
     """A task of EleutherAI's lm-evaluation-harness, which is an extra."""
 
     task: Annotated[str, Field(min_length=1)]
@@ -201,7 +201,7 @@ def _named(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
-class RegressionsConfig(Section):
+class RegressionsConfig(ConfigSection):
     """Suites of general capability, measured with the adapter off and on to show what tuning lost."""
 
     samples: Annotated[int, Field(ge=0)] = 32

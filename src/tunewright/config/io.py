@@ -34,11 +34,7 @@ _Location = tuple[str | int, ...]
 
 
 def load_config(path: Path) -> Config:
-    """Read and validate a config.
-
-    Raises:
-        UserError: The file is not YAML, or has an unknown key or an invalid value; names file, line and key.
-    """
+    """Read and validate a config; an error names its file, line and key."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -246,15 +242,10 @@ def _yaml(value: Any) -> str:
 
 
 def write_section(path: Path, wanted: TrainConfig | DataConfig) -> dict[str, Any]:
-    """Change the config's section of this type to ``wanted``, key by key; comments, order and other keys survive.
+    """Change the config's section of this type to ``wanted``, and return the changed keys with their new values.
 
-    The YAML parser finds the places, and the result is parsed again before it is written.
-
-    Returns:
-        The keys that were changed, with their new values.
-
-    Raises:
-        UserError: The config cannot be read, or a key is written in a way that cannot be changed in place.
+    Comments, order and other keys survive. The YAML parser finds the places, and the result is parsed again before it
+    is written. A key that cannot be changed in place is refused, and nothing is written.
     """
     raw = path.read_bytes()
     mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())

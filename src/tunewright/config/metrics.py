@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
-from tunewright.config.section import Section
+from tunewright.config.section import ConfigSection
 
 MetricName = str
 """A metric's name in evidence and tables: its kind, followed by its settings."""
@@ -28,13 +28,13 @@ PlainMetric = Literal[
 ]
 
 
-class _Keyed(Section):
+class _Keyed(ConfigSection):
     """A metric with settings: a mapping with one key, dumped as it was written."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
 
-class Normalisation(Section):
+class Normalisation(ConfigSection):
     """Differences that exact match ignores, besides outer white space and Unicode form (NFC)."""
 
     ignore_case: bool = False
@@ -72,7 +72,7 @@ class Choices(_Keyed):
         return choices
 
 
-class JsonFields(Section):
+class JsonFields(ConfigSection):
     """The fields of a JSON object to score."""
 
     fields: Annotated[tuple[str, ...] | None, Field(min_length=1)] = None

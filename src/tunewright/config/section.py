@@ -19,7 +19,7 @@ Quantization = Literal["none", "nf4"]
 """Ways to hold a base in memory."""
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """A frozen section of the config that rejects unknown keys; the text below each key describes it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from tunewright.config.section import Quantization, Section
+from tunewright.config.section import ConfigSection, Quantization
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -38,7 +38,7 @@ def _switch(value: Any) -> Any:
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
-class ReplayConfig(Section):
+class ReplayConfig(ConfigSection):
     """Conversations that the base writes and training replays, to reduce forgetting."""
 
     samples: Annotated[int, Field(ge=1)] = 100
@@ -56,7 +56,7 @@ def _self_replay(value: Any) -> Any:
     return {} if value == "self" else value
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """Training of the adapter."""
 
     model_config = ConfigDict(serialize_by_alias=True)

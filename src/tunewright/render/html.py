@@ -13,11 +13,9 @@ from tunewright.render.blocks import Drawn
 
 
 def page_templates(package: str, pages: Mapping[str, str] = MappingProxyType({})) -> Environment:
-    """Return the environment of a package's pages, which lay out blocks with ``blocks.html.j2``.
+    """Return the environment of a package's ``templates``, which lay out blocks with ``blocks.html.j2``.
 
-    Args:
-        package: the package with the folder ``templates``.
-        pages: for each kind of thing that a column names, the address of its page without the name.
+    ``pages`` has, for each kind of thing that a column names, the address of its page without the name.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("tunewright.render")]),

@@ -92,10 +92,8 @@ class StudioSession:
 class Access:
     """The sessions of one studio, in memory: they end with it.
 
-    Args:
-        secret: the token of the studio's address, or the password.
-        cookie: the cookie's name. Cookies of one host are shared by all its ports, so each studio has its own name.
-        reviewer: the name that reviews are recorded under, until a session chooses another one.
+    Cookies of one host are shared by all its ports, so each studio has a ``cookie`` of its own name. Reviews are
+    recorded under the name ``reviewer`` until a session chooses another one.
     """
 
     def __init__(self, secret: str, cookie: str, reviewer: str) -> None:
@@ -161,12 +159,7 @@ def keep_reviewer(response: Response, name: str) -> Response:
 
 
 async def read_form(request: Request, limit: int = MAX_FORM) -> dict[str, str]:
-    """Return the fields of a form in its URL-encoded body.
-
-    Raises:
-        UserError: the form is larger than ``limit`` bytes, not UTF-8, or was sent by another site's page.
-        HTTPException: 408, its body did not arrive in time.
-    """
+    """Return the fields of a form in its URL-encoded body, of at most ``limit`` bytes, from the studio's own pages."""
     require_same_origin(request)
     body = bytearray()
     try:

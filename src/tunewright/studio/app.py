@@ -82,16 +82,10 @@ class _StaticFiles(StaticFiles):
 
 
 class Studio:
-    """The studio of one project.
+    """The studio of one project; in a folder without a ``tunewright.yaml``, a page makes it.
 
-    Args:
-        root: the project's folder.
-        reviewer: the name that reviews are recorded under, until another one is chosen on a page.
-        password: signs browsers in; None: a token, which is part of the printed address.
-        demo: show the project to everybody, without sign-in, and refuse to change anything.
-
-    Raises:
-        UserError: the folder is missing, or its ``tunewright.yaml`` is invalid. Without one, a page makes it.
+    Browsers sign in by the password or, without one, by a token that is part of the printed address. A ``demo`` shows
+    the project to everybody, without sign-in, and refuses to change anything.
     """
 
     def __init__(self, root: Path, reviewer: str, *, password: str | None = None, demo: bool = False) -> None:
@@ -151,11 +145,7 @@ class Studio:
         )
 
     def run(self, host: str, port: int, on_ready: Callable[[str], None]) -> None:
-        """Serve until Ctrl-C or SIGTERM; ``on_ready`` is called with the address that signs a browser in.
-
-        Raises:
-            UserError: the studio cannot listen on the address, or others could reach it without a password.
-        """
+        """Serve until Ctrl-C or SIGTERM; ``on_ready`` is called with the address that signs a browser in."""
         local = host == "localhost" or _is_loopback(host)
         if not local and self._token is not None:
             fix = "Pass --password-file, or leave --host out."

@@ -28,7 +28,7 @@ _MOST = 50  # questions in memory
 
 
 @dataclass
-class Question:
+class AskedQuestion:
     """A question, and the answers so far."""
 
     text: str
@@ -54,7 +54,7 @@ class Playing:
         self.error: UserError | None = None
         """The reason of ``failed``."""
         self.playground: Playground | None = None
-        self._questions: dict[str, Question] = {}
+        self._questions: dict[str, AskedQuestion] = {}
 
     def load(self) -> None:
         """Start to load the base, unless it is loading or there already."""
@@ -95,7 +95,7 @@ class Playing:
         made = self.playground
         return made is not None and made.config != config
 
-    def ask(self, question: Question) -> str:
+    def ask(self, question: AskedQuestion) -> str:
         """Keep a question, and return its ID. The oldest is forgotten."""
         name = secrets.token_hex(8)
         with self._lock:
@@ -104,14 +104,14 @@ class Playing:
                 del self._questions[old]
         return name
 
-    def question(self, name: str) -> Question:
+    def question(self, name: str) -> AskedQuestion:
         """Return a question."""
         found = self._questions.get(name)
         if found is None:
             raise UserError("The question is not in memory any more", fix="Ask it again on the page Playground.")
         return found
 
-    async def answers(self, question: Question) -> AsyncGenerator[tuple[int, str], None]:
+    async def answers(self, question: AskedQuestion) -> AsyncGenerator[tuple[int, str], None]:
         """Compute the missing answers at once, and yield their texts with the model's place in the question.
 
         Closing the generator ends the computation.
@@ -131,7 +131,7 @@ class Playing:
             for task in tasks:
                 task.cancel()
 
-    async def _answer(self, question: Question, place: int, events: asyncio.Queue[tuple[int, str | None]]) -> None:
+    async def _answer(self, question: AskedQuestion, place: int, events: asyncio.Queue[tuple[int, str | None]]) -> None:
         model = question.models[place]
         try:
             if self.playground is None:
@@ -149,7 +149,7 @@ class Playing:
             # Also after an unforeseen error: nobody waits for an answer that does not come.
             events.put_nowait((place, None))
 
-    async def events(self, question: Question) -> AsyncGenerator[str, None]:
+    async def events(self, question: AskedQuestion) -> AsyncGenerator[str, None]:
         """Yield the answers as server-sent events; ``finished`` at the end."""
         async with aclosing(self.answers(question)) as pieces:
             async for place, text in pieces:

@@ -37,7 +37,7 @@ _NEWEST = 10  # evaluations on the project's page
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ListedEvaluation:
     """An evaluation on the project's page; ``unreadable`` stands for the verdict of damaged evidence."""
 
     id: str
@@ -48,7 +48,7 @@ class Evaluation:
     """The measurement with its test; empty where the evidence is damaged."""
 
 
-def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
+def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[ListedEvaluation]:
     """Return the newest evaluations with their verdicts; damaged evidence is named."""
     folder = visit.project.folder.evaluations
     files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -58,12 +58,12 @@ def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
         try:
             verdict = visit.project.verdict(file.parent)
         except UserError as error:
-            found.append(Evaluation(name, "unreadable", str(error), on_test=False))
+            found.append(ListedEvaluation(name, "unreadable", str(error), on_test=False))
         else:
             on_test = not name.startswith(DEV_PREFIX)
             against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
             reason = " ".join([verdict.summary, *against])
-            found.append(Evaluation(name, verdict.decision, reason, on_test, verdict.reasons[0]))
+            found.append(ListedEvaluation(name, verdict.decision, reason, on_test, verdict.reasons[0]))
     return found
 
 

@@ -13,7 +13,7 @@ from tunewright.core.io import digest, write_text
 from tunewright.data.versions import current_manifest
 from tunewright.serving.playground_answers import BASE, PROMPTING, PlaygroundAnswer, conversation, shared_system
 from tunewright.studio.pages.data import UPLOADS
-from tunewright.studio.playing import Question
+from tunewright.studio.playing import AskedQuestion
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _ADAPTERS = 20  # newest ones on the page
@@ -68,7 +68,7 @@ def ask(visit: Visit) -> Response:
     if not models:
         raise UserError("No model is chosen", fix="Go back and choose the base or an adapter.")
     version = visit.version if current_manifest(visit.project.folder.dataset) is not None else None
-    question = Question(text, models, version, int(limit) if limit else None)
+    question = AskedQuestion(text, models, version, int(limit) if limit else None)
     return visit.go(path_of("playground", visit.cache.playing.ask(question)))
 
 

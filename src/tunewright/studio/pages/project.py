@@ -22,7 +22,7 @@ from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job, refusal, served
 from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
-from tunewright.studio.pages.evaluate import EVALUATE_PAGE, Evaluation, evaluations_of
+from tunewright.studio.pages.evaluate import EVALUATE_PAGE, ListedEvaluation, evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
@@ -77,7 +77,7 @@ def _jobs_table(jobs: Sequence[Job]) -> Table:
     return table("Jobs", words("Command", "Started (UTC)", "State"), rows)
 
 
-def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
+def _stages(visit: Visit, evaluations: list[ListedEvaluation]) -> list[Stage]:
     folder = visit.project.folder
     manifest = current_manifest(folder.dataset)
     if manifest is None:
