@@ -117,11 +117,3 @@ def test_doctor_names_the_commands_that_need_a_missing_extra_or_engine(tmp_path:
     assert "export gguf" in gguf["found"]
     assert checks["engines: llamacpp"]["fix"] == "pip install 'tunewright[llamacpp]'"
     assert (vllm["state"], vllm["fix"]) == ("missing", "tunewright engine install vllm")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_doctor_finds_a_project_that_cannot_be_written(tmp_path: Path, first: Path) -> None:
-    project = tmp_path / "project"
-    project.mkdir(mode=0o555)
-    code, checks = _doctor(project, FIRST=str(first))
-    assert (code, checks["disk: project"]["state"]) == (1, "problem")

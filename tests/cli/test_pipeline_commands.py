@@ -74,16 +74,6 @@ def test_run_reuses_every_finished_stage(project: Path) -> None:
     assert after == before
 
 
-def test_result_is_on_stdout_and_progress_is_not(project: Path) -> None:
-    for command in ("advise", "train", "evaluate", "verdict", "report"):
-        ran = tunewright(command, "--project", project, "--json")
-        assert ran.document
-        message = tunewright(command, "--project", project)
-        assert message.stdout
-        assert "not reviewed" in message.stderr
-        assert "not reviewed" not in message.stdout
-
-
 def test_verdict_needs_only_the_evidence(project: Path, tmp_path: Path) -> None:
     ran = tunewright("verdict", "--project", project, "--json")
     assert ran.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[ran.document["decision"]]

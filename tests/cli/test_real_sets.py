@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
@@ -115,17 +114,3 @@ def test_add_imports_each_real_set_like_its_reference_reader(
 
 def _pair(example: Example) -> tuple[str, str]:
     return example.input_text, example.output
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [("pubmedqa/ori_pqal.json", "'values(@)'"), ("snips_slots/validate_GetWeather.json", "GetWeather")],
-)
-def test_add_refuses_a_nested_document_and_suggests_the_rows_option(name: str, hint: str, tmp_path: Path) -> None:
-    if not (SHARED / name).exists():
-        pytest.skip(f"the data set {name} is not next to the project")
-    assert tunewright("init", tmp_path).code == 0
-    ran = tunewright("data", "add", SHARED / name, "-p", tmp_path, "--json")
-    assert ran.code == 2
-    assert f"--rows {hint}" in json.loads(ran.stdout)["error"]["fix"]
-    assert [path.name for path in tmp_path.iterdir()] == ["tunewright.yaml"]

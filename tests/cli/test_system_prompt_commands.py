@@ -12,7 +12,6 @@ import pytest
 
 import tunewright
 from command_line import recorded_prompts, trained_project, without_state
-from command_line import tunewright as command
 from tunewright.adapters.lineage import KEY
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
 from tunewright.config.project import ProjectFolder
@@ -28,7 +27,6 @@ from tunewright.serving.serve import adapter_of
 pytestmark = pytest.mark.slow
 
 SYSTEM = "Name the first colour, d'été."
-FORCED = ("--force", "--because", "what is tested here is the system prompt", "--untested", "it takes its time")
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +74,6 @@ def test_serve_renders_a_user_turn_to_the_ids_of_the_tuned_arm(project: Path, mo
     assert all(member.example.prompt[0].content == SYSTEM for member in members)
     trained_on = opened.chat.encode(members[0].example.messages).ids
     assert trained_on[: len(seen[0])] == seen[0]
-
-
-def test_releases_show_a_release_without_system_prompt(project: Path) -> None:
-    name = _adapter(project).name
-    assert command("deploy", "colours", name, *FORCED, "--no-system-prompt", "-p", project).code == 0
-    assert command("tenant", "add", "acme", "--alias", "colours", "-p", project).code == 0
-    listed = command("releases", "-p", project, "--json").document["releases"]
-    assert [release["system_prompt"] for release in listed] == [False]
-    for verb in (("releases",), ("audit", "show")):
-        ran = command(*verb, "-p", project)
-        words = " ".join((ran.stdout + ran.stderr).replace("│", " ").split())
-        assert "without its system" in words, verb
-    again = command("deploy", "colours", name, *FORCED, "--no-system-prompt", "-p", project)
-    assert (again.code, "already" in again.stderr) == (2, True)
-    back = command("deploy", "colours", name, *FORCED, "-p", project, "--json")
-    assert back.document["release"]["system_prompt"] is True
-    refused = command("serve", "--no-system-prompt", "-p", project)
-    assert (refused.code, "each release sets" in refused.stderr) == (2, True)
 
 
 def test_deploy_releases_the_named_adapter_when_two_have_the_same_weights(trained: Path, tmp_path: Path) -> None:

@@ -62,8 +62,6 @@ def test_tokens_are_listed_with_their_mask(project: Path) -> None:
         ("pairs.jsonl:121", "No row was read from line 121 of pairs.jsonl (last row: line 120)"),
         ("pairs.jsonl:" + "9" * 5000, "has no row"),
         ("other.jsonl:1", "Added files: pairs.jsonl"),
-        ("zzz", "has no row 'zzz'"),
-        ("", "has no row"),
         ("1", "rows begin with '1'"),
     ],
 )
@@ -144,25 +142,12 @@ def test_tokens_escapes_terminal_control_sequences(tmp_path: Path, tiny_base_fol
         assert not any(c in shown for c in "\x1b\u202e\x00")
 
 
-@pytest.mark.parametrize(
-    ("chat", "words"),
-    [
-        ("template: plain", "the format was the base's own template and is the plain form"),
-        ("date: 2025-01-01", None),
-    ],
-)
-def test_evaluate_refuses_an_adapter_trained_on_another_rendering(
-    project: Path, tmp_path: Path, chat: str, words: str | None
-) -> None:
-    """The tiny base's template writes no date, so another date is no other rendering."""
-    other = _change(project, tmp_path / "other", "train:\n", f"chat:\n  {chat}\ntrain:\n")
-    ran = tunewright("evaluate", "-p", other)
-    if words is None:
-        assert ran.code in {0, 3, 4}
-        return
-    assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
-    served = tunewright("serve", find_adapter(other / "adapters").name, "-p", other)
-    assert (served.code, words in served.stderr) == (2, True), served.stderr
+def test_evaluate_and_serve_refuse_an_adapter_trained_on_another_rendering(project: Path, tmp_path: Path) -> None:
+    other = _change(project, tmp_path / "other", "train:\n", "chat:\n  template: plain\ntrain:\n")
+    for command in (["evaluate"], ["serve", find_adapter(other / "adapters").name]):
+        ran = tunewright(*command, "-p", other)
+        assert ran.code == 2
+        assert "the format was the base's own template and is the plain form" in ran.stderr
 
 
 def test_evaluate_refuses_an_adapter_without_recorded_rendering(project: Path, tmp_path: Path) -> None:
@@ -199,7 +184,6 @@ def test_run_uses_the_plain_template_for_a_base_without_one(tmp_path: Path) -> N
             "has ids without a token in the tokenizer: 999999",
         ),
         ("generation_config.json", '{"eos_token_id": "257"}', "eos_token_id"),
-        ("generation_config.json", '{"eos_token_id": [[257]]}', "eos_token_id"),
         ("generation_config.json", "{", "The generation settings cannot be read"),
         ("tokenizer_config.json", "[]", "The tokenizer cannot be read"),
     ],

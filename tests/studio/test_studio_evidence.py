@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from studio_client import Browser, restarted
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE, PROMPTS_FILE
 from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict
+
+pytest_plugins = ["studio_fixtures"]
 
 EVALUATION = "0123456789ab"
 
@@ -37,12 +38,6 @@ def project(tmp_path: Path, items: list[Item]) -> Path:
     (tmp_path / "tunewright.yaml").write_text("name: tiny\n")
     save(tmp_path / "evaluations" / EVALUATION, items, make_evidence(items))
     return tmp_path
-
-
-@pytest.fixture
-def browser(project: Path) -> Iterator[Browser]:
-    with restarted(project) as browser:
-        yield browser
 
 
 def _numbers(html: str) -> list[int]:

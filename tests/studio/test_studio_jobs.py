@@ -13,22 +13,18 @@ from typing import Any
 
 import pytest
 
-from studio_client import Browser, restarted
+from studio_client import Browser
 from tunewright.cli.json_log import json_line
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.jobs import read_entry
+
+pytest_plugins = ["studio_fixtures"]
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     (tmp_path / "tunewright.yaml").write_text("name: tiny\n")
     return tmp_path
-
-
-@pytest.fixture
-def browser(project: Path) -> Iterator[Browser]:
-    with restarted(project) as browser:
-        yield browser
 
 
 @contextmanager

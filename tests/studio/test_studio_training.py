@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from adapter_helpers import write_adapter
 from factories import make_history
 from report_evidence import CURVE
-from studio_client import Browser, restarted
+from studio_client import Browser
 from tunewright.adapters.registry import HISTORY, Adapter, store_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
@@ -25,6 +24,8 @@ from tunewright.report.training import sweep_lines
 from tunewright.studio.jobs import Jobs
 from tunewright.training.history import DEV_ANSWERS, append_dev_answers
 from tunewright.training.sweep.ledger import Head, Ledger
+
+pytest_plugins = ["studio_fixtures"]
 
 RUN = "0123456789ab"
 _BUSY = UserError("Another process is training this adapter")
@@ -52,12 +53,6 @@ def _adapter(project: Path, rate: float, inputs: str) -> Adapter:
 def project(tmp_path: Path) -> Path:
     (tmp_path / "tunewright.yaml").write_text("name: tiny\n")
     return tmp_path
-
-
-@pytest.fixture
-def browser(project: Path) -> Iterator[Browser]:
-    with restarted(project) as browser:
-        yield browser
 
 
 def _write_run(project: Path, steps: int = 12) -> Path:
