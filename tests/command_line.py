@@ -154,6 +154,13 @@ def document(project: Path, *arguments: str | Path) -> Any:
     return ran.document
 
 
+def evaluation_of(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The evidence of the project's only evaluation, and its items."""
+    (folder,) = (p for p in (project / "evaluations").iterdir() if p.is_dir())
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    return json.loads((folder / "evidence.json").read_text()), items
+
+
 def store_evidence(project: Path, adapter: Adapter, evidence: Evidence, number: int = 1) -> None:
     """Evidence on an adapter, as `evaluate` leaves it."""
     from tunewright.evaluation.access_log import AccessLog

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from command_line import tiny_project, tunewright, write_jsonl
+from command_line import evaluation_of, tiny_project, tunewright, write_jsonl
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import load_version
@@ -71,17 +70,11 @@ def project(crossvalidated: tuple[Path, list[list[str]]], tmp_path: Path) -> Pat
     return Path(shutil.copytree(crossvalidated[0], tmp_path / "project"))
 
 
-def _evaluation(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    (folder,) = (p for p in (project / "evaluations").iterdir() if p.is_dir())
-    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
-    return json.loads((folder / "evidence.json").read_text()), items
-
-
 def test_crossval_answers_each_row_with_an_adapter_that_never_saw_its_cluster(
     crossvalidated: tuple[Path, list[list[str]]],
 ) -> None:
     folder, given = crossvalidated
-    evidence, items = _evaluation(folder)
+    evidence, items = evaluation_of(folder)
     members = load_version(folder / "dataset").members
     assert [item["key"] for item in items] == [m.key for m in members]
     assert sum(band["items"] for band in evidence["train_similarity"]["bands"]) == len(items)
@@ -99,7 +92,7 @@ def test_crossval_answers_each_row_with_an_adapter_that_never_saw_its_cluster(
 
 
 def test_crossval_stores_its_adapters_apart_and_labels_them(project: Path) -> None:
-    evidence, _ = _evaluation(project)
+    evidence, _ = evaluation_of(project)
     assert list_adapters(project / "adapters") == []
     stored = list_adapters(project / ".tunewright" / "crossval" / "adapters")
     assert {a.digest for a in stored} == {fold["adapter"] for fold in evidence["folds"]}
@@ -111,7 +104,7 @@ def test_crossval_stores_its_adapters_apart_and_labels_them(project: Path) -> No
 
 
 def test_crossval_evidence_covers_all_rows(project: Path) -> None:
-    evidence, items = _evaluation(project)
+    evidence, items = evaluation_of(project)
     assert (evidence["design"], evidence["items"], evidence["clusters"]) == ("cross-fitted", 90, 30)
     for arm in evidence["arms"]:
         right = [item["answers"][arm["name"]].strip() == item["reference"] for item in items]
@@ -160,7 +153,7 @@ def test_crossval_resumes_to_the_same_evidence_after_a_kill(
     assert 0 < len(list_adapters(adapters)) < FOLDS
     assert tunewright("crossval", "--folds", str(FOLDS), "-p", other).code == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    (unstopped, items), (resumed, resumed_items) = _evaluation(project), _evaluation(other)
+    (unstopped, items), (resumed, resumed_items) = evaluation_of(project), evaluation_of(other)
     assert resumed_items == items
     for evidence in (unstopped, resumed):
         del evidence["lineage"]["created"]
@@ -199,7 +192,7 @@ def test_suspects_are_ranked_by_each_rows_out_of_fold_adapter(project: Path, tin
     assert "judged by their loss under 3 cross-fitted adapters" in message
     assert document["judged_by"].startswith("3 cross-fitted adapters")
     assert len(document["suspects"]) == 9
-    _, items = _evaluation(project)
+    _, items = evaluation_of(project)
     stored = {a.lineage["fold"]["number"]: a for a in list_adapters(project / ".tunewright" / "crossval" / "adapters")}
     fold_of = {item["key"]: item["fold"] for item in items}
     every = {m.key: m for m in load_version(project / "dataset").members}
