@@ -13,11 +13,10 @@ from tunewright.core.errors import UserError
 from tunewright.core.text import capitalised
 from tunewright.render.blocks import Cell, Column, Table, table, words
 from tunewright.serving.serve import has_state
-from tunewright.studio.jobs import RELEASES, SERVER, Job, engines, outcome, served
+from tunewright.studio.jobs import RELEASES, SERVER, EngineState, Job, engines, outcome, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
-    from tunewright.engines.pool import EngineState
     from tunewright.serving.tenants import AuditLine, Release
 
 _ADAPTERS = 20  # newest ones on the page
