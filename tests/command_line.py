@@ -148,7 +148,7 @@ def trained_project(folder: Path, base: Path, *changes: tuple[str, str], count: 
 
 
 def document(project: Path, *arguments: str | Path) -> Any:
-    """What a command that succeeds prints as JSON."""
+    """The JSON document of a command, which succeeds."""
     ran = tunewright(*arguments, "-p", project, "--json")
     assert ran.code == 0, ran.stderr
     return ran.document
