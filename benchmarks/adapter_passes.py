@@ -7,7 +7,7 @@ different thread from the one that loaded the base and has computed before, as i
 
     current         with both
     one by one      each adapter is a separate product while decoding, too (generation/batched_lora.py off)
-    helpers kept    the loading thread's helper threads stay alive (generation/openmp.py left out)
+    helpers kept    the loading thread's helper threads stay alive (release_openmp_threads left out)
 
 Prints a table of medians, and writes benchmarks/results/adapter_passes.json.
 """
@@ -39,9 +39,8 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.decoding import Batch
-from tunewright.generation.openmp import release_openmp_threads
 from tunewright.generation.requests import Request
-from tunewright.models.loading import load_model
+from tunewright.models.loading import load_model, release_openmp_threads
 from tunewright.open_project import OpenProject
 
 SIDES = ("current", "one by one", "helpers kept")

@@ -20,7 +20,7 @@ from tunewright.evidence.schema import Advice
 from tunewright.evidence.verdict import Verdict
 from tunewright.open_project import OpenProject
 from tunewright.report.verbs import report, verdict
-from tunewright.training.trackers import require_trackers
+from tunewright.training.history import require_trackers
 
 if TYPE_CHECKING:
     from tunewright.evaluation.prompt_search import AdviseResult

@@ -13,7 +13,7 @@ from typer.main import get_command
 import tunewright
 from command_line import tiny_project
 from command_line import tunewright as command
-from preference_helpers import Heard
+from training_runs import Heard
 from tunewright.api import Project
 from tunewright.cli import commands
 from tunewright.config.project import ProjectFolder

@@ -100,7 +100,7 @@ def test_sweep_refuses_a_budget_below_one_trial_and_states_the_minimum(tmp_path:
     assert ran.code == 2
     assert "too small for a single trial" in ran.stderr
     assert "--minutes" in ran.stderr
-    assert [line["event"] for line in _ledger(project)[1:]] == ["timed"]
+    assert [line["event"] for line in _ledger(project)[1:]] == ["measured"]
     assert not (project / "adapters").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from preference_helpers import Heard
+from training_runs import Heard
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.evaluation import countdown as module

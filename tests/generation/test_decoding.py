@@ -107,13 +107,6 @@ def test_rows_with_different_adapters_answer_as_each_adapter_alone(tenants: Any,
     assert _generate(tenants, requests, 8) == [reference(tenants, request) for request in requests]
 
 
-def test_base_row_equals_the_model_without_adapters(tenants: Any) -> None:
-    requests = _requests(20, None, "one")
-    answers = _generate(tenants, requests, 8)
-    plain = _generate(llama(), [r for r in requests if r.adapter is None], 8)
-    assert [a for a, r in zip(answers, requests, strict=True) if r.adapter is None] == plain
-
-
 def test_adapters_and_base_answer_differently(tenants: Any) -> None:
     (prompt,) = _requests(1)
     requests = [Request(prompt.prompt_ids, name, 20) for name in (None, *ADAPTERS)]
@@ -251,10 +244,6 @@ def test_on_finished_is_called_once_for_each_request(tenants: Any) -> None:
 
     answers = generate(tenants, requests, stop_ids=STOPS, pad_id=PAD, batch_size=4, on_finished=on_finished)
     assert [message[index] for index in range(9)] == answers
-
-
-def test_generate_returns_nothing_without_requests(tenants: Any) -> None:
-    assert _generate(tenants, [], 4) == []
 
 
 def test_unknown_adapter_is_refused_and_leaves_the_batch_unchanged(tenants: Any) -> None:

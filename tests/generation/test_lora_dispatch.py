@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import llama
 from hypothesis_settings import examples
-from tunewright.generation.batched_lora import Lora
+from tunewright.generation import lora_dispatch
+from tunewright.generation.batched_lora import AdapterSlots, Lora
 from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.generation.requests import BASE_ROW
 from tunewright.training.lora import use_fused_lora
@@ -29,11 +30,15 @@ CONFIGS = {
 @pytest.fixture(scope="module")
 def model() -> Any:
     """Return a model with adapters of different rank, scale and layers."""
-    names = list(CONFIGS)
-    wrapped: Any = get_peft_model(llama().float(), CONFIGS[names[0]], names[0])
-    for name in names[1:]:
-        wrapped.add_adapter(name, CONFIGS[name])
-    torch.manual_seed(3)
+    return _with_adapters(CONFIGS, seed=3)
+
+
+def _with_adapters(configs: dict[str, LoraConfig], seed: int) -> Any:
+    (first, config), *others = configs.items()
+    wrapped: Any = get_peft_model(llama().float(), config, first)
+    for name, other in others:
+        wrapped.add_adapter(name, other)
+    torch.manual_seed(seed)
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(weight, std=0.5)
@@ -206,13 +211,92 @@ def test_attached_layers_answer_many_passes_and_are_restored(model: Any) -> None
     assert torch.equal(base(input_ids=ids).logits, plain)
 
 
-def test_attached_layers_are_set_once_for_many_passes(model: Any) -> None:
-    base, ids = llama().float(), torch.tensor([[9, 10, 11]])
+# Stacked weights of many adapters
+
+LAYERS = [["q_proj", "v_proj"], ["q_proj"], ["down_proj", "o_proj"], ["q_proj", "down_proj"]]
+MANY = {
+    f"adapter-{number}": LoraConfig(r=2 + number, lora_alpha=8 + number, target_modules=LAYERS[number % 4])
+    for number in range(7)
+}
+
+
+@pytest.fixture(scope="module")
+def many() -> Any:
+    """Return a model with seven adapters of different rank, scale and layers."""
+    return _with_adapters(MANY, seed=5)
+
+
+def _ids(names: list[str | None]) -> torch.Tensor:
+    return 9 + torch.arange(len(names))[:, None]
+
+
+def _as_peft(model: Any, names: list[str | None]) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=_ids(names), adapter_names=[name or BASE_ROW for name in names]).logits
+    return found
+
+
+PASSES = st.lists(st.lists(st.sampled_from([None, *MANY]), min_size=1, max_size=12), min_size=1, max_size=5)
+
+
+@examples(40)
+@given(passes=PASSES, room=st.sampled_from([0, 4, 5, 100]))
+def test_stacked_adapters_answer_as_peft_after_any_requests(
+    many: Any, passes: list[list[str | None]], room: int
+) -> None:
+    base = llama().float()
     adapters = LoraDispatch(base, mixed=True)
-    adapters.add("wide", _loras(model, "wide"))
-    layer = base.model.layers[0].self_attn.q_proj
-    with adapters.attached():
-        before = layer.forward
-        _logits(base, adapters, ["wide"], ids)
-        with adapters.use_adapters([None]):
-            assert layer.forward is before
+    for name in MANY:
+        adapters.add(name, _loras(many, name))
+    with pytest.MonkeyPatch.context() as patch:
+        largest = max(sum(lora.nbytes for lora in _loras(many, name).values()) for name in MANY)
+        patch.setattr(lora_dispatch, "MAX_BYTES", room * largest)
+        for names in passes:
+            torch.testing.assert_close(_logits(base, adapters, names, _ids(names)), _as_peft(many, names))
+
+
+@pytest.mark.parametrize("how", ["put again", "dropped and put"])
+def test_replaced_adapter_answers_with_its_new_weights(many: Any, how: str) -> None:
+    base, names = llama().float(), list(MANY)
+    adapters = LoraDispatch(base, mixed=True)
+    for name in names:
+        adapters.add(name, _loras(many, name))
+    asked: list[str | None] = [*names, None]
+    before = _logits(base, adapters, asked, _ids(asked))
+    other = {layer: Lora(lora.down, -lora.up, lora.scale) for layer, lora in _loras(many, names[2]).items()}
+    if how == "dropped and put":
+        adapters.remove(names[2])
+    adapters.add(names[2], other)
+    after = _logits(base, adapters, asked, _ids(asked))
+    same = [row for row in range(len(asked)) if row != 2]
+    assert torch.equal(after[same], before[same])
+    assert not torch.allclose(after[2], before[2], atol=1e-3)
+    fresh = llama().float()
+    single = LoraDispatch(fresh, mixed=True)
+    single.add(names[2], other)
+    expected = _logits(fresh, single, [names[2]], _ids(asked)[2:3])
+    torch.testing.assert_close(after[2:3], expected)
+
+
+@given(
+    passes=st.lists(st.sets(st.sampled_from("abcdefghij"), max_size=6), max_size=30),
+    room=st.lists(st.integers(0, 8), min_size=1, max_size=3),
+)
+def test_adapter_keeps_its_slot_while_it_is_requested(passes: list[set[str]], room: list[int]) -> None:
+    places = AdapterSlots()
+    before: tuple[str | None, ...] = ()
+    rooms = sorted(room, reverse=True)  # it shrinks when a larger adapter comes
+    for number, asked in enumerate(map(sorted, passes)):
+        most = rooms[number * len(rooms) // len(passes)]
+        placed = places.assign(asked, most)
+        if len(asked) > most:
+            assert placed is None
+            continue
+        assert placed is not None
+        assert len(placed) <= most
+        there = [name for name in placed if name is not None]
+        assert len(set(there)) == len(there)
+        assert set(asked) <= set(there)
+        for name in set(asked) & set(before) if len(before) <= most else ():
+            assert placed.index(name) == before.index(name)
+        before = placed

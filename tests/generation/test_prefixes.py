@@ -14,7 +14,7 @@ from decoding_helpers import PAD, STOPS, VOCABULARY, reference
 from hypothesis_settings import examples
 from tunewright.generation.decoding import Batch
 from tunewright.generation.generate import generate
-from tunewright.generation.kv_cache import SharedPrefix, shared_prefixes
+from tunewright.generation.kv_cache import shared_prefixes
 from tunewright.generation.requests import Request
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), max_size=6)
@@ -47,11 +47,6 @@ def test_shared_prefixes_does_not_recurse_for_nested_prompts() -> None:
     prompts = [tuple(range(length)) for length in range(1, 3000)]
     (group,) = [g for g in shared_prefixes(prompts) if 2999 - 1 in g.indices]
     assert group.length > 1000
-
-
-def test_shared_prefixes_ignores_a_short_prefix_of_few_prompts() -> None:
-    assert shared_prefixes([(1, 2, 3, n) for n in range(10)]) == []
-    assert shared_prefixes([(1, 2, 3, n) for n in range(100)]) == [SharedPrefix(tuple(range(100)), 3)]
 
 
 def _task(instruction: int, rows: int, adapter: str | None = None, longest: int = 12) -> list[Request]:

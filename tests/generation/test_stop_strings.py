@@ -68,19 +68,6 @@ def test_answer_ends_before_its_first_stop_string(stops: list[str], batch: int) 
         assert _cut(_decode(completion.ids[:-1]), stops) is None
 
 
-def test_row_leaves_the_batch_at_its_stop_string() -> None:
-    passes: list[int] = []
-    hook = _model().register_forward_pre_hook(lambda _m, _a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
-    first = _decode(_answers()[0].ids[:1])
-    try:
-        request = Request(PROMPTS[0], None, 24, stop=(first,) if first else ("a",))
-        (completion,) = generate(_model(), [request], stop_ids=STOPS, pad_id=PAD, batch_size=1, decode=_decode)
-    finally:
-        hook.remove()
-    assert len(passes) == len(completion.ids)
-    assert isinstance(completion, Completion)
-
-
 def test_requests_with_and_without_stop_strings_share_a_batch() -> None:
     model: Any = _model()
     stop = _decode(_answers()[1].ids)[2:4]

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 HELPERS = """
 import os, torch
-from tunewright.generation.openmp import release_openmp_threads
+from tunewright.models.loading import release_openmp_threads
 def threads():
     return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)

@@ -127,14 +127,14 @@ def test_micro_batch_chunks_move_to_the_gpu_without_waiting(card: CardProcess) -
 
 def _in_smaller_pieces(steps: int) -> Report:
     """Micro-batches of four rows, of which memory holds one at once."""
-    from tunewright.training import micro_batch
+    from tunewright.training import memory
 
-    choose = micro_batch.MicroBatch.choose
-    micro_batch.MicroBatch.choose = lambda self, rows, tokens: self._keep(1)  # type: ignore[method-assign]
+    choose = memory.MicroBatch.choose
+    memory.MicroBatch.choose = lambda self, rows, tokens: self._keep(1)  # type: ignore[method-assign]
     try:
         return _run("tiny", steps, micro_batch_size=BATCH)
     finally:
-        micro_batch.MicroBatch.choose = choose  # type: ignore[method-assign]
+        memory.MicroBatch.choose = choose  # type: ignore[method-assign]
 
 
 def _blocking(report: Report) -> Counter[str]:

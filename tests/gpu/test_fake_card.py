@@ -7,13 +7,14 @@ import torch
 from card_process import CardError, CardProcess
 from fake_card import FakeCard
 
+pytestmark = pytest.mark.slow
+
 
 def _mix_devices() -> None:
     with FakeCard():
         torch.ones(3, device="cuda") @ torch.ones(3)
 
 
-@pytest.mark.slow
 def test_card_refuses_operations_on_two_devices(card: CardProcess) -> None:
     with pytest.raises(CardError, match="FakeTensorDeviceMismatchError"):
         card.run(_mix_devices)
@@ -46,7 +47,6 @@ def _transfers() -> tuple[list[tuple[int, bool]], list[tuple[int, str]]]:
     return [(copy.bytes, copy.blocking) for copy in card.copies], [(read.bytes, read.operation) for read in card.syncs]
 
 
-@pytest.mark.slow
 def test_card_counts_copies_to_it_and_reads_from_it(card: CardProcess) -> None:
     copies, reads = card.run(_transfers)
     assert copies == [(48, True), (16, True), (48, False)]

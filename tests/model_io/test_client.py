@@ -260,29 +260,22 @@ def test_item_too_long_for_the_judge_is_unscored(tmp_path: Path) -> None:
 # What is refused, and what is said
 
 
+ENDPOINT = {"base_url": "http://x/v1", "model": "m"}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({}, "The config has no judge"),
         ({"base_url": "http://x/v1"}, "The config has no judge"),
-        ({"base_url": "http://u:p@x/v1", "model": "m"}, "judge.base_url"),
-        ({"base_url": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
-        ({"base_url": "http://x/v1", "model": "m", "budget": 1.0}, "a budget requires price_input"),
-        ({"base_url": "http://x/v1", "model": "m", "price_input": 1.0}, "set both price_input and price_output"),
-        ({"base_url": "http://x/v1", "model": "m", "parameters": {"stream": True}}, "stream is set by tunewright"),
-        ({"base_url": "http://x/v1", "model": "m", "controls": 5}, "judge.controls"),
-        ({"base_url": "http://x/v1", "model": "m", "reference_model": {"model": "m"}}, "set either answers"),
-        (
-            {
-                "base_url": "http://x/v1",
-                "model": "m",
-                "budget": 1,
-                "price_input": 1,
-                "price_output": 9,
-                "parameters": {},
-            },
-            "max_tokens",
-        ),
+        ({**ENDPOINT, "base_url": "http://u:p@x/v1"}, "judge.base_url"),
+        ({**ENDPOINT, "api_key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE"),
+        ({**ENDPOINT, "budget": 1.0}, "price_input"),
+        ({**ENDPOINT, "price_input": 1.0}, "price_output"),
+        ({**ENDPOINT, "parameters": {"stream": True}}, "stream"),
+        ({**ENDPOINT, "controls": 5}, "judge.controls"),
+        ({**ENDPOINT, "reference_model": {"model": "m"}}, "answers"),
+        ({**ENDPOINT, "budget": 1, "price_input": 1, "price_output": 9, "parameters": {}}, "max_tokens"),
     ],
 )
 def test_judge_refuses_a_wrong_config_before_sending(tmp_path: Path, settings: dict[str, Any], words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import tunewright
 from command_line import tiny_project
+from tunewright import models
 from tunewright.engines.vllm.engine import plan
 from tunewright.models import ALLOCATOR
 
@@ -24,47 +26,42 @@ class Watch:
             raise SystemExit
 
 sys.meta_path.insert(0, Watch())
-if "windows" in sys.argv:
-    sys.platform = "win32"
-    import tunewright.models
-    sys.platform = "linux"
 from tunewright.cli import commands
 commands()(["train", "--project", sys.argv[1]])
 """
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    folder = tiny_project(tmp_path_factory.mktemp("allocator") / "project", tiny_base_folder)
-    tunewright.open(folder).data.add([folder / "pairs.jsonl"])
-    return folder
-
-
 @pytest.mark.slow
+def test_train_sets_allocator_before_torch_is_imported(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    tunewright.open(folder).data.add([folder / "pairs.jsonl"])
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    command = [sys.executable, "-c", WATCH, str(folder)]
+    ran = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    assert ran.stdout == f"{dict([ALLOCATOR])}\n"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "own", "expected"),
+    ("own", "platform", "expected"),
     [
-        ((), {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
-        ((), {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}),
-        ((), {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
-        (("windows",), {}, {}),
+        ({}, "linux", dict([ALLOCATOR])),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "linux", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "linux", {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ({}, "win32", {}),
     ],
 )
-def test_train_sets_allocator_before_torch_is_imported(
-    arguments: tuple[str, ...],
-    own: dict[str, str],
-    expected: dict[str, str],
-    project: Path,
+def test_users_allocator_setting_takes_precedence(
+    own: dict[str, str], platform: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
-    ran = subprocess.run(
-        [sys.executable, "-c", WATCH, str(project), *arguments],
-        env={**environment, **own},
-        capture_output=True,
-        encoding="utf-8",
-        check=True,
-    )
-    assert ran.stdout == f"{expected}\n"
+    for name in [name for name in os.environ if name.endswith("ALLOC_CONF")]:
+        monkeypatch.delenv(name)
+    with monkeypatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "platform", platform)
+        runpy.run_path(str(models.__file__))
+        assert {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")} == expected
+        os.environ.pop(ALLOCATOR[0], None)
 
 
 def _folder(path: Path) -> Path:

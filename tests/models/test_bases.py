@@ -7,7 +7,7 @@ import json
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -51,58 +51,39 @@ def test_resolve_base_accepts_a_mistral(tmp_path: Path) -> None:
     assert _resolve("mistral", tmp_path).architecture == "MistralForCausalLM"
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
-        ({"architectures": []}, "architecture unknown"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "needs custom code"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
-    ],
-)
-def test_resolve_base_refuses_unsupported_bases(base: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
-    _edit_config(base, **values)
-    with pytest.raises(UserError, match=words) as caught:
-        _resolve("base", tmp_path)
-    assert caught.value.where == str(base / "config.json")
-
-
-def test_resolve_base_refuses_a_folder_without_weights(base: Path, tmp_path: Path) -> None:
-    (base / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"Missing weights: model\.safetensors"):
-        _resolve("base", tmp_path)
-
-
-def test_resolve_base_refuses_pickled_weights_with_the_reason(base: Path, tmp_path: Path) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    with pytest.raises(UserError, match="can run code"):
-        _resolve("base", tmp_path)
-
-
-def test_resolve_base_names_a_missing_shard(base: Path, tmp_path: Path) -> None:
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
-    with pytest.raises(UserError, match=r"Missing weights: model-2\.safetensors"):
-        _resolve("base", tmp_path)
-
-
-def test_damaged_weights_are_refused(base: Path, tmp_path: Path) -> None:
+def _cut_weights(base: Path) -> None:
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="Damaged weights"):
+
+
+def _index_of_two(base: Path) -> None:
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "words"),
+    [
+        (lambda base: _edit_config(base, architectures=["Qwen2ForCausalLM"]), "config.json", "Qwen2ForCausalLM"),
+        (lambda base: _edit_config(base, architectures=[]), "config.json", "unknown"),
+        (lambda base: _edit_config(base, auto_map={"AutoModel": "evil.Model"}), "config.json", "auto_map"),
+        (lambda base: _edit_config(base, quantization_config={"quant_method": "gptq"}), "config.json", "gptq"),
+        (lambda base: (base / "config.json").write_bytes(b"{"), "config.json", ""),
+        (lambda base: (base / "config.json").write_bytes(b"[]"), "config.json", "list"),
+        (lambda base: (base / "config.json").write_bytes(b"\xff\xfe"), "config.json", ""),
+        (lambda base: (base / "model.safetensors").unlink(), "", r"model\.safetensors"),
+        (lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"), "", "can run code"),
+        (_index_of_two, "", r"model-2\.safetensors"),
+        (_cut_weights, "model.safetensors", ""),
+        (lambda base: (base / "tokenizer.json").unlink(), "", r"tokenizer\.json"),
+    ],
+)
+def test_resolve_base_refuses_unusable_bases(
+    base: Path, tmp_path: Path, change: Callable[[Path], object], where: str, words: str
+) -> None:
+    change(base)
+    with pytest.raises(UserError, match=words) as caught:
         _resolve("base", tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
-def test_resolve_base_refuses_an_invalid_config(base: Path, tmp_path: Path, content: bytes) -> None:
-    (base / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"Not valid JSON|must be a JSON object"):
-        _resolve("base", tmp_path)
-
-
-def test_resolve_base_refuses_a_folder_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
-    (base / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"No tokenizer: none of tokenizer\.json"):
-        _resolve("base", tmp_path)
+    assert caught.value.where == str(base / where)
 
 
 @pytest.mark.parametrize("spec", ["./nowhere", "just-a-word", "bundled:other", "s3:a/b"])
@@ -165,17 +146,11 @@ class _Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """A hub on the loopback address that holds one model, org/tiny."""
-    from huggingface_hub import constants
-
     handler = type("Handler", (_Hub,), {"folder": tiny_base_folder})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    _use_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "hub-cache")
     yield server
     server.shutdown()
     server.server_close()
@@ -246,30 +221,28 @@ def test_unreachable_hub_is_reported(hub: ThreadingHTTPServer, tmp_path: Path) -
         _resolve("org/tiny", tmp_path)
 
 
+def _use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("answers", ["resolve_base", "base_config"])
 def test_hub_that_never_responds_is_abandoned(answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-        with pytest.raises(UserError, match=r"is unreachable: (no response within 3 s|ReadTimeout)") as caught:
+        _use_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "hub-cache")
+        with pytest.raises(UserError, match=r"no response within 3 s|ReadTimeout") as caught:
             getattr(bases, answers)("org/tiny", None, tmp_path, LogReporter())
-    assert caught.value.fix is not None
-    assert "use its folder as base_model" in caught.value.fix
+    assert "use its folder as base_model" in str(caught.value.fix)
 
 
 def test_unresolved_hub_name_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    url = "http://hub.invalid"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    with pytest.raises(UserError, match=r"the hub .http://hub\.invalid. is unreachable"):
+    _use_hub(monkeypatch, "http://hub.invalid", tmp_path / "hub-cache")
+    with pytest.raises(UserError, match=r"http://hub\.invalid"):
         _resolve("org/tiny", tmp_path)
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from hypothesis_settings import examples
 from tiny import tiny_model
-from tunewright.config import PRESETS, TrainConfig
+from tunewright.config import PRESETS, Quantization, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.families import ATTENTION, FAMILIES, Shape, read_shape
-from tunewright.models.loading import drop_vision
+from tunewright.models.families import ATTENTION, FAMILIES, MLP, Shape, read_shape
+from tunewright.models.loading import disable_repacking, drop_vision
 from tunewright.models.memory import estimate as fit_memory
 from tunewright.models.memory.estimate import (
     BatchShape,
@@ -28,7 +28,7 @@ from tunewright.models.memory.estimate import (
     layer_saved,
     weight_bytes,
 )
-from tunewright.models.memory.plan import available_memory, card_named, gigabytes, parse_size, plan
+from tunewright.models.memory.plan import available_memory, card_named, parse_size, plan
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 LLAMA_2_7B: dict[str, Any] = {
@@ -108,6 +108,7 @@ MIXTRAL_8X7B = {
     "vocab_size": 32000,
 }
 EXPERTS = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False, experts=4, chosen=2)
+NF4_SHAPE = Shape(2, 64, 128, 4, 2, 16, 256, tied=False, attention_bias=False, mlp_bias=False)
 TINY = Shape(2, 48, 80, 6, 2, 8, 101, tied=False, attention_bias=False, mlp_bias=False)
 ALL_LINEAR: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 CLASSIC: tuple[str, ...] = PRESETS["classic"]["target_modules"]
@@ -159,29 +160,23 @@ def test_shape_counts_tied_embeddings_and_biases(tmp_path: Path, extra: dict[str
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({**LLAMA_2_7B, "hidden_size": "wide"}, "Not a valid configuration of"),
-        ({**LLAMA_2_7B, "num_attention_heads": 0}, "Not a valid configuration of"),
-        ({**LLAMA_2_7B, "num_hidden_layers": -1}, "Invalid model sizes"),
-        ({**LLAMA_2_7B, "num_key_value_heads": 5}, "Invalid model sizes"),
-        ({**LLAMA_2_7B, "architectures": ["Qwen2ForCausalLM"]}, "is not supported"),
-    ],
+    "changes",
+    [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"num_key_value_heads": 5}],
 )
-def test_read_shape_refuses_invalid_configs(tmp_path: Path, config: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        _shape(tmp_path, config)
+def test_read_shape_refuses_invalid_configs(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        _shape(tmp_path, {**LLAMA_2_7B, **changes})
+    assert caught.value.where == str(tmp_path / "config.json")
 
 
-def _model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = TINY) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def _model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = TINY, *, nf4: bool = False) -> Any:
+    """Return a tiny Llama or, with experts, a Mixtral of this shape with LoRA, as training has it."""
     from tunewright.training.packing import attention
     from tunewright.training.packing.fused_loss import add_token_losses
 
     attention.register()
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    base = tiny_model(
+        "mixtral" if shape.experts else "llama",
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -189,27 +184,44 @@ def _model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = TIN
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head,
-    )
-    base: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    ).to(getattr(torch, dtype))
+    if nf4:
+        _quantize(base, getattr(torch, dtype))
     base.set_attn_implementation(attention.NAME)
     add_token_losses(base)
-    return _with_lora(base, targets)
+    return _with_lora(base, targets, "nf4" if nf4 else "none")
 
 
-def _with_lora(base: Any, targets: tuple[str, ...]) -> Any:
+def _quantize(base: Any, dtype: torch.dtype) -> None:
+    """Hold the linear layers in NF4, as `load_model` does."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in base.model.layers:
+        for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
+            for name in names:
+                whole = getattr(part, name)
+                packed: Any = Linear4bit(
+                    whole.in_features, whole.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+                )
+                setattr(part, name, packed.to("cpu"))
+    disable_repacking(base)
+    base.requires_grad_(False)
+
+
+def _with_lora(base: Any, targets: tuple[str, ...], quantization: Quantization) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from tunewright.training.lora import use_fused_lora
 
     lora = LoraConfig(r=5, target_modules=list(targets), task_type="CAUSAL_LM")
-    use_fused_lora(lora)
+    use_fused_lora(lora, quantization)
     model: Any = get_peft_model(base, lora)
     # As with checkpointing; without it the very first norm keeps nothing.
     model.enable_input_require_grads()
     return model.train()
 
 
-def _batch(load: BatchShape, vocabulary: int = TINY.vocabulary) -> Any:
+def _batch(load: BatchShape, vocabulary: int) -> Any:
     from tunewright.training.packing import Group, pack
 
     generator = torch.Generator().manual_seed(0)
@@ -245,53 +257,30 @@ def _saved_bytes(model: Any, batch: Any, dtype: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+SHORT, SHARED, LONG = BatchShape(2, 0, 16, 4), BatchShape(2, 10, 16, 4), BatchShape(2, 131, 150, 150)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("targets", [CLASSIC, ALL_LINEAR, ("o_proj", "up_proj")])
 @pytest.mark.parametrize(
-    "load",
+    ("shape", "nf4", "targets", "loads"),
     [
-        BatchShape(2, 0, 16, 4),
-        BatchShape(2, 10, 16, 4),
-        BatchShape(3, 0, 140, 7),
-        BatchShape(2, 131, 16, 4),
-        BatchShape(2, 131, 150, 150),
+        *((TINY, False, targets, [SHORT, SHARED, BatchShape(3, 0, 140, 7), BatchShape(2, 131, 16, 4), LONG])
+          for targets in (CLASSIC, ALL_LINEAR, ("o_proj", "up_proj"))),
+        *((EXPERTS, False, targets, [SHORT, SHARED, LONG]) for targets in (CLASSIC, ATTENTION)),
+        (NF4_SHAPE, True, ALL_LINEAR, [SHARED, BatchShape(3, 0, 140, 7), LONG]),
     ],
-)
-def test_layer_saved_equals_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: BatchShape) -> None:
-    one, two = (_saved_bytes(_model(dtype, targets, layers), _batch(load), dtype) for layers in (1, 2))
-    setup = TrainingSetup(targets, 5, dtype)
-    copies = adapter_copies(replace(TINY, layers=1), setup)
-    assert two - one == layer_saved(TINY, setup, load.tokens) + attention_saved(TINY, setup, load) + copies
-
-
-def _experts_model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = EXPERTS) -> Any:
-    from tunewright.training.packing import attention
-    from tunewright.training.packing.fused_loss import add_token_losses
-
-    attention.register()
-    base = tiny_model(
-        "mixtral",
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head,
-    ).to(getattr(torch, dtype))
-    base.set_attn_implementation(attention.NAME)
-    add_token_losses(base)
-    return _with_lora(base, targets)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("targets", [CLASSIC, ATTENTION])
-@pytest.mark.parametrize("load", [BatchShape(2, 0, 16, 4), BatchShape(2, 10, 16, 4), BatchShape(2, 131, 150, 150)])
-def test_experts_saved_equals_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: BatchShape) -> None:
-    one, two = (_saved_bytes(_experts_model(dtype, targets, layers), _batch(load), dtype) for layers in (1, 2))
-    setup = TrainingSetup(targets, 5, dtype)
-    copies = adapter_copies(replace(EXPERTS, layers=1), setup)
-    assert two - one == layer_saved(EXPERTS, setup, load.tokens) + attention_saved(EXPERTS, setup, load) + copies
+)  # fmt: skip
+def test_layer_saved_equals_what_autograd_saves(
+    dtype: Any, shape: Shape, nf4: bool, targets: tuple[str, ...], loads: list[BatchShape]
+) -> None:
+    """To the byte: what a second layer adds."""
+    one, two = (_model(dtype, targets, layers, shape, nf4=nf4) for layers in (1, 2))
+    setup = TrainingSetup(targets, 5, dtype, nf4=nf4)
+    copies = adapter_copies(replace(shape, layers=1), setup)
+    for load in loads:
+        batch = _batch(load, shape.vocabulary)
+        more = _saved_bytes(two, batch, dtype) - _saved_bytes(one, batch, dtype)
+        assert more == layer_saved(shape, setup, load.tokens) + attention_saved(shape, setup, load) + copies, load
 
 
 @pytest.mark.parametrize("experts", [False, True])
@@ -307,10 +296,9 @@ def test_estimate_equals_the_allocator_peak_of_a_step(
     from tunewright.training.packing.fused_loss import batch_token_losses
 
     shape = Shape(3, 192, 512, 6, 2, 32, 4000, tied=False, attention_bias=False, mlp_bias=False)
-    build, targets = _model, ALL_LINEAR
-    if experts:
-        shape, build, targets = replace(shape, experts=4, chosen=2), _experts_model, ATTENTION
-    model, batch = build(dtype, targets, 3, shape), _batch(load, 4000)
+    targets = ATTENTION if experts else ALL_LINEAR
+    shape = replace(shape, experts=4, chosen=2) if experts else shape
+    model, batch = _model(dtype, targets, 3, shape), _batch(load, 4000)
     if checkpointing:
         model.gradient_checkpointing_enable()
 
@@ -411,24 +399,14 @@ def test_plan_finds_the_largest_micro_batch_that_fits(tmp_path: Path) -> None:
             assert estimate(shape, planned.setup, BatchShape(rows + 1, 0, length, length)).total > 24e9
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("24GB", 24 * 10**9),
-        ("24GiB", 24 << 30),
-        (" 80 gb", 80 * 10**9),
-        ("1.5TB", 1_500_000_000_000),
-        ("512MB", 512_000_000),
-    ],
-)
-def test_parse_size_reads_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+def test_parse_size_reads_sizes() -> None:
+    sizes = {"24GB": 24 * 10**9, "24GiB": 24 << 30, " 80 gb": 80 * 10**9, "1.5TB": 15 * 10**11, "512MB": 512_000_000}
+    assert {text: parse_size(text) for text in sizes} == sizes
 
 
 @pytest.mark.parametrize("text", ["", "24", "GB", "24 apples", "-1GB", "0GB", "24GBs", "KB", "1e3GB", "inf GB"])
 def test_available_memory_refuses_text_that_is_not_a_size(text: str) -> None:
-    assert parse_size(text) is None
-    with pytest.raises(UserError, match="is neither a memory size nor a known GPU") as caught:
+    with pytest.raises(UserError) as caught:
         available_memory(text)
     assert caught.value.where == "--gpu"
 
@@ -451,31 +429,23 @@ def test_available_memory_refuses_text_that_is_not_a_size(text: str) -> None:
 def test_card_named_finds_gpus_by_common_spellings(text: str, name: str) -> None:
     assert card_named(text, "--gpu").name == name
     assert available_memory(text).bytes == card_named(name, "--gpu").bytes
-
-
-def test_card_named_returns_the_memory_of_nvidia_smi() -> None:
-    assert card_named("RTX 4090", "--gpu").bytes == 24564 << 20
+    assert name != "RTX 4090" or available_memory(text).bytes == 24564 << 20  # as `nvidia-smi` shows it
 
 
 @pytest.mark.parametrize(
-    ("text", "what", "fix"),
+    ("text", "fix"),
     [
-        ("a100", "exists with different memory sizes", "a100-40gb or a100-80gb"),
-        ("v100", "exists with different memory sizes", "v100-16gb or v100-32gb"),
-        ("rtx 4091", "nor a known GPU", "RTX 4090"),
-        ("RTX 4090 Laptop GPU", "nor a known GPU", "RTX 4090"),
-        ("abacus", "nor a known GPU", "such as 24GB or 24GiB"),
+        ("a100", "a100-40gb or a100-80gb"),
+        ("v100", "v100-16gb or v100-32gb"),
+        ("rtx 4091", "RTX 4090"),
+        ("RTX 4090 Laptop GPU", "RTX 4090"),
+        ("abacus", "such as 24GB or 24GiB"),
     ],
 )
-def test_card_named_refuses_unknown_names_and_suggests_similar_ones(text: str, what: str, fix: str) -> None:
-    with pytest.raises(UserError, match=what) as caught:
+def test_card_named_refuses_unknown_names_and_suggests_similar_ones(text: str, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
         card_named(text, "--gpu")
-    assert caught.value.fix is not None
-    assert fix in caught.value.fix
-
-
-def test_gigabytes_formats_sizes() -> None:
-    assert [gigabytes(size) for size in (13_476_831_232, 52_000_000, 0)] == ["13.5 GB", "0.05 GB", "0.00 GB"]
+    assert fix in str(caught.value.fix)
 
 
 def test_available_memory_names_the_source_of_this_machine() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from command_line import tiny_project
+from training_runs import Heard
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
-from tunewright.core.progress import LogReporter
 from tunewright.models.families import read_shape
 from tunewright.models.memory.plan import available_memory, plan
 from tunewright.open_project import OpenProject
@@ -28,30 +28,22 @@ LLAMA_2_7B = {
 }
 
 
-class _Heard(LogReporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
 def _opened(folder: Path, quantization: str) -> OpenProject:
     base = folder / "llama-2-7b"
     write_json(base / "config.json", LLAMA_2_7B)
     project = tiny_project(folder / "project", base)
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantization}"))
-    return OpenProject(ProjectFolder(project), _Heard())
+    return OpenProject(ProjectFolder(project), Heard())
 
 
 def _room(opened: OpenProject, monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
-    reporter = _Heard()
+    reporter = Heard()
     require_room(OpenProject(opened.folder, reporter))
-    return reporter.warnings
+    return reporter.warned
 
 
 @pytest.mark.parametrize(("quantization", "gigabytes"), [("none", 24), ("nf4", 12)])

@@ -2,77 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tunewright
-from command_line import tiny_project
+from training_runs import Heard, steady, training_project
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.metrics import normalised
 from tunewright.training.history import best_evaluation, evaluations
 
-MEASURED = {"tokens_per_s", "memory_bytes"}
-"""Numbers of a step that differ from run to run."""
-
 pytestmark = pytest.mark.slow
-
-
-class StopAfter(LogReporter):
-    """Records messages; kills or stops the process at the n-th training step on request."""
-
-    def __init__(self, after: int | None = None, number: int = signal.SIGINT) -> None:
-        self.lines: list[str] = []
-        self.measured: list[tuple[int, dict[str, float]]] = []
-        self.after = after
-        self.number = number
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-    def warn(self, message: str) -> None:
-        self.lines.append(f"Warning: {message}")
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        with super().task(title, total, unit) as task:
-            yield _Told(self) if title.startswith("Training") else task
-
-
-class _Told(LogTask):
-    def __init__(self, reported: StopAfter) -> None:
-        self.reported = reported
-        self.done = 0
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.done += steps
-        if self.done == self.reported.after:
-            os.kill(os.getpid(), self.reported.number)
-
-    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.reported.measured.append((step, dict(numbers)))
-
-
-def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None, **train: object) -> Project:
-    """Return a project on a base that can learn to copy, with further keys in its train section."""
-    if not folder.exists():
-        tiny_project(folder, base)
-        config = folder / "tunewright.yaml"
-        keys = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in train.items())
-        config.write_text(config.read_text().replace("train:\n", f"train:\n{keys}"))
-    opened = tunewright.open(folder, reporter)
-    opened.data.add([folder / "pairs.jsonl"])
-    return opened
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +39,12 @@ def quick_base(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path)
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Project, Adapter, StopAfter]:
-    reported = StopAfter()
+def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Project, Adapter, Heard]:
+    heard = Heard()
     folder = tmp_path_factory.mktemp("watch") / "p"
-    opened = _opened_project(folder, quick_base, reported, lr_scheduler_type="constant", eval_steps=20)
-    config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("epochs: 2", "epochs: 10"))
-    opened = _opened_project(folder, quick_base, reported)
-    return opened, opened.train().adapter, reported
+    keys = {"lr_scheduler_type": "constant", "eval_steps": 20}
+    opened = training_project(folder, quick_base, heard, keys, epochs=10)
+    return opened, opened.train().adapter, heard
 
 
 def _files(opened: Project) -> Path:
@@ -107,7 +53,7 @@ def _files(opened: Project) -> Path:
 
 
 def test_evaluations_score_the_answers_of_transformers_with_that_adapter(
-    learnt: tuple[Project, Adapter, StopAfter], quick_base: Path
+    learnt: tuple[Project, Adapter, Heard], quick_base: Path
 ) -> None:
     import torch
     from peft import PeftModel
@@ -139,7 +85,7 @@ def test_evaluations_score_the_answers_of_transformers_with_that_adapter(
 
 
 def test_kept_adapter_is_the_best_by_the_metric_in_lineage_history_and_report(
-    learnt: tuple[Project, Adapter, StopAfter],
+    learnt: tuple[Project, Adapter, Heard],
 ) -> None:
     _, adapter, reported = learnt
     epochs = adapter.lineage["training"]["epochs"]
@@ -155,7 +101,7 @@ def test_kept_adapter_is_the_best_by_the_metric_in_lineage_history_and_report(
     assert f"{100 * epochs[-1]['dev_metric']:.1f}%" in lines[-1]
 
 
-def test_progress_curves_have_every_step_and_evaluation(learnt: tuple[Project, Adapter, StopAfter]) -> None:
+def test_progress_curves_have_every_step_and_evaluation(learnt: tuple[Project, Adapter, Heard]) -> None:
     _, adapter, reported = learnt
     steps = [(step, numbers["loss"]) for step, numbers in reported.measured if "loss" in numbers]
     assert steps == [(row["step"], row["loss"]) for row in adapter.history if "loss" in row]
@@ -163,7 +109,7 @@ def test_progress_curves_have_every_step_and_evaluation(learnt: tuple[Project, A
     assert all(set(numbers) == {"eval_loss", "exact_match"} for numbers in dev)
 
 
-def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Project, Adapter, StopAfter]) -> None:
+def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Project, Adapter, Heard]) -> None:
     first, *others = [row for row in learnt[1].history if "loss" in row]
     assert set(first) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "memory_bytes"}
     assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
@@ -175,8 +121,7 @@ def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_
     """Dropout draws random numbers, so the last step's adapter would differ."""
     last = []
     for name, every in (("seldom", 24), ("often", 4)):
-        reported = StopAfter()
-        opened = _opened_project(tmp_path / name, tiny_base_folder, reported, lora_dropout=0.2, eval_steps=every)
+        opened = training_project(tmp_path / name, tiny_base_folder, train={"lora_dropout": 0.2, "eval_steps": every})
         adapter = opened.train().adapter
         kept = adapter.lineage["training"]["kept_step"]
         folder = adapter.folder if kept == 24 else adapter.checkpoint("step-24")
@@ -200,8 +145,8 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
 
     monkeypatch.setattr(checkpoints, "_remove_unneeded_adapters", counting)
     keys = {"eval_steps": 1, "eval_max_samples": 0}
-    reported = StopAfter()
-    whole = _opened_project(tmp_path / "whole", tiny_base_folder, reported, **keys).train().adapter
+    reported = Heard()
+    whole = training_project(tmp_path / "whole", tiny_base_folder, reported, keys).train().adapter
     evaluated = whole.lineage["training"]["epochs"]
     assert len(evaluated) == 24
     best = sorted(evaluated, key=lambda e: e["dev_loss"])[:8]
@@ -210,22 +155,22 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
     assert f"Kept the adapters of {len(expected)} of 24 evaluations: the best ones and the last one." in reported.lines
     assert most <= 10
     with pytest.raises(KeyboardInterrupt):
-        _opened_project(tmp_path / "stopped", tiny_base_folder, StopAfter(after=17), **keys).train()
+        training_project(tmp_path / "stopped", tiny_base_folder, Heard(after=17), keys).train()
     newest = max(_files(tunewright.open(tmp_path / "stopped")).glob("checkpoint-*"), key=checkpoints.step_of)
     (newest / "optimizer.pt").write_bytes(b"")
-    again = StopAfter()
-    went_on = _opened_project(tmp_path / "stopped", tiny_base_folder, again).train().adapter
+    again = Heard()
+    went_on = training_project(tmp_path / "stopped", tiny_base_folder, again).train().adapter
     assert "Resuming from step 16 of 24" in again.lines
     assert went_on.digest == whole.digest
     assert went_on.checkpoints.keys() == whole.checkpoints.keys()
 
 
 def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: Path, tiny_base_folder: Path) -> None:
-    reported = StopAfter()
-    some = _opened_project(tmp_path / "some", tiny_base_folder, reported, eval_max_samples=5).train().adapter
+    reported = Heard()
+    some = training_project(tmp_path / "some", tiny_base_folder, reported, {"eval_max_samples": 5}).train().adapter
     assert some.lineage["training"]["dev_rows_answered"] == 5
     assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.eval_max_samples)." in reported.lines
-    none = _opened_project(tmp_path / "none", tiny_base_folder, eval_max_samples=0).train().adapter
+    none = training_project(tmp_path / "none", tiny_base_folder, train={"eval_max_samples": 0}).train().adapter
     training = none.lineage["training"]
     assert (training["metric"], training["dev_rows_answered"]) == (None, 0)
     assert [e["dev_metric"] for e in training["epochs"]] == [None, None]
@@ -233,14 +178,11 @@ def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: P
 
 
 def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder: Path) -> None:
-    def project(name: str, reporter: StopAfter) -> Project:
+    def project(name: str, reporter: Heard) -> Project:
         keys = {"eval_steps": 1, "early_stopping_patience": 1, "lr_scheduler_type": "constant"}
-        _opened_project(tmp_path / name, tiny_base_folder, reporter, **keys)
-        config = tmp_path / name / "tunewright.yaml"
-        config.write_text(config.read_text().replace("learning_rate: 0.003", "learning_rate: 0.3"))
-        return _opened_project(tmp_path / name, tiny_base_folder, reporter)
+        return training_project(tmp_path / name, tiny_base_folder, reporter, keys, learning_rate=0.3)
 
-    reported = StopAfter()
+    reported = Heard()
     whole = project("whole", reported).train().adapter
     evaluated = evaluations(whole.history)
     last = whole.history[-1]["step"]
@@ -250,8 +192,8 @@ def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder:
     # At the step before the last, and at the last: stopped when training is over but nothing is stored.
     for after in sorted({1, last - 1, last}):
         with pytest.raises(KeyboardInterrupt):
-            project(f"stopped-{after}", StopAfter(after)).train()
-        again = project(f"stopped-{after}", StopAfter()).train().adapter
+            project(f"stopped-{after}", Heard(after)).train()
+        again = project(f"stopped-{after}", Heard()).train().adapter
         assert again.digest == whole.digest
         assert [row["step"] for row in again.history] == [row["step"] for row in whole.history]
 
@@ -260,9 +202,9 @@ _KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training.test_callbacks import StopAfter, _opened_project
+from training_runs import Heard, training_project
 import signal
-_opened_project(Path({folder!r}), Path({base!r}), StopAfter({after}, signal.SIGKILL)).train()
+training_project(Path({folder!r}), Path({base!r}), Heard({after}, signal.SIGKILL)).train()
 """
 
 
@@ -270,27 +212,23 @@ def test_metrics_of_a_killed_run_have_no_gap_or_repetition(tmp_path: Path, tiny_
     import subprocess
 
     folder = tmp_path / "project"
-    opened = _opened_project(folder, tiny_base_folder)
+    opened = training_project(folder, tiny_base_folder)
     tests = str(Path(__file__).parents[1])
     script = _KILLED.format(tests=tests, folder=str(folder), base=str(tiny_base_folder), after=9)
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
     before = [json.loads(line) for line in (_files(opened) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in before] == list(range(1, 10))  # checkpoints are made each 5 steps
-    reported = StopAfter(after=14)
+    reported = Heard(after=14)
     with pytest.raises(KeyboardInterrupt):
-        _opened_project(folder, tiny_base_folder, reported).train()
+        training_project(folder, tiny_base_folder, reported).train()
     between = [json.loads(line) for line in (_files(opened) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in between if "loss" in row] == list(range(1, 15))
-    assert _without_speed(between[:9]) == _without_speed(before)
-    history = _opened_project(folder, tiny_base_folder).train().adapter.history
+    assert steady(between[:9]) == steady(before)
+    history = training_project(folder, tiny_base_folder).train().adapter.history
     assert [row["step"] for row in history if "loss" in row] == list(range(1, 25))
     assert [row["step"] for row in history if "eval_loss" in row] == [12, 24]
-    assert _without_speed(history[: len(between)]) == _without_speed(between)
-
-
-def _without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+    assert steady(history[: len(between)]) == steady(between)
 
 
 def test_unstable_step_names_exactly_its_rows(
@@ -312,7 +250,7 @@ def test_unstable_step_names_exactly_its_rows(
         return step(self, model, inputs, items)
 
     monkeypatch.setattr(Trainer, "training_step", breaking)
-    opened = _opened_project(tmp_path / "p", tiny_base_folder)
+    opened = training_project(tmp_path / "p", tiny_base_folder)
     with pytest.raises(UserError, match="at step 15; no adapter is kept") as caught:
         opened.train()
     text = opened.chat.text(batches[14][0])
@@ -328,7 +266,7 @@ def test_unstable_step_names_exactly_its_rows(
 def test_tensorboard_gets_every_number_in_the_project_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    opened = _opened_project(tmp_path / "p", tiny_base_folder, report_to=["tensorboard"])
+    opened = training_project(tmp_path / "p", tiny_base_folder, train={"report_to": ["tensorboard"]})
     before = dict(os.environ)
     adapter = opened.train().adapter
     assert dict(os.environ) == before
@@ -343,29 +281,25 @@ def test_tensorboard_gets_every_number_in_the_project_folder(tmp_path: Path, tin
 def test_missing_tracker_is_refused_before_loading(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib.util
-
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else found(name, *a))
-    reported = StopAfter()
-    opened = _opened_project(tmp_path / "p", tiny_base_folder, reported, report_to=["tensorboard", "trackio"])
-    for go in (opened.train, opened.run):
-        with pytest.raises(UserError, match="trackio is not installed") as caught:
-            go()
-        assert (caught.value.fix or "").startswith("pip install trackio")
-    assert not any(line.startswith("Loading") for line in reported.lines)
+    _require_refused(tmp_path, tiny_base_folder, "[tensorboard, trackio]", "trackio")
 
 
 def test_invalid_mlflow_store_is_refused_before_loading(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
-    store = (tmp_path / "runs").as_uri()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    reported = StopAfter()
-    opened = _opened_project(tmp_path / "p", tiny_base_folder, reported, report_to=["mlflow"])
-    with pytest.raises(UserError, match="MLflow does not open MLFLOW_TRACKING_URI=file:") as caught:
-        opened.train()
-    assert caught.value.where == "train.report_to"
-    assert not any(line.startswith("Loading") for line in reported.lines)
+    _require_refused(tmp_path, tiny_base_folder, "[mlflow]", "file:")
+
+
+def _require_refused(folder: Path, base: Path, trackers: str, named: str) -> None:
+    heard = Heard()
+    opened = training_project(folder / "p", base, heard, {"report_to": trackers})
+    for go in (opened.train, opened.run):
+        with pytest.raises(UserError, match=named) as caught:
+            go()
+        assert caught.value.where == "train.report_to"
+    assert not any(line.startswith("Loading") for line in heard.lines)

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from command_line import tiny_project, tunewright
 from forked import Server
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST
 from tunewright.training import distributed
 from tunewright.training.packing.order import StepBatches, random_order
+from tunewright.training.run import micro_batch
 
 
 @given(
@@ -57,10 +59,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def _project(folder: Path, base: Path, batch: str = "batch_size: 8\n  micro_batch_size: 2", epochs: int = 2) -> Path:
+def _project(folder: Path, base: Path, epochs: int = 2) -> Path:
     tiny_project(folder, base, count=121)
     config = folder / "tunewright.yaml"
-    text = config.read_text().replace("batch_size: 8", batch).replace("epochs: 2", f"epochs: {epochs}")
+    text = config.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch_size: 2")
+    text = text.replace("epochs: 2", f"epochs: {epochs}")
     config.write_text(text.replace("train:\n", "train:\n  eval_max_samples: 3\n  prefix_sharing: 'on'\n"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
@@ -169,26 +172,21 @@ def test_error_in_one_process_ends_all_with_one_message(tmp_path: Path, tiny_bas
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("batch", "count", "words"),
+    ("settings", "where", "numbers"),
     [
-        ("batch_size: 7", 2, "7 rows cannot be shared equally by 2 processes"),
+        ({"batch_size": 7}, "train.batch_size", "7 rows .* 2 processes"),
         (
-            "batch_size: 12\n  micro_batch_size: 4",
-            2,
-            "Each of 2 processes has 6 rows of a batch, which is not a multiple of 4",
+            {"batch_size": 12, "micro_batch_size": 4},
+            "train.micro_batch_size",
+            "2 processes has 6 rows .* multiple of 4",
         ),
     ],
 )
-def test_batch_that_cannot_be_shared_is_refused_once(
-    batch: str, count: int, words: str, tmp_path: Path, tiny_base_folder: Path, server: Server
-) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, batch=batch)
-    ended = server.run("train", "-p", folder, processes=count)
-    assert ended.code == 2
-    assert ended.stderr.count("Error: ") == 1
-    assert words in " ".join(ended.stderr.split())
+def test_batch_that_cannot_be_shared_is_refused(settings: dict[str, int], where: str, numbers: str) -> None:
+    with pytest.raises(UserError, match=numbers) as caught:
+        micro_batch(TrainConfig.model_validate(settings), 2)
+    assert caught.value.where == where
 
 
 @pytest.mark.slow
@@ -203,13 +201,6 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="DeepSpeed is not supported"):
         distributed.init()
-
-
-def test_launch_of_a_single_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not distributed.single_process_launch()
-    for key, value in {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(key, value)
-    assert distributed.single_process_launch()
 
 
 @pytest.mark.slow

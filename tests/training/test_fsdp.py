@@ -13,9 +13,11 @@ import pytest
 from command_line import tiny_project, tunewright
 from forked import Ended, Server
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST
 from tunewright.training import distributed
+from tunewright.training.run import require_fsdp_supported
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -35,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def _project(folder: Path, base: Path, sharing: str = "on", also: str = "") -> Path:
+def _project(folder: Path, base: Path, also: str = "") -> Path:
     tiny_project(folder, base, count=71)
     config = folder / "tunewright.yaml"
     text = (
@@ -43,7 +45,7 @@ def _project(folder: Path, base: Path, sharing: str = "on", also: str = "") -> P
         .replace("batch_size: 8", "batch_size: 8\n  micro_batch_size: 2")
         .replace("epochs: 2", "epochs: 1")
     )
-    settings = f"train:\n  eval_max_samples: 3\n  prefix_sharing: '{sharing}'\n{also}"
+    settings = f"train:\n  eval_max_samples: 3\n  prefix_sharing: 'on'\n{also}"
     config.write_text(text.replace("train:\n", settings).replace("evaluate:\n", "evaluate:\n  max_new_tokens: 5\n"))
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
@@ -86,16 +88,6 @@ def test_fsdp_gives_the_losses_and_adapter_of_one_process(
     assert whole.lineage["training"]["rows"] % 8 == 1
     assert (whole.lineage["training"]["bytes_held"], divided.lineage["training"]["processes"]) == (None, 2)
     _require_alike(whole, divided)
-
-
-@pytest.mark.slow
-@pytest.mark.release
-def test_fsdp_gives_the_adapter_of_one_process_without_shared_prompts(
-    tmp_path: Path, tiny_base_folder: Path, server: Server
-) -> None:
-    whole = _trained(server, _project(tmp_path / "whole", tiny_base_folder, "off"))
-    pieces = _trained(server, _project(tmp_path / "pieces", tiny_base_folder, "off"), processes=2, environment=FSDP)
-    _require_alike(whole, pieces)
 
 
 @pytest.mark.slow
@@ -163,31 +155,11 @@ def test_fsdp_over_nf4_holds_half_of_the_4_bit_weights(divided_in_4_bits: Adapte
     assert all(half <= count <= half + 2 * tables for count in held), (held, half, tables)
 
 
-@pytest.mark.slow
-@pytest.mark.release
-def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
-    divided_in_4_bits: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
-) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, also="  quantization: nf4\n")
-    killed = server.run(
-        "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-8/*{MANIFEST}*", 1)
-    )
-    assert killed.code == -signal.SIGKILL
-    resumed = server.run("train", "-p", folder, processes=2, environment=FSDP)
-    assert resumed.code == 0, resumed.stderr
-    assert resumed.stderr.count("Resuming from step 5") == 1
-    assert find_adapter(folder / "adapters").digest == divided_in_4_bits.digest
-
-
-@pytest.mark.slow
-def test_train_refuses_replay_once_when_fsdp_shards_the_base(
-    tmp_path: Path, tiny_base_folder: Path, server: Server
-) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, also="  replay: {samples: 6}\n")
-    ended = server.run("train", "-p", folder, processes=2, environment=FSDP)
-    assert ended.code == 2
-    assert ended.stderr.count("Error: ") == 1
-    assert "Replay is not supported with FSDP" in " ".join(ended.stderr.split())
+@pytest.mark.parametrize("settings", [{"replay": "self"}, {"from": "parent"}, {"method": "dpo"}])
+def test_settings_that_need_passes_of_one_process_are_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(UserError) as caught:
+        require_fsdp_supported(TrainConfig.model_validate(settings))
+    assert caught.value.where == f"train.{next(iter(settings))}"
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,6 @@ def test_require_liger_names_the_missing_gpu_when_the_package_is_installed(
         monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="need a CUDA GPU, and none is present"):
         require_liger(True)
-
-
-def test_require_liger_asks_for_nothing_when_the_option_is_off() -> None:
     require_liger(False)
 
 

@@ -1,8 +1,7 @@
-"""LoRA over a 4-bit base as one autograd step, against peft's own layer and against the memory estimate."""
+"""LoRA over a 4-bit base as one autograd step."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,13 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tunewright.config import PRESETS, TrainConfig
+from tunewright.config import TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
-from tunewright.models.families import ATTENTION, MLP, Shape
 from tunewright.models.loading import disable_repacking, load_model
-from tunewright.models.memory.estimate import BatchShape, TrainingSetup, adapter_copies, attention_saved, layer_saved
 from tunewright.training.lora import fused_linear_4bit, lora_config, use_fused_lora
 
-ALL_LINEAR = tuple(PRESETS["all-linear"]["target_modules"])
 IDS = torch.arange(3, 43).view(2, 20)
-SHAPE = Shape(2, 64, 128, 4, 2, 16, 256, tied=False, attention_bias=False, mlp_bias=False)
 
 
 def _layers(dtype: torch.dtype, *, fused: bool, adapters: int = 1, bias: bool = False, **changes: Any) -> Any:
@@ -153,82 +148,6 @@ def test_fused_linear_4bit_writes_its_output_once() -> None:
         written[fused] = len(outputs.places)
     assert written[True] == 1
     assert written[False] >= 5
-
-
-def _model(dtype: torch.dtype, layers: int) -> Any:
-    """Return a Llama of SHAPE in NF4 with LoRA on all linear layers, as training has it."""
-    from bitsandbytes.nn import Linear4bit
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tunewright.training.packing import attention
-    from tunewright.training.packing.fused_loss import add_token_losses
-
-    attention.register()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SHAPE.vocabulary,
-        hidden_size=SHAPE.hidden,
-        intermediate_size=SHAPE.intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=SHAPE.heads,
-        num_key_value_heads=SHAPE.kv_heads,
-    )
-    base: Any = LlamaForCausalLM(config)
-    base.to(dtype)
-    for layer in base.model.layers:
-        for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
-            for name in names:
-                whole = getattr(part, name)
-                packed: Any = Linear4bit(
-                    whole.in_features, whole.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
-                )
-                setattr(part, name, packed.to("cpu"))
-    disable_repacking(base)
-    for weight in base.parameters():
-        weight.requires_grad_(False)
-    base.set_attn_implementation(attention.NAME)
-    add_token_losses(base)
-    config_of_lora = LoraConfig(r=5, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM")
-    use_fused_lora(config_of_lora, "nf4")
-    model: Any = get_peft_model(base, config_of_lora)
-    model.enable_input_require_grads()
-    return model.train()
-
-
-def _saved_bytes(model: Any, load: BatchShape, dtype: torch.dtype) -> int:
-    """Count the bytes that autograd keeps, parameters apart, each storage once."""
-    from tunewright.training.packing import Group, pack
-    from tunewright.training.packing.fused_loss import batch_token_losses
-
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randint(0, SHAPE.vocabulary, (load.rows + 1, max(load.shared, load.own)), generator=generator).tolist()
-    rows = [draw[-1][: load.shared] + own[: load.own] for own in draw[:-1]]
-    labels = [[-100] * (len(row) - load.trained) + row[-load.trained :] for row in rows]
-    batch = pack(rows, labels, share=True, groups=[Group(load.shared, tuple(range(load.rows)))])
-    parameters = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in parameters:
-            kept[place] = tensor
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-    ):
-        _loss = batch_token_losses(model, batch).sum()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("load", [BatchShape(2, 10, 16, 4), BatchShape(3, 0, 140, 7), BatchShape(2, 131, 150, 150)])
-def test_memory_estimate_is_what_autograd_keeps_over_nf4_to_the_byte(dtype: torch.dtype, load: BatchShape) -> None:
-    one, two = (_saved_bytes(_model(dtype, layers), load, dtype) for layers in (1, 2))
-    way = TrainingSetup(ALL_LINEAR, 5, "float32" if dtype == torch.float32 else "bfloat16", nf4=True)
-    copies = adapter_copies(replace(SHAPE, layers=1), way)
-    assert two - one == layer_saved(SHAPE, way, load.tokens) + attention_saved(SHAPE, way, load) + copies
 
 
 def test_lora_config_builds_fused_layers_over_nf4(tiny_base_folder: Path) -> None:

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tunewright
-from command_line import tiny_project
+from training_runs import Heard, training_project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.generation.generate import in_memory
 from tunewright.training import trainer as trainer_module
-from tunewright.training.micro_batch import MicroBatch, RawRows
+from tunewright.training.memory import MicroBatch, RawRows
 from tunewright.training.packing import fused_loss
 
 Losses = Callable[..., torch.Tensor]
-
-
-class _Heard(LogReporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-    def warn(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def _rows_of(batch: Any) -> int:
@@ -67,13 +54,10 @@ def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> l
     return passes
 
 
-def _project(folder: Path, base: Path, **train: Any) -> Path:
-    tiny_project(folder, base, count=80)
-    config = folder / "tunewright.yaml"
-    keys = "".join(f"  {key}: {value}\n" for key, value in train.items())
-    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1").replace("train:\n", f"train:\n{keys}"))
-    tunewright.open(folder).data.add([folder / "pairs.jsonl"])
-    return folder
+def _train(folder: Path, base: Path, **keys: Any) -> tuple[Any, list[str]]:
+    heard = Heard()
+    project = training_project(folder, base, heard, keys, count=80, epochs=1)
+    return project.train().adapter, heard.lines
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -82,34 +66,21 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "adapter_model.safetensors"))
 
 
-def _train(folder: Path) -> tuple[Any, list[str]]:
-    heard = _Heard()
-    return tunewright.open(folder, heard).train().adapter, heard.lines
-
-
 def test_micro_batch_keeps_a_batch_that_fits_and_reports_it(tmp_path: Path, tiny_base_folder: Path) -> None:
-    adapter, lines = _train(_project(tmp_path / "p", tiny_base_folder))
+    adapter, lines = _train(tmp_path / "p", tiny_base_folder)
     assert any(re.match(r"Micro-batch: 8 rows; the longest batch, [\d,]+ tokens, fits", line) for line in lines)
     assert adapter.lineage["training"]["micro_batch_size"] == 8
 
 
-@pytest.fixture(scope="module", params=[8, 4])
-def in_one_pass(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path
-) -> Any:
-    """Return an adapter whose micro-batches, of this size, fit."""
-    folder = tmp_path_factory.mktemp("whole") / "project"
-    return _train(_project(folder, tiny_base_folder, micro_batch_size=request.param))[0]
-
-
-@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize(("asked", "after"), [(8, 3), (4, 0)])
 def test_halved_micro_batches_give_the_gradients_of_the_step(
-    in_one_pass: Any, tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, asked: int, after: int
 ) -> None:
-    whole, asked = in_one_pass, in_one_pass.lineage["training"]["micro_batch_size"]
+    """Memory runs out in the second step, or in the pass that probes it."""
+    whole = _train(tmp_path / "whole", tiny_base_folder, micro_batch_size=asked)[0]
     with monkeypatch.context() as patch:
         passes = _memory_for(patch, rows=2, after=after)
-        halved, lines = _train(_project(tmp_path / "halved", tiny_base_folder, micro_batch_size=asked))
+        halved, lines = _train(tmp_path / "halved", tiny_base_folder, micro_batch_size=asked)
     assert max(passes[after + 3 :]) <= 2
     assert halved.lineage["training"]["micro_batch_size"] == 2
     shown_text = [
@@ -125,7 +96,7 @@ def test_halved_micro_batches_give_the_gradients_of_the_step(
 
 def test_probing_pass_changes_nothing(tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, which draws random numbers, the adapter is that of a run whose micro-batch was known before."""
-    tried, _ = _train(_project(tmp_path / "tried", tiny_base_folder, lora_dropout=0.1))
+    tried, _ = _train(tmp_path / "tried", tiny_base_folder, lora_dropout=0.1)
     keep: Any = MicroBatch.__init__
 
     def known(self: MicroBatch, asked: int, work: Path, reporter: Any) -> None:
@@ -133,17 +104,16 @@ def test_probing_pass_changes_nothing(tmp_path: Path, tiny_base_folder: Path, mo
         self.rows = asked
 
     monkeypatch.setattr(MicroBatch, "__init__", known)
-    untried, _ = _train(_project(tmp_path / "untried", tiny_base_folder, lora_dropout=0.1))
+    untried, _ = _train(tmp_path / "untried", tiny_base_folder, lora_dropout=0.1)
     assert tried.digest == untried.digest
 
 
 def test_halve_raises_when_one_row_does_not_fit(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = _project(tmp_path / "p", tiny_base_folder)
     _memory_for(monkeypatch, rows=0)
     with pytest.raises(UserError, match="Not enough memory") as caught:
-        _train(folder)
+        _train(tmp_path / "p", tiny_base_folder)
     assert "tunewright estimate-memory" in (caught.value.fix or "")
 
 
@@ -162,48 +132,35 @@ def test_pieces_are_even_and_hold_every_row_once() -> None:
     assert [row for piece in pieces for row in piece] == list(rows.rows)
 
 
-def _fail(message: str) -> None:
-    raise RuntimeError(message)
-
-
 @pytest.mark.parametrize(
-    "message",
+    ("message", "is_memory", "free"),
     [
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB",
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
-        "Triton Error [CUDA]: out of memory",
+        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB", True, None),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True, None),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True, None),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True, None),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True, None),
+        ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`", True, None),
+        ("Triton Error [CUDA]: out of memory", True, None),
+        ("mat1 and mat2 shapes cannot be multiplied", False, None),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False, None),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", False, None),
+        # No handle can be made: on a full card for want of memory, else for a broken driver.
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True, 100 << 20),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", False, 4 << 30),
     ],
 )
-def test_in_memory_reports_exhausted_memory_when_a_library_says_so(message: str) -> None:
-    assert in_memory(partial(_fail, message)) == (False, None)
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "mat1 and mat2 shapes cannot be multiplied",
-        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-    ],
-)
-def test_in_memory_raises_other_errors(message: str) -> None:
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        in_memory(partial(_fail, message))
-
-
-@pytest.mark.parametrize(("free", "is_full"), [(100 << 20, True), (4 << 30, False)])
-def test_in_memory_reports_exhausted_memory_when_no_handle_can_be_made_on_a_full_card(
-    free: int, is_full: bool, monkeypatch: pytest.MonkeyPatch
+def test_in_memory_tells_exhausted_memory_from_other_errors(
+    message: str, is_memory: bool, free: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 24 << 30))
-    work = partial(_fail, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
-    if not is_full:
-        with pytest.raises(RuntimeError, match="NOT_INITIALIZED"):
-            in_memory(work)
+    def fail() -> None:
+        raise RuntimeError(message)
+
+    if free is not None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 24 << 30))
+    if is_memory:
+        assert in_memory(fail) == (False, None)
         return
-    assert in_memory(work) == (False, None)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        in_memory(fail)

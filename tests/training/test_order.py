@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from tunewright.training.packing.order import StepBatches, longest_batch, random_order, resolve_sharing
+from tunewright.training.packing.order import StepBatches, longest_batch, resolve_sharing
 
 
 def _rows(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -26,16 +24,11 @@ def _steps(rows: list[list[int]], seed: int, epoch: int = 0, step_rows: int = 16
     return [set(batch) for batch in batches]
 
 
-@given(st.integers(1, 200), st.integers(1, 17), st.integers(0, 5), st.integers(0, 3))
-def test_epoch_contains_every_row_once(count: int, step_rows: int, seed: int, epoch: int) -> None:
-    batches = StepBatches(_rows(count), seed, step_rows=step_rows, micro_batch=step_rows)
-    batches.set_epoch(epoch)
-    assert sorted(row for batch in batches for row in batch) == list(range(count))
-
-
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     rows = _rows(100)
+    before = torch.get_rng_state()
     epochs = [_steps(rows, 1, epoch, 8) for epoch in range(3)]
+    assert torch.equal(torch.get_rng_state(), before)
     random.seed(7)
     torch.manual_seed(7)
     assert [_steps(rows, 1, epoch, 8) for epoch in range(3)] == epochs
@@ -84,12 +77,6 @@ def test_processes_get_similar_numbers_of_tokens() -> None:
 def test_longest_batch_is_the_one_with_most_tokens() -> None:
     rows = [[0] * length for length in (1, 2, 3, 4)]
     assert longest_batch(rows, [[0, 1], [2, 3], [1, 2]]) == [2, 3]
-
-
-def test_random_order_draws_from_no_global_generator() -> None:
-    before = torch.get_rng_state()
-    list(random_order(10, 3))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from hypothesis_settings import examples
 from tiny import ARCHITECTURES, KINDS, Kind, tiny_model
+from tunewright.config import Quantization
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import ATTENTION, FAMILIES, MLP
@@ -65,10 +66,12 @@ def _model(
     return _with_lora(base, fused=fused, targets=family.linear)
 
 
-def _with_lora(base: Any, *, fused: bool = True, targets: Sequence[str] = TARGETS) -> Any:
+def _with_lora(
+    base: Any, *, fused: bool = True, targets: Sequence[str] = TARGETS, quantization: Quantization = "none"
+) -> Any:
     lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=list(targets))
     if fused:
-        use_fused_lora(lora)
+        use_fused_lora(lora, quantization)
     model: Any = get_peft_model(base, lora)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
@@ -208,7 +211,7 @@ def test_packed_gradients_equal_those_of_separate_rows_over_nf4(tiny_base_folder
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
     quantized = load_model(base, "float32", "nf4")
     add_token_losses(quantized)
-    model = _with_lora(quantized, fused=False)
+    model = _with_lora(quantized, quantization="nf4")
     rows, labels = CASES["several prefixes"]
     reference = _one_by_one(model, rows, labels)
     if checkpointing:

@@ -13,8 +13,8 @@ import pytest
 
 import tunewright
 from command_line import tiny_project
-from preference_helpers import Heard, new_config, tiny_preference_project
 from tiny import build_base
+from training_runs import Heard, new_config, tiny_preference_project
 from tunewright.adapters.lineage import trace
 from tunewright.adapters.manifest import LOCAL
 from tunewright.adapters.registry import Adapter

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,9 @@ import pytest
 
 import tunewright
 from command_line import write_jsonl
-from preference_helpers import Heard, new_config, tiny_preference_project
+from training_runs import Heard, new_config, tiny_preference_project
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogTask, Task
 from tunewright.data.options import RemoveOptions
 from tunewright.data.trace import uses_of_row
 from tunewright.data.versions import DatasetVersion
@@ -106,27 +102,6 @@ def _held_out(folder: Path) -> dict[str, int]:
     return {name: sum(m.split == name for m in members) for name in ("dev", "test")}
 
 
-class _Interrupting(Heard):
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.after = after
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        with super().task(title, total, unit) as task:
-            yield _Counting(self.after) if title.startswith("Training") else task
-
-
-class _Counting(LogTask):
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.left -= steps
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.mark.slow
 def test_stopped_dpo_resumes_to_the_same_adapter_with_the_reference_that_it_had(
     dpo: tuple[Path, Adapter, list[str]], tmp_path: Path
@@ -134,7 +109,7 @@ def test_stopped_dpo_resumes_to_the_same_adapter_with_the_reference_that_it_had(
     folder = Path(shutil.copytree(dpo[0], tmp_path / "project"))
     shutil.rmtree(folder / "adapters" / dpo[1].name)
     with pytest.raises(KeyboardInterrupt):
-        tunewright.open(folder, _Interrupting(5)).train(force=True)
+        tunewright.open(folder, Heard(after=5)).train(force=True)
     heard = Heard()
     assert tunewright.open(folder, heard).train(force=True).adapter.digest == dpo[1].digest
     assert any(line.startswith("Resuming from step 5") for line in heard.lines)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,60 +10,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import tunewright
-from command_line import tiny_project
+from training_runs import Heard, new_config, plain_dev_loss, training_project
 from tunewright.adapters.registry import WEIGHTS, Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter, LogTask, Task
-from tunewright.models.bases import resolve_base
+from tunewright.core.progress import LogReporter
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.serving.options import ServeOptions
-from tunewright.training.rows import IGNORED, as_columns, training_rows
 
 IDS = torch.arange(3, 43)[None]
 
 
-class _StopsAfter(LogReporter, LogTask):
-    """Presses Ctrl-C after a number of training steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        with super().task(title, total, unit) as task:
-            yield self if title.startswith("Training") else task
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.left -= steps
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-class _Told(LogReporter):
-    """Records messages."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.warned: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warned.append(message)
-
-
-def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None, **train: Any) -> Project:
-    """Return a project with these keys in its train section."""
-    if not folder.exists():
-        tiny_project(folder, base)
-        config = folder / "tunewright.yaml"
-        keys = "".join(f"  {key}: {str(value).lower()}\n" for key, value in ({"quantization": "nf4"} | train).items())
-        config.write_text(config.read_text().replace("train:\n", f"train:\n{keys}"))
-    opened = tunewright.open(folder, reporter)
-    opened.data.add([folder / "pairs.jsonl"])
-    return opened
+def _nf4_project(folder: Path, base: Path, reporter: LogReporter | None = None) -> Project:
+    return training_project(folder, base, reporter, {"quantization": "nf4"})
 
 
 def _set(folder: Path, before: str, after: str) -> Project:
@@ -76,11 +30,11 @@ def _set(folder: Path, before: str, after: str) -> Project:
     text = config.read_text()
     assert before in text
     config.write_text(text.replace(before, after))
-    return tunewright.open(folder, _Told())
+    return tunewright.open(folder, Heard())
 
 
 def _warned(opened: Project) -> list[str]:
-    assert isinstance(opened.reporter, _Told)
+    assert isinstance(opened.reporter, Heard)
     return opened.reporter.warned
 
 
@@ -88,7 +42,7 @@ def _warned(opened: Project) -> list[str]:
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """Return a project with an adapter trained over NF4."""
     folder = tmp_path_factory.mktemp("qlora") / "project"
-    _opened_project(folder, tiny_base_folder).train()
+    _nf4_project(folder, tiny_base_folder).train()
     return folder
 
 
@@ -115,18 +69,10 @@ def test_dev_loss_equals_that_of_the_adapter_on_an_nf4_base(
     opened = tunewright.open(project)
     reported = adapter.lineage["training"]
     kept = next(epoch for epoch in reported["epochs"] if epoch["step"] == reported["kept_step"])
-    dev = as_columns(
-        training_rows(opened.chat, opened.data.version().examples("dev"), 2048, "error", opened.reporter).rows
-    )
     for quantization, equal in (("nf4", True), ("none", False)):
         model = with_adapters(load_model(opened.base, "float32", quantization), {"tuned": adapter.folder})  # type: ignore[arg-type]
-        total, tokens = 0.0, 0
-        for ids, labels in zip(dev["input_ids"], dev["labels"], strict=True):
-            count = sum(label != IGNORED for label in labels)
-            with torch.inference_mode():
-                loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
-            total, tokens = total + count * float(loss), tokens + count
-        assert (abs(total / tokens - kept["dev_loss"]) < 1e-5 * kept["dev_loss"]) is equal
+        loss = plain_dev_loss(model, opened)
+        assert (abs(loss - kept["dev_loss"]) < 1e-5 * kept["dev_loss"]) is equal
 
 
 def test_peft_loads_the_adapter_on_an_nf4_base_and_on_a_16_bit_base(adapter: Adapter, tiny_base_folder: Path) -> None:
@@ -155,57 +101,14 @@ def test_peft_loads_the_adapter_on_an_nf4_base_and_on_a_16_bit_base(adapter: Ada
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_trained_weights_stay_float32(dtype: str, tiny_base_folder: Path, tmp_path: Path) -> None:
     """trl rounds those over a quantized base to bfloat16, where small steps would change nothing."""
-    opened = _opened_project(tmp_path / "project", tiny_base_folder)
-    trained = _set(opened.folder.root, "dtype: float32", f"dtype: {dtype}").train().adapter
+    opened = _nf4_project(tmp_path / "project", tiny_base_folder)
+    new_config(opened.folder.root, {}, dtype=dtype, epochs=1)
+    trained = tunewright.open(opened.folder.root).train().adapter
     assert trained.lineage["training"]["kept_step"]
     weights = load_file(trained.folder / WEIGHTS)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     for name, weight in weights.items():
         assert not torch.equal(weight, weight.bfloat16().float()), name
-
-
-def test_qlora_packed_gradients_equal_those_of_separate_rows(tiny_base_folder: Path) -> None:
-    from peft import get_peft_model
-
-    from tunewright.config import TrainConfig
-    from tunewright.training.lora import lora_config
-    from tunewright.training.packing import attention, pack
-    from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
-
-    base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
-    rows = [[3, 4, 5, 6, 7, n, 9 + n, 11] for n in range(20, 26)] + [[3, 4, 5, 40, 41], [50, 51, 52]]
-    labels = [[IGNORED] * (len(row) - 2) + row[-2:] for row in rows]
-
-    def gradients(checkpointing: bool, packed: bool) -> dict[str, torch.Tensor]:
-        model: Any = load_model(base, "float32", "nf4")
-        if packed:
-            attention.register()
-            model.set_attn_implementation(attention.NAME)
-            add_token_losses(model)
-        torch.manual_seed(0)
-        model = get_peft_model(model, lora_config(TrainConfig(preset="all-linear", quantization="nf4"))).train()
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.05)
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if packed:
-            batch = pack(rows, labels, share=True)
-            assert batch.input_ids.shape[1] < sum(map(len, rows))
-            batch_token_losses(model, batch).sum().backward()
-        else:
-            for row, wanted in zip(rows, labels, strict=True):
-                out = model(input_ids=torch.tensor([row]), labels=torch.tensor([wanted]))
-                (out.loss * sum(label != IGNORED for label in wanted)).backward()
-        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-
-    expected = gradients(checkpointing=False, packed=False)
-    assert len(expected) == 2 * 14
-    for checkpointing in (False, True):
-        found = gradients(checkpointing=checkpointing, packed=True)
-        assert found.keys() == expected.keys()
-        for name, gradient in expected.items():
-            assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.slow
@@ -216,8 +119,8 @@ def test_qlora_run_resumes_to_the_same_adapter(
     """Stops are in the first epoch, and in the second one after an evaluation."""
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        _opened_project(folder, tiny_base_folder, _StopsAfter(after)).train()
-    assert _opened_project(folder, tiny_base_folder).train().adapter.digest == adapter.digest
+        _nf4_project(folder, tiny_base_folder, Heard(after)).train()
+    assert _nf4_project(folder, tiny_base_folder).train().adapter.digest == adapter.digest
 
 
 @pytest.mark.slow

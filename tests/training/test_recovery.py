@@ -317,15 +317,3 @@ def test_read_only_disk_is_reported_and_loses_nothing(
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         assert "Resuming from step 25" in server.run("train", "-p", folder).stderr
         assert find_adapter(folder / "adapters").digest == unkilled
-
-
-@pytest.mark.slow
-def test_file_size_limit_is_reported(tmp_path: Path, killed: Path, server: Server, unkilled: str) -> None:
-    """A file-size limit acts like a quota, which would need a file system set up for it."""
-    folder = tmp_path / "project"
-    shutil.copytree(killed, folder)
-    ended = server.run("train", "-p", folder, file_limit=200_000)
-    assert ended.code == 2, ended.stderr
-    assert "the file exceeds the size limit of this system" in " ".join(ended.stderr.split())
-    assert "Resuming from step 25" in server.run("train", "-p", folder).stderr
-    assert find_adapter(folder / "adapters").digest == unkilled

@@ -6,9 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +17,15 @@ from replay_helpers import replay_project, shorten_turns
 import tunewright
 from command_line import tiny_project
 from memory_limit import run_out_of_memory
-from tiny import byte_tokenizer, chat_of
+from tiny import byte_tokenizer
+from training_runs import Heard
 from tunewright.adapters.registry import REPLAY
-from tunewright.chat import ChatFormat
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter, LogTask, Task
-from tunewright.data.examples import Message
+from tunewright.core.progress import LogReporter
 from tunewright.evaluation.tuning import open_trainings
 from tunewright.models.loading import load_model
 from tunewright.training import self_samples
-from tunewright.training.packing.fused_loss import kl_divergences
 from tunewright.training.self_samples import draw_replay, replay_inputs
 from tunewright.training.sweep.successive_halving import Progress
 from tunewright.training.sweep.sweep import Sweep
@@ -50,28 +45,6 @@ def replayed(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -
     with pytest.MonkeyPatch.context() as patch:
         shorten_turns(patch)
         return replay_project(tmp_path_factory.mktemp("replay") / "project", tiny_base_folder).train()
-
-
-class _Interrupting(LogReporter):
-    """Presses Ctrl-C after a number of training steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        with super().task(title, total, unit) as task:
-            yield _Counting(self.after) if title.startswith("Training") else task
-
-
-class _Counting(LogTask):
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.left -= steps
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_replayed_conversations_are_kept_with_the_adapter(replayed: TrainResult) -> None:
@@ -120,7 +93,7 @@ def test_stopped_run_with_replay_resumes_to_the_same_adapter(
 ) -> None:
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        replay_project(folder, tiny_base_folder, reporter=_Interrupting(after)).train()
+        replay_project(folder, tiny_base_folder, reporter=Heard(after)).train()
     assert replay_project(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
 
 
@@ -158,9 +131,7 @@ def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     replayed = adapter.lineage["replay"]["rows"]
     assert 0 < replayed < 24
     assert (
-        sweep.steps
-        == sweep.schedule.rungs[-1]
-        == 2 * math.ceil((len(opened.data.version().examples("train")) + replayed) / 8)
+        sweep.steps == sweep.rungs[-1] == 2 * math.ceil((len(opened.data.version().examples("train")) + replayed) / 8)
     )
     assert [row["step"] for row in adapter.history if "loss" in row][-1] == progress.steps == sweep.steps
 
@@ -304,57 +275,6 @@ def test_replay_loss_and_gradient_are_zero_for_an_untrained_adapter(tmp_path: Pa
     assert loss.item() == 0
     grads = [p.grad.abs().max().item() for p in trainer.model.parameters() if p.grad is not None]
     assert max(grads) < 1e-6
-
-
-def test_adapter_weights_get_gradients_after_the_reference_pass(tmp_path: Path, tiny_base_folder: Path) -> None:
-    trainer = _model(tiny_base_folder, True, 1.0, tmp_path)
-    trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.compute_loss(trainer.model, trainer.collate(_rows()))
-    assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable
-    assert trainer.model.get_model_status().enabled is True
-
-
-def test_kl_divergences_are_non_negative_and_train_only_the_adapter() -> None:
-    torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False)
-    on, off = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
-    values = kl_divergences(on, off, head)
-    assert bool((values >= 0).all())
-    values.sum().backward()
-    assert on.grad is not None
-    assert off.grad is None
-
-
-def test_kl_replay_stays_closer_to_the_base_than_training_on_its_tokens(
-    replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    """Of two adapters trained on the same pairs, the one with a large divergence weight stays closer to the base."""
-    held = replay_project(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl_coef: 3}\n").train().adapter
-    plain = replay_project(tmp_path / "plain", tiny_base_folder, "  replay: null\n").train().adapter
-    chat = chat_of(byte_tokenizer())
-    assert _distance(held.folder, replayed, chat, tiny_base_folder) < 0.5 * _distance(
-        plain.folder, replayed, chat, tiny_base_folder
-    )
-
-
-def _distance(folder: Path, replayed: TrainResult, chat: ChatFormat, base: Path) -> float:
-    """Return the mean divergence from the base over the replayed answers."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-    total, count = 0.0, 0
-    for messages in replayed.adapter.replayed:
-        row = chat.encode([Message(m["role"], m["content"]) for m in messages])
-        ids = torch.tensor([row.ids])
-        with torch.no_grad():
-            on = model(ids).logits[0].log_softmax(-1)
-            with model.disable_adapter():
-                off = model(ids).logits[0].log_softmax(-1)
-        places = [place - 1 for place, trained in enumerate(row.loss_mask) if trained]
-        total += float((off.exp() * (off - on)).sum(-1)[places].sum())
-        count += len(places)
-    return total / count
 
 
 def test_samples_are_written_with_fewer_rows_when_memory_runs_out(tmp_path: Path, tiny_base_folder: Path) -> None:

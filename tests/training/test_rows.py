@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tiny import CHATML, byte_tokenizer, chat_of
+from training_runs import Heard
 from tunewright.chat import ChatFormat, Tokens
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
@@ -23,14 +24,6 @@ def _member(*turns: str) -> Member:
     return Member(example, example.pair_key, "train", example.pair_key)
 
 
-class _Warned(LogReporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
 SHORT, LONG = _member("a", "b"), _member("a" * 100, "b")
 
 
@@ -43,11 +36,11 @@ def test_training_rows_refuses_a_long_example_with_its_length() -> None:
 
 
 def test_training_rows_drops_and_names_a_long_example_when_configured() -> None:
-    reporter = _Warned()
+    reporter = Heard()
     encoded = training_rows(CHAT, [LONG, SHORT], 60, "drop", reporter)
     assert encoded.rows == [CHAT.encode(SHORT.example.messages)]
     assert [row.member for row in encoded.too_long] == [LONG]
-    (warning,) = reporter.warnings
+    (warning,) = reporter.warned
     assert LONG.key[:12] in warning
     with pytest.raises(UserError, match="No example is short enough"):
         training_rows(CHAT, [LONG], 60, "drop", reporter)

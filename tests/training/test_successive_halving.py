@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 from hypothesis_settings import examples
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter
+from tunewright.core.progress import LogReporter, duration
 from tunewright.training.monitoring import DivergedError
 from tunewright.training.sweep.ledger import LEDGER, Head, Ledger
 from tunewright.training.sweep.successive_halving import (
-    FIRST_STEPS,
     Outcome,
     Progress,
-    Schedule,
     SuccessiveHalving,
     Trial,
     default_rates,
-    halving_schedule,
+    halving_rungs,
     make_trials,
     suggested_rate,
 )
@@ -38,15 +36,15 @@ def _trials(count: int) -> list[Trial]:
     return [Trial(f"t{n}", TrainConfig(learning_rate=1e-4 * (n + 1))) for n in range(count)]
 
 
-def _head(trials: list[Trial], schedule: Schedule) -> Head:
+def _head(trials: list[Trial], rungs: tuple[int, ...]) -> Head:
     return Head(
         sweep="s",
         dataset="d",
         base="b",
         template="t",
         metric=None,
-        steps=schedule.rungs[-1],
-        rungs=schedule.rungs,
+        steps=rungs[-1],
+        rungs=rungs,
         trials={t.name: {} for t in trials},
     )
 
@@ -78,10 +76,10 @@ class World:
             )
 
     def halving(
-        self, folder: Path, trials: list[Trial], schedule: Schedule, budget: float | None, at_once: int = 1
+        self, folder: Path, trials: list[Trial], rungs: tuple[int, ...], budget: float | None, at_once: int = 1
     ) -> SuccessiveHalving:
-        ledger = Ledger(folder, _head(trials, schedule))
-        return SuccessiveHalving(trials, schedule, ledger, self.train, budget, LogReporter(), lambda: self.now, at_once)
+        ledger = Ledger(folder, _head(trials, rungs))
+        return SuccessiveHalving(trials, rungs, ledger, self.train, budget, LogReporter(), lambda: self.now, at_once)
 
 
 def _brute_force(
@@ -101,18 +99,18 @@ def _brute_force(
 def test_sweep_follows_the_written_out_schedule(
     tmp_path_factory: pytest.TempPathFactory, n: int, steps: int, rng: Random
 ) -> None:
-    trials, schedule = _trials(n), halving_schedule(n, steps, steps)
-    losses = {(t.name, rung): rng.random() for t in trials for rung in schedule.rungs}
+    trials, rungs = _trials(n), halving_rungs(n, steps)
+    losses = {(t.name, rung): rng.random() for t in trials for rung in rungs}
     world = World(losses)
-    winner = world.halving(tmp_path_factory.mktemp("sweep"), trials, schedule, None).run()
-    expected, calls = _brute_force([t.name for t in trials], schedule.rungs, losses)
+    winner = world.halving(tmp_path_factory.mktemp("sweep"), trials, rungs, None).run()
+    expected, calls = _brute_force([t.name for t in trials], rungs, losses)
     assert (winner.name if winner else None, world.calls) == (expected, calls)
 
 
 def test_halving_compares_six_trials_after_a_quarter_and_a_half() -> None:
-    assert halving_schedule(6, 100, 34).rungs == (25, 50, 100)
-    assert halving_schedule(6, 2, 1).rungs == (1, 2)
-    assert halving_schedule(1, 7, 7).rungs == (7,)
+    assert halving_rungs(6, 100) == (25, 50, 100)
+    assert halving_rungs(6, 2) == (1, 2)
+    assert halving_rungs(1, 7) == (7,)
 
 
 @given(st.floats(100, 6000), st.integers(1, 4), st.randoms(use_true_random=False))
@@ -120,28 +118,27 @@ def test_halving_compares_six_trials_after_a_quarter_and_a_half() -> None:
 def test_sweep_keeps_the_budget_and_runs_as_many_trials_as_fit(
     tmp_path_factory: pytest.TempPathFactory, budget: float, at_once: int, rng: Random
 ) -> None:
-    trials, schedule = _trials(6), halving_schedule(6, 120, 50)
-    losses = {(t.name, rung): rng.random() for t in trials for rung in schedule.rungs}
+    trials, rungs = _trials(6), halving_rungs(6, 120)
+    losses = {(t.name, rung): rng.random() for t in trials for rung in rungs}
     world = World(losses)
-    halving = world.halving(tmp_path_factory.mktemp("sweep"), trials, schedule, budget, at_once)
+    halving = world.halving(tmp_path_factory.mktemp("sweep"), trials, rungs, budget, at_once)
 
     def cost(count: int) -> float:
-        """By hand: 30 steps each, 30 more for half of them, 60 for one; a run measures by itself after 50 and 100."""
-        first_steps = LOAD  # the steps themselves are not made again
-        return first_steps + count * (LOAD + 60) + max(1, count // 2) * (2 * LOAD + 60) + (2 * LOAD + 120)
+        """By hand, at the first rung's seconds a step: 30 steps each, 30 more for half of them, 60 for one."""
+        return (count * 30 + max(1, count // 2) * 30 + 60) * (LOAD + 30 * STEP) / 30
 
     fit = [count for count in range(1, 7) if cost(count) <= budget]
     if not fit:
-        with pytest.raises(UserError, match="too small for a single trial"):
+        with pytest.raises(UserError, match=f"{duration(cost(1))} in total"):
             halving.run()
-        assert world.calls == [("t0", FIRST_STEPS)]
+        assert world.calls == [("t0", 30)], "its first rung shows how long a step takes"
         return
     winner = halving.run()
     assert world.now <= budget
     run = [t.name for t in trials[: max(fit)]]
-    expected, calls = _brute_force(run, schedule.rungs, losses)
+    expected, calls = _brute_force(run, rungs, losses)
     assert winner is not None
-    assert (winner.name, world.calls) == (expected, [("t0", FIRST_STEPS), *calls])
+    assert (winner.name, world.calls) == (expected, calls)
     left_out = [e.trial for e in halving.ledger.entries if e.event == "left out"]
     assert left_out == [t.name for t in trials[max(fit) :]]
 
@@ -151,64 +148,64 @@ def test_sweep_keeps_the_budget_and_runs_as_many_trials_as_fit(
 def test_stopped_sweep_resumes_without_repeating_work(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], rng: Random
 ) -> None:
-    trials, schedule = _trials(6), halving_schedule(6, 40, 20)
-    losses = {(t.name, rung): rng.random() for t in trials for rung in schedule.rungs}
+    trials, rungs = _trials(6), halving_rungs(6, 40)
+    losses = {(t.name, rung): rng.random() for t in trials for rung in rungs}
     world, folder = World(losses), tmp_path_factory.mktemp("sweep")
     for stop in stops:
         world.stop_before = len(world.calls) + stop
         try:
-            winner = world.halving(folder, trials, schedule, None).run()
+            winner = world.halving(folder, trials, rungs, None).run()
         except KeyboardInterrupt:
             continue
         break
     world.stop_before = math.inf
-    winner = world.halving(folder, trials, schedule, None).run()
-    expected, calls = _brute_force([t.name for t in trials], schedule.rungs, losses)
+    winner = world.halving(folder, trials, rungs, None).run()
+    expected, calls = _brute_force([t.name for t in trials], rungs, losses)
     assert (winner.name if winner else None, world.calls) == (expected, calls)
 
 
 def test_larger_budget_resumes_with_the_trials_left_out(tmp_path: Path) -> None:
-    trials, schedule = _trials(6), halving_schedule(6, 120, 120)
-    losses = {(t.name, rung): 6.0 - n for n, t in enumerate(trials) for rung in schedule.rungs}
+    trials, rungs = _trials(6), halving_rungs(6, 120)
+    losses = {(t.name, rung): 6.0 - n for n, t in enumerate(trials) for rung in rungs}
     world = World(losses)
-    first = world.halving(tmp_path, trials, schedule, 800).run()
+    first = world.halving(tmp_path, trials, rungs, 800).run()
     assert first is not None and first.name == "t3"
     calls = list(world.calls)
-    again = world.halving(tmp_path, trials, schedule, 800).run()
+    again = world.halving(tmp_path, trials, rungs, 800).run()
     assert again == first and world.calls == calls
-    later = world.halving(tmp_path, trials, schedule, None).run()
+    later = world.halving(tmp_path, trials, rungs, None).run()
     assert later is not None and later.name == "t5"
     assert world.calls[: len(calls)] == calls
 
 
 def test_trial_with_a_non_finite_loss_is_out(tmp_path: Path) -> None:
-    trials, schedule = _trials(6), halving_schedule(6, 40, 40)
+    trials, rungs = _trials(6), halving_rungs(6, 40)
     losses = {("t0", 10): math.nan, ("t1", 10): math.nan, ("t5", 10): 0.5, ("t4", 10): 0.6}
     losses |= {("t5", 20): math.nan, ("t4", 20): 0.4}
     world = World(losses)
-    winner = world.halving(tmp_path, trials, schedule, None).run()
+    winner = world.halving(tmp_path, trials, rungs, None).run()
     assert winner is not None and winner.name == "t4"
     assert [name for name, step in world.calls if step == 20] == ["t5", "t4", "t2"]
     again = World(losses)
-    assert again.halving(tmp_path, trials, schedule, None).run() == winner
+    assert again.halving(tmp_path, trials, rungs, None).run() == winner
     assert again.calls == []
 
 
 def test_sweep_has_no_winner_when_all_trials_diverge(tmp_path: Path) -> None:
-    trials, schedule = _trials(2), halving_schedule(2, 40, 40)
+    trials, rungs = _trials(2), halving_rungs(2, 40)
     world = World({(t.name, 20): math.nan for t in trials})
-    assert world.halving(tmp_path, trials, schedule, None).run() is None
+    assert world.halving(tmp_path, trials, rungs, None).run() is None
 
 
 def test_ledger_records_events_and_is_append_only(tmp_path: Path) -> None:
-    trials, schedule = _trials(3), halving_schedule(3, 40, 40)
+    trials, rungs = _trials(3), halving_rungs(3, 40)
     world = World({("t0", 20): 0.3, ("t1", 20): 0.1, ("t2", 20): 0.2})
     world.stop_before = 2
     with pytest.raises(KeyboardInterrupt):
-        world.halving(tmp_path, trials, schedule, None).run()
+        world.halving(tmp_path, trials, rungs, None).run()
     before = (tmp_path / LEDGER).read_text()
     world.stop_before = math.inf
-    world.halving(tmp_path, trials, schedule, None).run()
+    world.halving(tmp_path, trials, rungs, None).run()
     after = (tmp_path / LEDGER).read_text()
     assert after.startswith(before)
     message = [json.loads(line) for line in after.splitlines()[1:]]
@@ -229,17 +226,17 @@ def test_ledger_records_events_and_is_append_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["{}", "no json", '{"event": "measured"}'])
 def test_changed_ledger_is_refused_with_its_line(tmp_path: Path, fault: str) -> None:
-    trials, schedule = _trials(2), halving_schedule(2, 10, 10)
-    World({}).halving(tmp_path, trials, schedule, None).run()
+    trials, rungs = _trials(2), halving_rungs(2, 10)
+    World({}).halving(tmp_path, trials, rungs, None).run()
     path = tmp_path / LEDGER
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], fault, *lines[2:]]) + "\n")
     with pytest.raises(UserError, match="Not a valid ledger line") as caught:
-        World({}).halving(tmp_path, trials, schedule, None)
+        World({}).halving(tmp_path, trials, rungs, None)
     assert caught.value.where == f"{path}:2"
-    path.write_text(_head(_trials(3), schedule).model_dump_json() + "\n")
+    path.write_text(_head(_trials(3), rungs).model_dump_json() + "\n")
     with pytest.raises(UserError, match="not the ledger of this sweep"):
-        World({}).halving(tmp_path, trials, schedule, None)
+        World({}).halving(tmp_path, trials, rungs, None)
 
 
 # What is tried

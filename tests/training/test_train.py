@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tunewright
-from command_line import tiny_project
+from training_runs import Heard, training_project
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST
-from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.training import checkpoints
-from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.train import TrainResult
 from tunewright.training.trainer import Trainer
 
 
-class Interrupting(LogReporter):
-    """Presses Ctrl-C after a number of training steps."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        with super().task(title, total, unit) as task:
-            yield _Counting(self.after) if title.startswith("Training") else task
-
-
-class _Counting(LogTask):
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.left -= steps
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None) -> Project:
-    if not folder.exists():
-        tiny_project(folder, base)
-    project = tunewright.open(folder, reporter)
-    project.data.add([folder / "pairs.jsonl"])
-    return project
-
-
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> TrainResult:
-    return _opened_project(tmp_path_factory.mktemp("train") / "project", tiny_base_folder).train()
+    return training_project(tmp_path_factory.mktemp("train") / "project", tiny_base_folder).train()
 
 
 def test_train_lowers_the_loss_and_keeps_both_curves(unstopped: TrainResult) -> None:
@@ -96,12 +62,12 @@ def test_run_resumes_to_the_same_adapter_after_a_stop(
     """Stops: in the first steps, on a checkpoint's step, at an epoch's end, in its middle, and after the last step."""
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        _opened_project(folder, tiny_base_folder, Interrupting(after)).train()
+        training_project(folder, tiny_base_folder, Heard(after)).train()
     assert not list((folder / "adapters").glob("*"))
     (work,) = (folder / ".tunewright" / "training").iterdir()
     # The signal comes while a step is reported: no other one begins.
     assert max(int(c.parent.name.split("-")[1]) for c in work.glob(f"checkpoint-*/{MANIFEST}")) == after
-    resumed = _opened_project(folder, tiny_base_folder).train()
+    resumed = training_project(folder, tiny_base_folder).train()
     assert resumed.adapter.digest == unstopped.adapter.digest
     assert not work.exists()
 
@@ -113,12 +79,8 @@ def test_stop_abandons_a_long_step_and_saves_the_previous_one(
     """The abandoned passes have drawn random numbers for dropout, which the resumed step draws again."""
 
     def project(name: str) -> Project:
-        folder = tiny_project(tmp_path / name, tiny_base_folder)
-        config = folder / "tunewright.yaml"
-        config.write_text(
-            config.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch_size: 1\n  lora_dropout: 0.1")
-        )
-        return _opened_project(folder, tiny_base_folder)
+        keys = {"micro_batch_size": 1, "lora_dropout": 0.1}
+        return training_project(tmp_path / name, tiny_base_folder, train=keys)
 
     unstopped = project("unstopped").train()
     stopped = project("project")
@@ -147,13 +109,13 @@ def test_train_skips_known_inputs_and_trains_another_seed(
     unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tmp_path / "project"
-    project = _opened_project(folder, tiny_base_folder)
+    project = training_project(folder, tiny_base_folder)
     first = project.train()
     assert first.adapter.digest == unstopped.adapter.digest
     assert not project.train().trained
     config = folder / "tunewright.yaml"
     config.write_text(config.read_text().replace("save_steps: 5", "save_steps: 7"))
-    assert not _opened_project(folder, tiny_base_folder).train().trained
+    assert not training_project(folder, tiny_base_folder).train().trained
     config.write_text(config.read_text() + "seed: 1\n")
     other = tunewright.open(folder).train()
     assert other.trained
@@ -162,19 +124,17 @@ def test_train_skips_known_inputs_and_trains_another_seed(
 
 def test_train_names_an_overlong_example_and_cuts_nothing(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
-    project = _opened_project(folder, tiny_base_folder)
-    config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("train:\n", "train:\n  max_length: 42\n"))
-    with pytest.raises(UserError, match=r"examples are longer than 42 tokens") as caught:
-        tunewright.open(folder).train()
+    project = training_project(folder, tiny_base_folder, train={"max_length": 42})
+    with pytest.raises(UserError, match=r"longer than 42 tokens") as caught:
+        project.train()
     assert caught.value.where == "train.max_length"
     assert "tokens" in caught.value.what
     assert project.data.version().examples("train")
 
 
 def test_train_refuses_fewer_than_fifty_pairs_unless_forced(tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder, count=60)
-    project = _opened_project(folder, tiny_base_folder)
+    folder = tmp_path / "project"
+    project = training_project(folder, tiny_base_folder, count=60)
     for go in (project.train, project.run):
         with pytest.raises(UserError, match="48 training pairs, fewer than 50") as caught:
             go()
@@ -188,10 +148,3 @@ def test_train_refuses_fewer_than_fifty_pairs_unless_forced(tmp_path: Path, tiny
 
 def test_lineage_records_no_force_when_there_are_enough_pairs(unstopped: TrainResult) -> None:
     assert "forced" not in unstopped.adapter.lineage
-
-
-def test_labels_are_the_answer_ids_only() -> None:
-    from tunewright.chat import Tokens
-
-    columns = as_columns([Tokens((5, 6, 7, 8), (False, False, True, True))])
-    assert columns == {"input_ids": [[5, 6, 7, 8]], "labels": [[IGNORED, IGNORED, 7, 8]]}

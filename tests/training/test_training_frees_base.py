@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield found
 
 
-def _opened_project(folder: Path, base: Path, also: str = "", count: int = 80) -> Any:
+def _opened_project(folder: Path, base: Path, also: str, count: int) -> Any:
     config = tiny_project(folder, base, count=count) / "tunewright.yaml"
     text = config.read_text().replace("epochs: 2", "epochs: 1\n  max_length: 512\n  eval_max_samples: 3" + also)
     text = text.replace(
@@ -37,41 +37,34 @@ def _opened_project(folder: Path, base: Path, also: str = "", count: int = 80) -
     return project
 
 
-def test_run_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _opened_project(tmp_path / "project", tiny_base_folder).run()
-    assert counts == [0, 0, 0]  # prompting arms, training, evaluation
+SWEEP = SweepOptions(rates=[1e-3, 1e-2])
 
 
-def test_pilots_hold_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _opened_project(tmp_path / "project", tiny_base_folder, count=160).advise()
-    assert len(counts) >= 3
-    assert set(counts) == {0}
-
-
-def test_crossval_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _opened_project(tmp_path / "project", tiny_base_folder, count=130).crossval(folds=2)
-    assert counts == [0] * 4
-
-
-def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  replay: {samples: 6}")
-    project.sweep(SweepOptions(rates=[1e-3, 1e-2]))
-    assert len(counts) >= 5  # one for the replayed samples, then one for each trial and rung
-    assert set(counts) == {0}
-
-
-def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
-    counts: list[int], tmp_path: Path, tiny_base_folder: Path
+@pytest.mark.parametrize(
+    ("command", "count", "also", "loads"),
+    [
+        (lambda project: project.run(), 80, "", 3),  # prompting arms, training, evaluation
+        (lambda project: project.advise(), 160, "", None),
+        (lambda project: project.crossval(folds=2), 130, "", 4),
+        # One for the replayed samples, then one for each trial and rung.
+        (lambda project: project.sweep(SWEEP), 80, "\n  replay: {samples: 6}", None),
+        (lambda project: project.sweep(SweepOptions(rates=[1e-3])), 80, "\n  lora_alpha: 1" + 30 * "0", 2),  # diverge
+        (lambda project: project.curve(seeds=2), 300, "", 12),
+    ],
+    ids=["run", "pilots", "crossval", "sweep", "sweep that diverges", "curve"],
+)
+def test_command_holds_one_base_at_a_time(
+    command: Callable[[Any], object],
+    count: int,
+    also: str,
+    loads: int | None,
+    counts: list[int],
+    tmp_path: Path,
+    tiny_base_folder: Path,
 ) -> None:
-    project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  lora_alpha: 1" + 30 * "0")
-    result, _ = project.sweep(SweepOptions(rates=[1e-3]))
-    assert [entry.event for entry in result.ledger.entries] == ["diverged", "diverged"]
-    assert counts == [0, 0]
-
-
-def test_curve_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
-    _opened_project(tmp_path / "project", tiny_base_folder, count=300).curve(seeds=2)
-    assert counts == [0] * 12
+    command(_opened_project(tmp_path / "project", tiny_base_folder, also, count))
+    assert set(counts) == {0}
+    assert len(counts) >= 3 if loads is None else len(counts) == loads
 
 
 def test_model_with_token_losses_is_freed_without_the_garbage_collector(tiny_base_folder: Path) -> None:

@@ -28,8 +28,8 @@ from tunewright.generation.batched_lora import Lora
 from tunewright.generation.decoding import Batch, PrefillState
 from tunewright.generation.generate import prefill_groups
 from tunewright.generation.lora_dispatch import adapter_sort_keys
-from tunewright.generation.openmp import release_openmp_threads
 from tunewright.generation.requests import Request, Row
+from tunewright.models.loading import release_openmp_threads
 
 log = logging.getLogger("tunewright")
 

@@ -84,13 +84,9 @@ def read_schema(path: Path) -> Any:
 class GrammarCompiler:
     """Compiles grammars for one base; safe to use in several threads.
 
-    Args:
-        tokenizer: a transformers tokenizer of the ``tokenizers`` library.
-        stop_ids: tokens that end an answer: allowed where the text so far matches. Empty: its end token.
-        affixes: optional text before and after the answer that its tokens may write: see :func:`answer_affixes`.
-
-    Attributes:
-        tokenizer_arguments: those of llguidance's tokenizer, for another process.
+    ``stop_ids`` end an answer and are allowed where the text so far matches (empty: the
+    tokenizer's end token). ``affixes`` is optional text before and after the answer that its
+    tokens may write (`answer_affixes`).
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int], affixes: tuple[str, str] = ("", "")) -> None:
@@ -108,11 +104,7 @@ class GrammarCompiler:
         return f"start: {before} answer {after}\nanswer: {grammar.rule}\n"
 
     def compile(self, grammar: Grammar) -> Constraint:
-        """Return the grammar as a constraint. Other Python threads run meanwhile.
-
-        Raises:
-            UserError: the engine rejects the grammar.
-        """
+        """Return the grammar as a constraint. Other Python threads run meanwhile."""
         return Constraint(grammar, self._tokenizer, self.rules(grammar))
 
     @property
@@ -134,10 +126,7 @@ class GrammarCompiler:
 class Constraint:
     """A grammar compiled for a tokenizer; it can guide any number of rows. Made by :class:`GrammarCompiler`.
 
-    Args:
-        grammar: the form of allowed answers.
-        tokenizer: llguidance's, with the tokens that end an answer.
-        rules: see :meth:`GrammarCompiler.rules`; engines that compile grammars themselves take them.
+    Engines that compile grammars themselves take its ``rules`` (`GrammarCompiler.rules`).
     """
 
     def __init__(self, grammar: Grammar, tokenizer: LLTokenizer, rules: str) -> None:
@@ -201,10 +190,7 @@ class Guide:
 def answer_affixes(tokenizer: Any, answer_ids: Sequence[int], text: str) -> tuple[str, str]:
     """Return the chat format's text before and after an answer: its own white space, usually empty.
 
-    Args:
-        tokenizer: as for :class:`Constraint`.
-        answer_ids: an answer in the base's chat format, without its end token.
-        text: that answer.
+    ``answer_ids`` are the answer ``text`` in the base's chat format, without its end token.
     """
     before, _, after = from_tokenizer(tokenizer).decode_str(list(answer_ids)).partition(text)
     return before, after

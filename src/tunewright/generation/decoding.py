@@ -66,10 +66,7 @@ class Prefix:
 class PrefillState:
     """New rows whose prompts are partly prefilled: see :meth:`Batch.start_prefill`.
 
-    Args:
-        rows: rows without tokens.
-        pending: their prompts, padded on the left, without what the cache holds [rows, columns].
-        cache: keys and values of what has been prefilled.
+    ``pending`` [rows, columns] are the prompts, padded on the left, without what the cache holds.
     """
 
     def __init__(self, rows: list[Row], pending: Tensor, cache: Cache) -> None:
@@ -86,16 +83,10 @@ class PrefillState:
 class Batch:
     """The rows that decode together, and their key/value cache.
 
-    The caller keeps the :class:`Row` objects and reads new tokens from them; a finished row leaves by itself.
-    Not thread-safe: one thread owns a batch and its model.
-
-    Args:
-        model: a causal language model of transformers, or a PeftModel over one with any number of LoRA adapters;
-            in eval mode, adapters enabled, none merged.
-        stop_ids: tokens that end an answer; they are not part of it.
-        pad_id: any token id; padding is never attended to.
-        mixed: rows may have different adapters. If not, any kind of LoRA works.
-        decode: tokens to text, needed where requests have stop strings.
+    The caller keeps the :class:`Row` objects and reads new tokens from them; a finished row leaves
+    by itself. Not thread-safe: one thread owns a batch and its model. The model is in eval mode,
+    its adapters enabled and none merged. If rows are not ``mixed``, all have one adapter, of any
+    kind of LoRA. ``decode`` is needed where requests have stop strings.
     """
 
     def __init__(
@@ -170,10 +161,9 @@ class Batch:
     def prefill(self, state: PrefillState, tokens: int | None = None) -> bool:
         """Prefill about ``tokens`` more tokens in one pass (None: all remaining ones).
 
-        If this raises (out of memory, say), the decoding rows are untouched, and this prefill cannot be continued.
-
-        Returns:
-            Whether the prefill is complete. Then each row has its first token, and the unfinished rows have joined.
+        If this raises (out of memory, say), the decoding rows are untouched, and this prefill
+        cannot be continued. Return whether it is complete: then each row has its first token, and
+        the unfinished rows have joined.
         """
         adapters = [row.request.adapter for row in state.rows]
         self._adapters.require(adapters)
@@ -200,12 +190,8 @@ class Batch:
     def step(self) -> list[tuple[Row, Exception]]:
         """Decode one token for every row in one forward pass; the batch must not be empty.
 
-        Returns:
-            The rows that cannot be computed, each with its error. They have left the batch; every other row has its
-            token.
-
-        Raises:
-            Exception: the model cannot compute anything.
+        Return the rows that cannot be computed, each with its error: they have left the batch, and
+        every other row has its token. It raises if the model cannot compute anything.
         """
         failures: list[tuple[Row, Exception]] = []
         while self.rows:
@@ -228,11 +214,9 @@ class Batch:
     def _isolate_failures(self, error: Exception) -> dict[int, Exception]:
         """Return the rows that make the next pass fail, with their errors.
 
-        Halves of the batch are tried on copies of the cache until single rows are left. If each half can be computed
-        and the batch cannot (out of memory, say), the newest row leaves.
-
-        Raises:
-            Exception: no row can be computed, and neither can a single token of the base.
+        Halves of the batch are tried on copies of the cache until single rows are left. If each
+        half can be computed and the batch cannot (out of memory, say), the newest row leaves. It
+        raises if no row can be computed, and neither can a single token of the base.
         """
         failing: dict[int, Exception] = {}
         untried = [list(range(len(self.rows)))]

@@ -42,14 +42,9 @@ def generate(
 ) -> list[Completion]:
     """Answer all requests, ``batch_size`` rows at a time, and return the completions in the requests' order.
 
-    Prefixes that many prompts share are computed once (see :func:`shared_prefixes`). Each row has its own copy of their
-    keys and values while it decodes.
-
-    Args:
-        model, stop_ids, pad_id, decode: see :class:`Batch`.
-        requests: what to complete.
-        batch_size: rows that decode together.
-        on_finished: called with a request's index and completion as soon as it has finished, in any order.
+    Prefixes that many prompts share are computed once (see :func:`shared_prefixes`). Each row has
+    its own copy of their keys and values while it decodes. ``on_finished`` gets a request's index
+    and completion as soon as it has finished, in any order.
     """
     mixed = len({request.adapter for request in requests}) > 1
     batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed, decode=decode)

@@ -45,11 +45,7 @@ class GrammarProcess:
         self._child: Process | None = None
 
     def fault(self, rules: str, seconds: float) -> str | None:
-        """Return why a grammar must not be compiled here; None once the child has compiled it, or found its error.
-
-        Raises:
-            OSError: the child does not start.
-        """
+        """Return why a grammar must not be compiled here; None once the child has compiled it, or found its error."""
         if self._child is None or self._child.poll() is not None:
             self._start()
         fault = self._ask(rules, seconds)

@@ -58,11 +58,8 @@ class _Node:
 def shared_prefixes(prompts: Sequence[Prompt], pass_tokens: int = PASS_TOKENS) -> list[SharedPrefix]:
     """Return the prefixes that save the most tokens when each is computed once for all prompts that continue it.
 
-    A prefix of n tokens saves n for every prompt but one, and costs a pass. Prompts in no group are computed whole.
-
-    Args:
-        prompts: token ids; equal prompts share all but their last token.
-        pass_tokens: cost of a pass in tokens.
+    A prefix of n tokens saves n for every prompt but one, and costs a pass. Prompts in no group
+    are computed whole. Equal prompts share all but their last token.
     """
     order = sorted(range(len(prompts)), key=lambda place: prompts[place])
     if not order:
@@ -230,12 +227,7 @@ def from_prefix(prefix: Cache, shifts: Sequence[int]) -> Cache:
         prefix  a b c d        shifts 0, 1      a b c d
                                                 . a b c
 
-    Args:
-        prefix: a cache of one row.
-        shifts: columns of padding before each row, 0 or more.
-
-    Returns:
-        A copy with as many columns as the prefix: the rows grow apart from here on.
+    The copy has as many columns as the prefix: the rows grow apart from here on.
     """
     rows = new_cache()
     layers: list[Any] = prefix.layers

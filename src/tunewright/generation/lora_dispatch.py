@@ -148,19 +148,15 @@ class LoraDispatch:
             return
         with self.attached():
             if self._last is None or self._last.adapter_of_row != tuple(names):
-                self._last = self._group(names)
+                rows = self._last = _RowGroups(names, self._model.device)
+                if len(rows.adapters) >= (_STACK_FROM_CPU if self._model.device.type == "cpu" else _STACK_FROM_CUDA):
+                    rows.assign_slots(self._slots.assign(rows.adapters, MAX_BYTES // max(1, self._largest_bytes)))
             self._rows = self._last
             try:
                 yield
             finally:
                 self._rows = None
                 self._last.clear_inputs()
-
-    def _group(self, names: Sequence[str | None]) -> _RowGroups:
-        rows = _RowGroups(names, self._model.device)
-        if len(rows.adapters) >= (_STACK_FROM_CPU if self._model.device.type == "cpu" else _STACK_FROM_CUDA):
-            rows.assign_slots(self._slots.assign(rows.adapters, MAX_BYTES // max(1, self._largest_bytes)))
-        return rows
 
     def _current(self) -> _RowGroups:
         assert self._rows is not None, "a pass outside of use_adapters"
@@ -258,12 +254,9 @@ def adapter_sort_keys(names: Sequence[str | None]) -> list[tuple[bool, str]]:
 class _LoraLinear:
     """A linear layer and the LoRA weights of its adapters.
 
-    Args:
-        layer: the module whose forward is replaced.
-        inner: computes the base's output, a new tensor that the delta is added to in place.
-        loras: weights by adapter, all of one dtype.
-        round_delta: round a delta to the base's dtype before adding it, as peft does over 4-bit layers. Otherwise the
-            sum is rounded once.
+    ``inner`` computes the base's output, a new tensor that the delta is added to in place.
+    ``round_delta`` rounds a delta to the base's dtype before adding it, as peft does over 4-bit
+    layers; otherwise the sum is rounded once.
     """
 
     def __init__(

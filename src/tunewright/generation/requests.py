@@ -82,12 +82,7 @@ class Completion:
 
 
 class Row:
-    """A request that is decoding; ``ids`` grows with each step until ``finish`` says why it ended.
-
-    Args:
-        request: the request.
-        decode: tokens to text, needed where the request has stop strings.
-    """
+    """A request that is decoding; ``ids`` grows with each step until ``finish`` says why it ended."""
 
     def __init__(self, request: Request, decode: Decode | None = None) -> None:
         self.request = request

@@ -25,14 +25,9 @@ PREFILTER = 1024
 def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """Choose each row's next token; the host waits for the device once.
 
-    It waits a second time only if the ``PREFILTER`` likeliest tokens of some row hold less than its top-p.
-
-    Args:
-        logits: [rows, vocabulary].
-        rows: their settings; rows that sample take one number from their generator.
-
-    Returns:
-        The tokens. A row whose likeliest logit is not finite gets a token beyond the vocabulary.
+    It waits a second time only if the ``PREFILTER`` likeliest tokens of some row hold less than
+    its top-p. ``logits`` are [rows, vocabulary]. A row whose likeliest logit is not finite gets a
+    token beyond the vocabulary.
     """
     tokens = logits.argmax(-1)
     # NaN is the largest to argmax, so a row's likeliest logit is NaN if any is; it is -inf if no token is allowed.
@@ -71,16 +66,10 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Sample one token for each row, in float64.
 
-    Args:
-        logits: [rows, vocabulary].
-        temperatures: [rows, 1], above 0.
-        top_ps: [rows, 1]; None where every row has top-p 1.
-        uniforms: [rows, 1], in [0, 1).
-        prefilter: likeliest tokens in which a nucleus is searched.
-
-    Returns:
-        The tokens [rows], and whether the prefilter held each row's whole nucleus [rows]: only then its token is right.
-        A row whose logits are not finite gets a token beyond the vocabulary.
+    ``logits`` are [rows, vocabulary]; ``temperatures`` (above 0), ``top_ps`` (None: all are 1) and
+    ``uniforms`` (in [0, 1)) are [rows, 1]. Return the tokens [rows], and whether the ``prefilter``
+    likeliest tokens held each row's whole nucleus [rows]: only then its token is right. A row
+    whose logits are not finite gets a token beyond the vocabulary.
     """
     scaled = logits.double()
     # Relative to their maximum, logits stay finite or become -inf (probability 0) at any temperature.
@@ -97,16 +86,10 @@ def draw(
 def nucleus(probabilities: Tensor, top_ps: Tensor, prefilter: int) -> tuple[Tensor, Tensor]:
     """Find the smallest set of likeliest tokens that together hold top-p (Holtzman et al. 2020).
 
-    Among equally likely tokens at the border, those with the lowest ids are kept. So the result depends neither on how
-    a device sorts nor on the prefilter.
-
-    Args:
-        probabilities: [rows, vocabulary].
-        top_ps: [rows, 1]; 1 keeps every token.
-        prefilter: likeliest tokens that are searched.
-
-    Returns:
-        Which tokens are kept [rows, vocabulary], and whether the searched tokens hold top-p [rows].
+    Among equally likely tokens at the border, those with the lowest ids are kept. So the result
+    depends neither on how a device sorts nor on the prefilter. ``probabilities`` are [rows,
+    vocabulary], ``top_ps`` [rows, 1] (1 keeps every token). Return which tokens are kept [rows,
+    vocabulary], and whether the ``prefilter`` likeliest tokens hold top-p [rows].
     """
     vocabulary = probabilities.shape[-1]
     if prefilter < vocabulary:
@@ -142,9 +125,7 @@ def adjust_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 def token_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> list[TokenLogprob | None]:
     """Return each row's log probabilities at its next token; None for rows that do not ask for them.
 
-    Args:
-        logits: the model's own [rows, vocabulary].
-        tokens: the chosen tokens.
+    ``logits`` are the model's own [rows, vocabulary].
     """
     found: list[TokenLogprob | None] = [None] * len(rows)
     # A token beyond the vocabulary says that there is no next token: see next_tokens().
@@ -170,10 +151,7 @@ def token_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -
 def mask_logits(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
     """Return the logits [rows, vocabulary] with minus infinity where a row's mask forbids a token.
 
-    Args:
-        logits: [rows, vocabulary].
-        masks: a bitmask for each row, of :meth:`tunewright.generation.constraints.Guide.allowed`; None allows every
-            token.
+    A mask is a bitmask of `Guide.allowed`; None allows every token.
     """
     if all(mask is None for mask in masks):
         return logits

@@ -96,7 +96,7 @@ class _Failure:
 
 
 @dataclass(frozen=True)
-class Usage:
+class EndpointUsage:
     """Calls and tokens of a run; ``cost`` is None without prices, and 0 for a model on this machine."""
 
     calls: int
@@ -184,11 +184,11 @@ class Endpoint:
         )
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> EndpointUsage:
         """The replies used so far, earlier runs' included."""
         replies = self.used.values()
         prompt, completion = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-        return Usage(len(replies), prompt, completion, cost(self.config, prompt, completion))
+        return EndpointUsage(len(replies), prompt, completion, cost(self.config, prompt, completion))
 
     @property
     def uncounted(self) -> int:

@@ -127,9 +127,7 @@ class Journal(Generic[Kept]):
 
 
 class ReplyJournal(Journal[Reply]):
-    """Replies of an endpoint; keys are digests of everything that decides them: endpoint, model, parameters and
-    conversation.
-    """
+    """Replies of an endpoint by digests of what decides them: endpoint, model, parameters, conversation."""
 
     def __init__(self, folder: Path, endpoint: EndpointConfig) -> None:
         self._asked: dict[str, Any] = {

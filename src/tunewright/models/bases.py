@@ -68,19 +68,9 @@ def hub_id(base: Base) -> str | None:
 
 
 def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base:
-    """Find, download and check the base that ``spec`` names; relative folders are relative to ``root``.
-
-    Raises:
-        UserError: nothing there, an unsupported family, no safetensors weights, remote code, quantized weights,
-            or a hub that is gated or unreachable.
-    """
-    commit = None
-    place = _place(spec, root)
-    if isinstance(place, Path):
-        folder = place
-    elif place == "bundled":
-        folder = bundled_folder(spec.removeprefix("bundled:"), reporter)
-    else:
+    """Find, download and check the base that ``spec`` names; relative folders are relative to ``root``."""
+    commit, folder = None, _local_folder(spec, root, reporter)
+    if folder is None:
         # An unsupported base is refused by its configuration alone, before gigabytes of weights are downloaded.
         check_architecture(hub_config(spec, revision, root / "base.lock.json"))
         folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
@@ -91,11 +81,7 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
 
 
 def base_here(base: Base) -> Base:
-    """Return this machine's copy of a base that another machine found: in the same folder, or in its own hub cache.
-
-    Raises:
-        UserError: it is not here, or has other files.
-    """
+    """Return this machine's copy of a base that another machine found: in the same folder, or in its own hub cache."""
     if base.commit is not None:
         folder = cached_commit(base.spec, base.commit)
         missing, fix = "is not in its hub cache", f"Download it there: hf download {base.spec} --revision {base.commit}"
@@ -128,14 +114,10 @@ def check_spec(spec: str, root: Path) -> None:
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
     """Return the ``config.json`` of the base that ``spec`` names; for a hub id only this file is downloaded."""
-    place = _place(spec, root)
-    if revision is not None and place != "hub":
+    if revision is not None and _place(spec, root) != "hub":
         raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
-    if isinstance(place, Path):
-        return place / "config.json"
-    if place == "bundled":
-        return bundled_folder(spec.removeprefix("bundled:"), reporter) / "config.json"
-    return hub_config(spec, revision, root / "base.lock.json")
+    folder = _local_folder(spec, root, reporter)
+    return hub_config(spec, revision, root / "base.lock.json") if folder is None else folder / "config.json"
 
 
 def local_base(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base | None:
@@ -143,16 +125,18 @@ def local_base(spec: str, revision: str | None, root: Path, reporter: Reporter) 
 
     Its weights may be missing, and no digests are computed.
     """
-    place = _place(spec, root)
-    if isinstance(place, Path):
-        folder: Path | None = place
-    elif place == "bundled":
-        folder = bundled_folder(spec.removeprefix("bundled:"), reporter)
-    else:
-        folder = cached_folder(spec, revision, root / "base.lock.json")
+    folder = _local_folder(spec, root, reporter) or cached_folder(spec, revision, root / "base.lock.json")
     if folder is None or not any((folder / name).exists() for name in _TOKENIZERS):
         return None
     return Base(spec, folder, None, check_architecture(folder / "config.json"), {})
+
+
+def _local_folder(spec: str, root: Path, reporter: Reporter) -> Path | None:
+    """Return the base's folder, for the bundled one after its conversion; None if it comes from the hub."""
+    place = _place(spec, root)
+    if place == "bundled":
+        return bundled_folder(spec.removeprefix("bundled:"), reporter)
+    return place if isinstance(place, Path) else None
 
 
 def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:

@@ -143,11 +143,7 @@ def require_quantizable(quantization: Quantization, architecture: str, key: str 
 
 
 def check_architecture(path: Path) -> str:
-    """Return the architecture that a base's ``config.json`` names.
-
-    Raises:
-        UserError: an unsupported family, custom code, or quantized weights.
-    """
+    """Return the architecture that a base's ``config.json`` names."""
     config = read_config(path)
     where = str(path)
     if config.get("auto_map"):
@@ -229,9 +225,7 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """The parameters of the linear layers' weights, which 4-bit quantization covers; biases are not among
-        them.
-        """
+        """The weights of the linear layers, without biases: what 4-bit quantization covers."""
         return self.layers * sum(inputs * outputs for inputs, outputs in map(self.linear, self.names))
 
     @property

@@ -95,9 +95,6 @@ def load_tokenizer(base: Base) -> Any:
 
     Mistral's tekken.json takes precedence: tokenizer.json files next to it were published with another pre-tokenization
     rule, which gives other tokens.
-
-    Raises:
-        UserError: no readable tokenizer, or one without an end-of-text token.
     """
     tekken = base.folder / TEKKEN
     with quiet_transformers():
@@ -180,22 +177,8 @@ def context_length(base: Base) -> int:
     return int(text_settings(base).max_position_embeddings)
 
 
-def decoder_layers(base: Base) -> int:
-    """Return the number of decoder layers."""
-    return int(text_settings(base).num_hidden_layers)
-
-
-def hidden_size(base: Base) -> int:
-    """Return the hidden size of the base."""
-    return int(text_settings(base).hidden_size)
-
-
 def end_token_ids(base: Base) -> frozenset[int]:
-    """Return the tokens that end an answer by the base's generation settings, read without its weights.
-
-    Raises:
-        UserError: unreadable settings, or an eos_token_id that is not a token id.
-    """
+    """Return the tokens that end an answer by the base's generation settings, read without its weights."""
     from transformers import GenerationConfig
 
     path = base.folder / "generation_config.json"
@@ -266,3 +249,19 @@ def disable_repacking(model: Any) -> None:
     for layer in layers:
         # Not a constructor argument; tests/models/test_quantized.py fails if the name changes.
         layer.support_avx512bf16_for_cpu = False
+
+
+def release_openmp_threads() -> None:
+    """Release the OpenMP workers of the calling thread; its next computation starts them again.
+
+    OpenMP gives each computing thread its own workers, one for each further core, and keeps them. Once there are more
+    workers than cores, all of them sleep between any two steps, some hundred times a pass. A model that another thread
+    runs then takes twice as long (benchmarks/adapter_passes.py). So call this before handing a model to another thread.
+    Without this OpenMP function nothing happens. Source: OpenMP 5.0, 3.2.44; libgomp, config/linux/wait.h.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    for library in ThreadpoolController().select(user_api="openmp").lib_controllers:
+        pause = getattr(library.dynlib, "omp_pause_resource_all", None)
+        if pause is not None:
+            pause(1)  # omp_pause_soft, of omp.h

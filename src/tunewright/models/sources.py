@@ -73,8 +73,7 @@ def hub_config(repository: str, revision: str | None, lock_file: Path) -> Path:
 
 
 def cached_folder(repository: str, revision: str | None, lock_file: Path) -> Path | None:
-    """Return the repository's folder in the hub's cache, of the pinned commit if there is one; None if it is not
-    cached.
+    """Return the repository's folder in the hub's cache, of the pinned commit if any; None if it is not cached.
 
     The hub is not asked, and files may be missing.
     """

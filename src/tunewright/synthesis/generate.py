@@ -24,7 +24,7 @@ from tunewright.evaluation.judge.controls import FEWEST, REQUIRED
 from tunewright.evaluation.judge.figures import exact_lower_limit
 from tunewright.evaluation.judge.runner import task_text
 from tunewright.metrics import ItemScore, Pair, Scorer, normalised
-from tunewright.model_io.client import Calls, Endpoint, Usage
+from tunewright.model_io.client import Calls, Endpoint, EndpointUsage
 from tunewright.model_io.replies import Budget, Conversation, Reply
 from tunewright.synthesis.inputs import Input, screen_inputs
 from tunewright.synthesis.teachers import Teacher, TeacherSample
@@ -87,7 +87,7 @@ class GenerateResult:
     rows: int
     left_out: dict[str, list[str]]
     models: dict[str, int]
-    used: Usage
+    used: EndpointUsage
     judged: JudgeCalls | None
 
     def as_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tunewright.data.readers import DOCUMENT_GROUP, GENERATED, PASSAGE, SourceRo
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.validate import example_from_object
 from tunewright.data.versions import DatasetVersion
-from tunewright.model_io.client import Usage
+from tunewright.model_io.client import EndpointUsage
 from tunewright.synthesis.documents import Document, Passage, read_document
 from tunewright.synthesis.generate import GenerateEstimate, provenance, warn_of_versions, write_rows
 from tunewright.synthesis.inputs import Input, screen_inputs
@@ -81,7 +81,7 @@ class DocumentsResult:
     rows: int
     left_out: dict[str, list[str]]
     models: dict[str, int]
-    used: Usage
+    used: EndpointUsage
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document that ``--json`` prints."""

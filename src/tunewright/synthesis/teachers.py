@@ -20,7 +20,7 @@ from tunewright.data.readers import unmapped
 from tunewright.data.readers.row_errors import CODES, RowError
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.validate import example_from_turns
-from tunewright.model_io.client import Calls, Endpoint, Usage
+from tunewright.model_io.client import Calls, Endpoint, EndpointUsage
 from tunewright.model_io.replies import Budget, ChatRequest, Journal, Reply
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class EndpointTeacher:
         return self._reader.sample(prompt, turn, unusable, reply.model or self.name, reply.when or now())
 
     @property
-    def used(self) -> Usage:
+    def used(self) -> EndpointUsage:
         """The replies used so far, earlier runs' included."""
         return self._endpoint.usage
 
@@ -254,10 +254,10 @@ class LocalTeacher:
         return self._reader.sample(prompt, entry["turn"], CUT_OFF if entry["cut"] else None, version, entry["when"])
 
     @property
-    def used(self) -> Usage:
+    def used(self) -> EndpointUsage:
         """The samples used so far, earlier runs' included."""
         prompt, completion = (sum(counts) for counts in zip(*self._used, strict=True)) if self._used else (0, 0)
-        return Usage(len(self._used), prompt, completion, 0.0)
+        return EndpointUsage(len(self._used), prompt, completion, 0.0)
 
 
 Teacher = EndpointTeacher | LocalTeacher

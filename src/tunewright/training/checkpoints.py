@@ -60,11 +60,7 @@ class StopRequest:
         return self.asked
 
     def in_step(self) -> None:
-        """Enter the passes of a step.
-
-        Raises:
-            KeyboardInterrupt: a request came since the previous step.
-        """
+        """Enter the passes of a step."""
         self.phase = "step"
         self._raise_if_requested()
 
@@ -73,9 +69,6 @@ class StopRequest:
         """Let a request interrupt this block at once; ``what`` says what then happens to the run.
 
         Several processes must agree on a stop, which they do only after steps: there the block is finished.
-
-        Raises:
-            KeyboardInterrupt: now or in the block, on request.
         """
         before, self.phase = self.phase, "free"
         try:

@@ -92,15 +92,6 @@ def shutdown() -> None:
         PartialState().destroy_process_group()
 
 
-def single_process_launch() -> bool:
-    """Return whether `accelerate launch --cpu` was to start several processes and started only this one, as MPI is
-    missing.
-    """
-    mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    wanted = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
-    return wanted and world_size() == 1 and not any(key in os.environ for key in mpi)
-
-
 def barrier() -> None:
     """Wait until every process arrives."""
     if world_size() > 1:

@@ -137,10 +137,8 @@ def adds_one_adapter(layer: Any) -> bool:
 def fused(layer: Any, x: Tensor, packed: Any) -> Tensor:
     """Return the output [..., out] of a peft layer with one active adapter, for x [..., in].
 
-    Args:
-        layer: the layer.
-        x: its input.
-        packed: bitsandbytes' ``QuantState`` of the base's weight; None for an unquantized weight.
+    ``packed`` is bitsandbytes' ``QuantState`` of the base's weight; None for an unquantized
+    weight.
     """
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight

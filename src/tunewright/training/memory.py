@@ -1,10 +1,23 @@
-"""Memory that training needs, for a project or a base alone."""
+"""Memory that training needs: estimated for a project or a base alone, and found by one real pass.
+
+The data loader yields micro-batches of the config's size. A step that needs smaller chunks splits them itself. The loss
+of every chunk is divided by the trained tokens of the whole step, so the chunks' gradients add up to the step's.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.config import Config
 from tunewright.core.errors import UserError
+from tunewright.core.io import write_json
+from tunewright.core.progress import Reporter
 from tunewright.data.versions import current_manifest, load_version
 from tunewright.models.bases import base_config, local_base
 from tunewright.models.families import Shape, check_architecture, read_shape, require_quantizable, require_targets
@@ -34,10 +47,6 @@ def estimate_memory(project: OpenProject, options: MemoryOptions = MemoryOptions
     """Return the memory needed for training by part, and whether it fits, from the base's config.json alone.
 
     The longest row is measured if there is a dataset and the base's tokenizer is on this machine.
-
-    Raises:
-        UserError: unknown base, card or size, an unsupported base, or more shared and trained tokens than a
-            row has.
     """
     folder, reporter = project.folder, project.reporter
     memory = available_memory(options.gpu)
@@ -165,4 +174,76 @@ def _what_fits(nf4: SetupPlan | None, own: SetupPlan, memory: Memory) -> str:
     return (
         f"Set train.quantization: nf4, which needs {gigabytes(nf4.least)} and fits rows of up to {nf4.longest:,} "
         "tokens (`tunewright estimate-memory` shows more)."
+    )
+
+
+_KEPT = "micro_batch.json"
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """A micro-batch's rows as the dataset has them, carried with the packed batch so that it can be split."""
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def pieces(self, size: int, as_of: int = 0) -> list[tuple[Mapping[str, Any], ...]]:
+        """Split the rows into chunks of at most ``size``, as even as possible.
+
+        Fewer rows than ``as_of`` make as many chunks as ``as_of`` rows would; some are then empty.
+        """
+        # No rows make one empty chunk: this process makes its pass with the others.
+        count = max(1, -(-max(len(self.rows), as_of) // size))
+        ends = [len(self.rows) * place // count for place in range(count + 1)]
+        return [self.rows[start:end] for start, end in pairwise(ends)]
+
+
+class MicroBatch:
+    """The number of rows that go through the model at once.
+
+    The working folder keeps the number: a resumed run uses the same one, and so adds up gradients
+    in the same order.
+    """
+
+    def __init__(self, asked: int, work: Path, reporter: Reporter) -> None:
+        self.asked = asked
+        self.file = work / _KEPT
+        self.reporter = reporter
+        self.rows: int | None = None
+        """None until it is chosen."""
+        if self.file.exists():
+            kept = json.loads(self.file.read_text(encoding="utf-8"))
+            if kept["asked"] == asked:
+                self.rows = kept["rows"]
+
+    def choose(self, rows: int, tokens: int) -> None:
+        """Record that the longest batch, of ``tokens`` tokens, fits in chunks of ``rows`` rows."""
+        fewer = "" if rows == self.asked else f" of the {self.asked} requested"
+        self.reporter.say(f"Micro-batch: {rows} rows{fewer}; the longest batch, {tokens:,} tokens, fits.")
+        self._keep(rows)
+
+    def halve(self, rows: int, step: int) -> int:
+        """Return half of ``rows`` after memory ran out in ``step`` (0: before the first)."""
+        if rows == 1:
+            raise too_little_memory("one row does not fit")
+        if step:
+            self.reporter.warn(
+                f"Memory ran out in step {step} with {rows} rows at once. This step is repeated with {rows // 2} rows, "
+                "and later steps use as many. The batch size is unchanged."
+            )
+            self._keep(rows // 2)
+        return rows // 2
+
+    def _keep(self, rows: int) -> None:
+        self.rows = rows
+        if distributed.is_main_process():
+            write_json(self.file, {"asked": self.asked, "rows": rows})
+
+
+def too_little_memory(why: str) -> UserError:
+    """Return the error for a shortage that no smaller micro-batch solves."""
+    return UserError(
+        f"Not enough memory for a training step: {why}",
+        where="train.micro_batch_size",
+        fix="Run `tunewright estimate-memory` to see what fits. Set train.quantization: nf4, lower train.max_length "
+        "or use a smaller base.",
     )

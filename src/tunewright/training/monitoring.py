@@ -64,9 +64,7 @@ class UnstableRunError(Exception):
     """Indices into the training set of the rows of the step's batch."""
 
     def as_user_error(self, members: Sequence[Member]) -> DivergedError:
-        """Return the error for the user, naming the batch's rows; ``members`` are the examples of the training set's
-        rows.
-        """
+        """Return the error for the user, naming the batch's rows among the training set's ``members``."""
         named = [name_of(members[place]) for place in self.rows if place < len(members)]
         lines = [f"  {name}" for name in named[:_MOST_NAMED]]
         lines += [f"  and {len(named) - _MOST_NAMED:,} more"] * (len(named) > _MOST_NAMED)

@@ -158,8 +158,7 @@ def name_of(member: Member) -> str:
 
 
 def expected_messages(member: Member, rows: int) -> list[list[Message]]:
-    """Return the messages that each row of an example must spell: all turns, or, with one row an answer, those up to
-    it.
+    """Return the messages that each row must spell: all turns, or, with one row an answer, those up to it.
 
     In such rows templates may shorten earlier answers and drop earlier results (Mistral v2), so these are not checked.
     """
@@ -324,7 +323,7 @@ def measure_lengths(
     with reporter.task("encoding", len(version.members), "examples") as task:
         for split in SPLITS:
             parts = slices(version.examples(split), _ROWS)
-            measured[split] = list(workers.map(_measured, _Encoding(chat, max_length), parts, task, batch=2))
+            measured[split] = list(workers.map(_measured, (chat, max_length), parts, task, batch=2))
     lengths = {split: [n for part in parts for n in part.lengths] for split, parts in measured.items()}
     return LengthReport(
         version=version.digest,
@@ -349,14 +348,6 @@ def measure_lengths(
 
 
 @dataclass(frozen=True)
-class _Encoding:
-    """The format of rows, and the most tokens of one."""
-
-    chat: ChatFormat
-    max_length: int
-
-
-@dataclass(frozen=True)
 class _Measured:
     """Token lengths of some rows, their trained tokens, those too long (key, name, tokens), and faults."""
 
@@ -367,10 +358,10 @@ class _Measured:
     look_alikes: int
 
 
-def _measured(encoding: _Encoding, members: Sequence[Member], task: Task) -> _Measured:
-    """Encode some rows."""
-    chat = encoding.chat
-    encoded = encode_members(chat, members, encoding.max_length)
+def _measured(encoding: tuple[ChatFormat, int], members: Sequence[Member], task: Task) -> _Measured:
+    """Encode some rows in a format, with the most tokens of one."""
+    chat, max_length = encoding
+    encoded = encode_members(chat, members, max_length)
     rows = [*encoded.rows, *(long.row for long in encoded.too_long)]
     task.advance(len(members))
     return _Measured(

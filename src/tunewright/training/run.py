@@ -31,7 +31,7 @@ from tunewright.training.checkpoints import (
 )
 from tunewright.training.history import evaluations, history_rows, patience_exceeded
 from tunewright.training.lora import use_liger
-from tunewright.training.micro_batch import MicroBatch
+from tunewright.training.memory import MicroBatch
 from tunewright.training.monitoring import DevTask, EvaluationCallback, MetricsCallback
 from tunewright.training.packing.order import Sharing, resolve_sharing
 from tunewright.training.rows import as_columns, render_digest

@@ -57,7 +57,7 @@ Screen = Callable[[Mapping[str, Example]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class Sample:
+class SelfSample:
     """One conversation as drawn; ``fault`` says why it is unusable."""
 
     number: int
@@ -81,7 +81,7 @@ class Sample:
 class Drawn:
     """The used samples in the order of the draw, and the reasons why others are unused, by number."""
 
-    used: tuple[Sample, ...]
+    used: tuple[SelfSample, ...]
     left_out: Mapping[int, str]
     wanted: int
 
@@ -106,15 +106,10 @@ class Drawn:
 class Sampler:
     """Reproducible draws of a base's own conversations, cached in the working folder.
 
-    Args:
-        base, chat: the writer and its chat format.
-        weights: further inputs of the draw, such as the base's dtype and the engine.
-        complete: has the base write, with any adapter disabled; called only if samples are missing.
-        seed: decides the draw.
-        purpose: "replay" or "held-out": draws of one seed for different purposes are independent.
-        work: the project's working folder.
-        reporter: shows the progress.
-        wanted: how many will be requested. Up to half as many more are drawn together.
+    ``weights`` are further inputs of the draw, such as the base's dtype and the engine.
+    ``complete`` has the base write, with any adapter disabled; it is called only if samples are
+    missing. Draws of one seed for different purposes are independent. If ``wanted`` are requested,
+    up to half as many more are drawn together.
     """
 
     def __init__(
@@ -152,14 +147,13 @@ class Sampler:
         self.folder = work / "self-samples" / digest(self.about)[:16]
 
     def draw(self, wanted: int, screen: Screen, *, finished: bool) -> Drawn:
-        """Return the first ``wanted`` samples that are complete, new and pass the screen, and the reason for each other
-        one.
+        """Return the first ``wanted`` samples that are complete, new and pass the screen, and why others do not.
 
         Fewer are returned, with a warning, if most samples are unusable.
 
         ``finished`` leaves out answers that were cut off at the limit.
         """
-        used: list[Sample] = []
+        used: list[SelfSample] = []
         left_out: dict[int, str] = {}
         asked: set[str] = set()
         most = max(_FEWEST_CHUNKS * _CHUNK, wanted * _MOST_DRAWN)
@@ -189,7 +183,7 @@ class Sampler:
             self.reporter.warn(f"Fewer samples than the {wanted} requested: {drawn.summary()}.")
         return drawn
 
-    def _faults(self, samples: Sequence[Sample], asked: set[str], finished: bool) -> dict[int, str]:
+    def _faults(self, samples: Sequence[SelfSample], asked: set[str], finished: bool) -> dict[int, str]:
         """Return why samples are unusable in any domain; ``asked`` collects the instructions seen so far."""
         reasons: dict[int, str] = {}
         for sample in samples:
@@ -204,15 +198,15 @@ class Sampler:
                 asked.add(question)
         return reasons
 
-    def _chunk(self, chunk: int) -> list[Sample]:
+    def _chunk(self, chunk: int) -> list[SelfSample]:
         file = self.folder / f"{chunk:04d}.json"
         if not file.exists():
             write_json(
                 file, [asdict(sample) for sample in self._write(range(chunk * self.chunk, (chunk + 1) * self.chunk))]
             )
-        return [Sample(**{**row, "ids": tuple(row["ids"])}) for row in json.loads(file.read_text(encoding="utf-8"))]
+        return [SelfSample(**{**row, "ids": tuple(row["ids"])}) for row in json.loads(file.read_text(encoding="utf-8"))]
 
-    def _write(self, numbers: range) -> list[Sample]:
+    def _write(self, numbers: range) -> list[SelfSample]:
         """Have the base write these samples."""
         with self.reporter.task(
             f"The base writes samples {numbers[0] + 1} to {numbers[-1] + 1}", 2 * len(numbers), "turns"
@@ -227,12 +221,12 @@ class Sampler:
         for number, instruction in instructions.items():
             if not instruction:
                 why = CUT_OFF if instruction is None else EMPTY
-                samples.append(Sample(number, "", "", finished=False, ids=(), stopped=False, fault=why))
+                samples.append(SelfSample(number, "", "", finished=False, ids=(), stopped=False, fault=why))
                 continue
             drawn = answered[number]
             answer, finished = _answer(self.chat, self.turn.begin_text, drawn)
             fault = None if answer else EMPTY
-            samples.append(Sample(number, instruction, answer, finished, drawn.ids, drawn.finish == "stop", fault))
+            samples.append(SelfSample(number, instruction, answer, finished, drawn.ids, drawn.finish == "stop", fault))
         return samples
 
     def _continue(
@@ -382,9 +376,7 @@ def _sampler(
 def sample_filter(
     project: ProjectFolder, version: DatasetVersion, chat: ChatFormat, limit: int, reporter: Reporter
 ) -> Screen:
-    """Return a filter that rejects samples similar to the domain or to a benchmark, and rows that are too long or
-    faulty.
-    """
+    """Return a filter of samples that are like the domain or a benchmark, too long, or faulty."""
     benchmarks = _benchmarks(project)
 
     def screen(examples: Mapping[str, Example]) -> dict[str, str]:

@@ -37,6 +37,8 @@ from tunewright.training.history import (
     evaluations,
     evaluations_to_keep,
     place_text,
+    require_trackers,
+    tracked_in,
 )
 from tunewright.training.lora import require_liger, require_precision
 from tunewright.training.monitoring import DevTask, UnstableRunError, dev_task
@@ -46,7 +48,6 @@ from tunewright.training.preference.pairs import PreferenceRows, preference_inpu
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_fsdp_supported
 from tunewright.training.self_samples import Replay, draw_replay, replay_inputs
-from tunewright.training.trackers import require_trackers, tracked_in
 
 
 @dataclass(frozen=True)
@@ -113,32 +114,15 @@ def train(
 ) -> TrainResult:
     """Train the config's adapter on a dataset version, or find the one already trained on the same inputs.
 
-    A stopped run resumes from its last complete checkpoint.
-
-    Args:
-        project: its config decides, and its working folder holds the checkpoints.
-        version: the rows to train on, and the dev rows that select the evaluation.
-        base, chat: the base, and its chat format.
-        reporter: shows progress and reports warnings.
-        adapters: where the adapter is looked for and kept (None: with the project's own).
-        work: the folder of the run's checkpoints, removed at its end (None: in the project's working folder).
-        facts: further entries of the lineage.
-        signer: the key that signs (None: this user's).
-
-    Raises:
-        UserError: an adapter that vLLM would not load (`require_servable`), an example that cannot be trained on in
-            full, a full disk, a tracker that is not installed, or a loss that is not finite or has exploded.
-        KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
+    A stopped run resumes from its last complete checkpoint. ``adapters`` is the folder where the
+    adapter is looked for and kept (None: the project's own), ``work`` that of the run's
+    checkpoints, removed at its end (None: in the project's working folder); ``facts`` are further
+    entries of the lineage. A signal raises KeyboardInterrupt, with a checkpoint saved.
     """
     distributed.init()
     config = project.config
     require_servable(config.train)
     require_trackers(config.train.report_to)
-    if distributed.single_process_launch():
-        reporter.warn(
-            "`accelerate launch --cpu` started only one process, because MPI is missing. To start N processes, use "
-            "`torchrun --nproc-per-node N -m tunewright train`."
-        )
     place = project.adapters if adapters is None else adapters
     identity = digest(training_inputs(project, version, base, chat))
     work = work or project.work / "training" / identity[:12]
@@ -177,9 +161,8 @@ def train_until(
 ) -> PausedRun:
     """Train as `train` does, up to a step; `train` then resumes from the checkpoint in ``work``.
 
-    Raises:
-        UserError: as for `train`; `DivergedError` if the loss is not finite or has exploded.
-        KeyboardInterrupt: stopped by a signal before that step, with a checkpoint saved.
+    A diverged run raises `DivergedError`; a signal before that step KeyboardInterrupt, with a
+    checkpoint saved.
     """
     with working_folder(work), quiet_transformers(), writing(work):
         run = _run(project, version, base, chat, reporter, work, step)

@@ -23,13 +23,13 @@ from tunewright.training import distributed, fsdp
 from tunewright.training.checkpoints import StopRequest, is_complete
 from tunewright.training.history import DEV_METRIC, append_dev_answers
 from tunewright.training.lora import keep_float32
-from tunewright.training.micro_batch import MicroBatch, RawRows, too_little_memory
+from tunewright.training.memory import MicroBatch, RawRows, too_little_memory
 from tunewright.training.monitoring import DevTask
 from tunewright.training.packing import PackedBatch, attention, pack
 from tunewright.training.packing.fused_loss import (
     LossBreakdown,
     Reference,
-    StepStatistics,
+    RewardStatistics,
     add_token_losses,
     batch_token_losses,
 )
@@ -40,14 +40,10 @@ from tunewright.training.rows import IGNORED
 class Trainer(SFTTrainer):
     """Trains on rows of ``input_ids`` and ``labels``; its other arguments are SFTTrainer's.
 
-    Args:
-        model: a Llama or Mistral of transformers, without an adapter.
-        share: compute prompts that rows of a batch share once; else every row is packed in full.
-        micro_batch: rows that go through the model at once (None: every micro-batch in full).
-        dev_task: dev rows that each evaluation answers; None: only the dev loss is measured.
-        kl: weight of the KL divergence from the base, which is the loss on rows whose column ``replayed`` is true;
-            None: these rows are trained like the others.
-        stop: cuts evaluations off.
+    With ``share`` prompts that rows of a batch share are computed once. ``micro_batch`` None:
+    every micro-batch in full. ``kl`` is the weight of the KL divergence from the base, which is
+    the loss on rows whose column ``replayed`` is true; None: these rows are trained like the
+    others. ``stop`` cuts evaluations off.
     """
 
     def __init__(
@@ -72,7 +68,7 @@ class Trainer(SFTTrainer):
         self._tokens = 0
         """Tokens of rows trained on in this process since the last log."""
         self._last_log: tuple[float, int] | None = None
-        self._breakdown: StepStatistics | None = None
+        self._breakdown: LossBreakdown | RewardStatistics | None = None
         attention.register()
         # Use the packed layout in training, and SDPA without a layout, when answers are generated.
         model.set_attn_implementation(attention.NAME)
@@ -178,23 +174,22 @@ class Trainer(SFTTrainer):
         if self.accelerator.num_processes > 1:
             # The other processes wait for this one's gradients and cannot be notified.
             raise too_little_memory("with several devices, a step cannot be repeated")
+
+        def whole_step() -> Tensor:
+            """Accumulate the gradients of the step's micro-batches; return the last one's part of the loss."""
+            return [self._accumulate(model, part, size, items) for part in (*self._accumulated, rows)][-1]
+
         while True:
             size = micro.halve(size, self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
             self._clear_breakdown()
-            enough, loss = in_memory(partial(self._accumulate_all, model, [*self._accumulated, rows], size, items))
+            enough, loss = in_memory(whole_step)
             if enough:
                 again: Tensor = loss
                 return again
 
-    def _accumulate_all(self, model: Any, parts: Sequence[RawRows], size: int, items: Tensor | int | None) -> Tensor:
-        """Accumulate the gradients of micro-batches; return the last one's part of the loss."""
-        return [self._accumulate(model, part, size, items) for part in parts][-1]
-
     def _probe_longest_batch(self, model: Any, micro: MicroBatch) -> int:
-        """Choose the rows that go through at once by a forward and backward pass of the longest batch; its gradients
-        are dropped.
-        """
+        """Choose the rows of a pass by a real one of the longest batch, whose gradients are dropped."""
         rows: Any = self.train_dataset
         batches: list[list[int]] = []
         # Batches of every process: all of them must probe the same one.
@@ -314,11 +309,10 @@ class Trainer(SFTTrainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002  (transformers passes it)
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return the mean loss of all trained tokens of the evaluation rows, each row counted once on any number of
-        devices.
+        """Return the mean loss of all trained tokens of the evaluation rows, on any number of devices.
 
-        If dev rows are answered, also score the answers. No random number is drawn. Return nothing if a stop cuts it
-        off; the run then ends with this step's checkpoint.
+        If dev rows are answered, also score the answers. Each row counts once, and no random number is
+        drawn. Return nothing if a stop cuts it off; the run then ends with this step's checkpoint.
         """
         model: Any = self.model  # not wrapped by DDP: processes may have different numbers of batches here
         was_training = model.training

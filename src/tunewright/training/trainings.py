@@ -40,8 +40,8 @@ from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.models.bases import Base, Site, base_here, open_site, require_site
 from tunewright.training import distributed
 from tunewright.training.checkpoints import stop_on_signal, stopped_from
+from tunewright.training.history import require_trackers
 from tunewright.training.run import micro_batch, require_fsdp_supported
-from tunewright.training.trackers import require_trackers
 from tunewright.training.train import TrainResult, find_trained, train, training_inputs
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import judged_batches, max_head_positions, whole_model
 from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.evidence.non_inferiority import items_needed, ratio_drop
-from tunewright.models.loading import context_length, decoder_layers
+from tunewright.models.loading import context_length, text_settings
 from tunewright.training.rows import trained_spans
 from tunewright.training.self_samples import Drawn, Sampler, sample_filter
 
@@ -122,7 +122,7 @@ class SamplesSuite:
 
     def _controls(self, bench: Bench, off: Answering, some: Mapping[str, Tokens]) -> list[Control]:
         same = self._compared(bench, "the base against itself", None, (off, off), some)
-        layers = decoder_layers(bench.generator.base)
+        layers = int(text_settings(bench.generator.base).num_hidden_layers)
 
         @contextmanager
         def damaged() -> Iterator[Any]:

@@ -317,9 +317,7 @@ def layer_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
 
 
 def head_bytes(shape: Shape, setup: TrainingSetup, trained: int) -> int:
-    """Return the bytes of logits, in tiles of trained tokens in float32 and once more for their sum, states and
-    gradients.
-    """
+    """Return the bytes of the head: a tile's logits and their sum in float32, states and their gradients."""
     tile = min(trained, max(1, TILE_LOGITS // shape.vocabulary))
     return 2 * FLOAT * tile * shape.vocabulary + 2 * setup.number * shape.hidden * trained
 

@@ -50,18 +50,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Compute attention of a packed row, or of a padded batch if there is no layout.
 
-    Args:
-        module: the model's attention layer.
-        query: [1, H, T, D].
-        key, value: [1, K, T, D].
-        attention_mask: of a padded batch; a packed row needs none.
-        layout: of a packed row.
-        scaling: factor of the scores.
-        sliding_window: number of tokens each token sees, including itself; None: all before it.
-        kwargs: further arguments of transformers for SDPA.
-
-    Returns:
-        The attended values [1, T, H, D], and no weights.
+    ``query`` is [1, H, T, D], ``key`` and ``value`` are [1, K, T, D], the result is [1, T, H, D].
+    A padded batch has an ``attention_mask``, a packed row needs none. Of a ``sliding_window`` the
+    token itself is one (None: all before it).
     """
     if layout is None:
         attended: tuple[Tensor, None] = sdpa_attention_forward(
@@ -106,11 +97,8 @@ def _suffixes(
 ) -> Tensor:
     """Return the attended suffixes of one block [tokens, H, D]; each attends to the prefix and to itself.
 
-    Args:
-        block: the suffixes.
-        query: [1, H, tokens, D].
-        key, value: [1, K, tokens, D].
-        keys_before, values_before: those of the prefix [1, K, prefix, D], if there is one.
+    ``query`` is [1, H, tokens, D], ``key`` and ``value`` are [1, K, tokens, D], those of the
+    prefix, if there is one, [1, K, prefix, D].
     """
     rows = len(block.suffixes)
 
@@ -232,13 +220,9 @@ def varlen_attention(
 ) -> Tensor:
     """Compute attention over sequences of different lengths, all groups at once: [T, H, D].
 
-    Args:
-        query: [1, H, T, D].
-        key, value: [1, K, T, D]; gathered for each sequence, prefix and suffix.
-        sequences: of the packed row.
-        scaling: factor of the scores.
-        window: how many tokens each token sees, itself included; None: all before it.
-        kernel: attends queries [T, H, D] to keys and values [sum of keys, K, D] (None: FlashAttention).
+    ``query`` is [1, H, T, D]; ``key`` and ``value`` [1, K, T, D] are gathered for each sequence. A
+    ``window`` counts the token itself (None: all before it). The ``kernel`` attends queries [T, H,
+    D] to keys and values [sum of keys, K, D] (None: FlashAttention).
     """
     keys, values = (gather(each[0].transpose(0, 1), sequences.key_indices) for each in (key, value))
     return (kernel or _flash)(query[0].transpose(0, 1), keys, values, sequences, scaling, window)

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,14 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from tunewright.training.fsdp import full_weight
-from tunewright.training.history import PAIR_LOSS, REPLAY_KL, REPLAY_LOSS
+from tunewright.training.history import (
+    PAIR_LOSS,
+    REPLAY_KL,
+    REPLAY_LOSS,
+    REWARD_ACCURACY,
+    REWARD_CHOSEN,
+    REWARD_REJECTED,
+)
 from tunewright.training.packing.attention import gather
 
 TILE_LOGITS = 1 << 25
@@ -64,10 +71,7 @@ def add_token_losses(model: Any) -> None:
 def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:
     """Return the negative log-likelihood of each target in float32 [L].
 
-    Args:
-        states: input of the head [L, D].
-        head: the LM head, a linear layer.
-        targets: token ids [L].
+    ``states`` are the head's input [L, D], ``targets`` token ids [L].
     """
     # The fused loss computes no gradient of the head itself, and no bias.
     if head.weight.requires_grad or head.bias is not None:
@@ -93,11 +97,7 @@ class Reference:
 def losses_with_reference(reference: Reference, states: Tensor, head: Any, targets: Tensor) -> Tensor:
     """Return the losses of all targets in float32 [L]: weighted divergences for those of the reference.
 
-    Args:
-        reference: of some of the targets.
-        states: input of the head for all targets [L, D].
-        head: the LM head.
-        targets: token ids [L].
+    ``states`` are the head's input for all targets [L, D].
     """
     others = reference.others
     own = token_losses(states.index_select(0, others), head, targets.index_select(0, others))
@@ -110,11 +110,7 @@ def losses_with_reference(reference: Reference, states: Tensor, head: Any, targe
 def kl_divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
     """Return the KL divergence over the whole vocabulary from the reference's predictions to the states' [N].
 
-    In nats and float32. Only ``states`` get a gradient.
-
-    Args:
-        states, reference: input of the head [N, D].
-        head: the LM head, a linear layer.
+    In nats and float32. Only ``states`` get a gradient. Both are the head's input [N, D].
     """
     # Two logits a pair: the reference's and the adapter's. Tiles are checkpointed, so one tile's logits are held.
     most = max(1, TILE_LOGITS // (2 * head.weight.shape[0]))
@@ -178,22 +174,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * grad[:, None].to(gradient.dtype), None, None
 
 
-class StepStatistics(Protocol):
-    """Numbers of a step that are added up on the device, and read once when the step is logged."""
-
-    def clear(self) -> None:
-        """Reset, for a step that is repeated or a new step."""
-
-    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means by their names in the history; ``over_processes`` sums a tensor over all processes."""
-
-
 class LossBreakdown:
     """Accumulates the losses of a step's trained tokens, separately for pairs and replayed rows.
 
-    Args:
-        kl: weight of the KL divergence in the loss; None: replayed rows are trained like pairs.
-        device: the device of the losses.
+    ``kl`` is the weight of the KL divergence in the loss; None: replayed rows are trained like
+    pairs.
     """
 
     def __init__(self, kl: float | None, device: torch.device) -> None:
@@ -207,9 +192,8 @@ class LossBreakdown:
     def add(self, losses: Tensor, replayed: Tensor | None) -> None:
         """Add tokens of the step.
 
-        Args:
-            losses: of all trained tokens, as they are in the loss [L].
-            replayed: indices into L of the replayed rows' tokens; None: no row is replayed.
+        ``replayed`` are indices into the losses [L] of the replayed rows' tokens; None: no row is
+        replayed.
         """
         given = losses.detach().double()
         of_replay = given.new_zeros(()) if replayed is None else given.index_select(0, replayed).sum()
@@ -231,3 +215,34 @@ class LossBreakdown:
         if replay_tokens:
             means[REPLAY_LOSS if self.kl is None else REPLAY_KL] = replay / replay_tokens / (self.kl or 1)
         return means
+
+
+class RewardStatistics:
+    """Accumulates the rewards of a step's answers on the device, and reads them once.
+
+    A reward is ``beta`` times the log-ratio to the reference, with orpo the mean log-probability of a token.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        """Of chosen answers: rewards and number; the same of rejected ones; of pairs: chosen has more, number."""
+
+    def add(self, rewards: Tensor, chosen: Tensor) -> None:
+        """Add answers [A], of which some are ``chosen`` [A]."""
+        good = chosen.double()
+        given = rewards.double()
+        self._sums[:4] += torch.stack([(given * good).sum(), good.sum(), (given * (1 - good)).sum(), (1 - good).sum()])
+
+    def add_pairs(self, right: Tensor) -> None:
+        """Add pairs: True where the chosen answer has the higher reward [P]."""
+        self._sums[4:] += torch.stack([right.double().sum(), right.new_ones(len(right)).double().sum()])
+
+    def clear(self) -> None:
+        """Reset, for a step that is repeated or a new step."""
+        self._sums.zero_()
+
+    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the mean rewards, and the share of pairs whose chosen answer has the higher one."""
+        sums = over_processes(self._sums).tolist()
+        names = (REWARD_CHOSEN, REWARD_REJECTED, REWARD_ACCURACY)
+        return {name: sums[2 * n] / sums[2 * n + 1] for n, name in enumerate(names) if sums[2 * n + 1]}

@@ -32,15 +32,10 @@ def random_order(rows: int, seed: int) -> DistributedSampler[int]:
 class StepBatches:
     """The micro-batches of one process: each step's rows are split evenly, and every row is trained on once.
 
-    accelerate's own batch dispatch repeats rows so that all processes have equally many. Here a process with fewer rows
-    in an epoch's last step gets empty batches, since all processes must make equally many passes.
-
-    Args:
-        rows: token ids of all training rows.
-        seed: decides the order, with the epoch.
-        step_rows: rows of one optimizer step, all processes together.
-        micro_batch: rows of one forward pass.
-        process, processes: the rank of this process, and the number of them.
+    accelerate's own batch dispatch repeats rows so that all processes have equally many. Here a
+    process with fewer rows in an epoch's last step gets empty batches, since all processes must
+    make equally many passes. ``step_rows`` are the rows of one optimizer step, all processes
+    together; ``micro_batch`` those of one pass.
     """
 
     def __init__(

@@ -107,9 +107,7 @@ class PackedBatch:
         return replace(moved, layout=self.layout.to(device, non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """Return the same batch in pinned memory, from which copies to a GPU do not block; torch's data loader calls
-        this.
-        """
+        """Return the same batch in pinned memory, from which copies to a GPU do not block; for torch's data loader."""
         return replace(self._each(Tensor.pin_memory), layout=self.layout.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -140,12 +138,8 @@ def pack(
 ) -> PackedBatch:
     """Pack rows into one row.
 
-    Args:
-        rows: token ids.
-        labels: lists of the same lengths: the id of a trained token, else -100 (as in transformers, not shifted).
-        share: compute shared prefixes once; else every row is laid out in full.
-        groups: the grouping (None: the best one, see `plan_groups`).
-        replayed: which rows are replayed (None: no row).
+    ``labels`` have the id of a trained token, else -100 (as in transformers, not shifted). Without
+    ``share`` every row is laid out in full; ``groups`` None: the best ones (`plan_groups`).
     """
     if groups is None:
         groups = plan_groups(rows) if share else [Group(0, tuple(range(len(rows))))]

@@ -25,10 +25,9 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.training import distributed
-from tunewright.training.history import REWARD_ACCURACY, REWARD_CHOSEN, REWARD_REJECTED
-from tunewright.training.micro_batch import RawRows
+from tunewright.training.memory import RawRows
 from tunewright.training.packing import pack
-from tunewright.training.packing.fused_loss import batch_token_losses
+from tunewright.training.packing.fused_loss import RewardStatistics, batch_token_losses
 from tunewright.training.preference.pairs import PreferenceRows
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.trainer import Trainer
@@ -236,37 +235,6 @@ class PreferenceTrainer(Trainer):
             self._breakdown.add_pairs(rewards[:rows] > rewards[rows:])
 
 
-class RewardStatistics:
-    """Accumulates the rewards of a step's answers on the device, and reads them once.
-
-    A reward is ``beta`` times the log-ratio to the reference, with orpo the mean log-probability of a token.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
-        """Of chosen answers: rewards and number; the same of rejected ones; of pairs: chosen has more, number."""
-
-    def add(self, rewards: Tensor, chosen: Tensor) -> None:
-        """Add answers [A], of which some are ``chosen`` [A]."""
-        good = chosen.double()
-        given = rewards.double()
-        self._sums[:4] += torch.stack([(given * good).sum(), good.sum(), (given * (1 - good)).sum(), (1 - good).sum()])
-
-    def add_pairs(self, right: Tensor) -> None:
-        """Add pairs: True where the chosen answer has the higher reward [P]."""
-        self._sums[4:] += torch.stack([right.double().sum(), right.new_ones(len(right)).double().sum()])
-
-    def clear(self) -> None:
-        """Reset, for a step that is repeated or a new step."""
-        self._sums.zero_()
-
-    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the mean rewards, and the share of pairs whose chosen answer has the higher one."""
-        sums = over_processes(self._sums).tolist()
-        names = (REWARD_CHOSEN, REWARD_REJECTED, REWARD_ACCURACY)
-        return {name: sums[2 * n] / sums[2 * n + 1] for n, name in enumerate(names) if sums[2 * n + 1]}
-
-
 def _owners(labels: Sequence[Sequence[int]]) -> Tensor:
     """Return the row of each trained token, in the order of a packed batch [L]."""
     counts = [sum(label != IGNORED for label in given[1:]) for given in labels]
@@ -324,10 +292,8 @@ def _mismatched(preferences: PreferenceRows, limit: int) -> list[Row]:
 def dpo_losses(chosen: Tensor, rejected: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Return DPO's loss of each pair [P]: trl's loss_type ``sigmoid`` (Rafailov et al. 2023, eq. 7).
 
-    Args:
-        chosen, rejected: log-probabilities of the answers [P].
-        reference: those under the reference model, chosen and rejected [P, 2].
-        beta: weight of the distance from the reference.
+    All are log-probabilities of answers: chosen and rejected [P], and under the reference model
+    both [P, 2].
     """
     return -logsigmoid(beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1])))
 
@@ -335,9 +301,7 @@ def dpo_losses(chosen: Tensor, rejected: Tensor, reference: Tensor, beta: float)
 def orpo_losses(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """Return the odds-ratio term of ORPO's loss for each pair [P] (Hong et al. 2024, eq. 7).
 
-    Args:
-        chosen, rejected: mean log-probability of the answers' tokens [P].
-        beta: weight of the term.
+    ``chosen`` and ``rejected`` are mean log-probabilities of the answers' tokens [P].
     """
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
     return -beta * logsigmoid(log_odds)
@@ -360,13 +324,9 @@ def kto_losses(
 ) -> Tensor:
     """Return KTO's loss of each answer [A] (Ethayarajh et al. 2024, eq. 7).
 
-    Args:
-        answers: log-probabilities of the answers [A].
-        reference: those under the reference model [A].
-        divergence: estimate of the KL divergence from the reference, at least 0; a scalar without gradient.
-        desirable: True for a good answer [A].
-        beta: weight of the distance from the reference.
-        weights: factors of good and of bad answers.
+    ``answers`` and ``reference`` are log-probabilities [A]; ``divergence`` estimates the KL
+    divergence from the reference, a scalar of at least 0 without gradient; ``weights`` are the
+    factors of good and of bad answers.
     """
     distance = (answers - reference) - divergence
     sign = torch.where(desirable, 1.0, -1.0)

@@ -54,7 +54,7 @@ class Entry(_Line):
     event: Event
     trial: str
     rung: int
-    """Rung index from 1; 0 for the first steps, which are timed."""
+    """Rung index from 1; 0 where an older version timed the first steps."""
     step: int
     steps: int = 0
     """Steps made for this line."""
@@ -97,11 +97,7 @@ class Ledger:
 
     @classmethod
     def stored(cls, folder: Path) -> Ledger:
-        """Return the ledger in a sweep's folder.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
+        """Return the ledger in a sweep's folder."""
         path = folder / LEDGER
         try:
             first = text_lines(path.read_text(encoding="utf-8"))[:1]

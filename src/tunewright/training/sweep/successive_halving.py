@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from statistics import fmean
+from itertools import pairwise
 
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
@@ -83,60 +83,14 @@ def advancing_trials(trials: int) -> int:
     return max(trials // 2, 1)
 
 
-@dataclass(frozen=True)
-class TrainingSpeed:
-    """Measured training time in seconds."""
-
-    step: float
-    """Seconds of an optimizer step of the slowest kind of trial."""
-    rung: float
-    """Seconds of a rung besides its steps: loading the base, evaluating dev."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps at which trials are compared, and their estimated time."""
-
-    rungs: tuple[int, ...]
-    """Total steps of a trial at each comparison; the last is the full run."""
-    evaluated: tuple[int, ...] = ()
-    """Steps after which a run evaluates dev in any case."""
-
-    def seconds(self, trials: int, rung: int, pace: TrainingSpeed) -> float:
-        """Return the time to finish this rung (from 0) with ``trials`` trials, and the rest with the better halves."""
-        total = 0.0
-        for number in range(rung, len(self.rungs)):
-            total += trials * self.seconds_of_one(number, (0, *self.rungs)[number], pace)
-            trials = advancing_trials(trials)
-        return total
-
-    def seconds_with_one_more(self, through: int, rung: int, behind: int, pace: TrainingSpeed) -> float:
-        """Return the remaining time if one more trial goes through this rung, which ``through`` trials have finished.
-
-        That trial has made ``behind`` steps already.
-        """
-        return self.seconds_of_one(rung, behind, pace) + self.seconds(advancing_trials(through + 1), rung + 1, pace)
-
-    def seconds_of_one(self, rung: int, behind: int, pace: TrainingSpeed) -> float:
-        """Return the time of one trial through one rung."""
-        end = self.rungs[rung]
-        by_itself = sum(behind < step < end for step in self.evaluated)
-        return (end - behind) * pace.step + (1 + by_itself) * pace.rung
-
-
-def halving_schedule(trials: int, steps: int, evaluate_every: int) -> Schedule:
-    """Return as many rungs as halving ``trials`` down to one takes, each at half the steps of the next.
+def halving_rungs(trials: int, steps: int) -> tuple[int, ...]:
+    """Return the steps at which trials are compared, each half of the next: as many as halve them to one.
 
     Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943, figure 1): six trials are compared after a quarter
     of the steps, three after a half, and one trains to the end. Runs of very few steps have fewer rungs.
     """
     halvings = int(math.log2(trials))
-    rungs = sorted({math.ceil(steps / 2**left) for left in range(halvings + 1)})
-    return Schedule(tuple(rungs), tuple(range(evaluate_every, steps, evaluate_every)))
-
-
-FIRST_STEPS = 5
-"""Steps of the first trial that are timed before anything else is started."""
+    return tuple(sorted({math.ceil(steps / 2**left) for left in range(halvings + 1)}))
 
 
 @dataclass(frozen=True)
@@ -167,13 +121,14 @@ It raises KeyboardInterrupt once the state is saved."""
 class SuccessiveHalving:
     """One sweep of trials, the most promising first. The ledger records every result; recorded work is not repeated.
 
-    ``budget`` is seconds for the whole sweep, including those in the ledger (None: unlimited).
+    ``rungs`` are a trial's total steps at each comparison; the last is the full run. ``budget`` is seconds for the
+    whole sweep, including those in the ledger (None: unlimited).
     """
 
     def __init__(
         self,
         trials: Sequence[Trial],
-        schedule: Schedule,
+        rungs: tuple[int, ...],
         ledger: Ledger,
         train: Train,
         budget: float | None,
@@ -182,7 +137,7 @@ class SuccessiveHalving:
         at_once: int = 1,
     ) -> None:
         self.trials = trials
-        self.schedule = schedule
+        self.rungs = rungs
         self.ledger = ledger
         self.train = train
         self.budget = budget
@@ -193,12 +148,10 @@ class SuccessiveHalving:
 
     def run(self) -> Trial | None:
         """Run all rungs; return the winner, trained to its end, or None if the budget or every trial ended before."""
-        if self.budget is not None and self._pace() is None:
-            self._time_first_steps()
         alive = list(self.trials)
-        for rung, step in enumerate(self.schedule.rungs):
+        for rung, step in enumerate(self.rungs):
             self.reporter.say(
-                f"Rung {rung + 1} of {len(self.schedule.rungs)}, to step {step:,} of {self.schedule.rungs[-1]:,}: "
+                f"Rung {rung + 1} of {len(self.rungs)}, to step {step:,} of {self.rungs[-1]:,}: "
                 f"{len(alive)} trial{'' if len(alive) == 1 else 's'}"
             )
             through = self._run_rung(alive, rung)
@@ -216,7 +169,7 @@ class SuccessiveHalving:
             self._report_estimate()
             started = self._fitting(waiting, len(through), rung)
             if not started:
-                self._leave_out(waiting, rung, anything=bool(through))
+                self._leave_out(waiting, rung)
                 break
             through |= self._train_rung(started, rung)
             waiting = waiting[len(started) :]
@@ -225,7 +178,8 @@ class SuccessiveHalving:
     def _fitting(self, waiting: Sequence[Trial], through: int, rung: int) -> Sequence[Trial]:
         """Return the trials to start now: without a budget all of them, else as many as fit into it and train at once.
 
-        The budget counts the time of all trials, as if they were trained one after the other.
+        The budget counts the time of all trials, as if they were trained one after the other. The first trial of a
+        sweep starts in any case, since its first rung shows how long a step takes.
         """
         pace = self._pace()
         if self.budget is None:
@@ -233,17 +187,17 @@ class SuccessiveHalving:
         if pace is None:
             return waiting[:1]
         started: list[Trial] = []
-        ahead, left = 0.0, self.budget - self.ledger.seconds
+        ahead, left = 0, (self.budget - self.ledger.seconds) / pace
         for trial in waiting[: self.at_once]:
-            if ahead + self._with_one_more(trial, through + len(started), rung, pace) > left:
+            if ahead + self._steps_with(trial, through + len(started), rung) > left:
                 break
             started.append(trial)
-            ahead += self.schedule.seconds_of_one(rung, self._behind(trial, rung), pace)
+            ahead += self.rungs[rung] - self._behind(trial, rung)
         return started
 
     def _train_rung(self, trials: Sequence[Trial], rung: int) -> dict[str, Entry]:
         """Train trials through one rung."""
-        step, number = self.schedule.rungs[rung], rung + 1
+        step, number = self.rungs[rung], rung + 1
         entries = {}
         with closing(self.train(trials, step)) as outcomes:
             for trial in trials:
@@ -253,92 +207,81 @@ class SuccessiveHalving:
                 try:
                     outcome = next(outcomes)
                 except KeyboardInterrupt:
-                    self.ledger.add("stopped", trial.name, number, step, seconds=self._since(began))
+                    seconds = round(self.clock() - began, 3)
+                    self.ledger.add("stopped", trial.name, number, step, seconds=seconds)
                     raise
                 entries[trial.name] = self._recorded(trial, number, outcome)
         return entries
 
     def _recorded(self, trial: Trial, number: int, outcome: Outcome) -> Entry:
-        progress, seconds = outcome.result, round(outcome.seconds, 3)
-        if isinstance(progress, DivergedError):
-            return self._diverged(trial, number, progress, seconds)
-        event: Event = "finished" if number == len(self.schedule.rungs) else "measured"
-        step = self.schedule.rungs[number - 1]
-        entry = self.ledger.add(event, trial.name, number, step, seconds=seconds, **_values(progress))
+        result, seconds, step = outcome.result, round(outcome.seconds, 3), self.rungs[number - 1]
+        if isinstance(result, DivergedError):
+            why = result.what.split("; ")[0]  # without the step's rows: all trials have the same ones
+            self.reporter.warn(f"{trial.name} is out: {why}")
+            return self.ledger.add("diverged", trial.name, number, step, seconds=seconds, why=why)
+        entry = self.ledger.add(
+            "finished" if number == len(self.rungs) else "measured",
+            trial.name,
+            number,
+            step,
+            seconds=seconds,
+            steps=result.steps,
+            training_seconds=round(result.training_seconds, 3),
+            dev_loss=result.dev_loss,
+            dev_metric=result.dev_metric,
+        )
         self.reporter.say(f"{trial.name}, rung {number}: {measured_text(entry, self.ledger.head.metric)}")
         return entry
 
-    def _time_first_steps(self) -> None:
-        """Time a few steps of one of the slowest trials, so that nothing is started that cannot finish."""
-        if self.schedule.rungs[0] <= FIRST_STEPS:
-            return  # the first rung is not longer than that
-        for trial in sorted(self.trials, key=lambda t: -len(t.train.target_modules)):
-            self.reporter.say(f"Timing {FIRST_STEPS} steps of {trial.name}")
-            began = self.clock()
-            try:
-                with closing(self.train([trial], FIRST_STEPS)) as outcomes:
-                    outcome = next(outcomes)
-            except KeyboardInterrupt:
-                self.ledger.add("stopped", trial.name, 0, 0, seconds=self._since(began))
-                raise
-            progress, seconds = outcome.result, round(outcome.seconds, 3)
-            if isinstance(progress, DivergedError):
-                self._diverged(trial, 1, progress, seconds)
-                continue
-            self.ledger.add("timed", trial.name, 0, FIRST_STEPS, seconds=seconds, **_values(progress))
-            return
-
-    def _diverged(self, trial: Trial, number: int, error: DivergedError, seconds: float) -> Entry:
-        why = error.what.split("; ")[0]  # without the step's rows: all trials have the same ones
-        self.reporter.warn(f"{trial.name} is out: {why}")
-        step = self.schedule.rungs[number - 1]
-        return self.ledger.add("diverged", trial.name, number, step, seconds=seconds, why=why)
-
     def _advancing(self, alive: Sequence[Trial], through: dict[str, Entry], rung: int) -> list[Trial]:
         """Return the trials that advance; for the last rung, the winner."""
-        last = rung + 1 == len(self.schedule.rungs)
+        last = rung + 1 == len(self.rungs)
         measured = [t for t in alive if t.name in through and through[t.name].event != "diverged"]
         # A stable sort: among equal trials the more promising comes first.
         ranked = sorted(measured, key=lambda t: through[t.name].rank, reverse=True)
         keep = 1 if last else advancing_trials(len(through))
         for place, trial in enumerate(ranked):
             event: Event = "out" if place >= keep else "winner" if last else "promoted"
-            self.ledger.decide(event, trial.name, rung + 1, self.schedule.rungs[rung])
+            self.ledger.decide(event, trial.name, rung + 1, self.rungs[rung])
         return ranked[:keep]
 
     # Time
 
-    def _since(self, began: float) -> float:
-        return round(self.clock() - began, 3)
+    def _pace(self) -> float | None:
+        """Return the seconds of a step so far of the slowest kind of trial; None before the first result.
 
-    def _pace(self) -> TrainingSpeed | None:
-        """Return the measured time of steps and rungs; the slowest kind of trial counts."""
-        done = [e for e in self.ledger.entries if e.steps]
-        if not done:
-            return None
+        It counts loading and evaluation. Early rungs do both after fewer steps than later ones, so it is
+        rather too high than too low.
+        """
         kinds = {t.name: len(t.train.target_modules) for t in self.trials}
-        steps: dict[int, int] = defaultdict(int)
-        seconds: dict[int, float] = defaultdict(float)
-        for entry in done:
-            steps[kinds[entry.trial]] += entry.steps
-            seconds[kinds[entry.trial]] += entry.training_seconds
-        return TrainingSpeed(
-            step=max(seconds[kind] / steps[kind] for kind in steps),
-            rung=fmean(entry.seconds - entry.training_seconds for entry in done),
-        )
+        spent: dict[int, list[Entry]] = defaultdict(list)
+        for entry in self.ledger.entries:
+            if entry.steps:
+                spent[kinds[entry.trial]].append(entry)
+        return max((sum(e.seconds for e in own) / sum(e.steps for e in own) for own in spent.values()), default=None)
 
     def _behind(self, trial: Trial, rung: int) -> int:
-        return min(self.ledger.steps_of(trial.name), self.schedule.rungs[rung])
+        return min(self.ledger.steps_of(trial.name), self.rungs[rung])
 
-    def _with_one_more(self, trial: Trial, through: int, rung: int, pace: TrainingSpeed) -> float:
-        """Return the time of this trial's rung, and of the remaining rungs of the better half."""
-        return self.schedule.seconds_with_one_more(through, rung, self._behind(trial, rung), pace)
+    def _steps(self, trials: int, rung: int) -> int:
+        """Return the steps of ``trials`` trials through this rung (from 0), and of the better halves to the end."""
+        total = 0
+        for begin, end in pairwise((0, *self.rungs)[rung:]):
+            total += trials * (end - begin)
+            trials = advancing_trials(trials)
+        return total
 
-    def _leave_out(self, trials: Sequence[Trial], rung: int, *, anything: bool) -> None:
+    def _steps_with(self, trial: Trial, through: int, rung: int) -> int:
+        """Return the remaining steps if this trial joins ``through`` others that have finished the rung."""
+        own = self.rungs[rung] - self._behind(trial, rung)
+        return own + self._steps(advancing_trials(through + 1), rung + 1)
+
+    def _leave_out(self, trials: Sequence[Trial], rung: int) -> None:
         pace = self._pace()
         assert self.budget is not None and pace is not None
-        needed = self.ledger.seconds + self._with_one_more(trials[0], 0, rung, pace)
-        if rung == 0 and not anything:
+        begun = [made for trial in self.trials if (made := self.ledger.steps_of(trial.name))]
+        needed = self.ledger.seconds + pace * (self.rungs[-1] - sum(begun))
+        if len(begun) <= 1 and needed > self.budget:
             raise UserError(
                 f"The budget of {duration(self.budget)} is too small for a single trial, which takes about "
                 f"{duration(needed)} in total",
@@ -348,7 +291,7 @@ class SuccessiveHalving:
         names = ", ".join(trial.name for trial in trials)
         why = f"no time left in {duration(self.budget)}"
         for trial in trials:
-            self.ledger.decide("left out", trial.name, rung + 1, self.schedule.rungs[rung], why)
+            self.ledger.decide("left out", trial.name, rung + 1, self.rungs[rung], why)
         self.reporter.warn(f"Left out of rung {rung + 1}, {why}: {names}. A larger --minutes resumes from here.")
 
     def _report_estimate(self) -> None:
@@ -357,20 +300,11 @@ class SuccessiveHalving:
         if pace is None or self._estimate_reported:
             return
         self._estimate_reported = True
-        estimate = f"{trials} trials take about {duration(self.schedule.seconds(trials, 0, pace))} in total"
+        estimate = f"{trials} trials take about {duration(pace * self._steps(trials, 0))} in total"
         estimate += f", {self.at_once} at a time" if self.at_once > 1 else ""
         if self.budget is None:
             self.reporter.say(f"{estimate}.")
             return
-        count = max((k for k in range(1, trials + 1) if self.schedule.seconds(k, 0, pace) <= self.budget), default=0)
+        count = max((k for k in range(1, trials + 1) if pace * self._steps(k, 0) <= self.budget), default=0)
         allowed = "all of them" if count == trials else f"{count} of them"
         self.reporter.say(f"{estimate}. The budget of {duration(self.budget)} is enough for {allowed}.")
-
-
-def _values(progress: Progress) -> dict[str, float | int | None]:
-    return {
-        "steps": progress.steps,
-        "training_seconds": round(progress.training_seconds, 3),
-        "dev_loss": progress.dev_loss,
-        "dev_metric": progress.dev_metric,
-    }

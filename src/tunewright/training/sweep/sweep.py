@@ -25,11 +25,11 @@ from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
-from tunewright.models.loading import context_length, hidden_size, load_model
+from tunewright.models.loading import context_length, load_model, text_settings
 from tunewright.training.checkpoints import latest_complete_checkpoint, step_of
 from tunewright.training.monitoring import DivergedError
 from tunewright.training.rows import require_min_examples, training_rows
-from tunewright.training.run import evaluation_interval, total_steps
+from tunewright.training.run import total_steps
 from tunewright.training.self_samples import draw_replay
 from tunewright.training.sweep.ledger import Head, Ledger
 from tunewright.training.sweep.successive_halving import (
@@ -38,7 +38,7 @@ from tunewright.training.sweep.successive_halving import (
     SuccessiveHalving,
     Trial,
     default_rates,
-    halving_schedule,
+    halving_rungs,
     make_trials,
 )
 from tunewright.training.train import train, train_until, training_inputs
@@ -94,7 +94,7 @@ class Sweep:
         self.trainings = replace(trainings, reporter=self.once)
         self.forced = require_min_examples(len(version.domain_of("train")), force=force, reporter=reporter)
         own = project.config.train
-        self.trials = make_trials(own, rates or default_rates(own.learning_rate, hidden_size(base)))
+        self.trials = make_trials(own, rates or default_rates(own.learning_rate, int(text_settings(base).hidden_size)))
         if own not in [trial.train for trial in self.trials]:
             self.reporter.warn(
                 "The current config is not among the trials: they are the presets classic and all-linear with "
@@ -109,7 +109,7 @@ class Sweep:
         load.cache_clear()
         clear_device_cache(garbage_collection=True)  # the first trial loads its own base
         self.steps = total_steps(own, len(rows.rows) + len(replay.rows))
-        self.schedule = halving_schedule(len(self.trials), self.steps, evaluation_interval(own, self.steps))
+        self.rungs = halving_rungs(len(self.trials), self.steps)
         self.head = self._head()
         self.folder = project.sweeps / self.head.sweep
         self.work = project.work / "sweeps" / self.head.sweep
@@ -125,13 +125,13 @@ class Sweep:
             for trial in self.trials
         }
         return Head(
-            sweep=digest({"trials": trials, "rungs": self.schedule.rungs})[:12],
+            sweep=digest({"trials": trials, "rungs": self.rungs})[:12],
             dataset=self.version.digest,
             base=self.base.digest,
             template=self.chat.digest,
             metric=None if config.train.eval_max_samples == 0 else metric_name(config.evaluate.metric),
             steps=self.steps,
-            rungs=self.schedule.rungs,
+            rungs=self.rungs,
             trials=trials,
         )
 
@@ -141,7 +141,7 @@ class Sweep:
         budget = None if minutes is None else 60 * minutes
         halving = SuccessiveHalving(
             self.trials,
-            self.schedule,
+            self.rungs,
             ledger,
             self._train,
             budget,
