@@ -2,22 +2,13 @@
 
 import asyncio
 import json
-import sys
-from typing import Any, Literal
+from typing import Any
 
 import instructor
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel, Field
+from weather_tool import MODEL, QUESTION, URL, Weather
 
-URL, _, MODEL, QUESTION = sys.argv[1:]
 ASKED: Any = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]}
-
-
-class Weather(BaseModel):
-    """The weather."""
-
-    city: Literal["Oslo", "Rome"]
-    days: int = Field(ge=1, le=9)
 
 
 async def asynchronous() -> Any:

@@ -1,30 +1,15 @@
 """LangChain with functions and structured output; what it reads and does as one JSON document."""
 
 import json
-import sys
-from typing import Any, Literal
+from typing import Any
 
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import SecretStr
+from weather_tool import CALLING, MODEL, QUESTION, URL, Weather, ran, weather
 
-URL, CALLING, MODEL, QUESTION = sys.argv[1:]
 KEY = SecretStr("none")
-ran: list[dict[str, Any]] = []
-
-
-class Weather(BaseModel):
-    """The weather."""
-
-    city: Literal["Oslo", "Rome"]
-    days: int = Field(ge=1, le=9)
-
-
-def weather(city: Literal["Oslo", "Rome"], days: int) -> str:
-    """Return the weather."""
-    ran.append({"city": city, "days": days})
-    return f"{city}: rain"
 
 
 WEATHER = tool(weather)

@@ -1,22 +1,12 @@
 """LiteLLM with functions and structured output; what it reads and does as one JSON document."""
 
 import json
-import sys
-from typing import Any, Literal
+from typing import Any
 
 import litellm
-from pydantic import BaseModel, Field
+from weather_tool import CALLING, MODEL, QUESTION, URL, Weather, ran
 
-URL, CALLING, MODEL, QUESTION = sys.argv[1:]
 TURNS: Any = [{"role": "user", "content": QUESTION}]
-ran: list[dict[str, Any]] = []
-
-
-class Weather(BaseModel):
-    """The weather."""
-
-    city: Literal["Oslo", "Rome"]
-    days: int = Field(ge=1, le=9)
 
 
 TOOLS = [

@@ -2,30 +2,12 @@
 
 import asyncio
 import json
-import sys
-from typing import Any, Literal
 
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel, Field
-
-URL, CALLING, MODEL, QUESTION = sys.argv[1:]
-ran: list[dict[str, Any]] = []
-
-
-class Weather(BaseModel):
-    """The weather."""
-
-    city: Literal["Oslo", "Rome"]
-    days: int = Field(ge=1, le=9)
-
-
-def weather(city: Literal["Oslo", "Rome"], days: int) -> str:
-    """Return the weather."""
-    ran.append({"city": city, "days": days})
-    return f"{city}: rain"
+from weather_tool import CALLING, MODEL, QUESTION, URL, Weather, ran, weather
 
 
 def model(url: str) -> OpenAILike:

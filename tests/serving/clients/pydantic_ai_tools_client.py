@@ -2,29 +2,11 @@
 
 import asyncio
 import json
-import sys
-from typing import Any, Literal
 
-from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
-
-URL, CALLING, MODEL, QUESTION = sys.argv[1:]
-ran: list[dict[str, Any]] = []
-
-
-class Weather(BaseModel):
-    """The weather."""
-
-    city: Literal["Oslo", "Rome"]
-    days: int = Field(ge=1, le=9)
-
-
-def weather(city: Literal["Oslo", "Rome"], days: int) -> str:
-    """Return the weather."""
-    ran.append({"city": city, "days": days})
-    return f"{city}: rain"
+from weather_tool import CALLING, MODEL, QUESTION, URL, Weather, ran, weather
 
 
 async def main() -> None:

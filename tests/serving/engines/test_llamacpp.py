@@ -7,8 +7,7 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from tunewright.gate.isolation import TOLERANCE
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
 from tunewright.serving.engine_start import EngineSpec, base_file, start_engine
+from vllm_child import alive, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_running_answer_continues_while_adapters_change_and_the_old_process_ends
             assert await _ids(engine, Request(PROMPTS[0], two, 4))
             ids += [token async for delta in deltas for token in delta.ids]
             assert ids == expected
-            await asyncio.to_thread(_wait_until, lambda: not _alive(old))
+            await asyncio.to_thread(wait_until, lambda: not alive(old))
             assert engine.in_flight == (0, 0)
 
         asyncio.run(asyncio.wait_for(change(), 300))
@@ -160,7 +160,7 @@ def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes(
             os.kill(engine._now.child.process_id, signal.SIGKILL)
             with pytest.raises(EngineStoppedError):
                 await waiting
-            await asyncio.to_thread(_wait_until, lambda: engine._now.child.starts == 2 and not engine.stopped)
+            await asyncio.to_thread(wait_until, lambda: engine._now.child.starts == 2 and not engine.stopped)
             assert await _ids(engine, request) == before
 
         asyncio.run(asyncio.wait_for(ask(), 300))
@@ -278,17 +278,3 @@ def test_start_names_the_package_when_llama_cpp_is_not_installed(
     with pytest.raises(UserError) as caught:
         start_engine("llamacpp", Config(), spec, LogReporter())
     assert caught.value.fix == "pip install 'tunewright[llamacpp]'"
-
-
-def _alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def _wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)

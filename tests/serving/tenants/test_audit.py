@@ -32,30 +32,28 @@ def fill(state: State) -> None:
     state.keys.revoke(message.prefix)
 
 
-def test_audit_adds_a_line_with_author_and_action_for_every_change(state_url: str) -> None:
-    with State(state_url, "ann") as state:
-        fill(state)
-        lines = state.audit.lines()
-        assert [line.action for line in lines] == [
-            "tenant.add",
-            "tenant.limit",
-            "key.add",
-            "release.deploy",
-            "release.deploy",
-            "key.revoke",
-        ]
-        assert {line.actor for line in lines} == {"ann"}
-        assert json.loads(lines[1].details)["after"]["requests_per_minute"] == 60
-        check = state.verify()
-        assert (check.faults, check.lines, check.head) == ((), 6, lines[-1].digest)
+def test_audit_adds_a_line_with_author_and_action_for_every_change(state: State) -> None:
+    fill(state)
+    lines = state.audit.lines()
+    assert [line.action for line in lines] == [
+        "tenant.add",
+        "tenant.limit",
+        "key.add",
+        "release.deploy",
+        "release.deploy",
+        "key.revoke",
+    ]
+    assert {line.actor for line in lines} == {"ann"}
+    assert json.loads(lines[1].details)["after"]["requests_per_minute"] == 60
+    check = state.verify()
+    assert (check.faults, check.lines, check.head) == ((), 6, lines[-1].digest)
 
 
-def test_change_without_effect_adds_no_line(state_url: str) -> None:
-    with State(state_url) as state:
-        state.tenants.add("acme", ["courts"], Limits(concurrency=2))
-        state.tenants.limit("acme", Limits(concurrency=2))
-        state.tenants.grant("acme", ["courts"])
-        assert len(state.audit.lines()) == 1
+def test_change_without_effect_adds_no_line(state: State) -> None:
+    state.tenants.add("acme", ["courts"], Limits(concurrency=2))
+    state.tenants.limit("acme", Limits(concurrency=2))
+    state.tenants.grant("acme", ["courts"])
+    assert len(state.audit.lines()) == 1
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +87,11 @@ def test_verify_names_a_changed_line(filled: str, number: int, column: str, valu
 
 
 @pytest.mark.parametrize("number", [1, 3, 6])
-def test_verify_names_a_missing_line(state_url: str, number: int) -> None:
-    with State(state_url, "ann") as state:
-        fill(state)
-        with raw(state_url) as execute:
-            execute("DELETE FROM audit WHERE number = :n", n=number)
-        assert f"line {number} is missing" in state.verify().faults[0]
+def test_verify_names_a_missing_line(state_url: str, state: State, number: int) -> None:
+    fill(state)
+    with raw(state_url) as execute:
+        execute("DELETE FROM audit WHERE number = :n", n=number)
+    assert f"line {number} is missing" in state.verify().faults[0]
 
 
 def _rewrite(state_url: str, first: int, *, head: bool) -> None:
@@ -113,45 +110,41 @@ def _rewrite(state_url: str, first: int, *, head: bool) -> None:
             execute("UPDATE audit_head SET digest = :d", d=lines[-1]["digest"])
 
 
-def test_verify_finds_a_line_changed_together_with_its_digest(state_url: str) -> None:
-    with State(state_url, "ann") as state:
-        fill(state)
-        noted = state.audit.lines()
-        changed = asdict(noted[2]) | {"actor": "bob"}
-        del changed["digest"]
-        with raw(state_url) as execute:
-            execute("UPDATE audit SET actor = 'bob', digest = :d WHERE number = 3", d=digest(changed))
-        assert state.verify().faults == ("line 3 and its digest were changed: line 4 has another previous digest",)
+def test_verify_finds_a_line_changed_together_with_its_digest(state_url: str, state: State) -> None:
+    fill(state)
+    noted = state.audit.lines()
+    changed = asdict(noted[2]) | {"actor": "bob"}
+    del changed["digest"]
+    with raw(state_url) as execute:
+        execute("UPDATE audit SET actor = 'bob', digest = :d WHERE number = 3", d=digest(changed))
+    assert state.verify().faults == ("line 3 and its digest were changed: line 4 has another previous digest",)
 
 
-def test_verify_finds_a_rewritten_chain_by_its_head(state_url: str) -> None:
-    with State(state_url, "ann") as state:
-        fill(state)
-        _rewrite(state_url, 3, head=False)
-        assert "line 6 and its digest were changed" in state.verify().faults[0]
+def test_verify_finds_a_rewritten_chain_by_its_head(state_url: str, state: State) -> None:
+    fill(state)
+    _rewrite(state_url, 3, head=False)
+    assert "line 6 and its digest were changed" in state.verify().faults[0]
 
 
-def test_verify_finds_a_rewritten_log_by_a_noted_digest(state_url: str) -> None:
-    with State(state_url, "ann") as state:
-        fill(state)
-        noted = state.verify().head
-        assert not state.verify(noted).faults
-        state.tenants.add("globex")
-        assert not state.verify(noted[:16]).faults  # it may have grown since
-        _rewrite(state_url, 3, head=True)
-        assert not state.verify().faults
-        assert "no line has the noted digest" in state.verify(noted).faults[0]
+def test_verify_finds_a_rewritten_log_by_a_noted_digest(state_url: str, state: State) -> None:
+    fill(state)
+    noted = state.verify().head
+    assert not state.verify(noted).faults
+    state.tenants.add("globex")
+    assert not state.verify(noted[:16]).faults  # it may have grown since
+    _rewrite(state_url, 3, head=True)
+    assert not state.verify().faults
+    assert "no line has the noted digest" in state.verify(noted).faults[0]
 
 
-def test_verify_names_a_release_that_differs_from_the_log(state_url: str) -> None:
-    with State(state_url, "ann") as state:
-        fill(state)
-        with raw(state_url) as execute:
-            execute("UPDATE releases SET digest = :d WHERE number = 2", d=DIGESTS["c"])
-        assert state.verify().faults == ("release 2 of courts differs from the audit log",)
-        with raw(state_url) as execute:
-            execute("DELETE FROM releases WHERE number = 2")
-        assert state.verify().faults == ("release 2 of courts differs from the audit log",)
+def test_verify_names_a_release_that_differs_from_the_log(state_url: str, state: State) -> None:
+    fill(state)
+    with raw(state_url) as execute:
+        execute("UPDATE releases SET digest = :d WHERE number = 2", d=DIGESTS["c"])
+    assert state.verify().faults == ("release 2 of courts differs from the audit log",)
+    with raw(state_url) as execute:
+        execute("DELETE FROM releases WHERE number = 2")
+    assert state.verify().faults == ("release 2 of courts differs from the audit log",)
 
 
 def test_concurrent_changes_make_one_chain(state_url: str) -> None:
@@ -196,14 +189,15 @@ def test_open_waits_while_another_process_creates_the_state(tmp_path: Path) -> N
         ("UPDATE api_keys SET prefix = 'tw_0000000000'", "key tw_"),
     ],
 )
-def test_verify_names_a_tenant_or_key_that_differs_from_the_log(state_url: str, statement: str, named: str) -> None:
-    with State(state_url, "ann") as state:
-        fill(state)
-        with raw(state_url) as execute:
-            execute(statement)
-        faults = state.verify().faults
-        assert faults
-        assert all(fault.startswith(named) and "differs from the audit log" in fault for fault in faults)
+def test_verify_names_a_tenant_or_key_that_differs_from_the_log(
+    state_url: str, state: State, statement: str, named: str
+) -> None:
+    fill(state)
+    with raw(state_url) as execute:
+        execute(statement)
+    faults = state.verify().faults
+    assert faults
+    assert all(fault.startswith(named) and "differs from the audit log" in fault for fault in faults)
 
 
 CHANGES = st.lists(

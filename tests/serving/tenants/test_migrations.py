@@ -97,16 +97,15 @@ def test_concurrent_opens_migrate_once(state_url: str) -> None:
         assert [line.action for line in state.audit.lines()].count("schema.upgrade") == 1
 
 
-def test_verify_accepts_audit_lines_without_later_fields(state_url: str) -> None:
-    with State(state_url) as state:
-        made = state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
-        from tunewright.serving.tenants import _comparable
+def test_verify_accepts_audit_lines_without_later_fields(state: State) -> None:
+    made = state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
+    from tunewright.serving.tenants import _comparable
 
-        now = made.as_dict()
-        old = {
-            **now,
-            "grounds": {k: v for k, v in now["grounds"].items() if k not in ("isolation", "untested", "serving")},
-        }
-        del old["system_prompt"], old["grammar"]
-        assert _comparable(old) == _comparable(now)
-        assert _comparable({**old, "digest": DIGESTS["c"]}) != _comparable(now)
+    now = made.as_dict()
+    old = {
+        **now,
+        "grounds": {k: v for k, v in now["grounds"].items() if k not in ("isolation", "untested", "serving")},
+    }
+    del old["system_prompt"], old["grammar"]
+    assert _comparable(old) == _comparable(now)
+    assert _comparable({**old, "digest": DIGESTS["c"]}) != _comparable(now)

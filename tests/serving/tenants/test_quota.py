@@ -161,22 +161,20 @@ def test_two_servers_together_admit_as_much_as_one(state_url: str, limits: Limit
         assert one.usage.sums()[0].requests == most
 
 
-def test_second_settle_changes_nothing(state_url: str) -> None:
-    with State(state_url) as state:
-        caller, release = with_tenant(state)
-        number = state.quota.reserve(reservation(caller, release), "g")
-        state.quota.settle(number, used(1, 2))
-        state.quota.settle(number, used(3, 4))
-        (line,) = state.usage.lines()
-        assert (line.prompt_tokens, line.completion_tokens) == (1, 2)
+def test_second_settle_changes_nothing(state: State) -> None:
+    caller, release = with_tenant(state)
+    number = state.quota.reserve(reservation(caller, release), "g")
+    state.quota.settle(number, used(1, 2))
+    state.quota.settle(number, used(3, 4))
+    (line,) = state.usage.lines()
+    assert (line.prompt_tokens, line.completion_tokens) == (1, 2)
 
 
-def test_request_over_the_limit_by_itself_has_no_wait(state_url: str) -> None:
-    with State(state_url) as state:
-        caller, release = with_tenant(state, limits=Limits(tokens_per_minute=100))
-        with pytest.raises(LimitExceededError, match="101 tokens, over the limit") as caught:
-            state.quota.reserve(reservation(caller, release, 101), "g")
-        assert caught.value.wait is None
+def test_request_over_the_limit_by_itself_has_no_wait(state: State) -> None:
+    caller, release = with_tenant(state, limits=Limits(tokens_per_minute=100))
+    with pytest.raises(LimitExceededError, match="101 tokens, over the limit") as caught:
+        state.quota.reserve(reservation(caller, release, 101), "g")
+    assert caught.value.wait is None
 
 
 def test_requests_of_a_dead_server_no_longer_count(state_url: str) -> None:

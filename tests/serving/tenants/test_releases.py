@@ -31,40 +31,38 @@ def test_rollback_of_a_candidate_restores_the_live_adapters_grounds(state_url: s
         assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
 
 
-def test_rollback_of_a_withdrawal_restores_its_grounds(state_url: str) -> None:
-    with State(state_url, "ann") as state:
-        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
-        ended = state.releases.undeploy("courts", "a typing mistake")
-        assert (ended.adapter, ended.grounds.because, ended.author) == ("a", "a typing mistake", "ann")
-        assert state.releases.live() == {}
-        with pytest.raises(UserError, match="already undeployed, since its release 2"):
-            state.releases.undeploy("courts")
-        with pytest.raises(UserError, match="no live release to try a candidate"):
-            state.releases.start_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
-        with pytest.raises(UserError, match="Release 2 of courts is a withdrawal"):
-            state.releases.rollback("courts", 2)
-        back = state.releases.rollback("courts")
-        assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
-        assert list(state.releases.live()) == ["courts"]
-        assert not state.verify().faults
+def test_rollback_of_a_withdrawal_restores_its_grounds(state: State) -> None:
+    state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+    ended = state.releases.undeploy("courts", "a typing mistake")
+    assert (ended.adapter, ended.grounds.because, ended.author) == ("a", "a typing mistake", "ann")
+    assert state.releases.live() == {}
+    with pytest.raises(UserError, match="already undeployed, since its release 2"):
+        state.releases.undeploy("courts")
+    with pytest.raises(UserError, match="no live release to try a candidate"):
+        state.releases.start_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+    with pytest.raises(UserError, match="Release 2 of courts is a withdrawal"):
+        state.releases.rollback("courts", 2)
+    back = state.releases.rollback("courts")
+    assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
+    assert list(state.releases.live()) == ["courts"]
+    assert not state.verify().faults
 
 
-def test_invalid_releases_are_refused(state_url: str) -> None:
-    with State(state_url) as state:
-        with pytest.raises(UserError, match="no live release to try a candidate"):
-            state.releases.start_candidate("courts", Candidate("a", DIGESTS["a"], 0.1), SHIP)
-        with pytest.raises(UserError, match="There is no alias 'courts'"):
-            state.releases.rollback("courts")
-        with pytest.raises(UserError, match=r"Invalid name .* for an alias"):
-            state.releases.deploy("Courts/1", "a", DIGESTS["a"], SHIP)
-        state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
-        with pytest.raises(UserError, match="no adapter before"):
-            state.releases.rollback("courts")
-        with pytest.raises(UserError, match="has no candidate"):
-            state.releases.promote("courts")
-        for share in (0.0, 1.0, -0.1):
-            with pytest.raises(UserError, match="share must be above 0"):
-                state.releases.start_candidate("courts", Candidate("b", DIGESTS["b"], share), SHIP)
+def test_invalid_releases_are_refused(state: State) -> None:
+    with pytest.raises(UserError, match="no live release to try a candidate"):
+        state.releases.start_candidate("courts", Candidate("a", DIGESTS["a"], 0.1), SHIP)
+    with pytest.raises(UserError, match="There is no alias 'courts'"):
+        state.releases.rollback("courts")
+    with pytest.raises(UserError, match=r"Invalid name .* for an alias"):
+        state.releases.deploy("Courts/1", "a", DIGESTS["a"], SHIP)
+    state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+    with pytest.raises(UserError, match="no adapter before"):
+        state.releases.rollback("courts")
+    with pytest.raises(UserError, match="has no candidate"):
+        state.releases.promote("courts")
+    for share in (0.0, 1.0, -0.1):
+        with pytest.raises(UserError, match="share must be above 0"):
+            state.releases.start_candidate("courts", Candidate("b", DIGESTS["b"], share), SHIP)
 
 
 def test_concurrent_deploys_are_serialized(state_url: str) -> None:
@@ -82,32 +80,31 @@ def test_concurrent_deploys_are_serialized(state_url: str) -> None:
         assert two.releases.newest() == history[-1].id
 
 
-def test_system_prompt_choice_belongs_to_the_release(state_url: str) -> None:
-    with State(state_url) as state:
-        releases = state.releases
+def test_system_prompt_choice_belongs_to_the_release(state_url: str, state: State) -> None:
+    releases = state.releases
+    releases.deploy("courts", "a", DIGESTS["a"], SHIP)
+    with pytest.raises(UserError, match="already"):
         releases.deploy("courts", "a", DIGESTS["a"], SHIP)
-        with pytest.raises(UserError, match="already"):
-            releases.deploy("courts", "a", DIGESTS["a"], SHIP)
-        assert not releases.deploy("courts", "a", DIGESTS["a"], SHIP, system_prompt=False).system_prompt
-        with pytest.raises(UserError, match="already"):
-            releases.require_deployable("courts", "a", DIGESTS["a"], system_prompt=False)
-        beside = releases.start_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
-        assert beside.candidate is not None
-        assert (beside.system_prompt, beside.candidate.system_prompt) == (False, True)
-        assert releases.promote("courts").answer == (DIGESTS["b"], True, None)
-        assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
-        releases.start_candidate("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
-        assert releases.promote("courts").answer == (DIGESTS["c"], False, None)
-        assert not releases.undeploy("courts").system_prompt
-        assert releases.rollback("courts").answer == (DIGESTS["c"], False, None)
-        assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
-        assert releases.rollback("courts").answer == (DIGESTS["a"], True, None)
-        assert releases.live() == {"courts": releases.history("courts")[-1]}
-        assert state.verify().faults == ()
-        with raw(state_url) as execute:
-            execute("UPDATE releases SET system_prompt = :no WHERE number = 1", no=False)
-            execute("UPDATE releases SET candidate_system_prompt = :yes WHERE number = 6", yes=True)
-        assert state.verify().faults == (
-            "release 1 of courts differs from the audit log",
-            "release 6 of courts differs from the audit log",
-        )
+    assert not releases.deploy("courts", "a", DIGESTS["a"], SHIP, system_prompt=False).system_prompt
+    with pytest.raises(UserError, match="already"):
+        releases.require_deployable("courts", "a", DIGESTS["a"], system_prompt=False)
+    beside = releases.start_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+    assert beside.candidate is not None
+    assert (beside.system_prompt, beside.candidate.system_prompt) == (False, True)
+    assert releases.promote("courts").answer == (DIGESTS["b"], True, None)
+    assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
+    releases.start_candidate("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
+    assert releases.promote("courts").answer == (DIGESTS["c"], False, None)
+    assert not releases.undeploy("courts").system_prompt
+    assert releases.rollback("courts").answer == (DIGESTS["c"], False, None)
+    assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
+    assert releases.rollback("courts").answer == (DIGESTS["a"], True, None)
+    assert releases.live() == {"courts": releases.history("courts")[-1]}
+    assert state.verify().faults == ()
+    with raw(state_url) as execute:
+        execute("UPDATE releases SET system_prompt = :no WHERE number = 1", no=False)
+        execute("UPDATE releases SET candidate_system_prompt = :yes WHERE number = 6", yes=True)
+    assert state.verify().faults == (
+        "release 1 of courts differs from the audit log",
+        "release 6 of courts differs from the audit log",
+    )

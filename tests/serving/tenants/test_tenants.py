@@ -22,27 +22,25 @@ from tunewright.serving.tenants import InvalidKeyError, Limits, State, StateUnav
 from tunewright.serving.tenants.tables import SCHEMA_VERSION
 
 
-def test_key_may_use_its_tenants_aliases_including_later_ones(state_url: str) -> None:
-    with State(state_url) as state:
-        state.tenants.add("acme", ["courts"])
-        key, reported = state.keys.create("acme")
-        assert state.keys.caller(key).aliases == {"courts"}
-        state.tenants.grant("acme", ["recipes"])
-        assert state.keys.caller(key).aliases == {"courts", "recipes"}
-        state.tenants.revoke("acme", ["courts"])
-        assert state.keys.caller(key).aliases == {"recipes"}
-        assert reported.prefix in key
+def test_key_may_use_its_tenants_aliases_including_later_ones(state: State) -> None:
+    state.tenants.add("acme", ["courts"])
+    key, reported = state.keys.create("acme")
+    assert state.keys.caller(key).aliases == {"courts"}
+    state.tenants.grant("acme", ["recipes"])
+    assert state.keys.caller(key).aliases == {"courts", "recipes"}
+    state.tenants.revoke("acme", ["courts"])
+    assert state.keys.caller(key).aliases == {"recipes"}
+    assert reported.prefix in key
 
 
-def test_scoped_key_may_use_only_aliases_its_tenant_has(state_url: str) -> None:
-    with State(state_url) as state:
-        state.tenants.add("acme", ["courts", "recipes"])
-        key, _ = state.keys.create("acme", aliases=["courts"])
-        assert state.keys.caller(key).aliases == {"courts"}
-        state.tenants.revoke("acme", ["courts"])
-        assert state.keys.caller(key).aliases == set()
-        with pytest.raises(UserError, match="may not call courts"):
-            state.keys.create("acme", aliases=["courts"])
+def test_scoped_key_may_use_only_aliases_its_tenant_has(state: State) -> None:
+    state.tenants.add("acme", ["courts", "recipes"])
+    key, _ = state.keys.create("acme", aliases=["courts"])
+    assert state.keys.caller(key).aliases == {"courts"}
+    state.tenants.revoke("acme", ["courts"])
+    assert state.keys.caller(key).aliases == set()
+    with pytest.raises(UserError, match="may not call courts"):
+        state.keys.create("acme", aliases=["courts"])
 
 
 def test_stored_key_data_cannot_authenticate(tmp_path: Path) -> None:
@@ -62,13 +60,12 @@ def test_stored_key_data_cannot_authenticate(tmp_path: Path) -> None:
     assert (file.parent / ".gitignore").read_text() == "*\n"
 
 
-def test_keys_differ_and_hold_256_random_bits(state_url: str) -> None:
-    with State(state_url) as state:
-        state.tenants.add("acme")
-        keys = [state.keys.create("acme") for _ in range(20)]
-        assert len({key for key, _ in keys}) == 20
-        # 43 characters of 6 bits, and the checksum.
-        assert all(len(key) == len(reported.prefix) + 1 + 43 + 6 for key, reported in keys)
+def test_keys_differ_and_hold_256_random_bits(state: State) -> None:
+    state.tenants.add("acme")
+    keys = [state.keys.create("acme") for _ in range(20)]
+    assert len({key for key, _ in keys}) == 20
+    # 43 characters of 6 bits, and the checksum.
+    assert all(len(key) == len(reported.prefix) + 1 + 43 + 6 for key, reported in keys)
 
 
 NO_KEY = "tw_0000000000_" + "A" * 43
@@ -136,25 +133,24 @@ def test_key_is_refused_when_expired_or_revoked(state_url: str) -> None:
         assert state.tenants.list()[0].keys == 0
 
 
-def test_disable_removes_keys_and_aliases_of_one_tenant_only(state_url: str) -> None:
-    with State(state_url) as state:
-        for name, aliases in (("globex", ["courts"]), ("acme", ["courts", "recipes"])):
-            state.tenants.add(name, aliases)
-        state.keys.create("globex")
-        keys = [state.keys.create("acme")[0] for _ in range(2)]
-        state.keys.revoke(state.keys.list("acme")[0].prefix)
-        before = len(state.audit.lines())
-        ended = state.tenants.disable("acme")
-        assert (ended.aliases, ended.keys) == ((), 0)
-        for key in keys:
-            with pytest.raises(InvalidKeyError):
-                state.keys.caller(key)
-        assert [line.action for line in state.audit.lines()[before:]] == ["key.revoke", "tenant.revoke"]
-        assert not state.verify().faults
-        assert state.tenants.get("globex").aliases == ("courts",)
-        assert state.tenants.get("globex").keys == 1
-        with pytest.raises(UserError, match="no keys and no aliases"):
-            state.tenants.disable("acme")
+def test_disable_removes_keys_and_aliases_of_one_tenant_only(state: State) -> None:
+    for name, aliases in (("globex", ["courts"]), ("acme", ["courts", "recipes"])):
+        state.tenants.add(name, aliases)
+    state.keys.create("globex")
+    keys = [state.keys.create("acme")[0] for _ in range(2)]
+    state.keys.revoke(state.keys.list("acme")[0].prefix)
+    before = len(state.audit.lines())
+    ended = state.tenants.disable("acme")
+    assert (ended.aliases, ended.keys) == ((), 0)
+    for key in keys:
+        with pytest.raises(InvalidKeyError):
+            state.keys.caller(key)
+    assert [line.action for line in state.audit.lines()[before:]] == ["key.revoke", "tenant.revoke"]
+    assert not state.verify().faults
+    assert state.tenants.get("globex").aliases == ("courts",)
+    assert state.tenants.get("globex").keys == 1
+    with pytest.raises(UserError, match="no keys and no aliases"):
+        state.tenants.disable("acme")
 
 
 def test_rotated_key_stays_valid_during_the_overlap(state_url: str) -> None:
@@ -186,26 +182,25 @@ def test_rotation_never_extends_the_old_key(state_url: str) -> None:
         assert old.expires == clock.now + 10
 
 
-def test_invalid_changes_are_refused_and_change_nothing(state_url: str) -> None:
-    with State(state_url) as state:
-        state.tenants.add("acme")
-        lines = len(state.audit.lines())
-        for message, mistake in (
-            ("The tenant acme already exists", lambda: state.tenants.add("acme")),
-            ("Invalid name 'Acme Inc' for a tenant", lambda: state.tenants.add("Acme Inc")),
-            ("Invalid name '../x' for an alias", lambda: state.tenants.add("globex", ["../x"])),
-            (
-                "requests_per_minute must be at least 1 \\(got 0\\)",
-                lambda: state.tenants.add("globex", (), Limits(requests_per_minute=0)),
-            ),
-            ("Tenants: acme", lambda: state.tenants.limit("globex", Limits())),
-            ("No key has the prefix", lambda: state.keys.revoke("tw_0")),
-            ("may not call courts", lambda: state.tenants.revoke("acme", ["courts"])),
-        ):
-            with pytest.raises(UserError, match=message):
-                mistake()
-        assert [tenant.name for tenant in state.tenants.list()] == ["acme"]
-        assert len(state.audit.lines()) == lines
+def test_invalid_changes_are_refused_and_change_nothing(state: State) -> None:
+    state.tenants.add("acme")
+    lines = len(state.audit.lines())
+    for message, mistake in (
+        ("The tenant acme already exists", lambda: state.tenants.add("acme")),
+        ("Invalid name 'Acme Inc' for a tenant", lambda: state.tenants.add("Acme Inc")),
+        ("Invalid name '../x' for an alias", lambda: state.tenants.add("globex", ["../x"])),
+        (
+            "requests_per_minute must be at least 1 \\(got 0\\)",
+            lambda: state.tenants.add("globex", (), Limits(requests_per_minute=0)),
+        ),
+        ("Tenants: acme", lambda: state.tenants.limit("globex", Limits())),
+        ("No key has the prefix", lambda: state.keys.revoke("tw_0")),
+        ("may not call courts", lambda: state.tenants.revoke("acme", ["courts"])),
+    ):
+        with pytest.raises(UserError, match=message):
+            mistake()
+    assert [tenant.name for tenant in state.tenants.list()] == ["acme"]
+    assert len(state.audit.lines()) == lines
 
 
 def test_state_of_a_newer_tunewright_is_refused(state_url: str) -> None:
@@ -261,15 +256,14 @@ def test_key_has_the_time_of_its_last_use(state_url: str) -> None:
         assert [key.last_used for key in state.keys.list()] == [clock.now]
 
 
-def test_callers_are_the_tenants_with_a_valid_key_and_their_aliases(state_url: str) -> None:
-    with State(state_url) as state:
-        for name, aliases in (("acme", ["courts", "recipes"]), ("globex", []), ("initech", ["courts"])):
-            state.tenants.add(name, aliases)
-            state.keys.create(name)
-        state.tenants.add("keyless", ["courts"])
-        state.keys.create("acme", lifetime=60)
-        assert state.tenants.callers() == {"acme": {"courts", "recipes"}, "globex": set(), "initech": {"courts"}}
-        state.tenants.disable("acme")
-        (key,) = state.keys.list("initech")
-        state.keys.revoke(key.prefix)
-        assert state.tenants.callers() == {"globex": set()}
+def test_callers_are_the_tenants_with_a_valid_key_and_their_aliases(state: State) -> None:
+    for name, aliases in (("acme", ["courts", "recipes"]), ("globex", []), ("initech", ["courts"])):
+        state.tenants.add(name, aliases)
+        state.keys.create(name)
+    state.tenants.add("keyless", ["courts"])
+    state.keys.create("acme", lifetime=60)
+    assert state.tenants.callers() == {"acme": {"courts", "recipes"}, "globex": set(), "initech": {"courts"}}
+    state.tenants.disable("acme")
+    (key,) = state.keys.list("initech")
+    state.keys.revoke(key.prefix)
+    assert state.tenants.callers() == {"globex": set()}
