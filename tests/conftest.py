@@ -137,6 +137,15 @@ def state_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return new_schema(request.getfixturevalue("postgres"))
 
 
+@pytest.fixture
+def state(state_url: str) -> Iterator[Any]:
+    """The serving state itself, open."""
+    from tunewright.serving.tenants import State
+
+    with State(state_url, "ann") as opened:
+        yield opened
+
+
 @pytest.fixture(scope="module", params=["llama", "mistral", "mistral-window"])
 def plain(request: pytest.FixtureRequest) -> Any:
     """A tiny model whose answers wander, of each architecture."""

@@ -139,12 +139,6 @@ def reference() -> Any:
 
 
 @pytest.fixture
-def state(state_url: str) -> Iterator[State]:
-    with State(state_url, "ann") as opened:
-        yield opened
-
-
-@pytest.fixture
 def two_tenants(state: State, adapters: dict[str, Stored]) -> dict[str, str]:
     """The keys of acme, which may call courts, and of globex, which may call recipes."""
     keys = {}

@@ -17,9 +17,10 @@ from tunewright.data.tools import read_tools
 from tunewright.engines.protocol import Delta, Engine
 from tunewright.generation.requests import Finish, Request
 from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import AnonymousAuth, Auth
+from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.preprocess import Tokenization
 from tunewright.serving.gateway.server import serving
+from tunewright.serving.gateway.tenant_auth import Auth
 
 WEATHER: dict[str, Any] = {
     "name": "weather",

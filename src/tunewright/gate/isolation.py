@@ -45,6 +45,7 @@ SHORT = 64
 VERSION = 2
 """The version of the checks; a result of an earlier version does not count."""
 _ROUNDS = 2
+"""Times that a mixed batch is sent, since chance decides which rows share a pass."""
 
 
 @dataclass(frozen=True)

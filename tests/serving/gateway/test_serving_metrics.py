@@ -19,10 +19,10 @@ from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import AnonymousAuth, Auth, ServedAdapter
+from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter
 from tunewright.serving.gateway.metrics import ENDED_SECONDS, Metrics, ServerState, exposed
 from tunewright.serving.gateway.server import serving
-from tunewright.serving.gateway.tenant_auth import TenantAuth
+from tunewright.serving.gateway.tenant_auth import Auth, TenantAuth
 from tunewright.serving.tenants import Candidate, Limits, RequestUsage, State
 
 HELLO = [{"role": "user", "content": "hello"}]

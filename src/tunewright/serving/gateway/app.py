@@ -19,7 +19,7 @@ from tunewright.config import GatewayConfig
 from tunewright.core import tracing
 from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
-from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
+from tunewright.serving.gateway.auth import model_not_found
 from tunewright.serving.gateway.errors import AnyError, ApiError, as_api_error, parse_request
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.messages_api import MessagesFormat, MessagesRequest, error_document
@@ -39,6 +39,7 @@ from tunewright.serving.gateway.responses import (
 )
 from tunewright.serving.gateway.responses_api import ResponsesFormat, ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
+from tunewright.serving.gateway.tenant_auth import Auth, Principal
 from tunewright.serving.tenants import StateUnavailableError
 
 log = logging.getLogger("tunewright")
@@ -169,7 +170,7 @@ class Gateway:
         async with principal.counting():
             name = http.path_params["name"]
             if name not in principal.models():
-                raise model_not_found(name, principal)
+                raise model_not_found(name, principal.models())
             return JSONResponse(_model_document(name))
 
     async def _authenticate(self, http: HttpRequest) -> Principal:

@@ -1,12 +1,12 @@
-"""Authentication: its interface, and access without keys. Tenants authenticate in :mod:`.tenant_auth`."""
+"""The adapters behind models, and access without keys. Tenants authenticate in :mod:`.tenant_auth`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from tunewright.adapters.lineage import SystemPrompt
 from tunewright.chat.call_grammar import CallGrammars
@@ -87,81 +87,18 @@ class Admission:
     shadow: Shadow | None = None
 
 
-class Principal(Protocol):
-    """The authenticated sender of a request."""
-
-    @property
-    def name(self) -> str:
-        """The name under which the fair queue counts it."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Maximum number of tokens that the prompts and answers of one request may have together; None: no limit."""
-
-    def counting(self) -> AbstractAsyncContextManager[None]:
-        """Return a context in which a request is handled; it counts even if it is refused."""
-
-    def models(self) -> list[str]:
-        """Return the names of the models it may use."""
-
-    def target(self, body: RequestBody) -> Target:
-        """Return the adapter that answers a request."""
-
-    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
-        """Reserve quota for a request. Call it right after :meth:`target`.
-
-        Args:
-            target: the adapter that answers.
-            tokens: the most that the prompts and answers can have together.
-            end_user: the client's label for its user.
-
-        Raises:
-            ApiError: 429 or 400, the request is over a limit.
-        """
-
-
-def model_not_found(name: str, principal: Principal) -> ApiError:
+def model_not_found(name: str, models: Sequence[str]) -> ApiError:
     """Return the error for a model that does not exist; a model of another tenant looks the same."""
-    models = ", ".join(principal.models()) or "none"
-    message = f"The model {name} does not exist or you do not have access to it. Available models: {models}."
+    available = ", ".join(models) or "none"
+    message = f"The model {name} does not exist or you do not have access to it. Available models: {available}."
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 
-class Auth(Protocol):
-    """Authenticates requests, and knows which models there are."""
-
-    reports_load: bool
-    """True if `/health` reports the number of requests: not to tenants, which could observe each other by it."""
-
-    @property
-    def available(self) -> bool:
-        """False while requests are refused because nobody can be authenticated."""
-
-    @property
-    def released(self) -> list[Released]:
-        """The adapters behind these names now; safe to read from any thread."""
-
-    @property
-    def resident(self) -> list[str]:
-        """The digests of the loaded adapters; safe to read from any thread."""
-
-    @property
-    def system_prompts(self) -> dict[str, str]:
-        """The system messages added to requests without one, by model."""
-
-    def running(self, keep: Callable[[Mapping[str, Collection[str]]], None]) -> AbstractAsyncContextManager[None]:
-        """Return a context that runs the background work while the server runs.
-
-        Args:
-            keep: called now and then with the tenants that can send requests, and their aliases.
-        """
-
-    async def authenticate(self, authorization: str | None) -> Principal:
-        """Return the sender of a request, given its ``Authorization`` header."""
-
-
 class AnonymousAuth:
-    """Access without keys: every client may use the base and all adapters, by name."""
+    """Access without keys: every client may use the base and all adapters, by name.
+
+    It is its own principal, the authenticated sender of each request.
+    """
 
     reports_load = True
     available = True
@@ -201,7 +138,7 @@ class AnonymousAuth:
 
     def target(self, body: RequestBody) -> Target:
         if body.model not in self._models:
-            raise model_not_found(body.model, self)
+            raise model_not_found(body.model, self.models())
         prompt, grammar = self.system_prompts.get(body.model), self._grammars.get(body.model)
         return Target(body.model, self._models[body.model], system_prompt=prompt, grammar=grammar)
 

@@ -39,7 +39,7 @@ would lose the answer."""
 _REPORT_SECONDS = 60.0
 _OWN_DESCRIPTORS = 256
 """For the database, adapters, and the engine's connections."""
-_BACKLOG = 2048
+_BACKLOG = 2048  # uvicorn's default
 
 
 class ConnectionState(ServerState):

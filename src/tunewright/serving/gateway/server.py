@@ -30,7 +30,7 @@ from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter, constr
 from tunewright.serving.gateway.connections import BoundedHttpProtocol, ConnectionState
 from tunewright.serving.gateway.metrics import exposed
 from tunewright.serving.gateway.preprocess import Tokenization
-from tunewright.serving.gateway.tenant_auth import TenantAuth
+from tunewright.serving.gateway.tenant_auth import Auth, TenantAuth
 from tunewright.serving.tenants import State
 
 _DEFAULT_LIMITS = GatewayConfig()
@@ -224,7 +224,7 @@ class Service:
         )
         self._engine = start_engine(config.serve.engine, config, spec, reporter)
         if isinstance(served, TenantSource):
-            self._auth: TenantAuth | AnonymousAuth = TenantAuth(served.state, self._engine, served.locate, reporter)
+            self._auth: Auth = TenantAuth(served.state, self._engine, served.locate, reporter)
         else:
             prompts = {name: adapter.system_prompt for name, adapter in adapters.items()}
             for name, prompt in prompts.items():

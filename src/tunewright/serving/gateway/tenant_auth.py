@@ -22,7 +22,15 @@ from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
 from tunewright.core.text import token_checksum
 from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
-from tunewright.serving.gateway.auth import Admission, Released, ServedAdapter, Shadow, Target, model_not_found
+from tunewright.serving.gateway.auth import (
+    Admission,
+    AnonymousAuth,
+    Released,
+    ServedAdapter,
+    Shadow,
+    Target,
+    model_not_found,
+)
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.release_router import ReleaseRouter
 from tunewright.serving.gateway.schemas import RequestBody
@@ -61,7 +69,7 @@ class _Begun:
 class TenantAuth:
     """Access by API key: each tenant may use its own aliases, within its quota."""
 
-    reports_load = False
+    reports_load = False  # of `/health`: tenants could observe each other by the number of requests
 
     def __init__(
         self, state: State, engine: Engine, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
@@ -81,23 +89,30 @@ class TenantAuth:
 
     @property
     def released(self) -> list[Released]:
+        """The adapters of each alias; safe to read from any thread."""
         return self.router.released
 
     @property
     def resident(self) -> list[str]:
+        """The digests of the loaded adapters; safe to read from any thread."""
         return self.router.resident
 
     @property
     def system_prompts(self) -> dict[str, str]:
+        """The system messages added to requests without one, by alias."""
         return self.router.system_prompts
 
     @property
     def available(self) -> bool:
+        """False while requests are refused because nobody can be authenticated."""
         return not self._troubles
 
     @asynccontextmanager
     async def running(self, keep: Callable[[Mapping[str, Collection[str]]], None]) -> AsyncIterator[None]:
-        """Follow the releases while the server runs; the present ones are loaded first."""
+        """Follow the releases while the server runs; the present ones are loaded first.
+
+        ``keep`` is called now and then with the tenants that can send requests, and their aliases.
+        """
         self._keep = keep
         await self._update()
         following = asyncio.create_task(self._follow())
@@ -281,10 +296,12 @@ class TenantPrincipal:
 
     @property
     def name(self) -> str:
+        """The name under which the fair queue counts it."""
         return self.caller.tenant
 
     @property
     def max_tokens(self) -> int | None:
+        """Maximum number of tokens that the prompts and answers of one request may have together; None: no limit."""
         return self.caller.tokens_per_minute
 
     @asynccontextmanager
@@ -307,7 +324,7 @@ class TenantPrincipal:
         """Return the adapter of an alias; a missing alias and one of another tenant give the same error."""
         release = self.auth.router.routes.get(body.model) if body.model in self.caller.aliases else None
         if release is None:
-            raise model_not_found(body.model, self)
+            raise model_not_found(body.model, self.models())
 
         def target(answer: Answer, shadow: Target | None = None) -> Target:
             digest, added, grammar = answer
@@ -323,7 +340,13 @@ class TenantPrincipal:
         return target(candidate.answer if canary else release.answer)
 
     async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
-        """Reserve the most that the request can use."""
+        """Reserve the most that the request can use. Call it right after :meth:`target`.
+
+        Args:
+            target: the adapter that answers.
+            tokens: the most that the prompts and answers can have together.
+            end_user: the client's label for its user.
+        """
         assert target.digest is not None and target.release_id is not None
         caller, digest = self.caller, target.digest
         reservation = Reservation(
@@ -338,6 +361,13 @@ class TenantPrincipal:
         self._counted = True
         shadow = None if target.shadow is None else self.auth.shadow(number, target)
         return Admission(settle=lambda usage: self.auth.settle(number, digest, usage), shadow=shadow)
+
+
+Auth = AnonymousAuth | TenantAuth
+"""Authenticates requests, and knows which models there are."""
+
+Principal = AnonymousAuth | TenantPrincipal
+"""The authenticated sender of a request."""
 
 
 def in_canary_share(tenant: str, body: RequestBody, digest: str, share: float) -> bool:
