@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -78,19 +79,15 @@ def require_groups_found(groups: Iterable[str], parents: Iterable[Parent | None]
     """Refuse a group that is not found above any row of a document, given the object above each row."""
     different = list({id(parent): parent for parent in parents}.values())
     for group in groups:
-        if not any(_is_found(group, parent) for parent in different):
+        for parent in different:
+            with suppress(RowError):
+                value_above(group, parent)
+                break
+        else:
             keys = list(dict.fromkeys(key for parent in different[:1] if parent for key in parent if key != PARENT))
             named = ", ".join(keys[:_MOST_KEYS]) + (f" and {len(keys) - _MOST_KEYS} more" * (len(keys) > _MOST_KEYS))
             fix = f"Keys of the object above a row: {named}." if keys else "There are no objects above the rows."
             raise UserError(f"{group!r} selects nothing above any row of {path}", where="data.group_by", fix=fix)
-
-
-def _is_found(group: str, parent: Parent | None) -> bool:
-    try:
-        value_above(group, parent)
-    except RowError:
-        return False
-    return True
 
 
 _ROW, _ABOVE = "row", "above"

@@ -56,7 +56,12 @@ def columns(
     if mapping is not None:
         names = mapping.columns(header)
     else:
-        known = None if data.input or data.output else _known(header, nested)
+        fits = (
+            [*needed, *(name for name in also if name in header and (nested or name != "history"))]
+            for needed, also in _KNOWN_COLUMNS
+            if set(needed) <= set(header) and (nested or needed in _TEXT_COLUMNS)
+        )
+        known = None if data.input or data.output else next(fits, None)
         if known is None:
             absent = {name for needed, _ in _KNOWN_COLUMNS for name in needed} - set(header)
             near = [(name, nearest_known_key(name, absent)) for name in header]
@@ -86,14 +91,6 @@ def columns(
     if ignored:
         notes.append(f"{where.rsplit(':', 1)[0]}: dropped by data.drop_columns: {', '.join(ignored)}")
     return names, kept
-
-
-def _known(header: Sequence[str], nested: bool) -> list[str] | None:
-    for needed, also in _KNOWN_COLUMNS:
-        texts = needed in _TEXT_COLUMNS
-        if set(needed) <= set(header) and (nested or texts):
-            return [*needed, *(n for n in also if n in header and (nested or n != "history"))]
-    return None
 
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
