@@ -129,7 +129,7 @@ def exclusion_reasons(
     ``benchmarks`` maps a file's name to the texts of its items; ``what`` names the rows in the progress title.
     """
     held_out = [m for m in domain if m.split != "train"]
-    reasons = _near(examples, domain, data.dedup_threshold, reporter, what)
+    reasons = _near_reasons(examples, domain, data.dedup_threshold, reporter, what)
     against = {"held-out rows": [m.example.input_text for m in held_out], **benchmarks}
     for hit in find_hits(examples, against, reporter):
         reasons.setdefault(hit.row, f"{hit.how} with item {hit.item + 1} of {hit.source}")
@@ -138,7 +138,7 @@ def exclusion_reasons(
     return reasons
 
 
-def _near(
+def _near_reasons(
     examples: Mapping[str, Example], domain: Sequence[Member], similarity: float, reporter: Reporter, what: str
 ) -> dict[str, str]:
     keys = list(examples)

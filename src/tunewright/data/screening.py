@@ -52,7 +52,7 @@ def screen(
         _finder(presidio)  # refuse before any row is read
     with reporter.task("looking for secrets", len(rows), "examples") as task:
         parts, file = list[_Part](), RowFile()
-        for part in workers.map(_screened, screening, slices(rows, pii.STEP), task, batch=2):
+        for part in workers.map(_screen_rows, screening, slices(rows, pii.STEP), task, batch=2):
             parts.append(replace(part, rows=[row.stored(file) for row in part.rows]))
     if redact:
         rows = [row for part in parts for row in part.rows]
@@ -99,13 +99,13 @@ _finder = cache(open_presidio)
 """Return a model's finder, loaded once in each process."""
 
 
-def _screened(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:
+def _screen_rows(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:
     """Search some rows, and replace what is found if that is wanted."""
     also = _finder(screening.presidio) if screening.presidio else None
     part = _Part()
     if screening.redact:
-        rows = [_redacted(row, also, screening.allow, part.redacted) for row in rows]
-    clean = _with_clean_values(rows, also, screening, part)
+        rows = [_redact_row(row, also, screening.allow, part.redacted) for row in rows]
+    clean = _clean_values(rows, also, screening, part)
     part.found = pii.find_in_rows([(f"{row.source}:{row.line}", row.example) for row in clean], also)
     if screening.redact:
         part.rows = clean
@@ -113,7 +113,7 @@ def _screened(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _
     return part
 
 
-def _redacted(row: SourceRow, also: Finder | None, allow: Sequence[str], counts: Counter[str]) -> SourceRow:
+def _redact_row(row: SourceRow, also: Finder | None, allow: Sequence[str], counts: Counter[str]) -> SourceRow:
     example, of_row = pii.redact(row.example, also=also, allow=allow)
     counts.update(of_row)
     metadata = row.metadata
@@ -125,7 +125,7 @@ def _redacted(row: SourceRow, also: Finder | None, allow: Sequence[str], counts:
     return replace(row, example=example, metadata=metadata)
 
 
-def _with_clean_values(
+def _clean_values(
     rows: Sequence[SourceRow], also: Finder | None, screening: _Screening, part: _Part
 ) -> list[SourceRow]:
     """Return the rows, with ``redact`` without secrets in group values and metadata, which the version stores as given.
@@ -148,15 +148,15 @@ def _with_clean_values(
     for row in rows:
         bad_groups = [name for name, value in row.groups.items() if looked_at(name, value, row, f"the group {name}")]
         # A key that contains a secret is not named: the message would leak it.
-        bad_names = {key: _digested(key) for key in row.metadata if looked_at("", key, row, "a key's name")}
+        bad_names = {key: _digest_text(key) for key in row.metadata if looked_at("", key, row, "a key's name")}
         texts = [(key, *each) for key, value in row.metadata.items() for each in pii.value_texts(value, key)]
         bad_keys = {
             key for key, name, text in texts if looked_at(name, text, row, f"the key {bad_names.get(key, key)}")
         }
         if screening.redact and (bad_groups or bad_keys or bad_names):
-            groups = {**row.groups, **{name: _digested(row.groups[name]) for name in bad_groups}}
+            groups = {**row.groups, **{name: _digest_text(row.groups[name]) for name in bad_groups}}
             metadata = {
-                bad_names.get(key, key): _digested(canonical_json(value)) if key in bad_keys else value
+                bad_names.get(key, key): _digest_text(canonical_json(value)) if key in bad_keys else value
                 for key, value in row.metadata.items()
             }
             row = replace(row, groups=groups, metadata=metadata)
@@ -186,7 +186,7 @@ def _report_values(parts: Sequence[_Part], reporter: Reporter, *, redact: bool) 
         )
 
 
-def _digested(value: str) -> str:
+def _digest_text(value: str) -> str:
     return f"redacted-{hashlib.sha256(value.encode()).hexdigest()[:16]}"
 
 

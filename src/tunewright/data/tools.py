@@ -232,7 +232,7 @@ def _cut(text: str) -> str:
 def compiled_schema(text: str) -> CompiledSchema:
     """Return the JSON Schema (Draft 2020-12) in a text, ready to check arguments."""
     schema = json.loads(text)
-    size = _checked_size(schema)
+    size = _measure_schema(schema)
     for key in ("$schema", "$id"):  # both would make references other than local
         schema.pop(key, None)
     metaschema, validator = _validators()
@@ -249,7 +249,7 @@ _REFUSED = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$anchor", "uneval
 """They would need a check of their own that it ends; no schema for functions uses them."""
 
 
-def _checked_size(schema: Any) -> int:
+def _measure_schema(schema: Any) -> int:
     """Return the number of schemas and listed values, with references followed; refuse what is over a limit."""
     places: dict[_Pointer, Any] = {(): schema}
     left: list[_Pointer] = [()]
@@ -261,7 +261,7 @@ def _checked_size(schema: Any) -> int:
             left.append((*path, *inner))
         if len(places) > MAX_VALUES:
             raise SchemaLimitError(f"more than {MAX_VALUES:,} values")
-    return _followed((), places, {}, set(), 0)[0]
+    return _measure((), places, {}, set(), 0)[0]
 
 
 def _subschemas(schema: Any) -> Iterator[tuple[_Pointer, Any]]:
@@ -296,7 +296,7 @@ def _check_keywords(schema: Any, path: _Pointer) -> None:
             raise SchemaLimitError(f"a pattern of {len(pattern):,} characters (limit {MAX_PATTERN:,})")
 
 
-def _followed(
+def _measure(
     path: _Pointer,
     places: Mapping[_Pointer, Any],
     done: dict[_Pointer, tuple[int, int]],
@@ -320,7 +320,7 @@ def _followed(
                 if inner[-1] not in places:
                     raise DeclarationError(f'"$ref" {_cut(schema["$ref"])} names no schema of this document')
             for each in inner:
-                more, high = _followed(each, places, done, above, level + 1)
+                more, high = _measure(each, places, done, above, level + 1)
                 size, height = size + more, max(height, high + 1)
         above.remove(path)
         if size > MAX_VALUES:
@@ -334,7 +334,7 @@ def _followed(
 _END: ContextVar[float] = ContextVar("the thread's time at which a check ends")
 
 
-def _found(pattern: str, text: str) -> bool:
+def _matches(pattern: str, text: str) -> bool:
     try:
         return regex.search(pattern, text, timeout=max(_END.get() - time.thread_time(), 0.001)) is not None
     except TimeoutError:
@@ -358,19 +358,19 @@ def _validators() -> tuple[Any, Callable[[Any], Any]]:
     # jsonschema's own forms of these keywords search with Python's re, which has no limit, or compare all pairs of
     # items.
     def check_pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
-        if isinstance(value, str) and not _found(pattern, value):
+        if isinstance(value, str) and not _matches(pattern, value):
             yield ValidationError("does not match")
 
     def check_patterns(validator: Any, patterns: Any, value: Any, _schema: Any) -> Iterator[ValidationError]:
         for pattern, schema in patterns.items() if isinstance(value, dict) else ():
             for key, inner in value.items():
-                if _found(pattern, key):
+                if _matches(pattern, key):
                     yield from validator.descend(inner, schema, path=key, schema_path=pattern)
 
     def check_others(validator: Any, others: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
         patterns = schema.get("patternProperties", {})
         for key, inner in value.items() if isinstance(value, dict) else ():
-            if key in schema.get("properties", {}) or any(_found(pattern, key) for pattern in patterns):
+            if key in schema.get("properties", {}) or any(_matches(pattern, key) for pattern in patterns):
                 continue
             if others is False:
                 yield ValidationError(f'unexpected key "{key}"')

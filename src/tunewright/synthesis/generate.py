@@ -115,7 +115,7 @@ class RowGenerator:
         prompts = [each.example.prompt for place, each in enumerate(inputs) if place not in reasons]
         calls = self.teacher.calls(prompts, self.project.config.generate.samples)
         judged = 0 if self.judge is None else len(prompts) + 2 * self.judge.config.controls
-        return GenerateEstimate(len(inputs), _places(inputs, reasons), calls, judged)
+        return GenerateEstimate(len(inputs), _group_places(inputs, reasons), calls, judged)
 
     def run(self, inputs: Sequence[Input], out: Path) -> GenerateResult:
         """Sample the teacher, and write the rows that are kept to a file that ``data add`` reads."""
@@ -129,12 +129,12 @@ class RowGenerator:
         warn_of_versions(models, self.reporter)
         kept: dict[int, tuple[Message, float]] = {}
         for place, drawn in zip(asked, samples, strict=True):
-            chosen = self._kept(inputs[place], drawn)
+            chosen = self._choose_answer(inputs[place], drawn)
             if isinstance(chosen, str):
                 reasons[place] = chosen
             else:
                 kept[place] = chosen
-        scores = self._judged(inputs, kept, reasons)
+        scores = self._judge_answers(inputs, kept, reasons)
         rows = [
             self._row(inputs[place], *kept[place], drawn, scores.get(place))
             for place, drawn in zip(asked, samples, strict=True)
@@ -143,12 +143,12 @@ class RowGenerator:
         if rows:
             write_rows(out, rows)
         written = str(out) if rows else None
-        left_out = _places(inputs, reasons)
+        left_out = _group_places(inputs, reasons)
         judged = None if self.judge is None else self.judge.used
         used = self.teacher.used
         return GenerateResult(written, len(inputs), len(rows), left_out, dict(models), used, judged)
 
-    def _judged(
+    def _judge_answers(
         self, inputs: Sequence[Input], kept: Mapping[int, tuple[Message, float]], reasons: dict[int, str]
     ) -> dict[int, int]:
         """Return the judge's scores, and add a reason for each answer that does not pass."""
@@ -163,7 +163,7 @@ class RowGenerator:
                 reasons[place] = UNDER if isinstance(score, int) else f"not judged: {score}"
         return found
 
-    def _kept(self, given: Input, samples: Sequence[TeacherSample]) -> tuple[Message, float] | str:
+    def _choose_answer(self, given: Input, samples: Sequence[TeacherSample]) -> tuple[Message, float] | str:
         """Return the chosen answer with its agreement, or the reason why the input gets no row."""
         prompt = given.example.prompt
         unusable = [sample.unusable for sample in samples if sample.unusable is not None]
@@ -222,7 +222,7 @@ def warn_of_versions(models: Mapping[str, int], reporter: Reporter) -> None:
         )
 
 
-def _places(inputs: Sequence[Input], reasons: Mapping[int, str]) -> dict[str, list[str]]:
+def _group_places(inputs: Sequence[Input], reasons: Mapping[int, str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for place, reason in sorted(reasons.items()):
         found.setdefault(reason, []).append(inputs[place].place)
@@ -345,7 +345,7 @@ class RubricJudge:
     def scores(self, title: str, examples: Sequence[Example]) -> list[int | str]:
         """Return the score of each example's output, or the reason for a missing one."""
         self._reporter.say(f"Inputs and answers are sent to the judge {self.config.model} at {self.config.base_url}")
-        return list(map(_read, self._endpoint.ask(title, [self._conversation(example) for example in examples])))
+        return list(map(_read_score, self._endpoint.ask(title, [self._conversation(example) for example in examples])))
 
     def _conversation(self, example: Example) -> Conversation:
         task, answer = task_text(example.prompt), example.output
@@ -360,7 +360,7 @@ class RubricJudge:
         return JudgeCalls(usage.calls, usage.cost)
 
 
-def _read(reply: Reply) -> int | str:
+def _read_score(reply: Reply) -> int | str:
     if reply.refused is not None:
         return reply.refused
     found = _SCORE.findall(reply.text)

@@ -129,7 +129,7 @@ def screen_inputs(
     examples = {key: inputs[place].example for key, place in left.items()}
     config = project.config.data
     if version is not None:
-        held_out = _held_out(version, {key: inputs[place] for key, place in left.items()}, config, reporter)
+        held_out = _find_held_out(version, {key: inputs[place] for key, place in left.items()}, config, reporter)
         reasons |= {left[key]: HELD_OUT for key in held_out}
     against = {name: read_items(project.root / name) for name in config.benchmarks}
     if version is not None:
@@ -141,7 +141,7 @@ def screen_inputs(
     return reasons
 
 
-def _held_out(
+def _find_held_out(
     version: DatasetVersion, inputs: Mapping[str, Input], config: DataConfig, reporter: Reporter
 ) -> frozenset[str]:
     splits = {m.key: m.split for m in version.domain}

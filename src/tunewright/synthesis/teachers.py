@@ -59,7 +59,7 @@ def with_instruction(prompt: Prompt, instruction: str | None) -> Prompt:
     return (*prompt[:head], Message("system", instruction), *prompt[head:])
 
 
-def _sent(prompt: Prompt) -> list[dict[str, Any]]:
+def _endpoint_turns(prompt: Prompt) -> list[dict[str, Any]]:
     """Return the turns as an endpoint takes them."""
     return [{**replace(m, weight=1).as_dict()} for m in prompt if m.role != "tools"]
 
@@ -79,7 +79,7 @@ class _Reader:
             unusable = EMPTY
         if unusable:
             return TeacherSample(None, unusable, model, when)
-        row: dict[str, Any] = {"messages": [*_sent(prompt), turn]}
+        row: dict[str, Any] = {"messages": [*_endpoint_turns(prompt), turn]}
         if prompt[0].role == "tools":
             row["tools"] = json.loads(prompt[0].content)
         try:
@@ -136,7 +136,7 @@ class EndpointTeacher:
                 "type": "json_schema",
                 "json_schema": {"name": "answer", "schema": dict(self._schema)},
             }
-        conversation = tuple(_sent(with_instruction(prompt, self.config.instruction)))
+        conversation = tuple(_endpoint_turns(with_instruction(prompt, self.config.instruction)))
         return [ChatRequest(conversation, own, number) for number in range(samples)]
 
     def _sample(self, prompt: Prompt, reply: Reply) -> TeacherSample:
@@ -190,7 +190,7 @@ class LocalTeacher:
 
     def calls(self, prompts: Sequence[Prompt], samples: int) -> Calls:
         """Return what sampling takes."""
-        wanted = self._wanted(self._encoded(prompts), samples)
+        wanted = self._sample_keys(self._encode(prompts), samples)
         missing = self._journal.missing(wanted).values()
         return Calls(
             calls=len(wanted),
@@ -202,9 +202,9 @@ class LocalTeacher:
 
     def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[TeacherSample]]:
         """Return the samples of each prompt; a resumed run computes only the missing ones."""
-        encoded = self._encoded(prompts)
+        encoded = self._encode(prompts)
         asked = {ids: prompt for prompt, ids in encoded}
-        wanted = self._wanted(encoded, samples)
+        wanted = self._sample_keys(encoded, samples)
         missing = sorted(self._journal.missing(wanted).values())
         if missing:
             with self._reporter.task(title, len(wanted), "samples") as task, self._journal.keeping() as keep:
@@ -226,13 +226,13 @@ class LocalTeacher:
             found.append([self._sample(prompt, entry) for entry in entries])
         return found
 
-    def _wanted(
+    def _sample_keys(
         self, encoded: Sequence[tuple[Prompt, tuple[int, ...]]], samples: int
     ) -> dict[str, tuple[tuple[int, ...], int]]:
         """Return ids and number of each distinct sample by its key."""
         return {_sample_key(ids, number): (ids, number) for _, ids in encoded for number in range(samples)}
 
-    def _encoded(self, prompts: Sequence[Prompt]) -> list[tuple[Prompt, tuple[int, ...]]]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[Prompt, tuple[int, ...]]]:
         instruction = self.config.instruction
         return [(prompt, self._generator.prompt(with_instruction(prompt, instruction))) for prompt in prompts]
 

@@ -263,7 +263,7 @@ def _drop_key(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
     return (turns, f"{place(error.path)} left out{why}") if droppable else None
 
 
-def _role(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+def _correct_role(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
     role, turn = turns[at].role, turns[at]
     if not isinstance(role, str):
         return None
@@ -287,7 +287,7 @@ def _result_text(turns: list[Turn], at: int, error: RowError) -> Repaired | None
     return turns, f"{place(error.path)}: the result written as JSON"
 
 
-def _arguments(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+def _write_arguments(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
     """Write absent or empty arguments as {}, and a Python literal as JSON."""
     calls = list(turns[at].calls)
     number = next(n for n, call in enumerate(calls) if call.arguments_path == error.path)
@@ -307,7 +307,7 @@ def _arguments(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
     return turns, f"{place(error.path)}: {what}"
 
 
-def _ids(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
+def _number_calls(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
     """Number the calls, if the results after each turn with calls can be matched with them in one way only."""
     count = 0
     for at, turn in enumerate(turns):
@@ -335,7 +335,7 @@ def _ids(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
     return turns, "calls and results numbered by their order"
 
 
-def _blank(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+def _drop_blank(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
     """Drop a blank last turn after an answer, or a blank system turn."""
     last = at == len(turns) - 1 and any(turn.role == "assistant" for turn in turns[:at])
     if not last and not (at == 0 and turns[0].role == "system"):
@@ -344,7 +344,7 @@ def _blank(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
     return turns, f"{place(error.path)} left out: it is empty"
 
 
-def _repeat(turns: list[Turn], at: int, _error: RowError) -> Repaired | None:
+def _drop_repeated(turns: list[Turn], at: int, _error: RowError) -> Repaired | None:
     """Drop one of two consecutive turns of a role if it is blank or a repetition."""
     before, here = turns[at - 1], turns[at]
     if here.content == before.content and here.rest == before.rest and not here.calls:
@@ -357,7 +357,7 @@ def _repeat(turns: list[Turn], at: int, _error: RowError) -> Repaired | None:
     return None
 
 
-def _unanswered(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
+def _drop_unanswered(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
     """Drop the turns after the last trained answer, which would not be trained on."""
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.rest.get("weight", 1) == 1]
     if not answers:
@@ -368,16 +368,16 @@ def _unanswered(turns: list[Turn], _at: int, _error: RowError) -> Repaired | Non
 
 _REPAIRS: dict[str, Callable[[list[Turn], int, RowError], Repaired | None]] = {
     "E303": _drop_key,
-    "E304": _role,
+    "E304": _correct_role,
     "E305": _result_text,
     "E306": _result_text,
     "E307": _drop_key,
-    "E308": _unanswered,
+    "E308": _drop_unanswered,
     "E309": _drop_key,
-    "E401": _blank,
-    "E406": _repeat,
-    "E407": _unanswered,
-    "E504": _arguments,
-    "E507": _ids,
-    "E512": _ids,
+    "E401": _drop_blank,
+    "E406": _drop_repeated,
+    "E407": _drop_unanswered,
+    "E504": _write_arguments,
+    "E507": _number_calls,
+    "E512": _number_calls,
 }
