@@ -148,26 +148,9 @@ class Server:
         self.running = Command(self, [self.answer() for _ in range(processes)], folder)
         return self.running
 
-    def run(
-        self,
-        *arguments: str | Path,
-        killed_at: tuple[str, int] | None = None,
-        file_limit: int | None = None,
-        processes: int = 1,
-        environment: Mapping[str, str] | None = None,
-        fault: Fault | None = None,
-        memory: int | None = None,
-    ) -> Ended:
-        """Run a command to its end; the exit code is the first process's."""
-        return self.start(
-            *arguments,
-            killed_at=killed_at,
-            file_limit=file_limit,
-            processes=processes,
-            environment=environment,
-            fault=fault,
-            memory=memory,
-        ).wait()
+    def run(self, *arguments: str | Path, **options: Any) -> Ended:
+        """Run a command to its end, with the options of `start`; the exit code is the first process's."""
+        return self.start(*arguments, **options).wait()
 
     def answer(self) -> int:
         """Return the server's next line."""

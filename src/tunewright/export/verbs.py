@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.export import HubOptions
-from tunewright.export.artifact import ExportSource
+from tunewright.export.artifact import BuiltArtifact, ExportResult, ExportSource, Kind, export, find_export
 from tunewright.models.bases import hub_id
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.export.artifact import BuiltArtifact, ExportResult, Kind
     from tunewright.export.compressed import Scheme
     from tunewright.export.gguf.tensors import FileType
     from tunewright.export.hub import HubResult
@@ -32,7 +31,6 @@ def merge(project: OpenProject, adapter: str | None = None, *, to: str | Path | 
     Raises:
         UserError: no such adapter, an adapter that does not fit, or a folder with other contents.
     """
-    from tunewright.export.artifact import export
     from tunewright.export.merge import build_merged
 
     source = ExportSource.find(project, adapter)
@@ -62,7 +60,6 @@ def gguf(
     Raises:
         UserError: llama.cpp is not installed, GGUF does not support the model, or as for :meth:`merge`.
     """
-    from tunewright.export.artifact import export
     from tunewright.export.gguf.artifact import build_lora, build_model, require_llamacpp
     from tunewright.export.gguf.model import require_gguf
 
@@ -93,7 +90,6 @@ def compressed(
     Raises:
         UserError: llm-compressor is not installed, does not support the model or fails, or as for :meth:`merge`.
     """
-    from tunewright.export.artifact import export
     from tunewright.export.compressed import build_compressed, compression, require_compressed
 
     environment = require_compressed(project.base)
@@ -132,7 +128,6 @@ def ollama(
     Raises:
         UserError: as for :meth:`gguf`, or Ollama's template language cannot express the chat template.
     """
-    from tunewright.export.artifact import export, find_export
     from tunewright.export.ollama import build_ollama, go_template
 
     source = ExportSource.find(project, adapter)
@@ -174,7 +169,6 @@ def hub(
             changed, a hub that is unreachable or refuses, or as for :meth:`merge`.
     """
     from tunewright.export import hub
-    from tunewright.export.artifact import export
 
     for name, where in ((options.base_model, "--base-model"), (options.push, "--push")):
         if name is not None:

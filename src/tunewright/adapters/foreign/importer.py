@@ -41,9 +41,6 @@ from tunewright.core.remote_files import RemoteFiles
 from tunewright.models.families import read_shape
 from tunewright.open_project import OpenProject
 
-Source = Path | RemoteFiles
-"""A folder, or the URL of an adapter that was pushed."""
-
 SignatureState = Literal["signed", "not checked", "untrusted", "unsigned"]
 
 
@@ -75,7 +72,8 @@ class _Intake:
     """
 
     project: OpenProject
-    source: Source
+    source: Path | RemoteFiles
+    """A folder, or the URL of an adapter that was pushed."""
     said: ImportOptions
     files: Path
 
@@ -240,7 +238,9 @@ class _Intake:
             check_numbers(path, config, norms, wheres[path])
 
 
-def import_adapter(project: OpenProject, source: Source, said: ImportOptions, by: str | None) -> ImportResult:
+def import_adapter(
+    project: OpenProject, source: Path | RemoteFiles, said: ImportOptions, by: str | None
+) -> ImportResult:
     """Check the adapter in a folder or at a URL, and store it; of a refused one nothing is stored."""
     adapters = project.folder.adapters
     _ = project.base, project.chat  # what is wrong with the project is no fault of the adapter
