@@ -14,14 +14,20 @@ import tunewright as api
 from command_line import tiny_project
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    """A project with an adapter of its own."""
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with an adapter of its own, to be copied."""
     folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder)
     project = api.open(folder)
     project.data.add([folder / "pairs.jsonl"])
     project.train()
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that project for a module, whose tests may change it."""
+    return Path(shutil.copytree(trained_once, tmp_path_factory.mktemp("trained") / "project"))
 
 
 @pytest.fixture
