@@ -53,6 +53,20 @@ def test_slope_of_bleu_is_the_mean_of_the_seeds_fitted_lines() -> None:
     assert 0 < slope.interval.low < slope.per_doubling < slope.interval.high
 
 
+def test_corpus_slope_of_a_mean_has_the_interval_of_the_share() -> None:
+    """Seeds that answer equally leave the items' spread alone."""
+    rng = np.random.default_rng(13)
+    once = rng.random((3, 400)) < np.array([[0.3], [0.5], [0.7]])
+    right = np.array([once, once], dtype=np.float64)
+    clusters = [str(n) for n in range(400)]
+    columns = np.stack([right, np.ones_like(right)], axis=-1)
+    of_sums = corpus_slope(columns, lambda sums: sums[..., 0] / sums[..., 1], ROWS[:2], clusters, 0, 1_000)
+    of_share = share_slope(right, ROWS[:2], clusters, 0, 1_000)
+    assert of_sums.per_doubling == pytest.approx(of_share.per_doubling)
+    widths = [slope.interval.high - slope.interval.low for slope in (of_sums, of_share)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.15)
+
+
 def test_items_that_are_always_wrong_do_not_prove_a_flat_curve() -> None:
     clusters = [str(n) for n in range(10)]
     slope = share_slope(np.zeros((3, 3, 10), dtype=np.float64), ROWS, clusters, seed=0)

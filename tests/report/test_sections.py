@@ -21,7 +21,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json, write_text
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.common import Interval
-from tunewright.evidence.learning_curve import CURVE_FILE, find_curve, more_data
+from tunewright.evidence.learning_curve import CURVE_FILE, curve_lines, find_curve, more_data
 from tunewright.evidence.logged_access import openings_text
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label, points_text
@@ -279,6 +279,10 @@ def test_prompting_section_shows_narrowing_draws_and_left_out_arms() -> None:
 def test_training_section_shows_the_answer_of_the_learning_curve() -> None:
     for reason in more_data(CURVE).reasons:
         assert reason in _page().sections["more-data"]
+    mean, *by_seed = curve_lines(CURVE).lines
+    trained = {seed: [(p.rows, 100 * p.score) for p in CURVE.points if p.seed == seed] for seed in CURVE.seeds}
+    assert [list(line.points) for line in by_seed] == [sorted(points) for points in trained.values()]
+    assert min(map(min, trained.values())) < min(mean.points) and max(mean.points) < max(map(max, trained.values()))
 
 
 def test_noise_floor_is_shown_with_the_differences() -> None:
