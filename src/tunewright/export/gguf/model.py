@@ -293,12 +293,15 @@ def add_token_ids(writer: Any, pieces: Sequence[bytes | None], stop_ids: Sequenc
     ``pieces`` are each token's bytes, None for special tokens. Of the ``stop_ids``, at least one, the first ends a
     constrained answer. GGUF has names for three; llama.cpp does not recognize others.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     assert stop_ids
+    visible = bytes_to_unicode()  # GPT-2's character for each byte
     names: dict[str, int] = {}
     for token, piece in enumerate(pieces):
         if piece and token not in stop_ids and _is_text(piece):
             # Of two tokens with the same text, one can be named by it.
-            names.setdefault("".join(_BYTE_NAMES[byte] for byte in piece), token)
+            names.setdefault("".join(visible[byte] for byte in piece), token)
     texts = {token: name for name, token in names.items()}
     writer.add_tokenizer_model("gpt2")
     # llama.cpp removes spaces before punctuation from the texts of most other kinds, "gpt-2" among them.
@@ -314,16 +317,6 @@ def add_token_ids(writer: Any, pieces: Sequence[bytes | None], stop_ids: Sequenc
         add(token)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-
-
-def _byte_names() -> dict[int, str]:
-    """Return GPT-2's visible character for each byte (``bytes_to_unicode`` in openai/gpt-2, src/encoder.py)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
-
-
-_BYTE_NAMES = _byte_names()
 
 
 def _is_text(piece: bytes) -> bool:

@@ -28,7 +28,7 @@ _DEFAULTS = {"q4_k_m": _Kind.Q4_K, "q5_k_m": _Kind.Q5_K}
 
 @dataclass(frozen=True)
 class Mixture:
-    """The types of a model's matrices."""
+    """The types of a model's matrices, as llama.cpp chooses them (`llama_tensor_get_type`), so that files are alike."""
 
     file_type: str
     """q4_k_m or q5_k_m."""
@@ -59,6 +59,7 @@ class Mixture:
         return default
 
     def _gets_more_bits(self, layer: int) -> bool:
+        # llama.cpp's `use_more_bits`: rounding the first and the last layers costs most, and a third of those between.
         eighth = self.layers // 8
         return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
