@@ -18,7 +18,7 @@ from typing import Any
 
 from tunewright.config import PRESETS
 from tunewright.models.families import read_shape
-from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
+from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimate
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 RANK = 16

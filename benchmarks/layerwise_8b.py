@@ -26,7 +26,7 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.models import quiet_transformers
 from tunewright.models.families import Shape
-from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
+from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimate
 
 RESULTS = Path(__file__).with_name("results") / "layerwise_8b.json"
 STEPS = 3

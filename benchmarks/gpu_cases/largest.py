@@ -10,8 +10,8 @@ from gpu_cases.bases import shape_of
 from gpu_cases.reporting import Report
 from gpu_cases.training import RANK, same_length_rows, train_ours
 from tunewright.config import TrainConfig
-from tunewright.models.memory.estimate import PROCESS_RUNTIME, BatchShape
-from tunewright.models.memory.plan import Memory, available_memory, plan
+from tunewright.models.memory_estimate import PROCESS_RUNTIME, BatchShape
+from tunewright.models.memory_plan import Memory, available_memory, plan
 
 LENGTH, TRAINED = 2048, 32
 TOY_LENGTH, TOY_TRAINED = 256, 8

@@ -30,7 +30,7 @@ from tunewright.config import PRESETS, Config
 from tunewright.core.progress import LogReporter
 from tunewright.models import quiet_transformers
 from tunewright.models.families import Shape
-from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
+from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimate
 from tunewright.training.run import Run
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]

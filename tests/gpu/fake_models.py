@@ -19,7 +19,7 @@ from tunewright.config import Config
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base
 from tunewright.models.families import ATTENTION, MLP, Shape
-from tunewright.models.memory.estimate import BatchShape
+from tunewright.models.memory_estimate import BatchShape
 from tunewright.training.run import Run
 
 SHAPES = {

@@ -14,7 +14,7 @@ from fake_models import SHAPES, build, rows, train
 
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.memory.estimate import BatchShape
+from tunewright.models.memory_estimate import BatchShape
 from tunewright.training.lora import require_precision
 
 pytestmark = pytest.mark.slow
@@ -69,12 +69,9 @@ def _run(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param("llama-2-7b", {}, marks=pytest.mark.slow),
-        pytest.param("mistral-7b", {"mistral": True}, marks=pytest.mark.slow),
+        ("llama-2-7b", {}),
         ("mistral-7b", {"mistral": True, "window": 8, "nf4": True}),
         ("llama-3-8b", {}),
-        pytest.param("llama-3-8b", {"nf4": True}, marks=pytest.mark.slow),
-        pytest.param("llama-3-70b", {}, marks=pytest.mark.slow),
         ("llama-3-70b", {"nf4": True}),
     ],
 )
@@ -88,7 +85,6 @@ def test_training_stays_on_the_gpu(card: CardProcess, name: str, options: dict[s
     assert report.launches["_varlen_attn", None] > report.launches["_varlen_attn_backward", None] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
 def test_kl_replay_stays_on_the_gpu(card: CardProcess, options: dict[str, Any]) -> None:
     report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl_coef": 0.5}, **options)
@@ -96,7 +92,6 @@ def test_kl_replay_stays_on_the_gpu(card: CardProcess, options: dict[str, Any]) 
     assert not [copy for copy in report.copies if copy.in_layer]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl_coef": 0.5}, 3)])
 def test_step_copies_only_logged_values_from_the_gpu(
     card: CardProcess, replay: dict[str, Any] | None, reads: int
@@ -118,7 +113,6 @@ def test_dev_loss_is_copied_from_the_gpu_once(card: CardProcess) -> None:
     assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("_evaluation_metrics")]
 
 
-@pytest.mark.slow
 def test_micro_batch_chunks_move_to_the_gpu_without_waiting(card: CardProcess) -> None:
     fewer, more = (card.run(_in_smaller_pieces, steps) for steps in (2, 3))
     assert len(more.syncs) - len(fewer.syncs) == 2
@@ -141,7 +135,6 @@ def _blocking(report: Report) -> Counter[str]:
     return Counter(copy.where for copy in report.copies if copy.blocking)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("nf4", [False, True])
 def test_training_allocates_no_quadratic_tensor(card: CardProcess, nf4: bool) -> None:
     load = BatchShape(rows=32, shared=100, own=120, trained=4)
@@ -156,7 +149,6 @@ def test_gradients_of_shared_tokens_are_summed_in_float32(card: CardProcess) -> 
     assert {dtype for name, dtype in launches if name in sums} == {torch.float32}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
 def test_gpu_before_ampere_trains_in_float32_without_flash_attention(
     card: CardProcess, options: dict[str, Any]

@@ -16,10 +16,10 @@ from hypothesis_settings import examples
 from tiny import tiny_model
 from tunewright.config import PRESETS, Quantization, TrainConfig
 from tunewright.core.errors import UserError
+from tunewright.models import memory_estimate as fit_memory
 from tunewright.models.families import ATTENTION, FAMILIES, MLP, Shape, read_shape
 from tunewright.models.loading import disable_repacking, drop_vision
-from tunewright.models.memory import estimate as fit_memory
-from tunewright.models.memory.estimate import (
+from tunewright.models.memory_estimate import (
     BatchShape,
     TrainingSetup,
     adapter_copies,
@@ -28,7 +28,7 @@ from tunewright.models.memory.estimate import (
     layer_saved,
     weight_bytes,
 )
-from tunewright.models.memory.plan import available_memory, card_named, parse_size, plan
+from tunewright.models.memory_plan import available_memory, card_named, parse_size, plan
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 LLAMA_2_7B: dict[str, Any] = {

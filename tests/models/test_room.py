@@ -14,7 +14,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.models.families import read_shape
-from tunewright.models.memory.plan import available_memory, plan
+from tunewright.models.memory_plan import available_memory, plan
 from tunewright.open_project import OpenProject
 from tunewright.training.memory import SHORT_ROW, require_room
 

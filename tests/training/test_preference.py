@@ -19,7 +19,7 @@ from tunewright.data.trace import uses_of_row
 from tunewright.data.versions import DatasetVersion
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs, read_kept_pairs
 from tunewright.evidence.verdict import verdict
-from tunewright.training.preference.pairs import read_pairs
+from tunewright.training.preference_pairs import read_pairs
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from tiny import byte_tokenizer, tiny_model
 from tunewright.chat import Tokens
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.training.preference.pairs import PreferenceRows
-from tunewright.training.preference.trainer import orpo_losses
+from tunewright.training.preference_pairs import PreferenceRows
+from tunewright.training.preference_trainer import orpo_losses
 from tunewright.training.rows import EncodedRows
 
 BETA = 0.3
@@ -90,7 +90,7 @@ def _own(
     from datasets import Dataset
     from trl import SFTConfig
 
-    from tunewright.training.preference.trainer import PreferenceTrainer
+    from tunewright.training.preference_trainer import PreferenceTrainer
     from tunewright.training.rows import as_columns
 
     rows = [Tokens(tuple(ids), tuple(i >= prompt for i in range(len(ids)))) for ids, prompt, _, _ in answers]

@@ -164,7 +164,7 @@ def _devices(_folder: Path) -> Iterator[Check]:
 def _memory(_folder: Path) -> Iterator[Check]:
     import psutil
 
-    from tunewright.models.memory.plan import container_left
+    from tunewright.models.memory_plan import container_left
 
     memory, limit = psutil.virtual_memory(), container_left()
     free = memory.available if limit is None else min(limit, memory.available)

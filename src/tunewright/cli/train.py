@@ -15,7 +15,7 @@ from tunewright.training.options import MemoryOptions, SweepOptions
 
 if TYPE_CHECKING:
     from tunewright.config import MetricName
-    from tunewright.models.memory.plan import Plan
+    from tunewright.models.memory_plan import Plan
     from tunewright.render.terminal import Part
     from tunewright.training.sweep.sweep import SweepResult
 
@@ -180,7 +180,7 @@ def estimate_memory(
     Computed from the base's config.json; no weights are downloaded or loaded. Your longest row is measured if the
     project has a dataset and the base's tokenizer is on this machine.
     """
-    from tunewright.models.memory.plan import gigabytes
+    from tunewright.models.memory_plan import gigabytes
 
     result, answer = run.unopened.estimate_memory(options)
     setup = result.setups[0].setup
@@ -202,7 +202,7 @@ def _heads(plan: Plan) -> list[str]:
 
 
 def _parts_blocks(plan: Plan) -> tuple[Block, ...]:
-    from tunewright.models.memory.plan import gigabytes
+    from tunewright.models.memory_plan import gigabytes
 
     load, setups = plan.asked, plan.setups
     sharing = f", the first {load.shared:,} shared" if load.shared else ""
@@ -215,7 +215,7 @@ def _parts_blocks(plan: Plan) -> tuple[Block, ...]:
 
 
 def _fits_blocks(plan: Plan) -> tuple[Block, ...]:
-    from tunewright.models.memory.plan import MOST_ROWS
+    from tunewright.models.memory_plan import MOST_ROWS
 
     def text(rows: int) -> str:
         return f"{rows:,}+" if rows == MOST_ROWS else f"{rows:,}" if rows else "-"

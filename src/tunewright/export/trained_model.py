@@ -24,7 +24,7 @@ from tunewright.metrics import Scorer, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.models.families import read_shape
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.models.memory.plan import available_memory, gigabytes
+from tunewright.models.memory_plan import available_memory, gigabytes
 
 _ROOM = 1.3
 """Memory of a model during the comparison, in bytes of its weights: activations, adapter, one more layer.

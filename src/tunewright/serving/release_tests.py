@@ -36,7 +36,7 @@ from tunewright.gate.results import IsolationResult, IsolationTest, ServingCheck
 from tunewright.gate.serving_check import LOST, NOISE, WRONG, ServingComparison, shortcomings
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.models.memory.plan import gigabytes
+from tunewright.models.memory_plan import gigabytes
 from tunewright.open_project import OpenProject
 from tunewright.serving.engine_start import EngineSpec, max_num_seqs, require_llamacpp, start_engine
 

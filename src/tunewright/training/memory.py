@@ -21,7 +21,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.versions import current_manifest, load_version
 from tunewright.models.bases import base_config, local_base
 from tunewright.models.families import Shape, check_architecture, read_shape, require_quantizable, require_targets
-from tunewright.models.memory.plan import (
+from tunewright.models.memory_plan import (
     Memory,
     MemoryCheck,
     Plan,

@@ -38,7 +38,7 @@ from tunewright.training.rows import as_columns, render_digest
 
 if TYPE_CHECKING:
     # Imported where they are used: a run without them needs no part of the dataset's code.
-    from tunewright.training.preference.pairs import PreferenceRows
+    from tunewright.training.preference_pairs import PreferenceRows
 
 
 def total_steps(settings: TrainConfig, rows: int) -> int:
@@ -220,7 +220,7 @@ class Run:
         if self.parent is not None:
             load_adapter(trainer.model, self.parent.folder)
         if preferences is not None and trainer.needs_reference:
-            from tunewright.training.preference.trainer import set_reference
+            from tunewright.training.preference_trainer import set_reference
 
             start = [self.base.digest, None if self.parent is None else self.parent.digest]
             identity = digest([*start, render_digest(preferences.rows)])
@@ -233,7 +233,7 @@ class Run:
             from tunewright.training.trainer import Trainer
 
             return Trainer
-        from tunewright.training.preference.trainer import PreferenceTrainer
+        from tunewright.training.preference_trainer import PreferenceTrainer
 
         beta = self.config.train.beta or BETA
         return partial(PreferenceTrainer, preferences=self.preferences, beta=beta, limit=self.limit)

@@ -44,7 +44,7 @@ from tunewright.training.lora import require_liger, require_precision
 from tunewright.training.monitoring import DevTask, UnstableRunError, dev_task
 from tunewright.training.packing.order import ORDER
 from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
-from tunewright.training.preference.pairs import PreferenceRows, preference_inputs, preference_rows
+from tunewright.training.preference_pairs import PreferenceRows, preference_inputs, preference_rows
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_fsdp_supported
 from tunewright.training.self_samples import Replay, draw_replay, replay_inputs

@@ -17,7 +17,7 @@ from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.models.families import Shape
 from tunewright.models.loading import device
-from tunewright.models.memory.estimate import BatchShape, MemoryBreakdown, TrainingSetup, estimate
+from tunewright.models.memory_estimate import BatchShape, MemoryBreakdown, TrainingSetup, estimate
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", re.IGNORECASE)

@@ -28,7 +28,7 @@ from tunewright.training import distributed
 from tunewright.training.memory import RawRows
 from tunewright.training.packing import pack
 from tunewright.training.packing.fused_loss import RewardStatistics, batch_token_losses
-from tunewright.training.preference.pairs import PreferenceRows
+from tunewright.training.preference_pairs import PreferenceRows
 from tunewright.training.rows import IGNORED, as_columns
 from tunewright.training.trainer import Trainer
 

@@ -1,1 +1,0 @@
-"""Memory estimates for training, from the base's config.json before anything is loaded."""
