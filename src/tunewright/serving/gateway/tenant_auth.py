@@ -26,13 +26,13 @@ from tunewright.serving.gateway.auth import (
     Admission,
     AnonymousAuth,
     Released,
+    ReleaseRouter,
     ServedAdapter,
     Shadow,
     Target,
     model_not_found,
 )
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.release_router import ReleaseRouter
 from tunewright.serving.gateway.schemas import RequestBody
 from tunewright.serving.tenants import (
     Caller,
