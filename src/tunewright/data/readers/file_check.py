@@ -16,14 +16,14 @@ from tunewright.core.io import canonical_json, new_file
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.examples import ROLES, RowFile, call_id
+from tunewright.data.examples import ROLES, Example, RowFile, call_id
 from tunewright.data.pii import LABELS, find_in_value, message_texts, value_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.sources import SourceFile, open_source
 from tunewright.data.readers.turns import Turn, TurnKeys, json_or_literal, read_turn
-from tunewright.data.readers.validate import declared_tools, example_from_turns, groups_of, metadata_of
+from tunewright.data.readers.validate import example_from_turns, groups_of, metadata_of
 
 _CHAT_KEYS = {"messages", "system", "system_prompt", "only_last"}
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -185,7 +185,7 @@ def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change]) -> It
                 raise row
             groups = groups_of(row, data, parent)
             conversation = parse_conversation(row, data, above, parent)
-            turns, done = _repair(conversation, data)
+            example, turns, done = _repair(conversation, data)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
             changes.append(Change(source.name, line, fault.code, f"left out: {fault}", left_out=True))
@@ -204,22 +204,20 @@ def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change]) -> It
             changes.append(Change(source.name, line, None, f"keys not in the copy: {', '.join(lost)}"))
             metadata = {key: value for key, value in metadata.items() if key not in lost}
         plain = {key: groups.get(key) for key in data.group_by}
-        tools = {"tools": json.loads(declared_tools(conversation.tools).text)} if conversation.tools else {}
-        yield {**metadata, **plain, "messages": [_chat_turn(turn) for turn in turns], **tools}
+        yield {**metadata, **plain, **example.as_row()}
 
 
 def _as_lines(turns: Sequence[Turn]) -> str:
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
-def _repair(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
-    """Return the repaired turns, and each repair with its code; raises the first fault without a repair."""
+def _repair(conversation: Conversation, data: DataConfig) -> tuple[Example, list[Turn], list[tuple[str, str]]]:
+    """Return the example of the repaired turns, these, and each repair with its code; a fault without one is raised."""
     turns = list(conversation.turns)
     done: list[tuple[str, str]] = []
     while True:
         try:
-            example_from_turns(turns, data, conversation.tools)
-            return turns, done
+            return example_from_turns(turns, data, conversation.tools), turns, done
         except RowError as fault:
             path, repair = fault.path, _REPAIRS.get(fault.code)
             of_content = (i for i, turn in enumerate(turns) if turn.content_path == path)
@@ -230,21 +228,6 @@ def _repair(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], l
                 raise
             turns = repaired[0]
             done.append((fault.code, repaired[1]))
-
-
-def _chat_turn(turn: Turn) -> dict[str, Any]:
-    written = {"role": turn.role, "content": turn.content}
-    if turn.rest.get("weight") == 0:
-        written["weight"] = 0
-    if turn.calls:
-        written["tool_calls"] = []
-        for call in turn.calls:
-            arguments = call.arguments if isinstance(call.arguments, str) else canonical_json(call.arguments)
-            function = {"name": call.name, "arguments": arguments}
-            written["tool_calls"].append({"id": call.id, "type": "function", "function": function})
-    if turn.call_id is not None:
-        written["tool_call_id"] = turn.call_id
-    return written
 
 
 # Each repairs one fault of turns, at the place of the turn; None if there is no safe repair.

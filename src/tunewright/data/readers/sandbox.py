@@ -186,26 +186,26 @@ def _each(values: Iterable[Any]) -> Iterator[Any]:
 def _spend_call(name: str, value: Any, arguments: list[Any]) -> None:
     """Spend what a filter, test or method takes, before it is called."""
     own, others = _size(value), sum(map(_size, arguments))
+    made = 0  # at most, besides a copy of the value
     if name in _WIDTHS:
         numbers = [abs(each) for each in arguments if isinstance(each, int)]
         if any(number > _MAX_NUMBER for number in numbers):
             raise _limit_error(f"has a number over {_MAX_NUMBER:,} in {name}")
         lines = value.count("\n") + 1 if isinstance(value, str) and name != "wordwrap" else own
-        _require_size(own + lines * (sum(numbers) + others))
-        own += lines * (sum(numbers) + others)
+        made = lines * (sum(numbers) + others)
     elif name == "replace" and len(arguments) >= 2 and all(isinstance(each, str) for each in (value, *arguments[:2])):
-        _require_size(own + value.count(arguments[0]) * len(arguments[1]))
-        own += value.count(arguments[0]) * len(arguments[1])
+        made = value.count(arguments[0]) * len(arguments[1])
     elif name == "join":
         # A method has the separator as its value, a filter as its argument.
         separators, items = (own, others) if isinstance(value, str) and arguments else (others, own)
-        _require_size(own + separators * items)
-        own += separators * items
+        made = separators * items
     elif name == "sum" and any(not isinstance(each, int | float | str | None) for each in arguments):
         raise _limit_error("adds up lists in sum")
     elif name in _COMPARING:
         own *= _STEP
-    _spend(own + others)
+    if made:
+        _require_size(own + made)
+    _spend(own + made + others)
 
 
 def _spending(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
