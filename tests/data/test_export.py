@@ -20,10 +20,10 @@ from hypothesis_settings import examples
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.browse import Format, write_version
 from tunewright.data.examples import Example, Message
 from tunewright.data.readers import read_pairs
 from tunewright.data.versions import DatasetVersion, Member, load_version
-from tunewright.data.versions.export import Format, export
 
 few_examples = examples(60)
 
@@ -73,7 +73,7 @@ def test_export_to_chat_and_parquet_round_trips(
 ) -> None:
     path = tmp_path_factory.mktemp("out") / ("rows.jsonl" if form == "chat" else "rows.parquet")
     changed = _with(version, examples)
-    export(changed, path, form, Listener())
+    write_version(changed, path, form, Listener())
     assert _keys_read(path) == [m.key for m in changed.members]
 
 
@@ -93,7 +93,7 @@ def test_export_to_csv_and_alpaca_round_trips_for_one_turn_rows(
     path = tmp_path_factory.mktemp("out") / ("rows.csv" if form == "csv" else "rows.json")
     changed = _with(version, [example(p, c, system) for p, c in pairs])
     listener = Listener()
-    result = export(changed, path, form, listener)
+    result = write_version(changed, path, form, listener)
     config = (
         DataConfig(input="prompt", output="completion", system_prompt=result.system) if form == "csv" else DataConfig()
     )
@@ -105,7 +105,7 @@ def test_export_to_csv_and_alpaca_round_trips_for_one_turn_rows(
 def test_export_writes_only_the_given_split(version: DatasetVersion, tmp_path: Path) -> None:
     for split in (None, "train", "dev", "test"):
         path = tmp_path / f"{split}.jsonl"
-        result = export(version, path, "chat", Listener(), split=split)
+        result = write_version(version, path, "chat", Listener(), split=split)
         expected = [m.key for m in version.members if split in (None, m.split)]
         assert _keys_read(path) == expected
         assert result.rows == len(expected)
@@ -115,10 +115,10 @@ def test_export_writes_the_usual_layout_of_each_format(version: DatasetVersion, 
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     changed = _with(version, [example('say "hi",\nplease', "hi", "Be brief.")])
-    export(changed, tmp_path / "a.jsonl", "chat", Listener())
-    export(changed, tmp_path / "a.json", "alpaca", Listener())
-    export(changed, tmp_path / "a.csv", "csv", Listener())
-    export(changed, tmp_path / "a.parquet", "parquet", Listener())
+    write_version(changed, tmp_path / "a.jsonl", "chat", Listener())
+    write_version(changed, tmp_path / "a.json", "alpaca", Listener())
+    write_version(changed, tmp_path / "a.csv", "csv", Listener())
+    write_version(changed, tmp_path / "a.parquet", "parquet", Listener())
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": 'say "hi",\nplease'},
@@ -157,7 +157,7 @@ def test_export_refuses_rows_that_a_format_cannot_represent(
     changed = _with(version, rows if words == "system turns" else [*rows, example("fine", "fine")])
     odd = rows[1] if words == "system turns" else rows[0]
     with pytest.raises(UserError, match=f"{form} cannot represent {words}.* 1 of .* rows .*{odd.pair_key[:12]}"):
-        export(changed, tmp_path / "out.file", form, Listener())
+        write_version(changed, tmp_path / "out.file", form, Listener())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,7 +165,7 @@ def test_export_does_not_overwrite_a_file(version: DatasetVersion, tmp_path: Pat
     path = tmp_path / "mine.jsonl"
     path.write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        export(version, path, "chat", Listener())
+        write_version(version, path, "chat", Listener())
     assert path.read_text() == "mine"
 
 
@@ -174,23 +174,23 @@ def test_export_refuses_unknown_formats_and_splits(
     version: DatasetVersion, tmp_path: Path, form: str, split: str
 ) -> None:
     with pytest.raises(UserError, match="Unknown"):
-        export(version, tmp_path / "x", form, Listener(), split=split)  # type: ignore[arg-type]
+        write_version(version, tmp_path / "x", form, Listener(), split=split)  # type: ignore[arg-type]
 
 
 def test_export_refuses_an_empty_split(version: DatasetVersion, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dev rows"):
-        export(_with(version, [example("a", "b")]), tmp_path / "x", "chat", Listener(), split="dev")
+        write_version(_with(version, [example("a", "b")]), tmp_path / "x", "chat", Listener(), split="dev")
 
 
 def test_csv_export_keeps_formulas_and_reports_them(version: DatasetVersion, tmp_path: Path) -> None:
     rows = [example("=cmd|' /C calc'!A0", "a"), example("b", "@SUM(A1)"), example("c", "1-1")]
     changed, listener = _with(version, rows), Listener()
-    export(changed, tmp_path / "a.csv", "csv", listener)
+    write_version(changed, tmp_path / "a.csv", "csv", listener)
     assert [warning for warning in listener.warned if "2 rows of " in warning and "formula" in warning]
     read = read_pairs(tmp_path / "a.csv", DataConfig())
     assert {row.example.output for row in read.rows} == {"a", "@SUM(A1)", "1-1"}
     silent = Listener()
-    export(changed, tmp_path / "a.jsonl", "chat", silent)
+    write_version(changed, tmp_path / "a.jsonl", "chat", silent)
     assert not silent.warned
 
 
@@ -203,5 +203,5 @@ def test_export_leaves_nothing_when_interrupted(
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(version, tmp_path / "out", form, Listener())
+        write_version(version, tmp_path / "out", form, Listener())
     assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.add import add
+from tunewright.data.browse import write_version
 from tunewright.data.dedup import exact_repeats, find_duplicates
 from tunewright.data.dedup.decontaminate import find_hits
 from tunewright.data.examples import Example, Message, ToolCall, call_id, with_calls_numbered
@@ -29,7 +30,6 @@ from tunewright.data.readers.validate import edited_answer
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.session import ReviewItem
 from tunewright.data.versions import load_version
-from tunewright.data.versions.export import export
 
 CARD, EMAIL = "4539 1488 0343 6467", "maria.lopez@uni-bonn.de"
 CITIES = ["Oslo", "Bergen", "Kraków", "Lima", "Quito", "Accra", "Dakar", "Perth", "Turin", "Izmir", "Osaka", "Hanoi"]
@@ -72,7 +72,7 @@ def test_version_on_disk_and_export_keep_calls_and_declarations(
     version = load_version(project.dataset)
     assert OSLO in [member.example for member in version.members]
     path = tmp_path / f"out.{form}"
-    export(version, path, form, Listener())
+    write_version(version, path, form, Listener())
     reading = read_pairs(path, DataConfig())
     assert reading.faults == []
     assert {row.example for row in reading.rows} == {member.example for member in version.members}
@@ -89,7 +89,7 @@ def test_export_to_a_format_without_functions_is_refused_by_name(
     project: ProjectFolder, tmp_path: Path, form: Any
 ) -> None:
     with pytest.raises(UserError, match=f"{form} cannot represent functions and calls"):
-        export(load_version(project.dataset), tmp_path / "out", form, Listener())
+        write_version(load_version(project.dataset), tmp_path / "out", form, Listener())
     assert not (tmp_path / "out").exists()
 
 

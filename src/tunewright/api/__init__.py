@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial, wraps
+from operator import attrgetter
+from typing import Any, TypeVar, cast
+
 from tunewright import pipeline
 from tunewright.adapters import verbs
 from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.advisor import advice
-from tunewright.api.deprecated import DeprecatedGroup, keywords
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data import browse, preview, remote, remove, verify
 from tunewright.data.options import RemoveOptions, ReviewOptions
+from tunewright.engines import environment
 from tunewright.evaluation import data_verbs, label_review, stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
@@ -27,6 +34,25 @@ from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeO
 from tunewright.synthesis import verbs as synthesis
 from tunewright.training import memory
 from tunewright.training.options import MemoryOptions, SweepOptions
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def keywords(function: Verb, options: type[Any]) -> Verb:
+    """Return a verb that also takes the fields of its options as keywords, with a warning."""
+    names = {each.name for each in fields(options)}
+
+    @wraps(function)
+    def verb(*given: Any, **named: Any) -> Any:
+        if old := {name: named.pop(name) for name in names & named.keys()}:
+            if isinstance(old.get("suspects"), Sequence):  # `review` takes a list as `known_suspects` now
+                named["known_suspects"], old["suspects"] = old["suspects"], True
+            instead = f"{options.__name__}({', '.join(f'{name}={value!r}' for name, value in old.items())})"
+            warnings.warn(f"Pass {instead} to {function.__name__}().", DeprecationWarning, stacklevel=2)
+            named["options"] = options(**old)
+        return function(*given, **named)
+
+    return cast("Verb", verb)
 
 
 class ProjectGroup(OpenProject):
@@ -200,3 +226,62 @@ class Project(OpenProject):
     def audit(self) -> DeprecatedGroup:
         """Deprecated: use :meth:`state`."""
         return DeprecatedGroup(self, "audit")
+
+
+# Python names of earlier versions, which still work and name what replaced them
+
+_IN_STATE = {
+    "tenant": {
+        "add": "tenants.add",
+        "list": "tenants.list",
+        "grant": "tenants.grant",
+        "revoke": "tenants.revoke",
+        "disable": "tenants.disable",
+        "limit": "tenants.limit",
+        "get": "tenants.get",
+        "usage": "usage.sums",
+        "usage_by_day": "usage.by_day",
+        "requests": "usage.lines",
+        "prune_usage": "usage_rollup.roll_up",
+    },
+    "tenant.key": {"add": "keys.create", "rotate": "keys.rotate", "revoke": "keys.revoke", "list": "keys.list"},
+    "audit": {"show": "audit.lines", "verify": "verify"},
+}
+"""Methods by group, and the service's method in ``Project.state()`` that each of them calls."""
+
+
+class DeprecatedGroup:
+    """A group of methods on a project, each of which warns and calls what replaced it."""
+
+    def __init__(self, project: OpenProject, name: str) -> None:
+        self._project = project
+        self._name = name
+
+    def __getattr__(self, verb: str) -> Any:
+        name = f"{self._name}.{verb}"
+        if name in _IN_STATE:
+            return DeprecatedGroup(self._project, name)
+        if name == "engine.install":
+            install = partial(environment.install, reporter=self._project.reporter)
+            new = "tunewright.engines.environment.install()"
+            return _warning(name, new, lambda name, **options: install(environment.find_tool(name), **options))
+        if name == "engine.show":
+            new = "tunewright.engines.environment.find()"
+            return _warning(name, new, lambda name: environment.find(environment.find_tool(name)))
+        service = _IN_STATE.get(self._name, {}).get(verb)
+        if service is None:
+            raise AttributeError(f"project.{self._name} has no method {verb!r}")
+
+        def in_state(*given: Any, **named: Any) -> Any:
+            with serve.open_state(self._project, make=service == "tenants.add") as state:
+                return attrgetter(service)(state)(*given, **named)
+
+        return _warning(name, f"state.{service}() in `with open_state(project) as state`", in_state)
+
+
+def _warning(name: str, instead: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*given: Any, **named: Any) -> Any:
+        warnings.warn(f"project.{name}() is deprecated: use {instead}.", DeprecationWarning, stacklevel=2)
+        return function(*given, **named)
+
+    return call

@@ -44,11 +44,9 @@ def error_reason(error: BaseException) -> str:
 
 @contextmanager
 def hub_refusals(kind: str, repository: str, revision: str | None, where: str, revision_where: str) -> Iterator[None]:
-    """Convert the hub's refusals of a repository into UserErrors.
+    """Convert the hub's refusals of a repository, a "model" or a "dataset", into UserErrors.
 
-    Args:
-        kind: "model" or "dataset".
-        where, revision_where: the keys or arguments that name the repository and its revision.
+    ``where`` and ``revision_where`` are the keys or arguments that name the repository and its revision.
     """
     from huggingface_hub import errors
 

@@ -49,11 +49,7 @@ def lock_file(file: BinaryIO) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, busy: UserError, seconds: float = 0.0) -> Iterator[None]:
-    """Create a folder and lock it for this process alone.
-
-    Raises:
-        UserError: ``busy``, if another process still has it after ``seconds``; or the folder cannot be created.
-    """
+    """Create a folder and lock it for this process alone; ``busy`` if another still has it after ``seconds``."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

@@ -66,18 +66,7 @@ class SealedLine(BaseModel):
 
 
 def parse_line(validate: Callable[[bytes], _T], line: bytes, where: str, wrong: str, fix: str = RESTORE) -> _T:
-    """Parse a line of a record.
-
-    Args:
-        validate: a model's ``model_validate_json``, for example.
-        line: without its line end.
-        where: file and line.
-        wrong: the beginning of the error, such as "Not a review".
-        fix: the error's remedy.
-
-    Raises:
-        UserError: the line has another form.
-    """
+    """Parse a line of a record, without its line end; ``wrong`` begins the error, such as "Not a review"."""
     try:
         return validate(line)
     except ValidationError as error:

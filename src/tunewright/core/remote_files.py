@@ -140,11 +140,7 @@ class RemoteFiles:
         return data
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes.
-
-        Raises:
-            UserError: there is no such file, or the remote refuses.
-        """
+        """Return a file's bytes."""
         data = self.read_if_there(name)
         if data is None:
             raise UserError("The file is missing", where=f"{self.url}/{name}", fix=self._again)
@@ -172,11 +168,7 @@ class RemoteFiles:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[RemoteFile]:
-        """Open a file to be read.
-
-        Raises:
-            UserError: there is no such file, or the remote refuses.
-        """
+        """Open a file to be read."""
         with self.refusals():
             try:
                 file = self.fs.open(f"{self.root}/{name}", "rb")
@@ -203,10 +195,6 @@ class RemoteFile:
         self._files, self._file = files, file
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes, at most ``size``; none at the end.
-
-        Raises:
-            UserError: the remote refuses.
-        """
+        """Return the next bytes, at most ``size``; none at the end."""
         with self._files.refusals():
             return self._file.read(size)

@@ -53,8 +53,7 @@ def repeated_key(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         raise DuplicateKeyError(f'duplicate key "{repeated_key(pairs)}"')
     return found
 
@@ -68,11 +67,7 @@ strict_decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_c
 
 
 def strict_json(data: bytes, where: str) -> Any:
-    """Parse the UTF-8 JSON of a file.
-
-    Raises:
-        UserError: not UTF-8, not JSON, a repeated key, an invalid number, or too deep a nesting.
-    """
+    """Parse the UTF-8 JSON of a file."""
     try:
         value = strict_decoder.decode(data.decode("utf-8"))
         require_shallow(value, _DEEPEST)

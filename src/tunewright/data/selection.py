@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,11 @@ def select(
         found = {key: member for key, member in found.items() if origins.first.get(key, ("", 0))[0] == source}
     if options.groups:
         groups = set(options.groups)
-        _require_groups(options.groups, members.values())
+        there = {value for member in members.values() for value in member.groups}
+        if missing := [group for group in options.groups if group not in there]:
+            names = ", ".join(f"{name}=…" for name in sorted({value.partition("=")[0] for value in there}))
+            fix = f"Existing groups: {names}." if names else "No row has a group (data.group_by)."
+            raise UserError(f"No row has the group {missing[0]!r}", where="--group", fix=fix)
         found = {key: member for key, member in found.items() if groups & set(member.groups)}
     if options.where is not None:
         matches = _query(options.where)
@@ -148,19 +152,6 @@ def _key_of(given: Any, where: str) -> str:
             "of `data suspects --json` or `data show --json`, and CSV with a column `key` or `row`, work too.",
         )
     return name.lower()
-
-
-def _require_groups(groups: Sequence[str], members: Iterable[Member]) -> None:
-    there = {value for member in members for value in member.groups}
-    missing = [group for group in groups if group not in there]
-    if missing:
-        names = sorted({value.partition("=")[0] for value in there})
-        fix = (
-            f"Existing groups: {', '.join(f'{n}=…' for n in names)}."
-            if names
-            else "No row has a group (data.group_by)."
-        )
-        raise UserError(f"No row has the group {missing[0]!r}", where="--group", fix=fix)
 
 
 def _query(expression: str) -> Any:

@@ -78,12 +78,8 @@ def find_duplicates(
     """Return the rows that repeat an earlier one: near-equal input, same output, system turn and functions.
 
     Rows are compared in order with those kept so far, so that a chain of small differences is not dropped as a whole.
-    A near-equal input with another output is not a duplicate, since the difference may be the task.
-
-    Args:
-        examples: all rows, in order of preference.
-        kept: number of first rows that are always kept.
-        threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
+    A near-equal input with another output is not a duplicate, since the difference may be the task. The rows are in
+    order of preference; the first ``kept`` ones always stay.
 
     Returns:
         The most similar kept row of each dropped row.
@@ -117,7 +113,6 @@ def _repeats(pairs: Pairs) -> dict[int, Repeat]:
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
-    """Return the parts of an example that are equal in duplicates: instructions and output."""
     return example.instructions, example.output.strip()
 
 

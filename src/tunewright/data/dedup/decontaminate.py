@@ -78,10 +78,8 @@ def find_hits(
 ) -> list[ContaminationHit]:
     """Return the best hit of each row and item, sorted by row, source and item.
 
-    Args:
-        rows: training rows (or a generic mix-in) by key; user turns, and longer answers and results, are searched.
-        against: name of each source, such as "test split" or a file's, to the texts of its items.
-        labels: outputs that are labels (``find_labels``), which are ignored as assistant turns.
+    ``against`` maps the name of each source, such as "test split" or a file's, to the texts of its items. Outputs that
+    are ``labels`` (``find_labels``) are ignored as assistant turns.
     """
     if sum(map(len, against.values())) > _SENT:
         workers = THIS_PROCESS
@@ -156,9 +154,6 @@ def read_items(path: Path, field: str | None = None) -> list[str]:
     """Return the items of a JSONL file, each a string, a conversation or an object with its text in a field.
 
     Without a field it is the first of ``FIELDS`` in an object, else the last user turn of its ``messages``.
-
-    Raises:
-        UserError: the file cannot be read, or a line has no such text (names file and line).
     """
     try:
         # Not splitlines, which also splits at line and page separators inside texts.
@@ -315,11 +310,7 @@ def contamination(
     reporter: Reporter,
     workers: Workers = THIS_PROCESS,
 ) -> Contamination:
-    """Search all training rows, including the mix-in, for test inputs and items of the config's and these files.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """Search all training rows, including the mix-in, for test inputs and items of the config's and these files."""
     benchmarks = {name: read_items(project.root / name) for name in project.config.data.benchmarks}
     benchmarks |= {str(path): read_items(path) for path in files}
     mixed = {m.key for m in version.members if m.mixed}

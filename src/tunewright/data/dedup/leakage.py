@@ -261,9 +261,6 @@ def score_by_distance(items: Iterable[EvaluatedItem], report: LeakageReport) -> 
     """Return each arm's exact match (ignoring outer white space and Unicode form) by distance from the training rows.
 
     A score that falls with the distance comes from similarity to training rows. Bands without items are left out.
-
-    Raises:
-        UserError: an item is not among the report's rows.
     """
     bands = {row.key: band_of(row.similarity) for row in report.nearest}
     return [
@@ -276,9 +273,6 @@ def score_by_template(items: Iterable[EvaluatedItem], new: Mapping[str, bool], v
     """Return each arm's exact match on items with an output template of training rows, and on the others.
 
     ``new`` has whether no training row has the template, by pair key (``new_templates``); ``version`` is its digest.
-
-    Raises:
-        UserError: an item is not among the rows of ``new``.
     """
     return [TemplateScore(**score, template="new" if place else "seen") for score, place in _exact(items, new, version)]
 

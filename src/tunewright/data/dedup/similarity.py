@@ -158,12 +158,8 @@ def nearest_kept(
 ) -> Pairs:
     """Return each text that is near a kept earlier text of its group, with the most similar one, in ascending order.
 
-    A text is kept unless it is near one that is; of equally similar ones the first is taken.
-
-    Args:
-        texts: the most deserving first.
-        groups: each text's group, [texts]; only texts of one group are compared, by one worker.
-        kept: number of first texts that are always kept.
+    A text is kept unless it is near one that is; of equally similar ones the first is taken. The most deserving texts
+    come first, and the first ``kept`` ones stay. Only texts of one group are compared, by one worker.
     """
     groups = _in_chains(texts, groups, threshold, reporter, title, workers)
     sizes = np.bincount(groups)[groups]

@@ -72,9 +72,6 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
     A row keeps its cluster, which depends on its input. With data.split_by: output_template it depends on the output
     too; the next `data add` recomputes it. If the pair with the new answer exists already, the two rows become one,
     with a warning.
-
-    Raises:
-        UserError: no agreed edit of a row of the current version, or the dataset cannot be read or written.
     """
     dataset = project.dataset
     with locked(dataset):
@@ -90,7 +87,13 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
                 where=str(dataset / REVIEWS_FILE),
                 fix="Record edits in `tunewright data review` with the key e.",
             )
-        _refuse_secrets(chosen, project.config.data.allow)
+        for key, edits in chosen.items():  # a log from elsewhere may contain secrets
+            if found := secret_kinds(edits[0].output or "", project.config.data.allow):
+                raise UserError(
+                    f"The edited answer of row {short(key)} by {edits[0].reviewer} contains a secret ({found})",
+                    where=REVIEWS_FILE,
+                    fix="Review the row again without the secret. Revoke the secret: it is in the log.",
+                )
         members, edited = _apply(parent, chosen, reviews)
         collapsed = [e for e in edited if e.collapsed]
         if collapsed:
@@ -150,17 +153,6 @@ def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list
         else:
             chosen[member.key] = edits
     return chosen, disputed
-
-
-def _refuse_secrets(chosen: dict[str, list[VerdictEvent]], allow: Collection[str]) -> None:
-    """Refuse edits with secrets, which a log from elsewhere may contain."""
-    for key, edits in chosen.items():
-        if found := secret_kinds(edits[0].output or "", allow):
-            raise UserError(
-                f"The edited answer of row {short(key)} by {edits[0].reviewer} contains a secret ({found})",
-                where=REVIEWS_FILE,
-                fix="Review the row again without the secret. Revoke the secret: it is in the log.",
-            )
 
 
 def _apply(

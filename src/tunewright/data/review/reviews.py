@@ -381,11 +381,10 @@ def outcome(reviews: ReviewLog, version: str, keys: Sequence[str]) -> Outcome | 
 def continued_draw(
     reviews: ReviewLog, parent: tuple[str, Sequence[str]], version: tuple[str, Sequence[str]], edits: Mapping[str, str]
 ) -> DrawEvent | None:
-    """Return the draw with which an edited version continues its parent's sample.
+    """Return the draw with which an edited version continues its parent's sample; None if there is nothing to continue.
 
-    Returns:
-        None if there is nothing to continue: no row of the sample was checked, it rejected the parent, the version has
-        a draw of its own, or rows were added or left out.
+    That is: no row of the sample was checked, it rejected the parent, the version has a draw of its own, or rows were
+    added or left out.
     """
     drawn = reviews.latest_draw(parent[0])
     if drawn is None or reviews.latest_draw(version[0]) is not None:

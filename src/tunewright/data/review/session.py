@@ -259,11 +259,7 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         return card.member.example.output if edited in (None, PURGED) else edited
 
     def export_sheet(self, path: Path, most: int, places: Mapping[str, str]) -> int:
-        """Write at most ``most`` next rows as CSV, with their ``places`` by pair key, and return their number.
-
-        Raises:
-            UserError: no suspects, no row left to review, an existing file, or a full disk.
-        """
+        """Write at most ``most`` next rows as CSV, with their ``places`` by pair key, and return their number."""
         if not self.order and self.drawn is None:
             raise UserError(
                 "There are no suspects to export: no row is suspicious, or no row could be judged",
@@ -340,11 +336,7 @@ def written_by(metadata: Mapping[str, Any]) -> str:
 
 
 def reviewer_name(name: str | None, folder: Path) -> str:
-    """Return a reviewer's name, by default that of the author of versions: git's user.name, else the login name.
-
-    Raises:
-        UserError: neither is there, as in some containers.
-    """
+    """Return a reviewer's name, by default that of the author of versions; some containers have neither."""
     found = current_author(folder) if name is None else name
     if found is None:
         raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")

@@ -159,34 +159,13 @@ def _of_many_answers(
     if losses is None:
         if rest:
             reporter.say(
-                f"{len(rest):,} of {len(members):,} rows cannot be judged: {_why_not_judged(rest, members)}. Use "
+                f"{len(rest):,} of {len(members):,} rows cannot be judged: no comparable row has their answer. Use "
                 "--adapter NAME to rank them by an adapter's loss, or --adapter base to use the base's loss."
             )
         return repeating
     by_loss = _by_loss(rest, losses, reporter)
     ranked = [(rank / len(group), suspect) for group in (repeating, by_loss) for rank, suspect in enumerate(group)]
     return [suspect for _, suspect in sorted(ranked, key=lambda each: each[0])]
-
-
-def _why_not_judged(rest: Sequence[Member], members: Sequence[Member]) -> str:
-    """Count the ``rest``, which have no other row to compare their answer with, by reason."""
-    counts = Counter(answer_of(m) for m in members)
-    clusters: dict[str, set[str]] = defaultdict(set)
-    for member in members:
-        clusters[answer_of(member)].add(member.cluster)
-    repeat = answers_repeat([answer_of(m) for m in members])
-
-    def reason(member: Member) -> str:
-        answer = answer_of(member)
-        if counts[answer] == 1:
-            return "with an answer that no other row has"
-        if not repeat:
-            return "with an answer that other rows have, in a dataset where too few rows share theirs"
-        if len(clusters[answer]) == 1:
-            return "with an answer that only rows of their own cluster have"
-        return "with no words in common with other rows"
-
-    return ", ".join(f"{count:,} {why}" for why, count in Counter(map(reason, rest)).most_common())
 
 
 def conflicts(members: Sequence[Member]) -> list[Suspect]:
