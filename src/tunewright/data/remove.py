@@ -134,9 +134,6 @@ def remove(project: OpenFolder, options: RemoveOptions = RemoveOptions()) -> Rem
     Adding a file does not bring them back without ``restore``. Other files of the project with the text of purged rows
     are listed.
 
-    Args:
-        options: the rows, and the reason.
-
     Raises:
         UserError: no reason, no matching row, or too few rows left in the dataset or in a split. Nothing has changed.
     """
@@ -341,32 +338,26 @@ def _erase(
     The dataset stays valid if the process is killed: the log of removals is written before the rows are erased, and the
     next holder of the lock erases the rows that it names.
     """
-    root = dataset.parent
-    purged = {event.key for event in events if event.event == "purged"}
+    root, purged = dataset.parent, {event.key for event in events if event.event == "purged"}
     redact_reviews(dataset, purged)
     if purged and (pairs := erase_kept_pairs(dataset, purged)):
         reporter.say(f"Deleted {count_of(pairs, 'kept preference pair')} of purged rows.")
     if purged and (forgotten := remove_cached_suspects(root)):
         reporter.say(f"Deleted {count_of(forgotten, 'cached list')} of suspects, because they quote rows.")
     # The search needs the text, so it comes before the erasure.
-    holders = (*grouped, *_remaining_copies(root, dataset, rows, reporter)) if rows else ()
+    found: dict[str, RemainingCopy] = {}
+    if rows:
+        found = {holder.path: holder for holder in _sources(root, read_origins(dataset), rows)}
+        for holder in find_copies(root, dataset, rows.values(), reporter):
+            if holder.path not in found or (holder.rows or 0) >= (found[holder.path].rows or 0):
+                found[holder.path] = holder
+    holders = (*grouped, *found.values())
     if holders:
         lines = listed(map(str, holders), len(holders), _MOST, "--json lists all")
         reporter.warn(f"The purge does not change these files. Delete or keep them yourself:\n{lines}")
     append_removals(dataset, read_removals(dataset).lacking(events))
     erase_purged(dataset)
     return holders
-
-
-def _remaining_copies(
-    root: Path, dataset: Path, rows: Mapping[str, Example], reporter: Reporter
-) -> Iterator[RemainingCopy]:
-    """Find the files with text of rows; the files that the rows were read from are always listed."""
-    found = {holder.path: holder for holder in _sources(root, read_origins(dataset), rows)}
-    for holder in find_copies(root, dataset, rows.values(), reporter):
-        if holder.path not in found or (holder.rows or 0) >= (found[holder.path].rows or 0):
-            found[holder.path] = holder
-    return iter(found.values())
 
 
 def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[RemainingCopy]:

@@ -295,10 +295,7 @@ def row_uses(
     """Return the uses of several rows, by key; see :func:`uses_of_row`."""
     lineages = list(_lineages(adapters))
     places = places or KnownPlaces(dataset)
-    found: dict[str, tuple[RowUse, ...]] = {}
-    for key in keys:
-        found[key] = tuple(_row_use(name, lineage, places, key) for name, lineage in lineages)
-    return found
+    return {key: tuple(_row_use(name, lineage, places, key) for name, lineage in lineages) for key in keys}
 
 
 class KnownPlaces:
