@@ -13,10 +13,7 @@ from typer.main import get_command
 import tunewright
 from command_line import tiny_project
 from command_line import tunewright as command
-from training_runs import Heard
-from tunewright.api import Project
 from tunewright.cli import commands
-from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.options import ReviewOptions
 
@@ -48,24 +45,6 @@ def _paths(group: Any) -> Iterator[str]:
             yield from (f"{name}.{path}" for path in _paths(found))
         else:
             yield name
-
-
-def test_train_names_a_run_of_few_steps_and_does_not_predict_overfitting(
-    tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1"))
-    heard = Heard()
-    project = Project(ProjectFolder(folder), heard)
-    project.data.add([folder / "pairs.jsonl"])
-    assert any("fewer than 500" in line and "can overfit" in line for line in heard.lines)
-    heard.lines.clear()
-    project.train()
-    (line,) = (line for line in heard.lines if "Hardly trained" in line)
-    assert line.startswith("Hardly trained: 12 optimizer steps (")
-    assert "Set train.epochs: 3 (now 1)" in line
-    assert not any("overfit" in line.lower() for line in heard.lines)
 
 
 def test_python_and_command_line_create_the_same_versions(tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
-from tunewright.core.log import SealedLine, extend, numbered_lines, parse_line, whole_lines
+from tunewright.core.log import SealedLine, extend, numbered_lines, whole_lines
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3), max_size=4)
 
@@ -61,12 +61,6 @@ def test_sealed_line_is_read_back_and_refused_once_it_was_changed(count: int | N
         with pytest.raises(UserError, match="The fact was changed") as caught:
             Fact.parse(changed, "facts.jsonl:1", "fact")
         assert caught.value.where == "facts.jsonl:1"
-
-
-def test_text_that_is_not_json_is_named_without_a_key() -> None:
-    with pytest.raises(UserError) as caught:
-        parse_line(Fact.model_validate_json, b"{", "facts.jsonl:7", "Not a fact")
-    assert caught.value.what.startswith("Not a fact: Invalid JSON")
 
 
 @pytest.mark.parametrize("line", [b"[]", b"1", b"{", b'{"count": 3}', b'{"name": "a", "other": 1}', b"\xff"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tunewright.core import processes
-from tunewright.core.processes import PIPE, end, last_lines, run, start
+from tunewright.core.processes import PIPE, end, run, start
 
 PARENT = """
 import sys, time
@@ -102,9 +102,3 @@ def test_child_ends_with_a_killed_parent_even_when_it_hangs(what: str) -> None:
         assert alive(child)
         parent.kill()
     wait_until(lambda: not alive(child))
-
-
-def test_last_lines_of_a_log(tmp_path: Path) -> None:
-    assert last_lines(tmp_path / "log", 2) == ""
-    (tmp_path / "log").write_bytes(b"one\ntwo\n\xffthree\n")
-    assert last_lines(tmp_path / "log", 2) == "two\n\ufffdthree"

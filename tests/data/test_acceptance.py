@@ -44,10 +44,6 @@ def test_upper_bound_is_clopper_pearson(checked: int, data: st.DataObject, level
     assert upper_bound(wrong, checked, level) == pytest.approx(exact, abs=1e-9)
 
 
-def test_upper_bound_is_one_when_nothing_is_checked() -> None:
-    assert upper_bound(0, 0) == 1.0
-
-
 def _all_ways(plan: SequentialPlan, share: float, most: int = 3000) -> tuple[float, float, float]:
     """Exactly: the chance to accept, the chance to reject, the mean number of rows (undecided ones end at ``most``)."""
     chances: dict[int, float] = {0: 1.0}  # of each number of wrong rows, while nothing is decided
@@ -173,8 +169,3 @@ def test_sample_order_is_uniform() -> None:
         for key in sample_order(keys, "version", draw)[:5]:
             counts[key] += 1
     assert chisquare(list(counts.values())).pvalue > 0.001
-
-
-def test_sequential_plan_refuses_a_good_share_at_or_above_the_limit() -> None:
-    with pytest.raises(ValueError, match="good must be below limit"):
-        SequentialPlan(good=0.05, limit=0.05)

@@ -275,11 +275,12 @@ def test_add_reports_rows_that_a_bridge_moves_to_test(tmp_path: Path) -> None:
     _assert_no_leak(load_version(project.dataset))
 
 
-def test_add_warns_of_a_large_cluster(tmp_path: Path) -> None:
+def test_add_warns_of_few_training_pairs_and_of_a_large_cluster(tmp_path: Path) -> None:
     listener = Listener()
     family = [(f"the circuit court of the county of number {i:02}", f"{i}") for i in range(30)]
     _add(new_project(tmp_path / "p"), *unlike_pairs(60), *family, listener=listener)
     assert any("one cluster holds 30 of 90 rows" in w for w in listener.warned)
+    assert any("fewer than 500" in w for w in listener.warned)
 
 
 def test_add_creates_a_version_when_the_similarity_changes(tmp_path: Path) -> None:

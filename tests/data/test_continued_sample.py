@@ -109,7 +109,7 @@ class _Row:
     frozen: bool = False
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_rows_that_need_a_look_are_those_of_a_model_without_versions(tmp_path: Path, seed: int) -> None:
     """The model keeps one list of rows in the order of the first draw, whatever versions there are."""
     project = reviewed_project(tmp_path / "p", 60)
@@ -150,7 +150,7 @@ def test_rows_that_need_a_look_are_those_of_a_model_without_versions(tmp_path: P
         assert f"{wrong} of {checked} wrong" in status(project)
 
 
-_ROWS, _RUNS, _SEEN = 400, 300, 40
+_ROWS, _RUNS, _SEEN = 400, 150, 40
 
 
 def _log(draws: list[DrawEvent], said: dict[str, str]) -> ReviewLog:

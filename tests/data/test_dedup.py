@@ -174,11 +174,6 @@ def test_shingles_distinguish_characters_of_all_scripts() -> None:
     assert _found([*texts, texts[3]], 0.8) == {(len(texts), 3): 1.0}
 
 
-@given(st.text(max_size=12), st.text(max_size=12))
-def test_similarities_are_jaccard_of_character_4_grams(a: str, b: str) -> None:
-    assert _found([a, b], 0.01).get((1, 0), 0.0) == pytest.approx(jaccard(a, b))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
 def test_near_pairs_are_complete_for_long_texts_and_many_blocks(threshold: float) -> None:
@@ -353,13 +348,6 @@ def test_near_duplicates_are_kept_in_one_cluster_and_counted(tmp_path: Path) -> 
     imports = version_folder(project.dataset, version.digest) / "imports.jsonl"
     records = [json.loads(line) for line in imports.read_text().splitlines()]
     assert [(r["fate"], r["near"]) for r in records if "near" in r] == [("added", kept.of)]
-
-
-def test_near_duplicates_are_dropped_on_request(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {duplicates: drop}\n")
-    result, _ = _add(project, *unlike_pairs(20), (THIRTY_TWO, "urgent"), (THIRTY_FOUR, "urgent"))
-    assert (result.added, len(result.duplicates), result.near_duplicates) == (21, 1, ())
-    assert (result.version.counts.near_duplicates, result.version.settings.duplicates) == (0, "drop")
 
 
 def test_near_duplicate_count_survives_a_change_to_drop(tmp_path: Path) -> None:

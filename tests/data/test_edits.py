@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_helpers import Listener, Pair, unlike_pairs
+from data_helpers import Listener, unlike_pairs
 from review_helpers import judge_next, review, reviewed_project, status
 
 from tunewright.config.project import ProjectFolder
@@ -43,24 +43,6 @@ def test_apply_edits_changes_answers_but_not_splits_or_clusters(project: Project
     assert after.manifest.counts == before.manifest.counts
     assert after.split_digest("train") == before.split_digest("train")
     assert after.split_digest("test") != before.split_digest("test")
-
-
-def _family() -> list[Pair]:
-    stem = "which court of appeals sits in the county of "
-    return [*unlike_pairs(40), *((f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb"))]
-
-
-def test_apply_edits_names_clusters_after_their_smallest_key(tmp_path: Path) -> None:
-    project = reviewed_project(tmp_path / "p", pairs=_family())
-    before = load_version(project.dataset)
-    first = next(m for m in before.members if m.example.input_text.endswith("Adams"))
-    for number in range(3):  # so that the smallest key changes, whichever way the digests fall
-        _edit(project, first.key, f"another court {number}")
-        apply_edits(project, Listener())
-        after = load_version(project.dataset)
-        family = [m for m in after.members if "county of" in m.example.input_text]
-        assert {m.cluster for m in family} == {min(m.key for m in family)}
-        first = next(m for m in family if m.example.input_text.endswith("Adams"))
 
 
 def test_apply_edits_reports_rows_that_become_one(tmp_path: Path) -> None:

@@ -158,15 +158,6 @@ def test_secret_group_value_is_refused_and_redaction_keeps_the_group(tmp_path: P
     assert len(sharing) == 1
 
 
-def test_add_refuses_and_redacts_a_group_value_that_is_a_password(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p", "data: {group_by: [password]}\n")
-    rows = _unticketed([{**row, "password": f"hunter{i}xyz!"} for i, row in enumerate(_rows(40, 7, 1))])
-    with pytest.raises(UserError, match="password in the group password"):
-        _add(project, rows)
-    add(project, [project.root / "rows.jsonl"], Listener(), AddOptions(redact=True))
-    assert not any("xyz!" in path.read_text(encoding="utf-8") for path in project.dataset.rglob("*.jsonl"))
-
-
 def test_personal_data_in_a_group_value_is_reported(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
     rows = _unticketed([{**row, "customer": f"c{i}@uni-bonn.de"} for i, row in enumerate(_rows(40, 7, 1))])

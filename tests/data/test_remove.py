@@ -26,7 +26,6 @@ from tunewright.data.trace import find_row, metadata_by_key
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, version_folder
 from tunewright.data.versions.diff import diff
-from tunewright.data.versions.logs import read_removals
 
 WHEN = "2026-11-25T10:00:00.000+00:00"
 
@@ -214,18 +213,6 @@ def test_removed_row_stays_out_when_its_file_is_added_again(project: ProjectFold
     # With a corrected label, it is another row.
     (project.root / "mended.jsonl").write_text(json.dumps({**same, "completion": "the right answer"}))
     assert _add(project, "mended.jsonl").added == 1
-
-
-def test_restore_adds_removed_rows_permanently(project: ProjectFolder) -> None:
-    removed = _remove(project, source="b.jsonl")
-    assert len(_keys(project)) == 40
-    back = _add(project, "b.jsonl", restore=True)
-    assert (back.added, back.removed) == (10, ())
-    assert read_removals(project.dataset).out == {}
-    names = project.root / "keys.txt"
-    names.write_text(removed.rows[0].key)
-    _remove(project, keys=names)
-    assert _add(project, "b.jsonl").removed != ()
 
 
 def test_superseded_row_does_not_return_for_a_removed_edit(project: ProjectFolder) -> None:

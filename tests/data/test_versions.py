@@ -56,25 +56,6 @@ def test_digests_can_be_recomputed(project: ProjectFolder) -> None:
     assert version.manifest.splits["test"] == version.split_digest("test")
 
 
-def test_new_version_leaves_old_files_unchanged(project: ProjectFolder) -> None:
-    before = load_version(project.dataset)
-    folder = project.dataset / "versions" / short(before.digest)
-    files = {p.name: p.read_bytes() for p in folder.iterdir()}
-    _add_second(project)
-    assert load_version(project.dataset, before.digest) == before
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
-
-
-def test_branches_share_rows_without_conflict(project: ProjectFolder, tmp_path: Path) -> None:
-    first = load_version(project.dataset).digest
-    second = _add_second(project)
-    (project.dataset / "HEAD").write_text(first + "\n")
-    third = add(project, [write_jsonl(tmp_path / "third.jsonl", unlike_pairs(60, seed=3))], Listener()).version
-    assert third.parent == first
-    assert len(load_version(project.dataset, second).members) == 120
-    assert list_versions(project.dataset)[0].digest == first
-
-
 def _without(text: str, key: str) -> str:
     return "".join(line for line in text.splitlines(True) if key not in line)
 

@@ -105,7 +105,9 @@ def verify(project: OpenFolder) -> Verification:
     good: set[str] = set()
     bad: list[tuple[str, BadRow]] = []
     needed: dict[str, list[str]] = defaultdict(list)  # key to the versions that need the row
-    versions: dict[IntegrityIssue, set[str]] = defaultdict(set)  # a file's issue concerns all that build on it
+    versions: dict[IntegrityIssue, set[str]] = defaultdict(
+        set
+    )  # a file's issue concerns each version that builds on it
     unsealed: list[str] = []
     with project.reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
         for path in shards:
