@@ -105,9 +105,7 @@ def verify(project: OpenFolder) -> Verification:
     good: set[str] = set()
     bad: list[tuple[str, BadRow]] = []
     needed: dict[str, list[str]] = defaultdict(list)  # key to the versions that need the row
-    versions: dict[IntegrityIssue, set[str]] = defaultdict(
-        set
-    )  # a file's issue concerns each version that builds on it
+    versions: dict[IntegrityIssue, set[str]] = defaultdict(set)  # several build on one file
     unsealed: list[str] = []
     with project.reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
         for path in shards:

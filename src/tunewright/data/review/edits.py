@@ -233,12 +233,6 @@ def without_unaccepted(
     return [m for m in members if m.key not in gone]
 
 
-def waiting_edits(reviews: ReviewLog, version: DatasetVersion) -> tuple[int, int]:
-    """Count the pending edits of a version: agreed, and disputed."""
-    chosen, disputed = _chosen(reviews, version)
-    return len(chosen), len(disputed)
-
-
 @dataclass(frozen=True)
 class PendingEdit:
     """A row with edits that are in no version yet: reviewer to new answer."""
@@ -248,9 +242,8 @@ class PendingEdit:
     disputed: bool
 
 
-def pending_edits(dataset: Path, version: DatasetVersion) -> list[PendingEdit]:
+def pending_edits(reviews: ReviewLog, version: DatasetVersion) -> list[PendingEdit]:
     """Return the rows of a version with pending edits, the disputed ones last, which :func:`apply_edits` leaves out."""
-    reviews = read_reviews(dataset)
     chosen, disputed = _chosen(reviews, version)
     members = {member.key: member for member in version.domain}
     return [

@@ -12,7 +12,7 @@ from typing import Any
 
 from tunewright.core.text import count_of
 from tunewright.data.review.acceptance import Outcome
-from tunewright.data.review.edits import unaccepted_keys, waiting_edits
+from tunewright.data.review.edits import pending_edits, unaccepted_keys
 from tunewright.data.review.reviews import (
     VERDICTS,
     ContinuedSample,
@@ -209,12 +209,14 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
     generated = {m.key for m in domain if m.generated}
     # Few rows are judged, and a page of the studio waits for this.
     judged = {m.key for m in domain if m.key in reviews.stacks}
+    disputed = [pending.disputed for pending in pending_edits(reviews, version)]
     return ReviewReport(
         version.digest,
         outcome(reviews, version.digest, [m.key for m in domain]),
         reviews.latest_draw(version.digest),
         tuple(agreements(reviews)),
-        *waiting_edits(reviews, version),
+        edits=disputed.count(False),
+        disputed=disputed.count(True),
         generated=len(generated),
         accepted=len(generated) - len(unaccepted_keys(dataset, version.manifest, generated)),
         conflicts=tuple(key for key in reviews.stacks if key in judged and reviews.disputed(key)),

@@ -18,6 +18,7 @@ from tunewright.data.options import ReviewOptions
 from tunewright.data.review.edits import pending_edits
 from tunewright.data.review.label_models import Suspect, excerpt
 from tunewright.data.review.report import ReviewReport, review_report
+from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
 from tunewright.render.blocks import Table, table, words
@@ -283,7 +284,7 @@ def _reviewers_table(report: ReviewReport) -> Table:
 
 def edits_page(visit: Visit) -> Response:
     """Show the edited answers that are in no version yet, with their differences."""
-    edits = pending_edits(visit.project.folder.dataset, visit.version)
+    edits = pending_edits(read_reviews(visit.project.folder.dataset), visit.version)
     agreed = [edit for edit in edits if not edit.disputed]
     return visit.page(
         "edits.html.j2",
