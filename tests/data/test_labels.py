@@ -267,7 +267,7 @@ def test_suspects_excludes_clusters_of_free_text(tmp_path: Path) -> None:
     pairs = [*unlike_pairs(60), *((f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb"))]
     listener = Listener()
     assert find_suspects(_version(tmp_path / "p", pairs), listener).suspects == []
-    assert any("an answer that no other row has" in said for said in listener.said)
+    assert any("cannot be judged" in said for said in listener.said)
 
 
 def test_suspects_ranks_free_text_by_known_losses(tmp_path: Path) -> None:
