@@ -22,7 +22,9 @@ def library(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, library: Path) -> Iterator[Stages]:
+def stages(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, library: Path
+) -> Iterator[Stages]:
     """Projects on a tiny base, and a process that runs commands on them."""
     # In memory where there is such a file system: a sync of a real disk takes milliseconds, and here are thousands.
     memory = Path("/dev/shm")
@@ -32,11 +34,12 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, lib
         Server(Path(folder) / "commands", library) as server,
         scripted(honest) as judge,
     ):
-        yield Stages(Path(folder), tiny_base_folder, server, judge)
+        release = "not release" not in request.config.option.markexpr
+        yield Stages(Path(folder), tiny_base_folder, server, judge, release=release)
 
 
 @pytest.fixture(scope="session")
 def second(stages: Stages) -> Iterator[Stages]:
     """Another process that runs commands on the same project."""
     with Server(stages.root / "more-commands", stages.server.preload) as server:
-        yield Stages(stages.root, stages.base, server, stages.judge)
+        yield Stages(stages.root, stages.base, server, stages.judge, release=stages.release)

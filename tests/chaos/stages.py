@@ -50,8 +50,9 @@ class Case:
 class Stages:
     """Copies of projects at a stage, always in the same folder, and commands on them."""
 
-    def __init__(self, root: Path, base: Path, server: Server, judge: Judge) -> None:
+    def __init__(self, root: Path, base: Path, server: Server, judge: Judge, *, release: bool) -> None:
         self.root = root
+        self.release = release
         self.judge = judge
         self.base = base
         self.server = server

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.chaos
 pytest_plugins = ["chaos_fixtures"]
 
 EVERY = "TUNEWRIGHT_CHAOS_EVERY"
+LONG = ("train", "export-gguf")
+"""Commands whose calls other commands make too, or that take seconds each time: they are for a release."""
 KINDS = {
     "fsync": Kind.SYNC,
     "fdatasync": Kind.SYNC,
@@ -59,7 +61,7 @@ def chosen(calls: list[str], draw: random.Random, *, last: bool) -> list[int]:
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=pytest.mark.release)])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.release) if name == "train" else name for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.release) if name in LONG else name for name in CASES]
 )
 def test_command_leaves_the_old_or_the_new_state_when_any_call_fails(name: str, last: bool, stages: Stages) -> None:
     case = CASES[name]

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.chaos
 pytest_plugins = ["chaos_fixtures"]
 
 COMMANDS = ("add", "train", "evaluate", "judge", "deploy", "promote", "export")
-TRIES, TRIES_OF_SLOW = 3, 2
+TRIES = {True: (3, 2), False: (2, 1)}
+"""Moments of each fault, before a release and in CI: of a quick command, and of one that takes seconds."""
 TRIED_AT_EACH_CALL = ("full disk", "read-only disk")
 """Faults of single calls, which test_every_call.py lets happen at each place: one random moment is enough here."""
 DAY = 86_400
@@ -41,7 +42,8 @@ def moments(fault: str, name: str, stages: Stages) -> Iterator[int]:
     """Return numbers of calls that change a file, by the seed; a failure prints it."""
     calls = len(stages.listed(name)[2])
     draw = random.Random(f"{seed()} {fault} {name}")
-    tries = 1 if fault in TRIED_AT_EACH_CALL else TRIES if CASES[name].quick else TRIES_OF_SLOW
+    quick, slow = TRIES[stages.release]
+    tries = 1 if fault in TRIED_AT_EACH_CALL else quick if CASES[name].quick else slow
     for number in sorted(draw.sample(range(1, calls + 1), min(tries, calls))):
         print(f"{SEED_VARIABLE}={seed()}: {fault} at call {number} of {calls} of {name}")  # noqa: T201
         yield number
