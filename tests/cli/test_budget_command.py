@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from command_line import Ran, trained_project, tunewright
-from tunewright.evaluation import countdown
+from tunewright.evaluation import time_limit
 from tunewright.evaluation.generations import Generator
 from tunewright.evidence.files import load_evidence
 from tunewright.generation.requests import Request
@@ -52,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         found.now += found.each * sum(len(request.prompt_ids) + request.max_new_tokens for request in requests)
         return completions
 
-    monkeypatch.setattr(countdown, "monotonic", lambda: found.now)
+    monkeypatch.setattr(time_limit, "monotonic", lambda: found.now)
     monkeypatch.setattr(Generator, "generate", timed)
     return found
 
@@ -77,16 +77,10 @@ def needed(*command: str | Path) -> int:
     return int(found[1])
 
 
-def test_evaluate_announces_its_answers(project: Path) -> None:
-    ran = tunewright("evaluate", "--project", project)
-    assert ran.code == 0, ran.stderr
-    message = said(ran)
-    assert "To answer: 11 prompting arms on 20 of 40 dev items, at most 4 of them on all; " in message
-    assert "4 arms on 40 test items and the noise floor. " in message
-    answers = int(re.search(r"floor\. ([\d,]+) answers", message)[1].replace(",", ""))  # type: ignore[index]
-    # 11 arms on 20, 4 on the other 20, 4 on test, and the base twice for the noise floor.
-    assert answers == 11 * 20 + 4 * 20 + 4 * 40 + 2 * 40
-    assert message.index("To answer") < message.index("The test split is opened")
+def test_evaluate_estimates_its_answers(project: Path) -> None:
+    answers = tunewright("evaluate", "--estimate", "--project", project, "--json").document["answers"]
+    # 11 arms on 20, zero-shot and 3 finalists on the other 20, 4 on test, and the base twice for the noise floor.
+    assert (answers["answers"], answers["kept"]) == (11 * 20 + 4 * 20 + 4 * 40 + 2 * 40, 0)
 
 
 def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
@@ -105,8 +99,14 @@ def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
     assert not (project / "evaluations" / "access_log.jsonl").exists()
     ran = tunewright("evaluate", "--minutes", str(fewest), "--project", project, "--json")
     assert ran.code == 0, ran.stderr
-    # The arms answered before the refusal were kept.
-    assert re.search(r"answers, [\d,]+ of them kept from before", said(ran))
+
+
+def test_evaluate_leaves_no_arm_out_when_the_prompt_was_chosen_before(project: Path) -> None:
+    assert tunewright("advise", "--no-pilot", "--project", project).code in {0, 3, 4}
+    ran = tunewright("evaluate", "--dev", "--minutes", "0.01", "--project", project, "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["evidence"]["budget"] is None
+    assert "--minutes 0.01 leaves no arm out: the best prompting arm was chosen before" in said(ran)
 
 
 def test_evaluate_with_a_budget_leaves_arms_out_by_the_rule_and_reports_them(project: Path) -> None:

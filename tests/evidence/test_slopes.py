@@ -7,11 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from factories import pair, scorers
-from tunewright.evidence.learning_curve import (
-    corpus_slope,
-    share_slope,
-    slope_weights,
-)
+from tunewright.evidence.learning_curve import corpus_slope, share_slope, slope_weights
 from tunewright.metrics import score_all
 
 ROWS = np.array([[100, 200, 400]] * 3)

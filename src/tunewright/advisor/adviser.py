@@ -39,8 +39,8 @@ from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_w
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of
 from tunewright.evaluation.folds import subset_versions
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.prompt_search import advice_file, advise, first_items
-from tunewright.evaluation.workload import Workload, limit_time
+from tunewright.evaluation.prompt_search import advise, first_items
+from tunewright.evaluation.workload import time_limit
 from tunewright.evidence.common import ArmScore, Interval
 from tunewright.evidence.schema import Advice, Arm, Contrast
 from tunewright.evidence.scoring import contrast
@@ -65,7 +65,7 @@ class Adviser:
         pilots: Trainings | None,
         minutes: float | None = None,
     ) -> None:
-        self._open, self._pilots = open_measurement, pilots
+        self._open, self._pilots, self._minutes = open_measurement, pilots, minutes
         self.arm_runner = arm_runner = open_measurement()
         self.project = arm_runner.project
         self.config = arm_runner.project.config
@@ -83,8 +83,6 @@ class Adviser:
             except UserError as error:
                 self.left_out["gain"] = error.what
                 self.reporter.warn(f"No pilot: {error.what}.")
-        self.countdown = self.generator.countdown
-        limit_time(arm_runner, minutes, pilots=len(self.parts))
 
     @property
     def generator(self) -> Generator:
@@ -93,11 +91,8 @@ class Adviser:
 
     def advise(self) -> tuple[Path, Signals, bool]:
         """Return the signals with their file, and whether they were measured now; a stopped call resumes."""
-        known = advice_file(self.arm_runner)
-        measured = known.exists() and self._file(known).exists()
-        pilots = 0 if measured else len(self.parts)
-        # No variable holds the workload: its arm runner's base is freed before the pilots are trained.
-        prompting = advise(self.arm_runner, Workload(self.arm_runner, pilots=pilots).announce)
+        # No variable holds the limit: its arm runner's base is freed before the pilots are trained.
+        prompting = advise(self.arm_runner, time_limit(self.arm_runner, self._minutes, pilots=len(self.parts)))
         file = self._file(prompting.file)
         access_log = AccessLog(self.project.evaluations)
         if file.exists():
@@ -215,9 +210,7 @@ class Adviser:
             pilots.append((rows, adapter))
         # Constrain the pilot to a grammar if the prompt that it is compared with is constrained.
         plan = TUNED_CONSTRAINED if best.arm.constrained else TUNED
-        self.generator.countdown = self.countdown
-        with self.countdown.shown():
-            answers = [self._answers(plan, f"pilot-{rows}", self.dev, adapter) for rows, adapter in pilots]
+        answers = [self._answers(plan, f"pilot-{rows}", self.dev, adapter) for rows, adapter in pilots]
         parts = [
             PilotPart(
                 rows=rows,

@@ -47,9 +47,6 @@ class AccessLog:
 
     Files are named by their paths relative to the folder of evaluations. A write that a crash interrupted is completed
     first, so that the files are there when they are looked for.
-
-    Raises:
-        UserError: a line was changed or is missing; the message names the first one.
     """
 
     def __init__(self, evaluations: Path) -> None:
@@ -105,16 +102,7 @@ class AccessLog:
     def amend(
         self, folder: Path, files: Mapping[str, str] | None = None, **sections: Part | Mapping[str, Part]
     ) -> Evidence:
-        """Add later measurements to an evaluation's evidence.
-
-        Args:
-            folder: the evaluation's.
-            files: names and texts of files next to the evidence, which belong to the new sections.
-            sections: fields of `Evidence` with their new values, by incumbent if there is one for each.
-
-        Raises:
-            UserError: a file of the evaluation differs from its line.
-        """
+        """Add later measurements to an evaluation's evidence, and files by name and text next to it."""
         with self._held():
             self._require_evaluation(folder)
             evidence = load_evidence(folder).model_copy(update=sections)
@@ -123,21 +111,13 @@ class AccessLog:
             return evidence
 
     def load(self, folder: Path) -> Evidence:
-        """Load an evaluation's evidence, after checking all its files.
-
-        Raises:
-            UserError: there is no such evidence, or a file of the evaluation differs from its line.
-        """
+        """Load an evaluation's evidence, after checking all its files."""
         with self._held():
             self._require_evaluation(folder)
             return load_evidence(folder)
 
     def require(self, *files: Path) -> None:
-        """Refuse files that differ from their newest lines.
-
-        Raises:
-            UserError: one was changed, or has no line.
-        """
+        """Refuse files that differ from their newest lines."""
         if not files:
             return  # no log has to exist
         with self._held():
@@ -294,11 +274,7 @@ def log_of(place: Path, evaluations: Path) -> AccessLog | None:
 
 
 def amendable(place: Path, evaluations: Path) -> tuple[AccessLog, Path]:
-    """Return the access log of an evaluation that gets more measurements, and its folder as the log names it.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Return the access log of an evaluation that gets more measurements, and its folder as the log names it."""
     log = log_of(place, evaluations)
     if log is None:
         raise UserError(
@@ -310,12 +286,7 @@ def amendable(place: Path, evaluations: Path) -> tuple[AccessLog, Path]:
 
 
 def load_checked(place: Path, evaluations: Path, reporter: Reporter) -> Evidence:
-    """Load evidence, checked against its access log; evidence without a log gets a warning.
-
-    Raises:
-        UserError: there is no such evidence, or a file of the evaluation or a line of the log was changed or is
-            missing.
-    """
+    """Load evidence, checked against its access log; evidence without a log gets a warning."""
     log = log_of(place, evaluations)
     if log is None:
         evidence = load_evidence(place)

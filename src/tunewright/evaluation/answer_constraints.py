@@ -46,9 +46,6 @@ class AnswerConstraints:
         """Return the constraint on a row's answer.
 
         ``functions`` is the row's message of role ``tools``; without it calls are not constrained (None).
-
-        Raises:
-            UserError: the grammar engine rejects the grammar, or the template has no form of calls.
         """
         if isinstance(self._grammar, Grammar):
             return self._shared

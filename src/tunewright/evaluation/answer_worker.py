@@ -112,11 +112,7 @@ class EmbeddedAnswers:
         adapter: tuple[str, Path] | None = None,
         at_once: int | None = None,
     ) -> list[Completion]:
-        """Answer all requests, ``at_once`` or as many as ``rows``; half as many from where memory runs out.
-
-        Raises:
-            UserError: memory does not suffice for a single answer.
-        """
+        """Answer all requests, ``at_once`` or as many as ``rows``; half as many from where memory runs out."""
         return generate_halving(
             self.model_with(adapter),
             requests,
@@ -264,12 +260,7 @@ _loaded: dict[str, _Embedded | _Vllm] = {}
 
 
 def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion], list[str]]:
-    """Return the completions of a batch, and what there is to warn of. An empty batch only loads the model.
-
-    Raises:
-        UserError: the base, its device or vLLM is not on this machine, or memory does not suffice.
-        WorkerFailedError: vLLM stopped.
-    """
+    """Return the completions of a batch, and what there is to warn of. An empty batch only loads the model."""
     _require_device(of.model.threads)
     try:
         if of.model.key not in _loaded:
@@ -316,13 +307,7 @@ _PARTS = 16
 
 @dataclass(frozen=True)
 class ArmRequests:
-    """The requests of an arm.
-
-    Args:
-        batch: its requests, with their constraints, and the functions that each prompt declares.
-        on_finished: called with a request's index and its completion as soon as its part is complete.
-        adapter: the adapter that the requests name.
-    """
+    """The requests of an arm."""
 
     batch: RequestBatch
     on_finished: Callable[[int, Completion], None]
@@ -351,11 +336,7 @@ class ClusterAnswers:
         return self._model.rows
 
     def generate(self, arms: Sequence[ArmRequests]) -> list[list[Completion]]:
-        """Answer the requests of all arms at once, and return each arm's completions in their order.
-
-        Raises:
-            UserError: a worker cannot load the model, or the cluster loses a batch again and again.
-        """
+        """Answer the requests of all arms at once, and return each arm's completions in their order."""
         parts = [
             (number, places)
             for number, arm in enumerate(arms)

@@ -23,10 +23,10 @@ from tunewright.data.examples import Message
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
-from tunewright.evaluation.countdown import TimeLimit, Work, tokens_each
 from tunewright.evaluation.demonstrations import Demonstrations, Embeddings, with_demonstrations
 from tunewright.evaluation.generations import Answer, ArmPrompts, Generator, Prompt
 from tunewright.evaluation.optimized_prompts import find_optimized
+from tunewright.evaluation.time_limit import Work, tokens_each
 from tunewright.evidence.common import Budget, NoiseFloor, StoredPrompt
 from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
@@ -51,12 +51,7 @@ class BuiltPrompt:
     """It has fewer demonstrations than the arm, to fit the context."""
 
     def stored(self, messages: PromptMessages, plan: str | None = None) -> StoredPrompt:
-        """Return the evidence's entry, with its messages among those of the evaluation.
-
-        Args:
-            messages: the evaluation's.
-            plan: the name of the item's own arm, where the folds differ.
-        """
+        """Return the evidence's entry, with its messages among those of the evaluation."""
         return StoredPrompt(
             messages=messages.add([replace(message, weight=1).as_dict() for message in self.messages]),
             tokens=digest(self.ids),
@@ -95,8 +90,8 @@ class ArmRunner:
         self.embeddings = Embeddings(project, generator, self.context)
         self.demonstrations = Demonstrations(version.domain_of("train"), project.config.seed, self.embeddings.of)
         self._limit = limit
-        self.time_limit: TimeLimit | None = None
-        """The limit of ``--minutes``, if any."""
+        self.budget: Budget | None = None
+        """The arms that ``--minutes`` leaves out; None if it leaves out no arm."""
         self._warned_of: set[Split] = set()
         self._built: dict[tuple[ArmPlan, str], BuiltPrompt] = {}
 
@@ -140,11 +135,6 @@ class ArmRunner:
     def prompting_arms(self) -> list[ArmPlan]:
         """Every arm that needs no training."""
         return prompting_arms(self.settings, self.optimized)
-
-    @property
-    def budget(self) -> Budget | None:
-        """The arms that the time limit leaves out; None if it leaves out no arm."""
-        return None if self.time_limit is None else self.time_limit.budget
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -212,12 +202,12 @@ class ArmRunner:
         answered = self.generator.answer_arms(asked, self.limit)
         return {plan.name: answers for (plan, _), answers in zip(arms, answered, strict=True)}
 
-    def work(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> Work:
-        """Return the number of answers to these rows, by their prompts and the journal; arguments as `answers`."""
+    def work(self, plan: ArmPlan, members: Sequence[Member], adapter: Adapter | None = None) -> Work:
+        """Return the number of answers to these rows, by their prompts and the journal."""
         prompts = {prompt.ids for prompt in self.prompts(plan, members)}
         kept = self.generator.kept(self.limit, adapter if plan.adapted else None, constrained=plan.constrained)
         missing = sum(digest(prompt) not in kept for prompt in prompts)
-        return Work(plan.name, split, missing, len(prompts) - missing, tokens_each(prompts, self.limit))
+        return Work(plan.name, missing, len(prompts) - missing, tokens_each(prompts, self.limit))
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> list[BuiltPrompt]:
         """Return the prompts of these rows, each with as many demonstrations as fit the context."""
@@ -375,7 +365,7 @@ def noise_floor(
     sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))
     tokens = tokens_each([prompts[place] for place in places], limit)
-    with generator.countdown.arm(NOISE, 2 * len(places), tokens) as task:
+    with generator.rate.arm(NOISE, 2 * len(places), tokens) as task:
         answers = []
         for order, size in zip((places, shuffled), sizes, strict=True):
             requests = generator.requests([prompts[place] for place in order], limit)

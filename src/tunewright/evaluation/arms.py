@@ -45,11 +45,7 @@ class Instruction:
 
 
 def find_instruction(members: Sequence[Member]) -> Instruction:
-    """Return the instruction of these pairs.
-
-    Raises:
-        UserError: system turns differ between pairs, are missing in some, or are several in one.
-    """
+    """Return the instruction of these pairs."""
     systems = Counter(tuple(m.content for m in member.example.prompt if m.role == "system") for member in members)
     if len(systems) > 1:
         (usual, count), *_ = systems.most_common(1)

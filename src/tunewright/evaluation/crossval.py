@@ -47,12 +47,7 @@ from tunewright.evaluation.train_similarity import Distances, scores_by_distance
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.files import EVIDENCE_FILE, PromptMessages
 from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
-from tunewright.evidence.schema import (
-    MEASUREMENT_VERSION,
-    Advice,
-    Evidence,
-    Fold,
-)
+from tunewright.evidence.schema import MEASUREMENT_VERSION, Advice, Evidence, Fold
 from tunewright.evidence.scoring import count_references, declared_contrasts, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
@@ -90,11 +85,7 @@ class _Role:
 
 
 class CrossValidation(SubsetTrainings):
-    """The folds of a dataset version, and everything that decides the result.
-
-    Raises:
-        UserError: too few clusters or pairs.
-    """
+    """The folds of a dataset version, and everything that decides the result."""
 
     def __init__(
         self,

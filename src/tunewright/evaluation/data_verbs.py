@@ -13,11 +13,7 @@ from tunewright.data.options import AddOptions
 from tunewright.data.versions import load_version
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import find_evaluation, load_items
-from tunewright.evidence.power import (
-    report_split_power,
-    split_power,
-    warn_of_few_dev_clusters,
-)
+from tunewright.evidence.power import report_split_power, split_power, warn_of_few_dev_clusters
 from tunewright.evidence.schema import Item
 from tunewright.open_project import OpenProject
 

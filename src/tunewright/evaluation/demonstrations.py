@@ -309,11 +309,7 @@ class Embeddings:
         self.kept_only = False
 
     def of(self, retriever: RetrieverName, texts: Sequence[str]) -> Vectors:
-        """Return the texts' vectors for a dense retriever, [texts, width].
-
-        Raises:
-            UserError: the embedding model cannot be loaded, or no vector may be computed and these are not kept.
-        """
+        """Return the texts' vectors for a dense retriever, [texts, width]."""
         compute = self._of_base if retriever == "dense" else self._of_model
         file = self._project.work / "embeddings" / f"{digest([self.identity(retriever), list(texts)])[:16]}.npy"
         if file.exists():

@@ -124,9 +124,6 @@ def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[Datase
     Clusters stay whole, so no row has a near-duplicate on another side. Folds are as equal in size as whole clusters
     allow (the largest first, each into the smallest fold). Dev gets the version's own share of all rows. These versions
     exist in memory only, with their own digests.
-
-    Raises:
-        UserError: too few clusters.
     """
     assert folds >= 2
     clusters: dict[str, list[Member]] = defaultdict(list)
@@ -210,9 +207,6 @@ def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int)
     the rows, so larger parts include smaller ones. The generic mix-in is cut to the same share separately, so that its
     proportion of the training rows stays the same. These versions exist in memory only, with their own digests; the
     whole (share 1) is the version itself.
-
-    Raises:
-        UserError: too few clusters for the shares to differ.
     """
     assert shares[-1] == 1
     assert all(a < b for a, b in pairwise([0, *shares]))

@@ -193,11 +193,7 @@ class IncumbentModel:
         return sum(self.key(m) not in self._frozen for m in members) if self.config.frozen else 0
 
     def require_ready(self, members: Sequence[Member]) -> None:
-        """Check that the rows can be answered: there is a key, or with ``frozen`` at least one answer.
-
-        Raises:
-            UserError: the key is missing, or nothing is frozen.
-        """
+        """Check that the rows can be answered: there is a key, or with ``frozen`` at least one answer."""
         if members and self.unfrozen(members) == len(members):
             raise UserError(
                 f"No answer of {self.config.name} to these {len(members):,} rows is frozen",

@@ -30,7 +30,7 @@ from tunewright.evaluation.answer_worker import (
     EmbeddedAnswers,
     RequestBatch,
 )
-from tunewright.evaluation.countdown import Countdown, tokens_each
+from tunewright.evaluation.time_limit import AnswerRate, tokens_each
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.requests import Completion, Request
@@ -131,11 +131,7 @@ class Generator:
         adapter: Adapter | None = None,
         workers: ModelWorkers | None = None,
     ) -> Generator:
-        """Return a generator that follows the project's config; ``adapter`` will answer, if it is trained already.
-
-        Raises:
-            UserError: ``evaluate.engine`` is vLLM, and it is not installed or cannot answer this.
-        """
+        """Return a generator that follows the project's config; ``adapter`` will answer, if it is trained already."""
         config = project.config
         constrained = config.evaluate.structured_outputs is not None
         folder = None if adapter is None else adapter.folder
@@ -179,7 +175,7 @@ class Generator:
         self.quantization = quantization
         self.folder = work / "generations"
         self.reporter = reporter
-        self.countdown = Countdown(reporter)
+        self.rate = AnswerRate(reporter)
         self.stop = stop
         self.grammar = grammar
         self.engine = engine
@@ -247,7 +243,7 @@ class Generator:
                     continue
                 claimed |= {(journal.path, key) for key in wanted}
                 tokens = tokens_each(missing, max_new_tokens)
-                task = stack.enter_context(self.countdown.arm(arm.title, len(missing), tokens))
+                task = stack.enter_context(self.rate.arm(arm.title, len(missing), tokens))
                 requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
                 keep = self._keeping(requests, stack.enter_context(journal.keeping()), task.advance)
                 asked.append(ArmRequests(RequestBatch(requests, stop_ids=self.chat.stop_ids), keep, arm.adapter))
@@ -321,9 +317,6 @@ class Generator:
             stop_ids: tokens that end an answer (None: the chat format's).
             at_once: number of rows that decode together (None: the engine's maximum).
             company: answers of one company may share the engine's prefix cache.
-
-        Raises:
-            UserError: vLLM does not start, dies, or cannot answer one of them; or the cluster cannot.
         """
         ends = self.chat.stop_ids if stop_ids is None else stop_ids
         if self._cluster is not None:

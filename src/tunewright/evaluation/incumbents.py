@@ -38,11 +38,7 @@ def incumbent_models(project: ProjectFolder, reporter: Reporter) -> list[Incumbe
 
 
 def require_ready(project: ProjectFolder, version: DatasetVersion, splits: Sequence[Split], reporter: Reporter) -> None:
-    """Check the keys and files of all incumbents, before anything is paid or computed.
-
-    Raises:
-        UserError: a key or a file is missing.
-    """
+    """Check the keys and files of all incumbents, before anything is paid or computed."""
     for model in incumbent_models(project, reporter):
         _trained_on(model, project, version)
         for split in splits:

@@ -50,11 +50,7 @@ class CurveResult:
 
 
 class LearningCurve(SubsetTrainings):
-    """The parts of a version's training rows, and everything that decides the result.
-
-    Raises:
-        UserError: too few clusters or pairs.
-    """
+    """The parts of a version's training rows, and everything that decides the result."""
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, scored_arms
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, by_value, other_instructions, plan_of, prompting_arms
 from tunewright.evaluation.generations import Answer, Generator
+from tunewright.evaluation.time_limit import TimeLimit
 from tunewright.evidence.schema import Advice, Arm, LeftOut, Narrowing, SeedSpread
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, scored_contrast
 from tunewright.metrics import check_references, points_text
@@ -76,30 +77,22 @@ class AdviseResult:
     """False when the same arms had already been measured."""
 
 
-def advise(arm_runner: ArmRunner, announce: Callable[[Advice | None], None] | None = None) -> AdviseResult:
+def advise(arm_runner: ArmRunner, limit: TimeLimit | None = None) -> AdviseResult:
     """Measure the prompting arms on the dev split with the untuned base, and choose the best.
 
-    Args:
-        arm_runner: measures the arms. Its time limit, if any, leaves out those that there is no time for.
-        announce: called before the first answer, with the stored advice if these arms were measured before.
-
-    Raises:
-        UserError: evaluate.instructions cannot replace the pairs' own, or a metric suits none of the pairs. Also if no
-            arm fits the base's context, no reference matches evaluate.structured_outputs, or the minutes are too few.
+    The time limit, if any, leaves out the arms that there is no time for.
     """
+    arm_runner.budget = limit.budget if limit else None
     file = advice_file(arm_runner)
     known = known_advice(arm_runner, file)
     if known is None:
         prepare(arm_runner)
-    if announce is not None:
-        announce(known)
-    if known is None:
-        with arm_runner.generator.countdown.shown():
-            advice = _Choice(arm_runner).advice()
-        arm_runner.generator.countdown.close("entrants", "finalists")
+        advice = _Choice(arm_runner, limit).advice()
         file = advice_file(arm_runner)
         # With the arms that were left out meanwhile, the choice may have been made before.
         known = known_advice(arm_runner, file)
+    elif limit is not None:
+        limit.warn_of_no_speed()
     if known is not None:
         return AdviseResult(file, known, measured=False)
     document = json_document(advice.model_dump(mode="json"))
@@ -167,13 +160,13 @@ def first_rows(arm_runner: ArmRunner) -> list[Member]:
 class _Choice:
     """A choice in progress: the arms' answers so far, and the arms that were left out."""
 
-    def __init__(self, arm_runner: ArmRunner) -> None:
+    def __init__(self, arm_runner: ArmRunner, limit: TimeLimit | None) -> None:
         self._arm_runner = arm_runner
+        self._limit = limit
         self._config = arm_runner.project.config
         self._settings = arm_runner.settings
         self._metric = arm_runner.scorers[0].name
         self._dev = arm_runner.version.examples("dev")
-        self._time_limit = arm_runner.time_limit
         self._left_out: dict[str, str] = {}
 
     def advice(self) -> Advice:
@@ -197,18 +190,14 @@ class _Choice:
                 f"{len(going_on)} of {len(entrants)} prompting arms advance from {len(first)} dev items to all "
                 f"{len(dev)}: {', '.join(narrowing.finalists)}"
             )
-            countdown = self._arm_runner.generator.countdown
-            if countdown.works:  # else nothing was announced, as in folds
-                works = [self._arm_runner.work(plan, dev, "dev") for plan in going_on]
-                # The first items are counted among those of all entrants.
-                countdown.plan("finalists", [replace(work, kept=max(work.kept - len(first), 0)) for work in works])
             arms = self._scored(dev, self._answers(going_on, dev))[1]
         if not arms:
             raise UserError(
                 "No prompt fits the base's context", fix="Shorten the examples or use a base with a longer context."
             )
-        if self._time_limit is not None:
-            self._time_limit.settle()
+        if self._limit is not None:
+            self._limit.settle()
+            self._arm_runner.budget = self._limit.budget
         if (budget := self._arm_runner.budget) is not None:
             self._left_out = dict.fromkeys(budget.prompting, budget.why) | self._left_out
         # If none of the finalists retrieves, the first items decide the best retrieved arm.
@@ -233,7 +222,7 @@ class _Choice:
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
         """Return all arms' answers to the first items, and the best arm with the other instructions too."""
-        plans, limit = self._arm_runner.prompting_arms, self._time_limit
+        plans, limit = self._arm_runner.prompting_arms, self._limit
         found: dict[ArmPlan, list[Answer]] = {}
         if limit is None:
             found = self._answers(by_value(plans), first)

@@ -6,7 +6,7 @@ Rows, arms, answers, scores, contrasts, evidence: the verdict (`tunewright.evide
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ from tunewright.evaluation.arms import (
     tuned_retrieved,
 )
 from tunewright.evaluation.benchmarks.runner import measure_suites
-from tunewright.evaluation.countdown import Work
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.generations import Answer
 from tunewright.evaluation.incumbents import IncumbentArms, repriced
@@ -49,11 +48,7 @@ from tunewright.evidence.files import (
     find_evaluation,
 )
 from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
-from tunewright.evidence.schema import (
-    Advice,
-    Evidence,
-    Item,
-)
+from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.scoring import (
     ScoredArms,
     count_references,
@@ -121,13 +116,11 @@ def evaluate(
 
     # Answers of all arms to the same rows. The noise floor is the difference between two runs of one arm.
     hosted = incumbents.ask()
-    generator.countdown.plan("contest", comparison.work(arm_runner))
-    with generator.countdown.shown():
-        answers = arm_runner.answer_arms(comparison.arms, rows, split)
-        asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
-        noise = None
-        if split == "test":
-            noise = noise_floor(generator, rows, asked, arm_runner.limit, arm_runner.scorers[0], config.seed)
+    answers = arm_runner.answer_arms(comparison.arms, rows, split)
+    asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
+    noise = None
+    if split == "test":
+        noise = noise_floor(generator, rows, asked, arm_runner.limit, arm_runner.scorers[0], config.seed)
     answers |= hosted
     messages = PromptMessages()
     prompts: dict[str, Sequence[StoredPrompt | None]] = {
@@ -212,16 +205,6 @@ class Comparison:
     identity: str
     folder: Path
     """The folder of its evidence."""
-
-    def work(self, arm_runner: ArmRunner) -> list[Work]:
-        """Return the answers of each arm, those that are kept included."""
-        rows = arm_runner.version.examples(self.split)
-        return [
-            replace(arm_runner.work(plan, rows, self.split, by), optional=plan.adapted and plan not in (TUNED, PARENT))
-            for plan, by in self.arms
-            # On dev, the base's arms were answered while a prompt was chosen.
-            if plan.adapted or self.split == "test"
-        ]
 
 
 def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Split) -> Comparison:

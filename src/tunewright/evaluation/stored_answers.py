@@ -22,11 +22,7 @@ from tunewright.evaluation.human_eval.results import preferences
 from tunewright.evaluation.human_eval.sample import FOLDER, comparison, load_sample
 from tunewright.evaluation.human_eval.session import read_journal, read_journals
 from tunewright.evaluation.judge.rows import load_judged
-from tunewright.evidence.files import (
-    EVIDENCE_FILE,
-    ITEMS_FILE,
-    load_items,
-)
+from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE, load_items
 from tunewright.evidence.schema import Evidence, Item
 
 Source = Literal["person", "judge"]
@@ -70,12 +66,7 @@ class _Verdict:
 def keep_preferences(
     dataset: Path, evaluations: Path, folder: Path, source: Source, reporter: Reporter
 ) -> KeptPreferences:
-    """Keep the pairs of an evaluation's people or judge; those of an earlier call are replaced.
-
-    Raises:
-        UserError: nothing was judged, the judge is vetoed, a file was changed, or the evaluated dataset version is
-            missing.
-    """
+    """Keep the pairs of an evaluation's people or judge; those of an earlier call are replaced."""
     evidence = load_checked(folder, evaluations, reporter)
     verdicts = list(_people(folder, evidence) if source == "person" else _judge(folder, evidence))
     items = {item.key: item for item in load_items(folder)}

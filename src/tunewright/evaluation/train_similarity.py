@@ -9,13 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.data.dedup.leakage import BANDS, band_of
-from tunewright.evidence.common import (
-    Band,
-    BandScore,
-    OutputTemplates,
-    Subset,
-    TrainSimilarity,
-)
+from tunewright.evidence.common import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.evidence.schema import Contrast
 from tunewright.evidence.scoring import ScoredArms, contrast, score_of
 from tunewright.evidence.statistics import RESAMPLES

@@ -46,11 +46,7 @@ class TrainingRun:
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """Its rows of ``metrics.jsonl``; empty before the first step.
-
-        Raises:
-            UserError: the file is damaged, or the run was removed.
-        """
+        """Its rows of ``metrics.jsonl``; empty before the first step."""
         file = self.folder / HISTORY
         if not self.folder.is_dir():
             raise UserError(f"The run {self.name} was removed", fix="Choose another one on the page Train.")
@@ -58,11 +54,7 @@ class TrainingRun:
 
     @property
     def dev_answers(self) -> dict[int, dict[str, str]]:
-        """Answers to a few dev rows by step and pair key; empty once the run has finished.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Answers to a few dev rows by step and pair key; empty once the run has finished."""
         return read_dev_answers(self.folder)
 
     @property
@@ -93,19 +85,11 @@ class TrainingRuns:
         self._project = project
 
     def list(self) -> Sequence[TrainingRun]:
-        """Return all runs: unfinished ones first, then adapters, newest first.
-
-        Raises:
-            UserError: an unreadable lineage.
-        """
+        """Return all runs: unfinished ones first, then adapters, newest first."""
         return [*self._unfinished(), *reversed([*_finished(self._project.adapters)])]
 
     def find(self, name: str) -> TrainingRun:
-        """Return a run by its name; that of an unfinished run also finds the adapter that it became.
-
-        Raises:
-            UserError: there is no such run, for example because it was removed.
-        """
+        """Return a run by its name; that of an unfinished run also finds the adapter that it became."""
         inputs = self._inputs_of(name)
         project = self._project
         for run in _finished(project.adapters, project.curve_adapters, project.fold_adapters, project.pilot_adapters):
@@ -120,11 +104,7 @@ class TrainingRuns:
         raise UserError(f"There is no training run {name!r}", fix=fix)
 
     def compare(self, names: Sequence[str]) -> RunComparison:
-        """Return runs with the values of the config that differ between them.
-
-        Raises:
-            UserError: fewer than two runs, or one of them is missing.
-        """
+        """Return runs with the values of the config that differ between them."""
         if len(names) < 2:
             raise UserError(f"Choose at least two runs (got {len(names)})", fix="Mark them on the page Train.")
         runs = [self.find(name) for name in names]
@@ -138,11 +118,7 @@ class TrainingRuns:
         return _newest(self._project.sweeps.glob("[!.]*/ledger.jsonl"))
 
     def sweep(self, name: str) -> Ledger:
-        """Return a sweep's ledger.
-
-        Raises:
-            UserError: there is no such sweep, or its ledger is damaged.
-        """
+        """Return a sweep's ledger."""
         from tunewright.training.sweep.ledger import Ledger
 
         return Ledger.stored(_inside(self._project.sweeps, name))
@@ -152,11 +128,7 @@ class TrainingRuns:
         return _newest(self._project.curves.glob(f"[!.]*/{CURVE_FILE}"))
 
     def curve(self, name: str) -> Curve:
-        """Return a learning curve.
-
-        Raises:
-            UserError: there is no such curve, or it is damaged.
-        """
+        """Return a learning curve."""
         return load_curve(_inside(self._project.curves, name) / CURVE_FILE)
 
     def _unfinished(self) -> Iterator[TrainingRun]:

@@ -106,12 +106,10 @@ def report_detectable_effects(project: OpenProject) -> None:
 def prompting(project: OpenProject) -> AdviseResult:
     """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune."""
     from tunewright.evaluation.prompt_search import advise
-    from tunewright.evaluation.workload import Workload
 
     report_detectable_effects(project)
     with answer_workers(project) as workers:
-        arm_runner = open_arm_runner(project, workers=workers)
-        return advise(arm_runner, Workload(arm_runner).announce)
+        return advise(open_arm_runner(project, workers=workers))
 
 
 def optimize_prompt(project: OpenProject) -> OptimizePromptResult:
@@ -176,13 +174,13 @@ def _evaluate(
     from tunewright.evaluation import runner
     from tunewright.evaluation.incumbents import require_ready
     from tunewright.evaluation.prompt_search import advise
-    from tunewright.evaluation.workload import Workload, limit_time
+    from tunewright.evaluation.workload import time_limit
 
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
         arm_runner = open_arm_runner(project, tuned, workers)
         require_ready(project.folder, arm_runner.version, asked_splits(split), project.reporter)
-        limit_time(arm_runner, minutes, (tuned, split))
+        limit = time_limit(arm_runner, minutes, (tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
         trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
         settings = project.folder.config.train
@@ -192,7 +190,7 @@ def _evaluate(
                 f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
                 "adapter with the new values."
             )
-        advice = advise(arm_runner, Workload(arm_runner, (tuned, split)).announce).advice
+        advice = advise(arm_runner, limit).advice
         return runner.evaluate(arm_runner, tuned, advice, split, suites)
 
 
@@ -209,13 +207,13 @@ def estimate_evaluation(
     Raises:
         UserError: no adapter, or one that does not fit; also without ``embed`` if vectors have to be computed.
     """
-    from tunewright.evaluation.workload import Workload
+    from tunewright.evaluation.workload import estimated_answers
 
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
         arm_runner = open_arm_runner(project, tuned, workers)
         arm_runner.embeddings.kept_only = not embed
-        return Workload(arm_runner, (tuned, "dev" if dev else "test")).estimate()
+        return estimated_answers(arm_runner, (tuned, "dev" if dev else "test"))
 
 
 def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[IncumbentEstimate]:

@@ -24,11 +24,7 @@ DEV_PREFIX = "dev-"
 
 
 def load_evidence(path: Path) -> Evidence:
-    """Load ``evidence.json`` from its path or folder.
-
-    Raises:
-        UserError: no such file, or another schema.
-    """
+    """Load ``evidence.json`` from its path or folder."""
     file = path / EVIDENCE_FILE if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
@@ -61,16 +57,7 @@ def _peek(text: str) -> dict[str, Any]:
 
 
 def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: bool = True) -> Path:
-    """Return an evaluation's folder by ID, folder or evidence file, else the newest.
-
-    Args:
-        evaluations: the project's folder of evaluations.
-        name: the evaluation; None: the newest.
-        dev: let the newest be an evaluation on the dev split.
-
-    Raises:
-        UserError: no such evaluation.
-    """
+    """Return an evaluation's folder by ID, folder or evidence file, else the newest."""
     if name is not None:
         place = next((p for p in (Path(name), evaluations / name) if p.exists()), None)
         if place is None:
@@ -90,13 +77,7 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: b
 
 
 def evidence_on(evaluations: Path, adapter: str, reporter: Reporter) -> Evidence | None:
-    """Return the newest evidence on one adapter from rows held out of its training; None if there is none.
-
-    Args:
-        evaluations: the project's folder of evaluations.
-        adapter: its digest.
-        reporter: receives warnings about unreadable evidence.
-    """
+    """Return the newest evidence on one adapter from rows held out of its training; None if there is none."""
     for file in sorted(evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=_created, reverse=True):
         try:
             evidence = load_evidence(file)
@@ -116,11 +97,7 @@ def _created(file: Path) -> str:
 
 
 def load_items(folder: Path) -> list[Item]:
-    """Load ``items.jsonl`` from the evidence's folder.
-
-    Raises:
-        UserError: no such file, or a line that is not an item.
-    """
+    """Load ``items.jsonl`` from the evidence's folder."""
     file = folder / ITEMS_FILE
     try:
         # Not splitlines, which also splits at line and page separators inside texts.
@@ -158,11 +135,7 @@ class PromptMessages:
 
 
 def load_messages(folder: Path) -> list[dict[str, Any]] | None:
-    """Return the messages that an evaluation's prompts consist of; None if the file was deleted, or never written.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return the messages that an evaluation's prompts consist of; None if the file was deleted, or never written."""
     file = folder / PROMPTS_FILE
     if not file.exists():
         return None
@@ -207,11 +180,7 @@ class ItemFilter:
 
 
 def chosen_items(evidence: Evidence, items: Sequence[Item], kept: ItemFilter) -> list[tuple[int, Item, Change]]:
-    """Return the items that a filter keeps: number from 1 in the evidence's order, item, effect of the treatment.
-
-    Raises:
-        UserError: the evidence has no such arm.
-    """
+    """Return the items that a filter keeps: number from 1 in the evidence's order, item, effect of the treatment."""
     names = [arm.name for arm in evidence.arms]
     for arm in (kept.treatment, kept.control):
         if arm not in names:

@@ -61,15 +61,7 @@ class Curve(Part):
 
 
 def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
-    """Return the newest learning curve on an evaluation's data and base, by its metric; None if none was measured.
-
-    Args:
-        curves: the project's folder of curves.
-        evidence: the evaluation's evidence.
-
-    Raises:
-        UserError: a curve that cannot be read.
-    """
+    """Return the newest learning curve on an evaluation's data and base, by its metric; None if none was measured."""
     found = [
         curve
         for curve in map(load_curve, sorted(curves.glob(f"[!.]*/{CURVE_FILE}")))
@@ -80,11 +72,7 @@ def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
 
 
 def load_curve(file: Path) -> Curve:
-    """Load a learning curve from its ``curve.json``.
-
-    Raises:
-        UserError: the file is missing or cannot be read.
-    """
+    """Load a learning curve from its ``curve.json``."""
     try:
         return Curve.model_validate_json(file.read_bytes())
     except FileNotFoundError:

@@ -94,13 +94,7 @@ class DetectableEffects:
 
 
 def detectable_effects_text(found: DetectableEffects, kind: Kind, margin: float) -> str:
-    """Return the effects in plain sentences, with their assumptions.
-
-    Args:
-        found: the effects.
-        kind: the deciding metric's kind.
-        margin: the config's margin.
-    """
+    """Return the effects in plain sentences, with their assumptions."""
     place = f"The {found.split} split's {found.items:,} items in {found.clusters:,} clusters"
     if found.clusters < FEWEST_CLUSTERS:
         return (
@@ -174,13 +168,7 @@ class SplitPower:
 
 
 def split_power(rows: Mapping[Split, int], clusters: Mapping[Split, int], share: float) -> SplitPower:
-    """Return the power of the test split.
-
-    Args:
-        rows: rows of each split, without mix-in.
-        clusters: clusters of each split.
-        share: the test split's share of the rows (``data.test_size``).
-    """
+    """Return the test split's power, by rows without mix-in and clusters of each split, and its share of the rows."""
     tests = clusters.get("test", 0)
 
     def more(needed: int) -> int:
@@ -239,10 +227,6 @@ def warn_of_few_dev_clusters(sizes: Sequence[int], reporter: Reporter) -> None:
 
     Clusters with shares p of the rows are worth 1 / sum(p²) clusters of equal size (Kish's effective sample size).
     Below `FEWEST_CLUSTERS` no difference can be significant, even if all clusters agree on it.
-
-    Args:
-        sizes: rows of each dev cluster, the largest first.
-        reporter: receives the warning.
     """
     effective = sum(sizes) ** 2 / sum(size**2 for size in sizes) if sizes else 0.0
     if effective >= FEWEST_CLUSTERS:
@@ -257,11 +241,7 @@ def warn_of_few_dev_clusters(sizes: Sequence[int], reporter: Reporter) -> None:
 
 
 def require_significance(power: SplitPower, *, force: bool, reporter: Reporter) -> None:
-    """Refuse a pipeline whose verdict can only be "can't tell"; with ``force``, warn instead.
-
-    Raises:
-        UserError: too few test clusters, and not forced.
-    """
+    """Refuse a pipeline whose verdict can only be "can't tell"; with ``force``, warn instead."""
     if power.significant:
         return
     if force:

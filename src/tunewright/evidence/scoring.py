@@ -108,11 +108,7 @@ def score_arms(
     answers: Mapping[str, Sequence[str]],
     among: Sequence[Example] | None = None,
 ) -> ScoredArms:
-    """Score every arm's answers; ``examples`` have the items' references, ``among`` those of their whole split.
-
-    Raises:
-        UserError: a custom metric of the project fails on an item.
-    """
+    """Score every arm's answers; ``examples`` have the items' references, ``among`` those of their whole split."""
     return ScoredArms(
         tuple(clusters),
         {s.name: {arm: score_all(s, given, examples, among) for arm, given in answers.items()} for s in scorers},
@@ -147,11 +143,7 @@ def score_arm(
 
 
 def score_of(scores: Scores, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> ArmScore:
-    """Return the score of all scored items: with Wilson's interval for right and wrong, else a bootstrap over clusters.
-
-    Raises:
-        UserError: no item is scored.
-    """
+    """Return the score of all scored items: with Wilson's interval for right and wrong, else a bootstrap over clusters."""
     value = scores.total()
     values, names = scores.values[scores.scored], _of(clusters, scores.scored)
     worth = effective_items(values, names)
@@ -187,19 +179,7 @@ def contrast(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Contrast:
-    """Compare two arms by one metric, on the items that are scored in both.
-
-    Args:
-        treatment, control: the arms' names.
-        ours: the treatment's scores.
-        theirs: the control's, by the same metric.
-        clusters: the items' clusters.
-        seed: decides resamples and swaps.
-        resamples: number of resamples.
-
-    Raises:
-        UserError: no item is scored in both.
-    """
+    """Compare two arms by one metric, on the items that are scored in both."""
     assert ours.scorer.name == theirs.scorer.name
     both = ours.scored & theirs.scored
     if not both.any():
@@ -235,11 +215,6 @@ def declared_contrasts(
 
     Contrasts by the first metric are the declared ones, with p-values adjusted for multiple tests. Those by the other
     metrics follow.
-
-    Args:
-        scored: all arms' scores.
-        pairs: names of treatment and control.
-        seed, resamples: as for `contrast`.
     """
     measured: list[Contrast] = []
     for metric in scored.by_metric:

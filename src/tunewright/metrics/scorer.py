@@ -121,11 +121,7 @@ class Scores:
         return dict(Counter(self.unscored.values()))
 
     def total(self) -> float:
-        """Return the metric of all scored items together, from 0 to 1.
-
-        Raises:
-            UserError: no item is scored.
-        """
+        """Return the metric of all scored items together, from 0 to 1."""
         if not self.scored.any():
             why = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.items())
             raise UserError(f"No item can be scored by {self.scorer.name}: {why}", where="evaluate.metric")

@@ -9,18 +9,8 @@ from typing import Literal
 from tunewright.config import MetricName
 from tunewright.core.text import capitalised, changes, count_of
 from tunewright.evidence.blocks import TONES
-from tunewright.evidence.common import (
-    Band,
-    BandScore,
-    OutputTemplates,
-    Subset,
-    TrainSimilarity,
-)
-from tunewright.evidence.files import (
-    CHANGES,
-    Change,
-    change_of,
-)
+from tunewright.evidence.common import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
+from tunewright.evidence.files import CHANGES, Change, change_of
 from tunewright.evidence.schema import Contrast, Evidence, Item
 from tunewright.evidence.verdict import changed_words
 from tunewright.metrics import axis_label, points_text

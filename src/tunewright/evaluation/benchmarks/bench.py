@@ -108,11 +108,7 @@ class OpenSuite(Protocol):
 
 
 def item_lines(path: Path) -> list[tuple[str, str]]:
-    """Return the lines of a suite's file that are not blank, each with its place.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Return the lines of a suite's file that are not blank, each with its place."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:

@@ -55,9 +55,6 @@ def read_questions(path: Path) -> list[Question]:
     """Load the questions of a JSONL file of objects with ``query``, ``choices`` and ``gold``.
 
     The format is that of MosaicML's llm-foundry. A ``group`` marks questions that belong together.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not such an object (the message names file and line).
     """
     questions = []
     for where, line in item_lines(path):

@@ -162,9 +162,6 @@ def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
     A line is ``{"prompt": …, "checks": [{"check": "words", "at_least": 300}, …]}``, or one of Google's, with
     ``instruction_id_list`` and ``kwargs``. A prompt with an unsupported check is left out as a whole. A ``group`` marks
     prompts that belong together.
-
-    Raises:
-        UserError: the file cannot be read, or a line has neither format (the message names file and line).
     """
     found: list[Instruction] = []
     unsupported: Counter[str] = Counter()

@@ -41,12 +41,7 @@ class BenchmarkResult:
 
 
 def open_suites(project: ProjectFolder) -> list[OpenSuite]:
-    """Return the config's suites with their items read; nothing is loaded or measured.
-
-    Raises:
-        UserError: there is no suite, a file cannot be read, two suites share a name, or lm-eval is needed and not
-            installed.
-    """
+    """Return the config's suites with their items read; nothing is loaded or measured."""
     settings, root, seed = project.config.regressions, project.root, project.config.seed
     if not settings.measures:
         raise UserError(

@@ -49,11 +49,7 @@ class OwnSamples:
 
     @cached_property
     def drawn(self) -> Drawn:
-        """The held-out samples.
-
-        Raises:
-            UserError: none of the base's samples is usable.
-        """
+        """The held-out samples."""
         generator, config = self.generator, self.project.config
         sampler = Sampler(
             generator.base,

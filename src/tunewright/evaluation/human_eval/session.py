@@ -294,9 +294,6 @@ class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
         """Write the pairs that the reviewer has not judged yet to a spreadsheet, and return their number.
 
         With ``reference`` it has the references: nobody can record when one is viewed, so all count as seen.
-
-        Raises:
-            UserError: nothing is left to judge, the file already exists, or it cannot be written.
         """
         keys = self.open_keys()
         if not keys:

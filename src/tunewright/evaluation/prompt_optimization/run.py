@@ -16,9 +16,9 @@ from tunewright.core.progress import WithoutBars
 from tunewright.data.versions import Member
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import Instruction, find_instruction
-from tunewright.evaluation.countdown import Countdown
 from tunewright.evaluation.judge.runner import task_text
 from tunewright.evaluation.optimized_prompts import instruction_digest, load, store
+from tunewright.evaluation.time_limit import AnswerRate
 from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, ReflectionUsage
 from tunewright.metrics import check_references, score_all
 from tunewright.model_io.client import Endpoint
@@ -108,7 +108,7 @@ class PromptOptimization:
         budget = Budget(self.settings.budget, _BUDGET)
         self.endpoint = Endpoint(model, where, arm_runner.project.work / "prompt_optimization", budget, quiet)
         self.generator = arm_runner.generator
-        self.generator.countdown = Countdown(quiet)
+        self.generator.rate = AnswerRate(quiet)
         self._end: str | None = None
         self._failure: UserError | None = None
 
