@@ -37,7 +37,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.dedup.leakage import measure_leakage
 from tunewright.data.versions import MANIFEST, Member, version_folder
 from tunewright.evaluation.arms import plan_of
-from tunewright.evaluation.generations import Answer
+from tunewright.evaluation.generations import ArmAnswer
 from tunewright.evaluation.prompt_search import first_items
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.files import (
@@ -201,7 +201,7 @@ def freeze(project: Path, golden: Path) -> None:
     arm_runner = open_arm_runner(opened, adapter)
     intents = {member.example.output for member in arm_runner.version.members}
 
-    def answered(arms: Sequence[Arm], members: Sequence[Member], split: str) -> dict[str, list[Answer]]:
+    def answered(arms: Sequence[Arm], members: Sequence[Member], split: str) -> dict[str, list[ArmAnswer]]:
         return {arm.name: arm_runner.answers(plan_of(arm), members, split, adapter) for arm in arms}
 
     test, dev = (arm_runner.version.examples(split) for split in ("test", "dev"))
@@ -230,7 +230,7 @@ def freeze(project: Path, golden: Path) -> None:
 
 def _rows(
     members: Sequence[Member],
-    answers: Mapping[str, Sequence[Answer]],
+    answers: Mapping[str, Sequence[ArmAnswer]],
     intents: Collection[str],
     nearest: Mapping[str, float | None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def _rows(
     ]
 
 
-def _answer(given: Answer, intents: Collection[str]) -> list[Any]:
+def _answer(given: ArmAnswer, intents: Collection[str]) -> list[Any]:
     """Return the text, whether it reached the token limit, and the token counts of prompt and answer."""
     return [kept(given.text, intents), given.truncated, len(given.prompt), given.tokens]
 

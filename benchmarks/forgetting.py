@@ -38,7 +38,7 @@ from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.benchmarks.bench import Bench
-from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
+from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, chosen, read_questions
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.statistics import effective_items, wilson
@@ -156,7 +156,7 @@ def trained(domain: Project, options: argparse.Namespace, reporter: Reporter) ->
     return adapters
 
 
-def arc(count: int) -> tuple[list[Question], str | None]:
+def arc(count: int) -> tuple[list[ChoiceQuestion], str | None]:
     """Return a subset of ARC-easy (Clark et al. 2018, arXiv 1803.05457), or the reason why it is missing."""
     path = SHARED / "arc_easy" / "arc_easy.jsonl"
     if not path.exists():
@@ -166,7 +166,7 @@ def arc(count: int) -> tuple[list[Question], str | None]:
 
 
 def measured(
-    adapter: Adapter | None, arm_runner: Any, suite: SamplesSuite, questions: list[Question], work: Path
+    adapter: Adapter | None, arm_runner: Any, suite: SamplesSuite, questions: list[ChoiceQuestion], work: Path
 ) -> dict[str, Any]:
     """Measure one row of the table."""
     clusters = [member.cluster for member in arm_runner.version.examples("dev")]
@@ -188,7 +188,7 @@ def measured(
     return row
 
 
-def arc_choices(adapter: Adapter | None, generator: Any, questions: list[Question], work: Path) -> list[int]:
+def arc_choices(adapter: Adapter | None, generator: Any, questions: list[ChoiceQuestion], work: Path) -> list[int]:
     """Return the model's choices; stored, since they take long."""
     decides = {
         "adapter": adapter.digest if adapter else None,

@@ -9,7 +9,7 @@ from factories import make_evidence, make_items
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.sample import treatment_is_a
-from tunewright.evaluation.human_eval.session import BlindReview, Pair
+from tunewright.evaluation.human_eval.session import BlindPair, BlindReview
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE
 from tunewright.evidence.incumbents import Incumbents
 from tunewright.evidence.schema import Evidence, Item
@@ -79,6 +79,6 @@ def begin(folder: Path, reviewer: str = "ada", items: int | None = None, *, agai
     return BlindReview(folder, reviewer, LogReporter(), items=items, against=against)
 
 
-def side_of_treatment(review: BlindReview, pair: Pair) -> str:
+def side_of_treatment(review: BlindReview, pair: BlindPair) -> str:
     """A or B: what the reviewer must not be able to tell."""
     return "A" if treatment_is_a(review.sample.seed, pair.key) else "B"

@@ -6,7 +6,6 @@ import math
 
 from factories import make_evidence, make_items, scored_items
 from tunewright.core.io import digest
-from tunewright.evaluation.train_similarity import scores_by_distance, scores_by_template
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.evidence.benchmarks import Control as SuiteControl
 from tunewright.evidence.common import Interval, NoiseFloor, Score
@@ -24,6 +23,7 @@ from tunewright.evidence.judge import (
 from tunewright.evidence.learning_curve import Curve, Point
 from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess
 from tunewright.evidence.schema import Evidence, LeftOut, Narrowing, SeedSpread
+from tunewright.evidence.scoring import scores_by_distance, scores_by_template
 
 
 def _suite(name: str, base: float, tuned: float, margin: float | None, *, passed: bool = True) -> Suite:

@@ -32,7 +32,6 @@ from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.versions import MANIFEST, Manifest, load_version
 from tunewright.data.versions.version import version_table
 from tunewright.evaluation.arms import plan_of
-from tunewright.evaluation.train_similarity import scores_by_distance
 from tunewright.evidence.blocks import advice_section, evaluation_sections
 from tunewright.evidence.files import load_evidence
 from tunewright.evidence.schema import (
@@ -40,7 +39,7 @@ from tunewright.evidence.schema import (
     Arm,
     Evidence,
 )
-from tunewright.evidence.scoring import ScoredArms, declared_contrasts, score_arm, score_arms
+from tunewright.evidence.scoring import ScoredArms, declared_contrasts, score_arm, score_arms, scores_by_distance
 from tunewright.evidence.verdict import SIGNIFICANT, verdict
 from tunewright.metrics import open_scorers
 from tunewright.render.terminal import rendered

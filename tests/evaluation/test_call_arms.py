@@ -19,7 +19,7 @@ from tunewright.evaluation.arms import ArmPlan, find_instruction
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.generation.constraints import Grammar
 from tunewright.metrics import Unscored, metric_inputs, scorer_of
-from tunewright.metrics.scorer import Pair
+from tunewright.metrics.scorer import AnsweredItem
 
 COLOURS = ("red", "green", "blue")
 
@@ -159,7 +159,7 @@ def test_acceptable_values_are_read_from_the_versions_metadata(project: Path) ->
     for member in load_version(project / "dataset").members:
         given = json.loads(member.example.messages[-1].calls[0].arguments)["colour"]
         answer = '{"name": "paint", "arguments": {"colour":"blue"}}'
-        score = scorer.item(Pair(answer, member.example, (member.example.output,)))
+        score = scorer.item(AnsweredItem(answer, member.example, (member.example.output,)))
         assert not isinstance(score, Unscored)
         assert score.value == (given in ("red", "blue"))
         seen.add(given)

@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from factories import make_evidence, make_items, scored_items
-from tunewright.evaluation.train_similarity import scores_by_distance, scores_by_template
-from tunewright.evidence.scoring import contrast
+from tunewright.evidence.scoring import contrast, scores_by_distance, scores_by_template
 
 ITEMS = make_items(60)
 EVIDENCE = make_evidence(ITEMS)

@@ -18,7 +18,7 @@ from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import normalised
-from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
+from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, chosen, read_questions
 from tunewright.evaluation.benchmarks.samples import OwnSamples
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.open_project import OpenProject
@@ -78,11 +78,11 @@ def test_held_out_samples_exclude_trained_ones(adapter: Adapter, samples: OwnSam
 # Multiple choice
 
 
-def _questions() -> list[Question]:
+def _questions() -> list[ChoiceQuestion]:
     generator = np.random.default_rng(0)
     words = ["stone", "water", "a very long river of light", "sun", "ice and snow"]
     return [
-        Question(f"Question: what is {n}?", tuple(generator.permutation(words)[: 2 + n % 3].tolist()), n % 2)
+        ChoiceQuestion(f"Question: what is {n}?", tuple(generator.permutation(words)[: 2 + n % 3].tolist()), n % 2)
         for n in range(12)
     ]
 
@@ -99,7 +99,7 @@ def test_read_questions_names_faulty_lines(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     good = {"query": "Question: Why?", "choices": ["so", "not"], "gold": 1}
     file.write_text(json.dumps(good) + "\n")
-    assert read_questions(file) == [Question("Question: Why?", ("so", "not"), 1)]
+    assert read_questions(file) == [ChoiceQuestion("Question: Why?", ("so", "not"), 1)]
     file.write_text(json.dumps({**good, "group": 7}) + "\n")
     assert read_questions(file)[0].group == "7"
     bad: Any

@@ -12,7 +12,7 @@ from command_line import tunewright
 from factories import make_items
 from scripted_judge import Asked, Script, honest, scripted, verdict, write_project
 from tunewright.core.io import digest
-from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, load_judged
+from tunewright.evaluation.judge.questions import CONTROLS_FILE, ROWS_FILE, load_judged
 from tunewright.evidence.files import load_evidence
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.schema import Evidence, Item

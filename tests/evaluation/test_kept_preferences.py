@@ -14,7 +14,14 @@ from tunewright.data.versions import load_version
 from tunewright.data.versions.logs import read_kept_pairs
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.sample import FOLDER
-from tunewright.evaluation.judge.rows import ROWS_FILE, ArmCorrectness, ArmPreference, JudgedItem, Outcome, Pair
+from tunewright.evaluation.judge.questions import (
+    ROWS_FILE,
+    ArmCorrectness,
+    ArmPreference,
+    JudgedItem,
+    JudgedPair,
+    Outcome,
+)
 from tunewright.evidence.files import load_items
 from tunewright.evidence.schema import Item
 
@@ -83,7 +90,7 @@ def test_withdrawn_preference_is_withdrawn_from_the_pairs(project: Path) -> None
 
 
 def _judged(key: str, outcome: Outcome | None, *, flipped: bool = False) -> str:
-    pair = Pair(plain=ArmPreference(outcome=outcome, flipped=flipped))
+    pair = JudgedPair(plain=ArmPreference(outcome=outcome, flipped=flipped))
     row = JudgedItem(key=key, correctness={"tuned": ArmCorrectness(correct=True)}, pairs={"retrieved-4": pair})
     return f"{row.model_dump_json()}\n"
 

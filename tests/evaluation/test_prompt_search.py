@@ -14,7 +14,7 @@ from fold_helpers import version_of
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
-from tunewright.evaluation.generations import Answer, ArmPrompts, Generator
+from tunewright.evaluation.generations import ArmAnswer, ArmPrompts, Generator
 from tunewright.evaluation.prompt_search import first_items
 
 # The first items
@@ -57,12 +57,12 @@ def answering(monkeypatch: pytest.MonkeyPatch, project: Project, right: dict[str
     asked: list[tuple[str, int]] = []
     questions = {project.chat.prompt(m.example.prompt)[-20:]: m for m in project.data.version().members}
 
-    def answer(arm: ArmPrompts) -> list[Answer]:
+    def answer(arm: ArmPrompts) -> list[ArmAnswer]:
         name = arm.title.split(" on ")[0]
         asked.append((name, len(arm.prompts)))
         members = [questions[prompt[-20:]] for prompt in arm.prompts]
         texts = [m.example.output if _seeded_order(m) < right.get(name, 0.0) else "no" for m in members]
-        return [Answer(text, False, prompt, len(text)) for text, prompt in zip(texts, arm.prompts, strict=True)]
+        return [ArmAnswer(text, False, prompt, len(text)) for text, prompt in zip(texts, arm.prompts, strict=True)]
 
     monkeypatch.setattr(Generator, "answer_arms", lambda _self, arms, _limit: [answer(arm) for arm in arms])
     return asked

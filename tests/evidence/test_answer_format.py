@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tunewright.evidence.answer_format import answer_form
+from tunewright.evidence.common import answer_form
 
 
 def counted(outputs: list[str], answers: list[str]) -> tuple[str, int]:

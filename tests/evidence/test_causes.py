@@ -8,9 +8,8 @@ import pytest
 
 from factories import make_evidence, make_items
 from report_evidence import CURVE, GENERAL
-from tunewright.evidence.answer_format import AnswerFormat
 from tunewright.evidence.causes import Labels, ProjectFacts, decided, undertrained
-from tunewright.evidence.common import Interval
+from tunewright.evidence.common import AnswerFormat, Interval
 from tunewright.evidence.schema import Evidence
 
 WORSE = make_evidence(make_items(120, tuned=0.05, retrieved=0.6))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factories import cross_fitted, make_evidence, make_items, scored_items, with_contrast
-from tunewright.evaluation.train_similarity import scores_by_template
 from tunewright.evidence.schema import Contrast, Evidence
+from tunewright.evidence.scoring import scores_by_template
 from tunewright.evidence.statistics import difference_interval, exact_mcnemar, holm
 from tunewright.evidence.verdict import SIGNIFICANT, fewest_clusters, plain_measurement, verdict
 

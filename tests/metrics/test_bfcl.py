@@ -17,7 +17,7 @@ from factories import scorers
 from tunewright.config import MetricName
 from tunewright.metrics import Scorer, Unscored
 from tunewright.metrics.calls import call_ast_match
-from tunewright.metrics.scorer import Pair
+from tunewright.metrics.scorer import AnsweredItem
 
 pytestmark = needs_bfcl
 
@@ -31,7 +31,7 @@ def _ast(rows: Sequence[Item]) -> Scorer:
 
 
 def _value(scorer: Scorer, item: Item, answer: str) -> float:
-    score = scorer.item(Pair(answer, item.example, (item.example.output,)))
+    score = scorer.item(AnsweredItem(answer, item.example, (item.example.output,)))
     assert not isinstance(score, Unscored)
     return score.value
 
@@ -86,7 +86,7 @@ def test_irrelevant_items_of_bfcl_want_no_call() -> None:
 )
 def test_converted_references_score_full_marks(metric: MetricName) -> None:
     scorer = _ast(items()) if metric == "call_ast_match" else scorers([metric])[0]  # type: ignore[list-item]
-    scores = [scorer.item(Pair(i.example.output, i.example, (i.example.output,))) for i in _called()]
+    scores = [scorer.item(AnsweredItem(i.example.output, i.example, (i.example.output,))) for i in _called()]
     assert {score.value for score in scores if not isinstance(score, Unscored)} == {1.0}
     reasons = Counter(score.reason for score in scores if isinstance(score, Unscored))
     assert reasons.keys() <= {"the reference's calls have no arguments"}

@@ -25,7 +25,7 @@ from scripted_judge import Server, honest, scripted, write_project
 from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.evaluation.judge.rows import ROWS_FILE
+from tunewright.evaluation.judge.questions import ROWS_FILE
 from tunewright.evidence.files import load_evidence
 from tunewright.model_io import client
 from tunewright.model_io.client import Endpoint

@@ -16,7 +16,7 @@ from factories import make_items
 from people_helpers import begin
 from scripted_judge import Asked, Server, honest, scripted, verdict, write_project
 from studio_client import restarted
-from tunewright.evaluation.judge.rows import JudgedItem, load_judged
+from tunewright.evaluation.judge.questions import JudgedItem, load_judged
 from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.schema import Item
 from tunewright.studio.jobs import Jobs

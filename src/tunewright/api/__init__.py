@@ -19,7 +19,7 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data import browse, preview, remote, remove, verify
 from tunewright.data.options import RemoveOptions, ReviewOptions
 from tunewright.engines import environment
-from tunewright.evaluation import data_verbs, label_review, stored, tuning
+from tunewright.evaluation import data_verbs, stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evaluation.verbs import current_split_power
@@ -104,13 +104,13 @@ class ProjectData(ProjectGroup):
     scores_by_template = data_verbs.scores_by_template
     split_power = current_split_power
 
-    apply_reviews = label_review.apply_reviews
-    export_reviews = label_review.export_reviews
-    import_reviews = label_review.import_reviews
-    review = keywords(label_review.review, ReviewOptions)
-    review_status = label_review.review_status
-    stored_suspects = label_review.stored_suspects
-    suspects = label_review.find_suspects
+    apply_reviews = data_verbs.apply_reviews
+    export_reviews = data_verbs.export_reviews
+    import_reviews = data_verbs.import_reviews
+    review = keywords(data_verbs.review, ReviewOptions)
+    review_status = data_verbs.review_status
+    stored_suspects = data_verbs.stored_suspects
+    suspects = data_verbs.find_suspects
 
     estimate_from_documents = synthesis.estimate_from_documents
     estimate_generate = synthesis.estimate_generate

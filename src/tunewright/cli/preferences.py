@@ -21,8 +21,8 @@ from tunewright.core.text import count_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
-    from tunewright.evaluation.judge.runner import Estimate
+    from tunewright.evaluation.human_eval.session import BlindPair, BlindReview, Progress
+    from tunewright.evaluation.judge.runner import JudgeEstimate
     from tunewright.evaluation.stored_answers import KeptPreferences
 
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
@@ -51,7 +51,7 @@ def judge(
 
     The model is the config's judge. Its replies are stored, so a stopped run resumes and pays for nothing twice.
     """
-    from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
+    from tunewright.evaluation.judge.questions import CONTROLS_FILE, ROWS_FILE
     from tunewright.evidence.judge import judge_section
 
     if estimate and keep_preferences:
@@ -75,7 +75,7 @@ def judge(
     return MEASURED_NO if judged.vetoed else None
 
 
-def estimate_text(estimate: Estimate) -> str:
+def estimate_text(estimate: JudgeEstimate) -> str:
     """Return the calls, tokens and cost of judging."""
     from tunewright.model_io.client import limits_text
 
@@ -181,11 +181,11 @@ def _show_results(run: Session, evaluation: Path | None, against: str | None) ->
 
 
 def _ask(run: Session, blind: BlindReview) -> None:
-    def view(pair: Pair) -> str:
+    def view(pair: BlindPair) -> str:
         blind.show_reference(pair)
         return ""
 
-    def note(pair: Pair) -> str:
+    def note(pair: BlindPair) -> str:
         blind.note(pair, read_note(run))
         return ""
 
@@ -199,7 +199,7 @@ def progress_text(progress: Progress) -> str:
     return f"{progress.answered} of {progress.asked} pairs judged{skipped}{same}"
 
 
-def pair_screen(pair: Pair, progress: Progress, width: int) -> list[RenderableType]:
+def pair_screen(pair: BlindPair, progress: Progress, width: int) -> list[RenderableType]:
     """Return one pair: the input, both answers, the reference if requested, and the keys."""
     panels = [Panel(_plain(text), title=name, title_align="left") for name, text in (("A", pair.a), ("B", pair.b))]
     answers: list[RenderableType] = [*panels]

@@ -22,10 +22,17 @@ from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
+from tunewright.evaluation.arms import (
+    TUNED,
+    ZERO_SHOT,
+    ArmPlan,
+    Instruction,
+    find_instruction,
+    find_optimized,
+    prompting_arms,
+)
 from tunewright.evaluation.demonstrations import Demonstrations, Embeddings, with_demonstrations
-from tunewright.evaluation.generations import Answer, ArmPrompts, Generator, Prompt
-from tunewright.evaluation.optimized_prompts import find_optimized
+from tunewright.evaluation.generations import ArmAnswer, ArmPrompts, Generator, Prompt
 from tunewright.evaluation.time_limit import Work, tokens_each
 from tunewright.evidence.common import Budget, NoiseFloor, StoredPrompt
 from tunewright.evidence.files import PromptMessages
@@ -171,13 +178,13 @@ class ArmRunner:
 
     def answers(
         self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None
-    ) -> list[Answer]:
+    ) -> list[ArmAnswer]:
         """Return one arm's answers to these rows, in order; see :meth:`answer_arms`."""
         return self.answer_arms([(plan, adapter)], members, split)[plan.name]
 
     def answer_arms(
         self, arms: Sequence[tuple[ArmPlan, Adapter | None]], members: Sequence[Member], split: str
-    ) -> dict[str, list[Answer]]:
+    ) -> dict[str, list[ArmAnswer]]:
         """Return the answers to these rows, in order, by arm; the workers of a cluster answer all arms at once.
 
         A prompt that is too long shows fewer demonstrations, with a warning.
@@ -278,7 +285,7 @@ def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:
 def scored_arms(
     scorers: Sequence[Scorer],
     members: Sequence[Member],
-    answers: Mapping[str, Sequence[Answer]],
+    answers: Mapping[str, Sequence[ArmAnswer]],
     split: Sequence[Member] | None = None,
 ) -> ScoredArms:
     """Score every arm's answers to the members once by every metric; ``split`` holds all reference rows."""
@@ -294,7 +301,7 @@ def scored_arms(
 def measured_arm(
     name: str,
     plan: ArmPlan,
-    answers: Sequence[Answer],
+    answers: Sequence[ArmAnswer],
     scored: ScoredArms,
     seed: int,
     resamples: int = RESAMPLES,

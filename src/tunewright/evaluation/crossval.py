@@ -34,7 +34,7 @@ from tunewright.evaluation.arm_runner import (
 )
 from tunewright.evaluation.arms import BEST_PROMPTING, TUNED, TUNED_RETRIEVED, ZERO_SHOT, ArmPlan
 from tunewright.evaluation.folds import SubsetTrainings, fold_versions
-from tunewright.evaluation.generations import Answer
+from tunewright.evaluation.generations import ArmAnswer
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
 from tunewright.evaluation.runner import (
     EvaluateResult,
@@ -43,12 +43,19 @@ from tunewright.evaluation.runner import (
     open_test,
     save_evaluation,
 )
-from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
-from tunewright.evidence.answer_format import answer_form
+from tunewright.evidence.common import answer_form
 from tunewright.evidence.files import EVIDENCE_FILE, PromptMessages
 from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
 from tunewright.evidence.schema import MEASUREMENT_VERSION, Advice, Evidence, Fold
-from tunewright.evidence.scoring import count_references, declared_contrasts, measured_metrics, report_references
+from tunewright.evidence.scoring import (
+    Distances,
+    count_references,
+    declared_contrasts,
+    measured_metrics,
+    report_references,
+    scores_by_distance,
+    scores_by_template,
+)
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.training.train import TrainResult, training_inputs
@@ -63,7 +70,7 @@ class _Done:
     adapter: Adapter
     advice: Advice
     plans: list[ArmPlan]
-    answers: dict[str, list[Answer]]
+    answers: dict[str, list[ArmAnswer]]
     """Answers to the fold's test rows, by arm."""
     prompts: dict[str, list[BuiltPrompt]]
     """The prompts that they answer."""
@@ -284,9 +291,9 @@ class CrossValidation(SubsetTrainings):
         return EvaluateResult(folder, evidence, evaluated=True)
 
 
-def _by_key(done: Sequence[_Done], role: _Role) -> dict[str, tuple[Answer, BuiltPrompt, str | None]]:
+def _by_key(done: Sequence[_Done], role: _Role) -> dict[str, tuple[ArmAnswer, BuiltPrompt, str | None]]:
     """Return all folds' answers and prompts by pair key, with the fold's own arm where these differ."""
-    found: dict[str, tuple[Answer, BuiltPrompt, str | None]] = {}
+    found: dict[str, tuple[ArmAnswer, BuiltPrompt, str | None]] = {}
     for fold, plan in zip(done, role.plans, strict=True):
         own = plan.name if role.plan.kind == "mixed" else None
         answered = zip(fold.version.examples("test"), fold.answers[plan.name], fold.prompts[plan.name], strict=True)

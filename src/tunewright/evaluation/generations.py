@@ -52,7 +52,7 @@ VLLM = "vllm-1"
 
 
 @dataclass(frozen=True)
-class Answer:
+class ArmAnswer:
     """The text of an answer. The token ids are in the decoding loop's `Completion`, not in the journal."""
 
     text: str
@@ -218,12 +218,12 @@ class Generator:
         adapter: Adapter | None = None,
         *,
         constrained: bool = False,
-    ) -> list[Answer]:
+    ) -> list[ArmAnswer]:
         """Return the answers in the prompts' order, constrained by the grammar or free."""
         (answers,) = self.answer_arms([ArmPrompts(title, prompts, adapter, constrained)], max_new_tokens)
         return answers
 
-    def answer_arms(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> list[list[Answer]]:
+    def answer_arms(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> list[list[ArmAnswer]]:
         """Return each arm's answers in its prompts' order: one arm after the other, on a cluster all at once."""
         for together in [[arm] for arm in arms] if self._cluster is None else [arms]:
             self._answer_missing(together, max_new_tokens)
@@ -257,14 +257,14 @@ class Generator:
         """Return the digests of the prompts that already have an answer in the journal."""
         return frozenset(self._journal(max_new_tokens, adapter, constrained=constrained).answers)
 
-    def _answers(self, arm: ArmPrompts, max_new_tokens: int) -> list[Answer]:
+    def _answers(self, arm: ArmPrompts, max_new_tokens: int) -> list[ArmAnswer]:
         """Return an arm's answers of the journal, with token counts from the text, since it keeps no token ids."""
         known = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained).answers
         found = [known[digest(prompt)] for prompt in arm.prompts]
         texts = [text for text, _ in found]
         counts = self.chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return [
-            Answer(text, truncated, prompt, len(ids) + (not truncated))
+            ArmAnswer(text, truncated, prompt, len(ids) + (not truncated))
             for (text, truncated), prompt, ids in zip(found, arm.prompts, counts, strict=True)
         ]
 

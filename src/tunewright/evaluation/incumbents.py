@@ -21,7 +21,7 @@ from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED
 from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, Split
-from tunewright.evaluation.generations import Answer, Generator, Prompt
+from tunewright.evaluation.generations import ArmAnswer, Generator, Prompt
 from tunewright.evidence.common import ArmScore, StoredPrompt
 from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.incumbents import Incumbent, Incumbents, Latency, Serving, TunedServing, measured_drop
@@ -110,14 +110,14 @@ class IncumbentArms:
             self._dev[model.arm] = score
             self.arm_runner.reporter.say(f"{model.arm} on dev: {score_text(scorer.name, score.value)}")
 
-    def ask(self) -> dict[str, list[Answer]]:
+    def ask(self) -> dict[str, list[ArmAnswer]]:
         """Return the answers to the split by arm; an item without one has an empty text and is left out by `scored`."""
         self._frozen = {model.arm: model.answers(self.members, self.split) for model in self.models}
         return {
             arm: [
-                Answer("", False, (), 0)
+                ArmAnswer("", False, (), 0)
                 if answer is None or answer.gap is not None
-                else Answer(answer.answer, answer.finish == "length", (), answer.completion_tokens)
+                else ArmAnswer(answer.answer, answer.finish == "length", (), answer.completion_tokens)
                 for answer in frozen.answers
             ]
             for arm, frozen in self._frozen.items()

@@ -17,7 +17,7 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, scored_arms
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, by_value, other_instructions, plan_of, prompting_arms
-from tunewright.evaluation.generations import Answer, Generator
+from tunewright.evaluation.generations import ArmAnswer, Generator
 from tunewright.evaluation.time_limit import TimeLimit
 from tunewright.evidence.schema import Advice, Arm, LeftOut, Narrowing, SeedSpread
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, scored_contrast
@@ -220,10 +220,10 @@ class _Choice:
             budget=budget,
         )
 
-    def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
+    def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[ArmAnswer]]:
         """Return all arms' answers to the first items, and the best arm with the other instructions too."""
         plans, limit = self._arm_runner.prompting_arms, self._limit
-        found: dict[ArmPlan, list[Answer]] = {}
+        found: dict[ArmPlan, list[ArmAnswer]] = {}
         if limit is None:
             found = self._answers(by_value(plans), first)
         else:  # each arm waits for the estimate of its time
@@ -240,7 +240,7 @@ class _Choice:
             answered |= self._answers(others, first)
         return answered
 
-    def _answers(self, plans: Sequence[ArmPlan], members: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
+    def _answers(self, plans: Sequence[ArmPlan], members: Sequence[Member]) -> dict[ArmPlan, list[ArmAnswer]]:
         """Return the answers of the arms that can answer all of these rows."""
         fitting = []
         for plan in plans:
@@ -254,7 +254,7 @@ class _Choice:
         return {plan: answers[plan.name] for plan in fitting}
 
     def _scored(
-        self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answer]]
+        self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[ArmAnswer]]
     ) -> tuple[ScoredArms, dict[ArmPlan, Arm]]:
         """Return all arms' scores on the same items, and each arm's measurement."""
         given_by = {plan.name: given for plan, given in answered.items()}

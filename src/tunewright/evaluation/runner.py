@@ -34,11 +34,9 @@ from tunewright.evaluation.arms import (
 )
 from tunewright.evaluation.benchmarks.runner import measure_suites
 from tunewright.evaluation.frozen_answers import Split
-from tunewright.evaluation.generations import Answer
+from tunewright.evaluation.generations import ArmAnswer
 from tunewright.evaluation.incumbents import IncumbentArms, repriced
-from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
-from tunewright.evidence.answer_format import answer_form
-from tunewright.evidence.common import StoredPrompt
+from tunewright.evidence.common import StoredPrompt, answer_form
 from tunewright.evidence.files import (
     DEV_PREFIX,
     EVIDENCE_FILE,
@@ -50,11 +48,14 @@ from tunewright.evidence.files import (
 from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.scoring import (
+    Distances,
     ScoredArms,
     count_references,
     declared_contrasts,
     measured_metrics,
     report_references,
+    scores_by_distance,
+    scores_by_template,
 )
 from tunewright.metrics import check_references, references_of
 
@@ -72,19 +73,15 @@ class EvaluateResult:
     """False when evidence of the same inputs already existed."""
 
 
-def evaluate(
-    arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Split = "test", suites: Sequence[OpenSuite] = ()
-) -> EvaluateResult:
-    """Compare an adapter with zero-shot, the best prompting arm and incumbents on held-out rows.
+def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[OpenSuite] = ()) -> EvaluateResult:
+    """Compare an adapter with zero-shot, the best prompting arm and incumbents on held-out rows, as planned.
 
     The test split is opened: the planned comparison is in the access log before any of its prompts is made. On dev
     nothing is opened, and the evidence allows no release.
     """
     config, generator, version = arm_runner.project.config, arm_runner.generator, arm_runner.version
-    comparison = plan_comparison(arm_runner, adapter, advice, split)
+    adapter, advice, split = comparison.adapter, comparison.advice, comparison.split
     access_log = AccessLog(arm_runner.folder)
-    if (comparison.folder / EVIDENCE_FILE).exists():
-        return _measured_before(arm_runner, adapter, comparison.folder, access_log, suites)
 
     # Rows. Everything that can fail beforehand does so before the test split is opened.
     rows = version.examples(split)
@@ -197,6 +194,8 @@ def evaluate(
 class Comparison:
     """A planned evaluation: everything that decides it, before any answer exists."""
 
+    adapter: Adapter
+    advice: Advice
     split: Split
     arms: Sequence[tuple[ArmPlan, Adapter]]
     """Each arm with the adapter that answers it, if it is an adapted one."""
@@ -236,6 +235,8 @@ def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, spl
     identity = digest(decides)[:12]
     declared = declare(arm_runner.project.config, metric, advice.best, treatments, parent=parent is not None)
     return Comparison(
+        adapter=adapter,
+        advice=advice,
         split=split,
         arms=[(plan, parent if parent and plan.kind == PARENT.kind else adapter) for plan in plans],
         declared=declared + incumbents.declared,
@@ -325,25 +326,31 @@ def open_test(
     return opening, earlier
 
 
-def _measured_before(
-    arm_runner: ArmRunner, adapter: Adapter, folder: Path, access_log: AccessLog, suites: Sequence[OpenSuite]
-) -> EvaluateResult:
+def measured_before(
+    arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[OpenSuite]
+) -> EvaluateResult | None:
     """Return existing evidence, with the config's prices and suites of today, which change no other measurement."""
+    folder, measured = comparison.folder, False
+    if not (folder / EVIDENCE_FILE).exists():
+        return None
     newest = find_evaluation(folder.parent)
     if newest != folder:
         arm_runner.reporter.warn(
             f"Measured before: evaluation {folder.name}. {newest.name} is newer, and `tunewright verdict` and "
             f"`tunewright report` take that one unless they are given {folder.name}."
         )
-    evidence, measured = access_log.load(folder), False
-    section = repriced(arm_runner.project.config, evidence)
-    if section is not None:
-        evidence = access_log.amend(folder, incumbents=section)
+    access_log = AccessLog(arm_runner.folder)
+    evidence = access_log.load(folder)
+    sections: dict[str, Any] = {}
+    if (incumbents := repriced(arm_runner.project.config, evidence)) is not None:
+        sections["incumbents"] = incumbents
         arm_runner.reporter.say("The costs in the evidence are computed again from the config's prices.")
     if suites:
-        benchmarks, measured = measure_suites(arm_runner, adapter, suites)
+        benchmarks, measured = measure_suites(arm_runner, comparison.adapter, suites)
         if evidence.regressions != benchmarks:
-            evidence = access_log.amend(folder, regressions=benchmarks)
+            sections["regressions"] = benchmarks
+    if sections:
+        evidence = access_log.amend(folder, **sections)
     return EvaluateResult(folder, evidence, evaluated=measured)
 
 
@@ -371,7 +378,7 @@ def save_evaluation(
     folder: Path,
     evidence: Evidence,
     members: Sequence[Member],
-    answers: Mapping[str, Sequence[Answer]],
+    answers: Mapping[str, Sequence[ArmAnswer]],
     scored: ScoredArms,
     distances: Distances,
     prompts: Mapping[str, Sequence[StoredPrompt | None]],

@@ -28,8 +28,8 @@ from tunewright.open_project import OpenProject
 if TYPE_CHECKING:
     from tunewright.chat.inspection import TokenView
     from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
-    from tunewright.evaluation.judge.rows import JudgedItem
-    from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
+    from tunewright.evaluation.judge.questions import JudgedItem
+    from tunewright.evaluation.judge.runner import Judge, JudgeEstimate, JudgeResult
     from tunewright.evaluation.stored_answers import KeptPreferences, RowAnswers
     from tunewright.evidence.human_eval import AnswerReview
 
@@ -160,13 +160,13 @@ def judged_items(project: OpenProject, evaluation: str | Path | None = None) -> 
     Raises:
         UserError: as :meth:`verdict`, or nothing was judged.
     """
-    from tunewright.evaluation.judge.rows import load_judged
+    from tunewright.evaluation.judge.questions import load_judged
 
     checked_evidence(project, evaluation)  # which checks the file of the judged items too
     return load_judged(folder_of(evaluation_folder(project, evaluation)))
 
 
-def estimate_judge(project: OpenProject, evaluation: str | Path | None = None) -> Estimate:
+def estimate_judge(project: OpenProject, evaluation: str | Path | None = None) -> JudgeEstimate:
     """Return the calls, tokens and cost of :meth:`judge` without sending anything."""
     return _judge(project, evaluation).estimate()
 

@@ -21,11 +21,11 @@ from tunewright.evaluation.access_log import load_checked
 from tunewright.evaluation.human_eval.results import preferences
 from tunewright.evaluation.human_eval.sample import FOLDER, comparison, load_sample
 from tunewright.evaluation.human_eval.session import read_journal, read_journals
-from tunewright.evaluation.judge.rows import load_judged
+from tunewright.evaluation.judge.questions import load_judged
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE, load_items
 from tunewright.evidence.schema import Evidence, Item
 
-Source = Literal["person", "judge"]
+PreferenceSource = Literal["person", "judge"]
 _FLIPPED = "the two orders disagree"
 _TIE = "no preference"
 _UNSCORED = "no verdict"
@@ -64,7 +64,7 @@ class _Verdict:
 
 
 def keep_preferences(
-    dataset: Path, evaluations: Path, folder: Path, source: Source, reporter: Reporter
+    dataset: Path, evaluations: Path, folder: Path, source: PreferenceSource, reporter: Reporter
 ) -> KeptPreferences:
     """Keep the pairs of an evaluation's people or judge; those of an earlier call are replaced."""
     evidence = load_checked(folder, evaluations, reporter)
@@ -108,7 +108,7 @@ def _unusable(verdict: _Verdict, items: dict[str, Item], members: dict[str, Memb
     return "both answers are equal" if texts[0] == texts[1] else ""
 
 
-def _pair(verdict: _Verdict, item: Item, member: Member, evidence: Evidence, source: Source) -> KeptPair:
+def _pair(verdict: _Verdict, item: Item, member: Member, evidence: Evidence, source: PreferenceSource) -> KeptPair:
     arms = verdict.arms if verdict.preferred > 0 else verdict.arms[::-1]
     return KeptPair(
         key=verdict.key,

@@ -170,7 +170,7 @@ def _evaluate(
     minutes: float | None,
     suites: Sequence[OpenSuite] = (),
 ) -> EvaluateResult:
-    """Choose the best prompting arm on dev, and compare the adapter with it on a split."""
+    """Choose the best prompting arm on dev, plan the comparison with the adapter on a split, and measure it."""
     from tunewright.evaluation import runner
     from tunewright.evaluation.incumbents import require_ready
     from tunewright.evaluation.prompt_search import advise
@@ -191,7 +191,9 @@ def _evaluate(
                 "adapter with the new values."
             )
         advice = advise(arm_runner, limit).advice
-        return runner.evaluate(arm_runner, tuned, advice, split, suites)
+        comparison = runner.plan_comparison(arm_runner, tuned, advice, split)
+        known = runner.measured_before(arm_runner, comparison, suites)
+        return known or runner.evaluate(arm_runner, comparison, suites)
 
 
 def estimate_evaluation(

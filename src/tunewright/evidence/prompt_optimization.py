@@ -11,7 +11,7 @@ from tunewright.evidence.common import Part
 from tunewright.render.blocks import Block, Column, Lead, Notes, Section, Table, row, table
 
 
-class Candidate(Part):
+class PromptCandidate(Part):
     """An instruction that the optimizer accepted."""
 
     instruction: str
@@ -50,7 +50,7 @@ class OptimizedPrompt(Part):
         ),
     ]
     own: Annotated[str, Field(description="The pairs' own instruction, which is candidate 0; empty: none.")]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[PromptCandidate, ...]
     chosen: Annotated[int, Field(description="Place of the candidate with the best dev score; 0: the pairs' own.")]
     feedback_rows: Annotated[int, Field(description="Training rows that the reflection model could see.")]
     validation_rows: Annotated[int, Field(description="Training rows that scored the candidates.")]
@@ -63,7 +63,7 @@ class OptimizedPrompt(Part):
     lineage: Annotated[dict[str, Any], Field(description="Digests of the dataset, base, template and other inputs.")]
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> PromptCandidate:
         """The chosen candidate."""
         return self.candidates[self.chosen]
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tunewright.config import DemonstrationOrder, MetricName, RetrieverName
-from tunewright.evidence.answer_format import AnswerFormat
 from tunewright.evidence.benchmarks import Benchmarks
 from tunewright.evidence.common import (
+    AnswerFormat,
     ArmScore,
     Budget,
     EngineUsed,

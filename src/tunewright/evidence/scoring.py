@@ -8,12 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.data.dedup.leakage import BANDS, band_of
 from tunewright.data.examples import Example
-from tunewright.evidence.common import ArmScore, References
+from tunewright.evidence.common import (
+    ArmScore,
+    Band,
+    BandScore,
+    OutputTemplates,
+    References,
+    Subset,
+    TrainSimilarity,
+)
 from tunewright.evidence.power import detectable, minimum_detectable_effect
 from tunewright.evidence.schema import Arm, ArmKind, Contrast, Measured
 from tunewright.evidence.statistics import (
@@ -143,7 +153,7 @@ def score_arm(
 
 
 def score_of(scores: Scores, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> ArmScore:
-    """Return the score of all scored items: with Wilson's interval for right and wrong, else a bootstrap over clusters."""
+    """Return the score of all scored items: Wilson's interval for right and wrong, else a bootstrap over clusters."""
     value = scores.total()
     values, names = scores.values[scores.scored], _of(clusters, scores.scored)
     worth = effective_items(values, names)
@@ -304,3 +314,90 @@ def _bootstrap_name(resamples: int) -> str:
 
 def _swapping_name(trials: int) -> str:
     return f"paired randomisation by cluster, {trials:,} trials"
+
+
+# By distance from the training data: a gain on near copies alone is memorization
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Similarity of items to the training rows, by pair key."""
+
+    nearest: Mapping[str, float]
+    """The similarity of the nearest training input."""
+    new_template: Mapping[str, bool] | None
+    """True if no training row has the item's output template; None where templates carry no information."""
+
+
+SIMILARITY = "Jaccard similarity of the inputs' character 4-grams, without what all inputs begin and end with"
+
+
+def scores_by_distance(
+    scored: ScoredArms, nearest: Sequence[float], deciding: Contrast, seed: int, resamples: int = RESAMPLES
+) -> TrainSimilarity:
+    """Return each arm's score by the deciding metric, and the deciding difference, by bands of similarity."""
+    place = np.array([band_of(similarity) for similarity in nearest])
+    median = float(np.median(nearest))
+    far = np.array(nearest) <= median
+    return TrainSimilarity(
+        similarity=SIMILARITY,
+        treatment=deciding.treatment,
+        control=deciding.control,
+        farther=Band(low=0.0, high=median, **dict(_subset(far, scored, deciding, seed, resamples))),
+        bands=tuple(
+            Band(low=low, high=high, **dict(_subset(place == number, scored, deciding, seed, resamples)))
+            for number, (low, high) in enumerate(BANDS)
+            if (place == number).any()
+        ),
+    )
+
+
+def scores_by_template(
+    scored: ScoredArms, new: Sequence[bool], deciding: Contrast, seed: int, resamples: int = RESAMPLES
+) -> OutputTemplates:
+    """Return each arm's score by the deciding metric, for new output templates and for known ones."""
+    here = np.array(new, dtype=bool)
+    seen, unseen = (_subset(part, scored, deciding, seed, resamples) if part.any() else None for part in (~here, here))
+    return OutputTemplates(treatment=deciding.treatment, control=deciding.control, seen=seen, new=unseen)
+
+
+def _subset(
+    here: NDArray[np.bool_],
+    scored: ScoredArms,
+    deciding: Contrast,
+    seed: int,
+    resamples: int,
+) -> Subset:
+    clusters = [name for name, inside in zip(scored.clusters, here, strict=True) if inside]
+    arms = {name: _scores_of(scores, here) for name, scores in scored.by_metric[deciding.metric].items()}
+    ours, theirs = arms[deciding.treatment], arms[deciding.control]
+    difference = interval = None
+    if (ours.scored & theirs.scored).any():
+        measured = contrast(
+            treatment=deciding.treatment,
+            control=deciding.control,
+            ours=ours,
+            theirs=theirs,
+            clusters=clusters,
+            seed=seed,
+            resamples=resamples,
+        )
+        difference, interval = measured.difference, measured.interval
+    return Subset(
+        items=len(clusters),
+        clusters=len(set(clusters)),
+        scores={
+            name: BandScore(value=own.value, interval=own.interval, method=own.method, scored=own.scored)
+            for name, part in arms.items()
+            if part.scored.any() and (own := score_of(part, clusters, seed, resamples))
+        },
+        difference=difference,
+        interval=interval,
+    )
+
+
+def _scores_of(scores: Scores, here: NDArray[np.bool_]) -> Scores:
+    """Return the scores of some of the items, without their count of answers outside the choices."""
+    places = np.flatnonzero(here).tolist()
+    unscored = {new: scores.unscored[old] for new, old in enumerate(places) if old in scores.unscored}
+    return Scores(scores.scorer, scores.values[here], scores.statistics[here], unscored, 0)

@@ -32,7 +32,7 @@ from tunewright.gate.prompts import Probe
 from tunewright.gate.results import LIMITS, IntervalEstimate, Precision, ServedAs, ServingFigures
 from tunewright.generation.requests import Completion, Request, TokenLogprob
 from tunewright.metrics.calls import call_schema_valid
-from tunewright.metrics.scorer import ItemScore, Pair, Scorer
+from tunewright.metrics.scorer import AnsweredItem, ItemScore, Scorer
 from tunewright.metrics.texts import json_valid
 
 NOISE = {"float32": 0.0005, "bfloat16": 0.01, "f16": 0.01, "q8_0": 0.05}
@@ -182,7 +182,7 @@ def well_formed(example: Example, text: str) -> bool | None:
         scorer = json_valid("json_valid")
     else:
         return None
-    score = scorer.item(Pair(text, example, (example.output,)))
+    score = scorer.item(AnsweredItem(text, example, (example.output,)))
     return isinstance(score, ItemScore) and score.value == 1.0
 
 

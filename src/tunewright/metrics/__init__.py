@@ -23,9 +23,9 @@ from tunewright.metrics.calls import (
     irrelevance_detection,
 )
 from tunewright.metrics.scorer import (
+    AnsweredItem,
     ItemScore,
     Kind,
-    Pair,
     Scorer,
     Scores,
     Unscored,
@@ -47,9 +47,9 @@ from tunewright.metrics.texts import (
 )
 
 __all__ = [
+    "AnsweredItem",
     "ItemScore",
     "Kind",
-    "Pair",
     "Scorer",
     "Scores",
     "Unscored",
@@ -150,7 +150,7 @@ def custom_metric(name: MetricName, function: str, root: Path) -> Scorer:
     if not callable(call):
         raise UserError(f"The module has no function {function.partition(':')[2]!r}", where=str(module.__file__))
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         try:
             value = call(pair.answer, pair.reference, pair.example)
         except Exception as error:  # a user's code can raise anything
@@ -201,7 +201,7 @@ def _load(file: Path, function: str) -> ModuleType:
     return module
 
 
-def _named(pair: Pair) -> str:
+def _named(pair: AnsweredItem) -> str:
     text = pair.example.input_text
     return f"example {pair.example.pair_key[:12]} ({text[:40]!r}{'…' if len(text) > 40 else ''})"
 

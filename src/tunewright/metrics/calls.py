@@ -44,7 +44,7 @@ from tunewright.core.io import canonical_json
 from tunewright.core.strict_json import standard_json
 from tunewright.data.examples import Example, ToolCall, call_id
 from tunewright.data.tools import ArgumentsError, SchemaLimitError, compiled_schema
-from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
+from tunewright.metrics.scorer import AnsweredItem, ItemScore, Scorer, Unscored, mean_score
 from tunewright.metrics.texts import micro_f1, same
 
 NO_FUNCTIONS = Unscored("the row declares no functions")
@@ -97,7 +97,7 @@ def _call_of(line: str) -> ToolCall | None:
     return call if call.text == line and isinstance(value["arguments"], dict) else None
 
 
-def reference_calls(pair: Pair) -> tuple[ToolCall, ...]:
+def reference_calls(pair: AnsweredItem) -> tuple[ToolCall, ...]:
     """Return the reference's calls."""
     if pair.reference == pair.example.output:
         return pair.example.messages[-1].calls
@@ -123,7 +123,7 @@ def call_exact_match(name: MetricName) -> Scorer:
     without one is right.
     """
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         if parameters_of(pair.example) is None:
             return NO_FUNCTIONS
         return mean_score(float(_lines(calls_in(pair.answer)) == _lines(reference_calls(pair))))
@@ -146,7 +146,7 @@ def call_name_match(name: MetricName) -> Scorer:
     Arguments and order are ignored. An item is unscored if the reference has no call.
     """
 
-    def right(pair: Pair) -> bool:
+    def right(pair: AnsweredItem) -> bool:
         return _names(calls_in(pair.answer)) == _names(reference_calls(pair))
 
     definition = "the share of answers that call the reference's functions, each as often, with any arguments"
@@ -160,7 +160,7 @@ def call_schema_valid(name: MetricName) -> Scorer:
     call.
     """
 
-    def right(pair: Pair) -> bool:
+    def right(pair: AnsweredItem) -> bool:
         schemas, calls = parameters_of(pair.example) or {}, calls_in(pair.answer)
         return bool(calls) and all(call.name in schemas and _satisfies(call, schemas[call.name]) for call in calls)
 
@@ -168,10 +168,10 @@ def call_schema_valid(name: MetricName) -> Scorer:
     return _where_called(name, definition, right)
 
 
-def _where_called(name: MetricName, definition: str, right: Callable[[Pair], bool]) -> Scorer:
+def _where_called(name: MetricName, definition: str, right: Callable[[AnsweredItem], bool]) -> Scorer:
     """Return a scorer of right and wrong over the items whose reference has a call."""
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         if parameters_of(pair.example) is None:
             return NO_FUNCTIONS
         return mean_score(float(right(pair))) if reference_calls(pair) else NO_CALL
@@ -193,7 +193,7 @@ def irrelevance_detection(name: MetricName) -> Scorer:
     The name is BFCL's, for prompts that no declared function fits. An item is unscored if the reference has a call.
     """
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         if parameters_of(pair.example) is None:
             return NO_FUNCTIONS
         if reference_calls(pair):
@@ -212,7 +212,7 @@ def call_argument_f1(name: MetricName) -> Scorer:
     reference has no call or no argument.
     """
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         if parameters_of(pair.example) is None:
             return NO_FUNCTIONS
         wanted = reference_calls(pair)
@@ -258,7 +258,7 @@ def call_ast_match(name: MetricName, acceptable: Mapping[str, Any]) -> Scorer:
     Where the reference has no call, an answer without one is right.
     """
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         parameters = parameters_of(pair.example)
         if parameters is None:
             return NO_FUNCTIONS

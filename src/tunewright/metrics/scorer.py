@@ -23,7 +23,7 @@ the metric is of the items' counts together (BLEU), and is not the mean of the i
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnsweredItem:
     """One item: the answer and the references."""
 
     answer: str
@@ -75,7 +75,7 @@ class Scorer:
     """The exact definition in words; for sacrebleu's metrics, its signature too."""
     columns: int
     """The function that computes the statistics of one item."""
-    item: Callable[[Pair], ItemScore | Unscored]
+    item: Callable[[AnsweredItem], ItemScore | Unscored]
     corpus: Callable[[Floats], Floats] = field(default=mean_of)
     """The function that scores summed statistics: [..., columns] to [...], from 0 to 1."""
     of_several: str | None = None
@@ -87,7 +87,7 @@ class Scorer:
             return self.definition
         return self.of_several or f"{self.definition}; an item's best over all references of its input"
 
-    def score(self, pair: Pair) -> ItemScore | Unscored:
+    def score(self, pair: AnsweredItem) -> ItemScore | Unscored:
         """Score an answer by all its references at once, or by the one that gives the most (the first of equals)."""
         if self.of_several or len(pair.references) == 1:
             return self.item(pair)
@@ -157,7 +157,7 @@ def score_all(
     outside = 0
     items = zip(answers, examples, references_of(examples, among), strict=True)
     for place, (answer, example, references) in enumerate(items):
-        result = scorer.score(Pair(answer, example, references))
+        result = scorer.score(AnsweredItem(answer, example, references))
         if isinstance(result, Unscored):
             unscored[place] = result.reason
             continue

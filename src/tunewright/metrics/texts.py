@@ -21,7 +21,7 @@ from tunewright.config import MetricName
 from tunewright.config.metrics import Normalisation
 from tunewright.core.strict_json import standard_json
 from tunewright.core.text import normalize
-from tunewright.metrics.scorer import Floats, ItemScore, Pair, Scorer, Unscored, mean_score
+from tunewright.metrics.scorer import AnsweredItem, Floats, ItemScore, Scorer, Unscored, mean_score
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -46,7 +46,7 @@ def token_f1(name: MetricName) -> Scorer:
     If answer or reference has no words, the score is 1 if both have none, else 0 (evaluate-v2.0.py).
     """
 
-    def item(pair: Pair) -> ItemScore:
+    def item(pair: AnsweredItem) -> ItemScore:
         answer, reference = squad_words(pair.answer), squad_words(pair.reference)
         if not answer or not reference:
             return mean_score(float(answer == reference))
@@ -79,7 +79,7 @@ def normalised(text: str, settings: Normalisation | None = None) -> str:
 def exact_match(name: MetricName, settings: Normalisation) -> Scorer:
     """Return a scorer: 1 if the normalised answer equals the normalised reference, else 0."""
 
-    def item(pair: Pair) -> ItemScore:
+    def item(pair: AnsweredItem) -> ItemScore:
         return mean_score(float(normalised(pair.answer, settings) == normalised(pair.reference, settings)))
 
     forgiven = "".join(f", {_WORDS[option]}" for option, on in settings if on)
@@ -94,7 +94,7 @@ def accuracy(name: MetricName, choices: Sequence[str]) -> Scorer:
     """
     known = {normalised(choice) for choice in choices}
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         answer, reference = normalised(pair.answer), normalised(pair.reference)
         if reference not in known:
             return Unscored("the reference is none of the choices")
@@ -108,7 +108,7 @@ def matches(name: MetricName, pattern: str) -> Scorer:
     """Return a scorer: 1 if the pattern matches the whole answer (stripped), else 0; the reference is ignored."""
     compiled = re.compile(pattern)
 
-    def item(pair: Pair) -> ItemScore:
+    def item(pair: AnsweredItem) -> ItemScore:
         return mean_score(float(compiled.fullmatch(normalised(pair.answer)) is not None))
 
     definition = f"the share of answers that {pattern!r} matches whole (Python's re; outer white space stripped)"
@@ -120,7 +120,7 @@ def bleu(name: MetricName) -> Scorer:
     # Effective order changes only a sentence's score (short ones are not zero for lack of 4-grams), never its counts.
     metric = BLEU(smooth_method=_SMOOTHING, effective_order=True)
 
-    def item(pair: Pair) -> ItemScore:
+    def item(pair: AnsweredItem) -> ItemScore:
         score = metric.sentence_score(pair.answer, list(pair.references))
         return ItemScore(_share(score.score), (score.sys_len, score.ref_len, *score.counts, *score.totals))
 
@@ -140,7 +140,7 @@ def chrf(name: MetricName) -> Scorer:
     """Return a scorer of corpus chrF (Popović 2015) with sacrebleu's defaults; items score sentence chrF."""
     metric = CHRF()
 
-    def item(pair: Pair) -> ItemScore:
+    def item(pair: AnsweredItem) -> ItemScore:
         # The counts that sacrebleu's own resampling adds up; they have no public name.
         (counts,) = metric._extract_corpus_statistics([pair.answer], [[reference] for reference in pair.references])
         return ItemScore(_share(metric._compute_f_score(counts)), tuple(counts))
@@ -197,7 +197,7 @@ def _chrf_signature(several: bool) -> str:
 def json_valid(name: MetricName) -> Scorer:
     """Return a scorer: 1 if the answer parses as JSON, else 0, regardless of its content."""
 
-    def item(pair: Pair) -> ItemScore:
+    def item(pair: AnsweredItem) -> ItemScore:
         try:
             standard_json(pair.answer)
         except ValueError:
@@ -219,7 +219,7 @@ def json_fields(name: MetricName, fields: Sequence[str] | None) -> Scorer:
             return None
         return value if fields is None else {key: value[key] for key in fields if key in value}
 
-    def item(pair: Pair) -> ItemScore | Unscored:
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
         try:
             reference = counted(standard_json(pair.reference))
         except ValueError:

@@ -23,7 +23,7 @@ from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.evaluation.judge.controls import FEWEST, REQUIRED
 from tunewright.evaluation.judge.figures import exact_lower_limit
 from tunewright.evaluation.judge.runner import task_text
-from tunewright.metrics import ItemScore, Pair, Scorer, normalised
+from tunewright.metrics import AnsweredItem, ItemScore, Scorer, normalised
 from tunewright.model_io.client import Calls, Endpoint, EndpointUsage
 from tunewright.model_io.replies import Budget, Conversation, Reply
 from tunewright.synthesis.inputs import Input, screen_inputs
@@ -276,7 +276,7 @@ def _score(scorer: Scorer, prompt: tuple[Message, ...], answer: str, reference: 
 
 def score_of(scorer: Scorer, example: Example, answer: str) -> float | None:
     """Return the answer's score against the example's output, from 0 to 1; None if the metric cannot score it."""
-    result = scorer.score(Pair(answer, example, (example.output,)))
+    result = scorer.score(AnsweredItem(answer, example, (example.output,)))
     return result.value if isinstance(result, ItemScore) else None
 
 

@@ -15,7 +15,7 @@ from tunewright.core.io import write_text
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.results import accepted_judge
-from tunewright.evaluation.judge.rows import ROWS_FILE, ArmPreference, JudgedItem, Outcome, Pair
+from tunewright.evaluation.judge.questions import ROWS_FILE, ArmPreference, JudgedItem, JudgedPair, Outcome
 from tunewright.evidence.files import load_evidence
 from tunewright.evidence.judge import Judgement, JudgeUsage
 from tunewright.evidence.schema import Item
@@ -54,8 +54,8 @@ def folder(tmp_path: Path) -> Path:
             key=item.key,
             correctness={},
             pairs={
-                "retrieved-4": Pair(plain=ArmPreference(outcome=_outcome(item))),
-                "zero-shot": Pair(plain=ArmPreference(outcome="win")),
+                "retrieved-4": JudgedPair(plain=ArmPreference(outcome=_outcome(item))),
+                "zero-shot": JudgedPair(plain=ArmPreference(outcome="win")),
             },
         )
         for item in ITEMS

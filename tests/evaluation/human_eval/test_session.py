@@ -9,7 +9,7 @@ import pytest
 from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.results import review_results
-from tunewright.evaluation.human_eval.session import BlindReview, Pair, Side, reviewers_progress
+from tunewright.evaluation.human_eval.session import BlindPair, BlindReview, Side, reviewers_progress
 from tunewright.evidence.files import load_items
 
 
@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return evaluation(tmp_path / "evaluation")
 
 
-def _next(review: BlindReview) -> Pair:
+def _next(review: BlindReview) -> BlindPair:
     pair = review.next()
     assert pair is not None
     return pair
@@ -29,7 +29,7 @@ def _prefer_a(review: BlindReview, count: int) -> None:
         _answer(review, "A")
 
 
-def _answer(review: BlindReview, *sides: Side) -> list[Pair]:
+def _answer(review: BlindReview, *sides: Side) -> list[BlindPair]:
     pairs = []
     for side in sides:
         pairs.append(_next(review))

@@ -61,7 +61,7 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
     """A session over the version's sample or suspects.
 
     Generated rows that nobody has accepted come before the sample. They are apart from it, like suspects, so that the
-    sample stays random. ``evaluation.label_review.review`` describes the options. ``allow`` are the kinds of secrets
+    sample stays random. ``evaluation.data_verbs.review`` describes the options. ``allow`` are the kinds of secrets
     that answers may contain, and ``metadata`` has the provenance of generated rows by pair key.
     """
 

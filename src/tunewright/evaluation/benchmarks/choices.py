@@ -36,7 +36,7 @@ from tunewright.models.loading import context_length
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A question, its choices and the index of the right one."""
 
     text: str
@@ -46,12 +46,12 @@ class Question:
     """A passage or the like that the question shares with others; None if the file does not say."""
 
     @property
-    def revealed(self) -> Question:
+    def revealed(self) -> ChoiceQuestion:
         """The question after its right answer, for a control."""
         return replace(self, text=f"The right answer is: {self.choices[self.gold]}\n{self.text}")
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[ChoiceQuestion]:
     """Load the questions of a JSONL file of objects with ``query``, ``choices`` and ``gold``.
 
     The format is that of MosaicML's llm-foundry. A ``group`` marks questions that belong together.
@@ -61,7 +61,9 @@ def read_questions(path: Path) -> list[Question]:
         try:
             row = json.loads(line)
             choices, group = tuple(map(str, row["choices"])), row.get("group")
-            question = Question(str(row["query"]), choices, int(row["gold"]), None if group is None else str(group))
+            question = ChoiceQuestion(
+                str(row["query"]), choices, int(row["gold"]), None if group is None else str(group)
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"Expected a question with query, choices and gold ({error})", where=where) from None
         if not 0 <= question.gold < len(question.choices) or not all(question.choices):
@@ -70,7 +72,7 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def chosen(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[int]:
+def chosen(model: Any, tokenizer: Any, questions: Sequence[ChoiceQuestion], task: Task) -> list[int]:
     """Return the index of the likeliest choice per character; arguments as in :func:`likelihoods`."""
     return [likeliest(each) for each in likelihoods(model, tokenizer, questions, task)]
 
@@ -80,7 +82,7 @@ def likeliest(by_character: Sequence[float]) -> int:
     return max(range(len(by_character)), key=by_character.__getitem__)
 
 
-def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[list[float]]:
+def likelihoods(model: Any, tokenizer: Any, questions: Sequence[ChoiceQuestion], task: Task) -> list[list[float]]:
     """Return each choice's log-likelihood after "…\nAnswer:" divided by its characters.
 
     Follows lm-eval's ``acc_norm``, without a chat template. The tokenizer decides whether BOS comes first.
@@ -101,7 +103,7 @@ def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task:
     return found
 
 
-def _row(tokenizer: Any, question: Question, choice: str) -> Tokens:
+def _row(tokenizer: Any, question: ChoiceQuestion, choice: str) -> Tokens:
     before = f"{question.text}\nAnswer:"
     whole: list[int] = tokenizer(f"{before} {choice}")["input_ids"]
     start = len(tokenizer(before)["input_ids"])
@@ -136,7 +138,7 @@ class ChoicesSuite:
         """Measure the questions and the controls with the adapter off, then the questions with it on."""
         limit, tokenizer = context_length(bench.generator.base), bench.generator.chat.tokenizer
 
-        def fits(question: Question) -> bool:
+        def fits(question: ChoiceQuestion) -> bool:
             # The control that reveals the answer makes the longest rows.
             return all(len(_row(tokenizer, question.revealed, choice).ids) <= limit for choice in question.choices)
 
@@ -162,7 +164,7 @@ class ChoicesSuite:
         )
 
     def _controls(
-        self, bench: Bench, asked: Sequence[Question], base: Floats, clusters: Sequence[str]
+        self, bench: Bench, asked: Sequence[ChoiceQuestion], base: Floats, clusters: Sequence[str]
     ) -> list[Control]:
         chance = float(np.mean([1 / len(q.choices) for q in asked]))
         some = asked[:CONTROL_ITEMS]
@@ -190,7 +192,7 @@ class ChoicesSuite:
             ),
         ]
 
-    def _scores(self, bench: Bench, asked: Sequence[Question], adapter: Adapter | None, what: str) -> Floats:
+    def _scores(self, bench: Bench, asked: Sequence[ChoiceQuestion], adapter: Adapter | None, what: str) -> Floats:
         """Return 1 where the likeliest choice is the right one, [items]; known results are not computed again."""
         kept = bench.kept(_ENGINE, adapter)
         names = [digest([q.text, list(q.choices)]) for q in asked]

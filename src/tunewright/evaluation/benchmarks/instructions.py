@@ -30,7 +30,7 @@ from tunewright.evaluation.benchmarks.bench import (
     suite_of,
 )
 from tunewright.evaluation.benchmarks.checks import Check
-from tunewright.evaluation.generations import Answer, Prompt
+from tunewright.evaluation.generations import ArmAnswer, Prompt
 from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.models.loading import context_length
 
@@ -116,7 +116,7 @@ class InstructionsSuite:
             )
         return [i for i, _ in asked], [p for _, p in asked], [*self.left_out, *left_out]
 
-    def _truncated(self, bench: Bench, off: Sequence[Answer], on: Sequence[Answer]) -> tuple[int, int]:
+    def _truncated(self, bench: Bench, off: Sequence[ArmAnswer], on: Sequence[ArmAnswer]) -> tuple[int, int]:
         cut = sum(a.truncated for a in off), sum(a.truncated for a in on)
         if max(cut) > _TRUNCATED_SHARE * len(off):
             bench.reporter.warn(

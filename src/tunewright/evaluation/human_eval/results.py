@@ -25,9 +25,9 @@ from scipy.stats import norm
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.evaluation.human_eval.sample import Sample, comparison, load_sample, stratify, treatment_is_a
+from tunewright.evaluation.human_eval.sample import ReviewSample, comparison, load_sample, stratify, treatment_is_a
 from tunewright.evaluation.human_eval.session import Journal, read_journals
-from tunewright.evaluation.judge.rows import Outcome, load_judged
+from tunewright.evaluation.judge.questions import Outcome, load_judged
 from tunewright.evidence.common import Interval, Score
 from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.human_eval import AnswerReview, PredictionPowered, RaterAgreement, Reviewer, ReviewStratum
@@ -93,7 +93,7 @@ def review_results(folder: Path, judge: JudgePreferences | None = None, *, again
     return _section(evidence, items, sample, journals, said, scores, judge)
 
 
-def preferences(journal: Journal, sample: Sample) -> dict[str, int]:
+def preferences(journal: Journal, sample: ReviewSample) -> dict[str, int]:
     """Return a reviewer's current verdicts on the sample, in terms of the arms; skipped items are left out."""
     found = {}
     for key in sample.order:
@@ -110,7 +110,7 @@ def preferences(journal: Journal, sample: Sample) -> dict[str, int]:
 def _section(
     evidence: Evidence,
     items: Sequence[Item],
-    sample: Sample,
+    sample: ReviewSample,
     journals: Sequence[Journal],
     said: Mapping[str, Preferences],
     scores: Mapping[str, float],
@@ -161,7 +161,7 @@ def _estimates(
     stratum_of: Mapping[str, str],
     scores: Mapping[str, float],
     judge: JudgePreferences | None,
-) -> tuple[Estimate, PredictionPowered | None]:
+) -> tuple[PreferenceEstimate, PredictionPowered | None]:
     keys = [item.key for item in items]
     certain = np.array([key not in stratum_of for key in keys])
     verdicts = np.array([scores.get(key, 0.0) for key in keys])
@@ -181,13 +181,13 @@ def _estimates(
     return classical, PredictionPowered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=covered)
 
 
-def _win_rate(found: Estimate, method: str) -> Score:
+def _win_rate(found: PreferenceEstimate, method: str) -> Score:
     """Convert the mean of -1, 0 and 1 to the win rate, with ties counting half."""
     interval = Interval(low=(1 + found.interval.low) / 2, high=(1 + found.interval.high) / 2)
     return Score(value=(1 + found.value) / 2, interval=interval, method=method)
 
 
-def _reviewer(journal: Journal, sample: Sample) -> Reviewer:
+def _reviewer(journal: Journal, sample: ReviewSample) -> Reviewer:
     stands = [judged for key in sample.order if (judged := journal.standing.get(key))]
     verdicts = [judged.verdict for judged in stands]
     return Reviewer(
@@ -267,7 +267,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PreferenceEstimate:
     """The mean of y over all items, from -1 to 1, with its 95% interval and the L in use."""
 
     value: float
@@ -332,7 +332,9 @@ class Design:
         return np.asarray(sums[:, 0], dtype=np.float64)
 
 
-def estimate(design: Design, verdicts: Floats, judged: Floats | None = None, tuning: float | None = None) -> Estimate:
+def estimate(
+    design: Design, verdicts: Floats, judged: Floats | None = None, tuning: float | None = None
+) -> PreferenceEstimate:
     """Estimate the mean verdict over all items, for a population of such clusters.
 
     The interval is normal, with the linearised variance over clusters in both phases (test items, reviewed items).
@@ -367,9 +369,11 @@ def estimate(design: Design, verdicts: Floats, judged: Floats | None = None, tun
     return _bounded(design, value, both, tuning)
 
 
-def _bounded(design: Design, value: float, term: _Term, tuning: float) -> Estimate:
+def _bounded(design: Design, value: float, term: _Term, tuning: float) -> PreferenceEstimate:
     moves = np.concatenate([design.by_cluster(term.influence), term.made_up])
     count = len(moves)
     error = np.sqrt(np.square(moves).sum() * count / (count - 1)) / design.sizes.sum()
     low, high = term.value - _Z * error, term.value + _Z * error
-    return Estimate(min(max(value, -1.0), 1.0), Interval(low=float(max(low, -1.0)), high=float(min(high, 1.0))), tuning)
+    return PreferenceEstimate(
+        min(max(value, -1.0), 1.0), Interval(low=float(max(low, -1.0)), high=float(min(high, 1.0))), tuning
+    )

@@ -43,7 +43,7 @@ class StratumSize(Part):
     asked: int
 
 
-class Sample(Part):
+class ReviewSample(Part):
     """The items to review, in order; it does not reveal the sides."""
 
     evaluation: Annotated[str, Field(description="The evidence's ID.")]
@@ -85,7 +85,7 @@ def comparison(folder: Path, evidence: Evidence, against: str | None = None) -> 
     return Comparison(first.treatment, known[against], folder / FOLDER / f"against-{quote(against, safe=' ')}")
 
 
-def open_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
+def open_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int | None) -> ReviewSample:
     """Return the comparison's sample: the existing one, or a new one of ``count`` items (None: `ITEMS`)."""
     sample = load_sample(compared.folder, evidence)
     if sample is None:
@@ -99,7 +99,7 @@ def open_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item],
     return sample
 
 
-def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
+def keep_sample(folder: Path, evidence: Evidence, sample: ReviewSample) -> None:
     """Record the sample, unless it is already recorded."""
     there = load_sample(folder, evidence)
     if there is None:
@@ -110,11 +110,11 @@ def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
         )
 
 
-def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
+def load_sample(folder: Path, evidence: Evidence) -> ReviewSample | None:
     """Return the existing sample, if any."""
     path = folder / SAMPLE_FILE
     try:
-        sample = Sample.model_validate_json(path.read_bytes())
+        sample = ReviewSample.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -126,7 +126,7 @@ def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
     return sample
 
 
-def draw_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int) -> Sample:
+def draw_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int) -> ReviewSample:
     """Draw from the items whose answers by the two arms differ."""
     strata = stratify(items, compared.treatment, compared.control, evidence.metric)
     if not strata:
@@ -142,7 +142,7 @@ def draw_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item],
     chosen = draw(strata, count, seed)
     names = [strata[key] for key in chosen]
     sizes = [(name, sum(each == name for each in strata.values()), names.count(name)) for name in STRATA]
-    return Sample(
+    return ReviewSample(
         evaluation=evidence.id,
         treatment=compared.treatment,
         control=compared.control,

@@ -21,7 +21,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.log import extend, numbered_lines, parse_line, whole_lines
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.human_eval.sample import (
-    Sample,
+    ReviewSample,
     comparison,
     keep_sample,
     load_sample,
@@ -117,7 +117,7 @@ def append_events(folder: Path, events: Sequence[Event]) -> None:
 
 
 @dataclass(frozen=True)
-class Pair:
+class BlindPair:
     """Two answers to one input, from two unnamed arms."""
 
     key: str
@@ -143,7 +143,7 @@ class Progress:
     same: int
 
 
-def progress_of(journal: Journal, sample: Sample) -> Progress:
+def progress_of(journal: Journal, sample: ReviewSample) -> Progress:
     """Return the progress of a reviewer on a sample."""
     standing = journal.standing
     said = [standing[key].verdict for key in sample.order if key in standing]
@@ -175,7 +175,7 @@ def reviewers_progress(folder: Path) -> list[ComparisonProgress]:
     return found
 
 
-class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
+class BlindReview(AnnotationSession[VerdictLine, BlindPair, Side]):
     """One reviewer's pass over an evaluation's sample. Nothing in it reveals the arm of an answer.
 
     ``Project.human_eval`` describes the options.
@@ -244,17 +244,17 @@ class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
         said = self.verdict(key)
         return said is None or said.verdict == "skip" or key == self._back
 
-    def next(self, leased: Collection[str] = ()) -> Pair | None:
+    def next(self, leased: Collection[str] = ()) -> BlindPair | None:
         """Return the pair to judge now: one that was taken back, or the next of the sample."""
         return super().next(leased) if self._back is None else self.item(self._back)
 
-    def item(self, key: str) -> Pair:
+    def item(self, key: str) -> BlindPair:
         """Return an item of the sample in the form that the reviewer may see."""
         item, sample = self._items[key], self.sample
         answers = [item.answers[sample.treatment], item.answers[sample.control]]
         a, b = answers if treatment_is_a(sample.seed, key) else reversed(answers)
         said = self.verdict(key)
-        return Pair(
+        return BlindPair(
             key=key,
             number=sample.order.index(key) + 1,
             input=item.input,
@@ -265,19 +265,19 @@ class BlindReview(AnnotationSession[VerdictLine, Pair, Side]):
             verdict=None if said is None else said.verdict,
         )
 
-    def judge(self, item: Pair, verdict: Side) -> None:
+    def judge(self, item: BlindPair, verdict: Side) -> None:
         self.record([self._judged(item.key, verdict)])
         self._back = None
 
     answer = judge  # the name in earlier releases
 
-    def show_reference(self, pair: Pair) -> Pair:
+    def show_reference(self, pair: BlindPair) -> BlindPair:
         """Return the pair with its reference, and record that it was shown."""
         if pair.reference is None:
             self.record([self.mark(ReferenceShownLine, pair.key)])
         return self.item(pair.key)
 
-    def undo(self, key: str | None = None) -> Pair | None:
+    def undo(self, key: str | None = None) -> BlindPair | None:
         """Take back this reviewer's latest verdict, also from an earlier pass; its pair is shown next."""
         pair = super().undo(key)
         self._back = self._back if pair is None else pair.key

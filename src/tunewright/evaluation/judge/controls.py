@@ -9,8 +9,15 @@ import numpy as np
 
 from tunewright.core.errors import UserError
 from tunewright.evaluation.judge.figures import exact_lower_limit, reasons
-from tunewright.evaluation.judge.questions import INJECTION, Question, Vote, correctness, outcome, pairwise
-from tunewright.evaluation.judge.rows import ControlRow
+from tunewright.evaluation.judge.questions import (
+    INJECTION,
+    ControlRow,
+    JudgeQuestion,
+    Vote,
+    correctness,
+    outcome,
+    pairwise,
+)
 from tunewright.evidence.judge import Control, ControlName
 from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised
@@ -36,7 +43,7 @@ class Case:
 
     control: ControlName
     key: str
-    questions: tuple[Question, ...]
+    questions: tuple[JudgeQuestion, ...]
 
     def row(self, votes: Sequence[Vote]) -> ControlRow:
         """Return a row with the judge's result; ``votes`` answer this case's questions."""
@@ -86,7 +93,7 @@ def control_cases(items: Sequence[Item], most: int, seed: int, criteria: str | N
 
 def _cases(item: Item, other: Item, criteria: str | None) -> list[Case]:
     task, gold, wrong = item.input, item.reference, other.reference
-    asked: dict[ControlName, tuple[Question, ...]] = {
+    asked: dict[ControlName, tuple[JudgeQuestion, ...]] = {
         "gold is correct": (correctness(task, gold, gold, criteria),),
         "swapped reference": (correctness(task, wrong, gold, criteria),),
         "injected verdict": (correctness(task, gold, INJECTION.format(wrong=wrong), criteria),),

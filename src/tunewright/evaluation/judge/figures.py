@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import beta
 
-from tunewright.evaluation.judge.rows import ArmCorrectness, ArmPreference, ControlRow, JudgedItem
+from tunewright.evaluation.judge.questions import ArmCorrectness, ArmPreference, ControlRow, JudgedItem
 from tunewright.evidence.common import Interval, Score
 from tunewright.evidence.judge import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
 from tunewright.evidence.power import minimum_detectable_effect

@@ -11,13 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from pydantic import Field, ValidationError
 
+from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.evaluation.judge.rows import ArmCorrectness, ArmPreference, JudgedItem, Outcome, Pair
+from tunewright.evidence.common import Part
+from tunewright.evidence.judge import ControlName
 from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised
 from tunewright.model_io.replies import Reply
@@ -81,23 +85,23 @@ _CELL_ENDS = {"th_close", "td_close"}
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """A question to the judge: a user message, and the kind of its verdict."""
 
     kind: Kind
     text: str
 
 
-def correctness(task: str, reference: str, answer: str, criteria: str | None = None) -> Question:
+def correctness(task: str, reference: str, answer: str, criteria: str | None = None) -> JudgeQuestion:
     """Return the question about the correctness of an answer, given the reference."""
     blocks = [("TASK", task), ("REFERENCE", reference), ("ANSWER", answer)]
-    return Question("correctness", _message("correctness", blocks, criteria))
+    return JudgeQuestion("correctness", _message("correctness", blocks, criteria))
 
 
-def pairwise(task: str, reference: str, first: str, second: str, criteria: str | None = None) -> Question:
+def pairwise(task: str, reference: str, first: str, second: str, criteria: str | None = None) -> JudgeQuestion:
     """Return the question about the better of two answers, given the reference."""
     blocks = [("TASK", task), ("REFERENCE", reference), ("ANSWER A", first), ("ANSWER B", second)]
-    return Question("pairwise", _message("pairwise", blocks, criteria))
+    return JudgeQuestion("pairwise", _message("pairwise", blocks, criteria))
 
 
 def _message(kind: Kind, blocks: Sequence[tuple[str, str]], criteria: str | None) -> str:
@@ -128,7 +132,7 @@ class Vote:
     reply: str
 
 
-def vote(question: Question, reply: Reply) -> Vote:
+def vote(question: JudgeQuestion, reply: Reply) -> Vote:
     """Read a reply; an unreadable one is unscored, never wrong or a tie."""
     if reply.refused is not None:
         return Vote(None, reply.refused, "")
@@ -196,11 +200,11 @@ def _inline(tokens: Sequence[Token]) -> str:
     return "".join(out)
 
 
-Votes = Callable[[Question], Vote]
+Votes = Callable[[JudgeQuestion], Vote]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class JudgedAnswers:
     """One item with the compared answers; an arm without an answer has a reason in its place."""
 
     item: Item
@@ -216,17 +220,17 @@ class JudgeRequests:
     not asked about these.
     """
 
-    candidates: Sequence[Candidate]
+    candidates: Sequence[JudgedAnswers]
     treatment: str
     opponents: Sequence[str]
     criteria: str | None
 
     @property
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[JudgeQuestion]:
         """The questions to ask, in the items' order."""
-        asked: list[Question] = []
+        asked: list[JudgeQuestion] = []
 
-        def listen(question: Question) -> Vote:
+        def listen(question: JudgeQuestion) -> Vote:
             asked.append(question)
             return Vote(None, "not asked yet", "")
 
@@ -237,14 +241,14 @@ class JudgeRequests:
         """Return the items' rows; ``votes`` is called with each question to ask."""
         return [self._row(candidate, votes) for candidate in self.candidates]
 
-    def _row(self, candidate: Candidate, votes: Votes) -> JudgedItem:
+    def _row(self, candidate: JudgedAnswers, votes: Votes) -> JudgedItem:
         return JudgedItem(
             key=candidate.item.key,
             correctness={arm: self._answered(candidate, arm, votes) for arm in (self.treatment, *self.opponents)},
             pairs={opponent: self._pair(candidate, opponent, votes) for opponent in self.opponents},
         )
 
-    def _answered(self, candidate: Candidate, arm: str, votes: Votes) -> ArmCorrectness:
+    def _answered(self, candidate: JudgedAnswers, arm: str, votes: Votes) -> ArmCorrectness:
         if arm in candidate.lacking:
             return ArmCorrectness(correct=None, unscored=candidate.lacking[arm])
         item, answer = candidate.item, candidate.answers[arm]
@@ -254,13 +258,13 @@ class JudgeRequests:
         correct = None if vote.verdict is None else vote.verdict == "correct"
         return ArmCorrectness(correct=correct, unscored=vote.unscored, reply=vote.reply)
 
-    def _pair(self, candidate: Candidate, opponent: str, votes: Votes) -> Pair:
+    def _pair(self, candidate: JudgedAnswers, opponent: str, votes: Votes) -> JudgedPair:
         if opponent in candidate.lacking:
-            return Pair(plain=ArmPreference(outcome=None, unscored=candidate.lacking[opponent]))
+            return JudgedPair(plain=ArmPreference(outcome=None, unscored=candidate.lacking[opponent]))
         texts = (candidate.item.reference, candidate.answers[self.treatment], candidate.answers[opponent])
         stripped = tuple(map(without_markdown, texts))
         has_markdown = any(text.strip() != plain for text, plain in zip(texts, stripped, strict=True))
-        return Pair(
+        return JudgedPair(
             plain=self._compared(votes, candidate.item.input, *texts),
             stripped=self._compared(votes, candidate.item.input, *stripped) if has_markdown else None,
         )
@@ -278,3 +282,75 @@ class JudgeRequests:
             return ArmPreference(outcome=None, unscored=missing, replies=replies)
         result, flipped = outcome(*both)
         return ArmPreference(outcome=result, flipped=flipped, replies=replies)
+
+
+# Each item's verdicts, next to the evidence: ``judge.jsonl``; of the controls: ``judge-controls.jsonl``
+
+
+ROWS_FILE = "judge.jsonl"
+CONTROLS_FILE = "judge-controls.jsonl"
+
+Outcome = Literal["win", "tie", "loss"]
+
+
+class ArmCorrectness(Part):
+    """The correctness of one arm's answer."""
+
+    correct: Annotated[bool | None, Field(description="null: unscored.")]
+    exact: Annotated[bool, Field(description="It equals the reference, so the judge was not asked.")] = False
+    unscored: Annotated[str | None, Field(description="Reason for a missing verdict.")] = None
+    reply: Annotated[str | None, Field(description="The judge's reply.")] = None
+
+
+class ArmPreference(Part):
+    """One arm's answer against another's; win and loss are the treatment's."""
+
+    outcome: Annotated[Outcome | None, Field(description="null: unscored.")]
+    equal: Annotated[bool, Field(description="The answers are equal, so the judge was not asked.")] = False
+    flipped: Annotated[bool, Field(description="The two orders disagree: a tie.")] = False
+    unscored: Annotated[str | None, Field(description="Reason for a missing verdict.")] = None
+    replies: Annotated[tuple[str, ...], Field(description="Replies with the treatment as A, then as B.")] = ()
+
+
+class JudgedPair(Part):
+    """Both answers unchanged, and without markdown where a text has any."""
+
+    plain: ArmPreference
+    stripped: ArmPreference | None = None
+
+
+class JudgedItem(Part):
+    """One item; a line of ``judge.jsonl``."""
+
+    key: Annotated[str, Field(description="The example's pair key.")]
+    correctness: Annotated[dict[str, ArmCorrectness], Field(description="By arm.")]
+    pairs: Annotated[dict[str, JudgedPair], Field(description="The treatment against each opponent, by opponent.")]
+
+
+class ControlRow(Part):
+    """One case whose answer is known; a line of ``judge-controls.jsonl``."""
+
+    key: str
+    control: ControlName
+    passed: bool
+    unscored: str | None
+    replies: tuple[str, ...]
+
+
+def load_judged(folder: Path) -> list[JudgedItem]:
+    """Read ``judge.jsonl`` next to the evidence in ``folder``."""
+    file = folder / ROWS_FILE
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError("The file has no judged items", where=str(file), fix="Run `tunewright judge`.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(JudgedItem.model_validate_json(line))
+        except ValidationError as error:
+            what = " ".join(str(error).splitlines()[1:3])
+            raise UserError(f"Invalid judged item: {what}", where=f"{file}:{number}") from None
+    return rows

@@ -18,8 +18,18 @@ from tunewright.data.versions import load_version, short
 from tunewright.evaluation.access_log import amendable
 from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
 from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
-from tunewright.evaluation.judge.questions import Candidate, JudgeRequests, Question, Vote, prompts_digest, vote
-from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
+from tunewright.evaluation.judge.questions import (
+    CONTROLS_FILE,
+    ROWS_FILE,
+    ControlRow,
+    JudgedAnswers,
+    JudgedItem,
+    JudgeQuestion,
+    JudgeRequests,
+    Vote,
+    prompts_digest,
+    vote,
+)
 from tunewright.evidence.common import Part
 from tunewright.evidence.files import load_items
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
@@ -107,7 +117,7 @@ class JudgeResult:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class JudgeEstimate:
     """The requests, tokens and cost still missing from the journal; tokens are guessed from characters."""
 
     controls: int
@@ -150,7 +160,7 @@ class Judge:
         if reference is not None and reference.answers is not None:
             self._file_answers = read_answers(project.root / reference.answers, self.items)
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> JudgeEstimate:
         """Estimate calls, tokens and cost without sending anything."""
         prompts = self._test_prompts()
         controls = {q for case in self.cases for q in case.questions}
@@ -158,7 +168,7 @@ class Judge:
         estimates = [self.endpoint.estimate(map(_conversation, (*controls, *questions)))]
         if self.other is not None:
             estimates.append(self.other.estimate(prompts))
-        return Estimate(
+        return JudgeEstimate(
             controls=len(controls),
             questions=len(questions),
             reference_answers=sum(each.calls for each in estimates[1:]),
@@ -204,7 +214,7 @@ class Judge:
             )
         return shared
 
-    def _votes(self, title: str, questions: Sequence[Question]) -> dict[Question, Vote]:
+    def _votes(self, title: str, questions: Sequence[JudgeQuestion]) -> dict[JudgeQuestion, Vote]:
         asked = list(dict.fromkeys(questions))
         replies = self.endpoint.ask(title, [_conversation(question) for question in asked])
         return {question: vote(question, reply) for question, reply in zip(asked, replies, strict=True)}
@@ -221,7 +231,7 @@ class Judge:
                 answers[REFERENCE_MODEL] = other.answers[item.key]
             elif other is not None:
                 lacking[REFERENCE_MODEL] = other.lacking[item.key]
-            candidates.append(Candidate(item, answers, lacking))
+            candidates.append(JudgedAnswers(item, answers, lacking))
         opponents = [self.control] if other is None else [self.control, REFERENCE_MODEL]
         return JudgeRequests(candidates, self.treatment, opponents, self.settings.criteria)
 
@@ -275,7 +285,7 @@ class Judge:
         return JudgeResult(self.folder, evidence, judgement)
 
 
-def _conversation(question: Question) -> Conversation:
+def _conversation(question: JudgeQuestion) -> Conversation:
     # All in the user's turn: some templates refuse a system turn.
     return ({"role": "user", "content": question.text},)
 

@@ -15,11 +15,16 @@ from tunewright.core.io import digest
 from tunewright.core.progress import WithoutBars
 from tunewright.data.versions import Member
 from tunewright.evaluation.arm_runner import ArmRunner
-from tunewright.evaluation.arms import Instruction, find_instruction
+from tunewright.evaluation.arms import (
+    Instruction,
+    find_instruction,
+    instruction_digest,
+    load_optimized,
+    store_optimized,
+)
 from tunewright.evaluation.judge.runner import task_text
-from tunewright.evaluation.optimized_prompts import instruction_digest, load, store
 from tunewright.evaluation.time_limit import AnswerRate
-from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, ReflectionUsage
+from tunewright.evidence.prompt_optimization import OptimizedPrompt, PromptCandidate, ReflectionUsage
 from tunewright.metrics import check_references, score_all
 from tunewright.model_io.client import Endpoint
 from tunewright.model_io.replies import Budget, Reply, cost, estimated_tokens
@@ -184,7 +189,7 @@ class PromptOptimization:
         """Search, choose on dev and store the result; a stopped run repeats its steps from kept replies and answers."""
         evaluations = self.arm_runner.project.evaluations
         if self.file.exists():
-            return OptimizePromptResult(self.file, load(self.file, evaluations), optimized=False)
+            return OptimizePromptResult(self.file, load_optimized(self.file, evaluations), optimized=False)
         self.endpoint.require_key()
         split = [m.example for m in self.train]
         check_references(self.arm_runner.scorers[:1], split, "train", self.reporter)
@@ -198,7 +203,7 @@ class PromptOptimization:
         prompt = self._chosen(result, adapter)
         for note in prompt.notes:
             self.reporter.warn(f"Prompt optimization: {note}")
-        store(self.file, prompt, evaluations)
+        store_optimized(self.file, prompt, evaluations)
         return OptimizePromptResult(self.file, prompt, optimized=True)
 
     def _search(self) -> tuple[GEPAResult[str, int], InstructionAdapter]:
@@ -265,7 +270,7 @@ class PromptOptimization:
             place=self.instruction.place,
             own=self.instruction.text,
             candidates=tuple(
-                Candidate(
+                PromptCandidate(
                     instruction=text,
                     digest=instruction_digest(text),
                     parents=tuple(parent for parent in result.parents[place] if parent is not None),

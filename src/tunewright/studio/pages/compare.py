@@ -22,8 +22,8 @@ from tunewright.studio.pages.evaluate import item_texts
 from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
 if TYPE_CHECKING:
-    from tunewright.evaluation.judge.rows import ArmPreference, JudgedItem
-    from tunewright.evaluation.judge.runner import Estimate
+    from tunewright.evaluation.judge.questions import ArmPreference, JudgedItem
+    from tunewright.evaluation.judge.runner import JudgeEstimate
 
 _NEWEST = 20  # evaluations
 
@@ -191,7 +191,7 @@ def _rows_table(name: str, rows: Sequence[_Row], arms: tuple[str, str], outcome:
     return table("Judged items", words("Item", "Outcome", "Question", "Reference", *arms), found)
 
 
-def _estimate(visit: Visit, name: str) -> tuple[Estimate | None, str]:
+def _estimate(visit: Visit, name: str) -> tuple[JudgeEstimate | None, str]:
     """Return the calls and cost of judging, or the reason why nothing can be judged."""
     try:
         return visit.project.estimate_judge(name), ""
