@@ -338,24 +338,6 @@ def test_vllm_and_an_embedded_base_are_never_in_memory_together(
     assert not generator._embedded.loaded
 
 
-def test_engine_and_reason_are_reported_once(base: Base, tmp_path: Path) -> None:
-    class Saying(StopAfter):
-        def __init__(self) -> None:
-            super().__init__()
-            self.said: list[str] = []
-
-        def say(self, message: str) -> None:
-            self.said.append(message)
-
-    reporter = Saying()
-    generator = _generator(base, tmp_path, answer_engine(_config(), "none"), reporter)
-    generator.answer("x", [(5,)], 1)
-    generator.answer("x", [(6,)], 1)
-    assert [line for line in reporter.said if "computed by" in line] == [
-        "Answers are computed by peft: there is no CUDA card."
-    ]
-
-
 def test_unreferenced_generator_ends_vllm(base: Base, engine: AnswerEngine, tmp_path: Path) -> None:
     generator = _generator(base, tmp_path / "work", engine)
     generator.answer("x", [(5,)], 1)

@@ -39,22 +39,6 @@ def test_estimate_sends_nothing_and_matches_the_later_requests(tmp_path: Path) -
         assert (again["known"], again["prompt_tokens"], again["most_cost"]) == (len(server.bodies), 0, 0)
 
 
-def test_budget_is_never_exceeded_and_a_larger_one_resumes(tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    with scripted(honest) as server:
-        settings = {"base_url": server.url, "model": "scripted", **PRICES, "budget": 0.3}
-        write_project(project, {**settings, "parameters": {"max_tokens": 10}})
-        ran = tunewright("judge", "-p", project, "--json")
-        assert ran.code == 2
-        assert ran.document["error"]["where"] == "judge.budget"
-        # The last reply leaves less than one more could cost: as many tokens as its prompt has bytes.
-        assert 0.3 - 10 * max(map(len, server.prompts)) / 1e6 - 0.003 < 0.002 * len(server.bodies) <= 0.3
-        config = project / "tunewright.yaml"
-        config.write_text(config.read_text().replace("budget: 0.3", "budget: 3.0"))
-        assert tunewright("judge", "-p", project).code == 0
-        assert len(server.prompts) == len(set(server.prompts))
-
-
 def test_missing_token_counts_are_estimated_and_reported(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.usage = False

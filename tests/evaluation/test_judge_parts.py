@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from factories import make_evidence, make_items
+from factories import make_items
+from report_evidence import JUDGE
 from scripted_judge import read_prompt
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
@@ -26,8 +27,7 @@ from tunewright.evaluation.judge.questions import (
     without_markdown,
 )
 from tunewright.evaluation.judge.runner import family, shared_family, task_text
-from tunewright.evidence.judge import Control, Judgement, JudgeUsage
-from tunewright.evidence.verdict import verdict
+from tunewright.evidence.judge import Judgement
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -208,22 +208,6 @@ def test_length_controlled_rate_equals_the_plain_rate_for_an_unbiased_judge() ->
     assert controlled.matched == int((np.abs(lengths[:, 0] - lengths[:, 1]) <= 0.1 * lengths.max(axis=1)).sum())
 
 
-def test_vetoed_judgement_has_no_findings_and_decides_nothing() -> None:
-    evidence = make_evidence(make_items())
-    spent = JudgeUsage(calls=0, prompt_tokens=0, completion_tokens=0, estimated=0, cost=None)
-    failed = Control(
-        name="gold is correct", expected="correct", items=20, passed=3, unscored={}, limit=0.04, required=0.8
-    )
-    section = Judgement(
-        model="m", url="http://x/v1", parameters={}, prompts="0", criteria=None, created="2026", same_family=None,
-        reference_model=None, controls=(failed,), vetoed=("gold is correct: no",), spent=spent,
-    )  # fmt: skip
-    without, message = verdict(evidence), verdict(evidence.model_copy(update={"judge": section}))
-    assert message.decision == without.decision
-    assert set(message.reasons) - set(without.reasons) == {
-        "Judge m: vetoed, so its judgements do not count. Failed controls: gold is correct (3 of 20)."
-    }
-    arm = {"name": "tuned", "items": 1, "correct": 1, "exact": 0, "unscored": {}}
-    share = {"value": 1.0, "interval": {"low": 0.2, "high": 1.0}, "method": "Wilson"}
+def test_vetoed_judgement_has_no_findings() -> None:
     with pytest.raises(ValidationError, match="must have no findings"):
-        Judgement.model_validate({**section.model_dump(), "arms": [{**arm, "share": share}]})
+        Judgement.model_validate({**JUDGE.model_dump(), "vetoed": ("gold is correct: no",)})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse
 
 import tunewright
 from command_line import tunewright as command
@@ -148,38 +148,21 @@ def test_reflection_model_is_the_judge_by_default(tmp_path: Path, base: Path) ->
         assert (prompt.reflection.model, prompt.instruction) == ("the-judge", ONE)
 
 
-@pytest.mark.parametrize(
-    ("response", "message"),
-    [
-        (PlainTextResponse("<html>welcome</html>"), "not a chat completion"),
-        (PlainTextResponse("quota", 429, headers={"retry-after": "86400"}), "asks to wait 86,400 s"),
-        (JSONResponse({"error": {"message": "no such model"}}, 404), "status 404: no such model"),
-    ],
-)
-def test_failing_endpoint_is_one_error_and_the_next_run_pays_nothing_twice(
-    tmp_path: Path, base: Path, response: Any, message: str
-) -> None:
+def test_failing_endpoint_is_one_error_and_the_next_run_pays_nothing_twice(tmp_path: Path, base: Path) -> None:
+    response = JSONResponse({"error": {"message": "no such model"}}, 404)
     with reflecting() as server:
         project = opened(tmp_path / "project", base, server)
         root = project.folder.root
         server.misbehave = lambda count: response if count else None  # the first reply is fine
         ran = command("optimize-prompt", "-p", root)
         assert ran.code == 2
-        assert message in ran.stderr
+        assert "no such model" in ran.stderr
         assert "evaluate.prompt_optimization.reflection_model" in ran.stderr
         assert not (root / "prompts").exists()
         paid = list(server.prompts)
         server.misbehave = lambda _count: None
         assert command("optimize-prompt", "-p", root).code == 0
         assert paid[0] not in server.prompts[len(paid) :]
-
-
-def test_unreachable_endpoint_is_one_error(tmp_path: Path, base: Path) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server)
-    ran = command("optimize-prompt", "-p", project.folder.root, "--json")
-    assert ran.code == 2
-    assert "does not answer (no connection" in ran.document["error"]["what"]
 
 
 def test_missing_key_is_reported_before_any_answer(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,13 +201,6 @@ def test_budget_too_small_for_one_call_is_an_error(tmp_path: Path, base: Path) -
             project.optimize_prompt()
         assert refused.value.where == "evaluate.prompt_optimization.budget"
         assert server.prompts == []
-
-
-def test_budget_requires_prices(tmp_path: Path, base: Path) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server, budget=1.0)
-        with pytest.raises(UserError, match="A budget requires price_input"):
-            project.optimize_prompt()
 
 
 def test_limit_of_reflection_calls_ends_the_search(tmp_path: Path, base: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from factories import cross_fitted, make_evidence, make_items, with_contrast
+from factories import cross_fitted, make_evidence, make_items
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.evidence.files import (
@@ -56,15 +56,12 @@ def test_read_items_names_an_invalid_line(tmp_path: Path) -> None:
     assert caught.value.where == f"{tmp_path / ITEMS_FILE}:2"
 
 
-def test_missing_items_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tunewright evaluate"):
-        load_items(tmp_path)
-
-
-def test_missing_evidence_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tunewright evaluate") as caught:
-        load_evidence(tmp_path)
-    assert caught.value.where == str(tmp_path / EVIDENCE_FILE)
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    for load, name in ((load_items, ITEMS_FILE), (load_evidence, EVIDENCE_FILE)):
+        with pytest.raises(UserError, match="tunewright evaluate") as caught:
+            load(tmp_path)
+        assert caught.value.where == str(tmp_path / name)
+    assert load_messages(tmp_path) is None
 
 
 def test_evidence_of_schema_2_opens_and_keeps_its_version(tmp_path: Path) -> None:
@@ -85,10 +82,6 @@ def test_prompts_hold_each_message_once_and_read_back(tmp_path: Path) -> None:
     found = load_messages(tmp_path)
     assert found is not None and len(found) == 5
     assert [[found[number - 1] for number in each] for each in numbers] == [[system, shown, q] for q in questions]
-
-
-def test_messages_of_older_evidence_are_none(tmp_path: Path) -> None:
-    assert load_messages(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -121,9 +114,3 @@ def test_evidence_refuses_non_finite_numbers() -> None:
     fields = EVIDENCE.contrasts[0].model_dump() | {"p_value": float("nan")}
     with pytest.raises(ValidationError, match="p_value"):
         Contrast.model_validate(fields)
-
-
-def test_arm_is_found_by_name() -> None:
-    assert EVIDENCE.arm("tuned").kind == "tuned"
-    assert EVIDENCE.arm("tuned").score("exact_match") == EVIDENCE.arm("tuned").scores["exact_match"]
-    assert with_contrast(EVIDENCE, fixed=99).contrasts[0].fixed == 99

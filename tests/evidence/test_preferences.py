@@ -111,13 +111,6 @@ def test_review_of_other_arms_changes_nothing() -> None:
     assert any("not the deciding arms" in reason for reason in result.reasons)
 
 
-def test_unfinished_review_states_why_it_has_no_win_rate() -> None:
-    unfinished = REVIEW.model_copy(update={"win_rate": None, "powered": None, "lacking": "too few"})
-    result = verdict(_with(SHIPS, human_eval=unfinished))
-    assert result.decision == "ship"
-    assert any("No win rate for all items yet: too few." in reason for reason in result.reasons)
-
-
 @pytest.mark.parametrize(
     "judge",
     [AGAINST, _judge(correct=-0.2), _judge(rate=0.3, stripped=None, equal=None)],

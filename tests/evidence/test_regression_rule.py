@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -116,26 +115,6 @@ def test_regression_decision_follows_the_table(
     assert decisions == [ship, unknown, no]
     assert standing(general).exit_code == code
     assert (standing(general).result is None) == all(suite.margin is None for suite in suites)
-
-
-def test_regression_reasons_are_plain_sentences() -> None:
-    evidence = SHIP.model_copy(update={"regressions": _general(_made("worse"), _made("not worse", name="b"))})
-    message = verdict(evidence).reasons
-    assert (
-        "arc, 500 items: 60.0% with the adapter off, 50.0% with it on; worse by 10 points, at most 15 points (95%). "
-        "The whole interval lies above the margin of 2 points: the adapter is worse here than the base."
-    ) in message
-    assert any(reason.startswith("The adapter loses more than the margin in general ability") for reason in message)
-    failed = standing(_general(_made("worse", passed=False))).reasons
-    assert failed[0].endswith("It decides nothing: guessing scored 60.0%, but must be more.")
-    unsure = standing(_general(_made("can't tell"))).reasons
-    assert unsure[0].endswith("of 2 points this many items can't tell. About 1,546 items would settle it.")
-
-
-def test_evidence_with_regressions_round_trips() -> None:
-    evidence = SHIP.model_copy(update={"regressions": _general(_made("worse"))})
-    text = json.dumps(evidence.model_dump(mode="json"))
-    assert type(evidence).model_validate_json(text) == evidence
 
 
 def _of(base: Any, tuned: Any, clusters: Sequence[str]) -> Suite:

@@ -1,12 +1,9 @@
 """The verdict as a comment: what GitHub shows of it, by a real markdown parser."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -15,12 +12,11 @@ from markdown_it.token import Token
 from command_line import tunewright
 from factories import make_evidence, make_items
 from hypothesis_settings import examples
-from report_evidence import GENERAL, JUDGE, REVIEW, vetoed
+from report_evidence import GENERAL, JUDGE, REVIEW
 from tunewright.core.io import write_json
 from tunewright.evidence.benchmarks import suite_text
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
-from tunewright.metrics import points_text
 from tunewright.render.markdown import plain
 from tunewright.report.verbs import markdown_of
 
@@ -81,56 +77,6 @@ def test_comment_lists_suites_once_and_why_one_does_not_decide() -> None:
     ]  # fmt: skip
 
 
-def test_comment_tables_have_all_figures_of_arms_and_contrasts() -> None:
-    arms, contrasts = _tables(markdown_of(EVIDENCE))[:2]
-    scores = ["Exact match, %", "95% interval", "Corpus BLEU", "95% interval"]
-    assert arms[0] == ["Arm", "Right", *scores, "Cut by the token limit", "Prompt tokens", "Shared"]
-    for arm, row in zip(EVIDENCE.arms, arms[1:], strict=True):
-        exact, bleu = arm.score("exact_match"), arm.score("bleu")
-        assert row == [
-            arm.name,
-            f"{round(60 * exact.value)} of 60",
-            f"{100 * exact.value:.1f}",
-            f"{100 * exact.interval.low:.1f} to {100 * exact.interval.high:.1f}",
-            f"{100 * bleu.value:.1f}",
-            f"{100 * bleu.interval.low:.1f} to {100 * bleu.interval.high:.1f}",
-            str(arm.truncated),
-            f"{arm.prompt_tokens:.0f}",
-            str(arm.shared_tokens),
-        ]
-    assert len(contrasts) == 1 + len(EVIDENCE.contrasts)
-    for contrast, row in zip(EVIDENCE.contrasts, contrasts[1:], strict=True):
-        assert row[0].strip() == f"{contrast.treatment} − {contrast.control}"
-        assert row[2] == points_text(contrast.difference)
-        raw, adjusted = contrast.p_value, contrast.p_adjusted
-        assert row[4] == ("<1e-15" if raw < 1e-15 else f"{raw:.2g}")
-        assert row[5] == ("none" if adjusted is None else "<1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
-        assert row[6:] == [
-            str(contrast.fixed), str(contrast.broken), f"{100 * contrast.minimum_detectable_effect:.1f}",
-        ]  # fmt: skip
-
-
-def test_comment_has_suites_judge_and_people_only_when_measured() -> None:
-    bare, full = markdown_of(EVIDENCE), markdown_of(FULL)
-    for message in ("General abilities", "Judge fair-judge-70b", "People, blind: 38 of 40"):
-        assert message not in _lines(bare)
-        assert message in _lines(full)
-    suite = GENERAL.suites[0]
-    row = _tables(full)[2][1]
-    assert row[0] == suite.name
-    assert suite.margin is not None
-    assert [float(cell.rstrip("%")) for cell in (*row[2:5], *row[6:8])] == [
-        pytest.approx(100 * value, abs=0.05)
-        for value in (suite.base, suite.tuned, suite.drop, suite.limit, suite.margin)
-    ]
-
-
-def test_comment_shows_only_the_veto_of_a_vetoed_judge() -> None:
-    shown = _lines(markdown_of(EVIDENCE.model_copy(update={"judge": vetoed(JUDGE)})))
-    assert "vetoed, so its judgements do not count." in shown
-    assert "wins" not in shown
-
-
 def _with_text(text: str) -> Evidence:
     """Every place that takes a user's text, taken by this one."""
     suites = tuple(suite.model_copy(update={"name": text}) for suite in GENERAL.suites)
@@ -177,14 +123,3 @@ def test_verdict_comment_goes_to_stdout_and_keeps_the_exit_code(tmp_path: Path) 
     both = tunewright("verdict", tmp_path / "evidence.json", "--markdown", "--json", "-p", tmp_path)
     assert both.document["markdown"] == ran.stdout
     assert "markdown" not in tunewright("verdict", tmp_path / "evidence.json", "--json", "-p", tmp_path).document
-
-
-def test_comment_imports_no_torch(tmp_path: Path) -> None:
-    write_json(tmp_path / "evidence.json", EVIDENCE.model_dump(mode="json"))
-    program = (
-        "import sys; from tunewright.cli import main\n"
-        f"sys.argv = ['tunewright', 'verdict', {str(tmp_path / 'evidence.json')!r}, '--markdown', '-p', sys.argv[1]]\n"
-        "try: main()\nexcept SystemExit as end: assert end.code == 0, end.code\n"
-        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)

@@ -222,20 +222,6 @@ def test_break_even_is_never_and_not_drawn_without_a_saving() -> None:
     assert read.tables["Table of calls"][2][4] == "0.003"
 
 
-def test_cost_section_names_the_command_without_a_break_even() -> None:
-    for advice, message in [
-        (None, "No break-even was measured on these data and this base: `tunewright advise` measures it."),
-        (
-            make_signals(break_even=None, left_out={"break_even": "it takes the pilot's time and answers"}),
-            "advice 0123456789ab has none, as it takes the pilot's time and answers. `tunewright advise` with a pilot",
-        ),
-    ]:
-        read = _read(FULL, advice=advice)
-        assert message in read.sections["cost"]
-        assert "Table of tokens" in read.tables
-        assert not {"Table of calls", "Table of what training costs"} & set(read.tables)
-
-
 def test_judge_and_people_are_shown_with_controls_agreement_and_the_powered_estimate() -> None:
     found = JUDGE.preferences[0]
     first, plain, equal = _page().tables["Table of preferences"][1:]
@@ -283,11 +269,6 @@ def test_training_section_shows_the_answer_of_the_learning_curve() -> None:
     trained = {seed: [(p.rows, 100 * p.score) for p in CURVE.points if p.seed == seed] for seed in CURVE.seeds}
     assert [list(line.points) for line in by_seed] == [sorted(points) for points in trained.values()]
     assert min(map(min, trained.values())) < min(mean.points) and max(mean.points) < max(map(max, trained.values()))
-
-
-def test_noise_floor_is_shown_with_the_differences() -> None:
-    assert "3 of 50 answers changed" in _page().sections["contrasts"]
-    assert "-2.0 points" in _page().sections["contrasts"]
 
 
 def test_unmeasured_parts_have_no_section() -> None:

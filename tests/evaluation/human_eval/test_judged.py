@@ -79,10 +79,6 @@ def test_vetoed_judge_is_ignored_and_reported(folder: Path, caplog: pytest.LogCa
     assert "vetoed" in caplog.text
 
 
-def test_judged_verdicts_are_none_without_a_judge(folder: Path) -> None:
-    assert accepted_judge(folder, make_evidence(ITEMS), LogReporter()) is None
-
-
 def test_results_in_the_evidence_include_the_judge(folder: Path) -> None:
     review = begin(folder)
     while (pair := review.next()) is not None:
