@@ -15,8 +15,15 @@ from report_evidence import JUDGE
 from scripted_judge import read_prompt
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.evaluation.judge.controls import FEWEST, REQUIRED, control_cases
-from tunewright.evaluation.judge.figures import exact_lower_limit, length_controlled, logistic, win_rate
+from tunewright.evaluation.judge.figures import (
+    FEWEST,
+    REQUIRED,
+    control_cases,
+    exact_lower_limit,
+    length_controlled,
+    logistic,
+    win_rate,
+)
 from tunewright.evaluation.judge.questions import (
     INJECTION,
     Vote,

@@ -82,6 +82,8 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
     config, generator, version = arm_runner.project.config, arm_runner.generator, arm_runner.version
     adapter, advice, split = comparison.adapter, comparison.advice, comparison.split
     access_log = AccessLog(arm_runner.folder)
+    if (comparison.folder / EVIDENCE_FILE).exists():
+        return _measured_before(arm_runner, comparison, access_log, suites)
 
     # Rows. Everything that can fail beforehand does so before the test split is opened.
     rows = version.examples(split)
@@ -326,21 +328,18 @@ def open_test(
     return opening, earlier
 
 
-def measured_before(
-    arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[OpenSuite]
-) -> EvaluateResult | None:
+def _measured_before(
+    arm_runner: ArmRunner, comparison: Comparison, access_log: AccessLog, suites: Sequence[OpenSuite]
+) -> EvaluateResult:
     """Return existing evidence, with the config's prices and suites of today, which change no other measurement."""
-    folder, measured = comparison.folder, False
-    if not (folder / EVIDENCE_FILE).exists():
-        return None
+    folder = comparison.folder
     newest = find_evaluation(folder.parent)
     if newest != folder:
         arm_runner.reporter.warn(
             f"Measured before: evaluation {folder.name}. {newest.name} is newer, and `tunewright verdict` and "
             f"`tunewright report` take that one unless they are given {folder.name}."
         )
-    access_log = AccessLog(arm_runner.folder)
-    evidence = access_log.load(folder)
+    evidence, measured = access_log.load(folder), False
     sections: dict[str, Any] = {}
     if (incumbents := repriced(arm_runner.project.config, evidence)) is not None:
         sections["incumbents"] = incumbents

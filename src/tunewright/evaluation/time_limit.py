@@ -47,7 +47,7 @@ class AnswerRate:
 
     @contextmanager
     def arm(self, title: str, answers: int, tokens: float) -> Iterator[Task]:
-        """Show the progress of an arm's answers, each of so many ``tokens``, and time them."""
+        """Show the progress of an arm's answers, and time them; ``tokens`` are the work of each."""
         began = monotonic()
         with self._reporter.task(title, answers, "answers") as task:
             yield task

@@ -192,8 +192,7 @@ def _evaluate(
             )
         advice = advise(arm_runner, limit).advice
         comparison = runner.plan_comparison(arm_runner, tuned, advice, split)
-        known = runner.measured_before(arm_runner, comparison, suites)
-        return known or runner.evaluate(arm_runner, comparison, suites)
+        return runner.evaluate(arm_runner, comparison, suites)
 
 
 def estimate_evaluation(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import MOST_ITEMS, NOISE, ArmRunner
 from tunewright.evaluation.arms import (
     PARENT,
@@ -94,11 +93,11 @@ def remaining_work(
     The arms are those of the choice of a prompt, unless it is ``chosen``, of the contest, if any, and of ``pilots``
     adapters that are still to be trained.
     """
+    dev = len(runner.version.examples("dev"))
+    short = runner.work(ZERO_SHOT, first_rows(runner)).tokens
     works = [] if chosen else _choice_work(runner, without)
-    if contest is not None:
-        works += _contest_work(runner, *contest, chosen)
-    dev = runner.version.examples("dev")
-    works += [Work(TUNED.name, len(dev), tokens=_short(runner)) for _ in range(pilots)]
+    works += [] if contest is None else _contest_work(runner, *contest, short)
+    works += [Work(TUNED.name, dev, tokens=short) for _ in range(pilots)]
     return [work for work in works if work.arm not in without]
 
 
@@ -111,33 +110,22 @@ def _choice_work(runner: ArmRunner, without: Collection[str]) -> list[Work]:
         for plan in by_value(runner.prompting_arms)
         if plan.name not in without and runner.infeasible_reason(plan, first) is None
     ]
-    others: Sequence[object] = other_instructions(ZERO_SHOT, runner.settings, runner.optimized)
-    finalists = min(runner.settings.finalists, len(entrants) - 1)
+    others = other_instructions(ZERO_SHOT, runner.settings, runner.optimized)
+    finalists = min(runner.settings.finalists, len(entrants) - 1) if len(first) < len(dev) else 0
     return [
         *entrants,
         *(Work("another instruction", len(first)) for _ in others),
-        *(Work("a finalist", rest) for _ in range(finalists) if (rest := len(dev) - len(first))),
+        *(Work("a finalist", len(dev) - len(first)) for _ in range(finalists)),
     ]
 
 
-def _contest_work(runner: ArmRunner, adapter: Adapter, split: Split, chosen: bool) -> list[Work]:
-    """Return the contest's arms; while the split is closed or the best prompting arm unknown, by their number."""
+def _contest_work(runner: ArmRunner, adapter: Adapter, split: Split, short: float | None) -> list[Work]:
+    """Return the contest's arms by their number, since while the test split is closed its prompts may not be made."""
+    advice = known_advice(runner, advice_file(runner))
+    if advice and (plan_comparison(runner, adapter, advice, split).folder / EVIDENCE_FILE).exists():
+        return []
     rows = runner.version.examples(split)
-    advice = known_advice(runner, advice_file(runner)) if chosen else None
-    if advice is not None:
-        comparison = plan_comparison(runner, adapter, advice, split)
-        if (comparison.folder / EVIDENCE_FILE).exists():
-            return []
-        # While the test split is closed, its prompts may not be made.
-        opened = {opening.evaluation for opening in AccessLog(runner.folder).openings}
-        if split == "dev" or comparison.identity in opened:
-            works = [
-                replace(runner.work(plan, rows, by), optional=plan.adapted and plan not in (TUNED, PARENT))
-                for plan, by in comparison.arms
-                # On dev, the base's arms were answered while a prompt was chosen.
-                if plan.adapted or split == "test"
-            ]
-            return works + _noise_work(runner, split)
+    # On dev, the base's arms are answered while a prompt is chosen.
     names = [TUNED.name] if split == "dev" else [ZERO_SHOT.name, _BEST, TUNED.name]
     names += [PARENT.name] if parent_of(runner, adapter) is not None else []
     optional = [TUNED_CONSTRAINED.name] if runner.settings.structured_outputs is not None else []
@@ -145,16 +133,9 @@ def _contest_work(runner: ArmRunner, adapter: Adapter, split: Split, chosen: boo
         optional.append(optimized.name)
     if runner.settings.tuned_retrieved and any(plan.kind == "retrieved" for plan in runner.prompting_arms):
         optional.append(TUNED_RETRIEVED)
-    tokens = dict.fromkeys([*names, *optional], _short(runner)) | {_BEST: None, TUNED_RETRIEVED: None}
+    # Prompts with demonstrations are longer than the short ones, as the longest of the other arms.
+    tokens = dict.fromkeys([*names, *optional], short) | {_BEST: None, TUNED_RETRIEVED: None}
     works = [Work(name, len(rows), 0, tokens[name], name in optional) for name in [*names, *optional]]
-    return works + _noise_work(runner, split)
-
-
-def _short(runner: ArmRunner) -> float | None:
-    """Return the work of an answer to a prompt without demonstrations."""
-    return runner.work(ZERO_SHOT, first_rows(runner)).tokens
-
-
-def _noise_work(runner: ArmRunner, split: Split) -> list[Work]:
-    inputs = {member.example.input_key for member in runner.version.examples("test")}
-    return [Work(NOISE, 2 * min(MOST_ITEMS, len(inputs)), tokens=_short(runner))] if split == "test" else []
+    if split == "test":
+        works.append(Work(NOISE, 2 * min(MOST_ITEMS, len({m.example.input_key for m in rows})), tokens=short))
+    return works

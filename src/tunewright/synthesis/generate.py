@@ -20,8 +20,7 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.readers import GENERATED
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.answer_constraints import AnswerConstraints
-from tunewright.evaluation.judge.controls import FEWEST, REQUIRED
-from tunewright.evaluation.judge.figures import exact_lower_limit
+from tunewright.evaluation.judge.figures import FEWEST, REQUIRED, exact_lower_limit
 from tunewright.evaluation.judge.runner import task_text
 from tunewright.metrics import AnsweredItem, ItemScore, Scorer, normalised
 from tunewright.model_io.client import Calls, Endpoint, EndpointUsage

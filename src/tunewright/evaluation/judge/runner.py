@@ -16,8 +16,14 @@ from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version, short
 from tunewright.evaluation.access_log import amendable
-from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
-from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
+from tunewright.evaluation.judge.figures import (
+    control_cases,
+    judged_arm,
+    judged_contrast,
+    measured_controls,
+    preference,
+    veto,
+)
 from tunewright.evaluation.judge.questions import (
     CONTROLS_FILE,
     ROWS_FILE,
