@@ -15,7 +15,7 @@ from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tun
 from command_line import pairs, tiny_project, write_jsonl
 from command_line import tunewright as command
 from tunewright.api import Project
-from tunewright.evaluation.benchmarks import lm_eval as suites
+from tunewright.evaluation.benchmarks import runner as suites
 
 installed = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 

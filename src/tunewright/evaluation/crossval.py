@@ -9,15 +9,13 @@ this much data (the mean over the folds' adapters), not any one adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunewright.adapters.registry import Adapter
-from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
-from tunewright.config.project import ProjectFolder
 from tunewright.core.io import digest
-from tunewright.core.progress import Reporter, duration
+from tunewright.core.progress import duration
 from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.splits import SPLITS
@@ -57,9 +55,8 @@ from tunewright.evidence.scoring import (
     scores_by_template,
 )
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
-from tunewright.models.bases import Base
 from tunewright.training.train import TrainResult, training_inputs
-from tunewright.training.trainings import Training, Trainings
+from tunewright.training.trainings import Training
 
 
 @dataclass(frozen=True)
@@ -91,30 +88,22 @@ class _Role:
         return self.plans[0] if len(set(self.plans)) == 1 else ArmPlan("mixed")
 
 
+@dataclass(eq=False)
 class CrossValidation(SubsetTrainings):
     """The folds of a dataset version, and everything that decides the result."""
 
-    def __init__(
-        self,
-        project: ProjectFolder,
-        version: DatasetVersion,
-        base: Base,
-        chat: ChatFormat,
-        reporter: Reporter,
-        trainings: Trainings,
-        *,
-        folds: int,
-        force: bool = False,
-    ) -> None:
-        super().__init__(project, version, base, chat, reporter, trainings)
-        self.scorers = open_scorers(self.config.evaluate, project.root)
-        self.items = [m for m in version.domain if not m.generated]
-        self.versions = fold_versions(version, folds, self.config.seed)
-        self.require_enough(self.versions, f" in the smallest of {folds} folds", force=force)
+    folds: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scorers = open_scorers(self.config.evaluate, self.project.root)
+        self.items = [m for m in self.version.domain if not m.generated]
+        self.versions = fold_versions(self.version, self.folds, self.config.seed)
+        self.require_enough(self.versions, f" in the smallest of {self.folds} folds")
         # From all rows: no fold truncates an answer that another would not, and base answers serve every fold.
-        self.limit = answer_limit(self.config, chat, version.domain)
+        self.limit = answer_limit(self.config, self.chat, self.version.domain)
         self.generator()  # an engine that cannot answer is refused before any training
-        self.trained_by = digest([training_inputs(project, v, self.base, self.chat) for v in self.versions])
+        self.trained_by = digest([training_inputs(self.project, v, self.base, self.chat) for v in self.versions])
 
     @property
     def identity(self) -> str:

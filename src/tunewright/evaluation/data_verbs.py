@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tunewright.adapters.registry import list_adapters
 from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data import add as adding
 from tunewright.data.add import AddResult
-from tunewright.data.options import AddOptions
-from tunewright.data.versions import load_version
+from tunewright.data.options import AddOptions, ReviewOptions
+from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import find_evaluation, load_items
 from tunewright.evidence.power import report_split_power, split_power, warn_of_few_dev_clusters
 from tunewright.evidence.schema import Item
 from tunewright.open_project import OpenProject
-
-if TYPE_CHECKING:
-    from tunewright.data.dedup.decontaminate import Contamination
-    from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
-    from tunewright.training.rows import LengthReport
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-from tunewright.adapters.registry import list_adapters
-from tunewright.core.io import digest
-from tunewright.core.progress import LogReporter, Reporter
-from tunewright.data.options import ReviewOptions
-from tunewright.data.versions import DatasetVersion
 from tunewright.render.blocks import Table, table, words
 
 if TYPE_CHECKING:
     from tunewright.annotation import SheetImport
+    from tunewright.data.dedup.decontaminate import Contamination
+    from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
     from tunewright.data.review.edits import EditResult
     from tunewright.data.review.label_models import Suspect
     from tunewright.data.review.report import ReviewReport
     from tunewright.data.review.session import ReviewSession
     from tunewright.data.review.suspects import SuspectList
     from tunewright.evaluation.losses import Judging
+    from tunewright.training.rows import LengthReport
 
 
 def add(

@@ -10,7 +10,7 @@ import heapq
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -30,36 +30,31 @@ from tunewright.training.train import TrainResult, find_trained, train, training
 from tunewright.training.trainings import Training, Trainings
 
 
+@dataclass(eq=False)
 class SubsetTrainings:
     """Adapters of one config, each trained on a part of a version's rows and measured before the next one is trained.
 
-    They are kept in the project's working folder, apart from its own adapters.
+    They are kept in the project's working folder, apart from its own adapters. ``force`` trains on too few rows too.
     """
 
-    def __init__(
-        self,
-        project: ProjectFolder,
-        version: DatasetVersion,
-        base: Base,
-        chat: ChatFormat,
-        reporter: Reporter,
-        trainings: Trainings,
-    ) -> None:
-        self.project = project
-        self.config = project.config
-        self.version = version
-        self.base = base
-        self.chat = chat
-        self.reporter = reporter
-        self.trainings = trainings
+    project: ProjectFolder
+    version: DatasetVersion
+    base: Base
+    chat: ChatFormat
+    reporter: Reporter
+    trainings: Trainings
+    force: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.config = self.project.config
         # The adapters are all trained by this config, so its quantization is theirs.
         self.quantization = self.config.evaluate.quantization or self.config.train.quantization
         self.forced: str | None = None
 
-    def require_enough(self, parts: Iterable[DatasetVersion], place: str, *, force: bool) -> None:
-        """Refuse parts with too few training pairs; ``force`` trains anyway, and the lineage records it."""
+    def require_enough(self, parts: Iterable[DatasetVersion], place: str) -> None:
+        """Refuse parts with too few training pairs; with ``force``, the lineage records them."""
         fewest = min(len(part.domain_of("train")) for part in parts)
-        self.forced = require_min_examples(fewest, force=force, reporter=self.reporter, place=place)
+        self.forced = require_min_examples(fewest, force=self.force, reporter=self.reporter, place=place)
 
     def generator(self) -> Generator:
         """Return a fresh generator: each adapter has one, since the next training loads its own base."""

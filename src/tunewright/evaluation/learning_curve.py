@@ -8,19 +8,17 @@ interval. Dev rather than test: the question comes up while there is still somet
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from tunewright.adapters.registry import Adapter
-from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
-from tunewright.core.progress import Reporter, duration
-from tunewright.data.versions import DatasetVersion
+from tunewright.core.progress import duration
 from tunewright.evaluation.arm_runner import measured_with, references_inputs
 from tunewright.evaluation.folds import SubsetTrainings, subset_versions
 from tunewright.evidence.learning_curve import (
@@ -32,9 +30,8 @@ from tunewright.evidence.learning_curve import (
     share_slope,
 )
 from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
-from tunewright.models.bases import Base
 from tunewright.training.train import training_inputs
-from tunewright.training.trainings import Training, Trainings
+from tunewright.training.trainings import Training
 
 SHARES = (0.25, 0.5, 1.0)
 
@@ -49,34 +46,29 @@ class CurveResult:
     """False when a curve of the same inputs already existed."""
 
 
+@dataclass(eq=False)
 class LearningCurve(SubsetTrainings):
-    """The parts of a version's training rows, and everything that decides the result."""
+    """The parts of a version's training rows by some ``seeds``, and everything that decides the result."""
 
-    def __init__(
-        self,
-        project: ProjectFolder,
-        version: DatasetVersion,
-        base: Base,
-        chat: ChatFormat,
-        reporter: Reporter,
-        trainings: Trainings,
-        *,
-        seeds: int,
-        force: bool = False,
-    ) -> None:
-        super().__init__(project, version, base, chat, reporter, trainings)
-        assert seeds >= 2
-        self.scorer = scorer_of(project.config.evaluate.metric, project.root)
-        self.seeds = tuple(range(project.config.seed, project.config.seed + seeds))
+    seeds: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.seeds >= 2
+        self.scorer = scorer_of(self.config.evaluate.metric, self.project.root)
         self.parts = {
             (seed, share): part
-            for seed in self.seeds
-            for share, part in zip(SHARES, subset_versions(version, SHARES, seed), strict=True)
+            for seed in self._seeds
+            for share, part in zip(SHARES, subset_versions(self.version, SHARES, seed), strict=True)
         }
         place = f" in a {SHARES[0]:.0%} part of them, as a curve needs"
-        self.require_enough(self.parts.values(), place, force=force)
+        self.require_enough(self.parts.values(), place)
         # From all training rows, so that no part truncates answers that another does not.
-        self.limit = answer_limit(project.config, chat, version.domain_of("train"))
+        self.limit = answer_limit(self.config, self.chat, self.version.domain_of("train"))
+
+    @property
+    def _seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.config.seed, self.config.seed + self.seeds))
 
     @property
     def identity(self) -> str:
@@ -151,7 +143,7 @@ class LearningCurve(SubsetTrainings):
             items=len(dev),
             clusters=len({m.cluster for m in dev}),
             shares=SHARES,
-            seeds=self.seeds,
+            seeds=self._seeds,
             points=points,
             slope=slope.per_doubling,
             interval=slope.interval,
@@ -179,8 +171,8 @@ class LearningCurve(SubsetTrainings):
             )
         dev, seed = self.version.examples("dev"), self.project.config.seed
         clusters = [m.cluster for m, here in zip(dev, everywhere, strict=True) if here]
-        sizes = np.array([p.rows for p in points]).reshape(len(self.seeds), len(SHARES))
-        by_seed = [[scores[seed, share] for share in SHARES] for seed in self.seeds]
+        sizes = np.array([p.rows for p in points]).reshape(self.seeds, len(SHARES))
+        by_seed = [[scores[seed, share] for share in SHARES] for seed in self._seeds]
         if self.scorer.kind == "right or wrong":
             right = np.array([[each.values[everywhere] for each in row] for row in by_seed])
             return share_slope(right, sizes, clusters, seed)
