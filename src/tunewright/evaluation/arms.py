@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from tunewright.config import DemonstrationOrder, EvaluateConfig, RetrieverName
 from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
+from tunewright.core.log import parse_line
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
@@ -253,14 +252,10 @@ def store_optimized(file: Path, prompt: OptimizedPrompt, evaluations: Path) -> N
 def load_optimized(file: Path, evaluations: Path) -> OptimizedPrompt:
     """Load an optimization, checked against the access log."""
     AccessLog(evaluations).require(file)
-    try:
-        return OptimizedPrompt.model_validate_json(file.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise UserError(
-            f"The optimized prompt cannot be read ({error.error_count()} invalid fields)",
-            where=str(file),
-            fix="Remove it and run `tunewright optimize-prompt` again: kept replies and answers are reused.",
-        ) from None
+    fix = "Remove it and run `tunewright optimize-prompt` again: kept replies and answers are reused."
+    return parse_line(
+        OptimizedPrompt.model_validate_json, file.read_bytes(), str(file), "Invalid optimized prompt", fix
+    )
 
 
 def find_optimized(

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
+from tunewright.core.log import numbered_lines, parse_line
 from tunewright.core.progress import Reporter
 from tunewright.evidence.schema import SCHEMA_VERSION, Contrast, Evidence, Item
 
@@ -99,19 +100,12 @@ def _created(file: Path) -> str:
 def load_items(folder: Path) -> list[Item]:
     """Load ``items.jsonl`` from the evidence's folder."""
     file = folder / ITEMS_FILE
-    try:
-        # Not splitlines, which also splits at line and page separators inside texts.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError("The folder has no items", where=str(file), fix="Run `tunewright evaluate`.") from None
-    return [_item(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line]
-
-
-def _item(line: str, where: str) -> Item:
-    try:
-        return Item.model_validate_json(line)
-    except ValidationError as error:
-        raise UserError(f"Invalid test item: {' '.join(str(error).splitlines()[1:3])}", where=where) from None
+    if not file.exists():
+        raise UserError("The folder has no items", where=str(file), fix="Run `tunewright evaluate`.")
+    return [
+        parse_line(Item.model_validate_json, line, f"{file}:{number}", "Invalid test item")
+        for number, line in numbered_lines(file.read_bytes())
+    ]
 
 
 PROMPTS_FILE = "prompts.jsonl"

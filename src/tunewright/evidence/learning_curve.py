@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 from scipy.stats import t
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
+from tunewright.core.log import parse_line
 from tunewright.evidence.common import Interval, Part
 from tunewright.evidence.power import FEWEST_CLUSTERS
 from tunewright.evidence.schema import Evidence
@@ -73,15 +74,11 @@ def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
 
 def load_curve(file: Path) -> Curve:
     """Load a learning curve from its ``curve.json``."""
-    try:
-        return Curve.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    if not file.exists():
         fix = "Run `tunewright train --curve`."
-        raise UserError("There is no such learning curve", where=str(file), fix=fix) from None
-    except ValidationError as error:
-        what = f"Invalid learning curve: {' '.join(str(error).splitlines()[:3])}"
-        fix = "Remove its folder; `tunewright train --curve` measures it again."
-        raise UserError(what, where=str(file), fix=fix) from None
+        raise UserError("There is no such learning curve", where=str(file), fix=fix)
+    fix = "Remove its folder; `tunewright train --curve` measures it again."
+    return parse_line(Curve.model_validate_json, file.read_bytes(), str(file), "Invalid learning curve", fix)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import Annotated, Literal, get_args
 from urllib.parse import quote
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
+from tunewright.core.log import parse_line
 from tunewright.evidence.common import Part
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import normalised
@@ -113,13 +114,9 @@ def keep_sample(folder: Path, evidence: Evidence, sample: ReviewSample) -> None:
 def load_sample(folder: Path, evidence: Evidence) -> ReviewSample | None:
     """Return the existing sample, if any."""
     path = folder / SAMPLE_FILE
-    try:
-        sample = ReviewSample.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValidationError as error:
-        what = " ".join(str(error).splitlines()[1:3])
-        raise UserError(f"Invalid sample: {what}", where=str(path), fix="Restore the file.") from None
+    sample = parse_line(ReviewSample.model_validate_json, path.read_bytes(), str(path), "Invalid sample")
     if sample.evaluation != evidence.id:
         what = f"The sample belongs to evaluation {sample.evaluation}, not to {evidence.id}"
         raise UserError(what, where=str(path), fix="Restore the file.")

@@ -16,10 +16,11 @@ from typing import Annotated, Literal
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.core.log import numbered_lines, parse_line
 from tunewright.evidence.common import Part
 from tunewright.evidence.judge import ControlName
 from tunewright.evidence.schema import Item
@@ -340,17 +341,9 @@ class ControlRow(Part):
 def load_judged(folder: Path) -> list[JudgedItem]:
     """Read ``judge.jsonl`` next to the evidence in ``folder``."""
     file = folder / ROWS_FILE
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError("The file has no judged items", where=str(file), fix="Run `tunewright judge`.") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            rows.append(JudgedItem.model_validate_json(line))
-        except ValidationError as error:
-            what = " ".join(str(error).splitlines()[1:3])
-            raise UserError(f"Invalid judged item: {what}", where=f"{file}:{number}") from None
-    return rows
+    if not file.exists():
+        raise UserError("The file has no judged items", where=str(file), fix="Run `tunewright judge`.")
+    return [
+        parse_line(JudgedItem.model_validate_json, line, f"{file}:{number}", "Invalid judged item")
+        for number, line in numbered_lines(file.read_bytes())
+    ]
