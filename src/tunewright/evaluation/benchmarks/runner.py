@@ -15,8 +15,8 @@ import numpy as np
 
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
-from tunewright.config.project import ProjectFolder
 from tunewright.config.evaluate import LmEvalSuite as Settings
+from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
