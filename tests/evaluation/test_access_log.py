@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from command_line import tunewright
 from factories import make_evidence, make_items, make_opening
@@ -66,21 +64,6 @@ def test_openings_are_chained_and_read_back(tmp_path: Path) -> None:
     assert AccessLog(tmp_path).openings == [first, second]
 
 
-def test_ledger_never_rewrites_a_line(tmp_path: Path) -> None:
-    access_log = AccessLog(tmp_path)
-    access_log.open(**facts(make_opening(1)))
-    before = (tmp_path / ACCESS_LOG).read_text()
-    access_log.open(**facts(make_opening(2)))
-    assert (tmp_path / ACCESS_LOG).read_text().startswith(before)
-
-
-def test_ledger_counts_a_resumed_evaluation_as_one_opening(tmp_path: Path) -> None:
-    first = AccessLog(tmp_path).open(**facts(make_opening(1)))
-    AccessLog(tmp_path).open(**facts(make_opening(2)))
-    assert AccessLog(tmp_path).open(**facts(make_opening(1))) == first
-    assert len(AccessLog(tmp_path).openings) == 2
-
-
 def test_ledger_records_both_of_two_concurrent_openings(tmp_path: Path) -> None:
     one, other = AccessLog(tmp_path), AccessLog(tmp_path)
     one.open(**facts(make_opening(1)))
@@ -98,19 +81,6 @@ def test_ledger_names_a_changed_line(tmp_path: Path, line: int, field: str, was:
     assert was in text[line - 1], field
     text[line - 1] = text[line - 1].replace(was, becomes)
     assert found(written(tmp_path, text)) == f":{line}"
-
-
-@given(st.integers(0, 2), st.data())
-def test_ledger_detects_any_changed_character(tmp_path_factory: Any, line: int, data: st.DataObject) -> None:
-    text = lines(chain(3))
-    place = data.draw(st.integers(0, len(text[line]) - 1))
-    other = data.draw(st.characters(codec="utf-8", exclude_characters="\n" + text[line][place]))
-    text[line] = text[line][:place] + other + text[line][place + 1 :]
-    folder = written(tmp_path_factory.mktemp("access-log"), text)
-    try:
-        assert AccessLog(folder).openings == chain(3)  # white space between values says nothing
-    except UserError as error:
-        assert str(error.where).endswith((f":{line + 1}", f":{line + 2}"))
 
 
 @pytest.mark.parametrize("line", [1, 2])
@@ -288,18 +258,6 @@ def test_amend_refuses_changed_evidence(evaluation: Path) -> None:
     with pytest.raises(UserError, match="was changed after it was written"):
         AccessLog(evaluation.parent).amend(evaluation, references=counted(1))
     assert (evaluation.parent / ACCESS_LOG).read_text() == before
-
-
-def test_removed_evaluation_can_be_written_again(evaluation: Path) -> None:
-    shutil.rmtree(evaluation)
-    again = EVIDENCE.model_copy(update={"project": "again"})
-    AccessLog(evaluation.parent).add(evaluation, {EVIDENCE_FILE: again.model_dump_json()})
-    assert AccessLog(evaluation.parent).load(evaluation) == again
-
-
-def test_add_keeps_an_evaluation_that_another_process_wrote(evaluation: Path) -> None:
-    AccessLog(evaluation.parent).add(evaluation, {EVIDENCE_FILE: "{}", ITEMS_FILE: ""})
-    assert AccessLog(evaluation.parent).load(evaluation) == BOUND
 
 
 def test_removed_since_names_later_evaluations_of_the_adapter(tmp_path: Path) -> None:

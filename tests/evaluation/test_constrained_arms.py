@@ -65,17 +65,6 @@ def test_each_prompting_arm_has_a_constrained_one() -> None:
     assert free == prompting_arms(EvaluateConfig(num_fewshot=(2, 1)))
 
 
-def test_zero_shot_is_constrained_with_each_instruction() -> None:
-    settings = EvaluateConfig(
-        num_fewshot=(1,),
-        retrievers=(),
-        instructions=("Say a or b.",),
-        structured_outputs=ConstrainConfig(choices=("a", "b")),
-    )
-    held = [plan.name for plan in prompting_arms(settings) if plan.constrained]
-    assert held == ["zero-shot+constrained", "zero-shot-instruction-1+constrained"]
-
-
 def test_constrained_answers_are_choices_and_free_answers_are_not(evaluated: tuple[Path, Ran, Ran]) -> None:
     _, advised, reported = evaluated
     prompting = advised.document["advice"]["prompting"]

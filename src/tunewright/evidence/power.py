@@ -134,6 +134,7 @@ def items_to_settle(difference: float, interval: Interval, margin: float, items:
     half = difference - interval.low if gap > 0 else interval.high - difference
     if half * math.sqrt(_POWER_FACTOR / _HOPELESS) >= abs(gap):
         return None
+    # An interval's half width falls with the root of the items.
     needed = items * max(_POWER_FACTOR * (half / gap) ** 2, 1.1)
     # Up to two significant digits: more would be false precision.
     step = int(10 ** max(math.floor(math.log10(needed)) - 1, 0))
@@ -176,6 +177,7 @@ def split_power(rows: Mapping[Split, int], clusters: Mapping[Split, int], share:
         missing = needed - tests
         if missing <= 0:
             return 0
+        # New rows are split too: the whole has to grow until the test's share is enough.
         return max(missing, math.ceil((missing + rows.get("test", 0)) / share) - sum(rows.values()))
 
     return SplitPower(

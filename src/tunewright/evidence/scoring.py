@@ -266,6 +266,7 @@ def _mean_contrast(
     reach = 1.0 if binary else largest_item_change(changes)
     by_cluster = "" if len(set(names)) == len(names) else " by cluster"
     spread = float(changes.std())
+    # Right or wrong: the variance follows from the share that changed. Grades have a spread.
     if binary or spread == 0:
         effect = minimum_detectable_effect(worth, float(np.abs(changes).mean()))
     else:
@@ -284,6 +285,7 @@ def _mean_contrast(
 
 
 def _corpus_contrast(ours: Floats, theirs: Floats, scorer: Scorer, seed: int, resamples: int) -> dict[str, Any]:
+    # Both arms in one draw: resampled apart, they would lose what they share.
     drawn = bootstrap_sums(np.hstack([ours, theirs]), seed, resamples)
     differences = scorer.corpus(drawn[:, : scorer.columns]) - scorer.corpus(drawn[:, scorer.columns :])
     error = float(differences.std())

@@ -177,6 +177,7 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
 
 def fewest_clusters(contrasts: int) -> int:
     """Return the fewest independent clusters that can be significant, with p adjusted for this many contrasts."""
+    # If all c clusters agree, the exact p is 2 / 2**c; Holm multiplies the least by the contrasts.
     return math.floor(math.log2(2 * contrasts / SIGNIFICANT)) + 1
 
 

@@ -317,6 +317,7 @@ class Design:
         value = float(self.sizes @ means / self.sizes.sum())
         weight = self.sizes / held
         deviation = np.where(self.reviewed, values - means[self.stratum], 0.0)
+        # Two phases: which test items there are (strata off the mean), and which were reviewed.
         influence = means[self.stratum] - value + weight[self.stratum] * deviation
         signs = np.array([made_up, -made_up])
         return _Term(value, influence, (self.extra * weight) @ (signs[None, :] - means[:, None]))
@@ -359,6 +360,7 @@ def estimate(
         ours, theirs = design.by_cluster(people.influence), design.by_cluster(moved)
         spread = float(theirs @ theirs + judge.made_up @ judge.made_up)
         together = float(ours @ theirs + people.made_up @ judge.made_up)
+        # As in a regression: the covariance over the judge's variance leaves the least variance.
         tuning = min(max(together / spread, 0.0), 1.0) if spread > 1e-12 else 0.0
     value = plain.value - tuning * design.term(f, 0.0, adjusted=False).value
     both = _Term(

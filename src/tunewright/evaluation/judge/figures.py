@@ -240,6 +240,7 @@ def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, 
         up_a, up_b = residual.sum(axis=1), residual @ covariate - prior * b
         aa, ab, bb = curve.sum(axis=1) + 1e-12, curve @ covariate, curve @ np.square(covariate) + prior
         determinant = aa * bb - ab * ab
+        # Steps of 1 at most: from a flat start Newton's full step can overshoot and never come back.
         step_a = np.clip((bb * up_a - ab * up_b) / determinant, -1, 1)
         step_b = np.clip((aa * up_b - ab * up_a) / determinant, -1, 1)
         a, b = a + step_a, b + step_b
