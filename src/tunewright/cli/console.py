@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -249,7 +248,7 @@ def session(
     quiet = not distributed.is_main_process()
     with json_log(quiet=quiet) if log_json else nullcontext():
         current = Session(as_json=as_json, log_json=log_json)
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with stoppable(kept, as_json=as_json, log_json=log_json, quiet=quiet), _traced(current, span):
                 if together:
@@ -311,10 +310,6 @@ def _failure(error: BaseException, kept: str) -> tuple[UserError, int] | None:
     if "ThreadPoolBuildError" in str(error):
         return UserError("No threads can be started", fix="Raise the limits of memory and of processes."), USER_ERROR
     return None
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _fail(current: Session, error: UserError, code: int) -> NoReturn:

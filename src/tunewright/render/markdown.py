@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from tunewright.render.blocks import Block, Drawn, Lead, Notes, Row, Section, Table
+from tunewright.render.blocks import Block, Drawn, Lead, Notes, Section, Table
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&#@$]")
 _OPENS_A_LIST = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+]))(.)")
@@ -57,11 +57,9 @@ def _block(block: Block) -> str:
             return bullets([plain(line) for line in lines])
         case Table():
             words = [column.words for column in block.head]
-            return table([plain(column.name) for column in block.head], [_row(row) for row in block.rows], words)
+            rows = [[plain(cell.text) for cell in row.cells] for row in block.rows]
+            for row, cells in zip(block.rows, rows, strict=True):
+                cells[0] = f"**{cells[0]}**" if row.decides else cells[0]
+            return table([plain(column.name) for column in block.head], rows, words)
         case _:
             raise AssertionError(f"no Markdown for {type(block).__name__}")
-
-
-def _row(row: Row) -> list[str]:
-    first, *others = (plain(cell.text) for cell in row.cells)
-    return [f"**{first}**" if row.decides else first, *others]
