@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import tiny_project, tunewright
+from one_base import counted_bases
 from tiny import build_base
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.config.project import ProjectFolder
@@ -236,3 +237,20 @@ def test_merge_over_nf4_measures_both_methods_and_takes_the_closer(tmp_path: Pat
     assert ways["original"] > 2 * ways["dequantized"]
     assert f"Merged into the {ran.document['way']} base" in ran.stderr
     assert ran.code == 0, ran.document["shortcomings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "bases"), [("none", 2), ("nf4", 4)])
+def test_merge_holds_one_base_at_a_time(
+    quantization: str, bases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    """This covers the trained model, both merge methods over NF4, and the merged folder."""
+    project = tiny_project(tmp_path / "project", tiny_base_folder, count=80)
+    config = project / "tunewright.yaml"
+    text = config.read_text().replace("epochs: 2", f"epochs: 1\n  eval_max_samples: 0\n  quantization: {quantization}")
+    config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
+    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    assert tunewright("train", "-p", project).code == 0
+    with counted_bases(monkeypatch) as counts:
+        tunewright("export", "merge", "-p", project)
+    assert counts == [0] * bases
