@@ -88,6 +88,16 @@ def test_measure_leakage_estimates_random_leakage_of_paired_copies() -> None:
         assert at.random == pytest.approx(0.8, abs=0.05)
 
 
+def test_measure_leakage_counts_all_copies_where_few_rows_are_in_training() -> None:
+    """Every row has three copies: a random split with a tenth in training misses all of them with 0.9^3."""
+    rows: list[tuple[Example, Split]] = []
+    for i, (text, _) in enumerate(unlike_pairs(100)):
+        split: Split = "train" if i < 10 else "test"
+        rows += [(example(text + "." * copy, "a"), split) for copy in range(4)]
+    for at in measure_leakage(_version(rows), 0, Listener()).leaks:
+        assert at.random == pytest.approx(1 - 0.9**3, abs=0.01)
+
+
 def test_histogram_counts_every_measured_row() -> None:
     at = [0.0, 0.05, 0.1, 0.3, 0.7, 0.79, 0.9, 1.0]
     nearest = tuple(NearestTrainingRow(str(i), "test", None, s) for i, s in enumerate(at))
