@@ -11,21 +11,27 @@ import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 
 from fake_vllm import ENDLESS
 from otlp_collector import traced
 from tunewright.adapters.registry import write_manifest
+from tunewright.config import Config, EngineName, ServeConfig
 from tunewright.core import tracing
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest, write_json
 from tunewright.core.progress import LogReporter
+from tunewright.engines import environment
+from tunewright.engines.environment import Build, Environment
 from tunewright.engines.protocol import RequestFailedError
 from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.engine import VllmEngine, plan
 from tunewright.generation.requests import Request
+from tunewright.serving.engine_start import max_num_seqs
 from vllm_child import alive, ids, seen, settings, wait_until
 
 pytest_plugins = ["vllm_child"]
@@ -74,18 +80,18 @@ def test_vllm_variables_of_the_caller_are_not_inherited(
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     engine = VllmEngine(settings(tmp_path), stop_ids={0}, reporter=LogReporter())
     try:
-        environment = seen(engine)["environment"]
+        inherited = seen(engine)["environment"]
     finally:
         engine.stop()
-    ours = {name for name in environment if name.startswith("VLLM_")}
+    ours = {name for name in inherited if name.startswith("VLLM_")}
     assert ours == {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_NO_USAGE_STATS",
         "VLLM_PLUGINS",
     }
-    assert environment["VLLM_PLUGINS"] == "tunewright_vllm", "and not vLLM's own resolvers"
-    assert "RAY_AUTH_TOKEN" not in environment
+    assert inherited["VLLM_PLUGINS"] == "tunewright_vllm", "and not vLLM's own resolvers"
+    assert "RAY_AUTH_TOKEN" not in inherited
 
 
 def test_vllm_traces_to_the_same_collector_and_continues_the_engines_span(
@@ -242,3 +248,25 @@ child.join()
     vllm.kill()
     vllm.communicate()
     wait_until(lambda: not alive(child))
+
+
+@pytest.mark.parametrize(
+    ("engine", "build", "card", "expected"),
+    [
+        ("peft", "cuda", 80 << 30, 16),
+        ("llamacpp", "cuda", 80 << 30, 16),
+        ("vllm", "cpu", None, 16),
+        ("vllm", "cuda", 24 << 30, 128),
+        ("vllm", "cuda", 80 << 30, 256),
+        ("vllm", "cuda", None, 128),  # torch here is built without CUDA, vLLM's own is not
+    ],
+)
+def test_max_num_seqs_is_the_engines_default_when_the_config_has_none(
+    engine: EngineName, build: Build, card: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Environment("vllm", Path("vllm"), build, {})
+    monkeypatch.setattr(environment, "find", lambda tool: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=card))
+    assert max_num_seqs(engine, Config()) == expected
+    assert max_num_seqs(engine, Config(serve=ServeConfig(max_num_seqs=3))) == 3
