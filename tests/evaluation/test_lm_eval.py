@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def _questions() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture
+def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval lists the project's task files alone: reading its thousands takes seconds."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Project:
     """A project with an adapter and a task file of its own, with its data next to it."""
@@ -64,6 +73,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 @pytest.mark.slow
 @installed
+@pytest.mark.usefixtures("own_tasks")
 def test_lm_eval_task_equals_one_choice_at_a_time_with_adapter_off_and_on(
     project: Project, tiny_base_folder: Path
 ) -> None:
@@ -91,6 +101,7 @@ def test_lm_eval_task_equals_one_choice_at_a_time_with_adapter_off_and_on(
 
 @pytest.mark.slow
 @installed
+@pytest.mark.usefixtures("own_tasks")
 @pytest.mark.parametrize(
     ("suite", "words"),
     [
