@@ -25,11 +25,11 @@ from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.section import (
     ConfigSection,
     DemonstrationOrder,
-    EngineName,
     Quantization,
     RetrieverName,
 )
 from tunewright.config.train import BETA, PRESETS, Method, ReplayConfig, Tracker, TrainConfig
+from tunewright.core.options import EngineName
 
 __all__ = [
     "BETA",

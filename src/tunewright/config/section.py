@@ -12,7 +12,6 @@ RetrieverName = Literal["bm25", "tfidf", "dense", "sentence-transformers"]
 DemonstrationOrder = Literal["similar_last", "similar_first"]
 """Places of the most similar demonstration: nearest to the question, or farthest from it."""
 
-EngineName = Literal["peft", "vllm", "llamacpp"]
 AnswerEngineName = Literal["auto", "peft", "vllm"]
 """Engines that can compute an evaluation's answers."""
 Quantization = Literal["none", "nf4"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+EngineName = Literal["peft", "vllm", "llamacpp"]
+"""An engine that serves. It is here because the command line reads options before it imports the config's pydantic."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from tunewright.config import EngineName
 from tunewright.core.errors import UserError
-from tunewright.core.options import Option
+from tunewright.core.options import EngineName, Option
 
 
 @dataclass(frozen=True, kw_only=True)
