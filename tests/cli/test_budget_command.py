@@ -1,4 +1,4 @@
-"""Announcements of `evaluate` and `advise`, `--minutes`, and verdicts on the dev split, on a tiny base."""
+"""`--estimate` and `--minutes` of `evaluate` and `advise`, and verdicts on the dev split, on a tiny base."""
 
 from __future__ import annotations
 

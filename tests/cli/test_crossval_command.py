@@ -230,6 +230,15 @@ def test_suspects_with_a_named_adapter_reports_the_rows_it_was_trained_on(projec
     assert (unknown.code, "No adapter is named 'x'" in unknown.stderr) == (2, True)
 
 
+def test_suspects_uses_the_newest_adapter_without_a_crossval(project: Path) -> None:
+    shutil.rmtree(project / ".tunewright" / "crossval")
+    document, message = _suspects(project)
+    assert document["judged_by"] is None
+    assert "Use --adapter NAME to rank them by an adapter's loss" in message
+    trained = tunewright("train", "-p", project, "--json").document["adapter"]
+    assert _suspects(project)[0]["judged_by"] == trained
+
+
 def test_suspects_reuses_stored_losses(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tunewright.evaluation.losses as losses
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from command_line import trained_project, tunewright
-from tunewright.adapters.registry import list_adapters
+from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config import MetricName
 from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import Curve, Point, more_data
@@ -58,6 +58,39 @@ def test_curve_answers_by_the_fitted_lines_with_an_exit_code(curved: Curved) -> 
     assert curve["interval"]["low"] <= curve["slope"] <= curve["interval"]["high"]
     assert code == {"yes": 0, "no": 3, "can't tell": 4}[document["more_data"]]
     assert document["reasons"][0].startswith("Would more data help? ")
+
+
+def test_curve_scores_match_the_adapters_answers(curved: Curved, tiny_base_folder: Path) -> None:
+    """Greedy decoding by transformers alone, for the adapter of the smallest part."""
+    project, document, _, _ = curved
+    point = document["curve"]["points"][0]
+    stored = {a.digest: a for a in list_adapters(project / ".tunewright" / "curve" / "adapters")}
+    answers, references = _plain_answers(tiny_base_folder, stored[point["adapter"]], project)
+    assert point["score"] == np.mean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])
+
+
+def _plain_answers(base: Path, adapter: Adapter, project: Path) -> tuple[list[str], list[str]]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunewright.data.versions import load_version
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter.folder)
+    dev = load_version(project / "dataset").examples("dev")
+    answers = []
+    for member in dev:
+        ids: Any = tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in member.example.prompt],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.inference_mode():
+            out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+        answers.append(str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return answers, [m.example.output for m in dev]
 
 
 def test_curve_reuses_a_finished_curve_and_draws_its_plot(curved: Curved) -> None:

@@ -54,6 +54,17 @@ def test_interrupted_arm_does_not_count_for_the_rate(clock: _Clock) -> None:
     assert rate.seconds_with([]) is None
 
 
+def test_answered_arm_still_counts_as_the_longest(clock: _Clock, file: Path) -> None:
+    rate = AnswerRate(Heard())
+    left = [Work("zero-shot", 10, tokens=1.0), Work("tuned+retrieved", 10, optional=True)]
+    limit = TimeLimit(1, file, rate, lambda without, _: [work for work in left if work.arm not in without], Heard())
+    with rate.arm("retrieved-8 on dev", 10, 5.0):
+        clock.now += 50.0
+    limit.settle()  # the other arms take 10 s at a second for each token, and 50 s with this one
+    assert not limit.allows("tuned+retrieved")
+    assert limit.budget is not None and limit.budget.expected == 1.0
+
+
 class _Command:
     """A command on a machine that takes a second for each answer, and answers 60 for each arm: a minute."""
 

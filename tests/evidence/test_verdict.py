@@ -132,6 +132,14 @@ def test_cross_fitted_verdict_names_the_config_and_the_used_test_split() -> None
     assert "no longer untouched" not in " ".join(held_out.reasons)
 
 
+def test_cross_fitted_verdict_counts_needed_pairs() -> None:
+    evidence = cross_fitted(with_contrast(EVIDENCE, low=-0.06, difference=0.06, high=0.18, p_value=0.3))
+    message = " ".join(verdict(evidence).reasons)
+    assert "About 1,200 pairs in all (1,140 more)" in message
+    few = verdict(with_contrast(evidence, clusters=5))
+    assert "Add more distinct pairs." in few.reasons[1]
+
+
 SHARES = st.floats(-1, 1)
 
 

@@ -150,7 +150,7 @@ def choosing_inputs(settings: EvaluateConfig, optimized: str | None = None) -> d
 
 
 def first_rows(arm_runner: ArmRunner) -> list[Member]:
-    """Return the dev rows that every prompting arm answers: all of dev, if within first_items."""
+    """Return the dev rows that every prompting arm answers: all of dev, if within screening_items."""
     dev, count = arm_runner.version.examples("dev"), arm_runner.settings.screening_items
     if count is None or count >= len(dev):
         return list(dev)

@@ -26,7 +26,7 @@ class Work:
     kept: int = 0
     """Number of answers that are in the journal already."""
     tokens: float | None = None
-    """Work of each answer, see `tokens_each` (None: as much as the longest of the other arms)."""
+    """Work of each answer, see `tokens_each` (None: as much as in the longest of the other arms, answered or not)."""
     optional: bool = False
     """A time limit may leave the arm out."""
 
@@ -44,11 +44,13 @@ class AnswerRate:
         self._began = monotonic()
         self._timed: list[tuple[float, float]] = []
         """Tokens and seconds of each answered arm."""
+        self._longest = 0.0
 
     @contextmanager
     def arm(self, title: str, answers: int, tokens: float) -> Iterator[Task]:
         """Show the progress of an arm's answers, and time them; ``tokens`` are the work of each."""
         began = monotonic()
+        self._longest = max(self._longest, tokens)
         with self._reporter.task(title, answers, "answers") as task:
             yield task
         self._timed.append((answers * tokens, monotonic() - began))
@@ -59,7 +61,7 @@ class AnswerRate:
         timed = self._timed[1:] or self._timed
         if not timed:
             return None
-        longest = max((work.tokens or 0 for work in works), default=0)
+        longest = max([self._longest, *(work.tokens or 0 for work in works)])
         missing = sum(work.answers * (work.tokens or longest) for work in works)
         seconds_each = sum(seconds for _, seconds in timed) / sum(tokens for tokens, _ in timed)
         return monotonic() - self._began + missing * seconds_each

@@ -59,7 +59,8 @@ def estimated_answers(runner: ArmRunner, contest: Contest) -> AnswersEstimate:
     missing, kept = sum(work.answers for work in works), sum(work.kept for work in works)
     text = "All answers are there."
     if missing:
-        text = f"To answer: at most {missing:,} of {missing + kept:,} answers; the others are kept from before."
+        others = "; the others are kept from before" if kept else ""
+        text = f"To answer: at most {missing:,} of {missing + kept:,} answers{others}."
     if contest[1] == "test" and runner.project.config.regressions.measures:
         text += " Not counted: the suites of the regressions section."
     return AnswersEstimate(text, missing + kept, kept)
