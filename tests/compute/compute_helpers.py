@@ -145,7 +145,7 @@ class Answering(Listener):
 
         class Watching(LogTask):
             def advance(self, steps: int = 1, note: str = "") -> None:
-                if answering.arm in note and not answering.called:
+                if answering.arm in title and not answering.called:
                     answering.called = True
                     answering.then()
 
