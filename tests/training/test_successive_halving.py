@@ -29,7 +29,7 @@ from tunewright.training.sweep.successive_halving import (
     suggested_rate,
 )
 
-STEP, LOAD = 2.0, 30.0
+STEP, LOAD = 2.0, 30.0  # a second for each of the two target modules of the preset classic
 
 
 def _trials(count: int) -> list[Trial]:
@@ -58,6 +58,7 @@ class World:
         self.at: dict[str, int] = {}
         self.calls: list[tuple[str, int]] = []
         self.stop_before = math.inf
+        self.slow: dict[tuple[str, int], float] = {}
 
     def train(self, trials: Sequence[Trial], step: int) -> Generator[Outcome, None, None]:
         for trial in trials:
@@ -67,13 +68,12 @@ class World:
             made = step - self.at.get(trial.name, 0)
             assert made > 0, "no step is made twice"
             self.at[trial.name] = step
-            seconds = LOAD + made * STEP
+            own = made * len(trial.train.target_modules)
+            seconds = LOAD + own + self.slow.get((trial.name, step), 0.0)
             self.now += seconds
             loss = self.losses.get((trial.name, step), 1.0)
             diverged = math.isnan(loss)
-            yield Outcome(
-                DivergedError("the loss is nan") if diverged else Progress(made, made * STEP, loss, None), seconds
-            )
+            yield Outcome(DivergedError("the loss is nan") if diverged else Progress(made, own, loss, None), seconds)
 
     def halving(
         self, folder: Path, trials: list[Trial], rungs: tuple[int, ...], budget: float | None, at_once: int = 1
@@ -176,6 +176,58 @@ def test_larger_budget_resumes_with_the_trials_left_out(tmp_path: Path) -> None:
     later = world.halving(tmp_path, trials, rungs, None).run()
     assert later is not None and later.name == "t5"
     assert world.calls[: len(calls)] == calls
+
+
+def test_winner_is_returned_again_though_it_ran_over_the_budget(tmp_path: Path) -> None:
+    trials, rungs = _trials(6), halving_rungs(6, 120)
+    world = World({})
+    world.slow["t0", 120] = 60
+    for budget in (370, 370, 100):
+        assert world.halving(tmp_path, trials, rungs, budget).run() == trials[0]
+    assert world.now == 390
+    assert world.calls == [("t0", 30), ("t0", 60), ("t0", 120)]
+
+
+def test_trial_that_is_slower_than_estimated_is_left_out_of_a_later_rung(tmp_path: Path) -> None:
+    trials, rungs = _trials(6), halving_rungs(6, 120)
+    world = World({})
+    world.slow["t0", 60] = 200
+    halving = world.halving(tmp_path, trials, rungs, 370)
+    assert halving.run() is None
+    assert [(e.event, e.trial, e.rung) for e in halving.ledger.entries][-1] == ("left out", "t0", 3)
+    assert world.halving(tmp_path, trials, rungs, 1000).run() == trials[0]
+
+
+def test_budget_does_not_count_loading_in_the_pace_of_an_old_ledger(tmp_path: Path) -> None:
+    trials, rungs = _trials(6), halving_rungs(6, 120)
+    world = World({})
+    Ledger(tmp_path, _head(trials, rungs)).add("timed", "t0", 0, 5, seconds=1010.0, steps=5, training_seconds=10.0)
+    world.at["t0"] = 5
+    halving = world.halving(tmp_path, trials, rungs, 2500)
+    assert halving.run() == trials[0]
+    assert "left out" not in [entry.event for entry in halving.ledger.entries]
+
+
+@pytest.mark.parametrize("budget", [1100, 2000, 4000, None])
+def test_budget_is_kept_at_the_pace_of_the_trials_with_most_target_modules(
+    tmp_path: Path, budget: float | None
+) -> None:
+    trials, rungs = make_trials(TrainConfig(learning_rate=1e-3), [1e-3, 2e-3, 4e-3]), halving_rungs(6, 120)
+    world = World({})
+    assert world.halving(tmp_path, trials, rungs, budget).run() is not None
+    first = "classic-0.001" if budget is None else "all-linear-0.002"
+    assert world.calls[0] == (first, 30)
+    assert budget is None or world.now <= budget
+
+
+def test_trials_that_diverge_use_up_the_budget(tmp_path: Path) -> None:
+    trials, rungs = _trials(6), halving_rungs(6, 120)
+    world = World({(t.name, 30): math.nan for t in trials})
+    for _ in range(2):
+        halving = world.halving(tmp_path, trials, rungs, 200)
+        assert halving.run() is None
+        assert world.calls == [("t0", 30), ("t1", 30), ("t2", 30)]
+    assert [e.trial for e in halving.ledger.entries if e.event == "left out"] == ["t3", "t4", "t5"]
 
 
 def test_trial_with_a_non_finite_loss_is_out(tmp_path: Path) -> None:

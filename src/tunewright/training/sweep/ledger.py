@@ -61,7 +61,7 @@ class Entry(_Line):
     seconds: float = 0.0
     """Time spent for this line, including loading and evaluation."""
     training_seconds: float = 0.0
-    """The part of it spent on the steps."""
+    """The part of it spent on the steps: a record, which no decision uses."""
     dev_loss: float | None = None
     dev_metric: float | None = None
     why: str | None = None

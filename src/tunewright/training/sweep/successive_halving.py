@@ -100,6 +100,7 @@ class Progress:
     steps: int
     """Steps made just now."""
     training_seconds: float
+    """Time spent on these steps: for the ledger; the budget counts `Outcome.seconds`."""
     dev_loss: float
     dev_metric: float | None
 
@@ -172,20 +173,22 @@ class SuccessiveHalving:
                 self._leave_out(waiting, rung)
                 break
             through |= self._train_rung(started, rung)
-            waiting = waiting[len(started) :]
+            waiting = [trial for trial in waiting if trial.name not in through]
         return through
 
     def _fitting(self, waiting: Sequence[Trial], through: int, rung: int) -> Sequence[Trial]:
         """Return the trials to start now: without a budget all of them, else as many as fit into it and train at once.
 
-        The budget counts the time of all trials, as if they were trained one after the other. The first trial of a
-        sweep starts in any case, since its first rung shows how long a step takes.
+        The budget counts the time of all trials, as if they were trained one after the other. Until a trial has passed
+        its first rung, which shows how long a step takes, one trial starts at a time while any of the budget is left.
         """
         pace = self._pace()
         if self.budget is None:
             return waiting
         if pace is None:
-            return waiting[:1]
+            # One of the slowest kind: at the pace of a faster kind, trials would start that cannot finish.
+            slowest = max(waiting, key=lambda trial: len(trial.train.target_modules))
+            return [slowest] if self.ledger.seconds < self.budget else []
         started: list[Trial] = []
         ahead, left = 0, (self.budget - self.ledger.seconds) / pace
         for trial in waiting[: self.at_once]:
@@ -251,12 +254,12 @@ class SuccessiveHalving:
         """Return the seconds of a step so far of the slowest kind of trial; None before the first result.
 
         It counts loading and evaluation. Early rungs do both after fewer steps than later ones, so it is
-        rather too high than too low.
+        rather too high than too low. Rung 0, five steps that an older version timed, would make it far too high.
         """
         kinds = {t.name: len(t.train.target_modules) for t in self.trials}
         spent: dict[int, list[Entry]] = defaultdict(list)
         for entry in self.ledger.entries:
-            if entry.steps:
+            if entry.steps and entry.rung:
                 spent[kinds[entry.trial]].append(entry)
         return max((sum(e.seconds for e in own) / sum(e.steps for e in own) for own in spent.values()), default=None)
 
@@ -278,16 +281,18 @@ class SuccessiveHalving:
 
     def _leave_out(self, trials: Sequence[Trial], rung: int) -> None:
         pace = self._pace()
-        assert self.budget is not None and pace is not None
+        assert self.budget is not None
         begun = [made for trial in self.trials if (made := self.ledger.steps_of(trial.name))]
-        needed = self.ledger.seconds + pace * (self.rungs[-1] - sum(begun))
-        if len(begun) <= 1 and needed > self.budget:
-            raise UserError(
-                f"The budget of {duration(self.budget)} is too small for a single trial, which takes about "
-                f"{duration(needed)} in total",
-                where="--minutes",
-                fix=f"Use at least --minutes {needed / 60 + 0.5:.0f}. Finished steps count.",
-            )
+        left = self.rungs[-1] - sum(begun)
+        if pace is not None and rung == 0 and len(begun) <= 1 and left > 0:
+            needed = self.ledger.seconds + pace * left
+            if needed > self.budget:
+                raise UserError(
+                    f"The budget of {duration(self.budget)} is too small for a single trial, which takes about "
+                    f"{duration(needed)} in total",
+                    where="--minutes",
+                    fix=f"Use at least --minutes {needed / 60 + 0.5:.0f}. Finished steps count.",
+                )
         names = ", ".join(trial.name for trial in trials)
         why = f"no time left in {duration(self.budget)}"
         for trial in trials:
