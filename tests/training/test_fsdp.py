@@ -102,11 +102,19 @@ def test_fsdp_process_holds_half_of_the_weights(divided: Adapter, tiny_base_fold
     assert [bytes_ == pytest.approx(whole / 2, rel=0.01) for bytes_ in held] == [True, True], (held, whole)
 
 
+@pytest.fixture(scope="module")
+def divided_in_4_bits(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Adapter:
+    """Return what two processes with half of an NF4 base each trained."""
+    folder = _project(tmp_path_factory.mktemp("divided") / "nf4", tiny_base_folder, also="  quantization: nf4\n")
+    return _trained(server, folder, processes=2, environment=FSDP)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("nf4", [False, pytest.param(True, marks=pytest.mark.release)])
 def test_fsdp_resumes_to_the_same_adapter_when_killed_while_saving(
-    divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
+    nf4: bool, request: pytest.FixtureRequest, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder)
+    folder = _project(tmp_path / "project", tiny_base_folder, also="  quantization: nf4\n" if nf4 else "")
     ended = server.run(
         "train", "-p", folder, processes=2, environment=FSDP, killed_at=(f"*/checkpoint-8/*{MANIFEST}*", 1)
     )
@@ -120,14 +128,8 @@ def test_fsdp_resumes_to_the_same_adapter_when_killed_while_saving(
     went_on = server.run("train", "-p", folder, processes=2, environment=FSDP)
     assert went_on.code == 0, went_on.stderr
     assert went_on.stderr.count("Resuming from step 5") == 1
-    assert find_adapter(folder / "adapters").digest == divided.digest
-
-
-@pytest.fixture(scope="module")
-def divided_in_4_bits(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Adapter:
-    """Return what two processes with half of an NF4 base each trained."""
-    folder = _project(tmp_path_factory.mktemp("divided") / "nf4", tiny_base_folder, also="  quantization: nf4\n")
-    return _trained(server, folder, processes=2, environment=FSDP)
+    whole = "divided_in_4_bits" if nf4 else "divided"
+    assert find_adapter(folder / "adapters").digest == request.getfixturevalue(whole).digest
 
 
 @pytest.mark.slow

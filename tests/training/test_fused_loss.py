@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tunewright.training.packing import fused_loss as head_module
-from tunewright.training.packing.fused_loss import token_losses
+from tunewright.training.packing.fused_loss import kl_divergences, token_losses
 
 
 def _reference(states: Tensor, head: nn.Linear, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,3 +49,14 @@ def test_token_losses_compute_no_gradient_without_grad() -> None:
         losses = token_losses(states, head, targets)
     assert not losses.requires_grad
     torch.testing.assert_close(losses, cross_entropy(states @ head.weight.T, targets, reduction="none"))
+
+
+def test_kl_divergences_are_non_negative_and_train_only_the_states() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(8, 50, bias=False)
+    states, reference = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
+    values = kl_divergences(states, reference, head)
+    assert bool((values >= 0).all())
+    values.sum().backward()
+    assert states.grad is not None
+    assert reference.grad is None

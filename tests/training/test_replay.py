@@ -277,6 +277,14 @@ def test_replay_loss_and_gradient_are_zero_for_an_untrained_adapter(tmp_path: Pa
     assert max(grads) < 1e-6
 
 
+def test_adapter_weights_get_gradients_after_the_reference_pass(tmp_path: Path, tiny_base_folder: Path) -> None:
+    trainer = _model(tiny_base_folder, True, 1.0, tmp_path)
+    trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.compute_loss(trainer.model, trainer.collate(_rows()))
+    assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable
+    assert trainer.model.get_model_status().enabled is True
+
+
 def test_samples_are_written_with_fewer_rows_when_memory_runs_out(tmp_path: Path, tiny_base_folder: Path) -> None:
     opened = replay_project(tmp_path / "project", tiny_base_folder)
     version, base, chat, reporter = opened.data.version(), opened.base, opened.chat, StopAfter()

@@ -13,7 +13,15 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.training.rows import encode_members, expected_messages, render_digest, row_faults, training_rows
+from tunewright.training.rows import (
+    IGNORED,
+    as_columns,
+    encode_members,
+    expected_messages,
+    render_digest,
+    row_faults,
+    training_rows,
+)
 
 CHAT = chat_of(byte_tokenizer())
 
@@ -44,6 +52,11 @@ def test_training_rows_drops_and_names_a_long_example_when_configured() -> None:
     assert LONG.key[:12] in warning
     with pytest.raises(UserError, match="No example is short enough"):
         training_rows(CHAT, [LONG], 60, "drop", reporter)
+
+
+def test_labels_are_the_answer_ids_only() -> None:
+    columns = as_columns([Tokens((5, 6, 7, 8), (False, False, True, True))])
+    assert columns == {"input_ids": [[5, 6, 7, 8]], "labels": [[IGNORED, IGNORED, 7, 8]]}
 
 
 def _change(tokens: Tokens, ids: dict[int, int], mask: dict[int, bool]) -> Tokens:

@@ -165,5 +165,5 @@ THIS_PROCESS = ThisProcess()
 
 
 def slices(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
-    """Yield the items in slices of ``size``, the last one shorter."""
+    """Yield the items in slices of ``size``; the last may be shorter."""
     return (items[at : at + size] for at in range(0, len(items), size))

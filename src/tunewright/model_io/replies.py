@@ -32,7 +32,7 @@ def estimated_tokens(text: str) -> int:
 class ChatRequest:
     """A conversation with parameters of its own, such as its functions.
 
-    Equal requests are asked once; those of different ``sample`` numbers are sent alike and asked apart.
+    Equal requests are sent once. Requests that differ only in ``sample`` have the same body and are sent separately.
     """
 
     conversation: Conversation

@@ -97,7 +97,7 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     """Return the architecture that a ``config.json`` names, and its family."""
     architectures = config.get("architectures") or []
     named = ", ".join(map(str, architectures)) or "unknown"
-    supported = f"Supported are {', '.join(FAMILIES)} (docs/how-to/models.md)."
+    supported = f"tunewright supports {', '.join(FAMILIES)} (docs/how-to/models.md)."
     if len(architectures) != 1 or architectures[0] not in FAMILIES:
         for architecture in architectures:
             if architecture in REFUSED:
@@ -110,7 +110,7 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
         raise UserError("No text_config: the text model is not described", where=where)
     if kind not in family.text_types:
         raise UserError(
-            f"The text model of this {architectures[0]} is {kind}; supported is {' or '.join(family.text_types)}",
+            f"The text model of this {architectures[0]} is {kind}, not {' or '.join(family.text_types)}",
             where=where,
             fix=supported,
         )

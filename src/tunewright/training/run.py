@@ -377,7 +377,10 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def _evaluate_at_pause(trainer: Any, checkpoint: Path | None) -> None:
-    """Evaluate dev where the run pauses, unless it has been; with the weights of ``checkpoint``, if given."""
+    """Evaluate on dev when a run pauses, unless this step was already evaluated.
+
+    ``checkpoint`` gives the weights, if set.
+    """
     evaluated = evaluations(trainer.state.log_history)
     if evaluated and evaluated[-1].step == trainer.state.global_step:
         return
