@@ -169,6 +169,12 @@ def test_signature_is_invalid_for_another_name(tmp_path: Path, keys: Path, ann: 
     assert f"the manifest names {adapter.name}" in found.reasons
 
 
+def test_signature_is_invalid_for_another_adapter(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
+    one, two = _store(tmp_path, ann), _store(tmp_path, None, seed=1)
+    (two.folder / SIGNATURE).write_bytes((one.folder / SIGNATURE).read_bytes())
+    assert trust_status(two, TrustedKeys(keys)).state == "tampered"
+
+
 def test_signature_for_another_purpose_does_not_count(tmp_path: Path, keys: Path, ann: SigningKey) -> None:
     adapter = _store(tmp_path, None)
     ssh_keygen("-Y", "sign", "-n", "git", "-f", ann.file, adapter.folder / MANIFEST)

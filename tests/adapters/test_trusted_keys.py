@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import tarfile
 from pathlib import Path
 
@@ -158,6 +159,10 @@ def test_files_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     path.write_text(whole.replace(ann.id, "0" * 64))
     with pytest.raises(UserError, match="The file's name or ID does not match its key"):
         TrustedKeys(keys)
+    line = f"ssh-ed25519 {base64.b64encode(bytes(51)).decode()} eve"
+    path.write_text(whole.replace("-----BEGIN", f"{line}\\n-----BEGIN", 1))
+    with pytest.raises(UserError, match="The file's name or ID does not match its key"):
+        TrustedKeys(keys)  # the text before the block would be a line of allowed_signers
     path.write_text(whole.replace('"name"', '"id": "", "name"'))
     with pytest.raises(UserError, match='duplicate key "id"'):
         TrustedKeys(keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from export_helpers import adapted, in_bfloat16, open_base
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tiny import build_base
+from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.loading import load_model
@@ -39,6 +42,24 @@ def test_merged_weights_equal_those_of_peft_in_float32(
         torch.testing.assert_close(ours[name], merged[name].detach(), rtol=1e-5, atol=1e-6)
     changed = [name for name in ours if not torch.equal(ours[name], ours.base[name])]
     assert len(changed) == 14
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "model.language_model.layers.0.self_attn.q_proj"])
+def test_patterns_match_names_in_the_full_model_where_the_base_reads_images(pattern: str, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base")
+    settings = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}, "layers_to_transform": [0]}
+    folder = adapted(base, tmp_path / "adapter", **settings).folder
+    named = {
+        name.replace(".model.layers.", ".model.language_model.layers."): weight
+        for name, weight in load_file(folder / WEIGHTS).items()
+    }
+    save_file(named, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"rank_pattern": {pattern: 2}, "alpha_pattern": {pattern: 3}}
+    (folder / CONFIG).write_text(json.dumps(config))
+    scales = {name: delta.scale for name, delta in read_deltas(folder).items()}
+    assert scales.pop("model.layers.0.self_attn.q_proj.weight") == 3 / 2
+    assert set(scales.values()) == {8 / 4}
 
 
 def test_stored_weights_are_cast_once_and_others_are_identical(tmp_path: Path) -> None:

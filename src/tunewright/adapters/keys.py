@@ -305,7 +305,9 @@ class TrustedKeys:
         try:
             public = load_pem_public_key(key.public_key.encode())
             der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-            ours = key.openssh.startswith("ssh-ed25519 ") and key.id == hashlib.sha256(der).hexdigest()
+            # The loader skips text before the PEM block, and that text would become a line of allowed_signers.
+            pem = key.public_key.startswith("-----BEGIN") and key.openssh.startswith("ssh-ed25519 ")
+            ours = pem and key.id == hashlib.sha256(der).hexdigest()
         except (ValueError, UnsupportedAlgorithm):
             ours = False
         if not ours or key.name != path.stem:

@@ -49,7 +49,10 @@ _REFUSED = {
 
 
 def require_servable(settings: TrainConfig) -> None:
-    """Refuse, before anything is loaded, a config whose adapter vLLM would not load, unless it says so."""
+    """Refuse, before anything is loaded, a config whose adapter vLLM would not load.
+
+    Nothing is refused if ``train.require_vllm_compatible`` is false.
+    """
     if not settings.require_vllm_compatible:
         return
     keys = {"use_dora": "use_dora", "r": "lora_r"}

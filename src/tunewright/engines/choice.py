@@ -1,6 +1,6 @@
 """The choice of the engine that computes the answers of an evaluation and the base's self-samples.
 
-On a cluster every machine needs an equal environment of vLLM, each in its own folder.
+On a cluster, install the same vLLM environment on every machine.
 """
 
 from __future__ import annotations

@@ -346,7 +346,11 @@ class CacheSlots:
 
     @asynccontextmanager
     async def slot(self, adapter: str | None, tokens: int, *, resumed: bool = False) -> AsyncIterator[CacheSlot]:
-        """Wait for a slot, and keep it for the block."""
+        """Wait for a slot, and keep it for the block.
+
+        Args:
+            resumed: the request had given up its slot to make room, and is the next one of all.
+        """
         assert tokens <= self.tokens
         slot = CacheSlot(adapter, tokens)
         (self.waiting.appendleft if resumed else self.waiting.append)(slot)

@@ -60,24 +60,25 @@ def read_deltas(folder: Path) -> dict[str, LoraDelta]:
     refused = {key: why for key, why in vllm_refusals(config).items() if key not in ("use_dora", "r")}
     for key, why in refused.items():
         raise UserError(f"{why} cannot be merged", where=f"{folder / CONFIG}, {key}", fix="Train plain LoRA or DoRA.")
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     with safe_open(folder / WEIGHTS, framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118 (no mapping)
-            layer, part = _place(name, folder)
-            parts.setdefault(layer, {})[part] = weights.get_tensor(name).float()
+            module, layer, part = _place(name, folder)
+            parts.setdefault((module, layer), {})[part] = weights.get_tensor(name).float()
     changes = {}
-    for layer, found in parts.items():
+    for (module, layer), found in parts.items():
         if not {"lora_A", "lora_B"} <= found.keys():
             raise UserError(f"{layer} has only {', '.join(sorted(found))}", where=str(folder / WEIGHTS))
-        _, scale = rank_and_scale(config, layer)
+        # The keys of rank_pattern and alpha_pattern match the module's name in the full model, as in peft.
+        _, scale = rank_and_scale(config, module)
         changes[f"{layer}.weight"] = LoraDelta(
             found["lora_A"], found["lora_B"], scale, found.get("lora_magnitude_vector")
         )
     return changes
 
 
-def _place(name: str, folder: Path) -> tuple[str, str]:
-    """Return a tensor's layer, and its part: lora_A, lora_B or the magnitude."""
+def _place(name: str, folder: Path) -> tuple[str, str, str]:
+    """Return a tensor's module, its name in a model of text alone, and its part: lora_A, lora_B or the magnitude."""
     module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
     layer = text_name(module)
     if (
@@ -90,7 +91,7 @@ def _place(name: str, folder: Path) -> tuple[str, str]:
             where=str(folder / WEIGHTS),
             fix=f"Only adapters of {', '.join(_LINEAR)} can be exported.",
         )
-    return layer, part
+    return module, layer, part
 
 
 class BaseWeights:

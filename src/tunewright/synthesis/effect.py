@@ -40,7 +40,8 @@ def measure_effect(project: ProjectFolder, ours: Path, theirs: Path, reporter: R
     other_items = {item.key: item.answers[TUNED.name] for item in load_items(theirs) if item.key in people}
     keys = sorted(mine.keys() & other_items.keys())
     if not keys:
-        raise UserError("The test split has no row of people", where=str(ours))
+        fix = "Evaluate both adapters on the same dataset version."
+        raise UserError("The two evaluations share no human-written test row", where=str(ours), fix=fix)
     scorer = open_scorers(project.config.evaluate, project.root)[0]
     if scorer.name != evidence.metric:
         raise UserError(

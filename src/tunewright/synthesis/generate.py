@@ -25,7 +25,7 @@ from tunewright.evaluation.judge.runner import task_text
 from tunewright.metrics import AnsweredItem, ItemScore, Scorer, normalised
 from tunewright.model_io.client import Calls, Endpoint, EndpointUsage
 from tunewright.model_io.replies import Budget, Conversation, Reply
-from tunewright.synthesis.inputs import Input, screen_inputs
+from tunewright.synthesis.input_files import Input, screen_inputs
 from tunewright.synthesis.teachers import Teacher, TeacherSample
 
 DISAGREE = "samples disagree"

@@ -23,7 +23,7 @@ from tunewright.data.versions import DatasetVersion
 from tunewright.model_io.client import EndpointUsage
 from tunewright.synthesis.documents import Document, Passage, read_document
 from tunewright.synthesis.generate import GenerateEstimate, provenance, warn_of_versions, write_rows
-from tunewright.synthesis.inputs import Input, screen_inputs
+from tunewright.synthesis.input_files import Input, screen_inputs
 from tunewright.synthesis.teachers import Prompt, Teacher, TeacherSample
 
 SCHEMA: dict[str, Any] = {

@@ -16,7 +16,7 @@ from tunewright.open_project import OpenProject
 if TYPE_CHECKING:
     from tunewright.evidence.common import GeneratedEffect
     from tunewright.synthesis.generate import GenerateEstimate, GenerateResult, RowGenerator
-    from tunewright.synthesis.inputs import Input
+    from tunewright.synthesis.input_files import Input
     from tunewright.synthesis.questions import DocumentsResult, QuestionWriter
     from tunewright.synthesis.teachers import Teacher
 
@@ -46,7 +46,7 @@ def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGe
     from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
     from tunewright.metrics import scorer_of
     from tunewright.synthesis.generate import RowGenerator, RubricJudge
-    from tunewright.synthesis.inputs import read_inputs
+    from tunewright.synthesis.input_files import read_inputs
 
     config = project.folder.config
     teacher = _teacher(project.folder, project.reporter)
@@ -82,7 +82,7 @@ def from_documents(project: OpenProject, files: Iterable[str | Path], out: str |
 def generated_effect(project: OpenProject, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
     """Compare an adapter with one trained without the generated rows, on people's test items.
 
-    The finding becomes a part of the first evaluation's evidence. Nothing is answered again.
+    The finding becomes a part of the first evaluation's evidence. No answer is recomputed.
 
     Args:
         evaluation: the evaluation of the adapter trained with them.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +19,7 @@ from states import DIGESTS, SHIP, raw
 from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.serving.tenants import Limits, State
+from tunewright.serving.tenants import IsolationCheck, IsolationTest, Limits, State
 
 COLUMNS = ("time", "actor", "action", "subject", "details", "previous", "digest")
 
@@ -145,6 +147,46 @@ def test_verify_names_a_release_that_differs_from_the_log(state_url: str, state:
     with raw(state_url) as execute:
         execute("DELETE FROM releases WHERE number = 2")
     assert state.verify().faults == ("release 2 of courts differs from the audit log",)
+
+
+def _tested(state_url: str) -> dict[str, Any]:
+    """The isolation test of release 1 in the table. Its tolerance is a whole number, as older versions wrote some."""
+    check = IsolationCheck("one request", 8, 0, 0)
+    head = "isolated", "s" * 64, "peft", "cpu", "b" * 64, (DIGESTS["a"],), {"torch": "2"}
+    with State(state_url, "ann") as state:
+        test = IsolationTest(*head, 1, (check,), (("a", "b"),), (), "2027-01-01T00:00:00Z", 2.5)
+        state.releases.deploy("courts", "courts-1", DIGESTS["a"], replace(SHIP, isolation=test))
+        assert state.verify().faults == ()
+    return json.loads(json.dumps(asdict(test)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda test: {"seen": True},
+        lambda test: {"tolerance": "1"},
+        lambda test: {"seconds": "2.5"},
+        lambda test: {"checks": [test["checks"][0] | {"seen": True}]},
+        lambda test: {"checks": [test["checks"][0] | {"wrong": "0"}]},
+    ],
+)
+def test_verify_names_a_release_whose_isolation_test_was_edited(
+    state_url: str, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    test = _tested(state_url)
+    with raw(state_url) as execute:
+        execute("UPDATE releases SET isolation = :edited", edited=json.dumps(test | change(test)))
+    with State(state_url) as state:
+        assert state.verify().faults == ("release 1 of courts differs from the audit log",)
+
+
+def test_verify_names_tenants_then_keys(state_url: str, state: State) -> None:
+    fill(state)
+    state.tenants.add("zeta")
+    with raw(state_url) as execute:
+        execute("UPDATE tenants SET tokens_per_minute = 5")
+        execute("UPDATE api_keys SET revoked = NULL")
+    assert [fault.split()[0] for fault in state.verify().faults] == ["tenant", "tenant", "key"]
 
 
 def test_concurrent_changes_make_one_chain(state_url: str) -> None:

@@ -134,8 +134,8 @@ def _check_overflow(a: Any, b: Any, where: str) -> None:
     reached = max(squared, 0.0) ** 0.5 * a.shape[1] ** 0.5
     if reached > LARGEST_WEIGHT:
         raise UserError(
-            f"On inputs of ordinary size the products of its weights reach {reached:.3g}, above float16's "
-            f"{LARGEST_WEIGHT:,.0f}",
+            f"The adapter overflows float16: for inputs of normal size its products reach {reached:.3g} "
+            f"(limit {LARGEST_WEIGHT:,.0f})",
             where=where,
         )
 

@@ -43,8 +43,8 @@ def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
     """Return the files to read, each once, with folders, glob patterns and datasets of the hub expanded.
 
     A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below that
-    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. Files of each are sorted by
-    name.
+    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. The files of each source are
+    sorted by name.
     """
     found: list[Path] = []
     for name in named:

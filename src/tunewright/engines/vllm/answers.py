@@ -40,6 +40,10 @@ class VllmAnswers:
     """vLLM for lists of requests, started by the first list; at most one adapter is loaded at a time.
 
     The process ends with :meth:`stop`, when this object is garbage collected, and when the interpreter exits.
+
+    Args:
+        card: bytes of the GPU that decides the number of rows (default: this process's GPU).
+        threads: number of threads that compute without a GPU (default: as many as in this process).
     """
 
     def __init__(

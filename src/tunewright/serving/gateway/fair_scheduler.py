@@ -6,9 +6,9 @@ with many requests from slowing down the others:
 *Order.* The waiting tenant with the fewest served tokens is next (Sheng et al. 2024, "Fairness in Serving Large
 Language Models", OSDI, arXiv 2401.00588, algorithm 2). The counters of two tenants that always have requests waiting
 differ by a constant at most, however many requests one of them sends. A tenant that returns after a pause is lifted to
-:data:`BURST_TOKENS` below the lowest waiting counter, so idle time earns no more credit than that. The paper lifts it
-to the lowest counter itself. But then a tenant that sends little alternates with one that always waits, though it
-should go first.
+:data:`BURST_TOKENS` below the lowest waiting counter, so idle time earns no more credit than that. The paper raises
+the tenant's counter to the lowest waiting counter. But then a tenant that sends little alternates with one that always
+waits, though it should go first.
 
 *Rows.* A row stays occupied until its answer ends. So one row in eight is reserved for tenants below their equal share.
 A tenant that returns need not wait for another one's answer to end.

@@ -29,7 +29,7 @@ from tunewright.serving.gateway.tools import CallReader
 Ids = tuple[int, ...]
 
 _BYTES_PER_TOKEN = 16
-"""Of a body: the longest prompt in ASCII (see the next one), and `_SPARE_BYTES` for the other fields."""
+"""Bytes of a body per token of context: the longest prompt in ASCII. `_SPARE_BYTES` is for the other fields."""
 _CHARACTERS_PER_TOKEN = 16
 """Four times English text's; longer prompts are refused before they cost any processor time."""
 _SPARE_BYTES = 64 << 10

@@ -117,9 +117,7 @@ class State:
 
     def _verified(self, noted: str | None) -> AuditCheck:
         check = self.audit.verify(noted)
-        stored = {
-            (release.alias, release.number): _comparable(release.as_dict()) for release in self.releases.history()
-        }
+        stored = {(each["alias"], each["number"]): _comparable(each) for each in self.releases.as_stored()}
         logged = {}
         for line in self.audit.lines():
             if line.action.startswith("release.") and line.true_digest == line.digest:
@@ -185,7 +183,9 @@ def _differing(
     for key in keys:
         stored[f"key {key.prefix}"] = _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked)
     stored |= {f"usage of {total.name}": total.counts for total in usage if total.day not in unlogged}
-    names = sorted(name for name in logged.keys() | stored.keys() if logged.get(name) != stored.get(name))
+    differing = [name for name in logged.keys() | stored.keys() if logged.get(name) != stored.get(name)]
+    kinds = "tenant ", "key ", "usage of "
+    names = [name for kind in kinds for name in sorted(differing) if name.startswith(kind)]
     return [f"{name} differs from the audit log" for name in names]
 
 

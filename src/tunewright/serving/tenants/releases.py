@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -155,6 +155,18 @@ class Releases(Audited):
             if alias is not None:
                 return _history(connection, alias)
             return [_release(row) for row in connection.execute(select(releases).order_by(releases.c.id))]
+
+    def as_stored(self) -> list[dict[str, Any]]:
+        """Return all releases as the audit log has them, with both tests unparsed, for the comparison with the log.
+
+        Parsing drops unknown keys and converts texts to numbers, which would hide an edit of the table.
+        """
+        with self._database.reading() as connection:
+            rows = connection.execute(select(releases)).all()
+        found = [_release(row).as_dict() for row in rows]
+        for release, row in zip(found, rows, strict=True):
+            release["grounds"] |= {"isolation": row.isolation, "serving": row.serving}
+        return found
 
     def passed(self, subject: str) -> IsolationTest | None:
         """Return the newest passed isolation test of this subject, if there is one."""
@@ -390,7 +402,7 @@ def _add(
         )
         .returning(releases)
     ).one()
-    made = _release(row)
+    made = replace(_release(row), grounds=grounds)  # the log has the numbers of the table: parsing makes 0 to 0.0
     change.log(f"release.{action}", alias, **made.as_dict())
     return made
 

@@ -10,7 +10,7 @@ import pytest
 
 from tunewright.config import DataConfig
 from tunewright.core.progress import LogReporter
-from tunewright.synthesis.inputs import read_inputs
+from tunewright.synthesis.input_files import read_inputs
 
 TURN = {"role": "user", "content": "hello you"}
 
