@@ -47,7 +47,11 @@ def test_merged_weights_equal_those_of_peft_in_float32(
 @pytest.mark.parametrize("pattern", ["q_proj", "model.language_model.layers.0.self_attn.q_proj"])
 def test_patterns_match_names_in_the_full_model_where_the_base_reads_images(pattern: str, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
-    settings = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}, "layers_to_transform": [0]}
+    settings: dict[str, Any] = {
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+        "layers_to_transform": [0],
+    }
     folder = adapted(base, tmp_path / "adapter", **settings).folder
     named = {
         name.replace(".model.layers.", ".model.language_model.layers."): weight

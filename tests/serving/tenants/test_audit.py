@@ -152,12 +152,15 @@ def test_verify_names_a_release_that_differs_from_the_log(state_url: str, state:
 def _tested(state_url: str) -> dict[str, Any]:
     """The isolation test of release 1 in the table. Its tolerance is a whole number, as older versions wrote some."""
     check = IsolationCheck("one request", 8, 0, 0)
-    head = "isolated", "s" * 64, "peft", "cpu", "b" * 64, (DIGESTS["a"],), {"torch": "2"}
+    adapters, versions, alike = (DIGESTS["a"],), {"torch": "2"}, (("a", "b"),)
     with State(state_url, "ann") as state:
-        test = IsolationTest(*head, 1, (check,), (("a", "b"),), (), "2027-01-01T00:00:00Z", 2.5)
+        test = IsolationTest(
+            "isolated", "s" * 64, "peft", "cpu", "b" * 64, adapters, versions, 1, (check,), alike, (), "t", 2.5
+        )
         state.releases.deploy("courts", "courts-1", DIGESTS["a"], replace(SHIP, isolation=test))
         assert state.verify().faults == ()
-    return json.loads(json.dumps(asdict(test)))
+    stored: dict[str, Any] = json.loads(json.dumps(asdict(test)))
+    return stored
 
 
 @pytest.mark.parametrize(
