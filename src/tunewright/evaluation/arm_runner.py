@@ -99,8 +99,9 @@ class ArmRunner:
         self._limit = limit
         self.budget: Budget | None = None
         """The arms that ``--minutes`` leaves out; None if it leaves out no arm."""
-        self._warned_of: set[Split] = set()
+        self._warned_of: set[str] = set()
         self._built: dict[tuple[ArmPlan, str], BuiltPrompt] = {}
+        self._asked: dict[tuple[ArmPlan, tuple[str, ...]], tuple[frozenset[str], float]] = {}
 
     @cached_property
     def limit(self) -> int:
@@ -119,6 +120,12 @@ class ArmRunner:
             self._warned_of.add(split)
             examples = [m.example for m in self.version.examples(split)]
             warn_of_longer_references(self.generator.chat, examples, self.limit, split, self.reporter)
+
+    def warn_once(self, message: str) -> None:
+        """Warn, unless the same was said before."""
+        if message not in self._warned_of:
+            self._warned_of.add(message)
+            self.reporter.warn(message)
 
     @cached_property
     def instruction(self) -> Instruction:
@@ -211,10 +218,14 @@ class ArmRunner:
 
     def work(self, plan: ArmPlan, members: Sequence[Member], adapter: Adapter | None = None) -> Work:
         """Return the number of answers to these rows, by their prompts and the journal."""
-        prompts = {prompt.ids for prompt in self.prompts(plan, members)}
+        key = plan, tuple(member.key for member in members)
+        if key not in self._asked:  # a time limit asks before every arm
+            prompts = {prompt.ids for prompt in self.prompts(plan, members)}
+            self._asked[key] = frozenset(map(digest, prompts)), tokens_each(prompts, self.limit)
+        digests, tokens = self._asked[key]
         kept = self.generator.kept(self.limit, adapter if plan.adapted else None, constrained=plan.constrained)
-        missing = sum(digest(prompt) not in kept for prompt in prompts)
-        return Work(plan.name, missing, len(prompts) - missing, tokens_each(prompts, self.limit))
+        missing = len(digests - kept)
+        return Work(plan.name, missing, len(digests) - missing, tokens)
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> list[BuiltPrompt]:
         """Return the prompts of these rows, each with as many demonstrations as fit the context."""

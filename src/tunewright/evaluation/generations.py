@@ -96,10 +96,14 @@ class Decoding:
 def answer_journal(folder: Path, decoding: Decoding) -> Journal[tuple[str, bool]]:
     """Return the journal of answers so decoded: text and truncation by the digest of the prompt."""
     return Journal(
-        folder / f"{decoding.key[:16]}.jsonl",
+        _journal_file(folder, decoding),
         lambda row: (row["prompt"], (row["text"], row["truncated"])),
         lambda prompt, answer: {"prompt": prompt, "text": answer[0], "truncated": answer[1]},
     )
+
+
+def _journal_file(folder: Path, decoding: Decoding) -> Path:
+    return folder / f"{decoding.key[:16]}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ class Generator:
         self.grammar = grammar
         self.engine = engine
         self._functions: dict[Prompt, Message] = {}
+        self._kept: dict[Path, tuple[int, frozenset[str]]] = {}
         model = AnswerModel(base, chat, dtype, quantization, batch_size, grammar, engine, rank)
         self._embedded = EmbeddedAnswers(model, reporter)
         self.workers = workers
@@ -255,7 +260,13 @@ class Generator:
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
         """Return the digests of the prompts that already have an answer in the journal."""
-        return frozenset(self._journal(max_new_tokens, adapter, constrained=constrained).answers)
+        decoding = self.decoding(max_new_tokens, adapter, constrained=constrained)
+        file = _journal_file(self.folder, decoding)
+        size = file.stat().st_size if file.exists() else 0
+        # A journal only grows, so one of the same size is not read again.
+        if file not in self._kept or self._kept[file][0] != size:
+            self._kept[file] = size, frozenset(answer_journal(self.folder, decoding).answers)
+        return self._kept[file][1]
 
     def _answers(self, arm: ArmPrompts, max_new_tokens: int) -> list[ArmAnswer]:
         """Return an arm's answers of the journal, with token counts from the text, since it keeps no token ids."""

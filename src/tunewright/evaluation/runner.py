@@ -296,7 +296,7 @@ def parent_of(arm_runner: ArmRunner, adapter: Adapter) -> Adapter | None:
         return None
     found = next((a for a in list_adapters(arm_runner.project.adapters) if a.digest == named["digest"]), None)
     if found is None:
-        arm_runner.reporter.warn(
+        arm_runner.warn_once(
             f"{adapter.name} started from {named['name']}, which is not here: the two are not compared."
         )
         return None
