@@ -286,7 +286,7 @@ CORPUS: dict[str, tuple[str, Build]] = {
         "1 of 256 weights are not finite",
         _weights(lambda w: w[B].__setitem__((3, 1), -np.inf)),
     ),
-    "a_weight_that_overflows_in_sixteen_bits": ("overflows float16", _weights(_huge_weight)),
+    "a_weight_that_overflows_in_sixteen_bits": ("above float16's", _weights(_huge_weight)),
     "a_change_that_drowns_the_base": (
         r"times their norm \(limit 2\)",
         _weights(lambda w: w.__setitem__(B, 100 * w[B] + 1)),
