@@ -156,6 +156,14 @@ def test_calls_are_numbered_by_their_place_in_the_conversation() -> None:
     assert chat.answer(answer, conversation).calls == (_call(place=2, city="Bergen"),)
 
 
+def test_calls_are_read_only_where_functions_are_declared() -> None:
+    chat = family("hermes-chatml")
+    text = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
+    ids = chat.tokenizer(text)["input_ids"]
+    assert chat.answer(ids, [QUESTION]) == Message("assistant", text)
+    assert chat.answer(ids, [_tools(), QUESTION]).calls == (ToolCall("weather", "{}", call_id(0)),)
+
+
 MALFORMED = {
     "llama3_1": [
         '{"name": "weather"}',

@@ -350,6 +350,8 @@ def test_serve_with_tenants_refuses_adapter_names_and_no_auth(project: Path) -> 
     name = find_adapter(project / "adapters").name
     assert "request aliases" in _run(project, "serve", name).stderr
     assert "every request needs an API key" in _run(project, "serve", "--no-auth").stderr
+    constrained = _run(project, "serve", "--constrain", "--port", "0")
+    assert (constrained.code, "tunewright deploy ALIAS ADAPTER --constrain" in constrained.stderr) == (2, True)
 
 
 @pytest.mark.slow

@@ -308,7 +308,13 @@ def test_penalties_and_biases_change_the_answer_by_openais_formula(
     assert answers != free
 
 
-@pytest.mark.slow
+ISOLATED = [
+    kind if kind.id == "pool" else pytest.param(*kind.values, id=kind.id, marks=[*kind.marks, pytest.mark.slow])
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize("engine", ISOLATED, indirect=True)
 def test_engine_is_isolated(engine: Engine, small_base: Path, small_adapters: dict[str, Path]) -> None:
     result = isolation_of(engine, reference_of(small_base, small_adapters), small_adapters)
     assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())

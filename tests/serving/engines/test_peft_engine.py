@@ -428,11 +428,29 @@ def test_newest_row_fails_when_only_the_whole_batch_cannot_be_computed() -> None
         assert engine.stopped is None
 
 
-def test_exception_in_one_sink_costs_the_others_no_token() -> None:
-    class Sink(asyncio.Queue[Event]):
-        def deliver(self, event: Event) -> None:
-            self.put_nowait(event)
+class Sink(asyncio.Queue[Event]):
+    """Keeps what is delivered."""
 
+    def deliver(self, event: Event) -> None:
+        self.put_nowait(event)
+
+
+def test_no_event_reaches_a_cancelled_subscription() -> None:
+    async def run() -> None:
+        dispatch, sink, other = TokenDispatch(), Sink(), Sink()
+        cancelled = Subscription(sink)
+        dispatch.put(cancelled, Delta((1,), None))
+        dispatch.put(Subscription(other), Delta((2,), None))
+        dispatch.send()
+        cancelled.cancelled = True
+        async with asyncio.timeout(10):
+            await other.get()
+        assert sink.empty()
+
+    asyncio.run(run())
+
+
+def test_exception_in_one_sink_costs_the_others_no_token() -> None:
     class Broken:
         def deliver(self, event: Event) -> None:
             raise RuntimeError("broken")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tunewright.data.examples import Message
 from tunewright.serving.gateway.errors import ApiError, parse_request
+from tunewright.serving.gateway.messages_api import MessagesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 from tunewright.serving.gateway.tenant_auth import in_canary_share
 
@@ -251,3 +252,9 @@ def test_conversation_stays_with_its_canary_when_it_or_the_share_grows(
 def test_canary_answers_its_share_of_conversations() -> None:
     answered = sum(in_canary_share("acme", _conversation(f"case {number}"), "d", 0.1) for number in range(4000))
     assert abs(answered / 4000 - 0.1) < 0.02  # four standard deviations
+    for number in range(20):  # the same in Anthropic's form
+        turns = [{"role": "user", "content": f"case {number}"}]
+        sent = {"model": "m", "system": "Be brief.", "messages": turns, "max_tokens": 5}
+        message = parse_request(MessagesRequest, json.dumps(sent).encode()).as_chat()
+        in_chat = in_canary_share("acme", _conversation(f"case {number}"), "d", 0.5)
+        assert in_canary_share("acme", message, "d", 0.5) == in_chat
