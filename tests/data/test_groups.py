@@ -126,14 +126,18 @@ def test_member_with_groups_round_trips(groups: list[str], mixed: bool) -> None:
     place = Place("train", "b" * 64, tuple(sorted(set(groups))), mixed)
     line = member_line("a" * 64, place)
     assert line.count("\n") == 1
-    assert places_of(line) == {"a" * 64: place}
+    assert places_of(line, "members.tsv") == {"a" * 64: place}
 
 
-@pytest.mark.parametrize("more", ['{"group":["a"]}', '{"groups":[1]}', '{"mix":1}', '{"mix": true}', "[]", "{"])
+@pytest.mark.parametrize(
+    "more",
+    ['{"group":["a"]}', '{"groups":[1]}', '{"groups":["b","a"]}', '{"groups":["a","a"]}', '{"mix":1}', "[]", "{"],
+)
 def test_member_with_other_facts_is_refused(more: str) -> None:
     """A pulled version's digest is right whatever its members are."""
-    with pytest.raises(UserError, match=r"members\.tsv"):
-        places_of(f"{'a' * 64}\ttrain\t{'b' * 64}\t{more}\n")
+    with pytest.raises(UserError) as caught:
+        places_of(f"{'a' * 64}\ttrain\t{'b' * 64}\t{more}\n", "versions/1/members.tsv")
+    assert str(caught.value.where).startswith("versions/1/members.tsv: aaa")
 
 
 def test_secret_group_value_is_refused_and_redaction_keeps_the_group(tmp_path: Path) -> None:

@@ -209,6 +209,18 @@ def test_push_detects_a_concurrent_push(one: ProjectFolder, folder: Place, monke
     assert "HEAD" not in folder.files
 
 
+def test_push_of_a_copy_that_is_behind_allows_a_concurrent_push(
+    one: ProjectFolder, two: ProjectFolder, folder: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_to(one, folder)
+    pull_from(two, folder)
+    second = add_rows(one, 30, 2)
+    push_to(one, folder)
+    answers = iter([second, "0" * 64])
+    monkeypatch.setattr(RemoteStore, "head", lambda self: next(answers))
+    assert push_to(two, folder).ahead == 1
+
+
 def test_push_refuses_a_projects_dataset_folder(one: ProjectFolder, two: ProjectFolder) -> None:
     add_rows(two, 30, 2)
     before = sorted(p for p in two.dataset.rglob("*"))

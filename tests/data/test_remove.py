@@ -389,6 +389,7 @@ def test_purge_lists_files_with_the_text(tmp_path: Path) -> None:
     result = _remove(project, listener, where="contains(input, 'Lovelace')", because="she asked", purge=True)
     found = {holder.path: holder.rows for holder in result.holders if ".git" not in holder.path}
     assert found == {"all.jsonl": 1, "copy.parquet": None, "evaluations/report.html": 1, "old.csv": 1}
+    assert list(found) == sorted(found)
     assert any("all.jsonl: text of 1 row" in warned for warned in listener.warned)
 
 

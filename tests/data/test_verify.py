@@ -147,6 +147,23 @@ def test_verify_accepts_versions_of_earlier_releases_as_unsealed(project: Projec
     assert found.unsealed == (_first(project),)
 
 
+def test_verify_names_changed_import_records_and_manifests(project: ProjectFolder) -> None:
+    folder = version_folder(project.dataset, _first(project))
+    imports, manifest = folder / "imports.jsonl", folder / "manifest.json"
+    whole = imports.read_text()
+
+    def where() -> list[str]:
+        return [d.where for d in verify(OpenFolder(project, Listener())).damage]
+
+    imports.write_text(whole + "half a rec\n")
+    assert where() == [f"{imports}:{whole.count(chr(10)) + 1}"]
+    imports.write_text(whole.replace("first.jsonl", "other.jsonl"))
+    assert where() == [str(imports)]
+    imports.unlink()
+    manifest.write_text(manifest.read_text().replace('"first"', '"other"'))
+    assert where() == [str(manifest), str(imports)]
+
+
 def test_verify_names_changed_and_half_reviews(project: ProjectFolder) -> None:
     path = project.dataset / "reviews.jsonl"
     lines = path.read_text().splitlines(keepends=True)

@@ -155,6 +155,6 @@ def _calls(once: float, saving: float) -> float | None:
 
 def _costs(lengths: Lengths, prices: TokenPrices) -> Floats:
     """Return the cost of each item's call; [items]."""
-    # Tokens in the prefix cache cost the rest of the discount: c (1 - d) = c - d c.
+    # A cached token costs (1 - d) of its price: c (1 - d) = c - d c.
     inputs = np.asarray(lengths.inputs, dtype=np.float64) - prices.cached_discount * lengths.cached
     return inputs * prices.input + np.asarray(lengths.outputs, dtype=np.float64) * prices.output

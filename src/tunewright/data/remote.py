@@ -150,7 +150,7 @@ def push(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None
                     task.advance(note=f"{short(manifest.digest)}/{name}")
                     size += len(data)
                 rows += new
-        if remote.head() != before:
+        if not theirs and remote.head() != before:
             raise UserError("Another push ran at the same time", where=url, fix="Run the push again.")
         if not theirs and before != head.digest:
             remote.write("HEAD", f"{head.digest}\n".encode())
@@ -289,8 +289,9 @@ def _unpack(
     data = remote.read(f"{base}/{_ROWS}")
     where = f"{remote.url}/{base}/{_ROWS}"
     rows = {key: row for key, row in parse_rows(data, where).items() if key not in purged}
-    members = read_members(dataset, manifest.digest, files[MEMBERS], f"{remote.url}/{base}/{MEMBERS}")
-    missing = places_of(members).keys() - rows.keys() - _parent_keys(dataset, manifest) - set(purged)
+    source = f"{remote.url}/{base}/{MEMBERS}"
+    members = read_members(dataset, manifest.digest, files[MEMBERS], source)
+    missing = places_of(members, source).keys() - rows.keys() - _parent_keys(dataset, manifest) - set(purged)
     if missing:
         raise UserError(f"The row {min(missing)} is missing", where=where, fix=_AGAIN)
     write_rows(dataset / "rows", rows, reporter)

@@ -347,10 +347,12 @@ def _erase(
     # The search needs the text, so it comes before the erasure.
     found: dict[str, RemainingCopy] = {}
     if rows:
-        found = {holder.path: holder for holder in _sources(root, read_origins(dataset), rows)}
+        sources = {holder.path: holder for holder in _sources(root, read_origins(dataset), rows)}
         for holder in find_copies(root, dataset, rows.values(), reporter):
-            if holder.path not in found or (holder.rows or 0) >= (found[holder.path].rows or 0):
+            source = sources.get(holder.path)
+            if source is None or (holder.rows or 0) >= (source.rows or 0):
                 found[holder.path] = holder
+        found |= {path: holder for path, holder in sources.items() if path not in found}
     holders = (*grouped, *found.values())
     if holders:
         lines = listed(map(str, holders), len(holders), _MOST, "--json lists all")

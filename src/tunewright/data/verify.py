@@ -203,8 +203,9 @@ def _check_version(
 
 
 def _place_issues(folder: Path, manifest: Manifest, places: Places, there: Collection[str]) -> Iterator[IntegrityIssue]:
-    for key in places.keys() - there:
-        yield IntegrityIssue(str(folder / MEMBERS), f"A row is missing in rows/{key[:2]}.jsonl", (key,))
+    for key in places:
+        if key not in there:
+            yield IntegrityIssue(str(folder / MEMBERS), f"A row is missing in rows/{key[:2]}.jsonl", (key,))
     for split in SPLITS:
         if manifest.splits.get(split) != keys_digest(key for key, place in places.items() if place.split == split):
             what = f"The digest of the {split} split does not match its rows"
@@ -213,11 +214,8 @@ def _place_issues(folder: Path, manifest: Manifest, places: Places, there: Colle
 
 def _import_issues(folder: Path, manifest: Manifest | None, purged: Collection[str]) -> Iterator[IntegrityIssue]:
     """Check the import records, and the manifest that has their digest; without a manifest, each record's form."""
-    path = folder / IMPORTS
-    if not path.is_file():
-        yield IntegrityIssue(str(path), "The file is missing")
-        return
-    files = {IMPORTS: _read(path)}
+    path, wrong = folder / IMPORTS, []
+    files = {IMPORTS: _read(path) if path.is_file() else b""}
     if manifest is not None:
         files[MANIFEST] = _read(folder / MANIFEST)
         if left := erased_metadata(files[IMPORTS], files[MANIFEST], purged):
@@ -228,10 +226,12 @@ def _import_issues(folder: Path, manifest: Manifest | None, purged: Collection[s
         wrong = changed_files(files[IMPORTS], files[MANIFEST])
         if MANIFEST in wrong:
             yield IntegrityIssue(str(folder / MANIFEST), "The manifest was changed: its seal does not match")
-        if IMPORTS in wrong:
-            yield IntegrityIssue(str(path), "The import records were changed: their digest does not match")
-        if manifest.imports is not None:
+        if manifest.imports is not None and path.is_file() and IMPORTS not in wrong:
             return
+    if not path.is_file():
+        yield IntegrityIssue(str(path), "The file is missing")
+        return
+    named = False
     for number, line in enumerate(files[IMPORTS].splitlines(), start=1):
         try:
             record = json.loads(line)
@@ -239,7 +239,10 @@ def _import_issues(folder: Path, manifest: Manifest | None, purged: Collection[s
         except ValueError:
             fine = False
         if not fine:
+            named = True
             yield IntegrityIssue(f"{path}:{number}", "Invalid import record")
+    if IMPORTS in wrong and not named:
+        yield IntegrityIssue(str(path), "The import records were changed: their digest does not match")
 
 
 def _read(path: Path) -> bytes:

@@ -214,18 +214,20 @@ def read_members(dataset: Path, digest: str, data: bytes | None = None, where: s
 
 def read_places(dataset: Path, digest: str) -> Places:
     """Return the place of each pair key in a version, verified, without reading rows; ``digest`` is the full one."""
-    return places_of(read_members(dataset, digest))
+    return places_of(read_members(dataset, digest), str(dataset / "versions" / digest[:12] / MEMBERS))
 
 
-def places_of(text: str) -> Places:
-    """Return the place of each pair key, from lines that have the version's digest."""
+def places_of(text: str, where: str) -> Places:
+    """Return the place of each pair key, from lines that have the version's digest; ``where`` is their file."""
     places: Places = {}
     for line in text_lines(text):
         key, split, cluster, *rest = (*line.split("\t", 3), "", "")[:4]
         known = next((each for each in SPLITS if each == split), None)
         place = Place(known, cluster, *_read_more(rest[0])) if known else None
-        if place is None or member_line(key, place) != f"{line}\n":  # a pulled version may come from another program
-            raise _wrong("Invalid member: expected pair key, split and cluster", f"{MEMBERS}: {line[:80]}")
+        # A pulled version may come from another program.
+        spelled = place is not None and list(place.groups) == sorted(set(place.groups))
+        if place is None or not spelled or member_line(key, place) != f"{line}\n":
+            raise _wrong("Invalid member: expected pair key, split and cluster", f"{where}: {line[:80]}")
         places[key] = place
     return places
 
@@ -302,7 +304,7 @@ def _text(chain: Sequence[_Link]) -> str:
         for number, line in enumerate(link.lines, start=2):
             sign, _, member = line.partition("\t")
             if sign not in ("-", "+") or (sign == "-") != (member in members):
-                what = "Invalid change: expected a removed member of the version before, or an added one"
+                what = "Invalid change: it removes a member that does not exist, or adds one that does"
                 raise _wrong(what, f"{link.where}:{number}")
             if sign == "-":
                 members.remove(member)
