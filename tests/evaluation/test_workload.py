@@ -25,7 +25,7 @@ class _Runner:
     optimized = None
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = EvaluateConfig(num_fewshot=[1], static_seeds=3, retrievers=["bm25"], **settings)
+        self.settings = EvaluateConfig(num_fewshot=(1,), static_seeds=3, retrievers=("bm25",), **settings)
         self.prompting_arms = prompting_arms(self.settings)
         self.version = SimpleNamespace(examples=lambda _: DEV)
         self.kept: dict[str, int] = {}
