@@ -97,6 +97,9 @@ def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
     fewest = int(re.search(r"--minutes (\d+) or more", error["fix"])[1])  # type: ignore[index]
     assert fewest > 1
     assert not (project / "evaluations" / "access_log.jsonl").exists()
+    # Zero-shot and the arm with one retrieved demonstration answered the first 20 items, and are kept.
+    stopped = tunewright("evaluate", "--estimate", "--project", project, "--json").document["answers"]
+    assert (stopped["answers"], stopped["kept"]) == (11 * 20 + 4 * 20 + 4 * 40 + 2 * 40, 2 * 20)
     ran = tunewright("evaluate", "--minutes", str(fewest), "--project", project, "--json")
     assert ran.code == 0, ran.stderr
 
@@ -149,6 +152,14 @@ def test_evaluate_reuses_the_same_budget_and_measures_another(project: Path, clo
     assert whole["evidence"]["budget"] is None
     assert whole["folder"] != first.document["folder"]
     assert len(tunewright("access-log", "--project", project, "--json").document["openings"]) == 2
+
+
+def test_advise_accepts_a_budget(project: Path) -> None:
+    ran = tunewright("advise", "--no-pilot", "--minutes", "1.5", "--project", project, "--json")
+    assert ran.code in {3, 4}, ran.stderr
+    budget = ran.document["advice"]["prompting"]["budget"]
+    assert budget["left_out"][0] == "static-2-seed-3"
+    assert "retrieved-1" not in budget["left_out"]
 
 
 # The dev split

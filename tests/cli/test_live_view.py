@@ -18,6 +18,7 @@ from terminal import Terminal
 from tunewright.cli import live
 from tunewright.cli.live import ConsoleReporter, Curves, _BarTask, _Screen, bars
 from tunewright.core.progress import downsample
+from tunewright.evaluation.time_limit import AnswerRate
 
 STAGES = {"data": 1.0, "train": 2.0, "evaluate": 3.0}
 
@@ -87,6 +88,17 @@ def test_time_left_follows_the_stages_so_far_and_the_part_of_the_current_one(now
     now[0] += 60
     task.advance(5)  # 120 s for weights of 1 and half of 2, so 60 s for one
     assert screen.seconds_left() == pytest.approx(1 * 60 + 3 * 60)
+
+
+def test_part_of_a_stage_counts_the_answers_of_all_arms() -> None:
+    reporter = ConsoleReporter(_terminal())
+    rate = AnswerRate(reporter)
+    with reporter.pipeline(STAGES), rate.together(40):
+        rate.advance(5)  # kept from before
+        with rate.arm("zero-shot on dev", 5, 1.0) as task:
+            task.advance(5)
+            assert reporter._screen is not None
+            assert reporter._screen._current_task()[0] == 0.25
 
 
 def test_time_left_ignores_reused_stages(now: list[float]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src"
 GOLDEN = Path(__file__).with_name("messages.txt")
 # Methods of what reports to the user. Errors are known by their ending.
-REPORTS = {"warn", "warning", "note", "notice", "info"}
+REPORTS = {"warn", "warn_once", "warning", "note", "notice", "info"}
 # What an error names besides its words; and errors that are ours, which the user never meets.
 UNSAID = {"where"}
 OURS = {"AssertionError", "NotImplementedError", "KeyError", "AttributeError", "StopIteration"}

@@ -244,6 +244,7 @@ class Generator:
                 wanted = journal.missing({digest(prompt): prompt for prompt in arm.prompts})
                 # An arm with the same prompts finds these answers in the journal.
                 missing = sorted(prompt for key, prompt in wanted.items() if (journal.path, key) not in claimed)
+                self.rate.advance(len(arm.prompts) - len(missing))
                 if not missing:
                     continue
                 claimed |= {(journal.path, key) for key in wanted}

@@ -87,7 +87,8 @@ def advise(arm_runner: ArmRunner, limit: TimeLimit | None = None) -> AdviseResul
     known = known_advice(arm_runner, file)
     if known is None:
         prepare(arm_runner)
-        advice = _Choice(arm_runner, limit).advice()
+        with arm_runner.generator.rate.together(_most_answers(arm_runner)):
+            advice = _Choice(arm_runner, limit).advice()
         file = advice_file(arm_runner)
         # With the arms that were left out meanwhile, the choice may have been made before.
         known = known_advice(arm_runner, file)
@@ -155,6 +156,14 @@ def first_rows(arm_runner: ArmRunner) -> list[Member]:
     if count is None or count >= len(dev):
         return list(dev)
     return [dev[place] for place in first_items(dev, count, arm_runner.project.config.seed)]
+
+
+def _most_answers(arm_runner: ArmRunner) -> int:
+    """Return the number of answers that are looked up or computed for a choice, at most."""
+    settings, dev, first = arm_runner.settings, arm_runner.version.examples("dev"), first_rows(arm_runner)
+    arms = len(arm_runner.prompting_arms) + len(other_instructions(ZERO_SHOT, settings, arm_runner.optimized))
+    finalists = min(settings.finalists, arms - 1) + 1 if len(first) < len(dev) else 0  # and zero-shot
+    return arms * len(first) + finalists * len(dev)
 
 
 class _Choice:

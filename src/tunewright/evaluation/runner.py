@@ -20,7 +20,14 @@ from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.versions import Member
 from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
-from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, noise_floor, scored_arms
+from tunewright.evaluation.arm_runner import (
+    MOST_ITEMS,
+    ArmRunner,
+    measured_arm,
+    measured_with,
+    noise_floor,
+    scored_arms,
+)
 from tunewright.evaluation.arms import (
     PARENT,
     TUNED,
@@ -115,11 +122,13 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
 
     # Answers of all arms to the same rows. The noise floor is the difference between two runs of one arm.
     hosted = incumbents.ask()
-    answers = arm_runner.answer_arms(comparison.arms, rows, split)
-    asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
-    noise = None
-    if split == "test":
-        noise = noise_floor(generator, rows, asked, arm_runner.limit, arm_runner.scorers[0], config.seed)
+    repeated = 2 * min(MOST_ITEMS, len(rows)) if split == "test" else 0
+    with generator.rate.together(len(comparison.arms) * len(rows) + repeated):
+        answers = arm_runner.answer_arms(comparison.arms, rows, split)
+        asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
+        noise = None
+        if repeated:
+            noise = noise_floor(generator, rows, asked, arm_runner.limit, arm_runner.scorers[0], config.seed)
     answers |= hosted
     messages = PromptMessages()
     prompts: dict[str, Sequence[StoredPrompt | None]] = {

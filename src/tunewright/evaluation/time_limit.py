@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,21 @@ class AnswerRate:
         self._timed: list[tuple[float, float]] = []
         """Tokens and seconds of each answered arm."""
         self._longest = 0.0
+        self._whole: Task | None = None
+
+    @contextmanager
+    def together(self, answers: int) -> Iterator[None]:
+        """Show the progress of several arms, of at most this many answers, above that of each arm."""
+        with self._reporter.task("All answers", answers, "answers") as self._whole:
+            try:
+                yield
+            finally:
+                self._whole = None
+
+    def advance(self, answers: int = 1) -> None:
+        """Show further answers of several arms, computed or kept from before."""
+        if self._whole is not None:
+            self._whole.advance(answers)
 
     @contextmanager
     def arm(self, title: str, answers: int, tokens: float) -> Iterator[Task]:
@@ -52,7 +67,7 @@ class AnswerRate:
         began = monotonic()
         self._longest = max(self._longest, tokens)
         with self._reporter.task(title, answers, "answers") as task:
-            yield task
+            yield _ArmTask(task, self)
         self._timed.append((answers * tokens, monotonic() - began))
 
     def seconds_with(self, works: Collection[Work]) -> float | None:
@@ -65,6 +80,21 @@ class AnswerRate:
         missing = sum(work.answers * (work.tokens or longest) for work in works)
         seconds_each = sum(seconds for _, seconds in timed) / sum(tokens for tokens, _ in timed)
         return monotonic() - self._began + missing * seconds_each
+
+
+@dataclass(frozen=True)
+class _ArmTask:
+    """The progress of an arm, which is a part of that of all arms."""
+
+    task: Task
+    rate: AnswerRate
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.task.advance(steps, note)
+        self.rate.advance(steps)
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.task.measured(step, numbers)
 
 
 class TimeLimit:
