@@ -97,9 +97,11 @@ def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
     fewest = int(re.search(r"--minutes (\d+) or more", error["fix"])[1])  # type: ignore[index]
     assert fewest > 1
     assert not (project / "evaluations" / "access_log.jsonl").exists()
-    # Zero-shot and the arm with one retrieved demonstration answered the first 20 items, and are kept.
+    # Zero-shot and the arm with one retrieved demonstration answered the first 20 items, and are kept; so are the
+    # prompts for which another retriever finds the same demonstration.
     stopped = tunewright("evaluate", "--estimate", "--project", project, "--json").document["answers"]
-    assert (stopped["answers"], stopped["kept"]) == (11 * 20 + 4 * 20 + 4 * 40 + 2 * 40, 2 * 20)
+    assert stopped["answers"] == 11 * 20 + 4 * 20 + 4 * 40 + 2 * 40
+    assert 2 * 20 <= stopped["kept"] < 3 * 20
     ran = tunewright("evaluate", "--minutes", str(fewest), "--project", project, "--json")
     assert ran.code == 0, ran.stderr
 
