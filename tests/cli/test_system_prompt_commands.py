@@ -76,6 +76,12 @@ def test_serve_renders_a_user_turn_to_the_ids_of_the_tuned_arm(project: Path, mo
     assert trained_on[: len(seen[0])] == seen[0]
 
 
+def test_serve_adds_no_system_prompt_to_the_base(project: Path) -> None:
+    service = tunewright.open(project).serve([_adapter(project).name], ServeOptions(port=0))
+    (reply,) = _ask_users_turns(service, ProjectFolder(project).config.base_model, _test_members(project)[:1])
+    assert reply.headers["x-tunewright-system"] == "none"
+
+
 def test_deploy_releases_the_named_adapter_when_two_have_the_same_weights(trained: Path, tmp_path: Path) -> None:
     project = without_state(trained, tmp_path / "project")
     adapter = _adapter(trained)

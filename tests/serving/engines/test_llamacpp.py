@@ -143,9 +143,13 @@ def test_running_answer_continues_while_adapters_change_and_the_old_process_ends
 
 
 @pytest.mark.fault("engine", "serve")
-def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes(
-    small_base: Path, small_adapters: dict[str, Path]
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes_or_hangs(
+    number: signal.Signals, small_base: Path, small_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if number == signal.SIGSTOP:
+        for name, seconds in (("PROBE_SECONDS", 0.05), ("PATIENCE_SECONDS", 2)):
+            monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)
     with llamacpp_engine(small_base) as engine:
         assert isinstance(engine, LlamaCppEngine)
 
@@ -157,7 +161,7 @@ def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes(
             while not engine.in_flight[0]:
                 await asyncio.sleep(0)
             assert engine._now.child.process_id is not None
-            os.kill(engine._now.child.process_id, signal.SIGKILL)
+            os.kill(engine._now.child.process_id, number)
             with pytest.raises(EngineStoppedError):
                 await waiting
             await asyncio.to_thread(wait_until, lambda: engine._now.child.starts == 2 and not engine.stopped)

@@ -297,8 +297,9 @@ def test_server_is_not_ready_while_the_state_refuses_requests(
     assert ready() == (200, "ready")
     with raw(state_url) as execute:
         execute(f"ALTER TABLE {table} RENAME TO elsewhere")
-    with pytest.raises(openai.InternalServerError):
+    with pytest.raises(openai.InternalServerError) as caught:
         ask(client, "courts")
+    assert "api_keys" not in caught.value.response.text
     looked = len(server.reported.messages)
     for _ in range(3 * int(1 / POLL_SECONDS)):
         assert ready() == (503, "unavailable")
