@@ -45,6 +45,18 @@ def test_apply_edits_changes_answers_but_not_splits_or_clusters(project: Project
     assert after.split_digest("test") != before.split_digest("test")
 
 
+def test_apply_edits_names_clusters_after_their_smallest_key(tmp_path: Path) -> None:
+    stem = "which court of appeals sits in the county of "
+    relatives = [(f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb")]
+    project = reviewed_project(tmp_path / "p", pairs=[*unlike_pairs(40), *relatives])
+    for number in range(3):  # so that the smallest key changes, whichever way the digests fall
+        members = load_version(project.dataset).members
+        _edit(project, next(m.key for m in members if m.example.input_text.endswith("Adams")), f"court {number}")
+        apply_edits(project, Listener())
+        family = [m for m in load_version(project.dataset).members if "county of" in m.example.input_text]
+        assert {m.cluster for m in family} == {min(m.key for m in family)}
+
+
 def test_apply_edits_reports_rows_that_become_one(tmp_path: Path) -> None:
     pairs = [*unlike_pairs(40), ("the same question as ever", "yes"), ("the same question as ever", "no")]
     project = reviewed_project(tmp_path / "p", pairs=pairs)

@@ -120,6 +120,19 @@ def test_a_document_with_an_accepted_held_out_row_takes_in_no_other(tmp_path: Pa
     assert member(project, "quite another question 17") is None
 
 
+def test_an_unaccepted_row_leaves_when_a_persons_row_links_it_to_a_held_out_one(tmp_path: Path) -> None:
+    project = loosened(started(tmp_path), 0.5)
+    words = held_out(project).example.input_text.split()
+    far = " ".join([*words[:-4], "zulu", "yankee", "xray", "whisky"])
+    between = " ".join([*words[:-2], "xray", "whisky"])
+    add_generated(project, chat(far, "x"))
+    assert member(project, far) is not None
+    add(project, [write_jsonl(tmp_path / "more.jsonl", [(between, "y")])], Listener())
+    linking = member(project, between)
+    assert linking is not None and linking.split == "test"
+    assert member(project, far) is None
+
+
 def accepted_test_row(project: ProjectFolder, **keys: Any) -> Member:
     """A generated row that a person accepted, before a person's row linked it to a test row."""
     text = "an input like no other one of all these 99"

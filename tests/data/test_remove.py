@@ -21,7 +21,7 @@ from tunewright.data.add import AddResult, add
 from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.remove import RemoveResult, find_copies, remove
 from tunewright.data.review.edits import apply_edits
-from tunewright.data.review.reviews import NoteEvent, VerdictEvent, append_reviews
+from tunewright.data.review.reviews import NoteEvent, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.trace import find_row, metadata_by_key
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, version_folder
@@ -319,6 +319,8 @@ def test_purge_leaves_no_text_and_keeps_digests_valid(
     project = _secret_project(tmp_path_factory.mktemp("purge") / "p", secrets, seed)
     rows = {m.example.input_text: m for m in load_version(project.dataset).members}
     gone = [m for text, m in rows.items() if "Zoë" in text]
+    other = next(m.key for m in rows.values() if m not in gone)
+    kept = VerdictEvent(key=other, verdict="edit", output="kept", version="0" * 64, reviewer="ben", when=WHEN)
     if step == "edit":
         said = [
             VerdictEvent(
@@ -339,8 +341,10 @@ def test_purge_leaves_no_text_and_keeps_digests_valid(
         _remove(project, where="contains(input, 'Zoë')")
     (project.root / "all.jsonl").unlink()
     before = [m.digest for m in list_versions(project.dataset)]
+    append_reviews(project.dataset, [kept])
     result = _remove(project, where="contains(input, 'Zoë')", because="she asked", purge=True)
     assert result.purged >= count
+    assert read_reviews(project.dataset).current_verdicts(other)["ben"].output == "kept"
     assert result.holders == ()
     for word in (
         "Zoë",

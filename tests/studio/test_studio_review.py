@@ -14,7 +14,7 @@ import tunewright as library
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import begin, evaluation, save
-from studio_client import Browser, opened
+from studio_client import Browser, opened, restarted
 from tunewright.cli.data_review import KEYS as REVIEW_KEYS
 from tunewright.cli.preferences import KEYS as COMPARE_KEYS
 from tunewright.data.review.reviews import read_reviews
@@ -149,6 +149,18 @@ def test_row_on_another_screen_is_not_called_reviewed(browser: Browser, ben: Bro
     assert "Other reviewers have the last rows" in browser.get("/review/suspects")
     ben.judge("right", page="/review/suspects")
     assert "Other reviewers have the last rows" not in browser.get("/review/suspects")
+
+
+@pytest.mark.parametrize("answer", ["two\r\nlines", "old\rMac", "\nfirst", " spaces "])
+def test_unchanged_answer_with_odd_line_ends_is_no_edit(tmp_path: Path, answer: str) -> None:
+    (tmp_path / "tunewright.yaml").write_text("name: ends\n")
+    write_jsonl(tmp_path / "pairs.jsonl", [*pairs(20), {"prompt": "a question", "completion": answer}])
+    assert tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path).code == 0
+    with restarted(tmp_path) as browser:
+        key = next(m.key for m in library.open(tmp_path).data.version().members if m.example.output == answer)
+        sent = answer.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "\r\n")
+        browser.judge("right", key=key, output=sent)
+    assert read_reviews(tmp_path / "dataset").current_verdicts(key)["ada"].verdict == "right"
 
 
 def test_key_means_the_same_on_every_page_and_in_a_terminal(browser: Browser, project: Path) -> None:
