@@ -123,6 +123,7 @@ def test_tenant_commands_name_what_does_not_exist(project: Path, arguments: list
 
 def test_deploy_refuses_an_adapter_without_a_ship_verdict(project: Path) -> None:
     first, second = _adapters(project)
+    store_evidence(project, first, SHIPS.model_copy(update={"split": "dev"}), 4)
     ran = _run(project, "deploy", "courts", first.name)
     assert (ran.code, "has no verdict on the test split" in ran.stderr) == (2, True)
     store_evidence(project, first, FAILS)
