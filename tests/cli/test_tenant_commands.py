@@ -310,6 +310,17 @@ def test_promote_refuses_a_candidate_whose_evidence_was_edited_or_removed(projec
     assert document(project, "promote", "courts")["release"]["adapter"] == first.name
 
 
+def test_audit_verify_names_a_changed_line_with_exit_code_1(project: Path) -> None:
+    for name in ("acme", "globex", "initech"):
+        document(project, "tenant", "add", name)
+    head = document(project, "audit", "verify")["head"]
+    assert document(project, "audit", "verify", "--noted", head)["ok"]
+    with raw(f"sqlite:///{project}/serving/state.sqlite") as execute:
+        execute("UPDATE audit SET subject = 'nobody' WHERE number = 2")
+    ran = _run(project, "audit", "verify")
+    assert (ran.code, "line 2 was changed after it was written" in ran.stdout) == (1, True)
+
+
 def test_audit_verify_names_a_request_with_changed_usage(project: Path) -> None:
     with State(f"sqlite:///{project}/serving/state.sqlite") as state:
         caller, release = with_tenant(state)

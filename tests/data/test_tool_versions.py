@@ -162,6 +162,14 @@ def test_scan_finds_secrets_in_arguments_and_results_with_their_place() -> None:
     assert "messages[2] (tool)" in lines[1]
 
 
+def test_secret_in_arguments_is_refused_by_place(tmp_path: Path) -> None:
+    paid = conversation(Message("user", "Pay"), Message("assistant", "", calls=(weather(0, city=CARD),)))
+    with pytest.raises(
+        UserError, match=r'rows.jsonl:2: payment card number in messages\[1\] \(assistant\) under "city"'
+    ):
+        _added(tmp_path / "p", [asked("Lima"), paid])
+
+
 def test_password_is_found_by_the_name_of_its_argument() -> None:
     login = {"name": "login", "parameters": {"type": "object", "properties": {"password": {"type": "string"}}}}
     tools = canonical_json([{"type": "function", "function": login}])
