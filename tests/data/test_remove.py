@@ -215,6 +215,18 @@ def test_removed_row_stays_out_when_its_file_is_added_again(project: ProjectFold
     assert _add(project, "mended.jsonl").added == 1
 
 
+def test_restore_adds_removed_rows_permanently(project: ProjectFolder) -> None:
+    removed = _remove(project, source="b.jsonl")
+    assert len(_keys(project)) == 40
+    back = _add(project, "b.jsonl", restore=True)
+    assert (back.added, back.removed) == (10, ())
+    assert _add(project, "b.jsonl").removed == ()
+    names = project.root / "keys.txt"
+    names.write_text(removed.rows[0].key)
+    _remove(project, keys=names)
+    assert _add(project, "b.jsonl").removed != ()
+
+
 def test_superseded_row_does_not_return_for_a_removed_edit(project: ProjectFolder) -> None:
     [key] = _train_rows(project, 1)
     edit = VerdictEvent(key=key, verdict="edit", output="better", version="0" * 64, reviewer="ada", when=WHEN)

@@ -192,6 +192,15 @@ def test_checkout_makes_an_earlier_version_current(project: ProjectFolder) -> No
     assert load_version(project.dataset) == second
 
 
+def test_add_after_a_checkout_builds_on_the_earlier_version(project: ProjectFolder, tmp_path: Path) -> None:
+    first = _first(project)
+    checkout(project.dataset, first)
+    add(project, [write_jsonl(tmp_path / "third.jsonl", unlike_pairs(15, 3))], Listener())
+    third = load_version(project.dataset)
+    assert (third.manifest.parent, len(third.members)) == (first, 75)
+    assert verify(OpenFolder(project, Listener())).versions == 3
+
+
 def test_checkout_refuses_a_version_that_is_unknown_or_damaged(project: ProjectFolder, tmp_path: Path) -> None:
     head = (project.dataset / "HEAD").read_text()
     for unknown in ("fffffff0", "xyz", ""):
