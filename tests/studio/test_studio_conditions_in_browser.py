@@ -131,7 +131,8 @@ def test_charts_of_a_running_training_change_rarely_with_reduced_motion(
         assert shown.count() == 2
         still.clock.run_for(100)
         wait_for(shown).to_have_count(3)
-        wait_for(still.locator("#steps-table tbody th").first).to_have_text("13")
+        steps = still.get_by_role("region", name="Last steps")
+        wait_for(steps.locator("tbody th, tbody td").first).to_have_text("13")
         (folder / HISTORY).write_text(lines)
         still.context.close()
 

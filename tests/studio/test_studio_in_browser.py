@@ -91,7 +91,8 @@ def test_charts_grow_while_a_run_trains_and_the_page_is_small(page: Page, projec
         page.goto(f"/train/runs/{RUN}")
         with file.open("a") as more:
             more.write('{"step": 13, "epoch": 0.65, "loss": 0.125, "tokens_per_s": 512}\n')
-        wait_for(page.locator("#steps-table tbody th").first).to_have_text("13")
+        steps = page.get_by_role("region", name="Last steps")
+        wait_for(steps.locator("tbody th, tbody td").first).to_have_text("13")
         wait_for(page.locator("figure svg")).to_have_count(3)
     wait_for(page.locator("#run-state")).to_have_text("stopped")
 
