@@ -26,8 +26,8 @@ from tunewright.config.project import ProjectFolder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from command_line import tiny_project
-from tiny import build_base
+from making.command_line import tiny_project
+from making.tiny_bases import build_base
 
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from complexity_cases import CASES, MAX_GROWTH, Case
+from making.complexity_cases import CASES, MAX_GROWTH, Case
 
 LEAST_S = 0.005
 """Shorter runs measure the allocator and caches."""

@@ -3,8 +3,8 @@
     python benchmarks/forgetting.py [--work build/forgetting] [--rows N] [--samples 100] [--questions 400] [--base BASE]
 
 Trains the demo's config unchanged, with a mix-in of 5% human-written instructions (Self-Instruct's, which are not part
-of the project: see tests/real_data.py), with self-replay, and at a lower learning rate. Measures exact match on dev
-(which also chose the epoch: read it as a comparison), the increase in negative log-likelihood of the base's own
+of the project: see tests/making/real_data.py), with self-replay, and at a lower learning rate. Measures exact match on
+dev (which also chose the epoch: read it as a comparison), the increase in negative log-likelihood of the base's own
 answers, and ARC-easy as lm-eval's acc_norm has it, on a subset drawn by a seed. Resumes where it stopped. Prints a
 table; writes benchmarks/results/forgetting.json and docs/images/forgetting.png.
 """
@@ -46,7 +46,7 @@ from tunewright.open_project import OpenProject
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from real_data import SHARED
+from making.real_data import SHARED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "forgetting.json"

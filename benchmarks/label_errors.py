@@ -5,7 +5,7 @@
 5% of the answers are replaced: by any other class (random), or by that of the other classes which is most like the
 row's text, as a model of *words* sees it (plausible; the detector looks at characters). The set's own errors count
 as false alarms here. Baselines are a model's doubt, 1 - p(answer), and disagreement with the 10 nearest rows. Needs
-the data set, which is not part of the project: see tests/real_data.py. Prints a table and one JSON line.
+the data set, which is not part of the project: see tests/making/real_data.py. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tunewright.data.versions import DatasetVersion, Member, load_version
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from real_data import banking77
+from making.real_data import banking77
 
 NOISE = 0.05
 TOPS = (0.05, 0.1, 0.2)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from load_tenants import disturbed
 
 import tunewright
-from command_line import tiny_project
-from tiny import build_base
+from making.command_line import tiny_project
+from making.tiny_bases import build_base
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.core.progress import LogReporter
 from tunewright.serving.options import ServeOptions

@@ -30,10 +30,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tiny import build_base
+from making.tiny_bases import build_base
 
 # Fixtures that some files import and others take as a plugin: their assertions are rewritten whichever comes first.
-pytest.register_assert_rewrite("adapter_fixtures", "tenant_server", "vllm_child")
+pytest.register_assert_rewrite("making.adapter_projects", "tenant_server", "making.vllm_child")
 
 TESTS = Path(__file__).parent
 
@@ -105,7 +105,7 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama that every engine takes."""
-    from small_models import write_base
+    from making.engine_models import write_base
 
     return write_base(tmp_path_factory.mktemp("engines") / "base")
 
@@ -113,7 +113,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_adapters(small_base: Path) -> dict[str, Path]:
     """Three adapters on it: folders by digest."""
-    from small_models import write_adapter
+    from making.engine_models import write_adapter
 
     return dict(write_adapter(small_base, small_base.parent / f"adapter-{seed}", seed=seed) for seed in (1, 2, 3))
 
@@ -121,7 +121,7 @@ def small_adapters(small_base: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Path]:
     """A PostgreSQL server, started when the first test needs it."""
-    from postgres import postgres_server
+    from making.postgres import postgres_server
 
     with postgres_server() as folder:
         yield folder
@@ -132,7 +132,7 @@ def state_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty serving state, in each kind of database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/serving/state.sqlite"
-    from postgres import new_schema
+    from making.postgres import new_schema
 
     return new_schema(request.getfixturevalue("postgres"))
 
@@ -149,7 +149,7 @@ def state(state_url: str) -> Iterator[Any]:
 @pytest.fixture(scope="module", params=["llama", "mistral", "mistral-window"])
 def plain(request: pytest.FixtureRequest) -> Any:
     """A tiny model whose answers wander, of each architecture."""
-    from decoding_helpers import llama, mistral
+    from making.wandering_models import llama, mistral
 
     return {"llama": llama, "mistral": lambda: mistral(None), "mistral-window": lambda: mistral(8)}[request.param]()
 
@@ -157,7 +157,7 @@ def plain(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def tenants() -> Any:
     """Three adapters on one base."""
-    from decoding_helpers import llama, with_adapters
+    from making.wandering_models import llama, with_adapters
 
     return with_adapters(llama())
 

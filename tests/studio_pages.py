@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from browser import EXECUTABLE, chromium, faults, show, signed_in, wait_for
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from scripted_judge import honest, scripted
-from stand_in import stand_in, with_incumbents
-from tiny import build_base
+from making.browser import EXECUTABLE, chromium, faults, show, signed_in, wait_for
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.hosted_model import stand_in, with_incumbents
+from making.scripted_judge import honest, scripted
+from making.tiny_bases import build_base
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 from tunewright.studio.jobs import Jobs

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from command_line import tunewright
-from factories import pair
-from real_data import SHARED
+from making.command_line import tunewright
+from making.evidence import pair
+from making.real_data import SHARED
 from tunewright.cli.data import leakage_blocks
 from tunewright.cli.evaluate import verdict_text
 from tunewright.config.io import load_config

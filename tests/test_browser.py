@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, new_page, show
+from making.browser import AXE, EXECUTABLE, axe_faults, chromium, faults, new_page, show
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")]
 

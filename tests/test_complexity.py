@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from complexity_cases import CASES, MAX_GROWTH, Case
+from making.complexity_cases import CASES, MAX_GROWTH, Case
 
 N = 500
 

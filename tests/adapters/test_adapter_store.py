@@ -14,14 +14,14 @@ import yaml
 from openai import OpenAI
 
 import tunewright as api
-from adapter_helpers import create_key, import_adapter, own_keys, refused_import, tree
-from command_line import tunewright
+from making.command_line import tunewright
+from making.small_adapters import create_key, import_adapter, own_keys, refused_import, tree
 from tunewright.adapters.manifest import MANIFEST
 from tunewright.adapters.registry import WEIGHTS
 from tunewright.core.io import canonical_json
 from tunewright.serving.options import DeployOptions
 
-pytest_plugins = ("adapter_fixtures", "remote_helpers")
+pytest_plugins = ("making.adapter_projects", "remote_helpers")
 
 
 @pytest.fixture(autouse=True)

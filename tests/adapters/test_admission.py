@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import tunewright as api
-from adapter_helpers import (
+from making.command_line import tunewright
+from making.small_adapters import (
     import_adapter,
     lora_config,
     lora_weights,
@@ -27,7 +28,6 @@ from adapter_helpers import (
     tree,
     write_adapter,
 )
-from command_line import tunewright
 from tunewright.adapters.foreign import importer as admission
 from tunewright.adapters.foreign import quarantine
 from tunewright.adapters.foreign.documents import read_config
@@ -39,7 +39,7 @@ from tunewright.evidence.verdict import verdict
 from tunewright.models.families import read_shape
 from tunewright.serving.options import ServeOptions
 
-pytest_plugins = "adapter_fixtures"
+pytest_plugins = "making.adapter_projects"
 
 
 @pytest.fixture(autouse=True)

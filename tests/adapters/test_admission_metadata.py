@@ -12,21 +12,21 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tunewright as api
-from adapter_helpers import (
+from making.command_line import tiny_project, tunewright
+from making.small_adapters import (
     claim,
     create_key,
     import_adapter,
     own_keys,
     refused_import,
 )
-from command_line import tiny_project, tunewright
-from tiny import build_base
+from making.tiny_bases import build_base
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import MANIFEST, SIGNATURE
 from tunewright.adapters.registry import WEIGHTS, adapter_digest, write_manifest
 from tunewright.core.errors import UserError
 
-pytest_plugins = "adapter_fixtures"
+pytest_plugins = "making.adapter_projects"
 
 
 @pytest.fixture(autouse=True)

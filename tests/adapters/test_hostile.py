@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapter_helpers import lora_config, lora_weights, own_keys, tree, write_adapter
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
+from making.small_adapters import lora_config, lora_weights, own_keys, tree, write_adapter
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 
 Build = Callable[[Path], Path]

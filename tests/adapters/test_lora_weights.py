@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from decoding_helpers import llama
-from hypothesis_settings import examples
+from making.property_examples import examples
+from making.wandering_models import llama
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.core.errors import UserError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from adapter_helpers import PHRASE, create_key, lora_weights, own_keys, ssh_keygen, write_adapter
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
+from making.small_adapters import PHRASE, create_key, lora_weights, own_keys, ssh_keygen, write_adapter
 from tunewright.adapters.keys import NAMESPACE, TrustedKeys
 from tunewright.adapters.manifest import DSSE, LOCAL, MANIFEST, SIGNATURE
 from tunewright.adapters.registry import (

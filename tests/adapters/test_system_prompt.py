@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from adapter_helpers import write_adapter
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.small_adapters import write_adapter
 from tunewright.adapters.foreign.documents import check_lineage
 from tunewright.adapters.lineage import KEY, SystemPrompt, count_system_turns, system_prompt
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter

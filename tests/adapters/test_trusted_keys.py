@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_helpers import create_key, own_keys, ssh_keygen
+from making.small_adapters import create_key, own_keys, ssh_keygen
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.core.errors import UserError
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tunewright as api
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.adapters.lora_weights import check_adapter, require_servable
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.config import TrainConfig

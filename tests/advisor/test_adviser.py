@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.advisor.adviser import Answers, Items, cheapest_enough, context_budget, pilot_parts
 from tunewright.advisor.signals import ContextBudget
 from tunewright.config import AdviseConfig

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signals_factory import arm, break_even, curve, doubling, gain, make_signals
+from making.signals import arm, break_even, curve, doubling, gain, make_signals
 from tunewright.advisor.advice import changes, expectations, measured
 from tunewright.advisor.signals import Grounds, Signals, decide, load_signals
 

@@ -11,8 +11,8 @@ import pytest
 from typer.main import get_command
 
 import tunewright
-from command_line import tiny_project
-from command_line import tunewright as command
+from making.command_line import tiny_project
+from making.command_line import tunewright as command
 from tunewright.cli import commands
 from tunewright.core.errors import UserError
 from tunewright.data.options import ReviewOptions

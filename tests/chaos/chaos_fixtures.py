@@ -11,8 +11,8 @@ import pytest
 from faulty import compiled
 from stages import Stages
 
-from forked import Server
-from scripted_judge import honest, scripted
+from making.forked import Server
+from making.scripted_judge import honest, scripted
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import Command
+from making.forked import Command
 
 SOURCE = Path(__file__).with_name("faults.c")
 SEED_VARIABLE = "TUNEWRIGHT_CHAOS_SEED"

@@ -14,11 +14,11 @@ from typing import Any
 
 from faulty import counted
 
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from factories import make_items
-from forked import Command, Ended, Fault, Server
-from scripted_judge import Server as Judge
-from scripted_judge import write_project
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.evidence import make_items
+from making.forked import Command, Ended, Fault, Server
+from making.scripted_judge import Server as Judge
+from making.scripted_judge import write_project
 from tunewright.evidence.files import load_evidence
 
 UNFINISHED_PURGE = "the purge is not finished"
@@ -26,8 +26,8 @@ HANG_S = 180
 """A guard against commands that hang, no expectation."""
 NO_THREAD = "Exception ignored in thread started by"
 """Printed where a thread has no memory to begin, for which ``Thread.start`` then waits without end
-(https://github.com/python/cpython/issues/140746). The threads of libraries, as that which loads a model, meet it: such a
-command is as good as killed."""
+(https://github.com/python/cpython/issues/140746). Threads of libraries meet it, as the one that loads a model does:
+such a command is as good as killed."""
 FORCED = ("--force", "--because", "a test of faults", "--untested", "a test of faults")
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from stages import CASES, FORCED, HANG_S, Stages
 
-from command_line import tunewright
+from making.command_line import tunewright
 
 pytestmark = pytest.mark.chaos
 pytest_plugins = ["chaos_fixtures"]

@@ -15,7 +15,7 @@ import pytest
 from faulty import SEED_VARIABLE, Action, Kind, counted, seed
 from stages import CASES, Case, Stages
 
-from forked import FOREVER, Fault
+from making.forked import FOREVER, Fault
 
 pytestmark = pytest.mark.chaos
 pytest_plugins = ["chaos_fixtures"]

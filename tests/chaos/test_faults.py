@@ -16,7 +16,7 @@ import pytest
 from faulty import SEED_VARIABLE, Action, seed
 from stages import CASES, HANG_S, Stages
 
-from forked import FOREVER, Command, Ended
+from making.forked import FOREVER, Command, Ended
 
 pytestmark = pytest.mark.chaos
 pytest_plugins = ["chaos_fixtures"]

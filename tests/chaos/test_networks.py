@@ -19,8 +19,8 @@ from faulty import SEED_VARIABLE, seed
 from stages import CASES, Stages
 from tenant_server import ASKED, Running, Stored, tenant_server, until
 
-from forked import Ended
-from postgres import USER, new_schema, restart
+from making.forked import Ended
+from making.postgres import USER, new_schema, restart
 from tunewright.serving.tenants import State
 
 pytestmark = pytest.mark.chaos

@@ -23,7 +23,7 @@ import pytest
 from faulty import SEED_VARIABLE, Action, Kind, counted, seed
 from stages import HANG_S, Stages
 
-from forked import Command, Fault
+from making.forked import Command, Fault
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.database import Database
 from tunewright.serving.tenants.usage import UsageLine

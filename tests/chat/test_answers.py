@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import makers
-from hypothesis_settings import examples
-from tiny import byte_tokenizer, chat_of
+from making import makers
+from making.property_examples import examples
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.chat import chat_format
 from tunewright.chat.answers import PLAIN_STOPS, answer_limit, answer_text, stop_strings
 from tunewright.chat.inspection import view

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
-from tool_families import FAMILIES, family, texts
+from making.property_examples import examples
+from making.tool_families import FAMILIES, family, texts
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import grammar_compiler
 from tunewright.chat.call_grammar import call_grammar

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
-from tool_families import FAMILIES, arguments, family, names, texts
+from making.property_examples import examples
+from making.tool_families import FAMILIES, arguments, family, names, texts
 from tunewright.chat import ChatFormat
 from tunewright.chat.call_stream import CallStream
 from tunewright.chat.tool_calls import signed

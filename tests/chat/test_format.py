@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from tiny import CHATML, byte_tokenizer, chat_of
+from making.tiny_bases import CHATML, byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat, Tokens, cached_format, chat_format, encode
 from tunewright.chat.inspection import differences
 from tunewright.config import ChatConfig

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import makers
 import tunewright
-from command_line import COLOURS, recorded_prompts, write_jsonl
-from command_line import tunewright as run
+from making import makers
+from making.command_line import COLOURS, recorded_prompts, write_jsonl
+from making.command_line import tunewright as run
 from tunewright.chat import encode, open_chat
 from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import makers
-from hypothesis_settings import examples
-from makers import LLAMA3_FAMILIES, Chat, Mistral
+from making import makers
+from making.makers import LLAMA3_FAMILIES, Chat, Mistral
+from making.property_examples import examples
 from tunewright.chat import ChatFormat, chat_format
 from tunewright.data.examples import Message, Role
 

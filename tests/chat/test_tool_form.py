@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import makers
-from hypothesis_settings import examples
-from tiny import CHATML, byte_tokenizer
-from tool_families import (
+from making import makers
+from making.property_examples import examples
+from making.tiny_bases import CHATML, byte_tokenizer
+from making.tool_families import (
     FAMILIES,
     MISTRAL,
     conversations,

@@ -15,10 +15,10 @@ from typing import Any, get_args
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-import makers
-from hypothesis_settings import examples
-from makers import Mistral
-from tool_families import conversations, format_of, mistral_template, texts
+from making import makers
+from making.makers import Mistral
+from making.property_examples import examples
+from making.tool_families import conversations, format_of, mistral_template, texts
 from tunewright.chat import ChatFormat
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.core.errors import UserError

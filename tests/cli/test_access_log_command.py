@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tunewright as package
-from command_line import pairs, trained_project, tunewright, write_jsonl
+from making.command_line import pairs, trained_project, tunewright, write_jsonl
 from tunewright.evaluation.access_log import ACCESS_LOG
 
 pytestmark = pytest.mark.slow

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from adapter_helpers import PHRASE, create_key, own_keys
-from command_line import tunewright
-from terminal import Terminal
+from making.command_line import tunewright
+from making.small_adapters import PHRASE, create_key, own_keys
+from making.terminal import Terminal
 from tunewright.adapters.registry import WEIGHTS
 from tunewright.data.versions import load_version
 
-pytest_plugins = "adapter_fixtures"
+pytest_plugins = "making.adapter_projects"
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Ran, tiny_project, tunewright
+from making.command_line import Ran, tiny_project, tunewright
 from tunewright.adapters.registry import list_adapters
 
 pytestmark = pytest.mark.slow

@@ -21,9 +21,9 @@ import yaml
 
 import agent
 import prepare_orders as orders
-from command_line import Ran, interrupted, served, tunewright, write_jsonl
-from tiny import CHATML
-from tool_families import family
+from making.command_line import Ran, interrupted, served, tunewright, write_jsonl
+from making.tiny_bases import CHATML
+from making.tool_families import family
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message
 

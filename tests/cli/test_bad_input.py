@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
+from making.command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
 from tunewright.cli.console import session
 from tunewright.cli.live import ConsoleReporter
 from tunewright.core.progress import LogTask, Task

@@ -17,8 +17,8 @@ import tunewright.evaluation.crossval
 import tunewright.evaluation.learning_curve
 import tunewright.training.sweep.sweep
 import tunewright.training.trainer  # noqa: F401
-from command_line import Ran, tiny_project
-from command_line import tunewright as command
+from making.command_line import Ran, tiny_project
+from making.command_line import tunewright as command
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],

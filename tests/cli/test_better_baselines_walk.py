@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import tunewright as library
-from command_line import tunewright, write_jsonl
-from scripted_reflection import ONE, counting_base, counting_project, reflecting, rows
-from scripted_teacher import LICENSE, asked, teaching
+from making.command_line import tunewright, write_jsonl
+from making.scripted_reflection import ONE, counting_base, counting_project, reflecting, rows
+from making.scripted_teacher import LICENSE, asked, teaching
 
 HUMAN, GENERATED = 80, 80
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from command_line import Ran, trained_project, tunewright
+from making.command_line import Ran, trained_project, tunewright
 from tunewright.evaluation import time_limit
 from tunewright.evaluation.generations import Generator
 from tunewright.evidence.files import load_evidence

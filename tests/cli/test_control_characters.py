@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from command_line import pairs, tunewright, write_jsonl
-from terminal import Terminal
+from making.command_line import pairs, tunewright, write_jsonl
+from making.terminal import Terminal
 from tunewright.cli.console import Session, plain_text
 from tunewright.core.text import visible
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from command_line import evaluation_of, tiny_project, tunewright, write_jsonl
+from making.command_line import evaluation_of, tiny_project, tunewright, write_jsonl
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import load_version
@@ -45,7 +45,7 @@ def family_project(folder: Path, base: Path) -> Path:
 def crossvalidated(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, list[list[str]]]:
     """A project that has been cross-fitted, and the texts of the rows that each training and dev pass was given."""
     import tunewright.training.run as training
-    from tiny import byte_tokenizer
+    from making.tiny_bases import byte_tokenizer
     from tunewright.training.rows import as_columns
 
     folder = family_project(tmp_path_factory.mktemp("crossval") / "project", tiny_base_folder)
@@ -211,7 +211,7 @@ def plain_loss(base: Path, adapter: Adapter, member: Any) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from tiny import byte_tokenizer, chat_of
+    from making.tiny_bases import byte_tokenizer, chat_of
 
     row = chat_of(byte_tokenizer()).encode(member.example.messages)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter.folder)

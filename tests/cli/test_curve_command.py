@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from command_line import trained_project, tunewright
+from making.command_line import trained_project, tunewright
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config import MetricName
 from tunewright.evidence.common import Interval

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
+from making.command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
 
 
 def _run(project: Path, *arguments: str | Path, code: int = 0) -> Any:

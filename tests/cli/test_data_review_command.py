@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import pairs, tunewright, write_jsonl
-from terminal import Terminal
+from making.command_line import pairs, tunewright, write_jsonl
+from making.terminal import Terminal
 from tunewright.cli import commands
 from tunewright.data.review.report import review_status
 from tunewright.data.versions import load_version

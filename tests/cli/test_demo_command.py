@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.config.io import load_config
 from tunewright.core.progress import LogReporter
 from tunewright.demo import choose_item, open_demo

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import evaluation_of, pairs, tiny_project, tunewright, write_jsonl
+from making.command_line import evaluation_of, pairs, tiny_project, tunewright, write_jsonl
 from tunewright.data.examples import output_template
 from tunewright.data.versions import load_version
 

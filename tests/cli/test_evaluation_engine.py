@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Ran, copy_dataset, trained_project, tunewright
-from vllm_child import alive, children_of, install_fake, wait_until
+from making.command_line import Ran, copy_dataset, trained_project, tunewright
+from making.vllm_child import alive, children_of, install_fake, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from command_line import parsed, tunewright
+from making.command_line import parsed, tunewright
 from tunewright._version import __version__
 from tunewright.cli import commands
 from tunewright.cli.app import PANELS

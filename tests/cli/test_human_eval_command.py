@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tunewright
-from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
-from terminal import Terminal
+from making.command_line import tunewright
+from making.human_evaluations import begin, evaluation, evaluation_with_incumbent, side_of_treatment
+from making.terminal import Terminal
 from tunewright.cli import commands
 from tunewright.evidence.files import load_evidence
 from tunewright.evidence.human_eval import human_eval_line

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from command_line import Ran, document, trained_project, tunewright, without_state
-from planted_bugs import LastSlot, StaleCache
+from making.command_line import Ran, document, trained_project, tunewright, without_state
+from making.planted_bugs import LastSlot, StaleCache
 from tunewright.adapters.registry import WEIGHTS, Adapter, list_adapters, store_adapter
 from tunewright.engines import peft
 from tunewright.engines.peft import PeftEngine

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from command_line import Ran, tiny_project, tunewright
-from otlp_collector import collector
+from making.command_line import Ran, tiny_project, tunewright
+from making.otlp_collector import collector
 from tunewright.cli.json_log import JsonReporter, json_log
 from tunewright.cli.live import LineTask
 

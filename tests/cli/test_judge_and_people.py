@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from sacrebleu.metrics.chrf import CHRF
 
-from command_line import Ran, tunewright
-from factories import COUNTIES, STATES, with_scores
-from scripted_judge import Asked, Script, honest, scripted, verdict, write_project
+from making.command_line import Ran, tunewright
+from making.evidence import COUNTIES, STATES, with_scores
+from making.scripted_judge import Asked, Script, honest, scripted, verdict, write_project
 from tunewright.core.io import digest
 from tunewright.evidence.files import load_evidence
 from tunewright.evidence.schema import Evidence, Item

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from command_line import tiny_project, tunewright
-from terminal import Terminal
+from making.command_line import tiny_project, tunewright
+from making.terminal import Terminal
 from tunewright.cli import live
 from tunewright.cli.live import ConsoleReporter, Curves, _BarTask, _Screen, bars
 from tunewright.core.progress import downsample

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.evidence.blocks import evaluation_sections
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import holm

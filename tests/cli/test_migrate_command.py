@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from command_line import tunewright, write_jsonl
+from making.command_line import tunewright, write_jsonl
 from tunewright.data.migrate import VALIDATION_FILE
 
 OPENAI = {

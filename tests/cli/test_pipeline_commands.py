@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.adapters.registry import find_adapter
 from tunewright.config.project import ProjectFolder
 
@@ -127,7 +127,7 @@ def test_evaluate_refuses_an_adapter_of_another_dataset_version(project: Path, t
     """Its training rows may be test rows now."""
     import shutil
 
-    from command_line import pairs, write_jsonl
+    from making.command_line import pairs, write_jsonl
 
     other = Path(shutil.copytree(project, tmp_path / "other"))
     assert tunewright("data", "add", write_jsonl(tmp_path / "more.jsonl", pairs(20, seed=9)), "-p", other).code == 0
@@ -152,7 +152,7 @@ def test_evaluate_warns_of_an_adapter_trained_with_another_config(project: Path,
 def test_evaluate_refuses_an_adapter_of_another_base(project: Path, tmp_path: Path) -> None:
     import shutil
 
-    from tiny import build_base
+    from making.tiny_bases import build_base
 
     other = Path(shutil.copytree(project, tmp_path / "other"))
     build_base(tmp_path / "base", seed=1)

@@ -17,7 +17,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.cli.console import plain_text
 
 LONG = "a message of many words " * 20

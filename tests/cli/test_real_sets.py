@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tunewright
-from real_data import DATA_SETS, SHARED
+from making.command_line import tunewright
+from making.real_data import DATA_SETS, SHARED
 from tunewright.data.examples import Example
 from tunewright.data.versions import load_version
 

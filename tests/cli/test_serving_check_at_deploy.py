@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Ran, document, pairs, store_evidence, tiny_project, tunewright, without_state, write_jsonl
-from factories import make_evidence, make_items
-from planted_bugs import LateBase, WrongScale
+from making.command_line import (
+    Ran,
+    document,
+    pairs,
+    store_evidence,
+    tiny_project,
+    tunewright,
+    without_state,
+    write_jsonl,
+)
+from making.evidence import make_evidence, make_items
+from making.planted_bugs import LateBase, WrongScale
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter

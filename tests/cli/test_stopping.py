@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from command_line import pairs, tunewright, write_jsonl
+from making.command_line import pairs, tunewright, write_jsonl
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.adapters.registry import list_adapters
 from tunewright.config.io import load_config
 from tunewright.data.versions import load_version
@@ -41,7 +41,7 @@ def _ledger(project: Path) -> list[dict[str, Any]]:
 def swept(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
     """A project that was swept, what the command printed, and the texts that training and dev passes were given."""
     import tunewright.training.run as running
-    from tiny import byte_tokenizer
+    from making.tiny_bases import byte_tokenizer
     from tunewright.training.rows import as_columns
 
     project = _project(tmp_path_factory.mktemp("sweep") / "project", tiny_base_folder)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import tunewright
-from command_line import recorded_prompts, trained_project, without_state
+from making.command_line import recorded_prompts, trained_project, without_state
 from tunewright.adapters.lineage import KEY
 from tunewright.adapters.registry import LINEAGE, Adapter, find_adapter
 from tunewright.config.project import ProjectFolder

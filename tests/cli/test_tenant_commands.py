@@ -17,8 +17,17 @@ import openai
 import pytest
 from states import raw, reservation, with_tenant
 
-from command_line import Ran, document, interrupted, served, store_evidence, trained_project, tunewright, without_state
-from factories import make_evidence, make_items, make_opening, with_contrast
+from making.command_line import (
+    Ran,
+    document,
+    interrupted,
+    served,
+    store_evidence,
+    trained_project,
+    tunewright,
+    without_state,
+)
+from making.evidence import make_evidence, make_items, make_opening, with_contrast
 from tunewright import open as open_project
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
@@ -333,7 +342,7 @@ def test_audit_verify_names_a_request_with_changed_usage(project: Path) -> None:
 
 
 def test_state_is_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:
-    from postgres import new_schema
+    from making.postgres import new_schema
 
     url = new_schema(postgres)
     made = document(project, "tenant", "add", "acme", "--database-url", url)

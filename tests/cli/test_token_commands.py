@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 import tunewright as package
-from command_line import pairs, recorded_prompts, tiny_project, trained_project, tunewright, write_jsonl
-from tiny import build_base
+from making.command_line import pairs, recorded_prompts, tiny_project, trained_project, tunewright, write_jsonl
+from making.tiny_bases import build_base
 from tunewright.adapters.registry import find_adapter
 from tunewright.serving.options import ServeOptions
 

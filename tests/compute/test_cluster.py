@@ -27,8 +27,8 @@ from hypothesis import given
 from parts import joined, lost, refused_here, timed, where
 from raylets import HERE, PATH, raylets, token_required
 
-from command_line import tiny_project
-from hypothesis_settings import examples
+from making.command_line import tiny_project
+from making.property_examples import examples
 from tunewright.api import Project
 from tunewright.compute import open_workers
 from tunewright.config import ComputeConfig, Config

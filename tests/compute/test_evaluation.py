@@ -20,7 +20,7 @@ from data_helpers import Listener
 from parts import failing, ready, released
 from raylets import raylets, token_required
 
-from command_line import tiny_project
+from making.command_line import tiny_project
 from tunewright.api import Project
 from tunewright.compute import open_model_workers
 from tunewright.config import ComputeConfig, Config

@@ -15,8 +15,8 @@ import pytest
 from data_helpers import Listener
 from raylets import PATH, raylets, token_required
 
-from command_line import tiny_project
-from forked import Server
+from making.command_line import tiny_project
+from making.forked import Server
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder

@@ -20,7 +20,7 @@ from data_helpers import Listener
 from parts import joined, ready
 from raylets import raylets, token_required, wait_until
 
-from command_line import tiny_project
+from making.command_line import tiny_project
 from tunewright.adapters.registry import HISTORY, list_adapters
 from tunewright.api import Project
 from tunewright.compute import open_workers

@@ -18,7 +18,7 @@ from compute_helpers import Answering, results
 from data_helpers import Listener
 from raylets import raylets, token_required
 
-from command_line import write_jsonl
+from making.command_line import write_jsonl
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 

@@ -17,8 +17,8 @@ from data_helpers import Listener, Pair, jaccard, unlike_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command_line import tiny_project, tunewright, write_jsonl
-from pickled_workers import PickledWorkers
+from making.command_line import tiny_project, tunewright, write_jsonl
+from making.pickled_workers import PickledWorkers
 from tunewright.compute import open_workers
 from tunewright.config import ComputeConfig, Config
 from tunewright.core.progress import LogTask

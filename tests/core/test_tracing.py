@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from otlp_collector import collector, traced
+from making.otlp_collector import collector, traced
 from tunewright.core import tracing
 from tunewright.core.errors import UserError
 

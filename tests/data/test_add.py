@@ -14,7 +14,7 @@ from data_helpers import Listener, Pair, jaccard, new_project, unlike_pairs, wri
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add

@@ -16,7 +16,7 @@ from data_helpers import Listener, example, jaccard, new_project, unlike_pairs, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogTask
 from tunewright.data.add import AddResult, add

@@ -16,7 +16,7 @@ from data_helpers import Listener, example, new_project, unlike_pairs, write_jso
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.add import add

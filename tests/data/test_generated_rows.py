@@ -13,7 +13,7 @@ from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_rows
 
-from command_line import tunewright
+from making.command_line import tunewright
 from tunewright.config import DataConfig
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError

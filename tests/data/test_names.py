@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_helpers import Listener, example, new_project, unlike_pairs, write_jsonl
 
-from command_line import tunewright
+from making.command_line import tunewright
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.options import AddOptions

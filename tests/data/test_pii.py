@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from secret_samples import NEGATIVES, Sample, negatives, positives, with_iban_check, with_luhn
 
-from hypothesis_settings import examples
-from real_data import DATA_SETS, SHARED
+from making.property_examples import examples
+from making.real_data import DATA_SETS, SHARED
 from tunewright.config import DataConfig, Findable
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 from data_helpers import new_project, unlike_pairs
 
 import tunewright
-from command_line import tunewright as command
+from making.command_line import tunewright as command
 from tunewright.api import Project
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 from data_helpers import Listener
 from review_helpers import judge_next, review
 
-from command_line import tunewright
+from making.command_line import tunewright
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.remote import pull, push

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan

@@ -10,8 +10,8 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs
 
 import tunewright
-from command_line import tunewright as command
-from dataset_hub import COMMIT, DatasetHub, serve
+from making.command_line import tunewright as command
+from making.dataset_hub import COMMIT, DatasetHub, serve
 from tunewright.core.errors import UserError
 from tunewright.data.readers.source_files import hub_files, hub_source, parse_hub_name, source_files
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from review_helpers import review
 from tool_rows import OSLO, TOOLS, Row, as_openai, conversation, weather
 
-from command_line import tunewright
+from making.command_line import tunewright
 from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import judge_next, review
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add

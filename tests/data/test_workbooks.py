@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tunewright
-from command_line import tunewright as command
+from making.command_line import tunewright as command
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.options import RemoveOptions

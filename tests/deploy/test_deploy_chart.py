@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from command_line import parsed
-from deploy_files import DEPLOY, documents, options, ran, require_metrics, require_route, require_server, tool
+from making.command_line import parsed
+from making.deploy_files import DEPLOY, documents, options, ran, require_metrics, require_route, require_server, tool
 
 pytestmark = pytest.mark.slow  # needs what `make test` does not install
 

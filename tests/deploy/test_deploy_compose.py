@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from deploy_files import (
+from making.deploy_files import (
     DASHBOARD,
     DEPLOY,
     TOOLS,

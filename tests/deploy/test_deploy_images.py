@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 import pytest
 
-from command_line import parsed
-from deploy_files import DEPLOY, ROOT, ran, require_route, require_server, stages, tool
+from making.command_line import parsed
+from making.deploy_files import DEPLOY, ROOT, ran, require_route, require_server, stages, tool
 
 pytestmark = pytest.mark.slow  # needs what `make test` does not install
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from command_line import parsed
-from deploy_files import DEPLOY, ROOT, ran, tool
+from making.command_line import parsed
+from making.deploy_files import DEPLOY, ROOT, ran, tool
 
 pytestmark = pytest.mark.slow  # needs what `make test` does not install
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from command_line import tunewright
-from factories import make_evidence, make_items, make_opening
+from making.command_line import tunewright
+from making.evidence import make_evidence, make_items, make_opening
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, digest, file_digest, write_text
 from tunewright.core.progress import LogReporter

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from factories import make_evidence, make_items, make_opening
-from hypothesis_settings import examples
+from making.evidence import make_evidence, make_items, make_opening
+from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fake_vllm import DIE, FAIL
+from making.fake_vllm import DIE, FAIL
+from making.vllm_child import StopAfter, alive, children_of, install_fake, wait_until
 from tunewright.chat import open_chat
 from tunewright.config import Config, EvaluateConfig, TrainConfig
 from tunewright.config.project import ProjectFolder
@@ -31,7 +32,6 @@ from tunewright.evaluation.generations import Generator
 from tunewright.generation.requests import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
-from vllm_child import StopAfter, alive, children_of, install_fake, wait_until
 
 END = 4
 
@@ -208,7 +208,7 @@ def test_vllm_keeps_the_configured_number_of_requests(answers: VllmAnswers) -> N
 def test_vllm_loads_one_adapter_in_two_slots_and_restarts_for_a_higher_rank(
     answers: VllmAnswers, small_adapters: dict[str, Path], small_base: Path, tmp_path: Path
 ) -> None:
-    from small_models import write_adapter
+    from making.engine_models import write_adapter
 
     for digest, folder in small_adapters.items():
         answers.generate([Request((5,), digest, 1)], stop_ids=(), adapters={digest: folder})

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import tunewright
-from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned, short_turns
-from command_line import tiny_project, write_jsonl
-from command_line import tunewright as command
+from making.base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned, short_turns
+from making.command_line import tiny_project, write_jsonl
+from making.command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError

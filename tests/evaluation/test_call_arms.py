@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from command_line import tunewright, write_jsonl
-from tool_families import family
+from making.command_line import tunewright, write_jsonl
+from making.tool_families import family
 from tunewright.chat.call_grammar import CallGrammars
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, Message, ToolCall, call_id

@@ -13,8 +13,8 @@ from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_helpers import lora_weights, write_adapter
-from pickled_workers import PickledModels
+from making.pickled_workers import PickledModels
+from making.small_adapters import lora_weights, write_adapter
 from tunewright.adapters.registry import LINEAGE, Adapter
 from tunewright.chat import open_chat
 from tunewright.core.errors import UserError

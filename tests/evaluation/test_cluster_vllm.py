@@ -14,8 +14,9 @@ import httpx
 import pytest
 from data_helpers import Listener
 
-from fake_vllm import DIE
-from pickled_workers import PickledModels
+from making.fake_vllm import DIE
+from making.pickled_workers import PickledModels
+from making.vllm_child import alive, install_fake
 from tunewright.adapters.registry import LINEAGE, Adapter
 from tunewright.chat import open_chat
 from tunewright.config import Config, EvaluateConfig
@@ -33,7 +34,6 @@ from tunewright.evaluation.arm_runner import noise_floor
 from tunewright.evaluation.generations import Generator
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
-from vllm_child import alive, install_fake
 
 VLLM = Config(evaluate=EvaluateConfig(engine="vllm"))
 

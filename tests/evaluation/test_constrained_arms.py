@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from command_line import COLOURS, Ran, tiny_project, tunewright, write_jsonl
+from making.command_line import COLOURS, Ran, tiny_project, tunewright, write_jsonl
 from tunewright.config import ConstrainConfig, EvaluateConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

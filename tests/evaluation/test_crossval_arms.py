@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 import tunewright
-from command_line import tiny_project, write_jsonl
-from factories import make_evidence, make_items
-from fold_helpers import version_of
+from making.command_line import tiny_project, write_jsonl
+from making.evidence import make_evidence, make_items
+from making.versions import version_of
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.folds import fold_versions

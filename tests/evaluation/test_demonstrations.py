@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fold_helpers import version_of
+from making.versions import version_of
 from tunewright.config import RetrieverName
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member

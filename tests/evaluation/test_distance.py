@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from factories import make_evidence, make_items, scored_items
+from making.evidence import make_evidence, make_items, scored_items
 from tunewright.evidence.scoring import contrast, scores_by_distance, scores_by_template
 
 ITEMS = make_items(60)

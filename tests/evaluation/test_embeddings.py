@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import tunewright
-from base_and_tuned import plain_base
-from command_line import tiny_project
-from command_line import tunewright as command
+from making.base_and_tuned import plain_base
+from making.command_line import tiny_project
+from making.command_line import tunewright as command
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.evaluation.verbs import open_arm_runner

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fold_helpers import version_of
+from making.versions import version_of
 from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, members_digest

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import tunewright
-from base_and_tuned import likeliest_choice, only_adapter, plain_base, short_turns
-from command_line import tiny_project
+from making.base_and_tuned import likeliest_choice, only_adapter, plain_base, short_turns
+from making.command_line import tiny_project
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError

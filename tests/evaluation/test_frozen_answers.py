@@ -14,8 +14,8 @@ import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
 import tunewright as package
-from command_line import tiny_project, tunewright, write_jsonl
-from stand_in import StandIn, first_word, stand_in, with_incumbents
+from making.command_line import tiny_project, tunewright, write_jsonl
+from making.hosted_model import StandIn, first_word, stand_in, with_incumbents
 from tunewright.api import Project
 from tunewright.config import IncumbentConfig
 from tunewright.core.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_limit import run_out_of_memory
+from making.memory_limit import run_out_of_memory
 from tunewright.chat import open_chat
 from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from real_data import SHARED
+from making.real_data import SHARED
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.checks import Check
 from tunewright.evaluation.benchmarks.instructions import Instruction, examples_control, read_instructions

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 import tunewright as package
-from command_line import Ran, tiny_project, tunewright
-from stand_in import first_word, stand_in, with_incumbents
+from making.command_line import Ran, tiny_project, tunewright
+from making.hosted_model import first_word, stand_in, with_incumbents
 from tunewright.evidence.files import load_evidence, load_items
 
 PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a call

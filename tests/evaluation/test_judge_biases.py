@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tunewright
-from factories import make_items
-from scripted_judge import Asked, Script, honest, scripted, verdict, write_project
+from making.command_line import tunewright
+from making.evidence import make_items
+from making.scripted_judge import Asked, Script, honest, scripted, verdict, write_project
 from tunewright.core.io import digest
 from tunewright.evaluation.judge.questions import CONTROLS_FILE, ROWS_FILE, load_judged
 from tunewright.evidence.files import load_evidence

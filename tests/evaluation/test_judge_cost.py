@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import tunewright as package
-from command_line import pairs, tunewright, write_jsonl
-from factories import make_items
-from people_helpers import save
-from scripted_judge import honest, read_prompt, scripted, write_project
+from making.command_line import pairs, tunewright, write_jsonl
+from making.evidence import make_items
+from making.human_evaluations import save
+from making.scripted_judge import honest, read_prompt, scripted, write_project
 from tunewright.evidence.files import load_evidence, load_items
 
 CONTROL_QUESTIONS = 14 * 6

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from factories import make_items
-from report_evidence import JUDGE
-from scripted_judge import read_prompt
+from making.evidence import make_items
+from making.full_evidence import JUDGE
+from making.scripted_judge import read_prompt
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.evaluation.judge.figures import (

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from command_line import pairs, tunewright, write_jsonl
-from factories import make_evidence, with_scores
-from people_helpers import begin, save, side_of_treatment
-from report_evidence import JUDGE
+from making.command_line import pairs, tunewright, write_jsonl
+from making.evidence import make_evidence, with_scores
+from making.full_evidence import JUDGE
+from making.human_evaluations import begin, save, side_of_treatment
 from tunewright.data.versions import load_version
 from tunewright.data.versions.logs import read_kept_pairs
 from tunewright.evaluation.access_log import AccessLog

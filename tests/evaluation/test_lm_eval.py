@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import tunewright
-from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned
-from command_line import pairs, tiny_project, write_jsonl
-from command_line import tunewright as command
+from making.base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned
+from making.command_line import pairs, tiny_project, write_jsonl
+from making.command_line import tunewright as command
 from tunewright.api import Project
 from tunewright.evaluation.benchmarks import runner as suites
 

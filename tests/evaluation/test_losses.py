@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tiny import byte_tokenizer, chat_of
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message, Role
@@ -35,7 +35,7 @@ def chat() -> ChatFormat:
 @pytest.fixture(scope="module", params=["llama", "mistral"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny base with an adapter that is not nought."""
-    from tiny import build_base
+    from making.tiny_bases import build_base
 
     folder = build_base(tmp_path_factory.mktemp("base") / request.param, request.param)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -16,9 +16,9 @@ import pytest
 from starlette.responses import JSONResponse
 
 import tunewright
-from command_line import tunewright as command
-from command_line import write_jsonl
-from scripted_reflection import ONE, OWN, TWO, Reflection, counting_base, counting_project, reflecting, rows
+from making.command_line import tunewright as command
+from making.command_line import write_jsonl
+from making.scripted_reflection import ONE, OWN, TWO, Reflection, counting_base, counting_project, reflecting, rows
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import tunewright
-from command_line import tiny_project, write_jsonl
-from command_line import tunewright as command
-from fold_helpers import version_of
+from making.command_line import tiny_project, write_jsonl
+from making.command_line import tunewright as command
+from making.versions import version_of
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member

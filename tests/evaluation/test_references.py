@@ -8,7 +8,7 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from factories import pair, scorers
+from making.evidence import pair, scorers
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, Python
 from tunewright.evidence.common import References

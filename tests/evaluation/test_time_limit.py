@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training_runs import Heard
+from making.training_runs import Heard
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation import time_limit as module

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from command_line import tunewright, write_jsonl
-from tiny import byte_tokenizer, chat_of
+from making.command_line import tunewright, write_jsonl
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.adapters.registry import LINEAGE, Adapter
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from factories import make_evidence, make_items
-from report_evidence import CURVE, GENERAL
+from making.evidence import make_evidence, make_items
+from making.full_evidence import CURVE, GENERAL
 from tunewright.evidence.causes import Labels, ProjectFacts, decided, undertrained
 from tunewright.evidence.common import AnswerFormat, Interval
 from tunewright.evidence.schema import Evidence

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from factories import cross_fitted, make_evidence, make_items
+from making.evidence import cross_fitted, make_evidence, make_items
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.evidence.files import (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import bootstrap, norm, t
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.evidence.common import Interval
 from tunewright.evidence.non_inferiority import items_needed, paired_drop, ratio_drop, smallest_margin, tango_limits
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factories import make_evidence, make_items, with_contrast
-from report_evidence import JUDGE, REVIEW, vetoed
+from making.evidence import make_evidence, make_items, with_contrast
+from making.full_evidence import JUDGE, REVIEW, vetoed
 from tunewright.evidence.common import Interval
 from tunewright.evidence.human_eval import AnswerReview, human_eval_line
 from tunewright.evidence.judge import Judgement, judge_line

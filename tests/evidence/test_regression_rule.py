@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from factories import make_evidence, make_items, with_contrast
+from making.evidence import make_evidence, make_items, with_contrast
 from tunewright.evaluation.benchmarks.bench import above_chance, above_floor, derangement, lower_limit, suite_of
 from tunewright.evidence.benchmarks import Benchmarks, Control, Suite, standing
 from tunewright.evidence.common import Interval

@@ -12,7 +12,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
-from factories import fixed_and_broken, make_items, pair, scored_items, scorers
+from making.evidence import fixed_and_broken, make_items, pair, scored_items, scorers
 from tunewright.config import Metric
 from tunewright.config.metrics import Json, JsonFields
 from tunewright.core.errors import UserError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from factories import pair, scorers
+from making.evidence import pair, scorers
 from tunewright.evidence.learning_curve import corpus_slope, share_slope, slope_weights
 from tunewright.metrics import score_all
 

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.evidence.statistics import (
     bootstrap_sums,
     cluster_sums,

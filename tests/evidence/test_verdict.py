@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factories import cross_fitted, make_evidence, make_items, scored_items, with_contrast
+from making.evidence import cross_fitted, make_evidence, make_items, scored_items, with_contrast
 from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.scoring import scores_by_template
 from tunewright.evidence.statistics import difference_interval, exact_mcnemar, holm

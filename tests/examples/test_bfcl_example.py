@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bfcl_rows import FOLDER, items, needs_bfcl
-from command_line import tunewright
+from making.bfcl_examples import FOLDER, items, needs_bfcl
+from making.command_line import tunewright
 from prepare_bfcl import CATEGORIES, NO_FUNCTION_FITS, Converted, convert
 from tunewright.core.errors import UserError
 

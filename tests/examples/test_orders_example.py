@@ -7,7 +7,7 @@ from pathlib import Path
 
 import agent
 import prepare_orders as orders
-from command_line import tunewright
+from making.command_line import tunewright
 from tunewright.core.io import canonical_json
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command_line import tiny_project, tunewright
-from tiny import build_base, byte_tokenizer, chat_of
+from making.command_line import tiny_project, tunewright
+from making.tiny_bases import build_base, byte_tokenizer, chat_of
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json

@@ -16,9 +16,9 @@ from export_helpers import logits, peft_logits, read_json
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command_line import tiny_project, tunewright
-from one_base import counted_bases
-from tiny import build_base
+from making.command_line import tiny_project, tunewright
+from making.counted_bases import counted_bases
+from making.tiny_bases import build_base
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.config.project import ProjectFolder
 from tunewright.export import merge as merging

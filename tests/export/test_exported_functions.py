@@ -9,9 +9,9 @@ import pytest
 from export_helpers import open_base
 from transformers import AutoTokenizer
 
-from command_line import tiny_project, tunewright, write_jsonl
-from tiny import build_base, tiny_model
-from tool_families import FAMILIES, family, openai
+from making.command_line import tiny_project, tunewright, write_jsonl
+from making.tiny_bases import build_base, tiny_model
+from making.tool_families import FAMILIES, family, openai
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.artifact import running

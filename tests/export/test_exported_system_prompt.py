@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import tunewright
-from command_line import tiny_project
-from command_line import tunewright as command
+from making.command_line import tiny_project
+from making.command_line import tunewright as command
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message

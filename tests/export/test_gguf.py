@@ -11,8 +11,8 @@ import torch
 from export_helpers import CHATS, adapted, in_bfloat16, logits, open_base, peft_logits
 from transformers import AutoModelForCausalLM
 
-from makers import build_llama3_base, build_mistral_base, llama2_tokenizer
-from tiny import build_base
+from making.makers import build_llama3_base, build_mistral_base, llama2_tokenizer
+from making.tiny_bases import build_base
 from tunewright.chat import ChatFormat, open_chat
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

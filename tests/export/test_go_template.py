@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
-from tiny import byte_tokenizer, chat_of
+from making.makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.open_project import OpenProject

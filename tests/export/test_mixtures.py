@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from export_helpers import CHATS, open_base
 
-from tiny import build_base
+from making.tiny_bases import build_base
 from tunewright.chat import open_chat
 from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.artifact import running

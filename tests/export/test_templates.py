@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from export_helpers import CHATS
 
-from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
-from tiny import byte_tokenizer, chat_of
-from tool_families import FAMILIES, family
+from making.makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
+from making.tiny_bases import byte_tokenizer, chat_of
+from making.tool_families import FAMILIES, family
 from tunewright.chat import ChatFormat
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.data.examples import Message

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tiny import build_base
+from making.tiny_bases import build_base
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.export.weights import Weights, read_deltas

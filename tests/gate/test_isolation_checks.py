@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from engine_kinds import failed, isolation_of, peft_engine, reference_of, vllm_engine
 
-from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
-from small_models import write_adapter
+from making.engine_models import write_adapter
+from making.planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from tunewright.engines.peft import PeftEngine
 from tunewright.engines.vllm.engine import VllmSettings
 from tunewright.gate.answers import PeftReference

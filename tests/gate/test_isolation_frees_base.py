@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tiny_project
-from command_line import tunewright as command
-from one_base import counted_bases
+from making.command_line import tiny_project
+from making.command_line import tunewright as command
+from making.counted_bases import counted_bases
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Delta
 from tunewright.gate.answers import END, Digest, GreedyAnswer, Ids, ModelAnswer

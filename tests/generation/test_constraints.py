@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import makers
-from hypothesis_settings import examples
-from tiny import byte_tokenizer, chat_of
+from making import makers
+from making.property_examples import examples
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
-from hypothesis_settings import examples
+from making.property_examples import examples
+from making.wandering_models import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.core.errors import UserError
 from tunewright.generation.decoding import Batch, PrefillState

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import byte_tokenizer
+from making.tiny_bases import byte_tokenizer
 from tunewright.generation.constraints import Grammar, GrammarCompiler
 from tunewright.generation.grammar_process import GrammarProcess
 

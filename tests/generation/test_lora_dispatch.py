@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from decoding_helpers import llama
-from hypothesis_settings import examples
+from making.property_examples import examples
+from making.wandering_models import llama
 from tunewright.generation import lora_dispatch
 from tunewright.generation.batched_lora import AdapterSlots, Lora
 from tunewright.generation.lora_dispatch import LoraDispatch

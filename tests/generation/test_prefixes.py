@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoding_helpers import PAD, STOPS, VOCABULARY, reference
-from hypothesis_settings import examples
+from making.property_examples import examples
+from making.wandering_models import PAD, STOPS, VOCABULARY, reference
 from tunewright.generation.decoding import Batch
 from tunewright.generation.generate import generate
 from tunewright.generation.kv_cache import shared_prefixes

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.generation import sampling
 from tunewright.generation.requests import Request, Row
 from tunewright.generation.sampling import draw, next_tokens, nucleus

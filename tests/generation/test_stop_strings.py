@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoding_helpers import PAD, STOPS, VOCABULARY, llama, reference
-from hypothesis_settings import examples
+from making.property_examples import examples
+from making.wandering_models import PAD, STOPS, VOCABULARY, llama, reference
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion, Request
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from tiny import byte_tokenizer
+from making.tiny_bases import byte_tokenizer
 from tunewright.generation.text_stream import Detokenizer, StopFilter, TextStream
 
 BYTES = byte_tokenizer()

@@ -11,7 +11,7 @@ import pytest
 from write_project import EXPECTED, READING, STATE
 
 import tunewright
-from command_line import tunewright as command
+from making.command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.frozen_answers import IncumbentModel

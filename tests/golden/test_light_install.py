@@ -23,14 +23,14 @@ from packaging.utils import canonicalize_name
 from test_golden_project import ARCHIVES, missing
 from write_project import EXPECTED, READING
 
-from command_line import Ran, pairs, tiny_project, write_jsonl
-from hidden_packages import ROOT, without
-from tiny import build_base
+from making.command_line import Ran, pairs, tiny_project, write_jsonl
+from making.hidden_packages import ROOT, without
+from making.tiny_bases import build_base
 
 _RUN = """
 import json, sys
 from dataclasses import asdict
-from command_line import tunewright
+from making.command_line import tunewright
 print(json.dumps([asdict(tunewright(*words)) for words in json.loads(sys.argv[1])]))
 """
 

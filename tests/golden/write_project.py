@@ -21,11 +21,11 @@ from typing import Any
 import yaml
 from states import reservation
 
-from adapter_helpers import create_key
-from command_line import pairs, tunewright, write_jsonl
-from scripted_judge import honest, scripted
-from stand_in import stand_in
-from tiny import build_base
+from making.command_line import pairs, tunewright, write_jsonl
+from making.hosted_model import stand_in
+from making.scripted_judge import honest, scripted
+from making.small_adapters import create_key
+from making.tiny_bases import build_base
 from tunewright.core.author import AUTHOR_VARIABLE
 from tunewright.evaluation.generations import Decoding, Generator
 from tunewright.serving.tenants import RequestUsage, State

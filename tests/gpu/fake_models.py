@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from fake_card import put_on_card
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from tiny import byte_tokenizer
+from making.tiny_bases import byte_tokenizer
 from tunewright.chat import Tokens
 from tunewright.config import Config
 from tunewright.core.progress import LogReporter

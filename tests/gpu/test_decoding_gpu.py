@@ -155,14 +155,14 @@ def _answers_while_training(
     from fake_models import SHAPES, build
     from peft import get_peft_model
 
-    from tiny import byte_tokenizer, chat_of
+    from making.tiny_bases import byte_tokenizer, chat_of
+    from making.vllm_child import StopAfter
     from tunewright.config import TrainConfig
     from tunewright.data.examples import Example, Message
     from tunewright.generation.generate import BatchSize
     from tunewright.generation.requests import Request
     from tunewright.training.lora import keep_float32, lora_config
     from tunewright.training.monitoring import DevTask
-    from vllm_child import StopAfter
 
     settings: Any = {"preset": "all-linear", "quantization": quantization, "lora_dropout": dropout}
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from bfcl_rows import Call, Item, answer_text, gold, items, needs_bfcl, perturbed, respelled
-from factories import scorers
+from making.bfcl_examples import Call, Item, answer_text, gold, items, needs_bfcl, perturbed, respelled
+from making.evidence import scorers
 from tunewright.config import MetricName
 from tunewright.metrics import Scorer, Unscored
 from tunewright.metrics.calls import call_ast_match

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factories import pair, scorers
+from making.evidence import pair, scorers
 from tunewright.config import Metric
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json

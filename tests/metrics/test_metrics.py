@@ -17,7 +17,7 @@ from sacrebleu.metrics.chrf import CHRF
 from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from factories import pair, scorers
+from making.evidence import pair, scorers
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Regex
 from tunewright.metrics import Scores, normalised, p_text, points_text, score_all, score_text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from factories import pair, scorers
+from making.evidence import pair, scorers
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, Json, Python, Regex
 from tunewright.core.errors import UserError

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from command_line import tunewright
-from factories import make_items
-from scripted_judge import Server, honest, scripted, write_project
+from making.command_line import tunewright
+from making.evidence import make_items
+from making.scripted_judge import Server, honest, scripted, write_project
 from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

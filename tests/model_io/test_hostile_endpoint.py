@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from scripted_judge import Server, honest, scripted
+from making.scripted_judge import Server, honest, scripted
 from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

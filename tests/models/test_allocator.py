@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tunewright
-from command_line import tiny_project
+from making.command_line import tiny_project
 from tunewright import models
 from tunewright.engines.vllm.engine import plan
 from tunewright.models import ALLOCATOR

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tiny import build_base
+from making.tiny_bases import build_base
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.models import bases

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
-from tiny import tiny_model
+from making.property_examples import examples
+from making.tiny_bases import tiny_model
 from tunewright.config import PRESETS, Quantization, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.models import memory_estimate as fit_memory

@@ -15,9 +15,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from command_line import tiny_project
-from command_line import tunewright as run
-from tiny import ARCHITECTURES, KINDS, Kind, build_base
+from making.command_line import tiny_project
+from making.command_line import tunewright as run
+from making.tiny_bases import ARCHITECTURES, KINDS, Kind, build_base
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError

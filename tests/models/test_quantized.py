@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from tiny import build_base
+from making.tiny_bases import build_base
 from tunewright.config import PRESETS
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import tiny_project
-from training_runs import Heard
+from making.command_line import tiny_project
+from making.training_runs import Heard
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiny import build_base
+from making.tiny_bases import build_base
 from tunewright.chat import open_chat
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browser import EXECUTABLE, chromium, contrasts, faults, new_page, show
-from factories import make_history
-from report_evidence import CURVE, ITEMS, full_evidence
-from signals_factory import make_signals
+from making.browser import EXECUTABLE, chromium, contrasts, faults, new_page, show
+from making.evidence import make_history
+from making.full_evidence import CURVE, ITEMS, full_evidence
+from making.signals import make_signals
 from tunewright.report.page import render_report
 
 if TYPE_CHECKING:

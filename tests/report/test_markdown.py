@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from command_line import tunewright
-from factories import make_evidence, make_items
-from hypothesis_settings import examples
-from report_evidence import GENERAL, JUDGE, REVIEW
+from making.command_line import tunewright
+from making.evidence import make_evidence, make_items
+from making.full_evidence import GENERAL, JUDGE, REVIEW
+from making.property_examples import examples
 from tunewright.core.io import write_json
 from tunewright.evidence.benchmarks import suite_text
 from tunewright.evidence.schema import Evidence

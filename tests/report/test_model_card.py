@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from factories import make_evidence, make_items
-from report_evidence import GENERAL, full_evidence
+from making.evidence import make_evidence, make_items
+from making.full_evidence import GENERAL, full_evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.render.markdown import plain
 from tunewright.report.model_card import CardSubject, model_card

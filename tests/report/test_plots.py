@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from signals_factory import break_even
+from making.signals import break_even
 from tunewright.render.blocks import Bar, Figure
 from tunewright.render.plots import forest_plot, lines_plot
 from tunewright.report import training

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factories import cross_fitted, make_evidence, make_history, make_items, with_scores
-from hypothesis_settings import examples
+from making.evidence import cross_fitted, make_evidence, make_history, make_items, with_scores
+from making.property_examples import examples
 from tunewright.config import Metric
 from tunewright.core.io import digest
 from tunewright.evidence.schema import Item
@@ -228,7 +228,7 @@ def test_report_is_reproducible(tmp_path: Path) -> None:
     """In another process too, where Python's hashes of strings are others."""
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from factories import *; from tunewright.report.page import render_report\n"
+        "from making.evidence import *; from tunewright.report.page import render_report\n"
         "items = make_items(60); evidence = make_evidence(items, also=['bleu'])\n"
         "Path(sys.argv[2]).write_text(render_report(evidence, items, make_history()), encoding='utf-8')"
     )

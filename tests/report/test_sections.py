@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from command_line import tunewright
-from factories import make_evidence, make_history
-from people_helpers import save
-from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
-from signals_factory import break_even, make_signals
+from making.command_line import tunewright
+from making.evidence import make_evidence, make_history
+from making.full_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
+from making.human_evaluations import save
+from making.signals import break_even, make_signals
 from tunewright.advisor.advice import break_even_text
 from tunewright.advisor.signals import Speed, find_matching_advice
 from tunewright.core.errors import UserError

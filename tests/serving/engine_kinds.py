@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from small_models import CONTEXT
-from tiny import byte_tokenizer
+from making.engine_models import CONTEXT
+from making.tiny_bases import byte_tokenizer
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
 from tunewright.engines.llamacpp import LlamaCppEngine, LlamaCppSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from tiny import byte_tokenizer
+from making.tiny_bases import byte_tokenizer
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
 from tunewright.engines.protocol import PREFILL_TOKENS, Delta, TokenSink, deliver_stream

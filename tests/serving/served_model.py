@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tiny import byte_tokenizer, chat_of
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browser import chromium, signed_in
-from studio_client import PASSWORD, Browser, opened
+from making.browser import chromium, signed_in
+from making.studio_client import PASSWORD, Browser, opened
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 

@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 import tunewright as library
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from people_helpers import begin, evaluation
-from studio_client import PASSWORD, Browser, opened, restarted
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.human_evaluations import begin, evaluation
+from making.studio_client import PASSWORD, Browser, opened, restarted
 from tunewright.core.errors import UserError
 from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving

@@ -11,10 +11,10 @@ from attacks import ATTACKS, PLANTED
 from states import reservation
 
 import tunewright as library
-from browser import EXECUTABLE, faults, show, wait_for
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from factories import make_history, make_items
-from people_helpers import save
+from making.browser import EXECUTABLE, faults, show, wait_for
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.evidence import make_history, make_items
+from making.human_evaluations import save
 from tunewright.adapters.registry import HISTORY
 from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
 from tunewright.studio.pages.data import UPLOADS

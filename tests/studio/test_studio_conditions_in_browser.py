@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import tunewright as library
-from browser import EXECUTABLE, show, signed_in, wait_for
-from command_line import tiny_project, tunewright
-from factories import make_history
-from people_helpers import evaluation
+from making.browser import EXECUTABLE, show, signed_in, wait_for
+from making.command_line import tiny_project, tunewright
+from making.evidence import make_history
+from making.human_evaluations import evaluation
 from tunewright.adapters.registry import HISTORY
 from tunewright.core.errors import UserError
 from tunewright.core.locks import locked_folder

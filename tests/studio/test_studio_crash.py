@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 import tunewright as library
-from command_line import pairs, tunewright, write_jsonl
-from studio_client import PASSWORD, Browser, opened
+from making.command_line import pairs, tunewright, write_jsonl
+from making.studio_client import PASSWORD, Browser, opened
 from tunewright.data.review.reviews import read_reviews
 
 

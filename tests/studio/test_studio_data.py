@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from studio_client import Browser, restarted
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.studio_client import Browser, restarted
 from tunewright.config.io import load_config
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, faults, show
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.browser import AXE, EXECUTABLE, axe_faults, faults, show
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 

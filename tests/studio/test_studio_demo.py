@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 import tunewright as library
-from command_line import pairs, tunewright, write_jsonl
-from people_helpers import evaluation
+from making.command_line import pairs, tunewright, write_jsonl
+from making.human_evaluations import evaluation
 from tunewright.core.errors import UserError
 from tunewright.demo import DEMO_FOLDER, copied_demo, find_demo
 from tunewright.examples import config_text

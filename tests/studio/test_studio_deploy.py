@@ -16,9 +16,9 @@ import pytest
 from states import reservation
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
-from command_line import store_evidence, trained_project, tunewright
-from factories import make_evidence, make_items, with_contrast
+from making.browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
+from making.command_line import store_evidence, trained_project, tunewright
+from making.evidence import make_evidence, make_items, with_contrast
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import trained_project, tunewright
-from studio_client import Browser, restarted
+from making.command_line import trained_project, tunewright
+from making.studio_client import Browser, restarted
 from tunewright.studio.jobs import Jobs
 
 

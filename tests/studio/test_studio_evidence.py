@@ -11,10 +11,10 @@ import pytest
 from test_studio import HOSTILE
 
 import tunewright as library
-from command_line import tiny_project
-from factories import make_evidence, make_items
-from people_helpers import save
-from studio_client import Browser, restarted
+from making.command_line import tiny_project
+from making.evidence import make_evidence, make_items
+from making.human_evaluations import save
+from making.studio_client import Browser, restarted
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE, PROMPTS_FILE
 from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict

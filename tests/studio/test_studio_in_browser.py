@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, faults, show, wait_for
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from factories import make_history
-from people_helpers import evaluation
+from making.browser import AXE, EXECUTABLE, axe_faults, faults, show, wait_for
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.evidence import make_history
+from making.human_evaluations import evaluation
 from tunewright.adapters.registry import HISTORY
 from tunewright.core.errors import UserError
 from tunewright.core.locks import locked_folder

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from studio_client import Browser
+from making.studio_client import Browser
 from tunewright.cli.json_log import json_line
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.jobs import read_entry

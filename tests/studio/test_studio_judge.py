@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from test_studio import HOSTILE
 
-from command_line import tunewright
-from factories import make_items
-from people_helpers import begin
-from scripted_judge import Asked, Server, honest, scripted, verdict, write_project
-from studio_client import restarted
+from making.command_line import tunewright
+from making.evidence import make_items
+from making.human_evaluations import begin
+from making.scripted_judge import Asked, Server, honest, scripted, verdict, write_project
+from making.studio_client import restarted
 from tunewright.evaluation.judge.questions import JudgedItem, load_judged
 from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.schema import Item

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 import tunewright as library
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from studio_client import PASSWORD, Browser
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.studio_client import PASSWORD, Browser
 from tunewright.data.versions import locked
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
-from command_line import tiny_project, trained_project
+from making.browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
+from making.command_line import tiny_project, trained_project
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.core.text import visible
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, plan_of

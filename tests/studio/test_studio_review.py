@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import pairs, tunewright, write_jsonl
-from factories import make_items
-from people_helpers import begin, evaluation, save
-from studio_client import Browser, opened, restarted
+from making.command_line import pairs, tunewright, write_jsonl
+from making.evidence import make_items
+from making.human_evaluations import begin, evaluation, save
+from making.studio_client import Browser, opened, restarted
 from tunewright.cli.data_review import KEYS as REVIEW_KEYS
 from tunewright.cli.preferences import KEYS as COMPARE_KEYS
 from tunewright.data.review.reviews import read_reviews

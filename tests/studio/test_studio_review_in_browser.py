@@ -9,10 +9,10 @@ import pytest
 from attacks import ATTACKS, PLANTED
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, faults, show, signed_in
-from command_line import pairs, tunewright, write_jsonl
-from factories import make_items
-from people_helpers import begin, save
+from making.browser import AXE, EXECUTABLE, axe_faults, faults, show, signed_in
+from making.command_line import pairs, tunewright, write_jsonl
+from making.evidence import make_items
+from making.human_evaluations import begin, save
 from tunewright.data.review.reviews import ReviewLog, read_reviews
 from tunewright.data.review.session import ReviewItem
 

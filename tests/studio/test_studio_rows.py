@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import pairs, tiny_project, tunewright, write_jsonl
-from factories import make_items
-from people_helpers import save
-from studio_client import Browser, restarted
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.evidence import make_items
+from making.human_evaluations import save
+from making.studio_client import Browser, restarted
 
 EVALUATION = f"{7:012x}"
 

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from command_line import tiny_project
-from studio_client import PASSWORD, Browser
+from making.command_line import tiny_project
+from making.studio_client import PASSWORD, Browser
 from tunewright.studio import access
 
 pytest_plugins = ["studio_fixtures"]

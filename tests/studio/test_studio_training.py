@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from adapter_helpers import write_adapter
-from factories import make_history
-from report_evidence import CURVE
-from studio_client import Browser
+from making.evidence import make_history
+from making.full_evidence import CURVE
+from making.small_adapters import write_adapter
+from making.studio_client import Browser
 from tunewright.adapters.registry import HISTORY, Adapter, store_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json

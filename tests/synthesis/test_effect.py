@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.data.versions import load_version
 from tunewright.evidence.files import load_evidence
 

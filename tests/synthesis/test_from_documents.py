@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from command_line import tunewright
-from scripted_teacher import LICENSE, asked, read, teacher_project, teaching
+from making.command_line import tunewright
+from making.scripted_teacher import LICENSE, asked, read, teacher_project, teaching
 from tunewright.core.errors import UserError
 from tunewright.data.versions import load_version
 from tunewright.synthesis import documents

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from command_line import tunewright
-from scripted_teacher import LICENSE, PEOPLE, asked, read, teacher_project, teaching, write
+from making.command_line import tunewright
+from making.scripted_teacher import LICENSE, PEOPLE, asked, read, teacher_project, teaching, write
 from tunewright.data.versions import load_version
 
 INPUTS = [f"please name the court of the town number {n} of {n * 7919 % 10007}" for n in range(6)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tunewright
-from command_line import tiny_project
+from making.command_line import tiny_project
 from tunewright.api import Project
 from tunewright.training import self_samples
 

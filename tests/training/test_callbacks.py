@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tunewright
-from training_runs import Heard, steady, training_project
+from making.training_runs import Heard, steady, training_project
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
@@ -202,7 +202,7 @@ _KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training_runs import Heard, training_project
+from making.training_runs import Heard, training_project
 import signal
 training_project(Path({folder!r}), Path({base!r}), Heard({after}, signal.SIGKILL)).train()
 """

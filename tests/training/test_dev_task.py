@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from memory_limit import run_out_of_memory
+from making.memory_limit import run_out_of_memory
+from making.vllm_child import StopAfter
 from tunewright.chat import open_chat
 from tunewright.config import Config
 from tunewright.core.progress import LogReporter
@@ -12,7 +13,6 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.models.bases import resolve_base
 from tunewright.training.monitoring import dev_task
-from vllm_child import StopAfter
 
 
 def _member(asked: str, answered: str) -> Member:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command_line import tiny_project, tunewright
-from forked import Server
+from making.command_line import tiny_project, tunewright
+from making.forked import Server
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from command_line import tiny_project, tunewright
-from forked import Ended, Server
+from making.command_line import tiny_project, tunewright
+from making.forked import Ended, Server
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import tiny_project, tunewright
+from making.command_line import tiny_project, tunewright
 from tunewright.core.errors import UserError
 from tunewright.training.lora import LIGER_KERNELS, require_liger
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from training_runs import Heard, training_project
+from making.training_runs import Heard, training_project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.generation.generate import in_memory

@@ -44,7 +44,7 @@ def _wide_base(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tiny import byte_tokenizer
+    from making.tiny_bases import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)

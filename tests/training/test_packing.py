@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from hypothesis_settings import examples
-from tiny import ARCHITECTURES, KINDS, Kind, tiny_model
+from making.property_examples import examples
+from making.tiny_bases import ARCHITECTURES, KINDS, Kind, tiny_model
 from tunewright.config import Quantization
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base

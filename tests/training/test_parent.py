@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import tunewright
-from command_line import tiny_project
-from tiny import build_base
-from training_runs import Heard, new_config, tiny_preference_project
+from making.command_line import tiny_project
+from making.tiny_bases import build_base
+from making.training_runs import Heard, new_config, tiny_preference_project
 from tunewright.adapters.lineage import trace
 from tunewright.adapters.manifest import LOCAL
 from tunewright.adapters.registry import Adapter

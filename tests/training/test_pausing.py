@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from training_runs import plain_dev_loss, steady, training_project
+from making.training_runs import plain_dev_loss, steady, training_project
 from tunewright.api import Project
 from tunewright.core.progress import LogReporter
 from tunewright.training.checkpoints import latest_complete_checkpoint

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import tunewright
-from command_line import write_jsonl
-from training_runs import Heard, new_config, tiny_preference_project
+from making.command_line import write_jsonl
+from making.training_runs import Heard, new_config, tiny_preference_project
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.data.options import RemoveOptions

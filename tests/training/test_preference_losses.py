@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import byte_tokenizer, tiny_model
+from making.tiny_bases import byte_tokenizer, tiny_model
 from tunewright.chat import Tokens
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import tunewright
-from training_runs import Heard, new_config, plain_dev_loss, training_project
+from making.training_runs import Heard, new_config, plain_dev_loss, training_project
 from tunewright.adapters.registry import WEIGHTS, Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError

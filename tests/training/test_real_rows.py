@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import makers
-from real_data import DATA_SETS, SHARED
-from tiny import byte_tokenizer, chat_of
+from making import makers
+from making.real_data import DATA_SETS, SHARED
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.data.versions import Member
 from tunewright.training.rows import encode_members
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import tiny_project, tunewright
-from forked import Command, Server
+from making.command_line import tiny_project, tunewright
+from making.forked import Command, Server
 from tunewright.adapters.registry import find_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST, damage

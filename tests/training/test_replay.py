@@ -15,10 +15,11 @@ import torch
 from replay_helpers import replay_project, shorten_turns
 
 import tunewright
-from command_line import tiny_project
-from memory_limit import run_out_of_memory
-from tiny import byte_tokenizer
-from training_runs import Heard
+from making.command_line import tiny_project
+from making.memory_limit import run_out_of_memory
+from making.tiny_bases import byte_tokenizer
+from making.training_runs import Heard
+from making.vllm_child import StopAfter, alive, children_of, install_fake
 from tunewright.adapters.registry import REPLAY
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -30,7 +31,6 @@ from tunewright.training.self_samples import draw_replay, replay_inputs
 from tunewright.training.sweep.successive_halving import Progress
 from tunewright.training.sweep.sweep import Sweep
 from tunewright.training.train import TrainResult
-from vllm_child import StopAfter, alive, children_of, install_fake
 
 pytestmark = pytest.mark.slow
 

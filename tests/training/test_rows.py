@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tiny import CHATML, byte_tokenizer, chat_of
-from training_runs import Heard
+from making.tiny_bases import CHATML, byte_tokenizer, chat_of
+from making.training_runs import Heard
 from tunewright.chat import ChatFormat, Tokens
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter

@@ -13,8 +13,8 @@ import pytest
 from replay_helpers import replay_project, shorten_turns
 
 import tunewright
-from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
-from tiny import byte_tokenizer, chat_of
+from making.makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
+from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message, normalised

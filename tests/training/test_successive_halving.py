@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, duration

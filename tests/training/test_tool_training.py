@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tool_families import family, format_of, tokenizer_of
+from making.tool_families import family, format_of, tokenizer_of
 from tunewright.chat import ChatFormat
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, Message, ToolCall, call_id

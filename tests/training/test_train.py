@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tunewright
-from training_runs import Heard, training_project
+from making.training_runs import Heard, training_project
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import tunewright
-from command_line import tiny_project
-from one_base import counted_bases
+from making.command_line import tiny_project
+from making.counted_bases import counted_bases
 from tunewright.training.options import SweepOptions
 from tunewright.training.packing.fused_loss import add_token_losses
 

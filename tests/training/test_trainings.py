@@ -12,8 +12,8 @@ import pytest
 import torch
 from data_helpers import Listener, new_project
 
-from command_line import tiny_project, tunewright
-from pickled_workers import CPUS, PickledCluster, copied
+from making.command_line import tiny_project, tunewright
+from making.pickled_workers import CPUS, PickledCluster, copied
 from tunewright.advisor.adviser import pilot_parts, pilot_training
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from factories import make_evidence, make_items
-from people_helpers import begin, evaluation, save, side_of_treatment
+from making.evidence import make_evidence, make_items
+from making.human_evaluations import begin, evaluation, save, side_of_treatment
 from tunewright.annotation import SheetImport
 from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from factories import make_evidence, make_items
-from people_helpers import begin, save, side_of_treatment
+from making.evidence import make_evidence, make_items
+from making.human_evaluations import begin, save, side_of_treatment
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_text

@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
-from factories import make_evidence, make_items
-from people_helpers import begin, evaluation, save, side_of_treatment
+from making.evidence import make_evidence, make_items
+from making.human_evaluations import begin, evaluation, save, side_of_treatment
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.results import JudgePreferences, review_results
 from tunewright.evaluation.human_eval.sample import stratify

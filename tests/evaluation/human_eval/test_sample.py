@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from factories import make_evidence, make_items, with_scores
-from people_helpers import begin, evaluation, save, side_of_treatment
+from making.evidence import make_evidence, make_items, with_scores
+from making.human_evaluations import begin, evaluation, save, side_of_treatment
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.results import Design, estimate
 from tunewright.evaluation.human_eval.sample import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
+from making.human_evaluations import begin, evaluation, evaluation_with_incumbent, side_of_treatment
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.results import review_results
 from tunewright.evaluation.human_eval.session import BlindPair, BlindReview, Side, reviewers_progress

@@ -12,8 +12,8 @@ import openai
 import pytest
 
 import tunewright
-from command_line import tiny_project, without_state
-from command_line import tunewright as command
+from making.command_line import tiny_project, without_state
+from making.command_line import tunewright as command
 from tunewright.adapters.registry import list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter

@@ -19,11 +19,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from making.vllm_child import StopAfter
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
 from tunewright.engines.environment import LLMCOMPRESSOR, TOOLS, VLLM
-from vllm_child import StopAfter
 
 pytestmark = pytest.mark.slow
 

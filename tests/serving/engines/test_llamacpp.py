@@ -17,8 +17,9 @@ import gguf
 import pytest
 from engine_kinds import PIECES, PROMPTS, TOKENIZER, llamacpp_engine, load_all, reference_of
 
-from small_models import write_adapter
-from tiny import chat_of
+from making.engine_models import write_adapter
+from making.tiny_bases import chat_of
+from making.vllm_child import alive, wait_until
 from tunewright.adapters.registry import adapter_digest
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -31,7 +32,6 @@ from tunewright.gate.isolation import TOLERANCE
 from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
 from tunewright.serving.engine_start import EngineSpec, base_file, start_engine
-from vllm_child import alive, wait_until
 
 
 @pytest.fixture(scope="module")

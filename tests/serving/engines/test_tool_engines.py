@@ -15,7 +15,7 @@ import pytest
 from engine_kinds import STOPS, TOKENIZER, llamacpp_engine, vllm_engine
 from served_model import openai_client
 
-from tool_families import family
+from making.tool_families import family
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Engine

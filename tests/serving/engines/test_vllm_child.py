@@ -17,8 +17,9 @@ import httpx
 import pytest
 import torch
 
-from fake_vllm import ENDLESS
-from otlp_collector import traced
+from making.fake_vllm import ENDLESS
+from making.otlp_collector import traced
+from making.vllm_child import alive, ids, seen, settings, wait_until
 from tunewright.adapters.registry import write_manifest
 from tunewright.config import Config, EngineName, ServeConfig
 from tunewright.core import tracing
@@ -32,9 +33,8 @@ from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.engine import VllmEngine, plan
 from tunewright.generation.requests import Request
 from tunewright.serving.engine_start import max_num_seqs
-from vllm_child import alive, ids, seen, settings, wait_until
 
-pytest_plugins = ["vllm_child"]
+pytest_plugins = ["making.vllm_child"]
 
 
 def test_settings_have_one_spare_slot_and_round_ranks_up(tmp_path: Path) -> None:

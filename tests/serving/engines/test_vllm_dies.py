@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from fake_vllm import DIE, ENDLESS, FAIL, LOSE_CORE
+from making.fake_vllm import DIE, ENDLESS, FAIL, LOSE_CORE
+from making.vllm_child import StopAfter, alive, ids, settings, wait_until
 from tunewright.core.processes import end
 from tunewright.engines.child import STOP_SECONDS, PrivateFolder
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.generation.requests import Request
-from vllm_child import StopAfter, alive, ids, settings, wait_until
 
 pytestmark = pytest.mark.slow
 
-pytest_plugins = ["vllm_child"]
+pytest_plugins = ["making.vllm_child"]
 
 
 @pytest.mark.fault("engine", "serve")

@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.engines.protocol import PREFILL_TOKENS
 from tunewright.serving.gateway.fair_scheduler import (
     HELD_PASSES,

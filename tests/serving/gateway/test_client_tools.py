@@ -20,7 +20,7 @@ from client_scripts import PYTHON, ROOT, needs_node, needs_python, node, python,
 from scripted_engine import ScriptedEngine
 from served_model import MODELS, STOPS, build_model, running_engine
 
-from tool_families import family
+from making.tool_families import family
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Delta, Engine

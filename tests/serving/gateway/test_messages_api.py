@@ -18,7 +18,7 @@ from served_model import build_model, running_engine
 from tenant_server import Running, until
 from tool_server import ASKED, CALL, WEATHER, Saying, answer_ids, tool_server
 
-from tool_families import family
+from making.tool_families import family
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.engines.protocol import Delta, Engine
 from tunewright.generation.requests import Request

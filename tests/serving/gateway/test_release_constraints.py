@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tool_server import DECLARED, QUESTION, TOOLS, Saying, client_of
 
-from tool_families import family
+from making.tool_families import family
 from tunewright.chat.call_grammar import CallGrammars, call_grammar
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.evaluation.answer_constraints import AnswerConstraints

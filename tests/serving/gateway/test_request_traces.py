@@ -6,7 +6,7 @@ import httpx
 import pytest
 from scripted_engine import LIMITS, MODELS, TOKENIZATION, ScriptedEngine
 
-from otlp_collector import Collector, traced
+from making.otlp_collector import Collector, traced
 from tunewright.config import GatewayConfig
 from tunewright.core import tracing
 from tunewright.serving.gateway.app import Gateway

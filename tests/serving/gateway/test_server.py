@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 import tunewright
-from command_line import tiny_project
+from making.command_line import tiny_project
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.serving.gateway.server import _listen, serve, serving

@@ -12,7 +12,7 @@ import pytest
 from states import raw
 from tenant_server import ASKED, Running, Stored, ask, tenant_server, until
 
-from postgres import frozen
+from making.postgres import frozen
 from tunewright.serving.tenants import State
 
 pytest_plugins = ["tenant_server"]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from served_model import build_model, running_engine
 from tool_server import ASKED, CALL, CLOCK, QUESTION, TOOLS, WEATHER, Saying, answer_ids, client_of
 
-from hypothesis_settings import examples
-from tool_families import FAMILIES as ALL_FAMILIES
-from tool_families import arguments, family
+from making.property_examples import examples
+from making.tool_families import FAMILIES as ALL_FAMILIES
+from making.tool_families import arguments, family
 from tunewright.config import DataConfig
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.readers.validate import example_from_object
@@ -319,7 +319,7 @@ def test_function_that_is_not_declared_and_recursive_parameters_are_refused(embe
 
 def test_functions_are_refused_by_name_on_a_base_without_a_form_for_them() -> None:
     chat = family("hermes-plain")
-    from tiny import byte_tokenizer, chat_of
+    from making.tiny_bases import byte_tokenizer, chat_of
 
     plain = chat_of(byte_tokenizer(), "plain")
     assert chat.tool_form

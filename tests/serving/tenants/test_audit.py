@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, raw
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.serving.tenants import IsolationCheck, IsolationTest, Limits, State

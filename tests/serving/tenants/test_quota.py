@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import Clock, reservation, with_tenant
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.options import LimitOptions
 from tunewright.serving.tenants import LimitExceededError, Limits, RequestUsage, State

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from states import DIGESTS, SHIP
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.gate.results import IsolationTest
 from tunewright.serving.tenants import Candidate, Grounds, Release, State

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from postgres import frozen
+from making.postgres import frozen
 from tunewright.serving.tenants import State, StateUnavailableError
 from tunewright.serving.tenants.database import Database
 

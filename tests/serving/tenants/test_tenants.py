@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import Clock, raw, with_tenant
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.data.pii import find
 from tunewright.serving.tenants import InvalidKeyError, Limits, State, StateUnavailableError

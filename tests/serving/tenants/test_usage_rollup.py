@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, Clock, reservation, with_tenant
 
-from hypothesis_settings import examples
+from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants import Candidate, LimitExceededError, Limits, RequestUsage, State
 

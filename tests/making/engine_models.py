@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tiny import byte_tokenizer
+from making.tiny_bases import byte_tokenizer
 from tunewright.adapters.registry import adapter_digest
 
 CONTEXT = 512

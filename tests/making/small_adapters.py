@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from command_line import tunewright
+from making.command_line import tunewright
 from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, write_manifest
 from tunewright.core.io import write_json
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tunewright as api
-from command_line import tiny_project
+from making.command_line import tiny_project
 
 
 @pytest.fixture(scope="session")

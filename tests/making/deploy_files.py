@@ -15,14 +15,14 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from command_line import parsed
+from making.command_line import parsed
 from tunewright.engines.remote import RemoteEngine
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.tenants import RequestUsage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 TOOLS = ROOT / "build" / "deploy"
 DASHBOARD = DEPLOY / "chart" / "files" / "tunewright-dashboard.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from making.real_data import SHARED
 from prepare_bfcl import convert
-from real_data import SHARED
 from tunewright.config import DataConfig
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, ToolCall

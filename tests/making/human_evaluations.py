@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from factories import make_evidence, make_items
+from making.evidence import make_evidence, make_items
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.sample import treatment_is_a

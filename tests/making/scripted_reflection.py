@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from command_line import COLOURS, write_jsonl
-from tiny import byte_tokenizer, tiny_model
+from making.command_line import COLOURS, write_jsonl
+from making.tiny_bases import byte_tokenizer, tiny_model
 from tunewright.serving.gateway.server import serving
 
 OWN = "Answer."

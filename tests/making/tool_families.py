@@ -9,8 +9,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-import makers
-from tiny import byte_tokenizer
+from making import makers
+from making.tiny_bases import byte_tokenizer
 from tunewright.chat import ChatFormat, chat_format
 from tunewright.chat.templates import TemplateKind, ToolsKind
 from tunewright.config import ChatConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunewright.data.examples import Example, Message
 
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
 def _example(system: str, prompt: str, completion: str) -> Example:

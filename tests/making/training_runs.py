@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tunewright
-from command_line import pairs, tiny_project, write_jsonl
+from making.command_line import pairs, tiny_project, write_jsonl
 from tunewright.api import Project
 from tunewright.core.progress import LogReporter, LogTask, Task
 

@@ -141,7 +141,7 @@ def _header(more: int = 0) -> str:
 
 
 def _read_sheet(rows: str) -> None:
-    seed = Path(__file__).parent / "fuzz" / "corpus" / "xlsx" / "inline.xlsx"
+    seed = Path(__file__).parents[1] / "fuzz" / "corpus" / "xlsx" / "inline.xlsx"
     sheet = "xl/worksheets/sheet1.xml"
     xml = f'<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main">{rows}</worksheet>'
     with ZipFile(seed) as book, ZipFile(_folder() / "a.xlsx", "w") as archive:

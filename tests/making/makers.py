@@ -40,7 +40,7 @@ MISTRAL_FILES: dict[Mistral, str] = {
 WRITTEN: tuple[Written, ...] = get_args(Written)
 WRITTEN_TOKENS = 16_000
 """Ordinary tokens of those: a file of 130,000 takes 4 s to convert, which "tekken" and "v7-tekken" do already."""
-TEMPLATES = Path(__file__).parent / "chat" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "chat" / "templates"
 # v2 and v3 differ in tool calls only.
 # From v11 on the templates are those that mistral-common writes itself.
 MISTRAL_TEMPLATES: dict[Mistral, str] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from factories import make_evidence, make_items, scored_items
+from making.evidence import make_evidence, make_items, scored_items
 from tunewright.core.io import digest
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.evidence.benchmarks import Control as SuiteControl

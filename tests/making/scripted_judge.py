@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from factories import make_evidence, make_items
-from people_helpers import save
+from making.evidence import make_evidence, make_items
+from making.human_evaluations import save
 from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised
 from tunewright.serving.gateway.server import serving

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
-AXE = Path(__file__).parents[1] / "build/clients/node/node_modules/axe-core/axe.min.js"
+AXE = Path(__file__).parents[2] / "build/clients/node/node_modules/axe-core/axe.min.js"
 """From `make test-clients`."""
 WAIT_MS = 300_000
 """Limit of each wait: it only ends a hang."""
