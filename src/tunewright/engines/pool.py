@@ -9,9 +9,9 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +21,9 @@ from tunewright.engines.protocol import (
     AdapterFailedError,
     Delta,
     EngineStoppedError,
-    Event,
     RequestFailedError,
     TokenSink,
+    deliver_stream,
 )
 from tunewright.engines.remote import EngineFacts, RemoteEngine, adapter_body, choose, resolved
 from tunewright.generation.requests import Request
@@ -37,6 +37,9 @@ LEAVE_S = 5.0
 """Time to tell the engines that this gateway needs its adapters no more."""
 LOOK_S = 5.0
 """Time between two looks at each address, and at the names' addresses."""
+
+_Running = tuple[asyncio.AbstractEventLoop, "asyncio.Task[Any]", TokenSink]
+"""A request on its way, to be ended when the server ends."""
 
 log = logging.getLogger("tunewright")
 
@@ -70,7 +73,7 @@ class EnginePool:
         """Loads that nobody waits for."""
         self._folders: dict[str, Path] = {}
         self._reported: dict[str, str] = {}
-        self._routes: set[_Route] = set()
+        self._requests: set[_Running] = set()
         self._stopped: str | None = None
         # Addresses are asked and adapters loaded in a loop that outlives any request.
         self._loop = asyncio.new_event_loop()
@@ -126,9 +129,31 @@ class EnginePool:
 
     def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
         """Start a request on an engine: see :meth:`tunewright.engines.protocol.Engine.submit`."""
-        route = _Route(self, request, sink, tenant)
-        route.start()
-        return route.abort
+        return deliver_stream(self._stream(request, sink, tenant), sink)
+
+    async def _stream(self, request: Request, sink: TokenSink, tenant: str) -> AsyncGenerator[Delta, None]:
+        """Yield an engine's deltas; if it stops before the first token, ask another one."""
+        task = asyncio.current_task()
+        assert task is not None
+        own = asyncio.get_running_loop(), task, sink
+        tried: list[RemoteEngine] = []
+        while True:
+            engine, begun = self._assign(request.adapter, tried), False
+            self._requests.add(own)
+            try:
+                async with aclosing(engine.stream(request, tenant)) as deltas:
+                    async for delta in deltas:
+                        begun = True
+                        yield delta
+                return
+            except EngineStoppedError:
+                if begun:
+                    raise EngineStoppedError(LOST) from None
+                tried.append(engine)
+            finally:
+                with self._lock:
+                    engine.running -= 1
+                    self._requests.discard(own)
 
     async def load(self, digest: str, folder: Path) -> None:
         """Load an adapter on each engine that is up. An engine without it is reported, and gets no requests for it."""
@@ -158,10 +183,10 @@ class EnginePool:
         """Leave the engines, which keep running; unfinished requests receive :class:`EngineStoppedError`."""
         self._stopped = "The server is shutting down."
         with self._lock:
-            routes = list(self._routes)
-        for route in routes:
+            requests = list(self._requests)
+        for loop, task, sink in requests:
             with suppress(RuntimeError):  # its loop is closed, and nobody waits for the answer
-                route.loop.call_soon_threadsafe(route.end)
+                loop.call_soon_threadsafe(self._end, task, sink)
         if self._thread.is_alive():
             with suppress(TimeoutError):  # an engine frees the adapters of a lost gateway by itself, only later
                 self._run(self._leave()).result(LEAVE_S)
@@ -169,8 +194,13 @@ class EnginePool:
             self._thread.join()
             self._loop.close()
 
-    def assign(self, route: _Route, adapter: str | None, tried: Sequence[RemoteEngine]) -> RemoteEngine:
-        """Return the engine for a request, which counts as running there until :meth:`give_back`."""
+    def _end(self, task: asyncio.Task[Any], sink: TokenSink) -> None:
+        if not task.done():
+            task.cancel()
+            sink.deliver(EngineStoppedError(self._stopped or LOST))
+
+    def _assign(self, adapter: str | None, tried: Sequence[RemoteEngine]) -> RemoteEngine:
+        """Return the engine for a request, which counts as running there from now on."""
         with self._lock:
             if self._stopped is not None:
                 raise EngineStoppedError(self._stopped)
@@ -182,14 +212,7 @@ class EnginePool:
                 raise EngineStoppedError(UNAVAILABLE)
             engine = choose(adapter, able)
             engine.running += 1
-            self._routes.add(route)
             return engine
-
-    def give_back(self, route: _Route, engine: RemoteEngine) -> None:
-        """Note that a request has left an engine."""
-        with self._lock:
-            engine.running -= 1
-            self._routes.discard(route)
 
     def _require_engines(self) -> list[RemoteEngine]:
         """Ask each address for the first time, and return the engines that are up."""
@@ -328,62 +351,6 @@ class EnginePool:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-
-class _Route:
-    """One request on its way; it is the sink of the engine that answers it."""
-
-    def __init__(self, pool: EnginePool, request: Request, sink: TokenSink, tenant: str) -> None:
-        self._pool = pool
-        self._request = request
-        self._sink = sink
-        self._tenant = tenant
-        self.loop = asyncio.get_running_loop()
-        self._engine: RemoteEngine | None = None
-        self._tried: list[RemoteEngine] = []
-        self._begun = False
-        self._abort: Callable[[], object] = lambda: None
-
-    def start(self) -> None:
-        """Send the request to an engine."""
-        try:
-            self._engine = self._pool.assign(self, self._request.adapter, self._tried)
-        except (RequestFailedError, EngineStoppedError) as error:
-            self._sink.deliver(error)
-            return
-        self._abort = self._engine.submit(self._request, self, self._tenant)
-
-    def abort(self) -> None:
-        """End the request: no event is delivered any more."""
-        self._abort()
-        self._leave()
-
-    def end(self) -> None:
-        """End the request because the server ends."""
-        if self._engine is not None:
-            self.abort()
-            self._sink.deliver(EngineStoppedError(self._pool.stopped or LOST))
-
-    def deliver(self, event: Event) -> None:
-        """Pass an event on; if the engine has stopped before the first token, ask another one."""
-        if self._engine is None:
-            return
-        if isinstance(event, EngineStoppedError) and not self._begun:
-            self._tried.append(self._engine)
-            self._leave()
-            self.start()
-            return
-        if not isinstance(event, Delta) or event.finish:
-            self._leave()
-        if isinstance(event, EngineStoppedError):
-            event = EngineStoppedError(LOST)
-        self._begun = True
-        self._sink.deliver(event)
-
-    def _leave(self) -> None:
-        if self._engine is not None:
-            self._pool.give_back(self, self._engine)
-            self._engine = None
 
 
 def engines_at(urls: Sequence[str], base: str, quantization: str, reporter: Reporter) -> dict[str, EngineFacts]:

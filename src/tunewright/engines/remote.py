@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,6 @@ from tunewright.engines.protocol import (
     Delta,
     EngineStoppedError,
     RequestFailedError,
-    TokenSink,
-    deliver_stream,
 )
 from tunewright.generation.requests import Request, TokenLogprob
 
@@ -168,11 +166,8 @@ class RemoteEngine(LoopClients):
             raise AdapterFailedError(what) from error
         raise EngineStoppedError(f"The engine {self.url} stopped while its adapters changed.")
 
-    def submit(self, request: Request, sink: TokenSink, tenant: str) -> Callable[[], object]:
-        """Start a request: see :meth:`tunewright.engines.protocol.Engine.submit`."""
-        return deliver_stream(self._stream(request, tenant), sink)
-
-    async def _stream(self, request: Request, tenant: str) -> AsyncGenerator[Delta, None]:
+    async def stream(self, request: Request, tenant: str) -> AsyncGenerator[Delta, None]:
+        """Yield a request's deltas; closing the generator ends the request there, too."""
         assert not request.stop, "the gateway handles stop strings"
         # The constraint goes as its rule, which the engine compiles for the same tokenizer.
         rule = None if request.constraint is None else request.constraint.grammar.rule
