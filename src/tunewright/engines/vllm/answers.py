@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from tunewright.core.errors import UserError
+from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter
 from tunewright.engines.environment import Environment
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
@@ -28,8 +28,6 @@ _ROWS_BY_CARD = ((20, 64), (40, 128))
 _MOST_ROWS = 256
 _SPARE_SHARE = 0.05
 _WHERE = "evaluate.engine"
-
-T = TypeVar("T")
 
 
 class VllmStoppedError(UserError):
@@ -68,7 +66,7 @@ class VllmAnswers:
         self._variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._engine: VllmEngine | None = None
         self._loaded: str | None = None
-        self._end: Callable[[], object] = lambda: None
+        self._end: Callable[[], object] = lambda: None  # also at the interpreter's exit
 
     @cached_property
     def rows(self) -> int:
@@ -97,8 +95,8 @@ class VllmAnswers:
             adapters: the folder of the requests' adapter, by digest; at most one.
             at_once: maximum number of concurrent requests to vLLM; None: enough to keep it full.
             tenant: cached prefixes are reused under the same name only.
-            on_finished: called with a request's index and its completion as soon as it is finished, in any order and
-                in another thread.
+            on_finished: called with a request's index and its completion as soon as it is finished, in any order, and
+                in another thread if this one runs an event loop.
         """
         named = adapters or {}
         assert len(named) <= 1
@@ -119,12 +117,22 @@ class VllmAnswers:
                 fix="Set it to peft, or lower evaluate.max_new_tokens or evaluate.num_fewshot.",
             )
 
-        async def one(request: Request) -> Completion:
-            return await _completed(engine, request, stop_ids, decode, tenant)
+        completions: dict[int, Completion] = {}
+        waiting = deque(enumerate(requests))
 
-        # Twice as many as decode at once, so that the next request is there when a row becomes free.
-        workers = 2 * self.rows if at_once is None else at_once
-        return self._run(_all_answered(requests, workers, one, on_finished))
+        async def work() -> None:
+            while waiting:
+                index, request = waiting.popleft()
+                completions[index] = await _completed(engine, request, stop_ids, decode, tenant)
+                on_finished(index, completions[index])
+
+        async def answer_all() -> None:
+            # Twice as many as decode at once, so that the next request is there when a row becomes free.
+            workers = 2 * self.rows if at_once is None else at_once
+            await asyncio.gather(*(work() for _ in range(min(workers, len(requests)))))
+
+        self._run(answer_all())
+        return [completions[index] for index in range(len(requests))]
 
     def stop(self) -> None:
         """Stop vLLM and free its memory; the next :meth:`generate` starts it again."""
@@ -153,23 +161,13 @@ class VllmAnswers:
         )
         version = self._environment.versions["vllm"]
         self._reporter.say(f"Starting vLLM {version} ({self._environment.build}) on {self._base.spec}")
-        engine = VllmEngine(settings, stop_ids=(), reporter=self._reporter)
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, name="tunewright-answers", daemon=True)
-        thread.start()
-        self._engine, self._loop = engine, loop
-        self._end = weakref.finalize(self, _ended, engine, loop, thread)
+        self._engine = engine = VllmEngine(settings, stop_ids=(), reporter=self._reporter)
+        self._end = weakref.finalize(self, engine.stop)
         return engine
 
-    def _run(self, coroutine: Awaitable[T]) -> T:
-        """Run a coroutine in the engine's event loop; this thread may have another loop running, as in a notebook."""
-
-        async def awaited() -> T:
-            return await coroutine
-
-        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            return future.result()
+            run_async(work)
         except RequestFailedError as error:
             raise UserError(f"vLLM could not answer: {error}", where=_WHERE, fix="Set it to peft.") from error
         except EngineStoppedError as error:
@@ -180,9 +178,6 @@ class VllmAnswers:
                 where=_WHERE,
                 fix="Run the same command again, which keeps the finished answers. Or set it to peft.",
             ) from error
-        except BaseException:
-            future.cancel()
-            raise
 
 
 async def _completed(
@@ -211,37 +206,6 @@ def _take(row: Row, ids: Sequence[int], *, ended: bool) -> None:
             return
     if ended:
         row.take(-1, (-1,))  # the end token is not part of the answer, whichever it was
-
-
-async def _all_answered(
-    requests: Sequence[Request],
-    workers: int,
-    one: Callable[[Request], Awaitable[Completion]],
-    on_finished: Callable[[int, Completion], None],
-) -> list[Completion]:
-    waiting = deque(range(len(requests)))
-    completions: dict[int, Completion] = {}
-
-    async def work() -> None:
-        while waiting:
-            index = waiting.popleft()
-            completions[index] = await one(requests[index])
-            on_finished(index, completions[index])
-
-    working = [asyncio.ensure_future(work()) for _ in range(min(workers, len(requests)))]
-    try:
-        await asyncio.gather(*working)
-    finally:
-        for worker in working:
-            worker.cancel()
-    return [completions[index] for index in range(len(requests))]
-
-
-def _ended(engine: VllmEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    engine.stop()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
 
 
 def rows_at_once(memory: int) -> int:
