@@ -14,11 +14,10 @@ from tunewright.core.io import canonical_json
 from tunewright.gate.results import IsolationCheck, IsolationTest, ServingCheck
 from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine, changing
 from tunewright.serving.tenants.database import Database, StateUnavailableError, exists
-from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys, NewKey
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
 from tunewright.serving.tenants.releases import Candidate, Grounds, Release, Releases
 from tunewright.serving.tenants.tables import MIGRATIONS, SCHEMA_VERSION, schema
-from tunewright.serving.tenants.tenants import Tenant, Tenants
+from tunewright.serving.tenants.tenants import Caller, InvalidKeyError, Key, Keys, NewKey, Tenant, Tenants
 from tunewright.serving.tenants.usage import DayTotal, RollupResult, Usage, UsageRollup
 
 __all__ = [

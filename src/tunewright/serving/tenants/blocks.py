@@ -9,9 +9,8 @@ from typing import Any
 from tunewright.core.clock import minute
 from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Table, table, words
 from tunewright.serving.tenants.audit import AuditLine
-from tunewright.serving.tenants.keys import Key
 from tunewright.serving.tenants.releases import Candidate, Release
-from tunewright.serving.tenants.tenants import Tenant
+from tunewright.serving.tenants.tenants import Key, Tenant
 from tunewright.serving.tenants.usage import DayTotal, ShadowLine, UsageSum
 
 _SHORT = 12  # digits of a digest
