@@ -261,7 +261,26 @@ def _measure_schema(schema: Any) -> int:
             left.append((*path, *inner))
         if len(places) > MAX_VALUES:
             raise SchemaLimitError(f"more than {MAX_VALUES:,} values")
-    return _measure((), places, {}, set(), 0)[0]
+    # Schemas inside schemas with references followed, each as often as it is checked: the limits end a recursion.
+    size = 0
+    unmeasured: list[tuple[_Pointer, int]] = [((), 0)]
+    while unmeasured:
+        path, depth = unmeasured.pop()
+        if depth > MAX_DEPTH:
+            raise SchemaLimitError(f"recursive, or more than {MAX_DEPTH} schemas deep with references followed")
+        inner = places[path]
+        size += 1
+        if isinstance(inner, dict):
+            size += sum(1 for key in ("enum", "const", "required") if key in inner for _ in nested_values(inner[key]))
+            paths = [(*path, *steps) for steps, _ in _subschemas(inner)]
+            if "$ref" in inner:
+                paths.append(reference_path(inner["$ref"]))
+                if paths[-1] not in places:
+                    raise DeclarationError(f'"$ref" {_cut(inner["$ref"])} names no schema of this document')
+            unmeasured += [(each, depth + 1) for each in reversed(paths)]
+        if size > MAX_VALUES:
+            raise SchemaLimitError(f"more than {MAX_VALUES:,} values, with references followed")
+    return size
 
 
 def _subschemas(schema: Any) -> Iterator[tuple[_Pointer, Any]]:
@@ -294,41 +313,6 @@ def _check_keywords(schema: Any, path: _Pointer) -> None:
     for pattern in (schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
         if isinstance(pattern, str) and len(pattern) > MAX_PATTERN:
             raise SchemaLimitError(f"a pattern of {len(pattern):,} characters (limit {MAX_PATTERN:,})")
-
-
-def _measure(
-    path: _Pointer,
-    places: Mapping[_Pointer, Any],
-    done: dict[_Pointer, tuple[int, int]],
-    above: set[_Pointer],
-    level: int,
-) -> tuple[int, int]:
-    """Return size and height of a schema, with references followed."""
-    if path in above:
-        raise SchemaLimitError("a recursive schema is not supported")
-    if path not in done:
-        if level > MAX_DEPTH:
-            raise SchemaLimitError(f"more than {MAX_DEPTH} schemas deep")
-        above.add(path)
-        schema = places[path]
-        size, height = 1, 0
-        if isinstance(schema, dict):
-            size += sum(1 for key in ("enum", "const", "required") if key in schema for _ in nested_values(schema[key]))
-            inner = [(*path, *steps) for steps, _ in _subschemas(schema)]
-            if "$ref" in schema:
-                inner.append(reference_path(schema["$ref"]))
-                if inner[-1] not in places:
-                    raise DeclarationError(f'"$ref" {_cut(schema["$ref"])} names no schema of this document')
-            for each in inner:
-                more, high = _measure(each, places, done, above, level + 1)
-                size, height = size + more, max(height, high + 1)
-        above.remove(path)
-        if size > MAX_VALUES:
-            raise SchemaLimitError(f"more than {MAX_VALUES:,} values, with references followed")
-        done[path] = size, height
-    if level + done[path][1] > MAX_DEPTH:
-        raise SchemaLimitError(f"more than {MAX_DEPTH} schemas deep, with references followed")
-    return done[path]
 
 
 _END: ContextVar[float] = ContextVar("the thread's time at which a check ends")

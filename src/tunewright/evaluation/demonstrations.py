@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from tunewright.config import RetrieverName
 from tunewright.core.errors import UserError
-from tunewright.core.hub import error_reason, hub_refusals, hub_silence
 from tunewright.core.io import digest, file_digest, write_bytes
+from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
 from tunewright.data.examples import INSTRUCTIONS, Message, call_id
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan

@@ -13,8 +13,8 @@ from typing import Any
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
-from tunewright.core.hub import hub_silence
 from tunewright.core.io import link_or_copy, write_json, write_text
+from tunewright.core.remote_files import hub_silence
 from tunewright.data.examples import Message
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import evidence_on

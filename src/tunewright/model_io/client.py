@@ -1,7 +1,7 @@
 """A client for an OpenAI-compatible endpoint with concurrent requests, rate limits, retries and a budget.
 
-It uses httpx and tenacity rather than OpenAI's client, which retries silently. A retry has to count against the rate
-limit and be reported to the user.
+It uses httpx rather than OpenAI's client, which retries silently. A retry has to count against the rate limit and be
+reported to the user.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import time
 import zlib
@@ -23,7 +24,6 @@ from typing import Any
 
 import httpx
 from aiolimiter import AsyncLimiter
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from tunewright.config import EndpointConfig
 from tunewright.core.clock import now
@@ -52,7 +52,7 @@ MAX_TOKENS = 10_000_000
 """Of a prompt or an answer, as a reply counts them; no model's context is longer."""
 _MOST_LEVELS = 64  # of nested values in function calls
 
-_FIRST_WAIT = 1.0
+_FIRST_WAIT, _MOST_WAIT = 1.0, 60.0
 _TEMPLATE_TOKENS = 64
 _TRANSIENT = {408, 409, 429}
 _KEPT = "Finished answers are kept: the same command resumes from there."
@@ -233,11 +233,7 @@ class Endpoint:
             raise failure.error
 
     async def _affordable_reply(
-        self,
-        client: httpx.AsyncClient,
-        limiter: AsyncLimiter | None,
-        request: ChatRequest,
-        failure: _Failure,
+        self, client: httpx.AsyncClient, limiter: AsyncLimiter | None, request: ChatRequest, failure: _Failure
     ) -> Reply:
         # A token is at least one byte; a template adds a few.
         prompt = _TEMPLATE_TOKENS + len(request.text.encode())
@@ -249,36 +245,26 @@ class Endpoint:
             raise UserError(str(error), where=self._purse.where, fix=f"Raise it. {_KEPT}") from None
 
     async def _reply(
-        self,
-        client: httpx.AsyncClient,
-        limiter: AsyncLimiter | None,
-        request: ChatRequest,
-        failure: _Failure,
+        self, client: httpx.AsyncClient, limiter: AsyncLimiter | None, request: ChatRequest, failure: _Failure
     ) -> Reply:
-        def worth_it(error: BaseException) -> bool:
-            if not isinstance(error, _RequestError) or not error.transient or failure:
-                return False
-            return (error.retry_after or 0) <= LONGEST_WAIT
-
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.config.max_retries + 1),
-            wait=_wait,
-            retry=retry_if_exception(worth_it),
-            before_sleep=self._count_retry,
-            sleep=failure.sleep,
-            reraise=True,
-        )
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    if failure:
-                        raise _RequestError("stopped", status=400)
-                    async with limiter or nullcontext():
-                        return await self._request(client, request)
-        except _RequestError as error:
-            tries = retrying.statistics["attempt_number"]
-            raise self._failed(error, tries) from None
-        raise AssertionError("tenacity ends by a reply or an error")
+        """Send a request until there is a reply, waiting longer after each try (Retry-After, else 1, 2, 4, … s)."""
+        tries = 0
+        while True:
+            if failure.error is not None:
+                raise failure.error
+            try:
+                async with limiter or nullcontext():
+                    return await self._request(client, request)
+            except _RequestError as error:
+                tries += 1
+                wait = error.retry_after
+                last = tries > self.config.max_retries or (wait or 0) > LONGEST_WAIT
+                if last or failure or not error.transient:
+                    raise self._failed(error, tries) from None
+                self._retried[f"status {error.status}" if error.status else "no reply"] += 1
+                # Requests that failed together must not all come again together.
+                growing = min(_FIRST_WAIT * (2 ** (tries - 1) + random.random()), _MOST_WAIT)
+                await failure.sleep(growing if wait is None else wait)
 
     async def _request(self, client: httpx.AsyncClient, request: ChatRequest) -> Reply:
         body = {"model": self.config.model, "messages": list(request.conversation), **self.config.parameters}
@@ -320,11 +306,6 @@ class Endpoint:
             text = response.text
         text = " ".join(text.split())[:300] or response.reason_phrase
         return text.replace(self._key, "…") if self._key else text
-
-    def _count_retry(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        assert isinstance(error, _RequestError)
-        self._retried[f"status {error.status}" if error.status else "no reply"] += 1
 
     def _failed(self, error: _RequestError, tries: int) -> UserError:
         what = f"{self.config.model} at {self.config.base_url} does not answer ({error}"
@@ -428,13 +409,6 @@ def _retry_after(value: str | None) -> float | None:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
     except (ValueError, TypeError):  # not a date either, or one without a time zone
         return None
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, _RequestError) and error.retry_after is not None:
-        return error.retry_after
-    return float(wait_exponential_jitter(multiplier=_FIRST_WAIT, max=60.0, jitter=_FIRST_WAIT)(state))
 
 
 def _retries_text(retried: Counter[str]) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 import platformdirs
 
 from tunewright.core.errors import UserError
-from tunewright.core.hub import error_reason, hub_refusals, hub_silence
 from tunewright.core.io import file_digest, new_folder, write_json, writing
 from tunewright.core.progress import Reporter
+from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 CONSOLIDATED = "consolidated"

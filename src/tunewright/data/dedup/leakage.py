@@ -15,7 +15,7 @@ from tunewright.core.text import normalize
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage, near_overlap
 from tunewright.data.dedup.shingles import Indices, Sketches, shingle_matrix
-from tunewright.data.dedup.similarity import verified
+from tunewright.data.dedup.similarity import in_blocks, near
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.render.blocks import Block, Column, Notes, table
@@ -26,8 +26,6 @@ MOST_HELD_OUT = 5_000
 _MOST_COUNTED = 20_000  # rows whose near-equal rows are all counted; with more rows, a sample is used
 _FIRST_OTHERS = 64  # rows compared first, which are enough if most rows are near-equal
 _SURE = 1e-4  # a row counts as leaked for sure if a random split misses it less often
-_BLOCK = 128  # maximum number of held-out rows compared at once with all training rows
-_CELLS = 16_000_000  # similarities held at once; bounds the memory, not the result
 _ROUNDING = 1e-9
 
 
@@ -192,25 +190,13 @@ def _places(members: Sequence[Member], splits: set[Split]) -> Indices:
 def _nearest(
     members: Sequence[Member], texts: Sequence[str], held_out: Indices, train: Indices, reporter: Reporter
 ) -> list[NearestTrainingRow]:
-    matrix = shingle_matrix(texts).astype(np.float32)
-    sizes = np.diff(matrix.indptr)
-    training = matrix[train]
-    step = min(_BLOCK, max(1, _CELLS // max(len(train), matrix.shape[1])))
     found = []
     with reporter.task("comparing held-out rows", len(held_out), "examples") as task:
-        for start in range(0, len(held_out), step):
-            rows = held_out[start : start + step]
-            block = matrix[rows]
-            # One side is dense: with inputs from templates, nearly all pairs share a shingle. Shingles that no row of
-            # the block has are dropped first.
-            columns = np.unique(block.indices)
-            shared = training[:, columns] @ block[:, columns].toarray().T  # [train, rows]
-            similarity_of = shared / (sizes[train, None] + sizes[rows] - shared.astype(np.float64))
+        for rows, similarity_of in in_blocks(shingle_matrix(texts), held_out, train, task):
             best, nearest = similarity_of.max(axis=0), similarity_of.argmax(axis=0)
             for row, similarity, place in zip(rows.tolist(), best.tolist(), nearest.tolist(), strict=True):
                 of = members[int(train[place])].key if similarity else None
                 found.append(NearestTrainingRow(members[row].key, members[row].split, of, similarity))
-            task.advance(len(rows))
     return found
 
 
@@ -235,8 +221,8 @@ def _random_leaks(texts: Sequence[str], tests: int, training: int, seed: int, re
     shares = []
     with reporter.task("estimating the leakage of a random split", len(THRESHOLDS) * count, "comparisons") as task:
         for threshold in THRESHOLDS:
-            near = _near_counts(rows, asked, others, threshold, enough, task)
-            shares.append(float(np.mean(hypergeom.sf(0, count - 1, near[asked], training))))
+            others_near = _near_counts(rows, asked, others, threshold, enough, task)[asked]
+            shares.append(float(np.mean(hypergeom.sf(0, count - 1, others_near, training))))
     return shares
 
 
@@ -244,17 +230,15 @@ def _near_counts(rows: Any, asked: Indices, others: Indices, threshold: float, e
     """Count the other rows near each of the ``asked`` ones, [rows]; counting stops at ``enough``."""
     sizes = np.diff(rows.indptr).astype(np.int64)
     sketches = Sketches(rows, sizes, threshold, int(np.quantile(sizes, 0.9)))
-    near: Indices = np.zeros(len(sizes), dtype=np.int64)
+    counts: Indices = np.zeros(len(sizes), dtype=np.int64)
     at, step = 0, _FIRST_OTHERS
     while at < len(others):
         some = others[at : at + step]
-        met = [(first, second) for first, second, _ in sketches.candidate_pairs(asked[near[asked] < enough], some)]
-        if met:
-            first, second = (np.concatenate(parts) for parts in zip(*met, strict=True))
-            near += np.bincount(verified(rows, sizes, first, second, threshold).first, minlength=len(near))
+        pairs = near(rows, sketches, threshold, asked[counts[asked] < enough], some)
+        counts += np.bincount(pairs.first, minlength=len(counts))
         at, step = at + step, 2 * step
         task.advance(len(some))
-    return near
+    return counts
 
 
 def score_by_distance(items: Iterable[EvaluatedItem], report: LeakageReport) -> list[BandScore]:

@@ -19,6 +19,7 @@ from tunewright.core.progress import Reporter
 from tunewright.core.spill import numbered
 from tunewright.data.dedup.decontaminate import FEWEST, normalised_words
 from tunewright.data.dedup.shingles import Indices, shingle_matrix
+from tunewright.data.dedup.similarity import in_blocks
 from tunewright.data.examples import find_labels, normalised, output_template
 from tunewright.data.splits import MINIMUM_CLUSTERS, Split
 from tunewright.data.versions import Member
@@ -34,8 +35,6 @@ LOW_CEILING = 0.05
 _TEST: tuple[Split, ...] = ("test",)
 _WORD = re.compile(r"\w+(?:[.:/-]\w+)*")  # "t1.name", "2026-11-30" and "j45.909" are one word each
 _SAMPLE = 500  # rows compared with all others
-_CELLS = 4_000_000  # similarities held at once; bounds the memory, not the result
-_ROUNDING = 1e-6
 
 OverlapKind = Literal["identical", "template", "near"]
 
@@ -199,26 +198,9 @@ def _sample(rng: np.random.Generator, rows: list[int]) -> list[int]:
 
 def _near_rows(texts: Sequence[str], asked: Indices, weights: Indices, threshold: float, reporter: Reporter) -> Indices:
     """Return the sums [asked, kinds] of the weights [texts, kinds] of all texts near each asked one, and its own."""
-    matrix = shingle_matrix(texts)
-    sizes = np.diff(matrix.indptr)
-    order = np.argsort(sizes, kind="stable")
-    place = np.argsort(order)
-    matrix, sizes, weights = matrix[order].astype(np.float32), sizes[order], weights[order].astype(np.float64)
-    by_size = np.argsort(place[asked])
-    # Shingles of no asked text cannot be in an intersection.
-    matrix = matrix[:, np.unique(matrix[place[asked]].indices)]
-    block = max(1, _CELLS // max(matrix.shape))
-    sums = np.zeros((len(asked), weights.shape[1]), dtype=np.int64)
+    everyone = np.arange(len(texts))
     with reporter.task("comparing outputs", len(asked), "outputs") as task:
-        for start in range(0, len(asked), block):
-            some = by_size[start : start + block]
-            mine = place[asked[some]]
-            # Jaccard >= threshold implies threshold <= |A| / |B| <= 1 / threshold.
-            low = int(np.searchsorted(sizes, threshold * sizes[mine[0]] - _ROUNDING))
-            high = int(np.searchsorted(sizes, sizes[mine[-1]] / threshold + _ROUNDING, side="right"))
-            # One side is dense: with outputs from templates, nearly all pairs share a shingle.
-            shared = (matrix[low:high] @ matrix[mine].toarray().T).astype(np.float64)  # [texts, some]
-            near = shared / (sizes[low:high, None] + sizes[mine] - shared) >= threshold
-            sums[some] = near.T.astype(np.float64) @ weights[low:high]
-            task.advance(len(some))
-    return sums
+        blocks = in_blocks(shingle_matrix(texts), asked, everyone, task)
+        sums = [(similarity >= threshold).T.astype(np.float64) @ weights for _, similarity in blocks]
+    near: Indices = np.concatenate([weights[:0], *sums]).astype(np.int64)
+    return near

@@ -34,7 +34,6 @@ _SIGNED = 10_000  # texts signed at once; bounds the memory, not the result
 _MANY = 1 << 14  # pairs of one signature from which their sketches are compared in a block
 _DEAR = 20  # cost of a pair looked up, in pairs compared in a block
 _GAIN = 2  # minimum factor of work that signatures must save over comparing all pairs
-_LARGE_LABEL = 0.02  # share of texts with one label from which skipping their pairs pays
 
 _TEXT = np.uint64((1 << 30) - 1)
 """The bits of a number that stands for a signature and a text."""
@@ -70,20 +69,14 @@ class _Signed:
     larger: _Lists
     smaller: _Lists
 
-    def pairs(self, large: _Large | None = None) -> Indices:
-        """Return the number of pairs by signature, without pairs of texts that share a large label."""
-        pairs: Indices = self.larger.sizes * self.smaller.sizes
-        for number in range(large.count if large else 0):
-            assert large is not None
-            has = large.number == number
-            one, other = (np.add.reduceat(has[s.texts], s.begins[:-1], dtype=np.int64) for s in self._sides)
-            pairs -= one * other
-        return pairs
+    @property
+    def pairs(self) -> Indices:
+        """The number of pairs by signature."""
+        return self.larger.sizes * self.smaller.sizes
 
-    def work(self, large: _Large | None = None) -> int:
+    def work(self) -> int:
         """Return the cost of comparing all pairs, in pairs compared in a block."""
-        pairs = self.pairs(large)
-        return int(np.sum(np.where(pairs >= _MANY, pairs + _MANY, _DEAR * pairs)))
+        return int(np.sum(np.where(self.pairs >= _MANY, self.pairs + _MANY, _DEAR * self.pairs)))
 
     def where(self, mask: Mask) -> _Signed:
         """Return the signatures for which the mask is true."""
@@ -100,28 +93,6 @@ class _Signed:
     @property
     def _sides(self) -> tuple[_Lists, _Lists]:
         return self.larger, self.smaller
-
-
-@dataclass(frozen=True)
-class _Large:
-    """Labels of many texts: ``number`` has the index of each text's label, -1 for other labels."""
-
-    number: npt.NDArray[np.int64]
-    count: int
-
-    def split(self, rows: Indices, columns: Indices) -> Iterator[Pairs]:
-        """Yield all pairs of rows and columns, except pairs that share one of these labels."""
-        mine, theirs = self.number[rows], self.number[columns]
-        for number in np.unique(mine).tolist():
-            yield rows[mine == number], columns if number < 0 else columns[theirs != number]
-
-
-def _large_labels(labels: Indices) -> _Large:
-    names, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    large = counts >= max(_LARGE_LABEL * len(labels), 2)
-    numbers = np.full(len(names), -1, dtype=np.int64)
-    numbers[large] = np.arange(np.count_nonzero(large))
-    return _Large(numbers[number], int(np.count_nonzero(large)))
 
 
 def _entries(signatures: npt.NDArray[Any], texts: npt.NDArray[Any], larger: Mask, smaller: Mask) -> Words:
@@ -199,38 +170,20 @@ class SizeClass:
 
     def _meetings(self, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
         """Yield the pairs of ``candidates`` as positions in the class."""
-        signed, large = self._by_signature, _Large(np.full(len(self._texts), -1), 0)
-        if labels is not None:
-            large = _large_labels(labels[self._texts])
-            if signed is not None:
-                signed = signed.apart(labels[self._texts])
-        every = np.arange(len(self._texts))
-        looking, found = (
-            np.bincount(numbers + 1, minlength=large.count + 1)[1:]
-            for numbers in (large.number[self._large], large.number)
-        )
-        apart = len(every) * int(np.count_nonzero(self._large)) - int(np.sum(looking * found))
-        if signed is None or _GAIN * signed.work(large) > apart:
-            steps.work = max(apart, 1)
-            yield from self._all_with_all(large, labels, steps)
+        signed, larger = self._by_signature, np.flatnonzero(self._large)
+        if signed is not None and labels is not None:
+            signed = signed.apart(labels[self._texts])
+        every = len(self._texts) * len(larger)
+        if signed is None or _GAIN * signed.work() > every:
+            steps.work = max(every, 1)
+            yield from self._compare(larger, None, labels, steps)
+            yield from self._compare(larger, np.flatnonzero(~self._large), labels, steps)
             return
-        steps.work = signed.work(large)
-        many = signed.pairs(large) >= _MANY
+        steps.work = signed.work()
+        many = signed.pairs >= _MANY
         yield from self._looked_up(signed.where(~many), labels, steps)
         for number in np.flatnonzero(many).tolist():
-            for rows, columns in large.split(signed.larger.of(number), signed.smaller.of(number)):
-                yield from self._compare(rows, columns, labels, steps)
-
-    def _all_with_all(self, large: _Large, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
-        """Yield all pairs of texts with similar sketches, except pairs that share a large label."""
-        for number in range(large.count):
-            mine, others = large.number == number, (large.number > number) | (large.number < 0)
-            yield from self._compare(np.flatnonzero(mine & self._large), np.flatnonzero(others), labels, steps)
-            small = np.flatnonzero(mine & ~self._large)
-            yield from self._compare(np.flatnonzero(others & self._large), small, labels, steps)
-        rest = np.flatnonzero((large.number < 0) & self._large)
-        yield from self._compare(rest, None, labels, steps)
-        yield from self._compare(rest, np.flatnonzero((large.number < 0) & ~self._large), labels, steps)
+            yield from self._compare(signed.larger.of(number), signed.smaller.of(number), labels, steps)
 
     def _compare(
         self, rows: Indices, columns: Indices | None, labels: Indices | None, steps: _Steps

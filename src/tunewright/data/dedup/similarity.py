@@ -35,6 +35,7 @@ _CELLS = 4_000_000  # shingles held at once during verification; bounds the memo
 _ALIKE = 20_000  # texts of similar size from which several workers look for each other's
 _SENT = 50_000_000  # shingles sent to a worker at once: bounds its memory, and not the result
 _TOGETHER = 100_000  # texts whose groups one worker compares
+_DENSE_ROWS, _DENSE_CELLS = 128, 16_000_000  # rows, and similarities held at once; bound the memory, not the result
 
 
 class Pairs(NamedTuple):
@@ -282,14 +283,10 @@ class _KeptSearch:
 
     def _near(self, places: Indices, others: Indices | None) -> Pairs:
         """Return the near pairs of these places with earlier ones among ``others``, or with each other."""
-        pairs = [(first, second) for first, second, _ in self._sketches.candidate_pairs(places, others)]
-        if not pairs:
-            return Pairs.joined([])
-        first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-        if others is None:
-            first, second = np.maximum(first, second), np.minimum(first, second)
-        before = second < first
-        return verified(self._rows, self._sizes, first[before], second[before], self._threshold)
+        if others is not None:
+            return near(self._rows, self._sketches, self._threshold, places, others, lambda one, other: other < one)
+        first, second, similarity = near(self._rows, self._sketches, self._threshold, places, None)
+        return Pairs(np.maximum(first, second), np.minimum(first, second), similarity)
 
     def _settle(self, near: Pairs) -> Pairs:
         """Decide in order which of these texts are dropped, given all near pairs with an earlier text."""
@@ -352,9 +349,37 @@ def verified(rows: Any, sizes: Indices, first: Indices, second: Indices, thresho
     return Pairs(first, second, similarity).where(similarity >= threshold)
 
 
+def near(
+    rows: Any, sketches: Sketches, threshold: float, some: Indices, others: Indices | None, wanted: Wanted | None = None
+) -> Pairs:
+    """Return the wanted pairs of some rows with others, or with each other, at or above the threshold."""
+    pairs = [(first, second) for first, second, _ in sketches.candidate_pairs(some, others, wanted)]
+    if not pairs:
+        return Pairs.joined([])
+    first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    return verified(rows, sketches.sizes, first, second, threshold)
+
+
 def similarities(some: Any, others: Any) -> Any:
     """Return the Jaccard similarities [some, others] of two shingle matrices with the same columns, as csr."""
     shared = coo_array(some.astype(np.int32) @ others.astype(np.int32).T)
     sizes, other_sizes = np.diff(some.indptr), np.diff(others.indptr)
     union = sizes[shared.row] + other_sizes[shared.col] - shared.data
     return csr_array((shared.data / union, (shared.row, shared.col)), shape=shared.shape)
+
+
+def in_blocks(rows: Any, some: Indices, others: Indices, task: Task) -> Iterator[tuple[Indices, Similarities]]:
+    """Yield some rows of a shingle matrix at a time, with their Jaccard similarities to others, [others, some].
+
+    One side is dense: with texts from templates, nearly all pairs share a shingle. Shingles that no row of the block
+    has are dropped first. Sums of float32 are exact: no text has 2^24 shingles.
+    """
+    sizes, compared = np.diff(rows.indptr), rows[others].astype(np.float32)
+    step = min(_DENSE_ROWS, max(1, _DENSE_CELLS // max(compared.shape)))
+    for start in range(0, len(some), step):
+        places = some[start : start + step]
+        block = rows[places].astype(np.float32)
+        columns = np.unique(block.indices)
+        shared = (compared[:, columns] @ block[:, columns].toarray().T).astype(np.float64)
+        yield places, shared / (sizes[others, None] + sizes[places] - shared)
+        task.advance(len(places))

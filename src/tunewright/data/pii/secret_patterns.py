@@ -7,7 +7,7 @@ import binascii
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.core.text import token_checksum
@@ -31,8 +31,8 @@ class Pattern:
     label: str  # in messages
     category: Category  # a secret gives access or can be used to pay; personal data identifies a person
     regex: re.Pattern[str]  # the group ``value`` is the finding, if there is one
-    cues: tuple[str, ...] = ()  # every match or its surroundings contain one of these; other texts are not searched
-    check: Check = field(default=lambda match: not is_placeholder(value(match)))  # further condition on a match
+    cues: tuple[str, ...]  # every match or its surroundings contain one of these; other texts are not searched
+    check: Check  # further condition on a match
     rank: int = 0  # where two findings overlap, the lower rank wins, then the longer
 
 
@@ -129,9 +129,16 @@ def _key_after_name(match: re.Match[str]) -> bool:
     return len(base64.b64decode(match["value"])) == 64 and not is_placeholder(match["value"])
 
 
-def _token(body: str, flags: int = 0) -> re.Pattern[str]:
-    """Return a pattern for a token without a letter, digit or hyphen before or after it."""
-    return re.compile(rf"(?<![A-Za-z0-9])(?:{body})(?![\w-])", flags | re.ASCII)
+def _not_placeholder(match: re.Match[str]) -> bool:
+    return not is_placeholder(value(match))
+
+
+def _secret(
+    kind: str, label: str, body: str | re.Pattern[str], *cues: str, check: Check = _not_placeholder, rank: int = 0
+) -> Pattern:
+    """Return a pattern; a body as text is a token without a letter, digit or hyphen before or after it."""
+    token = body if isinstance(body, re.Pattern) else re.compile(rf"(?<![A-Za-z0-9])(?:{body})(?![\w-])", re.ASCII)
+    return Pattern(kind, label, "secret", token, cues, check, rank)
 
 
 _PEM = re.compile(
@@ -152,83 +159,45 @@ _PYPI = r"pypi-(?:AgEIcHlwaS5vcmc|AgENdGVzdC5weXBpLm9yZw)[\w-]{50,400}"  # a mac
 _TUNEWRIGHT = r"tw_[0-9a-f]{10}_[\w-]{49}"
 _AZURE = r"(?:account|storage|access)[ _-]?key[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?P<value>[A-Za-z0-9+/]{86}==)(?![=\w])"
 
+_AWS_SECRET = r"(?<![A-Za-z0-9/+=])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])|(?<==)[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"
+# The header's bound keeps the search linear where each word of a text begins like a token.
+_JWT = re.compile(r"(?<![A-Za-z0-9])eyJ[\w-]{10,2000}+\.eyJ[\w-]{10,}+\.[\w-]{20,}", re.ASCII)
+_URL = r"(?<=://)(?P<value>[^\s:/'\"]{0,100}:(?P<password>[^\s/'\"<>`]{1,200}))@(?=[A-Za-z0-9\[])"
+_PASSWORD = (
+    r"(?<![A-Za-z])(?:pass(?:word|wd|phrase|code|wort)|pwd)(?![A-Za-z])[\"'*]{0,3}\s{0,3}[:=][\s\"'`*]{0,5}"
+    r"(?P<value>[^\s\"'`<>(){}\[\],;]{5,63}[A-Za-z0-9!@#$%^&*+=~-])(?![^\s\"'`<,;.:?)])"
+)
 # The letters that most searches for other cues stop at anyway: a new first letter would slow the scan of every text.
 _PASSWORD_CUES = ("ssw", "ssW", "SSW", "ssphrase", "SSPHRASE", "sscode", "SSCODE", "pwd", "Pwd", "PWD")
+_GITHUB_CUES = ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")
+_GITHUB_LONG = r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}|ghr_[A-Za-z0-9]{76}"
 
 SECRETS: tuple[Pattern, ...] = (
-    Pattern("private_key", "private key", "secret", _PEM, ("-----BEGIN ",), _private_key),
-    Pattern(
-        "github_token",
-        "GitHub token",
-        "secret",
-        _token(r"gh[oprsu]_[A-Za-z0-9]{36}"),
-        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
-        _checksummed,
+    _secret("private_key", "private key", _PEM, "-----BEGIN ", check=_private_key),
+    _secret("github_token", "GitHub token", r"gh[oprsu]_[A-Za-z0-9]{36}", *_GITHUB_CUES, check=_checksummed),
+    _secret("github_token", "GitHub token", _GITHUB_LONG, "github_pat_", "ghr_"),
+    _secret("gitlab_token", "GitLab token", _GITLAB, "glpat-", "gldt-", "glrt-"),
+    _secret("npm_token", "npm token", r"npm_[A-Za-z0-9]{36}", "npm_", check=_checksummed),
+    _secret("tunewright_key", "tunewright API key", _TUNEWRIGHT, "tw_", check=_checksummed),
+    _secret("pypi_token", "PyPI token", _PYPI, "pypi-AgE"),
+    _secret("aws_key_id", "AWS access key id", r"A(?:KI|SI)A[A-Z2-7]{16}", "AKIA", "ASIA"),
+    _secret(
+        "aws_secret", "AWS secret key", re.compile(_AWS_SECRET), "AKIA", "ASIA", "ecret", "ECRET", check=_near_aws_key
     ),
-    Pattern(
-        "github_token",
-        "GitHub token",
-        "secret",
-        _token(r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}|ghr_[A-Za-z0-9]{76}"),
-        ("github_pat_", "ghr_"),
-    ),
-    Pattern("gitlab_token", "GitLab token", "secret", _token(_GITLAB), ("glpat-", "gldt-", "glrt-")),
-    Pattern("npm_token", "npm token", "secret", _token(r"npm_[A-Za-z0-9]{36}"), ("npm_",), _checksummed),
-    Pattern("tunewright_key", "tunewright API key", "secret", _token(_TUNEWRIGHT), ("tw_",), _checksummed),
-    Pattern("pypi_token", "PyPI token", "secret", _token(_PYPI), ("pypi-AgE",)),
-    Pattern("aws_key_id", "AWS access key id", "secret", _token(r"A(?:KI|SI)A[A-Z2-7]{16}"), ("AKIA", "ASIA")),
-    Pattern(
-        "aws_secret",
-        "AWS secret key",
-        "secret",
-        re.compile(r"(?<![A-Za-z0-9/+=])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])|(?<==)[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"),
-        ("AKIA", "ASIA", "ecret", "ECRET"),
-        _near_aws_key,
-    ),
-    Pattern("google_key", "Google API key", "secret", _token(r"AIza[\w-]{35}"), ("AIza",)),
-    Pattern("azure_key", "Azure storage key", "secret", re.compile(_AZURE, re.I | re.A), ("==",), _key_after_name),
-    Pattern("slack_token", "Slack token", "secret", _token(_SLACK), ("xox", "xapp-", "hooks.slack.com")),
-    Pattern("stripe_key", "Stripe live key", "secret", _token(r"[rs]k_live_[A-Za-z0-9]{24,247}"), ("k_live_",)),
-    Pattern("anthropic_key", "Anthropic API key", "secret", _token(r"sk-ant-[a-z]+\d\d-[\w-]{80,120}"), ("sk-ant-",)),
-    Pattern("openai_key", "OpenAI-style API key", "secret", _token(_OPENAI), ("sk-",)),
-    Pattern(
-        "huggingface_token", "Hugging Face token", "secret", _token(r"(?:hf|api_org)_[A-Za-z]{34}"), ("hf_", "api_org_")
-    ),
-    Pattern("sendgrid_key", "SendGrid API key", "secret", _token(r"SG\.[\w-]{22}\.[\w-]{43}"), ("SG.",)),
-    Pattern("twilio_key", "Twilio API key", "secret", _token(r"SK[0-9a-f]{32}"), ("SK",)),
-    Pattern("databricks_token", "Databricks token", "secret", _token(r"dapi[0-9a-f]{32}(?:-\d)?"), ("dapi",)),
-    Pattern("digitalocean_token", "DigitalOcean token", "secret", _token(r"do[opr]_v1_[0-9a-f]{64}"), ("_v1_",)),
-    Pattern(
-        "jwt",
-        "JSON Web Token",
-        "secret",
-        # The header's bound keeps the search linear where each word of a text begins like a token.
-        re.compile(r"(?<![A-Za-z0-9])eyJ[\w-]{10,2000}+\.eyJ[\w-]{10,}+\.[\w-]{20,}", re.ASCII),
-        ("eyJ",),
-        _json_web_token,
-    ),
-    Pattern(
-        "url_credentials",
-        "password in a URL",
-        "secret",
-        re.compile(r"(?<=://)(?P<value>[^\s:/'\"]{0,100}:(?P<password>[^\s/'\"<>`]{1,200}))@(?=[A-Za-z0-9\[])"),
-        ("://",),
-        _is_real_password,
-        rank=1,
-    ),
-    Pattern(
-        "password",
-        "password",
-        "secret",
-        re.compile(
-            r"(?<![A-Za-z])(?:pass(?:word|wd|phrase|code|wort)|pwd)(?![A-Za-z])[\"'*]{0,3}\s{0,3}[:=][\s\"'`*]{0,5}"
-            r"(?P<value>[^\s\"'`<>(){}\[\],;]{5,63}[A-Za-z0-9!@#$%^&*+=~-])(?![^\s\"'`<,;.:?)])",
-            re.IGNORECASE,
-        ),
-        _PASSWORD_CUES,
-        _plain_password,
-        rank=2,
-    ),
+    _secret("google_key", "Google API key", r"AIza[\w-]{35}", "AIza"),
+    _secret("azure_key", "Azure storage key", re.compile(_AZURE, re.I | re.A), "==", check=_key_after_name),
+    _secret("slack_token", "Slack token", _SLACK, "xox", "xapp-", "hooks.slack.com"),
+    _secret("stripe_key", "Stripe live key", r"[rs]k_live_[A-Za-z0-9]{24,247}", "k_live_"),
+    _secret("anthropic_key", "Anthropic API key", r"sk-ant-[a-z]+\d\d-[\w-]{80,120}", "sk-ant-"),
+    _secret("openai_key", "OpenAI-style API key", _OPENAI, "sk-"),
+    _secret("huggingface_token", "Hugging Face token", r"(?:hf|api_org)_[A-Za-z]{34}", "hf_", "api_org_"),
+    _secret("sendgrid_key", "SendGrid API key", r"SG\.[\w-]{22}\.[\w-]{43}", "SG."),
+    _secret("twilio_key", "Twilio API key", r"SK[0-9a-f]{32}", "SK"),
+    _secret("databricks_token", "Databricks token", r"dapi[0-9a-f]{32}(?:-\d)?", "dapi"),
+    _secret("digitalocean_token", "DigitalOcean token", r"do[opr]_v1_[0-9a-f]{64}", "_v1_"),
+    _secret("jwt", "JSON Web Token", _JWT, "eyJ", check=_json_web_token),
+    _secret("url_credentials", "password in a URL", re.compile(_URL), "://", check=_is_real_password, rank=1),
+    _secret("password", "password", re.compile(_PASSWORD, re.I), *_PASSWORD_CUES, check=_plain_password, rank=2),
 )
 
 

@@ -10,9 +10,9 @@ from itertools import takewhile
 from pathlib import Path, PurePath, PurePosixPath
 
 from tunewright.core.errors import UserError
-from tunewright.core.hub import error_reason, hub_refusals, hub_silence
 from tunewright.core.io import writing
 from tunewright.core.progress import Reporter
+from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
 from tunewright.core.text import count_of
 
 SAVED = ("state.json", "dataset_dict.json")
