@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from tunewright.evidence.common import Interval, Part
+from tunewright.evidence.non_inferiority import Result
 from tunewright.render.blocks import (
     Bar,
     Block,
     Cell,
-    Column,
     Figure,
     Lead,
     Notes,
     Row,
     Section,
+    Table,
     ToneOfResult,
     row,
     table,
+    words,
 )
 
 SuiteKind = Literal["samples", "choices", "instructions", "lm_eval"]
 Unit = Literal["share", "nats per token"]
-Result = Literal["not worse", "worse", "can't tell"]
 
 
 class Control(Part):
@@ -145,10 +147,6 @@ def standing(benchmarks: Benchmarks) -> RegressionResult:
 
 def suite_text(suite: Suite) -> str:
     """Return a sentence about a suite: its measurement and result."""
-    return f"{_measured(suite)} {_follows(suite)}"
-
-
-def _measured(suite: Suite) -> str:
     if suite.unit == "share":
         scores = f"{suite.base:.1%} with the adapter off, {suite.tuned:.1%} with it on"
     else:
@@ -159,7 +157,7 @@ def _measured(suite: Suite) -> str:
     else:
         change = f"worse by {_amount(suite, suite.drop)}, at most {limit} (95%)"
     alike = "" if suite.clusters in (None, suite.items) else f" in {suite.clusters:,} clusters"
-    return f"{suite.name}, {suite.items:,} items{alike}: {scores}; {change}."
+    return f"{suite.name}, {suite.items:,} items{alike}: {scores}; {change}. {_follows(suite)}"
 
 
 def _follows(suite: Suite) -> str:
@@ -206,25 +204,11 @@ def benchmarks_section(found: Benchmarks) -> Section:
             caption = "An upright mark is a suite's margin." if any(bar.margin is not None for bar in bars) else ""
             blocks.append(Figure(f"regressions-{place}", title, bars, axis, zero=True, caption=caption))
     if found.suites:
-        suites = table("Table of suites", _SUITES, map(_suite_row, found.suites))
-        used = [
-            place
-            for place, column in enumerate(suites.head)
-            if column.name not in _MAY_BE_EMPTY or any(r.cells[place].text not in ("", "none") for r in suites.rows)
-        ]
-        rows = tuple(Row(tuple(r.cells[place] for place in used)) for r in suites.rows)
-        blocks.append(replace(suites, head=tuple(suites.head[place] for place in used), rows=rows))
+        blocks.append(_suites_table(found.suites))
     controls = [
-        (
-            suite.name,
-            control.name,
-            f"{control.items:,}",
-            _level(suite, control.score),
-            control.wanted,
-            Cell("passed", tone="yes") if control.passed else Cell("FAILED", tone="no"),
-        )
+        (suite.name, each.name, f"{each.items:,}", _level(suite, each.score), each.wanted, _PASSED[each.passed])
         for suite in found.suites
-        for control in suite.controls
+        for each in suite.controls
     ]
     if controls:
         blocks.append(table("Table of the suites' controls", _CONTROLS, controls))
@@ -242,27 +226,8 @@ def benchmarks_section(found: Benchmarks) -> Section:
     return Section("regressions", "What was forgotten", tuple(blocks))
 
 
-_MAY_BE_EMPTY = ("Margin", "Items needed")
-_SUITES = (
-    "Suite",
-    "Items",
-    "Off",
-    "On",
-    "Loss",
-    "95% interval",
-    "At most",
-    "Margin",
-    "Items needed",
-    Column("Result", words=True),
-)
-_CONTROLS = (
-    "Suite",
-    Column("Control", words=True),
-    "Items",
-    "Score",
-    Column("Required", words=True),
-    Column("Result", words=True),
-)
+_PASSED = {True: Cell("passed", tone="yes"), False: Cell("FAILED", tone="no")}
+_CONTROLS = ("Suite", *words("Control"), "Items", "Score", *words("Required", "Result"))
 
 
 def _bar(suite: Suite) -> Bar:
@@ -278,23 +243,33 @@ def _number(suite: Suite, value: float, sign: str = "") -> str:
     return f"{round(scale * value, digits) + 0.0:{sign}.{digits}f}"
 
 
-def _suite_row(suite: Suite) -> Row:
-    clusters = "" if suite.clusters in (None, suite.items) else f"{suite.clusters:,} clusters"
-    if suite.gates:
-        result = Cell(suite.result, tone=_TONES[suite.result])
-    elif suite.margin is None:
-        result = Cell("no margin: decides nothing")
-    else:
-        result = Cell(f"decides nothing: {suite.failed[0].name} failed")
-    return row(
-        Cell(suite.name, suite.metric),
-        Cell(f"{suite.items:,}", clusters),
-        _level(suite, suite.base),
-        _level(suite, suite.tuned),
-        _number(suite, suite.drop, "+"),
-        f"{_number(suite, suite.interval.low, '+')} to {_number(suite, suite.interval.high, '+')}",
-        Cell(_number(suite, suite.limit, "+"), suite.method),
-        "none" if suite.margin is None else _number(suite, suite.margin),
-        "" if suite.items_needed is None else f"{suite.items_needed:,}",
-        result,
-    )
+def _suites_table(suites: Sequence[Suite]) -> Table:
+    """Return the suites; without margins, and without numbers of items needed, if no suite has one."""
+    margins = any(suite.margin is not None for suite in suites)
+    needed = any(suite.items_needed is not None for suite in suites)
+
+    def suite_row(suite: Suite) -> Row:
+        clusters = "" if suite.clusters in (None, suite.items) else f"{suite.clusters:,} clusters"
+        if suite.gates:
+            result = Cell(suite.result, tone=_TONES[suite.result])
+        elif suite.margin is None:
+            result = Cell("no margin: decides nothing")
+        else:
+            result = Cell(f"decides nothing: {suite.failed[0].name} failed")
+        margin = "none" if suite.margin is None else _number(suite, suite.margin)
+        return row(
+            Cell(suite.name, suite.metric),
+            Cell(f"{suite.items:,}", clusters),
+            _level(suite, suite.base),
+            _level(suite, suite.tuned),
+            _number(suite, suite.drop, "+"),
+            f"{_number(suite, suite.interval.low, '+')} to {_number(suite, suite.interval.high, '+')}",
+            Cell(_number(suite, suite.limit, "+"), suite.method),
+            *([margin] if margins else []),
+            *(["" if suite.items_needed is None else f"{suite.items_needed:,}"] if needed else []),
+            result,
+        )
+
+    more = [*(["Margin"] if margins else []), *(["Items needed"] if needed else []), *words("Result")]
+    head = ("Suite", "Items", "Off", "On", "Loss", "95% interval", "At most", *more)
+    return table("Table of suites", head, map(suite_row, suites))

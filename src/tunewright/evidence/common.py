@@ -292,16 +292,13 @@ def answer_form(
 
     The format is the first of these that 95% of the outputs have: JSON with the fields common to all; a label, if
     outputs are class-like; one of a dozen patterns of letters, digits and punctuation; a range of length and lines.
-
-    Args:
-        outputs: the outputs of all rows of the task.
-        references: the references of the items answered.
-        answers: arm name to its answers.
-        longer: references with more tokens than an answer may have.
+    ``answers`` are by arm; ``longer`` counts references with more tokens than an answer may have.
     """
     if len(outputs) < _FEWEST:
         return None
-    what, check = _form(outputs)
+    forms = (found for form in (_json, _label, _pattern) if (found := form(outputs)) is not None)
+    shared = (found for found in forms if sum(map(found[1], outputs)) >= ENOUGH * len(outputs))
+    what, check = next(shared, None) or _length(outputs)
     return AnswerFormat(
         what=what,
         items=len(references),
@@ -309,14 +306,6 @@ def answer_form(
         answers={name: sum(map(check, given)) for name, given in answers.items()},
         longer=longer,
     )
-
-
-def _form(outputs: Sequence[str]) -> tuple[str, Check]:
-    for form in (_json, _label, _pattern):
-        found = form(outputs)
-        if found is not None and sum(map(found[1], outputs)) >= ENOUGH * len(outputs):
-            return found
-    return _length(outputs)
 
 
 def _object(text: str) -> Any:

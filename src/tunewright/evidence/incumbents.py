@@ -7,6 +7,7 @@ nominal 5% accept up to 10% (docs/decisions/0005).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -119,18 +120,10 @@ def measured_drop(ours: Scores, theirs: Scores, clusters: Sequence[str], margin:
     a clustered t-interval with two artificial clusters of mean size, one lost and one won (Bonett and Price 2012), as
     for all differences (docs/decisions/0005). Graded scores have the second alone. A corpus metric has the wider of
     percentiles and a t-interval from the same resamples of clusters.
-
-    Args:
-        ours: the tuned arm's scores.
-        theirs: the incumbent's, by the same metric.
-        clusters: the items' clusters.
-        margin: the largest loss that counts as not worse.
-        seed: decides the resamples.
     """
     both = ours.scored & theirs.scored
     names = [name for name, here in zip(clusters, both, strict=True) if here]
     count = len(set(names))
-    left = ours.unscored | theirs.unscored
     if not count:
         value, interval, method = 0.0, Interval(low=-1, high=1), "none: no item is scored in both"
     elif ours.scorer.kind == "corpus":
@@ -143,14 +136,13 @@ def measured_drop(ours: Scores, theirs: Scores, clusters: Sequence[str], margin:
         if ours.scorer.kind == "right or wrong":
             score = paired_drop(before, after, names, seed)
             interval, method = _wider(interval, score.interval), f"{method}, or {score.method} if wider"
-    reasons = {reason: list(left.values()).count(reason) for reason in left.values()}
     return Drop(
         value=value,
         interval=interval,
         method=method,
         items=len(names),
         clusters=count,
-        left_out=reasons,
+        left_out=dict(Counter((ours.unscored | theirs.unscored).values())),
         margin=margin,
     )
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tunewright.evidence.common import Interval, Part, Score
 from tunewright.evidence.power import ALPHA
 from tunewright.metrics import p_text, points_text
-from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, row, table
+from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Row, Section, row, table, words
 
 ControlName = Literal[
     "gold is correct", "swapped reference", "injected verdict", "gold against gold", "gold against other"
@@ -213,15 +213,13 @@ def _objections(judge: Judgement, arms: tuple[str, str]) -> list[str]:
 
 def judge_section(judge: Judgement) -> Section:
     """Return the judge's controls first; for a vetoed judge, no finding."""
-    blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
+    expected = Column("Expected verdict", words=True, detail=True)
+    head = ("Control", expected, "Passed", "No verdict", "At least (95%)", "Required", *words("Result"))
+    controls = table("Table of controls", head, map(_control, judge.controls))
+    blocks: list[Block] = [Lead(judge_line(judge)), controls]
     if judge.arms:
         head = ("Correct, by the reference", "Correct", "Share, %", "95% interval", "Exact", "No verdict")
-        rows: list[Row] = []
-        for arm in judge.arms:
-            share = (f"{100 * arm.share.value:.1f}", arm.share.interval.percents)
-            unscored = f"{sum(arm.unscored.values())}"
-            rows.append(row(arm.name, f"{arm.correct} of {arm.items}", *share, f"{arm.exact}", unscored))
-        blocks.append(table("Table of judged arms", head, rows))
+        blocks.append(table("Table of judged arms", head, map(_judged_arm, judge.arms)))
     if judge.preferences:
         counts = ("Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Flips", "No verdict")
         rows = [row for each in judge.preferences for row in _preference(each)]
@@ -232,29 +230,16 @@ def judge_section(judge: Judgement) -> Section:
     return Section("judge", "What a judge says", (*blocks, Notes(tuple(notes))))
 
 
-def _controls(controls: tuple[Control, ...]) -> Table:
-    head = (
-        "Control",
-        Column("Expected verdict", words=True, detail=True),
-        "Passed",
-        "No verdict",
-        "At least (95%)",
-        "Required",
-        Column("Result", words=True),
-    )
-    rows = (
-        (
-            each.name,
-            each.expected,
-            f"{each.passed} of {each.items}",
-            f"{sum(each.unscored.values())}",
-            f"{each.limit:.0%}",
-            f"{each.required:.0%}",
-            Cell("holds", tone="yes") if each.held else Cell("FAILS", tone="no"),
-        )
-        for each in controls
-    )
-    return table("Table of controls", head, rows)
+def _control(found: Control) -> Row:
+    counts = (f"{found.passed} of {found.items}", f"{sum(found.unscored.values())}")
+    result = Cell("holds", tone="yes") if found.held else Cell("FAILS", tone="no")
+    return row(found.name, found.expected, *counts, f"{found.limit:.0%}", f"{found.required:.0%}", result)
+
+
+def _judged_arm(arm: JudgedArm) -> Row:
+    share = (f"{100 * arm.share.value:.1f}", arm.share.interval.percents)
+    unscored = f"{sum(arm.unscored.values())}"
+    return row(arm.name, f"{arm.correct} of {arm.items}", *share, f"{arm.exact}", unscored)
 
 
 def _preference(found: Preference) -> list[Row]:

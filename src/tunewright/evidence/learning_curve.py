@@ -152,14 +152,8 @@ def share_slope(
 
     Two artificial clusters of mean size join the resampling, as in `statistics.difference_interval`. One is all wrong
     with the fewest rows and all right with the most, the other the reverse. Without them ten items that no adapter gets
-    right would give the interval [0, 0].
-
-    Args:
-        right: 1 where an adapter got an item right, else 0, [seeds, sizes, items]; at least two seeds.
-        rows: training rows of each adapter, [seeds, sizes].
-        clusters: the items' clusters.
-        seed: decides the resamples.
-        resamples: number of resamples.
+    right would give the interval [0, 0]. ``right`` is 1 where an adapter got an item right, else 0, [seeds, sizes,
+    items]; ``rows`` are each adapter's training rows, [seeds, sizes].
     """
     weights = np.array([slope_weights(row) for row in rows])
     by_item: Floats = np.einsum("rsi,rs->ri", right, weights)  # [seeds, items]
@@ -180,10 +174,7 @@ def corpus_slope(
 ) -> Slope:
     """Return the slope of a mean of graded scores, or of a corpus metric.
 
-    Args:
-        statistics: statistics of each item's answer by each adapter, [seeds, sizes, items, columns].
-        corpus: the score of column sums, [..., columns] to [...].
-        rows, clusters, seed, resamples: as for `share_slope`.
+    ``statistics`` are of each item's answer by each adapter, [seeds, sizes, items, columns]; ``corpus`` scores sums.
     """
     seeds, sizes, items, width = statistics.shape
     weights = np.array([slope_weights(row) for row in rows])

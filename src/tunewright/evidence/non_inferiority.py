@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm, t
 
 from tunewright.evidence.common import Interval
-from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, cluster_sums, effective_items
+from tunewright.evidence.statistics import RESAMPLES, Floats, bootstrap_sums, cluster_sums, effective_items
 
 Result = Literal["not worse", "worse", "can't tell"]
 
@@ -27,8 +26,6 @@ EXPECTED_CHANGES = 0.1
 _Z_ONE_SIDED = float(norm.ppf(0.95))
 _Z_INTERVAL = float(norm.ppf(0.975))
 _Z_POWER = float(norm.ppf(0.8))
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,6 @@ def paired_drop(
     Items of one cluster are not independent. With several per cluster, Tango's limits use the effective number of items
     (as Wilson's do in :mod:`tunewright.evidence.statistics`). Student's t replaces the normal quantiles, with the
     clusters' degrees of freedom, because that number is an estimate. The bootstrap resamples clusters.
-
-    Args:
-        before, after: each item's score, [items], at least one.
-        clusters: the items' clusters.
-        seed: decides the resamples.
-        resamples: number of resamples.
     """
     if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
         return ratio_drop(
@@ -88,10 +79,7 @@ def paired_drop(
 def ratio_drop(sums: Floats, seed: int, resamples: int = RESAMPLES) -> ScoreDrop:
     """Return the drop of a mean over texts of different lengths, by a bootstrap over the texts.
 
-    Args:
-        sums: each text's summed drop and its number of units, [texts, 2].
-        seed: decides the resamples.
-        resamples: number of resamples.
+    ``sums`` are each text's summed drop and its number of units, [texts, 2].
     """
     drawn = bootstrap_sums(sums, seed, resamples)
     means = drawn[:, 0] / drawn[:, 1]
@@ -113,12 +101,8 @@ def tango_limits(more: float, less: float, items: float, z: float) -> tuple[floa
     17).
 
     The limits are the differences d that the score test does not reject. Its variance is that of the likeliest table
-    with the difference d, so the interval has a positive width even without discordant pairs.
-
-    Args:
-        more, less: items that only the first, and only the second, gets right.
-        items: all items. For clustered items all three may be effective numbers, so they need not be integers.
-        z: number of standard errors, such as 1.645 for one-sided 95%.
+    with the difference d, so the interval has a positive width even without discordant pairs. For clustered items all
+    three numbers may be effective ones, so they need not be integers.
     """
     observed = (more - less) / items
     rejects = _score(more, less, items)
@@ -146,9 +130,7 @@ def _score(more: float, less: float, items: float) -> Callable[[float], float]:
 def items_needed(margin: float, changes: float = EXPECTED_CHANGES) -> int:
     """Return the items that show non-inferiority with 80% power if nothing changed: (1.645 + 0.842)^2 q / margin^2.
 
-    Args:
-        margin: above 0, as a share.
-        changes: q, the share of items that change sides, half of them each way.
+    q (``changes``) is the share of items that change sides, half of them each way.
     """
     return math.ceil((_Z_ONE_SIDED + _Z_POWER) ** 2 * changes / margin**2)
 

@@ -29,14 +29,9 @@ ASSUMED = (0.1, 0.2, 0.3)
 def power(items: float, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the power of a paired two-sided test on right and wrong items (Miettinen 1968).
 
-    Args:
-        items: number of independent items (`effective_items` of clustered ones).
-        discordant: q, the share of items that exactly one arm gets right; at least the difference.
-        difference: d, the true one, as a share above 0.
-        alpha: level of the test.
-
-    Returns:
-        Phi((d sqrt(n) - z_(1-alpha/2) sqrt(q)) / sqrt(q - d^2)).
+    With q the share of items that exactly one arm gets right (``discordant``), and a true difference d of at most q,
+    it is Phi((d sqrt(n) - z_(1-alpha/2) sqrt(q)) / sqrt(q - d^2)). ``items`` are independent: `effective_items` of
+    clustered ones.
     """
     spread = max(discordant - difference**2, 0.0) ** 0.5
     excess = difference * items**0.5 - float(norm.ppf(1 - alpha / 2)) * discordant**0.5
@@ -47,16 +42,8 @@ def minimum_detectable_effect(items: float, discordant: float, power: float = PO
     """Return the smallest true difference in accuracy that a paired two-sided test finds with this power.
 
     Solves Miettinen's (1968) n = (z_(1-alpha/2) sqrt(q) + z_power sqrt(q - d^2))^2 / d^2 for d. A difference is never
-    larger than the share of items that changed. So with few changes q grows with d: all items change the same way.
-
-    Args:
-        items: number of independent items (`effective_items` of clustered ones).
-        discordant: q, the share of items that exactly one arm gets right.
-        power: chance of finding the difference.
-        alpha: level of the two-sided test.
-
-    Returns:
-        A share; 1.0 if no difference can be found.
+    larger than the share of items that changed. So with few changes q (``discordant``) grows with d: all items change
+    the same way. It is 1.0 if no difference can be found.
     """
     z_alpha, z_power = norm.ppf(1 - alpha / 2), norm.ppf(power)
 
@@ -127,8 +114,7 @@ _HOPELESS = 20
 def items_to_settle(difference: float, interval: Interval, margin: float, items: int) -> int | None:
     """Return the total items needed to move the 95% interval off the margin, with 80% power at this difference.
 
-    Returns:
-        None if even 20 times as many would hardly suffice.
+    None: even 20 times as many would hardly suffice.
     """
     gap = difference - margin
     half = difference - interval.low if gap > 0 else interval.high - difference
@@ -151,14 +137,9 @@ AIM = 0.2
 
 @dataclass(frozen=True)
 class SplitPower:
-    """Differences that a test split can show.
+    """Differences that a test split can show, and the rows to add (estimates) for it to show any, or `AIM`.
 
-    Attributes:
-        clusters: independent clusters in each split.
-        effect: smallest true difference found with 80% power if 20% of the items change; 1.0: none.
-        significant: True if any difference can be significant.
-        rows_to_significant: additional distinct rows (estimate) to make any difference significant.
-        rows_to_aim: additional distinct rows (estimate) to show a difference of 20 points.
+    ``effect`` is the smallest true difference found with 80% power if 20% of the items change; 1.0: none.
     """
 
     clusters: dict[Split, int]
@@ -185,19 +166,14 @@ def split_power(rows: Mapping[Split, int], clusters: Mapping[Split, int], share:
         effect=minimum_detectable_effect(tests, USUAL) if tests else 1.0,
         significant=tests >= FEWEST_CLUSTERS,
         rows_to_significant=more(FEWEST_CLUSTERS),
-        rows_to_aim=more(_clusters_for(AIM)),
+        rows_to_aim=more(_CLUSTERS_TO_AIM),
     )
 
 
-def _clusters_for(effect: float) -> int:
-    """Return the number of clusters that show a difference with `POWER`, if `USUAL` of the items change."""
-    few, enough = 1, 1
-    while minimum_detectable_effect(enough, USUAL) > effect:
-        few, enough = enough, 2 * enough
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        few, enough = (few, middle) if minimum_detectable_effect(middle, USUAL) <= effect else (middle, enough)
-    return enough
+# Miettinen's n, as in `minimum_detectable_effect`, for a difference of AIM if USUAL of the items change (q >= d).
+_CLUSTERS_TO_AIM = math.ceil(
+    ((norm.ppf(1 - ALPHA / 2) * USUAL**0.5 + norm.ppf(POWER) * (USUAL - AIM**2) ** 0.5) / AIM) ** 2
+)
 
 
 def split_power_text(power: SplitPower) -> str:

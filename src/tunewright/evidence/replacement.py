@@ -11,18 +11,11 @@ import numpy as np
 from tunewright.core.text import count_of
 from tunewright.evidence.common import percent_bar
 from tunewright.evidence.human_eval import AnswerReview, human_eval_line
-from tunewright.evidence.incumbents import (
-    HOURS_PER_MONTH,
-    Incumbent,
-    Incumbents,
-    Outcome,
-    Serving,
-    TunedServing,
-)
+from tunewright.evidence.incumbents import HOURS_PER_MONTH, Incumbent, Incumbents, Outcome, Serving, TunedServing
 from tunewright.evidence.power import items_to_settle
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import points_text, score_text
-from tunewright.render.blocks import Block, Cell, Column, Figure, Lead, Notes, Row, Section, row, table
+from tunewright.render.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, row, table, words
 
 _CAUTION_SHARE = 0.05
 
@@ -79,13 +72,13 @@ def replacements(evidence: Evidence, decision: str) -> tuple[Replacement, ...]:
     Each incumbent is a decision of its own, so the outcomes are not adjusted for their number. People's preferences
     are reported and decide nothing: no declared contrast is about them.
     """
-    if evidence.incumbents is None:
-        return ()
+    compared = evidence.incumbents.compared if evidence.incumbents else ()
+    return tuple(_replacement(evidence, found, decision) for found in compared)
+
+
+def _replacement(evidence: Evidence, found: Incumbent, decision: str) -> Replacement:
+    assert evidence.incumbents is not None
     tuned = evidence.incumbents.tuned
-    return tuple(_replacement(evidence, found, tuned, decision) for found in evidence.incumbents.compared)
-
-
-def _replacement(evidence: Evidence, found: Incumbent, tuned: TunedServing, decision: str) -> Replacement:
     outcome, even = found.drop.outcome, break_even(found, tuned)
     reasons = [_measured(evidence, found), _decided(evidence, found)]
     if outcome == "replace" and decision != "ship":
@@ -101,6 +94,7 @@ def _replacement(evidence: Evidence, found: Incumbent, tuned: TunedServing, deci
 
 
 def _measured(evidence: Evidence, found: Incumbent) -> str:
+    """Return the scores of both sides, and the loss with its interval."""
     drop, first = found.drop, evidence.contrasts[0]
     ours, theirs = (evidence.arm(name).score(evidence.metric).value for name in (first.treatment, found.arm))
     change = f"worse by {_points(drop.value)}" if drop.value > 0 else f"better by {_points(-drop.value)}"
@@ -231,38 +225,34 @@ def incumbents_section(found: Incumbents, outcomes: Sequence[Replacement]) -> Se
         Figure(
             "incumbents",
             "Loss of tuned against each incumbent in points, with 95% intervals, against the margin",
-            tuple(
-                percent_bar(
-                    each.name,
-                    each.drop.value,
-                    each.drop.interval,
-                    points_text(each.drop.value),
-                    margin=each.drop.margin,
-                )
-                for each in found.compared
-            ),
+            tuple(map(_drop_bar, found.compared)),
             "loss, points",
             zero=True,
             caption="The upright mark is the margin.",
         ),
         table("Table of incumbents", _HEAD, map(_incumbent_row, outcomes)),
-        table("Table of costs and latencies", _SIDES, _sides(found), detail=True),
+        table(
+            "Table of costs and latencies",
+            ("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile"),
+            [
+                _side("tuned", found.tuned),
+                *(_side(Cell(each.arm, _frozen(each)), each.serving) for each in found.compared),
+            ],
+            detail=True,
+        ),
         Notes(tuple(notes), detail=True),
     )
     return Section("incumbents", "Against the models in use", blocks)
 
 
-_HEAD = (
-    "Incumbent",
-    Column("Model version", words=True),
-    "Answers",
-    "Loss",
-    "95% interval",
-    "Margin",
-    Column("Break-even, calls", detail=True),
-    Column("Outcome", words=True),
-)
-_SIDES = ("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile")
+def _drop_bar(found: Incumbent) -> Bar:
+    drop = found.drop
+    return percent_bar(found.name, drop.value, drop.interval, points_text(drop.value), margin=drop.margin)
+
+
+_CALLS = Column("Break-even, calls", detail=True)
+_NUMBERS = ("Answers", "Loss", "95% interval", "Margin")
+_HEAD = ("Incumbent", *words("Model version"), *_NUMBERS, _CALLS, *words("Outcome"))
 
 
 def _incumbent_row(each: Replacement) -> Row:
@@ -279,27 +269,15 @@ def _incumbent_row(each: Replacement) -> Row:
     )
 
 
-def _sides(found: Incumbents) -> list[Row]:
-    sides: list[tuple[str | Cell, Serving]] = [("tuned", found.tuned)]
-    sides += [(Cell(each.arm, _frozen(each)), each.serving) for each in found.compared]
-    return [
-        row(
-            name,
-            Cell("unknown", side.missing["cost"])
-            if side.cost_per_1000 is None
-            else Cell(amount(side.cost_per_1000), side.basis),
-            *_latency(side),
-        )
-        for name, side in sides
-    ]
-
-
-def _latency(side: Serving) -> tuple[Cell, Cell]:
-    if side.latency is None:
-        unknown = Cell("unknown", side.missing["latency"])
-        return unknown, unknown
-    timed = side.latency
-    return Cell(f"{timed.p50:.2f} s"), Cell(f"{timed.p95:.2f} s", f"{timed.answers:,} answers, {timed.how}")
+def _side(name: str | Cell, side: Serving) -> Row:
+    cost = Cell("unknown", side.missing.get("cost", ""))
+    if side.cost_per_1000 is not None:
+        cost = Cell(amount(side.cost_per_1000), side.basis)
+    median = late = Cell("unknown", side.missing.get("latency", ""))
+    if (timed := side.latency) is not None:
+        median = Cell(f"{timed.p50:.2f} s")
+        late = Cell(f"{timed.p95:.2f} s", f"{timed.answers:,} answers, {timed.how}")
+    return row(name, cost, median, late)
 
 
 def _frozen(found: Incumbent) -> str:

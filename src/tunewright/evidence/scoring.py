@@ -51,12 +51,10 @@ def measured_metrics(scorers: Sequence[Scorer], *, several: bool) -> dict[str, M
 def count_references(examples: Sequence[Example]) -> References | None:
     """Count the items' inputs and references; None if no input has several references."""
     of_input = {e.prompt_key: references for e, references in zip(examples, references_of(examples), strict=True)}
-    several = sum(len(references) > 1 for references in of_input.values())
-    if not several:
-        return None
-    return References(
-        items=len(examples), inputs=len(of_input), several=several, references=sum(map(len, of_input.values()))
-    )
+    counts = [len(references) for references in of_input.values()]
+    several = sum(count > 1 for count in counts)
+    found = References(items=len(examples), inputs=len(counts), several=several, references=sum(counts))
+    return found if several else None
 
 
 def report_references(examples: Sequence[Example], what: str, reporter: Reporter) -> None:
@@ -71,9 +69,19 @@ class ScoredArms:
     """The answers of several arms to the same items, each scored once by every metric."""
 
     clusters: tuple[str, ...]
-    """The items' clusters."""
     by_metric: Mapping[MetricName, Mapping[str, Scores]]
     """Metric (the deciding one first) to arm name to scores."""
+
+    def among(self, here: NDArray[np.bool_]) -> ScoredArms:
+        """Return the same for some of the items."""
+        clusters = tuple(name for name, inside in zip(self.clusters, here, strict=True) if inside)
+        return ScoredArms(
+            clusters,
+            {
+                metric: {arm: _scores_of(scores, here) for arm, scores in arms.items()}
+                for metric, arms in self.by_metric.items()
+            },
+        )
 
     def of_arm(self, arm: str) -> list[Scores]:
         """Return one arm's scores by every metric."""
@@ -90,10 +98,8 @@ class ScoredArms:
         """Return the same with these items of one arm unscored, by position and reason."""
         if not gaps:
             return self
-        return replace(
-            self,
-            by_metric={metric: {**arms, arm: leave_out(arms[arm], gaps)} for metric, arms in self.by_metric.items()},
-        )
+        kept = {metric: {**arms, arm: leave_out(arms[arm], gaps)} for metric, arms in self.by_metric.items()}
+        return replace(self, by_metric=kept)
 
     def why_not(self, place: int) -> dict[MetricName, dict[str, str]] | None:
         """Return the reasons why one item is unscored, by metric and arm; None if it is scored everywhere."""
@@ -363,38 +369,22 @@ def scores_by_template(
     return OutputTemplates(treatment=deciding.treatment, control=deciding.control, seen=seen, new=unseen)
 
 
-def _subset(
-    here: NDArray[np.bool_],
-    scored: ScoredArms,
-    deciding: Contrast,
-    seed: int,
-    resamples: int,
-) -> Subset:
-    clusters = [name for name, inside in zip(scored.clusters, here, strict=True) if inside]
-    arms = {name: _scores_of(scores, here) for name, scores in scored.by_metric[deciding.metric].items()}
-    ours, theirs = arms[deciding.treatment], arms[deciding.control]
-    difference = interval = None
-    if (ours.scored & theirs.scored).any():
-        measured = contrast(
-            treatment=deciding.treatment,
-            control=deciding.control,
-            ours=ours,
-            theirs=theirs,
-            clusters=clusters,
-            seed=seed,
-            resamples=resamples,
-        )
-        difference, interval = measured.difference, measured.interval
+def _subset(here: NDArray[np.bool_], scored: ScoredArms, deciding: Contrast, seed: int, resamples: int) -> Subset:
+    part = scored.among(here)
+    arms, clusters = part.by_metric[deciding.metric], part.clusters
+    measured = None
+    if (arms[deciding.treatment].scored & arms[deciding.control].scored).any():
+        measured = scored_contrast(part, deciding.metric, deciding.treatment, deciding.control, seed, resamples)
     return Subset(
         items=len(clusters),
         clusters=len(set(clusters)),
         scores={
             name: BandScore(value=own.value, interval=own.interval, method=own.method, scored=own.scored)
-            for name, part in arms.items()
-            if part.scored.any() and (own := score_of(part, clusters, seed, resamples))
+            for name, scores in arms.items()
+            if scores.scored.any() and (own := score_of(scores, clusters, seed, resamples))
         },
-        difference=difference,
-        interval=interval,
+        difference=measured.difference if measured else None,
+        interval=measured.interval if measured else None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -173,6 +173,17 @@ class Visit:
         """Return a redirection to a page, which shows the messages."""
         self.session.messages += [*(message for message in messages if message), *self._reported()]
         return RedirectResponse(path, status_code=303)
+
+    def start(self, *words: str, message: Notice = "") -> Response:
+        """Start a command as a job, and return a redirection to the job's page."""
+        return self.go(path_of("jobs", self.jobs.start(*words).id), message)
+
+    def chosen(self, field: str, known: Collection[str]) -> str:
+        """Return a field that a page filled with one of these values; a stale or forged form has another one."""
+        value = self.form.get(field, "")
+        if value not in known:
+            raise UserError(f"Unknown {field.replace('_', ' ')} {value!r}", fix="Go back, reload the page and choose.")
+        return value
 
     def _reported(self) -> list[str]:
         """Return what the project reported, with the paths of its files from its folder on."""

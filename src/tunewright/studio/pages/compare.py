@@ -233,18 +233,16 @@ def _outcome(found: ArmPreference) -> str:
 
 def judge_action(visit: Visit) -> Response:
     """Start the judge, compare it with people, or keep its preferences."""
-    name, action = visit.place["evaluation"], visit.form.get("action", "")
+    name, action = visit.place["evaluation"], visit.chosen("action", ("judge", "people", "keep"))
     back = path_of("judge", name)
     if action == "judge":
         _ = visit.project.evaluation(name)
-        return visit.go(path_of("jobs", visit.jobs.start("judge", name).id))
+        return visit.start("judge", name)
     if action == "people":
         visit.project.human_eval_results(name)
         return visit.go(back, "People's verdicts are compared with the judge's.")
-    if action == "keep":
-        kept = visit.project.keep_preferences(name, source="judge")
-        return visit.go(back, f"Kept {kept.kept:,} preference pairs ({kept.new:,} new) for preference tuning.")
-    raise UserError(f"The page has no action {action!r}", fix="Use its buttons.")
+    kept = visit.project.keep_preferences(name, source="judge")
+    return visit.go(back, f"Kept {kept.kept:,} preference pairs ({kept.new:,} new) for preference tuning.")
 
 
 def judged_item_page(visit: Visit) -> Response:

@@ -120,10 +120,9 @@ def check_page(visit: Visit) -> Response:
 
 def _power(visit: Visit, effect: Effect) -> str:
     """Return the smallest difference that the planned test split can show, in words."""
-    sizes = {size.split: size for size in effect.splits}
-    rows, clusters = {}, {}
-    for split in SPLITS:
-        rows[split], clusters[split] = (sizes[split].rows, sizes[split].clusters) if split in sizes else (0, 0)
+    sizes = {split: size for size in effect.splits for split in SPLITS if size.split == split}
+    rows = {split: size.rows for split, size in sizes.items()}
+    clusters = {split: size.clusters for split, size in sizes.items()}
     return split_power_text(split_power(rows, clusters, visit.project.folder.config.data.test_size))
 
 
@@ -140,9 +139,7 @@ def _by_form(visit: Visit) -> bool | None:
 def choose_split(visit: Visit) -> Response:
     """Write to the config what the split keeps together, while there are no rows yet."""
     name, _ = _file(visit, visit.form)
-    choice = visit.form.get("split_by", "")
-    if choice not in _SPLIT_BY:
-        raise UserError(f"Unknown choice {choice!r}", fix="Use the buttons of the page.")
+    choice = visit.chosen("split_by", _SPLIT_BY)
     if _current(visit):
         return visit.go(_check_path(name, visit.form), "There are rows by now, and their split stays. Nothing was set.")
     folder = visit.project.folder
@@ -168,10 +165,8 @@ def add_file(visit: Visit) -> Response:
         message = "Another tab or a terminal changed the dataset. Nothing was added; this is the effect now."
         return visit.go(_check_path(name, visit.form), message)
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
-    state = "is new" if added.created else "has all of these rows already"
-    return visit.go(
-        "/data", f"Version {added.version.digest[:12]} {state}: {count_of(added.version.counts.rows, 'row')}."
-    )
+    state, version = "is new" if added.created else "has all of these rows already", added.version
+    return visit.go("/data", f"Version {version.digest[:12]} {state}: {count_of(version.counts.rows, 'row')}.")
 
 
 def fix_file(visit: Visit) -> Response:
@@ -179,16 +174,15 @@ def fix_file(visit: Visit) -> Response:
     _, file = _file(visit, visit.form)
     copy = visit.project.folder.root / UPLOADS / f"{file.name.partition('.')[0]}-corrected.jsonl"
     changes = visit.project.data.fix_file(file, copy, _mapping(visit.form))
+    if not changes:
+        return visit.go(_check_path(copy.name), f"Wrote {copy.name}.")
     rows = [
         (str(each.line), each.what, _short(each.before), "(left out)" if each.left_out else _short(each.after))
         for each in changes[:_CHANGES]
     ]
-    more = [f"{len(changes) - _CHANGES:,} more changes are not shown."] if len(changes) > _CHANGES else []
-    if not rows:
-        return visit.go(_check_path(copy.name), f"Wrote {copy.name}.")
-    return visit.go(
-        _check_path(copy.name), ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed:", rows), *more
-    )
+    shown = ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed:", rows)
+    more = f"{len(changes) - _CHANGES:,} more changes are not shown." if len(changes) > _CHANGES else ""
+    return visit.go(_check_path(copy.name), shown, more)
 
 
 def _short(text: str | None) -> str:
@@ -321,16 +315,21 @@ def rows_page(visit: Visit) -> Response:
     for value, known, what in ((query.split, SPLITS, "split"), (query.flag, FLAGS, "flag")):
         if value and value not in known:
             raise UserError(f"Unknown {what} {value!r}", fix=f"Choose from {', '.join(known)}.")
-    suspects = _suspects(visit) if query.flag == "suspect" else {}
-    rows = visit.rows.find(query, (suspects or {}).keys())
-    if suspects:  # the most suspicious first
+    searches = stored_searches(visit) if query.flag == "suspect" else {}
+    suspects: dict[str, str] = {}
+    # The most suspicious of each search first.
+    for each in chain.from_iterable(zip_longest(*searches.values())):
+        if each is not None:
+            suspects.setdefault(each.key, each.detail)
+    rows = visit.rows.find(query, suspects.keys())
+    if suspects:
         rank = {key: place for place, key in enumerate(suspects)}
         rows.sort(key=lambda row: rank[row.key])
     shown, numbers = visit.shown(rows, _ON_A_PAGE)
     return visit.page(
         "rows.html.j2",
         "Rows",
-        rows=_rows_table(visit, shown, suspects or {}),
+        rows=_rows_table(visit, shown, suspects),
         **numbers,
         given=given,
         # The next and the previous page have the same filters.
@@ -338,7 +337,7 @@ def rows_page(visit: Visit) -> Response:
         splits=SPLITS,
         sources=visit.rows.sources,
         flags=FLAGS,
-        searched=suspects is not None,
+        searched=bool(searches) or query.flag != "suspect",
     )
 
 
@@ -356,19 +355,6 @@ def _rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, 
 def _row_link(member: Member, text: str | None = None) -> Cell:
     """Return a cell that leads to a row's page."""
     return Cell(member.key[:12] if text is None else text, link=path_of("rows", member.key))
-
-
-def _suspects(visit: Visit) -> dict[str, str] | None:
-    """Return the reason for each suspect of all stored searches; None if they have not been looked for."""
-    searches = stored_searches(visit)
-    if not searches:
-        return None
-    reasons: dict[str, str] = {}
-    # The most suspicious of each search first.
-    for each in chain.from_iterable(zip_longest(*searches.values())):
-        if each is not None:
-            reasons.setdefault(each.key, each.detail)
-    return reasons
 
 
 def row_page(visit: Visit) -> Response:

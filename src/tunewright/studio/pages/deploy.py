@@ -140,29 +140,21 @@ def needs_keys(visit: Visit) -> bool:
 
 def deploy(visit: Visit) -> Response:
     """Start the job that releases an adapter. It makes the checks, and nothing here can skip one."""
+    from tunewright.serving.options import percent
     from tunewright.serving.tenants.tenants import check_name
 
-    alias, adapter, trial = (visit.form.get(name, "") for name in ("alias", "adapter", "trial"))
+    alias = visit.form.get("alias", "")
     check_name(alias, "an alias")
-    if adapter not in {each.name for each in list_adapters(visit.project.folder.adapters)}:
-        raise UserError(f"There is no adapter {adapter!r}", fix="Go back, reload the page and choose one.")
-    if trial not in _TRIALS:
-        raise UserError(f"Unknown trial {trial!r}", fix=f"Choose from {', '.join(_TRIALS)}.")
+    adapter = visit.chosen("adapter", {each.name for each in list_adapters(visit.project.folder.adapters)})
+    trial = visit.chosen("trial", _TRIALS)
     options = [option for name, option in _SWITCHES.items() if name in visit.form]
     if trial == "shadow":
         options.append("--shadow")
     elif trial == "canary":
-        options.append(f"--canary={_share(visit.form.get('share', ''))}")
-    return visit.go(path_of("jobs", visit.jobs.start("deploy", alias, adapter, *options).id))
-
-
-def _share(text: str) -> str:
-    """Return a percentage in the command line's form."""
-    from tunewright.serving.options import percent
-
-    text = text.strip()
-    percent(text, "Share of the traffic")
-    return text
+        share = visit.form.get("share", "").strip()
+        percent(share, "Share of the traffic")  # refuses it here, not in the job
+        options.append(f"--canary={share}")
+    return visit.start("deploy", alias, adapter, *options)
 
 
 def alias_page(visit: Visit) -> Response:
@@ -191,8 +183,7 @@ def alias_page(visit: Visit) -> Response:
 
 def promote(visit: Visit) -> Response:
     """Start the job that makes a candidate live."""
-    alias = _current(visit)
-    return visit.go(path_of("jobs", visit.jobs.start("promote", alias).id))
+    return visit.start("promote", _current(visit))
 
 
 def rollback(visit: Visit) -> Response:
@@ -233,7 +224,7 @@ def start_server(visit: Visit) -> Response:
     serve = visit.project.folder.config.serve
     unseen = serve.engines and serve.metrics_port is None
     words = ["--metrics-host=127.0.0.1", "--metrics-port=0"] if unseen else []
-    return visit.go(path_of("jobs", visit.jobs.start(SERVER, f"--port={port}", *words).id))
+    return visit.start(SERVER, f"--port={port}", *words)
 
 
 def audit_page(visit: Visit) -> Response:
@@ -247,13 +238,7 @@ def audit_page(visit: Visit) -> Response:
             lines = state.audit.lines()[::-1]
             check = state.verify() if "verify" in visit.query else None
     shown, numbers = visit.shown(lines, _LINES)
-    return visit.page(
-        "audit.html.j2",
-        "Audit log",
-        lines=audit_table(shown),
-        **numbers,
-        check=check,
-    )
+    return visit.page("audit.html.j2", "Audit log", lines=audit_table(shown), **numbers, check=check)
 
 
 HANDLERS: Handlers = {

@@ -17,13 +17,7 @@ from tunewright.core.text import count_of
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.blocks import evaluation_sections
-from tunewright.evidence.files import (
-    CHANGES,
-    DEV_PREFIX,
-    EVIDENCE_FILE,
-    ItemFilter,
-    chosen_items,
-)
+from tunewright.evidence.files import CHANGES, DEV_PREFIX, EVIDENCE_FILE, ItemFilter, chosen_items
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import metric_label
 from tunewright.render.blocks import Cell, Table, table, words
@@ -153,19 +147,14 @@ def _items(visit: Visit) -> str:
 
 def start_evaluation(visit: Visit) -> Response:
     """Start an evaluation or the whole pipeline."""
-    form, action = visit.form, visit.form.get("action", "")
-    if action == "run":
-        return visit.go(path_of("jobs", visit.jobs.start("run").id))
-    adapter = form.get("adapter", "")
-    known = {each.name for each in list_adapters(visit.project.folder.adapters)}
-    if adapter not in known:
-        raise UserError(f"No adapter is named {adapter!r}", fix="Go back and choose one of the list.")
-    if action != "evaluate":
-        raise UserError(f"The page has no action {action!r}", fix="Use its buttons.")
+    form = visit.form
+    if visit.chosen("action", ("run", "evaluate")) == "run":
+        return visit.start("run")
+    adapter = visit.chosen("adapter", {each.name for each in list_adapters(visit.project.folder.adapters)})
     words = ["evaluate", adapter, *(["--dev"] if form.get("split") == "dev" else [])]
     if minutes := form.get("minutes", "").strip():
         words += ["--minutes", f"{_minutes(minutes):g}"]
-    return visit.go(path_of("jobs", visit.jobs.start(*words).id))
+    return visit.start(*words)
 
 
 def _minutes(text: str) -> float:

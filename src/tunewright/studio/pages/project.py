@@ -148,12 +148,8 @@ def choose_reviewer(visit: Visit) -> Response:
 
 def start_job(visit: Visit) -> Response:
     """Start one of the commands of the pipeline."""
-    name = visit.form.get("command", "")
-    if name not in _COMMANDS:
-        raise UserError(f"The studio has no command {name!r}", fix=f"Choose from {', '.join(_COMMANDS)}.")
-    if name in _LONG:
-        return visit.go(EVALUATE_PAGE)
-    return visit.go(path_of("jobs", visit.jobs.start(name).id))
+    name = visit.chosen("command", _COMMANDS)
+    return visit.go(EVALUATE_PAGE) if name in _LONG else visit.start(name)
 
 
 def job_page(visit: Visit) -> Response:

@@ -21,7 +21,7 @@ from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
-from tunewright.render.blocks import Table, table, words
+from tunewright.render.blocks import table, words
 from tunewright.studio.access import ChangedText, RefusedVerdict
 from tunewright.studio.visit import Handlers, Visit, verdict_of
 
@@ -218,12 +218,10 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -
 
 def find_suspects(visit: Visit) -> Response:
     """Start the search for suspects, which can take long, as a job."""
-    adapter = visit.form.get("adapter", "")
-    if adapter and adapter not in dict(_judges(visit)):
-        raise UserError(f"There is no adapter {adapter!r}", fix="Choose one of the list.")
+    adapter = visit.form.get("adapter", "") and visit.chosen("adapter", dict(_judges(visit)))
     chosen = ("--adapter", adapter) if adapter else ()
-    job = visit.jobs.start("data", "suspects", *chosen)
-    return visit.go(f"/jobs/{job.id}", "When the search is done, this page links to the suspects.")
+    said = "When the search is done, this page links to the suspects."
+    return visit.start("data", "suspects", *chosen, message=said)
 
 
 def _judges(visit: Visit) -> list[tuple[str, str]]:
@@ -261,25 +259,21 @@ def agreement_page(visit: Visit) -> Response:
     conflicts = [
         (review.members[key], sorted(review.log.current_verdicts(key).items())) for key in report.conflicts[:_ON_A_PAGE]
     ]
+    rows = (
+        (each.name, *(f"{count:,}" for count in (each.right, each.wrong, each.edit, each.skip)))
+        for each in report.reviewers
+    )
     return visit.page(
         "agreement.html.j2",
         "Review",
         queues=_QUEUES.values(),
         report=report,
-        reviewers=_reviewers_table(report),
+        reviewers=table("Reviewers", (*words("Reviewer"), "Right", "Wrong", "Edited", "Skipped"), rows),
         conflicts=conflicts,
         mine=review.needed,
         excerpt=excerpt,
         changes=word_changes,
     )
-
-
-def _reviewers_table(report: ReviewReport) -> Table:
-    rows = []
-    for each in report.reviewers:
-        counts = (each.right, each.wrong, each.edit, each.skip)
-        rows.append((each.name, *(f"{count:,}" for count in counts)))
-    return table("Reviewers", (*words("Reviewer"), "Right", "Wrong", "Edited", "Skipped"), rows)
 
 
 def edits_page(visit: Visit) -> Response:
@@ -348,9 +342,8 @@ def _review(visit: Visit, queue: str) -> ReviewSession | None:
     suspects = _stored(visit, place[-1]) if queue == "suspects" else None
     if queue == "suspects" and suspects is None:
         return None
-    options = ReviewOptions(
-        suspects=queue == "suspects", adapter=adapter, second=queue == "second", conflicts=queue == "conflicts"
-    )
+    queues = {name: name == queue for name in ("suspects", "second", "conflicts")}
+    options = ReviewOptions(adapter=adapter, **queues)
     kept[place] = visit.project.data.review(
         visit.session.reviewer, options=options, known_suspects=suspects, version=version
     )

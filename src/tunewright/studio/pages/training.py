@@ -32,7 +32,6 @@ class _Summary:
     """A run on the list; ``fault`` names damage of its metrics."""
 
     run: TrainingRun
-    state: str
     steps: int = 0
     best: str = ""
     fault: str = ""
@@ -55,8 +54,8 @@ def _summary(run: TrainingRun) -> _Summary:
     try:
         history = run.history
     except UserError as error:
-        return _Summary(run, run.state, fault=f"{error.where}: {error.what}")
-    return _Summary(run, run.state, history[-1]["step"] if history else 0, _best(run))
+        return _Summary(run, fault=f"{error.where}: {error.what}")
+    return _Summary(run, history[-1]["step"] if history else 0, _best(run))
 
 
 def _best(run: TrainingRun) -> str:
@@ -74,7 +73,7 @@ def _score(metric: MetricName, value: float) -> str:
 
 def start_training(visit: Visit) -> Response:
     """Start a training, a sweep or a learning curve as a job."""
-    kind, form = visit.form.get("kind", ""), visit.form
+    kind, form = visit.chosen("kind", ("train", "sweep", "curve")), visit.form
     words = ["train"]
     if kind == "sweep":
         words.append("--sweep")
@@ -84,14 +83,7 @@ def start_training(visit: Visit) -> Response:
     elif kind == "curve":
         words.append("--curve")
         words += ["--seeds", form["seeds"]] if form.get("seeds", "").strip() else []
-    elif kind != "train":
-        raise UserError(f"Unknown training {kind!r}", fix="Use the buttons of the page.")
-    _require_numbers(form)
-    return visit.go(path_of("jobs", visit.jobs.start(*words).id))
-
-
-def _require_numbers(form: dict[str, str]) -> None:
-    """Refuse what the command would take for an option, or refuse only after it was started."""
+    # Refused here: the command would take it for an option, or refuse it only after it was started.
     for name in ("minutes", "rates", "seeds"):
         for value in form.get(name, "").split():
             try:
@@ -100,6 +92,7 @@ def _require_numbers(form: dict[str, str]) -> None:
                 valid = False
             if not valid:
                 raise UserError(f"Not a positive number: {value!r}", where=name, fix="Go back and correct it.")
+    return visit.start(*words)
 
 
 def run_page(visit: Visit) -> Response:
@@ -266,11 +259,7 @@ def sweep_page(visit: Visit) -> Response:
 def curve_page(visit: Visit) -> Response:
     """Show a learning curve, and whether more rows would help."""
     curve = visit.project.runs.curve(visit.place["curve"])
-    return visit.page(
-        "curve.html.j2",
-        f"Learning curve {curve.id}",
-        blocks=curve_section(curve).blocks,
-    )
+    return visit.page("curve.html.j2", f"Learning curve {curve.id}", blocks=curve_section(curve).blocks)
 
 
 HANDLERS: Handlers = {
