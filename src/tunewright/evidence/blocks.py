@@ -11,7 +11,7 @@ from tunewright.evidence.common import ArmScore, Budget, percent_bar
 from tunewright.evidence.human_eval import human_eval_section
 from tunewright.evidence.prompt_optimization import NOT_RUN, optimization_section
 from tunewright.evidence.replacement import incumbents_section
-from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence, Fold, SeedSpread
+from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence, SeedSpread
 from tunewright.evidence.verdict import changed_words, fewest_clusters, verdict
 from tunewright.metrics import axis_label, metric_label, points_text
 from tunewright.render.blocks import (
@@ -28,6 +28,7 @@ from tunewright.render.blocks import (
     Tone,
     row,
     table,
+    words,
 )
 
 
@@ -132,17 +133,17 @@ def arms_table(
         )
 
     head = [
-        Column("Arm", words=True),
-        *([Column("Right")] if counted else []),
+        *words("Arm"),
+        *(["Right"] if counted else []),
         *_score_columns(deciding),
         *(column for name in others for column in _score_columns(name, detail=True)),
-        *([Column("Outside choices")] if outside else []),
-        *([Column("Unscored")] if unscored else []),
+        *(["Outside choices"] if outside else []),
+        *(["Unscored"] if unscored else []),
         Column("Cut by the token limit", detail=True),
-        Column("Prompt tokens"),
-        Column("Shared"),
+        "Prompt tokens",
+        "Shared",
     ]
-    return Table(label, tuple(head), tuple(map(arm_row, arms)))
+    return table(label, head, map(arm_row, arms))
 
 
 def _score_columns(metric: MetricName, *, detail: bool = False) -> tuple[Column, Column]:
@@ -164,7 +165,7 @@ def contrasts_section(evidence: Evidence) -> Section:
         Figure(
             "contrasts",
             "Differences between arms in points, with 95% intervals, against the margin",
-            tuple(_difference_bar(contrast) for contrast in evidence.deciding),
+            tuple(map(_difference_bar, evidence.deciding)),
             "difference, points",
             margin=100 * evidence.margin,
             caption="Each line is a 95% interval of tuned minus the arm that it names, or of the two that it names.",
@@ -187,28 +188,26 @@ def _difference_bar(contrast: Contrast) -> Bar:
 
 
 def _contrasts_table(evidence: Evidence) -> Table:
-    several: list[str | Column] = [Column("Metric", words=True)] if len(evidence.metrics) > 1 else []
+    several = len(evidence.metrics) > 1
     better, worse = map(capitalised, changed_words(evidence, evidence.metric))
-    head = (
-        "Contrast", *several, "Difference", "95% interval", "p", "Adjusted p", better, worse, "Detectable"
-    )  # fmt: skip
-    rows = tuple(_contrast_row(contrast, contrast is evidence.contrasts[0], several) for contrast in evidence.contrasts)
-    return table("Table of contrasts", head, rows)
+    names = ("Contrast", *(words("Metric") if several else ()), "Difference", "95% interval", "p", "Adjusted p")
 
+    def contrast_row(contrast: Contrast) -> Row:
+        decides = contrast is evidence.contrasts[0]
+        return row(
+            Cell(f"{contrast.treatment} − {contrast.control}", "decides" if decides else ""),
+            *([metric_label(contrast.metric)] if several else []),
+            points_text(contrast.difference),
+            Cell(contrast.interval.points, f"{contrast.scored:,} items"),
+            Cell(_p(contrast.p_value), contrast.test),
+            "none" if contrast.p_adjusted is None else _p(contrast.p_adjusted),
+            f"{contrast.fixed:,}",
+            f"{contrast.broken:,}",
+            Cell(f"{100 * contrast.minimum_detectable_effect:.1f}", _worth(contrast)),
+            decides=decides,
+        )
 
-def _contrast_row(contrast: Contrast, decides: bool, several: list[str | Column]) -> Row:
-    return row(
-        Cell(f"{contrast.treatment} − {contrast.control}", "decides" if decides else ""),
-        *([metric_label(contrast.metric)] if several else []),
-        points_text(contrast.difference),
-        Cell(contrast.interval.points, f"{contrast.scored:,} items"),
-        Cell(_p(contrast.p_value), contrast.test),
-        "none" if contrast.p_adjusted is None else _p(contrast.p_adjusted),
-        f"{contrast.fixed:,}",
-        f"{contrast.broken:,}",
-        Cell(f"{100 * contrast.minimum_detectable_effect:.1f}", _worth(contrast)),
-        decides=decides,
-    )
+    return table("Table of contrasts", (*names, better, worse, "Detectable"), map(contrast_row, evidence.contrasts))
 
 
 def _p(p_value: float) -> str:
@@ -221,9 +220,8 @@ def _worth(contrast: Contrast) -> str:
     if contrast.effective_items is None:
         return ""
     if contrast.clusters < fewest_clusters(1):
-        return (
-            f"{count_of(contrast.clusters, 'cluster')}: too few to estimate how many independent items these are worth"
-        )
+        few = count_of(contrast.clusters, "cluster")
+        return f"{few}: too few to estimate how many independent items these are worth"
     return f"worth {contrast.effective_items:.0f} independent items"
 
 
@@ -240,17 +238,13 @@ def prompting_section(evidence: Evidence) -> Section | None:
     ]
     if evidence.narrowing is not None:
         found = evidence.narrowing
+        fates = found.fates | dict.fromkeys(found.finalists, "advanced")
         blocks += [
             Lead(
                 f"These were selected from {len(found.arms)} arms, which all answered {found.items:,} dev items "
                 f"({found.clusters:,} clusters) first. {found.rule}"
             ),
-            arms_table(
-                "Table of all prompting arms",
-                evidence,
-                found.arms,
-                found.fates | dict.fromkeys(found.finalists, "advanced"),
-            ),
+            arms_table("Table of all prompting arms", evidence, found.arms, fates),
         ]
     if evidence.static:
         blocks += [
@@ -311,23 +305,15 @@ def folds_section(evidence: Evidence) -> Section | None:
         f"Scores are {axis_label(evidence.metric)}."
     )
     arms = [arm.name for arm in evidence.arms]
-    best, losses = Column("Best prompting", words=True), Column("Dev loss by epoch", words=True)
-    head: tuple[str | Column, ...] = ("Fold", "Trained on", "Chosen by", "Items", best, *arms, losses)
-    rows = tuple(_fold_row(fold, arms) for fold in evidence.folds)
+    counts = ("Fold", "Trained on", "Chosen by", "Items")
+    rows = []
+    for fold in evidence.folds:
+        items = (f"{count:,}" for count in (fold.train_items, fold.dev_items, fold.items))
+        scores = ("none" if (score := fold.scores[name]) is None else f"{100 * score:.1f}" for name in arms)
+        losses = ", ".join(f"{loss:.3f}" for loss in fold.dev_losses)
+        rows.append((f"{fold.number}", *items, fold.best_prompting, *scores, losses))
+    head = (*counts, *words("Best prompting"), *arms, *words("Dev loss by epoch"))
     return Section("folds", "The folds", (Lead(lead), table("Table of folds", head, rows)))
-
-
-def _fold_row(fold: Fold, arms: list[str]) -> Row:
-    scores = (fold.scores[name] for name in arms)
-    return row(
-        f"{fold.number}",
-        f"{fold.train_items:,}",
-        f"{fold.dev_items:,}",
-        f"{fold.items:,}",
-        fold.best_prompting,
-        *("none" if score is None else f"{100 * score:.1f}" for score in scores),
-        ", ".join(f"{loss:.3f}" for loss in fold.dev_losses),
-    )
 
 
 _DECIDES_NOTHING = (

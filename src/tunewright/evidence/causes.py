@@ -92,7 +92,10 @@ def causes(evidence: Evidence, found: Verdict, known: ProjectFacts) -> tuple[Rea
         return ()
     tuned = evidence.arm(first.treatment)
     limit = _token_limit(evidence, tuned)
-    early = _undertrained(evidence, known)
+    suites = evidence.regressions.suites if evidence.regressions else ()
+    divergence = next((suite.divergence for suite in suites if suite.divergence is not None), None)
+    short = undertrained(evidence.lineage.get("adapter", {}).get("lineage", {}), known.history, divergence)
+    early = [short] if short else []
     form = _form(evidence, tuned, undertrained=bool(early))
     mendable = [*early, *form, *limit]
     if found.decision == "can't tell":
@@ -108,21 +111,12 @@ def causes(evidence: Evidence, found: Verdict, known: ProjectFacts) -> tuple[Rea
 # Training
 
 
-def _undertrained(evidence: Evidence, known: ProjectFacts) -> list[Reason]:
-    suites = evidence.regressions.suites if evidence.regressions else ()
-    divergence = next((suite.divergence for suite in suites if suite.divergence is not None), None)
-    reason = undertrained(evidence.lineage.get("adapter", {}).get("lineage", {}), known.history, divergence)
-    return [] if reason is None else [reason]
-
-
 def undertrained(
     lineage: Mapping[str, Any], history: Sequence[Mapping[str, Any]], divergence: float | None = None
 ) -> Reason | None:
     """Return the reason if a training run was too short to learn its data; else None.
 
-    Args:
-        lineage, history: the adapter's.
-        divergence: from the base to the adapter on the base's own answers, in nats per token; None if not measured.
+    ``divergence`` is from the base to the adapter on the base's own answers, in nats per token, if it was measured.
     """
     epochs = lineage.get("training", {}).get("epochs", [])
     if not epochs:
@@ -138,9 +132,8 @@ def undertrained(
     text += f"; {divergence:.4f} nats per token from the base" if near else ""
     what = "Undertrained: the loss was still falling when training ended"
     if near or few:
-        what = f"Hardly trained: {steps:,} optimizer steps" + (
-            ", and the answers are nearly the base's" if near else ""
-        )
+        what = f"Hardly trained: {steps:,} optimizer steps"
+        what += ", and the answers are nearly the base's" if near else ""
     planned = config.get("epochs", last["epoch"])
     wanted = max(2 * planned, 3, math.ceil(_FEW_STEPS * planned / steps))
     fix = f"Set train.epochs: {wanted:g} (now {planned:g}){' or raise train.learning_rate' if near or few else ''}"
@@ -197,23 +190,11 @@ def _token_limit(evidence: Evidence, tuned: Arm) -> list[Reason]:
     if cut <= CAUTION_SHARE * tuned.items or not _could_change(evidence, cut):
         return []
     limit = evidence.lineage.get("decoding", {}).get("max_new_tokens")
-    longer = "" if evidence.form is None else f"; {evidence.form.longer:,} references are longer"
     text = f"{tuned.truncated:,} of {tuned.items:,} tuned answers were cut at the limit"
-    if limit is None:
-        return [
-            Reason(
-                "The token limit cuts answers",
-                f"{text}{longer}",
-                "Raise evaluate.max_new_tokens, then `tunewright evaluate --dev`",
-            )
-        ]
-    return [
-        Reason(
-            "The token limit cuts answers",
-            f"{text} of {limit:,} tokens{longer}",
-            f"Set evaluate.max_new_tokens: {2 * limit:,}".replace(",", "") + ", then `tunewright evaluate --dev`",
-        )
-    ]
+    text += "" if limit is None else f" of {limit:,} tokens"
+    text += "" if evidence.form is None else f"; {evidence.form.longer:,} references are longer"
+    step = "Raise evaluate.max_new_tokens" if limit is None else f"Set evaluate.max_new_tokens: {2 * limit}"
+    return [Reason("The token limit cuts answers", text, f"{step}, then `tunewright evaluate --dev`")]
 
 
 def _could_change(evidence: Evidence, answers: int) -> bool:
@@ -231,9 +212,8 @@ def _label_noise(evidence: Evidence, known: ProjectFacts) -> list[Reason]:
         return []
     text = []
     if labels.checked >= FEWEST_REVIEWED and labels.wrong >= NOISY * labels.checked:
-        text.append(
-            f"{labels.wrong:,} of {labels.checked:,} reviewed rows are wrong ({labels.wrong / labels.checked:.0%})"
-        )
+        share = labels.wrong / labels.checked
+        text.append(f"{labels.wrong:,} of {labels.checked:,} reviewed rows are wrong ({share:.0%})")
     # A graded metric gives partial credit for the other output; exact match gives none.
     graded = evidence.metrics[evidence.metric].kind != "right or wrong"
     if not graded and labels.conflicts >= NOISY * labels.rows:
@@ -261,13 +241,8 @@ def _few_rows(evidence: Evidence, known: ProjectFacts, *, settled: bool) -> list
         return [Reason("Too few rows", text, "`tunewright data add FILE` with more, then `tunewright run`")]
     if evidence.train_items >= FEW_ROWS or not settled:
         return []
-    return [
-        Reason(
-            "Perhaps too few rows",
-            f"{evidence.train_items:,} training rows, fewer than {FEW_ROWS}; the effect of more rows was not measured",
-            "`tunewright train --curve`",
-        )
-    ]
+    text = f"{evidence.train_items:,} training rows, fewer than {FEW_ROWS}; the effect of more rows was not measured"
+    return [Reason("Perhaps too few rows", text, "`tunewright train --curve`")]
 
 
 # Prompting
@@ -287,20 +262,10 @@ def _enough(evidence: Evidence, mendable: Sequence[Reason], known: ProjectFacts)
         f"against {tuned.prompt_tokens:.0f}"
     )
     if max(control.score(evidence.metric).value, tuned.score(evidence.metric).value) < _USELESS:
-        return [
-            Reason(
-                "Neither prompting nor training works",
-                f"{control.name} has {score}, tuned {ours}",
-                "Read answers in `tunewright report`; then try another base, or `tunewright train --sweep`",
-            )
-        ]
+        step = "Read answers in `tunewright report`; then try another base, or `tunewright train --sweep`"
+        return [Reason("Neither prompting nor training works", f"{control.name} has {score}, tuned {ours}", step)]
     what = "Retrieval is enough" if control.kind == "retrieved" else "A prompt with demonstrations is enough"
+    step = "`tunewright advise` measures how many calls it takes for shorter prompts to pay for training"
     if known.cost is not None:
-        return [
-            Reason(what, f"{text}; {known.cost}", f"Use the base with {control.name}; `tunewright report` has its cost")
-        ]
-    return [
-        Reason(
-            what, text, "`tunewright advise` measures how many calls it takes for shorter prompts to pay for training"
-        )
-    ]
+        text, step = f"{text}; {known.cost}", f"Use the base with {control.name}; `tunewright report` has its cost"
+    return [Reason(what, text, step)]

@@ -186,13 +186,10 @@ def chosen_items(evidence: Evidence, items: Sequence[Item], kept: ItemFilter) ->
         change = change_of(item, kept.treatment, kept.control, evidence.metric)
         if kept.change not in (None, change):
             continue
-        if kept.nearest is not None and not _within(item.nearest, kept.nearest):
-            continue
+        if kept.nearest is not None:
+            (low, high), nearest = kept.nearest, item.nearest
+            # As bands are: from low up to but excluding high; the last one includes 1.
+            if nearest is None or not (low <= nearest < high or nearest == high == 1):
+                continue
         found.append((number, item, change))
     return found
-
-
-def _within(value: float | None, limits: tuple[float, float]) -> bool:
-    low, high = limits
-    # As bands are: from low up to but excluding high; the last one includes 1.
-    return value is not None and low <= value and (value < high or value == high == 1)

@@ -148,8 +148,14 @@ def human_eval_section(review: AnswerReview) -> Section:
     unclear = "People show no clear preference yet"
     unclear += ": the interval includes 50%." if review.win_rate else "."
     blocks: list[Block] = [Lead(f"{preferred.get(review.decision, unclear)} {human_eval_line(review)}")]
-    if review.win_rate is not None:
-        blocks.append(_win_rates(review, review.win_rate))
+    if (alone := review.win_rate) is not None:
+        rates: list[tuple[str | Cell, ...]] = [("people alone", *_rate(alone))]
+        if (found := review.powered) is not None:
+            name = Cell(f"people and the judge (lambda {found.tuning:.2f})", f"{found.judged:,} items judged")
+            rates.append((name, *_rate(found.win_rate)))
+        preferred_of = f"{review.treatment} preferred, of all {review.items:,} items"
+        how = Column("How", words=True, detail=True)
+        blocks.append(table("Table of win rates", (preferred_of, "Win rate, %", "95% interval", "Width", how), rates))
     blocks.append(_strata(review))
     if review.agreements:
         blocks.append(agreement_table(review.agreements))
@@ -164,22 +170,6 @@ def human_eval_section(review: AnswerReview) -> Section:
         for who in review.reviewers
     ]
     return Section("human-eval", "What people say", (*blocks, Notes(tuple(notes))))
-
-
-def _win_rates(review: AnswerReview, alone: Score) -> Table:
-    head = (
-        f"{review.treatment} preferred, of all {review.items:,} items",
-        "Win rate, %",
-        "95% interval",
-        "Width",
-        Column("How", words=True, detail=True),
-    )
-    rows = [row("people alone", *_rate(alone))]
-    if review.powered is not None:
-        found = review.powered
-        name = Cell(f"people and the judge (lambda {found.tuning:.2f})", f"{found.judged:,} items judged")
-        rows.append(row(name, *_rate(found.win_rate)))
-    return table("Table of win rates", head, rows)
 
 
 def _rate(score: Score) -> tuple[str, ...]:

@@ -122,10 +122,8 @@ def openings_section(opening: LoggedAccess, earlier: Sequence[EarlierAccess], it
     blocks: list[Block] = [Lead(lead)]
     if earlier:
         head = ("Earlier opening", "When (UTC)", "By", "Evaluation", "Adapter", "Items shared")
-        blocks += [
-            Lead(openings_text(earlier, items)),
-            table("Table of openings", head, (_earlier(each) for each in earlier)),
-        ]
+        openings = table("Table of openings", head, map(_earlier, earlier))
+        blocks += [Lead(openings_text(earlier, items)), openings]
     else:
         blocks.append(Lead("These test items had not been opened before."))
     return Section("access-log", "Openings of the test items", tuple(blocks))

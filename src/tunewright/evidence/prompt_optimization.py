@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tunewright.config import MetricName
 from tunewright.evidence.common import Part
-from tunewright.render.blocks import Block, Column, Lead, Notes, Section, Table, row, table
+from tunewright.render.blocks import Block, Lead, Notes, Section, Table, table, words
 
 
 class PromptCandidate(Part):
@@ -112,17 +112,11 @@ def optimization_section(prompt: OptimizedPrompt) -> Section:
 
 
 def _candidates(prompt: OptimizedPrompt) -> Table:
-    head = ("Instruction", Column("Made from", words=True), "Validation", "Dev", Column("Result", words=True))
+    head = ("Instruction", *words("Made from"), "Validation", "Dev", *words("Result"))
     rows = []
     for place, each in enumerate(prompt.candidates):
         parents = ", ".join(prompt.candidates[parent].digest if parent else "own" for parent in each.parents)
-        rows.append(
-            row(
-                "the pairs' own" if place == 0 else each.digest,
-                parents,
-                f"{100 * each.validation:.1f}",
-                "" if each.dev is None else f"{100 * each.dev:.1f}",
-                "chosen" if place == prompt.chosen else "",
-            )
-        )
+        scores = (f"{100 * each.validation:.1f}", "" if each.dev is None else f"{100 * each.dev:.1f}")
+        name, result = each.digest if place else "the pairs' own", "chosen" if place == prompt.chosen else ""
+        rows.append((name, parents, *scores, result))
     return table("Table of optimized instructions", head, rows)

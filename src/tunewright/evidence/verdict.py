@@ -109,14 +109,8 @@ def verdict(evidence: Evidence) -> Verdict:
         decision = "don't ship"
     elif against == "judge" and decision == "ship":
         decision = "can't tell"
-    reasons = (
-        _measurement(evidence, contrast),
-        *why,
-        *_further(evidence, contrast),
-        *regressions,
-        *said,
-        *_cautions(evidence, contrast),
-    )
+    measured, further = _measurement(evidence, contrast), _further(evidence, contrast)
+    reasons = (measured, *why, *further, *regressions, *said, *_cautions(evidence, contrast))
     replaced = replacements(evidence, decision)
     summary = plain_measurement(evidence, contrast)
     return Verdict(decision, reasons, evidence.split, replacements=replaced, summary=summary)
@@ -164,7 +158,7 @@ def _decide(evidence: Evidence, contrast: Contrast) -> tuple[Decision, list[str]
     if contrast.interval.low <= evidence.margin:
         return "can't tell", [
             f"The interval includes values on both sides of the margin of {margin}.",
-            _detectable(evidence, contrast),
+            f"{_detectable(contrast)}; the margin is {margin}.",
             _what_would_settle_it(evidence, contrast),
         ]
     if p_value >= SIGNIFICANT:
@@ -203,12 +197,10 @@ def _against_parent(evidence: Evidence, found: Contrast) -> str:
     method = recorded.get("config", {}).get("train", {}).get("method", "sft")
     tuning = "more supervised training" if method == "sft" else method.upper()
     low, high = found.interval.low, found.interval.high
-    outcome = f"{tuning} is {'better' if low > 0 else 'worse'}"
-    if low <= 0 <= high:
-        outcome = f"{tuning} shows no difference"
+    outcome = "shows no difference" if low <= 0 <= high else f"is {'better' if low > 0 else 'worse'}"
     better, worse = changed_words(evidence, found.metric)
     return (
-        f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome}: "
+        f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {tuning} {outcome}: "
         f"{points_text(found.difference)} points, 95% interval {found.interval.points}, "
         f"{_tested(evidence, found)}; {found.fixed} {better}, {found.broken} {worse}."
     )
@@ -247,13 +239,11 @@ def _tested(evidence: Evidence, contrast: Contrast) -> str:
     )
 
 
-def _detectable(evidence: Evidence, contrast: Contrast) -> str:
+def _detectable(contrast: Contrast) -> str:
     if contrast.minimum_detectable_effect >= 1.0:
-        return f"With this many items no difference can be shown (80% power); the margin is {_points(evidence.margin)}."
-    return (
-        f"This many items would show a true difference of {100 * contrast.minimum_detectable_effect:.1f} points or "
-        f"more (80% power); the margin is {_points(evidence.margin)}."
-    )
+        return "With this many items no difference can be shown (80% power)"
+    shown = f"{100 * contrast.minimum_detectable_effect:.1f} points"
+    return f"This many items would show a true difference of {shown} or more (80% power)"
 
 
 def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:

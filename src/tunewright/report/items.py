@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tunewright.config import MetricName
 from tunewright.core.text import capitalised, changes, count_of
 from tunewright.evidence.blocks import TONES
-from tunewright.evidence.common import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
+from tunewright.evidence.common import OutputTemplates, Subset, TrainSimilarity
 from tunewright.evidence.files import CHANGES, Change, change_of
 from tunewright.evidence.schema import Contrast, Evidence, Item
 from tunewright.evidence.verdict import changed_words
@@ -43,33 +43,20 @@ def item_sections(evidence: Evidence, items: Sequence[Item]) -> tuple[Section, .
         groups[change_of(numbered[1], first.treatment, first.control, first.metric)].append(numbered)
     graded = evidence.metrics[first.metric].kind != "right or wrong"
     better, worse = changed_words(evidence, first.metric)
+    ours, theirs = first.treatment, first.control
+    lost, gained = f"Right with {theirs}, wrong with {ours}.", f"Wrong with {theirs}, right with {ours}."
+    if graded:
+        lost, gained = (f"Scored {how} with {ours} than with {theirs}." for how in ("lower", "higher"))
+    lost += " Words that are not in the reference are marked; ‸ stands where words are missing."
+    broken, fixed = groups["broken"], groups["fixed"]
+    shown: list[Block] = [Lead(gained), Items(_shown(fixed[:SHOWN_FIXED], first))]
+    if more := fixed[SHOWN_FIXED:]:
+        shown.append(Items(_shown(more, first), f"The other {len(more)} {better} items"))
     return (
-        _broken_section(first, worse, groups["broken"], graded=graded),
-        _fixed_section(first, better, groups["fixed"], graded=graded),
+        Section("broken", f"{capitalised(worse)}: {_count(broken)}", (Lead(lost), Items(_shown(broken, first)))),
+        Section("fixed", f"{capitalised(better)}: {_count(fixed)}", tuple(shown)),
         _still_wrong(evidence, groups, graded=graded),
     )
-
-
-def _broken_section(first: Contrast, word: str, broken: Sequence[Numbered], *, graded: bool) -> Section:
-    intro = (
-        f"Scored lower with {first.treatment} than with {first.control}."
-        if graded
-        else f"Right with {first.control}, wrong with {first.treatment}."
-    )
-    lead = f"{intro} Words that are not in the reference are marked; ‸ stands where words are missing."
-    return Section("broken", f"{capitalised(word)}: {_count(broken)}", (Lead(lead), Items(_shown(broken, first))))
-
-
-def _fixed_section(first: Contrast, word: str, fixed: Sequence[Numbered], *, graded: bool) -> Section:
-    lead = (
-        f"Scored higher with {first.treatment} than with {first.control}."
-        if graded
-        else f"Wrong with {first.control}, right with {first.treatment}."
-    )
-    blocks: list[Block] = [Lead(lead), Items(_shown(fixed[:SHOWN_FIXED], first))]
-    if more := fixed[SHOWN_FIXED:]:
-        blocks.append(Items(_shown(more, first), f"The other {len(more)} {word} items"))
-    return Section("fixed", f"{capitalised(word)}: {_count(fixed)}", tuple(blocks))
 
 
 def _still_wrong(evidence: Evidence, groups: dict[Change, list[Numbered]], *, graded: bool) -> Section:
@@ -92,26 +79,24 @@ def _still_wrong(evidence: Evidence, groups: dict[Change, list[Numbered]], *, gr
 
 
 def _count(items: Sequence[Numbered]) -> str:
-    return f"{len(items)} {'item' if len(items) == 1 else 'items'}"
+    return count_of(len(items), "item")
 
 
 def _shown(numbered: Sequence[Numbered], contrast: Contrast) -> tuple[ShownItem, ...]:
-    return tuple(
-        ShownItem(
-            number,
-            item.input,
-            item.reference,
-            tuple(shown_answer(item, arm, contrast.metric) for arm in (contrast.control, contrast.treatment)),
-        )
-        for number, item in numbered
-    )
+    found = []
+    for number, item in numbered:
+        answers = (shown_answer(item, arm, contrast.metric) for arm in (contrast.control, contrast.treatment))
+        found.append(ShownItem(number, item.input, item.reference, tuple(answers)))
+    return tuple(found)
 
 
 def shown_answer(item: Item, arm: str, metric: MetricName) -> ShownAnswer:
     """Split the arm's answer by words where it differs from the reference; a full score counts as right."""
     answer, reference = item.answers[arm], item.reference
     score = item.scores.get(metric, {}).get(arm)
-    right, mark = score == 1, _mark(score)
+    right, mark = score == 1, "not scored"
+    if score is not None:
+        mark = {1.0: "✓ right", 0.0: "✗ wrong"}.get(score, f"score {score:.2f}")
     if right or not answer:
         return ShownAnswer(arm, right, mark, (("same", answer),))
     theirs, ours = (re.findall(r"\w+|\s+|.", text) for text in (reference, answer))
@@ -124,38 +109,22 @@ def shown_answer(item: Item, arm: str, metric: MetricName) -> ShownAnswer:
     return ShownAnswer(arm, right, mark, tuple(pieces))
 
 
-def _mark(score: float | None) -> str:
-    if score is None:
-        return "not scored"
-    return {1.0: "✓ right", 0.0: "✗ wrong"}.get(score, f"score {score:.2f}")
-
-
 def similarity_section(evidence: Evidence) -> Section | None:
     """Return each arm's score by similarity to training inputs, and a conclusion for the farthest items."""
     found = evidence.train_similarity
     if found is None:
         return None
-    figure = Bands(
-        "train-similarity",
-        f"Arms by {axis_label(evidence.metric)} in bands of similarity to the nearest training input",
-        tuple(f"{_name(band)}\n{count_of(band.items, 'item')}" for band in found.bands),
-        _series(evidence, found.bands),
-        axis_label(evidence.metric),
-        "similarity of the nearest training input",
-    )
-    arms = [arm.name for arm in evidence.arms]
-    head = ("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
-    rows = [_band_row(_name(band), band, arms) for band in found.bands]
+    bands = {f"{band.low:.1f} to {band.high:.1f}": band for band in found.bands}
     lead = (
         f"The {evidence.split} items by similarity to the training rows: the {found.similarity}. "
         f"{_answer(evidence, found)} The bands are not adjusted for multiple "
         "comparisons and decide nothing."
     )
-    return Section(
-        "train-similarity",
-        "Does it only work on near copies?",
-        (Lead(lead), figure, table("Table of scores by distance", head, rows)),
-    )
+    below, axis = "similarity of the nearest training input", axis_label(evidence.metric)
+    title = f"Arms by {axis} in bands of similarity to the nearest training input"
+    figure = Bands("train-similarity", title, _names(bands), _series(evidence, bands), axis, below)
+    scores = table("Table of scores by distance", *_scores(evidence, found, "Similarity", bands))
+    return Section("train-similarity", "Does it only work on near copies?", (Lead(lead), figure, scores))
 
 
 def templates_section(evidence: Evidence) -> Section | None:
@@ -165,29 +134,15 @@ def templates_section(evidence: Evidence) -> Section | None:
         return None
     named = {"seen template": found.seen, "new template": found.new}
     bands = {name: part for name, part in named.items() if part is not None}
-    figure = Bands(
-        "output-templates",
-        f"Arms by {axis_label(evidence.metric)} on items with a seen and with a new output template",
-        tuple(f"{name}\n{count_of(part.items, 'item')}" for name, part in bands.items()),
-        _series(evidence, list(bands.values())),
-        axis_label(evidence.metric),
-        "output template: quoted strings and numbers masked",
+    lead = (
+        f"The {evidence.split} items by whether a training row has the same output once quoted strings "
+        f"and numbers are masked. {_template_answer(found, evidence.items)} These bands decide nothing."
     )
-    arms = [arm.name for arm in evidence.arms]
-    head = ("Output template", "Items", *arms, f"{found.treatment} − {found.control}, points")
-    rows = tuple(_band_row(name, part, arms) for name, part in bands.items())
-    return Section(
-        "output-templates",
-        "Does it only work on outputs of a known form?",
-        (
-            Lead(
-                f"The {evidence.split} items by whether a training row has the same output once quoted strings "
-                f"and numbers are masked. {_template_answer(found, evidence.items)} These bands decide nothing."
-            ),
-            figure,
-            table("Table of scores by output template", head, rows),
-        ),
-    )
+    below, axis = "output template: quoted strings and numbers masked", axis_label(evidence.metric)
+    title = f"Arms by {axis} on items with a seen and with a new output template"
+    figure = Bands("output-templates", title, _names(bands), _series(evidence, bands), axis, below)
+    scores = table("Table of scores by output template", *_scores(evidence, found, "Output template", bands))
+    return Section("output-templates", "Does it only work on outputs of a known form?", (Lead(lead), figure, scores))
 
 
 def _template_answer(found: OutputTemplates, items: int) -> str:
@@ -202,14 +157,18 @@ def _template_answer(found: OutputTemplates, items: int) -> str:
     )
 
 
-def _series(evidence: Evidence, bands: Sequence[Subset]) -> tuple[Series, ...]:
+def _names(bands: Mapping[str, Subset]) -> tuple[str, ...]:
+    return tuple(f"{name}\n{count_of(band.items, 'item')}" for name, band in bands.items())
+
+
+def _series(evidence: Evidence, bands: Mapping[str, Subset]) -> tuple[Series, ...]:
     return tuple(
         Series(
             arm.name,
             TONES[arm.kind],
             tuple(
                 (place, 100 * score.value, 100 * score.interval.low, 100 * score.interval.high)
-                for place, band in enumerate(bands)
+                for place, band in enumerate(bands.values())
                 if (score := band.scores.get(arm.name)) is not None
             ),
         )
@@ -231,19 +190,16 @@ def _answer(evidence: Evidence, found: TrainSimilarity) -> str:
     return f"{measured}: that includes values on both sides of the margin, so this is unknown."
 
 
-def _name(band: Band) -> str:
-    return f"{band.low:.1f} to {band.high:.1f}"
-
-
-def _band_row(name: str, band: Subset, arms: list[str]) -> Row:
-    scores = [band.scores.get(name) for name in arms]
-    difference = Cell("none scored")
-    if band.difference is not None and band.interval is not None:
-        difference = Cell(points_text(band.difference), band.interval.points)
-    return row(name, Cell(f"{band.items:,}", count_of(band.clusters, "cluster")), *map(_score, scores), difference)
-
-
-def _score(score: BandScore | None) -> Cell:
-    if score is None:
-        return Cell("none scored")
-    return Cell(f"{100 * score.value:.1f}", score.interval.percents)
+def _scores(
+    evidence: Evidence, found: TrainSimilarity | OutputTemplates, what: str, bands: Mapping[str, Subset]
+) -> tuple[tuple[str, ...], list[Row]]:
+    """Return a table's head and rows: each arm's score, and the difference, by band."""
+    arms, rows = [arm.name for arm in evidence.arms], []
+    for name, band in bands.items():
+        scored = (band.scores.get(arm) for arm in arms)
+        cells = (Cell(f"{100 * s.value:.1f}", s.interval.percents) if s else Cell("none scored") for s in scored)
+        difference = Cell("none scored")
+        if band.difference is not None and band.interval is not None:
+            difference = Cell(points_text(band.difference), band.interval.points)
+        rows.append(row(name, Cell(f"{band.items:,}", count_of(band.clusters, "cluster")), *cells, difference))
+    return (what, "Items", *arms, f"{found.treatment} − {found.control}, points"), rows

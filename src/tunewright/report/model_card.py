@@ -180,15 +180,13 @@ def _recipe(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     config = lineage.get("config") or {}
     train = config.get("train", {})
     tuning = [key for key in ("from", "method", "beta") if train.get(key) not in (None, "sft")]
-    rows = [[f"`{key}`", plain(_value(train[key]))] for key in (*tuning, *_RECIPE) if key in train]
+    values = {key: train[key] for key in (*tuning, *_RECIPE) if key in train}
+    texts = {key: ", ".join(map(str, each)) if isinstance(each, list) else str(each) for key, each in values.items()}
+    rows = [[f"`{key}`", plain(text)] for key, text in texts.items()]
     if "seed" in lineage:
         rows.append(["`seed`", plain(str(lineage["seed"]))])
     packages = ", ".join(f"{name} {version}" for name, version in sorted(lineage.get("packages", {}).items()))
     return ("## Recipe", table(("Setting", "Value"), rows), plain(f"Packages: {packages}.") if packages else "")
-
-
-def _value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _limits(subject: CardSubject, evidence: Evidence | None) -> tuple[str, ...]:

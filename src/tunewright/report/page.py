@@ -42,13 +42,8 @@ def render_report(
 ) -> str:
     """Return the report as HTML text; equal input gives equal bytes.
 
-    Args:
-        evidence: the evaluation's evidence.
-        test_items: the test items with every arm's answer.
-        history: the training run's rows from the adapter, one per step and evaluation; may be empty.
-        curve: a learning curve on the same data, if there is one.
-        advice: advice on the same data, if there is any, for its break-even.
-        known: further facts in which the causes of a *don't ship* are found.
+    ``history`` has the training run's rows, one per step and evaluation. A curve and advice are on the same data;
+    causes of a *don't ship* are found in the ``known`` facts too.
     """
     page = page_templates("tunewright.report").get_template("page.html.j2")
     return page.render(
@@ -122,6 +117,8 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
     result, first = decided(evidence, known), evidence.contrasts[0]
     treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)
     better, worse = changed_words(evidence, first.metric)
+    ours, theirs = (score_text(evidence.metric, arm.score(evidence.metric).value) for arm in (treatment, control))
+    tone = "" if control.kind == "zero-shot" else "prompting"
     return Summary(
         headline=result.headline,
         tone=_TONES[result.decision],
@@ -129,12 +126,8 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
         made=_made(evidence),
         reasons=result.blocks(result.reasons),
         numbers=(
-            Number(score_text(evidence.metric, treatment.score(evidence.metric).value), treatment.name, "tuned"),
-            Number(
-                score_text(evidence.metric, control.score(evidence.metric).value),
-                f"{control.name}, the best prompting",
-                "" if control.kind == "zero-shot" else "prompting",
-            ),
+            Number(ours, treatment.name, "tuned"),
+            Number(theirs, f"{control.name}, the best prompting", tone),
             Number(points_text(first.difference), "points between them"),
             Number(f"{first.fixed} / {first.broken}", f"items {better} / {worse}"),
         ),

@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from tunewright.advisor.advice import amount, break_even_text
-from tunewright.advisor.signals import BreakEven, Call, Signals
+from tunewright.advisor.signals import BreakEven, Signals
 from tunewright.config import MetricName
 from tunewright.core.progress import downsample
 from tunewright.core.text import count_of
@@ -26,7 +26,9 @@ def training_section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> S
     trained = f"{evidence.train_items:,} training examples."
     if not history:
         return Section("training", "Training", (Lead(f"{trained} This adapter has no loss history."),))
-    metric = _trained_by(evidence)
+    # The metric that selected the checkpoint, where the lineage names it.
+    training = evidence.lineage.get("adapter", {}).get("lineage", {}).get("training", {})
+    metric: MetricName = training.get("metric") or evidence.metric
     caption = f"{trained} {_loss_words(history, metric)}"
     return Section("training", "Training", (replace(run_lines(history, metric), caption=caption),))
 
@@ -37,10 +39,7 @@ _REPLAY = {REPLAY_KL: "replay KL", REPLAY_LOSS: "loss of replay"}
 def run_lines(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -> Lines:
     """Return a run by step: train and dev loss, the dev metric below, and the selected step.
 
-    Args:
-        history: the run's rows: ``step`` with ``loss`` (and ``pair_loss``, which is then drawn instead) or with
-            ``epoch``, ``eval_loss`` and, if dev rows were answered, ``eval_metric``.
-        metric: the metric in ``eval_metric``; None: none.
+    Of a step with ``pair_loss`` that is drawn, not its ``loss``. ``metric`` is the one of the rows' ``eval_metric``.
     """
     train = downsample([(row["step"], loss) for row in history if (loss := pairs_loss(row)) is not None])
     replay = {key: downsample([(row["step"], row[key]) for row in history if key in row]) for key in _REPLAY}
@@ -63,13 +62,6 @@ def run_lines(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -
         lower=score if scores else None,
         from_zero=False,
     )
-
-
-def _trained_by(evidence: Evidence) -> MetricName:
-    """Return the metric that selected the checkpoint, or the evaluation's metric if the lineage has none."""
-    training = evidence.lineage.get("adapter", {}).get("lineage", {}).get("training", {})
-    metric: MetricName = training.get("metric") or evidence.metric
-    return metric
 
 
 def _loss_words(history: Sequence[dict[str, Any]], metric: MetricName) -> str:
@@ -131,17 +123,11 @@ def cost_section(evidence: Evidence, advice: Signals | None) -> Section:
 
 def _lead(ours: Arm, theirs: Arm) -> str:
     more = theirs.prompt_tokens - ours.prompt_tokens
-    lead = (
-        f"Mean tokens of a call. A call of {theirs.name} sends {theirs.prompt_tokens:.0f} tokens, one of {ours.name} "
-    )
-    lead += f"{ours.prompt_tokens:.0f}: "
-    if round(more) > 0:
-        lead += f"{theirs.prompt_tokens / ours.prompt_tokens:.1f} times as many. "
-    else:
-        lead += "no more. "
+    times = f"{theirs.prompt_tokens / ours.prompt_tokens:.1f} times as many" if round(more) > 0 else "no more"
     return (
-        f"{lead}A server computes the shared beginning of the prompts once (prefix caching), so a call costs the "
-        "tokens that are new in each prompt and those of the answer."
+        f"Mean tokens of a call. A call of {theirs.name} sends {theirs.prompt_tokens:.0f} tokens, one of {ours.name} "
+        f"{ours.prompt_tokens:.0f}: {times}. A server computes the shared beginning of the prompts once (prefix "
+        "caching), so a call costs the tokens that are new in each prompt and those of the answer."
     )
 
 
@@ -166,8 +152,20 @@ def _pays(advice: Signals | None) -> tuple[Block, ...]:
         return (Lead(f"No break-even was measured: {why}. `tunewright advise` with a pilot measures it."),)
     unit = "" if even.unit == "money" else ", machine time"
     head = ("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
-    calls = table("Table of calls", head, (_call(even, call) for call in (even.prompting, even.tuned)))
-    once = table("Table of what training costs", ("Costs other than calls", f"Costs{unit}"), _once(even))
+    rows = []
+    for call in (even.prompting, even.tuned):
+        tokens = (f"{call.input_tokens:.0f}", f"{call.cached_tokens:.0f}", f"{call.output_tokens:.1f}")
+        rows.append((call.arm, *tokens, amount(even, call.cost)))
+    calls = table("Table of calls", head, rows)
+    other = {
+        "training on all rows": even.once.training,
+        "evaluation": even.once.evaluation,
+        "labelling": even.once.labelling,
+        f"hosting, {count_of(even.months, 'month')}": even.once.hosting,
+        "in all": even.once.total,
+    }
+    costs = ((name, amount(even, value)) for name, value in other.items())
+    once = table("Table of what training costs", ("Costs other than calls", f"Costs{unit}"), costs)
     return (Lead(break_even_text(advice)), *break_even_lines(even), calls, once, Notes(_grounds(advice, even)))
 
 
@@ -191,23 +189,6 @@ def break_even_lines(even: BreakEven) -> tuple[Lines, ...]:
             caption="The band is the 95% interval of the number of calls from which on training pays.",
         ),
     )
-
-
-def _call(even: BreakEven, call: Call) -> Row:
-    tokens = (f"{call.input_tokens:.0f}", f"{call.cached_tokens:.0f}", f"{call.output_tokens:.1f}")
-    return row(call.arm, *tokens, amount(even, call.cost))
-
-
-def _once(even: BreakEven) -> tuple[Row, ...]:
-    once = even.once
-    parts = {
-        "training on all rows": once.training,
-        "evaluation": once.evaluation,
-        "labelling": once.labelling,
-        f"hosting, {count_of(even.months, 'month')}": once.hosting,
-        "in all": once.total,
-    }
-    return tuple(row(name, amount(even, value)) for name, value in parts.items())
 
 
 def _grounds(advice: Signals, even: BreakEven) -> tuple[str, ...]:

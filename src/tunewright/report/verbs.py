@@ -80,9 +80,8 @@ def _labels(dataset: Path, version: str) -> Labels | None:
     except UserError:
         return None  # evidence alone is enough for a verdict
     found = outcome(reviews, version, sorted(places))
-    if found is None:
-        return Labels(len(places), manifest.counts.conflicts)
-    return Labels(len(places), manifest.counts.conflicts, found.checked, found.wrong)
+    checked, wrong = (0, 0) if found is None else (found.checked, found.wrong)
+    return Labels(len(places), manifest.counts.conflicts, checked, wrong)
 
 
 def verdict(project: OpenProject, evaluation: str | Path | None = None) -> Verdict:
@@ -128,10 +127,7 @@ def report(project: OpenProject, evaluation: str | Path | None = None) -> Path:
         else:
             history = adapter.history
     out = folder / REPORT_FILE
-    curve, advice = (
-        find_curve(project.folder.curves, evidence),
-        _matching_advice(project.folder, evidence),
-    )
+    curve, advice = find_curve(project.folder.curves, evidence), _matching_advice(project.folder, evidence)
     known = known_of(project.folder, evidence, project.reporter)
     write_text(out, render_report(evidence, load_items(folder), history, curve, advice, known))
     return out
