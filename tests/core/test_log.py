@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
+from threading import Thread
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
-from tunewright.core.log import SealedLine, extend, numbered_lines, whole_lines
+from tunewright.core.log import (
+    AUTHOR_VARIABLE,
+    SealedLine,
+    authored_by,
+    extend,
+    numbered_lines,
+    stated_author,
+    whole_lines,
+)
+from tunewright.data.versions.version import current_author
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3), max_size=4)
 
@@ -68,3 +80,28 @@ def test_line_of_another_form_is_refused_by_its_place(line: bytes) -> None:
     with pytest.raises(UserError) as caught:
         Fact.parse(line, "facts.jsonl:7", "fact")
     assert caught.value.where == "facts.jsonl:7"
+
+
+def test_stated_author_precedes_gits_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(AUTHOR_VARIABLE, raising=False)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "config", "user.name", "Git Name"], check=True)
+    assert current_author(tmp_path) == "Git Name"
+    monkeypatch.setenv(AUTHOR_VARIABLE, " Dana \n Weber ")
+    assert current_author(tmp_path) == "Dana Weber"
+    with authored_by("ada"):
+        assert current_author(tmp_path) == "ada"
+    assert current_author(tmp_path) == "Dana Weber"
+    monkeypatch.setenv(AUTHOR_VARIABLE, " ")
+    assert current_author(tmp_path) == "Git Name"
+
+
+def test_author_of_one_request_is_not_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(AUTHOR_VARIABLE, raising=False)
+    found: list[str | None] = []
+    with authored_by("ada"):
+        other = Thread(target=lambda: found.append(stated_author()))
+        other.start()
+        other.join()
+        assert stated_author() == "ada"
+    assert found == [None] and stated_author() is None

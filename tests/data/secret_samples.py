@@ -75,22 +75,11 @@ def grouped(text: str, *sizes: int, separator: str = " ") -> str:
     return separator.join(parts)
 
 
+CARDS = {16: "4 51 55 2221 2720 6011 65 3528 62 2200 6759", 15: "34 37", 14: "305 36", 19: "62"}
+
+
 def card(rng: Random) -> str:
-    prefix, length = rng.choice(
-        [
-            ("4", 16),
-            ("51", 16),
-            ("55", 16),
-            ("2221", 16),
-            ("2720", 16),
-            ("34", 15),
-            ("37", 15),
-            ("6011", 16),
-            ("65", 16),
-        ]
-        if rng.random() < 0.6
-        else [("305", 14), ("36", 14), ("3528", 16), ("62", 16), ("62", 19), ("2200", 16), ("6759", 16)]
-    )
+    prefix, length = rng.choice([(prefix, length) for length, some in CARDS.items() for prefix in some.split()])
     number = with_luhn(prefix + pick(rng, string.digits, length - len(prefix) - 1))
     sizes = (4,) if length in (16, 19) else (4, 6, 5)
     return rng.choice([number, grouped(number, *sizes), grouped(number, *sizes, separator="-")])
@@ -125,46 +114,21 @@ def private_key(rng: Random) -> str:
     return "\n".join([f"-----BEGIN {kind}PRIVATE KEY-----", *lines, f"-----END {kind}PRIVATE KEY-----"])
 
 
-def email(rng: Random) -> str:
-    local = rng.choice(["maria.lopez", "j.oneil", "k+news", "info", "anna_b", "dev-team", "x" + digits(rng, 3)])
-    domain = rng.choice(
-        ["gmail.com", "uni-bonn.de", "mail.gov.uk", "kanzlei-meier.de", "startup.io", "hospital.nhs.uk"]
-    )
-    return f"{local}{rng.randrange(100)}@{domain}"
+ALPHABETS = {"a": ALNUM, "u": URLSAFE, "h": HEX, "l": LETTERS, "c": UPPER, "b": UPPER + "234567", "s": ALNUM.lower()}
+AMERICAN = ("{212|415|650|305|773|503}", "{2|3|4|5|6|7|8|9}{0|2|3|4|5|6|7|8|9}{d1}", "{d4}")
+AREA, EXCHANGE, LINE = AMERICAN
 
 
-def american(rng: Random) -> tuple[str, str, str]:
-    return (
-        rng.choice(["212", "415", "650", "305", "773", "503"]),
-        rng.choice("23456789") + rng.choice("023456789") + rng.choice(string.digits),
-        digits(rng, 4),
-    )
+def filled(*shapes: str) -> Make:
+    """One of the shapes, with {d4} for four digits (no leading 0), {h4} for some of an alphabet, {x|y} for x or y."""
 
+    def fill(match: re.Match[str], rng: Random) -> str:
+        inner = match[1]
+        if "|" in inner:
+            return rng.choice(inner.split("|"))
+        return digits(rng, int(inner[1:])) if inner[0] == "d" else pick(rng, ALPHABETS[inner[0]], int(inner[1:]))
 
-def phone(rng: Random) -> str:
-    area, exchange, line = american(rng)
-    rest = pick(rng, "2345678", 4)
-    return rng.choice(
-        [
-            f"({area}) {exchange}-{line}",
-            f"{area}-{exchange}-{line}",
-            f"{area}.{exchange}.{line}",
-            f"+1 {area} {exchange} {line}",
-            f"+1{area}{exchange}{line}",
-            f"1-{area}-{exchange}-{line}",
-            f"+44 20 7{pick(rng, '2345', 3)} {rest}",
-            f"+44 (0)20 7{pick(rng, '2345', 3)} {rest}",
-            f"020 7{pick(rng, '2345', 3)} {rest}",
-            f"+49 30 {pick(rng, '2345', 4)}{rest}",
-            f"0221 {pick(rng, '2345', 3)}{rest}",
-            f"+4915{pick(rng, '1267', 1)}{pick(rng, '2468', 4)}{rest}",
-            f"+33 6 12 {rest[:2]} {rest[2:]} {pick(rng, '24680', 2)}",
-            f"06 12 {rest[:2]} {rest[2:]} {pick(rng, '24680', 2)}",
-            f"+91 98{pick(rng, '2468', 3)} {pick(rng, '13579', 5)}",
-            f"+81 90-{rest}-{pick(rng, '1357', 4)}",
-            f"0049 30 {pick(rng, '2345', 4)}{rest}",
-        ]
-    )
+    return lambda rng: re.sub(r"{([^{}]*)}", lambda match: fill(match, rng), rng.choice(shapes))
 
 
 def social_security(rng: Random) -> str:
@@ -179,58 +143,58 @@ def ip_address(rng: Random) -> str:
     return ".".join(str(part) for part in (network, *(rng.randrange(256) for _ in range(3))))
 
 
-def slack(rng: Random) -> str:
-    return rng.choice(
-        [
-            f"xoxb-{digits(rng, 12)}-{digits(rng, 13)}-{pick(rng, ALNUM, 24)}",
-            f"xoxp-{digits(rng, 11)}-{digits(rng, 11)}-{digits(rng, 12)}-{pick(rng, HEX, 32)}",
-            f"xapp-1-A0{pick(rng, UPPER, 9)}-{digits(rng, 13)}-{pick(rng, HEX, 64)}",
-        ]
-    )
+def github_token(rng: Random) -> str:
+    fine = filled("github_pat_{a22}_{a59}")(rng)
+    return rng.choice([with_crc(f"gh{rng.choice('pousr')}_", pick(rng, ALNUM, 30)), fine])
 
 
-def openai(rng: Random) -> str:
-    marker = "T3Blbk" + "FJ"
-    return rng.choice(
-        [
-            f"sk-{pick(rng, ALNUM, 20)}{marker}{pick(rng, ALNUM, 20)}",
-            f"sk-proj-{pick(rng, URLSAFE, 74)}{marker}{pick(rng, URLSAFE, 73)}a",
-            f"sk-or-v1-{pick(rng, HEX, 64)}",
-        ]
-    )
-
+_REST, _LOCAL = "{2|3|4|5|6|7|8}" * 4, "{2|3|4|5}" * 3
 
 # Kinds that need no context.
 VALUES: dict[str, Make] = {
     "private_key": private_key,
-    "github_token": lambda rng: rng.choice(
-        [
-            with_crc(f"gh{rng.choice('pousr')}_", pick(rng, ALNUM, 30)),
-            f"github_pat_{pick(rng, ALNUM, 22)}_{pick(rng, ALNUM, 59)}",
-        ]
-    ),
-    "gitlab_token": lambda rng: rng.choice(
-        [f"glpat-{pick(rng, URLSAFE, 19)}a", f"glpat-{pick(rng, URLSAFE, 43)}.01.1a{pick(rng, ALNUM.lower(), 7)}"]
-    ),
+    "github_token": github_token,
+    "gitlab_token": filled("glpat-{u19}a", "glpat-{u43}.01.1a{s7}"),
     "npm_token": lambda rng: with_crc("npm_", pick(rng, ALNUM, 30)),
     "tunewright_key": lambda rng: with_crc("tw_", f"{pick(rng, HEX, 10)}_{pick(rng, URLSAFE, 43)}"),
-    "pypi_token": lambda rng: f"pypi-AgEIcHlwaS5vcmc{pick(rng, URLSAFE, 150)}",
-    "aws_key_id": lambda rng: rng.choice(["AKIA", "ASIA"]) + pick(rng, UPPER + "234567", 16),
-    "google_key": lambda rng: f"AIza{pick(rng, URLSAFE, 35)}",
-    "slack_token": slack,
-    "stripe_key": lambda rng: f"{rng.choice('sr')}k_live_{pick(rng, ALNUM, rng.choice([24, 99]))}",
-    "anthropic_key": lambda rng: f"sk-ant-api03-{pick(rng, URLSAFE, 93)}AA",
-    "openai_key": openai,
-    "huggingface_token": lambda rng: f"hf_{pick(rng, LETTERS, 34)}",
-    "sendgrid_key": lambda rng: f"SG.{pick(rng, URLSAFE, 22)}.{pick(rng, URLSAFE, 43)}",
-    "twilio_key": lambda rng: f"SK{pick(rng, HEX, 32)}",
-    "databricks_token": lambda rng: f"dapi{pick(rng, HEX, 32)}",
-    "digitalocean_token": lambda rng: f"dop_v1_{pick(rng, HEX, 64)}",
+    "pypi_token": filled("pypi-AgEIcHlwaS5vcmc{u150}"),
+    "aws_key_id": filled("{AKIA|ASIA}{b16}"),
+    "google_key": filled("AIza{u35}"),
+    "slack_token": filled("xoxb-{d12}-{d13}-{a24}", "xoxp-{d11}-{d11}-{d12}-{h32}", "xapp-1-A0{c9}-{d13}-{h64}"),
+    "stripe_key": filled("{s|r}k_live_{a24}", "{s|r}k_live_{a99}"),
+    "anthropic_key": filled("sk-ant-api03-{u93}AA"),
+    "openai_key": filled("sk-{a20}T3BlbkFJ{a20}", "sk-proj-{u74}T3BlbkFJ{u73}a", "sk-or-v1-{h64}"),
+    "huggingface_token": filled("hf_{l34}"),
+    "sendgrid_key": filled("SG.{u22}.{u43}"),
+    "twilio_key": filled("SK{h32}"),
+    "databricks_token": filled("dapi{h32}"),
+    "digitalocean_token": filled("dop_v1_{h64}"),
     "jwt": jwt,
     "card": card,
     "iban": iban,
-    "email": email,
-    "phone": phone,
+    "email": filled(
+        "{maria.lopez|j.oneil|k+news|info|anna_b|dev-team|x51}{d2}"
+        "@{gmail.com|uni-bonn.de|mail.gov.uk|kanzlei-meier.de|startup.io|hospital.nhs.uk}"
+    ),
+    "phone": filled(
+        f"({AREA}) {EXCHANGE}-{LINE}",
+        f"{AREA}-{EXCHANGE}-{LINE}",
+        f"{AREA}.{EXCHANGE}.{LINE}",
+        f"+1 {AREA} {EXCHANGE} {LINE}",
+        f"+1{AREA}{EXCHANGE}{LINE}",
+        f"1-{AREA}-{EXCHANGE}-{LINE}",
+        f"+44 20 7{_LOCAL} {_REST}",
+        f"+44 (0)20 7{_LOCAL} {_REST}",
+        f"020 7{_LOCAL} {_REST}",
+        f"+49 30 {_LOCAL}2{_REST}",
+        f"0221 {_LOCAL}{_REST}",
+        f"+4915{{1|2|6|7}}2468{_REST}",
+        "+33 6 12 {2|3|4}5 {6|7|8}3 {2|4|6}8",
+        "06 12 {2|3|4}5 {6|7|8}3 {2|4|6}8",
+        "+91 98{2|4}{6|8}2 13{5|7|9}79",
+        f"+81 90-{_REST}-1{{3|5|7}}73",
+        f"0049 30 {_LOCAL}4{_REST}",
+    ),
     "us_ssn": social_security,
     "ip_address": ip_address,
 }
@@ -261,8 +225,8 @@ def _named(kind: str, rng: Random) -> Sample:
         key = base64.b64encode(rng.randbytes(64)).decode()
         return Sample(kind, f"AccountName=shop;AccountKey={key};EndpointSuffix=core.windows.net", ((kind, key),))
     if kind == "phone_named":
-        area, exchange, line = american(rng)
-        number = rng.choice([f"{area}{exchange}{line}", f"{area} {exchange} {line}", f"0{area} {exchange}{line}"])
+        parts = "".join(AMERICAN), " ".join(AMERICAN), f"0{AREA} {EXCHANGE}{LINE}"
+        number = filled(*parts)(rng)
         lead = rng.choice(["Call me at ", "phone: ", "Tel. ", "My phone number is ", "Text us on ", "Fax "])
         return Sample(kind, f"{lead}{number}.", (("phone", number),))
     if kind == "password":

@@ -26,7 +26,7 @@ from making.hosted_model import stand_in
 from making.scripted_judge import honest, scripted
 from making.small_adapters import create_key
 from making.tiny_bases import build_base
-from tunewright.core.author import AUTHOR_VARIABLE
+from tunewright.core.log import AUTHOR_VARIABLE
 from tunewright.evaluation.generations import Decoding, Generator
 from tunewright.serving.tenants import RequestUsage, State
 

@@ -1,7 +1,7 @@
 """Append-only records: files with one JSON object per line, such as reviews and openings of the test set.
 
-They are the user's own. Each line is checked, and one that was changed by hand is an error that names file and line.
-Results that can be computed again are in journals (`model_io/replies.py`).
+They are the user's own, under an author's name. Each line is checked, and one that was changed by hand is an error that
+names file and line. Results that can be computed again are in journals (`model_io/replies.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
@@ -116,3 +117,24 @@ def held(path: Path) -> Iterator[BinaryIO]:
                 file.seek(0)
                 yield file
                 return
+
+
+AUTHOR_VARIABLE = "TUNEWRIGHT_AUTHOR"
+"""Names the author of what a command records, where the person is known by another name than git's user.name."""
+
+_author: ContextVar[str | None] = ContextVar("tunewright_author", default=None)
+
+
+@contextmanager
+def authored_by(name: str) -> Iterator[None]:
+    """Record changes under this name while the block runs, in its thread alone."""
+    before = _author.set(name)
+    try:
+        yield
+    finally:
+        _author.reset(before)
+
+
+def stated_author() -> str | None:
+    """Return the name of :func:`authored_by`, else that of the variable, else None."""
+    return _author.get() or " ".join(os.environ.get(AUTHOR_VARIABLE, "").split()) or None

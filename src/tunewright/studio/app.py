@@ -28,9 +28,9 @@ from starlette.staticfiles import StaticFiles
 from tunewright.api import Project
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
-from tunewright.core.author import authored_by
 from tunewright.core.errors import UserError, missing_extra
 from tunewright.core.io import write_bytes
+from tunewright.core.log import authored_by
 from tunewright.core.text import capitalised, visible
 from tunewright.render.html import page_templates
 from tunewright.serving.gateway.server import serve

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import psutil
 
-from tunewright.core.author import AUTHOR_VARIABLE, stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
+from tunewright.core.log import AUTHOR_VARIABLE, stated_author
 from tunewright.core.processes import NOTHING, start
 from tunewright.core.text import visible
 

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.config import Duplicates
-from tunewright.core.author import stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError, first_fault
 from tunewright.core.io import digest as json_digest
+from tunewright.core.log import stated_author
 from tunewright.core.processes import run
 from tunewright.core.spill import repeated
 from tunewright.data.examples import Example, in_conflict, normalised
