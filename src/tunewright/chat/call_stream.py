@@ -184,8 +184,11 @@ class CallStream:
             self._begin(builtin, '{"query":"')
             self._held, self._step = self._held[match.end() :], self._in_query
         else:
-            name = found.get("plain") or _name(match["name"])
-            if name is None:
+            name = found.get("plain")
+            try:
+                name = name or json.loads(match["name"])
+                name.encode()
+            except ValueError:  # an invalid escape, or half of a surrogate pair
                 self._not_a_call()
                 return True
             self._begin(name, "")
@@ -293,16 +296,6 @@ class _JsonEnd:
                 if self._depth == 0:
                     return place
         return None
-
-
-def _name(text: str) -> str | None:
-    try:
-        name = json.loads(text)
-        name.encode()
-    except ValueError:
-        return None
-    assert isinstance(name, str)
-    return name
 
 
 def _escape(text: str) -> str:

@@ -33,6 +33,9 @@ from tunewright.models.sources import (
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
+_DECIDING = {*_TOKENIZERS, INDEX, "chat_template.json", "config.json", "generation_config.json"}
+_DECIDING |= {"special_tokens_map.json", "tokenizer_config.json"}
+"""Files that affect the model's output, in addition to all weights and templates."""
 
 _INPUT_EMBEDDING, _OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _SAMPLED_ROWS = 1000
@@ -209,7 +212,8 @@ def _file_digests(folder: Path) -> dict[str, str]:
         cache = {}
     digests, fresh = {}, {}
     for path in sorted(folder.iterdir()):
-        if not _decides(path) or not path.is_file():
+        decides = path.suffix in {".safetensors", ".jinja", ".model"} or path.name in _DECIDING
+        if not decides or path.name.startswith(CONSOLIDATED) or not path.is_file():
             continue
         stat = path.stat()
         key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
@@ -219,35 +223,15 @@ def _file_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _decides(path: Path) -> bool:
-    if path.name.startswith(CONSOLIDATED):
-        return False
-    return path.suffix in {".safetensors", ".jinja", ".model"} or path.name in {
-        "chat_template.json",
-        "config.json",
-        "generation_config.json",
-        INDEX,
-        "special_tokens_map.json",
-        "tekken.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-
-
 def untrained_tokens(base: Base, ids: Collection[int]) -> list[int]:
     """Return, sorted, those of ``ids`` whose input or output embedding row is missing or next to zero."""
-    tables = [_table(base.folder, name) for name in (_INPUT_EMBEDDING, _OUTPUT_EMBEDDING)]
-    return sorted(set().union(*(_empty_rows(path, name, ids) for path, name in tables if path is not None)))
-
-
-def _table(folder: Path, text: str) -> tuple[Path | None, str]:
-    """Return the weights file and the name of a tensor; no file if it is absent (an output tied to the input).
-
-    ``text`` is its name in a model of text alone.
-    """
-    files = tensor_files(folder)
-    found = next((name for name in files if text_name(name) == text), None)
-    return (folder / files[found], found) if found else (None, text)
+    # An output embedding that is tied to the input has no tensor of its own.
+    tables = {
+        name: base.folder / file
+        for name, file in tensor_files(base.folder).items()
+        if text_name(name) in (_INPUT_EMBEDDING, _OUTPUT_EMBEDDING)
+    }
+    return sorted(set().union(*(_empty_rows(file, name, ids) for name, file in tables.items())))
 
 
 def _empty_rows(path: Path, name: str, ids: Collection[int]) -> set[int]:

@@ -76,8 +76,8 @@ def available_memory(gpu: str | None) -> Memory:
         size = parse_size(gpu)
         if size is not None:
             return Memory(size, True, f"a GPU with {gpu}")
-        card = card_named(gpu, "--gpu")
-        return Memory(card.bytes, True, f"{card.name}, {card.bytes >> 20:,} MiB in `nvidia-smi`")
+        name = card_named(gpu, "--gpu")
+        return Memory(_MEMORY_MIB[name] << 20, True, f"{name}, {_MEMORY_MIB[name]:,} MiB in `nvidia-smi`")
     import torch
 
     if torch.cuda.is_available():
@@ -133,6 +133,14 @@ class Plan:
     answer: int
     """Trained tokens of a row."""
     setups: tuple[SetupPlan, ...]
+
+    @property
+    def used(self) -> dict[bool, SetupPlan]:
+        """The setups as `tunewright train` uses them, by whether the base is in NF4.
+
+        On a GPU training recomputes activations, which costs a third of the speed; on the CPU LoRA has enough memory.
+        """
+        return {each.setup.nf4: each for each in self.setups if each.setup.checkpointing == self.memory.card}
 
     def need(self, setup: TrainingSetup, rows: int, length: int) -> MemoryBreakdown:
         """Return the need of a micro-batch of ``rows`` rows of ``length`` tokens, shared and trained as requested."""
@@ -239,28 +247,29 @@ def check_memory(
 
     ``rows`` and ``length`` say if the user set them.
     """
-    # On a GPU training recomputes activations; on the CPU it does not.
-    setups = {each.setup.nf4: each.setup for each in plan.setups if each.setup.checkpointing == plan.memory.card}
-    setup = setups[settings.quantization == "nf4"]
+    own, nf4 = plan.used[settings.quantization == "nf4"], plan.used.get(True)
+    setup, available = own.setup, gigabytes(plan.memory.bytes)
     asked = plan.asked.rows
     yours = "" if longest_row is None else f"; your longest row has {longest_row:,} tokens"
-    many = _rows_that_fit(plan, setup, plan.length, asked, halving=not rows)
-    if many:
-        return MemoryCheck(True, f"{_fits(plan, setup, many, plan.length)}{yours}.", many, plan.length, longest_row)
-    least = plan.length
+    lengths = {plan.length: "."}
     if not length and longest_row is not None and longest_row < plan.length:
-        least = longest_row
-        some = _rows_that_fit(plan, setup, least, asked, halving=not rows)
-        if some:
-            text = f"{_fits(plan, setup, some, least)}{yours}. train.max_length ({plan.length:,}) does not fit."
-            return MemoryCheck(True, text, some, least, longest_row)
-    fewest = asked if rows else 1
+        lengths[longest_row] = f". train.max_length ({plan.length:,}) does not fit."
+    for tokens, end in lengths.items():
+        if many := _rows_that_fit(plan, setup, tokens, asked, halving=not rows):
+            needed = gigabytes(plan.need(setup, many, tokens).total)
+            text = f"Fits: micro-batch {many} × {tokens:,} ({setup.name}, {needed} of {available}){yours}{end}"
+            return MemoryCheck(True, text, many, tokens, longest_row)
+    fewest, least = asked if rows else 1, min(lengths)
     needed = gigabytes(plan.need(setup, fewest, least).total)
-    text = (
-        f"Does not fit: micro-batch {fewest} × {least:,} ({setup.name}) needs {needed} of "
-        f"{gigabytes(plan.memory.bytes)}{yours}."
-    )
-    return MemoryCheck(False, " ".join([text, *_instead(plan, setups, setup, fewest, least)]), 0, least, longest_row)
+    text = f"Does not fit: micro-batch {fewest} × {least:,} ({setup.name}) needs {needed} of {available}{yours}."
+    # What fits instead, the change with the lowest cost first.
+    if fewer := _rows_that_fit(plan, setup, least, fewest, halving=True):
+        text += f" Micro-batch {fewer} × {least:,} does."
+    if 0 < own.longest < least:
+        text += f" The longest single row that fits has {own.longest:,} tokens."
+    if nf4 is not None and nf4 != own and plan.need(nf4.setup, fewest, least).total <= plan.memory.bytes:
+        text += " With train.quantization: nf4 it fits."
+    return MemoryCheck(False, text, 0, least, longest_row)
 
 
 def _rows_that_fit(plan: Plan, setup: TrainingSetup, length: int, asked: int, *, halving: bool) -> int:
@@ -268,26 +277,6 @@ def _rows_that_fit(plan: Plan, setup: TrainingSetup, length: int, asked: int, *,
     while asked and plan.need(setup, asked, length).total > plan.memory.bytes:
         asked = asked // 2 if halving else 0
     return asked
-
-
-def _fits(plan: Plan, setup: TrainingSetup, rows: int, length: int) -> str:
-    needed = gigabytes(plan.need(setup, rows, length).total)
-    return f"Fits: micro-batch {rows} × {length:,} ({setup.name}, {needed} of {gigabytes(plan.memory.bytes)})"
-
-
-def _instead(plan: Plan, setups: dict[bool, TrainingSetup], setup: TrainingSetup, rows: int, length: int) -> list[str]:
-    """Return the alternatives that fit, the change with the lowest cost first."""
-    instead = []
-    fewer = _rows_that_fit(plan, setup, length, rows, halving=True)
-    if fewer:
-        instead.append(f"Micro-batch {fewer} × {length:,} does.")
-    longest = next(each.longest for each in plan.setups if each.setup == setup)
-    if 0 < longest < length:
-        instead.append(f"The longest single row that fits has {longest:,} tokens.")
-    nf4 = setups.get(True)
-    if nf4 is not None and nf4 != setup and plan.need(nf4, rows, length).total <= plan.memory.bytes:
-        instead.append("With train.quantization: nf4 it fits.")
-    return instead
 
 
 def parse_size(text: str) -> int | None:
@@ -303,21 +292,13 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:,.{1 if count >= 10**9 else 2}f} GB"
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU of the table."""
-
-    name: str
-    bytes: int
-
-
-def card_named(text: str, where: str) -> Card:
-    """Return the GPU that ``text`` names, such as ``RTX 4090``, ``h100`` or ``a100-80gb``."""
+def card_named(text: str, where: str) -> str:
+    """Return the GPU of the table that ``text`` names, such as ``RTX 4090``, ``h100`` or ``a100-80gb``."""
     wanted = _key(text)
     keys = {_key(name): name for name in _MEMORY_MIB}
     found = [name for name in _MEMORY_MIB if wanted in (_key(name), _key(_SIZE_OF_NAME.sub("", name)))]
     if len(found) == 1:
-        return Card(found[0], _MEMORY_MIB[found[0]] << 20)
+        return found[0]
     if found:
         both = " or ".join(name.replace(" ", "-").lower() for name in found)
         raise UserError(f"{text!r} exists with different memory sizes", where=where, fix=f"Write {both}.")

@@ -51,7 +51,17 @@ def init() -> None:
             fix="Use `--multi_gpu`, or shard the base with FSDP2: `--use_fsdp --fsdp_version 2`.",
         )
     if _asked(_FSDP):
-        _require_usable()
+        if world_size() == 1:
+            raise UserError(
+                "FSDP needs at least 2 processes (got 1)",
+                where="accelerate launch",
+                fix="Start several: `--num_processes N`, or without GPUs `torchrun --nproc-per-node N`.",
+            )
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("FSDP version 1 is not supported", where="FSDP_VERSION", fix="Add `--fsdp_version 2`.")
+        for key, what in _UNSUPPORTED.items():
+            if os.environ.get(key, "false").lower() not in ("false", ""):
+                raise UserError(f"{what} is not supported", where=key, fix="Remove this setting.")
         os.environ.update(_DECIDED)
     if world_size() > 1:
         import torch
@@ -62,21 +72,6 @@ def init() -> None:
 
 def _asked(key: str) -> bool:
     return os.environ.get(key, "").lower() == "true"
-
-
-def _require_usable() -> None:
-    """Refuse FSDP settings that are not supported."""
-    if world_size() == 1:
-        raise UserError(
-            "FSDP needs at least 2 processes (got 1)",
-            where="accelerate launch",
-            fix="Start several: `--num_processes N`, or without GPUs `torchrun --nproc-per-node N`.",
-        )
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("FSDP version 1 is not supported", where="FSDP_VERSION", fix="Add `--fsdp_version 2`.")
-    for key, what in _UNSUPPORTED.items():
-        if os.environ.get(key, "false").lower() not in ("false", ""):
-            raise UserError(f"{what} is not supported", where=key, fix="Remove this setting.")
 
 
 def is_sharded() -> bool:

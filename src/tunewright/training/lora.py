@@ -160,7 +160,12 @@ class _FusedLora(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [tokens, in]
         low_a, low_b = a.to(dtype), (b * scale).to(dtype)
         inner = rows @ low_a.T  # [tokens, rank]
-        out = rows @ weight.T if packed is None else _times_packed(rows, weight, packed)  # [tokens, out]
+        if packed is None:
+            out = rows @ weight.T  # [tokens, out]
+        else:
+            from bitsandbytes.autograd._functions import matmul_4bit
+
+            out = matmul_4bit(rows, weight, quant_state=packed)
         out.addmm_(inner, low_b.T)
         ctx.save_for_backward(rows, weight, low_a, low_b, inner)
         ctx.packed = packed
@@ -178,24 +183,13 @@ class _FusedLora(torch.autograd.Function):
         grad_b = (grad.T @ inner).to(b_type).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            unpacked = weight if ctx.packed is None else _unpacked(weight, ctx.packed, grad.dtype)
+            unpacked = weight
+            if ctx.packed is not None:
+                from bitsandbytes.functional import dequantize_4bit
+
+                unpacked = dequantize_4bit(weight, ctx.packed).to(grad.dtype)  # [out, in]
             grad_x = (grad @ unpacked).addmm_(grad_inner, low_a).view(ctx.shape).to(x_type)
         return grad_x, None, None, grad_a, grad_b, None
-
-
-def _times_packed(rows: Tensor, weight: Tensor, packed: Any) -> Tensor:
-    """Return rows [tokens, in] times the transpose of a 4-bit weight [out, in] as a new tensor [tokens, out]."""
-    from bitsandbytes.autograd._functions import matmul_4bit
-
-    out: Tensor = matmul_4bit(rows, weight, quant_state=packed)
-    return out
-
-
-def _unpacked(weight: Tensor, packed: Any, dtype: torch.dtype) -> Tensor:
-    """Return a 4-bit weight as [out, in]."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight, packed).to(dtype)
 
 
 # Optional (Hsu et al. 2024, arXiv 2410.10989): the models' own code stays the reference.

@@ -128,9 +128,7 @@ def require_room(project: OpenProject) -> None:
         return  # each card has a part of the base
     memory, settings = available_memory(None), config.train
     least = plan(config.base_model, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
-    # As `tunewright train` does it: activations are recomputed on a card.
-    setups = {planned.setup.nf4: planned for planned in least.setups if planned.setup.checkpointing == memory.card}
-    own = setups[settings.quantization == "nf4"]
+    own = least.used[settings.quantization == "nf4"]
     short = (
         f"{config.base_model} needs at least {gigabytes(own.least)} to train ({own.setup.name}); "
         f"available: {memory.source}"
@@ -139,7 +137,7 @@ def require_room(project: OpenProject) -> None:
         # With adapters that are already trained, the command may have nothing to train.
         trained = any(adapter.imported is None for adapter in list_adapters(project.folder.adapters))
         if memory.card and not trained:
-            raise UserError(short, where="base_model", fix=_what_fits(setups.get(True), own, memory))
+            raise UserError(short, where="base_model", fix=_what_fits(least.used.get(True), own, memory))
         reporter.warn(f"{short}.")
     elif own.longest < settings.max_length:
         reporter.warn(

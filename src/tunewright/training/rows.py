@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -167,17 +167,16 @@ def expected_messages(member: Member, rows: int) -> list[list[Message]]:
     if rows == 1:
         return [list(messages)]
     assert rows == len(trained), "one row, or one for each trained answer"
-    return [[*_certain(messages[:place]), messages[place]] for place in trained]
-
-
-def _certain(prompt: Sequence[Message]) -> list[Message]:
-    """Return the turns that every template renders in full: no answers, and results of the last question only."""
-    last = max(place for place, message in enumerate(prompt) if message.role == "user")
-    return [
-        message
-        for place, message in enumerate(prompt)
-        if message.role != "assistant" and (message.role != "tool" or place > last)
-    ]
+    found = []
+    for answer in trained:
+        question = max(place for place, m in enumerate(messages[:answer]) if m.role == "user")
+        certain = [
+            m
+            for place, m in enumerate(messages[:answer])
+            if m.role != "assistant" and (m.role != "tool" or place > question)
+        ]
+        found.append([*certain, messages[answer]])
+    return found
 
 
 def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequence[Message]]) -> list[str | None]:
@@ -223,31 +222,22 @@ def _text_fault(messages: Sequence[Message], text: str, trained: Sequence[Messag
             return f"the answer's tokens read {spelled.text[:60]!r}, not {answer.text[:60]!r}"
     spelled_text = _plain(text)
     for message in messages:
-        in_json = message.role in ("tools", "tool")
-        missing = next((part for part in _parts(message) if not _spelled(part, spelled_text, in_json=in_json)), None)
-        if missing is not None:
-            return (
-                f"the tokens don't spell the {message.role} turn {missing[:60]!r}: the template or the tokenizer "
-                "drops a part"
-            )
+        parts = [message.content]
+        if message.role == "tools":
+            parts = [text for f in declared_functions([message]) for text in (f["name"], f.get("description", ""))]
+        for part in parts:
+            # A template may write functions and results as JSON, with their texts escaped.
+            escaped = json.dumps(part, ensure_ascii=False)[1:-1] if message.role in ("tools", "tool") else part
+            if _plain(part) not in spelled_text and _plain(escaped) not in spelled_text:
+                return (
+                    f"the tokens don't spell the {message.role} turn {part[:60]!r}: the template or the tokenizer "
+                    "drops a part"
+                )
     return None
 
 
 def _turn(message: Message) -> tuple[str, list[tuple[str, str]]]:
     return _plain(message.content), [(call.name, call.arguments) for call in message.calls]
-
-
-def _parts(message: Message) -> list[str]:
-    """Return the texts of a turn that its tokens must spell: of functions, their names and descriptions."""
-    if message.role != "tools":
-        return [message.content]
-    functions = declared_functions([message])
-    return [text for f in functions for text in (f["name"], f.get("description", ""))]
-
-
-def _spelled(part: str, text: str, *, in_json: bool) -> bool:
-    """Return whether the text has this part, unchanged or, where a template may write JSON, escaped."""
-    return _plain(part) in text or (in_json and _plain(json.dumps(part, ensure_ascii=False)[1:-1]) in text)
 
 
 def _plain(text: str) -> str:
@@ -267,7 +257,7 @@ _WIDTHS = [step * 10**power for power in range(8) for step in (1, 2, 5)]
 
 
 @dataclass(frozen=True)
-class Lengths:
+class SplitLengths:
     """The row lengths of one split in tokens."""
 
     split: Split
@@ -295,7 +285,7 @@ class LengthReport:
     base: str
     template_digest: str
     max_length: int
-    splits: tuple[Lengths, ...]
+    splits: tuple[SplitLengths, ...]
     histogram: tuple[HistogramBar, ...]
     too_long: tuple[dict[str, Any], ...]
     """Rows over max_length: key, name, split, tokens."""
@@ -319,36 +309,40 @@ def measure_lengths(
     workers: Workers = THIS_PROCESS,
 ) -> LengthReport:
     """Encode every row of every split as training would."""
-    measured: dict[Split, list[_Measured]] = {}
+    chosen, all_lengths = [], []
+    too_long: list[dict[str, Any]] = []
+    faults: list[str] = []
+    look_alikes = 0
     with reporter.task("encoding", len(version.members), "examples") as task:
         for split in SPLITS:
+            lengths: list[int] = []
+            trained = 0
             parts = slices(version.examples(split), _ROWS)
-            measured[split] = list(workers.map(_measured, (chat, max_length), parts, task, batch=2))
-    lengths = {split: [n for part in parts for n in part.lengths] for split, parts in measured.items()}
+            for part in workers.map(_measured, (chat, max_length), parts, task, batch=2):
+                lengths += part.lengths
+                trained += part.trained
+                too_long += [{"key": key, "name": name, "split": split, "tokens": n} for key, name, n in part.too_long]
+                faults += part.faults
+                look_alikes += part.look_alikes
+            if lengths:
+                values = np.percentile(lengths, PERCENTILES, method="nearest")
+                percentiles = {p: int(value) for p, value in zip(PERCENTILES, values, strict=True)}
+                chosen.append(SplitLengths(split, len(lengths), percentiles, sum(lengths), trained))
+            all_lengths += lengths
     return LengthReport(
         version=version.digest,
         base=base,
         template_digest=chat.digest,
         max_length=max_length,
-        splits=tuple(
-            _summary(split, lengths[split], sum(part.trained for part in measured[split]))
-            for split in SPLITS
-            if lengths[split]
-        ),
-        histogram=_histogram([length for each in lengths.values() for length in each]),
-        too_long=tuple(
-            {"key": key, "name": name, "split": split, "tokens": tokens}
-            for split in SPLITS
-            for part in measured[split]
-            for key, name, tokens in part.too_long
-        ),
-        faults=tuple(fault for split in SPLITS for part in measured[split] for fault in part.faults),
-        look_alikes=sum(part.look_alikes for parts in measured.values() for part in parts),
+        splits=tuple(chosen),
+        histogram=_histogram(all_lengths),
+        too_long=tuple(too_long),
+        faults=tuple(faults),
+        look_alikes=look_alikes,
     )
 
 
-@dataclass(frozen=True)
-class _Measured:
+class _Measured(NamedTuple):
     """Token lengths of some rows, their trained tokens, those too long (key, name, tokens), and faults."""
 
     lengths: list[int]
@@ -370,17 +364,6 @@ def _measured(encoding: tuple[ChatFormat, int], members: Sequence[Member], task:
         [(long.member.key, name_of(long.member), len(long.row.ids)) for long in encoded.too_long],
         encoded.faults,
         sum(bool(chat.encoder.hide(m.example.messages)[1]) for m in members),
-    )
-
-
-def _summary(split: Split, lengths: Sequence[int], trained: int) -> Lengths:
-    values = np.percentile(lengths, PERCENTILES, method="nearest")
-    return Lengths(
-        split=split,
-        rows=len(lengths),
-        percentiles={p: int(value) for p, value in zip(PERCENTILES, values, strict=True)},
-        tokens=sum(lengths),
-        trained=trained,
     )
 
 

@@ -101,7 +101,12 @@ class Run:
         from transformers import set_seed
 
         settings = self.config.train
-        rows = self._columns(train, replay)
+        if self.preferences is None:
+            rows = as_columns(train, replay)
+        else:
+            # The first answer of each row stands for it; the trainer finds the row's answers by its place.
+            first = self.preferences.rows[:: self.preferences.answers_per_row]
+            rows = {**as_columns(first), "place": list(range(len(first)))}
         steps = total_steps(settings, len(rows["input_ids"]))
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.config.seed)
@@ -137,13 +142,6 @@ class Run:
         if stop.asked:
             raise KeyboardInterrupt
         return history_rows(trainer.state.log_history), seconds
-
-    def _columns(self, train: Sequence[Tokens], replay: Sequence[Tokens]) -> dict[str, list[Any]]:
-        """Return the columns of the training set; of preferences, the first answer of each row and its place."""
-        if self.preferences is None:
-            return as_columns(train, replay)
-        first = self.preferences.rows[:: self.preferences.answers_per_row]
-        return {**as_columns(first), "place": list(range(len(first)))}
 
     def _make_missing_evaluation(self, trainer: Any, checkpoint: Path) -> None:
         """Make the evaluation that a stop cut off after a checkpoint's step."""

@@ -83,7 +83,6 @@ class Drawn:
 
     used: tuple[SelfSample, ...]
     left_out: Mapping[int, str]
-    wanted: int
 
     @property
     def text(self) -> str:
@@ -130,7 +129,6 @@ class Sampler:
         self.complete = complete
         self.seed = f"{seed}:{purpose}"
         self.reporter = reporter
-        self.turn = chat.user_turn()
         self.about = {
             "method": METHOD,
             "base": base.digest,
@@ -149,30 +147,36 @@ class Sampler:
     def draw(self, wanted: int, screen: Screen, *, finished: bool) -> Drawn:
         """Return the first ``wanted`` samples that are complete, new and pass the screen, and why others do not.
 
-        Fewer are returned, with a warning, if most samples are unusable.
-
-        ``finished`` leaves out answers that were cut off at the limit.
+        Fewer are returned, with a warning, if most samples are unusable. ``finished`` leaves out answers that were cut
+        off at the limit.
         """
         used: list[SelfSample] = []
         left_out: dict[int, str] = {}
         asked: set[str] = set()
         most = max(_FEWEST_CHUNKS * _CHUNK, wanted * _MOST_DRAWN)
         for chunk in range(-(-most // self.chunk)):
-            if len(used) == wanted:
-                break
             samples = self._chunk(chunk)
-            reasons = self._faults(samples, asked, finished)
+            reasons: dict[int, str] = {}
+            for sample in samples:
+                question = normalised(sample.instruction)
+                cut_off = CUT_OFF if finished and not sample.finished else None
+                if why := sample.fault or cut_off or (REPEATED if question in asked else None):
+                    reasons[sample.number] = why
+                else:
+                    asked.add(question)
             whole = {s.example.pair_key: s for s in samples if s.number not in reasons}
             screened = screen({key: sample.example for key, sample in whole.items()}) if whole else {}
             reasons |= {whole[key].number: reason for key, reason in screened.items()}
             for sample in samples:
                 if len(used) == wanted:
-                    return Drawn(tuple(used), left_out, wanted)
+                    return Drawn(tuple(used), left_out)
                 if sample.number in reasons:
                     left_out[sample.number] = reasons[sample.number]
                 else:
                     used.append(sample)
-        drawn = Drawn(tuple(used), left_out, wanted)
+            if len(used) == wanted:
+                break
+        drawn = Drawn(tuple(used), left_out)
         if not used:
             raise UserError(
                 f"The base writes no usable sample: {drawn.summary()}",
@@ -183,39 +187,24 @@ class Sampler:
             self.reporter.warn(f"Fewer samples than the {wanted} requested: {drawn.summary()}.")
         return drawn
 
-    def _faults(self, samples: Sequence[SelfSample], asked: set[str], finished: bool) -> dict[int, str]:
-        """Return why samples are unusable in any domain; ``asked`` collects the instructions seen so far."""
-        reasons: dict[int, str] = {}
-        for sample in samples:
-            question = normalised(sample.instruction)
-            if sample.fault is not None:
-                reasons[sample.number] = sample.fault
-            elif finished and not sample.finished:
-                reasons[sample.number] = CUT_OFF
-            elif question in asked:
-                reasons[sample.number] = REPEATED
-            else:
-                asked.add(question)
-        return reasons
-
     def _chunk(self, chunk: int) -> list[SelfSample]:
         file = self.folder / f"{chunk:04d}.json"
         if not file.exists():
-            write_json(
-                file, [asdict(sample) for sample in self._write(range(chunk * self.chunk, (chunk + 1) * self.chunk))]
-            )
+            numbers = range(chunk * self.chunk, (chunk + 1) * self.chunk)
+            write_json(file, [asdict(sample) for sample in self._write(numbers)])
         return [SelfSample(**{**row, "ids": tuple(row["ids"])}) for row in json.loads(file.read_text(encoding="utf-8"))]
 
     def _write(self, numbers: range) -> list[SelfSample]:
         """Have the base write these samples."""
+        chat, turn = self.chat, self.chat.user_turn()
         with self.reporter.task(
             f"The base writes samples {numbers[0] + 1} to {numbers[-1] + 1}", 2 * len(numbers), "turns"
         ) as task:
-            opening = dict.fromkeys(numbers, self.turn.opening)
-            asked = self._continue(opening, "instruction", INSTRUCTION_TOKENS, self.turn.end_ids, task)
-            instructions = {n: _instruction(self.chat, self.turn.end_text, turn) for n, turn in asked.items()}
-            prompts = {n: self.chat.prompt([Message("user", text)]) for n, text in instructions.items() if text}
-            answered = self._continue(prompts, "answer", ANSWER_TOKENS, self.chat.stop_ids, task)
+            opening = dict.fromkeys(numbers, turn.opening)
+            asked = self._continue(opening, "instruction", INSTRUCTION_TOKENS, turn.end_ids, task)
+            instructions = {n: _instruction(chat, turn.end_text, written) for n, written in asked.items()}
+            prompts = {n: chat.prompt([Message("user", text)]) for n, text in instructions.items() if text}
+            answered = self._continue(prompts, "answer", ANSWER_TOKENS, chat.stop_ids, task)
             task.advance(len(numbers) - len(prompts))
         samples = []
         for number, instruction in instructions.items():
@@ -224,7 +213,7 @@ class Sampler:
                 samples.append(SelfSample(number, "", "", finished=False, ids=(), stopped=False, fault=why))
                 continue
             drawn = answered[number]
-            answer, finished = _answer(self.chat, self.turn.begin_text, drawn)
+            answer, finished = _answer(chat, turn.begin_text, drawn)
             fault = None if answer else EMPTY
             samples.append(SelfSample(number, instruction, answer, finished, drawn.ids, drawn.finish == "stop", fault))
         return samples
@@ -232,10 +221,11 @@ class Sampler:
     def _continue(
         self, prompts: Mapping[int, tuple[int, ...]], turn: str, limit: int, ends: frozenset[int], task: Task
     ) -> dict[int, Completion]:
-        requests = [
-            Request(ids, None, limit, TEMPERATURE, TOP_P, _seed(f"{self.seed}:{number}:{turn}"))
-            for number, ids in prompts.items()
-        ]
+        requests = []
+        for number, ids in prompts.items():
+            # Each turn has its own seed, so it depends on no other sample; torch takes seeds below 2^63.
+            seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{number}:{turn}".encode()).digest()[:8]) >> 1
+            requests.append(Request(ids, None, limit, TEMPERATURE, TOP_P, seed))
         if not requests:
             return {}
         completions = self.complete(requests, ends, lambda _index, _completion: task.advance())
@@ -264,10 +254,6 @@ def _answer(chat: ChatFormat, begin_text: str | None, turn: Completion) -> tuple
         return text.partition(begin_text)[0].strip(), True
     # Drop a character that was cut in half.
     return (text.strip(), True) if turn.finish == "stop" else (text.strip().rstrip("\ufffd"), False)
-
-
-def _seed(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True)
@@ -320,44 +306,14 @@ def draw_replay(
 
     ``load`` returns the loaded base; it is called only if samples are missing and vLLM does not write them.
     """
-    config = project.config
-    if config.train.replay is None:
+    config, settings = project.config, project.config.train
+    if settings.replay is None:
         return Replay([], [], {}, {})
-    screen = sample_filter(project, version, chat, limit, reporter)
-    sampler, stop = _sampler(project, base, chat, load, reporter)
-    try:
-        drawn = sampler.draw(config.train.replay.samples, screen, finished=True)
-    finally:
-        stop()
-    reporter.say(f"Replay: {drawn.summary()}.")
-    examples = [sample.example for sample in drawn.used]
-    encoded = encode_members(
-        chat, [Member(each, each.pair_key, "train", each.pair_key, mixed=True) for each in examples], limit
-    )
-    rows = encoded.rows
-    lineage = {
-        **sampler.about,
-        "samples": len(drawn.used),
-        "digest": digest(drawn.text),
-        "rendering": render_digest(rows),
-        "rows": len(rows),
-        "trained_tokens": sum(sum(row.loss_mask) for row in rows),
-        "left_out": {str(number): reason for number, reason in drawn.left_out.items()},
-    }
-    return Replay(rows, encoded.members, {"replay": lineage}, {REPLAY: drawn.text})
-
-
-def _sampler(
-    project: ProjectFolder, base: Base, chat: ChatFormat, load: Callable[[], Any], reporter: Reporter
-) -> tuple[Sampler, Callable[[], None]]:
-    """Return a sampler, and a function that frees the memory of the engine that writes for it."""
-    config, engine, loaded = project.config, _engine(project), cache(load)
-    wanted = None if config.train.replay is None else config.train.replay.samples
-    size = BatchSize(BATCH)
+    wanted, engine, loaded, size = settings.replay.samples, _engine(project), cache(load), BatchSize(BATCH)
     vllm: VllmAnswers | None = None
     if engine.environment is not None:
         rows = config.evaluate.batch_size
-        vllm = VllmAnswers(base, config.train.dtype, engine.environment, rows, config.train.lora_r, reporter)
+        vllm = VllmAnswers(base, settings.dtype, engine.environment, rows, settings.lora_r, reporter)
 
     def complete(
         requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
@@ -365,12 +321,28 @@ def _sampler(
         if vllm is not None:
             return vllm.generate(requests, stop_ids=ends, on_finished=on_finished)
         pad = chat.tokenizer.pad_token_id
-        model = loaded()
-        return generate_halving(model, requests, size, reporter, stop_ids=ends, pad_id=pad, on_finished=on_finished)
+        return generate_halving(loaded(), requests, size, reporter, stop_ids=ends, pad_id=pad, on_finished=on_finished)
 
-    inputs = {"dtype": config.train.dtype, "quantization": config.train.quantization, **engine.identity}
+    inputs = {"dtype": settings.dtype, "quantization": settings.quantization, **engine.identity}
     sampler = Sampler(base, chat, inputs, complete, config.seed, "replay", project.work, reporter, wanted)
-    return sampler, (lambda: None) if vllm is None else vllm.stop
+    screen = sample_filter(project, version, chat, limit, reporter)
+    try:
+        drawn = sampler.draw(wanted, screen, finished=True)
+    finally:
+        if vllm is not None:
+            vllm.stop()
+    reporter.say(f"Replay: {drawn.summary()}.")
+    encoded = encode_members(chat, [_member(sample.example) for sample in drawn.used], limit)
+    lineage = {
+        **sampler.about,
+        "samples": len(drawn.used),
+        "digest": digest(drawn.text),
+        "rendering": render_digest(encoded.rows),
+        "rows": len(encoded.rows),
+        "trained_tokens": sum(sum(row.loss_mask) for row in encoded.rows),
+        "left_out": {str(number): reason for number, reason in drawn.left_out.items()},
+    }
+    return Replay(encoded.rows, encoded.members, {"replay": lineage}, {REPLAY: drawn.text})
 
 
 def sample_filter(
@@ -382,18 +354,19 @@ def sample_filter(
     def screen(examples: Mapping[str, Example]) -> dict[str, str]:
         reasons: dict[str, str] = {}
         for key, example in examples.items():
-            member = Member(example, example.pair_key, "train", example.pair_key, mixed=True)
-            encoded = encode_members(chat, [member], limit)
-            if encoded.faults:
-                reasons[key] = encoded.faults[0]
-            elif encoded.too_long:
-                reasons[key] = f"longer than {limit:,} tokens"
+            encoded = encode_members(chat, [_member(example)], limit)
+            if encoded.faults or encoded.too_long:
+                reasons[key] = encoded.faults[0] if encoded.faults else f"longer than {limit:,} tokens"
         fit = {key: example for key, example in examples.items() if key not in reasons}
         if fit:
             reasons |= exclusion_reasons(fit, version.domain, project.config.data, benchmarks, reporter, "samples")
         return reasons
 
     return screen
+
+
+def _member(example: Example) -> Member:
+    return Member(example, example.pair_key, "train", example.pair_key, mixed=True)
 
 
 def _benchmarks(project: ProjectFolder) -> dict[str, list[str]]:

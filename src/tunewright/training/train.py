@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -281,19 +281,27 @@ def _store(
     kept = evaluations_to_keep(evaluated)
     for each in kept:
         require_intact(adapter_folder(work, each.step))
+    encoded = run.splits["train"]
     lineage = {
         **inputs,
         # Digests of the splits as rendered for training, and the rows that the config dropped.
         "rendering": {
             name: {
-                "digest": render_digest(encoded.rows),
-                "rows": len(encoded.rows),
-                "left_out": [{"key": row.member.key, "tokens": len(row.row.ids)} for row in encoded.too_long],
+                "digest": render_digest(each.rows),
+                "rows": len(each.rows),
+                "left_out": [{"key": row.member.key, "tokens": len(row.row.ids)} for row in each.too_long],
             }
-            for name, encoded in run.splits.items()
+            for name, each in run.splits.items()
         },
         "training": {
-            **_training_record(run.splits["train"], evaluated, best, run.seconds),
+            "examples": len({m.key for m in encoded.members}),
+            "rows": len(encoded.rows),
+            "trained_tokens": sum(sum(row.loss_mask) for row in encoded.rows),
+            "epochs": [asdict(each) for each in evaluated],
+            "kept_step": best.step,
+            "seconds": round(run.seconds, 1),
+            "device": device(),
+            "processes": distributed.world_size(),
             **run.details,
             "metric": None if task is None else task.scorer.name,
             "dev_rows_answered": 0 if task is None else len(task.requests),
@@ -321,27 +329,3 @@ def find_trained(adapters: Path, name: str, identity: str) -> Adapter | None:
             adapter.verify()
             return adapter
     return None
-
-
-def _training_record(
-    encoded: EncodedRows, evaluated: Sequence[Evaluation], best: Evaluation, seconds: float
-) -> dict[str, Any]:
-    return {
-        "examples": len({m.key for m in encoded.members}),
-        "rows": len(encoded.rows),
-        "trained_tokens": sum(sum(t.loss_mask) for t in encoded.rows),
-        "epochs": [
-            {
-                "step": e.step,
-                "epoch": e.epoch,
-                "train_loss": e.train_loss,
-                "dev_loss": e.dev_loss,
-                "dev_metric": e.dev_metric,
-            }
-            for e in evaluated
-        ],
-        "kept_step": best.step,
-        "seconds": round(seconds, 1),
-        "device": device(),
-        "processes": distributed.world_size(),
-    }

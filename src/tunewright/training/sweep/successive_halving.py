@@ -163,8 +163,7 @@ class SuccessiveHalving:
 
     def _run_rung(self, alive: Sequence[Trial], rung: int) -> dict[str, Entry]:
         """Return this rung's results: those in the ledger, and those of trials that the budget allows."""
-        number = rung + 1
-        through = {t.name: e for t in alive if (e := self.ledger.result(t.name, number)) is not None}
+        through = {t.name: e for t in alive if (e := self.ledger.result(t.name, rung + 1)) is not None}
         waiting = [trial for trial in alive if trial.name not in through]
         while waiting:
             self._report_estimate()
@@ -172,7 +171,9 @@ class SuccessiveHalving:
             if not started:
                 self._leave_out(waiting, rung)
                 break
-            through |= self._train_rung(started, rung)
+            with closing(self.train(started, self.rungs[rung])) as outcomes:
+                for trial in started:
+                    through[trial.name] = self._train_trial(trial, rung, outcomes)
             waiting = [trial for trial in waiting if trial.name not in through]
         return through
 
@@ -190,34 +191,27 @@ class SuccessiveHalving:
             slowest = max(waiting, key=lambda trial: len(trial.train.target_modules))
             return [slowest] if self.ledger.seconds < self.budget else []
         started: list[Trial] = []
-        ahead, left = 0, (self.budget - self.ledger.seconds) / pace
+        steps, left = 0, (self.budget - self.ledger.seconds) / pace
         for trial in waiting[: self.at_once]:
-            if ahead + self._steps_with(trial, through + len(started), rung) > left:
+            steps += self.rungs[rung] - min(self.ledger.steps_of(trial.name), self.rungs[rung])
+            # A trial starts only if the better half of those that then finish the rung can still reach the end.
+            if steps + self._steps(advancing_trials(through + len(started) + 1), rung + 1) > left:
                 break
             started.append(trial)
-            ahead += self.rungs[rung] - self._behind(trial, rung)
         return started
 
-    def _train_rung(self, trials: Sequence[Trial], rung: int) -> dict[str, Entry]:
-        """Train trials through one rung."""
+    def _train_trial(self, trial: Trial, rung: int, outcomes: Generator[Outcome, None, None]) -> Entry:
+        """Train a trial through one rung and record its result."""
         step, number = self.rungs[rung], rung + 1
-        entries = {}
-        with closing(self.train(trials, step)) as outcomes:
-            for trial in trials:
-                self._report_estimate()
-                self.reporter.say(f"{trial.name}, rung {number}")
-                began = self.clock()
-                try:
-                    outcome = next(outcomes)
-                except KeyboardInterrupt:
-                    seconds = round(self.clock() - began, 3)
-                    self.ledger.add("stopped", trial.name, number, step, seconds=seconds)
-                    raise
-                entries[trial.name] = self._recorded(trial, number, outcome)
-        return entries
-
-    def _recorded(self, trial: Trial, number: int, outcome: Outcome) -> Entry:
-        result, seconds, step = outcome.result, round(outcome.seconds, 3), self.rungs[number - 1]
+        self._report_estimate()
+        self.reporter.say(f"{trial.name}, rung {number}")
+        began = self.clock()
+        try:
+            outcome = next(outcomes)
+        except KeyboardInterrupt:
+            self.ledger.add("stopped", trial.name, number, step, seconds=round(self.clock() - began, 3))
+            raise
+        result, seconds = outcome.result, round(outcome.seconds, 3)
         if isinstance(result, DivergedError):
             why = result.what.split("; ")[0]  # without the step's rows: all trials have the same ones
             self.reporter.warn(f"{trial.name} is out: {why}")
@@ -263,9 +257,6 @@ class SuccessiveHalving:
                 spent[kinds[entry.trial]].append(entry)
         return max((sum(e.seconds for e in own) / sum(e.steps for e in own) for own in spent.values()), default=None)
 
-    def _behind(self, trial: Trial, rung: int) -> int:
-        return min(self.ledger.steps_of(trial.name), self.rungs[rung])
-
     def _steps(self, trials: int, rung: int) -> int:
         """Return the steps of ``trials`` trials through this rung (from 0), and of the better halves to the end."""
         total = 0
@@ -273,11 +264,6 @@ class SuccessiveHalving:
             total += trials * (end - begin)
             trials = advancing_trials(trials)
         return total
-
-    def _steps_with(self, trial: Trial, through: int, rung: int) -> int:
-        """Return the remaining steps if this trial joins ``through`` others that have finished the rung."""
-        own = self.rungs[rung] - self._behind(trial, rung)
-        return own + self._steps(advancing_trials(through + 1), rung + 1)
 
     def _leave_out(self, trials: Sequence[Trial], rung: int) -> None:
         pace = self._pace()

@@ -222,14 +222,9 @@ def _train_to(base: Base, run: _Run, part: _Part, reporter: Reporter) -> Progres
     if behind > part.step:  # left by a sweep whose ledger was removed
         shutil.rmtree(part.work)
         behind = 0
-    if part.step == run.steps:
-        return _train_fully(base, run, part, behind, reporter)
-    paused = train_until(part.project, run.version, base, run.chat, reporter, work=part.work, step=part.step)
-    best = paused.best
-    return Progress(paused.step - behind, paused.seconds, best.dev_loss, best.dev_metric)
-
-
-def _train_fully(base: Base, run: _Run, part: _Part, behind: int, reporter: Reporter) -> Progress:
+    if part.step < run.steps:
+        paused = train_until(part.project, run.version, base, run.chat, reporter, work=part.work, step=part.step)
+        return Progress(paused.step - behind, paused.seconds, paused.best.dev_loss, paused.best.dev_metric)
     place = part.project.adapters if run.apart else None
     result = train(part.project, run.version, base, run.chat, reporter, adapters=place, work=part.work, facts=run.facts)
     training = result.adapter.lineage["training"]
