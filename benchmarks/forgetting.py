@@ -38,7 +38,7 @@ from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.benchmarks.bench import Bench
-from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, chosen, read_questions
+from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, likeliest, likelihoods, read_questions
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.statistics import effective_items, wilson
@@ -200,7 +200,8 @@ def arc_choices(adapter: Adapter | None, generator: Any, questions: list[ChoiceQ
     if not file.exists():
         title = f"ARC-easy, {adapter.name if adapter else 'the base'}"
         with generator.reporter.task(title, len(questions), "questions") as task, generator.answering(adapter) as model:
-            write_json(file, chosen(model, generator.chat.tokenizer, questions, task))
+            found = likelihoods(model, generator.chat.tokenizer, questions, task)
+            write_json(file, list(map(likeliest, found)))
     picked: list[int] = json.loads(file.read_text(encoding="utf-8"))
     return picked
 

@@ -59,7 +59,7 @@ def main(file: Path) -> None:
                 continue
             check, reference = checks.validate_python(wanted), theirs[name](name)
             reference.build_description(**given)
-            for text in filter(str.strip, [*texts, check.good(), check.bad()]):
+            for text in filter(str.strip, [*texts, *check.examples()]):
                 began = time.process_time()
                 found = check.passes(text)
                 between = time.process_time()

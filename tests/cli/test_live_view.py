@@ -95,8 +95,9 @@ def test_part_of_a_stage_counts_the_answers_of_all_arms() -> None:
     rate = AnswerRate(reporter)
     with reporter.pipeline(STAGES), rate.together(40):
         rate.advance(5)  # kept from before
-        with rate.arm("zero-shot on dev", 5, 1.0) as task:
-            task.advance(5)
+        with rate.arm("zero-shot on dev", 5) as advance:
+            for _ in range(5):
+                advance()
             assert reporter._screen is not None
             assert reporter._screen._current_task()[0] == 0.25
 

@@ -120,14 +120,14 @@ def test_stopped_dpo_resumes_to_the_same_adapter_with_the_reference_that_it_had(
 @pytest.mark.slow
 def test_evidence_contrasts_the_tuned_adapter_with_its_parent(dpo: tuple[Path, Adapter, list[str]]) -> None:
     folder, adapter, _ = dpo
-    result = tunewright.open(folder).evaluate_on_dev(adapter.name)
+    result = tunewright.open(folder).evaluate(adapter.name, dev=True)
     pairs = [(c.treatment, c.control) for c in result.evidence.deciding]
     assert ("tuned", "parent") in pairs
     assert pairs[0][1] == result.evidence.best_prompting
     parent = adapter.lineage["parent"]["name"]
     (reason,) = [each for each in verdict(result.evidence).reasons if each.startswith(f"Against {parent}")]
     assert "DPO" in reason
-    alone = tunewright.open(folder).evaluate_on_dev(parent)
+    alone = tunewright.open(folder).evaluate(parent, dev=True)
     assert {arm.name for arm in alone.evidence.arms} == {arm.name for arm in result.evidence.arms} - {"parent"}
     answers = (
         [a for a in result.evidence.arms if a.name == "parent"],

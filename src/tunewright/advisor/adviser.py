@@ -93,21 +93,10 @@ class Adviser:
         """Return the signals with their file, and whether they were measured now; a stopped call resumes."""
         # No variable holds the limit: its arm runner's base is freed before the pilots are trained.
         prompting = advise(self.arm_runner, time_limit(self.arm_runner, self._minutes, pilots=len(self.parts)))
-        file = self._file(prompting.file)
-        access_log = AccessLog(self.project.evaluations)
-        if file.exists():
-            access_log.require(file)
-            return file, load_signals(file), False
-        signals = self._signals(file.stem, prompting.advice)
-        access_log.write(file, json_document(signals.model_dump(mode="json")))
-        return file, signals, True
-
-    def _file(self, prompting: Path) -> Path:
-        """Return the path of the stored signals, named by a digest of their inputs."""
         # Advice of schema 1 named a signal more here; without it, stored advice would not be found.
         unmeasured = {} if self.config.regressions.samples else {"generic text": "regressions.samples is 0"}
         decides = {
-            "prompting": prompting.name,
+            "prompting": prompting.file.name,
             "pilots": [
                 training_inputs(self.project, part, self.generator.base, self.generator.chat) for part in self.parts
             ],
@@ -115,7 +104,14 @@ class Adviser:
             "advise": self.config.advise.model_dump(mode="json"),
             "margin": self.config.evaluate.margin,
         }
-        return self.project.advice / f"{digest(decides)[:12]}.json"
+        file = self.project.advice / f"{digest(decides)[:12]}.json"
+        access_log = AccessLog(self.project.evaluations)
+        if file.exists():
+            access_log.require(file)
+            return file, load_signals(file), False
+        signals = self._signals(file.stem, prompting.advice)
+        access_log.write(file, json_document(signals.model_dump(mode="json")))
+        return file, signals, True
 
     def _signals(self, identity: str, advice: Advice) -> Signals:
         arms = {arm.name: self._answers(plan_of(arm), arm.name, self.dev) for arm in advice.arms}

@@ -164,7 +164,6 @@ class Project(OpenProject):
     estimate_incumbents = measuring.estimate_incumbents
     estimate_optimize_prompt = measuring.estimate_optimize_prompt
     evaluate = measuring.evaluate
-    evaluate_on_dev = measuring.evaluate_on_dev
     optimize_prompt = measuring.optimize_prompt
     prompting = measuring.prompting
     regressions = measuring.regressions

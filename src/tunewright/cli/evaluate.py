@@ -62,8 +62,7 @@ def evaluate(
             *map(incumbent_estimate_text, expected),
         )
         return
-    result = project.evaluate_on_dev(adapter, minutes=minutes) if dev else project.evaluate(adapter, minutes=minutes)
-    _show(run, result)
+    _show(run, project.evaluate(adapter, dev=dev, minutes=minutes))
 
 
 @command(app, "crossval", panel=EVALUATE, cluster=True, example="tunewright crossval --folds 5", kept=RESUMES)

@@ -33,7 +33,6 @@ from tunewright.evaluation.arms import (
 )
 from tunewright.evaluation.demonstrations import Demonstrations, Embeddings, with_demonstrations
 from tunewright.evaluation.generations import ArmAnswer, ArmPrompts, Generator, Prompt
-from tunewright.evaluation.time_limit import Work, tokens_each
 from tunewright.evidence.common import Budget, NoiseFloor, StoredPrompt
 from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
@@ -101,7 +100,6 @@ class ArmRunner:
         """The arms that ``--minutes`` leaves out; None if it leaves out no arm."""
         self._warned_of: set[str] = set()
         self._built: dict[tuple[ArmPlan, str], BuiltPrompt] = {}
-        self._asked: dict[tuple[ArmPlan, tuple[str, ...]], tuple[frozenset[str], float]] = {}
 
     @cached_property
     def limit(self) -> int:
@@ -215,17 +213,6 @@ class ArmRunner:
             )
         answered = self.generator.answer_arms(asked, self.limit)
         return {plan.name: answers for (plan, _), answers in zip(arms, answered, strict=True)}
-
-    def work(self, plan: ArmPlan, members: Sequence[Member], adapter: Adapter | None = None) -> Work:
-        """Return the number of answers to these rows, by their prompts and the journal."""
-        key = plan, tuple(member.key for member in members)
-        if key not in self._asked:  # a time limit asks before every arm
-            prompts = {prompt.ids for prompt in self.prompts(plan, members)}
-            self._asked[key] = frozenset(map(digest, prompts)), tokens_each(prompts, self.limit)
-        digests, tokens = self._asked[key]
-        kept = self.generator.kept(self.limit, adapter if plan.adapted else None, constrained=plan.constrained)
-        missing = len(digests - kept)
-        return Work(plan.name, missing, len(digests) - missing, tokens)
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> list[BuiltPrompt]:
         """Return the prompts of these rows, each with as many demonstrations as fit the context."""
@@ -382,14 +369,13 @@ def noise_floor(
     most = min(generator.rows, len(places))
     sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))
-    tokens = tokens_each([prompts[place] for place in places], limit)
-    with generator.rate.arm(NOISE, 2 * len(places), tokens) as task:
+    with generator.rate.arm(NOISE, 2 * len(places)) as advance:
         answers = []
         for order, size in zip((places, shuffled), sizes, strict=True):
             requests = generator.requests([prompts[place] for place in order], limit)
             completions = generator.generate(
                 requests,
-                lambda _index, _completion: task.advance(),
+                lambda _index, _completion: advance(),
                 at_once=size,
                 # Otherwise the second pass would reuse the first pass's keys and values from vLLM's prefix cache.
                 company=f"noise floor, {size} at once",

@@ -174,7 +174,15 @@ def prompting_arms(settings: EvaluateConfig, optimized: str | None = None) -> li
     """
     shots = sorted(set(settings.num_fewshot))
     static = [ArmPlan("static", k, seed=seed) for k in shots for seed in range(1, settings.static_seeds + 1)]
-    retrieved = _retrieved(settings, shots)
+    every = [
+        ArmPlan("retrieved", k, retriever=retriever, mmr=None if weight == 1 else weight, order=order)
+        for retriever in settings.retrievers
+        for weight in settings.mmr_lambda
+        for order in settings.demonstration_order
+        for k in shots
+    ]
+    # A single demonstration is the most similar one, and has no order.
+    retrieved = list(dict.fromkeys(p if p.shots > 1 else replace(p, mmr=None, order="similar_last") for p in every))
     zero_shot = [ZERO_SHOT, *other_instructions(ZERO_SHOT, settings, optimized)]
     free = [*zero_shot, *static, *retrieved]
     if settings.structured_outputs is None:
@@ -195,19 +203,6 @@ def by_value(plans: Sequence[ArmPlan]) -> list[ArmPlan]:
     """
     first = always_answered(plans)
     return sorted(plans, key=lambda plan: (plan not in first, plan.shots, plan.kind == "static"))
-
-
-def _retrieved(settings: EvaluateConfig, shots: Sequence[int]) -> list[ArmPlan]:
-    """Return each retriever's arms with every weight of diversity and every order of the config."""
-    plans = [
-        ArmPlan("retrieved", k, retriever=retriever, mmr=None if weight == 1 else weight, order=order)
-        for retriever in settings.retrievers
-        for weight in settings.mmr_lambda
-        for order in settings.demonstration_order
-        for k in shots
-    ]
-    # A single demonstration is the most similar one, and has no order.
-    return list(dict.fromkeys(p if p.shots > 1 else replace(p, mmr=None, order="similar_last") for p in plans))
 
 
 def other_instructions(plan: ArmPlan, settings: EvaluateConfig, optimized: str | None = None) -> list[ArmPlan]:

@@ -30,7 +30,7 @@ from tunewright.evaluation.answer_worker import (
     EmbeddedAnswers,
     RequestBatch,
 )
-from tunewright.evaluation.time_limit import AnswerRate, tokens_each
+from tunewright.evaluation.time_limit import AnswerRate
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.requests import Completion, Request
@@ -96,14 +96,10 @@ class Decoding:
 def answer_journal(folder: Path, decoding: Decoding) -> Journal[tuple[str, bool]]:
     """Return the journal of answers so decoded: text and truncation by the digest of the prompt."""
     return Journal(
-        _journal_file(folder, decoding),
+        folder / f"{decoding.key[:16]}.jsonl",
         lambda row: (row["prompt"], (row["text"], row["truncated"])),
         lambda prompt, answer: {"prompt": prompt, "text": answer[0], "truncated": answer[1]},
     )
-
-
-def _journal_file(folder: Path, decoding: Decoding) -> Path:
-    return folder / f"{decoding.key[:16]}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,6 @@ class Generator:
         self.grammar = grammar
         self.engine = engine
         self._functions: dict[Prompt, Message] = {}
-        self._kept: dict[Path, tuple[int, frozenset[str]]] = {}
         model = AnswerModel(base, chat, dtype, quantization, batch_size, grammar, engine, rank)
         self._embedded = EmbeddedAnswers(model, reporter)
         self.workers = workers
@@ -248,10 +243,9 @@ class Generator:
                 if not missing:
                     continue
                 claimed |= {(journal.path, key) for key in wanted}
-                tokens = tokens_each(missing, max_new_tokens)
-                task = stack.enter_context(self.rate.arm(arm.title, len(missing), tokens))
+                advance = stack.enter_context(self.rate.arm(arm.title, len(missing)))
                 requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
-                keep = self._keeping(requests, stack.enter_context(journal.keeping()), task.advance)
+                keep = self._keeping(requests, stack.enter_context(journal.keeping()), advance)
                 asked.append(ArmRequests(RequestBatch(requests, stop_ids=self.chat.stop_ids), keep, arm.adapter))
             if self._cluster is None:
                 for each in asked:
@@ -261,13 +255,7 @@ class Generator:
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
         """Return the digests of the prompts that already have an answer in the journal."""
-        decoding = self.decoding(max_new_tokens, adapter, constrained=constrained)
-        file = _journal_file(self.folder, decoding)
-        size = file.stat().st_size if file.exists() else 0
-        # A journal only grows, so one of the same size is not read again.
-        if file not in self._kept or self._kept[file][0] != size:
-            self._kept[file] = size, frozenset(answer_journal(self.folder, decoding).answers)
-        return self._kept[file][1]
+        return frozenset(self._journal(max_new_tokens, adapter, constrained=constrained).answers)
 
     def _answers(self, arm: ArmPrompts, max_new_tokens: int) -> list[ArmAnswer]:
         """Return an arm's answers of the journal, with token counts from the text, since it keeps no token ids."""

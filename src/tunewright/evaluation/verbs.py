@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +18,6 @@ from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.evaluation.arm_runner import ArmRunner
-    from tunewright.evaluation.benchmarks.bench import OpenSuite
     from tunewright.evaluation.benchmarks.runner import BenchmarkResult
     from tunewright.evaluation.frozen_answers import IncumbentEstimate
     from tunewright.evaluation.prompt_optimization.run import (
@@ -136,7 +134,9 @@ def _prompt_optimization(project: OpenProject) -> PromptOptimization:
     return PromptOptimization(open_arm_runner(project))
 
 
-def evaluate(project: OpenProject, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
+def evaluate(
+    project: OpenProject, adapter: str | None = None, *, dev: bool = False, minutes: float | None = None
+) -> EvaluateResult:
     """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
 
     The access to the test split is logged first. Existing evidence is read again, not measured. The benchmarks of
@@ -144,38 +144,21 @@ def evaluate(project: OpenProject, adapter: str | None = None, *, minutes: float
 
     Args:
         adapter: a name or its beginning (None: the newest).
+        dev: compare on the dev split that chose the adapter and the prompting arm; nothing is opened.
         minutes: time limit for answers; arms that do not fit are left out by name (None: no limit).
 
     Raises:
         UserError: the access log was changed, or too few minutes.
     """
-    from tunewright.evaluation.benchmarks.runner import open_suites
-
-    # Faults in a benchmark's file are reported before anything is measured.
-    suites = open_suites(project.folder) if project.folder.config.regressions.measures else []
-    return _evaluate(project, adapter, "test", minutes, suites)
-
-
-def evaluate_on_dev(
-    project: OpenProject, adapter: str | None = None, *, minutes: float | None = None
-) -> EvaluateResult:
-    """Compare as :meth:`evaluate` does, on the dev split that chose the adapter and the prompting arm."""
-    return _evaluate(project, adapter, "dev", minutes)
-
-
-def _evaluate(
-    project: OpenProject,
-    adapter: str | None,
-    split: Literal["test", "dev"],
-    minutes: float | None,
-    suites: Sequence[OpenSuite] = (),
-) -> EvaluateResult:
-    """Choose the best prompting arm on dev, plan the comparison with the adapter on a split, and measure it."""
     from tunewright.evaluation import runner
+    from tunewright.evaluation.benchmarks.runner import open_suites
     from tunewright.evaluation.incumbents import require_ready
     from tunewright.evaluation.prompt_search import advise
     from tunewright.evaluation.workload import time_limit
 
+    split: Literal["test", "dev"] = "dev" if dev else "test"
+    # Faults in a benchmark's file are reported before anything is measured.
+    suites = open_suites(project.folder) if split == "test" and project.folder.config.regressions.measures else []
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
         arm_runner = open_arm_runner(project, tuned, workers)
@@ -202,7 +185,7 @@ def estimate_evaluation(
 
     Args:
         adapter: a name or its beginning (None: the newest).
-        dev: estimate :meth:`evaluate_on_dev` instead.
+        dev: estimate it on the dev split.
         embed: compute vectors of dense retrieval that are not kept. Otherwise no model is loaded.
 
     Raises:
@@ -221,7 +204,7 @@ def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[Incu
     """Return the calls, tokens and cost of the incumbents' answers in :meth:`evaluate`, without sending anything.
 
     Args:
-        dev: estimate :meth:`evaluate_on_dev` instead, which leaves the test split closed.
+        dev: estimate it on the dev split.
 
     Raises:
         UserError: no incumbent, or a file of frozen answers was changed.

@@ -1,15 +1,15 @@
-"""The answers that a command still has to compute: which arms, on which items, and which of them are kept."""
+"""The answers that a command still has to compute: which arms, on how many items, and how many of them are kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import MOST_ITEMS, NOISE, ArmRunner
 from tunewright.evaluation.arms import (
@@ -29,7 +29,6 @@ from tunewright.evaluation.prompt_search import advice_file, first_rows, known_a
 from tunewright.evaluation.runner import parent_of, plan_comparison
 from tunewright.evaluation.time_limit import TimeLimit, Work
 from tunewright.evidence.files import EVIDENCE_FILE
-from tunewright.evidence.schema import Advice
 
 Contest = tuple[Adapter, Split]
 """The comparison of an adapter with the prompting arms on a split."""
@@ -54,10 +53,10 @@ class AnswersEstimate:
 
 def estimated_answers(runner: ArmRunner, contest: Contest) -> AnswersEstimate:
     """Count the answers of an evaluation; none is computed."""
-    chosen = known_advice(runner, advice_file(runner)) is not None
-    if not chosen:
+    works = contest_works(runner, contest)
+    if known_advice(runner, advice_file(runner)) is None:
         prepare(runner)
-    works = Workload(runner, contest).remaining((), chosen)
+        works += choice_works(runner)
     missing, kept = sum(work.answers for work in works), sum(work.kept for work in works)
     text = "All answers are there."
     if missing:
@@ -71,125 +70,86 @@ def estimated_answers(runner: ArmRunner, contest: Contest) -> AnswersEstimate:
 def time_limit(
     runner: ArmRunner, minutes: float | None, contest: Contest | None = None, *, pilots: int = 0
 ) -> TimeLimit | None:
-    """Return a command's time limit, if there is one; its decision is kept for the same command."""
+    """Return a command's time limit, if there is one; its decision is kept for the same command.
+
+    The command chooses a prompt, and then compares an adapter (``contest``) or asks ``pilots`` new adapters on dev.
+    """
     if minutes is None:
         return None
     if not (math.isfinite(minutes) and minutes > 0):
         raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
+    advice = advice_file(runner)
     decides = {
-        "advice": advice_file(runner).name,
+        "advice": advice.name,
         "minutes": minutes,
         "contest": None if contest is None else [contest[0].digest, contest[1]],
         "tuned_retrieved": runner.settings.tuned_retrieved,
         "pilots": pilots,
     }
     file = runner.project.work / "budgets" / f"{digest(decides)[:16]}.json"
-    remaining = Workload(runner, contest, pilots).remaining
-    return TimeLimit(minutes, file, runner.generator.rate, remaining, runner.reporter)
+    choice = [] if advice.exists() else choice_works(runner)
+    later = [Work(TUNED.name, len(runner.version.examples("dev")))] * pilots
+    if contest is not None:
+        later = contest_works(runner, contest)
+    return TimeLimit(minutes, file, runner.generator.rate, choice, later, runner.reporter)
 
 
-class Workload:
-    """The answers of one command: of the choice of a prompt, of a contest, if any, and of ``pilots`` new adapters.
+def choice_works(runner: ArmRunner) -> list[Work]:
+    """Return the answers of the choice of a prompt: all entrants on the first items, the finalists on the others."""
+    settings, first = runner.settings, first_rows(runner)
+    always = always_answered(runner.prompting_arms)
+    entrants = [plan for plan in by_value(runner.prompting_arms) if runner.infeasible_reason(plan, first) is None]
+    works = [replace(_work(runner, plan, first), optional=plan not in always) for plan in entrants]
+    if any(plan.shots for plan in entrants):
+        others = other_instructions(ZERO_SHOT, settings, runner.optimized)
+        works += [Work("another instruction", len(first))] * len(others)
+    # Of the draws of a static arm, one may become a finalist; zero-shot advances in any case.
+    rivals = {plan.any_seed for plan in entrants if plan != ZERO_SHOT}
+    advancing = min(len(rivals), settings.finalists) + (ZERO_SHOT in entrants)
+    rest = len(runner.version.examples("dev")) - len(first)
+    return works + [Work("a finalist", rest)] * advancing
 
-    Finalists and the contest are planned once, since they are answered after the last count.
+
+def contest_works(runner: ArmRunner, contest: Contest) -> list[Work]:
+    """Return the answers of an adapter's comparison, in the order of answering.
+
+    While the best prompting arm is unknown or the test split closed, prompts may not be made, and none counts as kept.
     """
-
-    def __init__(self, runner: ArmRunner, contest: Contest | None, pilots: int = 0) -> None:
-        self._runner = runner
-        self._contest = contest
-        self._pilots = pilots
-
-    def remaining(self, without: Collection[str], chosen: bool) -> list[Work]:
-        """Return the work that a command still has to do, one entry per arm in the order of answering, except for the
-        arms in ``without``.
-
-        A choice of a prompt that is ``chosen`` already is not counted.
-        """
-        dev = len(self._runner.version.examples("dev"))
-        works = [] if chosen else self._choice(without)
-        works += [*self._contest_works, *[Work(TUNED.name, dev, tokens=self._short) for _ in range(self._pilots)]]
-        return [work for work in works if work.arm not in without]
-
-    @cached_property
-    def _short(self) -> float | None:
-        """The work of an answer to a prompt without demonstrations."""
-        return self._runner.work(ZERO_SHOT, first_rows(self._runner)).tokens
-
-    def _choice(self, without: Collection[str]) -> list[Work]:
-        """Return all entrants on the first items, zero-shot on all of dev, and the finalists with the most work."""
-        runner, dev, first = self._runner, self._runner.version.examples("dev"), first_rows(self._runner)
-        always = always_answered(runner.prompting_arms)
-        entrants = [plan for plan in self._unanswered_rest if plan.name not in without]
-        works = [
-            replace(runner.work(plan, dev if plan == ZERO_SHOT else first), optional=plan not in always)
-            for plan in entrants
-        ]
-        if any(plan.shots for plan in entrants):
-            others = other_instructions(ZERO_SHOT, runner.settings, runner.optimized)
-            works += [Work("another instruction", len(first)) for _ in others]
-        left: dict[ArmPlan, int] = {}
-        for plan in entrants:
-            if plan != ZERO_SHOT:  # of the draws of a static arm, one may become a finalist
-                left[plan.any_seed] = max(left.get(plan.any_seed, 0), self._unanswered_rest[plan])
-        most = sorted(left.values(), reverse=True)[: runner.settings.finalists]
-        return [*works, *(Work("a finalist", answers, len(dev) - len(first) - answers) for answers in most)]
-
-    @cached_property
-    def _unanswered_rest(self) -> dict[ArmPlan, int]:
-        """Each entrant, by value, with the number of its unanswered items of dev after the first items."""
-        runner, dev, first = self._runner, self._runner.version.examples("dev"), first_rows(self._runner)
-        found: dict[ArmPlan, int] = {}
-        for plan in by_value(runner.prompting_arms):
-            if runner.infeasible_reason(plan, first) is not None:
-                continue
-            work, found[plan] = runner.work(plan, first), len(dev) - len(first)
-            # Finalists answered the first items before, so the other prompts are made only if such answers are kept.
-            if work.kept and runner.infeasible_reason(plan, dev) is None:
-                found[plan] = runner.work(plan, dev).answers - work.answers
-        return found
-
-    @cached_property
-    def _contest_works(self) -> list[Work]:
-        """The contest's arms; while the test split is closed or the best prompting arm unknown, by their number."""
-        if self._contest is None:
-            return []
-        runner, (adapter, split) = self._runner, self._contest
-        rows = runner.version.examples(split)
-        works: list[Work] = []
-        advice = known_advice(runner, advice_file(runner))
-        if advice is not None:
-            comparison = plan_comparison(runner, adapter, advice, split)
-            if (comparison.folder / EVIDENCE_FILE).exists():
-                return []
-            # While the test split is closed, its prompts may not be made.
-            if split == "dev" or comparison.identity in {each.evaluation for each in AccessLog(runner.folder).openings}:
-                works = [
-                    replace(runner.work(plan, rows, by), optional=plan.adapted and plan not in (TUNED, PARENT))
-                    for plan, by in comparison.arms
-                    # On dev, the base's arms were answered while a prompt was chosen.
-                    if plan.adapted or split == "test"
-                ]
-        works = works or self._planned_arms(adapter, split, len(rows), advice)
-        if split == "test":
-            items = min(MOST_ITEMS, len({m.example.input_key for m in rows}))
-            works.append(Work(NOISE, 2 * items, tokens=self._short))
-        return works
-
-    def _planned_arms(self, adapter: Adapter, split: Split, rows: int, advice: Advice | None) -> list[Work]:
-        """Return the contest's arms by their number, without their prompts."""
-        runner = self._runner
-        if split == "dev":
-            works = [runner.work(TUNED, runner.version.examples("dev"), adapter)]
-        else:  # prompts with demonstrations are as long as the longest of the other arms
-            works = [Work(ZERO_SHOT.name, rows, tokens=self._short), Work("the best prompting arm", rows)]
-            works.append(Work(TUNED.name, rows, tokens=self._short))
-        if parent_of(runner, adapter) is not None:
-            works.append(Work(PARENT.name, rows, tokens=self._short))
-        optional = [TUNED_CONSTRAINED] if runner.settings.structured_outputs is not None else []
+    adapter, split = contest
+    rows = runner.version.examples(split)
+    advice = known_advice(runner, advice_file(runner))
+    if advice is None:
+        plans = [ZERO_SHOT.name, "the best prompting arm"] if split == "test" else []
+        plans += [TUNED.name, *([] if parent_of(runner, adapter) is None else [PARENT.name])]
+        optional = [TUNED_CONSTRAINED.name] if runner.settings.structured_outputs is not None else []
         if (optimized := tuned_optimized(runner.optimized)) is not None:
-            optional.append(optimized)
-        works += [Work(plan.name, rows, tokens=self._short, optional=True) for plan in optional]
-        retrieved = any(plan.kind == "retrieved" for plan in runner.prompting_arms)
-        if runner.settings.tuned_retrieved and (retrieved if advice is None else advice.best_retrieved is not None):
-            works.append(Work(TUNED_RETRIEVED, rows, optional=True))
-        return works
+            optional.append(optimized.name)
+        if runner.settings.tuned_retrieved and any(plan.kind == "retrieved" for plan in runner.prompting_arms):
+            optional.append(TUNED_RETRIEVED)
+        works = [Work(name, len(rows), optional=name in optional) for name in [*plans, *optional]]
+    else:
+        comparison = plan_comparison(runner, adapter, advice, split)
+        if (comparison.folder / EVIDENCE_FILE).exists():
+            return []
+        logged = {opening.evaluation for opening in AccessLog(runner.folder).openings}
+        opened = split == "dev" or comparison.identity in logged
+        works = [
+            replace(
+                _work(runner, plan, rows, by) if opened else Work(plan.name, len(rows)),
+                optional=plan.adapted and plan not in (TUNED, PARENT),
+            )
+            for plan, by in comparison.arms
+            # On dev, the base's arms were answered while a prompt was chosen.
+            if plan.adapted or split == "test"
+        ]
+    if split == "test":
+        items = min(MOST_ITEMS, len({row.example.input_key for row in rows}))
+        works.append(Work(NOISE, 2 * items))
+    return works
+
+
+def _work(runner: ArmRunner, plan: ArmPlan, rows: Sequence[Member], adapter: Adapter | None = None) -> Work:
+    """Return the work of an arm's answers to these rows; equal prompts have one answer."""
+    asked = {digest(prompt.ids) for prompt in runner.prompts(plan, rows)}
+    kept = runner.generator.kept(runner.limit, adapter if plan.adapted else None, constrained=plan.constrained)
+    return Work(plan.name, len(asked - kept), len(asked & kept))

@@ -10,7 +10,6 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -130,7 +129,8 @@ def bleu(name: MetricName) -> Scorer:
         return _share(score.score)
 
     definition, of_several = (
-        f"corpus BLEU, sacrebleu's ({_bleu_signature(several)}); an item's own score is its sentence BLEU"
+        f"corpus BLEU, sacrebleu's ({_signature(BLEU(smooth_method=_SMOOTHING), several)}); an item's own score is its "
+        "sentence BLEU"
         for several in (False, True)
     )
     return Scorer(name, "corpus", definition, BLEU_COLUMNS, item, _by_row(corpus), of_several)
@@ -149,7 +149,7 @@ def chrf(name: MetricName) -> Scorer:
         return _share(metric._compute_f_score(sums.tolist()))
 
     definition, of_several = (
-        f"corpus chrF, sacrebleu's ({_chrf_signature(several)}); an item's own score is its sentence chrF"
+        f"corpus chrF, sacrebleu's ({_signature(CHRF(), several)}); an item's own score is its sentence chrF"
         for several in (False, True)
     )
     return Scorer(name, "corpus", definition, CHRF_COLUMNS, item, _by_row(corpus), of_several)
@@ -170,24 +170,10 @@ def _by_row(score: Callable[[Floats], float]) -> Callable[[Floats], Floats]:
     return scores
 
 
-# A signature names the number of references, known only after scoring; items may have different numbers of them.
-
-
-def _example(several: bool) -> tuple[list[str], Any]:
-    return (["a", "b"], [["a", "b"], ["c", None]]) if several else (["a"], [["a"]])
-
-
-@cache
-def _bleu_signature(several: bool) -> str:
-    metric = BLEU(smooth_method=_SMOOTHING)
-    metric.corpus_score(*_example(several))
-    return str(metric.get_signature())
-
-
-@cache
-def _chrf_signature(several: bool) -> str:
-    metric = CHRF()
-    metric.corpus_score(*_example(several))
+def _signature(metric: BLEU | CHRF, several: bool) -> str:
+    """Return a metric's signature, which names the number of references (items may have different numbers)."""
+    # It is known only after scoring.
+    metric.corpus_score(*((["a", "b"], [["a", "b"], ["c", None]]) if several else (["a"], [["a"]])))
     return str(metric.get_signature())
 
 

@@ -24,12 +24,8 @@ class _Check(BaseModel):
         """Return whether the text passes the check."""
 
     @abstractmethod
-    def good(self) -> str:
-        """Return a text that passes."""
-
-    @abstractmethod
-    def bad(self) -> str:
-        """Return a text that fails."""
+    def examples(self) -> tuple[str, str]:
+        """Return a text that passes, and one that fails."""
 
 
 class _Count(_Check):
@@ -51,11 +47,9 @@ class _Count(_Check):
         count = self.count(text)
         return (self.at_least or 0) <= count and (self.at_most is None or count <= self.at_most)
 
-    def good(self) -> str:
-        return self.make(self.at_least if self.at_least is not None else self.at_most or 0)
-
-    def bad(self) -> str:
-        return self.make(self.at_least - 1 if self.at_least else (self.at_most or 0) + 1)
+    def examples(self) -> tuple[str, str]:
+        least, most = self.at_least, self.at_most or 0
+        return self.make(most if least is None else least), self.make(least - 1 if least else most + 1)
 
     @abstractmethod
     def count(self, text: str) -> int:
@@ -183,11 +177,8 @@ class Contains(_Check):
     def passes(self, text: str) -> bool:
         return all(re.search(re.escape(wanted), text, re.IGNORECASE) for wanted in self.texts)
 
-    def good(self) -> str:
-        return " and ".join(self.texts)
-
-    def bad(self) -> str:
-        return "\n"
+    def examples(self) -> tuple[str, str]:
+        return " and ".join(self.texts), "\n"
 
 
 class ContainsOne(_Check):
@@ -199,11 +190,8 @@ class ContainsOne(_Check):
     def passes(self, text: str) -> bool:
         return any(wanted in text for wanted in self.texts)
 
-    def good(self) -> str:
-        return self.texts[-1]
-
-    def bad(self) -> str:
-        return ""
+    def examples(self) -> tuple[str, str]:
+        return self.texts[-1], ""
 
 
 class Forbids(_Check):
@@ -215,11 +203,8 @@ class Forbids(_Check):
     def passes(self, text: str) -> bool:
         return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in self.words)
 
-    def good(self) -> str:
-        return "x" * (max(map(len, self.words)) + 1)
-
-    def bad(self) -> str:
-        return f"It is {self.words[-1]}."
+    def examples(self) -> tuple[str, str]:
+        return "x" * (max(map(len, self.words)) + 1), f"It is {self.words[-1]}."
 
 
 class Case(_Check):
@@ -231,11 +216,8 @@ class Case(_Check):
     def passes(self, text: str) -> bool:
         return text.islower() if self.letters == "lower" else text.isupper()
 
-    def good(self) -> str:
-        return "so it is" if self.letters == "lower" else "SO IT IS"
-
-    def bad(self) -> str:
-        return "So it is"
+    def examples(self) -> tuple[str, str]:
+        return ("so it is" if self.letters == "lower" else "SO IT IS"), "So it is"
 
 
 class StartsWith(_Check):
@@ -247,11 +229,8 @@ class StartsWith(_Check):
     def passes(self, text: str) -> bool:
         return text.strip().lower().startswith(self.text.strip().lower())
 
-    def good(self) -> str:
-        return f"{self.text} and more"
-
-    def bad(self) -> str:
-        return f"\u2014 {self.text}"
+    def examples(self) -> tuple[str, str]:
+        return f"{self.text} and more", f"\u2014 {self.text}"
 
 
 class EndsWith(_Check):
@@ -263,11 +242,8 @@ class EndsWith(_Check):
     def passes(self, text: str) -> bool:
         return text.strip().strip('"').lower().endswith(self.text.strip().lower())
 
-    def good(self) -> str:
-        return f"First this. {self.text}"
-
-    def bad(self) -> str:
-        return f"{self.text} \u2014"
+    def examples(self) -> tuple[str, str]:
+        return f"First this. {self.text}", f"{self.text} \u2014"
 
 
 class Quoted(_Check):
@@ -279,11 +255,8 @@ class Quoted(_Check):
         stripped = text.strip()
         return len(stripped) > 1 and stripped[0] == '"' and stripped[-1] == '"'
 
-    def good(self) -> str:
-        return '"So it is."'
-
-    def bad(self) -> str:
-        return 'So "it" is.'
+    def examples(self) -> tuple[str, str]:
+        return '"So it is."', 'So "it" is.'
 
 
 class Title(_Check):
@@ -294,11 +267,8 @@ class Title(_Check):
     def passes(self, text: str) -> bool:
         return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", text))
 
-    def good(self) -> str:
-        return "<<How it is>>\nSo."
-
-    def bad(self) -> str:
-        return "How it is\nSo."
+    def examples(self) -> tuple[str, str]:
+        return "<<How it is>>\nSo.", "How it is\nSo."
 
 
 class Postscript(_Check):
@@ -310,11 +280,8 @@ class Postscript(_Check):
     def passes(self, text: str) -> bool:
         return bool(re.search(re.escape(self.marker.lower()).replace(r"\.", r"\.\s?"), text.lower()))
 
-    def good(self) -> str:
-        return f"So it is.\n{self.marker} Not so."
-
-    def bad(self) -> str:
-        return "\u2014"
+    def examples(self) -> tuple[str, str]:
+        return f"So it is.\n{self.marker} Not so.", "\u2014"
 
 
 class Json(_Check):
@@ -330,11 +297,8 @@ class Json(_Check):
             return False
         return True
 
-    def good(self) -> str:
-        return '```json\n{"so": true}\n```'
-
-    def bad(self) -> str:
-        return "{so: true}"
+    def examples(self) -> tuple[str, str]:
+        return '```json\n{"so": true}\n```', "{so: true}"
 
 
 Check = Annotated[

@@ -72,11 +72,6 @@ def read_questions(path: Path) -> list[ChoiceQuestion]:
     return questions
 
 
-def chosen(model: Any, tokenizer: Any, questions: Sequence[ChoiceQuestion], task: Task) -> list[int]:
-    """Return the index of the likeliest choice per character; arguments as in :func:`likelihoods`."""
-    return [likeliest(each) for each in likelihoods(model, tokenizer, questions, task)]
-
-
 def likeliest(by_character: Sequence[float]) -> int:
     """Return the index of the likeliest choice, the first of equals."""
     return max(range(len(by_character)), key=by_character.__getitem__)
