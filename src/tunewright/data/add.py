@@ -102,8 +102,8 @@ def add(
 ) -> AddResult:
     """Add files of pairs to the project's dataset; known rows change nothing.
 
-    With ``options.replace`` the output of a known input replaces the one in the dataset, and its split is kept. For an
-    input with several outputs, the files must have at least as many, which replace them all.
+    With ``options.replace`` the output of a known input replaces the one in the dataset, and its split is kept. An
+    input with several outputs, in the dataset or in the files, is refused, unless the outputs are the same.
 
     Args:
         files: files, folders, patterns and datasets of the hub, as ``source_files`` expands them.

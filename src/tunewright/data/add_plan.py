@@ -402,8 +402,6 @@ def _report_merge(merged: Merge, setting: Duplicates, options: AddOptions, repor
         tested = sum(merged.former.get(key) == "test" for key in merged.replacement.olds)
         if tested:
             reporter.warn(f"{tested:,} test rows were replaced: scores of the two versions are not comparable.")
-    if merged.replacement.sets:
-        reporter.say(merged.replacement.sets)
     if merged.reweighted:
         reporter.warn(notices.reweighted([merged.kept[key] for key in merged.reweighted]))
 

@@ -32,23 +32,19 @@ from tunewright.data.versions import (
 )
 from tunewright.data.versions.logs import Removal, exclude_removed
 
-_MOST = 10
-_FEW = 3
+_MOST = 3
 
 
 @dataclass(frozen=True)
 class Replacement:
     """Rows that replace known ones: pair key to the replaced keys, and to the row read.
 
-    ``edits_kept`` are rows that replace nothing because a reviewer edited their answer. ``joining`` are pair keys of
-    rows that add another output to a known input.
+    ``edits_kept`` are rows that replace nothing because a reviewer edited their answer.
     """
 
     olds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows: dict[str, SourceRow] = field(default_factory=dict)
     edits_kept: tuple[SourceRow, ...] = ()
-    joining: frozenset[str] = frozenset()
-    sets: str = ""  # the notice on inputs with several outputs, if there are any
 
 
 @dataclass
@@ -227,12 +223,10 @@ def merge(
         edited = {old: now for old, now in edited.items() if old not in superseded}
     replacement = Replacement()
     if options.replace and parent:
-        accept = data.conflicts == "accept"
-        replacement, rows = _supersede(parent, rows, known, edited, made, accept=accept)
+        replacement, rows = _supersede(parent, rows, known, edited, made)
         became = {old: new for new, olds in replacement.olds.items() for old in olds}
         known = {key: example for key, example in known.items() if key not in became}
         edited = {old: became.get(now, now) for old, now in edited.items() if old not in replacement.olds}
-        edited = {old: now for old, now in edited.items() if old not in replacement.joining}
     first: dict[str, SourceRow] = {}
     for row in rows:
         if row.example.pair_key not in known and row.example.pair_key not in edited:
@@ -296,39 +290,41 @@ def _supersede(
     known: Mapping[str, Example],
     edited: Mapping[str, str],
     made: Collection[str],
-    *,
-    accept: bool,
 ) -> tuple[Replacement, list[SourceRow]]:
     """Return the known rows that rows with another output replace, and all rows read.
 
     Inputs are compared as for conflicts: the prompt with its system turn, ignoring case and white space. A row that
     replaces another takes over its input as the dataset spells it, so that only the output changes.
 
-    If an input has several outputs, in the version or in the files, the files' outputs replace all of them. They must
-    be at least as many, so that a file with one corrected reference never removes the others.
-    ``edited`` maps a pair key to the known one that replaced it, by review or by an earlier replacement (``made``).
+    If an input has several outputs, in the version or in the files, which one replaces which is unknown: another set of
+    outputs is refused. ``edited`` maps a pair key to the known one that replaced it, by review or by an earlier
+    replacement (``made``).
     """
-    respelled = _with_known_spelling(rows, known)
-    rows = [replace(row, example=respelled.get(row.example.pair_key, row.example)) for row in rows]
+    there: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(known):
+        there[known[key].prompt_key].append(key)
+    rows = [_with_known_spelling(row, [known[key] for key in there.get(row.example.prompt_key, ())]) for row in rows]
     edits_kept = [row for row in rows if (now := edited.get(row.example.pair_key)) is not None and now not in made]
     kept_keys = {row.example.pair_key for row in edits_kept}
     read: dict[str, list[SourceRow]] = defaultdict(list)
     for row in rows:
         if row.example.pair_key not in kept_keys:
             read[row.example.prompt_key].append(row)
-    there: dict[str, list[str]] = defaultdict(list)
-    for key, example in known.items():
-        there[example.prompt_key].append(key)
     reviewed: dict[str, set[str]] = defaultdict(set)
     for row in edits_kept:
         reviewed[row.example.prompt_key].add(known[edited[row.example.pair_key]].output.strip())
     olds: dict[str, tuple[str, ...]] = {}
     by: dict[str, SourceRow] = {}
-    sets: list[_OutputSet] = []
+    unclear: list[str] = []
     for asked, group in read.items():
-        free = list(there.get(asked, ()))
+        free = there.get(asked, [])
+        outputs = {row.example.output.strip() for row in group}
         if free and (_several([known[key] for key in free]) or _several([row.example for row in group])):
-            sets.append(_OutputSet.of(group, {key: known[key] for key in free}, reviewed[asked]))
+            before = {known[key].output.strip() for key in free}
+            if before != outputs | reviewed[asked]:
+                place, text = f"{group[0].source}:{group[0].line}", group[0].example.input_text[:60]
+                shown = "; ".join(excerpts(sorted(outputs)[:_MOST]))
+                unclear.append(f'{place}: "{text}": {len(before):,} in the version, {len(outputs):,} here: {shown}')
             continue
         # A known row that was read again goes before a new one with the same words in other spacing.
         for row in sorted(group, key=lambda row: row.example.pair_key not in known):
@@ -337,73 +333,29 @@ def _supersede(
                 olds[row.example.pair_key] = tuple(gone)
                 by[row.example.pair_key] = row
                 free = [key for key in free if key not in gone]
-    _require_all_outputs([each for each in sets if each.gone], parent, accept=accept)
-    joining: set[str] = set()
-    for each in sets:
-        for place, row in enumerate(each.coming):
-            key = row.example.pair_key
-            if place < len(each.gone):
-                olds[key], by[key] = each.gone[place], row
-            else:
-                joining.add(key)
-    return Replacement(olds, by, tuple(edits_kept), frozenset(joining), _sets_notice(sets)), rows
+    if unclear:
+        raise UserError(
+            f"Nothing was replaced: {count_of(len(unclear), 'input')} with several outputs, in version "
+            f"{short(parent.digest)} or in the files\n"
+            f"{listed(unclear, len(unclear), _MOST, '`tunewright data check FILE --json` lists all')}",
+            where="--replace",
+            fix="Keep the right output of each input in the file. If several are right, remove the wrong ones with "
+            "`tunewright data remove --keys`, then add the file with --accept-conflicts instead of --replace.",
+        )
+    return Replacement(olds, by, tuple(edits_kept)), rows
 
 
-def _sets_notice(sets: Sequence[_OutputSet]) -> str:
-    if not sets:
-        return ""
-    replaced = sum(len(keys) for each in sets for keys in each.gone)
-    unchanged = sum(each.before - len(each.gone) for each in sets)
-    added = sum(max(len(each.coming) - len(each.gone), 0) for each in sets)
-    inputs, outputs = count_of(len(sets), "input"), count_of(replaced, "output")
-    return f"{inputs} with several outputs: {outputs} replaced, {unchanged:,} unchanged, {added:,} added."
-
-
-def _with_known_spelling(rows: Sequence[SourceRow], known: Mapping[str, Example]) -> dict[str, Example]:
-    """Return rows with the input spelled as in the known row that they replace, by pair key, where it differs."""
-    there: dict[str, list[Example]] = defaultdict(list)
-    for _, example in sorted(known.items()):
-        there[example.prompt_key].append(example)
-    found: dict[str, Example] = {}
-    for row in rows:
-        alike = there.get(row.example.prompt_key, [])
-        if any(old.input_key == row.example.input_key for old in alike):
-            continue
-        olds = [old for old in alike if _another_answer(old, row.example)]
-        if olds:
-            # Only the text changes: the file decides which turns are trained.
-            turns = zip(row.example.prompt, olds[0].prompt, strict=True)
-            prompt = (replace(turn, content=old.content, calls=old.calls) for turn, old in turns)
-            found[row.example.pair_key] = Example((*prompt, row.example.messages[-1]))
-    return found
-
-
-@dataclass(frozen=True)
-class _OutputSet:
-    """The outputs of one input in the files (``rows``), compared with the ``before`` outputs in the version.
-
-    ``gone`` has the pair keys of each output that the files lack, ``coming`` a row of each new output. Both are sorted
-    by output: the pairing of old and new is a guess, and the order makes it stable.
-    """
-
-    rows: Sequence[SourceRow]
-    outputs: int
-    before: int
-    gone: Sequence[tuple[str, ...]]
-    coming: Sequence[SourceRow]
-
-    @classmethod
-    def of(cls, rows: Sequence[SourceRow], known: Mapping[str, Example], reviewed: Collection[str]) -> _OutputSet:
-        read: dict[str, SourceRow] = {}
-        for row in rows:
-            read.setdefault(row.example.output.strip(), row)
-        there: dict[str, list[str]] = defaultdict(list)
-        for key, example in known.items():
-            there[example.output.strip()].append(key)
-        stay = read.keys() | set(reviewed)
-        gone = [tuple(keys) for output, keys in sorted(there.items()) if output not in stay]
-        coming = [row for output, row in sorted(read.items()) if output not in there]
-        return cls(list(read.values()), len(stay), len(there), gone, coming)
+def _with_known_spelling(row: SourceRow, alike: Sequence[Example]) -> SourceRow:
+    """Return a row with the input spelled as in the known row that it replaces."""
+    if any(old.input_key == row.example.input_key for old in alike):
+        return row
+    replaced = next((old for old in alike if _another_answer(old, row.example)), None)
+    if replaced is None:
+        return row
+    # Only the text changes: the file decides which turns are trained.
+    turns = zip(row.example.prompt, replaced.prompt, strict=True)
+    prompt = (replace(turn, content=old.content, calls=old.calls) for turn, old in turns)
+    return replace(row, example=Example((*prompt, row.example.messages[-1])))
 
 
 def _several(examples: Sequence[Example]) -> bool:
@@ -415,34 +367,3 @@ def _another_answer(old: Example, new: Example) -> bool:
     if old.output.strip() == new.output.strip():
         return False
     return old.input_key == new.input_key or in_conflict([old, new])
-
-
-def _require_all_outputs(sets: Sequence[_OutputSet], parent: DatasetVersion, *, accept: bool) -> None:
-    """Refuse to replace the outputs of an input by fewer ones, or by several that are not accepted."""
-    if few := [each for each in sets if each.outputs < each.before]:
-        places = (
-            f'{each.rows[0].source}:{each.rows[0].line}: "{each.rows[0].example.input_text[:60]}": {each.before:,} in '
-            f"the dataset, {each.outputs:,} in the files"
-            for each in few
-        )
-        raise UserError(
-            f"Nothing was replaced: {count_of(len(few), 'input')} with more outputs in version "
-            f"{short(parent.digest)} than in the files\n{listed(places, len(few), _FEW, 'complete them too')}",
-            where="--replace",
-            fix="Put all outputs of each input into the file. To change single ones, remove them with `tunewright data "
-            "remove --keys`, then add the file with --accept-conflicts instead of --replace.",
-        )
-    if sets and not accept:
-        lines = []
-        for each in sets[:_MOST]:
-            shown = zip(excerpts([row.example.output for row in each.rows[:_FEW]]), each.rows, strict=False)
-            more = len(each.rows) - _FEW
-            outputs = "; ".join(f"{output} ({row.source}:{row.line})" for output, row in shown)
-            lines.append(f"{outputs} and {more:,} more" if more > 0 else outputs)
-        raise UserError(
-            f"Nothing was replaced: the files have several outputs for {count_of(len(sets), 'known input')}\n"
-            f"{listed(lines, len(sets), _MOST, '`tunewright data check FILE --json` lists all')}",
-            where="--replace",
-            fix="Keep the right output of each input in the file. If several are right, use --accept-conflicts: they "
-            "then replace all outputs of the input.",
-        )
