@@ -149,20 +149,18 @@ def ask_three_ways(project: Project, result: RunResult, item: Item) -> DemoAnswe
     member = member_of(project, item)
     service = project.serve([adapter.name, *earlier], ServeOptions(port=0))
     answers = {}
+    body = _request(result, member)
     with service.running() as url, httpx.Client(base_url=url, timeout=120) as client:
         for model in [project.base.spec, *earlier, adapter.name]:
-            reply = client.post(
-                "/v1/chat/completions",
-                json={
-                    "model": model,
-                    "messages": [m.as_dict() for m in member.example.prompt],
-                    "max_tokens": result.advised.advice.max_new_tokens,
-                },
-            )
-            reply.raise_for_status()
+            reply = client.post("/v1/chat/completions", json={**body, "model": model}).raise_for_status()
             answers[model] = reply.json()["choices"][0]["message"]["content"]
     best = result.advised.advice.best
     return DemoAnswers(member.example.input_text, member.example.output, answers, best, item.answers[best])
+
+
+def _request(result: RunResult, member: Member) -> dict[str, Any]:
+    messages = [message.as_dict() for message in member.example.prompt]
+    return {"messages": messages, "max_tokens": result.advised.advice.max_new_tokens}
 
 
 def measure_slow_parts(project: Project, evaluation: Path) -> SlowMeasurements:
@@ -265,10 +263,9 @@ def _release(opened: Project, alias: str, adapter: Adapter, because: str | None)
         return True
     opened.reporter.say(f"deploy {alias} {adapter.name}{'' if because is None else f': forced, {because}'}")
     done = opened.deploy(alias, adapter.name, DeployOptions(because=because))
-    if done.release is None and done.serving is not None:
-        opened.reporter.warn(f"{alias} does not go live: {'; '.join(done.serving.reasons)}")
-    elif done.release is None and done.isolation is not None:
-        opened.reporter.warn(f"{alias} does not go live: {'; '.join(done.isolation.reasons)}")
+    checked = done.serving or done.isolation
+    if done.release is None and checked is not None:
+        opened.reporter.warn(f"{alias} does not go live: {'; '.join(checked.reasons)}")
     return done.release is not None
 
 
@@ -286,22 +283,20 @@ def _visit(opened: Project, result: RunResult, member: Member, adapters: Mapping
             if tenant not in known:
                 state.tenants.add(tenant, [alias])
         keys = {tenant: state.keys.create(tenant, lifetime=_KEY_SECONDS).secret for tenant in TENANTS}
-    messages = [message.as_dict() for message in member.example.prompt]
-    body = {"messages": messages, "max_tokens": result.advised.advice.max_new_tokens}
+    body = _request(result, member)
     seen = {}
     with opened.serve(options=ServeOptions(port=0)).running() as url:
         for tenant, alias in TENANTS.items():
             headers = {"Authorization": f"Bearer {keys[tenant]}"}
             with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
                 seen[tenant] = _ask(client, alias, body)
-    with opened.state() as state:
-        usage = {tenant: state.usage.sums(tenant) for tenant in TENANTS}
     visits = []
-    for tenant, alias in TENANTS.items():
-        used = usage[tenant]
-        tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
-        requests = sum(each.requests for each in used)
-        visits.append(TenantVisit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
+    with opened.state() as state:
+        for tenant, alias in TENANTS.items():
+            used = state.usage.sums(tenant)
+            tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
+            requests = sum(each.requests for each in used)
+            visits.append(TenantVisit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
     database = opened.folder.config.serve.database_url
     assert database is not None
     return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(opened)), database)

@@ -17,8 +17,7 @@ import pytest
 
 from making.command_line import Ran, tiny_project, tunewright
 from making.otlp_collector import collector
-from tunewright.cli.json_log import JsonReporter, json_log
-from tunewright.cli.live import LineTask
+from tunewright.cli.live import JsonReporter, LineTask, json_log
 
 
 def _records(ran: Ran) -> list[dict[str, Any]]:
@@ -90,7 +89,7 @@ def test_libraries_and_pythons_warnings_are_lines_too(capsys: pytest.CaptureFixt
 
 
 def test_unexpected_exception_and_stop_are_lines(tmp_path: Path) -> None:
-    code = "from tunewright.cli.json_log import json_log\nwith json_log(quiet=False):\n    raise ValueError('odd')"
+    code = "from tunewright.cli.live import json_log\nwith json_log(quiet=False):\n    raise ValueError('odd')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     (record,) = (json.loads(line) for line in done.stderr.splitlines())
     assert record["level"] == "critical"

@@ -99,7 +99,7 @@ def test_part_of_a_stage_counts_the_answers_of_all_arms() -> None:
             for _ in range(5):
                 advance()
             assert reporter._screen is not None
-            assert reporter._screen._current_task()[0] == 0.25
+            assert (reporter._screen.bars.tasks[0].completed, reporter._screen.bars.tasks[0].total) == (10, 40)
 
 
 def test_time_left_ignores_reused_stages(now: list[float]) -> None:

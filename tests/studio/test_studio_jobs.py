@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from making.studio_client import Browser
-from tunewright.cli.json_log import json_line
+from tunewright.cli.live import json_line
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.jobs import read_entry
 

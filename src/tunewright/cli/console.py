@@ -20,8 +20,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.cli.json_log import JsonReporter, json_log
-from tunewright.cli.live import ConsoleReporter
+from tunewright.cli.live import ConsoleReporter, JsonReporter, json_log
 from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.core import tracing
 from tunewright.core.errors import OUT_OF_MEMORY, UserError, missing_extra

@@ -1,13 +1,19 @@
-"""Progress on stderr: bars and curves on a terminal, a pipeline's stages in one view, and lines in a log."""
+"""Messages and progress on stderr: bars, curves and stages on a terminal, lines in a log, or JSON."""
 
 from __future__ import annotations
 
+import datetime
+import json
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import Any
 
+import typer
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
@@ -17,9 +23,9 @@ from rich.text import Text
 
 from tunewright.core import tracing
 from tunewright.core.progress import Task, downsample
+from tunewright.core.text import visible
 
-if TYPE_CHECKING:
-    from tunewright.config import MetricName
+log = logging.getLogger("tunewright")
 
 StageDone = Callable[[str, bool, str], None]
 """Takes a finished stage's name, whether anything was computed (False: found done), and its result in words."""
@@ -65,7 +71,7 @@ class Curves:
         yield self._drawn[1]
 
     def _panel(self, width: int) -> Panel:
-        from tunewright.metrics import score_text
+        from tunewright.metrics import metric_label, score_text
 
         text = Text.from_ansi(self._plot(width - 24))
         legend = [
@@ -77,10 +83,10 @@ class Curves:
         for name, points in self.points.items():
             if name not in _LOSSES:  # the deciding metric
                 values = [value for _, value in points]
-                text.append(
-                    f"\n  {bars(values)} {_named(name, values[-1])} on dev (best {score_text(name, max(values))})",
-                    "green",
-                )
+                newest, best = score_text(name, values[-1]), score_text(name, max(values))
+                if newest.endswith("%"):  # a percentage alone does not say of what
+                    newest += f" {metric_label(name)}"
+                text.append(f"\n  {bars(values)} {newest} on dev (best {best})", "green")
         return Panel(text, title="Losses by step", title_align="left", border_style="dim", width=width)
 
     def _plot(self, width: int) -> str:
@@ -102,14 +108,6 @@ class Curves:
             figure.plot([step for step, _ in shown], [value for _, value in shown], lc=_LOSSES[name][1])
         drawn: str = figure.show()
         return drawn
-
-
-def _named(metric: MetricName, share: float) -> str:
-    """Return a score with its metric's name, which a percentage alone does not say."""
-    from tunewright.metrics import metric_label, score_text
-
-    text = score_text(metric, share)
-    return f"{text} {metric_label(metric)}" if text.endswith("%") else text
 
 
 def bars(shares: Sequence[float]) -> str:
@@ -189,7 +187,11 @@ class _Screen:
         current = next((stage for stage in self.stages if stage.ended is None), None)
         if current is None or current.began is None:
             return None
-        finished, left_here = self._current_task()
+        finished, left_here = 0.0, None
+        if self.bars.tasks:
+            outermost = self.bars.tasks[0]
+            finished = outermost.completed / outermost.total if outermost.total else 0.0
+            left_here = outermost.time_remaining
         took = [(s.ended - s.began, s.weight) for s in self.stages if s.ended and s.began and s.computed]
         spent = sum(seconds for seconds, _ in took) + now - current.began
         weight = sum(share for _, share in took) + current.weight * finished
@@ -198,13 +200,6 @@ class _Screen:
         later = sum(stage.weight for stage in self.stages if stage.began is None)
         rest = current.weight * (1 - finished) * spent / weight if left_here is None else left_here
         return rest + later * spent / weight
-
-    def _current_task(self) -> tuple[float, float | None]:
-        """Return the completed part of the outermost task, from 0 to 1, and its remaining seconds, if known."""
-        if not self.bars.tasks:
-            return 0.0, None
-        outermost = self.bars.tasks[0]
-        return (outermost.completed / outermost.total if outermost.total else 0.0), outermost.time_remaining
 
     def _stages_table(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -338,3 +333,93 @@ class ConsoleReporter:
                 yield self._screen
         finally:
             self._screen = self._display = None
+
+
+# As JSON, one object a line, for collectors of containers' logs
+
+
+def json_line(level: str, message: str, *, at: float, logger: str = "tunewright", **fields: object) -> str:
+    """Return a line of the log; ``at`` is the time in seconds since 1970."""
+    time_text = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
+    record = {"time": time_text, "level": level, "logger": logger, "message": message, **fields, **tracing.ids()}
+    return visible(json.dumps(record, ensure_ascii=False, default=str))
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats records of any library as lines of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = dict(getattr(record, "fields", {}))
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        level = record.levelname.lower()
+        return json_line(level, record.getMessage(), at=record.created, logger=record.name, **fields)
+
+
+@contextmanager
+def json_log(*, quiet: bool) -> Iterator[None]:
+    """Write every log record, Python warning and unexpected exception to stderr as JSON while the block runs.
+
+    ``quiet`` leaves out messages and progress, since another process reports for this one.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root, level, hook = logging.getLogger(), log.level, sys.excepthook
+    root.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.captureWarnings(True)
+    sys.excepthook = _log_exception
+    try:
+        yield
+    except typer.Exit:
+        sys.excepthook = hook
+        raise
+    else:
+        sys.excepthook = hook
+    finally:
+        # After another exception the hook stays, for the interpreter reports it after this block.
+        logging.captureWarnings(False)
+        log.setLevel(level)
+        root.removeHandler(handler)
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    text = "".join(logging.Formatter().formatException((kind, error, trace)))
+    message = f"{kind.__name__}: {error}"
+    sys.stderr.write(json_line("critical", message, at=time.time(), exception=text) + "\n")
+
+
+class _JsonTask(LineTask):
+    """Progress with its numbers in fields, and the values measured since the last line."""
+
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        super().__init__(console, title, total, unit)
+        self._measured: dict[str, float] = {}
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._measured |= {"step": step, **numbers}
+
+    def _print(self, text: str) -> None:
+        fields: dict[str, object] = {"task": self.title, "done": self.done, "total": self.total, "unit": self.unit}
+        if self._measured:
+            fields["measured"], self._measured = self._measured, {}
+        log.info(text, extra={"fields": fields})
+
+
+class JsonReporter(ConsoleReporter):
+    """Reports to the log of :func:`json_log`; questions are asked at the terminal, if there is one."""
+
+    line_task = _JsonTask
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, live=False)
+
+    def say(self, message: str) -> None:
+        log.info(message)
+
+    def warn(self, message: str) -> None:
+        log.warning(message)
+
+    def error(self, document: Mapping[str, Any]) -> None:
+        """Report the error that ends the command, with its place and its fix."""
+        log.error(document["what"], extra={"fields": {"where": document["where"], "fix": document["fix"]}})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,15 +26,7 @@ if TYPE_CHECKING:
 _SHORT = 12
 _STAGES = {"data": 0.1, "advise": 6.0, "train": 6.0, "evaluate": 6.0, "report": 0.1}
 """Stages of `run`, with their usual shares of the time."""
-_DEMO_STAGES = {
-    "data": 0.1,
-    "advise": 2.8,
-    "train": 3.5,
-    "evaluate": 3.5,
-    "report": 0.1,
-    "answers": 0.3,
-    "tenants": 2.5,
-}
+_DEMO_STAGES = _STAGES | {"advise": 2.8, "train": 3.5, "evaluate": 3.5, "answers": 0.3, "tenants": 2.5}
 """The same of `demo` with its quick settings: minutes of processor time on one thread."""
 
 
@@ -161,11 +152,7 @@ def demo(
         tenants = show_two_tenants(project, result, member_of(project, item))
         if stage_done:
             stage_done("tenants", True, "isolation test, two tenants on one server")
-    document = {
-        **run_document(result),
-        "served": answered,
-        "tenants": tenants.as_dict() if tenants else None,
-    }
+    document = {**run_document(result), "served": answered, "tenants": tenants.as_dict() if tenants else None}
     shown = [*run_tables(result), *answers_blocks(answered), *(two_tenants_blocks(tenants) if tenants else ())]
     if whole:
         rest = measure_slow_parts(project, result.evaluated.folder)
@@ -312,26 +299,16 @@ def studio(
         if browser:
             webbrowser.open(url)
 
-    if demo:
-        _show_demo(run.folder, host, port, started, given={"--password-file": password_file, "--reviewer": reviewer})
+    if not demo:
+        password = None if password_file is None else _password(password_file)
+        Studio(run.folder, reviewer_name(reviewer, run.folder), password=password).run(host, port, started)
         return
-    made = Studio(
-        run.folder,
-        reviewer_name(reviewer, run.folder),
-        password=None if password_file is None else _password(password_file),
-    )
-    made.run(host, port, started)
-
-
-def _show_demo(folder: Path, host: str, port: int, started: Callable[[str], None], given: Mapping[str, object]) -> None:
-    """Serve a copy of the demo project."""
-    from tunewright.demo import copied_demo
-    from tunewright.studio import Studio
-
-    for name, value in given.items():
+    for name, value in {"--password-file": password_file, "--reviewer": reviewer}.items():
         if value is not None:
             raise UserError(f"{name} and --demo are mutually exclusive")
-    with copied_demo(folder) as copy:
+    from tunewright.demo import copied_demo
+
+    with copied_demo(run.folder) as copy:
         Studio(copy, "visitor", demo=True).run(host, port, started)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from tunewright.cli.json_log import json_line
+from tunewright.cli.live import json_line
 from tunewright.core.interrupts import pending_work
 
 STOPPED = 128 + signal.SIGINT
