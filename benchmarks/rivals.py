@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
 from tunewright.engines.llamacpp import cache_tokens
 from tunewright.engines.vllm.engine import PACKAGE, VllmSettings, kv_cache_bytes, max_rank
-from tunewright.export.gguf.model import gguf_context, write_model
+from tunewright.export.gguf.model import add_tokenizer, gguf_context, write_model
 from tunewright.export.weights import Weights
 from tunewright.models.loading import context_length, text_settings
 from tunewright.open_project import OpenProject
@@ -194,7 +195,7 @@ def _llamacpp(material: Material, count: int) -> Iterator[Server]:
     model = material.folder / "base.gguf"
     if not model.exists():
         weights = Weights(base, "float32", {})
-        write_model(model, "base", weights, base, opened.chat, "f16", LogReporter())
+        write_model(model, "base", weights, base, partial(add_tokenizer, opened.chat, None), "f16", LogReporter())
     place = platformdirs.user_cache_path("tunewright") / "gguf"  # as the engine's: an adapter is converted once
     used = material.adapters[:count]
     shape, port = text_settings(base), _free_port()

@@ -26,7 +26,7 @@ from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.verdict import Verdict
-from tunewright.export import HubOptions
+from tunewright.export import CompressedOptions, GgufOptions, HubOptions, OllamaOptions
 from tunewright.pipeline import RunResult
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError, parse_request
@@ -68,11 +68,14 @@ def functions_of(group: type) -> tuple[Any, ...]:
 OPTIONS = (
     AddOptions,
     ColumnMapping,
+    CompressedOptions,
     DeployOptions,
     EngineOptions,
+    GgufOptions,
     HubOptions,
     ImportOptions,
     MemoryOptions,
+    OllamaOptions,
     SweepOptions,
     ReleaseTestOptions,
     RemoveOptions,

@@ -518,7 +518,7 @@ def test_signature_of_an_earlier_version_is_of_one_manifest(former: Path) -> Non
 def test_revoked_key_of_an_earlier_version_stays_revoked_when_it_is_allowed_by_hand(former: Path) -> None:
     keys = former / "keys"
     (bob,) = [key for key in TrustedKeys(keys).all if key.revoked is not None]
-    (keys / "allowed_signers").write_text(f"bob {bob.openssh}\n")
+    (keys / "allowed_signers").write_text(f"bob {bob.public_key}\n")
     assert _states(former)["by-bob"][0] == "revoked"
     revoked = TrustedKeys(keys).revocation(bob.fingerprint)
     assert revoked is not None and revoked.because == "the laptop was stolen"

@@ -24,6 +24,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.export import merge as merging
 from tunewright.export import templates
 from tunewright.export.artifact import Export
+from tunewright.export.gguf import artifact
 from tunewright.export.gguf import model as gguf_model
 from tunewright.export.weights import LoraDelta, read_deltas
 
@@ -202,7 +203,7 @@ def another_template_in_the_file(patch: pytest.MonkeyPatch) -> None:
 
 @_fault(["gguf", "--merged"], "llama.cpp rejected the file")
 def a_file_that_is_none(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gguf_model, "add_tokenizer", lambda *given: None)
+    patch.setattr(artifact, "add_tokenizer", lambda *given: None)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from making.tool_families import FAMILIES, family, openai
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.artifact import running
-from tunewright.export.gguf.model import write_model
+from tunewright.export.gguf.model import add_tokenizer, write_model
 from tunewright.export.weights import Weights
 from tunewright.gate.prompts import function_conversations
 from tunewright.open_project import OpenProject
@@ -37,7 +38,8 @@ def test_llama_cpp_renders_functions_as_training(name: str, tmp_path: Path) -> N
     tiny_model("llama", seed=0, vocab_size=len(tokenizer), **ids).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base = open_base(tmp_path / "base")
-    write_model(tmp_path / "model.gguf", "tiny", Weights(base, "float32", {}), base, chat, "f16", LogReporter())
+    tokens = partial(add_tokenizer, chat, None)
+    write_model(tmp_path / "model.gguf", "tiny", Weights(base, "float32", {}), base, tokens, "f16", LogReporter())
     with running(tmp_path / "model.gguf", 512) as engine:
         for messages in function_conversations(chat, None):
             assert engine.prompt_ids(messages, chat.template) == list(chat.prompt(messages)), messages

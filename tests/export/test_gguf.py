@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tunewright.chat import ChatFormat, open_chat
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.artifact import LlamaCpp, running
-from tunewright.export.gguf.model import write_lora, write_model
+from tunewright.export.gguf.model import add_tokenizer, write_lora, write_model
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.bases import Base
@@ -44,7 +45,8 @@ BASES: dict[str, Callable[[Path], Path]] = {
 def _written(base: Base, path: Path, file_type: FileType = "f16", adapter: Path | None = None) -> ChatFormat:
     chat = open_chat(base)
     changes = read_deltas(adapter) if adapter else {}
-    write_model(path, "tiny", Weights(base, "float32", changes), base, chat, file_type, LogReporter())
+    tokens = partial(add_tokenizer, chat, None)
+    write_model(path, "tiny", Weights(base, "float32", changes), base, tokens, file_type, LogReporter())
     return chat
 
 

@@ -144,7 +144,7 @@ def test_go_template_renders_as_the_chat_template(
     }
     jobs = [
         {
-            "Template": _template_of(modelfile(made.source, chat, (), "model.gguf", None, 2048)),
+            "Template": _template_of(modelfile(made.source, chat, (), ["model.gguf"], 2048)),
             "Conversations": [[{"Role": m.role, "Content": m.content} for m in messages] for messages in asked[name]],
         }
         for name, (chat, made) in found.items()
@@ -181,7 +181,7 @@ def test_modelfile_system_prompt_is_read_back_unchanged(text: str) -> None:
     chat = chat_of(byte_tokenizer())
     line = modelfile_system(text)
     assert line is not None
-    written = modelfile("T", chat, ("\n### Instruction",), "base.gguf", None, 2048, line)
+    written = modelfile("T", chat, ("\n### Instruction",), ["base.gguf"], 2048, line)
     read = _read_modelfile(written)
     assert read["SYSTEM"] == text
     assert (read["TEMPLATE"], read["PARAMETER"]) == ("T", "num_ctx 2048")
@@ -253,7 +253,7 @@ def test_go_template_refuses_formats_beyond_roles_and_order(content: str) -> Non
 
 def test_modelfile_is_greedy_and_has_the_stop_tokens_of_training() -> None:
     chat = chat_of(byte_tokenizer())
-    lines = modelfile("T", chat, ("\n### Instruction",), "base.gguf", "lora.gguf", 2048).splitlines()
+    lines = modelfile("T", chat, ("\n### Instruction",), ["base.gguf", "lora.gguf"], 2048).splitlines()
     assert lines == [
         "FROM ./base.gguf",
         "ADAPTER ./lora.gguf",

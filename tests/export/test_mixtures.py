@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -14,7 +15,7 @@ from making.tiny_bases import build_base
 from tunewright.chat import open_chat
 from tunewright.core.progress import LogReporter
 from tunewright.export.gguf.artifact import running
-from tunewright.export.gguf.model import write_model
+from tunewright.export.gguf.model import add_tokenizer, write_model
 from tunewright.export.gguf.tensors import FileType, Mixture, quantize_rows
 from tunewright.export.weights import Weights
 
@@ -61,7 +62,8 @@ def test_llama_cpp_runs_a_file_of_k_quants(file_type: FileType, tmp_path: Path) 
     files = {name: tmp_path / f"{name}.gguf" for name in ("f16", file_type)}
     tops = []
     for name, path in files.items():
-        write_model(path, "tiny", Weights(base, "float32", {}), base, chat, name, LogReporter())
+        tokens = partial(add_tokenizer, chat, None)
+        write_model(path, "tiny", Weights(base, "float32", {}), base, tokens, name, LogReporter())
         with running(path, 512) as engine:
             listed = engine.next_token(chat.prompt(CHATS[0]))
         tops.append(dict(zip(listed.ids.tolist(), listed.log_probs.tolist(), strict=True)))

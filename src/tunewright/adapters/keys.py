@@ -81,28 +81,27 @@ def own_keys() -> Iterator[tuple[Path, str]]:
 def file_fingerprint(path: Path) -> str:
     """Return the fingerprint of a public or private key's file, which needs no passphrase."""
     if path.suffix == ".pub":
-        return _fingerprint_of(_read_public_key(path), str(path))
+        return _read_public_key(path)[1]
     ran = ssh_keygen("-l", "-f", str(path))
     if (found := re.search(r"SHA256:[A-Za-z0-9+/]+", ran.stdout)) is None:
         raise UserError(f"Not a key: {ran.stderr.strip()}", where=str(path))
     return found[0]
 
 
-def _read_public_key(file: Path) -> str:
-    """Return the type and the key of a file with one public key."""
+def _read_public_key(file: Path) -> tuple[str, str]:
+    """Return the one public key in a file (type and key), and its fingerprint."""
     text = file.read_text(encoding="utf-8", errors="replace")
     fix = f"`ssh-keygen -y -f {file.with_suffix('')}` prints the public half of a key."
     if "PRIVATE KEY-----" in text:
         raise UserError("Not a public key: this is the private half; never share it", where=str(file), fix=fix)
-    found = re.fullmatch(_PUBLIC_KEY, text.strip())
-    if found is None:
+    if (found := re.fullmatch(_PUBLIC_KEY, text.strip())) is None:
         raise UserError("Not one public key in OpenSSH's format", where=str(file), fix=fix)
-    return " ".join(found["key"].split())
+    return _checked(found["key"], str(file))
 
 
-def _fingerprint_of(public: str, where: str) -> str:
-    """Return the fingerprint of a public key, whose type and content must agree."""
-    kind, text = public.split()
+def _checked(key: str, where: str) -> tuple[str, str]:
+    """Return a public key and its fingerprint; its type and content must agree."""
+    kind, text = key.split()
     try:
         blob = base64.b64decode(text, validate=True)
     except binascii.Error:
@@ -110,7 +109,7 @@ def _fingerprint_of(public: str, where: str) -> str:
     # The key begins with its type, as a string of the SSH protocol (RFC 4251): the length in 32 bits, and the bytes.
     if not blob.startswith(len(kind).to_bytes(4) + kind.encode()):
         raise UserError("The public key does not match its type", where=where, fix="Copy the whole line again.")
-    return fingerprint(blob)
+    return f"{kind} {text}", fingerprint(blob)
 
 
 def fingerprint(blob: bytes) -> str:
@@ -130,6 +129,12 @@ class KeyEvent(Record):
         at, by = f" on {self.at}" if self.at else "", f" by {self.by}" if self.by else ""
         return f"{at}{by}: {self.because}" if self.because else f"{at}{by}"
 
+    @classmethod
+    def of(cls, comment: str | None) -> KeyEvent:
+        """Return the action that a line's comment records; another comment is its reason."""
+        found = _EVENT.fullmatch(comment or "")
+        return cls(at=None, because=comment or None) if found is None else cls(**found.groupdict())
+
 
 class TrustedKey(Record):
     """A public key that the project trusts or has revoked."""
@@ -139,26 +144,16 @@ class TrustedKey(Record):
     """Its fingerprint, as ``ssh-keygen -l`` prints it. For a key of keys/NAME.json, which an earlier tunewright wrote,
     the SHA-256 of its DER, which its DSSE signatures name."""
     public_key: str
-    """Its type and the key in OpenSSH's format; for a key of keys/NAME.json, PEM."""
+    """Its type and the key in OpenSSH's format."""
     trusted: KeyEvent
     revoked: KeyEvent | None = None
     options: str = ""
     """The options of its line, such as ``valid-before="20270101"``."""
 
     @property
-    def openssh(self) -> str:
-        """The public key in OpenSSH's format."""
-        if not self.public_key.startswith("-----BEGIN"):
-            return self.public_key
-        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
-
-        key = load_pem_public_key(self.public_key.encode())
-        return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-
-    @property
     def fingerprint(self) -> str:
         """The key's fingerprint."""
-        return fingerprint(base64.b64decode(self.openssh.split()[1]))
+        return fingerprint(base64.b64decode(self.public_key.split()[1]))
 
 
 @dataclass(frozen=True)
@@ -183,13 +178,15 @@ class TrustedKeys:
         self.folder = folder
         self.revocations = folder / "revoked_keys"
         """Revoked keys, if the file exists."""
+        self.has_krl = self.revocations.exists() and self.revocations.read_bytes().startswith(b"SSHKRL\n\0")
+        """True if the revoked keys are a KRL, OpenSSH's binary format."""
         self._allowed = folder / "allowed_signers"
         self._revoked: dict[str, KeyEvent] = {}
         """Revocations by fingerprint; none of a KRL, which only ``ssh-keygen`` reads."""
         for line, where in () if self.has_krl else _lines(self.revocations):
             if (found := re.fullmatch(_PUBLIC_KEY, line)) is None:
                 raise UserError("Not a public key in OpenSSH's format", where=where, fix=_RESTORE)
-            self._revoked[_fingerprint_of(found["key"], where)] = _event_of(found["comment"])
+            self._revoked[_checked(found["key"], where)[1]] = KeyEvent.of(found["comment"])
         signers = [self._signer(line, where) for line, where in _lines(self._allowed)]
         self.all = [*signers, *(self._former(path) for path in sorted(folder.glob("*.json")))]
 
@@ -199,15 +196,10 @@ class TrustedKeys:
         return bool(self.all) or self.revocations.exists()
 
     @property
-    def has_krl(self) -> bool:
-        """Return whether the revoked keys are a KRL, OpenSSH's binary format."""
-        return self.revocations.exists() and self.revocations.read_bytes().startswith(b"SSHKRL\n\0")
-
-    @property
     def allowed_signers(self) -> str:
         """The file for ``ssh-keygen``: the project's, and the keys of keys/NAME.json."""
         former = (key for key in self.all if not key.id.startswith("SHA256:") and key.revoked is None)
-        return _text(self._allowed) + "".join(_line(key.name, key.openssh) for key in former)
+        return _text(self._allowed) + "".join(f"{key.name} {_OPTIONS} {key.public_key}\n" for key in former)
 
     def find(self, mark: str) -> TrustedKey | None:
         """Return the key with this fingerprint."""
@@ -240,8 +232,7 @@ class TrustedKeys:
         if not file.is_file():
             fix = "Give the file of a public key, such as ~/.ssh/id_ed25519.pub; `ssh-keygen -t ed25519` creates it."
             raise UserError("No such file", where=str(key), fix=fix)
-        public = _read_public_key(file)
-        mark = _fingerprint_of(public, str(file))
+        public, mark = _read_public_key(file)
         name = file.stem if name is None else name
         if not _NAME.fullmatch(name):
             what = f"Invalid name {name!r}: use up to 63 letters, digits, and . _ - + @ after the first"
@@ -253,8 +244,8 @@ class TrustedKeys:
             raise UserError(f"The project trusts this key already, as {known.name}", where=where)
         if any(known.name == name for known in self.all):
             raise UserError(f"Another key is named {name}", where=where, fix="Choose another with --name.")
-        event = KeyEvent(at=without_milliseconds(now()), by=current_author(self.folder.parent))
-        write_text(self._allowed, _text(self._allowed) + _line(name, public, f"trusted{event}"))
+        event = self._event()
+        write_text(self._allowed, _text(self._allowed) + f"{name} {_OPTIONS} {public} trusted{event}\n")
         return TrustedKey(name=name, id=mark, public_key=public, trusted=event, options=_OPTIONS)
 
     def revoke(self, name: str, because: str) -> TrustedKey:
@@ -276,28 +267,26 @@ class TrustedKeys:
         if self.has_krl:
             fix = f"Add the key to it: ssh-keygen -k -u -f {self.revocations} FILE.pub"
             raise UserError("The project revokes keys by a KRL", where=str(self.revocations), fix=fix)
-        at, by = without_milliseconds(now()), current_author(self.folder.parent)
-        event = KeyEvent(at=at, by=by, because=" ".join(because.split()))
-        lines = "".join(f"{key.openssh} revoked{event}\n" for key in valid)
+        event = self._event(" ".join(because.split()))
+        lines = "".join(f"{key.public_key} revoked{event}\n" for key in valid)
         write_text(self.revocations, _text(self.revocations) + lines)
         return valid[0].model_copy(update={"revoked": event})
+
+    def _event(self, because: str | None = None) -> KeyEvent:
+        author = current_author(self.folder.parent)
+        return KeyEvent(at=without_milliseconds(now()), by=author, because=because)
 
     def _signer(self, line: str, where: str) -> TrustedKey:
         found = _SIGNER.fullmatch(line)
         if found is None:
             raise UserError("Not a line of allowed_signers (name, options, key)", where=where, fix=_RESTORE)
-        mark = _fingerprint_of(found["key"], where)
-        return TrustedKey(
-            name=found["names"].split(",")[0],
-            id=mark,
-            public_key=" ".join(found["key"].split()),
-            trusted=_event_of(found["comment"]),
-            revoked=self._revoked.get(mark),
-            options=found["options"] or "",
-        )
+        public, mark = _checked(found["key"], where)
+        name, options, trusted = found["names"].split(",")[0], found["options"] or "", KeyEvent.of(found["comment"])
+        revoked = self._revoked.get(mark)
+        return TrustedKey(name=name, id=mark, public_key=public, trusted=trusted, revoked=revoked, options=options)
 
     def _former(self, path: Path) -> TrustedKey:
-        """Return the key of a file of an earlier tunewright, keys/NAME.json."""
+        """Return the key of a file of an earlier tunewright, keys/NAME.json: an Ed25519 key as PEM."""
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
@@ -305,13 +294,15 @@ class TrustedKeys:
         try:
             public = load_pem_public_key(key.public_key.encode())
             der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-            # The loader skips text before the PEM block, and that text would become a line of allowed_signers.
-            pem = key.public_key.startswith("-----BEGIN") and key.openssh.startswith("ssh-ed25519 ")
-            ours = pem and key.id == hashlib.sha256(der).hexdigest()
+            openssh = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
         except (ValueError, UnsupportedAlgorithm):
-            ours = False
+            der, openssh = b"", ""
+        # The loader skips text before the PEM block: such a file was written by somebody else.
+        pem = key.public_key.startswith("-----BEGIN") and openssh.startswith("ssh-ed25519 ")
+        ours = pem and key.id == hashlib.sha256(der).hexdigest()
         if not ours or key.name != path.stem:
             raise UserError("The file's name or ID does not match its key", where=str(path), fix=_RESTORE)
+        key = key.model_copy(update={"public_key": openssh})
         return key.model_copy(update={"revoked": self._revoked.get(key.fingerprint, key.revoked)})
 
 
@@ -330,13 +321,3 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if (stripped := line.strip()) and not stripped.startswith("#"):
             yield stripped, f"{path}:{number}"
-
-
-def _line(name: str, public: str, comment: str = "") -> str:
-    return f"{name} {_OPTIONS} {public} {comment}".rstrip() + "\n"
-
-
-def _event_of(comment: str | None) -> KeyEvent:
-    """Return the action that a line's comment records; another comment is its reason."""
-    found = _EVENT.fullmatch(comment or "")
-    return KeyEvent(at=None, because=comment or None) if found is None else KeyEvent(**found.groupdict())

@@ -144,62 +144,48 @@ class DatasetTrace:
 class Trace:
     """An adapter and all of its inputs; a foreign adapter has no config and no dataset."""
 
-    name: str
-    digest: str
-    created: str
-    base: Mapping[str, Any]
-    template: str
-    config: Mapping[str, Any] | None
-    seed: int | None
+    adapter: Adapter
     dataset: DatasetTrace | None
     system_prompt: SystemPrompt
     """The one that it was trained with."""
-    replayed: int
-    """Conversations written by the base that it was also trained on."""
-    parents: tuple[Mapping[str, Any], ...]
-    """Name, digest and dataset version of the adapter that it started from, then of that one's own, and so on."""
-    preferences: Mapping[str, Any] | None
-    """The preference data that it was tuned on, without the rows' keys."""
-    training: Mapping[str, Any] | None
-    stated: Mapping[str, Any] | None
-    """The importing user's statement, if nothing else says so."""
-    imported: Mapping[str, Any] | None
-    packages: Mapping[str, str]
+
+    @property
+    def parents(self) -> list[dict[str, Any]]:
+        """Name, digest and dataset version of the adapter that it started from, then of that one's own, and so on."""
+        return [
+            {"name": each["name"], "digest": each["digest"], "dataset": each["dataset"]["digest"]}
+            for each in islice(ancestors(self.adapter.lineage), 1, None)
+        ]
 
     def as_dict(self, *, rows: bool) -> dict[str, Any]:
         """Return the trace for ``--json``, with or without the rows' keys."""
-        document = asdict(self)
-        for split in document["dataset"]["splits"] if document["dataset"] and not rows else ():
+        adapter, lineage = self.adapter, self.adapter.lineage
+        dataset = None if self.dataset is None else asdict(self.dataset)
+        for split in dataset["splits"] if dataset and not rows else ():
             del split["keys"]
-        return document
+        preferences = lineage.get("preferences")
+        return {
+            "name": adapter.name,
+            "digest": adapter.digest,
+            "created": lineage["created"],
+            "base": lineage["base"],
+            "template": lineage["template_digest"],
+            **{key: lineage.get(key) for key in ("config", "seed", "training", "stated")},
+            "dataset": dataset,
+            "system_prompt": asdict(self.system_prompt),
+            "replayed": len(adapter.replayed),
+            "parents": self.parents,
+            "preferences": preferences and {key: value for key, value in preferences.items() if key != "rows"},
+            "imported": adapter.imported,
+            "packages": lineage.get("packages", {}),
+        }
 
 
 def trace(adapter: Adapter, dataset: Path) -> Trace:
     """Trace an adapter's lineage."""
     lineage = adapter.lineage
-    return Trace(
-        name=adapter.name,
-        digest=adapter.digest,
-        created=lineage["created"],
-        base=lineage["base"],
-        template=lineage["template_digest"],
-        config=lineage.get("config"),
-        seed=lineage.get("seed"),
-        dataset=_dataset(lineage, dataset) if "dataset" in lineage else None,
-        system_prompt=system_prompt(adapter, dataset),
-        replayed=len(adapter.replayed),
-        parents=tuple(
-            {"name": each["name"], "digest": each["digest"], "dataset": each["dataset"]["digest"]}
-            for each in islice(ancestors(lineage), 1, None)
-        ),
-        preferences={key: value for key, value in lineage["preferences"].items() if key != "rows"}
-        if "preferences" in lineage
-        else None,
-        training=lineage.get("training"),
-        stated=lineage.get("stated"),
-        imported=adapter.imported,
-        packages=lineage.get("packages", {}),
-    )
+    traced = _dataset(lineage, dataset) if "dataset" in lineage else None
+    return Trace(adapter, traced, system_prompt(adapter, dataset))
 
 
 def _dataset(lineage: Mapping[str, Any], dataset: Path) -> DatasetTrace:

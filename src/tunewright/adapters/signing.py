@@ -217,7 +217,6 @@ def _verify_former(folder: Path, payload: bytes, trusted: TrustedKeys) -> Iterat
     """Yield the status of each signature that an earlier version made over the manifest ``payload``."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
     path = folder / DSSE
     if not path.is_file():
@@ -232,9 +231,9 @@ def _verify_former(folder: Path, payload: bytes, trusted: TrustedKeys) -> Iterat
         if key is None:
             yield Signed(mark, "untrusted", f"signed by key {mark}, which is not trusted here")
             continue
-        name, public = key.name, load_ssh_public_key(key.openssh.encode())
-        assert isinstance(public, Ed25519PublicKey)  # ids of other keys are no digests of DER
+        name, blob = key.name, base64.b64decode(key.public_key.split()[1])
         try:
+            public = Ed25519PublicKey.from_public_bytes(blob[-32:])  # ids of keys of other types are no digests of DER
             public.verify(base64.b64decode(signature.sig, validate=True), message)
         except (InvalidSignature, binascii.Error):
             yield Signed(name, "tampered", f"the signature of {name} is of another manifest")

@@ -23,7 +23,7 @@ from tunewright.evaluation import data_verbs, stored, tuning
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evaluation.verbs import current_split_power
-from tunewright.export import HubOptions
+from tunewright.export import CompressedOptions, GgufOptions, HubOptions, OllamaOptions
 from tunewright.export import verbs as exports
 from tunewright.open_project import OpenProject
 from tunewright.pipeline import RunResult as RunResult  # users import it from here
@@ -122,11 +122,11 @@ class ProjectData(ProjectGroup):
 class ProjectExport(ProjectGroup):
     """Verbs that export a project's adapters for other engines."""
 
-    compressed = exports.compressed
-    gguf = exports.gguf
+    compressed = keywords(exports.compressed, CompressedOptions)
+    gguf = keywords(exports.gguf, GgufOptions)
     hub = keywords(exports.hub, HubOptions)
     merge = exports.merge
-    ollama = exports.ollama
+    ollama = keywords(exports.ollama, OllamaOptions)
 
 
 class Project(OpenProject):

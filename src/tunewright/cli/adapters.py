@@ -148,29 +148,28 @@ def adapters_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def lineage_tree(shown: AdapterDetails) -> Tree:
     """Return an adapter's base, data, training and evaluations as a tree."""
-    trace = shown.trace
-    tree = Tree(Text(f"{trace.name}, made {without_milliseconds(trace.created)}"))
-    standing = _add(tree, f"digest {trace.digest[:_SHORT]}, {shown.standing.state}")
+    trace, adapter, lineage = shown.trace, shown.trace.adapter, shown.trace.adapter.lineage
+    tree = Tree(Text(f"{adapter.name}, made {without_milliseconds(lineage['created'])}"))
+    standing = _add(tree, f"digest {adapter.digest[:_SHORT]}, {shown.standing.state}")
     for reason in shown.standing.reasons:
         _add(standing, reason)
-    if trace.imported:
-        _add(
-            tree,
-            f"imported {without_milliseconds(trace.imported['at'])} from {trace.imported['source']}"
-            + _by(trace.imported["by"]),
-        )
-    if trace.config:
-        train = trace.config["train"]
-        config = _add(tree, f"config, seed {trace.seed}")
+    if imported := adapter.imported:
+        at = without_milliseconds(imported["at"])
+        _add(tree, f"imported {at} from {imported['source']}{_by(imported['by'])}")
+    if "config" in lineage:
+        train = lineage["config"]["train"]
+        config = _add(tree, f"config, seed {lineage.get('seed')}")
         _add(config, f"LoRA on {', '.join(train['target_modules'])}")
         _add(config, f"rank {train['lora_r']}, alpha {train['lora_alpha']}, learning rate {train['learning_rate']:g}")
         _add(config, f"{count_of(train['epochs'], 'epoch')} in batches of {train['batch_size']}")
-    base = _add(tree, f"base {trace.base['spec']}, digest {trace.base['digest'][:_SHORT]}" + _stated(trace))
-    if trace.base["commit"]:
-        _add(base, f"commit {trace.base['commit']}")
-    for name, sha256 in trace.base["files"].items():
+    # Of a foreign adapter without a lineage, a person states base and template.
+    stated = f" (as stated{_by(lineage['stated']['by'])}, not verified)" if "stated" in lineage else ""
+    base = _add(tree, f"base {lineage['base']['spec']}, digest {lineage['base']['digest'][:_SHORT]}{stated}")
+    if lineage["base"]["commit"]:
+        _add(base, f"commit {lineage['base']['commit']}")
+    for name, sha256 in lineage["base"]["files"].items():
         _add(base, f"{name} {sha256[:_SHORT]}")
-    _add(tree, f"chat template, digest {trace.template[:_SHORT]}" + _stated(trace))
+    _add(tree, f"chat template, digest {lineage['template_digest'][:_SHORT]}{stated}")
     if trace.dataset:
         _dataset(tree, trace.dataset)
     else:
@@ -178,21 +177,17 @@ def lineage_tree(shown: AdapterDetails) -> Tree:
     _add(tree, f"system prompt: {trace.system_prompt.shown}")
     for parent in trace.parents:
         _add(tree, f"started from {parent['name']}, trained on dataset version {parent['dataset'][:_SHORT]}")
-    if trace.preferences:
-        given = trace.preferences["answers"]
-        _add(
-            tree,
-            f"{trace.preferences['method'].upper()} on {given['chosen']:,} chosen and {given['rejected']:,} rejected "
-            f"answers, digest {trace.preferences['digest'][:_SHORT]}",
-        )
-    if trace.replayed:
-        _add(tree, f"replay: {trace.replayed:,} conversations that the base wrote (replay.jsonl)")
-    if trace.training:
-        training = trace.training
+    if tuned := lineage.get("preferences"):
+        given = f"{tuned['answers']['chosen']:,} chosen and {tuned['answers']['rejected']:,} rejected answers"
+        _add(tree, f"{tuned['method'].upper()} on {given}, digest {tuned['digest'][:_SHORT]}")
+    if replayed := len(adapter.replayed):
+        _add(tree, f"replay: {replayed:,} conversations that the base wrote (replay.jsonl)")
+    if training := lineage.get("training"):
         _add(tree, f"training: step {training['kept_step']} kept, {training['seconds']:,.0f} s on {training['device']}")
-    packages = _add(tree, "packages") if trace.packages else tree
-    for name, version in trace.packages.items():
-        _add(packages, f"{name} {version}")
+    if known := lineage.get("packages"):
+        packages = _add(tree, "packages")
+        for name, version in known.items():
+            _add(packages, f"{name} {version}")
     for name, decision in shown.verdicts:
         _add(tree, f"evaluation {name}: {decision}")
     if not shown.verdicts:
@@ -206,10 +201,6 @@ def _add(tree: Tree, text: str) -> Tree:
 
 def _by(name: str | None) -> str:
     return f" by {name}" if name else ""
-
-
-def _stated(trace: Trace) -> str:
-    return "" if trace.stated is None else f" (as stated{_by(trace.stated['by'])}, not verified)"
 
 
 def _dataset(tree: Tree, dataset: DatasetTrace) -> None:

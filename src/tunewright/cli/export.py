@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunewright.cli.app import DEPLOY, Adapter, command, group
 from tunewright.cli.console import MEASURED_NO, Session
 from tunewright.core.errors import UserError
-from tunewright.export import HubOptions
+from tunewright.export import CompressedOptions, GgufOptions, HubOptions, OllamaOptions
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
@@ -22,10 +22,6 @@ export_app = group(
 )
 
 To = Annotated[Path | None, typer.Option(help="Folder to create.", show_default="exports/NAME-…")]
-Type = Annotated[
-    Literal["f16", "q8_0", "q5_k_m", "q4_k_m"],
-    typer.Option("--type", help="16 bits, 8 bits, or llama.cpp's mixtures of about 5.7 and 4.9 bits."),
-]
 
 
 @command(export_app, "merge", example="tunewright export merge legal-4f1c02a9 --to merged")
@@ -34,45 +30,26 @@ def merge(run: Session, adapter: Adapter = None, to: To = None) -> int | None:
     return _show(run, run.project.export.merge(adapter, to=to))
 
 
-@command(export_app, "gguf", example="tunewright export gguf --merged --type q8_0")
-def gguf(
-    run: Session,
-    adapter: Adapter = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Write base and adapter to one file, not the adapter alone as LoRA.")
-    ] = False,
-    file_type: Type = "f16",
-    to: To = None,
-) -> int | None:
+@command(export_app, "gguf", example="tunewright export gguf --merged --type q8_0", options=GgufOptions)
+def gguf(run: Session, adapter: Adapter = None, options: GgufOptions = GgufOptions(), to: To = None) -> int | None:
     """Write the adapter as a GGUF file, alone or merged into its base, and test it in llama.cpp before keeping it."""
-    return _show(run, run.project.export.gguf(adapter, merged=merged, file_type=file_type, to=to))
+    return _show(run, run.project.export.gguf(adapter, options, to=to))
 
 
-@command(export_app, "compressed", example="tunewright export compressed --scheme w4a16")
+@command(export_app, "compressed", example="tunewright export compressed --scheme w4a16", options=CompressedOptions)
 def compressed(
-    run: Session,
-    adapter: Adapter = None,
-    scheme: Annotated[
-        Literal["fp8", "w4a16"], typer.Option(help="8-bit floats, or 4-bit integers by GPTQ on training rows.")
-    ] = "fp8",
-    to: To = None,
+    run: Session, adapter: Adapter = None, options: CompressedOptions = CompressedOptions(), to: To = None
 ) -> int | None:
     """Merge base and adapter, and quantize them with llm-compressor for vLLM (compressed-tensors)."""
-    return _show(run, run.project.export.compressed(adapter, scheme=scheme, to=to))
+    return _show(run, run.project.export.compressed(adapter, options, to=to))
 
 
-@command(export_app, "ollama", example="tunewright export ollama legal-4f1c02a9")
+@command(export_app, "ollama", example="tunewright export ollama legal-4f1c02a9", options=OllamaOptions)
 def ollama(
-    run: Session,
-    adapter: Adapter = None,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Separate files (FROM and ADAPTER), not merged; for Ollama before 0.34.1.")
-    ] = False,
-    file_type: Type = "f16",
-    to: To = None,
+    run: Session, adapter: Adapter = None, options: OllamaOptions = OllamaOptions(), to: To = None
 ) -> int | None:
     """Write a folder for `ollama create`: GGUF and a Modelfile with the chat template used in training."""
-    return _show(run, run.project.export.ollama(adapter, lora=lora, file_type=file_type, to=to))
+    return _show(run, run.project.export.ollama(adapter, options, to=to))
 
 
 @command(

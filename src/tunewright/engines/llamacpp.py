@@ -66,7 +66,7 @@ class LlamaCppSettings:
         settings = {
             "model": str(self.base),
             "loras": [str(path) for path in loras],
-            "socket": str(socket_in(folder)),
+            "host": str(socket_in(folder)),
             "rows": self.max_num_seqs,
             "tokens": self.tokens + self.tokens // _SLACK,
             "threads": self.threads,

@@ -1,4 +1,4 @@
-"""The child process: llama.cpp's server on a Unix socket, until its standard input is closed.
+"""The child process: llama.cpp's server, for the engine and for exports, until its standard input is closed.
 
 Usage: python -m tunewright.engines.llamacpp_worker SETTINGS, a JSON object (see :func:`main`). llama.cpp may
 end the process on a bad file (``GGML_ASSERT``), so it must not be the gateway's own.
@@ -18,8 +18,9 @@ def main(text: str) -> None:
     """Serve.
 
     Args:
-        text: settings as JSON: ``model`` (a file), ``loras`` (files), ``socket``, ``rows``, ``tokens`` (of the
-            key/value cache), ``threads``.
+        text: settings as JSON: ``model`` (a file), ``loras`` (files), ``host`` (a Unix socket, or an address for which
+            it chooses a port), ``rows``, ``tokens`` (of the key/value cache), ``threads``. Optional: ``key``, which
+            requests must have, and ``jinja``, to render the file's chat template.
     """
     end_with_parent()
     import xllamacpp
@@ -27,14 +28,16 @@ def main(text: str) -> None:
     settings: dict[str, Any] = json.loads(text)
     params = xllamacpp.CommonParams()
     params.model.path = settings["model"]
-    params.hostnames = [settings["socket"]]
+    params.hostnames = [settings["host"]]
+    params.port = 0
+    params.api_keys = [settings["key"]] if "key" in settings else []
     params.n_ctx = settings["tokens"]
     params.fit_params = False  # it would shrink the context silently
     params.n_parallel = settings["rows"]
     params.kv_unified = True  # a long row may use the cache that short ones leave
     params.n_threads_http = settings["rows"] + 4
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
-    params.use_jinja = False
+    params.use_jinja = settings.get("jinja", False)
     params.ui = False
     params.endpoint_slots = False
     params.endpoint_metrics = True  # the gateway detects a hang by them

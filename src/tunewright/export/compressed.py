@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,6 +23,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
 from tunewright.engines.llmcompressor import worker
+from tunewright.export import Scheme
 from tunewright.export.artifact import BuiltArtifact, ExportSource
 from tunewright.export.merge import choose_merge_method, load_folder, observe_folder, save_settings, write_merged
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
@@ -32,7 +33,6 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import device, text_settings
 from tunewright.training.rows import encode_members
 
-Scheme = Literal["fp8", "w4a16"]
 PRECISIONS: dict[Scheme, Precision] = {"fp8": "fp8", "w4a16": "4-bit"}
 
 ROWS = 512

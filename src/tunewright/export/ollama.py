@@ -24,7 +24,6 @@ CONVERSATIONS = 200
 """Random conversations on which a Go template is compared with the chat template."""
 
 _SYSTEM, _FIRST = "\ue000", 0xE001  # private-use characters: no template writes them or strips them as white space
-_LONGEST = 3
 _WORDS = (
     "court",
     "d'été",
@@ -108,16 +107,15 @@ def go_template(chat: ChatFormat) -> GoTemplate:
         system = _SYSTEM in template.render(asked, generation_prompt=True)
     except UserError:  # the format has no system text
         system = False
-    plain = {users: _cut(template, users, system=False) for users in range(1, _LONGEST + 1)}
-    marks = {users: _cut(template, users, system=True) for users in range(1, _LONGEST + 1)} if system else {}
-    first, second = plain[1], plain[2]
+    first, second = (_cut(template, users, system=False) for users in (1, 2))
     found = GoTemplate(
         system_place="none", start=first[0], before="", between="", answer=second[1], next=second[2], ask=first[1]
     )
-    if marks:
-        at_front = _SYSTEM in marks[2][0]
+    if system:
+        alone, later = (_cut(template, users, system=True) for users in (1, 2))
+        at_front = _SYSTEM in later[0]
         place: Literal["front", "end"] = "front" if at_front else "end"
-        before, _, between = marks[1][0].partition(_SYSTEM)
+        before, _, between = alone[0].partition(_SYSTEM)
         if not at_front and before != found.start:
             raise _too_complex(template)
         found = replace(found, system_place=place, before=before, between=between)
@@ -179,16 +177,15 @@ def _literal(text: str) -> str:
     plain = all(character.isprintable() or character in "\n\t" for character in text)
     if plain and "{{" not in text and '"""' not in text and not text.endswith(("{", '"')):
         return text
-    escaped = "".join(_escaped(character) for character in text)
+    escaped = ""
+    for character in text:
+        if character in '"\\':
+            escaped += f"\\{character}"
+        elif character.isprintable():
+            escaped += character
+        else:
+            escaped += f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
     return '{{ "' + escaped + '" }}'
-
-
-def _escaped(character: str) -> str:
-    if character in '"\\':
-        return f"\\{character}"
-    if character.isprintable() and character not in '"\\':
-        return character
-    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
 
 
 def _too_complex(template: Template) -> UserError:
@@ -207,34 +204,20 @@ def build_ollama(
     folder: Path, source: ExportSource, parts: ExportResult, file_type: FileType, *, lora: bool
 ) -> BuiltArtifact:
     """Fill ``folder`` for Ollama from measured GGUF files: a merged one, or a LoRA file with its base under it."""
-    project, record = source.project, parts.record
+    project, record, chat = source.project, parts.record, source.project.chat
     assert parts.folder is not None
     (file,) = (parts.folder / name for name in record.files if name.endswith(".gguf"))
-    model, adapter = (base_file(project, file_type), file) if lora else (file, None)
-    stop, context = stop_strings(project.folder.config, project.chat), project.folder.config.train.max_length
-    notes = write_ollama(folder, project.chat, source.system_prompt.text, stop, model, adapter, context)
-    return BuiltArtifact(record.figures, PRECISIONS[file_type], record.way, record.ways, (*record.notes, *notes))
-
-
-def write_ollama(
-    folder: Path,
-    chat: ChatFormat,
-    system_prompt: str | None,
-    stop: Sequence[str],
-    model: Path,
-    lora: Path | None,
-    context: int,
-) -> tuple[str, ...]:
-    """Write the Modelfile and the files that it names; return notes for the user."""
-    template = go_template(chat)
-    for file in filter(None, (model, lora)):
-        link_or_copy(file, folder / file.name)
+    files = [base_file(project, file_type), file] if lora else [file]
+    for each in files:
+        link_or_copy(each, folder / each.name)
+    template, prompt = go_template(chat), source.system_prompt.text
     system = None
-    if system_prompt is not None:
+    if prompt is not None:
         # A chat template that strips messages also strips this one; Ollama's does not.
-        system = modelfile_system(system_prompt.strip() if strips_whitespace(chat) else system_prompt)
-    text = modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context, system)
-    write_text(folder / MODELFILE, text)
+        system = modelfile_system(prompt.strip() if strips_whitespace(chat) else prompt)
+    stop, context = stop_strings(project.folder.config, chat), project.folder.config.train.max_length
+    names = [each.name for each in files]
+    write_text(folder / MODELFILE, modelfile(template.source, chat, stop, names, context, system))
     notes = ["Ollama and llama.cpp read text that looks like a special token as that token; here it stays text"]
     with suppress(UserError):  # without a form of functions, the template loses nothing
         _ = chat.tool_form
@@ -249,14 +232,14 @@ def write_ollama(
         )
     if system is not None:
         notes.append("the Modelfile's SYSTEM is the trained system prompt; a request's own system prompt replaces it")
-    elif system_prompt is not None:
+    elif prompt is not None:
         notes.append(
             "a Modelfile cannot hold the trained system prompt (a non-printable character, or a line that ends with "
-            f'"""): send it with each request: {system_prompt}'
+            f'"""): send it with each request: {prompt}'
         )
     if template.system_place == "none":
         notes.append("the chat template accepts no system text, and Ollama drops one silently")
-    return tuple(notes)
+    return BuiltArtifact(record.figures, PRECISIONS[file_type], record.way, record.ways, (*record.notes, *notes))
 
 
 def modelfile_system(text: str) -> str | None:
@@ -271,20 +254,14 @@ def modelfile_system(text: str) -> str | None:
 
 
 def modelfile(
-    template: str,
-    chat: ChatFormat,
-    stop: Sequence[str],
-    model: str,
-    lora: str | None,
-    context: int,
-    system: str | None = None,
+    template: str, chat: ChatFormat, stop: Sequence[str], files: Sequence[str], context: int, system: str | None = None
 ) -> str:
-    """Return the Modelfile's text."""
+    """Return the Modelfile's text; ``files`` are the model, and a LoRA file for it if there is one."""
     ends = sorted(str(chat.tokenizer.convert_ids_to_tokens(token)) for token in chat.stop_ids)
     stops = {text: '"""' if "\n" in text or '"' in text else '"' for text in (*ends, *stop)}
     lines = [
-        f"FROM ./{model}",
-        *([f"ADAPTER ./{lora}"] if lora else []),
+        f"FROM ./{files[0]}",
+        *(f"ADAPTER ./{lora}" for lora in files[1:]),
         f'TEMPLATE """{template}"""',
         *([system] if system else []),
         *(f"PARAMETER stop {quotes}{text}{quotes}" for text, quotes in stops.items()),

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.export import HubOptions
+from tunewright.export import CompressedOptions, GgufOptions, HubOptions, OllamaOptions
 from tunewright.export.artifact import BuiltArtifact, ExportResult, ExportSource, Kind, export, find_export
 from tunewright.models.bases import hub_id
 from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.export.compressed import Scheme
-    from tunewright.export.gguf.tensors import FileType
     from tunewright.export.hub import HubResult
 
 
@@ -41,20 +39,17 @@ def merge(project: OpenProject, adapter: str | None = None, *, to: str | Path | 
 def gguf(
     project: OpenProject,
     adapter: str | None = None,
+    options: GgufOptions = GgufOptions(),
     *,
-    merged: bool = False,
-    file_type: FileType = "f16",
     to: str | Path | None = None,
 ) -> ExportResult:
-    """Export the adapter (the newest by default) as a LoRA GGUF file, or ``merged`` with its base as one model.
+    """Export the adapter (the newest by default) as a LoRA GGUF file, or merged with its base as one model.
 
     llama.cpp runs the file on dev prompts. It is kept only if it matches the trained model.
 
     Args:
         adapter: a name or its beginning (None: the newest).
-        merged: write base and adapter as one file; otherwise the adapter alone, for use with a GGUF of the base.
-        file_type: f16, q8_0 (8 bits, one scale per 32 weights), or llama.cpp's mixtures q5_k_m and q4_k_m. An
-            adapter alone stays in f16 with the last two: they are the type of its base.
+        options: what the file contains, and its number type.
         to: the output folder (None: exports/NAME-gguf-TYPE, or exports/NAME-merged-gguf-TYPE).
 
     Raises:
@@ -66,16 +61,21 @@ def gguf(
     require_llamacpp()
     require_gguf(project.base)
     source = ExportSource.find(project, adapter)
-    what = "merged-gguf" if merged else "gguf"
-    kind: Kind = "gguf-merged" if merged else "gguf-lora"
-    build = build_model if merged else build_lora
-    made_of = source.inputs(what, file_type=file_type)
-    target = source.target(f"{what}-{file_type}", to)
-    return export(source, kind, target, made_of, lambda folder: build(folder, source, file_type))
+    kind: Kind
+    what, kind, build = ("gguf", "gguf-lora", build_lora)
+    if options.merged:
+        what, kind, build = ("merged-gguf", "gguf-merged", build_model)
+    made_of = source.inputs(what, file_type=options.file_type)
+    target = source.target(f"{what}-{options.file_type}", to)
+    return export(source, kind, target, made_of, lambda folder: build(folder, source, options.file_type))
 
 
 def compressed(
-    project: OpenProject, adapter: str | None = None, *, scheme: Scheme = "fp8", to: str | Path | None = None
+    project: OpenProject,
+    adapter: str | None = None,
+    options: CompressedOptions = CompressedOptions(),
+    *,
+    to: str | Path | None = None,
 ) -> ExportResult:
     """Merge base and adapter (the newest by default) and quantize them with llm-compressor, for vLLM.
 
@@ -83,8 +83,7 @@ def compressed(
 
     Args:
         adapter: a name or its beginning (None: the newest).
-        scheme: fp8 (8-bit floats, without calibration), or w4a16 (4-bit integers by GPTQ, calibrated on training
-            rows).
+        options: its numbers: fp8 needs no calibration, and w4a16 is calibrated on training rows.
         to: the output folder (None: exports/NAME-compressed-SCHEME).
 
     Raises:
@@ -96,7 +95,7 @@ def compressed(
     source = ExportSource.find(project, adapter)
     trained_by = source.adapter.lineage.get("config", {}).get("train", {})
     how = compression(
-        scheme,
+        options.scheme,
         environment,
         project.base,
         project.chat,
@@ -105,24 +104,22 @@ def compressed(
         seed=project.folder.config.seed,
     )
     made_of = source.inputs("compressed", **how.inputs)
-    target = source.target(f"compressed-{scheme}", to)
+    target = source.target(f"compressed-{options.scheme}", to)
     return export(source, "compressed", target, made_of, lambda folder: build_compressed(folder, source, how))
 
 
 def ollama(
     project: OpenProject,
     adapter: str | None = None,
+    options: OllamaOptions = OllamaOptions(),
     *,
-    lora: bool = False,
-    file_type: FileType = "f16",
     to: str | Path | None = None,
 ) -> ExportResult:
     """Export a folder for ``ollama create``: the GGUF of :meth:`gguf`, and a Modelfile with the training template.
 
     Args:
         adapter: a name or its beginning (None: the newest).
-        lora: write base and adapter as separate files; otherwise both merged into one.
-        file_type: f16, q8_0, q5_k_m or q4_k_m.
+        options: one file or two, and their number type.
         to: the output folder (None: exports/NAME-ollama-TYPE).
 
     Raises:
@@ -130,6 +127,7 @@ def ollama(
     """
     from tunewright.export.ollama import build_ollama, go_template
 
+    lora, file_type = options.lora, options.file_type
     source = ExportSource.find(project, adapter)
     go_template(project.chat)  # refuse unsupported templates before measuring
     if lora:
@@ -142,7 +140,7 @@ def ollama(
     found = find_export(target, made_of)
     if found is not None:  # its GGUF files need not be there any more
         return found
-    parts = gguf(project, source.adapter.name, merged=not lora, file_type=file_type)
+    parts = gguf(project, source.adapter.name, GgufOptions(merged=not lora, file_type=file_type))
     if parts.folder is None:
         return parts
     return export(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,21 +98,11 @@ class BaseWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    @cached_property
-    def files(self) -> dict[str, list[str]]:
-        """Each weights file's tensors, in their order in the file."""
-        from safetensors import safe_open
-
-        found = {}
-        for name in sorted(set(tensor_files(self.folder).values())):
-            with safe_open(self.folder / name, framework="pt") as weights:
-                found[name] = list(weights.keys())
-        return found
-
-    @cached_property
-    def _file_of(self) -> dict[str, str]:
-        return {name: file for file, names in self.files.items() for name in names}
+        self._file_of = tensor_files(folder)
+        self.files: dict[str, list[str]] = {}
+        """Each weights file's tensors."""
+        for name, file in self._file_of.items():
+            self.files.setdefault(file, []).append(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of

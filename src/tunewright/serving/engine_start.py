@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -209,13 +210,14 @@ def base_file(
     reporter: Reporter,
 ) -> Path:
     """Return the base's file, with a vocabulary for grammars only: llama.cpp gets ids and returns ids."""
-    from tunewright.export.gguf.model import write_token_id_model
+    from tunewright.export.gguf.model import add_token_ids, write_model
     from tunewright.export.weights import Weights
 
     ends = [end_id, *sorted(set(stop_ids) - {end_id})]
 
     def write(path: Path) -> None:
-        write_token_id_model(path, base.spec, Weights(base, "float32", {}), base, pieces, ends, file_type, reporter)
+        vocabulary = partial(add_token_ids, pieces, ends)
+        write_model(path, base.spec, Weights(base, "float32", {}), base, vocabulary, file_type, reporter)
 
     tokens = digest([None if piece is None else piece.hex() for piece in pieces])
     made_of = {"base": base.digest, "stops": ends, "tokens": tokens, "type": file_type}

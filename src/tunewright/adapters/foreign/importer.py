@@ -82,6 +82,10 @@ class _Intake:
         """The source, as errors name it."""
         return str(self.source)
 
+    def place(self, path: Path) -> str:
+        """Return a file or folder of the copy, as errors name it."""
+        return f"{self.where}, {path.relative_to(self.files)}"
+
     def take(self) -> None:
         """Copy the source into quarantine."""
         intake = QuarantinedFiles(self.files, self.where)
@@ -102,11 +106,9 @@ class _Intake:
         """Return the configurations by folder: the adapter's own, and those of its earlier checkpoints."""
         base = self.project.base
         shape = read_shape(base.folder / "config.json")
-        paths = sorted(self.files.rglob(CONFIG))
-        wheres = [f"{self.where}, {path.relative_to(self.files)}" for path in paths]
         return {
-            path.parent: read_config(path.read_bytes(), shape, base.architecture, where)
-            for path, where in zip(paths, wheres, strict=True)
+            path.parent: read_config(path.read_bytes(), shape, base.architecture, self.place(path))
+            for path in sorted(self.files.rglob(CONFIG))
         }
 
     def require_statement(self, config: ForeignConfig) -> None:
@@ -174,14 +176,14 @@ class _Intake:
         weights = {path.parent for path in self.files.rglob(WEIGHTS)}
         for folder in sorted(weights ^ configs.keys()):
             lacking = CONFIG if folder in weights else WEIGHTS
-            raise UserError(f"{lacking} is missing", where=f"{self.where}, {folder.relative_to(self.files)}")
+            raise UserError(f"{lacking} is missing", where=self.place(folder))
         records = [n for n in (HISTORY, REPLAY, MANIFEST, SIGNATURE, DSSE) if (self.files / n).exists()]
         if (records or len(configs) > 1) and not (self.files / LINEAGE).exists():
             what = records[0] if records else "earlier checkpoints"
             raise UserError(f"The adapter has {what} but no {LINEAGE} to go with it", where=self.where)
         for name, check in ((HISTORY, check_history), (REPLAY, check_replay)):
             if name in records:
-                check(self.files / name, f"{self.where}, {name}")
+                check(self.files / name, self.place(self.files / name))
 
     def lineage(self, config: ForeignConfig, by: str | None) -> Literal["its own", "stated"]:
         """Check the lineage against the base and chat format here; without a lineage, write the user's statements."""
@@ -211,7 +213,7 @@ class _Intake:
             raise UserError("The lineage already says so by digest", where=option, fix=f"Remove {option}.")
         if said.system_prompt is not None:
             raise UserError("The adapter has its own lineage", where="--system-prompt", fix="Remove --system-prompt.")
-        where = f"{self.where}, {LINEAGE}"
+        where = self.place(path)
         check_lineage(path.read_bytes(), where)
         adapter = Adapter(self.files)
         # A lineage could be copied from another adapter: its digest ties it to these weights.
@@ -228,14 +230,13 @@ class _Intake:
     def check_weights(self, configs: Mapping[Path, ForeignConfig]) -> None:
         """Check all weights: headers and shapes first, then the numbers against the base's."""
         paths = {folder / WEIGHTS: config for folder, config in configs.items()}
-        wheres = {path: f"{self.where}, {path.relative_to(self.files)}" for path in paths}
         for path, config in paths.items():
-            check_shapes(path, config, wheres[path])
+            check_shapes(path, config, self.place(path))
         modules = {module: None for config in configs.values() for module in config.modules}
         with self.project.reporter.task("measuring the base's weights", len(modules), "layers") as task:
             norms = base_norms(self.project.base.folder, modules, task)
         for path, config in paths.items():
-            check_numbers(path, config, norms, wheres[path])
+            check_numbers(path, config, norms, self.place(path))
 
 
 def import_adapter(

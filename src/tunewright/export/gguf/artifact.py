@@ -7,9 +7,10 @@ import secrets
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tunewright.core.processes import ENOUGH_MEMORY, KILLED, PIPE, Process, end,
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.export.artifact import BuiltArtifact, ExportSource
-from tunewright.export.gguf.model import write_lora, write_model
+from tunewright.export.gguf.model import add_tokenizer, write_lora, write_model
 from tunewright.export.gguf.tensors import PRECISIONS, FileType
 from tunewright.export.merge import choose_merge_method
 from tunewright.export.templates import TEMPLATE_FILE, equivalent_conversations, exported_template
@@ -68,6 +69,8 @@ class LlamaCpp:
 
     client: httpx.Client
     child: Process
+    lora: Mapping[str, Any]
+    """The part of a request that applies the LoRA file."""
 
     def prompt_ids(self, messages: Sequence[Message], template: Template) -> list[int]:
         """Return a conversation's ids by the file's own chat template and tokenizer.
@@ -82,12 +85,12 @@ class LlamaCpp:
     def answer(self, prompt: Sequence[int], limit: int) -> tuple[int, ...]:
         """Return the greedy answer."""
         body = {"prompt": list(prompt), "n_predict": limit, "temperature": 0, "return_tokens": True}
-        return tuple(self._ask("/completion", {**body, "cache_prompt": False})["tokens"])
+        return tuple(self._ask("/completion", {**body, **self.lora, "cache_prompt": False})["tokens"])
 
     def next_token(self, ids: Sequence[int]) -> TopTokens:
         """Return the likeliest next tokens after these, by the softmax over all of its logits."""
         body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": TOP_TOKENS, "cache_prompt": True}
-        found = self._ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        found = self._ask("/completion", {**body, **self.lora})["completion_probabilities"][0]["top_logprobs"]
         # JSON has no number for a logit of minus infinity.
         kept = [(token["id"], token["logprob"]) for token in found if token["logprob"] is not None]
         ids_, log_probs = zip(*kept, strict=True)
@@ -111,16 +114,19 @@ class LlamaCpp:
 @contextmanager
 def running(model: Path, context: int, lora: Path | None = None) -> Iterator[LlamaCpp]:
     """Run llama.cpp with this file loaded, in a child process; it may reject the file, be killed or hang."""
-    key = secrets.token_hex(16)
-    arguments = [str(model), str(context), str(torch.get_num_threads()), key, *([str(lora)] if lora else [])]
+    loras, key = [] if lora is None else [str(lora)], secrets.token_hex(16)
+    settings: dict[str, Any] = {"model": str(model), "loras": loras, "rows": 1, "tokens": context}
+    settings |= {"host": "127.0.0.1", "key": key, "jinja": True, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "tunewright.engines.llamacpp_worker", json.dumps(settings)]
     with tempfile.TemporaryFile() as log:
-        child = start([sys.executable, "-m", "tunewright.export.llamacpp_child", *arguments], stdout=PIPE, stderr=log)
+        # A child, because an invalid file may end the process (GGML_ASSERT).
+        child = start(command, stdout=PIPE, stderr=log)
         try:
             assert child.stdout is not None
             limit = threading.Timer(_ANSWER_S, child.kill)  # it may hang while it loads the file
             limit.start()
             try:
-                address = child.stdout.readline().decode().strip()
+                address = child.stdout.readline().decode().strip().rpartition(" ")[2]
             finally:
                 limit.cancel()
             if not address:
@@ -133,7 +139,7 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
                 raise EngineFailedError(f"llama.cpp rejected the file: {why}")
             headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=address, headers=headers, timeout=_ANSWER_S, trust_env=False) as client:
-                yield LlamaCpp(client, child)
+                yield LlamaCpp(client, child, {"lora": [{"id": 0, "scale": 1.0}]} if loras else {})
         finally:
             end(child)
 
@@ -195,10 +201,8 @@ def build_model(folder: Path, source: ExportSource, file_type: FileType) -> Buil
     trained = measure_trained(source)
     weights, way, ways = choose_merge_method(trained, project.reporter)
     path = folder / f"{name}-{file_type}.gguf"
-    prompt = trained.system_prompt
-    notes = write_model(
-        path, name, weights, project.base, project.chat, file_type, project.reporter, system_prompt=prompt
-    )
+    tokens = partial(add_tokenizer, project.chat, trained.system_prompt)
+    notes = write_model(path, name, weights, project.base, tokens, file_type, project.reporter)
     figures, failure = _figures(trained, project.reporter, path)
     return BuiltArtifact(figures, PRECISIONS[file_type], way, ways, (*notes, *source.notes()), failure)
 
@@ -240,8 +244,8 @@ def base_file(project: OpenProject, file_type: FileType) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}")
-        base = Weights(project.base, "float32", {})
+        base, tokens = Weights(project.base, "float32", {}), partial(add_tokenizer, project.chat, None)
         with writing(path):
-            write_model(aside, project.base.spec, base, project.base, project.chat, file_type, project.reporter)
+            write_model(aside, project.base.spec, base, project.base, tokens, file_type, project.reporter)
             aside.replace(path)
     return path

@@ -34,50 +34,14 @@ def write_model(
     name: str,
     weights: Weights,
     base: Base,
-    chat: ChatFormat,
-    file_type: FileType,
-    reporter: Reporter,
-    *,
-    system_prompt: str | None = None,
-) -> list[str]:
-    """Write the model with its tokenizer, converting from float32 to the file's type in one step.
-
-    Its chat template adds ``system_prompt`` to conversations without a system message. Returns notes for the user.
-    """
-
-    def add_tokens(writer: Any, vocabulary: int) -> None:
-        add_tokenizer(writer, chat, vocabulary, system_prompt)
-
-    return _write(path, name, weights, base, add_tokens, file_type, reporter)
-
-
-def write_token_id_model(
-    path: Path,
-    name: str,
-    weights: Weights,
-    base: Base,
-    pieces: Sequence[bytes | None],
-    stop_ids: Sequence[int],
-    file_type: FileType,
-    reporter: Reporter,
-) -> list[str]:
-    """Write the model for callers that pass and receive token ids (see :func:`add_token_ids`); return notes."""
-
-    def add_tokens(writer: Any, vocabulary: int) -> None:
-        add_token_ids(writer, pieces, stop_ids, vocabulary)
-
-    return _write(path, name, weights, base, add_tokens, file_type, reporter)
-
-
-def _write(
-    path: Path,
-    name: str,
-    weights: Weights,
-    base: Base,
     add_tokens: Callable[[Any, int], None],
     file_type: FileType,
     reporter: Reporter,
 ) -> list[str]:
+    """Write the model, converting from float32 to the file's type in one step; return notes for the user.
+
+    ``add_tokens`` writes the vocabulary of this size: :func:`add_tokenizer` or :func:`add_token_ids`.
+    """
     require_gguf(base)
     config: Any = text_settings(base)
     tied = read_shape(base.folder / "config.json").tied
@@ -241,7 +205,7 @@ _BY_PATTERN = {_LLAMA3: "llama-bpe", _TEKKEN: "tekken"}
 _MERGED_INSTEAD = "Export it merged (`tunewright export merge`), or use another base."
 
 
-def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt: str | None) -> None:
+def add_tokenizer(chat: ChatFormat, system_prompt: str | None, writer: Any, vocabulary: int) -> None:
     """Write the tokenizer and the chat template of ``chat`` for a model of ``vocabulary`` tokens.
 
     The template adds ``system_prompt`` to conversations without a system message.
@@ -282,7 +246,7 @@ def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt:
     writer.add_chat_template(exported_template(chat, system_prompt))
 
 
-def add_token_ids(writer: Any, pieces: Sequence[bytes | None], stop_ids: Sequence[int], vocabulary: int) -> None:
+def add_token_ids(pieces: Sequence[bytes | None], stop_ids: Sequence[int], writer: Any, vocabulary: int) -> None:
     """Write a vocabulary for a model that reads and writes ids alone, and whose answers a grammar may constrain.
 
     A grammar needs tokens' texts. llama.cpp holds a token back while its bytes are not whole characters, and then

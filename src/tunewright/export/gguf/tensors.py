@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunewright.core.errors import UserError
+from tunewright.export import FileType as FileType
 from tunewright.gate.results import Precision
 
 _Kind = gguf.GGMLQuantizationType
@@ -102,8 +103,6 @@ def _library() -> Any:
     convert.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]
     return convert
 
-
-FileType = Literal["f16", "q8_0", "q4_k_m", "q5_k_m"]
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA]
 FILE_TYPES = {
