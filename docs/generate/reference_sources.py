@@ -96,7 +96,7 @@ API: dict[str, tuple[Any, ...]] = {
     ),
     "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping, RemoveOptions),
     "project.adapters": (*functions_of(ProjectAdapters), ImportOptions),
-    "project.export": (*functions_of(ProjectExport), HubOptions),
+    "project.export": (*functions_of(ProjectExport), CompressedOptions, GgufOptions, HubOptions, OllamaOptions),
     "project.keys": (TrustedKeys,),
     "project.runs": (TrainingRuns,),
     "project.state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),

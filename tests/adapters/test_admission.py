@@ -118,9 +118,8 @@ def test_system_prompt_of_a_foreign_adapter_is_the_stated_one(stock: Path, ours:
     assert "The system prompt is empty" in refused_import(other, stock, "--base-matches", "--system-prompt", " ")
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_16_bit_weights_are_imported(dtype: Any, other: Path, tmp_path: Path) -> None:
-    weights = {name: weight.astype(dtype) for name, weight in lora_weights().items()}
+def test_16_bit_weights_are_imported(other: Path, tmp_path: Path) -> None:
+    weights = {name: weight.astype(np.float16) for name, weight in lora_weights().items()}
     assert import_adapter(other, write_adapter(tmp_path / "good", weights=weights), "--base-matches").code == 0
 
 
@@ -147,7 +146,7 @@ def test_modules_ranks_and_scales_equal_those_of_peft(changes: dict[str, Any], t
     assert {m: config.rank_and_scale(m) for m in config.modules} == expected
 
 
-@pytest.mark.parametrize("size", [0.5, 0.9, 1.1, 2.0])
+@pytest.mark.parametrize("size", [0.9, 1.1])
 def test_change_limit_is_the_ratio_of_frobenius_norms(
     size: float, other: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.adapters.foreign.weights import read_header
+from tunewright.adapters.foreign.importer import read_header
 from tunewright.core.errors import UserError
 
 NAMES = st.text("abz_.019", min_size=1, max_size=12)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from making.property_examples import examples
 from making.wandering_models import llama
-from tunewright.adapters.lora_weights import load_lora_weights
+from tunewright.adapters.lora_weights import check_adapter, load_lora_weights
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.generation.lora_dispatch import LoraDispatch
@@ -122,23 +122,44 @@ PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "
 
 
 @pytest.mark.parametrize(
-    ("more", "named"),
+    ("more", "key", "by_vllm"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
-        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
-        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens is not a linear layer"),
+        ({"use_dora": True}, "use_dora", "DoRA"),
+        ({"lora_bias": True}, "lora_bias", "biases in addition"),
+        ({"bias": "lora_only"}, "bias", "bias: lora_only"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save", "lm_head"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights", "pissa"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights", "olora"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens", "activated LoRA"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication", "replicated layers"),
+        ({"r": 600}, "r", "600"),
+        ({"rank_pattern": {"q_proj": 513}}, "r", "513"),
+        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices", "trainable_tokens"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens is not a linear layer", "embed_tokens"),
     ],
 )
-def test_load_lora_weights_refuses_other_kinds_by_name(more: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_adapters_beyond_plain_lora_are_neither_stored_for_vllm_nor_loaded(
+    more: dict[str, Any], key: str, by_vllm: str, tmp_path: Path
+) -> None:
     get_peft_model(llama().float(), LoraConfig(**PLAIN | more)).save_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=by_vllm) as refused:
+        check_adapter(tmp_path, servable=True)
+    assert (refused.value.where or "").startswith(f"{tmp_path / CONFIG}, ")
+    check_adapter(tmp_path, servable=False)
+    if key == "r":  # only vLLM has a largest rank
         load_lora_weights(tmp_path, llama().float())
+    else:
+        with pytest.raises(UserError, match=key):
+            load_lora_weights(tmp_path, llama().float())
+
+
+@pytest.mark.parametrize(
+    "more", [{"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"r": 512, "rank_pattern": {"v_proj": 8}}]
+)
+def test_plain_lora_is_stored_and_loaded(more: dict[str, Any], tmp_path: Path) -> None:
+    _save(tmp_path, LoraConfig(**PLAIN | more))
+    check_adapter(tmp_path, servable=True)
+    assert len(load_lora_weights(tmp_path, llama().float())) == 4
 
 
 def test_load_lora_weights_refuses_unknown_keys_with_an_effect(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from making.command_line import tiny_project, tunewright
+from making.command_line import tiny_project, trained_project, tunewright
 from making.tiny_bases import build_base, byte_tokenizer, chat_of
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -136,15 +136,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = build_base(folder / "base", hidden_size=128, intermediate_size=256)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(base)
-    project = tiny_project(folder / "project", base)
-    config = project / "tunewright.yaml"
-    text = config.read_text(encoding="utf-8").replace("dtype: float32", "dtype: bfloat16").replace("0.003", "0.01")
-    text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n") + "chat:\n  tools: hermes\n"
-    config.write_text(text, encoding="utf-8")
-    for arguments in (("data", "add", project / "pairs.jsonl"), ("train",)):
-        ran = tunewright(*arguments, "-p", project)
-        assert ran.code == 0, ran.stderr
-    return project
+    return trained_project(
+        folder / "project",
+        base,
+        ("dtype: float32", "dtype: bfloat16"),
+        ("0.003", "0.01"),
+        ("evaluate:\n", "chat:\n  tools: hermes\nevaluate:\n  max_new_tokens: 3\n"),
+    )
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from export_helpers import logits, peft_logits, read_json
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from making.command_line import tiny_project, tunewright
+from making.command_line import trained_project, tunewright
 from making.counted_bases import counted_bases
 from making.tiny_bases import build_base
 from tunewright.adapters.registry import CONFIG, WEIGHTS
@@ -29,30 +29,27 @@ from tunewright.export.gguf import model as gguf_model
 from tunewright.export.weights import LoraDelta, read_deltas
 
 
-def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantization: str = "none") -> Path:
+def _trained(folder: Path, quantization: str = "none") -> Path:
     """Return a project on a bfloat16 base with effective attention, and an adapter that has an effect."""
-    base = build_base(folder / "base", architecture)
+    base = build_base(folder / "base")
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
             weight.data *= 30
     model.save_pretrained(base)
-    project = tiny_project(folder / "project", base)
-    config = project / "tunewright.yaml"
-    text = config.read_text(encoding="utf-8").replace(
-        "dtype: float32", f"dtype: bfloat16\n  quantization: {quantization}"
+    return trained_project(
+        folder / "project",
+        base,
+        ("dtype: float32", f"dtype: bfloat16\n  quantization: {quantization}"),
+        ("learning_rate: 0.003", "learning_rate: 0.01"),
+        # Random weights find many tokens as good as equally likely: of a long answer, 8 bits would change a token.
+        ("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"),
     )
-    text = text.replace("learning_rate: 0.003", "learning_rate: 0.01")
-    # Random weights find many tokens as good as equally likely: of a long answer, 8 bits would change a token.
-    config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"), encoding="utf-8")
-    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    assert tunewright("train", "-p", project).code == 0
-    return project
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("mistral", marks=pytest.mark.slow)])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _trained(tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _trained(tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture
@@ -230,7 +227,7 @@ def test_export_detects_a_planted_fault_and_keeps_only_the_record(
 
 @pytest.mark.slow
 def test_merge_over_nf4_measures_both_methods_and_takes_the_closer(tmp_path: Path) -> None:
-    project = _trained(tmp_path, "llama", "nf4")
+    project = _trained(tmp_path, "nf4")
     ran = tunewright("export", "merge", "-p", project, "--json")
     ways = {way["way"]: way["kl"] for way in ran.document["ways"]}
     assert ways.keys() == {"original", "dequantized"}
@@ -246,12 +243,9 @@ def test_merge_holds_one_base_at_a_time(
     quantization: str, bases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     """This covers the trained model, both merge methods over NF4, and the merged folder."""
-    project = tiny_project(tmp_path / "project", tiny_base_folder, count=80)
-    config = project / "tunewright.yaml"
-    text = config.read_text().replace("epochs: 2", f"epochs: 1\n  eval_max_samples: 0\n  quantization: {quantization}")
-    config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
-    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    assert tunewright("train", "-p", project).code == 0
+    changes = ("epochs: 2", f"epochs: 1\n  eval_max_samples: 0\n  quantization: {quantization}")
+    short = ("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n")
+    project = trained_project(tmp_path / "project", tiny_base_folder, changes, short, count=80)
     with counted_bases(monkeypatch) as counts:
         tunewright("export", "merge", "-p", project)
     assert counts == [0] * bases

@@ -96,8 +96,14 @@ def test_transformers_reads_the_merged_gguf_as_peft_computes(
         assert float((without - wanted).abs().max()) > 3 * allowed
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3, "down_proj": 20}}])
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("mistral", {}),
+        ("llama", {"use_rslora": True}),
+        ("llama", {"alpha_pattern": {"q_proj": 3, "down_proj": 20}}),
+    ],
+)
 def test_llama_cpp_applies_the_lora_file_as_peft(architecture: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     base = open_base(in_bfloat16(build_base(tmp_path / "base", architecture)))
     adapter = adapted(base.folder, tmp_path / "adapter", **settings)

@@ -17,9 +17,10 @@ from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from making.command_line import tiny_project, tunewright
+from making.command_line import trained_project, tunewright
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
+from tunewright.data.versions import load_version
 from tunewright.open_project import OpenProject
 
 BASE = "org/tiny-base"
@@ -101,14 +102,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    folder = tiny_project(tmp_path_factory.mktemp("hub") / "project", tiny_base_folder)
-    config = folder / "tunewright.yaml"
-    text = config.read_text(encoding="utf-8").replace("0.003", "0.01")
-    config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"), encoding="utf-8")
-    for arguments in (("data", "add", folder / "pairs.jsonl"), ("train",)):
-        ran = tunewright(*arguments, "-p", folder)
-        assert ran.code == 0, ran.stderr
-    return folder
+    short = ("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n")
+    return trained_project(tmp_path_factory.mktemp("hub") / "project", tiny_base_folder, ("0.003", "0.01"), short)
 
 
 def test_adapter_folder_loads_in_peft_and_names_no_local_path(project: Path, tmp_path: Path) -> None:
@@ -124,7 +119,7 @@ def test_adapter_folder_loads_in_peft_and_names_no_local_path(project: Path, tmp
     assert card.data.base_model == BASE
 
     context = OpenProject(ProjectFolder(project), LogReporter())
-    member = _asked(project)[0]
+    member = load_version(context.folder.dataset, None).examples("test")[0].example.prompt
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [m.as_dict() for m in member], add_generation_prompt=True, return_dict=False
     )
@@ -136,12 +131,6 @@ def test_adapter_folder_loads_in_peft_and_names_no_local_path(project: Path, tmp
         with torch.inference_mode():
             found.append(PeftModel.from_pretrained(base, adapter)(input_ids=torch.tensor([ids])).logits)
     assert torch.equal(*found)
-
-
-def _asked(project: Path) -> list[Any]:
-    import tunewright as package
-
-    return [member.example.prompt for member in package.open(project).data.version().examples("test")[:2]]
 
 
 def test_push_commits_the_folder_without_its_record(project: Path, tmp_path: Path, hub: Hub) -> None:

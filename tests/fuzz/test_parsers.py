@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tunewright.adapters.foreign.documents import check_history, check_lineage, check_replay, read_config
-from tunewright.adapters.foreign.weights import read_header
+from tunewright.adapters.foreign.importer import read_header
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import MANIFEST, SIGNATURE
 from tunewright.adapters.signing import verify_signatures

@@ -37,12 +37,18 @@ def ours(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapter, tmp_path / "came" / adapter.name))
 
 
-@pytest.fixture
-def other(tmp_path: Path, tiny_base_folder: Path) -> Path:
-    """Another project on the same base, with the same pairs."""
-    folder = tiny_project(tmp_path / "other", tiny_base_folder)
+@pytest.fixture(scope="session")
+def other_once(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project without adapters, to be copied."""
+    folder = tiny_project(tmp_path_factory.mktemp("other") / "project", tiny_base_folder)
     api.open(folder).data.add([folder / "pairs.jsonl"])
     return folder
+
+
+@pytest.fixture
+def other(other_once: Path, tmp_path: Path) -> Path:
+    """Another project on the same base, with the same pairs."""
+    return Path(shutil.copytree(other_once, tmp_path / "other"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ _Type = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class GgufOptions:
-    """What a GGUF file contains, and its number type."""
+    """The content of a GGUF file, and its number type."""
 
     merged: Annotated[bool, Option("Write base and adapter to one file, not the adapter alone as LoRA.")] = False
     file_type: _Type = "f16"

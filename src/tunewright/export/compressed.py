@@ -25,8 +25,16 @@ from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
 from tunewright.engines.llmcompressor import worker
 from tunewright.export import Scheme
 from tunewright.export.artifact import BuiltArtifact, ExportSource
-from tunewright.export.merge import choose_merge_method, load_folder, observe_folder, save_settings, write_merged
-from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
+from tunewright.export.merge import (
+    ArtifactOutputs,
+    TrainedModel,
+    choose_merge_method,
+    load_folder,
+    measure_trained,
+    observe_folder,
+    save_settings,
+    write_merged,
+)
 from tunewright.export.weights import Weights
 from tunewright.gate.results import Precision
 from tunewright.models.bases import Base

@@ -27,9 +27,8 @@ from tunewright.data.examples import Message
 from tunewright.export.artifact import BuiltArtifact, ExportSource
 from tunewright.export.gguf.model import add_tokenizer, write_lora, write_model
 from tunewright.export.gguf.tensors import PRECISIONS, FileType
-from tunewright.export.merge import choose_merge_method
+from tunewright.export.merge import ArtifactOutputs, TrainedModel, choose_merge_method, measure_trained
 from tunewright.export.templates import TEMPLATE_FILE, equivalent_conversations, exported_template
-from tunewright.export.trained_model import ArtifactOutputs, TrainedModel, measure_trained
 from tunewright.export.weights import Weights, read_deltas, trained_dtype
 from tunewright.gate.answers import TopTokens, cut, ended
 from tunewright.gate.results import Figures
