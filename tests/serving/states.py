@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,3 +48,8 @@ def raw(url: str) -> Iterator[Any]:
             yield lambda statement, **values: connection.execute(text(statement), values)
     finally:
         engine.dispose()
+
+
+def rewrite(execute: Any, table: str, row: Mapping[str, Any], where: str = "1 = 1") -> None:
+    """Give a table's row these values again."""
+    execute(f"UPDATE {table} SET {', '.join(f'{name} = :{name}' for name in row)} WHERE {where}", **row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from served_model import openai_client
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import grammar_compiler
+from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.tools import read_tools
 from tunewright.engines.protocol import Delta, Engine
@@ -53,6 +55,23 @@ class Saying(ScriptedEngine):
             yield Delta((token,), self.finish if place == len(self.ids) else None)
 
 
+class CallingEngine(ScriptedEngine):
+    """Calls a function of the prompt in ``chat``'s form, and answers with its result once it has one."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        super().__init__(context=100_000)
+        self.chat = chat
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        prompt = self.chat.text(request.prompt_ids)
+        assert '"name": "weather"' in prompt, "the functions are declared in each request"
+        results = re.findall(r"<tool_response>\n(.*?)\n</tool_response>", prompt, re.DOTALL)
+        call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
+        ids = self.chat.continuation(f"Result: {results[-1]}" if results else call)
+        for place, token in enumerate(ids, 1):
+            yield Delta((token,), "stop" if place == len(ids) else None)
+
+
 def answer_ids(chat: ChatFormat, turn: Message) -> tuple[int, ...]:
     """Return the ids of a turn as a trained model would write it, without the end token."""
     prompt, ids = chat.prompt(ASKED), chat.encode([*ASKED, turn]).ids
@@ -62,10 +81,12 @@ def answer_ids(chat: ChatFormat, turn: Message) -> tuple[int, ...]:
 
 
 @contextmanager
-def tool_server(engine: Engine, chat: ChatFormat, auth: Auth | None = None) -> Iterator[str]:
+def tool_server(
+    engine: Engine, chat: ChatFormat, auth: Auth | None = None, limits: GatewayConfig = LIMITS
+) -> Iterator[str]:
     """Yield the address of a server with this engine on a base with this format."""
     tokenization = Tokenization(chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), (), chat)
-    with serving(Gateway(engine, auth or AnonymousAuth(MODELS), tokenization, LIMITS).app) as url:
+    with serving(Gateway(engine, auth or AnonymousAuth(MODELS), tokenization, limits).app) as url:
         yield url
 
 

@@ -16,8 +16,8 @@ from engine_kinds import COMPILER
 from recorded_engine import ONE, ORIGIN, THREE, TWO, Recorded, answer, asked, at_address, pooled, run
 from starlette.applications import Starlette
 
+from making.vllm_child import StopAfter
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter
 from tunewright.engines import pool as pools
 from tunewright.engines.pool import LOST, UNAVAILABLE, EnginePool
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError, RequestFailedError, stream
@@ -28,17 +28,6 @@ from tunewright.serving.gateway.server import serving
 
 DIGESTS = (ONE, TWO, THREE)
 LIMITS: Any = {"context_length": 2000, "prefill_tokens": 128, "unsupported": (), "stopped": None}
-
-
-class Recorder(LogReporter):
-    """Keeps the warnings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +114,7 @@ def test_request_moves_to_another_engine_if_its_own_stops_before_the_first_token
         home.stopped = None
         await until(lambda: len(pool.up) == 2)
 
-    reporter = Recorder()
+    reporter = StopAfter()
     with ExitStack() as held:
         urls = [held.enter_context(at_address(engine)) for engine in engines]
         run(ask(held.enter_context(pooled(urls, reporter))))
@@ -166,7 +155,7 @@ def test_abort_ends_the_request_at_its_engine() -> None:
 
 def test_engine_without_an_adapter_is_named_and_gets_no_requests_for_it() -> None:
     engines = [Recorded(), Recorded()]
-    reporter = Recorder()
+    reporter = StopAfter()
 
     async def ask(pool: EnginePool) -> None:
         await load_all(pool)
@@ -337,7 +326,7 @@ def test_engine_that_lacks_what_the_others_support_is_left_out() -> None:
     class Limited(Recorded):
         unsupported = frozenset({"logit_bias"})
 
-    reporter = Recorder()
+    reporter = StopAfter()
     with ExitStack() as held:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]

@@ -335,7 +335,7 @@ FAULT = Request(tuple(range(8, 48)) * 6 + tuple(range(8, 18)), None, CONTEXT)
 """Its prompt is much longer than its neighbours' texts, which end before ``FAULT_AT``."""
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("place", [0, 2, 4])
 def test_row_for_which_the_model_raises_fails_alone(place: int) -> None:
     model, expected = build_model(), _alone(build_model())
 

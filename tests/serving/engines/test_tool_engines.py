@@ -13,16 +13,10 @@ import openai
 import pydantic
 import pytest
 from engine_kinds import STOPS, TOKENIZER, llamacpp_engine, vllm_engine
-from served_model import openai_client
+from tool_server import client_of
 
 from making.tool_families import family
-from tunewright.chat.answers import grammar_compiler
-from tunewright.config import GatewayConfig
-from tunewright.engines.protocol import Engine
-from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
-from tunewright.serving.gateway.preprocess import Tokenization
-from tunewright.serving.gateway.server import serving
 
 ROOM = 2048
 """Context: declared functions alone are 400 tokens, of one byte each."""
@@ -57,19 +51,10 @@ def client(
     chat = family("hermes-chatml")
     assert chat.stop_ids == STOPS
     digest, folder = next(iter(small_adapters.items()))
-    tokenization = Tokenization(chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), (), chat)
     with started as engine:
-        asyncio.run(_load(engine, digest, folder))
-        auth = AnonymousAuth({"base": None, "courts": digest})
-        with (
-            serving(Gateway(engine, auth, tokenization, GatewayConfig()).app) as url,
-            openai_client(url) as client,
-        ):
+        asyncio.run(engine.load(digest, folder))
+        with client_of(engine, chat, AnonymousAuth({"base": None, "courts": digest})) as client:
             yield client
-
-
-async def _load(engine: Engine, digest: str, folder: Path) -> None:
-    await engine.load(digest, folder)
 
 
 def test_agent_loop_calls_a_local_function_and_ends_with_a_formatted_answer(client: openai.OpenAI) -> None:

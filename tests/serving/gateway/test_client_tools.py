@@ -11,49 +11,24 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from client_scripts import PYTHON, ROOT, needs_node, needs_python, node, python, run
-from scripted_engine import ScriptedEngine
-from served_model import MODELS, STOPS, build_model, running_engine
+from served_model import STOPS, build_model, running_engine
+from tool_server import CallingEngine, tool_server
 
 from making.tool_families import family
-from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
-from tunewright.engines.protocol import Delta, Engine
-from tunewright.generation.requests import Request
-from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import AnonymousAuth
-from tunewright.serving.gateway.preprocess import Tokenization
-from tunewright.serving.gateway.server import serving
 
 pytestmark = pytest.mark.slow  # needs what `make test` does not install
 
 CHAT = family("hermes-chatml")
 MODEL, QUESTION = "courts", "How is it in Oslo for two days?"
 ASKED = {"city": "Oslo", "days": 2}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
 LIMITS = GatewayConfig(max_completion_tokens=200)
-
-
-class CallingEngine(ScriptedEngine):
-    """Calls a function of the prompt, and answers with its result once it has one."""
-
-    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
-        prompt = CHAT.text(request.prompt_ids)
-        assert '"name": "weather"' in prompt, "the functions are declared in each request"
-        results = re.findall(r"<tool_response>\n(.*?)\n</tool_response>", prompt, re.DOTALL)
-        ids = CHAT.continuation(f"Result: {results[-1]}" if results else CALL)
-        for place, token in enumerate(ids, 1):
-            yield Delta((token,), "stop" if place == len(ids) else None)
-
-
-def server(engine: Engine) -> Any:
-    tokenization = Tokenization(CHAT.prompt, CHAT.continuation, CHAT.text, grammar_compiler(CHAT), (), CHAT)
-    return serving(Gateway(engine, AnonymousAuth(MODELS), tokenization, LIMITS).app)
 
 
 def terse_model() -> Any:
@@ -73,8 +48,8 @@ def urls() -> Iterator[tuple[str, str]]:
     """The addresses of an engine that obeys schemas, and of one that calls."""
     with (
         running_engine(terse_model()) as embedded,
-        server(embedded) as url,
-        server(CallingEngine(context=100_000)) as calling,
+        tool_server(embedded, CHAT, limits=LIMITS) as url,
+        tool_server(CallingEngine(CHAT), CHAT, limits=LIMITS) as calling,
     ):
         yield f"{url}/v1", f"{calling}/v1"
 

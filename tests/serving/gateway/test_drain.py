@@ -72,31 +72,22 @@ def test_drain_finishes_running_requests_and_refuses_new_ones() -> None:
         assert sum('"content": "a"' in line for line in text) == 100
 
 
-@pytest.mark.slow
-def test_drain_aborts_requests_with_an_error_when_it_times_out() -> None:
+@pytest.mark.parametrize(("seconds", "signals"), [(0.5, [signal.SIGTERM]), (600, [signal.SIGINT, signal.SIGINT])])
+def test_drain_aborts_requests_when_it_times_out_and_on_a_second_signal(
+    seconds: float, signals: list[signal.Signals]
+) -> None:
     with (
-        server(tokens=100_000, drain_seconds=0.5, cut_off=True) as (process, client),
+        server(tokens=100_000, drain_seconds=seconds, cut_off=True) as (process, client),
         client.stream("POST", "/v1/chat/completions", json=ASKED) as answer,
     ):
         lines = answer.iter_lines()
         next(lines)
-        process.send_signal(signal.SIGTERM)
+        first, *more = signals
+        process.send_signal(first)
+        for number in more:
+            while client.get("/ready").status_code == 200:
+                pass
+            process.send_signal(number)
         *_, last = (line for line in lines if line)
         error = json.loads(last.removeprefix("data: "))["error"]
         assert (error["code"], error["message"]) == ("shutting_down", "The server is shutting down.")
-
-
-@pytest.mark.slow
-def test_drain_aborts_at_once_on_a_second_signal() -> None:
-    with (
-        server(tokens=100_000, drain_seconds=600, cut_off=True) as (process, client),
-        client.stream("POST", "/v1/chat/completions", json=ASKED) as answer,
-    ):
-        lines = answer.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGINT)
-        while client.get("/ready").status_code == 200:
-            pass
-        process.send_signal(signal.SIGINT)
-        *_, last = (line for line in lines if line)
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"

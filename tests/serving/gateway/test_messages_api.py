@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,12 +15,11 @@ import pytest
 from scripted_engine import ScriptedEngine, scripted_server
 from served_model import build_model, running_engine
 from tenant_server import Running, until
-from tool_server import ASKED, CALL, WEATHER, Saying, answer_ids, tool_server
+from tool_server import ASKED, CALL, WEATHER, CallingEngine, Saying, answer_ids, tool_server
 
 from making.tool_families import family
 from tunewright.data.examples import Message, ToolCall, call_id
-from tunewright.engines.protocol import Delta, Engine
-from tunewright.generation.requests import Request
+from tunewright.engines.protocol import Engine
 from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest
 from tunewright.serving.tenants import Limits, State
@@ -179,17 +177,6 @@ def test_output_format_of_the_client_gives_a_parsed_answer(client: Any) -> None:
     assert caught.value.status_code == 400
 
 
-class CallingEngine(ScriptedEngine):
-    """Calls a function of the prompt, and answers with its result once it has one."""
-
-    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
-        results = re.findall(r"<tool_response>\n(.*?)\n</tool_response>", CHAT.text(request.prompt_ids), re.DOTALL)
-        call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
-        ids = CHAT.continuation(f"Result: {results[-1]}" if results else call)
-        for place, token in enumerate(ids, 1):
-            yield Delta((token,), "stop" if place == len(ids) else None)
-
-
 def test_tool_runner_calls_a_local_function_and_ends_with_its_result() -> None:
     asked = []
 
@@ -204,7 +191,7 @@ def test_tool_runner_calls_a_local_function_and_ends_with_its_result() -> None:
         asked.append((city, days))
         return "rain"
 
-    with said_by(CallingEngine(context=100_000)) as client:
+    with said_by(CallingEngine(CHAT)) as client:
         how: Any = {"model": "courts", "max_tokens": 200, "tools": [weather], "messages": ASK, "thread": False}
         last = client.beta.messages.tool_runner(**how).until_done()
         streamed = [stream.get_final_message() for stream in client.beta.messages.tool_runner(stream=True, **how)]

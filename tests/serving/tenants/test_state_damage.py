@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from states import Clock, raw, reservation, with_tenant
+from states import Clock, raw, reservation, rewrite, with_tenant
 
 from tunewright.serving.tenants import RequestUsage, State, StateUnavailableError
 
@@ -62,44 +62,45 @@ def _fill(url: str, requests: int) -> None:
         state.quota.reserve(reservation(caller, release), "g")  # unfinished
 
 
-@pytest.mark.parametrize(
-    ("statement", "named"),
-    [
-        ("UPDATE requests SET prompt_tokens = 11 WHERE id = 2", "request 2: its tokens do not add up"),
-        ("UPDATE requests SET completion_tokens = 21 WHERE id = 2", "request 2: its tokens do not add up"),
-        ("UPDATE requests SET tokens = 31 WHERE id = 2", "request 2: its tokens do not add up"),
-        ("UPDATE requests SET prompt_tokens = NULL WHERE id = 2", "request 2: its tokens do not add up"),
-        ("UPDATE requests SET tenant_id = 2 WHERE id = 2", "request 2: its key belongs to another tenant"),
-        ("UPDATE requests SET alias = 'other' WHERE id = 2", "request 2: its release has another alias or adapter"),
-        (
-            "UPDATE requests SET digest = 'b' || substr(digest, 2) WHERE id = 2",
-            "request 2: its release has another alias or adapter",
-        ),
-        ("UPDATE requests SET release_id = 2 WHERE id = 2", "request 2: its release has another alias or adapter"),
-    ],
-)
-def test_verify_names_a_request_with_changed_usage(state_url: str, statement: str, named: str) -> None:
+TOKENS = "its tokens do not add up"
+RELEASE = "its release has another alias or adapter"
+EDITS = {
+    "prompt_tokens = 11": TOKENS,
+    "completion_tokens = 21": TOKENS,
+    "tokens = 31": TOKENS,
+    "prompt_tokens = NULL": TOKENS,
+    "tenant_id = 2": "its key belongs to another tenant",
+    "alias = 'other'": RELEASE,
+    "digest = 'b' || substr(digest, 2)": RELEASE,
+    "release_id = 2": RELEASE,
+}
+
+
+def test_verify_names_a_request_with_changed_usage(state_url: str) -> None:
     _fill(state_url, 3)
     with State(state_url) as state:
         assert state.verify().faults == ()
-        with raw(state_url) as execute:
-            execute(statement)
-        assert state.verify().faults == (named,)
+        for edit, named in EDITS.items():
+            with raw(state_url) as execute:
+                before = dict(execute("SELECT * FROM requests WHERE id = 2").mappings().one())
+                execute(f"UPDATE requests SET {edit} WHERE id = 2")
+            assert state.verify().faults == (f"request 2: {named}",)
+            with raw(state_url) as execute:
+                rewrite(execute, "requests", before, "id = 2")
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "UPDATE usage_days SET prompt_tokens = prompt_tokens + 1",
-        "UPDATE usage_days SET completion_tokens = completion_tokens - 1",
-        "UPDATE usage_days SET requests = requests + 1",
-        "UPDATE usage_days SET tenant_id = 2",
-        "DELETE FROM usage_days",
-        "INSERT INTO usage_days SELECT day + 1, tenant_id, alias, digest, requests, prompt_tokens, completion_tokens, "
-        "first_tokens, first_token_s FROM usage_days",
-    ],
+DAY_EDITS = (
+    "UPDATE usage_days SET prompt_tokens = prompt_tokens + 1",
+    "UPDATE usage_days SET completion_tokens = completion_tokens - 1",
+    "UPDATE usage_days SET requests = requests + 1",
+    "UPDATE usage_days SET tenant_id = 2",
+    "DELETE FROM usage_days",
+    "INSERT INTO usage_days SELECT day + 1, tenant_id, alias, digest, requests, prompt_tokens, completion_tokens, "
+    "first_tokens, first_token_s FROM usage_days",
 )
-def test_verify_names_a_day_whose_totals_differ_from_the_log(state_url: str, statement: str) -> None:
+
+
+def test_verify_names_a_day_whose_totals_differ_from_the_log(state_url: str) -> None:
     clock = Clock()
     _fill(state_url, 3)
     with State(state_url, "ann", clock=clock) as state:
@@ -109,13 +110,19 @@ def test_verify_names_a_day_whose_totals_differ_from_the_log(state_url: str, sta
         number = state.usage.lines()[0].id
         state.quota.settle(number, USED)
         assert state.usage_rollup.roll_up(day).requests == 1  # the same day again
-        assert state.verify().faults == ()
         with raw(state_url) as execute:
-            execute(statement)
-        faults = state.verify().faults
-        assert faults and all(
-            "usage of 2027-01-1" in fault and "differs from the audit log" in fault for fault in faults
-        )
+            before = dict(execute("SELECT * FROM usage_days").mappings().one())
+        for edit in DAY_EDITS:
+            assert state.verify().faults == ()
+            with raw(state_url) as execute:
+                execute(edit)
+            faults = state.verify().faults
+            assert faults and all(
+                "usage of 2027-01-1" in fault and "differs from the audit log" in fault for fault in faults
+            )
+            with raw(state_url) as execute:
+                execute("DELETE FROM usage_days")
+                execute(f"INSERT INTO usage_days VALUES ({', '.join(f':{name}' for name in before)})", **before)
 
 
 def test_verify_names_broken_pages(tmp_path: Path) -> None:
