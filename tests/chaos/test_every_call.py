@@ -1,8 +1,8 @@
 """Every call that changes a file fails once, and after it each command leaves the old state or the new one.
 
 Calls at the same place are alike: a random one of each place fails; before a release the last one too, and each one
-if TUNEWRIGHT_CHAOS_EVERY is set. In CI the calls that fill one temporary file are one place: without it the command is
-where it was.
+if TUNEWRIGHT_CHAOS_EVERY is set. In CI the calls that fill one temporary file, or one file of a temporary folder, are
+one place: without it the command is where it was.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ pytest_plugins = ["chaos_fixtures"]
 EVERY = "TUNEWRIGHT_CHAOS_EVERY"
 LONG = ("train", "export-gguf", "remove")
 """Commands whose calls other commands make too, or that take seconds each time: they are for a release."""
-TEMPORARY = re.compile(r"(?:open|write|fsync) (.*/\.[^/]*\.\*)")
-"""A call that fills a temporary file, by its place."""
 KINDS = {
     "fsync": Kind.SYNC,
     "fdatasync": Kind.SYNC,
@@ -50,14 +48,19 @@ def place(call: str) -> str:
     return f"{name} {re.sub(r'[0-9]+', '#', re.sub(r'[0-9a-f]{2,}(?=[./-]|$)', '#', path))}"
 
 
+def temporary(place: str) -> str:
+    """Return the file that a call fills, of one that has a temporary name or is in a temporary folder."""
+    path = place.split(" ", 1)[1]
+    return re.sub(r"/\.([^/]*)\.\*$", r"/\1", path) if re.search(r"/\.[^/]*\.\*(/|$)", path) else place
+
+
 def chosen(calls: list[str], draw: random.Random, *, last: bool, release: bool) -> list[int]:
     """Return the numbers of the calls that fail, from 1, in their order: one at each place, or the last of several."""
     if os.environ.get(EVERY):
         return list(range(1, len(calls) + 1))
     places: dict[str, list[int]] = {}
     for number, call in enumerate(calls, start=1):
-        at = place(call) if release else TEMPORARY.sub(r"\1", place(call))
-        places.setdefault(at, []).append(number)
+        places.setdefault(place(call) if release else temporary(place(call)), []).append(number)
     if last:
         return sorted(numbers[-1] for numbers in places.values() if len(numbers) > 1)
     return sorted(draw.choice(numbers) for numbers in places.values())

@@ -153,8 +153,15 @@ def promote(project: OpenProject, alias: str, options: ReleaseTestOptions = Rele
         before, candidate = state.releases.promotable(alias)
         chosen = adapter_of(project, candidate.adapter, candidate.digest)
         _require_servable_together(project, chosen, alias, state)
-        if before.grounds.evaluation is not None:
-            _require_evaluation(project, before.grounds.evaluation)
+        if (evaluation := before.grounds.evaluation) is not None:
+            AccessLog(project.folder.evaluations).require_all()
+            folder = project.folder.evaluations / evaluation
+            if not (folder / EVIDENCE_FILE).exists():
+                raise UserError(
+                    f"The evidence of evaluation {evaluation}, on which the candidate was released, is missing",
+                    where=str(folder),
+                    fix="Restore its folder, or deploy the adapter again.",
+                )
         if options.engine is None and before.grounds.isolation is not None:
             options = replace(options, engine=cast("EngineName", before.grounds.isolation.engine))
         gate = ReleaseGate(project, state, alias, chosen, options.engine)
@@ -280,18 +287,6 @@ def _grammar(project: OpenProject, adapter: Adapter, evidence: Evidence | None, 
     return grammar.rule
 
 
-def _require_evaluation(project: OpenProject, evaluation: str) -> None:
-    """Refuse to promote on an evaluation that was changed or removed since the candidate was released."""
-    AccessLog(project.folder.evaluations).require_all()
-    folder = project.folder.evaluations / evaluation
-    if not (folder / EVIDENCE_FILE).exists():
-        raise UserError(
-            f"The evidence of evaluation {evaluation}, on which the candidate was released, is missing",
-            where=str(folder),
-            fix="Restore its folder, or deploy the adapter again.",
-        )
-
-
 def _require_servable_together(project: OpenProject, adapter: Adapter, alias: str, state: State) -> None:
     """Refuse an adapter that no server here could load together with the other releases."""
     require_servable(project, adapter)
@@ -336,7 +331,15 @@ class ReleaseGate:
         """
         releases, alias, adapter, warn = self._state.releases, self._alias, self._adapter, self._project.reporter.warn
         if options.untested is not None:
-            self._require_not_failed()
+            for runner in self._tests:
+                failed = releases.refused(runner.subject)
+                if failed is not None and failed.verdict == "not isolated":
+                    raise UserError(
+                        f"The same adapters failed the isolation test on {failed.tested[:16].replace('T', ' ')}: "
+                        + "; ".join(failed.reasons),
+                        where="--untested",
+                        fix="Omit --untested to test them again.",
+                    )
             warn(f"{alias} goes live without the isolation test and the serving check.")
             return None, None, True
         test, passes = self.require_isolation()
@@ -408,18 +411,6 @@ class ReleaseGate:
         check = runner.run()
         say(f"Serving check: {check.summary}, {duration(check.seconds)}")
         return check
-
-    def _require_not_failed(self) -> None:
-        """Refuse to skip the test if this set has failed it."""
-        for test in self._tests:
-            failed = self._state.releases.refused(test.subject)
-            if failed is not None and failed.verdict == "not isolated":
-                raise UserError(
-                    f"The same adapters failed the isolation test on {failed.tested[:16].replace('T', ' ')}: "
-                    + "; ".join(failed.reasons),
-                    where="--untested",
-                    fix="Omit --untested to test them again.",
-                )
 
     def _live(self) -> tuple[list[Adapter], list[Adapter]]:
         """Return the alias's current and candidate adapters that exist here, and those of the other aliases."""

@@ -74,15 +74,13 @@ class Part(BaseModel):
         if not isinstance(data, dict):
             return data
         declared = {field.alias or name for name, field in cls.model_fields.items()}
-        return {field: value for field, value in data.items() if field in declared or not cls._neutral(field, value)}
 
-    @classmethod
-    def _neutral(cls, field: str, value: Any) -> bool:
-        # False == 0 in Python, but as `logprobs` they differ.
-        return value is None or any(
-            value == known and isinstance(value, bool) is isinstance(known, bool)
-            for known in cls.neutral.get(field, _EMPTY)
-        )
+        def is_neutral(field: str, value: Any) -> bool:
+            known = ((one, isinstance(one, bool)) for one in cls.neutral.get(field, _EMPTY))
+            # False == 0 in Python, but as `logprobs` they differ.
+            return value is None or (value, isinstance(value, bool)) in known
+
+        return {field: value for field, value in data.items() if field in declared or not is_neutral(field, value)}
 
 
 def one_as_list(make: Callable[[str], Any] = str) -> BeforeValidator:

@@ -187,7 +187,13 @@ class GenerationRequest:
         if not isinstance(event, Delta):
             self._end("failed", self._named(event))
             return
-        self._count(event)
+        assert self._slot is not None
+        self._slot.record_tokens(len(event.ids))
+        if event.ids:
+            self._last_token_at = time.monotonic()
+            if self.first_token_at is None:
+                self.first_token_at = self._last_token_at
+                self._watch()
         text = ""
         for place, token in enumerate(event.ids):
             self.tokens += 1
@@ -267,15 +273,6 @@ class GenerationRequest:
             total_s=now - self.arrived,
             outcome=self.outcome,
         )
-
-    def _count(self, delta: Delta) -> None:
-        assert self._slot is not None
-        self._slot.record_tokens(len(delta.ids))
-        if delta.ids:
-            self._last_token_at = time.monotonic()
-            if self.first_token_at is None:
-                self.first_token_at = self._last_token_at
-                self._watch()
 
     def _end(self, outcome: Outcome, event: TextChunk | Failure) -> None:
         self.outcome = outcome
