@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from tool_rows import FORMATS, OSLO
 
@@ -135,30 +135,6 @@ def test_json_objects_and_arrays_survive_any_values(
     _check_bytes(folder, "d.json", text.encode(), data)
 
 
-_EXPRESSIONS = ["*", "*[]", "values(@)", "@", "[]", "[*]", "a", "a.b", "a[0]", "*.*[]", "keys(@)", "[?x]", "*[].{q: a}"]
-_EXPRESSIONS += ["sort_by(@, &a)", "`[{}]`", "max(@)", "length(@)", "[@, @]", "@ | [0]", "nothing(@)", "a ||", "*[]."]
-_documents = st.one_of(
-    st.dictionaries(
-        _keys, st.one_of(_json, st.lists(st.dictionaries(_keys, _json, max_size=4), max_size=4)), max_size=4
-    ),
-    _json,
-)
-
-
-@given(
-    content=st.one_of(_documents.map(lambda v: _dumped(v)), _documents.map(lambda v: _dumped(v)[:-1]), _pieces()),
-    expression=st.one_of(st.sampled_from(_EXPRESSIONS), st.text(min_size=1, max_size=8)),
-    data=RECIPES,
-    foreign=st.one_of(st.none(), st.integers(0, 50)),
-)
-def test_document_rows_survive_any_document(
-    folder: Path, content: bytes, expression: str, data: DataConfig, foreign: int | None
-) -> None:
-    if foreign is not None:
-        content = content[:foreign] + "é".encode() * 2 + b"\xed" + content[foreign:]
-    _check_bytes(folder, "e.json", content, data.model_copy(update={"rows": expression}))
-
-
 @given(
     _pieces(b"q,a\n", b"PAR1", b"q\ta\n"),
     st.sampled_from(["g.json", "g.jsonl", "g.csv", "g.tsv", "g.txt", "g.parquet", "g"]),
@@ -238,22 +214,3 @@ def test_saved_dataset_survives_a_wrong_description(
     if gone and draw.draw(st.booleans()):
         del files[draw.draw(st.sampled_from(_FILES))]
     _check(_write(folder / "changed", files), data)
-
-
-_BITS = ["{{ ", " }}", "{% ", " %}", "x", "row", "above", "q", "a", ".b", "[0]", '["x"]', " | "]
-_BITS += ["tojson", "join", "list", "map(attribute='y')", "select", "default('d')", "if ", "endif"]
-_BITS += ["for p in ", "endfor", "set v = ", " ~ ", " + ", "(", ")", "'t'", "1", "length", "first"]
-_BITS += ["sum", "is defined", "not ", "\n", "{# c #}", "include 'x'", "random", "upper", "int"]
-_BITS += ["dictsort", "items", "**x", "loop.index", "format", "__class__", "range(9)"]
-_BITS += ["namespace(v=1)"]
-_templates = st.one_of(
-    st.lists(st.sampled_from(_BITS), min_size=1, max_size=12).map("".join),
-    st.lists(st.sampled_from(_BITS[4:]), min_size=1, max_size=6).map(lambda bits: "{{ " + "".join(bits) + " }}"),
-)
-
-
-@given(_templates, st.lists(st.dictionaries(_keys, _json, max_size=4), min_size=1, max_size=3))
-@example("{{ q | upper }}", [{"q": None}])
-def test_templates_survive_any_rows(folder: Path, template: str, rows: list[Any]) -> None:
-    data = DataConfig(input="x {{ q }}", output=template)
-    _check_bytes(folder, "i.jsonl", b"\n".join(map(_dumped, rows)), data)

@@ -68,48 +68,46 @@ def test_system_turn_of_the_config_is_added_when_missing(tmp_path: Path) -> None
     assert [row.example.messages[0].content for row in reading.rows] == ["the config's", "mine"]
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        (b"not json", "not JSON: Expecting value at character 1"),
-        (b'{"prompt": "a"', "not JSON"),
-        (b'["a", "b"]', "a row is an object"),
-        (b"{}", 'missing key "completion", "prompt"'),
-        (b'{"question": "a", "answer": "b"}', 'unknown key "question", "answer"'),
-        (b'{"prompt": "a", "completion": "b", "completion": "c"}', 'duplicate key "completion"'),
-        (b'{"prompt": "a", "completion": ""}', "an empty answer"),
-        (b'{"prompt": "a", "completion": " \\n"}', "an empty answer"),
-        (b'{"prompt": "", "completion": "b"}', "an empty user turn"),
-        (b'{"prompt": "a", "completion": null}', "completion is null, not text"),
-        (b'{"prompt": "a", "completion": NaN}', "NaN is not JSON"),
-        (b'{"prompt": [{"role": "user"}], "completion": "b"}', "prompt is a list of parts that are not all text"),
-        (b'{"prompt": "a\xff\xc3\xa9", "completion": "b"}', "not UTF-8: invalid start byte at byte 14"),
-        (b'{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"messages": []}', "messages must be a list of turns"),
-        (b'{"messages": ["hi"]}', "messages[0] must be an object"),
-        (b'{"messages": [{"role": "user"}]}', 'messages[0] has no "content"'),
-        (b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "messages[0] has a weight"),
-        (_weighted(2), "messages[1].weight is 2 (expected 1, trained, or 0"),
-        (_weighted(True), "messages[1].weight is true"),
-        (_weighted(0), "the last turn has the weight 0"),
-        (b'{"messages": [{"role": "tools", "content": "a"}]}', 'messages[0].role is "tools"'),
-        (b'{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role is"),
-        (_turns(("user", "a")), "the last turn must be the assistant's"),
-        (_turns(("system", "a")), "the last turn must be the assistant's"),
-        (_turns(("assistant", "a")), "the first turn must be the user's"),
-        (_turns(("user", "a"), ("user", "b"), ("assistant", "c")), "two user turns in a row"),
-        (_turns(("user", "a"), ("system", "b"), ("assistant", "c")), "a system turn must be the first turn"),
-        (b"[" * 100_000, "nested too deep"),
-        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "unreadable JSON"),
-        (b'{"prompt": "' + b"x" * 100_000 + b'", "completion": "b"}', "100,001 characters (limit 32,000"),
-    ],
-)
-def test_faulty_row_is_reported_and_the_others_are_read(tmp_path: Path, row: bytes, words: str) -> None:
-    reading = _read(tmp_path, PAIR + b"\n" + row + b"\r\n" + PAIR)
-    assert [r.line for r in reading.rows] == [1, 4]
-    [(line, reason)] = _faults(reading)
-    assert line == 3
-    assert words in reason
+FAULTY = [
+    (b"not json", "E102"),
+    (b'{"prompt": "a"', "E102"),
+    (b'["a", "b"]', "E103"),
+    (b"{}", "E202"),
+    (b'{"question": "a", "answer": "b"}', "E201"),
+    (b'{"prompt": "a", "completion": "b", "completion": "c"}', "E104"),
+    (b'{"prompt": "a", "completion": ""}', "E401"),
+    (b'{"prompt": "a", "completion": " \\n"}', "E401"),
+    (b'{"prompt": "", "completion": "b"}', "E401"),
+    (b'{"prompt": "a", "completion": null}', "E305"),
+    (b'{"prompt": "a", "completion": NaN}', "E105"),
+    (b'{"prompt": [{"role": "user"}], "completion": "b"}', "E306"),
+    (b'{"prompt": "a\xff\xc3\xa9", "completion": "b"}', "E101"),
+    (b'{"prompt": "a", "completion": "\\ud800"}', "E402"),
+    (b'{"messages": []}', "E206"),
+    (b'{"messages": ["hi"]}', "E301"),
+    (b'{"messages": [{"role": "user"}]}', "E302"),
+    (b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "E307"),
+    (_weighted(2), "E307"),
+    (_weighted(True), "E307"),
+    (_weighted(0), "E308"),
+    (b'{"messages": [{"role": "tools", "content": "a"}]}', "E304"),
+    (b'{"messages": [{"role": ["user"], "content": "a"}]}', "E304"),
+    (_turns(("user", "a")), "E407"),
+    (_turns(("system", "a")), "E407"),
+    (_turns(("assistant", "a")), "E405"),
+    (_turns(("user", "a"), ("user", "b"), ("assistant", "c")), "E406"),
+    (_turns(("user", "a"), ("system", "b"), ("assistant", "c")), "E404"),
+    (b"[" * 100_000, "E106"),
+    (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "E102"),
+    (b'{"prompt": "' + b"x" * 100_000 + b'", "completion": "b"}', "E403"),
+]
+
+
+def test_faulty_rows_are_reported_by_line_and_code_and_the_others_are_read(tmp_path: Path) -> None:
+    reading = _read(tmp_path, b"".join(PAIR + row + b"\r\n\n" for row, _ in FAULTY))
+    assert [fault.line for fault in reading.faults] == [3 * n + 2 for n in range(len(FAULTY))]
+    assert [fault.code for fault in reading.faults] == [code for _, code in FAULTY]
+    assert [row.line for row in reading.rows] == [3 * n + 1 for n in range(len(FAULTY))]
 
 
 def test_line_separators_inside_text_do_not_break_rows(tmp_path: Path) -> None:
