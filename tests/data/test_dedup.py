@@ -67,32 +67,20 @@ def _brute(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], floa
     return out
 
 
-@given(texts_like_each_other, st.sampled_from([0.05, 0.2, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]))
-def test_near_pairs_match_brute_force(texts: list[str], threshold: float) -> None:
-    assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
-
-
 Way = tuple[str, int]
 WAYS: list[Way] = [(kind, pairs) for kind in ("_by_rare_shingles", "_by_parts") for pairs in (1, 1 << 14)]
 
 
 @contextmanager
-def _many_texts(way: Way) -> Iterator[None]:
+def _many_texts(way: Way | None) -> Iterator[None]:
     """Join few texts like many: by one kind of signatures, in blocks from a number of pairs of one signature."""
+    if way is None:
+        yield
+        return
     kind, pairs = way
     signed = patch.object(partition.SizeClass, "_signed", getattr(partition.SizeClass, kind))
     with signed, patch.multiple(partition, _FEW=0, _GAIN=0, _MANY=pairs):
         yield
-
-
-@given(
-    st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8)),
-    st.sampled_from([0.2, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
-    st.sampled_from(WAYS),
-)
-def test_signature_candidates_match_brute_force(texts: list[str], threshold: float, way: Way) -> None:
-    with _many_texts(way):
-        assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
 
 
 _NAMES = ("Ann Lee", "Ann Li", "Bob Marlow", "Bartholomew Featherstone", "Zoë", "Éva Nagy")
@@ -112,15 +100,16 @@ templated_texts = st.lists(
 )
 
 
-@given(templated_texts, st.sampled_from([0.6, 0.75, 0.8, 0.9]), st.sampled_from(WAYS))
-def test_near_pairs_of_templated_texts_are_exact(texts: list[str], threshold: float, way: Way) -> None:
+@given(
+    st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8), templated_texts),
+    st.sampled_from([0.05, 0.2, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]),
+    st.sampled_from([None, *WAYS]),
+)
+def test_near_pairs_and_links_match_brute_force(texts: list[str], threshold: float, way: Way | None) -> None:
     expected = _brute(texts, threshold)
-    assert _found(texts, threshold) == pytest.approx(expected)
-    labels = _components(len(texts), expected)
-    assert similarity.link(texts, threshold, LogTask()).tolist() == labels
     with _many_texts(way):
         assert _found(texts, threshold) == pytest.approx(expected)
-        assert similarity.link(texts, threshold, LogTask()).tolist() == labels
+        assert similarity.link(texts, threshold, LogTask()).tolist() == _components(len(texts), expected)
 
 
 def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -180,7 +169,7 @@ def test_near_pairs_are_complete_for_long_texts_and_many_blocks(threshold: float
     """Templates with slots and edited copies of long texts, as in real families."""
     draw = random.Random(0)
     texts = []
-    for number in range(350):
+    for number in range(200):
         base = " ".join(text for text, _ in unlike_pairs(draw.choice([1, 1, 1, 12]), seed=number))
         texts.append(base)
         for _ in range(draw.randrange(3)):
@@ -188,8 +177,8 @@ def test_near_pairs_are_complete_for_long_texts_and_many_blocks(threshold: float
             texts.append(base[:at] + "edited" * draw.randrange(1, 4) + base[at + draw.randrange(9) :])
     draw.shuffle(texts)
     expected = _brute(texts, threshold)
-    assert len(texts) > 600
-    assert len(expected) > 100
+    assert len(texts) > 350
+    assert len(expected) > 50
     assert _found(texts, threshold) == expected
     for way in WAYS:
         with _many_texts(way):
@@ -198,11 +187,11 @@ def test_near_pairs_are_complete_for_long_texts_and_many_blocks(threshold: float
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not next to this checkout")
-@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8])
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
 def test_near_pairs_are_complete_for_real_questions(threshold: float) -> None:
     with BANKING77.open(newline="", encoding="utf-8") as file:
         rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
-    texts = comparison_texts(rows[:2500])
+    texts = comparison_texts(rows[::8])
     expected = _brute(texts, threshold)
     assert _found(texts, threshold) == expected
     for way in WAYS:
@@ -215,9 +204,9 @@ def test_near_pairs_are_complete_for_real_questions(threshold: float) -> None:
 def test_find_duplicates_and_clusters_do_not_depend_on_block_size() -> None:
     with BANKING77.open(newline="", encoding="utf-8") as file:
         rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
-    rows = list({row.pair_key: row for row in rows}.values())[:3000]
+    rows = list({row.pair_key: row for row in rows}.values())[:1500]
     dropped, clusters = find_duplicates(rows, 0, 0.75, Listener()), find_clusters(rows, 0.75, Listener())
-    assert len(dropped) > 20
+    assert len(dropped) > 10
     for way in WAYS:
         with _many_texts(way):
             assert find_clusters(rows, 0.75, Listener()) == clusters
