@@ -76,26 +76,16 @@ def test_measure_leakage_matches_brute_force() -> None:
     assert nearest_training(version, Listener()) == of_test
 
 
-def test_measure_leakage_estimates_random_leakage_of_paired_copies() -> None:
-    """Every row has one copy, so a test row leaks where its copy is in training: with the share of training rows."""
+@pytest.mark.parametrize(("groups", "copies", "training"), [(400, 2, 0.8), (100, 4, 0.1)])
+def test_random_leakage_is_the_chance_that_a_copy_is_in_training(groups: int, copies: int, training: float) -> None:
+    """A random split misses all copies of a test row with (1 - share of training rows) for each of them."""
     rows: list[tuple[Example, Split]] = []
-    for i, (text, _) in enumerate(unlike_pairs(500)):
-        split: Split = "test" if i < 50 else "dev" if i < 100 else "train"
-        rows += [(example(text, "a"), split), (example(f"{text}.", "b"), split)]
-    report = measure_leakage(_version(rows), 0, Listener())
-    assert [at.here for at in report.leaks] == [0, 0, 0]
-    for at in report.leaks:
-        assert at.random == pytest.approx(0.8, abs=0.05)
-
-
-def test_measure_leakage_counts_all_copies_where_few_rows_are_in_training() -> None:
-    """Every row has three copies: a random split with a tenth in training misses all of them with 0.9^3."""
-    rows: list[tuple[Example, Split]] = []
-    for i, (text, _) in enumerate(unlike_pairs(100)):
-        split: Split = "train" if i < 10 else "test"
-        rows += [(example(text + "." * copy, "a"), split) for copy in range(4)]
+    for i, (text, _) in enumerate(unlike_pairs(groups)):
+        split: Split = "train" if i < training * groups else "test"
+        rows += [(example(text + "." * copy, str(copy)), split) for copy in range(copies)]
     for at in measure_leakage(_version(rows), 0, Listener()).leaks:
-        assert at.random == pytest.approx(1 - 0.9**3, abs=0.01)
+        assert at.here == 0
+        assert at.random == pytest.approx(1 - (1 - training) ** (copies - 1), abs=0.01)
 
 
 def test_histogram_counts_every_measured_row() -> None:
@@ -302,18 +292,18 @@ def _codes(count: int, codes: int) -> Pairs:
 
 def test_add_advises_no_split_by_template_when_masking_merges_no_outputs(tmp_path: Path) -> None:
     listener = Listener()
-    found = _add(new_project(tmp_path / "p"), _codes(1500, 300), listener).outputs
-    assert (found.outputs, found.templates, found.natural) == (300, 300, None)
+    found = _add(new_project(tmp_path / "p"), _codes(620, 155), listener).outputs
+    assert (found.outputs, found.templates, found.natural) == (155, 155, None)
     assert found.share("template") > 0.9
     assert not any("output_template" in w for w in listener.warned)
     assert new_templates(load_version(tmp_path / "p" / "dataset").members) is None
 
 
 def test_add_keeps_the_split_by_input_when_answers_of_new_templates_cannot_be_composed(tmp_path: Path) -> None:
-    rows = [(text, f"{output}, in force since {1990 + n // 300}") for n, (text, output) in enumerate(_codes(1500, 300))]
+    rows = [(text, f"{output}, in force since {1990 + n // 150}") for n, (text, output) in enumerate(_codes(750, 150))]
     listener = Listener()
     found = _add(new_project(tmp_path / "p"), rows, listener).outputs
-    assert (found.outputs, found.templates, found.ceiling) == (1500, 300, 0.0)
+    assert (found.outputs, found.templates, found.ceiling) == (750, 150, 0.0)
     (warning,) = (w for w in listener.warned if "output template" in w)
     assert "Keep data.split_by: input" in warning
     assert "at most 0% consist" in warning

@@ -88,6 +88,7 @@ def test_system_turn_and_several_turns_are_kept(tmp_path: Path) -> None:
     assert [row.metadata["rejected"] for row in reading.rows] == ["seven", "seven", "five"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before", [[USER], [SYSTEM, USER], [SYSTEM, USER, GOOD, {"role": "user", "content": "And two?"}]]
 )

@@ -85,7 +85,8 @@ def test_headings_divide_a_document(tmp_path: Path, kind: str) -> None:
         docx(path)
     else:
         path.write_text(PAGE if kind == "html" else MARKDOWN, encoding="utf-8")
-    fees, hours = read_document(path, 2000).passages
+    sections = parse_document(path.read_bytes(), path)
+    fees, hours = (section for section in sections if section.text)
     assert (fees.at, hours.at.partition(" &")[0].rstrip('"')) == ('heading "Fees"', 'heading "Hours')
     assert FEES in fees.text
     assert HOURS in hours.text
@@ -111,16 +112,29 @@ def test_long_sections_are_cut_between_paragraphs_and_keep_every_word(tmp_path: 
         ("a.pdf", b"%PDF-1.7 broken", "PDF is damaged"),
         ("a.docx", b"PK\x03\x04 broken", "DOCX is damaged"),
         ("a.docx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "encrypted, or in the format of Word 97"),
-        ("a.md", b" \n", "document is empty"),
         ("a.txt", b"\xff\xfe\x00", "Not UTF-8"),
+    ],
+)
+def test_unreadable_document_is_one_error(name: str, data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_document(data, Path(name))
+    assert caught.value.where == name
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.docx", b"PK\x03\x04 broken", "DOCX is damaged"),  # as the child process reports it
+        ("a.md", b" \n", "document is empty"),
         ("a.html", b"<html><script>x</script></html>", "has no text"),
         ("a.odt", b"x", "Unsupported document format"),
     ],
 )
-def test_unreadable_documents_are_one_error(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_document_without_passages_is_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_document(tmp_path / name, 2000)
+    assert caught.value.where == str(tmp_path / name)
 
 
 def test_scanned_and_encrypted_pdfs_are_named(tmp_path: Path) -> None:
@@ -194,7 +208,7 @@ def test_stated_columns_of_a_table_cost_nothing(tmp_path: Path, span: str) -> No
 def test_docx_that_expands_too_far_is_refused(tmp_path: Path) -> None:
     path = _docx_of(tmp_path / "a.docx", f"<w:p>{' ' * (80 << 20)}</w:p>")
     with pytest.raises(UserError, match=r"contains 8\d,\d{3},\d{3} bytes .limit .*: 67,108,864") as caught:
-        read_document(path, 2000)
+        parse_document(path.read_bytes(), path)
     assert caught.value.where == str(path)
 
 

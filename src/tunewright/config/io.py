@@ -249,37 +249,40 @@ def write_section(path: Path, wanted: TrainConfig | DataConfig) -> dict[str, Any
     """
     raw = path.read_bytes()
     mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
-    before = parse_config(text, path)
+    before = current = parse_config(text, path)
     section = "train" if isinstance(wanted, TrainConfig) else "data"
     written: dict[str, Any] = {}
     # The preset is the first key of its section, and sets the values that the file leaves out.
     for key in type(wanted).model_fields:
         value = getattr(wanted, key)
-        if getattr(getattr(parse_config(text, path), section), key) != value:
-            edited = _with_value(text, section, key, _yaml(value))
-            if edited is None or not _is(edited, path, before, section, key, value):
-                differing = {k: v for k, v in wanted if getattr(getattr(before, section), k) != v}
-                listed = ", ".join(f"{k}: {_yaml(v)}" for k, v in differing.items())
-                raise UserError(
-                    f"{section}.{key} is written in a way that cannot be changed in place; nothing was changed",
-                    where=str(path),
-                    fix=f"Edit it yourself: {listed}",
-                )
-            text, written[key] = edited, value
-    assert parse_config(text, path) == before.model_copy(update={section: wanted})
+        if getattr(getattr(current, section), key) == value:
+            continue
+        edited = _edited(text, path, before, section, key, value)
+        if edited is None:
+            listed = ", ".join(f"{k}: {_yaml(v)}" for k, v in wanted if getattr(getattr(before, section), k) != v)
+            raise UserError(
+                f"{section}.{key} is written in a way that cannot be changed in place; nothing was changed",
+                where=str(path),
+                fix=f"Edit it yourself: {listed}",
+            )
+        (text, current), written[key] = edited, value
+    assert current == before.model_copy(update={section: wanted})
     if written:
         write_text(path.resolve(), mark + text)
     return written
 
 
-def _is(text: str, path: Path, before: Config, section: str, key: str, value: Any) -> bool:
-    """Return whether an edited text is a config with this value and all other sections unchanged."""
+def _edited(text: str, path: Path, before: Config, section: str, key: str, value: Any) -> tuple[str, Config] | None:
+    """Return the text with this value, and its config, if all other sections are unchanged in it."""
+    edited = _with_value(text, section, key, _yaml(value))
+    if edited is None:
+        return None
     try:
-        config = parse_config(text, path)
+        config = parse_config(edited, path)
     except UserError:
-        return False
+        return None
     others = config.model_copy(update={section: getattr(before, section)})
-    return others == before and getattr(getattr(config, section), key) == value
+    return (edited, config) if others == before and getattr(getattr(config, section), key) == value else None
 
 
 def _with_value(text: str, within: str, key: str, spelt: str) -> str | None:
