@@ -123,7 +123,7 @@ def filled(*shapes: str) -> Make:
     """One of the shapes, with {d4} for four digits (no leading 0), {h4} for some of an alphabet, {x|y} for x or y."""
 
     def fill(match: re.Match[str], rng: Random) -> str:
-        inner = match[1]
+        inner: str = match[1]
         if "|" in inner:
             return rng.choice(inner.split("|"))
         return digits(rng, int(inner[1:])) if inner[0] == "d" else pick(rng, ALPHABETS[inner[0]], int(inner[1:]))
