@@ -176,7 +176,7 @@ def moments(fault: str, calls: int, tries: int) -> Iterator[int]:
 def test_killed_server_loses_no_record_of_an_answer(
     stages: Stages, reference: dict[str, tuple[str, str]], calls: int
 ) -> None:
-    for number in moments("kill", calls, 3):
+    for number in moments("kill", calls, 3 if stages.release else 2):
         stages.prepare("tenants")
         answers = Answers()
         running = Served(stages, stages.fault(kinds=31, action=Action.KILL, when=number))
@@ -233,7 +233,7 @@ def test_limits_count_what_a_killed_server_recorded(stages: Stages, calls: int) 
 def test_stopped_server_continues_with_exact_usage(
     stages: Stages, reference: dict[str, tuple[str, str]], calls: int
 ) -> None:
-    for number in moments("stop", calls, 2):
+    for number in moments("stop", calls, 2 if stages.release else 1):
         stages.prepare("tenants")
         answers = Answers()
         how = stages.fault(kinds=31, action=Action.STOP, when=number)
@@ -265,7 +265,7 @@ def test_usage_is_exact_after_the_disk_refused_writes_for_a_while(
     fault: str, number: int, kinds: int, stages: Stages, reference: dict[str, tuple[str, str]], calls: int
 ) -> None:
     draw = random.Random(f"{seed()} {fault}")
-    for when in moments(fault, calls, 2):
+    for when in moments(fault, calls, 2 if stages.release else 1):
         stages.prepare("tenants")
         answers = Answers()
         how = stages.fault(kinds=kinds, action=Action.FAIL, when=when, number=number, lasting=draw.randrange(8))

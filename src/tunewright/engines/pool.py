@@ -144,6 +144,8 @@ class EnginePool:
                 async with aclosing(engine.stream(request, tenant)) as deltas:
                     async for delta in deltas:
                         begun = True
+                        if delta.finish:
+                            self._requests.discard(own)
                         yield delta
                 return
             except EngineStoppedError:
@@ -184,9 +186,9 @@ class EnginePool:
         self._stopped = "The server is shutting down."
         with self._lock:
             requests = list(self._requests)
-        for loop, task, sink in requests:
+        for request in requests:
             with suppress(RuntimeError):  # its loop is closed, and nobody waits for the answer
-                loop.call_soon_threadsafe(self._end, task, sink)
+                request[0].call_soon_threadsafe(self._end, request)
         if self._thread.is_alive():
             with suppress(TimeoutError):  # an engine frees the adapters of a lost gateway by itself, only later
                 self._run(self._leave()).result(LEAVE_S)
@@ -194,8 +196,9 @@ class EnginePool:
             self._thread.join()
             self._loop.close()
 
-    def _end(self, task: asyncio.Task[Any], sink: TokenSink) -> None:
-        if not task.done():
+    def _end(self, request: _Running) -> None:
+        _, task, sink = request
+        if request in self._requests and not task.cancelling():  # or it has ended, or was aborted, meanwhile
             task.cancel()
             sink.deliver(EngineStoppedError(self._stopped or LOST))
 

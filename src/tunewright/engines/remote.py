@@ -68,13 +68,9 @@ class EngineFacts:
 
     Args:
         instance: changes when its process is started again.
-        engine: its kind, as in ``serve --engine``.
         base: the digest of the base's files.
-        quantization: the precision of the base's weights.
-        precision: the precision of its arithmetic.
+        precision: of its arithmetic; ``quantization`` is that of the base's weights.
         versions: of the packages that affect its numbers.
-        device: its GPU or kind of processor.
-        stopped: reason why it answers no requests now.
     """
 
     protocol: int

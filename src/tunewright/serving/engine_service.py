@@ -76,6 +76,7 @@ class EngineService:
 
 
 LEASE_S = 60.0
+"""A gateway asks for the facts every 5 seconds, so this is far more than a gap between two."""
 UNLOAD_S = 10.0
 """The longest time that the engine may take to notice that an aborted request no longer needs its adapter."""
 _UNLOAD_PAUSE_S = 0.05

@@ -93,7 +93,6 @@ class Playground:
         """Yield an answer's text as it is computed, then the whole. Closing the generator ends the computation.
 
         Args:
-            question: the user's turn.
             model: `BASE`, `PROMPTING`, or an adapter's name.
             version: the dataset version with the demonstrations and the shared system turn, if there is one.
             limit: longest answer in tokens (None: as in an evaluation).

@@ -50,10 +50,7 @@ class EngineUnderTest:
     """An engine in the server's configuration.
 
     Args:
-        project: the project, with its base and chat format.
         config: the project's, with the only address of an engine.
-        quantization: the precision of the base's weights.
-        kind: the kind of engine.
         remote: what the engine at the config's only address says of itself; None: one is started here.
     """
 

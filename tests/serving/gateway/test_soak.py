@@ -36,7 +36,7 @@ def held() -> dict[str, int]:
     return {**own, "descriptors": psutil.Process().num_fds(), "threads": len(threads)}
 
 
-ROUNDS = 4
+ROUNDS = 3
 
 
 def assert_held_again(before: dict[str, int]) -> None:
@@ -64,14 +64,14 @@ class Rounds:
         self._number = 0
 
     def run(self) -> None:
-        """Send 60 requests, most of them at once, while an alias is released twice and a tenant comes and goes."""
+        """Send 40 requests, most of them at once, while an alias is released twice and a tenant comes and goes."""
         self._number += 1
         name = f"passing-{self._number}"
         self._state.tenants.add(name, ["recipes"], Limits(requests_per_minute=5))
         keys = [*self._keys.values(), self._state.keys.create(name)[0]]
         with ThreadPoolExecutor(8) as threads:
             for turn in range(2):
-                futures = [threads.submit(self._ask, keys, 30 * turn + number) for number in range(30)]
+                futures = [threads.submit(self._ask, keys, 20 * turn + number) for number in range(20)]
                 deploy(self._state, "courts", next(self._adapters))
                 assert {future.result() for future in futures} <= {200, 401, 404, 429, None}
                 self._until_released()

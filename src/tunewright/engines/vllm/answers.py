@@ -90,8 +90,7 @@ class VllmAnswers:
 
         Args:
             requests: requests without constraints; an adapter is named by its digest.
-            stop_ids: tokens that end an answer; they are not part of it.
-            decode: converts tokens to text; needed if requests have stop strings.
+            decode: needed if requests have stop strings.
             adapters: the folder of the requests' adapter, by digest; at most one.
             at_once: maximum number of concurrent requests to vLLM; None: enough to keep it full.
             tenant: cached prefixes are reused under the same name only.

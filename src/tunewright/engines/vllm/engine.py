@@ -56,17 +56,12 @@ class VllmSettings:
     """Settings of vLLM.
 
     Args:
-        python: the interpreter of its environment.
         cpu: whether it is the build without a GPU.
-        base: the base's folder.
-        dtype: "bfloat16" or "float32".
         room: the number of adapters that can be loaded at once, at least 1.
         max_rank: the highest LoRA rank of any adapter that will be loaded.
-        max_num_seqs: the number of rows that decode at once.
         kv_cache_bytes: the size of the key/value cache, which also limits the context; None: vLLM decides.
         gpu_share: the share of the GPU's memory that it may take; None: vLLM's 0.9.
         vision: whether the base can read images. This is turned off, so that its vision tower takes no memory.
-        variables: further environment variables, such as the number of threads.
     """
 
     python: Path

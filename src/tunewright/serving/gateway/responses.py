@@ -104,12 +104,7 @@ class ChatCompletionResponse(_OpenAIResponse):
         choices = [
             {
                 "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": answer.text or None if answer.calls else answer.text,
-                    "refusal": None,
-                    **({"tool_calls": [_call(call) for call in answer.calls]} if answer.calls else {}),
-                },
+                "message": _message(answer),
                 "logprobs": _chat_logprobs(answer.scored),
                 "finish_reason": _finish_reason(answer),
             }
@@ -143,6 +138,13 @@ class ChatCompletionResponse(_OpenAIResponse):
     ) -> Document:
         choice = {"index": index, "delta": delta, "logprobs": _chat_logprobs(scored), "finish_reason": finish}
         return self._document([choice], chunk=True)
+
+
+def _message(answer: GenerationRequest) -> Document:
+    message: Document = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.calls:
+        message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
+    return message
 
 
 def _call(call: Call) -> Document:

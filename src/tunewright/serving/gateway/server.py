@@ -190,8 +190,6 @@ class Service:
     """A base and adapters, loaded and ready to serve.
 
     Args:
-        config: sets engine, precision, addresses, ports and batch.
-        quantization: the precision of the base's weights.
         served: adapters by model name, for every client; or the tenants with their releases, whose adapters are loaded
             when the server starts.
     """

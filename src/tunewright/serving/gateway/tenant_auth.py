@@ -50,6 +50,7 @@ from tunewright.serving.tenants.releases import Answer
 POLL_SECONDS = 0.5
 """The time between two looks for new releases."""
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
+# Three beats may be lost before the others take this server for dead.
 _HEARTBEAT_SECONDS = LOST_SECONDS / 4
 _NO_KEY = f"{'0' * 10}_{'0' * 43}"
 _UNKNOWN_KEY = f"tw_{_NO_KEY}{token_checksum(_NO_KEY)}"
@@ -340,13 +341,7 @@ class TenantPrincipal:
         return target(candidate.answer if canary else release.answer)
 
     async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
-        """Reserve the most that the request can use. Call it right after :meth:`target`.
-
-        Args:
-            target: the adapter that answers.
-            tokens: the most that the prompts and answers can have together.
-            end_user: the client's label for its user.
-        """
+        """Reserve the most ``tokens`` that the request can use. Call it right after :meth:`target`."""
         assert target.digest is not None and target.release_id is not None
         caller, digest = self.caller, target.digest
         reservation = Reservation(
