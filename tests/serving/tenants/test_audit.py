@@ -220,7 +220,7 @@ EDITS = {
 }
 
 
-def test_verify_names_tenants_and_keys_that_differ_from_the_log(state_url: str, state: State) -> None:
+def test_verify_names_a_tenant_or_key_that_differs_from_the_log(state_url: str, state: State) -> None:
     fill(state)
     with raw(state_url) as execute:
         kept = {name: execute(f"SELECT * FROM {name}").mappings().all() for name in ("tenants", "api_keys")}
