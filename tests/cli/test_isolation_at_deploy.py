@@ -90,11 +90,10 @@ def test_deploy_tests_a_release_with_all_live_adapters_and_stores_the_result(pro
     ("bug", "options"),
     [
         (LastSlot, ()),
-        pytest.param(StaleCache, (), marks=pytest.mark.slow),
-        pytest.param(LastSlot, ("--canary", "10%"), marks=pytest.mark.slow),
-        pytest.param(StaleCache, ("--shadow",), marks=pytest.mark.slow),
+        (LastSlot, ("--canary", "10%")),
+        (StaleCache, ("--shadow",)),
     ],
-    ids=["last slot", "stale cache", "last slot, canary", "stale cache, shadow"],
+    ids=["last slot", "last slot, canary", "stale cache, shadow"],
 )
 def test_deploy_releases_nothing_on_an_engine_that_mixes_adapters(
     project: Path, monkeypatch: pytest.MonkeyPatch, bug: type[PeftEngine], options: tuple[str, ...]

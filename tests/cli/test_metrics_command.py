@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from making.command_line import tiny_project, tunewright
-from tunewright.evidence.blocks import evaluation_sections
-from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import holm
-from tunewright.render.terminal import rendered
 
 pytestmark = pytest.mark.slow
 
@@ -43,15 +39,6 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     ran = tunewright("run", "-p", folder, "--json")
     assert ran.code in {0, 3, 4}, ran.stderr
     return folder
-
-
-def _drawn(evidence: dict[str, Any]) -> str:
-    """The tables on a terminal that is wide enough."""
-    console = Console(width=250)
-    with console.capture() as drawn:
-        for part in rendered(*evaluation_sections(Evidence.model_validate(evidence))):
-            console.print(part)
-    return drawn.get()
 
 
 def _evaluated(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -97,21 +84,6 @@ def test_custom_metric_selects_the_checkpoint(project: Path) -> None:
     scores = [epoch["dev_metric"] for epoch in ran.document["epochs"]]
     kept = next(e for e in ran.document["epochs"] if e["step"] == ran.document["kept_step"])
     assert kept["dev_metric"] == max(scores)
-
-
-def test_verdict_and_report_name_the_custom_metric(project: Path) -> None:
-    evidence, _ = _evaluated(project)
-    verdict = tunewright("verdict", "-p", project, "--json").document
-    assert "tuned shared_letters " in verdict["reasons"][0]
-    assert any("Left out, not scored in both arms" in reason for reason in verdict["reasons"])
-    shown = tunewright("evaluate", "-p", project).stdout
-    for word in ("12 held-out test items", "tuned − ", "retrieved-1", "Evidence:"):
-        assert word in shown
-    table = _drawn(evidence)
-    for words in ("shared_letters, of 100", "accuracy, %", "corpus chrF", "unscored", "adjusted p", "better"):
-        assert words in table
-    page = Path(tunewright("report", "-p", project, "--json").document["report"]).read_text()
-    assert "could not be scored in both arms and are left out" in page
 
 
 def test_evaluate_refuses_a_metric_that_fails_or_scores_nothing(project: Path, tmp_path: Path) -> None:

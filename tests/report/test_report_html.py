@@ -81,20 +81,6 @@ def test_report_begins_with_the_verdict_and_its_reasons() -> None:
     assert places == sorted(places)
 
 
-def test_report_shows_the_figures_of_the_evidence() -> None:
-    for arm in EVIDENCE.arms:
-        exact, bleu = arm.score("exact_match"), arm.score("bleu")
-        assert f"{round(exact.value * 60)} of 60" in _read().text
-        assert f"{100 * bleu.interval.low:.1f} to {100 * bleu.interval.high:.1f}" in _read().text
-    for value in (
-        "1,782 training examples",
-        "tok:13a|smooth:exp",
-        EVIDENCE.lineage["adapter"]["digest"],
-        "packages.peft",
-    ):
-        assert value in _read().text
-
-
 def test_report_shows_a_long_list_of_the_lineage_by_its_digest() -> None:
     keys = [digest(str(number)) for number in range(300)]
     page = render_report(EVIDENCE.model_copy(update={"lineage": {"preferences": {"rows": keys}}}), ITEMS, [])
