@@ -80,6 +80,12 @@ def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
     return "\n".join(shown)
 
 
+def first_of(names: Iterable[object], most: int = 8) -> str:
+    """Return at most so many names, and the number left out: ``a, b and 3 more``."""
+    every = list(map(str, names))
+    return ", ".join(every[:most]) + (f" and {len(every) - most:,} more" if len(every) > most else "")
+
+
 def excerpts(texts: Sequence[str]) -> list[str]:
     """Return a quoted excerpt of at most 60 characters of each text, chosen so that different texts look different.
 

@@ -16,6 +16,7 @@ from jmespath.exceptions import JMESPathError
 
 from tunewright.core.errors import UserError
 from tunewright.core.strict_json import ConstantError, DuplicateKeyError, repeated_key, strict_decoder
+from tunewright.core.text import first_of
 from tunewright.data.readers.encodings import escaped, invalid_byte_positions
 from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found, search_jmespath
 from tunewright.data.readers.row_errors import CODES, JsonPath, RowError
@@ -235,7 +236,6 @@ class _Cursor:
 _WHERE = "data.rows (--rows)"
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]|NaN|-?Infinity', re.DOTALL)
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MOST_KEYS = 8
 
 
 @dataclass
@@ -361,19 +361,12 @@ def _select(document: _Document, expression: str) -> list[Any]:
 
 def _shape(value: Any) -> str:
     if isinstance(value, dict):
-        return f"The document's keys: {list_keys(value)}."
+        return f"The document's keys: {first_of(value)}."
     items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
     if not items:
         return "The document has no objects, and rows are objects."
-    there = list_keys(dict.fromkeys(key for item in items for key in item))
+    there = first_of(dict.fromkeys(key for item in items for key in item))
     return f"The document is an array of objects with the keys {there}. If they are the rows, leave data.rows out."
-
-
-def list_keys(keys: Iterable[str]) -> str:
-    """Return at most eight keys as text."""
-    names = list(keys)
-    more = f" and {len(names) - _MOST_KEYS:,} more" if len(names) > _MOST_KEYS else ""
-    return f"{', '.join(names[:_MOST_KEYS])}{more}"
 
 
 def _rows_in_place(

@@ -14,14 +14,13 @@ from jmespath.exceptions import JMESPathError
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
+from tunewright.core.text import first_of
 from tunewright.data.readers.row_errors import JsonPath, RowError
 from tunewright.data.readers.sandbox import parse_template, render
 
 PARENT = "parent"
 Parent = Mapping[str, Any]
 """The nearest object above a row, with the next one above it under the key ``parent``."""
-
-_MOST_KEYS = 8
 
 
 def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.ParsedResult:
@@ -85,8 +84,9 @@ def require_groups_found(groups: Iterable[str], parents: Iterable[Parent | None]
                 break
         else:
             keys = list(dict.fromkeys(key for parent in different[:1] if parent for key in parent if key != PARENT))
-            named = ", ".join(keys[:_MOST_KEYS]) + (f" and {len(keys) - _MOST_KEYS} more" * (len(keys) > _MOST_KEYS))
-            fix = f"Keys of the object above a row: {named}." if keys else "There are no objects above the rows."
+            fix = (
+                f"Keys of the object above a row: {first_of(keys)}." if keys else "There are no objects above the rows."
+            )
             raise UserError(f"{group!r} selects nothing above any row of {path}", where="data.group_by", fix=fix)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tunewright.config import DataConfig
+from tunewright.core.text import first_of
 from tunewright.data.readers.mapping import Parent, pair_mapping
 from tunewright.data.readers.row_errors import JsonPath, RowError, place
 from tunewright.data.readers.turns import (
@@ -158,8 +159,7 @@ def nearest_known_key(key: str, known: Iterable[str]) -> str | None:
 
 
 def _quote(keys: Sequence[str]) -> str:
-    text = ", ".join(f'"{key}"' for key in keys[:_MOST_KEYS])
-    return f"{text} and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else text
+    return first_of((f'"{key}"' for key in keys), _MOST_KEYS)
 
 
 def _is_preference(row: Mapping[str, Any], data: DataConfig) -> bool:

@@ -13,7 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import writing
 from tunewright.core.progress import Reporter
 from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
-from tunewright.core.text import count_of
+from tunewright.core.text import count_of, first_of
 
 SAVED = ("state.json", "dataset_dict.json")
 """A folder with one of these was written by ``Dataset.save_to_disk``."""
@@ -91,8 +91,7 @@ def is_saved(path: Path) -> bool:
 
 
 def _relative_names(files: list[Path], folder: Path) -> str:
-    more = f" and {len(files) - _MOST_NAMED:,} more" if len(files) > _MOST_NAMED else ""
-    return ", ".join(path.relative_to(folder).as_posix() for path in files[:_MOST_NAMED]) + more
+    return first_of((path.relative_to(folder).as_posix() for path in files), _MOST_NAMED)
 
 
 # A Path of it has one slash after the colon. A revision with a slash is one of the hub's own.
@@ -207,8 +206,7 @@ def _matching(hub: HubName, commit: str) -> list[str]:
     pattern = re.compile(glob_translate(hub.inside))
     files = sorted(file for file in there if file == hub.inside or pattern.match(file))
     if not files:
-        some = ", ".join(there[:8]) + (f" and {len(there) - 8:,} more" if len(there) > 8 else "")
-        raise UserError("The dataset has no such file", where=str(hub), fix=f"Its files: {some}.")
+        raise UserError("The dataset has no such file", where=str(hub), fix=f"Its files: {first_of(there)}.")
     return files
 
 

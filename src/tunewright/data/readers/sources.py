@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
+from tunewright.core.text import first_of
 from tunewright.data.readers.encodings import (
     COMPRESSIONS,
     Encoding,
@@ -28,7 +29,6 @@ from tunewright.data.readers.json_rows import (
     json_array,
     json_lines,
     json_objects,
-    list_keys,
     number_if_ambiguous,
     parse_json_row,
     rows_hint,
@@ -199,7 +199,7 @@ def _no_container(rows: Iterator[RawRow], path: Path, data: DataConfig, *, array
             f"{what}, but seem{'' if array else 's'} to contain the rows ({fault})",
             where=f"{path}:{first[0].line}",
             fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/how-to/file-formats.md). "
-            f"Keys: {list_keys(row)}.",
+            f"Keys: {first_of(row)}.",
         )
     yield from first
     yield from rows
@@ -243,5 +243,5 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
     raise UserError(
         f"No file is a CSV or another table, and no row has both the keys {data.input} and {data.output}",
         where=where,
-        fix=f"Keys of the first rows: {list_keys(there)}." if there else None,
+        fix=f"Keys of the first rows: {first_of(there)}." if there else None,
     )

@@ -29,6 +29,7 @@ from openpyxl.worksheet._reader import (  # type: ignore[import-untyped]
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
+from tunewright.core.text import first_of
 from tunewright.data.readers.encodings import expansion_limit
 from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import RowError
@@ -309,7 +310,7 @@ class _Table:
             (f"cells of {_MOST_TEXT:,} characters, where Excel cuts text", self._full),
         ):
             if found:
-                yield f"{self.where}: {what}: {_list_places(found)}"
+                yield f"{self.where}: {what}: {first_of(found, _MOST_NAMED)}"
 
     def refuse_merged(self, merged: Sequence[str]) -> None:
         """Refuse merged cells of the table below its header, because only the first of them has a value."""
@@ -323,15 +324,10 @@ class _Table:
         if found:
             found.sort()
             raise UserError(
-                f"Merged cells: {_list_places([ref for _, ref in found])}",
+                f"Merged cells: {first_of((ref for _, ref in found), _MOST_NAMED)}",
                 where=f"{self.where}:{found[0][0]}",
                 fix="Unmerge them, and fill in each cell: only the first has a value.",
             )
-
-
-def _list_places(places: Sequence[str]) -> str:
-    more = f" and {len(places) - _MOST_NAMED:,} more" if len(places) > _MOST_NAMED else ""
-    return ", ".join(places[:_MOST_NAMED]) + more
 
 
 def _place(cell: dict[str, Any]) -> str:
