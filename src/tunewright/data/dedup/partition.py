@@ -163,43 +163,33 @@ class SizeClass:
 
         Pairs with equal labels, which may change between the pairs, may be left out.
         """
-        steps = _Steps(task, int(np.count_nonzero(self._large)))
-        for first, second in self._meetings(labels, steps):
+        for first, second in self._meetings(labels):
             yield self._texts[first], self._texts[second]
-        steps.end()
+        task.advance(int(np.count_nonzero(self._large)))
 
-    def _meetings(self, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
+    def _meetings(self, labels: Indices | None) -> Iterator[Pairs]:
         """Yield the pairs of ``candidates`` as positions in the class."""
         signed, larger = self._by_signature, np.flatnonzero(self._large)
         if signed is not None and labels is not None:
             signed = signed.apart(labels[self._texts])
-        every = len(self._texts) * len(larger)
-        if signed is None or _GAIN * signed.work() > every:
-            steps.work = max(every, 1)
-            yield from self._compare(larger, None, labels, steps)
-            yield from self._compare(larger, np.flatnonzero(~self._large), labels, steps)
+        if signed is None or _GAIN * signed.work() > len(self._texts) * len(larger):
+            yield from self._compare(larger, None, labels)
+            yield from self._compare(larger, np.flatnonzero(~self._large), labels)
             return
-        steps.work = signed.work()
         many = signed.pairs >= _MANY
-        yield from self._looked_up(signed.where(~many), labels, steps)
+        yield from self._looked_up(signed.where(~many), labels)
         for number in np.flatnonzero(many).tolist():
-            yield from self._compare(signed.larger.of(number), signed.smaller.of(number), labels, steps)
+            yield from self._compare(signed.larger.of(number), signed.smaller.of(number), labels)
 
-    def _compare(
-        self, rows: Indices, columns: Indices | None, labels: Indices | None, steps: _Steps
-    ) -> Iterator[Pairs]:
+    def _compare(self, rows: Indices, columns: Indices | None, labels: Indices | None) -> Iterator[Pairs]:
         def wanted(first: Indices, second: Indices) -> Mask:
             assert labels is not None
             mask: Mask = labels[self._texts[first]] != labels[self._texts[second]]
             return mask
 
-        for first, second, compared in self._sketches.candidate_pairs(
-            rows, columns, None if labels is None else wanted
-        ):
-            yield first, second
-            steps.done(compared)
+        return self._sketches.candidate_pairs(rows, columns, None if labels is None else wanted)
 
-    def _looked_up(self, signed: _Signed, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
+    def _looked_up(self, signed: _Signed, labels: Indices | None) -> Iterator[Pairs]:
         """Yield the likely pairs of texts that share a signature."""
         looking = signed.larger.sizes
         number = np.repeat(np.arange(len(looking)), looking)
@@ -211,7 +201,6 @@ class SizeClass:
             entries = np.repeat(np.arange(at, to), found[at:to])
             others = np.arange(pairs[at], pairs[to]) - pairs[entries] + signed.smaller.begins[number[entries]]
             yield self._likely(signed.larger.texts[entries], signed.smaller.texts[others], labels)
-            steps.done(_DEAR * int(pairs[to] - pairs[at]))
             at = to
 
     def _likely(self, first: Indices, second: Indices, labels: Indices | None) -> Pairs:
@@ -322,26 +311,3 @@ def size_ranges(sizes: Indices) -> Iterator[tuple[int, int]]:
         if np.any((sizes >= low) & (sizes <= high)):
             yield low, high
         low = high + 1
-
-
-class _Steps:
-    """Work as steps of a task that has a fixed number of them."""
-
-    def __init__(self, task: Task, total: int) -> None:
-        self._task, self._total, self._advanced, self._worked = task, total, 0, 0
-        self.work = 0
-        """The total amount of work."""
-
-    def done(self, work: int) -> None:
-        """Count work as done."""
-        self._worked = min(self._worked + work, self.work)
-        self._to(self._total * self._worked // max(self.work, 1))
-
-    def end(self) -> None:
-        """Count all work as done."""
-        self._to(self._total)
-
-    def _to(self, step: int) -> None:
-        if step > self._advanced:
-            self._task.advance(step - self._advanced, f"{self._total:,} of like length")
-            self._advanced = step

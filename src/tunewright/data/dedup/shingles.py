@@ -313,10 +313,10 @@ class Sketches:
 
     def candidate_pairs(
         self, rows: Indices, columns: Indices | None = None, wanted: Wanted | None = None
-    ) -> Iterator[tuple[Indices, Indices, int]]:
+    ) -> Iterator[tuple[Indices, Indices]]:
         """Yield the wanted pairs of a row and another set among the columns that may be near-equal.
 
-        Without columns: all pairs of rows, each once. Each item has some pairs, and how many were compared for them.
+        Without columns: all pairs of rows, each once.
         """
         if not len(rows):
             return
@@ -345,7 +345,7 @@ class Sketches:
                 first, second = some[place], others[other]
                 near = first != second if wanted is None else wanted(first, second)
                 near[near] = self.likely(first[near], second[near])
-                yield first[near], second[near], len(some) * (end - start)
+                yield first[near], second[near]
 
 
 def mixed(values: Words) -> Words:

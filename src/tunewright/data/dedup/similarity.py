@@ -353,7 +353,7 @@ def near(
     rows: Any, sketches: Sketches, threshold: float, some: Indices, others: Indices | None, wanted: Wanted | None = None
 ) -> Pairs:
     """Return the wanted pairs of some rows with others, or with each other, at or above the threshold."""
-    pairs = [(first, second) for first, second, _ in sketches.candidate_pairs(some, others, wanted)]
+    pairs = list(sketches.candidate_pairs(some, others, wanted))
     if not pairs:
         return Pairs.joined([])
     first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
