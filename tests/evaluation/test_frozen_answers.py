@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +11,14 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 import tunewright as package
 from making.command_line import tiny_project, tunewright, write_jsonl
+from making.forked import kill_when
 from making.hosted_model import StandIn, first_word, stand_in, with_incumbents
 from tunewright.api import Project
 from tunewright.config import IncumbentConfig
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
 from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, read_frozen
-from tunewright.evaluation.incumbents import require_ready
+from tunewright.evaluation.incumbents import incumbent_models, require_ready
 from tunewright.model_io import client
 
 PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a call
@@ -252,21 +249,14 @@ def test_killed_run_resumes_without_paying_twice(project: Project) -> None:
         server.slow_s = 0.05
         incumbent = {"name": "hosted", "base_url": server.url, "model": "stand-in", "concurrency": 2}
         with_incumbents(root, incumbent)
-        script = (
-            "import sys, tunewright;"
-            "from tunewright.evaluation.incumbents import incumbent_models;"
-            "p = tunewright.open(sys.argv[1]);"
-            "[m.answers(p.data.version().examples('test'), 'test') for m in incumbent_models(p.folder, p.reporter)]"
-        )
-        command = [sys.executable, "-c", script, str(root)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while len(server.bodies) < 5 and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert subprocess.run(command, check=True, stderr=subprocess.DEVNULL).returncode == 0
+
+        def answer() -> None:
+            again = package.open(root)
+            for model in incumbent_models(again.folder, again.reporter):
+                model.answers(again.data.version().examples("test"), "test")
+
+        kill_when(lambda: len(server.bodies) >= 5, answer)
+        answer()
         assert len(server.prompts) - len(set(server.prompts)) <= 2
         require_ready(package.open(root).folder, project.data.version(), ["test"], project.reporter)
     (file,) = project.folder.incumbents.iterdir()

@@ -124,7 +124,7 @@ def test_unreadable_replies_are_counted_as_such_and_veto_the_judge(tmp_path: Pat
     assert {json.loads(row)["unscored"] for row in rows} == {"no verdict in the reply"}
 
 
-def test_honest_judge_matches_a_plain_count(tmp_path: Path) -> None:
+def test_honest_judge_matches_a_plain_count_and_writes_a_row_for_every_item(tmp_path: Path) -> None:
     items = make_items()
     found = findings(tmp_path, honest, items)
     right = {
@@ -146,10 +146,6 @@ def test_honest_judge_matches_a_plain_count(tmp_path: Path) -> None:
     assert found.contrast.p_value == pytest.approx(evidence.contrasts[0].p_value)
     assert pair.p_value == pytest.approx(evidence.contrasts[0].p_value)
 
-
-def test_judge_writes_a_row_for_every_item(tmp_path: Path) -> None:
-    items = make_items()
-    findings(tmp_path, honest, items)
     rows = load_judged(tmp_path / "project" / "evaluations" / "0123456789ab")
     assert [row.key for row in rows] == [item.key for item in items]
     for row, item in zip(rows, items, strict=True):
@@ -196,7 +192,7 @@ def test_length_bias_disappears_at_equal_length(tmp_path: Path) -> None:
         longer, shorter = "x" * (20 + number % 40), "y" * 19
         return (longer, shorter) if number % 4 else (shorter, longer)
 
-    (pair,) = findings(tmp_path, longer_if_unsure, neither_right(120, answers)).preferences
+    (pair,) = findings(tmp_path, longer_if_unsure, neither_right(60, answers)).preferences
     assert pair.rate.value == 0.75
     assert pair.rate.interval.low > 0.6
     controlled = pair.length_controlled

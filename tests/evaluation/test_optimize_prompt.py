@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,11 @@ from starlette.responses import JSONResponse
 import tunewright
 from making.command_line import tunewright as command
 from making.command_line import write_jsonl
+from making.forked import kill_when
 from making.scripted_reflection import ONE, OWN, TWO, Reflection, counting_base, counting_project, reflecting, rows
 from tunewright.api import Project
 from tunewright.core.errors import UserError
+from tunewright.evidence.prompt_optimization import OptimizedPrompt
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +33,37 @@ def opened(folder: Path, base: Path, server: Reflection | None, **optimization: 
     return project
 
 
-def test_gepa_finds_the_better_instruction_and_dev_chooses_it(tmp_path: Path, base: Path) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server)
-        result = project.optimize_prompt()
-        prompt = result.prompt
-        assert [each.instruction for each in prompt.candidates[:2]] == [OWN, TWO]
-        assert prompt.instruction == ONE
-        assert prompt.best.dev == prompt.best.validation == 1.0
-        assert prompt.candidates[prompt.best.parents[0]].instruction == TWO
-        assert (prompt.place, prompt.own, prompt.optimizer) == ("system", OWN, "gepa 0.1.4")
-        assert prompt.feedback_rows + prompt.validation_rows == len(project.data.version().examples("train"))
-        assert prompt.reflection.calls == len(server.prompts) == prompt.proposals
-        assert prompt.reflection.prompt_tokens == 1000 * len(server.prompts)
+@dataclass
+class Optimized:
+    """A project whose prompt is optimized, and what its reflection model was sent, which is gone."""
 
-        asked = len(server.prompts)
-        again = tunewright.open(project.folder.root).optimize_prompt()
-        assert (again.optimized, len(server.prompts)) == (False, asked)
-        assert again.prompt.model_dump(mode="json") == prompt.model_dump(mode="json")
+    folder: Path
+    prompt: OptimizedPrompt
+    sent: list[str]
+
+    def copy(self, to: Path) -> Project:
+        return tunewright.open(shutil.copytree(self.folder, to))
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Optimized:
+    with reflecting() as server:
+        project = opened(tmp_path_factory.mktemp("optimized") / "project", base, server)
+        return Optimized(project.folder.root, project.optimize_prompt().prompt, server.prompts)
+
+
+def test_gepa_finds_the_better_instruction_and_dev_chooses_it(optimized: Optimized) -> None:
+    prompt, project = optimized.prompt, tunewright.open(optimized.folder)
+    assert [each.instruction for each in prompt.candidates[:2]] == [OWN, TWO]
+    assert prompt.instruction == ONE
+    assert prompt.best.dev == prompt.best.validation == 1.0
+    assert prompt.candidates[prompt.best.parents[0]].instruction == TWO
+    assert (prompt.place, prompt.own, prompt.optimizer) == ("system", OWN, "gepa 0.1.4")
+    assert prompt.feedback_rows + prompt.validation_rows == len(project.data.version().examples("train"))
+    assert prompt.reflection.calls == len(optimized.sent) == prompt.proposals
+    assert prompt.reflection.prompt_tokens == 1000 * len(optimized.sent)
+    again = project.optimize_prompt()
+    assert (again.optimized, again.prompt.model_dump(mode="json")) == (False, prompt.model_dump(mode="json"))
 
 
 def test_repeated_instruction_is_measured_on_dev_once(tmp_path: Path, base: Path) -> None:
@@ -62,22 +73,17 @@ def test_repeated_instruction_is_measured_on_dev_once(tmp_path: Path, base: Path
     assert [each.instruction for each in prompt.candidates if each.dev is not None] == [OWN, TWO]
 
 
-def test_only_training_rows_are_sent_to_the_reflection_model(tmp_path: Path, base: Path) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server)
-        prompt = project.optimize_prompt().prompt
-        version, sent = project.data.version(), "\n".join(server.prompts)
-        seen = Counter(m.split for m in version.members if m.example.input_text in sent)
-        assert set(seen) == {"train"}
-        assert seen["train"] <= prompt.feedback_rows
-        assert "The correct answer is: y" in sent
+def test_only_training_rows_are_sent_to_the_reflection_model(optimized: Optimized) -> None:
+    version, sent = tunewright.open(optimized.folder).data.version(), "\n".join(optimized.sent)
+    seen = Counter(m.split for m in version.members if m.example.input_text in sent)
+    assert set(seen) == {"train"}
+    assert seen["train"] <= optimized.prompt.feedback_rows
+    assert "The correct answer is: y" in sent
 
 
-def test_optimized_instruction_is_measured_as_further_arms(tmp_path: Path, base: Path) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server)
-        prompt = project.optimize_prompt().prompt
-    advice = project.prompting().advice
+def test_optimized_instruction_is_measured_as_further_arms(optimized: Optimized, tmp_path: Path) -> None:
+    prompt = optimized.prompt
+    advice = optimized.copy(tmp_path / "project").prompting().advice
     arms = {arm.name: arm for arm in advice.arms}
     assert {"zero-shot", "zero-shot-optimized", "retrieved-1", "retrieved-1-optimized"} == set(arms)
     assert advice.best == "zero-shot-optimized"
@@ -87,10 +93,8 @@ def test_optimized_instruction_is_measured_as_further_arms(tmp_path: Path, base:
 
 
 @pytest.mark.slow
-def test_adapter_is_measured_with_the_optimized_instruction(tmp_path: Path, base: Path) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server)
-        prompt = project.optimize_prompt().prompt
+def test_adapter_is_measured_with_the_optimized_instruction(optimized: Optimized, tmp_path: Path) -> None:
+    project, prompt = optimized.copy(tmp_path / "project"), optimized.prompt
     project.train()
     evidence = project.evaluate().evidence
     arms = {arm.name: arm for arm in evidence.arms}
@@ -239,42 +243,34 @@ def test_cut_replies_and_too_long_instructions_are_counted(tmp_path: Path, base:
 
 
 def test_optimized_prompt_of_other_data_is_named_and_not_used(
-    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+    optimized: Optimized, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server)
-        found = project.optimize_prompt().prompt
+    project = optimized.copy(tmp_path / "project")
     project.data.add([write_jsonl(tmp_path / "more.jsonl", rows(10, seed=5)[:5])])
     project = tunewright.open(project.folder.root)
     arms = {arm.name for arm in project.prompting().advice.arms}
     assert "zero-shot-optimized" not in arms
-    assert f"The optimized prompt {found.id} is stale and not used" in caplog.text
+    assert f"The optimized prompt {optimized.prompt.id} is stale and not used" in caplog.text
     assert "another dataset version" in caplog.text
 
 
-def test_changed_prompt_file_is_refused(tmp_path: Path, base: Path) -> None:
-    with reflecting() as server:
-        project = opened(tmp_path / "project", base, server)
-        file = project.optimize_prompt().file
+def test_changed_prompt_file_is_refused(optimized: Optimized, tmp_path: Path) -> None:
+    project = optimized.copy(tmp_path / "project")
+    file = project.folder.prompts / f"{optimized.prompt.id}.json"
     file.write_text(file.read_text(encoding="utf-8").replace(ONE, "Answer with nothing."), encoding="utf-8")
     with pytest.raises(UserError, match="was changed after it was written"):
-        tunewright.open(project.folder.root).prompting()
+        project.prompting()
 
 
 @pytest.mark.slow
-def test_optimize_prompt_resumes_after_kill_without_paying_twice(tmp_path: Path, base: Path) -> None:
+def test_optimize_prompt_resumes_after_kill_without_paying_twice(
+    optimized: Optimized, tmp_path: Path, base: Path
+) -> None:
     with reflecting() as server:
         root = opened(tmp_path / "project", base, server).folder.root
-        arguments = [sys.executable, "-m", "tunewright", "optimize-prompt", "-p", str(root), "--json"]
-        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ) as run:
-            deadline = time.monotonic() + 300
-            while not server.prompts and time.monotonic() < deadline:
-                time.sleep(0.01)
-            run.send_signal(signal.SIGKILL)
-        ran = subprocess.run(arguments, capture_output=True, text=True, check=True, env=os.environ)
-        resumed = json.loads(ran.stdout)["prompt"]
+        kill_when(lambda: bool(server.prompts), lambda: command("optimize-prompt", "-p", root))
+        resumed = command("optimize-prompt", "-p", root, "--json").document["prompt"]
         # A reply that was on its way at the kill may be asked for again.
         assert len(server.prompts) - len(set(server.prompts)) <= 1
-
-        other = opened(tmp_path / "whole", base, server).optimize_prompt().prompt.model_dump(mode="json")
-        assert {**other, "created": "", "id": ""} == {**resumed, "created": "", "id": ""}
+    whole, own = optimized.prompt.model_dump(mode="json"), {"created", "id", "lineage", "reflection"}
+    assert {key: whole[key] for key in whole.keys() - own} == {key: resumed[key] for key in whole.keys() - own}

@@ -14,7 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -35,6 +36,23 @@ class Ended:
     def had_no_memory_for_a_message(self) -> bool:
         """True if OpenMP, oneDNN, a library in Rust or the C library ended the process, or Python could not print."""
         return self.code < 0 or "lost sys.stderr" in self.stderr or "memory for thread-local data" in self.stderr
+
+
+def kill_when(reached: Callable[[], bool], work: Callable[[], object]) -> None:
+    """Do this work in a copy of the process, and kill it once a state is reached that this process sees."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 FOREVER = 2**31

@@ -83,7 +83,7 @@ def test_weighted_sample_is_unbiased() -> None:
     judged = np.array([0.0 if c else float(rng.integers(-1, 2)) for c in certain])  # a judge that is biased and wrong
     times = dict.fromkeys(strata, 0)
     plain, helped, unweighted = [], [], []
-    rounds = 1500
+    rounds = 600
     for seed in range(rounds):
         chosen = set(draw(strata, 24, seed))
         for key in chosen:
@@ -113,7 +113,7 @@ def test_review_order_mixes_the_strata(tmp_path: Path) -> None:
 
 
 def test_sides_are_random_and_independent_of_the_stratum() -> None:
-    many = make_items(4000, tuned=0.7, retrieved=0.3)
+    many = make_items(1500, tuned=0.7, retrieved=0.3)
     strata = stratify(many, "tuned", "retrieved-4", "exact_match")
     for name in set(strata.values()):
         sides = [treatment_is_a(11, key) for key in strata if strata[key] == name]
