@@ -45,17 +45,6 @@ def test_kinds_of_arms_can_be_switched_off() -> None:
     assert prompting_arms(settings) == [ZERO_SHOT]
 
 
-def test_arms_include_every_other_instruction() -> None:
-    settings = EvaluateConfig(instructions=("Do it.", "Please."))
-    found = other_instructions(ArmPlan("static", 4, seed=2), settings)
-    assert [arm.name for arm in found] == ["static-4-seed-2-instruction-1", "static-4-seed-2-instruction-2"]
-
-
-def test_tuned_arm_keeps_its_trained_instruction() -> None:
-    with_shots = tuned_retrieved(ArmPlan("retrieved", 8, retriever="tfidf", instruction=2))
-    assert (with_shots.name, with_shots.instruction, with_shots.adapted) == ("tuned+retrieved-8-tfidf", 0, True)
-
-
 def test_retrieved_arms_have_every_diversity_and_order_of_more_than_one_demonstration() -> None:
     settings = EvaluateConfig(
         num_fewshot=(1, 4),
@@ -90,9 +79,10 @@ def test_optimized_instruction_makes_arms_with_and_without_the_adapter() -> None
     assert (tuned.name, tuned.adapted, tuned_optimized(None)) == ("tuned-optimized", True, None)
 
 
-def test_tuned_arm_keeps_the_retrieved_arms_diversity_and_order() -> None:
-    plan = ArmPlan("retrieved", 4, retriever="dense", mmr=0.5, order="similar_first", optimized="abc")
-    assert tuned_retrieved(plan).name == "tuned+retrieved-4-dense-mmr-0.5-similar-first"
+def test_tuned_arm_keeps_the_retrieved_arms_diversity_and_order_and_its_trained_instruction() -> None:
+    plan = ArmPlan("retrieved", 4, retriever="dense", mmr=0.5, order="similar_first", instruction=2, optimized="abc")
+    found = tuned_retrieved(plan)
+    assert (found.name, found.adapted) == ("tuned+retrieved-4-dense-mmr-0.5-similar-first", True)
 
 
 # Instructions

@@ -1,4 +1,4 @@
-"""Held-out samples of the base, and multiple choice against a plain computation."""
+"""Held-out samples of the base, and faults in a file of multiple choice."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import tunewright
-from making.base_and_tuned import likeliest_choice, only_adapter, plain_base, short_turns
+from making.base_and_tuned import only_adapter, short_turns
 from making.command_line import tiny_project
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter
 from tunewright.data.examples import normalised
-from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, likeliest, likelihoods, read_questions
+from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, read_questions
 from tunewright.evaluation.benchmarks.samples import OwnSamples
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.open_project import OpenProject
@@ -73,27 +71,6 @@ def test_held_out_samples_exclude_trained_ones(adapter: Adapter, samples: OwnSam
     held_out = {normalised(sample.instruction) for sample in samples.drawn.used}
     assert len(replayed) == 4
     assert not replayed & held_out
-
-
-# Multiple choice
-
-
-def _questions() -> list[ChoiceQuestion]:
-    generator = np.random.default_rng(0)
-    words = ["stone", "water", "a very long river of light", "sun", "ice and snow"]
-    return [
-        ChoiceQuestion(f"Question: what is {n}?", tuple(generator.permutation(words)[: 2 + n % 3].tolist()), n % 2)
-        for n in range(12)
-    ]
-
-
-def test_choice_maximizes_likelihood_per_character(project: Project, tiny_base_folder: Path) -> None:
-    model, tokenizer = plain_base(tiny_base_folder), project.chat.tokenizer
-    expected = [likeliest_choice(model, tokenizer, q.text, q.choices) for q in _questions()]
-    with LogReporter().task("", 12, "") as task:
-        found = likelihoods(model, tokenizer, _questions(), task)
-    assert list(map(likeliest, found)) == expected
-    assert len(set(expected)) > 1
 
 
 def test_read_questions_names_faulty_lines(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from making.evidence import make_items
 from making.full_evidence import JUDGE
 from making.scripted_judge import read_prompt
 from tunewright.core.errors import UserError
-from tunewright.data.examples import Message
+from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.evaluation.judge.figures import (
     FEWEST,
     REQUIRED,
@@ -44,6 +44,9 @@ def test_task_text_has_the_system_prompt_and_roles_when_needed() -> None:
     assert task_text([system, user]) == "Be brief.\n\nWhy?"
     turns = [system, user, Message("assistant", "Since."), Message("user", "And?")]
     assert task_text(turns) == "System: Be brief.\n\nUser: Why?\n\nAssistant: Since.\n\nUser: And?"
+    called = Message("assistant", "", calls=(ToolCall("now", "{}", call_id(0)),))
+    text = task_text([Message("tools", "[]"), user, called, Message("tool", "12:00", call_id=call_id(0))])
+    assert text == 'Tools: []\n\nUser: Why?\n\nAssistant: {"name": "now", "arguments": {}}\n\nTool: 12:00'
 
 
 @given(TEXT, TEXT, TEXT, TEXT)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
 from tunewright.core.progress import LogReporter
-from tunewright.data.examples import Example, Message, Role
+from tunewright.data.examples import Example, Message, Role, ToolCall, call_id
 from tunewright.data.versions import Member
-from tunewright.evaluation.losses import answer_losses, answer_rows
+from tunewright.evaluation.losses import _without_input, answer_losses, answer_rows
 
 
 class Listener(LogReporter):
@@ -83,3 +83,13 @@ def test_rows_that_cannot_be_judged_are_named_and_have_no_loss(chat: ChatFormat)
     assert reported.startswith("3 rows cannot be judged by their loss")
     for part in ("weight 0", "'shown only'", "over the base's context of 100"):
         assert part in reported
+
+
+def test_answer_without_input_keeps_its_declarations() -> None:
+    turns = [Message("tools", "[]"), Message("system", "Be brief."), Message("user", "Time?")]
+    for number in range(2):
+        turns.append(Message("assistant", "", calls=(ToolCall("now", "{}", call_id(number)),)))
+        turns.append(Message("tool", "12:00", call_id=call_id(number)))
+    cut = _without_input(Member(Example(tuple(turns[:-1])), "k", "train", "k"))
+    assert [turn.role for turn in cut.example.messages] == ["tools", "system", "user", "assistant"]
+    assert cut.example.messages[-1].calls[0].id == call_id(0)

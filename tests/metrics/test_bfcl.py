@@ -14,7 +14,6 @@ import pytest
 
 from making.bfcl_examples import Call, Item, answer_text, gold, items, needs_bfcl, perturbed, respelled
 from making.evidence import scorers
-from tunewright.config import MetricName
 from tunewright.metrics import Scorer, Unscored
 from tunewright.metrics.calls import call_ast_match
 from tunewright.metrics.scorer import AnsweredItem
@@ -79,18 +78,6 @@ def test_irrelevant_items_of_bfcl_want_no_call() -> None:
         for scorer in (irrelevance, ast):
             assert _value(scorer, item, item.example.output) == 1
             assert _value(scorer, item, answer_text([(name, {})])) == 0
-
-
-@pytest.mark.parametrize(
-    "metric", ["call_exact_match", "call_name_match", "call_argument_f1", "call_schema_valid", "call_ast_match"]
-)
-def test_converted_references_score_full_marks(metric: MetricName) -> None:
-    scorer = _ast(items()) if metric == "call_ast_match" else scorers([metric])[0]  # type: ignore[list-item]
-    scores = [scorer.item(AnsweredItem(i.example.output, i.example, (i.example.output,))) for i in _called()]
-    assert {score.value for score in scores if not isinstance(score, Unscored)} == {1.0}
-    reasons = Counter(score.reason for score in scores if isinstance(score, Unscored))
-    assert reasons.keys() <= {"the reference's calls have no arguments"}
-    assert reasons.total() < len(scores) / 10
 
 
 # BFCL's own checker, where `pip install --no-deps bfcl-eval` has put it

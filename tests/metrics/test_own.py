@@ -9,7 +9,7 @@ import pytest
 
 from making.evidence import pair, scorers
 from tunewright.config import Metric
-from tunewright.config.metrics import Choices, Json, Python, Regex
+from tunewright.config.metrics import Json, Python, Regex
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.metrics import Scores, check_references, metric_inputs, metric_kind, score_all, scorer_of
@@ -94,11 +94,6 @@ def test_changed_module_changes_the_digest(tmp_path: Path) -> None:
     assert metric_inputs(metric, tmp_path) != inputs
     assert after.scorer.definition != before
     assert after.total() == 0
-
-
-def test_metric_without_settings_keeps_its_digest() -> None:
-    assert metric_inputs("exact_match", Path()) == "exact_match"
-    assert metric_inputs(Choices(choices=("a", "b")), Path()) == {"choices": ["a", "b"]}
 
 
 ALL: list[Metric] = ["exact_match", "bleu", "chrf", "token_f1", "json", "json_valid", Regex(regex="a")]
