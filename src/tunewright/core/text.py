@@ -81,7 +81,7 @@ def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
 
 
 def first_of(names: Iterable[object], most: int = 8) -> str:
-    """Return at most so many names, and the number left out: ``a, b and 3 more``."""
+    """Return the first names, and the number left out: ``a, b and 3 more``."""
     every = list(map(str, names))
     return ", ".join(every[:most]) + (f" and {len(every) - most:,} more" if len(every) > most else "")
 
