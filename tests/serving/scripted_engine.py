@@ -20,6 +20,7 @@ from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.preprocess import Tokenization
 from tunewright.serving.gateway.server import serving
+from tunewright.serving.gateway.tenant_auth import Auth
 
 A = ord("a")
 MODELS = {"base": None, "courts": "one"}
@@ -99,10 +100,12 @@ class ScriptedEngine:
 
 
 @contextmanager
-def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[httpx.Client]:
+def scripted_server(
+    engine: ScriptedEngine, auth: Auth | None = None, tokenization: Tokenization = TOKENIZATION, **limits: float | int
+) -> Iterator[httpx.Client]:
     """Yield a client of a server with this engine and these limits."""
     config = GatewayConfig.model_validate(limits)
-    gateway = Gateway(engine, AnonymousAuth(MODELS), TOKENIZATION, config)
+    gateway = Gateway(engine, auth or AnonymousAuth(MODELS), tokenization, config)
     with serving(gateway.app, limits=config) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from scripted_engine import LIMITS, MODELS, TOKENIZATION, ScriptedEngine
+from scripted_engine import MODELS, ScriptedEngine, scripted_server
 
 from making.otlp_collector import Collector, traced
-from tunewright.config import GatewayConfig
 from tunewright.core import tracing
-from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import AnonymousAuth
-from tunewright.serving.gateway.server import serving
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SECRET = "a secret of the client"
@@ -19,14 +15,11 @@ CHAT: dict[str, object] = {"model": "courts", "messages": [{"role": "user", "con
 
 
 def _post(
-    monkeypatch: pytest.MonkeyPatch, *bodies: dict[str, object], limits: GatewayConfig = LIMITS, pause: float = 0.0
+    monkeypatch: pytest.MonkeyPatch, *bodies: dict[str, object], pause: float = 0.0, **limits: float
 ) -> tuple[Collector, list[httpx.Response]]:
-    engine = ScriptedEngine((pause, 0, 0))
-    with traced(monkeypatch) as collector:
-        gateway = Gateway(engine, AnonymousAuth(MODELS), TOKENIZATION, limits)
-        headers = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
-        with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
-            replies = [client.post("/v1/chat/completions", json=body, headers=headers) for body in bodies]
+    headers = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
+    with traced(monkeypatch) as collector, scripted_server(ScriptedEngine((pause, 0, 0)), **limits) as client:
+        replies = [client.post("/v1/chat/completions", json=body, headers=headers) for body in bodies]
     return collector, replies
 
 
@@ -58,8 +51,7 @@ def test_spans_have_counts_and_names_and_no_text(monkeypatch: pytest.MonkeyPatch
 
 
 def test_refused_and_failed_requests_end_their_spans_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = GatewayConfig(first_token_timeout_s=0.1)
-    collector, replies = _post(monkeypatch, {**CHAT, "model": "none"}, CHAT, limits=limits, pause=60)
+    collector, replies = _post(monkeypatch, {**CHAT, "model": "none"}, CHAT, first_token_timeout_s=0.1, pause=60)
     assert [reply.status_code for reply in replies] == [404, 504]
     refused, late = (span for span in collector.spans if span.name.startswith("POST"))
     assert (refused.attributes["error.type"], refused.failed) == ("model_not_found", False)
@@ -68,10 +60,8 @@ def test_refused_and_failed_requests_end_their_spans_with_a_reason(monkeypatch: 
 
 
 def test_request_without_traceparent_begins_a_trace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    with traced(monkeypatch) as collector, tracing.span("around"):
-        gateway = Gateway(ScriptedEngine(), AnonymousAuth(MODELS), TOKENIZATION, LIMITS)
-        with serving(gateway.app) as url:
-            httpx.post(f"{url}/v1/chat/completions", json=CHAT, trust_env=False)
+    with traced(monkeypatch) as collector, tracing.span("around"), scripted_server(ScriptedEngine()) as client:
+        client.post("/v1/chat/completions", json=CHAT)
     request = collector.one("POST /v1/chat/completions")
     assert request.parent == ""
     assert request.trace != collector.one("around").trace

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import TOKENIZATION, ScriptedEngine
+from scripted_engine import TOKENIZATION, ScriptedEngine, scripted_server
 from scripted_engine import render as as_bytes
 
-from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
-from tunewright.serving.gateway.server import serving
 
 PROMPT = "Give the court."
 USER = [{"role": "user", "content": "hello"}]
 OWN = [{"role": "system", "content": "Be brief."}, *USER]
 
 
-@contextmanager
-def open_server(engine: ScriptedEngine, **limits: int) -> Iterator[httpx.Client]:
+def open_server(engine: ScriptedEngine, **limits: int) -> AbstractContextManager[httpx.Client]:
     access = AnonymousAuth({"base": None, "courts": "one", "plain": "two"}, {"courts": PROMPT})
-    gateway = Gateway(engine, access, TOKENIZATION, GatewayConfig.model_validate(limits))
-    with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
-        yield client
+    return scripted_server(engine, access, **limits)
 
 
 def _chat(client: httpx.Client, model: str, messages: Sequence[dict[str, str]], **more: Any) -> httpx.Response:
@@ -97,8 +91,7 @@ def test_prompt_is_tokenized_again_when_a_release_changes_the_system_prompt() ->
         access.system_prompts["courts"] = "after"  # the alias is switched while this prompt is rendered
         return ids
 
-    gateway = Gateway(engine, access, replace(TOKENIZATION, render=slow), GatewayConfig())
-    with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+    with scripted_server(engine, access, replace(TOKENIZATION, render=slow)) as client:
         _chat(client, "courts", USER)
     assert [request.prompt_ids for request, _ in engine.asked] == [
         _said([{"role": "system", "content": "after"}, *USER])
