@@ -142,29 +142,19 @@ def test_prompt_of_too_many_characters_is_refused_before_it_is_normalised_or_tok
 
 def test_max_tokens_is_capped_by_the_context_and_the_configured_limit() -> None:
     engine = ScriptedEngine()
-    with scripted_server(engine, max_completion_tokens=5) as client:
-        limits: list[dict[str, Any]] = [{"max_tokens": 6}, {"max_completion_tokens": 10**9}, {}]
-        for limit in limits:
-            assert ask(client, **limit).status_code == 200
+    limited: list[dict[str, Any]] = [{"max_tokens": 5, "stop": ["x" * 1000] * 4}, {"max_tokens": 6}]
+    with scripted_server(engine, max_messages=1, max_prompt_tokens=PROMPT, max_completion_tokens=5) as client:
+        for body in (*limited, {"max_completion_tokens": 10**9}, {}):
+            assert ask(client, **body).status_code == 200
         assert ask(client, TEXT_URL, max_tokens=6).status_code == 200
     with scripted_server(engine) as client:
-        assert ask(client, max_tokens=2001 - PROMPT).status_code == 200
-        assert ask(client, TEXT_URL, max_tokens=10**9).status_code == 200
+        free: list[dict[str, Any]] = [{"max_tokens": 2000 - PROMPT}, {"max_tokens": 2001 - PROMPT}, {}]
+        for body in free:
+            assert ask(client, **body).status_code == 200
+        for body in ({"max_tokens": 10**9}, {}):
+            assert ask(client, TEXT_URL, **body).status_code == 200
     given = [request.max_new_tokens for request, _ in engine.asked]
-    assert given == [5, 5, 5, 5, 2000 - PROMPT, 2000 - len("hello")]
-
-
-def test_request_at_the_limit_is_answered() -> None:
-    engine = ScriptedEngine()
-    with scripted_server(engine, max_messages=1, max_prompt_tokens=PROMPT, max_completion_tokens=5) as client:
-        assert ask(client, max_tokens=5, stop=["x" * 1000] * 4).status_code == 200
-        assert ask(client).status_code == 200
-    with scripted_server(engine) as client:
-        assert ask(client, max_tokens=2000 - PROMPT).status_code == 200
-        assert ask(client).status_code == 200
-        assert ask(client, TEXT_URL).status_code == 200
-    limits = [request.max_new_tokens for request, _ in engine.asked]
-    assert limits == [5, 5, 2000 - PROMPT, 2000 - PROMPT, 16]
+    assert given == [5] * 5 + [2000 - PROMPT] * 3 + [2000 - len("hello"), 16]
 
 
 @contextmanager
