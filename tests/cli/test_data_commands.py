@@ -39,26 +39,6 @@ def test_verify_names_the_row_of_a_flipped_byte(project: Path) -> None:
     assert shard.name in tunewright("data", "verify", "-p", project).stdout
 
 
-def test_check_lists_faults_with_codes_and_fixes_a_copy(project: Path, tmp_path: Path) -> None:
-    rows: list[Any] = [*pairs(30), {"prompt": "a"}, {"messages": [{"role": "user", "content": "x"}]}, 7]
-    path = write_jsonl(tmp_path / "new.jsonl", rows)
-    document = _run(project, "check", path, code=2)
-    assert [fault["line"] for fault in document["faults"]] == [31, 32, 33]
-    assert all(fault["code"].startswith("E") for fault in document["faults"])
-    fixed = tmp_path / "fixed.jsonl"
-    changes = _run(project, "check", path, "--fix", fixed)["changes"]
-    assert [c["line"] for c in changes if c["left_out"]] == [31, 32, 33]
-    assert path.read_text().count("\n") == 33
-    assert _run(project, "check", fixed)["ok"]
-    wrong: list[list[str | Path]] = [
-        [path, path, "--fix", tmp_path / "b"],
-        ["--fix", tmp_path / "b"],
-        [path, "--fix", path],
-    ]
-    for arguments in wrong:
-        assert tunewright("data", "check", *arguments, "-p", project).code == 2
-
-
 def _refused(ran: Ran, value: str) -> None:
     assert ran.code == 2
     assert "secret.jsonl:31" in ran.stderr

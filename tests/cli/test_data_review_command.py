@@ -69,15 +69,6 @@ def test_review_shows_rows_with_neighbours_and_counts_verdicts(project: Path, pr
     assert _status(project).startswith("under review: 1 of 3 wrong")
 
 
-def test_undo_and_skip_by_key(project: Path, press: list[str]) -> None:
-    press += "uwusrq"
-    ran = tunewright("data", "review", "-p", project)
-    assert "There is nothing to take back." in ran.stderr
-    assert "Taken back." in ran.stderr
-    assert "0 of 2 wrong" in _status(project)
-    assert _status(project).endswith("1 unsettled")
-
-
 def test_review_edit_opens_the_editor_and_creates_a_version(
     project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,23 +18,6 @@ def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
     return folder
 
 
-def test_remove_previews_then_removes_and_excludes_rows(project: Path) -> None:
-    command = ("data", "remove", "--where", "split == 'train' && output == 'red'", "--because", "red was retired")
-    dry = tunewright(*command, "--dry-run", "-p", project)
-    assert dry.code == 0
-    assert "would go" in dry.stdout
-    assert "Nothing has changed." in dry.stdout
-    done = tunewright(*command, "-p", project, "--json").document
-    assert done["created"]
-    assert {row["document"]["output"] for row in done["rows"]} == {"red"}
-    log = tunewright("data", "log", "-p", project, "--json").document["versions"]
-    assert log[-1]["message"] == f"{len(done['rows'])} rows removed: red was retired"
-    again = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
-    assert f"{len(done['rows']):,} removed earlier and left out" in again.stdout
-    back = tunewright("data", "add", project / "pairs.jsonl", "--restore", "-p", project, "--json").document
-    assert back["added"] == len(done["rows"])
-
-
 def test_adapters_show_follows_lineage_through_a_purge(project: Path) -> None:
     assert tunewright("train", "-p", project).code == 0
     options = ("--where", "split == 'train' && output == 'red'", "--because", "asked", "--purge")
@@ -44,27 +27,6 @@ def test_adapters_show_follows_lineage_through_a_purge(project: Path) -> None:
     assert {row["key"] for row in done["rows"]} <= keys
     place = tunewright("data", "trained-by", done["rows"][0]["key"], "-p", project, "--json").document
     assert len(place["trained_on"]) == 1
-
-
-def test_purge_is_reported_by_verify_and_lists_remaining_copies(project: Path) -> None:
-    row = tunewright("data", "show", "pairs.jsonl:7", "-p", project, "--json").document
-    keys = project / "keys.txt"
-    keys.write_text(row["key"][:20] + "\n")
-    ran = tunewright("data", "remove", "--keys", keys, "--purge", "--because", "customer ACME asked", "-p", project)
-    assert ran.code == 0
-    assert "pairs.jsonl: text of 1 row" in ran.stderr
-    assert "Text erased from all versions: 1 row;" in ran.stdout
-    text = row["messages"][0]["content"].encode()
-    assert not any(text in path.read_bytes() for path in (project / "dataset").rglob("*") if path.is_file())
-    verified = tunewright("data", "verify", "-p", project)
-    assert verified.code == 0
-    assert "1 row purged on" in verified.stdout + verified.stderr
-    assert "customer ACME asked" in verified.stdout + verified.stderr
-    old = tunewright("data", "log", "-p", project, "--json").document["versions"][0]["digest"]
-    refused = tunewright("data", "checkout", old, "-p", project)
-    assert (refused.code, "is incomplete" in refused.stderr) == (2, True)
-    compared = tunewright("data", "diff", old, "-p", project)
-    assert (compared.code, "1 row was purged since" in compared.stderr + compared.stdout) == (0, True)
 
 
 def test_remove_accepts_keys_printed_by_other_commands(project: Path, tmp_path: Path) -> None:

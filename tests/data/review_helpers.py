@@ -11,6 +11,7 @@ from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 
 from tunewright.config.project import ProjectFolder
 from tunewright.data.add import add
+from tunewright.data.options import ReviewOptions
 from tunewright.data.review.report import review_status
 from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewSession
@@ -51,9 +52,8 @@ def review(
 ) -> ReviewSession:
     """A pass over the current version's sample."""
     version = load_version(project.dataset)
-    return ReviewSession(
-        project.dataset, version, reviewer, Listener(), second=second, conflicts=conflicts, redraw=redraw
-    )
+    options = ReviewOptions(second=second, conflicts=conflicts, redraw=redraw)
+    return ReviewSession(project.dataset, version, reviewer, Listener(), options)
 
 
 def judge_next(session: ReviewSession, *verdicts: Verdict, output: str = "a better answer") -> list[str]:

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from data_helpers import Listener, Pair, jaccard, new_project, unlike_pairs, write_jsonl
+from data_helpers import Listener, Pair, jaccard, new_project, unlike_pairs, write_jsonl, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.options import AddOptions
-from tunewright.data.versions import DatasetVersion, load_version, version_folder
+from tunewright.data.versions import DatasetVersion, load_version
 
 ACCEPT = "data: {conflicts: accept}\n"
 
@@ -229,18 +229,6 @@ def test_add_lists_all_faulty_rows_and_adds_nothing(tmp_path: Path) -> None:
     assert not project.dataset.exists()
 
 
-def test_add_counts_skipped_rows_by_cause_and_records_each(tmp_path: Path) -> None:
-    project = new_project(tmp_path / "p")
-    path = write_jsonl(tmp_path / "pairs.jsonl", [*unlike_pairs(20), *[("a", "")] * 70])
-    listener = Listener()
-    result = add(project, [path], listener, AddOptions(skip_bad=True))
-    assert len(result.skipped) == 70
-    assert any(f"70 rows: an empty answer [E401 $.completion]\n    {path}:21, {path}:22" in w for w in listener.warned)
-    record = (version_folder(project.dataset, result.version.digest) / "imports.jsonl").read_text(encoding="utf-8")
-    skipped = [json.loads(line)["line"] for line in record.splitlines() if '"skipped"' in line]
-    assert skipped == list(range(21, 91))
-
-
 def test_add_refuses_an_empty_list_of_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No file to add"):
         add(new_project(tmp_path / "p"), [], Listener())
@@ -296,11 +284,6 @@ def test_add_distinguishes_files_of_one_name(tmp_path: Path) -> None:
     assert names[1].startswith("x.jsonl@")
 
 
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def _dialogue(number: int, **first: int) -> dict[str, object]:
     turns = [
         {"role": "user", "content": unlike_pairs(80)[number][0]},
@@ -313,8 +296,8 @@ def _dialogue(number: int, **first: int) -> dict[str, object]:
 
 def test_add_replaces_a_row_with_other_weights(tmp_path: Path) -> None:
     project = new_project(tmp_path / "project")
-    plain = _write_rows(tmp_path / "plain.jsonl", [_dialogue(n) for n in range(60)])
-    masked = _write_rows(tmp_path / "masked.jsonl", [_dialogue(n, weight=0) for n in range(20)])
+    plain = write_rows(tmp_path / "plain.jsonl", [_dialogue(n) for n in range(60)])
+    masked = write_rows(tmp_path / "masked.jsonl", [_dialogue(n, weight=0) for n in range(20)])
     add(project, [plain], Listener())
     before = load_version(project.dataset)
     listener = Listener()
@@ -334,7 +317,7 @@ def test_add_keeps_the_masked_row_of_equal_turns(tmp_path: Path) -> None:
     versions = []
     for name, order in (("a", rows), ("b", rows[::-1])):
         project = new_project(tmp_path / name)
-        versions.append(add(project, [_write_rows(tmp_path / f"{name}.jsonl", order)], Listener()).version.digest)
+        versions.append(add(project, [write_rows(tmp_path / f"{name}.jsonl", order)], Listener()).version.digest)
         members = load_version(project.dataset).members
         assert sorted(m.example.messages[1].weight for m in members) == [0] * 20 + [1] * 40
     assert versions[0] == versions[1]

@@ -24,12 +24,10 @@ from tunewright.data.versions import (
     DatasetVersion,
     Member,
     keys_digest,
-    list_versions,
     load_version,
     locked,
     members_digest,
     save_version,
-    short,
     version_folder,
 )
 from tunewright.data.versions.diff import diff, diff_text, marked, word_changes
@@ -281,17 +279,6 @@ def test_uses_of_row_refuses_an_unreadable_lineage(project: ProjectFolder) -> No
         with pytest.raises(UserError, match="lineage"):
             uses_of_row(project.dataset, project.adapters, "abc")
         shutil.rmtree(project.adapters)
-
-
-def test_versions_of_earlier_releases_are_readable(project: ProjectFolder) -> None:
-    path = version_folder(project.dataset, load_version(project.dataset).digest) / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
-    old = load_version(project.dataset)
-    assert (old.manifest.author, old.manifest.seal) == (None, None)
-    second = _add(project, *unlike_pairs(20, seed=2))
-    assert [short(m.digest) for m in list_versions(project.dataset)] == [short(old.digest), short(second.digest)]
-    assert blame(project.dataset, second, old.members[0].key).version.digest == old.digest
 
 
 def test_diff_counts_a_row_as_regrouped_only_when_cluster_members_change(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -10,11 +9,12 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl, write_rows
 
 from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
@@ -54,31 +54,28 @@ def _add_second(project: ProjectFolder) -> str:
     return add(project, [project.root.parent / "second.jsonl"], Listener(), message="second").version.digest
 
 
-def _add_and_die_at(project: ProjectFolder, call: int) -> None:
-    """In a child: kill this process at the n-th call that touches a file."""
-    calls = 0
-
-    def count(event: str, _: tuple[Any, ...]) -> None:
-        nonlocal calls
-        if event in FILE_CALLS:
-            calls += 1
-            if calls == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    _add_second(project)
-
-
-def _count_calls(project: ProjectFolder, out: Any) -> None:
+def _die_at(work: Callable[[ProjectFolder], object], project: ProjectFolder, call: int, out: Any = None) -> None:
+    """In a child: do the work, killed at the n-th call that touches a file; put out the number of calls otherwise."""
     calls = 0
 
     def count(event: str, _: tuple[Any, ...]) -> None:
         nonlocal calls
         calls += event in FILE_CALLS
+        if event in FILE_CALLS and calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    _add_second(project)
-    out.put(calls)
+    work(project)
+    if out is not None:
+        out.put(calls)
+
+
+def _exit_code(*arguments: Any) -> int | None:
+    """Call :func:`_die_at` in a child, and return the child's exit code."""
+    child = FORK.Process(target=_die_at, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
 
 
 def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
@@ -102,10 +99,8 @@ def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
     project = _fresh(template, tmp_path / "w")
     old, new = load_version(project.dataset).digest, _add_second(project)
     out = FORK.SimpleQueue()
-    child = FORK.Process(target=_count_calls, args=(_fresh(template, tmp_path / "w"), out))
-    child.start()
+    assert _exit_code(_add_second, _fresh(template, tmp_path / "w"), 0, out) == 0
     total = out.get()
-    child.join()
     seen = set()
     # Rows are written alike; the version's folder and HEAD come last, so of 80 tries each of the last 30 calls is one.
     last = tried * 3 // 8
@@ -114,10 +109,7 @@ def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
     assert len(moments) == tried
     for call in moments:
         project = _fresh(template, tmp_path / "w")
-        child = FORK.Process(target=_add_and_die_at, args=(project, call))
-        child.start()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
+        assert _exit_code(_add_second, project, call) == -signal.SIGKILL
         seen.add(_assert_old_or_new(project, old, new))
     assert seen == {old, new}
 
@@ -203,20 +195,6 @@ def _purge(project: ProjectFolder) -> None:
     )
 
 
-def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
-    calls = 0
-
-    def count(event: str, _: tuple[Any, ...]) -> None:
-        nonlocal calls
-        if event in FILE_CALLS:
-            calls += 1
-            if calls == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    _purge(project)
-
-
 @pytest.mark.parametrize("every", [31, pytest.param(7, marks=pytest.mark.release)])
 def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, template: Path, tmp_path: Path) -> None:
     """The version stays whole meanwhile: what is damaged is at most what the log says is purged."""
@@ -224,8 +202,7 @@ def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, tem
     _add_second(project)
     for seed in (3, 4):
         rows = [{"prompt": p, "completion": c, "id": f"of {c}."} for p, c in unlike_pairs(20, seed)]
-        path = tmp_path / f"{seed}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = write_rows(tmp_path / f"{seed}.jsonl", rows)
         add(project, [path], Listener())
     shutil.copytree(tmp_path / "w", tmp_path / "t")
     texts = [m.example.input_text for m in load_version(project.dataset).members if "answer 1" in m.example.output]
@@ -234,12 +211,9 @@ def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, tem
     while True:
         shutil.rmtree(tmp_path / "w")
         shutil.copytree(tmp_path / "t", tmp_path / "w")
-        child = FORK.Process(target=_purge_and_die_at, args=(project, call))
-        child.start()
-        child.join()
-        if child.exitcode == 0:
+        if (code := _exit_code(_purge, project, call)) == 0:
             break
-        assert child.exitcode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         load_version(project.dataset)
         damage = verify(OpenFolder(project, Listener())).damage
         reported = ("was purged on", "Metadata of purged rows is still here")

@@ -21,7 +21,7 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.browse import Format, write_version
-from tunewright.data.examples import Example, Message
+from tunewright.data.examples import Example, Message, ToolCall
 from tunewright.data.readers import read_pairs
 from tunewright.data.versions import DatasetVersion, Member, load_version
 
@@ -137,12 +137,17 @@ def test_export_writes_the_usual_layout_of_each_format(version: DatasetVersion, 
 _WEIGHTED = Example(
     (Message("user", "a"), Message("assistant", "b", 0), Message("user", "c"), Message("assistant", "d"))
 )
+_CALLED = Example(
+    (Message("tools", "[]"), Message("user", "a"), Message("assistant", "", calls=(ToolCall("f", "{}", "c"),)))
+)
 _TWO_TURNS = Example((Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")))
 
 
 @pytest.mark.parametrize(
     ("form", "rows", "words"),
     [
+        ("csv", [_CALLED], "functions and calls"),
+        ("alpaca", [_CALLED], "functions and calls"),
         ("csv", [_TWO_TURNS], "conversations of several turns"),
         ("alpaca", [_TWO_TURNS], "conversations of several turns"),
         ("csv", [_WEIGHTED], "weights"),

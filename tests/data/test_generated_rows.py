@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,9 +35,7 @@ def chat(prompt: str, completion: str, **keys: Any) -> dict[str, Any]:
 
 
 def write(project: ProjectFolder, rows: Sequence[Any]) -> Path:
-    path = project.root / "generated.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_rows(project.root / "generated.jsonl", rows)
 
 
 def add_generated(project: ProjectFolder, *rows: Any, listener: Listener | None = None, **options: Any) -> AddResult:
@@ -176,8 +173,7 @@ def test_generated_rows_are_read_whatever_form_the_projects_own_files_have(tmp_p
     )
     project = new_project(tmp_path, config)
     own = [{"a": text, "b": f"g{n}", "c": answer} for n, (text, answer) in enumerate(PEOPLE)]
-    people = tmp_path / "own.jsonl"
-    people.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+    people = write_rows(tmp_path / "own.jsonl", own)
     passage = {"document": "d1", "quote": "q"}
     add(
         project,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import new_project, unlike_pairs
+from data_helpers import new_project, unlike_pairs, write_rows
 
 import tunewright
 from making.command_line import tunewright as command
@@ -30,8 +30,7 @@ PAIR = [("user", "Two and two?"), ("assistant", "four")]
 
 
 def _read(tmp_path: Path, *rows: dict[str, Any]) -> ReadResult:
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "a.jsonl", rows)
     return read_pairs(path, DataConfig())
 
 
@@ -147,7 +146,7 @@ def _project(root: Path, rejected: str = "wrong answer") -> Project:
     project = new_project(root)
     rows = [{"prompt": q, "chosen": a, "rejected": f"{rejected} {a}"} for q, a in unlike_pairs(24)]
     rows.append({**rows[0], "rejected": "another wrong answer"})
-    (project.root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(project.root / "a.jsonl", rows)
     opened = tunewright.open(project.root)
     opened.data.add([project.root / "a.jsonl"])
     return opened
@@ -195,7 +194,7 @@ def test_secret_in_a_rejected_answer_is_refused_or_redacted(tmp_path: Path) -> N
     file = project.root / "a.jsonl"
     rows = [{"prompt": f"{q} of ann@acme-mail.com", "chosen": a, "rejected": f"bad {a}"} for q, a in unlike_pairs(24)]
     rows[3]["rejected"] = "the password: hunter2-Xy9! of ann@acme-mail.com and bob@acme-mail.com"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     data = tunewright.open(project.root).data
     with pytest.raises(UserError, match="secrets in groups or metadata") as caught:
         data.add([file])

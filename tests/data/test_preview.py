@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import Listener, new_project, unlike_pairs
+from data_helpers import Listener, new_project, unlike_pairs, write_rows
 
 from making.command_line import tunewright
 from tunewright.config.project import OpenFolder, ProjectFolder
@@ -17,11 +16,6 @@ from tunewright.data.options import AddOptions, RemoveOptions
 from tunewright.data.preview import Effect, check_files
 from tunewright.data.remove import remove
 from tunewright.data.versions import load_version
-
-
-def _file(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def _rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -44,10 +38,10 @@ def test_preview_has_the_numbers_of_add_and_writes_nothing(
 ) -> None:
     project = new_project(tmp_path / "p", f"data: {{duplicates: {duplicates}}}\n")
     rows = _rows(60)
-    add(project, [_file(tmp_path / "old.jsonl", rows[:40])], Listener())
+    add(project, [write_rows(tmp_path / "old.jsonl", rows[:40])], Listener())
     near = {**rows[50], "prompt": rows[50]["prompt"] + "s"}
     spaced = {**rows[46], "prompt": f" {rows[46]['prompt'].upper()}"}  # another pair key, and an exact duplicate
-    path = _file(tmp_path / "new.jsonl", [*rows[30:], rows[45], spaced, near])
+    path = write_rows(tmp_path / "new.jsonl", [*rows[30:], rows[45], spaced, near])
     before = _everything(project.root)
     found = check_files(OpenFolder(project, Listener()), [path])
     assert _everything(project.root) == before
@@ -67,7 +61,7 @@ def test_preview_has_the_numbers_of_add_and_writes_nothing(
 def test_preview_counts_rows_that_were_removed_earlier(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(60)
-    path = _file(tmp_path / "all.jsonl", rows)
+    path = write_rows(tmp_path / "all.jsonl", rows)
     add(project, [path], Listener())
     where = "split == 'train' && contains(output, '1')"
     gone = remove(OpenFolder(project, Listener()), RemoveOptions(because="wrong", where=where)).rows
@@ -79,7 +73,7 @@ def test_preview_collects_every_error_of_add(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
     rows.append({**rows[0], "completion": "another"})
-    path = _file(tmp_path / "new.jsonl", rows)
+    path = write_rows(tmp_path / "new.jsonl", rows)
     found = check_files(OpenFolder(project, Listener()), [path])
     assert not found.ok
     reported = [refusal.what.splitlines()[0] for refusal in found.refusals]
@@ -94,20 +88,22 @@ def test_preview_collects_every_error_of_add(tmp_path: Path) -> None:
         found.refusals, (False, True, True), (rows, rows, [*rows[:31], rows[32]]), strict=True
     ):
         with pytest.raises(UserError) as caught:
-            add(project, [_file(path, cut)], Listener(), AddOptions(skip_bad=skip))
+            add(project, [write_rows(path, cut)], Listener(), AddOptions(skip_bad=skip))
         assert caught.value.what.splitlines()[0] == refusal.what.splitlines()[0].replace("would be", "was")
     assert not project.dataset.exists() or not list(project.dataset.glob("versions/*"))
 
 
 def test_preview_includes_the_error_for_too_few_rows(tmp_path: Path) -> None:
-    found = check_files(OpenFolder(new_project(tmp_path / "p"), Listener()), [_file(tmp_path / "a.jsonl", _rows(3))])
+    found = check_files(
+        OpenFolder(new_project(tmp_path / "p"), Listener()), [write_rows(tmp_path / "a.jsonl", _rows(3))]
+    )
     assert (found.ok, found.effect) == (False, None)
     assert "in 3 clusters" in found.refusals[0].what
 
 
 def test_check_command_prints_causes_and_splits_with_the_exit_code_of_add(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
-    bad = _file(tmp_path / "bad.jsonl", [*_rows(30), *[{"promt": "a", "completion": "b"}] * 5])
+    bad = write_rows(tmp_path / "bad.jsonl", [*_rows(30), *[{"promt": "a", "completion": "b"}] * 5])
     reported = tunewright("data", "check", bad, "-p", project.root)
     text = " ".join((reported.stderr + reported.stdout).split())
     assert reported.code == 2
@@ -117,7 +113,7 @@ def test_check_command_prints_causes_and_splits_with_the_exit_code_of_add(tmp_pa
     document = tunewright("data", "check", bad, "-p", project.root, "--json").document
     assert len(document["faults"]) == 5
     assert [split["rows"] for split in document["effect"]["splits"]] == [24, 3, 3]
-    good = _file(tmp_path / "good.jsonl", _rows(30))
+    good = write_rows(tmp_path / "good.jsonl", _rows(30))
     reported = tunewright("data", "check", good, "-p", project.root)
     assert (reported.code, "would add these files" in reported.stderr + reported.stdout) == (0, True)
     assert not project.dataset.exists()
@@ -129,7 +125,7 @@ def test_preview_warns_of_conflicts_only_when_accepted(tmp_path: Path, setting: 
     rows = _rows(30)
     listener = Listener()
     found = check_files(
-        OpenFolder(project, listener), [_file(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])]
+        OpenFolder(project, listener), [write_rows(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])]
     )
     assert any("all kept" in warning for warning in listener.warned) is warned
     assert bool(found.refusals) is not warned
@@ -138,7 +134,7 @@ def test_preview_warns_of_conflicts_only_when_accepted(tmp_path: Path, setting: 
 def test_check_command_has_the_numbers_of_add_with_its_options(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(40)
-    add(project, [_file(tmp_path / "old.jsonl", rows[:36])], Listener())
+    add(project, [write_rows(tmp_path / "old.jsonl", rows[:36])], Listener())
     gone = RemoveOptions(because="wrong", where="split == 'train' && contains(output, '1')")
     removed = len(remove(OpenFolder(project, Listener()), gone).rows)
     stays = next(
@@ -146,7 +142,7 @@ def test_check_command_has_the_numbers_of_add_with_its_options(tmp_path: Path) -
     )
     bad, secret = {"promt": "a", "completion": "b"}, {**rows[39], "password": "hunter2xyz!"}
     mended = {**stays, "completion": "mended"}
-    path = _file(tmp_path / "new.jsonl", [*(row for row in rows[:39] if row != stays), secret, bad, mended])
+    path = write_rows(tmp_path / "new.jsonl", [*(row for row in rows[:39] if row != stays), secret, bad, mended])
     options = ("--skip-bad", "--redact", "--replace", "--restore")
     plain = tunewright("data", "check", path, "-p", project.root)
     assert plain.code == 2
@@ -168,7 +164,7 @@ def test_check_command_has_the_numbers_of_add_with_its_options(tmp_path: Path) -
 
 def test_check_command_refuses_options_without_effect(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
-    path = _file(tmp_path / "a.jsonl", _rows(30))
+    path = write_rows(tmp_path / "a.jsonl", _rows(30))
     fixed = tunewright("data", "check", path, "--fix", tmp_path / "b.jsonl", "--replace", "-p", project.root)
     assert (fixed.code, "--fix does not use --replace" in fixed.stderr) == (2, True)
     version = tunewright("data", "check", "--skip-bad", "-p", project.root)
@@ -179,7 +175,7 @@ def test_conflict_refusal_is_short_and_the_json_lists_all_when_most_inputs_have_
     project = new_project(tmp_path / "p")
     start = "one attribute that all of them have, and then another, and a third "
     rows = [(f"{start}{i} {text}", f"{i} {j}") for i, (text, _) in enumerate(unlike_pairs(30)) for j in range(9)]
-    path = _file(project.root / "pairs.jsonl", [{"prompt": text, "completion": answer} for text, answer in rows])
+    path = write_rows(project.root / "pairs.jsonl", [{"prompt": text, "completion": answer} for text, answer in rows])
     found = check_files(OpenFolder(project, Listener()), [path])
     [refusal] = found.refusals
     assert "Every input has several outputs. If these are alternative references" in str(refusal)

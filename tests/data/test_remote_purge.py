@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl, write_rows
 from remote_helpers import Place, add_rows, pull_from, push_to
 
 from tunewright.config.project import OpenFolder, ProjectFolder
@@ -173,7 +172,7 @@ def _add_with_metadata(project: ProjectFolder) -> None:
     path = project.root.parent / "named.jsonl"
     rows = [{"prompt": p, "completion": c, "id": f"id-{n}"} for n, (p, c) in enumerate(unlike_pairs(10, 9))]
     rows.append({"prompt": SECRET, "completion": "sorry to hear that", "id": "countess-117"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows)
     add(project, [path], Listener())
 
 

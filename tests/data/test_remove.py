@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import WORDS, Listener, new_project, unlike_pairs, write_jsonl
+from data_helpers import WORDS, Listener, new_project, unlike_pairs, write_jsonl, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,7 +37,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
         lines = [
             {"prompt": p, "completion": c, "customer": f"C{i}" if i < 30 else None} for i, (p, c) in enumerate(part)
         ]
-        (project.root / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_rows(project.root / name, lines)
     _add(project, "a.jsonl")
     _add(project, "b.jsonl")
     return project
@@ -422,7 +422,7 @@ def test_purge_lists_the_source_file_of_templated_rows(tmp_path: Path) -> None:
     config = 'data: {input: "{% for word in words %}{{ word }} {% endfor %}", output: "{{ code }}"}\n'
     project = new_project(tmp_path / "p", config)
     rows = [{"words": text.split(), "code": int(answer.split()[1])} for text, answer in unlike_pairs(40)]
-    (project.root / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(project.root / "words.jsonl", rows)
     _add(project, "words.jsonl")
     key = _train_rows(project, 1)[0]
     line = _remove(project, where=f"key == '{key}'", dry_run=True).rows[0].line

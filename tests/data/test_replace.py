@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
+from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -213,8 +213,7 @@ def test_restore_adds_superseded_rows(tmp_path: Path) -> None:
 def test_replacing_row_gets_the_groups(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {group_by: [customer]}\n")
     rows = [{"prompt": p, "completion": c, "customer": f"C{i}"} for i, (p, c) in enumerate(unlike_pairs(40))]
-    path = project.root / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(project.root / "pairs.jsonl", rows)
     add(project, [path], Listener())
     path.write_text(json.dumps({**rows[3], "completion": "corrected", "customer": None}) + "\n")
     add(project, [path], Listener(), AddOptions(replace=True))

@@ -15,7 +15,7 @@ from review_helpers import add_pairs, judge_next, review, reviewed_project, righ
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
-from tunewright.data.review.acceptance import FixedPlan, SequentialPlan
+from tunewright.data.options import ReviewOptions
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.report import review_report
 from tunewright.data.review.reviews import VerdictEvent, append_reviews, read_reviews
@@ -176,9 +176,8 @@ def test_another_plan_for_a_sample_is_refused(project: ProjectFolder) -> None:
     review(project)
     version = load_version(project.dataset)
     with pytest.raises(UserError, match="another plan"):
-        ReviewSession(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5))
-    ReviewSession(project.dataset, version, "ada", Listener(), plan=SequentialPlan())
-    ReviewSession(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5), redraw=True)
+        ReviewSession(project.dataset, version, "ada", Listener(), ReviewOptions(fixed=5))
+    ReviewSession(project.dataset, version, "ada", Listener(), ReviewOptions(fixed=5, redraw=True))
     # 208 by the plan, but 200 rows are all there are.
     assert status(project) == "under review: no row checked yet, at least 200 more to check, draw 2"
 
@@ -198,13 +197,14 @@ def test_suspects_are_reviewed_apart_from_the_sample(project: ProjectFolder) -> 
     assert json.loads((project.dataset / "reviews.jsonl").read_text().splitlines()[-1]).get("draw") is None
 
 
-def test_edit_without_a_change_is_no_verdict(project: ProjectFolder) -> None:
+def test_edit_that_is_unusable_is_no_verdict(project: ProjectFolder) -> None:
     session = review(project)
     card = session.next()
     assert card is not None
     assert "is unchanged" in session.edit(card, card.member.example.output)
     assert "empty" in session.edit(card, " \n")
     assert "editor failed" in session.edit(card, None)
+    assert session.edit(card, "pay with 4539 1488 0343 6467").startswith("The answer contains a secret (payment card")
     assert session.next() == card
     assert session.edit(card, "better") == ""
     assert session.next() != card
@@ -246,16 +246,16 @@ def test_damaged_log_never_causes_a_traceback(tmp_path_factory: pytest.TempPathF
 
 
 def _append_many(folder: Path, name: str) -> None:
-    for number in range(50):
+    for number in range(25):
         append_reviews(folder, [_judged(f"{name}{number}", reviewer=name, verdict="edit", output="x" * 9000)])
 
 
 @pytest.mark.slow
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # at work at once: both write while the other does
     writers = [context.Process(target=_append_many, args=(tmp_path, name)) for name in ("ada", "ben")]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert len(read_reviews(tmp_path).events) == 100
+    assert len(read_reviews(tmp_path).events) == 50

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
+from data_helpers import Listener, new_project, unlike_pairs, write_jsonl, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import judge_next, review
@@ -180,7 +180,7 @@ def test_verify_counts_reviews_of_earlier_releases(project: ProjectFolder) -> No
     path = project.dataset / "reviews.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]
     old = [{k: v for k, v in event.items() if k not in ("digest", "nth")} for event in events]
-    path.write_text("".join(json.dumps(event) + "\n" for event in old))
+    write_rows(path, old)
     found = verify(OpenFolder(project, Listener()))
     assert (found.ok, found.reviews, found.undigested) == (True, 5, 5)
 

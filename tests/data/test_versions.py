@@ -108,40 +108,6 @@ def test_locked_allows_one_writer(project: ProjectFolder) -> None:
     assert _add_second(project) == load_version(project.dataset).digest
 
 
-class _CrashAt:
-    """Stands in for os.fsync and stops the process, so to speak, at one of its calls."""
-
-    def __init__(self, call: int) -> None:
-        self.call, self.calls = call, 0
-
-    def __call__(self, _: int) -> None:
-        self.calls += 1
-        if self.calls == self.call:
-            raise KeyboardInterrupt
-
-
-def test_crash_at_any_write_leaves_the_old_version_or_the_new(
-    project: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = load_version(project.dataset)
-    pristine = tmp_path / "pristine"
-    shutil.copytree(project.root, pristine)
-    never = _CrashAt(0)
-    monkeypatch.setattr(os, "fsync", never)
-    new = _add_second(project)
-    # Rows are written alike, so that a few of those writes stand for all; then come the version's folder and HEAD.
-    for call in [1, 2, *range(3, never.calls, 19), *range(never.calls - 8, never.calls + 1)]:
-        shutil.rmtree(project.root)
-        shutil.copytree(pristine, project.root)
-        monkeypatch.setattr(os, "fsync", _CrashAt(call))
-        with pytest.raises(KeyboardInterrupt):
-            _add_second(project)
-        assert load_version(project.dataset, old.digest) == old
-        assert load_version(project.dataset).digest in (old.digest, new)
-        monkeypatch.setattr(os, "fsync", never)
-        assert _add_second(project) == load_version(project.dataset).digest == new
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four megabytes."""

@@ -292,12 +292,10 @@ def _kinds(text: str, path: Path) -> dict[str, int]:
     return dict(counts)
 
 
-def rows_text(kinds: Mapping[str, int]) -> str:
-    """Return the counts of rows by kind: ``1,200 conversations, 30 preference pairs``."""
-    return ", ".join(f"{kinds[kind]:,} {name}" for kind, name in _KINDS.items() if kinds.get(kind))
-
-
 def described(migration: Migration) -> Sequence[str]:
     """Return lines about the written files and the model that becomes the incumbent."""
-    lines = [f"{name}: {rows_text(kinds)}" for name, kinds in migration.rows.items()]
+    lines = []
+    for file, kinds in migration.rows.items():
+        counts = (f"{kinds[kind]:,} {name}" for kind, name in _KINDS.items() if kinds.get(kind))
+        lines.append(f"{file}: {', '.join(counts)}")
     return [*lines, f"Incumbent: {migration.incumbent}" if migration.incumbent else "No incumbent"]

@@ -94,14 +94,7 @@ def mix_in(
 
 def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Reporter) -> list[SourceRow]:
     """Return the source's distinct rows, in draw order."""
-    own = DataConfig(
-        rows=mix.rows,
-        sheet=mix.sheet,
-        input=mix.input,
-        output=mix.output,
-        drop_columns=mix.drop_columns,
-        max_characters=data.max_characters,
-    )
+    own = DataConfig(**mix.model_dump(exclude={"source", "fraction"}), max_characters=data.max_characters)
     with reporter.task("reading the mix-in", source_size(path), "bytes") as task:
         reading = read_pairs(path, own, task)
     if reading.faults:

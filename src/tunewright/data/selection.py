@@ -88,7 +88,16 @@ def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[s
     found: set[str] = set()
     wrong: list[str] = []
     for where, given in _names(path):
-        name = _key_of(given, where)
+        name = given.get("key") if isinstance(given, dict) else given
+        if not isinstance(name, str) or not re.fullmatch(f"[0-9a-fA-F]{{{_FEWEST_DIGITS},64}}", name):
+            raise UserError(
+                f"Not a row's key: {str(name)[:80]!r}",
+                where=where,
+                fix=f"Write one key per line (at least its first {_FEWEST_DIGITS} digits) or an object with `key`. "
+                "Output of `data suspects --json` or `data show --json`, and CSV with a column `key` or `row`, work "
+                "too.",
+            )
+        name = name.lower()
         matching = keys[bisect_left(keys, name) : bisect_right(keys, name + "g")]
         if len(matching) == 1:
             found.add(matching[0])
@@ -140,18 +149,6 @@ def _names(path: Path) -> Iterator[tuple[str, Any]]:
             except ValueError:
                 raise UserError("Not a JSON object", where=f"{path}:{number}") from None
             yield f"{path}:{number}", value
-
-
-def _key_of(given: Any, where: str) -> str:
-    name = given.get("key") if isinstance(given, dict) else given
-    if not isinstance(name, str) or not re.fullmatch(f"[0-9a-fA-F]{{{_FEWEST_DIGITS},64}}", name):
-        raise UserError(
-            f"Not a row's key: {str(name)[:80]!r}",
-            where=where,
-            fix=f"Write one key per line (at least its first {_FEWEST_DIGITS} digits) or an object with `key`. Output "
-            "of `data suspects --json` or `data show --json`, and CSV with a column `key` or `row`, work too.",
-        )
-    return name.lower()
 
 
 def _query(expression: str) -> Any:

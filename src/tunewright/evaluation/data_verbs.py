@@ -291,7 +291,6 @@ def review(
     Raises:
         UserError: the plan differs from the existing sample's, or the options are mutually exclusive.
     """
-    from tunewright.data.review.acceptance import FixedPlan
     from tunewright.data.review.session import ReviewSession, reviewer_name
     from tunewright.data.trace import metadata_by_key
 
@@ -303,11 +302,8 @@ def review(
         version,
         reviewer_name(reviewer, project.folder.root),
         project.reporter,
-        plan=None if options.fixed is None else FixedPlan(allowed=options.fixed),
-        redraw=options.redraw,
+        options,
         suspects=known_suspects if options.suspects else None,
-        second=options.second,
-        conflicts=options.conflicts,
         allow=project.folder.config.data.allow,
         metadata=metadata_by_key(project.folder.dataset, version.manifest)
         if any(m.generated for m in version.domain)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, Self
@@ -167,15 +167,11 @@ def judge(plan: SequentialPlan | FixedPlan, findings: Iterable[Finding], rows: i
     return Outcome(decision, checked, wrong, unsettled, upper, needed, whole)
 
 
-def sample_order(keys: Sequence[str], version: str, draw: int) -> list[str]:
+# A page of the studio needs it several times, and 100,000 keys take 0.2 s.
+@lru_cache(maxsize=2)
+def sample_order(keys: tuple[str, ...], version: str, draw: int) -> tuple[str, ...]:
     """Return all pair keys in checking order: any beginning of it is a simple random sample.
 
     The version's digest and the draw's number alone decide the order, so that it cannot be chosen and can be verified.
     """
-    return list(_sample_order(tuple(keys), version, draw))
-
-
-# A page of the studio needs it several times, and 100,000 keys take 0.2 s.
-@lru_cache(maxsize=2)
-def _sample_order(keys: tuple[str, ...], version: str, draw: int) -> tuple[str, ...]:
     return tuple(sorted(keys, key=lambda key: hashlib.sha256(f"{version}:{draw}:{key}".encode()).digest()))

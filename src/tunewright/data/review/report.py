@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -210,6 +210,10 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
     # Few rows are judged, and a page of the studio waits for this.
     judged = {m.key for m in domain if m.key in reviews.stacks}
     disputed = [pending.disputed for pending in pending_edits(reviews, version)]
+    said: dict[str, Counter[str]] = {}
+    for key in judged:
+        for name, verdict in reviews.current_verdicts(key).items():
+            said.setdefault(name, Counter())[verdict.verdict] += 1
     return ReviewReport(
         version.digest,
         outcome(reviews, version.digest, [m.key for m in domain]),
@@ -220,16 +224,8 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
         generated=len(generated),
         accepted=len(generated) - len(unaccepted_keys(dataset, version.manifest, generated)),
         conflicts=tuple(key for key in reviews.stacks if key in judged and reviews.disputed(key)),
-        reviewers=_reviewer_counts(reviews, judged),
+        reviewers=tuple(ReviewerCounts(name, **{v: said[name][v] for v in VERDICTS}) for name in sorted(said)),
     )
-
-
-def _reviewer_counts(reviews: ReviewLog, rows: Collection[str]) -> tuple[ReviewerCounts, ...]:
-    said: dict[str, Counter[str]] = {}
-    for key in reviews.stacks:
-        for name, judged in reviews.current_verdicts(key).items() if key in rows else ():
-            said.setdefault(name, Counter())[judged.verdict] += 1
-    return tuple(ReviewerCounts(name, **{v: said[name][v] for v in VERDICTS}) for name in sorted(said))
 
 
 def review_status(dataset: Path) -> str | None:

@@ -364,11 +364,12 @@ def sample_of(drawn: DrawEvent, keys: Sequence[str]) -> Sample:
     """Return the sample of a version with these pair keys."""
     before = drawn.continues
     if before is None:
-        order = tuple(sample_order(keys, drawn.version, drawn.draw))
+        order = sample_order(tuple(keys), drawn.version, drawn.draw)
         return Sample(drawn, order, order)
     edited = dict(before.edited)
     new = set(edited.values())
-    slots = tuple(sample_order([*edited, *(key for key in keys if key not in new)], before.version, before.draw))
+    former = (*edited, *(key for key in keys if key not in new))
+    slots = sample_order(former, before.version, before.draw)
     return Sample(drawn, slots, tuple(edited.get(slot, slot) for slot in slots))
 
 

@@ -13,6 +13,7 @@ from tunewright.core.clock import now
 from tunewright.core.csv import one_line_end, write_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.data.options import ReviewOptions
 from tunewright.data.pii import secret_kinds
 from tunewright.data.readers import GENERATED, PASSAGE
 from tunewright.data.readers.row_errors import RowError
@@ -39,8 +40,8 @@ from tunewright.data.review.reviews import (
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.version import current_author
 
+SAMPLE = ReviewOptions()
 SHEET_COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "new_output")
-_NO_METADATA: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
     """A session over the version's sample or suspects.
 
     Generated rows that nobody has accepted come before the sample. They are apart from it, like suspects, so that the
-    sample stays random. ``evaluation.data_verbs.review`` describes the options. ``allow`` are the kinds of secrets
-    that answers may contain, and ``metadata`` has the provenance of generated rows by pair key.
+    sample stays random. With ``suspects``, the session is over them. ``allow`` are the kinds of secrets that answers
+    may contain, and ``metadata`` has the provenance of generated rows by pair key.
     """
 
     log: ReviewLog
@@ -78,25 +79,23 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         version: DatasetVersion,
         reviewer: str,
         reporter: Reporter,
+        options: ReviewOptions = SAMPLE,
         *,
-        plan: SequentialPlan | FixedPlan | None = None,
-        redraw: bool = False,
         suspects: Sequence[Suspect] | None = None,
-        second: bool = False,
-        conflicts: bool = False,
         allow: Collection[str] = (),
-        metadata: Mapping[str, Mapping[str, Any]] = _NO_METADATA,
+        metadata: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> None:
         if not reviewer.strip():
             raise UserError("The reviewer's name is empty", where="--reviewer", fix="Pass a name.")
-        if suspects is not None and (plan is not None or redraw):
+        of_sample = options.fixed is not None or options.redraw
+        if suspects is not None and of_sample:
             raise UserError("--suspects cannot be combined with options of the sample's plan or draw")
-        if conflicts and (suspects is not None or second or plan is not None or redraw):
+        if options.conflicts and (suspects is not None or options.second or of_sample):
             raise UserError("--conflicts cannot be combined with other choices of rows")
         self.dataset = dataset
         self.version = version
-        self.second = second
-        self.conflicts = conflicts
+        self.second = options.second
+        self.conflicts = options.conflicts
         self.allow = allow
         self.members = {m.key: m for m in version.domain}
         super().__init__(reviewer)
@@ -104,22 +103,23 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
             reporter.warn("The last review in reviews.jsonl was cut off by a crash and is ignored: review it again.")
         self.why = {s.key: f"{s.reason}: {s.detail}" for s in suspects or ()}
         self.drawn: DrawEvent | None = None
-        if conflicts:
+        if self.conflicts:
             self.drawn = self.log.latest_draw(version.digest)
         elif suspects is None:
-            self.drawn = self._draw(plan, redraw, reporter)
+            plan = None if options.fixed is None else FixedPlan(allowed=options.fixed)
+            self.drawn = self._draw(plan, options.redraw, reporter)
         self._sample: Sample | None = None
         if self.drawn is not None:
             self._sample = sample_of(self.drawn, list(self.members))
         self.order = self._sample.asked if self._sample else [s.key for s in suspects or ()]
         self.generated: list[str] = []
-        if self.drawn is not None and not second and not conflicts:
+        if self.drawn is not None and not self.second and not self.conflicts:
             written = {m.key for m in version.domain if m.generated}
             doubtful = unaccepted_keys(dataset, version.manifest, written)
             self.generated = [key for key in self.order if key in doubtful]
             self.why |= {key: written_by(metadata.get(key, {})) for key in self.generated}
 
-    def _draw(self, plan: SequentialPlan | FixedPlan | None, redraw: bool, reporter: Reporter) -> DrawEvent:
+    def _draw(self, plan: FixedPlan | None, redraw: bool, reporter: Reporter) -> DrawEvent:
         before = self.log.latest_draw(self.version.digest)
         if before is not None and not redraw:
             if plan is not None and plan != before.plan:
