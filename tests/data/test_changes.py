@@ -36,12 +36,17 @@ FIRST = unlike_pairs(60, seed=1)
 ACCEPTING = {"conflicts": "accept"}
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> ProjectFolder:
-    """A project with one version of 60 rows."""
-    project = new_project(tmp_path / "p")
-    add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener(), message="first")
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> ProjectFolder:
+    """A project with one version of 60 rows; tests work on copies."""
+    project = new_project(tmp_path_factory.mktemp("pristine") / "p")
+    add(project, [write_jsonl(project.root.parent / "first.jsonl", FIRST)], Listener(), message="first")
     return project
+
+
+@pytest.fixture
+def project(pristine: ProjectFolder, tmp_path: Path) -> ProjectFolder:
+    return ProjectFolder(Path(shutil.copytree(pristine.root, tmp_path / "p")))
 
 
 def _with_output(member: Member, output: str) -> Member:
