@@ -86,12 +86,10 @@ def data_blame(run: Session, row: Row) -> None:
 @command(data_app, "trained-by", example="tunewright data trained-by pairs.jsonl:7")
 def data_trained_by(run: Session, row: Row) -> None:
     """List the adapters that were trained on a row."""
-    from tunewright.data.trace import trained_adapters
-
     key, found = run.project.data.trained_by(row)
     lines = [f"{s.adapter}: {s.use}{f' ({s.reason})' if s.reason else ''}" for s in found]
     run.show(
-        {"key": key, "trained_on": trained_adapters(found), "adapters": found},
+        {"key": key, "trained_on": [s.adapter for s in found if s.use == "trained"], "adapters": found},
         "\n".join(lines) if lines else "No adapter has been trained yet.",
     )
 

@@ -409,8 +409,3 @@ def adapter_exposure(dataset: Path, adapters: Path, keys: Iterable[str]) -> tupl
         for (name, version), uses in counts.items()
         if uses.keys() & {"trained", "dev", "test", "unknown"}
     )
-
-
-def trained_adapters(row_uses: Sequence[RowUse]) -> list[str]:
-    """Return the names of the adapters that were trained on the row."""
-    return [s.adapter for s in row_uses if s.use == "trained"]

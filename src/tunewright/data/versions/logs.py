@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,9 +131,7 @@ def append_removals(dataset: Path, events: Sequence[Removal]) -> None:
 
 def describe_purges(purges: Collection[Removal]) -> str:
     """Return purges as text, such as "2 rows purged on 2026-11-27: ACME asked"."""
-    by_reason: dict[tuple[str, str], int] = {}
-    for purge in purges:
-        by_reason[purge.day, purge.because] = by_reason.get((purge.day, purge.because), 0) + 1
+    by_reason = Counter((purge.day, purge.because) for purge in purges)
     return "; ".join(
         f"{count_of(count, 'row')} purged on {day}: {because}" for (day, because), count in sorted(by_reason.items())
     )
@@ -234,20 +233,17 @@ def _without_metadata(imports: bytes, purged: Collection[str]) -> bytes:
     wanted = {key.encode() for key in purged}
     lines = imports.split(b"\n")
     for number, line in enumerate(lines):
-        if _METADATA in line and not wanted.isdisjoint(_KEY_IN_RECORD.findall(line)):
-            lines[number] = _line_without(line, purged)
+        if _METADATA not in line or wanted.isdisjoint(_KEY_IN_RECORD.findall(line)):
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # changed by hand, which `data verify` reports
+        if not {record.get("key"), record.get("of"), record.get("before"), *record.get("besides", ())} & {*purged}:
+            continue
+        record.pop("metadata", None)
+        lines[number] = canonical_json(record).encode()
     return b"\n".join(lines)
-
-
-def _line_without(line: bytes, purged: Collection[str]) -> bytes:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return line  # changed by hand, which `data verify` reports
-    about = {record.get("key"), record.get("of"), record.get("before"), *record.get("besides", ())}
-    if about.isdisjoint(purged):
-        return line
-    return canonical_json({name: value for name, value in record.items() if name != "metadata"}).encode()
 
 
 JudgedBy = Literal["person", "judge", "file"]
