@@ -38,8 +38,13 @@ from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.benchmarks.bench import Bench
-from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, likeliest, likelihoods, read_questions
-from tunewright.evaluation.benchmarks.samples import SamplesSuite
+from tunewright.evaluation.benchmarks.likelihoods import (
+    ChoiceQuestion,
+    SamplesSuite,
+    likeliest,
+    likelihoods,
+    read_questions,
+)
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.statistics import effective_items, wilson
 from tunewright.open_project import OpenProject

@@ -13,8 +13,17 @@ from tunewright.data.add import AddResult
 from tunewright.data.readers.source_files import is_hub_name
 from tunewright.data.versions import load_version
 from tunewright.evaluation import data_verbs
-from tunewright.evaluation.tuning import check_trainable, has_trained, refuse_up_front, require_rows, train_adapter
-from tunewright.evaluation.verbs import asked_splits, current_split_power, evaluate, prompting
+from tunewright.evaluation.verbs import (
+    asked_splits,
+    check_trainable,
+    current_split_power,
+    evaluate,
+    has_trained,
+    prompting,
+    refuse_up_front,
+    require_rows,
+    train_adapter,
+)
 from tunewright.evidence.power import require_significance
 from tunewright.evidence.schema import Advice
 from tunewright.evidence.verdict import Verdict

@@ -18,8 +18,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.bench import draw
-from tunewright.evaluation.benchmarks.choices import read_questions
-from tunewright.evaluation.benchmarks.samples import OwnSamples
+from tunewright.evaluation.benchmarks.likelihoods import OwnSamples, read_questions
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.open_project import OpenProject

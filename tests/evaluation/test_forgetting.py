@@ -16,8 +16,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.data.examples import normalised
-from tunewright.evaluation.benchmarks.choices import ChoiceQuestion, read_questions
-from tunewright.evaluation.benchmarks.samples import OwnSamples
+from tunewright.evaluation.benchmarks.likelihoods import ChoiceQuestion, OwnSamples, read_questions
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.open_project import OpenProject
 

@@ -24,7 +24,7 @@ from tunewright.adapters.registry import REPLAY
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.evaluation.tuning import open_trainings
+from tunewright.evaluation.verbs import open_trainings
 from tunewright.models.loading import load_model
 from tunewright.training import self_samples
 from tunewright.training.self_samples import draw_replay, replay_inputs

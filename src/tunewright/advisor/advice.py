@@ -26,8 +26,7 @@ from tunewright.advisor.signals import (
 )
 from tunewright.data.splits import FEW_TRAINING_PAIRS
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evaluation.tuning import open_trainings, refuse_up_front
-from tunewright.evaluation.verbs import open_arm_runner, report_detectable_effects
+from tunewright.evaluation.verbs import open_arm_runner, open_trainings, refuse_up_front, report_detectable_effects
 from tunewright.evidence.common import Interval
 from tunewright.evidence.power import items_to_settle
 from tunewright.metrics import p_text, points_text, score_text

@@ -19,7 +19,7 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data import browse, preview, remote, remove, verify
 from tunewright.data.options import RemoveOptions, ReviewOptions
 from tunewright.engines import environment
-from tunewright.evaluation import data_verbs, stored, tuning
+from tunewright.evaluation import data_verbs, stored
 from tunewright.evaluation import verbs as measuring
 from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evaluation.verbs import current_split_power
@@ -152,11 +152,11 @@ class Project(OpenProject):
     verdict = reports.verdict
     verdict_markdown = reports.verdict_markdown
 
-    crossval = tuning.crossval
+    crossval = measuring.crossval
     curve = reports.curve
     estimate_memory = keywords(memory.estimate_memory, MemoryOptions)
-    sweep = keywords(tuning.sweep, SweepOptions)
-    train = tuning.train
+    sweep = keywords(measuring.sweep, SweepOptions)
+    train = measuring.train
 
     advise = advice.advise
     detectable_effects = measuring.detectable_effects

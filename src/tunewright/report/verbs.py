@@ -17,7 +17,7 @@ from tunewright.data.versions.files import read_places
 from tunewright.data.versions.version import read_manifest
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.stored import checked_evidence, evaluation_folder, folder_of
-from tunewright.evaluation.tuning import open_trainings, refuse_up_front
+from tunewright.evaluation.verbs import open_trainings, refuse_up_front
 from tunewright.evidence.benchmarks import standing
 from tunewright.evidence.blocks import evaluation_sections
 from tunewright.evidence.causes import Labels, ProjectFacts, decided

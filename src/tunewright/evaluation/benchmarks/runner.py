@@ -23,9 +23,8 @@ from tunewright.core.io import digest, write_json
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.benchmarks.bench import Bench, OpenSuite, above_chance, expected_text, suite_of
-from tunewright.evaluation.benchmarks.choices import ChoicesSuite
 from tunewright.evaluation.benchmarks.instructions import InstructionsSuite
-from tunewright.evaluation.benchmarks.samples import SamplesSuite
+from tunewright.evaluation.benchmarks.likelihoods import ChoicesSuite, SamplesSuite
 from tunewright.evidence.benchmarks import Benchmarks, RegressionResult, Suite, standing
 from tunewright.evidence.files import evidence_on
 from tunewright.models.loading import load_tokenizer
