@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.data.readers import ReadResult, read_pairs
+from tunewright.data.readers import ReadResult, read_pairs, sandbox
 from tunewright.data.readers.file_check import check_files, fix_file
 from tunewright.data.readers.sandbox import parse_template, render
 
@@ -125,8 +125,8 @@ def test_invalid_template_is_refused_before_reading(
 
 
 MORE = "{% set ns = namespace(t='aa', l=[1], n=1) %}{% for i in range(999) %}{% set ns."
-TOO_LARGE = "makes a value of more than 1,048,576 characters and items"
-TOO_LONG = "takes too many steps (limit 16,777,216)"
+TOO_LARGE = "makes a value of more than 262,144 characters and items"
+TOO_LONG = "takes too many steps (limit 4,194,304)"
 TOO_WIDE = "has a number over 10,000 in "
 
 
@@ -165,18 +165,22 @@ TOO_WIDE = "has a number over 10,000 in "
         ("{{ ('b' * 4000).join(title * 999) }}", TOO_LARGE),
         ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, TOO_LONG),
         ("{% for i in range(99999) %}" + "a" * 999 + "{% endfor %}", TOO_LARGE),
-        ("{% for i in range(99999) %}{% if range(99999) | sort %}{% endif %}{% endfor %}", TOO_LONG),
+        ("{% for i in range(99999) %}{% if range(49999) | sort %}{% endif %}{% endfor %}", TOO_LONG),
         ("{% set a = 'a' * 99999 %}{% for i in range(99999) %}{% set b = a[1:] %}{% endfor %}", TOO_LONG),
         ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a == a %}{% endfor %}", TOO_LONG),
         ("{% set a = 'a' * 99999 %}{% for i in range(99999) if 'b' in a %}{% endfor %}", TOO_LONG),
         ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a is lower %}{% endfor %}", TOO_LONG),
         ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a.upper() %}{% endfor %}", TOO_LONG),
         ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a | upper %}{% endfor %}", TOO_LONG),
-        ("{% set a = ['a' * 9999] * 99 %}{% for i in range(99999) if a | map('upper') | list %}{% endfor %}", TOO_LONG),
-        ("{{ ([[1]] * 99999) | sum(start=[]) }}", "adds up lists in sum"),
+        ("{% set a = ['a' * 9999] * 25 %}{% for i in range(99999) if a | map('upper') | list %}{% endfor %}", TOO_LONG),
+        ("{{ ([[1]] * 49999) | sum(start=[]) }}", "adds up lists in sum"),
     ],
 )
-def test_template_without_bound_is_a_fault_of_its_row(tmp_path: Path, template: str, words: str) -> None:
+def test_template_without_bound_is_a_fault_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, words: str
+) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SIZE", sandbox.MAX_SIZE // 4)  # the fault comes sooner
+    monkeypatch.setattr(sandbox, "MAX_WORK", sandbox.MAX_WORK // 4)
     good = {"title": "a", "parts": []}
     reading = _read(tmp_path, "{% if title != 'a' %}" + template + "{% endif %}x", ROW, good)
     assert [(fault.line, fault.code) for fault in reading.faults] == [(1, "E207")]

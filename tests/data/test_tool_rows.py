@@ -27,6 +27,7 @@ from tool_rows import (
 from tunewright.config import DataConfig
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import LogReporter
+from tunewright.data import tools
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.readers import read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
@@ -211,7 +212,8 @@ def test_all_codes_of_functions_are_tested() -> None:
     assert {code for code in CODES if code.startswith("E5")} <= {code for _, _, code, _, _ in FAULTS}
 
 
-def test_hostile_pattern_ends() -> None:
+def test_hostile_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "_SECONDS", 0.1)
     hostile = {"type": "object", "properties": {"city": {"pattern": "^(a|aa)+$"}}}
     row = _changed(_parameters(hostile))
     _call(row)["function"]["arguments"] = {"city": "a" * 200 + "!"}
