@@ -161,12 +161,13 @@ def test_evaluate_refuses_an_adapter_without_recorded_rendering(project: Path, t
 
 
 @pytest.mark.slow
-def test_run_uses_the_plain_template_for_a_base_without_one(tmp_path: Path) -> None:
+def test_train_uses_the_plain_template_for_a_base_without_one(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     folder = tiny_project(tmp_path / "project", base)
-    ran = tunewright("run", "-p", folder)
-    assert ran.code in {0, 3, 4}, ran.stderr
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    ran = tunewright("train", "-p", folder)
+    assert ran.code == 0, ran.stderr
     assert "has no chat template: using the plain form" in ran.stderr
     assert find_adapter(folder / "adapters").lineage["chat"]["kind"] == "plain"
     config = folder / "tunewright.yaml"

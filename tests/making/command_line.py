@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -133,8 +134,16 @@ def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
 
 
 def trained_project(folder: Path, base: Path, *changes: tuple[str, str], count: int = 120) -> Path:
-    """A project with a dataset version and an adapter; ``changes`` are those of the config's text."""
-    tiny_project(folder, base, count)
+    """A project with a dataset version and an adapter; ``changes`` are those of the config's text.
+
+    Projects that differ in nothing are copies of one that is trained once.
+    """
+    return Path(shutil.copytree(_trained(base, changes, count), folder))
+
+
+@cache
+def _trained(base: Path, changes: tuple[tuple[str, str], ...], count: int) -> Path:
+    folder = tiny_project(Path(mkdtemp(prefix="trained-", dir=base.parent)) / "project", base, count)
     config = folder / "tunewright.yaml"
     text = config.read_text(encoding="utf-8")
     for before, after in changes:
