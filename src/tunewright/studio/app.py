@@ -53,12 +53,7 @@ from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
 from tunewright.studio.pages.project import NEW_PROJECT
 from tunewright.studio.playing import Playing
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
-from tunewright.studio.words import (
-    ROLES,
-    advice,
-    by_commands,
-    note,
-)
+from tunewright.studio.words import ROLES, advice, by_commands, note
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")
@@ -146,7 +141,9 @@ class Studio:
 
     def run(self, host: str, port: int, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is called with the address that signs a browser in."""
-        local = host == "localhost" or _is_loopback(host)
+        local = host == "localhost"
+        with suppress(ValueError):  # a name
+            local = local or ipaddress.ip_address(host).is_loopback
         if not local and self._token is not None:
             fix = "Pass --password-file, or leave --host out."
             raise UserError("Other machines could reach the studio without a password", where=f"--host {host}", fix=fix)
@@ -169,6 +166,10 @@ class Studio:
 
     def _session(self, request: Request) -> StudioSession | None:
         return self._visitor or self._access.session(request)
+
+    def _require_session(self, request: Request) -> None:
+        if self._session(request) is None:
+            raise HTTPException(403)
 
     def _endpoint(self, handler: Handler, method: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
@@ -266,8 +267,7 @@ class Studio:
 
         `progress` and `said` events repeat what the page shows above the log.
         """
-        if self._session(request) is None:
-            raise HTTPException(403)
+        self._require_session(request)
         job = self._jobs.find(str(request.path_params["job"]))
 
         async def lines() -> AsyncIterator[str]:
@@ -297,8 +297,7 @@ class Studio:
 
     async def _answer_events(self, request: Request) -> Response:
         """Stream the answers to a question; a browser that leaves ends their computation."""
-        if self._session(request) is None:
-            raise HTTPException(403)
+        self._require_session(request)
         playing = self._cache.playing
         question = playing.question(str(request.path_params["question"]))
         return StreamingResponse(playing.events(question), media_type="text/event-stream")
@@ -346,10 +345,3 @@ def _store(folder: Path, name: str, file: BinaryIO) -> None:
         write_bytes(path, content)
     elif path.read_bytes() != content:
         raise UserError(f"There is another file {name!r}", where=UPLOADS, fix="Rename yours, and upload it again.")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

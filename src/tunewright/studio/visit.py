@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -206,6 +207,23 @@ def verdict_of(session: AnnotationSession[Any, ItemT, VerdictT], action: str) ->
         if verdict == action:
             return verdict
     raise UserError(f"Unknown verdict {action!r}", fix="Use the buttons of the page.")
+
+
+def positive_numbers(form: Mapping[str, str], field: str, *, several: bool = False) -> list[str]:
+    """Return a field's number, or its numbers, as they were typed; none from an empty field.
+
+    Others are refused here: the command would take ``--x`` for an option, or refuse it only after it was started.
+    """
+    typed = form.get(field, "").strip()
+    texts = typed.split() if several or not typed else [typed]
+    for text in texts:
+        try:
+            valid = 0 < float(text) < math.inf
+        except ValueError:
+            valid = False
+        if not valid:
+            raise UserError(f"Not a positive number: {text!r}", where=field, fix="Go back and correct it.")
+    return texts
 
 
 def path_of(*parts: str) -> str:

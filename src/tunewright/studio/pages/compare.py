@@ -14,7 +14,7 @@ from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
 from tunewright.evidence.files import DEV_PREFIX, EVIDENCE_FILE
-from tunewright.evidence.human_eval import RaterAgreement, agreement_table, human_eval_section
+from tunewright.evidence.human_eval import agreement_table, human_eval_section
 from tunewright.evidence.judge import judge_section
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.render.blocks import Cell, Column, Table, table, words
@@ -23,7 +23,6 @@ from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
 if TYPE_CHECKING:
     from tunewright.evaluation.judge.questions import ArmPreference, JudgedItem
-    from tunewright.evaluation.judge.runner import JudgeEstimate
 
 _NEWEST = 20  # evaluations
 
@@ -152,7 +151,11 @@ def judge_page(visit: Visit) -> Response:
     ready = settings.base_url is not None and settings.model is not None
     estimate, refusal = None, ""
     if ready and (judgement is None or "estimate" in visit.query):
-        estimate, refusal = _estimate(visit, name)
+        try:
+            estimate = visit.project.estimate_judge(name)
+        except UserError as error:
+            refusal = str(error)
+    agreements = evidence.human_eval.agreements if judgement and evidence.human_eval else ()
     outcome = visit.query.get("outcome", "")
     if outcome and outcome not in _OUTCOMES:
         raise UserError("The page has no such filter", where=name, fix="Choose one of the list.")
@@ -169,7 +172,7 @@ def judge_page(visit: Visit) -> Response:
         refusal=refusal,
         judgement=judgement,
         blocks=judge_section(judgement).blocks if judgement else (),
-        agreements=_agreements(evidence),
+        agreements=[each for each in agreements if judgement and f"judge {judgement.model}" in each.raters],
         agreement_table=agreement_table,
         people=evidence.human_eval is not None,
         arms=_arms(evidence),
@@ -191,25 +194,9 @@ def _rows_table(name: str, rows: Sequence[_Row], arms: tuple[str, str], outcome:
     return table("Judged items", words("Item", "Outcome", "Question", "Reference", *arms), found)
 
 
-def _estimate(visit: Visit, name: str) -> tuple[JudgeEstimate | None, str]:
-    """Return the calls and cost of judging, or the reason why nothing can be judged."""
-    try:
-        return visit.project.estimate_judge(name), ""
-    except UserError as error:
-        return None, str(error)
-
-
 def _arms(evidence: Evidence) -> tuple[str, str]:
     """Return the two compared arms."""
     return evidence.contrasts[0].treatment, evidence.contrasts[0].control
-
-
-def _agreements(evidence: Evidence) -> list[RaterAgreement]:
-    """Return the agreements of the judge with people."""
-    judge, review = evidence.judge, evidence.human_eval
-    if judge is None or review is None:
-        return []
-    return [each for each in review.agreements if f"judge {judge.model}" in each.raters]
 
 
 def _rows(visit: Visit, evidence: Evidence, items: Sequence[Item]) -> list[_Row]:

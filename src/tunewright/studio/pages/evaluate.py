@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import metric_label
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.report.items import shown_answer
-from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.visit import Handlers, Visit, path_of, positive_numbers
 
 if TYPE_CHECKING:
     from tunewright.evaluation.workload import AnswersEstimate
@@ -106,16 +105,8 @@ def _adapter(adapters: list[Adapter], name: str | None) -> Adapter | None:
 
 
 def _split(visit: Visit, adapter: Adapter, *, dev: bool) -> _Split:
-    split = "dev" if dev else "test"
-    try:
-        return _Split(split, _estimate(visit, adapter, dev=dev))
-    except UserError as error:
-        return _Split(split, None, str(error))
-
-
-def _estimate(visit: Visit, adapter: Adapter, *, dev: bool) -> AnswersEstimate:
     """Return the estimate, again only if a file that decides it has changed: prompts of all arms take seconds."""
-    folder = visit.project.folder
+    folder, split = visit.project.folder, "dev" if dev else "test"
     files = [
         folder.root / "tunewright.yaml",
         *sorted(folder.work.glob("generations/*")),
@@ -125,11 +116,14 @@ def _estimate(visit: Visit, adapter: Adapter, *, dev: bool) -> AnswersEstimate:
     stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
     manifest = current_manifest(folder.dataset)
     deciding = (stamps, None if manifest is None else manifest.digest)
-    return visit.cache.once(
-        ("estimate", adapter.digest, dev),
-        deciding,
-        lambda: visit.project.estimate_evaluation(adapter.name, dev=dev, embed=False),
-    )
+
+    def estimate() -> AnswersEstimate:
+        return visit.project.estimate_evaluation(adapter.name, dev=dev, embed=False)
+
+    try:
+        return _Split(split, visit.cache.once(("estimate", adapter.digest, dev), deciding, estimate))
+    except UserError as error:
+        return _Split(split, None, str(error))
 
 
 def _items(visit: Visit) -> str:
@@ -152,19 +146,8 @@ def start_evaluation(visit: Visit) -> Response:
         return visit.start("run")
     adapter = visit.chosen("adapter", {each.name for each in list_adapters(visit.project.folder.adapters)})
     words = ["evaluate", adapter, *(["--dev"] if form.get("split") == "dev" else [])]
-    if minutes := form.get("minutes", "").strip():
-        words += ["--minutes", f"{_minutes(minutes):g}"]
+    words += [word for minutes in positive_numbers(form, "minutes") for word in ("--minutes", minutes)]
     return visit.start(*words)
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise UserError(f"The minutes must be a number above 0 (got {text!r})", fix="Go back and change them.")
-    return minutes
 
 
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
@@ -310,9 +293,8 @@ def prompts_page(visit: Visit) -> Response:
 
 def _turn_text(turn: Mapping[str, Any]) -> str:
     """Return what a turn says; a turn with more than a text as JSON."""
-    if turn.keys() == {"role", "content"}:
-        return str(turn["content"])
-    return json.dumps(turn, ensure_ascii=False, indent=1)
+    alone = turn.keys() == {"role", "content"}
+    return str(turn["content"]) if alone else json.dumps(turn, ensure_ascii=False, indent=1)
 
 
 def report_page(visit: Visit) -> Response:
@@ -321,9 +303,8 @@ def report_page(visit: Visit) -> Response:
     text = visit.project.report(name).read_text(encoding="utf-8")
     links = visit.templates.get_template("report_links.html.j2").render(id=name)
     # The file itself has no links out of it.
-    return HTMLResponse(
-        text.replace("<body>", f"<body>\n{links}", 1), headers={"Content-Security-Policy": _REPORT_POLICY}
-    )
+    text = text.replace("<body>", f"<body>\n{links}", 1)
+    return HTMLResponse(text, headers={"Content-Security-Policy": _REPORT_POLICY})
 
 
 HANDLERS: Handlers = {

@@ -20,7 +20,7 @@ from tunewright.evidence.learning_curve import curve_section
 from tunewright.metrics import axis_label, metric_label, score_text
 from tunewright.render.blocks import SERIES, Cell, Line, Lines, Table, Tone, table, words
 from tunewright.report.training import run_lines, sweep_section
-from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.visit import Handlers, Visit, path_of, positive_numbers
 from tunewright.training.history import DEV_LOSS, DEV_METRIC
 
 _LAST_STEPS = 20
@@ -71,27 +71,22 @@ def _score(metric: MetricName, value: float) -> str:
     return f"{metric_label(metric)} {text}" if text.endswith("%") else text
 
 
+_NUMBERS_OF: dict[str, dict[str, str]] = {
+    "train": {},
+    "sweep": {"minutes": "--minutes", "rates": "--rate"},
+    "curve": {"seeds": "--seeds"},
+}
+"""Each kind of training, with the fields of numbers in its form and the options that they become."""
+
+
 def start_training(visit: Visit) -> Response:
     """Start a training, a sweep or a learning curve as a job."""
-    kind, form = visit.chosen("kind", ("train", "sweep", "curve")), visit.form
-    words = ["train"]
-    if kind == "sweep":
-        words.append("--sweep")
-        words += ["--minutes", form["minutes"]] if form.get("minutes", "").strip() else []
-        words += [word for rate in form.get("rates", "").split() for word in ("--rate", rate)]
-        words += ["--write"] if "write" in form else []
-    elif kind == "curve":
-        words.append("--curve")
-        words += ["--seeds", form["seeds"]] if form.get("seeds", "").strip() else []
-    # Refused here: the command would take it for an option, or refuse it only after it was started.
-    for name in ("minutes", "rates", "seeds"):
-        for value in form.get(name, "").split():
-            try:
-                valid = float(value) > 0
-            except ValueError:
-                valid = False
-            if not valid:
-                raise UserError(f"Not a positive number: {value!r}", where=name, fix="Go back and correct it.")
+    kind = visit.chosen("kind", _NUMBERS_OF)
+    words = ["train", *(() if kind == "train" else (f"--{kind}",))]
+    for field, option in _NUMBERS_OF[kind].items():
+        numbers = positive_numbers(visit.form, field, several=field == "rates")
+        words += [word for number in numbers for word in (option, number)]
+    words += ["--write"] if kind == "sweep" and "write" in visit.form else []
     return visit.start(*words)
 
 
