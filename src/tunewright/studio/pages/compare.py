@@ -39,15 +39,10 @@ def comparisons_page(visit: Visit) -> Response:
         except UserError as error:
             rows.append((name, str(error), "", "", "", ""))
     head = (Column("Evaluation", words=True, of="digest"), *words("Against", "Reviewer"), "Judged", "Skipped", "Left")
-    dataset = visit.project.folder.dataset
+    comparisons = table("Answers of evaluations on the test split", head, rows)
+    dataset, older = visit.project.folder.dataset, len(names[_NEWEST:])
     review = review_report(dataset, visit.version) if current_manifest(dataset) else None
-    return visit.page(
-        "comparisons.html.j2",
-        "Compare",
-        comparisons=table("Answers of evaluations on the test split", head, rows),
-        review=review,
-        left_out=len(names[_NEWEST:]),
-    )
+    return visit.page("comparisons.html.j2", "Compare", comparisons=comparisons, review=review, left_out=older)
 
 
 def _progress_rows(name: str, comparisons: Sequence[ComparisonProgress]) -> Iterator[tuple[str | Cell, ...]]:

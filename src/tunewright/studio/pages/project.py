@@ -89,40 +89,25 @@ def _stages(visit: Visit, evaluations: list[ListedEvaluation]) -> list[Stage]:
     stages = [Stage("Data", "done", f"{count_of(counts.rows, 'row')}: {split}", link=("/rows", "Browse the rows"))]
     review = review_report(folder.dataset, visit.version)
     accepted = review.outcome is not None and review.outcome.decision == "accepted"
-    stages.append(
-        Stage(
-            "Review",
-            "done" if accepted else "next",
-            review.status,
-            link=("/review", "Review"),
-            command="tunewright data review",
-            about="Judge rows drawn at random, until it is clear whether few enough are wrong.",
-        )
-    )
+    state: Literal["done", "open", "next"] = "done" if accepted else "next"
+    about = "Judge rows drawn at random, until it is clear whether few enough are wrong."
+    link, command = ("/review", "Review"), "tunewright data review"
+    stages.append(Stage("Review", state, review.status, link=link, command=command, about=about))
     adapters = list_adapters(folder.adapters)
     current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
+    state = "done" if current else "next" if accepted else "open"
     text = f"{count_of(len(adapters), 'adapter')}, {len(current)} trained on the current version"
     about = "The base model learns from the train rows. The result is an adapter, a small file next to the base."
-    runs = ("/train", "Runs, sweeps and curves")
-    stages.append(
-        Stage(
-            "Train",
-            "done" if current else "next" if accepted else "open",
-            text,
-            job="train",
-            link=runs,
-            command="tunewright train",
-            about=about,
-        )
-    )
+    link, command = ("/train", "Runs, sweeps and curves"), "tunewright train"
+    stages.append(Stage("Train", state, text, job="train", link=link, command=command, about=about))
     measured = [each for each in evaluations if each.on_test]
-    state: Literal["done", "open", "next"] = "done" if measured else "next" if current else "open"
+    state = "done" if measured else "next" if current else "open"
     text = f"{count_of(len(measured), 'evaluation')} on the test split"
     about = (
         "The adapter and the base with prompts answer the test rows. The verdict says whether the adapter is better."
     )
-    link = (EVALUATE_PAGE, "Evaluate: choices and times") if current else None
-    stages.append(Stage("Evaluate", state, text, link=link, command="tunewright evaluate", about=about))
+    choices = (EVALUATE_PAGE, "Evaluate: choices and times") if current else None
+    stages.append(Stage("Evaluate", state, text, link=choices, command="tunewright evaluate", about=about))
     if measured:
         newest = measured[0]
         stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
@@ -157,6 +142,7 @@ def job_page(visit: Visit) -> Response:
     job = visit.jobs.find(visit.place["job"])
     server, state = served(job), job.state
     progress, message = job.newest if state == "running" and job.command[0] != SERVER else (None, "")
+    shared = state == "running" and job.title in _ON_CLUSTER
     return visit.page(
         "job.html.j2",
         f"Job: {job.title}",
@@ -164,9 +150,7 @@ def job_page(visit: Visit) -> Response:
         state=state,
         progress=progress,
         message=message,
-        cluster=visit.project.folder.config.compute.cluster
-        if state == "running" and job.title in _ON_CLUSTER
-        else None,
+        cluster=visit.project.folder.config.compute.cluster if shared else None,
         refusal=refusal(job),
         served=server,
         keys=server is not None and needs_keys(visit),

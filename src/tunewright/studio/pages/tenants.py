@@ -136,9 +136,8 @@ def change_aliases(visit: Visit) -> Response:
             state.releases.report_unreleased(granted, visit.project.reporter)
         if revoked:
             state.tenants.revoke(name, revoked)
-    changes = [
-        f"{verb} {', '.join(names)}" for verb, names in (("may call", granted), ("no longer calls", revoked)) if names
-    ]
+    verbs = {"may call": granted, "no longer calls": revoked}
+    changes = [f"{verb} {', '.join(names)}" for verb, names in verbs.items() if names]
     said = f"{name} {' and '.join(changes)}, from its next request on." if changes else "Nothing was changed."
     return visit.go(path_of("tenants", name), said)
 
@@ -186,10 +185,8 @@ def rotate_key(visit: Visit) -> Response:
     """Replace a key by a new one, and show it this once."""
     with visit.project.state() as state:
         _require_same_keys(visit, state)
-        overlap = _seconds(visit, "overlap")
-        made = state.keys.rotate(
-            _own_key(visit, state), overlap=0.0 if overlap is None else overlap, lifetime=_seconds(visit, "expires")
-        )
+        key, lifetime = _own_key(visit, state), _seconds(visit, "expires")
+        made = state.keys.rotate(key, overlap=_seconds(visit, "overlap") or 0.0, lifetime=lifetime)
         tenant = state.tenants.get(visit.place["tenant"])
     return _key_page(visit, made, tenant)
 
@@ -197,7 +194,7 @@ def rotate_key(visit: Visit) -> Response:
 def _key_page(visit: Visit, made: NewKey, tenant: Tenant) -> Response:
     # The answer to the form itself, which no browser keeps: an address or a stored message would keep the key.
     server = visit.jobs.server()
-    running = served(server) if server is not None else None
+    running = server and served(server)
     aliases = tenant.aliases if made.key.aliases is None else tuple(made.key.aliases)
     return visit.page(
         "key.html.j2",
