@@ -206,8 +206,8 @@ def _evidence(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.release
 def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunewright.compute.tasks._LOOK_S", 0.5)
-    monkeypatch.setattr("tunewright.compute.tasks._REPLACED_S", 1.0)
+    monkeypatch.setattr("tunewright.compute.workers._LOOK_S", 0.5)
+    monkeypatch.setattr("tunewright.compute.workers._REPLACED_S", 1.0)
     heard = Listener()
     with _machines(head, 1) as (only,), open_workers(Config(compute=ComputeConfig(cluster="auto")), heard) as workers:
         head.remove_node(only, allow_graceful=False)

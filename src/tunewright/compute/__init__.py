@@ -1,7 +1,4 @@
-"""The workers that ``compute.cluster`` asks for.
-
-The modules that import Ray are reached through these functions alone.
-"""
+"""The workers that ``compute.cluster`` asks for. Modules that import Ray are reached through these functions only."""
 
 from __future__ import annotations
 
@@ -32,9 +29,9 @@ def open_workers(config: Config, reporter: Reporter) -> AbstractContextManager[W
     if config.compute.cluster is None:
         return nullcontext(THIS_PROCESS)
     _require_ray()
-    from tunewright.compute.tasks import open_cluster
+    from tunewright.compute.workers import open_tasks
 
-    return open_cluster(config, reporter)
+    return open_tasks(config, reporter)
 
 
 def open_model_workers(
@@ -42,16 +39,9 @@ def open_model_workers(
 ) -> AbstractContextManager[ModelWorkers]:
     """Open the workers of ``compute.cluster`` that keep a model each: one for each GPU.
 
-    If the cluster has none, there is one for as many CPUs as this process computes with. Equal numbers of threads add
-    in equal orders.
-
-    Args:
-        config: names a cluster.
-        check: a function of a module, which every machine calls with ``needed`` before any work.
-        needed: what every machine needs.
-        release: a function of a module, which a process calls before it is ended. It frees what would outlive the
-            process: its own processes and files.
-        reporter: is warned of lost workers.
+    If the cluster has none, there is one for as many CPUs as this process computes with: equal numbers of threads add
+    in equal orders. Every machine calls ``check`` with ``needed`` before any work, and a process calls ``release``
+    before it is ended, which frees what would outlive it. Both are functions of a module.
 
     Raises:
         UserError: as for :func:`open_workers`; or ``check`` refuses a machine.
@@ -59,16 +49,15 @@ def open_model_workers(
     _require_ray()
     import torch
 
-    from tunewright.compute.actors import open_actors
+    from tunewright.compute.workers import open_actors
 
     return open_actors(config, torch.get_num_threads(), check, needed, release, reporter)
 
 
 def open_group(config: Config, reporter: Reporter) -> AbstractContextManager[WorkerGroup | None]:
-    """Open the processes of ``compute.cluster`` that compute one thing together.
+    """Open the processes of ``compute.cluster`` that compute one thing together: ``compute.workers``, or one a GPU.
 
-    They are as many as ``compute.workers``, or one for each GPU. None: there is no cluster, or it has no GPU and the
-    config asks for one process at most.
+    None: there is no cluster, or it has no GPU and the config asks for one process at most.
     """
     if config.compute.cluster is None:
         return nullcontext()

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-import numpy
 import ray
-import scipy
 from pydantic import ValidationError
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, RayTaskError, TaskUnschedulableError
@@ -42,7 +40,10 @@ _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold di
 _CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 
 _EQUAL = "Use one image on all machines: the same tunewright, Ray, Python and libraries."
-_MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "llguidance")
+_PACKAGES = (
+    *("ray", "numpy", "scipy"),
+    *("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "llguidance"),
+)
 
 Node = Mapping[str, Any]
 """A machine of the cluster, as Ray describes it."""
@@ -150,7 +151,7 @@ class Image:
 
     def require_here(self) -> None:
         """Check that this process's machine has the same ones; it may have joined after the others were compared."""
-        self.require(_facts_here(self.config), socket.gethostname())
+        self.require(_facts(self.config), socket.gethostname())
 
     def require(self, theirs: Mapping[str, str], host: str) -> None:
         unequal = [
@@ -160,41 +161,24 @@ class Image:
             raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
 
 
+@cache
 def _facts(config: str) -> dict[str, str]:
     """Return this machine's versions and digests. A machine that reads the config in another way has other defaults."""
     try:
         read = digest(Config.model_validate_json(config).model_dump(mode="json"))[:12]
     except ValidationError:
         read = "not valid there"
-    return {
-        "tunewright": f"{__version__} ({_source_digest()[:12]})",
-        "ray": ray.__version__,
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-        **{name: _version(name) for name in _MODEL_PACKAGES},
-        "config": read,
-    }
-
-
-_facts_here = cache(_facts)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
-
-
-@cache
-def _source_digest() -> str:
-    """Return the SHA-256 of this package's modules: two states of a repository have one version."""
-    folder = Path(__file__).parents[1]
-    whole = hashlib.sha256()
+    # Two states of a repository have one version.
+    folder, source = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        whole.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
-    return whole.hexdigest()
+        source.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    found = {"tunewright": f"{__version__} ({source.hexdigest()[:12]})", "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return {**found, "config": read}
 
 
 def _probe(config: str) -> tuple[dict[str, str], bool]:
@@ -221,26 +205,20 @@ class Cluster:
             found.image.require(theirs, host)
         return found
 
-    def ask(self, question: Callable[..., Any], *arguments: Any, seconds: float = _CHECK_S) -> list[tuple[str, Any]]:
-        """Have every machine answer a question at once, whatever else it does; return addresses and answers.
-
-        Args:
-            question: a function of a module.
-            arguments: the function's.
-            seconds: time that a machine has to answer.
+    def ask(self, question: Callable[..., Any], needed: Any, seconds: float = _CHECK_S) -> list[tuple[str, Any]]:
+        """Have every machine answer a function of a module at once, whatever else it does; return names and answers.
 
         Raises:
-            UserError: one does not answer, cannot run tunewright, or raises a UserError, which then names the machine.
+            UserError: one does not answer within ``seconds``, cannot run tunewright, or raises a UserError, which then
+                names the machine.
         """
         ask = ray.remote(num_cpus=0, max_retries=0)(question)
-        references = [
-            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                *arguments
-            )
-            for node in self.machines
-        ]
-        hosts = [str(node["NodeManagerAddress"]) for node in self.machines]
-        return [(host, _answer(host, each, seconds)) for host, each in zip(hosts, references, strict=True)]
+        asked = []
+        for node in self.machines:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            reference = ask.options(scheduling_strategy=there).remote(needed)
+            asked.append((str(node["NodeManagerAddress"]), reference))
+        return [(host, _answer(host, reference, seconds)) for host, reference in asked]
 
 
 def _answer(host: str, reference: Any, seconds: float) -> Any:
@@ -259,12 +237,6 @@ def _answer(host: str, reference: Any, seconds: float) -> Any:
             raise on_machine(host, error.cause) from None
         what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
         raise UserError(what, where=WHERE, fix=_EQUAL) from None
-
-
-def is_client() -> bool:
-    """Return whether this process is connected by Ray's client, whose connection ends with the head."""
-    connected: bool = ray.util.client.ray.is_connected()
-    return connected
 
 
 def require_head() -> None:
@@ -287,7 +259,7 @@ def require_head() -> None:
 
 def has_head() -> bool:
     """Return whether the head answers; for Ray's client, whose connection reports it, always true."""
-    if is_client():
+    if ray.util.client.ray.is_connected():
         return True
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:

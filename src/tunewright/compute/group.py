@@ -9,11 +9,12 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
@@ -35,9 +36,7 @@ from tunewright.compute.cluster import (
     WHERE,
     Cluster,
     Image,
-    Node,
     connected,
-    is_client,
     machines_with,
     require_available,
     require_head,
@@ -55,10 +54,9 @@ _LOOK_S = 5.0
 """Time between two looks at the machines that are left."""
 _RESUMES = "The cluster lost a process of this run. All of them start again and resume from the last checkpoint."
 
-Together = Callable[[Any, Reporter, Callable[[], bool]], Any]
-"""Computes with the other processes, given an argument, where to report, and if a stop was asked for. The first
-process's result is that of the group. A stop raises KeyboardInterrupt in all of them, and the loss of another process
-ConnectionError."""
+Together = Callable[[Any, Reporter, Callable[[], bool]], None]
+"""Computes with the other processes, given an argument, where to report, and if a stop was asked for. A stop raises
+KeyboardInterrupt in all of them, and the loss of another process ConnectionError."""
 
 
 @contextmanager
@@ -70,18 +68,18 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
         if kind == "CPU" and (config.compute.workers or 1) == 1:
             yield None
             return
-        if is_client():
+        if ray.util.client.ray.is_connected():  # the work would end with its connection
             what = "A training in several processes cannot be started through ray://"
             fix = "Run the command on a machine of the cluster with --cluster auto, or send it there (ray job submit)."
             raise UserError(what, where=WHERE, fix=fix)
-        count = require_available(kind, _total(kind, machines), config.compute.workers)
+        count = require_available(kind, _total(kind), config.compute.workers)
         group = WorkerGroup(count, kind, Cluster.of_equal(machines, config))
         reporter.say(f"Cluster: {count_of(len(machines), 'machine')}; {count_of(count, kind)}, each for one process")
         yield group
 
 
-def _total(kind: str, machines: Sequence[Node]) -> int:
-    return sum(int(machine["Resources"].get(kind, 0)) for machine in machines)
+def _total(kind: str) -> int:
+    return sum(int(machine["Resources"][kind]) for machine in machines_with(kind))
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,11 @@ class WorkerGroup:
 
     def run(
         self, function: Together, argument: Any, storage: Path, reporter: Reporter, stop_asked: Callable[[], bool]
-    ) -> Any:
-        """Call a function in all processes, which compute together; return the first one's result.
+    ) -> None:
+        """Call a function of a module in all processes, which compute together.
 
-        Args:
-            function: the function of a module.
-            argument: what it needs.
-            storage: a folder that all machines see, for Ray Train's own files; removed at the end.
-            reporter: gets what the first process reports.
-            stop_asked: returns True once this command was asked to stop.
+        ``storage`` is a folder that all machines see, for Ray Train's own files; it is removed at the end. What the
+        first process reports, ``reporter`` gets.
 
         Raises:
             UserError: as the function raises it, or the cluster has lost a process too often.
@@ -111,8 +105,10 @@ class WorkerGroup:
         shutil.rmtree(storage, ignore_errors=True)  # left by a command that was killed
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         inbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()
-        work = _Work(function, argument, inbox, self.cluster.image)
-        run = _Run(self._trainer(work, storage))
+        trainer = self._trainer(_Work(function, argument, inbox, self.cluster.image), storage)
+        run: Future[bool] = Future()
+        # A thread: in the main one Ray Train would replace the handler of SIGINT.
+        threading.Thread(target=_fit, args=[trainer, run], name="tunewright-ray-train", daemon=True).start()
         display = Display(reporter, _RESUMES)
         try:
             self._wait(run, inbox, display, reporter, stop_asked)
@@ -123,15 +119,14 @@ class WorkerGroup:
         finally:
             display.close()
             shutil.rmtree(storage, ignore_errors=True)
-        return _result(run)
+        _require_done(run)
 
     def _trainer(self, work: _Work, storage: Path) -> Any:
-        # With FSDP a whole state dict passes through the CPU.
-        backend = "cuda:nccl,cpu:gloo" if self.kind == "GPU" else "gloo"
         return TorchTrainer(
             _process,
             train_loop_config={"work": work},
-            torch_config=TorchConfig(backend=backend),
+            # With FSDP a whole state dict passes through the CPU.
+            torch_config=TorchConfig(backend="cuda:nccl,cpu:gloo" if self.kind == "GPU" else "gloo"),
             scaling_config=ScalingConfig(num_workers=self.count, use_gpu=self.kind == "GPU"),
             run_config=RunConfig(
                 name=storage.name,
@@ -142,7 +137,7 @@ class WorkerGroup:
         )
 
     def _wait(
-        self, run: _Run, inbox: Any, display: Display, reporter: Reporter, stop_asked: Callable[[], bool]
+        self, run: Future[bool], inbox: Any, display: Display, reporter: Reporter, stop_asked: Callable[[], bool]
     ) -> None:
         """Report until the run has ended.
 
@@ -150,18 +145,16 @@ class WorkerGroup:
             UserError: the head is lost.
             KeyboardInterrupt: a stop was asked for while no process could save anything.
         """
-        stop_sent, looked, missing = False, time.monotonic(), False
-        while not run.ended.wait(_POLL_S):
+        looked, missing = time.monotonic(), False
+        while not wait([run], _POLL_S).done:
             require_head()
             display.show(ray.get(inbox.take.remote()))
             if stop_asked():
                 if missing or not display.stoppable:
                     raise KeyboardInterrupt
-                if not stop_sent:
-                    ray.get(inbox.stop.remote())
-                stop_sent = True
+                ray.get(inbox.stop.remote())
             if time.monotonic() - looked > _LOOK_S:
-                looked, there = time.monotonic(), _total(self.kind, machines_with(self.kind))
+                looked, there = time.monotonic(), _total(self.kind)
                 if there < self.count and not missing:
                     reporter.warn(
                         f"Too few {self.kind}s are left in the cluster: {there} (needed: {self.count}). This "
@@ -172,32 +165,11 @@ class WorkerGroup:
             display.show(ray.get(inbox.take.remote()))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The work of each process."""
-
-    function: Together
-    argument: Any
-    inbox: Any
-    image: Image
-
-
-class _Run:
-    """A trainer's run, in a thread: in the main thread Ray Train would replace the handler of SIGINT."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.ended = threading.Event()
-        self.ended_as = _Ended()
-        self.error: Exception | None = None
-        threading.Thread(target=self._fit, args=[trainer], name="tunewright-ray-train", daemon=True).start()
-
-    def _fit(self, trainer: Any) -> None:
-        try:
-            self.ended_as = trainer.fit().return_value
-        except Exception as error:  # noqa: BLE001 (raised by the thread that waits)
-            self.error = error
-        finally:
-            self.ended.set()
+def _fit(trainer: Any, run: Future[bool]) -> None:
+    try:
+        run.set_result(trainer.fit().return_value)
+    except Exception as error:  # noqa: BLE001 (raised by the thread that waits)
+        run.set_exception(error)
 
 
 class _UserErrorIsFinal(UserCallback):  # type: ignore[misc]
@@ -211,39 +183,42 @@ class _UserErrorIsFinal(UserCallback):  # type: ignore[misc]
                 raise error
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """The end of the function in one process."""
+class _Work(NamedTuple):
+    """The work of each process."""
 
-    result: Any = None
-    stopped: bool = False
+    function: Together
+    argument: Any
+    inbox: Any
+    image: Image
 
 
-def _process(arguments: dict[str, _Work]) -> _Ended:
-    """Compute in one of the processes."""
+def _process(arguments: dict[str, _Work]) -> bool:
+    """Compute in one of the processes; return whether it was stopped."""
     work = arguments["work"]
     work.image.require_here()
-    if ray.train.get_context().get_world_rank() > 0:
-        return _call(work, LogReporter(), lambda: False)
-    reporter = RelayReporter(lambda events: bool(ray.get(work.inbox.put.remote(events))))
-    with reporter.sending():
-        return _call(work, reporter, reporter.stop_asked)
-
-
-def _call(work: _Work, reporter: Reporter, stop_asked: Callable[[], bool]) -> _Ended:
     try:
-        return _Ended(work.function(work.argument, reporter, stop_asked))
+        if ray.train.get_context().get_world_rank() > 0:
+            work.function(work.argument, LogReporter(), lambda: False)
+            return False
+        inbox = work.inbox
+        try:
+            work.function(
+                work.argument, RelayReporter(inbox.put.remote), lambda: bool(ray.get(inbox.stop_asked.remote()))
+            )
+        finally:
+            ray.get(inbox.stop_asked.remote())  # messages before are there by then: this process may be ended now
     except KeyboardInterrupt:
-        return _Ended(stopped=True)
+        return True
+    return False
 
 
-def _result(run: _Run) -> Any:
-    """Return the result of a run that has ended, or raise its error."""
-    error = run.error
+def _require_done(run: Future[bool]) -> None:
+    """Raise the error of a run that has ended, or KeyboardInterrupt if it was stopped."""
+    error = run.exception()
     if error is None:
-        if run.ended_as.stopped:
+        if run.result():
             raise KeyboardInterrupt
-        return run.ended_as.result
+        return
     if isinstance(error, ControllerError) and isinstance(error.controller_failure, UserError):
         raise error.controller_failure from None
     if isinstance(error, WorkerGroupError):

@@ -1,18 +1,14 @@
-"""Messages of processes on other machines to the command that started them, and its request to stop."""
+"""Messages of processes on other machines to the command that started them."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tunewright.core.progress import LogReporter, Reporter, Task
 
-_SEND_S = 0.25
-"""Time between two messages to the command, so that a process with fast steps sends few large ones."""
-
-Event = tuple[str, tuple[Any, ...]]
+Event = tuple[Any, ...]
 """A kind of message, and its values."""
 
 
@@ -43,10 +39,9 @@ class Inbox:
         self._events: list[Event] = []
         self._stopping = False
 
-    def put(self, events: Sequence[Event]) -> bool:
-        """Add messages; return whether the command was asked to stop."""
-        self._events += events
-        return self._stopping
+    def put(self, *event: Any) -> None:
+        """Add a message."""
+        self._events.append(event)
 
     def take(self) -> list[Event]:
         """Return the messages since the last call."""
@@ -57,82 +52,49 @@ class Inbox:
         """Ask the processes to stop."""
         self._stopping = True
 
+    def stop_asked(self) -> bool:
+        """Return whether the command was asked to stop. The first call shows that the process can stop at a step."""
+        self._events.append(("stoppable",))
+        return self._stopping
+
 
 class RelayReporter:
-    """The reporter of a process on another machine: what it reports, the command reports.
+    """The reporter of a process on another machine: ``put`` sends a message, which the command's `Display` reports."""
 
-    ``send`` sends messages to the inbox, and returns its answer.
-    """
-
-    def __init__(self, send: Callable[[Sequence[Event]], bool]) -> None:
-        self._send = send
-        self._events: list[Event] = [("begin", ())]
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
+    def __init__(self, put: Callable[..., object]) -> None:
+        self._put = put
         self._tasks = 0
-        self._stopping = self._listens = False
-
-    @contextmanager
-    def sending(self) -> Iterator[None]:
-        """Send messages while the block runs, and the last ones at its end."""
-        sender = threading.Thread(target=self._send_often, name="tunewright-relay", daemon=True)
-        sender.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            sender.join()
-            self._send_now()
-
-    def stop_asked(self) -> bool:
-        """Return whether the command was asked to stop. The first call says that this process can stop at a step."""
-        if not self._listens:
-            self._listens = True
-            self._add("stoppable")
-        return self._stopping
+        put("begin")
 
     def say(self, message: str) -> None:
         """Send the message."""
-        self._add("say", message)
+        self._put("say", message)
 
     def warn(self, message: str) -> None:
         """Send the warning."""
-        self._add("warn", message)
+        self._put("warn", message)
 
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         """Open the display of the command."""
         self._tasks += 1
         number = self._tasks
-        self._add("open", number, title, total, unit)
+        self._put("open", number, title, total, unit)
         try:
-            yield _RelayTask(lambda kind, *values: self._add(kind, number, *values))
+            yield _RelayTask(self._put, number)
         finally:
-            self._add("close", number)
-
-    def _add(self, kind: str, *values: Any) -> None:
-        with self._lock:
-            self._events.append((kind, values))
-
-    def _send_often(self) -> None:
-        while not self._ended.wait(_SEND_S):
-            self._send_now()
-
-    def _send_now(self) -> None:
-        with self._lock:
-            events, self._events = self._events, []
-        self._stopping = self._send(events)
+            self._put("close", number)
 
 
 class _RelayTask:
-    def __init__(self, add: Callable[..., None]) -> None:
-        self._add = add
+    def __init__(self, put: Callable[..., object], number: int) -> None:
+        self._put, self._number = put, number
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self._add("advance", steps, note)
+        self._put("advance", self._number, steps, note)
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._add("measured", step, dict(numbers))
+        self._put("measured", self._number, step, dict(numbers))
 
 
 class Display:
@@ -142,43 +104,33 @@ class Display:
     """
 
     def __init__(self, reporter: Reporter, resumes: str) -> None:
-        self._reporter = reporter
-        self._resumes = resumes
-        self._open: dict[int, tuple[AbstractContextManager[Task], Task]] = {}
+        self._reporter, self._resumes = reporter, resumes
+        self._open: dict[int, tuple[ExitStack, Task]] = {}
         self._begun = False
         self.stoppable = False
         """True once the process stops at a step by itself when it is asked to."""
 
     def show(self, events: Sequence[Event]) -> None:
         """Report messages in their order."""
-        for event in events:
-            match event:
-                case "say", (message,):
-                    self._reporter.say(message)
-                case "warn", (message,):
-                    self._reporter.warn(message)
-                case "open", (number, title, total, unit):
-                    context = self._reporter.task(title, total, unit)
-                    self._open[number] = context, context.__enter__()
-                case "advance", (number, steps, note):
-                    self._open[number][1].advance(steps, note)
-                case "measured", (number, step, numbers):
-                    self._open[number][1].measured(step, numbers)
-                case "close", (number,):
-                    self._close(number)
-                case "stoppable", ():
-                    self.stoppable = True
-                case "begin", ():
-                    self.close()
-                    if self._begun:
-                        self._reporter.warn(self._resumes)
-                    self._begun, self.stoppable = True, False
+        for kind, *values in events:
+            if kind in ("say", "warn"):
+                getattr(self._reporter, kind)(*values)
+            elif kind in ("advance", "measured"):
+                getattr(self._open[values[0]][1], kind)(*values[1:])
+            elif kind == "open":
+                bars = ExitStack()
+                self._open[values[0]] = bars, bars.enter_context(self._reporter.task(*values[1:]))
+            elif kind == "close":
+                self._open.pop(values[0])[0].close()
+            elif kind == "stoppable":
+                self.stoppable = True
+            else:
+                self.close()
+                if self._begun:
+                    self._reporter.warn(self._resumes)
+                self._begun, self.stoppable = True, False
 
     def close(self) -> None:
         """Close what a lost process left open."""
         for number in sorted(self._open, reverse=True):
-            self._close(number)
-
-    def _close(self, number: int) -> None:
-        context, _ = self._open.pop(number)
-        context.__exit__(None, None, None)
+            self._open.pop(number)[0].close()

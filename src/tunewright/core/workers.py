@@ -60,11 +60,7 @@ class Asked(Protocol):
     """Machines that answer questions."""
 
     def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
-        """Return the name of each machine with its answer.
-
-        Args:
-            question: a function of a module.
-            needed: its argument.
+        """Return the name of each machine with its answer, a function of a module called with ``needed``.
 
         Raises:
             UserError: as the function raises it, with the machine's name, or a machine does not answer.

@@ -15,10 +15,11 @@ from accelerate.utils.memory import clear_device_cache
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.call_grammar import CallGrammars
+from tunewright.compute.relay import KeptMessages
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.core.progress import LogReporter, Reporter
+from tunewright.core.progress import Reporter
 from tunewright.core.workers import ModelWorkers, WorkerFailedError, on_machine
 from tunewright.data.examples import Message
 from tunewright.engines.child import PrivateFolder
@@ -163,17 +164,6 @@ class RequestBatch:
         return {request.adapter for request in self.requests if request.adapter is not None}
 
 
-class _Warnings(LogReporter):
-    """A reporter that keeps its warnings."""
-
-    def __init__(self) -> None:
-        self.warned: list[str] = []
-
-    def warn(self, message: str) -> None:
-        """Keep the warning."""
-        self.warned.append(message)
-
-
 def _write(files: AdapterFiles, folder: Path) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -183,7 +173,7 @@ class _Embedded:
     """The embedded loop, with a base in this process."""
 
     def __init__(self, model: AnswerModel) -> None:
-        self.reporter = _Warnings()
+        self.reporter = KeptMessages()
         self.answers = EmbeddedAnswers(replace(model, base=base_here(model.base)), self.reporter)
         self.constraints = AnswerConstraints(model.chat, model.grammar) if model.grammar else None
 
@@ -214,7 +204,7 @@ class _Vllm:
     """
 
     def __init__(self, model: AnswerModel) -> None:
-        self.reporter = _Warnings()
+        self.reporter = KeptMessages()
         expected = model.engine.environment
         assert expected is not None
         here = vllm_here(expected.build).environment
@@ -273,8 +263,8 @@ def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion]
         if isinstance(error, VllmStoppedError):
             raise WorkerFailedError(named_error.what, where=named_error.where, fix=named_error.fix) from None
         raise named_error from None
-    warned, loaded.reporter.warned = loaded.reporter.warned, []
-    return completions, warned
+    messages, loaded.reporter.messages = loaded.reporter.messages, []
+    return completions, [text for text, is_warning in messages if is_warning]
 
 
 def unload() -> None:

@@ -25,7 +25,7 @@ import torch
 
 from tunewright.adapters.registry import HISTORY, Adapter, read_history
 from tunewright.adapters.signing import SigningKey, sign, store_signer
-from tunewright.chat import ChatFormat, open_chat
+from tunewright.chat import ChatFormat
 from tunewright.compute import open_group
 from tunewright.compute.relay import KeptMessages
 from tunewright.config.project import ProjectFolder
@@ -36,7 +36,7 @@ from tunewright.core.locks import is_locked
 from tunewright.core.progress import LogReporter, Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import ONE_CPU, Machine, Needs, Workers, on_machine
-from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.versions import DatasetVersion
 from tunewright.models.bases import Base, Site, base_here, open_site, require_site
 from tunewright.training import distributed
 from tunewright.training.checkpoints import stop_on_signal, stopped_from
@@ -109,9 +109,9 @@ class Trainings:
             self.reporter.task("Training on the cluster", len(jobs), "trainings") as task,
             _steps_shown(task, jobs),
         ):
-            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self.needs):
-                done.messages.report_to(self.reporter)
-                yield done.result
+            for result, messages in self.workers.map(_train_in_worker, sent, jobs, task, needs=self.needs):
+                messages.report_to(self.reporter)
+                yield result
 
     def stored(self, adapters: Path, name: str, identity: str) -> Adapter:
         """Return the adapter that a training has stored, once this machine sees it."""
@@ -125,7 +125,7 @@ class Trainings:
         if not missing:
             return
         jobs = [Job(each.name, each.work, each) for each in missing]
-        for training, _ in zip(missing, self.run(_train, chat, jobs), strict=True):
+        for training, _ in zip(missing, self.run(_train_named, chat, jobs), strict=True):
             adapter = self.stored(training.adapters, training.project.config.name, training.identity)
             seconds = adapter.lineage["training"]["seconds"]
             self.reporter.say(f"{training.name}: trained in {seconds:.0f} s")
@@ -184,15 +184,13 @@ class Training:
 
 
 def _train(base: Base, chat: ChatFormat, training: Training, reporter: Reporter) -> None:
-    train(
-        training.project,
-        training.version,
-        base,
-        chat,
-        _Named(training.name, reporter),
-        adapters=training.adapters,
-        facts=training.facts,
-    )
+    # Given a folder for adapters it signs nothing: the command does, whose machine has the private key.
+    place, facts = training.adapters, training.facts
+    train(training.project, training.version, base, chat, reporter, adapters=place, facts=facts)
+
+
+def _train_named(base: Base, chat: ChatFormat, training: Training, reporter: Reporter) -> None:
+    _train(base, chat, training, _Named(training.name, reporter))
 
 
 def absolute(project: ProjectFolder) -> ProjectFolder:
@@ -265,13 +263,8 @@ class _Named(LogReporter):
         self.reporter.warn(f"{self.name}: {message}")
 
 
-class _Done(NamedTuple):
-    result: Any
-    messages: KeptMessages
-
-
-def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> _Done:
-    """Do one job."""
+def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> tuple[Any, KeptMessages]:
+    """Do one job; return its result and messages."""
     try:
         base = require_site(sent.site)  # of a machine that joined the cluster later, too
     except UserError as error:
@@ -285,7 +278,7 @@ def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> _Done:
         # A checkpoint is saved. To end like a lost process has the job run again, unless the command has cancelled it.
         os._exit(1)
     task.advance()
-    return _Done(result, messages)
+    return result, messages
 
 
 @contextmanager
@@ -317,23 +310,6 @@ def _latest_step(work: Path) -> int:
 # One training in several processes
 
 
-@dataclass(frozen=True)
-class TrainingJob:
-    """A training of a project, by what decides its adapter."""
-
-    project: ProjectFolder
-    base: Base
-    version: str
-    identity: str
-    """Digests of the dataset version, and of all inputs."""
-    facts: Mapping[str, Any]
-
-    @property
-    def work(self) -> Path:
-        """The run's working folder."""
-        return self.project.root / ".tunewright" / "training" / self.identity[:12]
-
-
 def train_on_cluster(
     project: ProjectFolder,
     dataset: DatasetVersion,
@@ -353,13 +329,22 @@ def train_on_cluster(
         fix = "Start `tunewright train` once, without a launcher: the cluster starts the processes."
         raise UserError("Processes of a launcher cannot use a cluster", where=_WHERE, fix=fix)
     require_trackers(config.train.report_to)
-    identity = digest(training_inputs(project, dataset, base, chat))
-    if (existing := find_trained(project.adapters, config.name, identity)) is not None:
+    training = Training(config.name, project, dataset, project.adapters, facts).absolute(base, chat)
+    if (existing := find_trained(project.adapters, config.name, training.identity)) is not None:
         return TrainResult(existing, trained=False)
     with open_group(config, reporter) as group:
         if group is not None:
-            job = TrainingJob(absolute(project), base, dataset.digest, identity, facts)
-            return _train_in_group(group, project, job, reporter, signer)
+            _require_trainable(group, training.project, base, reporter)
+            # Tried now, not after hours of training; the key stays on this machine.
+            signer = signer or store_signer(project.keys, reporter)
+            with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
+                stop.phase = "closed"
+                storage = training.project.work / "ray" / training.identity[:12]
+                group.run(_train_together, (base, chat, training), storage, reporter, lambda: stop.asked)
+            adapter = stored_adapter(project.adapters, config.name, training.identity)
+            if signer is not None:
+                sign(adapter.folder, signer)
+            return TrainResult(adapter, trained=True)
     if config.compute.fsdp:
         raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
     reporter.say("The cluster has no GPU: this process trains. compute.workers: 2 or more trains in several.")
@@ -373,22 +358,6 @@ def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> Non
             _require_trainable(group, absolute(project), base, reporter)
 
 
-def _train_in_group(
-    group: WorkerGroup, project: ProjectFolder, job: TrainingJob, reporter: Reporter, signer: SigningKey | None
-) -> TrainResult:
-    _require_trainable(group, job.project, job.base, reporter)
-    # Tried now, not after hours of training; the key stays on this machine.
-    signer = signer or store_signer(project.keys, reporter)
-    with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
-        stop.phase = "closed"
-        storage = job.project.work / "ray" / job.identity[:12]
-        group.run(train_together, job, storage, reporter, lambda: stop.asked)
-    adapter = stored_adapter(project.adapters, project.config.name, job.identity)
-    if signer is not None:
-        sign(adapter.folder, signer)
-    return TrainResult(adapter, trained=True)
-
-
 def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
     """Check that the group's processes can train the config, and that every machine has what they need."""
     compute, settings = project.config.compute, project.config.train
@@ -397,30 +366,24 @@ def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, r
         if group.count == 1:
             raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
         require_fsdp_supported(settings)
-    with (
-        reporter.task("Checking the machines", len(group.cluster.machines), "machines") as task,
-        open_site(project, base) as site,
-    ):
+    machines = len(group.cluster.machines)
+    with reporter.task("Checking the machines", machines, "machines") as task, open_site(project, base) as site:
         group.cluster.ask(require_site, site)
-        task.advance(len(group.cluster.machines))
+        task.advance(machines)
 
 
-def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[], bool]) -> None:
+def _train_together(
+    inputs: tuple[Base, ChatFormat, Training], reporter: Reporter, stop_asked: Callable[[], bool]
+) -> None:
     """Train in one of the processes; the first one stores the adapter."""
-    project = job.project
-    if project.config.compute.fsdp:
+    base, chat, training = inputs
+    if training.project.config.compute.fsdp:
         os.environ.update(_FSDP)
-    dataset, base = load_version(project.dataset), base_here(job.base)
-    if dataset.digest != job.version:
-        what = "The dataset has another version now: another command has changed it"
-        raise UserError(what, where=str(project.dataset), fix="Run the same command again, to train on that version.")
-    chat = open_chat(base, project.config.chat, reporter)
     if distributed.is_main_process():
-        wait_for_lock(job.work)
+        wait_for_lock(training.work)
     try:
         with stopped_from(stop_asked):
-            # Without a folder for the adapters it would be signed here.
-            train(project, dataset, base, chat, reporter, adapters=project.adapters, work=job.work, facts=job.facts)
+            _train(base_here(base), chat, training, reporter)
     except OSError as error:
         raise refused(error) or error from None
     except RuntimeError as error:
