@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, settings
 from making.tiny_bases import build_base
 
 # Fixtures that some files import and others take as a plugin: their assertions are rewritten whichever comes first.
-pytest.register_assert_rewrite("making.adapter_projects", "tenant_server", "making.vllm_child")
+pytest.register_assert_rewrite("making.adapter_projects", "tenant_server", "making.vllm_child", "raylets")
 
 TESTS = Path(__file__).parent
 

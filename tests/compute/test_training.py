@@ -5,15 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from data_helpers import Listener
-from raylets import PATH, raylets, token_required
+from raylets import ONE, PATH, WAIT_S, Machines, command, wait_until
 
 from making.command_line import tiny_project
 from making.forked import Server
@@ -23,25 +21,10 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST
 
+pytest_plugins = ["raylets"]
 pytestmark = pytest.mark.ray
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-WAIT_S = 240
-
-
-@pytest.fixture(scope="module")
-def token() -> Iterator[None]:
-    with token_required():
-        yield
-
-
-@pytest.fixture(scope="module")
-def machines(token: None) -> Iterator[Any]:
-    """A cluster of three machines with a CPU each, one more than the training needs."""
-    with raylets() as cluster:
-        for _ in range(3):
-            cluster.add_node(num_cpus=1)
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +46,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def torchrun(project: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
-    """The adapters of two processes that are started as by torchrun: with DDP, and with FSDP."""
-    trained = {}
-    for kind, environment in (("DDP", {}), ("FSDP", FSDP)):
+def torchrun(project: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Adapter]:
+    """The adapter of two processes that are started as by torchrun: with DDP, or with FSDP."""
+
+    @cache
+    def trained(kind: str) -> Adapter:
         folder = _copy(project, tmp_path_factory.mktemp(kind), "{}")
+        environment = FSDP if kind == "FSDP" else {}
         assert server.run("train", "-p", folder, processes=2, environment=environment).code == 0
-        trained[kind] = find_adapter(folder / "adapters")
+        return find_adapter(folder / "adapters")
+
     return trained
 
 
@@ -87,18 +73,18 @@ def _opened(folder: Path, heard: Listener) -> Project:
 class _Adding(Listener):
     """Adds a machine once the cluster has too few."""
 
-    def __init__(self, cluster: Any) -> None:
+    def __init__(self, machines: Machines) -> None:
         super().__init__()
-        self.cluster = cluster
+        self.machines = machines
 
     def warn(self, message: str) -> None:
         super().warn(message)
         if message.startswith("Too few CPUs are left in the cluster: 1 (needed: 2)"):
-            self.cluster.add_node(num_cpus=1)
+            self.machines.cluster.add_node(**ONE)
 
 
 def test_adapter_is_that_of_torchrun_when_a_machine_is_killed_while_it_writes_a_checkpoint(
-    token: None, project: Path, torchrun: dict[str, Adapter], tmp_path: Path
+    machines: Machines, project: Path, torchrun: Callable[[str], Adapter], tmp_path: Path
 ) -> None:
     """The machine of the process that writes. No other is free, until one joins."""
     folder, killed = _copy(project, tmp_path), tmp_path / "killed"
@@ -107,11 +93,9 @@ def test_adapter_is_that_of_torchrun_when_a_machine_is_killed_while_it_writes_a_
         "MACHINE_KILLED_AT": f"*/checkpoint-15/*{MANIFEST}*",
         "MACHINE_KILLED": str(killed),
     }
-    with raylets() as cluster:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, env_vars=environment)
-        heard = _Adding(cluster)
-        trained = _opened(folder, heard).train()
+    machines.have(*[{**ONE, "env_vars": environment}] * 2)
+    heard, expected = _Adding(machines), torchrun("DDP")
+    trained = _opened(folder, heard).train()
     assert killed.exists()
     assert [text.partition(".")[0] for text in heard.warned] == [
         "Too few CPUs are left in the cluster: 1 (needed: 2)",
@@ -121,43 +105,31 @@ def test_adapter_is_that_of_torchrun_when_a_machine_is_killed_while_it_writes_a_
     assert "Resuming from step 13 of 78" in heard.said
     assert sum(text.startswith("Epoch 1 ") for text in heard.said) == 1
     assert trained.trained
-    assert trained.adapter.digest == torchrun["DDP"].digest
+    assert trained.adapter.digest == expected.digest
     assert trained.adapter.lineage["training"]["processes"] == 2
-    assert trained.adapter.lineage["inputs_digest"] == torchrun["DDP"].lineage["inputs_digest"]
+    assert trained.adapter.lineage["inputs_digest"] == expected.lineage["inputs_digest"]
     assert not list((folder / ".tunewright" / "ray").iterdir())
     assert not list((folder / ".tunewright" / "training").iterdir())
     assert not _opened(folder, heard).train().trained
 
 
-def _command(folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tunewright", "train", "--cluster", "auto"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def _reach(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not list(folder.glob(f".tunewright/training/*/checkpoint-{step}/{MANIFEST}")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    saved = f".tunewright/training/*/checkpoint-{step}/{MANIFEST}"
+    wait_until(lambda: bool(list(folder.glob(saved))), process)
 
 
 @pytest.mark.release
 def test_killed_and_stopped_commands_resume_with_fsdp(
-    machines: Any, project: Path, server: Server, torchrun: dict[str, Adapter], tmp_path: Path
+    machines: Machines, project: Path, server: Server, torchrun: Callable[[str], Adapter], tmp_path: Path
 ) -> None:
+    machines.have(ONE, ONE, ONE)
     folder = _copy(project, tmp_path, "{workers: 2, fsdp: true}")
-    killed = _command(folder)
+    killed = command(folder, "train")
     _reach(folder, 5, killed)
     killed.kill()
     killed.communicate()
 
-    stopped = _command(folder)
+    stopped = command(folder, "train")
     _reach(folder, 40, stopped)
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=WAIT_S)
@@ -176,7 +148,7 @@ def test_killed_and_stopped_commands_resume_with_fsdp(
     ended = server.run("train", "-p", _without_cluster(folder), processes=2, environment=FSDP)
     assert ended.stderr.count("Resuming from step") == 1
     adapter = find_adapter(folder / "adapters")
-    assert adapter.digest == torchrun["FSDP"].digest
+    assert adapter.digest == torchrun("FSDP").digest
     assert len(adapter.lineage["training"]["bytes_held"]) == 2
 
 
@@ -186,18 +158,16 @@ def _without_cluster(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("compute", "message"),
-    [
-        ("{workers: 4}", r"Too few CPUs in the cluster: 3 \(compute.workers: 4\)"),
-        ("{workers: 3}", "8 rows cannot be shared equally by 3 processes"),
-        ("{fsdp: true}", "FSDP needs at least 2 processes"),
-    ],
-)
-def test_what_the_cluster_lacks_is_said_before_work(
-    machines: Any, project: Path, tmp_path: Path, compute: str, message: str
-) -> None:
-    folder = _copy(project, tmp_path, compute)
-    with pytest.raises(UserError, match=message):
-        _opened(folder, Listener()).train()
-    assert not (folder / ".tunewright" / "training").exists()
+def test_what_the_cluster_lacks_is_said_before_work(machines: Machines, project: Path, tmp_path: Path) -> None:
+    machines.have(ONE, ONE, ONE)
+    for number, (compute, message) in enumerate(
+        (
+            ("{workers: 4}", r"Too few CPUs in the cluster: 3 \(compute.workers: 4\)"),
+            ("{workers: 3}", "8 rows cannot be shared equally by 3 processes"),
+            ("{fsdp: true}", "FSDP needs at least 2 processes"),
+        )
+    ):
+        folder = _copy(project, tmp_path / str(number), compute)
+        with pytest.raises(UserError, match=message):
+            _opened(folder, Listener()).train()
+        assert not (folder / ".tunewright" / "training").exists()

@@ -14,56 +14,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from data_helpers import Listener
-from parts import joined, ready
-from raylets import raylets, token_required, wait_until
+from raylets import ONE, WAIT_S, Machines, command, wait_until
 
 from making.command_line import tiny_project
 from tunewright.adapters.registry import HISTORY, list_adapters
 from tunewright.api import Project
-from tunewright.compute import open_workers
-from tunewright.config import ComputeConfig, Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogTask
 from tunewright.evidence.files import EVIDENCE_FILE
 from tunewright.training.options import SweepOptions
 
+pytest_plugins = ["raylets"]
 pytestmark = [
     pytest.mark.ray,
     # Ray leaves the logs of its client server open.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-WAIT_S = 240
-CLIENT_PORT = 23002
 TIMES = {"time", "seconds", "training_seconds", "steps"}
 """What a ledger's line says of the time, and of the steps that were made for it: a lost trial makes some again."""
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Any]:
-    """A cluster without machines for work."""
-    with token_required(), raylets(ray_client_server_port=CLIENT_PORT) as cluster:
-        yield cluster
-
-
-@contextmanager
-def _machines(cluster: Any, count: int) -> Iterator[list[Any]]:
-    """Machines with a CPU each."""
-    added = [cluster.add_node(num_cpus=1) for _ in range(count)]
-    try:
-        yield added
-    finally:
-        for machine in cluster.worker_nodes & set(added):
-            cluster.remove_node(machine, allow_graceful=False)
-        wait_until(lambda: _alive(cluster) == 1)
-
-
-def _alive(cluster: Any) -> int:
-    return sum(node["Alive"] for node in cluster.global_state.node_table())
 
 
 @pytest.fixture(scope="module")
@@ -114,31 +85,21 @@ def _ledger(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def test_machine_that_is_lost_before_it_was_checked_is_named_as_lost(head: Any) -> None:
-    with (
-        _machines(head, 2) as (_, victim),
-        open_workers(Config(compute=ComputeConfig(cluster="auto")), Listener()) as workers,
-    ):
-        head.remove_node(victim, allow_graceful=False)
-        with pytest.raises(UserError, match=r"The machine [\d.]+ was lost before it answered"):
-            workers.ask(ready, "")
-
-
-def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, tmp_path: Path) -> None:
+def test_sweep_is_the_same_when_a_machine_is_killed(machines: Machines, prepared: Path, tmp_path: Path) -> None:
     here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
     one, _ = _project(here)
     winner = one.sweep(SweepOptions(rates=[0.003]))[0].adapter
-    with _machines(head, 2) as (_, victim):
-        project, heard = _project(there, "auto")
+    _, victim = machines.have(ONE, ONE)
+    project, heard = _project(there, "auto")
 
-        def kill() -> None:
-            wait_until(lambda: len(found := _steps(there)) == 2 and min(found) > 5)
-            head.remove_node(victim, allow_graceful=False)
+    def kill() -> None:
+        wait_until(lambda: len(found := _steps(there)) == 2 and min(found) > 5)
+        machines.kill(victim)
 
-        killer = threading.Thread(target=kill)
-        killer.start()
-        also, _ = project.sweep(SweepOptions(rates=[0.003]))
-        killer.join()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    also, _ = project.sweep(SweepOptions(rates=[0.003]))
+    killer.join()
     assert winner is not None and also.adapter is not None
     assert also.adapter.digest == winner.digest
     assert _ledger(there) == _ledger(here)
@@ -148,22 +109,19 @@ def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, t
 
 
 def test_cross_validation_is_the_same_after_its_command_was_killed(
-    head: Any, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
+    machines: Machines, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
 ) -> None:
     here, whole = validated
     there = _copy(prepared, tmp_path / "there")
-    with _machines(head, 2):
-        command = [sys.executable, "-m", "tunewright", "crossval", "--folds", "2", "--force", "--cluster", "auto"]
-        first = subprocess.Popen(
-            command, cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        # Past the first checkpoint, of step 5, whose own evaluation is a line too.
-        wait_until(lambda: first.poll() is not None or any(steps > 9 for steps in _steps(there)))
-        os.killpg(first.pid, signal.SIGKILL)
-        output = first.communicate()[0]
-        assert first.returncode == -signal.SIGKILL, output
-        project, heard = _project(there, "auto")
-        again = project.crossval(folds=2, force=True)
+    machines.have(ONE, ONE)
+    first = command(there, "crossval", "--folds", "2", "--force")
+    # Past the first checkpoint, of step 5, whose own evaluation is a line too.
+    wait_until(lambda: any(steps > 9 for steps in _steps(there)), first)
+    os.killpg(first.pid, signal.SIGKILL)
+    output = first.communicate()
+    assert first.returncode == -signal.SIGKILL, output
+    project, heard = _project(there, "auto")
+    again = project.crossval(folds=2, force=True)
     # Ray ends the workers of a killed command a moment later, in which a fold may have ended by itself.
     begun = sum(": Loading" in message for message in heard.said)
     assert begun - sum(": Resuming from step" in message for message in heard.said) < 2
@@ -174,27 +132,18 @@ def test_cross_validation_is_the_same_after_its_command_was_killed(
 
 @pytest.mark.release
 def test_through_rays_client_trials_are_the_same_and_one_training_is_refused(
-    head: Any, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
+    machines: Machines, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
 ) -> None:
     there, whole = _copy(prepared, tmp_path / "there"), validated[0]
     config = there / "tunewright.yaml"
     config.write_text(f"{config.read_text()}compute: {{workers: 2}}\n")
-    address = f"ray://127.0.0.1:{CLIENT_PORT}"
-    with _machines(head, 2):
-        trained, folds = (
-            subprocess.run(
-                [sys.executable, "-m", "tunewright", *arguments, "--force", "--cluster", address],
-                cwd=there,
-                capture_output=True,
-                text=True,
-                timeout=WAIT_S,
-            )
-            for arguments in (("train",), ("crossval", "--folds", "2"))
-        )
-    assert trained.returncode == 2, trained.stderr
-    assert "compute.cluster: A training in several processes cannot be started through ray://" in trained.stderr
-    assert "--cluster auto" in trained.stderr
-    assert folds.returncode in (0, 3, 4), folds.stderr
+    machines.have(ONE, ONE)
+    for arguments, codes in ((("train",), {2}), (("crossval", "--folds", "2"), {0, 3, 4})):
+        ran = command(there, *arguments, "--force", cluster=f"ray://127.0.0.1:{machines.client_port}")
+        _, err = ran.communicate(timeout=WAIT_S)
+        assert ran.returncode in codes, err
+        refusal = "compute.cluster: A training in several processes cannot be started through ray://"
+        assert (refusal in err) is (arguments == ("train",))
     assert _folds(there) == _folds(whole)
 
 
@@ -204,39 +153,30 @@ def _evidence(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.release
-def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunewright.compute.workers._LOOK_S", 0.5)
-    monkeypatch.setattr("tunewright.compute.workers._REPLACED_S", 1.0)
-    heard = Listener()
-    with _machines(head, 1) as (only,), open_workers(Config(compute=ComputeConfig(cluster="auto")), heard) as workers:
-        head.remove_node(only, allow_graceful=False)
-        with pytest.raises(UserError, match="has had no machine that can compute this"):
-            list(workers.map(joined, np.arange(3), [np.arange(2)], LogTask()))
-    assert heard.warned == ["The cluster has lost every machine that can compute this: waiting for another."]
-
-
-def test_machine_without_the_projects_folder_is_refused_before_work(head: Any, prepared: Path, tmp_path: Path) -> None:
+def test_machine_without_the_projects_folder_is_refused_before_work(
+    machines: Machines, prepared: Path, tmp_path: Path
+) -> None:
     folder = _copy(prepared, tmp_path / "project")
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
         pytest.skip("this user may not mount, so every machine sees the same folders")
     message = "The machine .*: The project's folder is not there"
-    with _machine_without(folder, head), pytest.raises(UserError, match=message):
+    with _machine_without(folder, machines), pytest.raises(UserError, match=message):
         _project(folder, "auto")[0].curve(seeds=2)
     assert not (folder / ".tunewright" / "training").exists()
 
 
 @contextmanager
-def _machine_without(hidden: Path, cluster: Any) -> Iterator[None]:
+def _machine_without(hidden: Path, machines: Machines) -> Iterator[None]:
     """A machine with one CPU that sees an empty folder here."""
+    machines.have()
     start = f"mount -t tmpfs none {hidden} && exec {sys.executable} -m ray.scripts.scripts start --block --num-cpus 1"
     machine = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", f"{start} --address {cluster.address}"], start_new_session=True
+        ["unshare", "--mount", "sh", "-c", f"{start} --address {machines.cluster.address}"], start_new_session=True
     )
     try:
-        wait_until(lambda: _alive(cluster) == 2)
+        wait_until(lambda: machines.alive() == 1)
         yield
     finally:
         os.killpg(machine.pid, signal.SIGKILL)
         machine.wait()
-        wait_until(lambda: _alive(cluster) == 1)
+        wait_until(lambda: machines.alive() == 0)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from compute_helpers import Answering, results
 from data_helpers import Listener
-from raylets import raylets, token_required
+from raylets import WAIT_S, raylets, token_required, wait_until
 
 from making.command_line import write_jsonl
 from tunewright.api import Project
@@ -24,7 +24,6 @@ from tunewright.config.project import ProjectFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
-WAIT_S = 240
 CONFIG = """\
 name: small
 base_model: {base}
@@ -133,10 +132,7 @@ def test_evaluation_by_vllm_is_the_same_on_a_cluster(
     assert (without["evidence"]["engine"]["name"], len(without["answers"])) == ("vllm", 2)
     assert "with vllm" in without["evidence"]["noise_floor"]["how"]
     # A worker that is still starting is killed, and has no adapter.
-    until = time.monotonic() + WAIT_S
-    while _vllms(temporary):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: not _vllms(temporary))
     assert not list(temporary.glob("tunewright-engine-*/**/adapter_model.safetensors"))
 
 

@@ -154,6 +154,8 @@ def test_curve_and_pilots_on_a_cluster_are_those_of_this_process(
     points, heard = [], Listener()
     for name, workers in (("here", THIS_PROCESS), ("there", PickledCluster())):
         folder = tiny_project(tmp_path / name, tiny_base_folder, count=240)
+        config = folder / "tunewright.yaml"
+        config.write_text(config.read_text().replace("epochs: 2", "epochs: 1"))
         monkeypatch.chdir(folder)  # a project that is opened by a relative path
         project = Project(ProjectFolder(Path()), heard)
         project.data.add([Path("pairs.jsonl")])

@@ -125,8 +125,8 @@ class _Tasks:
                     # One worker takes 1.33 times the seconds of no cluster without this: steps wait for each other.
                     require_head()
                     waiting.append([step(shared, part, task) for part in some])
-                else:
-                    first_done(_unfinished(sent), room, self._reporter)
+                elif pending := _unfinished(sent):  # none: the first has ended since it was looked at
+                    first_done(pending, room, self._reporter)
         except ConnectionError as error:
             raise _disconnected(error) from None
         finally:

@@ -142,19 +142,16 @@ class WorkerModel:
 
 @dataclass(frozen=True)
 class RequestBatch:
-    """Some requests of an arm. They are sent without their constraints, which are compiled again where they are used.
+    """Some requests of an arm, sent without their constraints, which are compiled again where they are used.
 
-    Args:
-        requests: what to complete, without constraints.
-        functions: the functions that each prompt declares; None: the answers are free.
-        stop_ids: tokens that end an answer.
-        at_once: number of rows that decode together; None: the model's number.
-        company: answers of one company may share vLLM's prefix cache.
+    ``functions`` are those that each prompt declares (None: the answers are free). ``at_once`` rows decode together
+    (None: the model's number). Answers of one ``company`` may share vLLM's prefix cache.
     """
 
     requests: Sequence[Request]
     functions: Sequence[Message | None] | None = None
     stop_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer."""
     at_once: int | None = None
     company: str = ""
 
