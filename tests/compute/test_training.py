@@ -160,6 +160,7 @@ def _without_cluster(folder: Path) -> Path:
 
 def test_what_the_cluster_lacks_is_said_before_work(machines: Machines, project: Path, tmp_path: Path) -> None:
     machines.have(ONE, ONE, ONE)
+    by_client = command(_copy(project, tmp_path), "train", cluster=f"ray://127.0.0.1:{machines.client_port}")
     for number, (compute, message) in enumerate(
         (
             ("{workers: 4}", r"Too few CPUs in the cluster: 3 \(compute.workers: 4\)"),
@@ -171,3 +172,6 @@ def test_what_the_cluster_lacks_is_said_before_work(machines: Machines, project:
         with pytest.raises(UserError, match=message):
             _opened(folder, Listener()).train()
         assert not (folder / ".tunewright" / "training").exists()
+    _, err = by_client.communicate(timeout=WAIT_S)
+    assert by_client.returncode == 2, err
+    assert "compute.cluster: A training in several processes cannot be started through ray://" in err

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from data_helpers import Listener
-from raylets import ONE, WAIT_S, Machines, command, wait_until
+from raylets import ONE, Machines, command, wait_until
 
 from making.command_line import tiny_project
 from tunewright.adapters.registry import HISTORY, list_adapters
@@ -27,11 +27,7 @@ from tunewright.evidence.files import EVIDENCE_FILE
 from tunewright.training.options import SweepOptions
 
 pytest_plugins = ["raylets"]
-pytestmark = [
-    pytest.mark.ray,
-    # Ray leaves the logs of its client server open.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.ray
 
 TIMES = {"time", "seconds", "training_seconds", "steps"}
 """What a ledger's line says of the time, and of the steps that were made for it: a lost trial makes some again."""
@@ -56,13 +52,6 @@ def _copy(prepared: Path, folder: Path) -> Path:
 def _project(folder: Path, cluster: str | None = None) -> tuple[Project, Listener]:
     heard = Listener()
     return Project(ProjectFolder(folder).on_cluster(cluster), heard), heard
-
-
-@pytest.fixture(scope="module")
-def validated(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A project that was cross-validated without a cluster, and its evidence."""
-    folder = _copy(prepared, tmp_path_factory.mktemp("validated") / "here")
-    return folder, _project(folder)[0].crossval(folds=2, force=True).folder
 
 
 def _folds(folder: Path) -> list[str]:
@@ -109,10 +98,10 @@ def test_sweep_is_the_same_when_a_machine_is_killed(machines: Machines, prepared
 
 
 def test_cross_validation_is_the_same_after_its_command_was_killed(
-    machines: Machines, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
+    machines: Machines, prepared: Path, tmp_path: Path
 ) -> None:
-    here, whole = validated
-    there = _copy(prepared, tmp_path / "there")
+    here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
+    whole = _project(here)[0].crossval(folds=2, force=True).folder
     machines.have(ONE, ONE)
     first = command(there, "crossval", "--folds", "2", "--force")
     # Past the first checkpoint, of step 5, whose own evaluation is a line too.
@@ -128,23 +117,6 @@ def test_cross_validation_is_the_same_after_its_command_was_killed(
     assert len(_folds(here)) == 2
     assert _folds(there) == _folds(here)
     assert _evidence(again.folder) == _evidence(whole)
-
-
-@pytest.mark.release
-def test_through_rays_client_trials_are_the_same_and_one_training_is_refused(
-    machines: Machines, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
-) -> None:
-    there, whole = _copy(prepared, tmp_path / "there"), validated[0]
-    config = there / "tunewright.yaml"
-    config.write_text(f"{config.read_text()}compute: {{workers: 2}}\n")
-    machines.have(ONE, ONE)
-    for arguments, codes in ((("train",), {2}), (("crossval", "--folds", "2"), {0, 3, 4})):
-        ran = command(there, *arguments, "--force", cluster=f"ray://127.0.0.1:{machines.client_port}")
-        _, err = ran.communicate(timeout=WAIT_S)
-        assert ran.returncode in codes, err
-        refusal = "compute.cluster: A training in several processes cannot be started through ray://"
-        assert (refusal in err) is (arguments == ("train",))
-    assert _folds(there) == _folds(whole)
 
 
 def _evidence(folder: Path) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from compute_helpers import Answering, results
-from data_helpers import Listener
-from raylets import WAIT_S, raylets, token_required, wait_until
+from raylets import WAIT_S, raylets, token_required
 
 from making.command_line import write_jsonl
 from tunewright.api import Project
@@ -120,22 +119,6 @@ def _vllms(temporary: Path) -> list[psutil.Process]:
     return found
 
 
-def test_evaluation_by_vllm_is_the_same_on_a_cluster(
-    machines: Any, without: dict[str, Any], project: Path, temporary: Path
-) -> None:
-    heard = Listener()
-    Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
-    assert "Cluster: 2 workers with 1 thread" in heard.said
-    assert "Answers are computed by vllm: evaluate.engine says so." in heard.said
-    found = results(project)
-    assert found == without
-    assert (without["evidence"]["engine"]["name"], len(without["answers"])) == ("vllm", 2)
-    assert "with vllm" in without["evidence"]["noise_floor"]["how"]
-    # A worker that is still starting is killed, and has no adapter.
-    wait_until(lambda: not _vllms(temporary))
-    assert not list(temporary.glob("tunewright-engine-*/**/adapter_model.safetensors"))
-
-
 def _kill_the_busy_worker(temporary: Path, killed: list[psutil.Process]) -> None:
     """Kill the worker that computes a part, but nothing that it has started."""
     until = time.monotonic() + WAIT_S
@@ -149,20 +132,24 @@ def _kill_the_busy_worker(temporary: Path, killed: list[psutil.Process]) -> None
         time.sleep(0.005)
 
 
-def test_killed_worker_takes_vllm_with_it_and_another_one_answers(
+def test_evaluation_by_vllm_is_the_same_on_a_cluster_and_a_killed_worker_takes_vllm_with_it(
     machines: Any, without: dict[str, Any], project: Path, temporary: Path
 ) -> None:
     with (project / "tunewright.yaml").open("a") as file:
-        file.write("compute: {workers: 1}\n")
+        file.write("compute: {workers: 1}\n")  # so that another vLLM has to start
     killed: list[psutil.Process] = []
     kill = Thread(target=_kill_the_busy_worker, args=(temporary, killed))
     heard = Answering("tuned on test", kill.start)
     Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
     kill.join()
+    assert "Cluster: 1 worker with 1 thread" in heard.said
+    assert "Answers are computed by vllm: evaluate.engine says so." in heard.said
     assert [text for text in heard.warned if "lost a worker" in text] == [
         "The cluster lost a worker: its part is computed again by another."
     ]
-    assert len(killed) >= 2, "the server, and the process that computes"
     assert results(project) == without
+    assert (without["evidence"]["engine"]["name"], len(without["answers"])) == ("vllm", 2)
+    assert "with vllm" in without["evidence"]["noise_floor"]["how"]
+    assert len(killed) >= 2, "the server, and the process that computes"
     assert not _vllms(temporary)
     assert not list(temporary.glob("tunewright-engine-*")), "those of the killed worker, too"

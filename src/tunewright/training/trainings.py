@@ -333,8 +333,8 @@ def train_on_cluster(
     if (existing := find_trained(project.adapters, config.name, training.identity)) is not None:
         return TrainResult(existing, trained=False)
     with open_group(config, reporter) as group:
+        _require_trainable(group, training.project, base, reporter)
         if group is not None:
-            _require_trainable(group, training.project, base, reporter)
             # Tried now, not after hours of training; the key stays on this machine.
             signer = signer or store_signer(project.keys, reporter)
             with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
@@ -345,8 +345,6 @@ def train_on_cluster(
             if signer is not None:
                 sign(adapter.folder, signer)
             return TrainResult(adapter, trained=True)
-    if config.compute.fsdp:
-        raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
     reporter.say("The cluster has no GPU: this process trains. compute.workers: 2 or more trains in several.")
     return train(project, dataset, base, chat, reporter, facts=facts, signer=signer)
 
@@ -354,17 +352,18 @@ def train_on_cluster(
 def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> None:
     """Check before other work that the config can be trained in the processes of ``compute.cluster``, if it is set."""
     with open_group(project.config, reporter) as group:
-        if group is not None:
-            _require_trainable(group, absolute(project), base, reporter)
+        _require_trainable(group, absolute(project), base, reporter)
 
 
-def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
+def _require_trainable(group: WorkerGroup | None, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
     """Check that the group's processes can train the config, and that every machine has what they need."""
     compute, settings = project.config.compute, project.config.train
+    if compute.fsdp and (group is None or group.count == 1):
+        raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
+    if group is None:
+        return
     micro_batch(settings, group.count)
     if compute.fsdp:
-        if group.count == 1:
-            raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
         require_fsdp_supported(settings)
     machines = len(group.cluster.machines)
     with reporter.task("Checking the machines", machines, "machines") as task, open_site(project, base) as site:
