@@ -97,7 +97,7 @@ class Machines:
 
     def alive(self) -> int:
         """Return the number of machines that Ray counts as alive."""
-        return sum(node["Alive"] for node in self.cluster.global_state.node_table()) - 1
+        return sum(bool(node["Alive"]) for node in self.cluster.global_state.node_table()) - 1
 
 
 def free_port() -> int:
