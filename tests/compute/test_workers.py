@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from making.command_line import tiny_project, tunewright, write_jsonl
 from making.pickled_workers import PickledWorkers
+from making.property_examples import examples
 from tunewright.config import ComputeConfig, Config
 from tunewright.core.progress import LogTask
 from tunewright.core.workers import THIS_PROCESS
@@ -27,6 +28,7 @@ from tunewright.data.readers.row_errors import RowError
 from tunewright.data.screening import screen
 
 
+@examples(100, quick=12)
 @given(rows_alike)
 def test_dataset_is_the_same_in_parts(pairs: list[Pair]) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
