@@ -101,7 +101,11 @@ class ScriptedEngine:
 
 @contextmanager
 def scripted_server(
-    engine: ScriptedEngine, auth: Auth | None = None, tokenization: Tokenization = TOKENIZATION, **limits: float | int
+    engine: ScriptedEngine,
+    auth: Auth | None = None,
+    tokenization: Tokenization = TOKENIZATION,
+    /,
+    **limits: float | int,
 ) -> Iterator[httpx.Client]:
     """Yield a client of a server with this engine and these limits."""
     config = GatewayConfig.model_validate(limits)
