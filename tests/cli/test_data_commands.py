@@ -1,4 +1,4 @@
-"""Data as code, through the command line: reports on files, rows, versions and splits."""
+"""Data as code, through the command line: reports on files, rows, versions and splits, and removals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from making.command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
+
+pytest_plugins = "making.adapter_projects"
 
 
 def _run(project: Path, *arguments: str | Path, code: int = 0) -> Any:
@@ -77,3 +79,36 @@ def test_leakage_searches_benchmark_items_in_training_rows(project: Path) -> Non
     assert "one of the 1 items of" in shown
     missing = _run(project, "leakage", "--against", project / "nowhere.jsonl", code=2)
     assert "nowhere.jsonl" in missing["error"]["where"]
+
+
+def test_adapters_show_follows_lineage_through_a_purge(trained: Path) -> None:
+    options = ("--where", "split == 'train' && output == 'red'", "--because", "asked", "--purge")
+    done = _run(trained, "remove", *options)
+    traced = tunewright("adapters", "show", "--rows", "-p", trained, "--json").document
+    keys = {key for split in traced["dataset"]["splits"] if split["split"] == "train" for key in split["keys"]}
+    assert {row["key"] for row in done["rows"]} <= keys
+    assert len(_run(trained, "trained-by", done["rows"][0]["key"])["trained_on"]) == 1
+
+
+def test_remove_accepts_keys_printed_by_other_commands(project: Path, tmp_path: Path) -> None:
+    def removed(name: str, text: str) -> set[str]:
+        keys = project / name
+        keys.write_text(text, encoding="utf-8")
+        document = _run(project, "remove", "--keys", keys, "--because", "x", "--dry-run")
+        return {row["key"] for row in document["rows"]}
+
+    suspects = tunewright("data", "suspects", "-p", project, "--json")
+    named = [suspect["key"] for suspect in suspects.document["suspects"]]
+    assert len(named) > 1
+    assert removed("suspects.json", suspects.stdout) == set(named)
+    assert removed("some.jsonl", "".join(json.dumps(s) + "\n" for s in suspects.document["suspects"][:2])) == {
+        *named[:2]
+    }
+    shown = tunewright("data", "show", "pairs.jsonl:7", "-p", project, "--json")
+    assert removed("shown.json", shown.stdout) == {shown.document["key"]}
+    sheet = tmp_path / "review.csv"
+    assert tunewright("data", "review", "--suspects", "--export", sheet, "-p", project).code == 0
+    assert removed("review.csv", sheet.read_text(encoding="utf-8")) == set(named)
+    condition = ("--where", "split == 'train' && output == 'red'", "--because", "x")
+    dry = tunewright("data", "remove", *condition, "--dry-run", "-p", project, "--json")
+    assert removed("dry.json", dry.stdout) == {row["key"] for row in dry.document["rows"]} != set()
