@@ -65,6 +65,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_MOST_EXPANSION = 100
+"""A file may contain this many times its own size. JSON Lines that share a prompt of 4,000 characters reach 70."""
+_LEAST_LIMIT = 64 << 20  # bytes that any file may contain
+
+
+def expansion_limit(size: int) -> int:
+    """Return how many bytes a compressed file of this size may contain."""
+    return max(_LEAST_LIMIT, _MOST_EXPANSION * size)
+
+
 def refused(error: OSError) -> UserError | None:
     """Return the message for an error with which the operating system refuses a change of files, or None."""
     if error.errno not in _REFUSALS:

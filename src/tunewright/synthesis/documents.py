@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import file_digest
+from tunewright.core.io import expansion_limit, file_digest
 from tunewright.core.processes import run
 from tunewright.core.text import normalize
-from tunewright.data.readers.encodings import expansion_limit
 
 if TYPE_CHECKING:
     from docx.table import Table

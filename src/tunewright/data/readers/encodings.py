@@ -14,22 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from tunewright.core.errors import UserError
+from tunewright.core.io import expansion_limit
 from tunewright.core.progress import Task
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "Zstandard"}
 """First bytes to name."""
 
-MOST_EXPANSION = 100
-"""A file may contain this many times its own size. JSON Lines that share a prompt of 4,000 characters reach 70."""
-
-LEAST_LIMIT = 64 << 20  # bytes that any file may contain
 _BUFFER = 1 << 16
 _DECOMPRESS = {"gzip": "gunzip -k", "Zstandard": "zstd -d"}
-
-
-def expansion_limit(size: int) -> int:
-    """Return how many bytes a compressed file of this size may contain."""
-    return max(LEAST_LIMIT, MOST_EXPANSION * size)
 
 
 def compression_of(magic: bytes) -> str | None:

@@ -28,9 +28,9 @@ from openpyxl.worksheet._reader import (  # type: ignore[import-untyped]
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
+from tunewright.core.io import expansion_limit
 from tunewright.core.progress import Task
 from tunewright.core.text import first_of
-from tunewright.data.readers.encodings import expansion_limit
 from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.tables import columns
