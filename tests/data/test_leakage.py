@@ -57,7 +57,7 @@ def _mixed(count: int) -> list[tuple[Example, Split]]:
 
 
 def test_measure_leakage_matches_brute_force() -> None:
-    version = _version(_mixed(300))
+    version = _version(_mixed(160))
     texts = dict(
         zip([m.key for m in version.members], comparison_texts([m.example for m in version.members]), strict=True)
     )
@@ -105,7 +105,7 @@ def test_measure_leakage_returns_no_nearest_row_without_overlap() -> None:
 
 def test_measure_leakage_warns_of_a_sample() -> None:
     listener = Listener()
-    report = measure_leakage(_version(_mixed(300)), 0, listener, most=10)
+    report = measure_leakage(_version(_mixed(100)), 0, listener, most=10)
     assert len(report.nearest) == 10
     assert listener.warned == [f"A sample of 10 of {report.held_out} held-out rows is compared with the training rows."]
 
@@ -211,7 +211,7 @@ def test_measure_output_leakage_matches_simulated_splits() -> None:
 
 
 def test_near_overlap_matches_brute_force() -> None:
-    members = _members(200, 40)
+    members = _members(120, 30)
     outputs = [normalised(m.example.output) for m in members]
     listener = Listener()
     found = near_overlap(members, 0.8, 0, listener)
@@ -229,7 +229,7 @@ def test_near_overlap_matches_brute_force() -> None:
 
 
 def test_near_overlap_of_a_sample_is_close_to_the_full_value() -> None:
-    members = _members(6_000, 3_000)
+    members = _members(3_000, 1_500)
     found = near_overlap(members, 0.8, 0, Listener())
     assert found.here == pytest.approx(measure_output_leakage(members).share("template"), abs=0.08)
 
@@ -273,14 +273,14 @@ def _add(project: ProjectFolder, pairs: Pairs, listener: Listener | None = None,
 
 def test_add_warns_when_the_test_has_known_templates(tmp_path: Path) -> None:
     listener = Listener()
-    result = _add(new_project(tmp_path / "p"), _queries(400, 30), listener)
+    result = _add(new_project(tmp_path / "p"), _queries(250, 30), listener)
     reported = [w for w in listener.warned if "output template" in w]
     assert len(reported) == 1
     assert reported[0].startswith(f"{result.outputs.share('template'):.0%} of the test rows")
     assert "data.split_by: output_template" in reported[0]
     assert "data.group_by" in reported[0]
     free = Listener()
-    _add(new_project(tmp_path / "free"), [(a, b) for (a, _), (b, _) in pairwise(unlike_pairs(400))], free)
+    _add(new_project(tmp_path / "free"), [(a, b) for (a, _), (b, _) in pairwise(unlike_pairs(250))], free)
     assert not any("output template" in w for w in free.warned)
 
 

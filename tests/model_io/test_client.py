@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from making.command_line import tunewright
 from making.evidence import make_items
 from making.scripted_judge import Server, honest, scripted, write_project
 from tunewright.config import EndpointConfig
+from tunewright.config.io import parse_config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.judge.questions import ROWS_FILE
@@ -266,24 +268,32 @@ ENDPOINT = {"base_url": "http://x/v1", "model": "m"}
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "The config has no judge"),
-        ({"base_url": "http://x/v1"}, "The config has no judge"),
-        ({**ENDPOINT, "base_url": "http://u:p@x/v1"}, "judge.base_url"),
-        ({**ENDPOINT, "api_key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE"),
-        ({**ENDPOINT, "budget": 1.0}, "price_input"),
-        ({**ENDPOINT, "price_input": 1.0}, "price_output"),
-        ({**ENDPOINT, "parameters": {"stream": True}}, "stream"),
-        ({**ENDPOINT, "controls": 5}, "judge.controls"),
-        ({**ENDPOINT, "reference_model": {"model": "m"}}, "answers"),
-        ({**ENDPOINT, "budget": 1, "price_input": 1, "price_output": 9, "parameters": {}}, "max_tokens"),
+        ({"base_url": "http://u:p@x/v1"}, "judge.base_url"),
+        ({"budget": 1.0}, "price_input"),
+        ({"price_input": 1.0}, "price_output"),
+        ({"parameters": {"stream": True}}, "stream"),
+        ({"controls": 5}, "judge.controls"),
+        ({"reference_model": {"model": "m"}}, "answers"),
+        ({"budget": 1, "price_input": 1, "price_output": 9, "parameters": {}}, "max_tokens"),
     ],
 )
-def test_judge_refuses_a_wrong_config_before_sending(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+def test_config_refuses_a_judge_that_cannot_be_asked_or_paid(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(json.dumps({"judge": {**ENDPOINT, **settings}}), Path("tunewright.yaml"))
+    assert words in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"base_url": "http://x/v1"}, "no judge"), ({**ENDPOINT, "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY")],
+)
+def test_judge_refuses_an_incomplete_config_before_sending(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
     write_project(tmp_path / "project", settings)
     ran = tunewright("judge", "-p", tmp_path / "project", "--json")
     assert ran.code == 2
-    error = ran.document["error"]
-    assert words in f"{error['where']} {error['what']}"
+    assert words in ran.document["error"]["what"]
 
 
 def test_judge_of_the_bases_family_is_warned_about(tmp_path: Path) -> None:
