@@ -337,7 +337,7 @@ def _supersede(
         raise UserError(
             f"Nothing was replaced: {count_of(len(unclear), 'input')} with several outputs, in version "
             f"{short(parent.digest)} or in the files\n"
-            f"{listed(unclear, len(unclear), _MOST, '`tunewright data check FILE --json` lists all')}",
+            f"{listed(unclear, len(unclear), _MOST, 'resolve them too')}",
             where="--replace",
             fix="Keep the right output of each input in the file. If several are right, remove the wrong ones with "
             "`tunewright data remove --keys`, then add the file with --accept-conflicts instead of --replace.",
