@@ -188,7 +188,7 @@ def test_choice_of_an_undeclared_function_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("choice", ["auto", "required", "weather"])
+@pytest.mark.parametrize("choice", ["auto", "required"])
 def test_decoded_answers_read_as_calls(name: str, choice: str) -> None:
     """Random weights under the grammar, from prompts of several lengths."""
     import torch

@@ -275,18 +275,10 @@ def _lower() -> Any:
     ("tokenizer", "messages", "words"),
     [
         (TOKENIZER, [{"role": "assistant", "content": "a"}], "the first turn must be the user's"),
-        (TOKENIZER, [{"role": "user", "content": "a"}], "the last turn must be the assistant's"),
         (TOKENIZER, "hello", "A conversation must be a list of turns"),
-        (TOKENIZER, {"messages": []}, "A conversation must be a list of turns"),
         (TOKENIZER, [], "messages must be a list of turns"),
-        (TOKENIZER, ["a"], "messages.0. must be an object"),
-        (TOKENIZER, [{"role": "user"}], 'messages.0. has no "content"'),
         (TOKENIZER, [{"role": b"user", "content": "a"}], "messages.0..role is"),
-        (
-            None,
-            _turns("a", "b"),
-            "Expected a base or a tokenizer",
-        ),
+        (None, _turns("a", "b"), "Expected a base or a tokenizer"),
         ("gpt2", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "got str"),
     ],
 )

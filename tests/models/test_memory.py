@@ -64,37 +64,6 @@ MISTRAL_SMALL_31: dict[str, Any] = {
     },
     "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
 }
-MINISTRAL_3_8B = {
-    **MISTRAL_SMALL_31,
-    "text_config": {
-        "model_type": "ministral3",
-        "head_dim": 128,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 34,
-        "num_key_value_heads": 8,
-        "vocab_size": 131072,
-    },
-}
-MINISTRAL_3_3B = {
-    **MINISTRAL_3_8B,
-    "tie_word_embeddings": True,
-    "text_config": {
-        **MINISTRAL_3_8B["text_config"],
-        "hidden_size": 3072,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-    },
-}
-DEVSTRAL_2 = {
-    **MINISTRAL_3_8B["text_config"],
-    "architectures": ["Ministral3ForCausalLM"],
-    "hidden_size": 12288,
-    "intermediate_size": 28672,
-    "num_attention_heads": 96,
-    "num_hidden_layers": 88,
-}
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -125,12 +94,8 @@ def _shape(folder: Path, config: dict[str, Any]) -> Shape:
     [
         (LLAMA_2_7B, 6_738_415_616),
         (LLAMA_31_8B, 8_030_261_248),
-        (MISTRAL_7B, 7_241_732_096),
-        (LLAMA_31_70B, 70_553_706_496),
         (MISTRAL_SMALL_31, 23_572_403_200),
-        (MINISTRAL_3_8B, 8_489_553_920),
-        (MINISTRAL_3_3B, 3_429_006_336),
-        (DEVSTRAL_2, 125_025_988_608),
+        ({**MISTRAL_SMALL_31, "tie_word_embeddings": True}, 22_901_314_560),
         (MIXTRAL_8X7B, 46_702_792_704),
     ],
 )
@@ -283,10 +248,9 @@ def test_layer_saved_equals_what_autograd_saves(
         assert more == layer_saved(shape, setup, load.tokens) + attention_saved(shape, setup, load) + copies, load
 
 
-@pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("load", [BatchShape(8, 0, 100, 1), BatchShape(8, 60, 40, 40)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("experts", "dtype"), [(False, "float32"), (False, "bfloat16"), (True, "bfloat16")])
 def test_estimate_equals_the_allocator_peak_of_a_step(
     experts: bool, dtype: Any, checkpointing: bool, load: BatchShape
 ) -> None:

@@ -25,7 +25,16 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm.engine import VllmSettings
 from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.models.bases import Base, resolve_base, tensor_files, untrained_tokens
-from tunewright.models.families import ATTENTION, FAMILIES, MLP, VISION, module_name, text_name
+from tunewright.models.families import (
+    ATTENTION,
+    FAMILIES,
+    MLP,
+    VISION,
+    check_architecture,
+    module_name,
+    require_targets,
+    text_name,
+)
 from tunewright.models.loading import load_model, with_adapters
 
 NEW: tuple[Kind, ...] = ("mistral3", "mistral3-ministral3", "ministral3", "mixtral")
@@ -122,27 +131,14 @@ def test_nf4_quantizes_only_linear_layers_of_the_text_model(each: Kind, tmp_path
         assert model(input_ids=IDS).logits.isfinite().all()
 
 
-def test_nf4_is_refused_for_a_mixture_of_experts(tmp_path: Path) -> None:
-    base = build_base(tmp_path / "base", "mixtral")
-    project = tiny_project(tmp_path / "project", base, count=80)
-    config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace("  preset: all-linear", "  preset: classic\n  quantization: nf4"))
-    assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    ran = run("train", "-p", project)
-    assert ran.code == 2
-    assert "train.quantization: Mixtral cannot be quantized to NF4" in ran.stderr
+def test_mixture_of_experts_is_refused_nf4_and_feed_forward_targets(tmp_path: Path) -> None:
+    base = _open(build_base(tmp_path / "base", "mixtral"))
     with pytest.raises(UserError, match="Mixtral cannot be quantized to NF4"):
-        load_model(_open(base), "float32", "nf4")
-
-
-def test_require_targets_refuses_missing_layers_and_lists_valid_ones(tmp_path: Path) -> None:
-    project = tiny_project(tmp_path / "project", build_base(tmp_path / "base", "mixtral"), count=80)
-    assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    for command in (["train"], ["estimate-memory", "--gpu", "24GB"]):
-        ran = run(*command, "-p", project)
-        assert ran.code == 2
-        assert "Mixtral has no linear layer gate_proj, up_proj, down_proj" in ran.stderr
-        assert "Set train.target_modules to [q_proj, k_proj, v_proj, o_proj]" in ran.stderr
+        load_model(base, "float32", "nf4")
+    with pytest.raises(UserError, match="Mixtral has no linear layer gate_proj, up_proj, down_proj") as caught:
+        require_targets((*ATTENTION, *MLP), base.architecture)
+    assert caught.value.where == "train.target_modules"
+    assert "[q_proj, k_proj, v_proj, o_proj]" in str(caught.value.fix)
 
 
 def test_plan_includes_nf4_only_for_families_that_support_it(project: Path, kind: Kind) -> None:
@@ -226,6 +222,7 @@ def test_vllm_starts_without_images_for_a_vision_base(vision: bool, tmp_path: Pa
         assert json.loads(options[options.index("--limit-mm-per-prompt") + 1]) == {"image": 0}
 
 
+@pytest.mark.slow
 def test_trained_adapter_is_evaluated(project: Path) -> None:
     ran = run("evaluate", "-p", project, "--json")
     assert ran.code in (0, 3, 4), ran.stderr
@@ -258,11 +255,11 @@ def test_merged_model_loads_with_the_original_class(merged: Path, project: Path,
     assert (merged / "preprocessor_config.json").exists() == family.vision
 
 
-@pytest.mark.parametrize("each", ["mistral3", pytest.param("mistral3-ministral3", marks=pytest.mark.slow)])
-def test_merge_over_nf4_leaves_the_vision_tower_unchanged(each: Kind, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_merge_over_nf4_leaves_the_vision_tower_unchanged(tmp_path: Path) -> None:
     """One of the two merge methods quantizes the decoder's layers; the tower has layers of the same names."""
     pytest.importorskip("bitsandbytes")
-    base = build_base(tmp_path / "base", each)
+    base = build_base(tmp_path / "base", "mistral3")
     project = tiny_project(tmp_path / "project", base, count=80)
     config = project / "tunewright.yaml"
     text = config.read_text().replace("epochs: 2", "epochs: 1\n  quantization: nf4").replace("0.003", "0.01")
@@ -298,18 +295,13 @@ def test_gguf_is_exported_or_refused_by_name(project: Path, kind: Kind) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
     ],
 )
-def test_unsupported_base_exits_with_2_and_a_fix(values: dict[str, Any], named: str, tmp_path: Path) -> None:
-    base = build_base(tmp_path / "base", "mistral3-ministral3")
-    model_config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(model_config | values))
-    project = tiny_project(tmp_path / "project", base, count=80)
-    assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    for command in (["train"], ["estimate-memory"]):
-        ran = run(*command, "-p", project, "--json")
-        assert ran.code == 2
-        error = ran.document["error"]
-        assert named in error["what"]
-        assert ("-BF16" if named == "fp8" else "MistralForCausalLM") in error["fix"]
+def test_unsupported_base_is_refused_with_a_fix(values: dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = build_base(tmp_path / "base", "mistral3-ministral3") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(UserError, match=named) as caught:
+        check_architecture(path)
+    assert caught.value.where == str(path)
+    assert ("-BF16" if named == "fp8" else "MistralForCausalLM") in str(caught.value.fix)
 
 
 def test_models_page_names_only_existing_files() -> None:

@@ -149,6 +149,11 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
     whole = training_project(tmp_path / "whole", tiny_base_folder, reported, keys).train().adapter
     evaluated = whole.lineage["training"]["epochs"]
     assert len(evaluated) == 24
+    # No dev row is answered, so the loss decides.
+    training = whole.lineage["training"]
+    assert (training["metric"], training["dev_rows_answered"]) == (None, 0)
+    assert {e["dev_metric"] for e in evaluated} == {None}
+    assert training["kept_step"] == min(evaluated, key=lambda e: e["dev_loss"])["step"]
     best = sorted(evaluated, key=lambda e: e["dev_loss"])[:8]
     expected = {f"step-{e['step']}" for e in [*best, evaluated[-1]]}
     assert {*whole.checkpoints, f"step-{whole.lineage['training']['kept_step']}"} == expected
@@ -165,16 +170,11 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
     assert went_on.checkpoints.keys() == whole.checkpoints.keys()
 
 
-def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_answered_dev_rows_are_bounded(tmp_path: Path, tiny_base_folder: Path) -> None:
     reported = Heard()
     some = training_project(tmp_path / "some", tiny_base_folder, reported, {"eval_max_samples": 5}).train().adapter
     assert some.lineage["training"]["dev_rows_answered"] == 5
     assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.eval_max_samples)." in reported.lines
-    none = training_project(tmp_path / "none", tiny_base_folder, train={"eval_max_samples": 0}).train().adapter
-    training = none.lineage["training"]
-    assert (training["metric"], training["dev_rows_answered"]) == (None, 0)
-    assert [e["dev_metric"] for e in training["epochs"]] == [None, None]
-    assert training["kept_step"] == min(training["epochs"], key=lambda e: e["dev_loss"])["step"]
 
 
 def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder: Path) -> None:
@@ -190,7 +190,7 @@ def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder:
     assert evaluated.index(best_evaluation(evaluated)) == len(evaluated) - 2
     assert any(line.startswith("Stopping early: 1 evaluation without a better one") for line in reported.lines)
     # At the step before the last, and at the last: stopped when training is over but nothing is stored.
-    for after in sorted({1, last - 1, last}):
+    for after in (last - 1, last):
         with pytest.raises(KeyboardInterrupt):
             project(f"stopped-{after}", Heard(after)).train()
         again = project(f"stopped-{after}", Heard()).train().adapter

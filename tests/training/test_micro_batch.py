@@ -66,18 +66,28 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "adapter_model.safetensors"))
 
 
-def test_micro_batch_keeps_a_batch_that_fits_and_reports_it(tmp_path: Path, tiny_base_folder: Path) -> None:
-    adapter, lines = _train(tmp_path / "p", tiny_base_folder)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Any, list[str]]:
+    """What a run trains and says whose batches fit."""
+    return _train(tmp_path_factory.mktemp("whole") / "p", tiny_base_folder)
+
+
+def test_micro_batch_keeps_a_batch_that_fits_and_reports_it(whole: tuple[Any, list[str]]) -> None:
+    adapter, lines = whole
     assert any(re.match(r"Micro-batch: 8 rows; the longest batch, [\d,]+ tokens, fits", line) for line in lines)
     assert adapter.lineage["training"]["micro_batch_size"] == 8
 
 
-@pytest.mark.parametrize(("asked", "after"), [(8, 3), (4, 0)])
+@pytest.mark.parametrize(("asked", "after"), [(8, 3), pytest.param(4, 0, marks=pytest.mark.slow)])
 def test_halved_micro_batches_give_the_gradients_of_the_step(
-    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, asked: int, after: int
+    whole: tuple[Any, list[str]],
+    tmp_path: Path,
+    tiny_base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int,
+    after: int,
 ) -> None:
     """Memory runs out in the second step, or in the pass that probes it."""
-    whole = _train(tmp_path / "whole", tiny_base_folder, micro_batch_size=asked)[0]
     with monkeypatch.context() as patch:
         passes = _memory_for(patch, rows=2, after=after)
         halved, lines = _train(tmp_path / "halved", tiny_base_folder, micro_batch_size=asked)
@@ -87,13 +97,14 @@ def test_halved_micro_batches_give_the_gradients_of_the_step(
         line for line in lines if "Micro-batch: 2 rows of the" in line or "This step is repeated with 2" in line
     ]
     assert shown_text
-    expected, got = _weights(whole.folder), _weights(halved.folder)
+    expected, got = _weights(whole[0].folder), _weights(halved.folder)
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=2e-3, atol=2e-5, msg=name)
-    losses = [[row["loss"] for row in adapter.history if "loss" in row] for adapter in (whole, halved)]
+    losses = [[row["loss"] for row in adapter.history if "loss" in row] for adapter in (whole[0], halved)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_probing_pass_changes_nothing(tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, which draws random numbers, the adapter is that of a run whose micro-batch was known before."""
     tried, _ = _train(tmp_path / "tried", tiny_base_folder, lora_dropout=0.1)
@@ -161,6 +172,7 @@ def test_in_memory_tells_exhausted_memory_from_other_errors(
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 24 << 30))
     if is_memory:
         assert in_memory(fail) == (False, None)
+        assert in_memory(lambda: torch.empty(1 << 50)) == (False, None), "torch's own allocator"
         return
     with pytest.raises(RuntimeError, match=re.escape(message)):
         in_memory(fail)

@@ -128,9 +128,15 @@ def test_parent_trained_on_rows_that_are_held_out_now_is_refused(trained: tuple[
 
 
 @pytest.mark.parametrize(
-    "command", [Project.sweep, Project.curve, Project.crossval, Project.advise], ids=lambda each: each.__name__
+    ("command", "settings"),
+    [
+        (Project.sweep, {"from": "any"}),
+        (Project.curve, {"method": "dpo"}),
+        (Project.crossval, {"from": "any"}),
+        (Project.advise, {"method": "dpo"}),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
 )
-@pytest.mark.parametrize("settings", [{"from": "any"}, {"method": "dpo"}], ids=str)
 def test_commands_that_train_on_parts_refuse_a_parent_and_a_preference_method(
     command: Callable[[Project], object], settings: dict[str, str], tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -113,14 +113,11 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_ctrl_c_and_sigterm_save_the_step_first(
-    number: signal.Signals, tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
-) -> None:
+def test_ctrl_c_saves_the_step_first(tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
     command = server.start("train", "-p", folder)
     _reach(command, folder, 5)
-    command.send(number)
+    command.send(signal.SIGINT)
     ended = command.wait()
     assert ended.code == 130
     step = max(_whole(folder))
@@ -225,9 +222,7 @@ def _flip(path: Path) -> None:
     [
         ([], [], 25, "Ignoring checkpoint-30: it was cut off while it was written"),
         slow(["checkpoint-25/adapter_model.safetensors"], [], 24, "adapter_model.safetensors has changed"),
-        slow(["checkpoint-25/optimizer.pt"], [], 24, "optimizer.pt has changed"),
         slow([], ["checkpoint-25/trainer_state.json"], 24, "trainer_state.json is missing"),
-        slow(["evaluated/step-24/adapter_config.json"], [], 24, "evaluated/step-24: adapter_config.json has changed"),
         slow(
             ["evaluated/step-12/adapter_model.safetensors"],
             [],
@@ -281,7 +276,7 @@ def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, s
         folder = _project(disk / "project", tiny_base_folder)
         filler = disk / "filler"
         reached = []
-        for free in (0, 200_000, 400_000, 700_000, 1_000_000):  # it fills up at another write each time
+        for free in (0, 400_000, 1_000_000):  # it fills up at another write each time
             with filler.open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(4096))

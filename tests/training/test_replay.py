@@ -69,17 +69,13 @@ def test_reported_training_loss_is_that_of_the_pairs(replayed: TrainResult) -> N
     assert first["train_loss"] > np.mean([row["loss"] for row in steps if row["step"] <= first["step"]])
 
 
-def test_replay_is_part_of_what_decides_the_adapter(
-    replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    opened = replay_project(tmp_path / "same", tiny_base_folder, "  replay: {samples: 6}\n")
-    again = opened.train()
-    assert again.adapter.digest == replayed.adapter.digest
-    assert not opened.train().trained
-    file = opened.folder.root / "tunewright.yaml"
-    for other in ("{samples: 6, kl_coef: 3}", "{samples: 6, kl_coef: null}", "null"):
+def test_replay_is_part_of_what_decides_the_adapter(replayed: TrainResult, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(replayed.adapter.folder.parents[1], tmp_path / "same"))
+    assert not tunewright.open(folder).train().trained
+    file = folder / "tunewright.yaml"
+    for other in ("{samples: 6, kl_coef: null}", "null"):
         file.write_text(file.read_text().replace("replay: {samples: 6}", f"replay: {other}"))
-        result = tunewright.open(opened.folder.root).train()
+        result = tunewright.open(folder).train()
         assert result.trained
         assert result.adapter.digest != replayed.adapter.digest
         assert ("replay" in result.adapter.lineage) == (other != "null")
@@ -87,13 +83,12 @@ def test_replay_is_part_of_what_decides_the_adapter(
         file.write_text(file.read_text().replace(f"replay: {other}", "replay: {samples: 6}"))
 
 
-@pytest.mark.parametrize("after", [1, 14])
 def test_stopped_run_with_replay_resumes_to_the_same_adapter(
-    after: int, replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
+    replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
-        replay_project(folder, tiny_base_folder, reporter=Heard(after)).train()
+        replay_project(folder, tiny_base_folder, reporter=Heard(after=14)).train()
     assert replay_project(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
 
 
@@ -266,6 +261,7 @@ def test_replay_loss_is_the_divergence_from_the_base(
 
 def test_replay_loss_and_gradient_are_zero_for_an_untrained_adapter(tmp_path: Path, tiny_base_folder: Path) -> None:
     trainer = _model(tiny_base_folder, True, 1.0, tmp_path)
+    trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     for name, weight in trainer.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(weight)
@@ -275,12 +271,7 @@ def test_replay_loss_and_gradient_are_zero_for_an_untrained_adapter(tmp_path: Pa
     assert loss.item() == 0
     grads = [p.grad.abs().max().item() for p in trainer.model.parameters() if p.grad is not None]
     assert max(grads) < 1e-6
-
-
-def test_adapter_weights_get_gradients_after_the_reference_pass(tmp_path: Path, tiny_base_folder: Path) -> None:
-    trainer = _model(tiny_base_folder, True, 1.0, tmp_path)
-    trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.compute_loss(trainer.model, trainer.collate(_rows()))
+    # The reference pass has switched the adapter off, and on again.
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable
     assert trainer.model.get_model_status().enabled is True
 

@@ -243,12 +243,6 @@ def test_trial_with_a_non_finite_loss_is_out(tmp_path: Path) -> None:
     assert again.calls == []
 
 
-def test_sweep_has_no_winner_when_all_trials_diverge(tmp_path: Path) -> None:
-    trials, rungs = _trials(2), halving_rungs(2, 40)
-    world = World({(t.name, 20): math.nan for t in trials})
-    assert world.halving(tmp_path, trials, rungs, None).run() is None
-
-
 def test_ledger_records_events_and_is_append_only(tmp_path: Path) -> None:
     trials, rungs = _trials(3), halving_rungs(3, 40)
     world = World({("t0", 20): 0.3, ("t1", 20): 0.1, ("t2", 20): 0.2})

@@ -12,9 +12,7 @@ from tunewright.chat import ChatFormat
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.versions import Member
-from tunewright.generation.generate import generate
-from tunewright.generation.requests import Request
-from tunewright.training.rows import as_columns, encode_members, expected_messages, row_faults
+from tunewright.training.rows import encode_members, expected_messages, row_faults
 
 FUNCTION = {
     "name": "weather",
@@ -85,39 +83,3 @@ def test_template_without_functions_is_a_fault_of_the_row() -> None:
     chat = format_of(tokenizer_of(family("hermes-chatml").tokenizer.chat_template))
     encoded = encode_members(chat, MEMBERS[:1], 4000)
     assert "drops the declarations of functions" in encoded.faults[0]
-
-
-@pytest.mark.slow
-def test_tiny_base_learns_to_call_and_to_answer_from_results() -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    chat = family("hermes-chatml")
-    encoded = encode_members(chat, MEMBERS, 4000)
-    columns = as_columns(encoded.rows)
-    length = max(map(len, columns["input_ids"]))
-    ids, labels = (
-        torch.tensor([row + [filler] * (length - len(row)) for row in columns[name]])
-        for name, filler in (("input_ids", 0), ("labels", -100))
-    )
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(chat.tokenizer), num_attention_heads=4, **shape))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(300):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss < 0.005:
-            break
-    asked = [m.example.messages[:2] for m in MEMBERS] + [m.example.messages[:4] for m in MEMBERS]
-    completions = generate(
-        model.eval(),
-        [Request(chat.prompt(messages), None, 100) for messages in asked],
-        stop_ids=chat.stop_ids,
-        pad_id=0,
-        batch_size=6,
-    )
-    answers = [chat.answer(c.ids, messages) for c, messages in zip(completions, asked, strict=True)]
-    assert answers == [m.example.messages[2] for m in MEMBERS] + [m.example.messages[4] for m in MEMBERS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,11 @@ def test_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, tiny
     assert (after - before).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("after", [11, 24, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 17))])
+@pytest.mark.parametrize("after", [11, 24, pytest.param(1, marks=pytest.mark.slow)])
 def test_run_resumes_to_the_same_adapter_after_a_stop(
     after: int, unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """Stops: in the first steps, on a checkpoint's step, at an epoch's end, in its middle, and after the last step."""
+    """Stops: at the first step, in an epoch's middle, and after the last step."""
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
         training_project(folder, tiny_base_folder, Heard(after)).train()
@@ -108,18 +109,15 @@ def test_stop_abandons_a_long_step_and_saves_the_previous_one(
 def test_train_skips_known_inputs_and_trains_another_seed(
     unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    folder = tmp_path / "project"
-    project = training_project(folder, tiny_base_folder)
-    first = project.train()
-    assert first.adapter.digest == unstopped.adapter.digest
-    assert not project.train().trained
+    folder = Path(shutil.copytree(unstopped.adapter.folder.parents[1], tmp_path / "project"))
+    assert not training_project(folder, tiny_base_folder).train().trained
     config = folder / "tunewright.yaml"
     config.write_text(config.read_text().replace("save_steps: 5", "save_steps: 7"))
     assert not training_project(folder, tiny_base_folder).train().trained
     config.write_text(config.read_text() + "seed: 1\n")
     other = tunewright.open(folder).train()
     assert other.trained
-    assert other.adapter.digest != first.adapter.digest
+    assert other.adapter.digest != unstopped.adapter.digest
 
 
 def test_train_names_an_overlong_example_and_cuts_nothing(tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -44,14 +44,12 @@ SWEEP = SweepOptions(rates=[1e-3, 1e-2])
     ("command", "count", "also", "loads"),
     [
         (lambda project: project.run(), 80, "", 3),  # prompting arms, training, evaluation
-        (lambda project: project.advise(), 160, "", None),
         (lambda project: project.crossval(folds=2), 130, "", 4),
         # One for the replayed samples, then one for each trial and rung.
         (lambda project: project.sweep(SWEEP), 80, "\n  replay: {samples: 6}", None),
         (lambda project: project.sweep(SweepOptions(rates=[1e-3])), 80, "\n  lora_alpha: 1" + 30 * "0", 2),  # diverge
-        (lambda project: project.curve(seeds=2), 300, "", 12),
     ],
-    ids=["run", "pilots", "crossval", "sweep", "sweep that diverges", "curve"],
+    ids=["run", "crossval", "sweep", "sweep that diverges"],
 )
 def test_command_holds_one_base_at_a_time(
     command: Callable[[Any], object],
