@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from making.property_examples import examples
 from making.wandering_models import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
@@ -58,31 +57,6 @@ def test_head_gets_one_contiguous_column(plain: Any) -> None:
         hook.remove()
     assert len(seen) > 1
     assert all(shape[1] == 1 and whole for shape, whole in seen)
-
-
-class _Reads(TorchDispatchMode):
-    """Counts where the host reads a number from a tensor: on a card it waits there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_padded_pass_copies_no_mask_to_the_host(kind: str) -> None:
-    model = llama() if kind == "llama" else mistral(8)
-    batch = Batch(model, stop_ids=STOPS, pad_id=PAD)
-    with _Reads() as reads:
-        batch.admit(_requests(5))
-        batch.step()
-    assert reads.count == 0
-    with _Reads() as reads:  # as transformers makes them, it does
-        model(input_ids=torch.ones(2, 3).long(), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
-    assert kind == "mistral" or reads.count > 0
 
 
 def test_attention_implementation_is_restored_after_each_pass(plain: Any) -> None:

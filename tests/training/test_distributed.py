@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from making.command_line import tiny_project, tunewright
+import tunewright
+from making.command_line import tiny_project
+from making.command_line import tunewright as run
 from making.forked import Ended, Server
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.api import Project
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.core.io import MANIFEST
+from tunewright.core.io import MANIFEST, write_json
 from tunewright.training import distributed
 from tunewright.training.packing.order import StepBatches, random_order
 from tunewright.training.run import micro_batch, require_fsdp_supported
+from tunewright.training.self_samples import Sampler, SelfSample
 
 
 @given(
@@ -83,7 +88,7 @@ def _project(folder: Path, base: Path, also: str = "") -> Path:
     )
     settings = f"train:\n  eval_max_samples: 3\n  prefix_sharing: 'on'\n{also}"
     config.write_text(text.replace("train:\n", settings).replace("evaluate:\n", "evaluate:\n  max_new_tokens: 5\n"))
-    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert run("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     return folder
 
 
@@ -132,16 +137,27 @@ def test_two_processes_give_the_losses_and_adapter_of_one(alone: Adapter, pair: 
     assert said.count("Trained: ") == said.count("Loading ") == said.count("Epoch 1") == 1
 
 
+def _write_samples(project: Project) -> None:
+    """Keep conversations as if the base had written them, which would take a minute."""
+    weights = {"dtype": "float32", "quantization": "none"}
+    never: Any = None
+    sampler = Sampler(project.base, project.chat, weights, never, 0, "replay", project.folder.work, project.reporter, 6)
+    asked = ["sky", "grass", "snow", "coal", "sea", "sand", "ice", "fire", "rust"]
+    samples = [SelfSample(n, f"Colour of {of}?", "No idea", True, (), True, None) for n, of in enumerate(asked)]
+    write_json(sampler.folder / "0000.json", [asdict(sample) for sample in samples])
+
+
 @pytest.mark.slow
 def test_two_processes_with_replay_give_the_losses_of_one(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
     """All parts are means over tokens, of which the processes have different numbers."""
-    replay = "  replay: {samples: 6}\n"
-    one, two = (
-        _trained(server, _project(tmp_path / f"of-{count}", tiny_base_folder, replay), processes=count)
-        for count in (1, 2)
-    )
+    adapters = []
+    for count in (1, 2):
+        folder = _project(tmp_path / f"of-{count}", tiny_base_folder, "  replay: {samples: 6}\n")
+        _write_samples(tunewright.open(folder))
+        adapters.append(_trained(server, folder, processes=count))
+    one, two = adapters
     assert two.lineage["training"]["processes"] == 2
     assert one.lineage["replay"]["digest"] == two.lineage["replay"]["digest"]
     assert any("replay_kl" in row for row in one.history)

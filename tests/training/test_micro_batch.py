@@ -68,7 +68,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Any, list[str]]:
-    """What a run trains and says whose batches fit."""
+    """The adapter and the messages of a run whose batches fit."""
     return _train(tmp_path_factory.mktemp("whole") / "p", tiny_base_folder)
 
 

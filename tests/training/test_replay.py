@@ -16,16 +16,14 @@ from replay_helpers import replay_project, shorten_turns
 
 import tunewright
 from making.command_line import tiny_project
-from making.memory_limit import run_out_of_memory
 from making.tiny_bases import byte_tokenizer
 from making.training_runs import Heard
-from making.vllm_child import StopAfter, alive, children_of, install_fake
+from making.vllm_child import alive, children_of, install_fake
 from tunewright.adapters.registry import REPLAY
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.verbs import open_trainings
-from tunewright.models.loading import load_model
 from tunewright.training import self_samples
 from tunewright.training.self_samples import draw_replay, replay_inputs
 from tunewright.training.sweep.successive_halving import Progress
@@ -274,23 +272,6 @@ def test_replay_loss_and_gradient_are_zero_for_an_untrained_adapter(tmp_path: Pa
     # The reference pass has switched the adapter off, and on again.
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable
     assert trainer.model.get_model_status().enabled is True
-
-
-def test_samples_are_written_with_fewer_rows_when_memory_runs_out(tmp_path: Path, tiny_base_folder: Path) -> None:
-    opened = replay_project(tmp_path / "project", tiny_base_folder)
-    version, base, chat, reporter = opened.data.version(), opened.base, opened.chat, StopAfter()
-
-    def draw(load: Any) -> str:
-        return draw_replay(opened.folder, version, base, chat, load, 512, reporter).files[REPLAY]
-
-    expected = draw(lambda: load_model(base, "float32", "none"))
-    shutil.rmtree(opened.folder.work / "self-samples")
-    assert draw(lambda: run_out_of_memory(load_model(base, "float32", "none"), 8)) == expected
-    # Instructions and answers are lists of their own, and the second one begins with 8 rows.
-    assert [message[:30] for message in reporter.warnings] == [
-        "Memory ran out with 32 rows at",
-        "Memory ran out with 16 rows at",
-    ]
 
 
 # By vLLM

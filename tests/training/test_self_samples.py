@@ -112,31 +112,22 @@ def test_instruction_is_cut_at_end_text_and_missing_without_an_end() -> None:
 
 
 @pytest.mark.slow
-def test_draw_depends_on_the_seed_alone_and_is_kept(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_draw_depends_on_seed_and_purpose_alone_and_is_kept(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "a", tiny_base_folder)
     model = load_model(project.base, "float32", "none")
-    first = _sampler(project, lambda: model).draw(5, lambda examples: {}, finished=True)
+
+    def drawn(wanted: int = 5, load: Any = lambda: model, where: Project = project, **how: Any) -> Any:
+        return _sampler(where, load, **how).draw(wanted, lambda examples: {}, finished=True)
 
     def never() -> Any:
         raise AssertionError("what was drawn is kept")
 
-    assert _sampler(project, never).draw(5, lambda examples: {}, finished=True) == first
-    elsewhere = replay_project(tmp_path / "b", tiny_base_folder)
-    assert _sampler(elsewhere, lambda: model).draw(5, lambda examples: {}, finished=True).text == first.text
-    assert _sampler(project, lambda: model, seed=1).draw(5, lambda examples: {}, finished=True).text != first.text
-    assert (
-        _sampler(project, lambda: model, purpose="held-out").draw(5, lambda examples: {}, finished=True).text
-        != first.text
-    )
-
-
-@pytest.mark.slow
-def test_small_draw_is_the_start_of_a_larger_one(tmp_path: Path, tiny_base_folder: Path) -> None:
-    project = replay_project(tmp_path / "project", tiny_base_folder)
-    model = load_model(project.base, "float32", "none")
-    large = _sampler(project, lambda: model).draw(8, lambda examples: {}, finished=True)
-    small = _sampler(project, lambda: model).draw(3, lambda examples: {}, finished=True)
-    assert large.used[:3] == small.used
+    first = drawn()
+    assert drawn(load=never) == first
+    assert drawn(where=replay_project(tmp_path / "b", tiny_base_folder)).text == first.text
+    assert len({first.text, drawn(seed=1).text, drawn(purpose="held-out").text}) == 3
+    large = drawn(8)
+    assert large.used[:5] == first.used, "a small draw is the start of a larger one"
     assert len({normalised(s.instruction) for s in large.used}) == 8
 
 

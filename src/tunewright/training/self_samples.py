@@ -310,6 +310,7 @@ def draw_replay(
     if settings.replay is None:
         return Replay([], [], {}, {})
     wanted, engine, loaded, size = settings.replay.samples, _engine(project), cache(load), BatchSize(BATCH)
+    screen = sample_filter(project, version, chat, limit, reporter)
     vllm: VllmAnswers | None = None
     if engine.environment is not None:
         rows = config.evaluate.batch_size
@@ -325,7 +326,6 @@ def draw_replay(
 
     inputs = {"dtype": settings.dtype, "quantization": settings.quantization, **engine.identity}
     sampler = Sampler(base, chat, inputs, complete, config.seed, "replay", project.work, reporter, wanted)
-    screen = sample_filter(project, version, chat, limit, reporter)
     try:
         drawn = sampler.draw(wanted, screen, finished=True)
     finally:
