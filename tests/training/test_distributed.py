@@ -98,14 +98,14 @@ def _trained(server: Server, folder: Path, **how: Any) -> Adapter:
     return find_adapter(folder / "adapters")
 
 
-def _require_alike(whole: Adapter, pieces: Adapter, **tolerance: float) -> None:
+def _require_alike(whole: Adapter, pieces: Adapter, rel: float = 1e-5, least: float | None = None) -> None:
     from safetensors.torch import load_file
 
     assert [row["step"] for row in pieces.history] == [row["step"] for row in whole.history]
     for one, two in zip(whole.history, pieces.history, strict=True):
         # Between an epoch's ends transformers counts micro-batches, of which each process has fewer.
         ours = {"epoch": 0, "tokens_per_s": 0, "memory_bytes": 0}
-        assert {**one, **ours} == pytest.approx({**two, **ours}, **{"rel": 1e-5, **tolerance})
+        assert {**one, **ours} == pytest.approx({**two, **ours}, rel=rel, abs=least)
     weights = [load_file(adapter.folder / "adapter_model.safetensors") for adapter in (whole, pieces)]
     assert weights[0].keys() == weights[1].keys()
     for name, values in weights[0].items():
@@ -161,7 +161,7 @@ def test_two_processes_with_replay_give_the_losses_of_one(
     assert two.lineage["training"]["processes"] == 2
     assert one.lineage["replay"]["digest"] == two.lineage["replay"]["digest"]
     assert any("replay_kl" in row for row in one.history)
-    _require_alike(one, two, rel=1e-3, abs=1e-5)
+    _require_alike(one, two, rel=1e-3, least=1e-5)
 
 
 @pytest.mark.slow
