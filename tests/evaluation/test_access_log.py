@@ -215,6 +215,11 @@ def test_load_refuses_a_file_with_one_changed_bit(evaluation: Path, name: str) -
     assert f"in line {line} of" in what
 
 
+def test_load_refuses_evidence_from_before_an_amendment(evaluation: Path) -> None:
+    (evaluation / EVIDENCE_FILE).write_text(EVIDENCE.model_dump_json())
+    assert "was changed after it was written" in refused(evaluation, evaluation / EVIDENCE_FILE)
+
+
 def test_load_refuses_an_evaluation_without_a_line(evaluation: Path) -> None:
     other = evaluation.with_name("ffffffffffff")
     shutil.copytree(evaluation, other)
