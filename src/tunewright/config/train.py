@@ -52,10 +52,6 @@ class ReplayConfig(ConfigSection):
     """
 
 
-def _self_replay(value: Any) -> Any:
-    return {} if value == "self" else value
-
-
 class TrainConfig(ConfigSection):
     """Training of the adapter."""
 
@@ -136,7 +132,7 @@ class TrainConfig(ConfigSection):
     """Use Liger's fused rotary embedding, RMSNorm and SwiGLU on a GPU (Hsu et al. 2024, arXiv
     2410.10989; false: transformers' default). Needs tunewright[liger]. The loss stays tunewright's.
     """
-    replay: Annotated[ReplayConfig | None, BeforeValidator(_self_replay)] = None
+    replay: Annotated[ReplayConfig | None, BeforeValidator(lambda value: {} if value == "self" else value)] = None
     """Reduce forgetting without extra data: `self`, or {samples: 100, kl_coef: 1.0}, also trains on
     conversations that the base writes and keeps the adapter close to the base's predictions there.
     """

@@ -206,8 +206,10 @@ def _runs(words: Words, length: int) -> Iterator[Words]:
 def _source(name: str, texts: Sequence[str]) -> _Source:
     spelled: dict[str, str] = {}  # one object for a word, however many texts have it
     whole = [tuple([spelled.setdefault(word, word) for word in normalised_words(text)]) for text in texts]
-    # A copy may lack a common beginning such as "Question:" or an instruction.
-    head = _common_head(set(whole))
+    # A copy may lack a common beginning such as "Question:" or an instruction, which the first and last text show.
+    low, high = min(whole, default=()), max(whole, default=())
+    pairs = enumerate(zip(low, high, strict=False))
+    head = 0 if low == high else next((i for i, (a, b) in pairs if a != b), len(low))
     items = [words[head:] for words in whole]
     equal: dict[Words, list[int]] = defaultdict(list)
     runs: dict[int, dict[Words, tuple[int, ...]]] = {}
@@ -226,14 +228,6 @@ def _source(name: str, texts: Sequence[str]) -> _Source:
             del table[run]
     counted = Counter(number for table in runs.values() for numbers in table.values() for number in numbers)
     return _Source(name, items, equal, runs, counted)
-
-
-def _common_head(texts: Collection[Words]) -> int:
-    """Return the number of words that all texts begin with (those of the first and last, sorted); 0 for one text."""
-    if len(texts) < 2:
-        return 0
-    low, high = min(texts), max(texts)
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
 
 
 def _items_inside(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, MatchKind, float]]:
