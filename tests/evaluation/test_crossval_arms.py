@@ -29,7 +29,7 @@ def test_crossval_control_is_each_folds_best_prompting_arm(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    rows = [{"prompt": f"{n * 7919 % 10007} {'xyz'[n % 3] * 9} {n}", "completion": f"{n}"} for n in range(120)]
+    rows = [{"prompt": f"{n * 7919 % 10007} {'xyz'[n % 3] * 9} {n}", "completion": f"{n}"} for n in range(60)]
     write_jsonl(folder / "pairs.jsonl", rows)
     project = tunewright.open(folder)
     project.data.add([folder / "pairs.jsonl"])

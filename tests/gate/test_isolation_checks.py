@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ from making.engine_models import write_adapter
 from making.planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from tunewright.engines.peft import PeftEngine
 from tunewright.engines.vllm.engine import VllmSettings
-from tunewright.gate.answers import PeftReference
+from tunewright.gate.answers import TOKENS, PeftReference
 
 
 @pytest.fixture(scope="module")
 def reference(small_base: Path, small_adapters: dict[str, Path]) -> PeftReference:
-    return reference_of(small_base, small_adapters)
+    """The reference, which finds the probes once for all tests."""
+    found = reference_of(small_base, small_adapters)
+    greedy = cache(found.greedy)
+    found.greedy = lambda model, prompts, tokens=TOKENS: greedy(model, tuple(prompts), tokens)  # type: ignore[method-assign]
+    return found
 
 
 @contextmanager

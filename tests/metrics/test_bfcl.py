@@ -43,7 +43,7 @@ def _called() -> list[Item]:
 def test_ast_match_accepts_every_acceptable_answer_of_bfcl() -> None:
     scorer, checked = _ast(items()), Counter[str]()
     for item in _called():
-        for calls in gold(item, MOST, random.Random(item.row["id"])):
+        for calls in gold(item, 8, random.Random(item.row["id"])):
             assert _value(scorer, item, answer_text(calls)) == 1, (item.row["id"], calls)
             checked[item.category] += 1
     assert checked.keys() == {
@@ -54,7 +54,7 @@ def test_ast_match_accepts_every_acceptable_answer_of_bfcl() -> None:
         "live_simple",
         "live_multiple",
     }
-    assert checked.total() > 10_000
+    assert checked.total() > 3_000
 
 
 @pytest.mark.slow
