@@ -100,6 +100,7 @@ templated_texts = st.lists(
 )
 
 
+@examples(300)
 @given(
     st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8), templated_texts),
     st.sampled_from([0.05, 0.2, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]),
