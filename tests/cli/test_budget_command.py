@@ -141,7 +141,6 @@ def test_evaluate_with_a_budget_leaves_arms_out_by_the_rule_and_reports_them(pro
     assert "Prompting was not tried as hard as usual" in page
 
 
-@pytest.mark.slow
 def test_evaluate_reuses_the_same_budget_and_measures_another(project: Path, clock: Clock) -> None:
     first = tunewright("evaluate", "--minutes", "4", "--project", project, "--json")
     assert first.code == 0, first.stderr

@@ -113,7 +113,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> t
     return project, ran.document["adapter"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_sweep_resumes_to_the_same_adapter_after_a_stop(
     number: int, whole: tuple[Path, str], tmp_path: Path, tiny_base_folder: Path

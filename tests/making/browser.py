@@ -111,3 +111,14 @@ def axe_faults(page: Page) -> list[str]:
     page.evaluate(AXE.read_text(encoding="utf-8") + ";0")
     found: list[str] = page.evaluate(_AXE_FAULTS)
     return found
+
+
+def row_key(page: Page) -> str:
+    """Return the key of the row or pair that a page asks about."""
+    return page.locator("[name=key]").first.input_value()
+
+
+def press_to_next(page: Page, key: str) -> None:
+    """Press a key that leads to the next page."""
+    with page.expect_navigation():
+        page.keyboard.press(key)

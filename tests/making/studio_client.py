@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
@@ -14,6 +15,20 @@ from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 
 PASSWORD = "a long password"
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until a condition is true; the limit only ends a hang."""
+    until = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def row_key(html: str) -> str:
+    """Return the key of the row that a page of the review shows."""
+    (key,) = set(re.findall('name="key" value="([0-9a-f]+)"', html))
+    return str(key)
 
 
 class Browser:

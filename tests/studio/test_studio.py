@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from urllib.parse import urlencode
@@ -17,7 +15,7 @@ import pytest
 import tunewright as library
 from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.human_evaluations import begin, evaluation
-from making.studio_client import PASSWORD, Browser, opened, restarted
+from making.studio_client import PASSWORD, Browser, opened, restarted, row_key, wait_until
 from tunewright.core.errors import UserError
 from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving
@@ -46,11 +44,6 @@ def project(added: Path, tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-def _row_key(html: str) -> str:
-    (key,) = set(re.findall('name="key" value="([0-9a-f]+)"', html))
-    return str(key)
-
-
 def test_every_page_needs_a_session(url: str) -> None:
     for path in ("/", "/data", "/rows", "/review", f"/compare/{EVALUATION}", f"/report/{EVALUATION}", "/jobs/x"):
         refused = httpx.get(f"{url}{path}", headers={"Cookie": "tunewright_studio=guessed"})
@@ -67,7 +60,7 @@ def test_every_page_needs_a_session(url: str) -> None:
 def test_forms_of_other_sites_and_earlier_sessions_are_refused(browser: Browser, project: Path) -> None:
     page = browser.get("/review")
     log = (project / "dataset" / "reviews.jsonl").read_text()
-    form = {"action": "right", "key": _row_key(page)}
+    form = {"action": "right", "key": row_key(page)}
     without = browser.client.post("/review", data=form)
     other = browser.client.post("/review", data={**form, "form_token": "0" * 32})
     token = re.search('name="form_token" value="([^"]*)"', page)
@@ -102,9 +95,9 @@ def test_studio_on_an_open_address_needs_a_password(project: Path) -> None:
 
 
 def test_verdicts_are_those_of_the_command_line(browser: Browser, project: Path) -> None:
-    first = _row_key(browser.get("/review"))
+    first = row_key(browser.get("/review"))
     assert "0 of 1 wrong" in browser.judge("right")
-    second = _row_key(browser.get("/review"))
+    second = row_key(browser.get("/review"))
     assert second != first
     assert "1 of 2 wrong" in browser.judge("edit", output="another answer")
     assert "The answer is empty" in browser.judge("edit", output=" ")
@@ -113,7 +106,7 @@ def test_verdicts_are_those_of_the_command_line(browser: Browser, project: Path)
     assert [current[key].verdict for key in (first, second)] == ["right", "edit"]
     assert current[second].output == "another answer"
     ahead = review.next()
-    assert ahead is not None and ahead.member.key == _row_key(browser.get("/review"))
+    assert ahead is not None and ahead.member.key == row_key(browser.get("/review"))
     status = tunewright("data", "review", "--status", "-p", project, "--json").document
     assert status["outcome"]["checked"] == 2
 
@@ -280,14 +273,14 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         browser.send("/jobs", "/", command="train")
         assert "train is running" in unescape(browser.send("/jobs", "/", command="train").text)
     (job,) = jobs.all()
-    _wait_for(lambda: "step" in job.log.read_text())
+    wait_until(lambda: "step" in job.log.read_text())
     assert job.state == "running"
     with restarted(project) as browser:
         (run,) = library.open(project).runs.list()
-        _wait_for(lambda: library.open(project).runs.find(run.name).history)
+        wait_until(lambda: library.open(project).runs.find(run.name).history)
         assert 'id="live"' in browser.get(f"/train/runs/{run.name}")
         browser.send(f"/jobs/{job.id}/stop", f"/jobs/{job.id}")
-        _wait_for(lambda: job.state != "running")
+        wait_until(lambda: job.state != "running")
         assert (job.state, job.exit_code) == ("stopped", 130)
         assert "Start it again, which resumes" in browser.get(f"/jobs/{job.id}")
         assert not list(library.open(project).folder.adapters.glob("tiny-*"))
@@ -298,7 +291,7 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         assert not stopped.evaluations or page.count("<dt>Reference</dt>") == 5
         browser.send("/train", f"/train/runs/{run.name}", kind="train")
         again = jobs.all()[0]
-        _wait_for(lambda: again.state != "running")
+        wait_until(lambda: again.state != "running")
         assert 'href="/evaluate">Evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
         adapter = library.open(project).runs.find(run.name)
         assert adapter.state == "finished"
@@ -309,10 +302,3 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
     assert again.state == "done", again.log.read_text()
     assert "Resuming from step" in again.log.read_text()
     assert len(list(library.open(project).folder.adapters.glob("tiny-*"))) == 1
-
-
-def _wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)

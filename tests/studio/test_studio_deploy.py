@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
@@ -19,6 +18,7 @@ import tunewright as library
 from making.browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
 from making.command_line import store_evidence, trained_project, tunewright
 from making.evidence import make_evidence, make_items, with_contrast
+from making.studio_client import PASSWORD, Browser, wait_until
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
@@ -26,32 +26,28 @@ from tunewright.studio import Studio
 from tunewright.studio.jobs import Job, Jobs
 from tunewright.studio.pages import HANDLERS
 
-PASSWORD = "a long password"
 SHIPS = make_evidence(make_items())
 FAILS = with_contrast(SHIPS, difference=-0.2, low=-0.3, high=-0.1, p_value=0.001)
 GROUNDS = Grounds("ship", "0123456789ab")
 
 
-class Visitor:
-    """A signed-in browser that sends the forms of the pages it reads."""
+class Visitor(Browser):
+    """A browser that sends the forms of the pages it reads."""
 
-    def __init__(self, client: httpx.Client) -> None:
-        self.client = client
-        self.seen = ""
-        """Headers and texts of all pages so far."""
-        assert client.post("/sign-in", data={"secret": PASSWORD}).status_code == 200
+    seen = ""
+    """Headers and texts of all pages so far."""
 
     def get(self, path: str) -> str:
         """Return a page's text."""
         return self._text(self.client.get(path))
 
-    def send(self, page: str, action: str, /, **fields: str) -> httpx.Response:
+    def fill(self, page: str, action: str, /, **fields: str) -> httpx.Response:
         """Fill in a form of a page, and send it."""
         return self.client.post(action, data=self.hidden(page, action) | fields)
 
     def sent(self, page: str, action: str, /, **fields: str) -> str:
         """Send a form that is accepted, and return the next page's text."""
-        return self._text(self.send(page, action, **fields))
+        return self._text(self.fill(page, action, **fields))
 
     def hidden(self, page: str, action: str) -> dict[str, str]:
         """Return the hidden fields of a page's form."""
@@ -114,15 +110,8 @@ def _ended(project: Path, page: httpx.Response) -> Job:
     """Wait for the job whose page this is."""
     assert page.status_code == 200, page.text
     job = _jobs(project).find(page.url.path.rpartition("/")[2])
-    _wait_for(lambda: job.state != "running")
+    wait_until(lambda: job.state != "running")
     return job
-
-
-def _wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_every_form_needs_its_sessions_token(browser: Visitor, project: Path) -> None:
@@ -168,7 +157,7 @@ def test_changed_evidence_is_named_and_the_rest_of_the_page_is_there(browser: Vi
 def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browser: Visitor, project: Path) -> None:
     good = _good(project)
     assert "No alias is live yet." in browser.get("/")
-    job = _ended(project, browser.send("/deploy", "/deploy", alias="courts", adapter=good.name, trial="all"))
+    job = _ended(project, browser.fill("/deploy", "/deploy", alias="courts", adapter=good.name, trial="all"))
     assert (job.state, job.exit_code) == ("done", 0), job.log.read_text()
     (release,) = library.open(project).releases("courts")
     assert (release.adapter, release.digest, release.grounds.verdict) == (good.name, good.digest, "ship")
@@ -195,8 +184,8 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
 )
 def test_texts_of_the_form_cannot_become_options(browser: Visitor, project: Path, fields: dict[str, str]) -> None:
     whole = {"alias": "courts", "adapter": _good(project).name, "trial": "all", "share": "10%"} | fields
-    assert browser.send("/deploy", "/deploy", **whole).status_code == 400
-    assert browser.send("/deploy", "/server", port="-1").status_code == 400
+    assert browser.fill("/deploy", "/deploy", **whole).status_code == 400
+    assert browser.fill("/deploy", "/server", port="-1").status_code == 400
     assert _jobs(project).all() == []
 
 
@@ -217,7 +206,7 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert [each.action for each in releases] == ["deploy", "canary", "rollback", "undeploy"]
     assert [each.author for each in releases] == ["ann", "ann", "ada", "ada"]
     assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
-    assert browser.send("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
+    assert browser.fill("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
 
 
 def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, project: Path) -> None:
@@ -225,7 +214,7 @@ def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, 
         "/tenants", "/tenants", name="acme", aliases="courts, recipes"
     )
     before = browser.hidden("/tenants/acme", "/tenants/acme/keys")
-    shown = browser.send("/tenants/acme", "/tenants/acme/keys", aliases="courts", expires="90d")
+    shown = browser.fill("/tenants/acme", "/tenants/acme/keys", aliases="courts", expires="90d")
     (secret,) = re.findall(r"tw_[0-9a-f]{10}_[\w-]{49}", shown.text)
     assert shown.headers["cache-control"] == "no-store"
     assert secret not in str(shown.url) and secret not in str(shown.headers) and not shown.history
@@ -250,25 +239,25 @@ def test_tenant_forms_do_what_the_command_line_does(browser: Visitor, project: P
     assert "acme may call recipes, laws and no longer calls courts" in changed
     second_tab = browser.client.post("/tenants/acme/aliases", data=before | {"alias courts": "on"})
     assert second_tab.status_code == 400 and "changed meanwhile" in second_tab.text
-    assert browser.send("/tenants/acme", "/tenants/acme/aliases", aliases="no/name").status_code == 400
+    assert browser.fill("/tenants/acme", "/tenants/acme/aliases", aliases="no/name").status_code == 400
     stale = browser.hidden("/tenants/acme", "/tenants/acme/limits")
     browser.sent("/tenants/acme", "/tenants/acme/limits", requests="none", tokens="10000", concurrency="4")
     late = browser.client.post("/tenants/acme/limits", data=stale | {"requests": "1"})
     assert late.status_code == 400 and "changed meanwhile" in late.text
-    assert browser.send("/tenants/acme", "/tenants/acme/limits", requests="-5").status_code == 400
+    assert browser.fill("/tenants/acme", "/tenants/acme/limits", requests="-5").status_code == 400
     (acme,) = tunewright("tenant", "list", "-p", project, "--json").document["tenants"]
     assert (acme["aliases"], acme["limits"]) == (
         ["laws", "recipes"],
         {"requests_per_minute": None, "tokens_per_minute": 10000, "concurrency": 4},
     )
-    first = browser.send("/tenants/acme", "/tenants/acme/keys")
+    first = browser.fill("/tenants/acme", "/tenants/acme/keys")
     (prefix,) = set(re.findall(r"tw_[0-9a-f]{10}", first.text))
-    second = browser.send("/tenants/acme", f"/tenants/acme/keys/{prefix}/rotate", overlap="2h")
+    second = browser.fill("/tenants/acme", f"/tenants/acme/keys/{prefix}/rotate", overlap="2h")
     (newer,) = set(re.findall(r"tw_[0-9a-f]{10}", second.text))
     assert "is revoked" in browser.sent("/tenants/acme", f"/tenants/acme/keys/{newer}/revoke")
     keys = tunewright("tenant", "key", "list", "-p", project, "--json").document["keys"]
     assert {key["prefix"]: key["state"] for key in keys} == {prefix: "valid", newer: "revoked"}
-    assert browser.send("/tenants/acme", "/tenants/acme/disable", name="acm").status_code == 400
+    assert browser.fill("/tenants/acme", "/tenants/acme/disable", name="acm").status_code == 400
     browser.sent("/tenants/acme", "/tenants/acme/disable", name="acme")
     (acme,) = tunewright("tenant", "list", "-p", project, "--json").document["tenants"]
     assert (acme["aliases"], acme["keys"]) == ([], 0)
@@ -292,7 +281,7 @@ def test_live_aliases_are_ticked_for_tenants_and_keys(browser: Visitor, project:
     browser.sent("/tenants/acme", "/tenants/acme/aliases", **ticked)
     with library.open(project).state() as state:
         assert state.tenants.get("acme").aliases == ("courts", "laws")
-    shown = browser.send("/tenants/acme", "/tenants/acme/keys", **{"alias laws": "on"})
+    shown = browser.fill("/tenants/acme", "/tenants/acme/keys", **{"alias laws": "on"})
     assert 'readonly autocomplete="off" value="laws"' in shown.text and 'value="courts"' not in shown.text
     with library.open(project).state() as state:
         (key,) = state.keys.list("acme")
@@ -316,20 +305,20 @@ def test_server_without_a_live_alias_says_that_it_refuses_every_question(browser
 
 @pytest.mark.slow
 def test_server_runs_next_to_another_job_and_shows_how_to_ask_it(browser: Visitor, project: Path) -> None:
-    sent = browser.send("/deploy", "/server", port="0")
+    sent = browser.fill("/deploy", "/server", port="0")
     server = _jobs(project).find(sent.url.path.rpartition("/")[2])
-    _wait_for(lambda: server.state != "running" or "Serving at" in server.log.read_text())
+    wait_until(lambda: server.state != "running" or "Serving at" in server.log.read_text())
     page = browser.get(f"/jobs/{server.id}")
     (address,) = set(re.findall(r'value="(http://127\.0\.0\.1:\d+/v1)"', page))
     models = [each["id"] for each in httpx.get(f"{address}/models").json()["data"]]
     assert f'"model": "{models[-1]}"' in page and "Authorization" not in page
     other = _jobs(project).start("verdict", "0" * 11 + "1")
-    _wait_for(lambda: other.state != "running")
+    wait_until(lambda: other.state != "running")
     assert other.state == "done", other.log.read_text()
     again = browser.client.post("/server", data=browser.hidden("/deploy", f"/jobs/{server.id}/stop") | {"port": "0"})
     assert again.status_code == 400 and "serve is running" in again.text
     browser.sent("/deploy", f"/jobs/{server.id}/stop")
-    _wait_for(lambda: server.state != "running")
+    wait_until(lambda: server.state != "running")
     assert "Start the server" in browser.get("/deploy")
 
 

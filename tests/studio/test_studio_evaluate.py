@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from html import unescape
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 import tunewright as library
 from making.command_line import trained_project, tunewright
-from making.studio_client import Browser, restarted
+from making.studio_client import Browser, restarted, wait_until
 from tunewright.studio.jobs import Jobs
 
 
@@ -69,15 +68,8 @@ def test_evaluation_is_started_and_limited_by_buttons(project: Path) -> None:
     name = _adapter(project)
     with restarted(project) as browser:
         _send(browser, action="evaluate", adapter=name, split="dev", minutes="5")
-        _wait_for_end(jobs)
+        wait_until(lambda: jobs.running() is None)
         job = jobs.all()[0]
         assert job.command[:5] == ("evaluate", name, "--dev", "--minutes", "5")
         assert job.state == "done", job.log.read_text()
         assert "nothing left to compute" in browser.get("/evaluate")
-
-
-def _wait_for_end(jobs: Jobs) -> None:
-    until = time.monotonic() + 600
-    while jobs.running() is not None:
-        assert time.monotonic() < until
-        time.sleep(0.05)

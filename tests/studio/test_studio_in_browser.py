@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import tunewright as library
-from making.browser import AXE, EXECUTABLE, axe_faults, faults, show, signed_in, wait_for
+from making.browser import AXE, EXECUTABLE, axe_faults, faults, press_to_next, row_key, show, signed_in, wait_for
 from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.evidence import make_history
 from making.human_evaluations import evaluation
@@ -101,16 +101,6 @@ def _reviews(project: Path) -> ReviewLog:
     return read_reviews(project / "dataset")
 
 
-def _key(page: Page) -> str:
-    return page.locator("[name=key]").first.input_value()
-
-
-def _press(page: Page, key: str) -> None:
-    """Press a key that leads to the next page."""
-    with page.expect_navigation():
-        page.keyboard.press(key)
-
-
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1100, False)])
 def test_pages_fit_can_be_read_and_ask_for_nothing_else(page: Page, project: Path, width: int, dark: bool) -> None:
     row = next(m for m in library.open(project).data.version().members if LONG in m.example.output)
@@ -198,15 +188,15 @@ def test_text_is_on_the_page_before_its_scripts(page: Page) -> None:
 def test_slow_connection_neither_loses_nor_doubles_a_keystroke(slow: Page, project: Path) -> None:
     slow.goto("/review")
     for key, verdict in (("r", "right"), ("w", "wrong"), ("s", "skip"), ("r", "right")):
-        before, row = len(_reviews(project).stacks), _key(slow)
+        before, row = len(_reviews(project).stacks), row_key(slow)
         with slow.expect_navigation():
             slow.keyboard.press(key)
             slow.keyboard.press(key)
             slow.keyboard.press("w")  # meant for the next row, which nobody has seen yet
         found = _reviews(project)
         assert found.current_verdicts(row)["ada"].verdict == verdict
-        assert len(found.stacks) == before + 1 and _key(slow) != row
-    row = _key(slow)
+        assert len(found.stacks) == before + 1 and row_key(slow) != row
+    row = row_key(slow)
     slow.keyboard.press("e")
     slow.fill("#output", "another answer")
     with slow.expect_navigation():
@@ -238,7 +228,7 @@ def test_second_tab_records_nothing_and_keeps_the_typed_text(page: Page, project
     second = page.context.new_page()
     page.goto("/review")
     second.goto("/review")
-    row = _key(page)
+    row = row_key(page)
     second.keyboard.press("e")
     second.fill("#output", "typed in the second tab")
     with page.expect_navigation():
@@ -248,16 +238,16 @@ def test_second_tab_records_nothing_and_keeps_the_typed_text(page: Page, project
     assert _reviews(project).current_verdicts(row)["ada"].verdict == "wrong"
     assert "Nothing was recorded" in second.inner_text("main")
     assert "typed in the second tab" in second.content()
-    assert _key(second) != row
+    assert row_key(second) != row
     second.close()
 
 
 def test_comparison_by_keys_alone(page: Page) -> None:
     page.goto(f"/compare/{EVALUATION}")
-    first = _key(page)
-    _press(page, "v")
+    first = row_key(page)
+    press_to_next(page, "v")
     assert "Reference" in page.inner_text("body")
-    _press(page, "a")
-    assert _key(page) != first
-    _press(page, "u")
-    assert _key(page) == first
+    press_to_next(page, "a")
+    assert row_key(page) != first
+    press_to_next(page, "u")
+    assert row_key(page) == first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -15,7 +14,7 @@ from making.command_line import tunewright
 from making.evidence import make_items
 from making.human_evaluations import begin
 from making.scripted_judge import Asked, Server, honest, scripted, verdict, write_project
-from making.studio_client import restarted
+from making.studio_client import restarted, wait_until
 from tunewright.evaluation.judge.questions import JudgedItem, load_judged
 from tunewright.evidence.files import load_evidence, load_items
 from tunewright.evidence.schema import Item
@@ -63,10 +62,7 @@ def test_judge_shows_its_cost_then_runs_and_its_findings_are_shown(project: Path
         started = browser.send(PAGE, PAGE, action="judge")
         (job,) = Jobs(project / ".tunewright" / "jobs", project).all()
         assert started.url.path == f"/jobs/{job.id}" and job.command[:2] == ("judge", EVALUATION)
-        until = time.monotonic() + 600
-        while job.state == "running":
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(lambda: job.state != "running")
         assert job.state == "done", job.log.read_text()
         assert f'href="{PAGE}">The judge' in browser.get(f"/jobs/{job.id}")
         assert len(server.bodies) == calls

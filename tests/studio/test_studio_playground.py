@@ -6,8 +6,7 @@ import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import unescape
@@ -19,6 +18,7 @@ import pytest
 import tunewright as library
 from making.browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
 from making.command_line import tiny_project, trained_project
+from making.studio_client import PASSWORD, wait_until
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.core.text import visible
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, plan_of
@@ -26,8 +26,6 @@ from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.playground import Playground
 from tunewright.studio import Studio
-
-PASSWORD = "a long password"
 
 
 @dataclass
@@ -121,16 +119,9 @@ def _playing(project: Path) -> Iterator[Player]:
         player = Player(client, studio, project)
         assert "Load the base" in player.get("/playground")
         assert player.send("/playground", "/playground/load").status_code == 200
-        _wait_for(lambda: "Loading" not in player.get("/playground"))
+        wait_until(lambda: "Loading" not in player.get("/playground"))
         yield player
         assert "not in memory any more" in player.send("/playground", "/playground/unload").text
-
-
-def _wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def _adapter(project: Path) -> Adapter:
@@ -200,7 +191,7 @@ def test_browser_that_leaves_ends_the_computation(endless: Player) -> None:
         # Other pages do not wait for the answer.
         assert "Playground" in player.get("/playground")
         assert player.playground.in_flight == 1
-    _wait_for(lambda: player.playground.in_flight == 0)
+    wait_until(lambda: player.playground.in_flight == 0)
     assert 'data-events="' in player.get(path), "the answer is not complete"
 
 
@@ -242,7 +233,7 @@ def test_base_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
         early = client.post("/playground", data={"form_token": token[1], "question": "x", "model base": "on"})
         assert early.status_code == 400 and "not loaded" in early.text
         client.post("/playground/load", data={"form_token": token[1]})
-        _wait_for(lambda: "Loading" not in client.get("/playground").text)
+        wait_until(lambda: "Loading" not in client.get("/playground").text)
         assert 'role="alert"' in client.get("/playground").text and "nowhere" in client.get("/playground").text
         assert client.get("/playground/0123456789abcdef/answers").status_code == 400
 

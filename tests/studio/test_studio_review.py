@@ -14,7 +14,7 @@ import tunewright as library
 from making.command_line import pairs, tunewright, write_jsonl
 from making.evidence import make_items
 from making.human_evaluations import begin, evaluation, save
-from making.studio_client import Browser, opened, restarted
+from making.studio_client import Browser, opened, restarted, row_key
 from tunewright.cli.data_review import KEYS as REVIEW_KEYS
 from tunewright.cli.preferences import KEYS as COMPARE_KEYS
 from tunewright.data.review.reviews import read_reviews
@@ -50,11 +50,6 @@ def ben(url: str) -> Iterator[Browser]:
         yield browser
 
 
-def _row_key(html: str) -> str:
-    (key,) = set(re.findall('name="key" value="([0-9a-f]+)"', html))
-    return str(key)
-
-
 def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(browser: Browser, project: Path) -> None:
     assert "have not been searched yet" in browser.get("/review/suspects")
     data = library.open(project).data
@@ -63,7 +58,7 @@ def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(brows
     suspects = data.suspects().suspects
     assert data.stored_suspects(data.version()) == suspects
     html = browser.get("/review/suspects")
-    assert _row_key(html) == suspects[0].key
+    assert row_key(html) == suspects[0].key
     assert f"{len(suspects):,} left" in html and suspects[0].reason in html
     browser.judge("wrong", page="/review/suspects")
     assert f"{len(suspects) - 1:,} left" in browser.get("/review/suspects")
@@ -87,20 +82,20 @@ def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> No
 
 
 def test_verdict_is_taken_back_on_the_page_of_its_row(browser: Browser, ben: Browser, project: Path) -> None:
-    key = _row_key(browser.get("/review"))
+    key = row_key(browser.get("/review"))
     assert "Take back" not in browser.get(f"/rows/{key}")
     browser.judge("right")
     browser.judge("right")
     assert "Take back" not in ben.get(f"/rows/{key}"), "the verdict of another reviewer"
     back = browser.send(f"/rows/{key}/take-back", f"/rows/{key}")
-    assert back.url.path == "/review" and _row_key(back.text) == key
+    assert back.url.path == "/review" and row_key(back.text) == key
     assert read_reviews(project / "dataset").current_verdicts(key) == {}
     again = browser.send(f"/rows/{key}/take-back", "/review")
     assert "no verdict of yours" in again.text
 
 
 def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: Path) -> None:
-    key = _row_key(browser.get("/review"))
+    key = row_key(browser.get("/review"))
     stored = next(m for m in library.open(project).data.version().members if m.key == key).example.output
     shown = browser.judge("preview", output=f"{stored} <i>now</i>")
     assert f"{stored}<ins> &lt;i&gt;now&lt;/i&gt;</ins>" in shown
@@ -114,7 +109,7 @@ def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: P
 
 
 def test_refused_and_late_edits_keep_the_typed_text(browser: Browser) -> None:
-    stale = _row_key(browser.get("/review"))
+    stale = row_key(browser.get("/review"))
     refused = browser.judge("edit", output="key AKIAIOSFODNN7EXAMPLZ here")
     assert "contains a secret" in refused and "key AKIAIOSFODNN7EXAMPLZ here</textarea>" in refused
     browser.judge("right")
@@ -125,11 +120,11 @@ def test_refused_and_late_edits_keep_the_typed_text(browser: Browser) -> None:
 def test_row_of_a_lease_that_ended_is_offered_and_the_first_verdict_counts(
     browser: Browser, ben: Browser, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = _row_key(browser.get("/review"))
-    assert _row_key(ben.get("/review")) != key == _row_key(browser.get("/review"))
+    key = row_key(browser.get("/review"))
+    assert row_key(ben.get("/review")) != key == row_key(browser.get("/review"))
     monkeypatch.setattr("tunewright.annotation.LEASE_S", 0)
     ben.judge("right")
-    assert key == _row_key(browser.get("/review")) == _row_key(ben.get("/review"))
+    assert key == row_key(browser.get("/review")) == row_key(ben.get("/review"))
     late = browser.get("/review").partition('name="form_token" value="')[2].partition('"')[0]
     ben.judge("right")
     form = {"form_token": late, "key": key, "action": "wrong", "output": "my <b>text</b>", "note": "and why"}
@@ -138,14 +133,14 @@ def test_row_of_a_lease_that_ended_is_offered_and_the_first_verdict_counts(
     assert "my &lt;b&gt;text&lt;/b&gt;" in refused and "and why" in refused
     found = read_reviews(project / "dataset")
     assert set(found.current_verdicts(key)) == {"ben"} and key not in found.notes
-    assert _row_key(refused) != key
+    assert row_key(refused) != key
 
 
 def test_row_on_another_screen_is_not_called_reviewed(browser: Browser, ben: Browser, project: Path) -> None:
     suspects = library.open(project).data.suspects().suspects
     for _ in suspects[1:]:
         ben.judge("right", page="/review/suspects")
-    assert _row_key(ben.get("/review/suspects")) == suspects[-1].key
+    assert row_key(ben.get("/review/suspects")) == suspects[-1].key
     assert "Other reviewers have the last rows" in browser.get("/review/suspects")
     ben.judge("right", page="/review/suspects")
     assert "Other reviewers have the last rows" not in browser.get("/review/suspects")
@@ -181,7 +176,7 @@ def test_key_means_the_same_on_every_page_and_in_a_terminal(browser: Browser, pr
 
 
 def test_note_is_kept_with_the_row_and_shown_to_its_author_alone(browser: Browser, ben: Browser, project: Path) -> None:
-    key = _row_key(browser.get("/review"))
+    key = row_key(browser.get("/review"))
     assert "Noted." in browser.judge("note", note="why <b>red</b>?")
     assert "why &lt;b&gt;red&lt;/b&gt;?</textarea>" in browser.get("/review")
     assert "why &lt;b&gt;" not in ben.get("/review")
@@ -196,16 +191,16 @@ def test_second_review_is_blind_and_its_conflict_is_settled_with_both_in_sight(
     browser: Browser, ben: Browser, project: Path
 ) -> None:
     assert "0 left" in ben.get("/review/second")
-    key = _row_key(browser.get("/review"))
+    key = row_key(browser.get("/review"))
     browser.judge("note", note="looks odd")
     browser.judge("wrong")
     html = ben.get("/review/second")
-    assert _row_key(html) == key and "1 left" in html and "looks odd" not in html and "<td>wrong" not in html
+    assert row_key(html) == key and "1 left" in html and "looks odd" not in html and "<td>wrong" not in html
     ben.judge("right", page="/review/second")
     page = unescape(browser.get("/review/agreement"))
     assert "ada and ben agree on 0 of 1 rows" in page and "Settle yours (1)" in page
     html = ben.get("/review/conflicts")
-    assert _row_key(html) == key and "looks odd" in html and "<td>wrong</td>" in html
+    assert row_key(html) == key and "looks odd" in html and "<td>wrong</td>" in html
     ben.judge("wrong", page="/review/conflicts")
     page = unescape(ben.get("/review/agreement"))
     assert "There are no conflicts." in page
@@ -219,17 +214,17 @@ def test_second_review_is_blind_and_its_conflict_is_settled_with_both_in_sight(
 
 
 def test_skipped_rows_are_offered_again_on_request(browser: Browser, ben: Browser, project: Path) -> None:
-    key = _row_key(browser.get("/review"))
+    key = row_key(browser.get("/review"))
     browser.judge("right")
     ben.judge("skip", page="/review/second")
     assert "No row is left" in ben.get("/review/second")
-    assert _row_key(ben.judge("again", page="/review/second")) == key
+    assert row_key(ben.judge("again", page="/review/second")) == key
 
 
 def test_stored_answer_of_the_model_stands_next_to_the_row_unless_it_waits_for_a_blind_comparison(
     browser: Browser, project: Path
 ) -> None:
-    key = _row_key(browser.get("/review"))
+    key = row_key(browser.get("/review"))
     assert "The model's own answer" not in unescape(browser.get("/review"))
     items = make_items(12, tuned=0.7, retrieved=0.3)
     wrong = next(i for i in items if i.answers["tuned"] != i.answers["retrieved-4"])

@@ -9,7 +9,7 @@ import pytest
 from attacks import ATTACKS, PLANTED
 
 import tunewright as library
-from making.browser import AXE, EXECUTABLE, axe_faults, faults, show, signed_in
+from making.browser import AXE, EXECUTABLE, axe_faults, faults, press_to_next, row_key, show, signed_in
 from making.command_line import pairs, tunewright, write_jsonl
 from making.evidence import make_items
 from making.human_evaluations import begin, save
@@ -56,16 +56,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _key(page: Page) -> str:
-    return page.locator("[name=key]").first.input_value()
-
-
-def _press(page: Page, key: str) -> None:
-    """Press a key that leads to the next page."""
-    with page.expect_navigation():
-        page.keyboard.press(key)
-
-
 def _reviews(project: Path) -> ReviewLog:
     return read_reviews(project / "dataset")
 
@@ -86,20 +76,20 @@ def test_attacks_in_rows_notes_edits_and_names_are_text(page: Page, width: int, 
             if path != "/review/conflicts" or page.locator("[name=key]").count() == 0:
                 break
             assert "The model's own answer" in text
-            seen.add(_key(page))
-            _press(page, "s")
+            seen.add(row_key(page))
+            press_to_next(page, "s")
         if path == "/review/conflicts":
             assert len(seen) == len(ATTACKS)
-            _press(page, "o")  # offer them again
+            press_to_next(page, "o")  # offer them again
 
 
 def test_each_key_of_a_row(page: Page, project: Path) -> None:
     page.goto("/review")
-    first = _key(page)
+    first = row_key(page)
     page.keyboard.press("n")
     assert page.evaluate("document.activeElement.id") == "note"
     page.keyboard.press("r")  # typed, and no verdict
-    _press(page, "Control+Enter")
+    press_to_next(page, "Control+Enter")
     assert _reviews(project).notes[first]["ada"] == "r"
     page.keyboard.press("n")
     assert page.evaluate("document.activeElement.id") == "note", "the open note is not closed"
@@ -107,93 +97,93 @@ def test_each_key_of_a_row(page: Page, project: Path) -> None:
     page.keyboard.press("e")
     page.fill("#output", "another answer")
     page.keyboard.press("Escape")
-    _press(page, "d")
+    press_to_next(page, "d")
     assert page.text_content(".changes ins") == "another answer"
-    assert _key(page) == first and first not in _reviews(project).stacks
+    assert row_key(page) == first and first not in _reviews(project).stacks
     page.keyboard.press("e")
-    _press(page, "Control+Enter")
+    press_to_next(page, "Control+Enter")
     assert _reviews(project).current_verdicts(first)["ada"].output == "another answer"
-    second = _key(page)
+    second = row_key(page)
     for key, verdict in (("r", "right"), ("w", "wrong"), ("s", "skip")):
-        assert _key(page) == second
-        _press(page, key)
+        assert row_key(page) == second
+        press_to_next(page, key)
         assert _reviews(project).current_verdicts(second)["ada"].verdict == verdict
-        _press(page, "u")
+        press_to_next(page, "u")
         assert _reviews(project).current_verdicts(second) == {}
 
 
 def test_typed_note_goes_with_any_verdict(page: Page, project: Path) -> None:
     page.goto("/review")
-    row = _key(page)
+    row = row_key(page)
     for key, verdict in (("w", "wrong"), ("s", "skip"), ("r", "right")):
         page.keyboard.press("n")
         page.fill("#note", f"why {verdict}")
         page.keyboard.press("Escape")
-        _press(page, key)
+        press_to_next(page, key)
         found = _reviews(project)
         assert (found.current_verdicts(row)["ada"].verdict, found.notes[row]["ada"]) == (verdict, f"why {verdict}")
         if key != "r":
-            _press(page, "u")
-            assert _key(page) == row
+            press_to_next(page, "u")
+            assert row_key(page) == row
     assert "with your note" in page.inner_text("main")
-    second = _key(page)
+    second = row_key(page)
     page.click("text=write a note")
     page.fill("#note", "by mouse")
     with page.expect_navigation():
         page.click(".verdicts >> text=right")
     assert _reviews(project).notes[second]["ada"] == "by mouse"
-    here = _key(page)
+    here = row_key(page)
     page.keyboard.press("n")
     page.keyboard.type("before an undo")
     page.keyboard.press("Escape")
-    _press(page, "u")
-    assert _key(page) == second and _reviews(project).notes[here]["ada"] == "before an undo"
+    press_to_next(page, "u")
+    assert row_key(page) == second and _reviews(project).notes[here]["ada"] == "before an undo"
     page.goto(f"/compare/{7:012x}")
-    pair = _key(page)
+    pair = row_key(page)
     page.keyboard.press("n")
     page.keyboard.type("neither says why")
     page.keyboard.press("Escape")
-    _press(page, "x")
+    press_to_next(page, "x")
     journal = begin(project / "evaluations" / f"{7:012x}").log
     assert (journal.standing[pair].verdict, journal.notes[pair]) == ("neither", {"ada": "neither says why"})
 
 
 def test_typed_edit_is_saved_with_wrong_and_asked_for_with_other_verdicts(page: Page, project: Path) -> None:
     page.goto("/review")
-    row, before = _key(page), page.input_value("#output")
+    row, before = row_key(page), page.input_value("#output")
     page.keyboard.press("e")
     page.fill("#output", "edited\nin two lines")
     page.keyboard.press("Escape")
-    _press(page, "w")
+    press_to_next(page, "w")
     edited = _reviews(project).current_verdicts(row)["ada"]
     assert (edited.verdict, edited.output) == ("edit", "edited\nin two lines")
-    _press(page, "u")
-    assert _key(page) == row
+    press_to_next(page, "u")
+    assert row_key(page) == row
     page.keyboard.press("e")
     assert page.input_value("#output") == "edited\nin two lines", "the edit, not the old answer"
     page.fill("#output", "edited again")
     for key in ("r", "s", "u"):
         page.keyboard.press("Escape")
-        _press(page, key)
-        assert _key(page) == row and page.input_value("#output") == "edited again"
+        press_to_next(page, key)
+        assert row_key(page) == row and page.input_value("#output") == "edited again"
         assert "No verdict was recorded" in page.inner_text("main")
         assert _reviews(project).current_verdicts(row) == {}
         page.keyboard.press("e")
     page.keyboard.press("Escape")
-    _press(page, "c")
-    assert _key(page) == row and page.input_value("#output") == "edited\nin two lines"
+    press_to_next(page, "c")
+    assert row_key(page) == row and page.input_value("#output") == "edited\nin two lines"
     page.keyboard.press("e")
     page.fill("#output", before)
     page.keyboard.press("Escape")
-    _press(page, "r")
+    press_to_next(page, "r")
     assert _reviews(project).current_verdicts(row)["ada"].verdict == "right"
-    row = _key(page)
+    row = row_key(page)
     page.keyboard.press("e")
     page.fill("#output", "")
     page.keyboard.press("Escape")
-    _press(page, "w")
+    press_to_next(page, "w")
     assert _reviews(project).current_verdicts(row)["ada"].verdict == "wrong", "no answer is the right one"
-    _press(page, "u")
+    press_to_next(page, "u")
 
 
 def test_two_reviewers_at_once_lose_nothing(page: Page, address: str, project: Path) -> None:
@@ -208,18 +198,18 @@ def test_two_reviewers_at_once_lose_nothing(page: Page, address: str, project: P
     page.goto("/review")
     mine, theirs = [], []
     for _ in range(10):
-        mine.append(_key(page))
-        theirs.append(_key(other))
-        _press(page, "r")
-        _press(other, "r")
+        mine.append(row_key(page))
+        theirs.append(row_key(other))
+        press_to_next(page, "r")
+        press_to_next(other, "r")
     found = _reviews(project)
     assert [found.current_verdicts(key)["ada"].verdict for key in mine] == ["right"] * 10
     assert [found.current_verdicts(key)["ben"].verdict for key in theirs] == ["right"] * 10
     assert not set(mine) & set(theirs)
     other.goto("/review/second")
-    blind = _key(other)
+    blind = row_key(other)
     assert "ben" not in found.current_verdicts(blind) and "ada" in found.current_verdicts(blind)
-    _press(other, "w" if found.finding(blind) == "right" else "r")
+    press_to_next(other, "w" if found.finding(blind) == "right" else "r")
     assert _reviews(project).disputed(blind)
     page.goto("/review/agreement")
     assert "ada and ben agree on" in page.inner_text("body")

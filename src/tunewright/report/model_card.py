@@ -214,26 +214,22 @@ def _limits(subject: CardSubject, evidence: Evidence | None) -> tuple[str, ...]:
 
 
 def _loading(subject: CardSubject) -> tuple[str, ...]:
-    here = subject.repository or "FOLDER"
-    base = subject.base_model or "BASE"
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    if subject.merged:
-        lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{here}")']
-    else:
-        lines = ["from peft import PeftModel", *lines, ""]
-        lines += [
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            f'model = PeftModel.from_pretrained(base, "{here}")',
-        ]
-    lines += [
-        f'tokenizer = AutoTokenizer.from_pretrained("{here}")  # with the chat template of training',
-        'messages = [{"role": "user", "content": "…"}]',
-        "prompt = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-        ")",
-        "answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)",
-    ]
-    code = "\n".join(lines)
+    here, base = subject.repository or "FOLDER", subject.base_model or "BASE"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    model = f'model = AutoModelForCausalLM.from_pretrained("{here}")'
+    if not subject.merged:
+        imports = f"from peft import PeftModel\n{imports}"
+        model = f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        model += f'model = PeftModel.from_pretrained(base, "{here}")'
+    code = f"""{imports}
+
+{model}
+tokenizer = AutoTokenizer.from_pretrained("{here}")  # with the chat template of training
+messages = [{{"role": "user", "content": "…"}}]
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)"""
     system = "The chat template adds the trained system prompt to conversations without a system message."
     return ("## Use", f"```python\n{code}\n```", system if subject.has_system_prompt else "")
 
