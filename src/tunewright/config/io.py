@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
 from tunewright.config import Config, DataConfig, TrainConfig
 from tunewright.core.errors import UserError
@@ -56,17 +57,11 @@ def parse_config(text: str, path: Path) -> Config:
         _require_bounded(text, path)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = {} if root is None else _lines(root, path)
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"Not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
-    except UserError:
-        raise
-    except (ValueError, AttributeError) as error:  # a scalar that looks like or says that it is a number or date
-        assert root is not None
-        reason = error if isinstance(error, ValueError) else "not a date"
-        raise UserError(f"Invalid value: {reason}", where=f"{path}:{_bad_scalar(root)}") from None
     if not isinstance(values, dict | None):
         raise UserError("The config must be a mapping of keys to values", where=f"{path}:1")
     try:
@@ -147,17 +142,15 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
     return lines
 
 
-def _bad_scalar(node: yaml.Node) -> int:
-    """Return the line (from 1) of the first value that YAML's own types reject."""
-    loader = yaml.SafeLoader("")
-    if isinstance(node, yaml.ScalarNode):
+class _Loader(yaml.SafeLoader):
+    """Names the line of a scalar that looks like a number or date, or says that it is one, and is not."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            loader.construct_object(node)
-        except (ValueError, AttributeError):  # PyYAML matches `!!timestamp` without looking at the match
-            return node.start_mark.line + 1
-        return 0
-    children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
-    return next(filter(None, map(_bad_scalar, children)), 0)
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError) as error:  # PyYAML matches `!!timestamp` without looking at the match
+            reason = error if isinstance(error, ValueError) else "not a date"
+            raise ConstructorError(None, None, f"invalid value: {reason}", node.start_mark) from None
 
 
 def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:
