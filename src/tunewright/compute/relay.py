@@ -26,10 +26,10 @@ class KeptMessages(LogReporter):
         """Keep the warning."""
         self.messages.append((message, True))
 
-    def report_to(self, reporter: Reporter) -> None:
+    def report_to(self, reporter: Reporter, prefix: str) -> None:
         """Report all of them."""
         for message, is_warning in self.messages:
-            (reporter.warn if is_warning else reporter.say)(message)
+            (reporter.warn if is_warning else reporter.say)(prefix + message)
 
 
 class Inbox:

@@ -33,7 +33,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.interrupts import finishing
 from tunewright.core.io import digest, refused
 from tunewright.core.locks import is_locked
-from tunewright.core.progress import LogReporter, Reporter, Task
+from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import ONE_CPU, Machine, Needs, Workers, on_machine
 from tunewright.data.versions import DatasetVersion
@@ -92,13 +92,18 @@ class Trainings:
         return _at_once(self.workers, self.needs) if self.on_cluster else 1
 
     def run(
-        self, step: Callable[[Base, Shared, Value, Reporter], Result], shared: Shared, jobs: Sequence[Job[Value]]
+        self,
+        step: Callable[[Base, Shared, Value, Reporter], Result],
+        shared: Shared,
+        jobs: Sequence[Job[Value]],
+        *,
+        named: bool = False,
     ) -> Generator[Result, None, None]:
         """Yield each job's result, in order: ``step(base, shared, job.value, reporter)``.
 
-        Here a job is done when its result is asked for. On a cluster its messages are reported with its result. Paths
-        in ``shared`` and in the jobs must be absolute there. An error or a signal stops all jobs, with a checkpoint
-        saved.
+        Here a job is done when its result is asked for. On a cluster its messages are reported with its result, after
+        its name if they are ``named``. Paths in ``shared`` and in the jobs must be absolute there. An error or a
+        signal stops all jobs, with a checkpoint saved.
         """
         if self.site is None:
             for job in jobs:
@@ -109,8 +114,9 @@ class Trainings:
             self.reporter.task("Training on the cluster", len(jobs), "trainings") as task,
             _steps_shown(task, jobs),
         ):
-            for result, messages in self.workers.map(_train_in_worker, sent, jobs, task, needs=self.needs):
-                messages.report_to(self.reporter)
+            done = self.workers.map(_train_in_worker, sent, jobs, task, needs=self.needs)
+            for job, (result, messages) in zip(jobs, done, strict=True):
+                messages.report_to(self.reporter, f"{job.name}: " if named else "")
                 yield result
 
     def stored(self, adapters: Path, name: str, identity: str) -> Adapter:
@@ -125,7 +131,7 @@ class Trainings:
         if not missing:
             return
         jobs = [Job(each.name, each.work, each) for each in missing]
-        for training, _ in zip(missing, self.run(_train_named, chat, jobs), strict=True):
+        for training, _ in zip(missing, self.run(_train, chat, jobs, named=True), strict=True):
             adapter = self.stored(training.adapters, training.project.config.name, training.identity)
             seconds = adapter.lineage["training"]["seconds"]
             self.reporter.say(f"{training.name}: trained in {seconds:.0f} s")
@@ -189,10 +195,6 @@ def _train(base: Base, chat: ChatFormat, training: Training, reporter: Reporter)
     train(training.project, training.version, base, chat, reporter, adapters=place, facts=facts)
 
 
-def _train_named(base: Base, chat: ChatFormat, training: Training, reporter: Reporter) -> None:
-    _train(base, chat, training, _Named(training.name, reporter))
-
-
 def absolute(project: ProjectFolder) -> ProjectFolder:
     """Return the project with a root that another process can use."""
     return ProjectFolder(project.root.resolve(), project.config)
@@ -248,19 +250,6 @@ class _Sent(NamedTuple):
     shared: Any
     site: Site
     threads: int
-
-
-class _Named(LogReporter):
-    """A reporter that puts a training's name before its messages."""
-
-    def __init__(self, name: str, reporter: Reporter) -> None:
-        self.name, self.reporter = name, reporter
-
-    def say(self, message: str) -> None:
-        self.reporter.say(f"{self.name}: {message}")
-
-    def warn(self, message: str) -> None:
-        self.reporter.warn(f"{self.name}: {message}")
 
 
 def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> tuple[Any, KeptMessages]:
