@@ -168,7 +168,7 @@ class WorkerGroup:
 def _fit(trainer: Any, run: Future[bool]) -> None:
     try:
         run.set_result(trainer.fit().return_value)
-    except Exception as error:  # noqa: BLE001 (raised by the thread that waits)
+    except BaseException as error:  # noqa: BLE001 (raised by the thread that waits)
         run.set_exception(error)
 
 
