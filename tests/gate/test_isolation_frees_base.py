@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from making.command_line import tiny_project
+from making.command_line import trained_project
 from making.command_line import tunewright as command
 from making.counted_bases import counted_bases
 
@@ -16,9 +16,7 @@ pytestmark = pytest.mark.slow
 def test_isolation_test_has_one_base_in_memory_at_a_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    project = tiny_project(tmp_path / "project", tiny_base_folder, count=80)
-    assert command("data", "add", project / "pairs.jsonl", "-p", project).code == 0
-    assert command("train", "-p", project).code == 0
+    project = trained_project(tmp_path / "project", tiny_base_folder, ("epochs: 2", "epochs: 1"), count=80)
     with counted_bases(monkeypatch) as counts:
         ran = command("serve", "--self-test", "-p", project)
     assert ran.code in (0, 4), ran.stderr
