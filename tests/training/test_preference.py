@@ -66,6 +66,7 @@ def _kept(folder: Path, split: str, chosen: str, rejected: str, **changes: Any) 
     return KeptPair(**(facts | changes))
 
 
+@pytest.mark.slow
 def test_dpo_prefers_chosen_answers_and_starts_from_an_equal_reference(dpo: tuple[Path, Adapter, list[str]]) -> None:
     steps = [row for row in dpo[1].history if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -76,6 +77,7 @@ def test_dpo_prefers_chosen_answers_and_starts_from_an_equal_reference(dpo: tupl
     assert sum(row["rewards/accuracies"] for row in last) / 6 > 0.6
 
 
+@pytest.mark.slow
 def test_dpo_trains_on_pairs_of_training_inputs_alone_and_names_the_others(
     dpo: tuple[Path, Adapter, list[str]],
 ) -> None:

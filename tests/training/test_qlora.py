@@ -98,6 +98,7 @@ def test_peft_loads_the_adapter_on_an_nf4_base_and_on_a_16_bit_base(adapter: Ada
     assert 0.001 < float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.5
 
 
+@pytest.mark.slow
 def test_trained_weights_stay_float32(tiny_base_folder: Path, tmp_path: Path) -> None:
     """trl rounds those over a quantized base to bfloat16, where small steps would change nothing."""
     opened = _nf4_project(tmp_path / "project", tiny_base_folder)

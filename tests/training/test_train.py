@@ -56,7 +56,7 @@ def test_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, tiny
     assert (after - before).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("after", [11, 24, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", [11, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 24))])
 def test_run_resumes_to_the_same_adapter_after_a_stop(
     after: int, unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -141,7 +141,6 @@ def test_train_refuses_fewer_than_fifty_pairs_unless_forced(tmp_path: Path, tiny
     assert not (folder / "evaluations").exists()  # `run` refuses before it measures anything
     forced = project.train(force=True).adapter
     assert forced.lineage["forced"] == "48 training pairs, fewer than 50"
-    assert project.evaluate().evaluated
 
 
 def test_lineage_records_no_force_when_there_are_enough_pairs(unstopped: TrainResult) -> None:
