@@ -121,6 +121,13 @@ def _link(folder: Path) -> None:
     (folder / "metrics.jsonl").symlink_to(folder.parent / "elsewhere")
 
 
+def _signatures(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / SIGNATURE).write_text(text)
+
+
+BEGIN, END = "-----BEGIN SSH SIGNATURE-----\n", "-----END SSH SIGNATURE-----\n"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -130,6 +137,11 @@ def _link(folder: Path) -> None:
         (_flip("metrics.jsonl"), "metrics.jsonl has changed"),
         (_flip(MANIFEST), "Not strict JSON"),
         (_flip(SIGNATURE), "Expected only signatures of ssh-keygen"),
+        (_signatures("nothing of the kind\n"), "Expected only signatures of ssh-keygen"),
+        (_signatures((BEGIN + END) * 17), "at most 16"),
+        (_signatures(f"{BEGIN}U1NIU0lHAAAAAQAA\n{END}"), "Not a signature of ssh-keygen"),
+        (_signatures(f"{BEGIN}U1NIU0lHAAAAAf////8=\n{END}"), "Not a signature of ssh-keygen"),
+        (_signatures(f"{BEGIN}AAA=A\n{END}"), "Not a signature of ssh-keygen"),
         (_change_lineage, f"{LINEAGE} has changed"),
         (_add_pickle, "adapter_model.bin is not in the manifest"),
         (_link, "may have only plain files"),
@@ -138,7 +150,7 @@ def _link(folder: Path) -> None:
     ],
 )
 def test_verification_names_any_change_after_signing(
-    change: Callable[[Path], None], words: str, tmp_path: Path, keys: Path, ann: SigningKey
+    change: Callable[[Path], object], words: str, tmp_path: Path, keys: Path, ann: SigningKey
 ) -> None:
     adapter = _store(tmp_path, ann)
     change(adapter.folder)
@@ -252,22 +264,6 @@ def test_adapter_without_manifest_is_unsigned_and_its_change_is_detected(tmp_pat
     assert trust_status(adapter, TrustedKeys(keys)).state == "tampered"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "nothing of the kind\n",
-        "-----BEGIN SSH SIGNATURE-----\nU1NIU0lHAAAAAQAA\n-----END SSH SIGNATURE-----\n",
-        "-----BEGIN SSH SIGNATURE-----\nU1NIU0lHAAAAAf////8=\n-----END SSH SIGNATURE-----\n",
-        "-----BEGIN SSH SIGNATURE-----\nAAA=A\n-----END SSH SIGNATURE-----\n",
-        "-----BEGIN SSH SIGNATURE-----\n-----END SSH SIGNATURE-----\n" * 17,
-    ],
-)
-def test_file_that_is_not_signatures_of_ssh_keygen_is_tampered(text: str, tmp_path: Path, keys: Path) -> None:
-    adapter = _store(tmp_path, None)
-    (adapter.folder / SIGNATURE).write_text(text)
-    assert trust_status(adapter, TrustedKeys(keys)).state == "tampered"
-
-
 # Without ssh-keygen
 
 
@@ -353,6 +349,9 @@ def test_files_that_are_no_keys_do_not_hinder_signing(home: Path, keys: Path, an
     (home / "notes.pub").write_text("nothing of the kind\n")
     assert signing_key(TrustedKeys(keys)) == ann
     assert [key.own for key in TrustedKeys(keys).list()] == [True]
+    ann.file.with_suffix("").chmod(0o640)  # a private key that others can read
+    with pytest.raises(UserError, match="Your key ann cannot sign"):
+        store_signer(keys, LogReporter())
 
 
 @pytest.fixture
@@ -372,12 +371,6 @@ def test_key_with_a_passphrase_is_refused_before_training(
     with pytest.raises(UserError) as refused:
         store_signer(keys, LogReporter())
     assert str(refused.value.fix).startswith("TUNEWRIGHT_KEY_PASSPHRASE is no longer read.")
-
-
-def test_private_key_readable_by_others_does_not_sign(keys: Path, ann: SigningKey) -> None:
-    ann.file.with_suffix("").chmod(0o640)
-    with pytest.raises(UserError, match="Your key ann cannot sign"):
-        store_signer(keys, LogReporter())
 
 
 def test_passphrase_comes_from_a_program(

@@ -68,8 +68,10 @@ def _ids(project: Path) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in ("What is as red as blue?", "navy teal coral 17")]
 
 
-def test_merged_folder_computes_as_peft_and_its_record_is_true(project: Path) -> None:
-    ran = tunewright("export", "merge", "-p", project, "--json")
+def test_merged_folder_computes_as_peft_and_its_record_is_true(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted_bases(monkeypatch) as counts:
+        ran = tunewright("export", "merge", "-p", project, "--json")
+    assert counts == [0] * 2  # one base is in memory at a time
     assert ran.code == 0, ran.stderr
     folder = Path(ran.document["folder"])
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -226,26 +228,17 @@ def test_export_detects_a_planted_fault_and_keeps_only_the_record(
 
 
 @pytest.mark.slow
-def test_merge_over_nf4_measures_both_methods_and_takes_the_closer(tmp_path: Path) -> None:
+def test_merge_over_nf4_measures_both_methods_and_takes_the_closer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = _trained(tmp_path, "nf4")
-    ran = tunewright("export", "merge", "-p", project, "--json")
+    with counted_bases(monkeypatch) as counts:
+        ran = tunewright("export", "merge", "-p", project, "--json")
+    # One base is in memory at a time: the trained model's, one for each method, and the merged folder.
+    assert counts == [0] * 4
     ways = {way["way"]: way["kl"] for way in ran.document["ways"]}
     assert ways.keys() == {"original", "dequantized"}
     assert ran.document["way"] == min(ways, key=lambda way: ways[way]) == "dequantized"
     assert ways["original"] > 2 * ways["dequantized"]
     assert f"Merged into the {ran.document['way']} base" in ran.stderr
     assert ran.code == 0, ran.document["shortcomings"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("quantization", "bases"), [("none", 2), ("nf4", 4)])
-def test_merge_holds_one_base_at_a_time(
-    quantization: str, bases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    """This covers the trained model, both merge methods over NF4, and the merged folder."""
-    changes = ("epochs: 2", f"epochs: 1\n  eval_max_samples: 0\n  quantization: {quantization}")
-    short = ("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n")
-    project = trained_project(tmp_path / "project", tiny_base_folder, changes, short, count=80)
-    with counted_bases(monkeypatch) as counts:
-        tunewright("export", "merge", "-p", project)
-    assert counts == [0] * bases

@@ -42,25 +42,10 @@ FORMATS: dict[str, Callable[[], ChatFormat]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_exported_template_renders_the_training_ids_on_any_day(name: str) -> None:
+def test_exported_template_renders_as_training_on_any_day_and_adds_the_system_prompt(name: str) -> None:
     chat = FORMATS[name]()
-    ids = [chat.prompt(messages) for messages in CHATS]
-    tokenizer = chat.tokenizer
-    own = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = exported_template(chat)
-        assert count_equal_renderings(tokenizer, chat.template, CHATS, ids) == len(CHATS)
-        if "date" in name:
-            assert "26 Jul 2024" in tokenizer.chat_template
-    finally:
-        tokenizer.chat_template = own  # the makers' tokenizers are shared
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_exported_template_adds_the_system_prompt_where_it_is_missing(name: str) -> None:
-    chat = FORMATS[name]()
+    plain_ids = [chat.prompt(messages) for messages in CHATS]
     with_system = [(Message("system", SYSTEM), *messages) for messages in CHATS]
     ids = [chat.prompt(messages) for messages in with_system]
     others = [(Message("system", "Be brief."), *messages) for messages in CHATS]
@@ -69,6 +54,8 @@ def test_exported_template_adds_the_system_prompt_where_it_is_missing(name: str)
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = exported_template(chat)
+        assert ("26 Jul 2024" in tokenizer.chat_template) == ("date" in name)
+        assert count_equal_renderings(tokenizer, chat.template, CHATS, plain_ids) == len(CHATS)
         assert count_equal_renderings(tokenizer, chat.template, CHATS, ids) == 0
         tokenizer.chat_template = exported_template(chat, SYSTEM)
         assert count_equal_renderings(tokenizer, chat.template, CHATS, ids) == len(CHATS)

@@ -1,11 +1,12 @@
-"""Counted peak bytes of a training step on the GPU, against the estimate of `models.memory_estimate`."""
+"""The fake card's counts, and with them the peak bytes of a training step against `models.memory_estimate`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from card_process import CardProcess
+import torch
+from card_process import CardError, CardProcess
 from fake_card import FakeCard
 from fake_models import SHAPES, build, rows, train
 
@@ -13,10 +14,72 @@ from tunewright.config import PRESETS
 from tunewright.models.families import Shape
 from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimate
 
+pytestmark = pytest.mark.slow
+
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 LORA = TrainingSetup(TARGETS, 16, checkpointing=True, card=True)
 QLORA = replace(LORA, nf4=True)
 CARD = 80 * 10**9
+
+
+def _mix_devices() -> None:
+    with FakeCard():
+        torch.ones(3, device="cuda") @ torch.ones(3)
+
+
+def test_card_refuses_operations_on_two_devices(card: CardProcess) -> None:
+    with pytest.raises(CardError, match="FakeTensorDeviceMismatchError"):
+        card.run(_mix_devices)
+
+
+def _bytes_of_a_pass() -> tuple[int, int]:
+    with FakeCard() as card:
+        weight = torch.ones(1000, 1000, device="cuda", requires_grad=True)
+        (weight * 2).sin().sum().backward()
+        del weight
+    return card.now, card.peak
+
+
+def test_card_counts_bytes_of_a_backward_pass(card: CardProcess) -> None:
+    """The weight, its double, which sin keeps, and their gradients: five million floats at most, then none."""
+    now, peak = card.run(_bytes_of_a_pass)
+    assert now == 0
+    assert 16_000_000 <= peak <= 20_000_100
+
+
+def _transfers() -> tuple[list[tuple[int, bool]], list[tuple[int, str]]]:
+    with FakeCard() as card:
+        host = torch.arange(6)
+        there = host.to("cuda")
+        torch.tensor([1, 2], device="cuda")
+        host.pin_memory().to("cuda", non_blocking=True)
+        int(there.sum())
+        there.tolist()
+        there.cpu()
+    return [(copy.bytes, copy.blocking) for copy in card.copies], [(read.bytes, read.operation) for read in card.syncs]
+
+
+def test_card_counts_copies_to_it_and_reads_from_it(card: CardProcess) -> None:
+    copies, reads = card.run(_transfers)
+    assert copies == [(48, True), (16, True), (48, False)]
+    assert reads == [(8, "_local_scalar_dense"), (48, "_to_copy"), (48, "_to_copy")]
+
+
+def _fill(limit: int) -> tuple[bool, int, int]:
+    """Make a tensor of 400 bytes, then one of 4,000, then another of 400."""
+    with FakeCard(limit=limit) as card:
+        kept, full = [torch.ones(100, device="cuda")], False
+        try:
+            kept.append(torch.ones(1000, device="cuda"))
+        except torch.OutOfMemoryError:
+            full = True
+        kept.append(torch.ones(100, device="cuda"))
+    return full, card.now, card.peak
+
+
+def test_card_with_a_limit_runs_out_of_memory_and_keeps_what_fits(card: CardProcess) -> None:
+    assert card.run(_fill, 4399) == (True, 800, 800)
+    assert card.run(_fill, 4800) == (False, 4800, 4800)
 
 
 def _counted(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
@@ -53,7 +116,6 @@ def _largest(shape: Shape, setup: TrainingSetup, length: int) -> BatchShape:
     return BatchShape(count, 0, length, length)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "setup", "load"),
     [
@@ -73,7 +135,6 @@ def test_estimate_is_within_5_percent_of_counted_bytes(
     assert _predicted(shape, setup, load) == pytest.approx(card.run(_counted, shape, setup, load), rel=0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.release
 @pytest.mark.parametrize(("name", "setup"), [("llama-3-8b", LORA), ("llama-3-70b", QLORA)])
 def test_largest_micro_batch_for_80_gb_is_within_5_percent_and_fits(

@@ -71,7 +71,6 @@ def _run(
     [
         ("mistral-7b", {"mistral": True, "window": 8, "nf4": True}),
         ("llama-3-8b", {}),
-        ("llama-3-70b", {"nf4": True}),
     ],
 )
 def test_training_stays_on_the_gpu(card: CardProcess, name: str, options: dict[str, Any]) -> None:

@@ -96,7 +96,6 @@ def _decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = F
 MIXES: dict[str, tuple[list[str | None], int]] = {
     "base": ([None] * 4, BASE),
     "one": (["a"] * 4, ONE),
-    "two": (["a", "b"] * 2, SEVERAL),
     "four": (["a", "b", "c", "d"], SEVERAL),
     "two and the base": (["a", None, "b", None], SEVERAL_AND_BASE),
 }
@@ -116,14 +115,13 @@ def test_decoding_an_8b_takes_a_bounded_number_of_launches_copies_and_syncs(card
     assert seen["piece"].syncs == seen["prefix"].syncs == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [{"top_p": 1.0}, {"top_p": 0.9}])
-def test_sampling_on_the_gpu_adds_one_copy_and_no_sync(card: CardProcess, how: dict[str, float]) -> None:
+def test_sampling_on_the_gpu_adds_one_copy_and_no_sync(card: CardProcess) -> None:
     greedy = card.run(_decode, ["a"] * 4, 2)
-    sampled = card.run(_decode, ["a"] * 4, 2, temperature=0.7, seed=1, **how)
-    assert len(sampled["token"].copies) == len(greedy["token"].copies) + 1
-    assert len(sampled["token"].syncs) == len(greedy["token"].syncs) == 1
-    assert sampled["token"].launches - greedy["token"].launches <= 40
+    for top_p in (1.0, 0.9):
+        sampled = card.run(_decode, ["a"] * 4, 2, temperature=0.7, seed=1, top_p=top_p)
+        assert len(sampled["token"].copies) == len(greedy["token"].copies) + 1
+        assert len(sampled["token"].syncs) == len(greedy["token"].syncs) == 1
+        assert sampled["token"].launches - greedy["token"].launches <= 40
 
 
 def test_decoding_with_a_sliding_window_stays_on_the_gpu(card: CardProcess) -> None:
@@ -185,7 +183,6 @@ def _answers_while_training(
     return _DevAnswers(answers, first, weights, card.peak - weights, reporter.warnings)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "dropout"), [("nf4", 0.0), ("none", 0.1)])
 def test_dev_answers_during_training_stay_on_the_gpu(card: CardProcess, quantization: str, dropout: float) -> None:
     found = card.run(_answers_while_training, quantization, dropout)

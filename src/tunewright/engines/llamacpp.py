@@ -314,6 +314,7 @@ def cache_tokens(config: Mapping[str, Any], context: int, max_num_seqs: int) -> 
     """Return the tokens of a small 16-bit key/value cache: a whole context or 2,048 for each row; 4 GiB at most."""
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
+    # Keys and values, of 2 bytes each.
     per_token: int = 2 * 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
     tokens = min(max(context, 2048 * max_num_seqs), (4 << 30) // per_token)
     assert tokens >= BLOCK, "no Llama takes 16 MB per token"

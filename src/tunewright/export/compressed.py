@@ -73,11 +73,6 @@ class Compression:
         return found
 
     @property
-    def packages(self) -> dict[str, str]:
-        """The versions in llm-compressor's environment."""
-        return {f"llmcompressor:{name}": str(version) for name, version in self.environment.versions.items()}
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user."""
         if self.scheme == "fp8":
@@ -138,7 +133,8 @@ def build_compressed(folder: Path, source: ExportSource, how: Compression) -> Bu
     write_compressed(folder, how, weights, project.base, project.chat, trained.system_prompt, project.reporter)
     figures = trained.figures(observe_compressed(folder, trained, project.reporter))
     notes = (*how.notes, *source.notes())
-    return BuiltArtifact(figures, PRECISIONS[how.scheme], way, ways, notes, packages=how.packages)
+    versions = {f"llmcompressor:{name}": str(version) for name, version in how.environment.versions.items()}
+    return BuiltArtifact(figures, PRECISIONS[how.scheme], way, ways, notes, packages=versions)
 
 
 def write_compressed(
