@@ -244,7 +244,7 @@ def _number(suite: Suite, value: float, sign: str = "") -> str:
 
 
 def _suites_table(suites: Sequence[Suite]) -> Table:
-    """Return the suites; without margins, and without numbers of items needed, if no suite has one."""
+    """Return the suites, without the columns of margins and of items needed if no suite has one."""
     margins = any(suite.margin is not None for suite in suites)
     needed = any(suite.items_needed is not None for suite in suites)
 

@@ -116,7 +116,7 @@ def undertrained(
 ) -> Reason | None:
     """Return the reason if a training run was too short to learn its data; else None.
 
-    ``divergence`` is from the base to the adapter on the base's own answers, in nats per token, if it was measured.
+    ``divergence``, if measured, is from the base on its own answers to the adapter, in nats per token.
     """
     epochs = lineage.get("training", {}).get("epochs", [])
     if not epochs:

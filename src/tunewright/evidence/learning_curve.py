@@ -152,8 +152,8 @@ def share_slope(
 
     Two artificial clusters of mean size join the resampling, as in `statistics.difference_interval`. One is all wrong
     with the fewest rows and all right with the most, the other the reverse. Without them ten items that no adapter gets
-    right would give the interval [0, 0]. ``right`` is 1 where an adapter got an item right, else 0, [seeds, sizes,
-    items]; ``rows`` are each adapter's training rows, [seeds, sizes].
+    right would give the interval [0, 0]. ``right`` is 1 where an adapter got an item right, else 0:
+    [seeds, sizes, items]; ``rows`` are each adapter's training rows, [seeds, sizes].
     """
     weights = np.array([slope_weights(row) for row in rows])
     by_item: Floats = np.einsum("rsi,rs->ri", right, weights)  # [seeds, items]
@@ -174,7 +174,7 @@ def corpus_slope(
 ) -> Slope:
     """Return the slope of a mean of graded scores, or of a corpus metric.
 
-    ``statistics`` are of each item's answer by each adapter, [seeds, sizes, items, columns]; ``corpus`` scores sums.
+    ``statistics`` are of each answer, [seeds, sizes, items, columns]; ``corpus`` scores their sums.
     """
     seeds, sizes, items, width = statistics.shape
     weights = np.array([slope_weights(row) for row in rows])

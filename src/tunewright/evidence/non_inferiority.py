@@ -101,8 +101,8 @@ def tango_limits(more: float, less: float, items: float, z: float) -> tuple[floa
     17).
 
     The limits are the differences d that the score test does not reject. Its variance is that of the likeliest table
-    with the difference d, so the interval has a positive width even without discordant pairs. For clustered items all
-    three numbers may be effective ones, so they need not be integers.
+    with the difference d, so the interval has a positive width even without discordant pairs. Of
+    clustered items all three numbers may be effective ones, so they need not be integers.
     """
     observed = (more - less) / items
     rejects = _score(more, less, items)

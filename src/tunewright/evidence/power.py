@@ -29,9 +29,9 @@ ASSUMED = (0.1, 0.2, 0.3)
 def power(items: float, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the power of a paired two-sided test on right and wrong items (Miettinen 1968).
 
-    With q the share of items that exactly one arm gets right (``discordant``), and a true difference d of at most q,
-    it is Phi((d sqrt(n) - z_(1-alpha/2) sqrt(q)) / sqrt(q - d^2)). ``items`` are independent: `effective_items` of
-    clustered ones.
+    With q (``discordant``) the share of items that exactly one arm gets right, and a true difference
+    d of at most q, it is Phi((d sqrt(n) - z_(1-alpha/2) sqrt(q)) / sqrt(q - d^2)). Clustered items
+    count as `effective_items`.
     """
     spread = max(discordant - difference**2, 0.0) ** 0.5
     excess = difference * items**0.5 - float(norm.ppf(1 - alpha / 2)) * discordant**0.5
@@ -137,9 +137,9 @@ AIM = 0.2
 
 @dataclass(frozen=True)
 class SplitPower:
-    """Differences that a test split can show, and the rows to add (estimates) for it to show any, or `AIM`.
+    """Differences that a test split can show, and estimates of the rows to add to show any, or `AIM`.
 
-    ``effect`` is the smallest true difference found with 80% power if 20% of the items change; 1.0: none.
+    ``effect`` is the smallest one found with 80% power if 20% of the items change; 1.0: none.
     """
 
     clusters: dict[Split, int]
@@ -170,7 +170,7 @@ def split_power(rows: Mapping[Split, int], clusters: Mapping[Split, int], share:
     )
 
 
-# Miettinen's n, as in `minimum_detectable_effect`, for a difference of AIM if USUAL of the items change (q >= d).
+# Miettinen's n, as in `minimum_detectable_effect`, for a difference of AIM if USUAL items change.
 _CLUSTERS_TO_AIM = math.ceil(
     ((norm.ppf(1 - ALPHA / 2) * USUAL**0.5 + norm.ppf(POWER) * (USUAL - AIM**2) ** 0.5) / AIM) ** 2
 )

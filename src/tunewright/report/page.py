@@ -42,8 +42,8 @@ def render_report(
 ) -> str:
     """Return the report as HTML text; equal input gives equal bytes.
 
-    ``history`` has the training run's rows, one per step and evaluation. A curve and advice are on the same data;
-    causes of a *don't ship* are found in the ``known`` facts too.
+    ``history`` has the training run's rows, one per step and evaluation. A curve and advice are on the
+    same data; causes of a *don't ship* are found in the ``known`` facts too.
     """
     page = page_templates("tunewright.report").get_template("page.html.j2")
     return page.render(

@@ -39,7 +39,7 @@ _REPLAY = {REPLAY_KL: "replay KL", REPLAY_LOSS: "loss of replay"}
 def run_lines(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -> Lines:
     """Return a run by step: train and dev loss, the dev metric below, and the selected step.
 
-    Of a step with ``pair_loss`` that is drawn, not its ``loss``. ``metric`` is the one of the rows' ``eval_metric``.
+    Of a step with ``pair_loss`` that is drawn, not its ``loss``. ``metric`` is that of ``eval_metric``.
     """
     train = downsample([(row["step"], loss) for row in history if (loss := pairs_loss(row)) is not None])
     replay = {key: downsample([(row["step"], row[key]) for row in history if key in row]) for key in _REPLAY}

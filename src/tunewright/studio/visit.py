@@ -180,10 +180,11 @@ class Visit:
         return self.go(path_of("jobs", self.jobs.start(*words).id), message)
 
     def chosen(self, field: str, known: Collection[str]) -> str:
-        """Return a field that a page filled with one of these values; a stale or forged form has another one."""
+        """Return a field that the page filled with one of these; a stale or forged form has another."""
         value = self.form.get(field, "")
         if value not in known:
-            raise UserError(f"Unknown {field.replace('_', ' ')} {value!r}", fix="Go back, reload the page and choose.")
+            what = f"Unknown {field.replace('_', ' ')} {value!r}"
+            raise UserError(what, fix="Go back, reload the page and choose.")
         return value
 
     def _reported(self) -> list[str]:
@@ -212,7 +213,7 @@ def verdict_of(session: AnnotationSession[Any, ItemT, VerdictT], action: str) ->
 def positive_numbers(form: Mapping[str, str], field: str, *, several: bool = False) -> list[str]:
     """Return a field's number, or its numbers, as they were typed; none from an empty field.
 
-    Others are refused here: the command would take ``--x`` for an option, or refuse it only after it was started.
+    Others are refused here: a command would take ``--x`` for an option, or refuse it once started.
     """
     typed = form.get(field, "").strip()
     texts = typed.split() if several or not typed else [typed]

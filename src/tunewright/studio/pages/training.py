@@ -76,7 +76,7 @@ _NUMBERS_OF: dict[str, dict[str, str]] = {
     "sweep": {"minutes": "--minutes", "rates": "--rate"},
     "curve": {"seeds": "--seeds"},
 }
-"""Each kind of training, with the fields of numbers in its form and the options that they become."""
+"""Each kind of training, with its form's fields of numbers and the options that they become."""
 
 
 def start_training(visit: Visit) -> Response:
