@@ -223,7 +223,7 @@ def refuse_unused(action: str, options: Mapping[str, bool]) -> None:
 
 
 def _options(of: type[Any]) -> list[Parameter]:
-    """Return a parameter for each field of an options class, and for those of an options class in it."""
+    """Return a parameter for each field of an options class, also of an options class in it."""
     hints = get_type_hints(of, include_extras=True)
     made = []
     for each in fields(of):

@@ -89,7 +89,7 @@ class _VisibleFormatter(logging.Formatter):
 
 
 def _json_text(document: object, *, one_line: bool = False) -> str:
-    """Return JSON: its control characters are all within strings, where their escapes mean the same."""
+    """Return JSON: its control characters are within strings, where escapes mean the same."""
     return visible(json.dumps(document, indent=None if one_line else 2, ensure_ascii=False)) + "\n"
 
 
@@ -215,7 +215,7 @@ class Session:
             _write(text)
 
     def report_review_status(self, project: Path | None) -> None:
-        """Report whether reviewers have accepted a project's current dataset version, if it has one."""
+        """Report whether reviewers have accepted a project's dataset version, if it has one."""
         if project is None or not (project / "dataset").is_dir():
             return
         from tunewright.config.project import ProjectFolder
@@ -289,7 +289,7 @@ def _traced(current: Session, span: str | None) -> Iterator[None]:
 
 
 def _failure(error: BaseException, kept: str) -> tuple[UserError, int] | None:
-    """Return the message and the exit code of an error that users can act on; None for any other."""
+    """Return message and exit code of an error that users can act on; None for any other."""
     match error:
         case UserError():
             return error, USER_ERROR

@@ -1,4 +1,4 @@
-"""Messages and progress on stderr: bars, curves and stages on a terminal, lines in a log, or JSON."""
+"""Messages and progress on stderr: bars, curves and stages on a terminal, else lines or JSON."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ class LineTask:
         self.console.print(text, markup=False, highlight=False)
 
     def _left(self, now: float) -> str:
-        """Return the time left, by the speed since the first advances, or nothing before later ones."""
+        """Return the time left, by the speed since the first advances; empty before later ones."""
         if self.done >= self.total:  # GEPA ends its last round beyond its limit
             return "0 s left"
         if self.done == self.first:
@@ -407,7 +407,7 @@ class _JsonTask(LineTask):
 
 
 class JsonReporter(ConsoleReporter):
-    """Reports to the log of :func:`json_log`; questions are asked at the terminal, if there is one."""
+    """Reports to the log of :func:`json_log`; questions are asked at the terminal."""
 
     line_task = _JsonTask
 

@@ -1,4 +1,4 @@
-"""An evaluation's arms, contrasts, folds and choice of a prompt as blocks, and its sections in order."""
+"""An evaluation's arms, contrasts, folds and choice of a prompt as blocks; its sections in order."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def _p(p_value: float) -> str:
 
 
 def _worth(contrast: Contrast) -> str:
-    """Return the effective number of independent items, which cannot be estimated from few clusters."""
+    """Return the effective number of independent items, which few clusters cannot show."""
     if contrast.effective_items is None:
         return ""
     if contrast.clusters < fewest_clusters(1):

@@ -19,7 +19,7 @@ from tunewright.metrics import points_text, score_text
 FEW_ROWS = 500
 """Below this number of rows, of which `data add` warns, more rows are the first remedy."""
 NOISY = 0.05
-"""A share of wrong or contradicting rows that lowers a score; `data review` accepts less than this."""
+"""A share of wrong or contradicting rows that lowers a score; `data review` accepts less."""
 FEWEST_REVIEWED = 20
 
 _FALLING = 0.02

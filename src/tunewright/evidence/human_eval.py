@@ -41,7 +41,7 @@ class Reviewer(Part):
 
 
 class RaterAgreement(Part):
-    """Agreement of two raters on the items that both judged, as treatment, control or tie; unweighted."""
+    """Agreement of two raters on the items both judged, as treatment, control or tie; unweighted."""
 
     raters: tuple[str, str]
     items: int
@@ -54,7 +54,7 @@ class RaterAgreement(Part):
 
 
 class PredictionPowered(Part):
-    """Prediction-powered estimate from people's verdicts on the reviewed items and the judge's on all."""
+    """Prediction-powered estimate from people's verdicts on reviewed items and the judge's on all."""
 
     win_rate: Score
     tuning: Annotated[

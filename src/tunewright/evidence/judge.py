@@ -75,7 +75,7 @@ class WinRate(Part):
 
 
 class LengthControlled(Part):
-    """The estimated win rate at equal lengths, by a logistic regression on this evaluation's pairs."""
+    """The estimated win rate at equal lengths, by a logistic regression on the pairs."""
 
     value: float
     interval: Interval

@@ -127,7 +127,7 @@ def more_data(curve: Curve) -> MoreData:
 
 @dataclass(frozen=True)
 class Slope:
-    """Mean gain per doubling of the training rows over the measured sizes, as a share from 0 to 1."""
+    """Mean gain per doubling of the training rows over the measured sizes, as a share."""
 
     per_doubling: float
     interval: Interval

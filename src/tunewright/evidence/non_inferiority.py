@@ -42,7 +42,7 @@ class ScoreDrop:
     method: str
 
     def against(self, margin: float) -> Result:
-        """Return not worse if the limit is below the margin, worse if the whole interval is above it."""
+        """Return not worse if the limit is below the margin, worse if the interval is above it."""
         if self.limit < margin:
             return "not worse"
         return "worse" if self.interval.low > margin else "can't tell"

@@ -137,7 +137,7 @@ AIM = 0.2
 
 @dataclass(frozen=True)
 class SplitPower:
-    """Differences that a test split can show, and estimates of the rows to add to show any, or `AIM`.
+    """Differences that a test split can show, and estimated rows to add to show any, or `AIM`.
 
     ``effect`` is the smallest one found with 80% power if 20% of the items change; 1.0: none.
     """

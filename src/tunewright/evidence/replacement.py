@@ -27,7 +27,7 @@ class BreakEven:
     calls: float | None
     """Calls that pay for training, labelling and hosting; None: unknown, or never."""
     calls_per_month: float | None
-    """Calls a month at which a machine that always runs costs as much as the incumbent; None: unknown."""
+    """Calls a month at which a machine that always runs costs as much; None: unknown."""
     why: str
 
 

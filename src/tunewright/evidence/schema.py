@@ -1,4 +1,4 @@
-"""The schema of ``evidence.json``, the input of every verdict; readable without torch or the model."""
+"""The schema of ``evidence.json``, the input of every verdict; readable without torch."""
 
 from __future__ import annotations
 

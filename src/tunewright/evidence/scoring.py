@@ -363,7 +363,7 @@ def scores_by_distance(
 def scores_by_template(
     scored: ScoredArms, new: Sequence[bool], deciding: Contrast, seed: int, resamples: int = RESAMPLES
 ) -> OutputTemplates:
-    """Return each arm's score by the deciding metric, for new output templates and for known ones."""
+    """Return each arm's score by the deciding metric, for new and for known output templates."""
     here = np.array(new, dtype=bool)
     seen, unseen = (_subset(part, scored, deciding, seed, resamples) if part.any() else None for part in (~here, here))
     return OutputTemplates(treatment=deciding.treatment, control=deciding.control, seen=seen, new=unseen)
@@ -389,7 +389,7 @@ def _subset(here: NDArray[np.bool_], scored: ScoredArms, deciding: Contrast, see
 
 
 def _scores_of(scores: Scores, here: NDArray[np.bool_]) -> Scores:
-    """Return the scores of some of the items, without their count of answers outside the choices."""
+    """Return the scores of some items, without their count of answers outside the choices."""
     places = np.flatnonzero(here).tolist()
     unscored = {new: scores.unscored[old] for new, old in enumerate(places) if old in scores.unscored}
     return Scores(scores.scorer, scores.values[here], scores.statistics[here], unscored, 0)

@@ -323,7 +323,7 @@ def _known_templates(evidence: Evidence) -> list[str]:
 
 
 def _unknown_training(evidence: Evidence) -> list[str]:
-    """Return a caution if the adapter was imported, since its training data may include test items."""
+    """Return a caution if the adapter was imported: its training data may include test items."""
     adapter = evidence.lineage.get("adapter", {})
     imported = adapter.get("imported")
     if imported is None or imported["signed"]:

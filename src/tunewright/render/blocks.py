@@ -71,7 +71,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Series:
-    """One arm: the indices of the bands in which it is scored, with its values and interval ends."""
+    """One arm: the indices of the bands where it is scored, with values and interval ends."""
 
     name: str
     tone: Tone

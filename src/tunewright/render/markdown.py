@@ -44,7 +44,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[bo
 
 
 def markdown(*parts: Section | Block) -> list[str]:
-    """Return the paragraphs, lists and tables of sections and blocks; a row that decides is bold."""
+    """Return the paragraphs, lists and tables of sections and blocks; a deciding row is bold."""
     found = [block for part in parts for block in (part.blocks if isinstance(part, Section) else (part,))]
     return [_block(block) for block in found if not isinstance(block, Drawn)]
 

@@ -21,7 +21,7 @@ Part = blocks.Section | blocks.Block | RenderableType
 
 
 def rendered(*parts: Part) -> Iterator[RenderableType]:
-    """Yield parts for the terminal. Titles, figures and details are left out; tables have the numbers."""
+    """Yield parts for the terminal, without titles, figures and details; tables have the numbers."""
     for part in parts:
         if isinstance(part, blocks.Section):
             yield from rendered(*part.blocks)

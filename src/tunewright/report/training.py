@@ -20,7 +20,7 @@ from tunewright.training.sweep.ledger import Ledger, measured_text
 
 
 def training_section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | None:
-    """Return losses and the dev metric; None for a cross-validation, whose folds have separate runs."""
+    """Return losses and the dev metric; None for a cross-validation, whose folds have own runs."""
     if evidence.design == "cross-fitted":
         return None
     trained = f"{evidence.train_items:,} training examples."
@@ -96,7 +96,7 @@ def _trial_row(ledger: Ledger, trial: str) -> Row:
 
 
 def sweep_lines(ledger: Ledger) -> Lines:
-    """Return the dev score of each trial at each rung, or the dev loss if no dev rows were answered."""
+    """Return the dev score of each trial at each rung, or dev loss if no dev rows were answered."""
     head = ledger.head
     found = []
     for name, tone in zip(head.trials, cycle(SERIES), strict=False):

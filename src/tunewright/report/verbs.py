@@ -72,7 +72,7 @@ def _matching_advice(project: ProjectFolder, evidence: Evidence) -> Signals | No
 
 
 def _labels(dataset: Path, version: str) -> Labels | None:
-    """Return the numbers of conflicting and of wrong rows in a version; None without the version."""
+    """Return the numbers of conflicting and of wrong rows in a version; None without it."""
     try:
         places = {key: place for key, place in read_places(dataset, version).items() if not place.mixed}
         manifest = read_manifest(version_folder(dataset, version))

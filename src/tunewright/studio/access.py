@@ -61,7 +61,7 @@ class ChangedRows:
 
 @dataclass(frozen=True)
 class RefusedVerdict:
-    """A message about the row of this key, whose verdict was not recorded, with what was typed for it."""
+    """A message about the row of this key, whose verdict was not recorded, with what was typed."""
 
     text: str
     key: str
@@ -130,7 +130,7 @@ class Access:
 
 
 def _source(address: str) -> str:
-    """Return what counts as one address: of IPv6 the /64 network, all of which one machine may have."""
+    """Return what counts as one address: of IPv6 the /64 network, which one machine may have."""
     try:
         return str(IPv6Network((address, 64), strict=False))
     except ValueError:

@@ -109,7 +109,7 @@ class Studio:
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 
     def app(self, hosts: tuple[str, ...] = _LOOPBACK) -> Starlette:
-        """Return the application, which answers requests for these host names only (``*``: for all)."""
+        """Return the application, which answers for these host names only (``*``: for all)."""
         routes = [
             Route("/sign-in", self._sign_in_page, methods=["GET"]),
             Route("/sign-in", self._sign_in, methods=["POST"]),
@@ -303,7 +303,7 @@ class Studio:
         return StreamingResponse(playing.events(question), media_type="text/event-stream")
 
     async def _wait_for_answers(self, request: Request) -> Response:
-        """Compute the answers to a question, then show its page: for browsers without JavaScript."""
+        """Compute the answers to a question, then show its page to browsers without scripts."""
         if self._session(request) is None:
             return RedirectResponse("/sign-in", status_code=303)
         name = str(request.path_params["question"])

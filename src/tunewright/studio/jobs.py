@@ -204,7 +204,7 @@ class Jobs:
         raise UserError(f"There is no job {name!r}", fix="Choose one of the list.")
 
     def running(self) -> Job | None:
-        """Return the job that is running, or None. A server is not counted: it runs next to others."""
+        """Return the running job, or None. A server is not counted: it runs next to others."""
         return next((job for job in self.all() if job.command[0] != SERVER and job.state == "running"), None)
 
     def server(self) -> Job | None:

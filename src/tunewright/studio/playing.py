@@ -1,4 +1,4 @@
-"""The playground of a studio: a base that a thread loads, questions, and answers as they are computed."""
+"""The playground: a base that a thread loads, questions, and answers as they are computed."""
 
 from __future__ import annotations
 

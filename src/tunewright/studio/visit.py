@@ -180,7 +180,7 @@ class Visit:
         return self.go(path_of("jobs", self.jobs.start(*words).id), message)
 
     def chosen(self, field: str, known: Collection[str]) -> str:
-        """Return a field that the page filled with one of these; a stale or forged form has another."""
+        """Return a field that the page filled with one of these; a stale form has another."""
         value = self.form.get(field, "")
         if value not in known:
             what = f"Unknown {field.replace('_', ' ')} {value!r}"

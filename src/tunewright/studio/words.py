@@ -31,7 +31,7 @@ _PAGES = {
     "serve": ("/deploy", "Deploy"),
     "tenant": ("/tenants", "Tenants"),
 }
-"""The page that does the work of a command: its path and its name. More words of a command come first."""
+"""The page that does a command's work: its path and name. More words of a command come first."""
 _COMMAND = re.compile(r"\btunewright ([a-z][a-z-]*(?: [a-z][a-z-]*)?)")
 by_commands = re.compile(r"`(tunewright [^`]+)`").split
 """Return the pieces of a text: every second one is a command. Other quotes stay, as part of what people typed."""

@@ -28,7 +28,7 @@ _NEWEST = 20  # evaluations
 
 
 def comparisons_page(visit: Visit) -> Response:
-    """Show the evaluations on the test split, and how far each reviewer has compared their answers."""
+    """Show evaluations on the test split, and how far each reviewer has compared their answers."""
     folder = visit.project.folder.evaluations
     files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
     names = [file.parent.name for file in files if not file.parent.name.startswith(DEV_PREFIX)]
@@ -253,7 +253,7 @@ def judged_item_page(visit: Visit) -> Response:
 
 
 def _compared(row: _Row, treatment: str) -> list[_Compared]:
-    """Return each comparison of the item, and the same without Markdown where the judge got it too."""
+    """Return each comparison of the item, also without Markdown where the judge got it too."""
     found = []
     for opponent, pair in row.judged.pairs.items():
         other = row.item.answers.get(opponent)

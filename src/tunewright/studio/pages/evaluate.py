@@ -31,7 +31,7 @@ _NEWEST = 10  # evaluations on the project's page
 
 @dataclass(frozen=True)
 class ListedEvaluation:
-    """An evaluation on the project's page; ``unreadable`` stands for the verdict of damaged evidence."""
+    """An evaluation on the project's page; the verdict of damaged evidence is ``unreadable``."""
 
     id: str
     verdict: str

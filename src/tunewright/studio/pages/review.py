@@ -30,7 +30,7 @@ _ON_A_PAGE = 100  # edits or conflicts
 
 @dataclass(frozen=True)
 class Queue:
-    """A choice of rows to review, with a page of its own: its path, its name, and what it is for."""
+    """A choice of rows to review, with its own page: its path, its name, and what it is for."""
 
     path: str
     name: str
@@ -192,7 +192,7 @@ def judge_row(visit: Visit) -> Response:
 
 
 def _typed(visit: Visit, review: ReviewSession) -> tuple[str | None, str | None]:
-    """Return the edited answer and the note that a form sends; None where they are as they were shown."""
+    """Return the edited answer and the note that a form sends; None where they are as shown."""
     key, output, note = (visit.form.get(name) for name in ("key", "output", "note"))
     member = review.members.get(key or "")
     if member is not None:

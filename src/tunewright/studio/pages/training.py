@@ -228,7 +228,7 @@ def _settings_table(runs: Sequence[TrainingRun], differing: Mapping[str, Sequenc
 
 
 def _by_step(runs: Sequence[TrainingRun]) -> Table:
-    """Return each evaluated step with the result of each run; empty where a run was not evaluated."""
+    """Return each evaluated step with each run's result; empty where a run was not evaluated."""
     texts: dict[int, list[str]] = {}
     for place, run in enumerate(runs):
         for each in run.evaluations:
