@@ -1,4 +1,4 @@
-"""The evidence on BANKING77, scored again from the frozen answers, and every figure of docs/benchmarks/banking77.md.
+"""The evidence on BANKING77, scored again from the frozen answers, and the output that its page quotes.
 
 The answers are in tests/golden/banking77 (`python benchmarks/banking77.py freeze`), the customers' messages are not.
 """
