@@ -349,7 +349,10 @@ def test_files_that_are_no_keys_do_not_hinder_signing(home: Path, keys: Path, an
     (home / "notes.pub").write_text("nothing of the kind\n")
     assert signing_key(TrustedKeys(keys)) == ann
     assert [key.own for key in TrustedKeys(keys).list()] == [True]
-    ann.file.with_suffix("").chmod(0o640)  # a private key that others can read
+
+
+def test_private_key_readable_by_others_does_not_sign(keys: Path, ann: SigningKey) -> None:
+    ann.file.with_suffix("").chmod(0o640)
     with pytest.raises(UserError, match="Your key ann cannot sign"):
         store_signer(keys, LogReporter())
 
