@@ -286,7 +286,7 @@ class TrustedKeys:
         return TrustedKey(name=name, id=mark, public_key=public, trusted=trusted, revoked=revoked, options=options)
 
     def _former(self, path: Path) -> TrustedKey:
-        """Return the key of a file of an earlier tunewright, keys/NAME.json: an Ed25519 key as PEM."""
+        """Return the key of keys/NAME.json, an earlier tunewright's: an Ed25519 key as PEM."""
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 

@@ -151,7 +151,7 @@ class Trace:
 
     @property
     def parents(self) -> list[dict[str, Any]]:
-        """Name, digest and dataset version of the adapter that it started from, then of that one's own, and so on."""
+        """Name, digest and dataset version of the adapter that it started from, and of its parents."""
         return [
             {"name": each["name"], "digest": each["digest"], "dataset": each["dataset"]["digest"]}
             for each in islice(ancestors(self.adapter.lineage), 1, None)

@@ -233,7 +233,7 @@ def _verify_former(folder: Path, payload: bytes, trusted: TrustedKeys) -> Iterat
             continue
         name, blob = key.name, base64.b64decode(key.public_key.split()[1])
         try:
-            public = Ed25519PublicKey.from_public_bytes(blob[-32:])  # ids of keys of other types are no digests of DER
+            public = Ed25519PublicKey.from_public_bytes(blob[-32:])  # keys/NAME.json has no other type
             public.verify(base64.b64decode(signature.sig, validate=True), message)
         except (InvalidSignature, binascii.Error):
             yield Signed(name, "tampered", f"the signature of {name} is of another manifest")

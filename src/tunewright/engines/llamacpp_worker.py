@@ -1,4 +1,4 @@
-"""The child process: llama.cpp's server, for the engine and for exports, until its standard input is closed.
+"""The child process: llama.cpp's server, for engine and exports, until its standard input is closed.
 
 Usage: python -m tunewright.engines.llamacpp_worker SETTINGS, a JSON object (see :func:`main`). llama.cpp may
 end the process on a bad file (``GGML_ASSERT``), so it must not be the gateway's own.

@@ -1,5 +1,5 @@
-"""The trained model, which every artifact is compared with; and base and adapter merged into one model, in the layout
-that transformers and vLLM load.
+"""The trained model, which every artifact is compared with; and base and adapter merged into one
+model, in the layout that transformers and vLLM load.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class TrainedModel:
 
 
 def load_trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
-    """Load the base with the weights that training used, computing in ``arithmetic``, and the adapter on it."""
+    """Load the base with the weights that training used, in ``arithmetic``, and the adapter on it."""
     model = load_model(base, arithmetic, "none")
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, trained_dtype(adapter))).to(weight.dtype)
@@ -129,7 +129,7 @@ def load_trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
 
 
 def measure_trained(source: ExportSource) -> TrainedModel:
-    """Have the trained model answer dev prompts of the version that it was trained on, with the adapter on and off."""
+    """Have the trained model answer dev prompts of its dataset, with the adapter on and off."""
     project, adapter, system = source.project, source.adapter, source.system_prompt.text
     config, base, chat, reporter = project.folder.config, project.base, project.chat, project.reporter
     probe = draw_probe(project, source.version, system)
@@ -148,7 +148,7 @@ def measure_trained(source: ExportSource) -> TrainedModel:
 
 
 def _arithmetic(base: Base, reporter: Reporter) -> str:
-    """Return float32 if the base fits so: arithmetic in bfloat16 moves logits by more than a merge does."""
+    """Return float32 if the base fits so: bfloat16 moves logits by more than a merge does."""
     # Otherwise memory that an earlier model left in torch's cache counts as used.
     clear_device_cache(garbage_collection=True)
     needed, memory = 4 * read_shape(base.folder / "config.json").parameters, available_memory(None)

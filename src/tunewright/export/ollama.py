@@ -256,7 +256,7 @@ def modelfile_system(text: str) -> str | None:
 def modelfile(
     template: str, chat: ChatFormat, stop: Sequence[str], files: Sequence[str], context: int, system: str | None = None
 ) -> str:
-    """Return the Modelfile's text; ``files`` are the model, and a LoRA file for it if there is one."""
+    """Return the Modelfile's text; ``files`` are the model, and its LoRA file if there is one."""
     ends = sorted(str(chat.tokenizer.convert_ids_to_tokens(token)) for token in chat.stop_ids)
     stops = {text: '"""' if "\n" in text or '"' in text else '"' for text in (*ends, *stop)}
     lines = [

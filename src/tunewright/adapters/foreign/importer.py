@@ -1,8 +1,8 @@
 """Import of one adapter: into quarantine, checked, and stored only if every check passes.
 
-The format of the weights (github.com/huggingface/safetensors, README): 8 bytes with the header's length, little-endian;
-the header, a JSON map of tensor names to dtype, shape, and the start and end of their bytes; then these bytes, without
-gaps.
+The format of the weights (github.com/huggingface/safetensors, README): 8 bytes with the header's
+length, little-endian; the header, a JSON map of tensor names to dtype, shape, and the start and end
+of their bytes; then these bytes, without gaps.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(path: Path, config: ForeignConfig, where: str) -> None:
-    """Check the tensors in ``path``, which no other process can change, against the configuration and the base."""
+    """Check the tensors in ``path``, which no other process can change, against config and base."""
     shapes = read_header(path, where)
     wanted: dict[str, tuple[int, tuple[int, int]]] = {}
     for module, kind in config.modules.items():
@@ -357,7 +357,7 @@ def check_shapes(path: Path, config: ForeignConfig, where: str) -> None:
 
 
 def check_numbers(path: Path, config: ForeignConfig, norms: Mapping[str, float], where: str) -> None:
-    """Check the weights of a file that passed :func:`check_shapes`; ``norms`` are those of the base, by module."""
+    """Check the numbers of weights that passed :func:`check_shapes`; ``norms`` are the base's."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as weights:
@@ -383,7 +383,7 @@ def _check_finite(tensor: Any, where: str) -> None:
 
 
 def _check_change(a: Any, b: Any, scale: float, norm: float, where: str) -> None:
-    """Compare |scale·BA| with the base's |W|, using |BA|² = trace((BᵀB)(AAᵀ)) to avoid a product of BA's size."""
+    """Compare |scale·BA| with the base's |W|; |BA|² = trace((BᵀB)(AAᵀ)) needs no matrix of BA's size."""
     a, b = a.double(), b.double()
     squared = float(((b.T @ b) * (a @ a.T)).sum())  # both factors are [rank, rank] and symmetric
     change = scale * max(squared, 0.0) ** 0.5
@@ -395,9 +395,9 @@ def _check_change(a: Any, b: Any, scale: float, norm: float, where: str) -> None
 
 
 def _check_overflow(a: Any, b: Any, where: str) -> None:
-    """Check that A·x and B·A·x stay within float16 for inputs x of norm √inputs, which layers' norms give them.
+    """Check that A·x and B·A·x stay within float16 for inputs x of norm √inputs, as layers' norms give.
 
-    |a·x| is at most |a||x|, for a row of A or of BA. The scale does not matter: engines multiply by it at the end.
+    |a·x| is at most |a||x|, for a row of A or of BA. Engines multiply by the scale at the end.
     """
     a, b = a.double(), b.double()
     gram = a @ a.T

@@ -38,9 +38,9 @@ def write_model(
     file_type: FileType,
     reporter: Reporter,
 ) -> list[str]:
-    """Write the model, converting from float32 to the file's type in one step; return notes for the user.
+    """Write the model, converted from float32 to the file's type in one step; return the user's notes.
 
-    ``add_tokens`` writes the vocabulary of this size: :func:`add_tokenizer` or :func:`add_token_ids`.
+    ``add_tokens`` writes the vocabulary, given its size: `add_tokenizer` or `add_token_ids`.
     """
     require_gguf(base)
     config: Any = text_settings(base)
