@@ -28,8 +28,8 @@ __all__ = ["ChatFormat", "Tokens", "chat_format", "encode", "open_chat"]
 def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any]]) -> Tokens:
     """Return the token ids of a conversation, and the loss mask: true for answers and their end tokens.
 
-    The format of a tokenizer is cached until the tokenizer changes. For many conversations with a base, use
-    ``open_chat(base)``, which has ``encode``, ``prompt`` and ``rows``.
+    The format of a tokenizer is cached until the tokenizer changes. For many conversations with a
+    base, use ``open_chat(base)``, which has ``encode``, ``prompt`` and ``rows``.
 
     Args:
         tokenizer_or_base: a :class:`Base`, or a transformers tokenizer with a chat template.

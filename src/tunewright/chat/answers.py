@@ -36,8 +36,8 @@ def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
 def answer_text(chat: ChatFormat, completion: Completion, conversation: Sequence[Message] = ()) -> str:
     """Return the text of a completion, up to the stop string that ended it.
 
-    If the answered conversation declares functions, calls are read and have their canonical text (``Message.text``),
-    which references have too.
+    If the answered conversation declares functions, calls are read and have their canonical text
+    (``Message.text``), which references have too.
     """
     if declared_functions(conversation):
         return answer_message(chat, completion, conversation).text
@@ -77,8 +77,8 @@ def constraint_end(chat: ChatFormat) -> int:
 def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) -> int:
     """Return the token limit of answers: the config's, else the 99th percentile of these members with a margin.
 
-    The margin is a quarter, at least 8 tokens. The longest answer may be an outlier, and each answer that does not end
-    costs the whole limit.
+    The margin is a quarter, at least 8 tokens. The longest answer may be an outlier, and each
+    answer that does not end costs the whole limit.
     """
     if config.evaluate.max_new_tokens is not None:
         return config.evaluate.max_new_tokens

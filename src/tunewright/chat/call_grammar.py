@@ -115,8 +115,8 @@ def _call(chat: ChatFormat, form: ToolForm, function: Mapping[str, Any], *, eith
         query = _text(f'{function["name"]}.call(query="')
         return f'{_mark(kind, "<|python_tag|>")} {query} /(?s:[^"]*)/ {_text(chr(34) + ")")}'
     if isinstance(kind, Llama) and either:
-        # llguidance's lexer takes the longest match: the literal `{"name": ` would forbid a JSON text's other keys, and
-        # a fixed spelling of calls its white space.
+        # llguidance's lexer takes the longest match: the literal `{"name": ` would forbid a JSON
+        # text's other keys, and a fixed spelling of calls its white space.
         schema = {key: value for key, value in _schema(function).items() if key != "x-guidance"}
         parts = [
             *map(_text, ["{", '"name"', ":", name, ",", '"parameters"', ":"]),

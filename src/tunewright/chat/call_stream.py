@@ -1,8 +1,8 @@
 """Function calls in an answer while it is generated: names as soon as they are complete, arguments in pieces.
 
-A call is certain once its function's name is complete and its arguments begin. From there on it stays a call, as in
-OpenAI's API, whatever follows; :meth:`tunewright.chat.tool_calls.CallForm.read` reads whole answers and takes those
-alone that are well-formed to their end. Both agree on these.
+A call is certain once its function's name is complete and its arguments begin. From there on it
+stays a call, as in OpenAI's API, whatever follows; :meth:`tunewright.chat.tool_calls.CallForm.read`
+reads whole answers and takes those alone that are well-formed to their end. Both agree on these.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class CallStream:
     def end(self, *, cut: bool) -> tuple[str, list[CallDelta]]:
         """Return the rest of the answer.
 
-        If the token limit ``cut`` it, the beginning of a call without its complete name is dropped, and an incomplete
-        call keeps the arguments that it has.
+        If the token limit ``cut`` it, the beginning of a call without its complete name is dropped,
+        and an incomplete call keeps the arguments that it has.
         """
         held, self._held = self._held, ""
         if self._step == self._in_query:

@@ -54,8 +54,8 @@ class TextEncoder:
     def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
         """Replace texts that look like control tokens by one character each; return the messages and the replacements.
 
-        The characters survive the template's operations (trim, split, join, JSON), and cannot become control tokens.
-        Calls and declarations are covered too.
+        The characters survive the template's operations (trim, split, join, JSON), and cannot
+        become control tokens. Calls and declarations are covered too.
         """
         texts = {
             text: message.role

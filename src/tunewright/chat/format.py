@@ -1,7 +1,7 @@
 """Conversations to token ids and loss mask, shared by training, evaluation and serving.
 
-The base's own chat template decides, and needs no markers of the trained part. An assistant turn is the text that the
-rendering with the turn adds to the rendering of its prompt:
+The base's own chat template decides, and needs no markers of the trained part. An assistant turn is
+the text that the rendering with the turn adds to the rendering of its prompt:
 
     render(messages[:i], generation_prompt=True)        <user> Hi <assistant>
     render(messages[:i + 1], generation_prompt=False)   <user> Hi <assistant> Hello <end>
@@ -122,8 +122,8 @@ class ChatFormat:
     def encode(self, messages: Sequence[Message]) -> Tokens:
         """Return the ids and the loss mask of a conversation: assistant turns of weight 1 are trained, with end tokens.
 
-        If a template renders earlier turns differently in longer conversations, only turns rendered as in their own
-        prompt are trained; :meth:`rows` covers all turns.
+        If a template renders earlier turns differently in longer conversations, only turns rendered
+        as in their own prompt are trained; :meth:`rows` covers all turns.
 
         Raises:
             UserError: the template refuses this conversation, or leaves an answer without an end token.
@@ -294,9 +294,9 @@ class ChatFormat:
     def _answer_start(self, prompt: str, shown: str) -> int:
         """Return the beginning of the answer in ``shown``.
 
-        Mistral's public templates render the system text in the last user turn only while that is unanswered. The
-        prompt is then not a prefix, and the answer begins after the last occurrence of the prompt's end: its last
-        control token and the text after it.
+        Mistral's public templates render the system text in the last user turn only while that is
+        unanswered. The prompt is then not a prefix, and the answer begins after the last occurrence
+        of the prompt's end: its last control token and the text after it.
         """
         if shown.startswith(prompt):
             return len(prompt)

@@ -174,8 +174,8 @@ class Template:
         return result in as_tool and as_tool not in others
 
     def _compiled(self) -> Any:
-        # transformers' sandbox (cached there), so that templates behave as in apply_chat_template, which has no way to
-        # set the date for templates that call strftime_now.
+        # transformers' sandbox (cached there), so that templates behave as in apply_chat_template,
+        # which has no way to set the date for templates that call strftime_now.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:

@@ -1,9 +1,9 @@
 """LoRA weights of several adapters stacked in one tensor, so that one batched product serves all of them.
 
-``torch.bmm`` needs its matrices in one tensor. The adapters that answer the rows of a batch are copied to *slots* of
-that tensor and stay there while requests ask for them. The copy takes a few milliseconds when an adapter's first row
-arrives. In each pass it saves two operations a layer for each adapter, which take longer than their arithmetic
-(benchmarks/adapter_passes.py).
+``torch.bmm`` needs its matrices in one tensor. The adapters that answer the rows of a batch are
+copied to *slots* of that tensor and stay there while requests ask for them. The copy takes a few
+milliseconds when an adapter's first row arrives. In each pass it saves two operations a layer for
+each adapter, which take longer than their arithmetic (benchmarks/adapter_passes.py).
 
 Shapes: S slots, N rows of a slot, R the largest rank of the stacked adapters.
 """

@@ -4,13 +4,12 @@ Batching is *continuous*: requests join while other rows are half way through (Y
 its own adapter, or none. Rows are padded on the left, so the newest token of every row is in the last column and one
 forward pass advances all of them::
 
-    row 0  base     . . . a b c d|e
-    row 1  courts   . f g h i j k|l      time runs to the right; '.' is padding that no row attends to
-    row 2  courts   m n o p q r s|t
+    row 0  base     . . . a b c d|e row 1  courts   . f g h i j k|l      time runs to the right; '.'
+    is padding that no row attends to row 2  courts   m n o p q r s|t
 
-Positions count from each row's first real token, and attention depends on them only. So padding changes nothing but
-the order of floating-point sums. In float32 answers are equal except where two tokens tie to the last digits; in
-bfloat16 a near tie can go the other way.
+Positions count from each row's first real token, and attention depends on them only. So padding
+changes nothing but the order of floating-point sums. In float32 answers are equal except where two
+tokens tie to the last digits; in bfloat16 a near tie can go the other way.
 """
 
 from __future__ import annotations
@@ -273,8 +272,8 @@ class Batch:
     def _forward(self, ids: Tensor, first: list[int], cache: Cache, adapters: Sequence[str | None]) -> Tensor:
         """Return the next token's logits [rows, vocabulary] after new columns of tokens [rows, time].
 
-        The cache gets the new columns. ``first`` is the column where each row's text begins. Ids and ``first`` go to
-        the device in one copy; everything else is computed there.
+        The cache gets the new columns. ``first`` is the column where each row's text begins. Ids
+        and ``first`` go to the device in one copy; everything else is computed there.
         """
         device = self._model.device
         new = ids.shape[1]

@@ -23,8 +23,8 @@ from tunewright.generation.kv_cache import PASS_TOKENS, SharedPrefix, shared_pre
 from tunewright.generation.requests import Completion, Request, Row
 from tunewright.generation.text_stream import Decode
 
-# Two prompts share a prefill if their padding is under this many tokens, or under half of the longer prompt. Below
-# that a second pass over the weights costs more than the padding.
+# Two prompts share a prefill if their padding is under this many tokens, or under half of the
+# longer prompt. Below that a second pass over the weights costs more than the padding.
 _CHEAP_PADDING = PASS_TOKENS
 # New requests wait until a quarter of the batch is free: prefilling few prompts takes about as long as many.
 _MIN_FREE_FRACTION = 4
@@ -69,8 +69,8 @@ def generate(
 class _Queue:
     """Requests waiting to join a batch, grouped by shared prefix; a prefix is kept while one of its requests waits.
 
-    The longest prompts come first. Neighbours then have similar lengths, and a shortage of memory shows at once, not
-    after an hour.
+    The longest prompts come first. Neighbours then have similar lengths, and a shortage of memory
+    shows at once, not after an hour.
     """
 
     def __init__(self, requests: Sequence[Request], batch: Batch) -> None:

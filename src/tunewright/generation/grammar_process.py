@@ -1,7 +1,7 @@
 """A child process that compiles grammars first: llguidance cannot be interrupted, but a process can be killed.
 
-The child (``python -m tunewright.generation.grammar_process``) reads lines of JSON: the arguments of llguidance's
-tokenizer, then the rules of each grammar. It answers each with an empty line.
+The child (``python -m tunewright.generation.grammar_process``) reads lines of JSON: the arguments
+of llguidance's tokenizer, then the rules of each grammar. It answers each with an empty line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Key/value caches of a ragged batch: rows padded on the left, selected, merged, or started from a shared prefix.
 
-Keys and values are [rows, heads, time, head size]. They are views of larger buffers, so a new token is written in
-place; transformers' ``DynamicLayer`` copies the whole cache for each token.
+Keys and values are [rows, heads, time, head size]. They are views of larger buffers, so a new token
+is written in place; transformers' ``DynamicLayer`` copies the whole cache for each token.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ take 8 MB a row.
 class PreallocatedLayer(DynamicLayer):
     """One layer's keys and values, with spare columns for the next tokens.
 
-    Every layer keeps the whole past, and the attention mask alone applies a sliding window. A cache that dropped what
-    has left the window would count padding as text.
+    Every layer keeps the whole past, and the attention mask alone applies a sliding window. A cache
+    that dropped what has left the window would count padding as text.
     """
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -146,8 +146,8 @@ def new_cache() -> Cache:
 def select(cache: Cache, indices: list[int], time: int) -> None:
     """Keep these rows and the last ``time`` columns, in the buffers that they are in.
 
-    Only rows that change their place are copied, unless at most half of a buffer stays in use. Nothing is sent to the
-    device if that is the whole cache.
+    Only rows that change their place are copied, unless at most half of a buffer stays in use.
+    Nothing is sent to the device if that is the whole cache.
     """
     layers: list[Any] = cache.layers
     columns = layers[0].keys.shape[2]
@@ -235,8 +235,8 @@ def from_prefix(prefix: Cache, shifts: Sequence[int]) -> Cache:
     columns = torch.arange(prefix.get_seq_length(), device=device)
     moved = (columns - torch.tensor(shifts, device=device)[:, None]).clamp(min=0)  # [rows, time]
     for index, layer in enumerate(layers):
-        # Indexing gives [heads, rows, time, size]: one index for all heads. Padding repeats column 0; no row attends
-        # to it.
+        # Indexing gives [heads, rows, time, size]: one index for all heads. Padding repeats column
+        # 0; no row attends to it.
         keys, values = (states[0][:, moved].transpose(0, 1) for states in (layer.keys, layer.values))
         rows.update(keys, values, index)
     return rows

@@ -30,8 +30,8 @@ launches on CUDA (docs/decisions/0024)."""
 class LoraDispatch:
     """The adapters of a model, and the dispatch of a pass's rows to them.
 
-    The adapters are those of a PeftModel, or are added to a base that has none. Then the model itself never changes,
-    and one more adapter is a few dictionary entries (:meth:`add`).
+    The adapters are those of a PeftModel, or are added to a base that has none. Then the model
+    itself never changes, and one more adapter is a few dictionary entries (:meth:`add`).
 
     PEFT's own ``forward(adapter_names=...)`` does the same with three drawbacks. It looks up the layers in every pass,
     which is a quarter of a short pass. It leaves its hooks behind when a pass fails. It needs ten operations a layer
@@ -40,8 +40,8 @@ class LoraDispatch:
     two or three operations; where rows of several adapters decode, it needs four for all of them together
     (tests/gpu/test_decoding_gpu.py).
 
-    peft refuses to mix DoRA rows in one pass. If the rows are not ``mixed``, any kind of adapter works: it is switched
-    on for the pass, or all are off.
+    peft refuses to mix DoRA rows in one pass. If the rows are not ``mixed``, any kind of adapter
+    works: it is switched on for the pass, or all are off.
     """
 
     def __init__(self, model: Any, *, mixed: bool) -> None:

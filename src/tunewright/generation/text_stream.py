@@ -13,8 +13,8 @@ _MOST_HELD = 16  # tokens: with at least a byte each, far more than a character'
 class Detokenizer:
     """Turns token ids into text piece by piece; the pieces joined are the text of all ids.
 
-    Each piece is decoded together with the one before it, because a token's text depends on its left neighbour. For
-    example, SentencePiece drops the space before a text's first word.
+    Each piece is decoded together with the one before it, because a token's text depends on its
+    left neighbour. For example, SentencePiece drops the space before a text's first word.
     """
 
     def __init__(self, decode: Decode) -> None:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 # The Hugging Face libraries report no usage from here, unless the user's environment asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-# peft imports bitsandbytes if it is installed. On a CPU with AVX512-BF16 that recommends compiled code from the hub for
-# a layer's evaluation mode, which `disable_repacking` turns off.
+# peft imports bitsandbytes if it is installed. On a CPU with AVX512-BF16 that recommends compiled
+# code from the hub for a layer's evaluation mode, which `disable_repacking` turns off.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"

@@ -3,9 +3,9 @@
 Quantized weights (NF4 with double quantization, by bitsandbytes) are never stored. They are computed from the base's
 own files at each load, always to the same bits, so the base's digest identifies them.
 
-peft's ``prepare_model_for_kbit_training`` is not called: it converts embeddings, norms and the output layer to float32
-(for Llama 3.1 8B 4.2 GB instead of 2.1). Its other steps (freezing the base, gradient checkpointing) are done by peft
-and the trainer.
+peft's ``prepare_model_for_kbit_training`` is not called: it converts embeddings, norms and the
+output layer to float32 (for Llama 3.1 8B 4.2 GB instead of 2.1). Its other steps (freezing the
+base, gradient checkpointing) are done by peft and the trainer.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base's weights in ``dtype`` ("bfloat16" or "float32"), in eval mode, on ``place`` (None: `device()`).
 
-    With ``quantization`` "nf4" the linear layers are quantized to 4 bits and compute in ``dtype``. Embeddings, norms
-    and the output layer stay in ``dtype``. ``shardable``: FSDP can shard the 4-bit weights. A vision tower is dropped
-    after loading.
+    With ``quantization`` "nf4" the linear layers are quantized to 4 bits and compute in ``dtype``.
+    Embeddings, norms and the output layer stay in ``dtype``. ``shardable``: FSDP can shard the
+    4-bit weights. A vision tower is dropped after loading.
     """
     import torch
     import transformers
@@ -93,8 +93,8 @@ def named(base: Base, quantization: Quantization) -> str:
 def load_tokenizer(base: Base) -> Any:
     """Load the base's tokenizer, with a padding token (the end-of-text token if it has none).
 
-    Mistral's tekken.json takes precedence: tokenizer.json files next to it were published with another pre-tokenization
-    rule, which gives other tokens.
+    Mistral's tekken.json takes precedence: tokenizer.json files next to it were published with
+    another pre-tokenization rule, which gives other tokens.
     """
     tekken = base.folder / TEKKEN
     with quiet_transformers():
@@ -237,10 +237,10 @@ def nf4_config(dtype: str, *, shardable: bool = False) -> BitsAndBytesConfig:
 def disable_repacking(model: Any) -> None:
     """Make a freshly quantized model compute the same in training and in eval mode.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at its first pass in eval mode: their scales
-    are rounded to bfloat16. No gradient passes through the layer until its state is next taken, which unpacks the
-    weights to slightly different values. After evaluating dev, a run would continue with wrong or no gradients over
-    another base.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights at its first pass in eval
+    mode: their scales are rounded to bfloat16. No gradient passes through the layer until its state
+    is next taken, which unpacks the weights to slightly different values. After evaluating dev, a
+    run would continue with wrong or no gradients over another base.
     """
     from bitsandbytes.nn import Linear4bit
 

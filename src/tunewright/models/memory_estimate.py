@@ -1,8 +1,8 @@
 """Bytes that one training step needs, by part: arithmetic over a base's shape, nothing is loaded.
 
-Between forward and backward a step keeps the tensors that autograd saves in transformers' Llama and Mistral with PEFT's
-LoRA layers. The tests count those tensors (``torch.autograd.graph.saved_tensors_hooks``) and check these sums against
-them, to the byte.
+Between forward and backward a step keeps the tensors that autograd saves in transformers' Llama and
+Mistral with PEFT's LoRA layers. The tests count those tensors
+(``torch.autograd.graph.saved_tensors_hooks``) and check these sums against them, to the byte.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CARD_RUNTIME = 1 << 30
 
 CARD_SLACK = 0.05
 """Assumed, not measured: share of the temporary memory that the GPU's allocator holds on top of it. Steps differ in
-size, so freed blocks do not fit the next ones exactly. With expandable segments, whose unit is 2 MiB, little is
-lost.
+size, so freed blocks do not fit the next ones exactly. With expandable segments, whose unit is 2
+MiB, little is lost.
 """
 
 _FLASH_PADDING = 128
@@ -74,9 +74,9 @@ class TrainingSetup:
     def copies_inputs(self) -> bool:
         """True if each adapted layer keeps its own copy of its input.
 
-        training.lora.FusedLinear and fused_linear_4bit keep the input that the layers share. peft's own
-        layers, which dropout needs, convert it to the adapter's float32 and autocast converts it back, so each keeps a
-        copy.
+        training.lora.FusedLinear and fused_linear_4bit keep the input that the layers share. peft's
+        own layers, which dropout needs, convert it to the adapter's float32 and autocast converts
+        it back, so each keeps a copy.
         """
         return self.dropout
 

@@ -178,8 +178,8 @@ def plan(
 ) -> Plan:
     """Plan LoRA and QLoRA, with and without gradient checkpointing, in this memory.
 
-    ``shared`` tokens of each row are the prefix of all rows, and ``answer`` tokens are trained; of a shorter row, all
-    after the prefix.
+    ``shared`` tokens of each row are the prefix of all rows, and ``answer`` tokens are trained; of
+    a shorter row, all after the prefix.
     """
     setups = []
     asked = _load(rows, length, shared, answer)
@@ -242,8 +242,8 @@ def check_memory(
 ) -> MemoryCheck:
     """Check whether training fits, as `tunewright train` does it in this memory.
 
-    Without ``rows`` the micro-batch may be halved until it fits, as training halves it. Without ``length`` rows of
-    ``train.max_length`` tokens must fit, or at least the dataset's longest row.
+    Without ``rows`` the micro-batch may be halved until it fits, as training halves it. Without
+    ``length`` rows of ``train.max_length`` tokens must fit, or at least the dataset's longest row.
 
     ``rows`` and ``length`` say if the user set them.
     """

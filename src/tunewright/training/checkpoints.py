@@ -3,8 +3,8 @@
 WORK/
   checkpoint-N/     everything that a run needs to resume after step N; the newest two are kept
   evaluated/step-N/ the adapter evaluated after step N, if it is among the best or is the latest of a checkpoint
-A manifest of the files' SHA-256 is written last (``core.io.seal``). A folder without one was cut off while it was
-written; a manifest that does not match means later damage.
+A manifest of the files' SHA-256 is written last (``core.io.seal``). A folder without one was cut
+off while it was written; a manifest that does not match means later damage.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ _ASKED_S = 0.5
 class CheckpointCallback(TrainerCallback):
     """Saves after each evaluation and on request, seals complete checkpoints, and keeps evaluated adapters.
 
-    A step is evaluated before it is saved, so a run that resumes there has the evaluation. Only a stop can cut an
-    evaluation off; `evaluation_missing` detects that.
+    A step is evaluated before it is saved, so a run that resumes there has the evaluation. Only a
+    stop can cut an evaluation off; `evaluation_missing` detects that.
     """
 
     def __init__(self, work: Path, base: Base, stop: StopRequest) -> None:
@@ -246,8 +246,8 @@ def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
     with new_folder(kept) as folder:
         shutil.copyfile(checkpoint / WEIGHTS, folder / WEIGHTS)
         config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-        # The base as the config names it, instead of a local path. peft keeps targets as a set, whose order changes
-        # from run to run: sorted, equal adapters have equal digests.
+        # The base as the config names it, instead of a local path. peft keeps targets as a set,
+        # whose order changes from run to run: sorted, equal adapters have equal digests.
         settled = {
             "base_model_name_or_path": base.spec,
             "revision": base.commit,

@@ -1,7 +1,7 @@
 """FSDP2 support: each process holds a shard of every weight, and a layer is gathered only while it computes.
 
-accelerate shards the model, and transformers saves and loads it; this module covers what both leave open. Every pass is
-a collective operation: a process that makes a pass alone waits forever.
+accelerate shards the model, and transformers saves and loads it; this module covers what both leave
+open. Every pass is a collective operation: a process that makes a pass alone waits forever.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tunewright.training import distributed
 def shard(accelerator: Any, model: Any) -> None:
     """Configure accelerate to shard the model layer by layer when it prepares it.
 
-    Weights are sent, and gradients reduced, in the weights' own precision: a bfloat16 base under float32 adapters
-    computes as it does in one process.
+    Weights are sent, and gradients reduced, in the weights' own precision: a bfloat16 base under
+    float32 adapters computes as it does in one process.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -97,8 +97,8 @@ def syncing_gradients(model: Any, afterwards: bool) -> Iterator[None]:
 def match_forward_passes(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
     """Let processes make different numbers of passes of a sharded model: those that finish first join idle passes.
 
-    Before each pass the processes ask each other if any has a pass left; a process without one makes ``idle_pass``.
-    An unsharded model needs none of this.
+    Before each pass the processes ask each other if any has a pass left; a process without one
+    makes ``idle_pass``. An unsharded model needs none of this.
     """
     if not is_sharded(model):
         yield

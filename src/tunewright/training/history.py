@@ -172,8 +172,8 @@ def append_dev_answers(work: Path, step: int, answers: Mapping[str, str]) -> Non
 def read_dev_answers(work: Path) -> dict[int, dict[str, str]]:
     """Return the answers by step and pair key; empty before the first evaluation.
 
-    A resumed run repeats evaluations after its checkpoint: the last line of a step counts. A last line without its end
-    is still being written.
+    A resumed run repeats evaluations after its checkpoint: the last line of a step counts. A last
+    line without its end is still being written.
     """
     file = work / DEV_ANSWERS
     if not file.exists():

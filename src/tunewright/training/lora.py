@@ -58,9 +58,9 @@ def require_precision(settings: TrainConfig) -> None:
 def keep_float32(model: Any) -> None:
     """Convert the trained weights to float32 before an optimizer is made.
 
-    trl 1.16 converts those over a quantized base to bfloat16, where an AdamW update is often too small to change a
-    weight. The conversion back loses nothing. A was rounded when peft drew it in the base's precision, B is zero, and
-    trl leaves DoRA's magnitudes alone.
+    trl 1.16 converts those over a quantized base to bfloat16, where an AdamW update is often too
+    small to change a weight. The conversion back loses nothing. A was rounded when peft drew it in
+    the base's precision, B is zero, and trl leaves DoRA's magnitudes alone.
     """
     for weight in model.parameters():
         if weight.requires_grad:
@@ -70,8 +70,8 @@ def keep_float32(model: Any) -> None:
 def use_fused_lora(config: LoraConfig, quantization: Quantization = "none") -> None:
     """Change ``config`` to have peft build fused LoRA layers over linear layers; the adapter's files stay the same."""
     if quantization == "nf4":
-        # Imported here because it needs bitsandbytes. Registered first, because peft takes the first match and a 4-bit
-        # layer is an nn.Linear too.
+        # Imported here because it needs bitsandbytes. Registered first, because peft takes the
+        # first match and a 4-bit layer is an nn.Linear too.
         from bitsandbytes.nn import Linear4bit
 
         config._register_custom_module({Linear4bit: fused_linear_4bit()})
@@ -222,8 +222,8 @@ def require_liger(asked: bool) -> None:
 def use_liger(model: Any) -> None:
     """Replace a loaded Llama's or Mistral's rotary embedding, norms and SwiGLU by Liger's.
 
-    trl 1.16 deprecates its argument ``use_liger_kernel``; this is the transformers function behind it. The rotary
-    embedding is replaced for every model of that class in this process.
+    trl 1.16 deprecates its argument ``use_liger_kernel``; this is the transformers function behind
+    it. The rotary embedding is replaced for every model of that class in this process.
     """
     from transformers.integrations.liger import apply_liger_kernel
 

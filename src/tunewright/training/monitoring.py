@@ -83,13 +83,13 @@ def fault(loss: float, gradient_norm: float, losses: Sequence[float], vocabulary
     - 5 steps more than 1 nat above both ln(vocabulary), the loss of random guessing, and the first step's loss, which
       is the untrained base's. Such a model has unlearnt more than it ever knew.
     - 10 steps each more than 1 nat above the *highest* of the first 10. Those are the warm-up's, where the model is
-      still close to the base. If training changed nothing, ten given losses would all exceed ten others by chance once
-      in 184,756 = C(20, 10) times. The margin makes it rarer still.
+      still close to the base. If training changed nothing, ten given losses would all exceed ten
+      others by chance once in 184,756 = C(20, 10) times. The margin makes it rarer still.
 
     A run that learns and then falls back to its start is not stopped: the dev split selects an earlier adapter.
 
-    ``losses`` are those of all steps up to this one, in nats per trained token; ``gradient_norm`` is over all LoRA
-    weights, before clipping.
+    ``losses`` are those of all steps up to this one, in nats per trained token; ``gradient_norm``
+    is over all LoRA weights, before clipping.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -117,8 +117,8 @@ _SPEED_STEPS = 20
 class MetricsCallback(TrainerCallback):
     """Reports every number, writes it to the run's metrics file, and stops a diverged run.
 
-    The file has a JSON object a line for each step and each evaluation. ``rows_of_step`` returns the indices of a
-    step's rows in the training set.
+    The file has a JSON object a line for each step and each evaluation. ``rows_of_step`` returns
+    the indices of a step's rows in the training set.
     """
 
     def __init__(
@@ -286,8 +286,8 @@ def dev_task(
 ) -> DevTask | None:
     """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed and reported.
 
-    Rows with equal prompts are answered once. The answers of the training rows determine the length limit, as in
-    evaluation. None: the config wants no answers, and the dev loss alone decides.
+    Rows with equal prompts are answered once. The answers of the training rows determine the length
+    limit, as in evaluation. None: the config wants no answers, and the dev loss alone decides.
     """
     most, split = config.train.eval_max_samples, tuple(m.example for m in dev)
     if most == 0:

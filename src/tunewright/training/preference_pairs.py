@@ -107,8 +107,8 @@ def preference_inputs(settings: TrainConfig, dataset: Path, version: DatasetVers
 class PreferenceRows:
     """Encoded answers to train on.
 
-    With dpo and orpo, answer ``2 * i`` is the chosen and ``2 * i + 1`` the rejected one of pair i. With kto, each
-    answer is alone.
+    With dpo and orpo, answer ``2 * i`` is the chosen and ``2 * i + 1`` the rejected one of pair i.
+    With kto, each answer is alone.
     """
 
     method: Method

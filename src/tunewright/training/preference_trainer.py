@@ -1,10 +1,10 @@
 """The trainer on preference data: the answers of a pair in one packed pass, and the losses of DPO, ORPO and KTO.
 
-The losses are computed as trl 1.16 computes them. The reference model's log-probabilities are computed once for each
-answer before the first step, and kept.
+The losses are computed as trl 1.16 computes them. The reference model's log-probabilities are
+computed once for each answer before the first step, and kept.
 
-Shapes: L trained tokens, A answers of a batch, P of its training rows (pairs, or with kto answers). All
-log-probabilities are natural logarithms, of whole answers unless a name says mean.
+Shapes: L trained tokens, A answers of a batch, P of its training rows (pairs, or with kto answers).
+All log-probabilities are natural logarithms, of whole answers unless a name says mean.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class PreferenceTrainer(Trainer):
     def _divergence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return KTO's estimate of the divergence from the reference, from mismatched answers; at least 0.
 
-        It is that of the rows of this pass, as trl takes those of a micro-batch. Each process has its own: they may
-        make different numbers of passes, so a pass must not wait for the others.
+        It is that of the rows of this pass, as trl takes those of a micro-batch. Each process has
+        its own: they may make different numbers of passes, so a pass must not wait for the others.
         """
         places = inputs["indices"].tolist()
         # Not through DDP, whose passes are collective.
@@ -337,8 +337,8 @@ def kto_losses(
 def set_reference(trainer: PreferenceTrainer, work: Path, identity: str, reporter: Reporter) -> None:
     """Give the trainer, before its first step, its reference: that of an earlier part of this run, or its own adapter.
 
-    The working folder keeps the numbers for a run that resumes. ``identity`` is the digest of the answers and of the
-    reference model.
+    The working folder keeps the numbers for a run that resumes. ``identity`` is the digest of the
+    answers and of the reference model.
     """
     count = len(trainer.answers) + len(trainer.mismatched)
     kept = _kept(work / _REFERENCE, identity, count)

@@ -109,8 +109,8 @@ def training_rows(
 def require_min_examples(pairs: int, *, force: bool, reporter: Reporter, place: str = "") -> str | None:
     """Refuse to train on fewer than `FEWEST_TRAINING_PAIRS` pairs; with ``force``, warn instead.
 
-    ``place``, which starts with a space, is the subset with so few pairs if it is not the training split. Return the
-    note for the adapter's lineage; None if there are enough pairs.
+    ``place``, which starts with a space, is the subset with so few pairs if it is not the training
+    split. Return the note for the adapter's lineage; None if there are enough pairs.
     """
     if pairs >= FEWEST_TRAINING_PAIRS:
         return None

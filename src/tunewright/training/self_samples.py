@@ -147,8 +147,8 @@ class Sampler:
     def draw(self, wanted: int, screen: Screen, *, finished: bool) -> Drawn:
         """Return the first ``wanted`` samples that are complete, new and pass the screen, and why others do not.
 
-        Fewer are returned, with a warning, if most samples are unusable. ``finished`` leaves out answers that were cut
-        off at the limit.
+        Fewer are returned, with a warning, if most samples are unusable. ``finished`` leaves out
+        answers that were cut off at the limit.
         """
         used: list[SelfSample] = []
         left_out: dict[int, str] = {}
@@ -235,8 +235,8 @@ class Sampler:
 def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> str | None:
     """Return the base's text for the user turn; None if the turn did not end.
 
-    A base without an end-of-turn token ends the turn with the template's own text, or never learnt to end it: then the
-    turn ends at the first empty line.
+    A base without an end-of-turn token ends the turn with the template's own text, or never learnt
+    to end it: then the turn ends at the first empty line.
     """
     text = chat.text(turn.ids)
     if end_text is not None:

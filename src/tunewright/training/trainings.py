@@ -101,9 +101,9 @@ class Trainings:
     ) -> Generator[Result, None, None]:
         """Yield each job's result, in order: ``step(base, shared, job.value, reporter)``.
 
-        Here a job is done when its result is asked for. On a cluster its messages are reported with its result, after
-        its name if they are ``named``. Paths in ``shared`` and in the jobs must be absolute there. An error or a
-        signal stops all jobs, with a checkpoint saved.
+        Here a job is done when its result is asked for. On a cluster its messages are reported with
+        its result, after its name if they are ``named``. Paths in ``shared`` and in the jobs must
+        be absolute there. An error or a signal stops all jobs, with a checkpoint saved.
         """
         if self.site is None:
             for job in jobs:

@@ -166,9 +166,9 @@ def _within_on_card(
 ) -> Tensor:
     """Compute `_within` with SDPA's memory-efficient kernel, where FlashAttention does not apply: [R, H, S, D].
 
-    That kernel takes float32 and GPUs before Ampere, but no grouped heads (check_batch_size_and_num_heads_dense in
-    PyTorch's sdp_utils_cpp.h). So keys and values are repeated for each query head; otherwise SDPA would hold all
-    scores.
+    That kernel takes float32 and GPUs before Ampere, but no grouped heads
+    (check_batch_size_and_num_heads_dense in PyTorch's sdp_utils_cpp.h). So keys and values are
+    repeated for each query head; otherwise SDPA would hold all scores.
     """
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
@@ -250,8 +250,8 @@ def _flash(
 def varlen_options(scaling: float, window: int | None, *, grouped: bool) -> dict[str, Any]:
     """Return the keyword arguments of ``varlen_attn`` for the installed torch.
 
-    torch 2.11 passes keys with fewer heads to the kernel, which accepts them; from 2.12 on it requires ``enable_gqa``.
-    In both versions a window does not count the token itself.
+    torch 2.11 passes keys with fewer heads to the kernel, which accepts them; from 2.12 on it
+    requires ``enable_gqa``. In both versions a window does not count the token itself.
     """
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     return {**options, "enable_gqa": True} if grouped and _asks_for_gqa() else options
@@ -267,8 +267,8 @@ def _asks_for_gqa() -> bool:
 def gather(packed: Tensor, places: Tensor | None) -> Tensor:
     """Return ``packed[indices]`` ([T, ...] to [P, ...]), whose gradient is summed in float32 and rounded once.
 
-    index_select sums gradients in their own precision. For a prefix that 256 rows share, bfloat16 would round 256
-    times, an error of 1.6%; rounding once leaves 0.2%.
+    index_select sums gradients in their own precision. For a prefix that 256 rows share, bfloat16
+    would round 256 times, an error of 1.6%; rounding once leaves 0.2%.
     """
     if places is None:
         return packed

@@ -55,8 +55,8 @@ def add_token_losses(model: Any) -> None:
         assert self is not None, "called through the model"
         if predict_from is None:
             return original(self, *args, **kwargs)
-        # Rows that share a whole prompt share the state that predicts their first token, so indices may repeat.
-        # last_hidden_state[0] is [T, D], states are [L, D].
+        # Rows that share a whole prompt share the state that predicts their first token, so indices
+        # may repeat. last_hidden_state[0] is [T, D], states are [L, D].
         states = gather(self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[0], predict_from)
         if targets is None:
             return states
@@ -140,9 +140,9 @@ def batch_token_losses(model: Any, batch: Any, reference: Reference | None = Non
 class _FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropy under a frozen head, computed in tiles of tokens.
 
-    A token's gradient with respect to its state is (softmax - one-hot) W, whatever factor the loss gets later. So it is
-    computed in forward, while the tile's logits exist, and only scaled in backward. Liger (Hsu et al. 2024,
-    arXiv 2410.10989) does the same.
+    A token's gradient with respect to its state is (softmax - one-hot) W, whatever factor the loss
+    gets later. So it is computed in forward, while the tile's logits exist, and only scaled in
+    backward. Liger (Hsu et al. 2024, arXiv 2410.10989) does the same.
     """
 
     @staticmethod

@@ -6,8 +6,8 @@ together in *blocks*::
     |prefix|  a a a a  b b b b  |  c c c c c c c c  d d d d d d d .  |prefix|  e e e  ...
                block               block (padded in attention only)
 
-Attention computes a block as rows of equal length, so similar lengths keep its padding small. Everything that works
-token by token has no padding at all.
+Attention computes a block as rows of equal length, so similar lengths keep its padding small.
+Everything that works token by token has no padding at all.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class StepBatches:
         for start in range(0, len(order), self.step_rows):
             step = order[start : start + self.step_rows]
             share = self._share(len(step))
-            # Distributed by length, so that no process waits long for another. Then sorted by token ids, which puts
-            # rows with a common prefix into one micro-batch.
+            # Distributed by length, so that no process waits long for another. Then sorted by token
+            # ids, which puts rows with a common prefix into one micro-batch.
             dealt = sorted(step, key=lambda place: -len(self.rows[place]))[self.process :: self.processes]
             mine = sorted(dealt, key=lambda place: list(self.rows[place]))
             for first in range(0, share, self.micro_batch):

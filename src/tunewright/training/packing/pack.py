@@ -117,8 +117,8 @@ class PackedBatch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward, without the targets."""
-        # transformers takes restarting positions for packed rows and makes a mask [1, 1, T, T] of them. It passes a
-        # mask with four dimensions on, and attention by a layout ignores it.
+        # transformers takes restarting positions for packed rows and makes a mask [1, 1, T, T] of
+        # them. It passes a mask with four dimensions on, and attention by a layout ignores it.
         no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
         return {
             "input_ids": self.input_ids,

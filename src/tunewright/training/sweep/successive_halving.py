@@ -43,8 +43,8 @@ def suggested_rate(hidden_size: int) -> float:
 def default_rates(own: float, hidden_size: int) -> tuple[float, ...]:
     """Return three rates, a factor of sqrt(10) apart around the suggested rate, of which one is the config's own.
 
-    The config's rate replaces the nearest one, so that the current config is always tried too. The others are rounded
-    to two digits.
+    The config's rate replaces the nearest one, so that the current config is always tried too. The
+    others are rounded to two digits.
     """
     centre = suggested_rate(hidden_size)
     rates = [float(f"{centre * _STEP**place:.2g}") for place in (-1, 0, 1)]
@@ -122,8 +122,8 @@ It raises KeyboardInterrupt once the state is saved."""
 class SuccessiveHalving:
     """One sweep of trials, the most promising first. The ledger records every result; recorded work is not repeated.
 
-    ``rungs`` are a trial's total steps at each comparison; the last is the full run. ``budget`` is seconds for the
-    whole sweep, including those in the ledger (None: unlimited).
+    ``rungs`` are a trial's total steps at each comparison; the last is the full run. ``budget`` is
+    seconds for the whole sweep, including those in the ledger (None: unlimited).
     """
 
     def __init__(
