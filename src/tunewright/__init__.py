@@ -23,7 +23,7 @@ _STAT = Path("/proc/stat")
 def _is_busy() -> bool:
     """Return whether other programs use at least half of the cores now, and have done so for a while.
 
-    The load of the last minute alone may be that of a server that has just been restarted.
+    A high load average alone may come from a program that has just ended.
     """
     cores = os.cpu_count() or 1
     if os.getloadavg()[0] <= cores / 2:
@@ -39,13 +39,13 @@ def _is_busy() -> bool:
 
 
 # An OpenMP thread that waits for the others keeps its core busy for milliseconds before it sleeps. On a busy machine
-# the thread that it waits for may need that core, so there it spins for a shorter time and computes several times as
-# fast (docs/decisions/0009-what-is-decided-by-the-clock.md). libgomp reads this when torch is imported.
+# the thread that it waits for may need that core, so a thread spins for a shorter time and the run computes several
+# times as fast (docs/decisions/0009-what-is-decided-by-the-clock.md). libgomp reads this when torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and _is_busy():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
 if not any(Path(folder, "torch").is_dir() for folder in sys.path):
-    # Without it only transformers' tokenizers are used, and transformers advises to install it.
+    # Without torch, only transformers' tokenizers are used, and transformers advises to install torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 

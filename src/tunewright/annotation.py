@@ -21,7 +21,7 @@ from tunewright.core.clock import now
 from tunewright.core.csv import one_line_end, read_sheet, restored_cell
 from tunewright.core.errors import UserError
 
-LEASE_S = 600  # for which an item on one screen is offered to no other
+LEASE_S = 600  # seconds for which an item on one screen is offered to no other
 _MOST_FAULTS = 50
 
 
@@ -161,7 +161,7 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
 
     @abstractmethod
     def sheet_fault(self, cells: Mapping[str, str], where: str) -> str | None:
-        """Return what is wrong with a row of a sheet at ``where``, which is its ``file:line``; None: nothing."""
+        """Return the fault of a sheet's row at ``where`` (its ``file:line``), or None."""
 
     @abstractmethod
     def sheet_marks(self, cells: Mapping[str, str]) -> list[Mark]:
@@ -181,7 +181,7 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
         return mine is not None and mine.verdict == "skip"
 
     def next(self, leased: Collection[str] = ()) -> ItemT | None:
-        """Return the next item to judge, or None; ``leased`` ones are left to those who have them on their screens."""
+        """Return the next item to judge, or None; ``leased`` items are on other screens and skipped."""
         key = next((key for key in self.queue() if key not in leased and self._is_offered(key)), None)
         return None if key is None else self.item(key)
 
@@ -193,7 +193,7 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
         return key not in self._skipped and self.is_open(key)
 
     def open_keys(self, most: int | None = None) -> list[str]:
-        """Return the keys of the first ``most`` open items (None: of all), also of skipped ones."""
+        """Return the keys of the first ``most`` open items (None: all), including skipped items."""
         return list(islice(filter(self.is_open, self.queue()), most))
 
     def verdict(self, key: str) -> VerdictMarkT | None:
@@ -224,7 +224,7 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
         return "Noted." if text else "The note was removed."
 
     def latest(self) -> VerdictMarkT | None:
-        """Return this reviewer's newest verdict that can be taken back, also one of an earlier pass."""
+        """Return this reviewer's newest verdict that can be taken back, including verdicts of an earlier pass."""
         return self.log.latest(self.reviewer, self.counts)
 
     def undo(self, key: str | None = None) -> ItemT | None:
@@ -274,7 +274,7 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
 class Leases:
     """The item on each screen, which is offered to no other screen for a time.
 
-    They end with the process, and another one does not know them: there, the first verdict counts.
+    Leases end with the process. Other processes do not know them: there, the first verdict counts.
     """
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ class DemoAnswers:
     best_prompting: str
     """The name of the best prompting arm."""
     prompted: str
-    """Its answer in the evaluation: the base with demonstrations."""
+    """The best prompting arm's answer in the evaluation: the base with demonstrations."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SlowMeasurements:
 def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, cluster: str | None = None) -> Project:
     """Return the demo project in ``directory``, created if it does not exist.
 
-    With ``whole`` it gets the example's whole settings, also over unchanged quick ones.
+    With ``whole`` it gets the example's whole settings, which also replace unchanged quick settings.
     """
     config, name = directory / CONFIG_FILE, examples.LEGAL_CITATIONS
     if not config.exists():

@@ -52,8 +52,9 @@ def require_ssh_keygen() -> str:
 def ssh_keygen(*arguments: str, data: bytes = b"", prompt: bool = False) -> Finished:
     """Run ``ssh-keygen`` with this input; with ``prompt`` it may ask at the terminal for a passphrase."""
     command = [require_ssh_keygen(), *arguments]
-    # Without a terminal of its own it fails instead of waiting for a person; with one it asks there, although its input
-    # is a pipe, for which a desktop's askpass would open a window. A stated SSH_ASKPASS_REQUIRE holds.
+    # Without a terminal, ssh-keygen fails instead of waiting for a person. With one, it asks there
+    # although its input is a pipe; a desktop's askpass would open a window. The user's
+    # SSH_ASKPASS_REQUIRE wins.
     variables = {"SSH_ASKPASS_REQUIRE": "never", **os.environ}
     if prompt and "SSH_ASKPASS" in os.environ:
         variables = dict(os.environ)
@@ -69,7 +70,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def own_keys() -> Iterator[tuple[Path, str]]:
-    """Yield the files of this user's keys with fingerprints: OpenSSH's, and those that an earlier tunewright made."""
+    """Yield the files and fingerprints of this user's keys: OpenSSH's keys and keys of an earlier tunewright."""
     created = platformdirs.user_data_path("tunewright") / "keys"
     for path in (*sorted(user_path("~/.ssh").glob("*.pub")), *sorted(created.glob("*.pem"))):
         try:
@@ -79,7 +80,7 @@ def own_keys() -> Iterator[tuple[Path, str]]:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return the fingerprint of a public or private key's file, which needs no passphrase."""
+    """Return the fingerprint of a public or private key's file; no passphrase is needed."""
     if path.suffix == ".pub":
         return _read_public_key(path)[1]
     ran = ssh_keygen("-l", "-f", str(path))
@@ -182,7 +183,7 @@ class TrustedKeys:
         """True if the revoked keys are a KRL, OpenSSH's binary format."""
         self._allowed = folder / "allowed_signers"
         self._revoked: dict[str, KeyEvent] = {}
-        """Revocations by fingerprint; none of a KRL, which only ``ssh-keygen`` reads."""
+        """Revocations by fingerprint; empty for a KRL, which only ``ssh-keygen`` reads."""
         for line, where in () if self.has_krl else _lines(self.revocations):
             if (found := re.fullmatch(_PUBLIC_KEY, line)) is None:
                 raise UserError("Not a public key in OpenSSH's format", where=where, fix=_RESTORE)
@@ -206,7 +207,7 @@ class TrustedKeys:
         return next((key for key in self.all if key.fingerprint == mark), None)
 
     def revocation(self, mark: str) -> KeyEvent | None:
-        """Return the revocation of the key with this fingerprint, unless a KRL has it.
+        """Return the revocation of the key with this fingerprint, unless it is in a KRL.
 
         A key may be in several files: one revocation is enough.
         """
@@ -307,7 +308,7 @@ class TrustedKeys:
 
 
 def _text(path: Path) -> str:
-    """Return a file's lines, the last one ended too; nothing without the file."""
+    """Return a file's text, with a line end after the last line; empty without the file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return text if text.endswith("\n") or not text else text + "\n"
 

@@ -86,7 +86,7 @@ def stated_system_prompt(text: str) -> dict[str, Any]:
 def system_prompt(adapter: Adapter, dataset: Path) -> SystemPrompt:
     """Return the system prompt that an adapter was trained with.
 
-    A lineage without it is older than this record. Then the dataset version has it, if it is available.
+    Older lineages do not record the prompt. Then the dataset version contains it, if available.
     """
     recorded = adapter.lineage.get(KEY)
     if recorded is not None:
@@ -147,7 +147,7 @@ class Trace:
     adapter: Adapter
     dataset: DatasetTrace | None
     system_prompt: SystemPrompt
-    """The one that it was trained with."""
+    """The prompt that the adapter was trained with."""
 
     @property
     def parents(self) -> list[dict[str, Any]]:
@@ -226,7 +226,7 @@ _PACKAGES = ("tunewright", "torch", "transformers", "peft", "trl", "accelerate",
 
 
 def packages(quantization: Quantization) -> dict[str, str]:
-    """Return the versions of Python and of the packages that affect numbers, for a base quantized so."""
+    """Return the versions of Python and of the packages that affect numbers, for a base with this quantization."""
     names = (*_PACKAGES, "bitsandbytes") if quantization == "nf4" else _PACKAGES
     return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 

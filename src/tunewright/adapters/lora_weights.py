@@ -30,7 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 PREFIX = "base_model.model."
-"""What peft writes before a layer's name in the names of tensors."""
+"""The prefix of layer names in peft's tensor names."""
 
 MAX_RANK = 512
 """The largest ``--max-lora-rank``; its default is 16, so a higher rank requires the option."""

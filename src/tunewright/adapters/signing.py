@@ -160,7 +160,7 @@ def store_signer(keys: Path, reporter: Reporter) -> SigningKey | None:
 
 
 def signing_key(trusted: TrustedKeys, wanted: str | None = None) -> SigningKey:
-    """Return the key that signs in a project: the wanted one, or the only one of the user's that the project trusts.
+    """Return the key that signs in a project: the wanted one, or the user's only key that the project trusts.
 
     The wanted one is a file, or a key's name in the project (None: the environment's, if it states one).
     """

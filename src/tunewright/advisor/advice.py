@@ -211,7 +211,7 @@ def changes(signals: Signals, decision: Decision) -> list[str]:
 
 def _against_training(signals: Signals, grounds: Grounds) -> list[str]:
     gain, even = signals.gain, signals.break_even
-    if not grounds.beats or gain is None:  # cheaper calls alone speak for training
+    if not grounds.beats or gain is None:  # only cheaper calls speak for training
         if even is None or even.calls_high is None:
             return []
         return [f"With fewer than {even.calls_high:,.0f} calls in {even.months} months it may not pay."]

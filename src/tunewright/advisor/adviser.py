@@ -278,7 +278,7 @@ def pilot_parts(project: ProjectFolder, version: DatasetVersion) -> list[Dataset
 
 
 def pilot_training(project: ProjectFolder, version: DatasetVersion, part: DatasetVersion) -> Training:
-    """Return the training of a pilot on a part of a version; its adapter is kept apart from those that are served."""
+    """Return the training of a pilot on a part of a version; its adapter is kept apart from served adapters."""
     rows = len(part.domain_of("train"))
     facts: dict[str, Any] = {"pilot": {"of": version.digest, "rows": rows}}
     return Training(f"pilot on {rows:,} rows", project, part, project.pilot_adapters, facts)
@@ -351,8 +351,9 @@ def context_budget(
 ) -> ContextBudget:
     """Return the score curve over k for each kind of demonstrations, and the number that fits.
 
-    Of the ``arms``, which include zero-shot, those with alternative instructions or constrained decoding are ignored.
-    ``query_tokens`` are the lengths of the dev prompts without demonstrations, ``output_tokens`` those of the answers.
+    Of the ``arms``, which include zero-shot, arms with alternative instructions or constrained
+    decoding are ignored. ``query_tokens`` are the lengths of the dev prompts without
+    demonstrations, ``output_tokens`` the lengths of the answers.
     """
     query, output = (int(np.percentile(lengths, 99, method="higher")) for lengths in (query_tokens, output_tokens))
     zero = next(a for a in arms if a.arm.name == ZERO_SHOT.name)

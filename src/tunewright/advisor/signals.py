@@ -91,7 +91,7 @@ class ShotCurve(Part):
 
 
 class ContextBudget(Part):
-    """Signal (a): fit of the task's demonstrations into a prompt."""
+    """Signal (a): whether the task's demonstrations fit into a prompt."""
 
     items: Annotated[int, Field(description="Dev items of the curves: those answered by every prompting arm.")]
     context: Annotated[int, Field(description="The base's context length in tokens.")]
@@ -302,7 +302,7 @@ class Grounds:
 
     @property
     def clusters(self) -> int:
-        """Independent clusters among the dev items (with a pilot: those scored in both arms)."""
+        """Independent clusters among the dev items (with a pilot: the clusters scored in both arms)."""
         gain = self.signals.gain
         return self.signals.clusters if gain is None else gain.contrast.clusters
 

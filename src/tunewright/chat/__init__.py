@@ -45,7 +45,7 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
     row: dict[str, Any] = {"messages": turns}
     if (
         turns and isinstance(turns[0], Mapping) and turns[0].get("role") == "tools"
-    ):  # an example's first message, which rows have under a key
+    ):  # examples have it as first message, rows under a key
         row = {"messages": turns[1:], "tools": turns[0].get("content")}
     try:
         example = example_from_object(row, DataConfig(max_characters=2**31))

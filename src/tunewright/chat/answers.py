@@ -26,7 +26,7 @@ PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Respo
 def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
     """Return the stop strings: the config's, else the headings of the plain form.
 
-    A base's own chat template ends turns with a token, so that it needs none.
+    A base's own chat template ends turns with a token, so it needs no stop strings.
     """
     if config.evaluate.stop is not None:
         return config.evaluate.stop

@@ -60,9 +60,9 @@ def call_grammar(
 ) -> Grammar:
     """Return the grammar of answers in the base's form of calls, for `declared_functions`.
 
-    Calls are spelled as the template spells them, with the keys of arguments in the schema's order. The choice "auto"
-    allows text or calls, "required" calls alone, and a function's name calls of that function; ``parallel`` allows
-    several where the template does. ``text`` is the form of an answer without calls (None: any text).
+    Calls are spelled as the template spells them, with the keys of arguments in the schema's order. The choice
+    "auto" allows text or calls, "required" only calls, and a function's name calls of that function; ``parallel``
+    allows several where the template does. ``text`` is the form of an answer without calls (None: any text).
     """
     chosen = [f for f in functions if choice in ("auto", "required", f["name"])]
     if not chosen:
@@ -134,7 +134,7 @@ def _call(chat: ChatFormat, form: ToolForm, function: Mapping[str, Any], *, eith
 
 
 def _with_text(form: ToolForm, more: str | None) -> dict[str, str]:
-    """Return the rules ``text``, which begins no call, and ``text_calls``: calls after text, or alone."""
+    """Return the rules ``text``, which begins no call, and ``text_calls``: calls, with or without text before them."""
     kind = form.form
     if isinstance(kind, Llama):
         return {"text": r"/(?s:\s*([^{\s].*)?)/"}

@@ -1,8 +1,8 @@
 """Function calls in an answer while it is generated: names as soon as they are complete, arguments in pieces.
 
-A call is certain once its function's name is complete and its arguments begin. From there on it
-stays a call, as in OpenAI's API, whatever follows; :meth:`tunewright.chat.tool_calls.CallForm.read`
-reads whole answers and takes those alone that are well-formed to their end. Both agree on these.
+A call is certain once its function's name is complete and its arguments begin. From there on it stays a
+call, as in OpenAI's API, whatever follows; :meth:`tunewright.chat.tool_calls.CallForm.read` reads whole
+answers and accepts only calls that are well-formed to their end. Both agree on well-formed calls.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _compiled = partial(regex.compile, flags=regex.DOTALL)
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A piece of an answer's call: the first has the function's name, the others have further text of its arguments."""
+    """A piece of an answer's call: the first has the function's name, later pieces have text of its arguments."""
 
     index: int
     name: str | None
@@ -50,11 +50,11 @@ class _Syntax:
     """The patterns of a form of calls."""
 
     key: str  # of the arguments
-    opening: str | None  # the mark that begins calls; None: they begin the answer, or are not in it
+    opening: str | None  # the mark that begins calls; None: the answer begins with calls or has none
     first: regex.Pattern[str]  # the beginning of the first call, up to the brace of its arguments
-    next: regex.Pattern[str] | None  # the beginning of a further call; None: an answer has one
-    tail: regex.Pattern[str]  # what follows the arguments in each call
-    close: regex.Pattern[str] | None = None  # what follows all calls
+    next: regex.Pattern[str] | None  # the beginning of a further call; None: an answer has at most one call
+    tail: regex.Pattern[str]  # the text after the arguments of each call
+    close: regex.Pattern[str] | None = None  # the text after all calls
     before: str = ""  # white space between a text and the mark
 
 
@@ -84,7 +84,7 @@ def _syntax(form: CallForm) -> _Syntax:
         )
         return _Syntax(key, opening, _compiled(first), _compiled(_SPACE + first), _compiled(""))
     if isinstance(form, Llama4):
-        # What is before this mark is content, and so is an answer without it.
+        # Text before this mark is content, and so is an answer without the mark.
         end = mark["<|python_end|>"]
         first = f"{end}{_SPACE}{head}"
         return _Syntax(key, form.signs["<|python_end|>"], _compiled(first), _compiled(_SPACE + head), _compiled(tail))
@@ -130,8 +130,8 @@ class CallStream:
     def end(self, *, cut: bool) -> tuple[str, list[CallDelta]]:
         """Return the rest of the answer.
 
-        If the token limit ``cut`` it, the beginning of a call without its complete name is dropped,
-        and an incomplete call keeps the arguments that it has.
+        If the token limit ``cut`` the answer, the beginning of a call without its complete name is
+        dropped, and an incomplete call keeps its arguments so far.
         """
         held, self._held = self._held, ""
         if self._step == self._in_query:

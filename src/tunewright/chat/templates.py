@@ -261,7 +261,7 @@ def of_roles(roles: Sequence[Role]) -> Shape:
 def shape_of(messages: Sequence[Message]) -> Shape:
     """Return an ordinary conversation of the same shape: roles, calls of each turn and functions.
 
-    Functions and calls stay that Llama's templates render in a form of their own.
+    Functions and calls that Llama's templates render in their own form are kept.
     """
     builtin = {f["name"] for f in declared_functions(messages) if is_builtin(f)}
     return tuple(_ordinary(message, builtin) for message in messages)

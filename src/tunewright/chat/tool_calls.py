@@ -48,19 +48,19 @@ def _functions(content: str) -> tuple[Mapping[str, Any], ...]:
 def declared_functions(messages: Sequence[Message]) -> tuple[Mapping[str, Any], ...]:
     """Return the functions that a conversation declares: name, description and parameters, in a fixed order of keys.
 
-    Keywords come as makers' documentation writes them (name, description, …; type, description, enum, …); the others,
-    and all names of properties, are sorted. ``strict`` is left out: it is for the server, not for the model.
+    Keywords come as makers' documentation writes them (name, description, …; type, description, enum, …); other
+    keywords and all property names are sorted. ``strict`` is left out: it is for the server, not for the model.
     """
     return _functions(messages[0].content) if messages and messages[0].role == "tools" else ()
 
 
 def _order_keys(value: Any, *, names: bool = False) -> Any:
-    """Order the keys of declarations; ``names`` are those of properties."""
+    """Order the keys of declarations; ``names`` are property names."""
     if isinstance(value, list):
         return [_order_keys(item) for item in value]
     if not isinstance(value, dict):
         return value
-    keys = list(value)  # sorted, as canonical JSON is; sorting again would order stand-ins otherwise than their texts
+    keys = list(value)  # sorted, as canonical JSON is; sorting again would order stand-ins differently from their texts
     if not names:
         keys.sort(key=lambda key: _FIRST_KEYS.index(key) if key in _FIRST_KEYS else len(_FIRST_KEYS))
     return {key: _order_keys(value[key], names=key == "properties" and not names) for key in keys}
@@ -74,7 +74,7 @@ def is_builtin(function: Mapping[str, Any]) -> bool:
 
 
 class CallForm(ABC):
-    """A way to write calls into an answer; marks that are no ``control`` tokens are ordinary text."""
+    """A way to write calls into an answer; marks that are not ``control`` tokens are ordinary text."""
 
     name: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
@@ -91,7 +91,7 @@ class CallForm(ABC):
 
 
 def signed(pieces: Iterable[Piece], names: Mapping[int, str]) -> str:
-    """Return pieces of an answer as text for :meth:`CallForm.read`; control tokens that are no marks are left out."""
+    """Return pieces of an answer as text for :meth:`CallForm.read`; control tokens that are not marks are left out."""
     return "".join(piece if isinstance(piece, str) else _SIGNS.get(names.get(piece, ""), "") for piece in pieces)
 
 
@@ -196,7 +196,7 @@ class Hermes(CallForm):
         return None
 
     def _calls(self, text: str, place: int) -> tuple[list[Call], int]:
-        """Return the calls from this place on, and the place after them, where none begins."""
+        """Return the calls from this place on, and the place after the last one."""
         begin, end = self.signs["<tool_call>"], self.signs["</tool_call>"]
         calls = []
         while text.startswith(begin, place):

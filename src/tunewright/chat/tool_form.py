@@ -57,7 +57,7 @@ def has_functions(messages: Sequence[Message]) -> bool:
 
 
 def refuse_undeclared(messages: Sequence[Message]) -> None:
-    """Refuse calls and results without declared functions: templates drop these turns or render them as others."""
+    """Refuse calls and results without declared functions: templates drop these turns or render them as other turns."""
     if messages[0].role != "tools":
         raise UserError("Function calls or results without declared functions", where="messages", fix="Declare them.")
 
@@ -106,7 +106,7 @@ def find_tool_form(template: Template, encoder: TextEncoder, answer_in: Callable
 
 
 def rendered_calls(template: Template) -> Iterator[str]:
-    """Return conversations that end with a call, of an ordinary and of a built-in function; none without a form."""
+    """Return conversations that end with a call, of an ordinary and of a built-in function; empty without a form."""
     for name in (_NAME, *sorted(BUILTIN)[:1]):
         asked = [Message("tools", declarations([name])), Message("user", "x")]
         turn = Message("assistant", "", calls=(ToolCall(name, '{"query":"x"}', call_id(0)),))

@@ -33,7 +33,7 @@ _GROUPS = (
     "doctor",
 )
 
-# Made while there is memory for them.
+# Built in advance, while there is memory for them.
 _NO_MEMORY = f"Error: {OUT_OF_MEMORY}\n".encode()
 _NO_MEMORY_JSON = f"{json.dumps({'error': OUT_OF_MEMORY.as_dict()}, indent=2)}\n".encode()
 
@@ -57,13 +57,13 @@ def main() -> None:
         mark_command_process()
         commands()()
     except (MemoryError, SystemError) as error:
-        # Before a command began, or as its own message was printed. Python raises SystemError if it has no memory for
-        # the exception itself ("error return without exception set").
+        # Memory ran out before the command began, or while its error message was printed. Python raises
+        # SystemError if it has no memory for the exception itself ("error return without exception set").
         if isinstance(error, SystemError) and " without " not in str(error):
             raise
     else:
         return
-    # Here what the exception held is free again: the way out needs memory too.
+    # Here the memory that the exception held is free again; exiting needs some.
     if "--json" in sys.argv:
         os.write(1, _NO_MEMORY_JSON)
     else:

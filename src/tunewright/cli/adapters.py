@@ -162,7 +162,7 @@ def lineage_tree(shown: AdapterDetails) -> Tree:
         _add(config, f"LoRA on {', '.join(train['target_modules'])}")
         _add(config, f"rank {train['lora_r']}, alpha {train['lora_alpha']}, learning rate {train['learning_rate']:g}")
         _add(config, f"{count_of(train['epochs'], 'epoch')} in batches of {train['batch_size']}")
-    # Of a foreign adapter without a lineage, a person states base and template.
+    # For a foreign adapter without a lineage, a person states base and template.
     stated = f" (as stated{_by(lineage['stated']['by'])}, not verified)" if "stated" in lineage else ""
     base = _add(tree, f"base {lineage['base']['spec']}, digest {lineage['base']['digest'][:_SHORT]}{stated}")
     if lineage["base"]["commit"]:

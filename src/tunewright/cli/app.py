@@ -223,7 +223,7 @@ def refuse_unused(action: str, options: Mapping[str, bool]) -> None:
 
 
 def _options(of: type[Any]) -> list[Parameter]:
-    """Return a parameter for each field of an options class, also of an options class in it."""
+    """Return a parameter for each field of an options class, including those of nested options classes."""
     hints = get_type_hints(of, include_extras=True)
     made = []
     for each in fields(of):
@@ -271,7 +271,7 @@ def _filled(of: type[Any], values: dict[str, Any]) -> Any:
 
 
 def given_options(options: Any) -> list[str]:
-    """Return the names of the options that were given, those of an options class in it too."""
+    """Return the names of the options that were given, including options of nested classes."""
     hints = get_type_hints(type(options), include_extras=True)
     given = []
     for each in fields(options):

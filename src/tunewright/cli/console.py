@@ -207,9 +207,9 @@ class Session:
                 self.console.print(part, markup=False, highlight=False)
 
     def print_out(self, text: str) -> None:
-        """Print on stdout this text: exactly in a pipe, with control characters escaped on a terminal.
+        """Print text on stdout: unchanged in a pipe, with control characters escaped on a terminal.
 
-        Ends the command where the reader of a pipe has closed it.
+        Ends the command if the reader has closed the pipe.
         """
         if distributed.is_main_process():
             _write(text)
@@ -239,7 +239,7 @@ def session(
     log_json: bool = False,
     span: str | None = None,
 ) -> Iterator[Session]:
-    """Run a command: a UserError becomes one clear message and exit code 2, a stop by Ctrl-C or SIGTERM one and 130.
+    """Run a command: a UserError becomes one message and exit code 2, Ctrl-C or SIGTERM a message and exit code 130.
 
     At the end it reports whether reviewers have accepted the dataset version of ``project``. With ``together``, several
     processes may run the command, one of which prints for all. ``span`` is its name in a trace.
@@ -298,14 +298,14 @@ def _failure(error: BaseException, kept: str) -> tuple[UserError, int] | None:
         case OSError() | MemoryError() | ImportError() | RuntimeError():
             if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_ERRORS):
                 return OUT_OF_MEMORY, USER_ERROR
-            # The disk's errors reach every command; those that know more about the file have translated them before.
+            # Disk errors can reach every command; code that knows more about the file has translated its own already.
             message = refused(error) if isinstance(error, OSError) else missing_extra(error)
             if message is not None:
                 return message, USER_ERROR
             if isinstance(error, RuntimeError) and distributed.is_peer_failure(error):
                 lost = "Another process of this run was lost; the same command resumes from the last checkpoint"
                 return UserError(lost), FAILED
-    # A panic of Rust, whose class cannot be imported, where the tokenizer gets no threads.
+    # The tokenizer got no threads: a Rust panic, whose class cannot be imported.
     if "ThreadPoolBuildError" in str(error):
         return UserError("No threads can be started", fix="Raise the limits of memory and of processes."), USER_ERROR
     return None

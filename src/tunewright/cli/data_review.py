@@ -42,9 +42,10 @@ def annotate(
     screen: Callable[[ItemT], list[RenderableType]],
     actions: Mapping[str, Callable[[ItemT], str]],
 ) -> None:
-    """Show one item after the other on a screen, and do what the pressed key says, until none is left or it is q.
+    """Show one item after the other on a screen, and run the pressed key's action, until no item is
+    left or the key is q.
 
-    ``actions`` are those of keys other than u, q and the verdicts'; each returns a message for the next screen.
+    ``actions`` are by key, for keys other than u, q and the verdict keys; each returns a message for the next screen.
     """
     verdicts = {key: verdict for key, verdict, _ in session.verdict_keys}
     message = ""
@@ -64,7 +65,7 @@ def annotate(
 
 
 def chosen_action(actions: Mapping[str, object]) -> str | None:
-    """Return the option that was given instead of a review on the screen, of which there is one at most."""
+    """Return the option that was given instead of a review on the screen; refuse more than one."""
     given = [name for name, value in actions.items() if value]
     if len(given) > 1:
         raise UserError("These options are mutually exclusive", where=" ".join(given), fix="Choose one.")
@@ -83,7 +84,7 @@ def require_terminal(others: str) -> None:
 
 
 def read_key() -> str:
-    """Return the next key, ignoring keys pressed before the row was shown. The end of the input is a q."""
+    """Return the next key, ignoring keys pressed before the row was shown. The end of the input counts as q."""
     try:
         return typer.getchar()
     except EOFError:

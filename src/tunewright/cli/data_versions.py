@@ -171,7 +171,7 @@ def _removal_lines(done: RemoveResult, *, purging: bool) -> Iterator[str]:
 
 
 def row_document(member: Member, counts: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Return a row as JSON, with the counted rows of its cluster and those of them with the same output."""
+    """Return a row as JSON, with the number of rows in its cluster, and of rows in it with the same output."""
     return {
         **({"cluster_rows": counts[0], "same_output": counts[1]} if counts else {}),
         "key": member.key,
@@ -225,7 +225,7 @@ def _escaped(text: str) -> str:
 
 
 def tokens_text(tokens: Sequence[TokenView]) -> Text:
-    """Return tokens separated by spaces, their own spaces as · and line ends as ⏎, the trained ones in green ⟦ ⟧."""
+    """Return tokens separated by spaces, with their spaces as ·, line ends as ⏎, and trained ones in green ⟦ ⟧."""
     text = Text()
     for trained, run in groupby(tokens, key=lambda token: token.trained):
         text.append("⟦ " if trained else "", style="green")

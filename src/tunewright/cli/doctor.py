@@ -1,4 +1,4 @@
-"""``doctor``: whether this machine can do what tunewright does, and which command mends what it cannot."""
+"""``doctor``: whether this machine can do what tunewright does, and the command that mends each gap."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ HUB_TIMEOUT_S = 3.0
 _NAMED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _TRAIN = "pip install 'tunewright[train]'"
 _LEAST_FREE_GB = 1.0
-"""Of the disk: less stops a training at its first checkpoint."""
+"""Free disk space; with less, training stops at its first checkpoint."""
 _LITTLE_FREE_GB = 10.0
-"""Of the disk: less than most bases take."""
+"""Free disk space; most bases take more."""
 _LITTLE_MEMORY_GB = 3.0
-"""Less than a training of the bundled base takes."""
+"""Memory; training the bundled base takes more."""
 _EXTRAS = {
     "postgresql": ("psycopg", "psycopg", "serve.database_url: postgresql://…"),
     "examples": ("courts-db", "courts_db", "demo, init --example"),
@@ -40,9 +40,9 @@ _EXTRAS = {
     "lm-eval": ("lm-eval", "lm_eval", "regressions.lm_eval in regressions and evaluate"),
     "s3": ("s3fs", "s3fs", "data push, adapters push and serve.adapter_store with s3://…"),
 }
-"""Each extra's package, its module, and what needs it."""
+"""Each extra's package, its module, and the features that need it."""
 _ENVIRONMENTS = {"vllm": "serve --engine vllm, evaluate.engine: vllm", "llmcompressor": "export compressed"}
-"""What needs each separate environment."""
+"""The features that need each separate environment."""
 _TONES: dict[State, ToneOfResult] = {"ok": "yes", "missing": "", "warning": "open", "problem": "no"}
 
 
@@ -93,7 +93,7 @@ def _versions(_folder: Path) -> Iterator[Check]:
 
 
 def _unmet() -> Iterator[Check]:
-    """Find packages that tunewright depends on and that are missing, too old, or newer than it is tested with."""
+    """Find dependencies of tunewright that are missing, too old, or newer than it is tested with."""
     from packaging.requirements import Requirement
 
     try:

@@ -44,8 +44,8 @@ _LOSSES = {
 _HEIGHT = 10
 _MOST_BARS = 24
 _BARS = "▁▂▃▄▅▆▇█"
-_FEWEST_LINES = 24  # on a lower terminal the plot would leave no room for anything else
-_STAGES_LINES = 10  # more that it takes where the stages of a pipeline are listed above
+_FEWEST_LINES = 24  # on a terminal with fewer rows, the plot would leave no room for other output
+_STAGES_LINES = 10  # further rows needed when a pipeline's stages are listed above
 
 
 class Curves:
@@ -84,7 +84,7 @@ class Curves:
             if name not in _LOSSES:  # the deciding metric
                 values = [value for _, value in points]
                 newest, best = score_text(name, values[-1]), score_text(name, max(values))
-                if newest.endswith("%"):  # a percentage alone does not say of what
+                if newest.endswith("%"):  # a percentage alone does not show the total
                     newest += f" {metric_label(name)}"
                 text.append(f"\n  {bars(values)} {newest} on dev (best {best})", "green")
         return Panel(text, title="Losses by step", title_align="left", border_style="dim", width=width)
@@ -180,8 +180,8 @@ class _Screen:
     def seconds_left(self) -> float | None:
         """Return an estimate for the rest of the pipeline, or None while too little has been measured.
 
-        Weights are a pipeline's usual shares of the time. What the stages so far took gives the time of one unit; a
-        stage that was found done is ignored.
+        Weights are a pipeline's usual shares of the time. The stages so far give the time per unit
+        of weight; stages that were already done are ignored.
         """
         now = time.monotonic()
         current = next((stage for stage in self.stages if stage.ended is None), None)
@@ -225,7 +225,7 @@ class LineTask:
 
     every_s = 15.0
     short_s = 2.0  # shorter work is not worth a line
-    burst_s = 1.0  # advances this soon after the first one belong to it
+    burst_s = 1.0  # advances this soon after the first count as part of it
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self.console = console
@@ -254,7 +254,7 @@ class LineTask:
         self.console.print(text, markup=False, highlight=False)
 
     def _left(self, now: float) -> str:
-        """Return the time left, by the speed since the first advances; empty before later ones."""
+        """Return the time left, by the speed since the first advances; empty until there are later advances."""
         if self.done >= self.total:  # GEPA ends its last round beyond its limit
             return "0 s left"
         if self.done == self.first:
@@ -262,7 +262,7 @@ class LineTask:
         return f"{_duration((now - self.since) / (self.done - self.first) * (self.total - self.done))} left"
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Draw nothing: in a log each evaluation says its numbers itself."""
+        """Draw nothing: in a log, each evaluation reports its numbers itself."""
 
 
 def _duration(seconds: float) -> str:
@@ -275,7 +275,7 @@ class ConsoleReporter:
     """Reports to the terminal, on stderr: bars in place where it can redraw (and ``live``), else lines as in a log."""
 
     line_task: type[LineTask] = LineTask
-    """Progress where it is lines."""
+    """The kind of task when progress is printed as lines."""
 
     def __init__(self, console: Console, *, live: bool = True) -> None:
         self.console = console
@@ -291,9 +291,11 @@ class ConsoleReporter:
 
     @contextmanager
     def pipeline(self, stages: Mapping[str, float]) -> Iterator[StageDone | None]:
-        """Show stages, the current task and the time left in one view, and yield what to call when a stage is done.
+        """Show stages, the current task and the time left in one view, and yield a function to call
+        when a stage is done.
 
-        ``stages`` have their usual shares of the time. Where progress is lines, it yields None: each stage is a line.
+        ``stages`` have their usual shares of the time. If progress is printed as lines, it yields
+        None: each stage is a line.
         """
         if not self._live:
             yield None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.stored_answers import KeptPreferences
 
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
-SIDE_BY_SIDE = 90  # columns of the terminal; below them A stands over B
+SIDE_BY_SIDE = 90  # columns of the terminal; a narrower one shows A above B
 KEYS = (
     "a A is better   b B is better   g both good   x neither",
     "v view the reference   s skip   n note   u undo   q quit",
@@ -142,7 +142,7 @@ def human_eval(
         return _show_results(run, evaluation, against)
     if export is None and import_file is None:
         require_terminal("--export and --import, or --results")
-    # An evaluation is enough, wherever it lies: no project is opened.
+    # An evaluation is enough, wherever it is stored: no project is opened.
     blind = run.unopened.human_eval(evaluation, reviewer=reviewer, items=items, against=against)
     if export is not None:
         count = blind.export_sheet(export, reference=reference)

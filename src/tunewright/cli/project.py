@@ -27,7 +27,7 @@ _SHORT = 12
 _STAGES = {"data": 0.1, "advise": 6.0, "train": 6.0, "evaluate": 6.0, "report": 0.1}
 """Stages of `run`, with their usual shares of the time."""
 _DEMO_STAGES = _STAGES | {"advise": 2.8, "train": 3.5, "evaluate": 3.5, "answers": 0.3, "tenants": 2.5}
-"""The same of `demo` with its quick settings: minutes of processor time on one thread."""
+"""Stages of `demo` with its quick settings, in minutes of processor time on one thread."""
 
 
 @command(

@@ -1,7 +1,8 @@
-"""Handling of Ctrl-C and SIGTERM: announced at once and finished within seconds, even if the main thread is busy.
+"""Handling of Ctrl-C and SIGTERM: announced immediately and finished within seconds, even if the main thread is busy.
 
-Python runs a signal's handler between two bytecodes of the main thread: while that waits in a native call, nothing
-would happen. The interpreter also writes each signal's number to a pipe, at once, and a thread reads it here.
+Python runs a signal's handler between two bytecodes of the main thread: while the main thread waits
+in a native call, nothing would happen. The interpreter also writes each signal's number to a pipe
+immediately, and a thread here reads the pipe.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PATIENCE_S = 4.0
 _ANNOUNCE_S = 0.2
 """Time for the announcement to precede the main thread's last output; a KeyboardInterrupt may have no signal."""
 _END_S = 1.0
-"""Time for the watcher to see its pipe closed; a watcher that had no memory to begin never does."""
+"""Time for the watcher to see its pipe closed; a watcher that had no memory to start never sees it."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -59,16 +60,17 @@ def _skip_teardown() -> None:
 def end_process(code: int) -> NoReturn:
     """End the process without the interpreter's exit handlers.
 
-    The main thread and the signals' thread may both ask, at once; tools that extend ``os._exit``, such as coverage's
-    patch, save their data there and expect one thread.
+    The main thread and the signals' thread may both call this at the same time; tools that extend
+    ``os._exit``, such as coverage's patch, save their data there and expect one thread.
     """
-    _ending.acquire()  # held by the thread that ends the process, for good
+    _ending.acquire()  # the thread that ends the process never releases it
     os._exit(code)
 
 
 @contextmanager
 def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) -> Iterator[None]:
-    """Announce the first SIGINT or SIGTERM while the block runs, and end the process at a second or after a while.
+    """Announce the first SIGINT or SIGTERM while the block runs, and end the process at the second
+    signal or after a while.
 
     ``kept`` says what remains and how to resume. A ``quiet`` process prints nothing: another one reports for it.
     """
@@ -89,7 +91,7 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) 
         watcher.announced.wait(_ANNOUNCE_S)
         raise
     finally:
-        # Of a stopped command the interpreter's own end is watched too: it joins threads and ends servers.
+        # After a stop, the interpreter's exit is watched as well: it joins threads and ends servers.
         if not (stopped and _alone):
             signal.set_wakeup_fd(before)
             os.close(writing)  # the watcher reads the end of the pipe
@@ -100,7 +102,7 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) 
 class _SignalWatcher:
     """Reads signals in a thread that the main thread never waits for.
 
-    ``Thread.start`` waits for the new thread without a limit, also when that has no memory to begin
+    ``Thread.start`` waits for the new thread without a limit, even if that thread has no memory to start
     (https://github.com/python/cpython/issues/140746): a command with too little memory would hang.
     """
 

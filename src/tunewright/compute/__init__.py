@@ -39,9 +39,9 @@ def open_model_workers(
 ) -> AbstractContextManager[ModelWorkers]:
     """Open the workers of ``compute.cluster`` that keep a model each: one for each GPU.
 
-    If the cluster has none, there is one for as many CPUs as this process computes with: equal numbers of threads add
-    in equal orders. Every machine calls ``check`` with ``needed`` before any work, and a process calls ``release``
-    before it is ended, which frees what would outlive it. Both are functions of a module.
+    If the cluster has none, there is one for as many CPUs as this process computes with: equal numbers of threads
+    add in equal orders. Every machine calls ``check`` with ``needed`` before any work, and a process calls
+    ``release`` before it is ended, to free resources that would outlive it. Both are functions of a module.
 
     Raises:
         UserError: as for :func:`open_workers`; or ``check`` refuses a machine.

@@ -71,7 +71,7 @@ def machines_with(resource: str, least: int = 1) -> list[Node]:
 
 
 def require_available(kind: str, there: int, wanted: int | None) -> int:
-    """Return the number of processes with a CPU or GPU each: those wanted, or as many as there are."""
+    """Return the number of processes with a CPU or GPU each: the wanted number, or as many as there are."""
     if wanted is not None and wanted > there:
         fix = "Lower compute.workers, or add machines to the cluster."
         raise UserError(f"Too few {kind}s in the cluster: {there} (compute.workers: {wanted})", where=WHERE, fix=fix)
@@ -109,7 +109,7 @@ def _connect(cluster: str) -> None:
 
 
 def _require_reachable(address: str) -> None:
-    """Refuse an address that nobody answers at, or that is another machine's without token authentication here."""
+    """Refuse an address without an answer, or of another machine if this one uses no token authentication."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = str(parts.hostname), parts.port
@@ -150,7 +150,7 @@ class Image:
     facts: Mapping[str, str]
 
     def require_here(self) -> None:
-        """Check that this process's machine has the same ones; it may have joined after the others were compared."""
+        """Check this process's machine against the image; it may have joined after the others were compared."""
         self.require(_facts(self.config), socket.gethostname())
 
     def require(self, theirs: Mapping[str, str], host: str) -> None:
@@ -163,12 +163,12 @@ class Image:
 
 @cache
 def _facts(config: str) -> dict[str, str]:
-    """Return this machine's versions and digests. A machine that reads the config in another way has other defaults."""
+    """Return this machine's versions and digests. A machine that reads the config differently has other defaults."""
     try:
         read = digest(Config.model_validate_json(config).model_dump(mode="json"))[:12]
     except ValidationError:
         read = "not valid there"
-    # Two states of a repository have one version.
+    # Two states of a repository can have the same version.
     folder, source = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         source.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
@@ -206,7 +206,7 @@ class Cluster:
         return found
 
     def ask(self, question: Callable[..., Any], needed: Any, seconds: float = _CHECK_S) -> list[tuple[str, Any]]:
-        """Have every machine answer a function of a module at once, whatever else it does; return names and answers.
+        """Call a function of a module on every machine immediately, busy or not; return names and answers.
 
         Raises:
             UserError: one does not answer within ``seconds``, cannot run tunewright, or raises a UserError, which then

@@ -55,20 +55,20 @@ _LOOK_S = 5.0
 _RESUMES = "The cluster lost a process of this run. All of them start again and resume from the last checkpoint."
 
 Together = Callable[[Any, Reporter, Callable[[], bool]], None]
-"""Computes with the other processes, given an argument, where to report, and if a stop was asked for. A stop raises
-KeyboardInterrupt in all of them, and the loss of another process ConnectionError."""
+"""Computes with the other processes; takes an argument, where to report, and whether a stop was requested.
+A stop raises KeyboardInterrupt in all of them, and the loss of another process ConnectionError."""
 
 
 @contextmanager
 def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | None]:
-    """Connect to the cluster that the config names, check it, and yield its group; None if it has nothing for one."""
+    """Connect to the cluster that the config names, check it, and yield its group; None if it has too few resources."""
     with connected(config):
         kind = "GPU" if machines_with("GPU") else "CPU"
         machines = machines_with(kind)
         if kind == "CPU" and (config.compute.workers or 1) == 1:
             yield None
             return
-        if ray.util.client.ray.is_connected():  # the work would end with its connection
+        if ray.util.client.ray.is_connected():  # losing the connection would end the work
             what = "A training in several processes cannot be started through ray://"
             fix = "Run the command on a machine of the cluster with --cluster auto, or send it there (ray job submit)."
             raise UserError(what, where=WHERE, fix=fix)
@@ -95,19 +95,19 @@ class WorkerGroup:
     ) -> None:
         """Call a function of a module in all processes, which compute together.
 
-        ``storage`` is a folder that all machines see, for Ray Train's own files; it is removed at the end. What the
-        first process reports, ``reporter`` gets.
+        ``storage`` is a folder that all machines see, for Ray Train's own files; it is removed at
+        the end. ``reporter`` gets the messages of the first process.
 
         Raises:
             UserError: as the function raises it, or the cluster has lost a process too often.
             KeyboardInterrupt: stopped.
         """
-        shutil.rmtree(storage, ignore_errors=True)  # left by a command that was killed
+        shutil.rmtree(storage, ignore_errors=True)  # left by a killed command
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         inbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()
         trainer = self._trainer(_Work(function, argument, inbox, self.cluster.image), storage)
         run: Future[bool] = Future()
-        # A thread: in the main one Ray Train would replace the handler of SIGINT.
+        # In a thread, because in the main thread Ray Train would replace the handler of SIGINT.
         threading.Thread(target=_fit, args=[trainer, run], name="tunewright-ray-train", daemon=True).start()
         display = Display(reporter, _RESUMES)
         try:
@@ -161,7 +161,7 @@ class WorkerGroup:
                         "command waits for a machine."
                     )
                 missing = there < self.count
-        with suppress(RayError):  # it ends with the cluster
+        with suppress(RayError):  # the run ends with the cluster
             display.show(ray.get(inbox.take.remote()))
 
 
@@ -173,10 +173,10 @@ def _fit(trainer: Any, run: Future[bool]) -> None:
 
 
 class _UserErrorIsFinal(UserCallback):  # type: ignore[misc]
-    """Ends the run at a UserError, which another start would meet again."""
+    """Ends the run at a UserError, which would recur after a restart."""
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Raise it: Ray Train starts nothing again after an error of a callback."""
+        """Raise the UserError: Ray Train does not restart after an error in a callback."""
         del run_context
         for error in worker_exceptions.values():
             if isinstance(error, UserError):
@@ -206,7 +206,7 @@ def _process(arguments: dict[str, _Work]) -> bool:
                 work.argument, RelayReporter(inbox.put.remote), lambda: bool(ray.get(inbox.stop_asked.remote()))
             )
         finally:
-            ray.get(inbox.stop_asked.remote())  # messages before are there by then: this process may be ended now
+            ray.get(inbox.stop_asked.remote())  # earlier messages have arrived by now, so this process may be ended
     except KeyboardInterrupt:
         return True
     return False

@@ -13,7 +13,7 @@ Event = tuple[Any, ...]
 
 
 class KeptMessages(LogReporter):
-    """A reporter whose messages another process reports, once it has them with a result."""
+    """A reporter that keeps its messages; another process reports them when it receives them with a result."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, bool]] = []
@@ -27,7 +27,7 @@ class KeptMessages(LogReporter):
         self.messages.append((message, True))
 
     def report_to(self, reporter: Reporter, prefix: str) -> None:
-        """Report all of them."""
+        """Report all kept messages."""
         for message, is_warning in self.messages:
             (reporter.warn if is_warning else reporter.say)(prefix + message)
 
@@ -131,6 +131,6 @@ class Display:
                 self._begun, self.stoppable = True, False
 
     def close(self) -> None:
-        """Close what a lost process left open."""
+        """Close displays that a lost process left open."""
         for number in sorted(self._open, reverse=True):
             self._open.pop(number)[0].close()

@@ -1,7 +1,7 @@
 """Workers of a Ray cluster: tasks that compute the parts of a step, and actors that keep a model each.
 
-A lost machine costs time only: Ray computes the parts of its tasks again elsewhere, and another actor those of a lost
-one.
+A lost machine costs only time: Ray computes the parts of its tasks again elsewhere, and another
+actor computes the parts of a lost actor.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from tunewright.core.workers import (
 )
 
 _LOOK_S = 3.0  # between two looks at the head and the machines while a part is computed
-_REPLACED_S = 600.0  # for a lost machine to be replaced, if no other can do its work
+_REPLACED_S = 600.0  # for a lost machine to be replaced, if no other machine can do its work
 _STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
-_BRIEF_S = 0.25  # parts of less time are sent more at once: each task takes some 15 ms more
+_BRIEF_S = 0.25  # parts that take less time are sent several to a task: each task adds some 15 ms
 _RELEASE_S = 30.0  # for a process to free what it holds: vLLM ends within 25 s
 _RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 _CHECK = "Check its machines and their memory (ray status), and run the same command again."
@@ -95,13 +95,13 @@ class _Tasks:
         require_head()
         room, size = needs or ONE_CPU, batch
         run = ray.remote(num_cpus=room.cpus, num_gpus=room.gpus, max_retries=_RETRIES)(_run)
-        held = [ray.put(shared)]  # a list: Ray would send what a bare reference stands for with each part
+        held = [ray.put(shared)]  # a list, because Ray would resolve a bare reference and send its value with each part
         source = iter(parts)
         waiting: deque[Any] = deque()  # in the order of the parts: references of tasks, and results computed here
-        sent: dict[Any, int] = {}  # those references, with their number of parts
+        sent: dict[Any, int] = {}  # the tasks' references, with their number of parts
         try:
             while True:
-                # A thread of Ray collects cycles in this process, again and again, and would look at all rows.
+                # A thread of Ray keeps collecting garbage cycles in this process, and would traverse all rows.
                 gc.freeze()
                 while self._may_send(sent) and (some := list(islice(source, size))):
                     require_head()
@@ -125,19 +125,19 @@ class _Tasks:
                     # One worker takes 1.33 times the seconds of no cluster without this: steps wait for each other.
                     require_head()
                     waiting.append([step(shared, part, task) for part in some])
-                elif pending := _unfinished(sent):  # none: the first has ended since it was looked at
+                elif pending := _unfinished(sent):  # none: the first part has ended since the last look
                     first_done(pending, room, self._reporter)
         except ConnectionError as error:
             raise _disconnected(error) from None
         finally:
             if sent and ray.is_initialized() and has_head():
-                # Those in progress are waited for: their files are free for the next command then.
+                # Wait for parts in progress: afterwards their files are free for the next command.
                 for reference in sent:
                     ray.cancel(reference)
                 ray.wait(list(sent), num_returns=len(sent), timeout=_STOP_S)
 
     def _may_send(self, sent: Mapping[Any, int]) -> bool:
-        """Return whether a worker would wait otherwise: twice as many parts as workers take little memory."""
+        """Return whether to send another part, so that no worker waits; two parts a worker take little memory."""
         if len(sent) >= 2 * self.count:
             return False
         return not self._limited or len(_unfinished(sent)) < self.count
@@ -177,10 +177,10 @@ class _LostError(Exception):
 
 
 def _get(reference: Any) -> Any:
-    """Return a result that is there, or raise the UserError of its part.
+    """Return a finished result, or raise the UserError of its part.
 
     Raises:
-        _LostError: it is lost.
+        _LostError: the result is lost.
     """
     require_head()
     try:
@@ -225,7 +225,7 @@ class _Counter(LogTask):
 
 
 _kept: dict[str, Any] = {}
-"""In a worker: what the parts of the current step share, by its object's id. It is read once, not for each part."""
+"""In a worker: the value that the parts of the current step share, by object id. It is read once, not for each part."""
 
 
 def _shared(held: list[Any]) -> Any:
@@ -243,8 +243,8 @@ def _run(image: Image, step: Step[Any, Any, Any], held: list[Any], parts: list[A
     known = held[0].hex() in _kept
     shared, task = _shared(held), _Counter()
     if not known:
-        # Each later collection would look at modules and what is shared, in half of the time. Not in an actor: the
-        # cycles of a model that another one replaces would never be collected.
+        # Each later collection would traverse modules and shared values: half of the time. Not in
+        # an actor: cycles of a replaced model would never be collected.
         gc.freeze()
     began = time.perf_counter()
     results = [step(shared, part, task) for part in parts]
@@ -303,16 +303,16 @@ class _Actor:
         return ray.get_runtime_context().get_node_id(), compute(_shared(held), part)
 
     def release(self, release: Callable[[], object]) -> None:
-        """Free what would outlive the process."""
+        """Free resources that would outlive the process."""
         release()
 
 
 class _Actors:
     """Processes with a model each, started with the first part: a part goes to the next free one.
 
-    Ray ends the process of a task with a GPU after the task, and a kept process could be given another GPU. Actors keep
-    theirs. A lost one is not restarted by Ray, which would have its part wait for a machine that does not come back:
-    another one computes the part.
+    Ray ends the process of a task with a GPU after the task, and a kept process could be given
+    another GPU. Actors keep theirs. Ray does not restart a lost actor, because its part would wait
+    for a machine that may not return: another actor computes the part.
     """
 
     def __init__(
@@ -327,12 +327,12 @@ class _Actors:
         )
         self._idle: list[tuple[str, Any]] = []  # with their machines
         self._busy: dict[Any, tuple[Any, int | None]] = {}
-        """Actors by what they compute: the number of a part, or None for one that loads its model."""
+        """Actors with the number of the part that they compute, or None while an actor loads its model."""
 
     def each(
         self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
     ) -> Iterator[tuple[int, Result]]:
-        """Yield the number of each part with its result, as soon as it is there."""
+        """Yield the number of each part with its result, as soon as it is computed."""
         require_head()
         held = [ray.put(shared)]
         waiting = deque(range(len(parts)))
@@ -340,7 +340,7 @@ class _Actors:
         try:
             while waiting or self._computing():
                 while waiting and self._idle:
-                    # The last one that was busy: it has loaded what this part needs.
+                    # The actor that was busy last: it has loaded the model that this part needs.
                     (_, actor), number = self._idle.pop(), waiting.popleft()
                     self._busy[actor.run.remote(compute, held, parts[number])] = (actor, number)
                 starting = len(self._busy) - len(self._computing())
@@ -386,19 +386,19 @@ class _Actors:
             self._reporter.warn("The cluster lost a worker while it loaded the base.")
         else:
             self._reporter.warn("The cluster lost a worker: its part is computed again by another.")
-        # A part that one lost actor after the other gets would soon count as lost too often.
+        # Otherwise a part that is given to several lost actors in turn would soon count as lost too often.
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._idle = [(machine, actor) for machine, actor in self._idle if machine in alive]
 
     def _free(self, actors: Sequence[Any]) -> None:
-        """Have idle workers free what would outlive them."""
+        """Have idle workers free resources that would outlive them."""
         if actors and ray.is_initialized() and has_head():
             references = [actor.release.remote(self._release) for actor in actors]
             with suppress(RayError):
                 ray.wait(references, num_returns=len(references), timeout=_RELEASE_S, fetch_local=False)
 
     def stop(self) -> None:
-        """End the processes; the next part starts others."""
+        """End the processes; the next part starts new ones."""
         idle = [actor for _, actor in self._idle]
         self._free(idle)
         _end([*idle, *(actor for actor, _ in self._busy.values())])

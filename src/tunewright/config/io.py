@@ -19,7 +19,7 @@ from tunewright.core.io import write_text
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 32
 _MAX_DIGITS = 400
-"""Of a number: Python converts some of YAML's notations in quadratic time. No finite float needs more."""
+"""Maximum digits of a number, enough for any float: Python converts some notations in quadratic time."""
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -71,7 +71,7 @@ def parse_config(text: str, path: Path) -> Config:
 
 
 def _require_bounded(text: str, path: Path) -> None:
-    """Refuse what makes a short text a large or endless value, before PyYAML builds any."""
+    """Refuse constructs that expand a short text to a large or endless value, before PyYAML builds it."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         where = f"{path}:{event.start_mark.line + 1 if event.start_mark else 1}"
@@ -94,7 +94,7 @@ def _section(key: str) -> type[BaseModel] | None:
 
 
 def _model_at(parents: list[str]) -> type[BaseModel] | None:
-    """Return the section that these keys lead to, also where it is optional or one of several."""
+    """Return the section that these keys lead to, even if it is optional or one of several types."""
     sections: list[type[BaseModel]] = [Config]
     for key in parents:
         if key.isdigit():  # an index of a list
@@ -105,7 +105,7 @@ def _model_at(parents: list[str]) -> type[BaseModel] | None:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that an annotation allows, inside options, unions and lists too."""
+    """Return the sections that an annotation allows, including those in options, unions and lists."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
@@ -143,7 +143,7 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
 
 
 class _Loader(yaml.SafeLoader):
-    """Names the line of a scalar that looks like a number or date, or says that it is one, and is not."""
+    """Loads YAML; errors name the line of a scalar that looks like or is tagged as a number or date and is invalid."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -237,8 +237,8 @@ def _yaml(value: Any) -> str:
 def write_section(path: Path, wanted: TrainConfig | DataConfig) -> dict[str, Any]:
     """Change the config's section of this type to ``wanted``, and return the changed keys with their new values.
 
-    Comments, order and other keys survive. The YAML parser finds the places, and the result is parsed again before it
-    is written. A key that cannot be changed in place is refused, and nothing is written.
+    Comments, order and other keys survive. The YAML parser finds the places, and the result is parsed again
+    before it is written. If a key cannot be changed in place, an error is raised and nothing is written.
     """
     raw = path.read_bytes()
     mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
@@ -266,7 +266,7 @@ def write_section(path: Path, wanted: TrainConfig | DataConfig) -> dict[str, Any
 
 
 def _edited(text: str, path: Path, before: Config, section: str, key: str, value: Any) -> tuple[str, Config] | None:
-    """Return the text with this value, and its config, if all other sections are unchanged in it."""
+    """Return the text with this value, and its config, if all other sections are unchanged."""
     edited = _with_value(text, section, key, _yaml(value))
     if edited is None:
         return None
@@ -279,7 +279,7 @@ def _edited(text: str, path: Path, before: Config, section: str, key: str, value
 
 
 def _with_value(text: str, within: str, key: str, spelt: str) -> str | None:
-    """Return the text with ``key`` of the section set; None where that is impossible in place."""
+    """Return the text with ``key`` of the section set; None if that is impossible in place."""
     newline = "\r\n" if "\r\n" in text else "\n"
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     section = _pair(root, within)
@@ -316,7 +316,7 @@ def _replace(text: str, name: yaml.Node, value: yaml.Node, spelt: str) -> str | 
         # A list with a line for each item becomes a flow list behind the key.
         start, end = name.end_mark.index, value.value[-1].end_mark.index
         return None if "#" in text[start:end] else _replaced(text, start, end, f": {spelt}")
-    # More than a colon and space between them: a comment.
+    # Anything but a colon and spaces between them is a comment.
     return _replaced(text, start, end, spelt) if between.strip() == ":" else None
 
 

@@ -23,7 +23,7 @@ class ProjectFolder:
 
     root: Path
     changed_config: Config | None = None
-    """Used in place of the file's, where a command's options change values of it."""
+    """Used in place of the file's config if a command's options change values."""
 
     @cached_property
     def config(self) -> Config:
@@ -32,7 +32,7 @@ class ProjectFolder:
 
     @property
     def has_config(self) -> bool:
-        """True if this is a project at all."""
+        """True if this folder is a project."""
         return self.changed_config is not None or (self.root / CONFIG_FILE).exists()
 
     def on_cluster(self, cluster: str | None) -> ProjectFolder:
@@ -63,17 +63,17 @@ class ProjectFolder:
 
     @property
     def fold_adapters(self) -> Path:
-        """The folder of cross-validation adapters, separate from those that are served; all can be trained again."""
+        """The folder of cross-validation adapters, separate from served adapters; all can be trained again."""
         return self.root / ".tunewright" / "crossval" / "adapters"
 
     @property
     def curve_adapters(self) -> Path:
-        """The folder of learning-curve adapters, separate from those that are served; all can be trained again."""
+        """The folder of learning-curve adapters, separate from served adapters; all can be trained again."""
         return self.root / ".tunewright" / "curve" / "adapters"
 
     @property
     def pilot_adapters(self) -> Path:
-        """The folder of `advise`'s adapters, separate from those that are served; all can be trained again."""
+        """The folder of `advise`'s adapters, separate from served adapters; all can be trained again."""
         return self.root / ".tunewright" / "pilot" / "adapters"
 
     @property
@@ -126,7 +126,7 @@ class ProjectFolder:
 
 
 class OpenFolder:
-    """A project's folder with the reporter of the work in it: what a verb needs that loads no base."""
+    """A project's folder and a reporter: enough for a verb that loads no base."""
 
     def __init__(self, folder: ProjectFolder, reporter: Reporter) -> None:
         self.folder = folder
@@ -142,7 +142,7 @@ def create_project(root: Path, files: dict[str, str]) -> ProjectFolder:
             where=str(root),
             fix="Choose another folder, or remove them first.",
         )
-    # The config comes last: a folder without it is no project yet, so a crash before it can be repeated.
+    # The config comes last: a folder without it is not a project yet, so `init` can be repeated after a crash.
     for name in sorted(files, key=lambda name: name == CONFIG_FILE):
         write_text(root / name, files[name])
     return ProjectFolder(root)

@@ -25,7 +25,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 5e-6, "epochs": 1},
     "kto": {"learning_rate": 5e-6, "epochs": 1},
 }
-"""Defaults that differ from the preset's: those of trl's scripts/dpo.py with LoRA, to which scripts/kto.py refers."""
+"""Defaults that differ from the preset's: trl's settings in scripts/dpo.py with LoRA, cited by scripts/kto.py."""
 BETA = 0.1
 """trl's default of DPOConfig, ORPOConfig and KTOConfig."""
 

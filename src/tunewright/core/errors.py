@@ -42,11 +42,11 @@ def first_fault(error: ValidationError) -> str:
 OUT_OF_MEMORY = UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")
 
 TRAIN_PACKAGES = {"accelerate", "bm25s", "gguf", "peft", "torch", "trl"}
-"""Those of `tunewright[train]`, which an installation without extras lacks."""
+"""Packages of `tunewright[train]`, which an installation without extras lacks."""
 
 
 def missing_extra(error: Exception) -> UserError | None:
-    """Return the error of what loads a model, where tunewright is installed without ``[train]``; None for another."""
+    """Return the UserError for a model package that is missing without ``[train]``; None for another error."""
     if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] not in TRAIN_PACKAGES:
         return None
     return UserError(f"This needs {error.name}, which is not installed", fix="pip install 'tunewright[train]'")

@@ -56,7 +56,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         done = pool.submit(asyncio.run, awaited())
         try:
             return done.result()
-        except KeyboardInterrupt:  # only the main thread gets it, and the pool would wait for the other's end
+        except KeyboardInterrupt:  # only the main thread gets the signal, and the pool would wait for the other thread
             loop, task = running.result()
             assert task is not None
             with suppress(RuntimeError):  # it has ended meanwhile

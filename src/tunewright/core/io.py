@@ -67,7 +67,7 @@ def file_digest(path: Path) -> str:
 
 _MOST_EXPANSION = 100
 """A file may contain this many times its own size. JSON Lines that share a prompt of 4,000 characters reach 70."""
-_LEAST_LIMIT = 64 << 20  # bytes that any file may contain
+_LEAST_LIMIT = 64 << 20  # bytes that any compressed file may contain
 
 
 def expansion_limit(size: int) -> int:
@@ -100,7 +100,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _refusal(error: Exception, path: Path) -> int | None:
-    """Return the error number of a failed write, also if a native writer only has it in its message."""
+    """Return the error number of a failed write, even if a native writer has it only in its message."""
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return error.errno
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):

@@ -1,4 +1,4 @@
-"""Locks between processes, on files and folders that are there anyway (flock).
+"""Locks between processes, on files and folders that exist anyway (flock).
 
 The system releases them however a process ends. filelock would leave a file of its own in folders that people commit.
 """
@@ -20,11 +20,11 @@ from tunewright.core.io import writing
 
 _NFS_LOCK = ".lock"
 FILE_S = 10.0
-"""How long a command waits for a file that another one writes in a moment, in seconds."""
+"""Seconds that a command waits for another one to finish writing a file."""
 
 
 def lock(handle: int, seconds: float = 0.0) -> bool:
-    """Lock an open file for this process alone; return False if another one still has it after ``seconds``."""
+    """Lock an open file for this process only; return False if another still holds it after ``seconds``."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -38,7 +38,7 @@ def lock(handle: int, seconds: float = 0.0) -> bool:
 
 
 def lock_file(file: BinaryIO) -> None:
-    """Lock an open file for this process alone."""
+    """Lock an open file for this process only."""
     if not lock(file.fileno(), FILE_S):
         raise UserError(
             f"Another command has been writing this file for {FILE_S:g} s",
@@ -49,7 +49,7 @@ def lock_file(file: BinaryIO) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, busy: UserError, seconds: float = 0.0) -> Iterator[None]:
-    """Create a folder and lock it for this process alone; ``busy`` if another still has it after ``seconds``."""
+    """Create a folder and lock it for this process only; ``busy`` if another still holds it after ``seconds``."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -73,7 +73,7 @@ def locked_folder(folder: Path, busy: UserError, seconds: float = 0.0) -> Iterat
 def is_locked(folder: Path) -> bool:
     """Return whether a process has locked this folder; False if it is gone.
 
-    The question itself holds a lock for a moment, for which :func:`locked_folder` has to wait.
+    The check itself holds a lock for a moment, for which :func:`locked_folder` has to wait.
     """
     on_nfs = folder / _NFS_LOCK
     with suppress(FileNotFoundError):
@@ -89,7 +89,7 @@ def is_locked(folder: Path) -> bool:
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Keep other processes from taking a temporary folder for abandoned."""
+    """Mark a temporary folder as in use, so that other processes do not remove it as abandoned."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
@@ -99,7 +99,7 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 def remove_abandoned(folders: Iterable[Path]) -> None:
-    """Remove those of the temporary folders that no process has :func:`in_use`."""
+    """Remove temporary folders that no process has marked as :func:`in_use`."""
     for folder in folders:
         with suppress(OSError):  # in use, or another process removes it
             handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)

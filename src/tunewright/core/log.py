@@ -31,12 +31,12 @@ def line_digest(facts: Mapping[str, Any]) -> str:
 
 
 def sealed_line(facts: Mapping[str, Any]) -> str:
-    """Return a line of these fields and their digest, which reveals a later change by hand."""
+    """Return a line of these fields and their digest, which reveals later changes by hand."""
     return canonical_json({**facts, "digest": line_digest(facts)}) + "\n"
 
 
 def require_seal(spelled: str, line: bytes, where: str, name: str) -> None:
-    """Refuse a line that is not spelled as its own fields are; ``name`` says what it is, such as "review"."""
+    """Refuse a line that differs from the canonical spelling of its fields; ``name`` is its kind, such as "review"."""
     if spelled.encode() != line + b"\n":
         raise UserError(f"The {name} was changed: its digest does not match", where=where, fix=RESTORE)
 
@@ -83,7 +83,7 @@ def numbered_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def whole_lines(data: bytes) -> tuple[bytes, bool]:
-    """Return a record without half a last line, and whether there was one; a missing last line end is added."""
+    """Return a record without an incomplete last line, and whether it had one; a missing last line end is added."""
     end = data.rfind(b"\n") + 1
     try:
         json.loads(data[end:])
@@ -93,7 +93,7 @@ def whole_lines(data: bytes) -> tuple[bytes, bool]:
 
 
 def extend(path: Path, news: Callable[[bytes], str]) -> None:
-    """Append to a locked record what ``news`` returns for its lines, after removing half a line that a crash left."""
+    """Append the lines that ``news`` returns to a locked record, after removing an incomplete line left by a crash."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path) as file:
@@ -101,7 +101,7 @@ def extend(path: Path, news: Callable[[bytes], str]) -> None:
             whole, _ = whole_lines(data)
             if added := news(whole):
                 file.truncate(min(len(whole), len(data)))
-                file.write(whole[len(data) :] + added.encode())  # first a line end that an editor left out
+                file.write(whole[len(data) :] + added.encode())  # first a line end that an editor omitted
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -120,14 +120,14 @@ def held(path: Path) -> Iterator[BinaryIO]:
 
 
 AUTHOR_VARIABLE = "TUNEWRIGHT_AUTHOR"
-"""Names the author of what a command records, where the person is known by another name than git's user.name."""
+"""Names the author of what a command records, if it is not git's user.name."""
 
 _author: ContextVar[str | None] = ContextVar("tunewright_author", default=None)
 
 
 @contextmanager
 def authored_by(name: str) -> Iterator[None]:
-    """Record changes under this name while the block runs, in its thread alone."""
+    """Record changes under this name while the block runs, only in its thread."""
     before = _author.set(name)
     try:
         yield

@@ -19,7 +19,7 @@ class Option:
 
     help: str
     default: str | None = None
-    """What applies if the option is not given, in words; None: the field's own default."""
+    """The effect of leaving the option out, in words; None: the field's own default."""
     name: str | tuple[str, ...] | None = None
     """The option's name, such as ``--input``, or its names; None: the field's."""
     min: int | None = None
@@ -27,4 +27,4 @@ class Option:
     metavar: str | None = None
     """The value's name in the help."""
     parse: Callable[[str, str], Any] | None = None
-    """Returns the field's value of the option's text, given the option's name; None: the text's own type."""
+    """Converts the option's text, given the option's name, to the field's value; None: by the field's type."""

@@ -1,6 +1,6 @@
-"""Child processes. Each has a process group of its own, so that Ctrl-C is for the parent, which ends the whole group.
+"""Child processes. Each has its own process group, so that Ctrl-C reaches only the parent, which ends the whole group.
 
-No other module starts a process, but for the editor that `data review` opens on the user's terminal.
+No other module starts a process, except the editor that `data review` opens on the user's terminal.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PIPE = subprocess.PIPE
 NOTHING = subprocess.DEVNULL
 
 KILLED = -signal.SIGKILL
-"""The exit code of a process that was killed, by the system where it needs memory."""
+"""The exit code of a killed process; the system kills processes when memory runs out."""
 ENOUGH_MEMORY = "Check that it has enough memory, and run the same command again."
 """The remedy for a killed process."""
 TIDY_SECONDS = 5.0
 """The time that a stopped process's descendants may take to end. Python's resource tracker is the last one.
-It frees their shared memory (hundreds of MB in vLLM), and nothing else would."""
+Only the tracker frees their shared memory (hundreds of MB in vLLM)."""
 
 
 def start(
@@ -42,7 +42,7 @@ def start(
     env: Mapping[str, str] | None = None,
     terminal: bool = False,
 ) -> Process:
-    """Start a process, which :func:`end` ends. With ``terminal`` it may ask its user, and Ctrl-C is for it, too.
+    """Start a process, which :func:`end` ends. With ``terminal`` it may ask its user and also gets Ctrl-C.
 
     Its standard input is a pipe that the system closes when this process ends. A child that has to end then calls
     :func:`end_with_parent`, or reads to the end.
@@ -60,7 +60,7 @@ def end(process: Process, patience: float = 0.0) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL)[0 if patience else 1 :]:
         try:
             os.killpg(process.pid, number)
-        except ProcessLookupError:  # it has no group of its own, or has ended
+        except ProcessLookupError:  # it has no process group, or has ended
             process.send_signal(number)
         with suppress(StillRunningError):
             process.wait(patience if number == signal.SIGTERM else None)
@@ -117,7 +117,7 @@ def last_lines(log: Path, count: int) -> str:
 
 
 def end_with_parent() -> None:
-    """End this process together with its parent, however that ends, even while it computes."""
+    """End this process when its parent ends for any reason, even while it computes."""
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     if sys.platform == "linux":
         # A hanging process does not read its input: Linux kills it (PR_SET_PDEATHSIG).

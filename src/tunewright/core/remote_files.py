@@ -76,7 +76,7 @@ def _refusing_redirects() -> dict[str, Any]:
 
 
 class RemoteFiles:
-    """The files below a URL, without following redirects of a web server; as a string, the URL.
+    """The files below a URL, without following redirects of a web server; ``str()`` gives the URL.
 
     Args:
         url: any URL or path that fsspec knows: a folder, s3://bucket/prefix, …
@@ -125,12 +125,12 @@ class RemoteFiles:
             raise UserError(what, where=self.url, fix=fix) from error
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a file."""
+        """Return whether the file exists."""
         with self.refusals():
             return bool(self.fs.exists(f"{self.root}/{name}"))
 
     def read_if_there(self, name: str) -> bytes | None:
-        """Return a file's bytes; None without such a file."""
+        """Return a file's bytes; None if it does not exist."""
         with self.refusals():
             try:
                 data: bytes = self.fs.cat_file(f"{self.root}/{name}")
@@ -150,7 +150,7 @@ class RemoteFiles:
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically: fsspec moves it into place at the end of the transaction.
 
-        In a local folder it would copy from the folder for temporary files, and a full disk would leave half a file.
+        In a local folder, fsspec would copy from the temporary folder, and a full disk would leave half a file.
         """
         path = f"{self.root}/{name}"
         if self.is_local:
@@ -174,14 +174,14 @@ class RemoteFiles:
             try:
                 file = self.fs.open(f"{self.root}/{name}", "rb")
             except FileNotFoundError as error:
-                if isinstance(error.__cause__, UserError):  # fsspec takes any failure of HTTP for a missing file
+                if isinstance(error.__cause__, UserError):  # fsspec reports any HTTP failure as a missing file
                     raise error.__cause__ from None
                 raise UserError("The file is missing", where=f"{self.url}/{name}", fix=self._again) from None
         with file:
             yield RemoteFile(self, file)
 
     def copy(self, source: Path, name: str) -> None:
-        """Copy a local file there, in pieces; in a bucket it is there as a whole or not at all."""
+        """Upload a local file in pieces; in a bucket it appears as a whole or not at all."""
         path = f"{self.root}/{name}"
         with self.refusals():
             if self.has_folders:
@@ -196,13 +196,13 @@ class RemoteFile:
         self._files, self._file = files, file
 
     def read(self, size: int) -> bytes:
-        """Return the next bytes, at most ``size``; none at the end."""
+        """Return the next bytes, at most ``size``; empty at the end."""
         with self._files.refusals():
             return self._file.read(size)
 
 
 PATIENCE_S = 3.0
-"""Seconds that the hub has for a first response, so that a command ends within five."""
+"""Seconds to wait for the hub's first response, so that a command ends within five."""
 
 
 def hub_silence(url: str) -> str | None:

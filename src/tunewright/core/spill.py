@@ -1,7 +1,7 @@
 """Byte strings and texts in temporary files, for more of them than memory should hold.
 
-A file is deleted when nothing refers to it. Reading one back takes about a microsecond: recent ones are in the page
-cache, which the operating system takes memory for only while nobody else needs it.
+A file is deleted when nothing refers to it. Reading one back takes about a microsecond: recent ones
+are in the page cache, which the operating system shrinks when programs need memory.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def numbered(values: Iterable[str | bytes]) -> Indices:
         data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
         digests += hashlib.blake2b(data, digest_size=16).digest()
     words = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: the first place of a value is the first here, too
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: a value's first place stays first
     new = np.ones(len(order), dtype=bool)
     new[1:] = np.diff(words[order], axis=0).any(axis=1)
     firsts = order[new]

@@ -1,6 +1,7 @@
 """JSON with one meaning: duplicate keys, NaN and Infinity are errors (RFC 7493).
 
-Python's own parser takes the last of equal keys, where others take the first. Only :func:`standard_json` does so too.
+Python's own parser takes the last of equal keys, other parsers the first. Here only
+:func:`standard_json` takes the last.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def parse_json(text: str) -> Any:
 
 
 def standard_json(text: str) -> Any:
-    """Return the value of a JSON text (RFC 8259): the last of equal keys, and no NaN."""
+    """Return the value of a JSON text (RFC 8259): the last of equal keys counts, and NaN is refused."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
@@ -47,7 +48,7 @@ def standard_json(text: str) -> Any:
 
 
 def repeated_key(pairs: Iterable[tuple[str, Any]]) -> str:
-    """Return the first key that a later pair repeats. One of them must."""
+    """Return the first key that a later pair repeats. One of them must repeat a key."""
     counts = Counter(key for key, _ in pairs)
     return next(key for key, count in counts.items() if count > 1)
 

@@ -59,7 +59,7 @@ def changes(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, int, int,
     if steps > _MOST_STEPS:
         found.append(("replace", head, len(old) - tail, head, len(new) - tail))
     else:
-        # White space is no anchor of a match: it would occur in both texts as often as words do.
+        # White space cannot anchor a match: it occurs in both texts as often as words do.
         codes = SequenceMatcher(str.isspace, a, b, autojunk=False).get_opcodes()
         found += [(kind, i + head, j + head, m + head, n + head) for kind, i, j, m, n in codes]
     found.append(("equal", len(old) - tail, len(old), len(new) - tail, len(new)))
@@ -99,7 +99,7 @@ def _distinct(line: str, others: Sequence[str]) -> str:
     same = max((_equal_until(line, other) for other in others), default=0)
     if same < _LONGEST - 1:
         return f'"{_cut(line)}"'
-    # At a word, unless that is longer than what is shown before the difference.
+    # At a word's beginning, unless the word is longer than the text shown before the difference.
     start = line.rfind(" ", same - 2 * _BEFORE, same - _BEFORE) + 1 or same - _BEFORE
     return f'"…{_cut(line[start:])}"'
 
@@ -163,7 +163,7 @@ def _long_runs(text: str, form: Form) -> Iterator[tuple[int, int]]:
     """Yield start and end of each run of more than ``MAX_MARKS`` marks."""
     marks, end = _marks(form), 0
     step = MAX_MARKS + 1
-    # Each long run covers a multiple of `step`, so the other characters need no look.
+    # Each long run covers a multiple of `step`, so the other characters need no check.
     for number, letter in enumerate(text[::step]):
         start = number * step
         if letter not in marks or start < end:

@@ -47,7 +47,7 @@ def start() -> str | None:
     except ImportError:
         return f"{_first(_ENDPOINTS)[0]} is set, but no traces are sent: pip install 'tunewright[otel]'"
     named = {} if "OTEL_SERVICE_NAME" in os.environ else {SERVICE_NAME: "tunewright"}
-    # Variables win over attributes that are given here, but for the name of the service.
+    # Environment variables override the attributes given here, except the service's name.
     _provider = TracerProvider(resource=Resource.create({**named, "service.version": __version__}))
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     _tracer = _provider.get_tracer("tunewright", __version__)
@@ -55,7 +55,7 @@ def start() -> str | None:
 
 
 def stop() -> None:
-    """Send what is left, and trace nothing from now on."""
+    """Send the remaining spans, and stop tracing."""
     global _provider, _tracer
     if _provider is not None:
         _provider.shutdown()
@@ -105,7 +105,7 @@ def _require_supported() -> None:
 
 
 class Span:
-    """A piece of work with a name, times and attributes; where nothing is traced, one that does nothing.
+    """A piece of work with a name, times and attributes; if nothing is traced, a span that does nothing.
 
     The no-op spans of OpenTelemetry's API package would take 14 µs instead of 2, and 90 ms of each command to import.
     """
@@ -114,7 +114,7 @@ class Span:
         self._span = span
 
     def set(self, attributes: Mapping[str, Value | None]) -> None:
-        """Set attributes; None leaves one out."""
+        """Set attributes; attributes with the value None are left out."""
         if self._span is not None:
             self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
 

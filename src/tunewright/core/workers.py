@@ -1,7 +1,8 @@
 """Work in parts that do not depend on each other, in this process or on many machines.
 
-Steps over many rows take ``Workers``. Those of this process do the parts one after the other; ``tunewright.compute``
-has those of a cluster. The function, what it needs and the parts are the same, and so are the results.
+Steps over many rows take ``Workers``. The workers of this process compute the parts one after the
+other; ``tunewright.compute`` has a cluster's workers. The function, its input and the parts are the
+same, so the results are too.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 Step = Callable[[Shared, Part, Task], Result]
-"""Computes one part, given what all parts need. It is a function of a module, changes neither argument, and advances
-the task by what it has done."""
+"""Computes one part, given the shared value. It is a function of a module, changes neither, and advances the task."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Machine:
     gpus: int
 
     def room(self, needs: Needs) -> int:
-        """Return the number of parts that it computes at once."""
+        """Return the number of parts that the machine computes at once."""
         by_gpus = self.gpus // needs.gpus if needs.gpus else self.cpus
         return min(self.cpus // needs.cpus, by_gpus)
 
@@ -53,7 +53,7 @@ def on_machine(name: str, error: UserError) -> UserError:
 
 
 class WorkerFailedError(UserError):
-    """The process of a worker cannot compute a part, and another one may."""
+    """A worker's process cannot compute a part, which another process may be able to compute."""
 
 
 class Asked(Protocol):
@@ -93,10 +93,10 @@ class Workers(Asked, Protocol):
             step: the function.
             shared: what every part needs.
             parts: taken only a few ahead of the results, so that a long iterable is never held as a whole.
-            task: advanced by what the parts have done.
+            task: advanced by the parts.
             batch: number of parts that one worker gets at once, if a part is small.
-            needs: what one part takes of a machine, whose parts this process does not compute. None: one CPU, and this
-                process computes parts, too, while it waits for a cluster's.
+            needs: resources of one part, which this process then does not compute. None: one CPU,
+                and this process also computes parts while it waits for the cluster.
         """
 
 
@@ -118,7 +118,7 @@ class ModelWorkers(Asked, Protocol):
     def each(
         self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
     ) -> Iterator[tuple[int, Result]]:
-        """Yield the number of each part with its result, as soon as it is there.
+        """Yield the number of each part with its result, as soon as it is computed.
 
         Args:
             compute: a function of a module; it keeps what it has loaded in its process. If it raises a

@@ -47,7 +47,7 @@ from tunewright.data.versions.version import cluster_sizes, clusters_by_split, n
 class AddResult:
     """Result of adding files. ``version`` is current afterwards; ``created`` is true if it is new.
 
-    ``added`` counts new examples, ``known`` rows that the previous version had already.
+    ``added`` counts new examples, ``known`` rows that the previous version already contained.
     """
 
     version: Manifest
@@ -71,7 +71,7 @@ class AddResult:
     largest: tuple[LargeCluster, ...]
     """The largest clusters."""
     outputs: OutputLeakage
-    """Test rows with an output, or its template, that training rows have too."""
+    """Test rows whose output, or its template, also occurs in training rows."""
     clusters: dict[Split, int]
     """Independent clusters of each split, without the mix-in."""
     dev_clusters: tuple[int, ...]
@@ -108,7 +108,7 @@ def add(
     Args:
         files: files, folders, patterns and datasets of the hub, as ``source_files`` expands them.
         message: stored with the version.
-        workers: check and compare the rows (None: those of ``compute.cluster``).
+        workers: check and compare the rows (None: the workers of ``compute.cluster``).
 
     Raises:
         UserError: faulty rows, secrets (named by place, never by value), new conflicts (unless data.conflicts accepts
@@ -207,7 +207,7 @@ def _save(
             reporter.warn("The message was not stored: nothing is new, so no version was created.")
         _keep_known(project.dataset, plan, parent, sources, reporter)
         return parent.manifest
-    if config.data.duplicates == "drop":  # new ones are left out, so those of the version before are all there are
+    if config.data.duplicates == "drop":  # new ones are dropped, so only the parent's remain
         near = parent.manifest.counts.near_duplicates if parent else 0
     else:
         near = sum(m.key in merged.near for m in plan.members)
@@ -301,7 +301,7 @@ def _sources(read: Sequence[tuple[Path, ReadResult]], root: Path) -> dict[str, S
         name += reading.source.removeprefix(str(path))  # the sheet of a workbook
         sha256 = source_digest(path)
         if any(other != reading.source and source.name == name for other, source in sources.items()):
-            name = f"{name}@{sha256[:8]}"  # two files of one name, from different folders
+            name = f"{name}@{sha256[:8]}"  # two files with the same name, from different folders
         sources[reading.source] = SourceFile(name=name, sha256=sha256, rows=len(reading.rows))
     return sources
 
@@ -310,7 +310,7 @@ def _sources(read: Sequence[tuple[Path, ReadResult]], root: Path) -> dict[str, S
 class _Imports:
     """The lines of imports.jsonl: one per row of each file, sorted by file and line.
 
-    They are made when they are read: ten million of them would take more memory than the rows.
+    They are made on demand: ten million of them would take more memory than the rows.
     """
 
     plan: AddPlan

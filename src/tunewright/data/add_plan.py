@@ -223,11 +223,11 @@ def _domain(
     while True:
         similar = _similar(keys, merged, config, reporter, workers)
         clusters = _joined(similar, groups, merged.kept, config)
-        # A row that resembles a held-out one leaves alone; the others of its document or group may stay.
+        # Only the row that resembles a held-out one leaves; other rows of its document or group may stay.
         gone = _held_out(similar, former, doubtful) or _held_out(clusters, former, doubtful)
         if not gone:
             break
-        # Similarity ignores the words that all inputs share, which may be others without these rows: look again.
+        # Similarity ignores the words that all inputs share. Without these rows they may change: compare again.
         unaccepted |= gone
         keys = [key for key in keys if key not in gone]
     if unaccepted:
@@ -301,7 +301,7 @@ def _refuse_another_split(
 ) -> None:
     """Refuse to split by template if the dataset was split by input and templates are in several splits.
 
-    All rows of such a template would follow one of them into the test split, with most of the training rows.
+    All rows of such a template would follow one of them into the test split, and most training rows with them.
     """
     if parent.manifest.settings.split_by == config.data.split_by or config.data.split_by == "input":
         return
@@ -349,8 +349,8 @@ def inherit_split(path: Path, merged: Merge, split_by: str) -> InheritedSplit:
     A row inherits the split of its pair, else of the rows with its question: the prompt without system turns, ignoring
     case and white space. If the question is in several splits, test comes before dev and dev before train.
 
-    A split by input is not inherited by output template if a template is in several splits: all its rows would follow
-    one of them into the test split, with most of the training rows.
+    A split by input is not inherited by output template if a template is in several splits: all its
+    rows would follow one of them into the test split, and most training rows with them.
     """
     where = f"--split-from {path}"
     if merged.parent is not None:
@@ -388,7 +388,7 @@ def inherit_split(path: Path, merged: Merge, split_by: str) -> InheritedSplit:
 
 
 def _report_merge(merged: Merge, setting: Duplicates, options: AddOptions, reporter: Reporter) -> None:
-    """Report rows that repeat others, stay out, replace others or have other weights."""
+    """Report rows that repeat or replace other rows, stay out, or have other weights."""
     if merged.duplicates:
         reporter.warn(notices.duplicates(merged.duplicates, setting))
     if merged.withheld:

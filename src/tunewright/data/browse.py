@@ -65,7 +65,7 @@ def cluster_counts(project: OpenFolder, member: Member) -> tuple[int, int]:
 
 
 def leakage(project: OpenFolder) -> LeakageReport:
-    """Return the similarity of held-out rows to training rows, compared with that under a random split."""
+    """Return the similarity of held-out rows to training rows, compared with a random split."""
     return measure_leakage(load_version(project.folder.dataset), project.folder.config.seed, project.reporter)
 
 
@@ -104,7 +104,7 @@ class RowQuery:
     """Conditions that a row must meet; an empty one is always met."""
 
     words: str = ""
-    """Separated by white space; each is in the key, the input or the output, in any case."""
+    """Words, separated by white space; each occurs in the key, input or output, ignoring case."""
     split: str = ""
     cluster: str = ""
     """First digits of the cluster."""
@@ -126,7 +126,7 @@ class RowIndex:
         self._texts = tuple(f"{m.key} {m.example.input_text} {m.example.output}".casefold() for m in version.members)
 
     def find(self, query: RowQuery, suspects: AbstractSet[str] = frozenset()) -> list[Member]:
-        """Return the matching rows, sorted by key; ``suspects`` are the keys that the flag of that name means."""
+        """Return the matching rows, sorted by key; ``suspects`` are the keys of rows with that flag."""
         members = self._version.members
         places: Sequence[int] = range(len(members))
         if query.split:
@@ -152,7 +152,7 @@ class RowIndex:
 
     @cached_property
     def _source_of_each(self) -> list[str]:
-        """The file of each member; empty where no import records one."""
+        """The file of each member; empty if no import records it."""
         places = places_by_key(self._dataset, self._version.manifest)
         return [sys.intern(places.get(m.key, "").rpartition(":")[0]) for m in self._version.members]
 

@@ -202,7 +202,7 @@ def rebuilt_example(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest
 
 
 class _Record(NamedTuple):
-    """Texts and counts that are asked for often, so that no turns have to be built for them, and the turns."""
+    """The turns, and the texts and counts that are used often, so that no turns have to be built for them."""
 
     input_text: str
     output: str
@@ -212,7 +212,7 @@ class _Record(NamedTuple):
 
 
 class RowFile:
-    """Turns of examples that are being added: they wait in a temporary file, and memory holds their keys."""
+    """Turns of examples that are being added: the turns are in a temporary file, their keys in memory."""
 
     def __init__(self) -> None:
         self._records = RecordFile()
@@ -220,7 +220,7 @@ class RowFile:
         self._last = (-1, _Record("", "", (), 0, []))
 
     def stored(self, example: Example) -> Example:
-        """Write an example's turns, and return it without them: they are read when they are asked for."""
+        """Write an example's turns, and return it without them: they are read on demand."""
         turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in example.messages]
         record = (example.input_text, example.output, example.instructions, example.trained_turns, turns)
         self._prompts += example.prompt_digest
@@ -384,7 +384,7 @@ def class_like(outputs: Iterable[str]) -> bool:
 
 
 def find_labels(outputs: Iterable[str]) -> frozenset[str]:
-    """Return the distinct outputs, stripped, if they are classes; else the empty set, as soon as they are too many."""
+    """Return the distinct outputs, stripped, if they are classes; else the empty set, as soon as there are too many."""
     different: set[str] = set()
     count = 0
     for output in outputs:

@@ -53,7 +53,7 @@ class Merge:
 
     parent: DatasetVersion | None
     rows: list[SourceRow]
-    """All rows read; those that replace others have the input as the parent spells it."""
+    """All rows read; rows that replace others have the input as the parent spells it."""
     kept: dict[str, Example]
     first: dict[str, SourceRow]
     """First row read with each new pair key, dropped ones included."""
@@ -185,7 +185,7 @@ class Merge:
 
     @cached_property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """The sorted group values of each kept row, with those of the rows that it stands for."""
+        """The sorted group values of each kept row, with the values of the rows that it stands for."""
         values: dict[str, set[str]] = defaultdict(set)
         replacing = {old: new for new, old in self.reweighted.items()}
         replacing |= {old: new for new, olds in self.replacement.olds.items() for old in olds}
@@ -206,8 +206,9 @@ def merge(
 ) -> Merge:
     """Merge rows into the current version, if there is one.
 
-    Rows with the same output and inputs at or above data.dedup_threshold are near-duplicates. With data.duplicates:
-    drop, the known or first of them stays; with ``keep`` only exact ones go (:meth:`Merge.compare` finds the others).
+    Rows with the same output and inputs at or above data.dedup_threshold are near-duplicates. With
+    data.duplicates: drop, the known or first row stays; with ``keep`` only exact duplicates are
+    dropped (:meth:`Merge.compare` finds near-duplicates).
     """
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.domain} if parent else {}
@@ -232,8 +233,8 @@ def merge(
         if row.example.pair_key not in known and row.example.pair_key not in edited:
             first.setdefault(row.example.pair_key, row)
     people = {row.example.pair_key for row in rows if not row.generated}
-    # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows of
-    # people come first: a generated row may be the duplicate of one, and not the other way round.
+    # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows
+    # of people come first: a generated row may be the duplicate of a person's row, but not the other way round.
     new = sorted(first, key=lambda key: (key not in people, first[key].example.trained_turns, key))
     reweighted = _reweighted(new, first, known, rows)
     for old in reweighted.values():
@@ -273,7 +274,7 @@ def _generated(
     reweighted: Mapping[str, str],
     replacement: Replacement,
 ) -> frozenset[str]:
-    """Return the pair keys of generated rows: those of the parent, and new ones that no file of people has."""
+    """Return the pair keys of generated rows: the parent's, and new ones that no person's file contains."""
     before = {m.key for m in parent.domain if m.generated} if parent else set()
     same_text = {new for new, old in reweighted.items() if old not in before or new in people}
     replacing = {key for key, row in replacement.rows.items() if row.generated}

@@ -1,6 +1,6 @@
 """From a hosted fine-tuning job to a project: its files as rows, the nearest settings, its model as the incumbent.
 
-The jobs' fields are those of the services' documentation, read in November 2026:
+The jobs' fields follow the services' documentation of November 2026:
 
 - OpenAI: developers.openai.com/api/reference/resources/fine_tuning/subresources/jobs/methods/retrieve
 - Together: docs.together.ai/reference/get-fine-tunes-id
@@ -36,7 +36,7 @@ _KINDS = {"preference": "preference pairs", "tools": "conversations with functio
 
 @dataclass
 class HostedJob:
-    """A fine-tuning job as tunewright's settings, and every difference that they leave."""
+    """A fine-tuning job as tunewright's settings, and every remaining difference."""
 
     model: str | None = None
     """The fine-tuned model's name at the service; None: the job has none."""

@@ -23,7 +23,7 @@ from tunewright.data.readers import SourceRow, read_pairs, source_digest, source
 from tunewright.data.readers.validate import counted
 from tunewright.data.versions import Member, Mix, SourceFile, short
 
-_SPARE = 50  # rows looked at beyond those that are needed, so that a few that are left out cost no second look
+_SPARE = 50  # extra rows to read, so that a few rejected rows need no second pass
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class RemoveOptions:
     """A row must have one of them."""
     dry_run: Annotated[bool, Option("Show what would be removed, and change nothing.")] = False
     purge: Annotated[bool, Option("Erase the rows' text from all versions too. This cannot be undone.")] = False
-    """Also that of rows that they were edited from, and of former rows with the same input."""
+    """Also the text of rows that they were edited from, and of former rows with the same input."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))  # a generator would be empty at its second use

@@ -44,7 +44,7 @@ class Effect:
     exact_duplicates: int
     """Left out."""
     near_kept: int
-    """Near-duplicates among those added, each in the cluster of the row it resembles."""
+    """Near-duplicates among the added rows, each in the cluster of the row it resembles."""
     near_dropped: int
     """Near-duplicates left out, if data.duplicates is "drop"."""
     replaced: int
@@ -122,7 +122,7 @@ def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOp
                 effect, conflicts = _effect(planned), planned.merged.fresh_conflicts
                 if conflicts and data.conflicts == "error":
                     refusals.append(planned.merged.refusal)
-    for number, error in enumerate(refusals):  # in the conditional, since a check tries nothing
+    for number, error in enumerate(refusals):  # in the conditional mood, since a check adds nothing
         what = re.sub(r"(nothing) was (added|replaced)", r"\1 would be \2", error.what, flags=re.IGNORECASE)
         refusals[number] = UserError(what, where=error.where, fix=error.fix)
     return Preview(checked, dict(metadata.most_common()), tuple(refusals), effect, tuple(conflicts))
@@ -184,7 +184,7 @@ def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping =
 
 
 def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:
-    """Return the titles of a workbook's visible sheets; of another file, nothing."""
+    """Return the titles of a workbook's visible sheets; empty for other files."""
     if not is_workbook(Path(file)):
         return ()
     from tunewright.data.readers.workbooks import visible_sheets

@@ -356,7 +356,7 @@ class RemoteStore(RemoteFiles):
         return manifest
 
     def _names(self, folder: str, pattern: str) -> list[str]:
-        """Return the sorted names in a folder that match; a server of the web may not list files."""
+        """Return the sorted names in a folder that match; a web server may not list files."""
         with self.refusals():
             try:
                 listed = self.fs.ls(f"{self.root}/{folder}", detail=False)
@@ -369,7 +369,7 @@ class RemoteStore(RemoteFiles):
         return [f"{folder}/{name}" for name in self._names(folder, r"[0-9a-f]{12}\.jsonl")]
 
     def _log(self, folder: str, fix: str) -> Iterator[tuple[str, bytes]]:
-        """Yield name and content of the files of a log; ``fix`` is what to do if one was changed."""
+        """Yield name and content of the files of a log; ``fix`` is the remedy if a file was changed."""
         for path in self._log_files(folder):
             data = self.read(path)
             yield path, data

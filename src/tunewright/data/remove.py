@@ -62,7 +62,7 @@ _ANCHOR = 8  # bytes
 _CHUNK = 1 << 20
 _MOST = 20  # files and rows named in a message
 _GROUPS = 5
-_SAME_NAME = re.compile(r"@[0-9a-f]{8}$")  # after the name of an added file, where two had the same
+_SAME_NAME = re.compile(r"@[0-9a-f]{8}$")  # after the name of an added file, if two files had the same name
 _WEIGHTS = (".safetensors", ".gguf", ".pt", ".bin")
 _COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1", b"BZh", b"\xfd7zXZ")
 _ITEM_KEY = re.compile(rb'^\{"key": ?"([0-9a-f]{64})"', re.MULTILINE)
@@ -434,7 +434,7 @@ def _search(path: Path, name: str, needles: Mapping[bytes, set[int]]) -> Remaini
 
 
 def _found(data: bytes, needles: Iterable[bytes]) -> set[bytes]:
-    """Return the needles in the data, indexed by their first bytes, so that time does not grow with their number."""
+    """Return the needles in the data. An index of first bytes keeps the time independent of their number."""
     by_anchor: dict[int, list[bytes]] = defaultdict(list)
     for needle in needles:
         by_anchor[int.from_bytes(needle[:_ANCHOR], "little")].append(needle)

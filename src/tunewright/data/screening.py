@@ -44,8 +44,8 @@ def screen(
 ) -> ScreenedRows:
     """Search rows for secrets and personal data, and replace them by placeholders with ``redact``.
 
-    Secrets that are neither replaced nor allowed are refused, by place. Kinds in ``allow`` are permitted, and reported.
-    ``presidio`` is a spaCy model that finds names and places too.
+    Secrets that are neither replaced nor allowed are refused, by place. Kinds in ``allow`` are
+    permitted, and reported. ``presidio`` is a spaCy model that also finds names and places.
     """
     screening = _Screening(tuple(allow), redact, presidio)
     if presidio:
@@ -100,7 +100,7 @@ _finder = cache(open_presidio)
 
 
 def _screen_rows(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:
-    """Search some rows, and replace what is found if that is wanted."""
+    """Search some rows, and replace the findings if requested."""
     also = _finder(screening.presidio) if screening.presidio else None
     part = _Part()
     if screening.redact:

@@ -19,7 +19,7 @@ FEW_TRAINING_PAIRS = 500
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-MINIMUM_CLUSTERS = 10  # with fewer, a tenth of them is less than one
+MINIMUM_CLUSTERS = 10  # with fewer clusters, a tenth is less than one
 LARGEST = 1 / 3
 """Share of dev or test that a cluster may take while smaller ones fit."""
 
@@ -70,7 +70,7 @@ def assign_splits(
         class_of: the class of each pair key, to stratify as far as whole clusters and settled splits allow; None: do
             not stratify.
         train_only: pair keys of generated rows, whose new clusters are for training. They do not count for the shares
-            of the other splits, and no cluster with a row of the former dev or test split has one.
+            of the other splits, and no cluster with a row of the former dev or test split contains one.
     """
     splits: dict[str, Split] = {}
     for name, keys in clusters.items():

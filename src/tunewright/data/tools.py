@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
 MAX_DEPTH = 32
-"""Of a schema inside schemas, with references followed, and of arguments."""
+"""Nesting limit of schemas, with references followed, and of arguments."""
 MAX_VALUES = 10_000
-"""Schemas and listed values of one function, with references followed."""
+"""Limit of the schemas and listed values of one function, with references followed."""
 MAX_STEPS = 2_000_000
-"""Values of a schema times values of the arguments."""
+"""Limit of a schema's values times the arguments' values."""
 MAX_PATTERN = 1_000
-"""Characters of a regular expression."""
+"""Maximum length of a regular expression in characters."""
 _SECONDS = 1.0
-"""Processor time of the patterns in one check."""
+"""Limit of the processor time of the patterns in one check."""
 
 _Pointer = tuple[str, ...]
 Path = tuple[str | int, ...]
@@ -57,7 +57,7 @@ class ArgumentsError(ValueError):
 
 
 MAX_CHARACTERS = 1 << 18
-"""Of all declarations of a conversation, as canonical JSON."""
+"""Maximum length of all declarations of a conversation, as canonical JSON."""
 
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
@@ -79,8 +79,9 @@ class Toolset:
 def read_tools(value: Any) -> Toolset:
     """Return the functions that a list declares, or its text in JSON.
 
-    A declaration is ``{"type": "function", "function": {...}}`` or the inner object. Absent parameters become those of
-    a function without any. ``strict`` is left out: it is an instruction for decoding, not for the model.
+    A declaration is ``{"type": "function", "function": {...}}`` or the inner object. Absent
+    parameters become the parameters of a function that takes none. ``strict`` is left out: it is an
+    instruction for decoding, not for the model.
     """
     if isinstance(value, str):
         try:
@@ -213,7 +214,7 @@ class CompiledSchema:
         finally:
             _END.reset(token)
         if error is not None:
-            # The message of most keywords has the value, which may be a secret; that of these names keys only.
+            # Most keywords' messages contain the value, which may be a secret; the messages of these name only keys.
             keys_only = error.validator in ("required", "additionalProperties", "dependentRequired")
             rule = f'not valid under "{error.validator}": '
             what = _cut(error.message) if keys_only else rule + _cut(canonical_json(error.validator_value))
@@ -246,7 +247,7 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else", "contentSchema")
 _REFUSED = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$anchor", "unevaluatedItems", "unevaluatedProperties")
-"""They would need a check of their own that it ends; no schema for functions uses them."""
+"""Refused keywords: their evaluation may not end without a special check, and no function's schema uses them."""
 
 
 def _measure_schema(schema: Any) -> int:

@@ -175,7 +175,7 @@ class Origins:
 def read_origins(dataset: Path) -> Origins:
     """Return the place and metadata of each row of any version, by pair key.
 
-    An edited row has those of the row before the edit.
+    An edited row has the place and metadata of the row before the edit.
     """
     origins = Origins()
     for manifest in list_versions(dataset):
@@ -202,9 +202,9 @@ def read_origins(dataset: Path) -> Origins:
 class RowOrigin:
     """Origin of a row in the dataset.
 
-    ``source`` and ``line`` are its place, if an import records it. ``edit_of`` are pair keys with the same input that
-    the previous version had and this one lacks; ``conflicts_with`` are those that it still has. ``older_missing`` is
-    the parent, if the dataset lacks it.
+    ``source`` and ``line`` are its place, if an import records it. ``edit_of`` are pair keys with
+    the same input that the previous version had and this one lacks; ``conflicts_with`` are such
+    keys that it still has. ``older_missing`` is the parent, if the dataset lacks it.
     """
 
     key: str
@@ -249,7 +249,7 @@ def blame(dataset: Path, version: DatasetVersion, key: str) -> RowOrigin:
 def _same_input(
     dataset: Path, version: DatasetVersion, brought: Manifest, parent: Manifest | None, key: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the parent's other rows with this row's input: those that the version dropped, and those that it kept."""
+    """Return the parent's other rows with this row's input: the rows it dropped, and the rows it kept."""
     if parent is None:
         return (), ()
     asked = next(m.example.input_key for m in version.members if m.key == key)
@@ -274,8 +274,8 @@ Use = Literal["trained", "left out", "dev", "test", "absent", "unknown"]
 class RowUse:
     """Use of a row by one adapter's training: ``dev`` selected the checkpoint, ``absent`` means not in the version.
 
-    An adapter that started from another one has also used that one's rows. ``reason`` explains an unknown use, names
-    such a parent, or gives the length of a row that was too long; else it is empty.
+    An adapter that started from another one has also used the other adapter's rows. ``reason`` explains
+    an unknown use, names such a parent, or gives the length of a row that was too long; else it is empty.
     """
 
     adapter: str
@@ -307,7 +307,7 @@ class KnownPlaces:
         self._places: dict[str, Places] = {}
 
     def of(self, version: str | None) -> Places | None:
-        """Return the places of a version's rows; None if it is not here."""
+        """Return the places of a version's rows; None if the version is missing."""
         if version not in self._digests:
             return None
         if version not in self._places:
@@ -316,7 +316,7 @@ class KnownPlaces:
 
 
 def _row_use(name: str, lineage: Mapping[str, Any], places: KnownPlaces, key: str) -> RowUse:
-    """Return the use of a row by an adapter: its own training's, unless a parent's counts more."""
+    """Return the use of a row by an adapter: its own training's use, unless a parent's use counts more."""
     (own, _), *others = ((_own_use(name, each, places, key), each) for each in ancestors(lineage))
     for wanted in ("trained", "unknown"):
         if own.use == wanted:

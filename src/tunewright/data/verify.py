@@ -154,7 +154,7 @@ _T = TypeVar("_T")
 def _parsed(
     path: Path, parse: Callable[[bytes, str], _T], damage: list[IntegrityIssue], *, tail: str | None = None
 ) -> list[_T]:
-    """Return the valid lines of a log, and add the others to ``damage``; a crash may leave half a ``tail``."""
+    """Return the valid lines of a log, and add the invalid ones to ``damage``; a crash may leave half a ``tail``."""
     data = _read(path) if path.is_file() else b""
     whole, torn = whole_lines(data) if tail else (data, False)
     good = []

@@ -36,7 +36,7 @@ PROBE_SECONDS = 15.0
 PATIENCE_SECONDS = 5.0
 """The timeout of a health check."""
 MISSED = 3
-"""Consecutive failed health checks of a server that hangs."""
+"""Consecutive failed health checks after which a server counts as hanging."""
 STUCK_SECONDS = 180.0
 """The time that a server with requests may take for a pass over the model, which can be a minute.
 
@@ -58,8 +58,8 @@ class Plan:
         command: the command line. The server listens on the socket, and answers ``GET /health`` with 200 once it is
             ready.
         variables: its whole environment.
-        metrics: the prefix of those lines of ``GET /metrics`` that change with each pass over the model. A server may
-            pass its health checks and yet compute nothing.
+        metrics: the prefix of the lines of ``GET /metrics`` that change with each pass over the
+            model. A server may pass its health checks and yet compute nothing.
     """
 
     name: str
@@ -98,9 +98,9 @@ class LoopClients:
     async def post(
         self, route: str, body: object, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[httpx.Response]:
-        """Send a request; the connection is closed at the end, which aborts the request in the server, too.
+        """Send a request; the connection is closed at the end, which also aborts the request in the server.
 
-        The caller may be cancelled at this point. So the close is shielded: a connection closed by half would stay.
+        The caller may be cancelled at this point. So the close is shielded: a half-closed connection would stay open.
         """
         client = self.client()
         reply = await client.send(client.build_request("POST", route, json=body, headers=headers), stream=True)

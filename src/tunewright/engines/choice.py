@@ -39,8 +39,8 @@ _failed: dict[Path, str] = {}
 class AnswerEngine:
     """The engine of an evaluation.
 
-    One engine answers every arm. With two, a contrast would take the difference between the engines for one between
-    the arms.
+    One engine answers every arm. With two engines, a contrast would mistake their difference for a
+    difference between the arms.
 
     Args:
         name: "peft" is the embedded loop on transformers and peft.
@@ -83,7 +83,7 @@ def answer_engine(
     workers: ModelWorkers | None = None,
     start_on: tuple[Base, Reporter] | None = None,
 ) -> AnswerEngine:
-    """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if its CUDA build is there, and starts, on a card.
+    """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if its CUDA build is installed and starts on a GPU.
 
     On a cluster it takes vLLM if its workers have CUDA cards, and every machine has the CUDA build in one version.
 
@@ -92,7 +92,7 @@ def answer_engine(
         quantization: the precision of the base's weights.
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
-        workers: a cluster's, which answer; None: this machine does.
+        workers: a cluster's workers, which answer; None: this machine answers.
         start_on: a base on which ``auto`` starts vLLM the first time, with the receiver of messages; None: no trial.
     """
     chosen = config.evaluate.engine
@@ -121,7 +121,8 @@ def answer_engine(
 def _start_failure(there: Environment | None, config: Config, base: Base, reporter: Reporter) -> str | None:
     """Return why vLLM does not start on this base; None if it does or once did.
 
-    Tried before the first answer, not with it: digests and the access log name the engine before anything is answered.
+    The start is tried before the first answer, not with it: digests and the access log name the
+    engine before anything is answered.
     """
     started = environment.default_folder(VLLM, "cuda").with_suffix(".started") / base.digest
     if started.exists() or started in _failed:

@@ -54,7 +54,7 @@ class Tool:
     probe: str
     """Code that imports everything that is needed, in the environment itself, and prints the versions as JSON."""
     otherwise: str
-    """Advice where there is no build."""
+    """Advice if there is no build."""
     unmet: tuple[str, ...] = ()
     """Beginnings of `pip check`'s lines on requirements that the pins leave out on purpose."""
 
@@ -155,7 +155,7 @@ def install(
     requirements: Sequence[str] | None = None,
     probe: str | None = None,
 ) -> Environment:
-    """Install a tool's environment; resume an interrupted installation, and leave a complete one alone.
+    """Install a tool's environment; resume an interrupted installation, and keep a complete one.
 
     Args:
         to: its folder; None: in the user's cache.
@@ -231,7 +231,7 @@ def _complete(tool: Tool, folder: Path) -> Environment | None:
 
 
 def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | None, task: Task) -> None:
-    # Incomplete packages go: pip would take them for complete.
+    # Remove incomplete packages: pip would take them for complete ones.
     there: set[tuple[str, str]] = set()
     for info in folder.glob("lib/python*/site-packages/*.dist-info"):
         if not (info / "RECORD").exists() or not (info / "INSTALLER").exists():
@@ -244,7 +244,7 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
     if len(missing) < len(wanted):
         task.advance(len(wanted) - len(missing), note="already installed")
     for group in _groups(missing):
-        # Most of these gigabytes are never imported, so Python compiles what is, at the first start.
+        # Most of these gigabytes are never imported; Python compiles the imported modules at the first start.
         options = ("--no-deps", "--no-compile", "--no-input", "--disable-pip-version-check")
         pip = [str(folder / "bin" / "pip"), "install", *options]
         try:
@@ -264,7 +264,7 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
 
 
 def _groups(missing: Sequence[str]) -> Iterator[list[str]]:
-    """Yield a few packages at a time, so that a second call can resume; the large ones are alone."""
+    """Yield a few packages at a time, so that a second call can resume; large packages come one by one."""
     alone = [pin for pin in missing if re.match(r"(torch|vllm(-cpu)?|torchvision)==", pin)]
     others = [pin for pin in missing if pin not in alone]
     yield from ([pin] for pin in alone)

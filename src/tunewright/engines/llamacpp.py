@@ -7,9 +7,9 @@ Each request selects its adapter: its ``lora`` list has every loaded adapter, al
 alternate (:class:`CacheSlots`), so that llama.cpp has requests of one adapter only at any time. No key or value
 outlives its request.
 
-llama.cpp cannot load a further adapter. So a change of adapters starts a second child with the new list. It takes the
-requests from then on, and the first child ends with its last answer. The base is in memory once, since both map the
-same file. The cost is the start, and a second cache until the older answers have ended.
+llama.cpp cannot load a further adapter. So a change of adapters starts a second child with the new list. The
+second child takes all later requests, and the first one ends after its last answer. The base is in memory once,
+since both map the same file. The cost is the start, and a second cache until the older answers have ended.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class LlamaCppEngine:
     """llama.cpp in a child process."""
 
     name = "llamacpp"
-    # llama.cpp's own penalties count the prompt's tokens, too.
+    # llama.cpp's own penalties also count the prompt's tokens.
     unsupported = frozenset({"presence_penalty", "frequency_penalty"})
     prefill_tokens = PREFILL_TOKENS
 
@@ -350,7 +350,7 @@ class CacheSlots:
         """Wait for a slot, and keep it for the block.
 
         Args:
-            resumed: the request had given up its slot to make room, and is the next one of all.
+            resumed: the request had given up its slot to make room, and is the next of all requests.
         """
         assert tokens <= self.tokens
         slot = CacheSlot(adapter, tokens)
@@ -367,7 +367,7 @@ class CacheSlots:
             self._admit()
 
     def extend(self, slot: CacheSlot, tokens: int) -> bool:
-        """Change a running request's tokens if there is room, and return whether there was; alone, there always is."""
+        """Change a running request's tokens if there is room; return whether there was (alone it always has room)."""
         assert tokens <= self.tokens
         if tokens - slot.tokens > self._free:
             return False
@@ -387,7 +387,7 @@ class CacheSlots:
                 return
 
     def _admit_adapter(self, adapter: str | None) -> bool:
-        """Admit the waiting requests of an adapter in their order while there is room; return whether any was."""
+        """Admit an adapter's waiting requests in their order while there is room; return whether any were admitted."""
         admitted = False
         for slot in [slot for slot in self.waiting if slot.adapter == adapter]:
             if len(self.running) >= self.rows or slot.tokens > self._free:

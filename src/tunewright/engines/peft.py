@@ -72,8 +72,8 @@ class PeftEngine:
     submitted next is decided in :mod:`tunewright.serving.gateway.fair_scheduler`.
 
     Args:
-        model: a base that only this engine uses from now on. Or a PeftModel, whose adapters are then addressed by
-            their names, and no others can be: see :class:`tunewright.generation.decoding.Batch`.
+        model: a base that only this engine uses from now on. Or a PeftModel, whose adapters are then addressed
+            by their names, and no other adapters can be: see :class:`tunewright.generation.decoding.Batch`.
         stop_ids, pad_id: see :class:`tunewright.generation.decoding.Batch`.
         max_num_seqs: the number of rows that decode at once; further requests wait.
         context_length: maximum tokens of a prompt and its answer together.
@@ -231,11 +231,11 @@ class PeftEngine:
         self._run_commands()
         with self._changed:
             admitted = self._admit_waiting()
-            # From here on they count as running: whatever fails now, they receive the error.
+            # From here on these sequences count as running, and receive the error of any failure.
             self._running += admitted
         self._prefill(admitted)
         self._release_finished()
-        # Sent before the decode step, which takes as long again: first tokens do not wait for it.
+        # First tokens are sent before the decode step, which takes as long again: they do not wait for it.
         self._dispatch.send()
         if self._batch.rows:
             for row, error in self._batch.step():

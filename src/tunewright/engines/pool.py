@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 UNAVAILABLE = "No engine answers now. Try again in a minute."
 LOST = "The engine stopped in the middle of this answer. Try again."
-"""For clients, who must not learn the engines' addresses; the log has them."""
+"""The message for clients, who must not learn the engines' addresses; the log contains them."""
 LEAVE_S = 5.0
-"""Time to tell the engines that this gateway needs its adapters no more."""
+"""Time to notify the engines that this gateway no longer needs its adapters."""
 LOOK_S = 5.0
 """Time between two looks at each address, and at the names' addresses."""
 
@@ -47,9 +47,9 @@ log = logging.getLogger("tunewright")
 class EnginePool:
     """Engines of one base at several addresses, as an engine.
 
-    Each address is asked every :data:`LOOK_S` seconds. One that does not answer, holds another base, or is no engine of
-    tunewright gets no requests, and is reported by its address; it is asked again. An engine that comes back loads the
-    adapters again before it gets requests for them.
+    Each address is asked every :data:`LOOK_S` seconds. An address that does not answer, holds
+    another base, or is not a tunewright engine gets no requests. It is reported, and asked again.
+    An engine that comes back loads the adapters again before it gets requests for them.
 
     Args:
         urls: ``http://host:port``; a name with several addresses, such as that of a headless service, stands for an
@@ -68,7 +68,7 @@ class EnginePool:
         self._lock = threading.RLock()
         self._engines: dict[str, RemoteEngine] = {}
         self._addresses: dict[str, list[str]] = {}
-        """Of each URL, when its name was last resolved."""
+        """The addresses of each URL when its name was last resolved."""
         self._tasks: set[asyncio.Task[Exception | None]] = set()
         """Loads that nobody waits for."""
         self._folders: dict[str, Path] = {}
@@ -118,7 +118,7 @@ class EnginePool:
 
     @property
     def in_flight(self) -> tuple[int, int]:
-        """The number of running requests, and of those above an engine's rows, which wait there."""
+        """The number of running requests, and of requests beyond an engine's rows, which wait in the engine."""
         counts = [(engine.running, engine.rows) for engine in self.engines]
         return sum(min(count) for count in counts), sum(max(0, running - rows) for running, rows in counts)
 
@@ -190,7 +190,7 @@ class EnginePool:
             with suppress(RuntimeError):  # its loop is closed, and nobody waits for the answer
                 request[0].call_soon_threadsafe(self._end, request)
         if self._thread.is_alive():
-            with suppress(TimeoutError):  # an engine frees the adapters of a lost gateway by itself, only later
+            with suppress(TimeoutError):  # an engine frees the adapters of a lost gateway by itself, but later
                 self._run(self._leave()).result(LEAVE_S)
             self._run(_cancel_others()).add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
             self._thread.join()
@@ -238,13 +238,13 @@ class EnginePool:
             await asyncio.sleep(LOOK_S)
             try:
                 self._report_looks(await self._look())
-            except Exception:  # requests are answered whatever is wrong here
+            except Exception:  # requests are answered despite any error here
                 log.exception("the engines could not be asked")
 
     async def _look(self) -> dict[str, Exception | None]:
-        """Ask each address; return the errors by address, None where the engine takes requests."""
+        """Ask each address; return the errors by address, None if the engine takes requests."""
         for url in self._urls:
-            if found := await asyncio.to_thread(resolved, url):  # a name server may be silent for a moment
+            if found := await asyncio.to_thread(resolved, url):  # a name server may not respond for a moment
                 self._addresses[url] = found
         addresses = [each for url in self._urls for each in self._addresses.get(url, [url])]
         with self._lock:
@@ -272,7 +272,7 @@ class EnginePool:
         engine.facts, engine.stopped = facts, None
         with self._lock:
             missing = self._folders.keys() - engine.adapters - engine.loading
-        for digest in missing:  # not waited for: the other engines are looked at meanwhile
+        for digest in missing:  # not awaited: the other engines are checked meanwhile
             task = asyncio.create_task(self._load_on(engine, digest))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -334,7 +334,7 @@ class EnginePool:
 
     async def _unload_on(self, engine: RemoteEngine, digest: str) -> None:
         engine.adapters.discard(digest)
-        with suppress(EngineStoppedError):  # when it comes back it loads only what is served
+        with suppress(EngineStoppedError):  # after its return, an engine loads only served adapters
             async with engine.changing:
                 await engine.change("unload", {"digest": digest})
 
@@ -357,7 +357,7 @@ class EnginePool:
 
 
 def engines_at(urls: Sequence[str], base: str, quantization: str, reporter: Reporter) -> dict[str, EngineFacts]:
-    """Return what the engines at these addresses say of themselves, by address."""
+    """Return the facts that the engines at these addresses report, by address."""
     pool = EnginePool(urls, base, quantization, reporter)
     try:
         return {engine.url: engine.facts for engine in pool.up if engine.facts is not None}

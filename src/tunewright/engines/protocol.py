@@ -118,7 +118,7 @@ class Engine(Protocol):
         """
 
     def stop(self) -> None:
-        """Stop at once and wait for it; unfinished requests receive :class:`EngineStoppedError`."""
+        """Stop immediately, and wait for the end; unfinished requests receive :class:`EngineStoppedError`."""
 
 
 def deliver_stream(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Callable[[], object]:

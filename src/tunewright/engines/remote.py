@@ -41,7 +41,7 @@ from tunewright.engines.protocol import (
 from tunewright.generation.requests import Request, TokenLogprob
 
 PROTOCOL = 1
-"""Of requests and events; an engine with another number is refused."""
+"""The version of requests and events; an engine with another version is refused."""
 FACTS = "/tunewright/engine"
 GATEWAY = "x-tunewright-gateway"
 """The header with the id of the gateway, for which an engine keeps its adapters."""
@@ -69,7 +69,7 @@ class EngineFacts:
     Args:
         instance: changes when its process is started again.
         base: the digest of the base's files.
-        precision: of its arithmetic; ``quantization`` is that of the base's weights.
+        precision: of its arithmetic; ``quantization`` is the base's.
         versions: of the packages that affect its numbers.
     """
 
@@ -163,9 +163,9 @@ class RemoteEngine(LoopClients):
         raise EngineStoppedError(f"The engine {self.url} stopped while its adapters changed.")
 
     async def stream(self, request: Request, tenant: str) -> AsyncGenerator[Delta, None]:
-        """Yield a request's deltas; closing the generator ends the request there, too."""
+        """Yield a request's deltas; closing the generator also ends the request in the engine."""
         assert not request.stop, "the gateway handles stop strings"
-        # The constraint goes as its rule, which the engine compiles for the same tokenizer.
+        # The constraint is sent as its rule, which the engine compiles for the same tokenizer.
         rule = None if request.constraint is None else request.constraint.grammar.rule
         body = {**vars(request), "constraint": rule, "tenant": tenant}
         del body["stop"]
@@ -235,10 +235,10 @@ def choose(adapter: str | None, engines: Sequence[RemoteEngine]) -> RemoteEngine
 
 
 def resolved(url: str) -> list[str]:
-    """Return an address for each IP address of the name in ``url``, none if it cannot be resolved.
+    """Return an address for each IP address of the name in ``url``, empty if it cannot be resolved.
 
-    With TLS the name stays, for its certificate. A name with addresses of both families is one engine for each of the
-    first family's.
+    With TLS the name stays, for its certificate. A name with addresses of both families is one
+    engine for each address of the first family.
     """
     parts = urlsplit(url)
     if parts.scheme == "https":

@@ -45,8 +45,8 @@ _LINE: TypeAdapter[_Line] = TypeAdapter(Annotated[_Line, Field(discriminator="ev
 class AccessLog:
     """The recorded openings of the test set, and the digests of the files that hold its results.
 
-    Files are named by their paths relative to the folder of evaluations. A write that a crash interrupted is completed
-    first, so that the files are there when they are looked for.
+    Files are named by their paths relative to the folder of evaluations. A write that a crash
+    interrupted is completed first, so that the files exist when they are read.
     """
 
     def __init__(self, evaluations: Path) -> None:
@@ -144,7 +144,7 @@ class AccessLog:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold the lock, which dies with its process, with the lines read again and an interrupted write completed."""
+        """Hold the lock, which ends with its process; lines are read again, and an interrupted write is completed."""
         busy = UserError(
             f"Another command has been writing the access log for {_LOCK_S:g} s",
             where=str(self.path.parent),

@@ -113,7 +113,7 @@ class EmbeddedAnswers:
         adapter: tuple[str, Path] | None = None,
         at_once: int | None = None,
     ) -> list[Completion]:
-        """Answer all requests, ``at_once`` or as many as ``rows``; half as many from where memory runs out."""
+        """Answer all requests, ``at_once`` or as many as ``rows``; the number is halved when memory runs out."""
         return generate_halving(
             self.model_with(adapter),
             requests,
@@ -144,8 +144,8 @@ class WorkerModel:
 class RequestBatch:
     """Some requests of an arm, sent without their constraints, which are compiled again where they are used.
 
-    ``functions`` are those that each prompt declares (None: the answers are free). ``at_once`` rows decode together
-    (None: the model's number). Answers of one ``company`` may share vLLM's prefix cache.
+    ``functions`` are the functions that each prompt declares (None: the answers are free). ``at_once`` rows
+    decode together (None: the model's number). Answers of one ``company`` may share vLLM's prefix cache.
     """
 
     requests: Sequence[Request]
@@ -247,7 +247,7 @@ _loaded: dict[str, _Embedded | _Vllm] = {}
 
 
 def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion], list[str]]:
-    """Return the completions of a batch, and what there is to warn of. An empty batch only loads the model."""
+    """Return the completions of a batch, and the warnings. An empty batch only loads the model."""
     _require_device(of.model.threads)
     try:
         if of.model.key not in _loaded:
@@ -265,14 +265,14 @@ def answer_batch(of: WorkerModel, batch: RequestBatch) -> tuple[list[Completion]
 
 
 def unload() -> None:
-    """Free the model of this process, and what it has outside of it."""
+    """Free the model of this process and its resources outside of it."""
     for loaded in _loaded.values():
         loaded.end()
     _loaded.clear()
 
 
 def _require_device(threads: int | None) -> None:
-    """Set the number of threads, and check that models are loaded where the journal says that answers come from."""
+    """Set the number of threads, and check that models are loaded on the device that the journal names."""
     import torch
 
     wanted, found = "cuda" if threads is None else "cpu", device().split(":")[0]
@@ -286,8 +286,8 @@ def _require_device(threads: int | None) -> None:
 
 # In the command
 
-# A worker waits for the longest answer of its part with half of its rows: the more full batches a part has, the less
-# that takes. The fewer parts an arm has, the fewer workers take part in it, and the more a lost worker loses.
+# Half of a worker's rows idle until the longest answer of its part has ended: more full batches per
+# part waste less time. But with fewer parts, fewer workers share an arm, and a lost worker loses more.
 _FULL_BATCHES = range(2, 9)
 _PARTS = 16
 
@@ -323,7 +323,7 @@ class ClusterAnswers:
         return self._model.rows
 
     def generate(self, arms: Sequence[ArmRequests]) -> list[list[Completion]]:
-        """Answer the requests of all arms at once, and return each arm's completions in their order."""
+        """Answer the requests of all arms together, and return each arm's completions in their order."""
         parts = [
             (number, places)
             for number, arm in enumerate(arms)

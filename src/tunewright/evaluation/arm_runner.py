@@ -70,8 +70,8 @@ class BuiltPrompt:
 class ArmRunner:
     """A dataset version and a base model, with the arms' answers to its rows.
 
-    Of a fold, ``folder`` is the place of its advice, and ``limit`` the longest answer in tokens. Otherwise they are the
-    project's folder of evaluations, and what the training split needs.
+    For a fold, ``folder`` is the place of its advice, and ``limit`` the longest answer in tokens.
+    Otherwise they are the project's folder of evaluations and the limit that the training split needs.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ArmRunner:
             warn_of_longer_references(self.generator.chat, examples, self.limit, split, self.reporter)
 
     def warn_once(self, message: str) -> None:
-        """Warn, unless the same was said before."""
+        """Warn, unless the same warning was given before."""
         if message not in self._warned_of:
             self._warned_of.add(message)
             self.reporter.warn(message)
@@ -190,7 +190,7 @@ class ArmRunner:
     def answer_arms(
         self, arms: Sequence[tuple[ArmPlan, Adapter | None]], members: Sequence[Member], split: str
     ) -> dict[str, list[ArmAnswer]]:
-        """Return the answers to these rows, in order, by arm; the workers of a cluster answer all arms at once.
+        """Return the answers to these rows, in order, by arm; a cluster's workers answer all arms together.
 
         A prompt that is too long shows fewer demonstrations, with a warning.
         """
@@ -232,7 +232,7 @@ class ArmRunner:
         left = len(shown)
         while not self._fits(prompt.ids) and left:
             left -= 1
-            # The least similar ones go first.
+            # The least similar demonstrations are dropped first.
             kept = shown[:left] if plan.order == "similar_first" else shown[len(shown) - left :]
             prompt = replace(self._prompt(plan, member, kept), dropped=True)
         if not self._fits(prompt.ids):
@@ -365,7 +365,7 @@ def noise_floor(
     for place, prompt in enumerate(prompts):
         first_of.setdefault(prompt, place)
     places = sorted(draw.sample(list(first_of.values()), min(MOST_ITEMS, len(first_of))))
-    # Capped at the number of items: otherwise both passes would batch every item with all the others.
+    # Capped at the number of items: otherwise both passes would batch every item with all other items.
     most = min(generator.rows, len(places))
     sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))

@@ -163,9 +163,9 @@ def plan_of(arm: Arm) -> ArmPlan:
 
 
 def prompting_arms(settings: EvaluateConfig, optimized: str | None = None) -> list[ArmPlan]:
-    """Return every arm that needs no training, those with the pairs' own instruction first.
+    """Return every arm that needs no training, arms with the pairs' own instruction first.
 
-    They are followed by zero-shot with each other instruction; the one of digest ``optimized`` is the last.
+    They are followed by zero-shot with each other instruction; the instruction of digest ``optimized`` comes last.
 
     Where the config has a grammar, zero-shot and retrieved arms are also constrained by it. That covers zero-shot with
     each instruction, since one of them may name the allowed answers.
@@ -199,7 +199,7 @@ def always_answered(plans: Sequence[ArmPlan]) -> set[ArmPlan]:
 def by_value(plans: Sequence[ArmPlan]) -> list[ArmPlan]:
     """Return prompting arms in the order in which they are answered; a time limit leaves out the last ones.
 
-    Those that are never left out come first, then few demonstrations before many, retrieved before static.
+    Arms that are never left out come first, then few demonstrations before many, retrieved before static.
     """
     first = always_answered(plans)
     return sorted(plans, key=lambda plan: (plan not in first, plan.shots, plan.kind == "static"))
@@ -258,7 +258,7 @@ def find_optimized(
 ) -> OptimizedPrompt | None:
     """Return the newest optimization of the same inputs; stale ones are named in a warning if there is no other.
 
-    ``evaluations`` is the folder whose access log binds the prompts, and ``inputs`` are those of `ArmRunner.inputs`.
+    ``evaluations`` is the folder whose access log binds the prompts, and ``inputs`` are from `ArmRunner.inputs`.
     """
     found = [load_optimized(file, evaluations) for file in sorted(folder.glob("[!.]*.json"))]
     found.sort(key=lambda prompt: prompt.created)
@@ -275,7 +275,7 @@ def find_optimized(
 
 
 def changed_inputs(prompt: OptimizedPrompt, inputs: Mapping[str, Any]) -> list[str]:
-    """Return the names of the inputs that differ from those of an optimization."""
+    """Return the names of the inputs that differ from an optimization's inputs."""
     return [name for key, name in _NAMES.items() if _deciding(prompt.lineage, key) != _deciding(inputs, key)]
 
 

@@ -229,7 +229,7 @@ def find_suspects(
 
 
 def stored_suspects(project: OpenProject, version: DatasetVersion, adapter: str | None = None) -> list[Suspect] | None:
-    """Return what :meth:`suspects` has found for a loaded version; None if it has not run on the same inputs.
+    """Return the stored result of :meth:`suspects` for a loaded version; None if the inputs have changed.
 
     Raises:
         UserError: as for :meth:`suspects`.
@@ -285,7 +285,7 @@ def review(
     Args:
         reviewer: the reviewer's name (None: git's user.name, else the login name).
         options: the choice of rows.
-        known_suspects: those that :meth:`stored_suspects` has returned, to be reviewed with `options.suspects`.
+        known_suspects: the result of :meth:`stored_suspects`, to be reviewed with `options.suspects`.
         version: the current version, if it is loaded already.
 
     Raises:

@@ -252,7 +252,7 @@ def _seeded_order(name: str) -> bytes:
 def with_demonstrations(query: Member, demonstrations: Sequence[Member]) -> tuple[Message, ...]:
     """Return the query's prompt after worked examples, as conversation turns in their order.
 
-    Demonstrations keep their calls and results. The declared functions are the query's alone, as a client sends them.
+    Demonstrations keep their calls and results. Only the query's functions are declared, as a client sends them.
     """
     prompt = query.example.prompt
     turns = [d.example.messages for d in demonstrations]

@@ -34,7 +34,7 @@ from tunewright.training.trainings import Training, Trainings
 class SubsetTrainings:
     """Adapters of one config, each trained on a part of a version's rows and measured before the next one is trained.
 
-    They are kept in the project's working folder, apart from its own adapters. ``force`` trains on too few rows too.
+    They are kept in the project's working folder, apart from its own adapters. ``force`` also trains on too few rows.
     """
 
     project: ProjectFolder
@@ -47,7 +47,7 @@ class SubsetTrainings:
 
     def __post_init__(self) -> None:
         self.config = self.project.config
-        # The adapters are all trained by this config, so its quantization is theirs.
+        # The adapters are all trained by this config, so its quantization applies to all of them.
         self.quantization = self.config.evaluate.quantization or self.config.train.quantization
         self.forced: str | None = None
 
@@ -261,7 +261,7 @@ def out_of_fold(
     lineage = newest[1].lineage
     versions = fold_versions(version, lineage["fold"]["folds"], lineage["seed"])
     pairs = [(newest[number], fold) for number, fold in enumerate(versions, start=1)]
-    # An earlier release may have split the rows otherwise: then each adapter's held-out rows are unknown here.
+    # An earlier release may have split the rows differently: then each adapter's held-out rows are unknown here.
     if any(adapter.lineage["dataset"]["digest"] != fold.digest for adapter, fold in pairs):
         return []
     for adapter, _ in pairs:

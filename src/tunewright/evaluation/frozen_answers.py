@@ -107,7 +107,7 @@ class FrozenSet:
 
 @dataclass(frozen=True)
 class IncumbentEstimate:
-    """Calls, tokens and cost of an incumbent's answers that are not there yet; tokens are guessed from characters."""
+    """Calls, tokens and cost of an incumbent's answers that are still missing; tokens are guessed from characters."""
 
     name: str
     calls: int
@@ -205,7 +205,7 @@ class IncumbentModel:
             self.endpoint.require_key()
 
     def answers(self, members: Sequence[Member], split: Split) -> FrozenSet:
-        """Return the split's frozen answers; rows without one are asked, and the file is written once all are there."""
+        """Return the split's frozen answers; rows without one are asked, and the file is written once all exist."""
         keys = [self.key(m) for m in members]
         unfrozen = self._unfrozen(members)
         if missing := self.endpoint.journal.missing(unfrozen):

@@ -94,7 +94,7 @@ class Decoding:
 
 
 def answer_journal(folder: Path, decoding: Decoding) -> Journal[tuple[str, bool]]:
-    """Return the journal of answers so decoded: text and truncation by the digest of the prompt."""
+    """Return the journal of answers decoded in this way: text and truncation by the digest of the prompt."""
     return Journal(
         folder / f"{decoding.key[:16]}.jsonl",
         lambda row: (row["prompt"], (row["text"], row["truncated"])),
@@ -104,7 +104,7 @@ def answer_journal(folder: Path, decoding: Decoding) -> Journal[tuple[str, bool]
 
 @dataclass(frozen=True)
 class ArmPrompts:
-    """The prompts of an arm, which may repeat, and what answers them."""
+    """The prompts of an arm, which may repeat, and how they are answered."""
 
     title: str
     prompts: Sequence[Prompt]
@@ -224,13 +224,13 @@ class Generator:
         return answers
 
     def answer_arms(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> list[list[ArmAnswer]]:
-        """Return each arm's answers in its prompts' order: one arm after the other, on a cluster all at once."""
+        """Return each arm's answers in its prompts' order: one arm after the other, on a cluster all together."""
         for together in [[arm] for arm in arms] if self._cluster is None else [arms]:
             self._answer_missing(together, max_new_tokens)
         return [self._answers(arm, max_new_tokens) for arm in arms]
 
     def _answer_missing(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
-        """Compute the missing answers of these arms at once, into the journals."""
+        """Compute the missing answers of these arms together, and write them to the journals."""
         claimed: set[tuple[Path, str]] = set()
         with ExitStack() as stack:
             asked: list[ArmRequests] = []
@@ -258,7 +258,7 @@ class Generator:
         return frozenset(self._journal(max_new_tokens, adapter, constrained=constrained).answers)
 
     def _answers(self, arm: ArmPrompts, max_new_tokens: int) -> list[ArmAnswer]:
-        """Return an arm's answers of the journal, with token counts from the text, since it keeps no token ids."""
+        """Return an arm's answers from the journal, with token counts from the text, since it keeps no token ids."""
         known = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained).answers
         found = [known[digest(prompt)] for prompt in arm.prompts]
         texts = [text for text, _ in found]

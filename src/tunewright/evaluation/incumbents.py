@@ -136,7 +136,7 @@ class IncumbentArms:
         }
 
     def scored(self, scored: ScoredArms) -> ScoredArms:
-        """Return the scores without those of items that an incumbent did not answer."""
+        """Return the scores without the items that an incumbent did not answer."""
         for arm, frozen in self._frozen.items():
             scored = scored.leaving_out(arm, frozen.gaps)
         return scored
@@ -286,7 +286,8 @@ def tuned_side(
 ) -> TunedServing:
     """Return the tuned side at the prices of advise.prices.
 
-    ``seconds`` are the machine's for a call in a full batch of ``rows``; ``training`` is the training's, if known.
+    ``seconds`` is the machine's time for a call in a full batch of ``rows``; ``training`` is the
+    training time, if known.
     """
     prices = config.advise.prices or PriceConfig()
     missing, per_1000 = {}, None

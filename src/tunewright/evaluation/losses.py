@@ -233,7 +233,7 @@ class JudgedBatch(Generic[Name]):
 
     names: list[Name]
     ids: Any
-    """[rows, longest], like the next two."""
+    """[rows, longest], like the next two fields."""
     attended: Any
     judged: Any
 
@@ -246,7 +246,7 @@ class JudgedBatch(Generic[Name]):
     def states(self, model: Any) -> Any:
         """Return the hidden states that predict each judged token, [places, width].
 
-        Only these go through the head: with a long prompt and a large vocabulary, the full logits would not fit.
+        Only these states go through the head: with a long prompt and a large vocabulary, the full logits would not fit.
         """
         hidden = (
             whole_model(model)

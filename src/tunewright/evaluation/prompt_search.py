@@ -80,7 +80,7 @@ class AdviseResult:
 def advise(arm_runner: ArmRunner, limit: TimeLimit | None = None) -> AdviseResult:
     """Measure the prompting arms on the dev split with the untuned base, and choose the best.
 
-    The time limit, if any, leaves out the arms that there is no time for.
+    The time limit, if any, leaves out the arms that do not fit.
     """
     arm_runner.budget = limit.budget if limit else None
     file = advice_file(arm_runner)
@@ -90,7 +90,7 @@ def advise(arm_runner: ArmRunner, limit: TimeLimit | None = None) -> AdviseResul
         with arm_runner.generator.rate.together(_most_answers(arm_runner)):
             advice = _Choice(arm_runner, limit).advice()
         file = advice_file(arm_runner)
-        # With the arms that were left out meanwhile, the choice may have been made before.
+        # Arms may have been left out meanwhile; the choice among the rest may be stored already.
         known = known_advice(arm_runner, file)
     elif limit is not None:
         limit.warn_of_no_speed()
@@ -123,7 +123,7 @@ def known_advice(arm_runner: ArmRunner, file: Path) -> Advice | None:
 
 
 def _access_log(arm_runner: ArmRunner) -> AccessLog | None:
-    """Return the log that binds the advice; None for that of a fold, which is a cache like its answers."""
+    """Return the log that binds the advice; None for a fold's advice, which is a cache like its answers."""
     evaluations = arm_runner.project.evaluations
     return AccessLog(evaluations) if arm_runner.folder == evaluations else None
 
@@ -230,7 +230,7 @@ class _Choice:
         )
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[ArmAnswer]]:
-        """Return all arms' answers to the first items, and the best arm with the other instructions too."""
+        """Return all arms' answers to the first items, and the best arm's with the other instructions."""
         plans, limit = self._arm_runner.prompting_arms, self._limit
         found: dict[ArmPlan, list[ArmAnswer]] = {}
         if limit is None:

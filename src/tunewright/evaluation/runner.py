@@ -117,7 +117,7 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
             declared=comparison.declared,
         )
     report_references(examples, f"{split} item", arm_runner.reporter)
-    if split == "test":  # those of dev were checked when the prompting arm was chosen
+    if split == "test":  # dev rows were checked when the prompting arm was chosen
         check_references(arm_runner.scorers, examples, split, arm_runner.reporter)
 
     # Answers of all arms to the same rows. The noise floor is the difference between two runs of one arm.
@@ -142,7 +142,7 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
         plan.name: measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan, _ in comparison.arms
     }
     declared = comparison.declared if opening is None else opening.declared
-    # Those with incumbents are decisions of their own, and do not count among those that Holm's method adjusts.
+    # Contrasts with incumbents are separate decisions, which Holm's method does not adjust.
     pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
     contrasts = declared_contrasts(scored, pairs, config.seed)
     nearest = nearest_training(version, arm_runner.reporter, split)
@@ -150,7 +150,7 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
     replaced = incumbents.section(scored, adapter, arms[TUNED.name])
     regressions = measure_suites(arm_runner, adapter, suites)[0] if suites else None
 
-    # Evidence, on which alone the verdict depends.
+    # Evidence: the verdict depends on nothing else.
     references = count_references(examples)
     with_generated = (adapter.lineage.get("config") or {}).get("train", {}).get("generated", True)
     trained_on = [row for row in version.examples("train") if with_generated or not row.generated]
@@ -340,7 +340,7 @@ def open_test(
 def _measured_before(
     arm_runner: ArmRunner, comparison: Comparison, access_log: AccessLog, suites: Sequence[OpenSuite]
 ) -> EvaluateResult:
-    """Return existing evidence, with the config's prices and suites of today, which change no other measurement."""
+    """Return existing evidence, with the config's current prices and suites, which change no other measurement."""
     folder = comparison.folder
     newest = find_evaluation(folder.parent)
     if newest != folder:

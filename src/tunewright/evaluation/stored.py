@@ -64,7 +64,7 @@ def human_eval(
 
 
 def human_eval_progress(project: OpenProject, evaluation: str | Path | None = None) -> list[ComparisonProgress]:
-    """Return how far each reviewer of an evaluation is, by comparison; it says nothing about the verdicts.
+    """Return each reviewer's progress on an evaluation, by comparison; it says nothing about the verdicts.
 
     Raises:
         UserError: no evaluation, or a file of the review was changed.
@@ -162,7 +162,7 @@ def judged_items(project: OpenProject, evaluation: str | Path | None = None) -> 
     """
     from tunewright.evaluation.judge.questions import load_judged
 
-    checked_evidence(project, evaluation)  # which checks the file of the judged items too
+    checked_evidence(project, evaluation)  # which also checks the file of the judged items
     return load_judged(folder_of(evaluation_folder(project, evaluation)))
 
 
@@ -273,7 +273,7 @@ def _arm_prompt(
 def _prompt_tokens(
     project: OpenProject, found: Evidence, stored: str | None, turns: Sequence[Mapping[str, Any]]
 ) -> Sequence[TokenView]:
-    """Return the tokens of messages, if they are those that the model was given."""
+    """Return the tokens of messages, if they are the tokens that the model was given."""
     from tunewright.chat.format import Tokens
     from tunewright.chat.inspection import view
 

@@ -1,7 +1,7 @@
 """Preference pairs from an evaluation's judged answers, for preference tuning: kept with the dataset.
 
-People's verdicts are blind and show a preference; a judge's agree in both orders. Pairs of test and dev items are kept
-but never trained on; those of a cross-validation are of rows of all splits.
+People's verdicts are blind and show a preference; a judge's verdicts agree in both orders. Pairs of test
+and dev items are kept but never trained on; pairs of a cross-validation come from rows of all splits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KeptPreferences:
     kept: int
     """Pairs of this evaluation that are kept."""
     new: int
-    """Pairs of them that were not kept before."""
+    """Pairs among these that were not kept before."""
     splits: dict[str, int]
     """Split of their inputs in the current version to number; "none": the version has no such row."""
     left_out: dict[str, int]
@@ -66,7 +66,7 @@ class _Verdict:
 def keep_preferences(
     dataset: Path, evaluations: Path, folder: Path, source: PreferenceSource, reporter: Reporter
 ) -> KeptPreferences:
-    """Keep the pairs of an evaluation's people or judge; those of an earlier call are replaced."""
+    """Keep the pairs of an evaluation's people or judge; pairs of an earlier call are replaced."""
     evidence = load_checked(folder, evaluations, reporter)
     verdicts = list(_people(folder, evidence) if source == "person" else _judge(folder, evidence))
     items = {item.key: item for item in load_items(folder)}

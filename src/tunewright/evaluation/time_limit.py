@@ -40,7 +40,7 @@ class AnswerRate:
 
     @contextmanager
     def together(self, answers: int) -> Iterator[None]:
-        """Show the progress of several arms, of at most this many answers, above that of each arm."""
+        """Show the progress of several arms, of at most this many answers, above the progress of each arm."""
         with self._reporter.task("All answers", answers, "answers") as self._whole:
             try:
                 yield
@@ -78,8 +78,9 @@ class AnswerRate:
 class TimeLimit:
     """The limit of ``--minutes``: the first arm by value that does not fit is left out, with all later ones.
 
-    The file keeps the decision, so that a resumed command leaves out the same arms on a machine of another speed.
-    ``choice`` is the work of choosing the best prompting arm, in the order of answering, and ``later`` what follows.
+    The file keeps the decision, so that a resumed command leaves out the same arms on a machine of
+    another speed. ``choice`` is the work of choosing the best prompting arm, in the order of
+    answering, and ``later`` the work after it.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ class TrainingRuns:
         return [*self._unfinished(), *reversed([*_finished(self._project.adapters)])]
 
     def find(self, name: str) -> TrainingRun:
-        """Return a run by its name; that of an unfinished run also finds the adapter that it became."""
+        """Return a run by its name; an unfinished run's name also finds the adapter that it became."""
         inputs = self._inputs_of(name)
         project = self._project
         for run in _finished(project.adapters, project.curve_adapters, project.fold_adapters, project.pilot_adapters):
@@ -150,7 +150,7 @@ class TrainingRuns:
         return str(trials[trial]["inputs"]) if trial in trials else None
 
     def _settings(self, run: TrainingRun) -> dict[str, str]:
-        """Return the flat config of a run, with its base and dataset; of an unfinished run only what is known."""
+        """Return the flat config of a run, with its base and dataset; for an unfinished run, only the known values."""
         if run.adapter is None:
             return {}
         lineage = run.adapter.lineage

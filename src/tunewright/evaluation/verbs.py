@@ -413,7 +413,7 @@ def require_rows(project: OpenProject, *, force: bool) -> str | None:
 
 
 def has_trained(project: OpenProject) -> bool:
-    """Return whether the adapter of the config and the current version is there already."""
+    """Return whether the adapter of the config and the current version exists already."""
     from tunewright.core.io import digest
     from tunewright.training.train import find_trained, training_inputs
 

@@ -39,11 +39,11 @@ class AnswersEstimate:
     """The number of answers that a command has to compute, at most."""
 
     text: str
-    """The whole in words."""
+    """The estimate in words."""
     answers: int
-    """All of them, including the kept ones."""
+    """All answers, including kept ones."""
     kept: int
-    """Those that are in the journal already."""
+    """Answers that are already in the journal."""
 
     @property
     def missing(self) -> int:

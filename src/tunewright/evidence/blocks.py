@@ -322,7 +322,7 @@ _DECIDES_NOTHING = (
 
 
 def human_eval_sections(evidence: Evidence) -> list[Section]:
-    """Return people's results on the deciding arms, then those against each incumbent."""
+    """Return people's results on the deciding arms, then their results against each incumbent."""
     found = [human_eval_section(evidence.human_eval)] if evidence.human_eval else []
     for number, (name, review) in enumerate(evidence.human_eval_incumbents.items(), start=1):
         blocks = (Lead(_DECIDES_NOTHING), *human_eval_section(review).blocks)

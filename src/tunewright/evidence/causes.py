@@ -27,7 +27,7 @@ _FALLING = 0.02
 _FALLING_STEPS = 0.1
 """The same for the noisier training loss, from the second third of the steps to the last."""
 _LAST_GAIN = 0.1
-"""Or the last third's part of the total fall since the first third, if it exceeds the noise.
+"""Alternatively, the last third's part of the total fall since the first third, if it exceeds the noise.
 
 Under a cosine schedule the last third has 6% of the summed rate, so a converged loss falls very little there."""
 _FEW_STEPS = 20
@@ -148,7 +148,7 @@ def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mappin
         if losses[-1] > min(losses) or fall < _FALLING:
             return None
         return f"dev loss {' → '.join(f'{loss:.3f}' for loss in losses[-3:])} at step {epochs[-1]['step']:,}, its last"
-    # One evaluation shows no trend, so the losses of the steps are used, except of preference tuning: no likelihoods.
+    # One evaluation shows no trend, so the steps' losses are used, except in preference tuning (no likelihoods).
     steps = [float(row["loss"]) for row in history if "loss" in row and "rewards/chosen" not in row]
     if len(steps) < _FEWEST_STEPS:
         return None
@@ -226,7 +226,7 @@ def _label_noise(evidence: Evidence, known: ProjectFacts) -> list[Reason]:
 
 
 def _few_rows(evidence: Evidence, known: ProjectFacts, *, settled: bool) -> list[Reason]:
-    """Return *too few rows* if the learning curve rises, or without one if rows are few and nothing else is wrong."""
+    """Return *too few rows* if the learning curve rises; without one, if rows are few and nothing else is wrong."""
     curve, first = known.curve, evidence.contrasts[0]
     if curve is not None:
         if more_data(curve).answer != "yes":

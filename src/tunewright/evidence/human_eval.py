@@ -120,10 +120,10 @@ def human_eval_line(review: AnswerReview) -> str:
 def people_prefer(
     review: AnswerReview | None, treatment: str, control: str
 ) -> tuple[Literal["treatment", "control"] | None, list[str]]:
-    """Return the one of the deciding arms that people prefer, if any, with sentences about it.
+    """Return the deciding arm that people prefer, if any, with sentences about the preference.
 
-    They are against the treatment if the whole interval of the win rate lies below one half and the sign test is
-    significant; the test guards against a handful of verdicts.
+    People are against the treatment if the whole interval of the win rate lies below one half and
+    the sign test is significant; the test guards against a handful of verdicts.
     """
     if review is None:
         return None, []

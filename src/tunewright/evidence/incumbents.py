@@ -54,7 +54,7 @@ class Latency(Part):
 
 
 class Serving(Part):
-    """Cost and latency of one side's calls; a figure that cannot be had is null, and ``missing`` names the reason."""
+    """Cost and latency of one side's calls; an unavailable figure is null, and ``missing`` names the reason."""
 
     latency: Latency | None
     cost_per_1000: Annotated[float | None, Field(description="Cost of 1,000 calls like these.")]
@@ -116,10 +116,10 @@ class Incumbents(Part):
 def measured_drop(ours: Scores, theirs: Scores, clusters: Sequence[str], margin: float, seed: int) -> Drop:
     """Return the drop from an incumbent to the tuned arm, on the items scored in both.
 
-    For right and wrong the interval is the wider of two: Tango's score limits with the effective number of items, and
-    a clustered t-interval with two artificial clusters of mean size, one lost and one won (Bonett and Price 2012), as
-    for all differences (docs/decisions/0005). Graded scores have the second alone. A corpus metric has the wider of
-    percentiles and a t-interval from the same resamples of clusters.
+    For right and wrong the interval is the wider of two: Tango's score limits with the effective number of
+    items, and a clustered t-interval with two artificial clusters of mean size, one lost and one won (Bonett
+    and Price 2012), as for all differences (docs/decisions/0005). Graded scores have only the second interval.
+    A corpus metric has the wider of percentiles and a t-interval from the same resamples of clusters.
     """
     both = ours.scored & theirs.scored
     names = [name for name, here in zip(clusters, both, strict=True) if here]

@@ -174,8 +174,8 @@ def judge_line(judge: Judgement) -> str:
 def judge_objects(judge: Judgement | None, treatment: str, control: str, *, overruled: bool) -> tuple[bool, list[str]]:
     """Return whether the judge objects to the treatment, with sentences about it.
 
-    It has to have passed its controls, not be of the base's family, and agree in all its measurements
-    (:func:`_objections`); people who prefer the treatment overrule it.
+    It can object only if it passed its controls, is not of the base's family, and agrees in all its
+    measurements (:func:`_objections`); people who prefer the treatment overrule it.
     """
     if judge is None:
         return False, []

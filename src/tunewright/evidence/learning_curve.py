@@ -95,7 +95,7 @@ class MoreData:
 
 
 def more_data(curve: Curve) -> MoreData:
-    """Answer from the curve alone if more data would help.
+    """Answer, only from the curve, whether more data would help.
 
     The answer is no if the whole interval of the gain per doubling lies at or below the margin. Otherwise it is yes if
     the interval lies above zero. Else, or with fewer than `FEWEST_CLUSTERS` dev clusters, it is can't tell.
@@ -233,7 +233,7 @@ def curve_section(curve: Curve) -> Section:
 
 
 def curve_lines(curve: Curve) -> Lines:
-    """Return the mean score by training rows, and each training's."""
+    """Return the mean score by training rows, and each training's score."""
     means = tuple((fmean(p.rows for p in curve.points if p.share == s), 100 * curve.mean(s)) for s in curve.shares)
     measured = sorted((p.rows, 100 * p.score, p.seed) for p in curve.points)
     trainings = (

@@ -114,7 +114,7 @@ _HOPELESS = 20
 def items_to_settle(difference: float, interval: Interval, margin: float, items: int) -> int | None:
     """Return the total items needed to move the 95% interval off the margin, with 80% power at this difference.
 
-    None: even 20 times as many would hardly suffice.
+    None if even 20 times as many would hardly suffice.
     """
     gap = difference - margin
     half = difference - interval.low if gap > 0 else interval.high - difference

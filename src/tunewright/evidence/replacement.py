@@ -22,7 +22,7 @@ _CAUTION_SHARE = 0.05
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Calls from which the tuned side is cheaper; a figure that cannot be had is None, with the reason in ``why``."""
+    """Calls from which the tuned side is cheaper; an unavailable figure is None, with the reason in ``why``."""
 
     calls: float | None
     """Calls that pay for training, labelling and hosting; None: unknown, or never."""

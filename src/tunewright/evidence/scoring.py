@@ -73,7 +73,7 @@ class ScoredArms:
     """Metric (the deciding one first) to arm name to scores."""
 
     def among(self, here: NDArray[np.bool_]) -> ScoredArms:
-        """Return the same for some of the items."""
+        """Return the scores of some of the items."""
         clusters = tuple(name for name, inside in zip(self.clusters, here, strict=True) if inside)
         return ScoredArms(
             clusters,
@@ -95,7 +95,7 @@ class ScoredArms:
         }
 
     def leaving_out(self, arm: str, gaps: Mapping[int, str]) -> ScoredArms:
-        """Return the same with these items of one arm unscored, by position and reason."""
+        """Return the scores with some items of one arm unscored; ``gaps`` maps positions to reasons."""
         if not gaps:
             return self
         kept = {metric: {**arms, arm: leave_out(arms[arm], gaps)} for metric, arms in self.by_metric.items()}
@@ -124,7 +124,7 @@ def score_arms(
     answers: Mapping[str, Sequence[str]],
     among: Sequence[Example] | None = None,
 ) -> ScoredArms:
-    """Score every arm's answers; ``examples`` have the items' references, ``among`` those of their whole split."""
+    """Score every arm's answers; ``examples`` are the items' rows, ``among`` all rows of their split."""
     return ScoredArms(
         tuple(clusters),
         {s.name: {arm: score_all(s, given, examples, among) for arm, given in answers.items()} for s in scorers},
@@ -229,8 +229,8 @@ def declared_contrasts(
 ) -> list[Contrast]:
     """Return each treatment against its control by every metric; the first one decides.
 
-    Contrasts by the first metric are the declared ones, with p-values adjusted for multiple tests. Those by the other
-    metrics follow.
+    Contrasts by the first metric are the declared ones, with p-values adjusted for multiple tests.
+    Contrasts by the other metrics follow.
     """
     measured: list[Contrast] = []
     for metric in scored.by_metric:
@@ -291,7 +291,7 @@ def _mean_contrast(
 
 
 def _corpus_contrast(ours: Floats, theirs: Floats, scorer: Scorer, seed: int, resamples: int) -> dict[str, Any]:
-    # Both arms in one draw: resampled apart, they would lose what they share.
+    # Both arms in one draw: separate draws would lose their correlation.
     drawn = bootstrap_sums(np.hstack([ours, theirs]), seed, resamples)
     differences = scorer.corpus(drawn[:, : scorer.columns]) - scorer.corpus(drawn[:, scorer.columns :])
     error = float(differences.std())
@@ -324,7 +324,7 @@ def _swapping_name(trials: int) -> str:
     return f"paired randomisation by cluster, {trials:,} trials"
 
 
-# By distance from the training data: a gain on near copies alone is memorization
+# By distance from the training data: a gain only on near copies is memorization
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def cluster_sums(values: NDArray[Any], clusters: Sequence[str]) -> NDArray[Any]:
 def effective_items(values: Floats, clusters: Sequence[str]) -> float:
     """Return the effective number of independent items for estimating the mean of ``values`` ([items]).
 
-    It is the number of items divided by the design effect. The design effect is the variance of the mean over clusters
-    (Miller, appendix A, with its C / (C - 1) correction) over that of independent items. A design effect below 1 is
-    taken for noise. If nothing varies it cannot be estimated, and each cluster counts as one item.
+    It is the number of items divided by the design effect. The design effect is the variance of the mean over
+    clusters (Miller, appendix A, with its C / (C - 1) correction) over the variance for independent items. A design
+    effect below 1 is treated as noise. If nothing varies it cannot be estimated, and each cluster counts as one item.
     """
     items, mean = len(values), float(values.mean())
     table = cluster_sums(np.column_stack([values - mean]), clusters)

@@ -176,7 +176,7 @@ def fewest_clusters(contrasts: int) -> int:
 
 
 def _further(evidence: Evidence, contrast: Contrast) -> Iterator[str]:
-    """Yield sentences about what is not in the contrast, the adapter's parent and generated rows; none decides."""
+    """Yield sentences about facts outside the contrast: the adapter's parent, generated rows; none decides."""
     if contrast.left_out:
         why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
         yield f"Left out, not scored in both arms: {count_of(sum(contrast.left_out.values()), 'item')}: {why}."

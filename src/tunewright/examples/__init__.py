@@ -1,8 +1,8 @@
 """Domain projects that run: what ``tunewright init --example`` writes.
 
-``legal-citations``, court name and location to citation abbreviation, is a real formatting task from the package
-``courts-db``. The folders of the others are in the repository's ``examples``; a wheel has them here.
-``prepare_NAME.py`` makes their config and rows, and every other file is copied.
+``legal-citations``, court name and location to citation abbreviation, is a real formatting task from the
+package ``courts-db``. The folders of the other examples are in the repository's ``examples``; a wheel
+contains them here. ``prepare_NAME.py`` makes their config and rows, and every other file is copied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAIRS_FILE = "pairs.jsonl"
 
 
 def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str, str]:
-    """Return the files of the example project called ``name``; ``data`` is the folder of one that brings none."""
+    """Return the files of the example project ``name``; ``data`` is the data folder if the example has no data."""
     if name not in NAMES:
         raise UserError(f"Unknown example {name!r}", where="--example", fix=f"Use {' or '.join(NAMES)}.")
     if data is not None and name != "bfcl":

@@ -21,7 +21,7 @@ class GgufOptions:
 
     merged: Annotated[bool, Option("Write base and adapter to one file, not the adapter alone as LoRA.")] = False
     file_type: _Type = "f16"
-    """An adapter alone stays in f16 with q5_k_m and q4_k_m: they are the type of its base."""
+    """With q5_k_m and q4_k_m, an adapter's own file stays in f16: the type applies to its base."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,7 @@ class ExportSource:
 
     @cached_property
     def version(self) -> DatasetVersion:
-        """The version that the adapter was trained on; of a foreign adapter, whose data is unknown, the current one,
-        whose prompts serve as well to compare an artifact with the trained model."""
+        """The version that the adapter was trained on; for a foreign adapter (unknown data) the current one."""
         return load_version(self.project.folder.dataset, self.adapter.dataset)
 
     @cached_property
@@ -51,7 +50,7 @@ class ExportSource:
 
     @property
     def dev_prompts(self) -> list[Sequence[Message]]:
-        """The dev prompts of the adapter's dataset; none if its dataset is unknown."""
+        """The dev prompts of the adapter's dataset; empty if its dataset is unknown."""
         if "dataset" not in self.adapter.lineage:
             return []
         return [member.example.prompt for member in self.version.domain_of("dev")]

@@ -66,7 +66,7 @@ class Compression:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The part of the export's inputs that these settings are."""
+        """These settings' part of the export's inputs."""
         found: dict[str, Any] = {"scheme": self.scheme, "llmcompressor": self.environment.versions["llmcompressor"]}
         if self.scheme == "w4a16":
             found |= {"group_size": self.group_size, "calibration": digest([list(row) for row in self.rows])}
@@ -159,7 +159,7 @@ def write_compressed(
     shutil.rmtree(merged)
     save_settings(folder, base, chat, system_prompt)
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors makes files readable by the owner alone
+        path.chmod(0o644)  # safetensors makes files readable only by the owner
 
 
 def observe_compressed(folder: Path, trained: TrainedModel, reporter: Reporter) -> ArtifactOutputs:

@@ -57,7 +57,7 @@ class ArtifactOutputs:
     rendered: int
     """Prompts that it renders to the ids of training."""
     functions_rendered: int
-    """The same of the conversations with functions."""
+    """Conversations with functions that it renders to the ids of training."""
     arithmetic: str
 
 
@@ -69,7 +69,7 @@ class TrainedModel:
     base: Base
     chat: ChatFormat
     system_prompt: str | None
-    """The one that all its training rows have."""
+    """The system prompt that all its training rows have."""
     probe: Probe
     scorer: Scorer
     arithmetic: str
@@ -78,7 +78,7 @@ class TrainedModel:
     log_probs: Tensor
     """[places, vocabulary]"""
     base_log_probs: Tensor
-    """The base's, with the adapter off."""
+    """The base's log-probabilities, with the adapter off."""
 
     @property
     def contexts(self) -> list[Context]:
@@ -218,7 +218,7 @@ def write_merged(
                 tensors[name] = weights.stored(name).contiguous()
                 task.advance()
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # safetensors makes files readable by the owner alone
+            (folder / file).chmod(0o644)  # safetensors makes files readable only by the owner
     for name in ("config.json", INDEX, *_PROCESSOR):
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)

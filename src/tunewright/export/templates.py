@@ -69,8 +69,8 @@ def count_equal_renderings(
 ) -> int:
     """Return the number of conversations that a tokenizer's own template renders to these ids, up to the answer.
 
-    Conversations that begin with ``system_prompt`` must also render to them without it. ``template`` is that of
-    training: it decides which functions are the base's built-in ones.
+    Conversations that begin with ``system_prompt`` must also render to them without it.
+    ``template`` is the training template: it decides which functions are the base's built-in ones.
     """
 
     def rendered(messages: Sequence[Message]) -> list[int]:

@@ -83,7 +83,7 @@ def compressed(
 
     Args:
         adapter: a name or its beginning (None: the newest).
-        options: its numbers: fp8 needs no calibration, and w4a16 is calibrated on training rows.
+        options: the number format: fp8 needs no calibration, and w4a16 is calibrated on training rows.
         to: the output folder (None: exports/NAME-compressed-SCHEME).
 
     Raises:
@@ -138,7 +138,7 @@ def ollama(
     target = source.target(f"ollama-{'lora-' if lora else ''}{file_type}", to)
     made_of = source.inputs("ollama", lora=lora, file_type=file_type)
     found = find_export(target, made_of)
-    if found is not None:  # its GGUF files need not be there any more
+    if found is not None:  # its GGUF files may be gone by now
         return found
     parts = gguf(project, source.adapter.name, GgufOptions(merged=not lora, file_type=file_type))
     if parts.folder is None:

@@ -52,7 +52,7 @@ class LoraDelta:
 
 
 def read_deltas(folder: Path) -> dict[str, LoraDelta]:
-    """Return the adapter's delta of each layer, by the weight's name in a model of text alone (`text_name`)."""
+    """Return the adapter's delta of each layer, by the weight's name in a text-only model (`text_name`)."""
     from safetensors import safe_open
 
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def read_deltas(folder: Path) -> dict[str, LoraDelta]:
 
 
 def _place(name: str, folder: Path) -> tuple[str, str, str]:
-    """Return a tensor's module, its name in a model of text alone, and its part: lora_A, lora_B or the magnitude."""
+    """Return a tensor's module, its name in a text-only model, and its part: lora_A, lora_B or the magnitude."""
     module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
     layer = text_name(module)
     if (
@@ -124,8 +124,8 @@ class BaseWeights:
 class Weights:
     """The weights of a merged model, in float32.
 
-    ``dtype`` is the base's in training, which NF4 is quantized from; ``dequantized`` starts from dequantized NF4
-    weights of the linear layers. ``changes`` are those of `read_deltas`; empty for the base.
+    ``dtype`` is the base's in training, which NF4 is quantized from; ``dequantized`` starts from
+    dequantized NF4 weights of the linear layers. ``changes`` are from `read_deltas`; empty for the base.
     """
 
     def __init__(self, base: Base, dtype: str, changes: Mapping[str, LoraDelta], *, dequantized: bool = False) -> None:
@@ -167,7 +167,7 @@ class Weights:
 
 
 def is_quantized(name: str) -> bool:
-    """Return whether NF4 quantizes this weight, as it does those of the decoder's linear layers."""
+    """Return whether NF4 quantizes this weight, as it does the weights of the decoder's linear layers."""
     return text_name(name) is not None and name.endswith(tuple(f".{layer}.weight" for layer in _LINEAR))
 
 
@@ -183,7 +183,7 @@ def dequantized(weight: Tensor) -> Tensor:
 def trained_dtype(adapter: Adapter) -> str:
     """Return the base's dtype (over NF4, its compute dtype) in the adapter's training.
 
-    A foreign adapter does not say it: bfloat16, the type that Llama and Mistral are published in, is assumed.
+    A foreign adapter does not state it: bfloat16, the type that Llama and Mistral are published in, is assumed.
     """
     return str(adapter.lineage["config"]["train"]["dtype"]) if "config" in adapter.lineage else "bfloat16"
 

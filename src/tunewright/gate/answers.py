@@ -1,6 +1,6 @@
 """Answers token by token, next-token distributions, and the reference that gives the correct ones.
 
-The reference is the trained model: the base with one adapter at a time, on peft and transformers alone.
+The reference is the trained model: the base with one adapter at a time, on peft and transformers only.
 """
 
 from __future__ import annotations
@@ -174,9 +174,9 @@ def distributions(model: Any, contexts: Sequence[Context]) -> Tensor:
 def distance(trained: Tensor, seen: Tensor | Sequence[TopTokens]) -> Distance:
     """Return the distances from the trained model's log-probabilities [places, vocabulary] to another model's.
 
-    Of tokens that are not listed only the sum counts. The KL divergence of these grouped distributions is at most that
-    of the full ones (the log sum inequality; Cover and Thomas 2006, theorem 2.7.1), and next to equal when a thousand
-    tokens are listed. An unlisted token's own log-probability is at most the lowest listed one.
+    For unlisted tokens, only the sum counts. The KL divergence of these grouped distributions is at most
+    the full ones' (the log sum inequality; Cover and Thomas 2006, theorem 2.7.1), and next to equal when a
+    thousand tokens are listed. An unlisted token's own log-probability is at most the lowest listed one.
     """
     listed = [TopTokens(torch.arange(len(row)), row) for row in seen] if isinstance(seen, Tensor) else seen
     kl, moved, same = zip(*(_distance_of(*pair) for pair in zip(trained, listed, strict=True)), strict=True)
@@ -260,7 +260,7 @@ class PeftReference:
     def measured(
         self, model: Digest, probe: Probe, chat: ChatFormat, on_answers: Callable[[int], None]
     ) -> list[ReferenceAnswer]:
-        """Return a model's greedy answers, with their distributions and what the adapter changes of them."""
+        """Return a model's greedy answers, with their distributions and the adapter's effect on them."""
         completions: list[Completion] = []
         for first in range(0, len(probe.prompts), _BATCH):
             prompts = probe.prompts[first : first + _BATCH]
@@ -321,7 +321,7 @@ class PeftReference:
         return [self._shortfall(logits, answer) for logits, answer in zip(found.logits.double(), answers, strict=True)]
 
     def _shortfall(self, logits: Tensor, answer: ModelAnswer) -> float:
-        """Return an answer's shortfall, given the logits [places + 1, vocabulary] of its places and the one behind."""
+        """Return an answer's shortfall, given the logits [places + 1, vocabulary] of its places and the next one."""
         best = logits.max(-1).values
         count = len(answer.ids)
         chosen = logits[range(count), list(answer.ids)]

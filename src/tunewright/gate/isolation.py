@@ -41,7 +41,7 @@ LONG = 144
 """Tokens of a prompt that fills a block of vLLM's prefix cache, which keeps whole blocks only: of 128 tokens without a
 GPU, of 16 with one. The rest after the last block is computed by each model itself, so it should be short."""
 SHORT = 64
-"""The same for an engine that caches prefixes by the token, or none: longer prompts would only take longer."""
+"""The same for an engine that caches prefixes by the token, or not at all: longer prompts would only take longer."""
 VERSION = 2
 """The version of the checks; a result of an earlier version does not count."""
 _ROUNDS = 2
@@ -74,7 +74,7 @@ class _Session:
         self.observations.append(_Observation(check, model, prompt, answer))
 
     async def send_together(self, check: str, requests: Iterable[tuple[Digest, Ids]]) -> None:
-        """Send requests at once, in random order: their rows share batches."""
+        """Send requests together, in random order: their rows share batches."""
         shuffled = list(requests)
         self.shuffle.shuffle(shuffled)
         await asyncio.gather(*(self.send(check, model, prompt) for model, prompt in shuffled))
@@ -102,9 +102,10 @@ class _Session:
     async def warm_prefixes(self, check: str) -> None:
         """Send each long prompt to one model, then to all others, then to all models in another order.
 
-        So every model finds prefixes that another one has computed, and after the first round those of all. The order
-        within a round is random. So a cache that confuses two models only directly after each other may escape. But a
-        cache that does not distinguish two models at all has one entry for both, and the last round detects it.
+        So every model finds prefixes that another model has computed, and after the first round
+        prefixes of all models. The order within a round is random. So a cache that confuses two
+        models only directly after each other may escape. But a cache that does not distinguish two
+        models at all has one entry for both, and the last round detects it.
         """
         prompts, models = self.long.distinct, list(self.long.prompts)
         first = {prompt: models[place % len(models)] for place, prompt in enumerate(prompts)}
@@ -128,10 +129,10 @@ class _Session:
     async def new_version(self, check: str) -> None:
         """Simulate releases: an adapter replaces another one, or is loaded before the other is unloaded.
 
-        One half of the adapters replaces the other half one by one. Then the other half is loaded as well, and stays
-        alone. The same prompts are sent before and after. So each adapter follows another one with the same prompts.
-        Whichever free slot an engine takes first (lowest, oldest, last freed), some adapter gets a slot that another
-        one has left.
+        One half of the adapters replaces the other half one by one. Then the replaced half is
+        loaded again and stays alone. The same prompts are sent before and after. So each adapter
+        follows another one with the same prompts. Whichever free slot an engine takes first
+        (lowest, oldest, last freed), some adapter gets a slot that another one has left.
         """
         digests, prompts = list(self.folders), self.long.distinct
         if len(digests) < 2:
@@ -304,7 +305,7 @@ PROBE_MARGIN = 2.0
 PER_MODEL = 2
 """Minimum number of probes of a model."""
 _GROUP = 2
-"""Prompts that are tried at once."""
+"""Number of prompts that are tried together."""
 
 
 class Reference(Protocol):
@@ -314,7 +315,7 @@ class Reference(Protocol):
         """Return a model's greedy answers, each of at most this many tokens."""
 
     def shortfalls(self, model: Digest, prompt: Ids, answers: Sequence[ModelAnswer]) -> list[float]:
-        """Return for each answer by how many nats its worst token is less likely than the model's best one there."""
+        """Return for each answer how many nats less likely its worst token is than the model's best one there."""
 
     def unload(self) -> None:
         """Free the model's memory until the next call."""

@@ -41,7 +41,7 @@ GENERAL = (
     "Dear customer,",
     "def add(a, b):",
 )
-"""Prompts tried after the dev items, or alone on a machine without the data, such as a server."""
+"""Prompts tried after the dev items, or instead of them on a machine without the data, such as a server."""
 
 ANSWER_TOKENS = 64
 """Tokens of an answer to a general question in the serving check."""
@@ -52,7 +52,7 @@ class Probe:
     """Prompts, and their generation settings."""
 
     members: tuple[Member, ...]
-    """The dev rows of the prompts; empty for general questions, of which no answer has a form to check."""
+    """The dev rows of the prompts; empty for general questions, whose answers have no form to check."""
     prompts: tuple[tuple[int, ...], ...]
     limit: int
     """Tokens of the longest answer."""
@@ -69,7 +69,7 @@ class Probe:
 def draw_probe(project: OpenProject, version: DatasetVersion, system_prompt: str | None) -> Probe:
     """Return dev rows from as many clusters as possible, in an order that the config's seed draws.
 
-    If rows have functions or ``chat.tools`` is hermes, generated conversations with functions come on top.
+    If rows have functions or ``chat.tools`` is hermes, generated conversations with functions are added.
     """
     config, chat, context = project.folder.config, project.chat, context_length(project.base)
     limit = answer_limit(config, chat, version.domain_of("train"))

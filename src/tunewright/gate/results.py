@@ -171,7 +171,7 @@ class ServingFigures:
     formed: int
     """The number of prompts whose ideal answer is JSON or has calls."""
     well_formed: IntervalEstimate | None
-    """The share of these whose answer is well-formed; None without such prompts."""
+    """The share of these prompts whose answer is well-formed; None without such prompts."""
     trained_well_formed: IntervalEstimate | None
     change: IntervalEstimate | None
     """The first share minus the second, paired."""

@@ -37,7 +37,7 @@ from tunewright.metrics.texts import json_valid
 
 NOISE = {"float32": 0.0005, "bfloat16": 0.01, "f16": 0.01, "q8_0": 0.05}
 """KL divergence in nats that rounding alone may cause, by the lower precision of the two models: see
-docs/decisions/0018-nothing-untested-is-served.md for what was measured."""
+docs/decisions/0018-nothing-untested-is-served.md for the measurements."""
 _PRECISIONS: dict[str, Precision] = {"float32": "16-bit", "bfloat16": "16-bit", "f16": "16-bit", "q8_0": "8-bit"}
 LOST = {name: LIMITS[precision].lost for name, precision in _PRECISIONS.items()}
 """The share of the adapter's effect that may be lost: the limits of exported models."""
@@ -69,7 +69,7 @@ class ServingComparison:
     reporter: Reporter
 
     def ask(self, engine: Engine, references: Mapping[Digest, Sequence[ReferenceAnswer]]) -> list[list[EngineAnswer]]:
-        """Send all prompts for all models at once: their rows share batches, as tenants' do."""
+        """Send all prompts for all models together: their rows share batches, as tenants' do."""
         asked = [
             [(model, prompt, reference) for prompt, reference in zip(self.probe.prompts, answers, strict=True)]
             for model, answers in references.items()
@@ -87,8 +87,8 @@ class ServingComparison:
     ) -> EngineAnswer:
         """Ask for a greedy answer, and for the distributions after the reference's tokens.
 
-        As long as the engine's answer follows the reference's, it has them. From the place where it leaves, the rest is
-        asked for after the reference's own tokens.
+        While the engine's answer follows the reference's, it contains these distributions. From the
+        place where they diverge, the rest is requested after the reference's own tokens.
         """
         wanted = reference.completion.ids
         answer, logprobs = await ask(engine, Request(prompt, model, self.probe.limit, logprobs=LOGPROBS))

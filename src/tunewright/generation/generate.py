@@ -148,8 +148,8 @@ def prefill_groups(lengths: Sequence[int], tokens: int = PREFILL_TOKENS) -> list
 
 
 _HANDLE = 256 << 20
-"""Free bytes below which a failure to create a cuBLAS or cuDNN handle is put down to memory: several of torch's
-workspaces (32 MiB).
+"""Free bytes below which a failure to create a cuBLAS or cuDNN handle is attributed to memory:
+several of torch's workspaces (32 MiB).
 """
 
 

@@ -69,7 +69,7 @@ class GrammarProcess:
 
     def _ask(self, value: Any, seconds: float) -> str | None:
         assert self._child is not None and self._child.stdin is not None and self._child.stdout is not None
-        with suppress(BrokenPipeError):  # then there is no answer, either
+        with suppress(BrokenPipeError):  # then there is no answer either
             self._child.stdin.write(json.dumps(value).encode() + b"\n")
             self._child.stdin.flush()
         with DefaultSelector() as selector:
@@ -83,7 +83,7 @@ def _read(lines: SimpleQueue[bytes]) -> None:
     with open(0, "rb") as source:  # not sys.stdin, for whose lock Python would wait at exit
         for line in source:
             lines.put(line)
-    os._exit(0)  # with the server, however that ends, also while a grammar is compiled
+    os._exit(0)  # with the server, however that ends, even while a grammar is compiled
 
 
 def _main() -> None:

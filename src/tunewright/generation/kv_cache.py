@@ -96,8 +96,8 @@ take 8 MB a row.
 class PreallocatedLayer(DynamicLayer):
     """One layer's keys and values, with spare columns for the next tokens.
 
-    Every layer keeps the whole past, and the attention mask alone applies a sliding window. A cache
-    that dropped what has left the window would count padding as text.
+    Every layer keeps the whole past, and only the attention mask applies a sliding window. A cache
+    that dropped columns outside the window would count padding as text.
     """
 
     def __init__(self, *_: Any, **__: Any) -> None:

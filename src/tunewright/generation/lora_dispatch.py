@@ -169,7 +169,7 @@ class LoraDispatch:
 
 
 class _RowGroups:
-    """The rows of a pass grouped by adapter; those of the base come last."""
+    """The rows of a pass grouped by adapter; rows of the base come last."""
 
     def __init__(self, names: Sequence[str | None], device: torch.device) -> None:
         self.adapter_of_row = tuple(names)
@@ -247,7 +247,7 @@ class _RowGroups:
 
 
 def adapter_sort_keys(names: Sequence[str | None]) -> list[tuple[bool, str]]:
-    """Return sort keys that put rows of one adapter next to each other, and those of the base last."""
+    """Return sort keys that put rows of one adapter next to each other, and rows of the base last."""
     return [(name is None, name or "") for name in names]
 
 

@@ -45,7 +45,7 @@ class Request:
         constraint: the grammar of the answer; an answer cut at the limit may not match it yet.
         presence_penalty: subtracted from the logit of each token that the answer has.
         frequency_penalty: subtracted from a token's logit for each time that the answer has it.
-        logit_bias: tokens with what is added to their logits.
+        logit_bias: tokens with the values added to their logits.
         logprobs: report each token's log probability, with this many of the likeliest; None: report none.
     """
 
@@ -123,7 +123,7 @@ class Row:
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def logit_changes(self) -> Iterator[tuple[int, float]]:
-        """Yield tokens with what is added to their logits: biases and penalties. A token may occur twice."""
+        """Yield tokens with the changes of their logits: biases and penalties. A token may occur twice."""
         yield from self.request.logit_bias
         presence, frequency = self.request.presence_penalty, self.request.frequency_penalty
         if presence or frequency:

@@ -1,11 +1,11 @@
 """Sampling: the next token of every row of a batch, on the model's device, greedy or with temperature and top-p.
 
-A sampled token is the inverse of the row's cumulative distribution at a uniform number, in vocabulary order. Only that
-number comes from the host: each row's own seeded generator draws it (:class:`requests.Row`). So the same seed gives
-the same answer on every device and in any batch, as far as the logits are the same.
+A sampled token is the inverse of the row's cumulative distribution at a uniform number, in vocabulary order.
+Only that number comes from the host: each row's own seeded generator draws it (:class:`requests.Row`). So
+the same seed gives the same answer on every device and in any batch, as long as the logits are the same.
 
-Before that a request's biases and penalties are added. The log probabilities that a request asks for are those of the
-model itself, before biases, penalties, constraints and temperature, as vLLM and llama.cpp report them by default.
+Before that a request's biases and penalties are added. The log probabilities that a request asks for are the
+model's own, before biases, penalties, constraints and temperature, as vLLM and llama.cpp report them by default.
 """
 
 from __future__ import annotations

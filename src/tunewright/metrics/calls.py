@@ -21,8 +21,8 @@ reference's value::
 
     "acceptable": [{"unit": ["celsius", "C", ""]}]
 
-Where the schema says ``object``, an acceptable value is an object whose values are such lists again. Where it says an
-array of objects, it is a list of those.
+Where the schema says ``object``, an acceptable value is an object whose values are such lists
+again. Where it says an array of objects, it is a list of such objects.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _names(calls: Sequence[ToolCall]) -> Counter[str]:
 
 
 def call_name_match(name: MetricName) -> Scorer:
-    """Return a scorer: 1 if the answer calls the reference's functions as often as it does, else 0.
+    """Return a scorer: 1 if the answer calls the reference's functions as often as the reference does, else 0.
 
     Arguments and order are ignored. An item is unscored if the reference has no call.
     """
@@ -281,7 +281,7 @@ def call_ast_match(name: MetricName, acceptable: Mapping[str, Any]) -> Scorer:
 
 
 def _options(calls: Sequence[ToolCall], own: Any, parameters: Mapping[str, Any], key: str) -> list[Options]:
-    """Return the acceptable values of every argument of the reference's calls, and of those that may be added."""
+    """Return the acceptable values of every argument of the reference's calls, and of arguments that may be added."""
     listed = [{} for _ in calls] if own is None else own
     schemas = [_properties(parameters.get(call.name, {})) for call in calls]
     if not isinstance(listed, list) or len(listed) != len(calls) or not all(map(_has_lists, listed, schemas)):

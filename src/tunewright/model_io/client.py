@@ -49,7 +49,7 @@ LONGEST_WAIT = 600.0
 MAX_REPLY = 16 << 20
 """Decoded bytes of a reply."""
 MAX_TOKENS = 10_000_000
-"""Of a prompt or an answer, as a reply counts them; no model's context is longer."""
+"""Maximum tokens of a prompt or an answer, as a reply counts them; no model's context is longer."""
 _MOST_LEVELS = 64  # of nested values in function calls
 
 _FIRST_WAIT, _MOST_WAIT = 1.0, 60.0
@@ -277,7 +277,7 @@ class Endpoint:
         except TimeoutError:
             raise _RequestError(f"no reply within {self.config.timeout:g} s") from None
         except httpx.TransportError as error:
-            if _has_cause(error, MemoryError):  # a connection that breaks for want of memory will break again
+            if _has_cause(error, MemoryError):  # a connection that breaks for lack of memory will break again
                 fix = f"Close other programs. {_KEPT}"
                 raise UserError("Not enough memory for a reply", where=self.where, fix=fix) from error
             raise _RequestError(f"no connection: {error or type(error).__name__}") from None
@@ -387,13 +387,13 @@ def _parsed(response: httpx.Response, request: ChatRequest) -> Reply:
 
 
 def _handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what happens outside of tasks, but no lack of memory: the request that it breaks reports it."""
+    """Log errors outside of tasks, except a lack of memory, which the broken request reports."""
     if not isinstance(context.get("exception"), MemoryError):
         loop.default_exception_handler(context)
 
 
 def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Return whether an exception, or one that it was raised for, is of a kind."""
+    """Return whether an exception, or one of its causes, is of a kind."""
     return error is not None and (isinstance(error, kind) or _has_cause(error.__cause__ or error.__context__, kind))
 
 

@@ -224,7 +224,7 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 
 def untrained_tokens(base: Base, ids: Collection[int]) -> list[int]:
-    """Return, sorted, those of ``ids`` whose input or output embedding row is missing or next to zero."""
+    """Return the sorted ``ids`` whose input or output embedding row is missing or next to zero."""
     # An output embedding that is tied to the input has no tensor of its own.
     tables = {
         name: base.folder / file

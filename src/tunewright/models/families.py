@@ -68,7 +68,7 @@ _TEXT_PREFIXES = (
 
 
 def text_name(name: str) -> str | None:
-    """Return the name of a tensor or module in a model of text alone; None for a part of the vision tower.
+    """Return the name of a tensor or module in a text-only model; None for a part of the vision tower.
 
     ``language_model.model.layers.0.mlp.up_proj.weight`` is ``model.layers.0.mlp.up_proj.weight``.
     """
@@ -203,12 +203,12 @@ class Shape:
 
     @property
     def queries(self) -> int:
-        """The width of all heads' queries, which is also that of the attention's output."""
+        """The width of all heads' queries, which is also the width of the attention's output."""
         return self.heads * self.head
 
     @property
     def keys(self) -> int:
-        """The width of all heads' keys, which is also that of the values."""
+        """The width of all heads' keys, which is also the width of the values."""
         return self.kv_heads * self.head
 
     def linear(self, name: str) -> tuple[int, int]:

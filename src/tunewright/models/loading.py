@@ -200,7 +200,7 @@ _OLDEST = (0, 50)
 
 
 def require_bitsandbytes(quantization: Quantization, key: str = "quantization") -> None:
-    """Check that a base can be quantized so, before anything is loaded; ``key`` is the config's key for it."""
+    """Check that a base can be quantized in this way, before anything is loaded; ``key`` is the config's key for it."""
     if quantization == "none":
         return
     try:

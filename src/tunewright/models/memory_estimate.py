@@ -106,7 +106,7 @@ class BatchShape:
     own: int
     """Tokens of each row after the prefix."""
     trained: int
-    """Tokens of each row that have a label: the output layer runs on these alone."""
+    """Tokens of each row that have a label: the output layer runs only on these."""
 
     def __post_init__(self) -> None:
         assert self.rows >= 1
@@ -155,7 +155,7 @@ class MemoryBreakdown:
     attention: int
     """Kept by attention for the backward pass."""
     head: int
-    """Memory of the output layer and the loss, in addition to that of the active layer."""
+    """Memory of the output layer and the loss, in addition to the active layer's."""
     working: int
     """Temporary memory of the active layer."""
     allocator: int

@@ -1,4 +1,5 @@
-"""Blocks that make up a result. The terminal, the report, Markdown and the studio lay them out and know no feature.
+"""Blocks that make up a result. The terminal, the report, Markdown and the studio lay them out
+without knowing the features.
 
 A terminal is narrow, and a comment is short: both leave out figures and the notes of cells. A terminal also leaves out
 what is marked as a detail.
@@ -31,7 +32,7 @@ class Notes:
 Tone = Literal["tuned", "prompting", "plain"]
 """Colour of an arm in figures."""
 SERIES: tuple[Tone, ...] = ("tuned", "prompting", "plain")
-"""Colours of lines next to each other; the next ones have the same colours, dashed."""
+"""Colours of lines next to each other; further lines have the same colours, dashed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Bar:
     text: str
     tone: Tone
     margin: float | None = None
-    """The margin of this row alone, drawn as a vertical tick."""
+    """The margin of this row only, drawn as a vertical tick."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def table(
 
 
 def row(*texts: str | Cell, decides: bool = False) -> Row:
-    """Return a row of texts, most of which have no note."""
+    """Return a row of cells; most of them are texts without a note."""
     return Row(tuple(each if isinstance(each, Cell) else Cell(each) for each in texts), decides)
 
 

@@ -1,6 +1,6 @@
 """Figures as inline SVG in the colours of the page, so that one drawing serves light and dark mode.
 
-The report and the studio have the same ones: attributes and text, which any Content-Security-Policy allows.
+The report and the studio share the figures, which are attributes and text that any Content-Security-Policy allows.
 """
 
 from __future__ import annotations

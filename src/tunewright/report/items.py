@@ -36,7 +36,7 @@ Numbered = tuple[int, Item]
 
 
 def item_sections(evidence: Evidence, items: Sequence[Item]) -> tuple[Section, ...]:
-    """Return broken items in full, then fixed ones, then those still wrong."""
+    """Return broken items in full, then fixed ones, then items that are still wrong."""
     first = evidence.contrasts[0]
     groups: dict[Change, list[Numbered]] = {name: [] for name in CHANGES}
     for numbered in enumerate(items, start=1):

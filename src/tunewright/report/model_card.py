@@ -48,7 +48,7 @@ class CardSubject:
     name: str
     lineage: Mapping[str, Any]
     repository: str | None
-    """The hub id that it is for; None: unknown."""
+    """The hub id that the card is for; None: unknown."""
     base_model: str | None
     """The base's hub id; None for a base that is only known as a folder."""
     license: str | None
@@ -148,7 +148,7 @@ def _verdict(subject: CardSubject, evidence: Evidence | None) -> tuple[str, ...]
 
 
 def _results(evidence: Evidence) -> tuple[str, ...]:
-    # Incumbents stay out: a card is public, and what others charge is the project's own business.
+    # Incumbents stay out: a card is public, and other vendors' prices are the project's own business.
     found = [arms_section(evidence), contrasts_section(evidence)]
     if evidence.regressions is not None:
         found.append(benchmarks_section(evidence.regressions))

@@ -42,8 +42,8 @@ def render_report(
 ) -> str:
     """Return the report as HTML text; equal input gives equal bytes.
 
-    ``history`` has the training run's rows, one per step and evaluation. A curve and advice are on the
-    same data; causes of a *don't ship* are found in the ``known`` facts too.
+    ``history`` has the training run's rows, one per step and evaluation. A curve and advice are on
+    the same data; causes of a *don't ship* are also found in the ``known`` facts.
     """
     page = page_templates("tunewright.report").get_template("page.html.j2")
     return page.render(
@@ -191,7 +191,7 @@ def method_section(evidence: Evidence) -> Section:
 
 
 _LISTED = 20
-"""A longer list, such as the keys of preference pairs, is its length and digest."""
+"""Longer lists, such as the keys of preference pairs, are shown as length and digest."""
 
 
 def lineage_section(evidence: Evidence) -> Section:

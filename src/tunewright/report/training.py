@@ -20,7 +20,7 @@ from tunewright.training.sweep.ledger import Ledger, measured_text
 
 
 def training_section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | None:
-    """Return losses and the dev metric; None for a cross-validation, whose folds have own runs."""
+    """Return losses and the dev metric; None for a cross-validation, whose folds have their own runs."""
     if evidence.design == "cross-fitted":
         return None
     trained = f"{evidence.train_items:,} training examples."
@@ -39,7 +39,7 @@ _REPLAY = {REPLAY_KL: "replay KL", REPLAY_LOSS: "loss of replay"}
 def run_lines(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -> Lines:
     """Return a run by step: train and dev loss, the dev metric below, and the selected step.
 
-    Of a step with ``pair_loss`` that is drawn, not its ``loss``. ``metric`` is that of ``eval_metric``.
+    For a step with ``pair_loss``, that loss is drawn instead of ``loss``. ``metric`` names ``eval_metric``.
     """
     train = downsample([(row["step"], loss) for row in history if (loss := pairs_loss(row)) is not None])
     replay = {key: downsample([(row["step"], row[key]) for row in history if key in row]) for key in _REPLAY}

@@ -85,7 +85,7 @@ def _labels(dataset: Path, version: str) -> Labels | None:
 
 
 def verdict(project: OpenProject, evaluation: str | Path | None = None) -> Verdict:
-    """Return ship, don't ship or can't tell, from an evaluation's evidence alone.
+    """Return ship, don't ship or can't tell, only from an evaluation's evidence.
 
     The causes of a *don't ship* also use the project's records of the adapter and the data.
 

@@ -99,10 +99,10 @@ class EngineOrigin:
 class EngineApp:
     """One engine behind five routes, for gateways on other machines: the other side of ``engines/remote``.
 
-    An engine knows no tenants, so only a gateway may ask it: every route but ``/health`` needs the shared secret, if
-    there is one. A request names an adapter by its digest; the files come from the engine's own project and must match
-    it. Several gateways may share an engine. It keeps an adapter until the last gateway that loaded it has unloaded it,
-    or has not been heard of for :data:`LEASE_S` seconds.
+    An engine knows no tenants, so only a gateway may ask it: every route but ``/health`` needs the shared
+    secret, if there is one. A request names an adapter by its digest; the files come from the engine's
+    own project and must match it. Several gateways may share an engine. It keeps an adapter until the
+    last gateway that loaded it has unloaded it, or has not been heard from for :data:`LEASE_S` seconds.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class EngineApp:
         self._token = os.environ.get(TOKEN) or None
         self._instance = secrets.token_hex(8)
         self._heard: dict[str, float] = {}
-        """When each gateway was heard of last, in seconds that never go back."""
+        """The time of each gateway's last request, in seconds that never go back."""
         self._forgetting: asyncio.Task[None] | None = None
         self._users: dict[str, set[str]] = {}
         """The gateways of each adapter."""
@@ -193,7 +193,7 @@ class EngineApp:
                     yield {"ids": delta.ids, "finish": delta.finish, "logprobs": logprobs}
         except (RequestFailedError, EngineStoppedError) as error:
             yield failure(error)
-        except Exception as error:  # the gateway must not take a request that fails here for a lost engine
+        except Exception as error:  # the gateway must not mistake a request that fails here for a lost engine
             log.exception("failed to answer a request")
             reason = error.what if isinstance(error, UserError) else type(error).__name__
             yield failure(RequestFailedError(f"The engine could not take this request: {reason}"))
@@ -231,7 +231,7 @@ class EngineApp:
             await asyncio.sleep(_UNLOAD_PAUSE_S)
 
     async def _forget_lost_gateways(self) -> None:
-        """Free the adapters of gateways that ended without a word."""
+        """Free the adapters of gateways that ended without notice."""
         for gateway in list(self._heard):
             if time.monotonic() - self._heard[gateway] <= LEASE_S:
                 continue
@@ -254,7 +254,7 @@ async def _changed(change: Awaitable[None]) -> Event:
         await change
     except (UserError, AdapterFailedError, EngineStoppedError) as error:
         return failure(error)
-    except Exception as error:  # the gateway must not take a change that fails here for a lost engine
+    except Exception as error:  # the gateway must not mistake a change that fails here for a lost engine
         log.exception("failed to change the adapters")
         return failure(AdapterFailedError(f"The engine could not change its adapters: {error}"))
     return {}

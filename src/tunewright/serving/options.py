@@ -12,7 +12,7 @@ from tunewright.core.options import EngineName, Option
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Options of a server; those without a value are the config's."""
+    """Options of a server; options without a value come from the config."""
 
     host: Annotated[str | None, Option("Address to listen on.", default="serve.host in the config")] = None
     port: Annotated[

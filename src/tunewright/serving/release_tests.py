@@ -51,7 +51,7 @@ class EngineUnderTest:
 
     Args:
         config: the project's, with the only address of an engine.
-        remote: what the engine at the config's only address says of itself; None: one is started here.
+        remote: the facts that the engine at the config's only address reports; None: one is started here.
     """
 
     project: OpenProject
@@ -116,7 +116,7 @@ class EngineUnderTest:
         )
 
     def reference(self, folders: Mapping[str, Path]) -> PeftReference:
-        """Return the reference for adapters by digest. It and the engine are never in memory together."""
+        """Return the reference for adapters by digest. Reference and engine are never in memory together."""
         return PeftReference(
             self.project.base, self.config.train.dtype, self.quantization, folders, stop_ids=self.project.chat.stop_ids
         )

@@ -100,7 +100,7 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
     _require_reason(because, "--because")
     _require_reason(options.untested, "--untested")
     chosen = find_adapter(project.folder.adapters, adapter)
-    # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
+    # Checked before one is chosen: a changed file could hide that it is about this adapter, or the newest.
     AccessLog(project.folder.evaluations).require_all()
     decided, evidence = _decide(project, chosen, because)
     grammar = _grammar(project, chosen, evidence, because) if options.constrain else None
@@ -137,8 +137,8 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
 def promote(project: OpenProject, alias: str, options: ReleaseTestOptions = ReleaseTestOptions()) -> DeployResult:
     """Make an alias's candidate its live release once the isolation test and the serving check have passed.
 
-    The test is not repeated if nothing else was released since the candidate passed it; the check is not repeated
-    for the same adapter and engine. A candidate that was forced needs to pass the test only.
+    The test is not repeated if nothing else was released since the candidate passed it; the check is not
+    repeated for the same adapter and engine. A candidate that was forced needs to pass only the test.
 
     Args:
         alias: its name.
@@ -413,7 +413,7 @@ class ReleaseGate:
         return check
 
     def _live(self) -> tuple[list[Adapter], list[Adapter]]:
-        """Return the alias's current and candidate adapters that exist here, and those of the other aliases."""
+        """Return the alias's current and candidate adapters that exist here, and the other aliases' adapters."""
         own: list[Adapter] = []
         others: list[Adapter] = []
         for alias, release in self._state.releases.live().items():

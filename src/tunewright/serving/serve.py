@@ -119,9 +119,9 @@ def self_test(
 ) -> IsolationResult:
     """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
 
-    The prompts are dev items of the current version, if there is one, and general questions. With ``serve.engines``
-    each engine is tested; the result is that of the first one that is not isolated, or of the last one. Of the options,
-    only the engine has an effect.
+    The prompts are dev items of the current version, if there is one, and general questions. With
+    ``serve.engines`` each engine is tested; the result is from the first one that is not isolated,
+    or else from the last one. Of the options, only the engine has an effect.
 
     Raises:
         UserError: as for :meth:`serve`, or no adapter.
@@ -173,9 +173,9 @@ def serve_engine(project: OpenProject, options: EngineOptions = EngineOptions())
 def _share_one_arena() -> None:
     """Let all threads allocate from one arena of glibc's.
 
-    By default each thread has its own, and memory that it frees there is of no use to the others. After half an hour
-    of mixed load, these arenas held 10 MB of free memory (docs/benchmarks/soak.md). Small blocks are still cached by
-    thread.
+    By default each thread has its own, and other threads cannot use memory that is freed in it.
+    After half an hour of mixed load, these arenas held 10 MB of free memory
+    (docs/benchmarks/soak.md). Small blocks are still cached by thread.
     """
     if "MALLOC_ARENA_MAX" in os.environ:
         return
@@ -293,7 +293,7 @@ def _servable_adapters(project: OpenProject, held: Quantization) -> Iterator[Ada
 
 
 def released(project: OpenProject, state: State) -> tuple[Quantization, list[Adapter]]:
-    """Return the base's quantization for the live releases, and those of their adapters that exist here."""
+    """Return the base's quantization for the live releases, and their adapters that exist here."""
     adapters = []
     for release in state.releases.live().values():
         try:

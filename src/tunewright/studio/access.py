@@ -29,7 +29,7 @@ MAX_WRONG = 5
 WRONG_S = 60.0
 BODY_S = GatewayConfig().body_timeout_s
 HEADERS = {
-    # The browser itself refuses whatever does not come from the studio: the proof that it works offline.
+    # The browser itself refuses everything that does not come from the studio: the proof that it works offline.
     "Content-Security-Policy": "default-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'; "
     "object-src 'none'",
     "Cache-Control": "no-store",
@@ -78,7 +78,7 @@ class StudioSession:
 
     reviewer: str
     read_only: bool = False
-    """Of a demo, where nothing can be changed."""
+    """True for a demo, where nothing can be changed."""
     form_token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     messages: list[Notice] = field(default_factory=list)
     """Shown on the next page, once."""
@@ -106,7 +106,7 @@ class Access:
     def sign_in(self, secret: str, address: str, reviewer: str = "") -> str | None:
         """Return a new session's ``Set-Cookie`` value, or None if the secret is wrong.
 
-        ``reviewer`` is the name of who signs in; empty: the studio's.
+        ``reviewer`` is the name of the person who signs in; empty: the studio's.
         """
         at, source = time.monotonic(), _source(address)
         while self._tries and next(iter(self._tries.values()))[0] <= at - WRONG_S:
@@ -130,7 +130,7 @@ class Access:
 
 
 def _source(address: str) -> str:
-    """Return what counts as one address: of IPv6 the /64 network, which one machine may have."""
+    """Return what counts as one address: for IPv6 the /64 network, which one machine may have."""
     try:
         return str(IPv6Network((address, 64), strict=False))
     except ValueError:
@@ -146,7 +146,7 @@ def reviewer_name(text: str) -> str:
 
 
 def kept_reviewer(request: Request) -> str:
-    """Return the name that this browser's person chose earlier, also in an earlier start; empty: none yet."""
+    """Return the name that this browser's person chose earlier, even before a restart; empty if none."""
     with suppress(UserError):  # by another program on this host
         return reviewer_name(unquote(request.cookies.get(_REVIEWER, "")))
     return ""
@@ -209,7 +209,7 @@ class WithHeaders:
 
 
 class ReadOnly:
-    """An application that only answers requests which change nothing; of others not even the body is read."""
+    """An application that only answers requests which change nothing; it does not even read the body of others."""
 
     def __init__(self, app: ASGIApp, refusal: ASGIApp) -> None:
         self._app = app

@@ -59,7 +59,7 @@ _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")
 """Fields whose text is worth keeping when a session has ended."""
 _MOST_ENDED = 8
-"""Forms without a session that are read at once, to return what was typed. Strangers can send them too."""
+"""Forms without a session that are read at one time, to return what was typed. Strangers can send them too."""
 _MOST_NAME = 200  # bytes of an upload's name; file systems allow 255, and the temporary name is longer
 _UPLOAD = "/data/upload"
 _PAGES = {"alias": "/deploy/", "row": "/rows/", "tenant": "/tenants/"}
@@ -92,7 +92,7 @@ class Studio:
         secret = secrets.token_urlsafe(24) if password is None else password
         self._token = secret if password is None and not demo else None
         self._access = Access(secret, f"tunewright_studio_{secrets.token_hex(4)}", reviewer)
-        # One session for all visitors: without forms, they have nothing to tell apart.
+        # One session for all visitors: without forms, nothing distinguishes them.
         self._visitor = StudioSession(reviewer, read_only=True) if demo else None
         self._ended_forms = asyncio.Semaphore(_MOST_ENDED)
         self._lock = Lock()  # pages read and write the project's files one at a time
@@ -223,7 +223,7 @@ class Studio:
         return keep_reviewer(answer, name) if name else answer
 
     async def _ended(self, request: Request) -> Response:
-        """Ask for the secret again, and return what was typed: the page that has it is made again after the sign-in."""
+        """Ask for the secret again, and return what was typed: the form's page is made again after the sign-in."""
         typed: list[str] = []
         if request.url.path != _UPLOAD and not self._ended_forms.locked():
             async with self._ended_forms:

@@ -35,7 +35,7 @@ class JobProgress:
     """Task, numbers and the time left, in a line."""
 
     def as_json(self) -> str:
-        """Return it for the page's script."""
+        """Return the progress for the page's script."""
         return json.dumps(asdict(self))
 
 
@@ -55,7 +55,7 @@ class LogEntry:
 
 
 def read_entry(line: str) -> LogEntry:
-    """Return what a line of the file says."""
+    """Return the entry in a line of the file."""
     record = _record(line)
     if record is None:
         return LogEntry(line)
@@ -121,7 +121,7 @@ class Job:
     folder: Path
     command: tuple[str, ...]
     started: str
-    """Its time, in ISO 8601."""
+    """The time of its start, in ISO 8601."""
 
     @property
     def id(self) -> str:
@@ -168,7 +168,7 @@ class Job:
         return "running" if running else "ended"
 
     def stop(self) -> None:
-        """Press Ctrl-C: the command keeps what it has finished, and ends."""
+        """Stop the command as Ctrl-C does: it keeps finished work, and ends."""
         shell = self._shell()
         if shell is not None:
             with suppress(psutil.NoSuchProcess):
@@ -267,7 +267,7 @@ class Served:
     """The address of its metrics; None without them."""
 
     def curl(self, *, key: bool) -> str:
-        """Return a command that asks the last of the models; ``key``: with a tenant's API key from the environment."""
+        """Return a command that queries the last model; ``key``: with a tenant's API key from the environment."""
         body = {"model": self.models[-1], "messages": [{"role": "user", "content": "Hello"}]}
         authorization = ' -H "Authorization: Bearer $TUNEWRIGHT_API_KEY"' if key else ""
         text = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")

@@ -57,7 +57,7 @@ class Playing:
         self._questions: dict[str, AskedQuestion] = {}
 
     def load(self) -> None:
-        """Start to load the base, unless it is loading or there already."""
+        """Start to load the base, unless it is loading or already loaded."""
         with self._lock:
             if self.state in ("loading", "ready"):
                 return
@@ -112,7 +112,7 @@ class Playing:
         return found
 
     async def answers(self, question: AskedQuestion) -> AsyncGenerator[tuple[int, str], None]:
-        """Compute the missing answers at once, and yield their texts with the model's place in the question.
+        """Compute the missing answers together, and yield their texts with the model's place in the question.
 
         Closing the generator ends the computation.
         """

@@ -51,7 +51,7 @@ class PageReporter(LogReporter):
 
 @dataclass
 class Cache:
-    """Kept between requests: what takes seconds to make, and which rows a reviewer skipped."""
+    """Kept between requests: objects that take seconds to make, and a reviewer's skipped rows."""
 
     playing: Playing
     reviews: dict[tuple[str, ...], ReviewSession] = field(default_factory=dict)
@@ -63,11 +63,11 @@ class Cache:
     _made: dict[object, tuple[object, Any]] = field(default_factory=dict)
 
     def has(self, name: object, deciding: object) -> bool:
-        """Return whether there is a thing of this name that was made for these values."""
+        """Return whether the cache has an object of this name, made for these values."""
         return name in self._made and self._made[name][0] == deciding
 
     def once(self, name: object, deciding: object, make: Callable[[], T]) -> T:
-        """Return what was made for these deciding values; made again where they are others."""
+        """Return the object made for these deciding values; make it again if the values differ."""
         if not self.has(name, deciding):
             self._made[name] = (deciding, make())
         made: T = self._made[name][1]
@@ -180,7 +180,7 @@ class Visit:
         return self.go(path_of("jobs", self.jobs.start(*words).id), message)
 
     def chosen(self, field: str, known: Collection[str]) -> str:
-        """Return a field that the page filled with one of these; a stale form has another."""
+        """Return a field that the page filled with a known value; a stale form has another."""
         value = self.form.get(field, "")
         if value not in known:
             what = f"Unknown {field.replace('_', ' ')} {value!r}"
@@ -188,7 +188,7 @@ class Visit:
         return value
 
     def _reported(self) -> list[str]:
-        """Return what the project reported, with the paths of its files from its folder on."""
+        """Return the messages that the project reported, with the paths of its files from its folder on."""
         reporter = self.project.reporter
         messages = reporter.messages if isinstance(reporter, PageReporter) else []
         return [message.replace(f"{self.project.folder.root}/", "") for message in messages]
@@ -213,7 +213,7 @@ def verdict_of(session: AnnotationSession[Any, ItemT, VerdictT], action: str) ->
 def positive_numbers(form: Mapping[str, str], field: str, *, several: bool = False) -> list[str]:
     """Return a field's number, or its numbers, as they were typed; none from an empty field.
 
-    Others are refused here: a command would take ``--x`` for an option, or refuse it once started.
+    Other values are refused here: a command would take ``--x`` for an option, or refuse it once started.
     """
     typed = form.get(field, "").strip()
     texts = typed.split() if several or not typed else [typed]

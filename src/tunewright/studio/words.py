@@ -1,4 +1,4 @@
-"""The words of a page for what files and messages of the program call otherwise."""
+"""The pages' words for things that files and messages of the program call by other names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z`])")
 
 @dataclass(frozen=True)
 class Advice:
-    """A text in three parts: sentences for everybody, those that name a setting, and those that name a command."""
+    """A text in three parts: sentences for everybody, sentences with a setting, and sentences with a command."""
 
     plain: str
     page: tuple[str, str] | None
@@ -65,7 +65,7 @@ def advice(fix: str | None) -> Advice:
 
 
 def note(message: str) -> Advice:
-    """Return a message in the same parts; its first sentence stays first, because it says what the matter is."""
+    """Return a message in the same parts; its first sentence stays first, because it states the problem."""
     return _parted(_SENTENCE.split(message), 1)
 
 

@@ -243,7 +243,7 @@ class _Sections:
 
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, NotImplementedError, OSError)
-"""What parsers of foreign bytes raise besides errors of their own."""
+"""Exceptions that parsers of foreign bytes raise besides their own."""
 
 
 def _damaged(kind: str, path: Path, error: Exception) -> UserError:

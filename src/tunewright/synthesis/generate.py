@@ -55,7 +55,7 @@ a flaw that does not matter. 3: partly right. 2: mostly wrong or off the point. 
 Give your reason in one or two sentences. Then end with one line, exactly of this form:
 SCORE: N"""
 
-# Alone on its line; emphasis and brackets around it are allowed, and "/5", but no further words.
+# The score is alone on its line; emphasis, brackets and "/5" are allowed, further words are not.
 _DRESS = r"[ \t*_`#\[\]\"'.]*"
 _SCORE = re.compile(rf"^{_DRESS}SCORE{_DRESS}:{_DRESS}([1-5])(?:/5)?{_DRESS}\r?$", re.IGNORECASE | re.MULTILINE)
 
@@ -200,7 +200,7 @@ class RowGenerator:
 
 
 def provenance(teacher: Teacher, samples: Sequence[TeacherSample], prompt: str) -> dict[str, Any]:
-    """Return what a generated row records about its samples; ``prompt`` is what identifies the one that was sent."""
+    """Return what a generated row records about its samples; ``prompt`` identifies the prompt that was sent."""
     config = teacher.config
     return {
         "teacher": teacher.name,
@@ -306,7 +306,7 @@ class RubricJudge:
         self._endpoint = Endpoint(config, "judge", project.work / "judge", purse, reporter)
 
     def test(self, version: DatasetVersion | None) -> None:
-        """Test the judge on people's training rows: their own answers pass, and those of other rows fail."""
+        """Test the judge on people's training rows: their own answers pass, and answers of other rows fail."""
         rows = [m for m in version.domain_of("train") if not m.generated] if version else []
         rng = np.random.default_rng(self._seed)
         # One row of each cluster: the binomial limit below assumes that the controls are independent.

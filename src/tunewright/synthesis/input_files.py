@@ -1,4 +1,4 @@
-"""Inputs without ideal outputs, read as rows of pairs are, and screened against what is held out."""
+"""Inputs without ideal outputs, read as rows of pairs are, and screened against held-out rows."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ class QuestionWriter:
 
 
 def read_pairs(text: str) -> list[tuple[str, str, str]] | None:
-    """Return question, answer and quote of each pair in a reply, which may be fenced; None if it is not of the form."""
+    """Return question, answer and quote of each pair in a reply, which may be fenced; None for another form."""
     start, end = text.find("{"), text.rfind("}")
     try:
         pairs = json.loads(text[start : end + 1])["pairs"]

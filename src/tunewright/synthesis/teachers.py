@@ -49,7 +49,7 @@ class TeacherSample:
 
 
 def with_instruction(prompt: Prompt, instruction: str | None) -> Prompt:
-    """Return the prompt with an instruction for the teacher alone at the end of its system turn."""
+    """Return the prompt with an instruction only for the teacher at the end of its system turn."""
     if instruction is None:
         return prompt
     head = 1 if prompt[0].role == "tools" else 0

@@ -66,7 +66,7 @@ class StopRequest:
 
     @contextmanager
     def free(self, what: str) -> Iterator[None]:
-        """Let a request interrupt this block at once; ``what`` says what then happens to the run.
+        """Let a request interrupt this block immediately; ``what`` says what then happens to the run.
 
         Several processes must agree on a stop, which they do only after steps: there the block is finished.
         """
@@ -98,7 +98,7 @@ def stopped_from(asked: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal(pause_after: int | None = None) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one interrupts at once.
+    """Turn the first SIGINT or SIGTERM into a request; a second one interrupts immediately.
 
     Outside the main thread no signal handlers are set: only `stopped_from` makes a request.
     """
@@ -291,7 +291,7 @@ def resumable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | N
 
 
 def _missing_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
-    """Return faults of the evaluated adapters that a checkpoint needs; that of its own step is restored from it."""
+    """Return faults of the evaluated adapters that a checkpoint needs, except its own, which is restored."""
     faults = []
     for evaluation in _needed(checkpoint):
         kept = adapter_folder(work, evaluation.step)

@@ -1,7 +1,7 @@
 """Processes that train one adapter together, each on its own device, as torchrun or accelerate launch starts them.
 
-All of them read and compute the same; the *main* process alone writes and reports. What they must agree on (a stop, the
-checkpoint to resume) goes through this module. A single process gets trivial answers.
+All of them read and compute the same; only the *main* process writes and reports. What they must agree
+on (a stop, the checkpoint to resume) goes through this module. A single process gets trivial answers.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def syncing_gradients(model: Any, afterwards: bool) -> Iterator[None]:
 
 @contextmanager
 def match_forward_passes(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
-    """Let processes make different numbers of passes of a sharded model: those that finish first join idle passes.
+    """Let processes make different numbers of passes of a sharded model: early finishers join with idle passes.
 
     Before each pass the processes ask each other if any has a pass left; a process without one
     makes ``idle_pass``. An unsharded model needs none of this.
@@ -112,7 +112,7 @@ def match_forward_passes(model: Any, idle_pass: Callable[[], Any]) -> Iterator[N
         yield
     finally:
         hook.remove()
-    # Only after success: if a process failed, the launcher ends those that wait for it.
+    # Only after success: if a process failed, the launcher ends processes that wait for it.
     while distributed.any_process(False):
         idle_pass()
     reshard(model)

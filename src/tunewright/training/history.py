@@ -22,7 +22,7 @@ from tunewright.training import distributed
 
 DEV_LOSS = "eval_loss"
 DEV_METRIC = "eval_metric"
-"""Their names in the history, as transformers' trackers expect them."""
+"""Names in the history, as transformers' trackers expect them."""
 
 PAIR_LOSS = "pair_loss"
 REPLAY_KL = "replay_kl"
@@ -70,7 +70,7 @@ class Evaluation:
     dev_metric: float | None
     """The task's metric on the answered dev rows, from 0 to 1; None if no rows are answered."""
     train_loss: float | None
-    """Training loss, with replay of the pairs alone; None without a trained pair since the previous evaluation."""
+    """Training loss, with replay only of the pairs; None without a trained pair since the previous evaluation."""
 
     @property
     def rank(self) -> tuple[float, float, int]:
@@ -106,7 +106,7 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
 def pairs_loss(row: Mapping[str, Any]) -> float | None:
     """Return the training loss of a step's pairs, in nats per token.
 
-    It is None for other rows, for a step of replayed rows alone, and in preference tuning, whose loss is another.
+    It is None for other rows, for a step of only replayed rows, and in preference tuning, which has another loss.
     """
     if PAIR_LOSS in row:
         return float(row[PAIR_LOSS])
@@ -116,7 +116,7 @@ def pairs_loss(row: Mapping[str, Any]) -> float | None:
 
 
 def best_evaluation(evaluated: Sequence[Evaluation]) -> Evaluation:
-    """Return the best by the metric; the dev loss breaks ties, then the earlier step."""
+    """Return the best evaluation by the metric; the dev loss breaks ties, then the earlier step."""
     return max(evaluated, key=lambda e: e.rank)
 
 

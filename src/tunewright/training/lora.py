@@ -58,9 +58,9 @@ def require_precision(settings: TrainConfig) -> None:
 def keep_float32(model: Any) -> None:
     """Convert the trained weights to float32 before an optimizer is made.
 
-    trl 1.16 converts those over a quantized base to bfloat16, where an AdamW update is often too
-    small to change a weight. The conversion back loses nothing. A was rounded when peft drew it in
-    the base's precision, B is zero, and trl leaves DoRA's magnitudes alone.
+    trl 1.16 converts trained weights over a quantized base to bfloat16, where an AdamW update is
+    often too small to change a weight. The conversion back loses nothing. A was rounded when peft
+    drew it in the base's precision, B is zero, and trl leaves DoRA's magnitudes alone.
     """
     for weight in model.parameters():
         if weight.requires_grad:
@@ -197,7 +197,7 @@ LIGER_KERNELS = {
     "rope": True,
     "rms_norm": True,
     "swiglu": True,
-    # packing/fused_loss.py computes the loss, on the trained tokens alone.
+    # packing/fused_loss.py computes the loss, on the trained tokens only.
     "cross_entropy": False,
     "fused_linear_cross_entropy": False,
 }

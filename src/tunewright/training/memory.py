@@ -112,7 +112,7 @@ def _longest_row(project: OpenProject, spec: str, revision: str | None) -> int |
 def require_room(project: OpenProject) -> None:
     """Check that this machine can train the config's base, from the base's config.json alone.
 
-    Long rows that may not fit are a warning. On the CPU memory is never refused: it may be swapped out.
+    Long rows that may not fit cause a warning. On the CPU memory is never refused: it may be swapped out.
 
     Raises:
         UserError: the card cannot hold one row of `SHORT_ROW` tokens; torch is built for CUDA, cannot use a card and

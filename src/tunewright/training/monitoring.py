@@ -82,14 +82,14 @@ def fault(loss: float, gradient_norm: float, losses: Sequence[float], vocabulary
 
     - 5 steps more than 1 nat above both ln(vocabulary), the loss of random guessing, and the first step's loss, which
       is the untrained base's. Such a model has unlearnt more than it ever knew.
-    - 10 steps each more than 1 nat above the *highest* of the first 10. Those are the warm-up's, where the model is
-      still close to the base. If training changed nothing, ten given losses would all exceed ten
-      others by chance once in 184,756 = C(20, 10) times. The margin makes it rarer still.
+    - 10 steps each more than 1 nat above the *highest* of the first 10. Those are steps of the warm-up,
+      where the model is still close to the base. If training changed nothing, ten given losses would all
+      exceed ten others by chance once in 184,756 = C(20, 10) times. The margin makes it rarer still.
 
     A run that learns and then falls back to its start is not stopped: the dev split selects an earlier adapter.
 
-    ``losses`` are those of all steps up to this one, in nats per trained token; ``gradient_norm``
-    is over all LoRA weights, before clipping.
+    ``losses`` are from all steps up to this one, in nats per trained token; ``gradient_norm`` is
+    over all LoRA weights, before clipping.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -229,7 +229,7 @@ class DevTask:
 
     scorer: Scorer
     requests: tuple[Request, ...]
-    """Distinct ones: an input with several references is answered once."""
+    """Distinct requests: an input with several references is answered once."""
     examples: tuple[Example, ...]
     """The answered inputs with their expected outputs."""
     request_of: tuple[int, ...]
@@ -287,7 +287,7 @@ def dev_task(
     """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed and reported.
 
     Rows with equal prompts are answered once. The answers of the training rows determine the length
-    limit, as in evaluation. None: the config wants no answers, and the dev loss alone decides.
+    limit, as in evaluation. None: the config wants no answers, and only the dev loss decides.
     """
     most, split = config.train.eval_max_samples, tuple(m.example for m in dev)
     if most == 0:

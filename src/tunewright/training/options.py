@@ -10,7 +10,7 @@ from tunewright.core.options import Option
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """The card, the base and the rows of an estimate; those without a value are this machine's and the project's."""
+    """The card, the base and the rows of an estimate; options without a value are this machine's and the project's."""
 
     gpu: Annotated[
         str | None,

@@ -41,7 +41,7 @@ def find_parent(project: ProjectFolder) -> Adapter | None:
 
 
 def parent_inputs(project: ProjectFolder) -> dict[str, Any]:
-    """Return the input of a training that its parent is; empty without one."""
+    """Return the parent as an input of a training; empty without one."""
     parent = find_parent(project)
     return {} if parent is None else {"from": parent.digest}
 

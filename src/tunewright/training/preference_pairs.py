@@ -1,6 +1,6 @@
 """The preference data of a dataset version: rejected answers of its rows, and pairs kept from judged evaluations.
 
-A pair of an input in dev or test is never trained on.
+A pair whose input is in dev or test is never trained on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class PairSet:
-    """The pairs of a version that may be trained on, sorted, and the others by the reason that they are left out."""
+    """The pairs of a version that may be trained on, sorted, and the other pairs by the reason for leaving them out."""
 
     pairs: tuple[AnswerPair, ...]
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class PairSet:
         return digest([pair.key for pair in self.pairs])
 
     def report(self, reporter: Reporter) -> None:
-        """Report the number of pairs; name the rows of the others."""
+        """Report the number of pairs; name the rows of the other pairs."""
         for reason, names in self.left_out.items():
             rows = listed(names, len(names), _MOST, "`tunewright data show ROW` shows a row")
             reporter.warn(f"{count_of(len(names), 'preference pair')} left out: {reason}\n{rows}")
@@ -108,7 +108,7 @@ class PreferenceRows:
     """Encoded answers to train on.
 
     With dpo and orpo, answer ``2 * i`` is the chosen and ``2 * i + 1`` the rejected one of pair i.
-    With kto, each answer is alone.
+    With kto, answers are unpaired.
     """
 
     method: Method
@@ -201,7 +201,7 @@ def _single_answers(pairs: Sequence[AnswerPair], version: DatasetVersion) -> tup
 
 
 def _side(member: Member, answer: tuple[Message, ...]) -> Member:
-    """Return the row with this answer, which alone is trained: earlier turns are the same on both sides."""
+    """Return the row with this answer. Only the answer is trained: earlier turns are the same on both sides."""
     prompt = tuple(replace(m, weight=0) if m.role == "assistant" else m for m in member.example.prompt)
     return replace(member, example=Example((*prompt, *(replace(m, weight=1) for m in answer))))
 

@@ -42,7 +42,7 @@ class PreferenceTrainer(Trainer):
     """Trains on chosen and rejected answers.
 
     A row of the training set is a pair, or with kto an answer; its column ``place`` is its index. Rows of the
-    evaluation set are those of `Trainer`: the dev loss is that of the ideal outputs, as in supervised training.
+    evaluation set are as in `Trainer`: the dev loss is the ideal outputs' loss, as in supervised training.
     """
 
     def __init__(self, model: Any, *, preferences: PreferenceRows, beta: float, limit: int, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ class PreferenceTrainer(Trainer):
         columns = as_columns(preferences.rows)
         self.answers: list[Row] = list(zip(columns["input_ids"], columns["labels"], strict=True))
         self.mismatched = _mismatched(preferences, limit) if self.method == "kto" else []
-        """With kto, each input with another one's answer, which estimates the divergence from the reference."""
+        """With kto, each input with another input's answer, which estimates the divergence from the reference."""
         self.reference: list[float] = []
         """Log-probabilities under the reference of ``answers``, then of ``mismatched``; empty until they are set."""
         self._step_tokens = 0
@@ -126,7 +126,7 @@ class PreferenceTrainer(Trainer):
         answers = [self.answers[index] for index in indices]
         labels = [given for _, given in answers]
         if self.method == "orpo":
-            # trl's likelihood of a chosen answer covers its prompt, as does that of the paper's own code.
+            # trl's likelihood of a chosen answer covers its prompt, as the paper's own code does.
             labels[: len(places)] = [ids for ids, _ in answers[: len(places)]]
         if rows:
             packed = pack([ids for ids, _ in answers], labels, share=self.share)
@@ -198,7 +198,7 @@ class PreferenceTrainer(Trainer):
     def _orpo(self, losses: Tensor, inputs: Mapping[str, Any], rows: int, items: Any) -> Tensor:
         """Return ORPO's loss: the likelihood of the chosen rows, and the odds ratio of the answers.
 
-        ``losses`` are those of all tokens of the chosen rows, and of the answers of the rejected ones [L].
+        ``losses`` are of all tokens of the chosen rows, and of the answers of the rejected ones [L].
         """
         owner, in_answer = inputs["owner"], inputs["in_answer"].to(losses)
         answers = len(inputs["indices"])
@@ -214,7 +214,7 @@ class PreferenceTrainer(Trainer):
     def _divergence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return KTO's estimate of the divergence from the reference, from mismatched answers; at least 0.
 
-        It is that of the rows of this pass, as trl takes those of a micro-batch. Each process has
+        It is estimated from the rows of this pass, as trl does from a micro-batch. Each process has
         its own: they may make different numbers of passes, so a pass must not wait for the others.
         """
         places = inputs["indices"].tolist()
@@ -335,7 +335,8 @@ def kto_losses(
 
 
 def set_reference(trainer: PreferenceTrainer, work: Path, identity: str, reporter: Reporter) -> None:
-    """Give the trainer, before its first step, its reference: that of an earlier part of this run, or its own adapter.
+    """Give the trainer, before its first step, its reference: the one of an earlier part of this
+    run, or its own adapter.
 
     The working folder keeps the numbers for a run that resumes. ``identity`` is the digest of the
     answers and of the reference model.
@@ -351,7 +352,7 @@ def set_reference(trainer: PreferenceTrainer, work: Path, identity: str, reporte
 
 
 def _kept(file: Path, identity: str, count: int) -> list[float] | None:
-    """Return the kept numbers; None if there are none, or not of these answers."""
+    """Return the kept numbers; None if there are none for these answers."""
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -158,7 +158,7 @@ def name_of(member: Member) -> str:
 
 
 def expected_messages(member: Member, rows: int) -> list[list[Message]]:
-    """Return the messages that each row must spell: all turns, or, with one row an answer, those up to it.
+    """Return the messages that each row must spell: all turns, or, with one row for each answer, the turns up to it.
 
     In such rows templates may shorten earlier answers and drop earlier results (Mistral v2), so these are not checked.
     """
@@ -343,7 +343,7 @@ def measure_lengths(
 
 
 class _Measured(NamedTuple):
-    """Token lengths of some rows, their trained tokens, those too long (key, name, tokens), and faults."""
+    """Token lengths of some rows, their trained tokens, rows that are too long (key, name, tokens), and faults."""
 
     lengths: list[int]
     trained: int

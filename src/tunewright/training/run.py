@@ -262,7 +262,7 @@ class Run:
             # Rows are encoded already and none exceeds the config's limit: trl has nothing to truncate.
             max_length=None,
             remove_unused_columns=False,
-            # Experts' routers are frozen, and the loss is that of the answers alone.
+            # Experts' routers are frozen, and the loss covers only the answers.
             router_aux_loss_coef=0.0,
             # Every LoRA weight is used in every pass.
             ddp_find_unused_parameters=False,
@@ -284,7 +284,7 @@ class Run:
 
 
 def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
-    """Return the rows of one forward pass in one of this many processes (None: those of this run)."""
+    """Return the rows of one forward pass in one of this many processes (None: this run's)."""
     count = processes or distributed.world_size()
     share = settings.batch_size // count
     if settings.batch_size % count:

@@ -1,10 +1,10 @@
 """Self-samples: conversations that the base writes, as a record of its abilities before the adapter, and their replay.
 
 The base gets its own template up to where a user's text starts, and writes the user's turn, then the answer
-(Magpie: Xu et al. 2024, arXiv 2406.08464). Both are drawn from its unmodified distribution, at temperature 1 with no
-truncation. So over such answers the mean of log p(base) - log p(adapter) is the KL divergence of the two. This holds
-for answers up to the limit, including those that continue beyond it. Without these it would be a mean over short
-answers, which a fine-tune on short answers makes likelier.
+(Magpie: Xu et al. 2024, arXiv 2406.08464). Both are drawn from its unmodified distribution, at temperature
+1 with no truncation. So over such answers the mean of log p(base) - log p(adapter) is the KL divergence of
+the two. This holds for answers up to the limit, including those that continue beyond it. Without the longer
+ones it would be a mean over short answers, which a fine-tune on short answers makes likelier.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class Sampler:
         self.folder = work / "self-samples" / digest(self.about)[:16]
 
     def draw(self, wanted: int, screen: Screen, *, finished: bool) -> Drawn:
-        """Return the first ``wanted`` samples that are complete, new and pass the screen, and why others do not.
+        """Return the first ``wanted`` samples that are complete, new and pass the screen, and the
+        reasons why others do not.
 
         Fewer are returned, with a warning, if most samples are unusable. ``finished`` leaves out
         answers that were cut off at the limit.
@@ -284,7 +285,7 @@ def replay_inputs(project: ProjectFolder) -> dict[str, Any]:
 
 
 def _engine(project: ProjectFolder) -> AnswerEngine:
-    """Return the engine that writes samples: that of evaluation, if it can hold the base as training does."""
+    """Return the engine that writes samples: the engine of evaluation, if it can hold the base as training does."""
     config = project.config
     if distributed.world_size() > 1:
         return AnswerEngine("peft", "several processes train together, each on its own GPU")

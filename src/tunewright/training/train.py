@@ -115,7 +115,7 @@ def train(
     """Train the config's adapter on a dataset version, or find the one already trained on the same inputs.
 
     A stopped run resumes from its last complete checkpoint. ``adapters`` is the folder where the
-    adapter is looked for and kept (None: the project's own), ``work`` that of the run's
+    adapter is looked for and kept (None: the project's own), ``work`` is the folder of the run's
     checkpoints, removed at its end (None: in the project's working folder); ``facts`` are further
     entries of the lineage. A signal raises KeyboardInterrupt, with a checkpoint saved.
     """
@@ -130,7 +130,7 @@ def train(
         if distributed.is_main_process():
             shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed after it stored its adapter
         return TrainResult(existing, trained=False)
-    # Tried now, not after hours of training, and in the one process that stores.
+    # The key is tried now, not after hours of training, and only in the process that stores.
     if signer is None and adapters is None and distributed.is_main_process():
         signer = store_signer(project.keys, reporter)
     with working_folder(work), quiet_transformers(), writing(work):

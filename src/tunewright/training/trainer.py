@@ -78,7 +78,7 @@ class Trainer(SFTTrainer):
         rows: Any = self.train_dataset
         if "replayed" in rows.column_names:
             self._breakdown = LossBreakdown(kl, self.accelerator.device)
-        # The loss is a sum over tokens, divided by those of the whole step.
+        # The loss is a sum over tokens, divided by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -159,7 +159,7 @@ class Trainer(SFTTrainer):
         *others, last = rows.pieces(size, self.args.train_batch_size if self.is_fsdp_enabled else 0)
         total = torch.zeros((), device=self.accelerator.device)
         for piece in others:
-            # Processes synchronize gradients with the last chunk alone.
+            # Processes synchronize gradients only with the last chunk.
             with self.accelerator.no_sync(model):
                 total += super().training_step(model, self._packed(piece), items)
         batch = self._packed(last) if others or whole is None else whole
@@ -418,7 +418,7 @@ class Trainer(SFTTrainer):
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Return the bytes of memory of this process: on a GPU the most that tensors have had, else what is resident."""
+    """Return the bytes of memory of this process: on a GPU the peak of its tensors, else the resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)

@@ -4,9 +4,9 @@ The trials of a sweep, the parts of a learning curve, the folds of a cross-valid
 On a cluster each is a task that makes the same call in a worker. It has the same working folder, so a lost one resumes
 from its last checkpoint on another machine, and the same number of threads, so its adapter is the same.
 
-One training in several processes calls the function that torchrun's processes call. Every machine sees the project's
-folder: rows are read from it, and the first process writes checkpoints and the adapter. The command that started them
-shows what it reports, passes a stop on, and signs the adapter.
+One training in several processes calls the function that torchrun's processes call. Every machine
+sees the project's folder: rows are read from it, and the first process writes checkpoints and the
+adapter. The command that started them shows its messages, passes a stop on, and signs the adapter.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class Trainings:
     """The place where independent trainings are done."""
 
     workers: Workers
-    """They train, each job in a process of its own; those of this process train here."""
+    """Workers that train each job in a process of its own; this process's workers train here."""
     base: Base
     reporter: Reporter
     needs: Needs = ONE_CPU
-    """What one training takes of a machine."""
+    """Resources of a machine that one training takes."""
     site: Site | None = None
     """What every machine must have; None: the trainings are done here."""
 
@@ -124,7 +124,7 @@ class Trainings:
         return stored_adapter(adapters, name, identity, _SEEN_S if self.on_cluster else 0)
 
     def train_missing(self, trainings: Sequence[Training], chat: ChatFormat) -> None:
-        """Train on the cluster those that are not trained yet; `train` finds them afterwards. Here do nothing."""
+        """Train on the cluster the adapters that are missing; `train` finds them afterwards. Here do nothing."""
         if not self.on_cluster:
             return
         missing = [each for each in (t.absolute(self.base, chat) for t in trainings) if each.found() is None]
@@ -185,12 +185,12 @@ class Training:
         )
 
     def found(self) -> Adapter | None:
-        """Return its adapter if it is there already."""
+        """Return its adapter if it exists already."""
         return find_trained(self.adapters, self.project.config.name, self.identity)
 
 
 def _train(base: Base, chat: ChatFormat, training: Training, reporter: Reporter) -> None:
-    # Given a folder for adapters it signs nothing: the command does, whose machine has the private key.
+    # With a folder for adapters it signs nothing: the command signs, on the machine with the private key.
     place, facts = training.adapters, training.facts
     train(training.project, training.version, base, chat, reporter, adapters=place, facts=facts)
 
@@ -218,7 +218,7 @@ def open_trainings(workers: Workers, project: ProjectFolder, base: Base, reporte
 
 
 def _needs(machines: Sequence[Machine]) -> Needs:
-    """Return what a training takes: a GPU where there are some, else as many CPUs as this process has threads."""
+    """Return the resources of a training: a GPU if there are any, else as many CPUs as this process has threads."""
     if torch.cuda.is_available() or any(machine.gpus for machine in machines):
         needs = Needs(gpus=1)
         if not any(machine.room(needs) for machine in machines):
@@ -324,7 +324,7 @@ def train_on_cluster(
     with open_group(config, reporter) as group:
         _require_trainable(group, training.project, base, reporter)
         if group is not None:
-            # Tried now, not after hours of training; the key stays on this machine.
+            # The key is tried now, not after hours of training; it stays on this machine.
             signer = signer or store_signer(project.keys, reporter)
             with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
                 stop.phase = "closed"

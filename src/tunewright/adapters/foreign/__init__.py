@@ -1,4 +1,5 @@
-"""Importing foreign adapters: copied first, checked to the byte, and only then stored; here the user's options.
+"""Importing foreign adapters: copied first, checked to the byte, and only then stored. This file
+has the user's options.
 
 An adapter is untrusted input. Pickles run code, a header can claim more memory than exists, a configuration names
 modules to import, and a link leads to another file. Everything that is not on an allowlist is refused.
@@ -17,7 +18,7 @@ class ImportOptions:
     """The importing user's statements about an adapter."""
 
     name: Annotated[str | None, Option("Name of the imported adapter.", default="the folder's")] = None
-    """Or the manifest's, if it has one."""
+    """By default the manifest's name, if the adapter has a manifest."""
     base_matches: Annotated[
         bool,
         Option(

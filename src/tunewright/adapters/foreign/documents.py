@@ -121,7 +121,7 @@ class ForeignConfig:
         }
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Return the rank of its weights on a module, and the factor of BA."""
+        """Return the rank of the adapter's weights on a module, and the factor of BA."""
         return rank_and_scale(self.document.model_dump(), module)
 
 

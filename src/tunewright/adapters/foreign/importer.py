@@ -250,9 +250,9 @@ class _Intake:
 def import_adapter(
     project: OpenProject, source: Path | RemoteFiles, said: ImportOptions, by: str | None
 ) -> ImportResult:
-    """Check the adapter in a folder or at a URL, and store it; of a refused one nothing is stored."""
+    """Check the adapter in a folder or at a URL, and store it; nothing of a refused adapter is stored."""
     adapters = project.folder.adapters
-    _ = project.base, project.chat  # what is wrong with the project is no fault of the adapter
+    _ = project.base, project.chat  # a fault of the project is not a fault of the adapter
     with quarantine(adapters.parent) as place:
         files = place / "adapter"
         files.mkdir()
@@ -307,9 +307,9 @@ DTYPES = ("F16", "BF16", "F32")
 def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors of a safetensors file, by name.
 
-    The library checks that shapes and offsets agree and that the tensors fill the file: bytes in a gap could hide a
-    payload, an overlap could alias weights. Of the text it checks less: of two entries with one name it keeps the last,
-    it ignores unknown keys, and it parses headers of up to 100 MB.
+    The library checks that shapes and offsets agree and that the tensors fill the file: bytes in a
+    gap could hide a payload, an overlap could alias weights. It checks the JSON text less: it keeps
+    the last of two entries with one name, ignores unknown keys, and parses headers of up to 100 MB.
     """
     from safetensors import SafetensorError, safe_open
 

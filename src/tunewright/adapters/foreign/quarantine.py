@@ -56,7 +56,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy"
 
 @contextmanager
 def quarantine(root: Path) -> Iterator[Path]:
-    """Yield an empty folder within ``root``, readable by its owner alone; remove it and those of killed imports."""
+    """Yield an empty folder within ``root``, readable only by its owner; remove it and leftovers of killed imports."""
     remove_abandoned(root.glob(".quarantine-*"))
     with writing(root):
         folder = Path(tempfile.mkdtemp(dir=root, prefix=".quarantine-"))
@@ -79,7 +79,7 @@ class QuarantinedFiles:
         self._members = 0
 
     def count(self, name: str) -> None:
-        """Count one more file or folder, of which an adapter has few."""
+        """Count one more file or folder, and refuse too many."""
         self._members += 1
         if self._members > MOST_MEMBERS:
             raise UserError(f"More than {MOST_MEMBERS} files and folders, the limit for an adapter", where=self.where)

@@ -19,7 +19,7 @@ from tunewright.data.dedup.similarity import Pairs, link, nearest_kept, similari
 from tunewright.data.examples import Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
-# The lookbehind keeps the search linear: without it each letter of a long word would begin a search to its end.
+# The lookbehind keeps the search linear: without it each letter of a long word would start a search to the word's end.
 _WORD_AT_END = re.compile(r"(?<!\w)\w+$")
 
 _CLUSTERS, _DUPLICATES = "clustering", "looking for duplicates"
@@ -43,7 +43,7 @@ def comparison_texts(examples: Iterable[Example]) -> Sequence[str]:
 
 
 def distinctive(texts: Iterable[str]) -> Sequence[str]:
-    """Return each text normalised, without the words that all begin or end with; see :func:`comparison_texts`.
+    """Return each text normalised, without the words that all texts begin or end with; see :func:`comparison_texts`.
 
     They are in a temporary file.
     """
@@ -77,9 +77,9 @@ def find_duplicates(
 ) -> dict[int, Repeat]:
     """Return the rows that repeat an earlier one: near-equal input, same output, system turn and functions.
 
-    Rows are compared in order with those kept so far, so that a chain of small differences is not dropped as a whole.
-    A near-equal input with another output is not a duplicate, since the difference may be the task. The rows are in
-    order of preference; the first ``kept`` ones always stay.
+    Rows are compared in order with the rows kept so far, so that a chain of small differences is not
+    dropped as a whole. A near-equal input with another output is not a duplicate, since the difference
+    may be the task. The rows are in order of preference; the first ``kept`` ones always stay.
 
     Returns:
         The most similar kept row of each dropped row.
@@ -104,7 +104,7 @@ def find_clusters_and_duplicates(
 
 
 def _answers(examples: Iterable[Example]) -> Indices:
-    """Number the rows by what is equal in duplicates besides the input, [rows]."""
+    """Number the rows by the parts that duplicates share besides the input, [rows]."""
     return numbered(map(str, map(_answer, examples)))
 
 
@@ -130,7 +130,7 @@ def find_clusters(
 def _names(examples: Sequence[Example], labels: Indices) -> list[str]:
     """Return each row's cluster, given the first row that each is linked with, [rows]."""
     names = [example.pair_key for example in examples]
-    linked = np.flatnonzero(labels != np.arange(len(labels)))  # with an earlier row, which the label is the place of
+    linked = np.flatnonzero(labels != np.arange(len(labels)))  # with an earlier row, whose place is the label
     for row, label in zip(linked.tolist(), labels[linked].tolist(), strict=True):
         names[label] = min(names[label], names[row])
     for row, label in zip(linked.tolist(), labels[linked].tolist(), strict=True):
@@ -144,8 +144,8 @@ class ClusterSpan:
 
     name: str
     rows: int
-    ends: tuple[int, int]  # indices of the two
-    similarity: float  # of the two; below the threshold if only a chain links them
+    ends: tuple[int, int]  # indices of the two rows
+    similarity: float  # of the two rows; below the threshold if only a chain links them
 
 
 def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count: int) -> list[ClusterSpan]:
@@ -177,7 +177,7 @@ def _least_like(matrix: Any, row: int) -> tuple[int, float]:
 
 
 def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
-    """Return the rows with the same prompt as an earlier one, and its output, system turn and functions.
+    """Return the rows with the same prompt, output, system turn and functions as an earlier row.
 
     Prompts are compared after NFC, case folding and collapsing of white space; outputs without surrounding white space;
     system turns and functions exactly. ``kept`` is the number of first rows that are always kept.
@@ -198,7 +198,7 @@ def count_near_repeats(members: Iterable[Member], similarity: float, reporter: R
 
 
 def cluster_counts(version: DatasetVersion, member: Member) -> tuple[int, int]:
-    """Count the rows of the member's cluster, and those of them with its output, including the member."""
+    """Count the rows of the member's cluster, and the rows among them with its output; the member counts in both."""
     cluster = [m for m in version.members if m.cluster == member.cluster]
     output = member.example.output.strip()
     return len(cluster), sum(m.example.output.strip() == output for m in cluster)

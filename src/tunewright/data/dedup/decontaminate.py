@@ -36,8 +36,8 @@ RUN = 13  # words
 FEWEST = 5  # words
 CONTAINED = 0.8  # of an item's runs
 _ROWS = 500  # rows that a worker searches at once
-_SENT = 200_000  # items that each worker gets an index of, at 3 KB each: bounds its memory, and not the result
-BOILERPLATE = 10  # items: a run of more items of a source is a phrase of the suite
+_SENT = 200_000  # items indexed by each worker, at 3 KB each: bounds its memory, not the result
+BOILERPLATE = 10  # items: a run that more items of a source share is a phrase of the suite
 FIELDS = ("question", "query", "prompt", "instruction", "input", "text")
 
 MatchKind = Literal["equal", "contained", "overlap"]
@@ -204,7 +204,7 @@ def _runs(words: Words, length: int) -> Iterator[Words]:
 
 
 def _source(name: str, texts: Sequence[str]) -> _Source:
-    spelled: dict[str, str] = {}  # one object for a word, however many texts have it
+    spelled: dict[str, str] = {}  # one object for each distinct word
     whole = [tuple([spelled.setdefault(word, word) for word in normalised_words(text)]) for text in texts]
     # A copy may lack a common beginning such as "Question:" or an instruction, which the first and last text show.
     low, high = min(whole, default=()), max(whole, default=())
@@ -237,7 +237,7 @@ def _items_inside(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int
     shared: Counter[int] = Counter()
     for length, table in source.runs.items():
         for run in {run for turn in turns for run in _runs(turn, length)}:
-            if run in table:  # nearly none is, so that most need no more than this
+            if run in table:  # nearly no run is, so most need only this check
                 shared.update(table[run])
     for number, count in shared.items():
         if number in equal:
@@ -253,7 +253,7 @@ def _items_inside(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int
 
 
 def _items_around(source: _Source, pieces: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str]]:
-    """Yield the items that contain a whole short turn, with the keys of its rows, unless many items do."""
+    """Yield the items that contain a whole short turn, with the keys of the turn's rows, unless many contain it."""
     lengths = sorted({piece.count(" ") + 1 for piece in pieces})
     holders: dict[str, set[int]] = defaultdict(set)
     for number, words in enumerate(source.items):
@@ -304,7 +304,7 @@ def contamination(
     reporter: Reporter,
     workers: Workers = THIS_PROCESS,
 ) -> Contamination:
-    """Search all training rows, including the mix-in, for test inputs and items of the config's and these files."""
+    """Search all training rows, including the mix-in, for test inputs and items from the config's and these files."""
     benchmarks = {name: read_items(project.root / name) for name in project.config.data.benchmarks}
     benchmarks |= {str(path): read_items(path) for path in files}
     mixed = {m.key for m in version.members if m.mixed}

@@ -102,7 +102,7 @@ class _ExactMatch:
 
 @dataclass(frozen=True, kw_only=True)
 class BandScore(_ExactMatch):
-    """That of items whose nearest training row has a similarity in [low, high); the last band includes 1."""
+    """Exact match of items whose nearest training row has a similarity in [low, high); the last band includes 1."""
 
     low: float
     high: float
@@ -110,7 +110,7 @@ class BandScore(_ExactMatch):
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateScore(_ExactMatch):
-    """That of items whose output template training rows have (seen), or of the other items (new)."""
+    """Exact match of items whose output template training rows have (seen), or of the other items (new)."""
 
     template: Literal["seen", "new"]
 
@@ -118,7 +118,8 @@ class TemplateScore(_ExactMatch):
 def measure_leakage(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOST_HELD_OUT) -> LeakageReport:
     """Measure the similarity of each held-out row of a version to its training rows.
 
-    Of more than ``most`` held-out rows a sample is measured, with a warning. The seed decides it and the random splits.
+    Of more than ``most`` held-out rows a sample is measured, with a warning. The seed decides the
+    sample and the random splits.
     """
     members = version.members
     texts = comparison_texts([m.example for m in members])
@@ -254,9 +255,9 @@ def score_by_distance(items: Iterable[EvaluatedItem], report: LeakageReport) -> 
 
 
 def score_by_template(items: Iterable[EvaluatedItem], new: Mapping[str, bool], version: str) -> list[TemplateScore]:
-    """Return each arm's exact match on items with an output template of training rows, and on the others.
+    """Return each arm's exact match on items with an output template of training rows, and on the other items.
 
-    ``new`` has whether no training row has the template, by pair key (``new_templates``); ``version`` is its digest.
+    ``new`` says by pair key whether no training row has the template (``new_templates``); ``version`` is its digest.
     """
     return [TemplateScore(**score, template="new" if place else "seen") for score, place in _exact(items, new, version)]
 

@@ -96,7 +96,8 @@ def measure_output_leakage(members: Sequence[Member]) -> OutputLeakage:
 
 
 def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) -> dict[str, bool] | None:
-    """Return whether each test row, by key, has an output template of no training row; None if that is uninformative.
+    """Return whether each test row, by key, has an output template that no training row has; None
+    if templates are uninformative.
 
     The generic mix-in is ignored.
     """
@@ -124,7 +125,7 @@ def _ceiling(domain: Sequence[Member], template: Indices) -> float:
     holders: dict[str, set[int]] = {word: set() for i in test for word in _words(domain[i].example.output)}
     for member, number in zip(domain, template, strict=True):
         for word in holders.keys() & _words(member.example.output):
-            if len(holders[word]) < 2:  # two templates: one of them is another one
+            if len(holders[word]) < 2:  # two are enough: at least one is another template
                 holders[word].add(int(number))
     prompts = (_words(" ".join(m.text for m in domain[i].example.prompt)) for i in test)
     return _mean(

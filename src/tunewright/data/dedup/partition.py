@@ -1,16 +1,16 @@
 """Candidate pairs of near-equal texts: exact, and never much slower than comparing the sketches of all pairs.
 
-Texts of similar size are joined together. Few texts are compared all with all, by their sketches (``shingles``). Of
-many texts, only those that share a signature are compared, with the cheaper of two kinds of signatures:
+Texts of similar size are joined together. Few texts are compared all with all, by their sketches (``shingles``).
+Of many texts, only texts that share a signature are compared, with the cheaper of two kinds of signatures:
 
 - Two sets that overlap enough share one of their rarest members, so a text's rarest 4-grams are its signatures (prefix
   filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins in Data Cleaning"; fewer of them for the
   smaller text of a pair: Xiao et al. 2008, "Efficient Similarity Joins for Near Duplicate Detection"). In texts from a
   template these are the names and numbers that were put in.
-- In ordinary text, rare 4-grams come from one rare word, and thousands of texts hold it. So the 4-grams are dealt at
-  random into parts, and what a text has in one part is a signature drawn from all over the text. Two sets that differ
-  in at most d members are equal in all but d parts (PartEnum: Arasu et al. 2006, "Efficient Exact Set-Similarity
-  Joins"), and of these signatures too it is enough to look at the d + 1 rarest.
+- In ordinary text, rare 4-grams come from one rare word, and thousands of texts contain it. So the 4-grams are dealt at
+  random into parts, and what a text has in one part is a signature drawn from all over the text. Two
+  sets that differ in at most d members are equal in all but d parts (PartEnum: Arasu et al. 2006,
+  "Efficient Exact Set-Similarity Joins"), and again the d + 1 rarest of these signatures are enough.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Lists(NamedTuple):
 
 @dataclass(frozen=True)
 class _Signed:
-    """The texts that look for a pair by a signature, which are the larger of it, and those that are found."""
+    """Texts by signature: the larger ones look for a pair, and the smaller ones are found."""
 
     larger: _Lists
     smaller: _Lists
@@ -96,7 +96,7 @@ class _Signed:
 
 
 def _entries(signatures: npt.NDArray[Any], texts: npt.NDArray[Any], larger: Mask, smaller: Mask) -> Words:
-    """Return texts with their signatures as one number each: the order of these numbers is that of the signatures.
+    """Return texts with their signatures as one number each: these numbers sort like the signatures.
 
     Signatures are below 2^32, texts below 2^30; ``larger`` and ``smaller`` say which side of a pair the text may be.
     """
@@ -130,8 +130,8 @@ class SizeClass:
         rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted;
             or an object that returns some of its rows.
         low, high: fewest and most shingles of the larger text of a pair.
-        part: number of the part, if several workers look: each pair is found in the part of its larger text, or, of
-            texts of one size, in that of either.
+        part: number of the part, if several workers look: each pair is found in the part of its
+            larger text, or, for texts of equal size, in the part of either.
     """
 
     def __init__(
@@ -225,9 +225,9 @@ class SizeClass:
     def _by_rare_shingles(self) -> _Signed:
         """Index texts by their rarest shingles, as many as guarantee a common one in near-equal texts.
 
-        Of n shingles that have at least o in common with another text, one of the n - o + 1 rarest is among these. A
-        text of n has threshold * n or more in common with a smaller one. With texts of at least the class's lowest
-        size it has more in common.
+        If a text of n shingles shares at least o with another, one of its n - o + 1 rarest is
+        shared. It shares at least threshold * n with a near-equal smaller text, and more with texts
+        of at least the class's lowest size.
         """
         sizes, share = self._sizes, self._threshold / (1 + self._threshold)
         looking = np.where(self._large, sizes - np.ceil(self._threshold * sizes - ROUNDING) + 1, 0)
@@ -253,7 +253,7 @@ class SizeClass:
         parts, count = self._different + _EQUAL_PARTS, len(self._texts)
         codes = mixed(np.arange(self._rows.shape[1], dtype=np.uint64))
         part = (mixed(codes) % np.uint64(parts)).astype(np.int64)
-        # A sum of random codes stands for the set. Sums that are equal by chance only make candidates more.
+        # A sum of random codes stands for the set. Sums that are equal by chance only add candidates.
         signatures = [np.empty(count, dtype=np.uint64) for _ in range(parts)]
         for at in range(0, count, _SIGNED):
             rows = self._rows[at : at + _SIGNED]
@@ -273,8 +273,8 @@ class SizeClass:
 def _ranks(signatures: list[Words]) -> npt.NDArray[np.uint32]:
     """Return each signature's place [texts, parts] among those of several texts, from 1, rarest first; 0 for others.
 
-    The signatures of all texts, by part, are taken out of the list, since they are large. Their highest bits are
-    compared, which only makes candidates more.
+    The signatures of all texts, by part, are taken out of the list, since they are large. Their
+    highest bits are compared, which only adds candidates.
     """
     ranks = np.zeros((len(signatures[0]), len(signatures)), dtype=np.uint32)
     counts, begin = [np.zeros(1, dtype=np.int64)], 1
@@ -299,7 +299,7 @@ def _ranks(signatures: list[Words]) -> npt.NDArray[np.uint32]:
 
 
 def members_of(sizes: Indices, threshold: float, low: int, high: int) -> Indices:
-    """Return the indices of the texts of a class, given all sizes: those of its sizes, and smaller ones alike them."""
+    """Return the indices of a class's texts, given all sizes: its own sizes, and smaller ones near enough to match."""
     return np.flatnonzero((sizes >= threshold * low - ROUNDING) & (sizes <= high)).astype(np.int64)
 
 

@@ -1,7 +1,7 @@
 """Texts as sets of character 4-grams (a sparse matrix in memory, or a file for more texts), and sketches of sets.
 
-4-grams are numbered by array operations, some texts at a time: numbers of characters make numbers of pairs of them, and
-these make numbers of 4-grams. Only the numbers of all 4-grams are kept, four bytes each.
+4-grams are numbered by array operations, some texts at a time: numbers of characters combine into numbers
+of pairs, and these into numbers of 4-grams. Only the numbers of all 4-grams are kept, four bytes each.
 
 A sketch is a few words per set that rule out most pairs within nanoseconds. A bit is the parity of the members hashed
 to it, so each member in which two sets differ flips one bit. Two sets that differ in d members have sketches that
@@ -54,7 +54,7 @@ def shingles(text: str) -> set[str]:
 def shingle_matrix(texts: Sequence[str]) -> Any:
     """Return a 0/1 csr matrix [texts, shingles] whose columns run from the rarest shingle to the most frequent.
 
-    Its entries are bytes: convert it before you multiply it by another one.
+    Its entries are bytes: convert the matrix before you multiply it by another.
     """
     numbering = _Numbering(texts)
     parts = list(numbering.sorted_rows(list(numbering.shingles())))
@@ -64,7 +64,7 @@ def shingle_matrix(texts: Sequence[str]) -> Any:
 
 
 class ShingleFile:
-    """The rows of :func:`shingle_matrix` in a temporary file, of which this process holds the sizes.
+    """The rows of :func:`shingle_matrix` in a temporary file; this process holds only their sizes.
 
     Texts of similar length are read together fastest if they are close to each other.
     """
@@ -139,7 +139,7 @@ def _matrix(columns: Numbers, sizes: Indices, width: int) -> Any:
 
 
 def _begins(sizes: Indices) -> npt.NDArray[Any]:
-    """Return where each row begins, as scipy wants it: it would widen 32-bit columns to the type of the begins."""
+    """Return the begin of each row in the type of the columns: scipy would widen the columns to a larger type."""
     begins = np.concatenate([[0], np.cumsum(sizes)])
     return begins if begins[-1] >= 1 << 31 else begins.astype(np.int32)
 
@@ -147,7 +147,7 @@ def _begins(sizes: Indices) -> npt.NDArray[Any]:
 class _Numbering:
     """Numbers of the 4-grams of some texts.
 
-    Each text is followed by zeros, which no character has: so a short text is one shingle that no other equals.
+    Each text is followed by zeros, which no character has, so a short text is one shingle of its own.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -187,7 +187,7 @@ class _Numbering:
     def sorted_rows(self, parts: Iterable[Numbers]) -> Iterator[tuple[Numbers, Indices]]:
         """Yield the columns of some texts at a time, ascending and each once in a text, and their number by text.
 
-        ``parts`` are what :meth:`shingles` has yielded, to its end: then all 4-grams are counted.
+        ``parts`` are all results of :meth:`shingles`: only then are all 4-grams counted.
         """
         rank = np.empty(self.count, dtype=np.int32)
         rank[np.argsort(self._frequency, kind="stable")] = np.arange(self.count, dtype=np.int32)

@@ -32,7 +32,7 @@ _SAMPLE = 5_000  # texts that show whether a group has few repeats
 _BLOCK = 512  # texts of a large group compared at once
 _BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
 _CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
-_ALIKE = 20_000  # texts of similar size from which several workers look for each other's
+_ALIKE = 20_000  # texts of similar size from which several workers share the search
 _SENT = 50_000_000  # shingles sent to a worker at once: bounds its memory, and not the result
 _TOGETHER = 100_000  # texts whose groups one worker compares
 _DENSE_ROWS, _DENSE_CELLS = 128, 16_000_000  # rows, and similarities held at once; bound the memory, not the result
@@ -56,7 +56,7 @@ class Pairs(NamedTuple):
         return Pairs(self.first[mask], self.second[mask], self.similarity[mask])
 
     def best(self) -> Pairs:
-        """Return the most similar second text of each first one."""
+        """Return the most similar second text of each first text."""
         order = np.lexsort((self.second, -self.similarity, self.first))
         return self.where(order[np.flatnonzero(np.diff(self.first[order], prepend=-1))])
 
@@ -84,7 +84,7 @@ def link(texts: Sequence[str], threshold: float, task: Task, workers: Workers = 
     order = np.argsort(lengths[first_of], kind="stable")
     different = TextFile(texts[i] for i in first_of[order])
     task.advance(len(texts) - len(order))
-    del texts  # and, if the caller has none, its file
+    del texts  # and the file of texts, unless the caller still refers to it
     with ShingleFile(different) as rows:
         del different
         labels: Indices = np.arange(len(order), dtype=np.int64)
@@ -101,7 +101,7 @@ def link(texts: Sequence[str], threshold: float, task: Task, workers: Workers = 
 
 @dataclass(frozen=True)
 class _SizeRange:
-    """Texts of similar size to link, in part: ``part`` of ``parts`` says which of them look for others."""
+    """Texts of similar size to link, in part: ``part`` of ``parts`` says which of the texts look for others."""
 
     places: Indices
     """Indices among all texts."""
@@ -109,11 +109,11 @@ class _SizeRange:
     """Their shingles: a matrix, or ``ShingleRows``."""
     sizes: Indices
     labels: Indices
-    """The first of these texts, by its place here, that each is known to be linked with."""
+    """For each text, the place here of the first text that it is known to be linked with."""
     low: int
     high: int
     large: bool
-    """True if they are too many to be sent to a worker: they are compared here, and their shingles stay in the file."""
+    """True if there are too many texts for a worker: they are compared here, and their shingles stay in the file."""
     part: int = 0
     parts: int = 1
 
@@ -132,7 +132,7 @@ def _by_size(texts: ShingleFile, threshold: float, labels: Indices, most: int) -
 
 
 def _link_texts(threshold: float, alike: _SizeRange, task: Task) -> tuple[Indices, Indices]:
-    """Return the texts, and the first of them, by its place, that each is linked with."""
+    """Return the texts, and for each the place of the first text that it is linked with."""
     rows, sizes, labels = alike.rows, alike.sizes, alike.labels.copy()
 
     def wanted(first: Indices, second: Indices) -> Mask:
@@ -159,8 +159,8 @@ def nearest_kept(
 ) -> Pairs:
     """Return each text that is near a kept earlier text of its group, with the most similar one, in ascending order.
 
-    A text is kept unless it is near one that is; of equally similar ones the first is taken. The most deserving texts
-    come first, and the first ``kept`` ones stay. Only texts of one group are compared, by one worker.
+    A text is kept unless it is near a kept one; of equally similar ones the first is taken. Texts are in order
+    of preference, and the first ``kept`` ones stay. Only texts of one group are compared, by one worker.
     """
     groups = _in_chains(texts, groups, threshold, reporter, title, workers)
     sizes = np.bincount(groups)[groups]
@@ -183,9 +183,9 @@ def nearest_kept(
 def _in_chains(
     texts: Sequence[str], groups: Indices, threshold: float, reporter: Reporter, title: str, workers: Workers
 ) -> Indices:
-    """Split large groups with few repeats by the chains of near-equal texts, without which no two are near.
+    """Split large groups with few repeats by the chains of near-equal texts, outside of which no two texts are near.
 
-    A text is compared with all kept ones of its group. Where most are kept, that is the square of the group.
+    A text is compared with all kept ones of its group. If most are kept, the cost is the square of the group's size.
     """
     large = [np.flatnonzero(groups == group) for group in np.flatnonzero(np.bincount(groups) >= _CHAINED)]
     large = [some for some in large if _mostly_kept(texts, some, threshold)]
@@ -209,7 +209,7 @@ def _mostly_kept(texts: Sequence[str], places: Indices, threshold: float) -> boo
 
 @dataclass(frozen=True)
 class _Groups:
-    """Some groups, whole and in order: their texts, the place of each among all, its group, and those always kept."""
+    """Some groups, whole and in order: texts, places among all, groups, and whether each is always kept."""
 
     places: Indices
     texts: Sequence[str]
@@ -273,7 +273,7 @@ class _KeptSearch:
         task.advance(len(places) - len(new))
         for some in np.array_split(places[new], math.ceil(len(new) / _BLOCK)) if len(new) else ():
             near = self._near(some, np.concatenate(kept))
-            # Those that are near a kept one are not kept, so only the others have to be compared with each other.
+            # Texts near a kept one are not kept, so only the other texts have to be compared with each other.
             self._gone[near.first] = True
             yield self._settle(self._near(some[~self._gone[some]], None))
             added = some[~self._gone[some]]
@@ -329,7 +329,7 @@ def _batches(candidates: Iterator[tuple[Indices, Indices]], wanted: Wanted) -> I
 
 
 def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
-    """Yield the held pairs in batches, of each batch only those still wanted."""
+    """Yield the held pairs in batches, without pairs that are no longer wanted."""
     first, second = (np.concatenate(parts) for parts in zip(*held, strict=True))
     for start in range(0, len(first), _BATCH):
         a, b = first[start : start + _BATCH], second[start : start + _BATCH]

@@ -42,8 +42,8 @@ _PLACEHOLDER = re.compile(rf"<({'|'.join(kind.upper() for kind in LABELS)})_(\d+
 class LocatedFinding:
     """A finding with its place: the row (FILE:LINE), the turn's index in the row's ``messages``, and its role.
 
-    Inside of a call's arguments or of declarations (role ``tools``), ``key`` is the nearest key, and start and end are
-    those in the value. The key is "" elsewhere, and for a finding in a key.
+    Inside of a call's arguments or of declarations (role ``tools``), ``key`` is the nearest key,
+    and start and end are places in the value. The key is "" elsewhere, and for a finding in a key.
     """
 
     row: str
@@ -159,10 +159,10 @@ def scan(
     also: Finder | None = None,
     allow: Collection[str] = (),
 ) -> Scan:
-    """Search all turns of examples, arguments of calls included, each given with its place (FILE:LINE).
+    """Search all turns of examples, including arguments of calls; each example comes with its FILE:LINE.
 
-    ``also`` is an additional finder, such as one of names (``open_presidio``). Kinds in ``allow`` are counted, but not
-    reported as secrets or personal data.
+    ``also`` is an additional finder, such as a finder of names (``open_presidio``). Kinds in
+    ``allow`` are counted, but not reported as secrets or personal data.
     """
     places: list[LocatedFinding] = []
     with (reporter or LogReporter()).task("looking for secrets", len(rows), "examples") as task:
@@ -173,7 +173,7 @@ def scan(
 
 
 def find_in_rows(rows: Sequence[tuple[str, Example]], also: Finder | None) -> list[LocatedFinding]:
-    """Return the findings in all turns of examples, each given with its place."""
+    """Return the findings in all turns of examples; each example comes with its place."""
     places: list[LocatedFinding] = []
     shared: dict[str, list[tuple[str, Finding]]] = {}  # rows of a domain share their instructions
     for row, example in rows:
@@ -337,10 +337,10 @@ def _rows(places: Iterable[LocatedFinding]) -> str:
 
 
 def message_texts(message: Message) -> list[tuple[str, str]]:
-    """Return the texts, each with the key that names it ("" for none), since some secrets are recognised by it.
+    """Return the texts, each with the key that names it ("" for none), since some secrets are recognised by their key.
 
-    They are a message's content, and the keys and values inside of declarations and arguments: values are searched
-    apart, so that a replaced one leaves valid JSON.
+    They are a message's content, and the keys and values inside of declarations and arguments:
+    values are searched separately, so that JSON stays valid after a replacement.
     """
     if message.role == "tools":
         return list(value_texts(json.loads(message.content)))

@@ -58,7 +58,7 @@ _CARDS_OF_NOBODY = words(  # the processors' test numbers: they pay for nothing
     "378734493671000 6011111111111117 6011000990139424 6011000000000004 30569309025904 38520000023237 "
     "3056930009020004 36227206271667 3566002020360505 3530111333300000"
 )
-# Words before a number that is not personal, such as that of an order, a docket or a book.
+# Words before a number that is not personal, such as the number of an order, a docket or a book.
 _NUMBERED = re.compile(
     r"(?:\b(?:order|invoice|case|docket|ticket|ref|reference|tracking|shipment|parcel|isbn|issn|sku|part|model|serial|"
     r"imei|version|policy|claim|batch|lot|patent|doi|pmid|transaction|booking|ean|upc|id)s?\b|#)"
@@ -151,7 +151,7 @@ def _international(match: re.Match[str]) -> bool:
     number = value(match)
     digits = re.sub(r"\D", "", number.replace("(0)", "")).removeprefix("00")
     if number[0] == "0" and not re.search(r"[ ./()-]", number):
-        return False  # 00 and digits alone: any number with leading zeros
+        return False  # 00 and only digits: any number with leading zeros
     if re.fullmatch(r"\+\d{1,3}\.\d{4,}", number) or not 9 <= len(digits) <= 15 or not _COUNTRY_CODES.match(digits):
         return False
     if digits[0] == "1" and not (len(digits) == 11 and _north_american(digits)):
@@ -274,9 +274,9 @@ PERSONAL: tuple[Pattern, ...] = (
 )
 
 
-# Presidio's patterns (e-mail, cards, phone numbers, …) are not used: those above check more (decision 55).
-# Its entities by kind of finding. Dates are left out (most are not personal), and so are organisations, which
-# presidio's default ignores: "Has many false positives" (presidio-analyzer 2.2, conf/default.yaml).
+# Presidio's patterns (e-mail, cards, phone numbers, …) are not used: the patterns above check more (decision 55).
+# This maps its entities to kinds of findings. Dates are left out (most are not personal), and so are organisations,
+# which presidio's default ignores: "Has many false positives" (presidio-analyzer 2.2, conf/default.yaml).
 _KINDS = {"PERSON": "person", "LOCATION": "location", "NRP": "nrp"}
 NAME_LABELS = {"person": "person's name", "location": "place", "nrp": "nationality, religion or politics"}
 

@@ -20,7 +20,7 @@ _MADE_UP = re.compile(
     r"1234567890|0123456789|abcdefgh",
     re.IGNORECASE,
 )
-_FEWEST_DIFFERENT = 8  # of at least 16 random characters so few differ less than once in 10,000
+_FEWEST_DIFFERENT = 8  # 16 random characters have fewer different ones less than once in 10,000 texts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Pattern:
     regex: re.Pattern[str]  # the group ``value`` is the finding, if there is one
     cues: tuple[str, ...]  # every match or its surroundings contain one of these; other texts are not searched
     check: Check  # further condition on a match
-    rank: int = 0  # where two findings overlap, the lower rank wins, then the longer
+    rank: int = 0  # where two findings overlap, the lower rank wins, then the longer match
 
 
 def words(text: str) -> frozenset[str]:
@@ -52,7 +52,7 @@ def is_placeholder(token: str) -> bool:
 
 
 def checksummed(token: str) -> bool:
-    """Return whether the last six characters are the checksum of those between the prefix and them.
+    """Return whether the last six characters are the checksum of the characters after the prefix.
 
     GitHub's format, which npm and tunewright took over.
     """
@@ -167,7 +167,7 @@ _PASSWORD = (
     r"(?<![A-Za-z])(?:pass(?:word|wd|phrase|code|wort)|pwd)(?![A-Za-z])[\"'*]{0,3}\s{0,3}[:=][\s\"'`*]{0,5}"
     r"(?P<value>[^\s\"'`<>(){}\[\],;]{5,63}[A-Za-z0-9!@#$%^&*+=~-])(?![^\s\"'`<,;.:?)])"
 )
-# The letters that most searches for other cues stop at anyway: a new first letter would slow the scan of every text.
+# Searches for other cues stop at these first letters anyway; a new first letter would slow the scan of every text.
 _PASSWORD_CUES = ("ssw", "ssW", "SSW", "ssphrase", "SSPHRASE", "sscode", "SSCODE", "pwd", "Pwd", "PWD")
 _GITHUB_CUES = ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")
 _GITHUB_LONG = r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}|ghr_[A-Za-z0-9]{76}"

@@ -142,7 +142,7 @@ def scan_pairs(
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings for a file's rows: its name, those for most rows, and those for generated ones."""
+    """Settings for a file's rows: its name, the settings for most rows, and the settings for generated rows."""
 
     name: str
     data: DataConfig

@@ -33,7 +33,7 @@ def compression_of(magic: bytes) -> str | None:
 def open_bytes(path: Path, task: Task | None = None) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed if it is compressed; the task is advanced by the bytes of the file itself.
 
-    Reads of a truncated or damaged archive, or of one that contains over ``expansion_limit`` bytes, are UserErrors.
+    Reads of a truncated or damaged archive, or of one that contains over ``expansion_limit`` bytes, raise UserErrors.
     """
     with path.open("rb", buffering=0 if task else -1) as file:
         raw: Any = io.BufferedReader(_Counting(file, task), _BUFFER) if task else file
@@ -98,7 +98,7 @@ class _Decompressed(io.RawIOBase):
 
 _CHUNK = 1 << 20
 _SAVE = "Save it as UTF-8: iconv -f ENCODING -t UTF-8 FILE > NEW."
-_BOMS = (  # UTF-32's before UTF-16's, which it begins with
+_BOMS = (  # UTF-32's first, since it begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32", "UTF-32"),
     (codecs.BOM_UTF32_BE, "utf-32", "UTF-32"),
     (codecs.BOM_UTF8, "utf-8-sig", "UTF-8"),

@@ -51,7 +51,7 @@ class FileCheck:
     files: tuple[CheckedFile, ...]
     faults: tuple[Fault, ...]
     secrets: dict[str, int]
-    """Secrets by kind, without those that data.allow lets through: `data add` refuses them, and says where they are."""
+    """Secrets by kind that data.allow does not permit: `data add` refuses them and names their places."""
 
     @property
     def ok(self) -> bool:
@@ -212,7 +212,7 @@ def _as_lines(turns: Sequence[Turn]) -> str:
 
 
 def _repair(conversation: Conversation, data: DataConfig) -> tuple[Example, list[Turn], list[tuple[str, str]]]:
-    """Return the example of the repaired turns, these, and each repair with its code; a fault without one is raised."""
+    """Return the example, the repaired turns, and each repair with its code; raise a fault that has no repair."""
     turns = list(conversation.turns)
     done: list[tuple[str, str]] = []
     while True:

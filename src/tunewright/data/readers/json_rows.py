@@ -61,13 +61,13 @@ def parse_json_row(line: bytes | str) -> dict[str, Any]:
         raise RowError("E106", "nested too deep") from None
     except (DuplicateKeyError, ConstantError) as error:
         raise strict_fault(error) from None
-    except ValueError as error:  # a whole number of more digits than Python reads
+    except ValueError as error:  # an integer of more digits than Python parses
         raise RowError("E102", f"unreadable JSON: {error}") from None
     return row_object(row)
 
 
 def row_object(value: Any) -> dict[str, Any]:
-    """Return the value, which must be an object; a RowError says so of another one."""
+    """Return the value, which must be an object; any other value is a RowError."""
     if not isinstance(value, dict):
         raise RowError("E103", f"a row is an object, {ROW_SHAPES}")
     return value
@@ -190,7 +190,7 @@ class _Cursor:
                 continue
             except RecursionError:
                 raise self.refusal("nested too deep") from None
-            except ValueError as error:  # a whole number of more digits than Python reads
+            except ValueError as error:  # an integer of more digits than Python parses
                 raise self.refusal(str(error)) from None
             if end == len(self.buffer) and self._more():
                 continue  # a number may continue
@@ -318,7 +318,7 @@ def _parse_document(text: str, path: Path) -> _Document:
         raise UserError(f"Not one JSON document: {what}", where=f"{path}:{error.lineno}", fix=fix) from None
     except RecursionError:
         raise UserError("Unreadable JSON: nested too deep", where=str(path)) from None
-    except ValueError as error:  # a whole number of more digits than Python reads
+    except ValueError as error:  # an integer of more digits than Python parses
         raise UserError(f"Unreadable JSON: {error}", where=str(path)) from None
     document.spans, constants = _tokens(text)
     faults = [(at, RowError("E105", f"{name} is not JSON")) for at, name in constants]
@@ -414,7 +414,7 @@ def _outside_rows(document: _Document, place: int, fault: RowError) -> UserError
 
 
 def rows_hint(document: dict[str, Any]) -> str | None:
-    """Return the expression for the rows in a document whose values seem to contain them; None if none do."""
+    """Return the expression for the rows in a document whose values seem to contain them; None if no value does."""
     if not document:
         return None
     if all(isinstance(value, dict) for value in document.values()):
@@ -426,7 +426,7 @@ def rows_hint(document: dict[str, Any]) -> str | None:
 
 
 def array_hint(item: dict[str, Any]) -> str | None:
-    """Return the expression for rows in the objects of an array like this one, which has them under a key."""
+    """Return the expression for rows in the objects of an array like this item, which has the rows under a key."""
     key = next((key for key, value in item.items() if _holds_rows(value)), None)
     return None if key is None else f"[].{_key(key)}[]"
 

@@ -27,7 +27,7 @@ def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.P
     """Return the compiled JMESPath expression."""
     try:
         return jmespath.compile(expression)
-    except (ValueError, RecursionError) as error:  # JMESPath's own are ValueErrors, as is a number of too many digits
+    except (ValueError, RecursionError) as error:  # JMESPath's errors are ValueErrors, as are too many digits
         what = f"Invalid JMESPath expression: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError(what, where=where, fix=fix) from None
 

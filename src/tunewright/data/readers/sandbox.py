@@ -1,7 +1,7 @@
 """Jinja templates over rows, bounded in memory and time: no file or network, and a budget for each row.
 
-Whatever makes or reads a value spends its size first, so that nothing large is ever begun. Jinja's own sandbox bounds
-``range`` alone.
+Each operation that makes or reads a value spends the value's size first, so nothing large is ever
+started. Jinja's own sandbox bounds only ``range``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from jinja2.visitor import NodeTransformer
 from tunewright.data.readers.row_errors import RowError
 
 MAX_SIZE = 1 << 20
-"""Of one value: its characters and, at any depth, its items."""
+"""Limit of one value: its characters and, at any depth, its items."""
 MAX_WORK = 1 << 24
-"""Of one rendered row: the sizes of all values that its operations read and make, together."""
+"""Limit of one rendered row: the total size of all values that its operations read and make."""
 _MAX_BITS = 100_000  # of a whole number
 _MAX_NUMBER = 10_000  # as an argument that sets a width or a count
 _STEP = 16  # work of an operation besides the sizes of its values: an empty loop must end too
@@ -53,7 +53,7 @@ _METHODS: dict[type, frozenset[str]] = {
 }
 _FILTERS_LEFT_OUT = ("format", "pprint", "random", "urlize", "xmlattr")
 _WIDTHS = frozenset(("batch", "center", "indent", "ljust", "rjust", "round", "slice", "tojson", "wordwrap", "zfill"))
-"""Filters and methods whose result can be as many times larger as an argument says."""
+"""Filters and methods whose result can be larger by a factor given as an argument."""
 _COMPARING = frozenset(("dictsort", "groupby", "max", "min", "sort", "unique"))
 
 
@@ -90,7 +90,7 @@ def parse_template(text: str) -> tuple[nodes.Template, Template]:
 
 
 class _Spending(NodeTransformer):
-    """Passes each value that Jinja's compiled code would read unseen through a filter that spends its size."""
+    """Passes each value that Jinja's compiled code would read unchecked through a filter that spends its size."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -184,7 +184,7 @@ def _each(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _spend_call(name: str, value: Any, arguments: list[Any]) -> None:
-    """Spend what a filter, test or method takes, before it is called."""
+    """Spend the cost of a filter, test or method before it is called."""
     own, others = _size(value), sum(map(_size, arguments))
     made = 0  # at most, besides a copy of the value
     if name in _WIDTHS:

@@ -37,7 +37,7 @@ _TOOL_KEYS = (*_DECLARING, "tool_calls", "function_call")
 _OPENAI_PAIR = ("preferred_output", "non_preferred_output")
 _PAIR = ("chosen", "rejected")
 PREFERENCE_KEYS = frozenset((*_OPENAI_PAIR, *_PAIR))
-_BESIDES = ("tools", "parallel_tool_calls")  # keys of a chat row that both preference formats have next to the turns
+_BESIDES = ("tools", "parallel_tool_calls")  # keys of a chat row that both preference formats have alongside the turns
 _UNTRAINABLE = {
     "input_ids": "rows of token ids depend on one base's tokenizer",
     "text": "rows of plain text (Together's general format) do not separate input and ideal output",
@@ -69,7 +69,7 @@ class Conversation:
     keys: frozenset[str] = frozenset()
     tools: Declared | None = None
     rejected: Conversation | None = None
-    """Of a preference row: the same prompt with the answer that is not the ideal one."""
+    """For a preference row: the same prompt with the rejected answer."""
 
 
 def parse_conversation(
@@ -77,8 +77,8 @@ def parse_conversation(
 ) -> Conversation:
     """Return the unchecked turns of a row in any supported format, ignoring keys in data.drop_columns.
 
-    The path of the row in its document (``above``) and the objects above it are for templates of the config. Keys that
-    no format has are allowed: ``metadata_of`` keeps them.
+    The path of the row in its document (``above``) and the objects above it are for templates of
+    the config. Keys outside all formats are allowed: ``metadata_of`` keeps them.
     """
     if data.drop_columns:
         row = {key: value for key, value in row.items() if key not in data.drop_columns}
@@ -170,7 +170,7 @@ def _is_preference(row: Mapping[str, Any], data: DataConfig) -> bool:
 
 
 class _Placed(NamedTuple):
-    """A turn of a preference row, as chats have it, and its place; a ``text`` has no keys of its own there."""
+    """A turn of a preference row, in chat form, and its place; a ``text`` in the row has no keys of its own."""
 
     turn: Any
     path: JsonPath

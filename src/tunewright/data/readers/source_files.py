@@ -1,4 +1,4 @@
-"""Files that are named: folders, patterns, and datasets of the Hugging Face hub, downloaded at one commit."""
+"""Sources by name: files, folders, patterns, and datasets of the Hugging Face hub, downloaded at one commit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMPRESSED = (".gz", ".zst")
 
 
 def plain_suffix(path: PurePath) -> str:
-    """Return the last suffix in lower case, without that of a compression."""
+    """Return the last suffix in lower case, ignoring the suffix of a compression."""
     name = path.name.lower()
     for compressed in _COMPRESSED:
         name = name.removesuffix(compressed)
@@ -42,9 +42,9 @@ _MOST_NAMED = 5
 def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
     """Return the files to read, each once, with folders, glob patterns and datasets of the hub expanded.
 
-    A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below that
-    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. The files of each source are
-    sorted by name.
+    A folder that ``Dataset.save_to_disk`` wrote is one source. In other folders, all files below
+    that ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. The
+    files of each source are sorted by name.
     """
     found: list[Path] = []
     for name in named:
@@ -94,7 +94,7 @@ def _relative_names(files: list[Path], folder: Path) -> str:
     return first_of((path.relative_to(folder).as_posix() for path in files), _MOST_NAMED)
 
 
-# A Path of it has one slash after the colon. A revision with a slash is one of the hub's own.
+# In a Path, the name has one slash after the colon. A revision with a slash is one of the hub's own refs.
 _NAME = re.compile(
     r"hf:/{1,2}datasets/(?P<id>[^/@:]+/[^/@:]+)"
     r"(@(?P<revision>refs/(convert|pr)/[^/@:]+|[^/@:]+))?"

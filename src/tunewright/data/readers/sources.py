@@ -226,7 +226,7 @@ def _is_object(line: str) -> bool:
 
 
 def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None:
-    """Refuse names of columns that say of no file how it is read: no table, and no first rows with these keys."""
+    """Refuse column names that apply to no file: no file is a table or has first rows with these keys."""
     mapping = pair_mapping(data)
     if mapping is not None and mapping.templated:
         return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BATCH = 1024
-_PARQUET_BATCH = 1 << 16  # rows; each batch repeats the dictionary of its row group, so small ones are slow
+_PARQUET_BATCH = 1 << 16  # rows; each batch repeats the dictionary of its row group, so small batches are slow
 _BATCH_BYTES = 256 << 20  # of a batch, on average within a row group
 _ROW_BYTES = 64 << 20  # of one row, and of the rows that are Python objects at once
 _OBJECT_BYTES = 64  # of a value in a list or object, besides its text
@@ -197,7 +197,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except MemoryError:  # Arrow's own is an ArrowException, too
+    except MemoryError:  # Arrow's own class is also an ArrowException
         raise UserError(f"Not enough memory to read the file as {what}", where=str(path)) from None
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise UserError(f"Unreadable as {what}: {error}", where=str(path)) from error

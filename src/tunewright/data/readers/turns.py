@@ -18,7 +18,7 @@ from tunewright.data.readers.row_errors import JsonPath, RowError, place
 
 @dataclass(frozen=True)
 class RawCall:
-    """An unchecked function call of an assistant turn, with its place and that of its arguments."""
+    """An unchecked function call of an assistant turn, with its place and the place of its arguments."""
 
     name: Any
     arguments: Any
@@ -40,9 +40,9 @@ class Turn:
     """Keys without a meaning for every turn, and the weight."""
     calls: tuple[RawCall, ...] = ()
     call_id: Any = None
-    """Of a result: the id of the call that it answers."""
+    """For a result: the id of the call that it answers."""
     name: Any = None
-    """Of a result: the function called, where the file names it."""
+    """For a result: the function called, if the file names it."""
 
 
 class Declared(NamedTuple):
@@ -65,7 +65,7 @@ class TurnKeys:
     role: tuple[str, ...]
     content: tuple[str, ...]
     roles: Mapping[str, str]
-    """The format's names of roles to those of OpenAI's API."""
+    """The format's role names, mapped to the role names of OpenAI's API."""
     has_ids: bool = True
     """False if calls and results without ids are matched by their order."""
 
@@ -198,7 +198,7 @@ def system_tools(turns: Sequence[Turn]) -> tuple[Declared, list[Turn]] | None:
     if first is None or first.role != "system" or not isinstance(first.content, str):
         return None
     text = first.content
-    found = _DECLARED.search(text)  # the text around may mention the tags
+    found = _DECLARED.search(text)  # the surrounding text may mention the tags
     end = text.find("</tools>", found.start()) if found else -1
     if found is None or end < 0:
         return None
@@ -279,7 +279,7 @@ def _result_text(block: str) -> str:
 
 
 def json_or_literal(text: str) -> Any:
-    """Return the value of a JSON text, or of a Python literal, as files of Hermes have both."""
+    """Return the value of a JSON text, or of a Python literal, since Hermes files contain both."""
     try:
         return parse_json(text)
     except ValueError as error:

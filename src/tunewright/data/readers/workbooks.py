@@ -95,7 +95,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 class _Archive(zipfile.ZipFile):
-    """The parts of a workbook, of which only sheets may be large: all others are held in memory."""
+    """The parts of a workbook, of which only sheets may be large: all other parts are held in memory."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         super().__init__(file)
@@ -255,7 +255,7 @@ def _rows(path: Path, title: str, data: DataConfig, notes: list[str], task: Task
 
 
 def _header(cells: Sequence[dict[str, Any]], where: str) -> dict[int, str]:
-    """Return the name of each column from the first one with a name to the last; "" for those without one."""
+    """Return the name of each column from the first one with a name to the last; "" for columns without a name."""
     names: dict[int, str] = {}
     for cell in cells:
         try:
@@ -270,7 +270,7 @@ def _header(cells: Sequence[dict[str, Any]], where: str) -> dict[int, str]:
 
 @dataclass
 class _Table:
-    """The columns of a sheet, and what its cells lost."""
+    """The columns of a sheet, and what was lost from its cells."""
 
     where: str
     header_row: int
@@ -284,7 +284,7 @@ class _Table:
 
     def row(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any] | RowError:
         """Return a row by the names of its columns; used columns without a value are empty texts."""
-        row = dict.fromkeys(self.used, "")  # others without a value would not be kept
+        row = dict.fromkeys(self.used, "")  # other columns without a value are not kept
         for cell in cells:
             name = self.names.get(cell["column"])
             if name is None:
@@ -335,7 +335,7 @@ def _place(cell: dict[str, Any]) -> str:
 
 
 def _text(cell: dict[str, Any]) -> str:
-    """Return a cell's value as text; one without a value is a RowError."""
+    """Return a cell's value as text; a cell without a value is a RowError."""
     value, kind = cell["value"], cell["data_type"]
     if kind == "f":
         raise RowError("E109", f"{_place(cell)} is a formula without a stored value")

@@ -67,7 +67,7 @@ class EditResult:
 
 
 def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = "") -> EditResult:
-    """Create a version of the current one with the edited answers; splits are unchanged.
+    """Create a version from the current one with the edited answers; splits are unchanged.
 
     A row keeps its cluster, which depends on its input. With data.split_by: output_template it depends on the output
     too; the next `data add` recomputes it. If the pair with the new answer exists already, the two rows become one,

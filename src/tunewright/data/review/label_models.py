@@ -43,10 +43,10 @@ class Suspect:
 
 
 def rank_by_centroids(members: Sequence[Member], answers: Sequence[str], reporter: Reporter) -> list[Suspect]:
-    """Rank rows whose answer another cluster has too, by how much nearer the rows of another answer are.
+    """Rank rows whose answer also occurs in another cluster, by how much nearer the rows of another answer are.
 
-    The score is s' / (s + s'). Here s is the cosine similarity to the centroid of the other clusters' rows with the
-    same answer. s' is that to the nearest centroid of another answer.
+    The score is s' / (s + s'). Here s is the cosine similarity to the centroid of the other clusters'
+    rows with the same answer. s' is the similarity to the nearest centroid of another answer.
     """
     from scipy.sparse import csr_matrix, diags
 

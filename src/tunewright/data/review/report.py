@@ -55,7 +55,7 @@ class Agreement:
 def agreements(reviews: ReviewLog) -> list[Agreement]:
     """Return the agreement of each pair of reviewers with a row in common.
 
-    Verdicts that settle a conflict were given with the other ones in sight, so the first ones count.
+    Verdicts that settle a conflict were given with the other verdicts in sight, so the first verdicts count.
     """
     verdicts: dict[str, dict[str, bool]] = {}
     for key in reviews.stacks:
@@ -72,8 +72,8 @@ def agreements(reviews: ReviewLog) -> list[Agreement]:
 def agreement(reviewers: tuple[str, str], first: Sequence[bool], second: Sequence[bool]) -> Agreement:
     """Return Cohen's kappa (1960) of two reviewers' verdicts on the same rows, with its large-sample 95% interval.
 
-    The variance is that of Fleiss, Cohen and Everitt 1969, "Large sample standard errors of kappa and weighted kappa",
-    equation 13; the interval is clipped to [-1, 1].
+    The variance follows Fleiss, Cohen and Everitt 1969, "Large sample standard errors of kappa and
+    weighted kappa", equation 13; the interval is clipped to [-1, 1].
     """
     rows = len(first)
     counts = Counter(zip(first, second, strict=True))

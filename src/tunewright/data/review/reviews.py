@@ -112,7 +112,7 @@ class ReviewLog(AnnotationLog[VerdictEvent]):
     """Line of each event, from 1."""
 
     def independent_verdicts(self, key: str) -> dict[str, VerdictEvent]:
-        """Return each reviewer's latest verdict on a row that was given without seeing those of others; no skips."""
+        """Return each reviewer's latest verdict on a row, except skips, given without seeing the others' verdicts."""
         alone = {
             name: [judged for judged in stack if judged.settles is None and judged.verdict != "skip"]
             for name, stack in self.stacks.get(key, {}).items()
@@ -145,7 +145,7 @@ class ReviewLog(AnnotationLog[VerdictEvent]):
     def cited_line(self, record: Mapping[str, Any]) -> int | None:
         """Return the line of the verdict that an edit in imports.jsonl cites; None: not in this log.
 
-        The record's line is that of the log where the edit was applied, which may be another copy's.
+        The record has the line in the log where the edit was applied, which may be another copy.
         """
         if not self.events:
             return int(record["line"])
@@ -228,8 +228,8 @@ def parse_event(line: bytes, where: str) -> Event:
 def append_reviews(dataset: Path, events: Sequence[Event]) -> None:
     """Append events, after removing half a line that a crash left; the file is locked.
 
-    An event that is not later than its reviewer's last one (same second, or a slow clock) gets that one's time and the
-    next number.
+    An event that is not later than its reviewer's last one (same second, or a slow clock) gets the
+    last event's time and the next number.
     """
 
     def stamped(known: Sequence[Event]) -> list[Event]:
@@ -324,10 +324,10 @@ def status_line(found: Outcome, drawn: DrawEvent) -> str:
 
 # The sample of a version
 #
-# An edited version keeps the order of draw: an edited row takes the place of the row that it replaces. Rows that had
-# been drawn before the edit keep what was found then, so an edited one stays wrong: sampled rows are mended more
-# often than the others, and would otherwise make the version look better than it is. The reasons, and why the promise
-# of the plan still holds, are in docs/decisions/0082-edits-continue-the-sample.md.
+# An edited version keeps the order of draw: an edited row takes the place of the row that it replaces.
+# Rows drawn before the edit keep their finding, so an edited row stays wrong: sampled rows are mended
+# more often than other rows, and would otherwise make the version look better than it is. The reasons,
+# and why the promise of the plan still holds, are in docs/decisions/0082-edits-continue-the-sample.md.
 
 
 @dataclass(frozen=True)
@@ -384,8 +384,8 @@ def continued_draw(
 ) -> DrawEvent | None:
     """Return the draw with which an edited version continues its parent's sample; None if there is nothing to continue.
 
-    That is: no row of the sample was checked, it rejected the parent, the version has a draw of its own, or rows were
-    added or left out.
+    That is the case if no row of the sample was checked, the sample rejected the parent, the
+    version has a draw of its own, or rows were added or left out.
     """
     drawn = reviews.latest_draw(parent[0])
     if drawn is None or reviews.latest_draw(version[0]) is not None:

@@ -134,7 +134,7 @@ def find_suspects(
 
 
 def _clustered_by_input(version: DatasetVersion, reporter: Reporter) -> DatasetVersion:
-    """Return the version with clusters by inputs and groups alone.
+    """Return the version with clusters by inputs and groups only.
 
     Clusters by output template contain all rows of an answer, so no other cluster could be compared with them.
     """

@@ -192,7 +192,7 @@ def word_changes(before: str, after: str) -> list[tuple[Mark, str]]:
 
 
 def short_changes(before: str, after: str) -> list[tuple[Mark, str]]:
-    """Return the marked pieces of both texts in order, cut to what changed.
+    """Return the marked pieces of both texts in order, cut to the changes.
 
     Unchanged text far from a change is cut ("…"), and so is changed text of over 200 characters, with its length.
     """

@@ -243,7 +243,7 @@ def member_line(key: str, place: Place) -> str:
 
 
 def _read_more(field: str) -> tuple[tuple[str, ...], bool, bool]:
-    """Return groups, mix-in and generated from the fourth field; in another form it is not spelled as it was."""
+    """Return groups, mix-in and generated from the fourth field; a malformed field fails the check of spelling."""
     try:
         more = json.loads(field or "{}")
         return tuple(map(str, more.get("groups", ()))), "mix" in more, "generated" in more

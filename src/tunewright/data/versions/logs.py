@@ -102,7 +102,7 @@ class Removals:
         return {event.said: event for _, event in sorted(self.out.items())}
 
     def holding(self, key: str, said: str) -> Removal | None:
-        """Return the event that keeps a row out: its own, or that of a row with the same content."""
+        """Return the event that keeps a row out: its own event, or the event of a row with the same content."""
         return self.out.get(key) or self._said.get(said)
 
     def lacking(self, others: Iterable[Removal]) -> list[Removal]:
@@ -203,10 +203,10 @@ _KEY_IN_RECORD = re.compile(rb'"([0-9a-f]{64})"')
 def erased_metadata(imports: bytes, manifest: bytes, purged: Collection[str]) -> dict[str, bytes]:
     """Return the files to rewrite, in order, so that a version has no metadata of purged rows; may be empty.
 
-    The manifest comes first: if writing stops between the two files, a second call returns the imports that it expects.
-    A manifest without a valid digest of imports and seal is left unchanged, so that damage stays visible. No version's
-    digest changes, since it is that of the members.
-    Rows that duplicate a purged one, or that it replaced, lose their metadata too.
+    The manifest comes first: if writing stops between the two files, a second call returns the
+    imports that it expects. A manifest without a valid digest of imports and seal is left unchanged,
+    so that damage stays visible. No version's digest changes, since the digest covers only the
+    members. Rows that duplicate a purged one, or that it replaced, lose their metadata too.
     """
     kept = _without_metadata(imports, purged)
     if kept == imports:
@@ -271,11 +271,11 @@ class KeptPair(SealedLine):
     """Digest of the dataset version that was evaluated, or that was current when the file was added."""
     evaluation: str | None = None
     arms: tuple[str, str] | None = None
-    """The arms that wrote the chosen and the rejected answer; None of a file's pair."""
+    """The arms that wrote the chosen and the rejected answer; None for a pair from a file."""
 
     @property
     def said(self) -> tuple[str, str, str]:
-        """The input and both answers, comparable."""
+        """The input and both answers, in a form to compare."""
         return self.input, canonical_json(self.chosen), canonical_json(self.rejected)
 
 

@@ -48,7 +48,7 @@ class SourceFile(_Record):
 
 
 class Counts(_Record):
-    """Counts of a version (rows to conflicts, mixed) and of its import (the others).
+    """Counts of a version (rows to conflicts, mixed) and of its import (the other fields).
 
     A family is a cluster with several inputs and several outputs (in versions of earlier releases, any cluster of
     several rows). A conflict is an input with several outputs. ``mixed`` rows belong to the generic mix-in and are
@@ -114,8 +114,8 @@ class SplitFrom(_Record):
 class Manifest(_Record):
     """A version's manifest. ``created`` is UTC, ISO 8601; ``splits`` maps each split to its digest.
 
-    ``imports`` is the SHA-256 of imports.jsonl, ``seal`` that of the manifest's own canonical JSON without the seal.
-    Versions of earlier releases have no author, no imports and no seal.
+    ``imports`` is the SHA-256 of imports.jsonl, ``seal`` the SHA-256 of the manifest's own canonical
+    JSON without the seal. Versions of earlier releases have no author, no imports and no seal.
     """
 
     digest: Digest
@@ -139,7 +139,7 @@ def short(digest: str) -> str:
 
 
 def version_table(versions: Sequence[Manifest], current: Manifest | None = None) -> Table:
-    """Return the table of dataset versions; among several, the current one has a star."""
+    """Return the table of dataset versions; if there are several, the current one has a star."""
     mixed = any(v.counts.mixed for v in versions)
     numbers = ("Rows", "Train", "Dev", "Test", *(["Mixed in"] if mixed else []), "Clusters", "Families", "Conflicts")
     rows = []

@@ -126,7 +126,7 @@ class VllmAnswers:
                 on_finished(index, completions[index])
 
         async def answer_all() -> None:
-            # Twice as many as decode at once, so that the next request is there when a row becomes free.
+            # Twice as many as decode at once, so that a request is waiting when a row becomes free.
             workers = 2 * self.rows if at_once is None else at_once
             await asyncio.gather(*(work() for _ in range(min(workers, len(requests)))))
 

@@ -45,7 +45,7 @@ BASE = "base"
 """The base's name on the socket; adapters are named by their digests, which are longer."""
 _CRASHED = "vLLM crashed and is restarting."
 GPU_BATCHED_TOKENS = 2048
-"""The least that vLLM 0.32 takes for a pass on a card (EngineArgs.get_batch_defaults); an H100 computes 8,192."""
+"""vLLM 0.32's lowest default for a pass on a card (EngineArgs.get_batch_defaults); an H100 computes 8,192."""
 CPU_BATCHED_TOKENS = 512
 """Tokens of a pass without a GPU, where vLLM gathers a copy of the LoRA weights for each token. 2,048 tokens at rank 64
 would take 3.5 GiB for an 8B base."""
@@ -321,7 +321,7 @@ def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
 def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     """Return the log probabilities of a choice's tokens, which are named ``token_id:ID``; empty if it has none.
 
-    vLLM adds the chosen token to the likeliest ones, if it is none of them.
+    vLLM adds the chosen token to the likeliest ones, if it is not one of them.
     """
     reported = choice.get("logprobs")
     if not reported:

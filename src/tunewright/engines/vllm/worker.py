@@ -3,9 +3,9 @@
 vLLM runs in a separate environment, so this module imports nothing of tunewright. :mod:`.engine` copies it into the
 child's private folder as the package ``tunewright_vllm``.
 
-vLLM's own two resolvers interpret the name in a request as a path or a repository. The variable that turns resolvers on
-also opens routes that load any folder. So this one looks names up in a list and nowhere else, and a gate closes all
-routes but those of the gateway.
+vLLM's own two resolvers interpret the name in a request as a path or a repository. The variable
+that turns resolvers on also opens routes that load any folder. So this resolver looks names up only
+in a list, and a gate closes all routes except the gateway's.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def listed(manifest: Path, digest: str) -> str | None:
 
 
 class RouteFilter:
-    """ASGI middleware: it passes the gateway's routes on, adds one to evict an adapter, and refuses the rest."""
+    """ASGI middleware: it forwards the gateway's routes, adds a route to evict an adapter, and refuses the rest."""
 
     def __init__(self, app: Any) -> None:
         self._app = app

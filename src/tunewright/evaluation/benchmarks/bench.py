@@ -158,7 +158,7 @@ def items_that_fit(
 
 
 def derangement(count: int, seed: int) -> list[int]:
-    """Return another index for each of at least two: one cycle through all, so that none maps to itself."""
+    """Return another index for each of at least two indices: one cycle through all, so none maps to itself."""
     order = np.random.default_rng(seed).permutation(count)
     other = np.empty(count, dtype=np.int64)
     other[order] = np.roll(order, 1)

@@ -250,7 +250,7 @@ _GOOGLE: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "combination:repeat_prompt": lambda v: {"check": "starts_with", "text": v["prompt_to_repeat"]},
     "startend:end_checker": lambda v: {"check": "ends_with", "text": v["end_phrase"]},
     "startend:quotation": lambda _: {"check": "quoted"},
-    # Google's also ask a model whether the text is English; this is left out.
+    # Google's checks also ask a model whether the text is English; this is left out.
     "change_case:english_lowercase": lambda _: {"check": "case", "letters": "lower"},
     "change_case:english_capital": lambda _: {"check": "case", "letters": "upper"},
 }

@@ -111,7 +111,7 @@ def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Bench
         try:
             measured.append(suite.measure(bench))
         except UserError as error:
-            if suite.margin is not None:  # it decides: without it there is no result
+            if suite.margin is not None:  # this suite decides: without it there is no result
                 raise
             reason = f"{suite.name}: {error.what}"
             bench.reporter.warn(f"Not measured: {reason}")

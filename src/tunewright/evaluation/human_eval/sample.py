@@ -131,7 +131,8 @@ def draw_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item],
             f"{compared.treatment} and {compared.control} answer all {len(items):,} test items alike, "
             "so there is nothing to compare"
         )
-    # Each comparison has a seed of its own: with a common one, the treatment would be on the side known from the other.
+    # Each comparison has a seed of its own: with a common seed, one comparison would reveal the
+    # treatment's side in the other.
     decides = {"review": evidence.id}
     if compared.control != evidence.contrasts[0].control:
         decides["against"] = compared.control
@@ -189,7 +190,7 @@ def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, 
     total = sum(sizes.values())
     count = min(count, total)
     least = min(SMALLEST, count // len(sizes))
-    if least < 2 and count < total:  # one of a stratum has no variance to estimate
+    if least < 2 and count < total:  # a single item of a stratum has no variance to estimate
         raise UserError(
             f"{count} items are too few: the sample needs 2 of each kind ({', '.join(sizes)})",
             where="--items",
@@ -203,5 +204,5 @@ def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, 
 
 
 def treatment_is_a(seed: int, key: str) -> bool:
-    """Return whether the treatment's answer is shown as A: a fair coin from the seed and the item alone."""
+    """Return whether the treatment's answer is shown as A: a fair coin that only the seed and the item decide."""
     return bool(hashlib.sha256(f"{seed}:{key}".encode()).digest()[0] & 1)

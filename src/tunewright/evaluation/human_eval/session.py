@@ -293,7 +293,7 @@ class BlindReview(AnnotationSession[VerdictLine, BlindPair, Side]):
     def export_sheet(self, path: Path, *, reference: bool = False) -> int:
         """Write the pairs that the reviewer has not judged yet to a spreadsheet, and return their number.
 
-        With ``reference`` it has the references: nobody can record when one is viewed, so all count as seen.
+        With ``reference`` it contains the references: nobody can record when one is viewed, so all count as seen.
         """
         keys = self.open_keys()
         if not keys:

@@ -151,7 +151,7 @@ def preference(
 
 
 def _stripped_rate(rows: Sequence[JudgedItem], opponent: str, clusters: Sequence[str], seed: int) -> WinRate | None:
-    """Return the rate over all pairs, of which those without markdown keep their verdict; None if no text has any."""
+    """Return the rate over all pairs; pairs without markdown keep their verdict. None if no text has markdown."""
     pairs = [row.pairs[opponent] for row in rows]
     if all(pair.stripped is None for pair in pairs):
         return None
@@ -185,9 +185,9 @@ def length_controlled(
 ) -> tuple[LengthControlled | None, str | None]:
     """Return the win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(gap / s)).
 
-    gap is the treatment's length minus the opponent's in characters, and s the gaps' standard deviation. A tie is half
-    a win and half a loss; b has a normal prior of deviation 2.5. This is the length term of length-controlled
-    AlpacaEval (Dubois et al. 2024, arXiv 2404.04475), fitted on these pairs alone.
+    gap is the treatment's length minus the opponent's in characters, and s the gaps' standard deviation.
+    A tie is half a win and half a loss; b has a normal prior of deviation 2.5. This is the length term
+    of length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475), fitted only on these pairs.
 
     ``results`` are +1, 0 or -1, [pairs]; ``lengths`` the characters of both answers, the treatment's first, [pairs, 2].
     Without a rate there is a reason: barely overlapping lengths leave nothing to compare at equal length.
@@ -263,7 +263,7 @@ def _test_name(name: str, clusters: Sequence[str]) -> str:
 
 
 REQUIRED = 0.8
-"""Minimum share of obvious cases; GPT-4 and people agree on over 80% of real ones (Zheng et al. 2023, 2306.05685)."""
+"""Minimum share of obvious cases; GPT-4 and people agree on over 80% of real cases (Zheng et al. 2023, 2306.05685)."""
 
 FEWEST = 14
 """With fewer, the lower limit stays below `REQUIRED` even if all pass: 0.05 ** (1 / 13) is 0.794."""

@@ -62,7 +62,7 @@ _ENDINGS: dict[Kind, str] = {
 }
 _QUESTIONS: dict[Kind, str] = {"correctness": _CORRECTNESS, "pairwise": _PAIRWISE}
 
-# Alone on its line; emphasis and brackets around it are allowed, further words are not.
+# The verdict is alone on its line; emphasis and brackets around it are allowed, further words are not.
 _DRESS = r"[ \t*_`#\[\]\"'.]*"
 _VERDICT = re.compile(rf"^{_DRESS}VERDICT{_DRESS}:{_DRESS}([A-Z]+){_DRESS}\r?$", re.IGNORECASE | re.MULTILINE)
 _READ: dict[Kind, dict[str, Verdict]] = {

@@ -44,7 +44,7 @@ from tunewright.model_io.client import Endpoint
 from tunewright.model_io.replies import Budget, Conversation
 
 REFERENCE_MODEL = "reference model"
-"""Its name among the arms."""
+"""The reference model's name among the arms."""
 
 _MISSING = "no answer of the reference model"
 _Number = TypeVar("_Number", int, float)

@@ -53,7 +53,7 @@ class InstructionAdapter:
         self.gaps = Counter[str]()
 
     def evaluate(self, batch: list[Member], candidate: dict[str, str], capture_traces: bool = False) -> Batch:
-        """Answer rows with a candidate and score each answer; one without a score counts as 0."""
+        """Answer rows with a candidate and score each answer; an answer without a score counts as 0."""
         text = candidate[INSTRUCTION]
         why: str | None = None
         try:

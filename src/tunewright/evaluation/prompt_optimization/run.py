@@ -233,7 +233,7 @@ class PromptOptimization:
     def _ask(self, prompt: str) -> Reply | None:
         """Return the reflection model's reply, or None if the search has to end.
 
-        GEPA continues after an exception, so that the reason is kept here.
+        GEPA continues after an exception, so the reason is kept here.
         """
         if len(self.endpoint.used) >= self.settings.max_reflection_calls:
             self._end = f"max_reflection_calls ({self.settings.max_reflection_calls}) was reached"
@@ -314,7 +314,7 @@ class PromptOptimization:
 
 
 class _NoLog:
-    """GEPA's logger: its lines would go to stdout, and the stored record has what they say."""
+    """GEPA's logger: its lines would go to stdout, and the stored record contains the same facts."""
 
     def log(self, message: str) -> None:
         """Drop a line."""

@@ -48,7 +48,7 @@ class EngineFailedError(Exception):
 
 
 def _without_answer(how: str) -> UserError:
-    """Return the error for a llama.cpp that ends or hangs without a word about the file."""
+    """Return the error for a llama.cpp that ends or hangs without a message about the file."""
     return UserError(f"llama.cpp {how}", fix=ENOUGH_MEMORY)
 
 
@@ -74,7 +74,7 @@ class LlamaCpp:
     def prompt_ids(self, messages: Sequence[Message], template: Template) -> list[int]:
         """Return a conversation's ids by the file's own chat template and tokenizer.
 
-        ``template`` is that of training: it decides which functions are the base's built-in ones.
+        ``template`` is the training template: it decides which functions are the base's built-in ones.
         """
         text = self._ask("/apply-template", _chat_request(messages, template))["prompt"]
         body = {"content": text, "add_special": True, "parse_special": True}
@@ -129,7 +129,7 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
             finally:
                 limit.cancel()
             if not address:
-                if child.wait() == KILLED:  # an invalid file ends it in another way
+                if child.wait() == KILLED:  # an invalid file ends the process in another way
                     raise _without_answer(f"was killed, or did not load the file within {_ANSWER_S:g} s")
                 log.seek(0)
                 lines = log.read().decode("utf-8", "replace").strip().splitlines()

@@ -247,12 +247,12 @@ def add_tokenizer(chat: ChatFormat, system_prompt: str | None, writer: Any, voca
 
 
 def add_token_ids(pieces: Sequence[bytes | None], stop_ids: Sequence[int], writer: Any, vocabulary: int) -> None:
-    """Write a vocabulary for a model that reads and writes ids alone, and whose answers a grammar may constrain.
+    """Write a vocabulary for a model that reads and writes only ids, and whose answers a grammar may constrain.
 
-    A grammar needs tokens' texts. llama.cpp holds a token back while its bytes are not whole characters, and then
-    reports only the next one's id; it would also end answers at anything that looks like an end token (such as
-    ``<|endoftext|>``). So only tokens of whole characters have their text. The others, and special tokens, are named
-    by their ids and are control tokens: no grammar allows them, and they have no text.
+    A grammar needs tokens' texts. llama.cpp holds a token back while its bytes are not whole characters, and
+    then reports only the next one's id; it would also end answers at anything that looks like an end token
+    (such as ``<|endoftext|>``). So only tokens of whole characters have their text. Other tokens, and special
+    tokens, are named by their ids and are control tokens: no grammar allows them, and they have no text.
 
     ``pieces`` are each token's bytes, None for special tokens. Of the ``stop_ids``, at least one, the first ends a
     constrained answer. GGUF has names for three; llama.cpp does not recognize others.

@@ -60,7 +60,8 @@ class Mixture:
         return default
 
     def _gets_more_bits(self, layer: int) -> bool:
-        # llama.cpp's `use_more_bits`: rounding the first and the last layers costs most, and a third of those between.
+        # llama.cpp's `use_more_bits`: rounding the first and the last layers costs most, and a
+        # third of the layers between.
         eighth = self.layers // 8
         return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 

@@ -90,7 +90,7 @@ class Gateway:
 
     @property
     def in_flight(self) -> int:
-        """The number of requests that have arrived and are not answered."""
+        """The number of requests that have arrived and are not yet answered."""
         return self._in_flight
 
     def abort(self) -> None:

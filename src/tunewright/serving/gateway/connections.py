@@ -1,6 +1,7 @@
 """Bounds on connections: their number, the size of a request's head, and the time in which it must arrive.
 
-uvicorn's parser has no limit for headers, and a connection without a request stays open forever. Neither needs a key.
+uvicorn's parser has no limit for headers, and a connection without a request stays open forever. A
+client needs no key for either.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _LINGER_SECONDS = 2.0
 would lose the answer."""
 _REPORT_SECONDS = 60.0
 _OWN_DESCRIPTORS = 256
-"""For the database, adapters, and the engine's connections."""
+"""File descriptors for the database, adapters, and the engine's connections."""
 _BACKLOG = 2048  # uvicorn's default
 
 
@@ -279,7 +280,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             seconds = self._state.limits.header_timeout_s
             message = f"Timed out after {seconds:g} s waiting for the request headers."
             self._refuse(ApiError(message, status=408, code="header_timeout"))
-        else:  # nothing was asked, or it was answered
+        else:  # no request was sent, or it was answered
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:

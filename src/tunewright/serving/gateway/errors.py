@@ -84,7 +84,7 @@ class Part(BaseModel):
 
 
 def one_as_list(make: Callable[[str], Any] = str) -> BeforeValidator:
-    """Return a validator that takes a plain string for a list with one part, which is made of it."""
+    """Return a validator that converts a plain string to a list with one part."""
     return BeforeValidator(lambda given: [make(given)] if isinstance(given, str) else given)
 
 

@@ -225,7 +225,8 @@ class FairScheduler:
 
     @property
     def _reserved(self) -> int:
-        """Requests that only tenants below their equal share may add: the reserved rows, and all those ahead of rows.
+        """Requests that only tenants below their equal share may add: the reserved rows, and all
+        requests ahead of rows.
 
         A request ahead of its row delays every later one, so it must not belong to a tenant with many.
         """

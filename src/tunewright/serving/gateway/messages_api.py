@@ -341,7 +341,7 @@ def _tool_use(name: str, arguments: Document) -> Document:
 
 
 def _input(arguments: str) -> Document:
-    """Return a call's arguments; a text that is no object (cut, or the model erred) in Anthropic's wrapping.
+    """Return a call's arguments; a text that is not an object (cut or malformed) gets Anthropic's wrapping.
 
     https://docs.anthropic.com/en/docs/agents-and-tools/tool-use/fine-grained-tool-streaming
     """

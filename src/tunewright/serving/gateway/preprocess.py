@@ -107,14 +107,14 @@ class RequestPreprocessor:
         """Return the compiled form of the answer, text or calls; None: any.
 
         Args:
-            grammar: the release's rule. A text's form is that of requests that set none; calls are constrained in
+            grammar: the release's rule. A text's form applies to requests that set none; calls are constrained in
                 requests that declare functions.
             tenant: on whose account it waits for the compiler.
         """
         form = body.form
         if form is None and grammar is not None and CallGrammars.from_rule(grammar) is None:
             form = Form("model", Grammar(grammar))
-        # Alone first: a fault of the text's form has its own name.
+        # Check the text's form by itself first: its faults have their own name.
         constraint = None if form is None else await self._grammars.constraint(form, tenant)
         if isinstance(body, ChatRequest) and body.may_call and (body.constrains_calls or grammar is not None):
             return await self._grammars.constraint(self._calls(body, _choice(body, grammar), form), tenant)
@@ -176,7 +176,7 @@ class RequestPreprocessor:
     ) -> GenerationRequest:
         """Return the generation request of one prompt, and of the choice with this number of ``n``.
 
-        Choices with a seed get consecutive ones, as in vLLM, since they would be equal otherwise.
+        Choices with a seed get consecutive seeds, as in vLLM, since they would be equal otherwise.
 
         A token limit above the rest of the context, or above ``gateway.max_completion_tokens``, is lowered to it; an
         answer that ends there has the ``finish_reason`` "length". Without a limit in the body, the prompt and its

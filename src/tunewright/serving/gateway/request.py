@@ -40,7 +40,7 @@ class ScoredToken:
 
     Args:
         offset: where its text begins in the answer's.
-        top: the likeliest tokens in its place with theirs.
+        top: the likeliest tokens in its place with their log probabilities.
     """
 
     piece: bytes
@@ -283,8 +283,8 @@ class GenerationRequest:
     def _watch(self) -> None:
         """Set the timer for the next deadline.
 
-        A further token only moves the deadline. The timer finds that out when it rings, so that no token pays for
-        setting one.
+        A further token only moves the deadline. The timer finds that out when it rings, so no token
+        pays for setting a timer.
         """
         self._unwatch()
         loop, (at, error) = asyncio.get_running_loop(), self._deadline()

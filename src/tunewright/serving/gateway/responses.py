@@ -39,7 +39,7 @@ class ResponseFormat(Protocol):
         """Return the complete response: a choice for each answer."""
 
     def first_chunks(self, usage: TokenUsage) -> list[Document]:
-        """Return the chunks that a stream begins with; the usage has the prompt's tokens alone."""
+        """Return the chunks that a stream begins with; the usage has only the prompt's tokens."""
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return the chunks with some text of a choice."""
@@ -304,7 +304,7 @@ async def sse_events(
     handler: RequestHandler,
     response_format: ResponseFormat,
 ) -> AsyncGenerator[str, None]:
-    """Yield the answers as server-sent events; an error on the way is the last one.
+    """Yield the answers as server-sent events; an error in between is the last event.
 
     Events available at the same moment are yielded together, since sending costs more than encoding.
     """

@@ -1,8 +1,8 @@
 """Request bodies and errors of OpenAI's API (https://platform.openai.com/docs/api-reference/chat and /completions).
 
-A request may have the fields declared here, whichever engine answers. SDKs send many others with a neutral value, one
-that changes nothing: those are dropped. Any other field or value is refused by name: those that would change the
-answer, and those that only the server may set (``cache_salt``, ``priority``, ``lora_request``, …).
+A request may have the fields declared here, whichever engine answers. SDKs send many others with a neutral
+value, which changes nothing: these are dropped. Any other field or value is refused by name: it would
+change the answer, or only the server may set it (``cache_salt``, ``priority``, ``lora_request``, …).
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class _CompletionFields(RequestFields):
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
-        """Token ids with what is added to their logits."""
+        """Token ids with the values added to their logits."""
         return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
 
     @property
@@ -325,7 +325,7 @@ class ChatRequest(_CompletionFields):
     def constrains_calls(self) -> bool:
         """True if calls must match the functions' schemas.
 
-        It is so if a function is strict, there must be a call, there may not be several, or text must have a form.
+        That is so if a function is strict, a call is required, parallel calls are off, or text must have a form.
         """
         strict = any(tool.function.strict for tool in self.tools or ()) or self.form is not None
         return self.may_call and (strict or self.chosen != "auto" or self.parallel_tool_calls is False)
@@ -334,8 +334,8 @@ class ChatRequest(_CompletionFields):
     def conversation(self) -> list[Message]:
         """The messages in the form of training data: functions first, then at most one system message.
 
-        Some frameworks send several there, for example pydantic-ai its system prompt and its instructions. They are
-        joined by a blank line. Functions that the answer must not call are left out, if no message calls them.
+        Some frameworks send several system messages, for example pydantic-ai its system prompt and its instructions.
+        They are joined by a blank line. Functions that the answer must not call are left out, if no message calls them.
         """
         messages = numbered(self.messages)
         system = list(takewhile(lambda message: message.role == "system", messages))

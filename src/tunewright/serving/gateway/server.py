@@ -51,10 +51,10 @@ def serve(
     """Serve until Ctrl-C or SIGTERM, then finish the requests in progress. Call it from the main thread.
 
     Args:
-        limits: the number of connections, their timeouts, and how long requests in progress may take to finish; a
-            second signal ends them at once.
-        drain: refuses further requests during the shutdown. The server keeps listening until no request is left, so
-            that clients get an error with a reason, and not a refused connection.
+        limits: the number of connections, their timeouts, and how long requests in progress may
+            take to finish; a second signal ends them immediately.
+        drain: refuses further requests during the shutdown. The server keeps listening until no
+            request is left, so that clients get an error with a reason, and not a refused connection.
         on_ready: called with the server's address once it accepts connections.
         say: called with messages about the shutdown.
     """
@@ -296,7 +296,7 @@ def _frozen_heap() -> Iterator[None]:
     Otherwise each full collection visits those 600,000 objects. That takes a third of a second, in which no request
     gets a token, and happens more often with more requests (docs/decisions/0023).
     """
-    others = gc.get_freeze_count() > 0  # another server in this process, which may serve on when this one stops
+    others = gc.get_freeze_count() > 0  # another server in this process, which may continue when this one stops
     gc.collect()
     gc.freeze()
     try:

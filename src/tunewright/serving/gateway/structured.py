@@ -39,7 +39,7 @@ MAX_MULTIPLE = 1_000
 """The least common multiple of a schema's ``multipleOf``: compiling takes time and memory by its size."""
 COMPILE_SECONDS = 5.0
 KEPT = 32
-"""Compiled grammars that are kept for each tenant."""
+"""Number of compiled grammars kept for each tenant."""
 KEPT_TENANTS = 64
 
 
@@ -201,7 +201,7 @@ def _referred(schema: Any, reference: str, param: str) -> Any:
     except SchemaLimitError as error:
         raise _unsupported(param, str(error)) from None
     for key in path:
-        if isinstance(schema, list):  # of a longer number, int() would raise an error
+        if isinstance(schema, list):  # int() raises an error for a longer number
             schema = schema[int(key)] if key.isdecimal() and len(key) < 9 and int(key) < len(schema) else None
         else:
             schema = schema.get(key) if isinstance(schema, dict) else None
@@ -209,7 +209,7 @@ def _referred(schema: Any, reference: str, param: str) -> Any:
 
 
 class GrammarCache:
-    """Compiles grammars in a thread of their own, where they delay no token, and keeps them.
+    """Compiles grammars in a separate thread, where they delay no token, and keeps them.
 
     A child process compiles each grammar first, and is killed if that takes too long: the thread would continue.
     Tenants take turns at the thread, and each has its own part of the cache: nobody can push another's grammars out, or
@@ -259,7 +259,7 @@ class GrammarCache:
             return outcome
 
     def _outcome(self, form: Form) -> Constraint | str:
-        """Compile; what depends on the machine's load or on the field is raised, and so is not kept."""
+        """Compile; raise outcomes that depend on the machine's load or on the field, so that they are not kept."""
         for param, schema in form.schemas.items():
             check_schema(schema, param)
         try:

@@ -48,9 +48,9 @@ from tunewright.serving.tenants.quota import LOST_SECONDS, Outcome
 from tunewright.serving.tenants.releases import Answer
 
 POLL_SECONDS = 0.5
-"""The time between two looks for new releases."""
+"""The time between two checks for new releases."""
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
-# Three beats may be lost before the others take this server for dead.
+# Three beats may be lost before the other servers consider this one dead.
 _HEARTBEAT_SECONDS = LOST_SECONDS / 4
 _NO_KEY = f"{'0' * 10}_{'0' * 43}"
 _UNKNOWN_KEY = f"tw_{_NO_KEY}{token_checksum(_NO_KEY)}"
@@ -112,7 +112,7 @@ class TenantAuth:
     async def running(self, keep: Callable[[Mapping[str, Collection[str]]], None]) -> AsyncIterator[None]:
         """Follow the releases while the server runs; the present ones are loaded first.
 
-        ``keep`` is called now and then with the tenants that can send requests, and their aliases.
+        ``keep`` is called from time to time with the tenants that can send requests, and their aliases.
         """
         self._keep = keep
         await self._update()
@@ -156,8 +156,8 @@ class TenantAuth:
         try:
             async with begun.entry:
                 while True:
-                    # Taken before the read: a request that is recorded meanwhile counts twice, which is a reason to
-                    # wait only. Taken after it, such a request would not count at all.
+                    # Taken before the read: a request that is recorded meanwhile counts twice, which
+                    # only makes it wait. With a later time, such a request would not count at all.
                     unrecorded = begun.count
                     begun.recorded.clear()
                     recorded = await self._async_state.read(self._state.quota.recent_requests, tenant, limit)
@@ -208,8 +208,8 @@ class TenantAuth:
         try:
             return await self._async_state.answer(reserving)
         except (asyncio.CancelledError, StateUnavailableError) as error:
-            # The client disconnected, or the database is slow. The thread may still reserve, so the reservation is
-            # settled once it is there.
+            # The client disconnected, or the database is slow. The thread may still reserve, so the
+            # reservation is settled once it exists.
             outcome: Outcome = "timed out" if isinstance(error, StateUnavailableError) else "disconnected"
             reserving.add_done_callback(partial(self._settle_abandoned, outcome))
             raise
@@ -266,7 +266,7 @@ class TenantAuth:
                 pass  # an adapter could not be freed; the engine has logged why
 
     async def _try_state(self) -> None:
-        """Do what a request needs: look a key up, and write its usage; of a key and a request that do not exist."""
+        """Look a key up and write usage, as a request does, for a key and a request that do not exist."""
         with suppress(InvalidKeyError):
             await self._async_state.read(self._state.keys.caller, _UNKNOWN_KEY)
         await self._async_state.call(self._state.quota.settle, -1, RequestUsage(0, 0, 0.0, None, 0.0, "failed"))

@@ -36,7 +36,7 @@ class AuditLine:
     action: str
     subject: str
     details: str
-    """All else about the change, as canonical JSON."""
+    """Further facts about the change, as canonical JSON."""
     previous: str
     """The digest of the line before; empty in the first line."""
     digest: str

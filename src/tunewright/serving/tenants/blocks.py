@@ -68,7 +68,7 @@ def days_table(days: Sequence[DayTotal]) -> Table:
 
 
 def releases_blocks(releases: Sequence[Release]) -> tuple[Block, ...]:
-    """Return the releases, each with its candidate, and the reasons of those that were forced."""
+    """Return the releases, each with its candidate, and the reasons for forced releases."""
     head = (
         "Release",
         *words("Action", "Answers with", "Verdict", "Isolation test", "Serving check", "By", "When (UTC)"),
@@ -157,7 +157,7 @@ _ELSEWHERE = {"totals"}  # `tenant usage` shows them
 
 
 def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield a line's details in words, without those that are empty or in other columns."""
+    """Yield a line's details in words, without empty ones and ones in other columns."""
     for name, value in details.items():
         if value in (None, [], "") or name in _IN_OTHER_COLUMNS | _ELSEWHERE:
             continue

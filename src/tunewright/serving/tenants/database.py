@@ -28,9 +28,9 @@ from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metada
 BUSY_SECONDS = 10
 """Timeout of a writer that waits for others, each of which locks SQLite for well under a millisecond."""
 ANSWER_SECONDS = 5.0
-"""A server's limit for each answer of the database; later answers find nobody waiting."""
+"""A server's limit for each answer of the database; nobody waits for later answers."""
 
-# A frozen or unreachable machine is detected by TCP, also by commands that wait for a long statement.
+# A frozen or unreachable machine is detected by TCP, even by commands that wait for a long statement.
 _CONNECTION = {
     "connect_timeout": 5,
     "tcp_user_timeout": 10_000,
@@ -244,7 +244,7 @@ def _checked(url: str) -> URL:
 
 
 def _connect_args(url: URL, *, serving: bool) -> dict[str, Any]:
-    """Return PostgreSQL's timeouts; those in the URL come first."""
+    """Return PostgreSQL's timeouts; timeouts in the URL take precedence."""
     own = url.query.get("options", ())
     options = [_LOCK_TIMEOUT, *([_STATEMENT_TIMEOUT] if serving else ()), *((own,) if isinstance(own, str) else own)]
     timeouts = {name: value for name, value in _CONNECTION.items() if name not in url.query}
@@ -284,8 +284,8 @@ def _make_folder(path: Path) -> None:
 
 def _on_sqlite_connect(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself
-    # With write-ahead logging readers do not wait for a writer. A commit survives a crash of the process at once, and a
-    # crash of the machine from the next checkpoint on. Until then a change is lost together with its audit line.
+    # With write-ahead logging readers do not wait for a writer. A commit survives a crash of the process immediately,
+    # and a crash of the machine from the next checkpoint on. Until then a change is lost together with its audit line.
     _set_wal(connection)
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")

@@ -1,10 +1,10 @@
-"""Limits: each request reserves the most tokens that it can use, and settles for those that it did use.
+"""Limits: each request reserves the most tokens that it can use, and settles for the tokens that it used.
 
-One table serves as quota and as usage record. A limit counts a tenant's requests of the last 60 seconds (their number,
-and their tokens, reserved ones included) and its unfinished requests (concurrency). Refused requests have a table of
-their own, and count towards the number only. The count and the next request's
-row are one transaction, behind a lock on the tenant. So limits hold across all servers of a database, and in every
-interval of 60 seconds, not only in each minute of the clock.
+One table serves as quota and as usage record. A limit counts a tenant's requests of the last 60
+seconds (their number, and their tokens, reserved ones included) and its unfinished requests
+(concurrency). Refused requests have a table of their own, and count only towards the number. The count
+and the next request's row are one transaction, behind a lock on the tenant. So limits hold across all
+servers of a database, and in every interval of 60 seconds, not only in each minute of the clock.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ class Quota:
     def heartbeat(self, gateway: str, name: str, release_id: int) -> None:
         """Record that a server is alive and has taken the releases up to an id.
 
-        The unfinished requests of servers without a heartbeat get the outcome "lost". After a jump of the clock, and
-        after the start of this server, the others first have the time to beat.
+        The unfinished requests of servers without a heartbeat get the outcome "lost". After a jump
+        of the clock, and after the start of this server, the other servers first get time to beat.
         """
         with self._database.writing() as connection:
             now = self._database.now(connection)
@@ -300,8 +300,8 @@ def _restarted(
 ) -> list[tuple[float, int]]:
     """Return the requests without a start in the future; their true age is unknown after the clock moved back.
 
-    With the old times they would count until the clock is there again, which may take hours. Counted from now on, they
-    exceed no limit and leave the window after 60 seconds.
+    With the old times they would count until the clock reaches them again, which may take hours.
+    Counted from now on, they exceed no limit and leave the window after 60 seconds.
     """
     later = requests.c.tenant_id == tenant_id, requests.c.started > now
     moved = connection.execute(update(requests).where(*later).values(started=now)).rowcount

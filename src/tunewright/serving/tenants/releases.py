@@ -77,10 +77,10 @@ class Release:
     """One entry of an alias's history."""
 
     id: int
-    """Counts over all aliases, in the order of time."""
+    """The number over all aliases, in the order of time."""
     alias: str
     number: int
-    """Counts within the alias, from 1."""
+    """The number within the alias, from 1."""
     action: Action
     adapter: str
     """The alias's adapter from this release on; for an undeployment, the adapter until then."""
@@ -402,7 +402,7 @@ def _add(
         )
         .returning(releases)
     ).one()
-    made = replace(_release(row), grounds=grounds)  # the log has the numbers of the table: parsing makes 0 to 0.0
+    made = replace(_release(row), grounds=grounds)  # the log has the numbers of the table: parsing turns 0 into 0.0
     change.log(f"release.{action}", alias, **made.as_dict())
     return made
 

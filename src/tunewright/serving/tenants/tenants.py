@@ -122,7 +122,7 @@ class Tenants(Audited):
         return {name: frozenset(aliases) for name, aliases in found.items()}
 
     def grant(self, name: str, aliases: Sequence[str]) -> Tenant:
-        """Allow a tenant further aliases; those that it has already are left alone.
+        """Allow a tenant further aliases; aliases that it already has are kept.
 
         Raises:
             UserError: the tenant does not exist, or an alias is not valid.

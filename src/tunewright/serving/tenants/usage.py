@@ -92,7 +92,7 @@ class UsageSum:
 
 @dataclass(frozen=True)
 class DayTotal:
-    """The usage of one tenant, alias and adapter on one day; the audit log has it of a day that was rolled up."""
+    """The usage of one tenant, alias and adapter on one day; the audit log has it for a day that was rolled up."""
 
     day: str
     tenant: str
@@ -173,7 +173,7 @@ class Usage:
         """Return totals by tenant, alias and adapter.
 
         Raises:
-            UserError: the tenant does not exist, or of a day in part before ``since`` only the total is known.
+            UserError: the tenant does not exist, or ``since`` is within a day that was rolled up.
         """
         return [
             UsageSum(
@@ -240,8 +240,8 @@ class Usage:
     def faults(self) -> list[str]:
         """Return a sentence for each request whose usage contradicts itself, its key or its release.
 
-        One changed number or name contradicts another one. A change of several that agree is not found, nor one of
-        times, outcomes or end users, nor a request that was deleted.
+        One changed number or name contradicts another one. Consistent changes of several values are
+        not found, nor changes of times, outcomes or end users, nor deleted requests.
         """
         sums = requests.c.prompt_tokens + requests.c.completion_tokens
         settled = and_(requests.c.finished.is_not(None), requests.c.outcome.is_distinct_from("lost"))

@@ -139,7 +139,7 @@ class _Compared:
 
 
 def judge_page(visit: Visit) -> Response:
-    """Show the judge's cost and start, and what it found."""
+    """Show the judge's cost and start, and its findings."""
     name = visit.place["evaluation"]
     evidence, items = visit.project.evidence(name)
     judgement, settings = evidence.judge, visit.project.folder.config.judge

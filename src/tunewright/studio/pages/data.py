@@ -108,7 +108,7 @@ def check_page(visit: Visit) -> Response:
         sheets=sheets,
         preview=preview,
         checked=checked,
-        # Paths as a person knows them: from the project's folder on.
+        # Paths as people know them: relative to the project's folder.
         refusals=dict.fromkeys(_on_page(refusal).replace(f"{visit.project.folder.root}/", "") for refusal in refusals),
         version=_current(visit),
         by_form=_by_form(visit),

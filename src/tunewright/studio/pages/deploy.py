@@ -125,7 +125,7 @@ def newest_releases(visit: Visit) -> list[Release]:
 
 
 def require_state(visit: Visit) -> None:
-    """Refuse a page about an alias or a tenant before there is any: to look at it must not create a database."""
+    """Refuse a page about an alias or a tenant before any exists: viewing it must not create a database."""
     if not has_state(visit.project):
         raise UserError("There are no aliases and tenants yet", fix="Start on the pages Deploy and Tenants.")
 
@@ -220,7 +220,7 @@ def start_server(visit: Visit) -> Response:
     port = visit.form.get("port", "")
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise UserError(f"Invalid port {port!r}", fix="Use a number from 0 to 65535; 0 is any free port.")
-    # The page shows engines, from the metrics; on this machine alone, because they name all tenants.
+    # The page shows engines, from the metrics; only on this machine, because they name all tenants.
     serve = visit.project.folder.config.serve
     unseen = serve.engines and serve.metrics_port is None
     words = ["--metrics-host=127.0.0.1", "--metrics-port=0"] if unseen else []

@@ -292,7 +292,7 @@ def prompts_page(visit: Visit) -> Response:
 
 
 def _turn_text(turn: Mapping[str, Any]) -> str:
-    """Return what a turn says; a turn with more than a text as JSON."""
+    """Return the text of a turn, or JSON if a turn has more than a text."""
     alone = turn.keys() == {"role", "content"}
     return str(turn["content"]) if alone else json.dumps(turn, ensure_ascii=False, indent=1)
 
@@ -302,7 +302,7 @@ def report_page(visit: Visit) -> Response:
     name = visit.place["evaluation"]
     text = visit.project.report(name).read_text(encoding="utf-8")
     links = visit.templates.get_template("report_links.html.j2").render(id=name)
-    # The file itself has no links out of it.
+    # The file itself has no external links.
     text = text.replace("<body>", f"<body>\n{links}", 1)
     return HTMLResponse(text, headers={"Content-Security-Policy": _REPORT_POLICY})
 

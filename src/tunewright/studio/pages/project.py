@@ -29,7 +29,7 @@ _COMMANDS = ("advise", "train", "evaluate", "run")
 _ON_CLUSTER = (*_COMMANDS, SERVER)
 """Commands whose work the machines of ``compute.cluster`` share."""
 _LONG = ("evaluate", "run")
-"""Commands of a page that says first how long they take."""
+"""Commands whose page first says how long they take."""
 _AFTER = {
     "advise": ("/", "the next step of the project"),
     "train": (EVALUATE_PAGE, "evaluate the adapter"),
@@ -52,7 +52,7 @@ class Stage:
     link: tuple[str, str] | None = None
     """A page: its path, and the text of the link."""
     command: str | None = None
-    """The same in a terminal."""
+    """The same command in a terminal."""
     about: str = ""
     """The purpose of the stage, in a sentence."""
 

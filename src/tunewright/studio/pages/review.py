@@ -148,7 +148,7 @@ def _left(review: ReviewSession) -> str:
 
 
 def judge_row(visit: Visit) -> Response:
-    """Record what was said about the row that the form was made for."""
+    """Record the reviewer's input on the row that the form was made for."""
     queue, action = _queue(visit), visit.form.get("action", "")
     back = _place(visit, queue)
     review = _review(visit, queue)

@@ -50,9 +50,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Compute attention of a packed row, or of a padded batch if there is no layout.
 
-    ``query`` is [1, H, T, D], ``key`` and ``value`` are [1, K, T, D], the result is [1, T, H, D].
-    A padded batch has an ``attention_mask``, a packed row needs none. Of a ``sliding_window`` the
-    token itself is one (None: all before it).
+    ``query`` is [1, H, T, D], ``key`` and ``value`` are [1, K, T, D], the result is [1, T, H, D]. A
+    padded batch has an ``attention_mask``, a packed row needs none. A ``sliding_window`` counts the
+    token itself (None: all before it).
     """
     if layout is None:
         attended: tuple[Tensor, None] = sdpa_attention_forward(
@@ -97,8 +97,8 @@ def _suffixes(
 ) -> Tensor:
     """Return the attended suffixes of one block [tokens, H, D]; each attends to the prefix and to itself.
 
-    ``query`` is [1, H, tokens, D], ``key`` and ``value`` are [1, K, tokens, D], those of the
-    prefix, if there is one, [1, K, prefix, D].
+    ``query`` is [1, H, tokens, D], ``key`` and ``value`` are [1, K, tokens, D], the prefix's, if
+    there is one, are [1, K, prefix, D].
     """
     rows = len(block.suffixes)
 
@@ -124,8 +124,8 @@ def _suffixes(
 class _Pad(torch.autograd.Function):
     """A block's tokens [heads, tokens, D] as rows of equal length [heads, R * S, D], by the block's ``pad_index``.
 
-    Padding repeats a token and sends no gradient back to it: only padding attends to padding, and its output is
-    dropped. So the gradient is a selection, where the one of index_select would be a sum.
+    Padding repeats a token and sends no gradient back to it: only padding attends to padding, and its
+    output is dropped. So the gradient is a selection, where index_select's gradient would be a sum.
     """
 
     @staticmethod

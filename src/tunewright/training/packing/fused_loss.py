@@ -1,4 +1,4 @@
-"""The LM head on trained tokens alone: losses and gradients without holding all logits.
+"""The LM head only on trained tokens: losses and gradients without holding all logits.
 
 Shapes: L trained tokens, N of them in replayed rows, V vocabulary entries, D hidden size.
 """
@@ -35,9 +35,10 @@ TILE_LOGITS = 1 << 25
 def add_token_losses(model: Any) -> None:
     """Make the model's forward return each target's loss instead of logits if it gets ``predict_from`` and ``targets``.
 
-    With ``predict_from`` alone it returns the hidden states that the head would see; with a ``reference`` too, the
-    losses of its targets are divergences from that. This happens inside forward, so that wrappers of the model (PEFT,
-    DDP, FSDP) see an ordinary pass. Without these arguments forward is unchanged. Call it before PEFT wraps the model.
+    With only ``predict_from`` it returns the hidden states that the head would see; with a
+    ``reference`` too, the losses of its targets are divergences from the reference. This happens
+    inside forward, so that wrappers of the model (PEFT, DDP, FSDP) see an ordinary pass. Without
+    these arguments forward is unchanged. Call it before PEFT wraps the model.
     """
     original = type(model).forward
     held = weakref.ref(model)
@@ -85,7 +86,7 @@ class Reference:
     """The base's predictions for the targets of replayed rows, which the loss keeps the adapter close to."""
 
     indices: Tensor
-    """Of these targets among all [N]."""
+    """Indices of these targets among all targets [N]."""
     others: Tensor
     """Indices of all other targets [L - N]; computed on the host, since computing them on a GPU would synchronize."""
     states: Tensor
@@ -95,7 +96,7 @@ class Reference:
 
 
 def losses_with_reference(reference: Reference, states: Tensor, head: Any, targets: Tensor) -> Tensor:
-    """Return the losses of all targets in float32 [L]: weighted divergences for those of the reference.
+    """Return the losses of all targets in float32 [L]: weighted divergences for the reference's targets.
 
     ``states`` are the head's input for all targets [L, D].
     """

@@ -49,9 +49,9 @@ class Block:
     prefix: Piece
     suffixes: tuple[Piece, ...]
     pad_index: Tensor | None
-    """Of a padded block: the block's token for each place of [rows, longest], flat; padding repeats a token."""
+    """For a padded block: the block's token for each place of [rows, longest], flat; padding repeats a token."""
     valid_index: Tensor | None
-    """Of a padded block: the place in [rows, longest], flat, of each token of the block [tokens]."""
+    """For a padded block: the place in [rows, longest], flat, of each token of the block [tokens]."""
 
     @property
     def start(self) -> int:

@@ -97,7 +97,7 @@ class PackedBatch:
     row_tokens: int
     """Tokens of the rows, counting shared ones once for each row."""
     replayed: Tensor | None = None
-    """Indices into L of the tokens of replayed rows, whose loss is the divergence from the base; None if none."""
+    """Indices into L of the tokens of replayed rows, whose loss is the divergence from the base; or None."""
     learnt: Tensor | None = None
     """Indices into L of all other tokens; None where ``replayed`` is None."""
 
@@ -118,7 +118,7 @@ class PackedBatch:
     def model_inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward, without the targets."""
         # transformers takes restarting positions for packed rows and makes a mask [1, 1, T, T] of
-        # them. It passes a mask with four dimensions on, and attention by a layout ignores it.
+        # them. It forwards a mask with four dimensions, and attention by a layout ignores it.
         no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
         return {
             "input_ids": self.input_ids,

@@ -39,7 +39,7 @@ class Head(_Line):
     template: str
     chosen_on: Literal["dev"] = "dev"
     metric: MetricName | None
-    """None if no dev rows are answered: then the dev loss alone decides."""
+    """None if no dev rows are answered: then only the dev loss decides."""
     steps: int
     rungs: tuple[int, ...]
     trials: dict[str, dict[str, Any]]
@@ -61,7 +61,7 @@ class Entry(_Line):
     seconds: float = 0.0
     """Time spent for this line, including loading and evaluation."""
     training_seconds: float = 0.0
-    """The part of it spent on the steps: a record, which no decision uses."""
+    """The part of the time spent on the steps: a record, which no decision uses."""
     dev_loss: float | None = None
     dev_metric: float | None = None
     why: str | None = None

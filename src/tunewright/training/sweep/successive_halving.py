@@ -115,8 +115,8 @@ class Outcome:
 
 
 Train = Callable[[Sequence[Trial], int], Generator[Outcome, None, None]]
-"""Trains trials up to a step and evaluates dev, and yields each one's outcome in order, when it is asked for or before.
-It raises KeyboardInterrupt once the state is saved."""
+"""Trains trials up to a step and evaluates dev, and yields each one's outcome in order, on demand
+or earlier. It raises KeyboardInterrupt once the state is saved."""
 
 
 class SuccessiveHalving:
@@ -162,7 +162,7 @@ class SuccessiveHalving:
         return alive[0]
 
     def _run_rung(self, alive: Sequence[Trial], rung: int) -> dict[str, Entry]:
-        """Return this rung's results: those in the ledger, and those of trials that the budget allows."""
+        """Return this rung's results: results in the ledger, and results of trials that the budget allows."""
         through = {t.name: e for t in alive if (e := self.ledger.result(t.name, rung + 1)) is not None}
         waiting = [trial for trial in alive if trial.name not in through]
         while waiting:
@@ -178,7 +178,7 @@ class SuccessiveHalving:
         return through
 
     def _fitting(self, waiting: Sequence[Trial], through: int, rung: int) -> Sequence[Trial]:
-        """Return the trials to start now: without a budget all of them, else as many as fit into it and train at once.
+        """Return the trials to start now: without a budget all of them, else as many as fit into it and train together.
 
         The budget counts the time of all trials, as if they were trained one after the other. Until a trial has passed
         its first rung, which shows how long a step takes, one trial starts at a time while any of the budget is left.
@@ -194,7 +194,7 @@ class SuccessiveHalving:
         steps, left = 0, (self.budget - self.ledger.seconds) / pace
         for trial in waiting[: self.at_once]:
             steps += self.rungs[rung] - min(self.ledger.steps_of(trial.name), self.rungs[rung])
-            # A trial starts only if the better half of those that then finish the rung can still reach the end.
+            # A trial starts only if the better half of the trials that then finish the rung can still reach the end.
             if steps + self._steps(advancing_trials(through + len(started) + 1), rung + 1) > left:
                 break
             started.append(trial)
@@ -247,8 +247,8 @@ class SuccessiveHalving:
     def _pace(self) -> float | None:
         """Return the seconds of a step so far of the slowest kind of trial; None before the first result.
 
-        It counts loading and evaluation. Early rungs do both after fewer steps than later ones, so it is
-        rather too high than too low. Rung 0, five steps that an older version timed, would make it far too high.
+        It counts loading and evaluation. Early rungs do both after fewer steps than later ones, so it
+        errs on the high side. Rung 0, five steps that an older version timed, would make it far too high.
         """
         kinds = {t.name: len(t.train.target_modules) for t in self.trials}
         spent: dict[int, list[Entry]] = defaultdict(list)

@@ -53,7 +53,7 @@ class SweepResult:
     winner: Trial | None
     """None if the budget or every trial ended before."""
     adapter: Adapter | None
-    """The winner's, trained to its end."""
+    """The winner's adapter, trained to its end."""
 
     @property
     def edge_warning(self) -> str | None:
@@ -160,7 +160,7 @@ class Sweep:
         return ProjectFolder(self.project.root, self.project.config.model_copy(update={"train": trial.train}))
 
     def _train(self, trials: Sequence[Trial], step: int) -> Generator[Outcome, None, None]:
-        """Train trials up to a step, from where they are; their adapters are stored at the end."""
+        """Train trials up to a step, from their present steps; their adapters are stored at the end."""
         apart, last = self.trainings.on_cluster, step == self.steps
         facts = {"sweep": self.head.sweep, **({"forced": self.forced} if self.forced else {})}
         run = _Run(self.version, self.chat, self.steps, facts, apart)
