@@ -47,6 +47,10 @@ def test_on_and_off_are_accepted_as_choices(tmp_path: Path) -> None:
         ("train:\n  preset: best\n", 2, "'classic' or 'all-linear'"),
         ("seed: 1\nname: a\nseed: 2\n", 3, "Duplicate key seed"),
         ("a: [", 1, "Not valid YAML"),
+        ("train:\n  epochs: 2020-13-45\n", 2, "Invalid value: month must be in 1..12"),
+        ("seed: 1\nname: !!timestamp a\n", 2, "Invalid value: not a valid date"),
+        ("seed: 1\nname: !!bool a\n", 2, "Invalid value: not a valid bool"),
+        ("seed: 1\nname: !!float ''\n", 2, "Invalid value: not a valid float"),
         ("- a\n", 1, "a mapping"),
         ("? [a, b]\n: 1\n", 1, "A key must be a word"),
         ("train:\n  batch_size: 5\n  micro_batch_size: 2\n", 1, "not a multiple"),
@@ -58,6 +62,13 @@ def test_config_error_names_its_line(tmp_path: Path, text: str, line: int, words
         _load(tmp_path, text)
     assert caught.value.where == f"{tmp_path / 'tunewright.yaml'}:{line}"
     assert words in caught.value.what
+
+
+@pytest.mark.parametrize("text", ['name: "\\UFFFFFFFF"', f"%YAML 1.{'9' * 5000}\n---\nname: a"])
+def test_config_that_pyyaml_cannot_read_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="Not valid YAML") as caught:
+        _load(tmp_path, text)
+    assert caught.value.where == str(tmp_path / "tunewright.yaml")
 
 
 def _laughs(depth: int) -> str:

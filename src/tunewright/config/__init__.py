@@ -31,6 +31,41 @@ from tunewright.config.section import (
 from tunewright.config.train import BETA, PRESETS, Method, ReplayConfig, Tracker, TrainConfig
 from tunewright.core.options import EngineName
 
+__all__ = [
+    "BETA",
+    "PRESETS",
+    "PROJECT_NAME",
+    "AdviseConfig",
+    "ChatConfig",
+    "ComputeConfig",
+    "Config",
+    "ConstrainConfig",
+    "DataConfig",
+    "DemonstrationOrder",
+    "Duplicates",
+    "EndpointConfig",
+    "EngineName",
+    "EvaluateConfig",
+    "Findable",
+    "GatewayConfig",
+    "GenerateConfig",
+    "IncumbentConfig",
+    "JudgeConfig",
+    "Method",
+    "Metric",
+    "MetricName",
+    "MixConfig",
+    "PriceConfig",
+    "PromptOptimizationConfig",
+    "Quantization",
+    "ReplayConfig",
+    "RetrieverName",
+    "ServeConfig",
+    "Tracker",
+    "TrainConfig",
+    "metric_name",
+]
+
 PROJECT_NAME = r"[a-z0-9][a-z0-9\-]{0,39}"  # HTML's patterns need the backslash
 
 

@@ -10,7 +10,6 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from yaml.constructor import ConstructorError
 
 from tunewright.config import Config, DataConfig, TrainConfig
 from tunewright.core.errors import UserError
@@ -58,10 +57,16 @@ def parse_config(text: str, path: Path) -> Config:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = {} if root is None else _lines(root, path)
         values = yaml.load(text, Loader=_Loader)
+    except _InvalidScalarError as error:
+        raise UserError(f"Invalid value: {error}", where=f"{path}:{error.line}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"Not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # PyYAML takes any digits in an escape or in a directive
+        raise UserError(f"Not valid YAML: {error}", where=str(path)) from None
     if not isinstance(values, dict | None):
         raise UserError("The config must be a mapping of keys to values", where=f"{path}:1")
     try:
@@ -142,15 +147,25 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
     return lines
 
 
+class _InvalidScalarError(Exception):
+    """A scalar that looks like or is tagged as a number or date and is invalid; ``line`` counts from 1."""
+
+    def __init__(self, what: str, line: int) -> None:
+        super().__init__(what)
+        self.line = line
+
+
 class _Loader(yaml.SafeLoader):
-    """Loads YAML; errors name the line of a scalar that looks like or is tagged as a number or date and is invalid."""
+    """Loads YAML; errors name the line of an invalid scalar."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, AttributeError) as error:  # PyYAML matches `!!timestamp` without looking at the match
-            reason = error if isinstance(error, ValueError) else "not a date"
-            raise ConstructorError(None, None, f"invalid value: {reason}", node.start_mark) from None
+        except (ValueError, LookupError, AttributeError) as error:
+            # PyYAML matches `!!timestamp` without looking at the match, and looks `!!bool` up in a table.
+            kind = "date" if isinstance(error, AttributeError) else node.tag.rpartition(":")[2]
+            reason = str(error) if isinstance(error, ValueError) else f"not a valid {kind}"
+            raise _InvalidScalarError(reason, node.start_mark.line + 1) from None
 
 
 def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path) -> UserError:
