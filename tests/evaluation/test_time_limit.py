@@ -131,6 +131,16 @@ def test_resumed_command_leaves_out_the_same_arms_on_another_machine(
     assert other.limit.allows("tuned+retrieved") is (minutes == 8)
 
 
+def test_limit_counts_the_choice_when_its_zero_shot_arm_cannot_answer(clock: _Clock, file: Path) -> None:
+    rate, later = AnswerRate(Heard()), [Work("zero-shot", 60), Work("tuned", 60)]
+    choice = [Work("retrieved-1", 60), Work("retrieved-2", 60, optional=True)]
+    limit = TimeLimit(3, file, rate, choice, later, Heard())
+    assert limit.allows("zero-shot") and limit.allows("retrieved-1")
+    with rate.arm("retrieved-1", 60):
+        clock.now += 60
+    assert not limit.allows("retrieved-2")
+
+
 def test_no_arm_is_left_out_while_the_rate_is_unknown(clock: _Clock, file: Path) -> None:
     command = _Command(clock, file, minutes=0.01)
     assert command.limit.allows("retrieved-2")

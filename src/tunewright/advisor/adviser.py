@@ -91,7 +91,6 @@ class Adviser:
 
     def advise(self) -> tuple[Path, Signals, bool]:
         """Return the signals with their file, and whether they were measured now; a stopped call resumes."""
-        # No variable holds the limit: its arm runner's base is freed before the pilots are trained.
         prompting = advise(self.arm_runner, time_limit(self.arm_runner, self._minutes, pilots=len(self.parts)))
         # Advice of schema 1 named a signal more here; without it, stored advice would not be found.
         unmeasured = {} if self.config.regressions.samples else {"generic text": "regressions.samples is 0"}

@@ -340,8 +340,9 @@ def _supersede(
             f"{short(parent.digest)} or in the files\n"
             f"{listed(unclear, len(unclear), _MOST, 'resolve them too')}",
             where="--replace",
-            fix="Keep the right output of each input in the file. If several are right, remove the wrong ones with "
-            "`tunewright data remove --keys`, then add the file with --accept-conflicts instead of --replace.",
+            fix="Keep the right output of each input in the file. If the version has several, remove the wrong ones "
+            "with `tunewright data remove --keys`. If several are right, add the file with --accept-conflicts instead "
+            "of --replace.",
         )
     return Replacement(olds, by, tuple(edits_kept)), rows
 

@@ -114,9 +114,10 @@ class TimeLimit:
         Raises:
             UserError: there is no time even for the arms that are never left out.
         """
-        if self._decision is None and any(work.arm == arm for work in self._left):
-            while self._left[0].arm != arm:  # the arms before this one are answered
-                del self._left[0]
+        # Only arms of the choice are asked for; a comparison may have an arm of the same name.
+        choice = [work.arm for work in self._left[: len(self._left) - len(self._later)]]
+        if self._decision is None and arm in choice:
+            del self._left[: choice.index(arm)]  # the arms before this one are answered
             undecided = self._undecided()
             if undecided[:1] == [arm]:
                 self._admit_first(undecided)
