@@ -1,7 +1,8 @@
-"""Child processes are whole groups that end with their parent, and leave their output."""
+"""Child processes are whole groups that end with their parent, and leave their output; work in an event loop ends."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tunewright.core import processes
+from tunewright.core.interrupts import run_async
 from tunewright.core.processes import PIPE, end, run, start
 
 PARENT = """
@@ -66,6 +68,27 @@ def test_run_ends_the_process_when_it_is_interrupted(tmp_path: Path) -> None:
         run([sys.executable, "-c", code])
     assert interrupted.is_set()
     assert not alive(int((tmp_path / "id").read_text()))
+
+
+def test_interrupted_notebook_cell_cancels_its_work() -> None:
+    cancelled = threading.Event()
+
+    async def work() -> None:
+        try:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async def cell() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            run_async(work())
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(cell())
+    loop.close()
+    assert cancelled.wait(30)
 
 
 def test_end_ends_descendants_and_closes_pipes() -> None:

@@ -66,6 +66,23 @@ def test_endpoint_retries_transient_errors(tmp_path: Path, status: int) -> None:
         assert len(server.bodies) == 12 + 3
 
 
+def test_waits_between_tries_grow_to_a_minute_and_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(_: object, seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(client, "_FIRST_WAIT", 1.0)
+    monkeypatch.setattr(client._Failure, "sleep", sleep)
+    with scripted(honest) as server:
+        server.misbehave = failing_first(99, PlainTextResponse("busy", 503))
+        with pytest.raises(UserError, match="asked 9 times"):
+            ask(server, tmp_path, count=1, max_retries=8)
+    assert [int(wait) for wait in waits[:6]] == [1, 2, 4, 8, 16, 32]
+    assert waits[6:] == [60, 60]
+    assert not any(wait.is_integer() for wait in waits[:6])
+
+
 @pytest.mark.slow
 def test_retry_after_is_waited_for_in_seconds_or_until_a_date(tmp_path: Path) -> None:
     until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=2)

@@ -53,12 +53,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         return await work
 
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(asyncio.run, awaited())
         try:
-            return done.result()
+            return pool.submit(asyncio.run, awaited()).result()
         except KeyboardInterrupt:  # only the main thread gets the signal, and the pool would wait for the other thread
-            loop, task = running.result()
-            assert task is not None
-            with suppress(RuntimeError):  # it has ended meanwhile
+            with suppress(RuntimeError, TimeoutError):  # it has ended meanwhile, or never begun
+                loop, task = running.result(timeout=5)
+                assert task is not None
                 loop.call_soon_threadsafe(task.cancel)
             raise
