@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import os
+import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +17,8 @@ from hypothesis import strategies as st
 
 from tunewright.core.csv import read_sheet, restored_cell, safe_cell, write_sheet
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, digest, new_folder, write_json, write_text, writing
+from tunewright.core.io import canonical_json, digest, new_file, new_folder, seal, write_json, write_text, writing
+from tunewright.core.log import extend
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(blacklist_categories=["Cs"])),
@@ -57,6 +62,45 @@ def test_existing_folder_is_kept(tmp_path: Path) -> None:
             write_text(folder / "file", text)
     assert (tmp_path / "target" / "file").read_text() == "first"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def _fill(made: Callable[[Path], Any], path: Path) -> None:
+    with made(path) as given:
+        (given / "a" if given.is_dir() else given).write_text("a")
+
+
+def _seal(path: Path) -> None:
+    path.mkdir()
+    (path / "a").write_text("a")
+    seal(path)
+
+
+FILE, FOLDER = False, True
+BEFORE, AFTER = False, True
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda path: write_text(path, "a"), [(FILE, BEFORE), (FOLDER, AFTER)]),
+        (lambda path: _fill(new_file, path), [(FILE, BEFORE)]),
+        (lambda path: _fill(new_folder, path), [(FILE, BEFORE), (FOLDER, AFTER)]),
+        (lambda path: extend(path, lambda _: "a\n"), [(FILE, AFTER)]),
+        (_seal, [(FILE, AFTER), (FOLDER, AFTER), (FILE, AFTER), (FOLDER, AFTER)]),
+    ],
+    ids=["file", "new file", "new folder", "record", "seal"],
+)
+def test_content_is_on_the_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], expected: list[tuple[bool, bool]]
+) -> None:
+    """A loss of power after the rename must not leave an empty file; no other test waits for the disk."""
+    synced: list[tuple[bool, bool]] = []
+    target = tmp_path / "target"
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append((stat.S_ISDIR(os.fstat(handle).st_mode), target.exists()))
+    )
+    write(target)
+    assert synced == expected
 
 
 @pytest.mark.parametrize(
