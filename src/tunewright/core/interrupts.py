@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
+        return _run_here(work)
     # A notebook's cells run inside the kernel's own loop, which asyncio.run refuses.
     running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
 
@@ -61,3 +63,39 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
                 assert task is not None
                 loop.call_soon_threadsafe(task.cancel)
             raise
+
+
+def _run_here(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in this thread; a SIGTERM that raises KeyboardInterrupt, as in commands, cancels it first.
+
+    asyncio.run does so for SIGINT. Raised within a task the exception would end the loop with the other tasks in
+    progress, each of which prints a traceback.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.default_int_handler:
+        return asyncio.run(work)
+    stopped = False
+
+    async def awaited() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            nonlocal stopped
+            if stopped or task is None:
+                raise KeyboardInterrupt
+            stopped = True
+            task.cancel()
+            loop.call_soon_threadsafe(lambda: None)  # after a signal's handler the loop waits on for its events
+
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            return await work
+        finally:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    try:
+        return asyncio.run(awaited())
+    except asyncio.CancelledError:
+        if stopped:
+            raise KeyboardInterrupt from None
+        raise
