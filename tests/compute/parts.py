@@ -26,6 +26,11 @@ def lost(shared: str, part: int, task: Task) -> int:
     os._exit(9)
 
 
+def unreachable(shared: str, part: int, task: Task) -> int:
+    """Nothing: a service that the part needs, apart from the cluster, does not answer."""
+    raise ConnectionError(shared)
+
+
 def failing(file: str, part: int) -> tuple[int, int]:
     """The part and the process, except for part 1 in the first ``int`` processes that the file counts down."""
     left = int(Path(file).read_text())

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from compute_helpers import CONFIG, built, digests, many_pairs, small_parts
 from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
-from parts import joined, lost, ready, refused_here, timed, where
+from parts import joined, lost, ready, refused_here, timed, unreachable, where
 from raylets import HERE, ONE, PATH, WAIT_S, Machines, command, wait_until
 
 from tunewright.compute import open_workers
@@ -230,6 +230,11 @@ def test_part_that_is_lost_again_and_again_is_one_error(two_workers: Workers) ->
     with pytest.raises(UserError, match="The cluster lost a part of the work 4 times: WorkerCrashedError"):
         list(two_workers.map(lost, "", [1], LogTask(), needs=ONE_CPU))
     assert next(two_workers.map(joined, np.arange(1), [np.arange(2)], LogTask())).tolist() == [0, 0, 1]
+
+
+def test_connection_that_a_part_loses_is_not_that_of_the_cluster(two_workers: Workers) -> None:
+    with pytest.raises(ConnectionError, match="a tracker"):
+        list(two_workers.map(unreachable, "a tracker", [1], LogTask(), needs=ONE_CPU))
 
 
 def test_fewer_workers_than_cpus_compute_no_more_at_once(machines: Machines) -> None:

@@ -158,6 +158,14 @@ def _without_cluster(folder: Path) -> Path:
     return folder
 
 
+def test_run_is_not_described_by_its_rows() -> None:
+    """Ray's dashboard can show what the processes are given."""
+    from tunewright.compute.cluster import Image
+    from tunewright.compute.group import _Work
+
+    assert "a private row" not in str(_Work(print, "a private row", None, Image("", {})))
+
+
 def test_what_the_cluster_lacks_is_said_before_work(machines: Machines, project: Path, tmp_path: Path) -> None:
     machines.have(ONE, ONE, ONE)
     by_client = command(_copy(project, tmp_path), "train", cluster=f"ray://127.0.0.1:{machines.client_port}")

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import ray.train
@@ -183,11 +183,12 @@ class _UserErrorIsFinal(UserCallback):  # type: ignore[misc]
                 raise error
 
 
-class _Work(NamedTuple):
+@dataclass(frozen=True)
+class _Work:
     """The work of each process."""
 
     function: Together
-    argument: Any
+    argument: Any = field(repr=False)  # has rows, and Ray's dashboard can show what a training was given
     inbox: Any
     image: Image
 

@@ -203,8 +203,10 @@ def _result_of_task(reference: Any) -> tuple[list[Any], int, float]:
     return found
 
 
-def _disconnected(error: ConnectionError) -> UserError:
-    """Return the error of a lost connection of Ray's client."""
+def _disconnected(error: ConnectionError) -> Exception:
+    """Return the error of a lost connection of Ray's client; a part's own ConnectionError stays what it is."""
+    if isinstance(error, RayTaskError):  # Ray raises it as an error of both classes
+        return error
     return UserError(f"The connection to the cluster is lost: {error}", where=WHERE, fix=AGAIN)
 
 

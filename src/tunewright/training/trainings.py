@@ -4,9 +4,9 @@ The trials of a sweep, the parts of a learning curve, the folds of a cross-valid
 On a cluster each is a task that makes the same call in a worker. It has the same working folder, so a lost one resumes
 from its last checkpoint on another machine, and the same number of threads, so its adapter is the same.
 
-One training in several processes calls the function that torchrun's processes call. Every machine
-sees the project's folder: rows are read from it, and the first process writes checkpoints and the
-adapter. The command that started them shows its messages, passes a stop on, and signs the adapter.
+One training in several processes calls the function that torchrun's processes call. The command
+that started them sends the rows, shows their messages, passes a stop on, and signs the adapter.
+Every machine sees the project's folder, where the first process writes checkpoints and the adapter.
 """
 
 from __future__ import annotations
