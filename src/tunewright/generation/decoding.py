@@ -4,8 +4,9 @@ Batching is *continuous*: requests join while other rows are half way through (Y
 its own adapter, or none. Rows are padded on the left, so the newest token of every row is in the last column and one
 forward pass advances all of them::
 
-    row 0  base     . . . a b c d|e row 1  courts   . f g h i j k|l      time runs to the right; '.'
-    is padding that no row attends to row 2  courts   m n o p q r s|t
+    row 0  base     . . . a b c d|e
+    row 1  courts   . f g h i j k|l      time runs to the right; '.' is padding that no row attends to
+    row 2  courts   m n o p q r s|t
 
 Positions count from each row's first real token, and attention depends on them only. So padding
 changes nothing but the order of floating-point sums. In float32 answers are equal except where two
