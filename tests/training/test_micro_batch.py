@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,23 +26,34 @@ def _rows_of(batch: Any) -> int:
     return sum(len(block.suffixes) for block in batch.layout.blocks)
 
 
+class _Held:
+    def __call__(self, _grad: Any) -> None:
+        pass
+
+
 def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> list[int]:
     """From the pass numbered ``after`` on, memory holds ``rows`` rows; how many each pass had, those that failed too.
 
-    It runs out in the backward pass, when half of the gradients have been added up already.
+    It runs out in the backward pass, when half of the gradients have been added up already. What that pass held
+    is freed before the next one.
     """
     passes: list[int] = []
+    failed: list[weakref.ref[_Held]] = []
     original: Losses = fused_loss.batch_token_losses
 
     def losses_of(model: Any, batch: Any, *others: Any) -> torch.Tensor:
         if not model.training:
             return original(model, batch, *others)
+        assert all(held() is None for held in failed)
         passes.append(_rows_of(batch))
         losses = original(model, batch, *others)
         if passes[-1] <= rows or len(passes) <= after:
             return losses
         first_layer = next(w for name, w in model.named_parameters() if "layers.0" in name and w.requires_grad)
         first_layer.register_hook(_out_of_memory)
+        held, graph = _Held(), cast(Any, losses)
+        graph.register_hook(held)  # it lives as long as what the pass has saved
+        failed.append(weakref.ref(held))
         return losses
 
     def _out_of_memory(_grad: Any) -> None:
