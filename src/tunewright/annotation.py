@@ -149,7 +149,7 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
 
     @abstractmethod
     def is_open(self, key: str) -> bool:
-        """Return whether an item needs a verdict of this reviewer; one that was skipped does."""
+        """Return whether an item needs a verdict of this reviewer; a skipped item does."""
 
     @abstractmethod
     def item(self, key: str) -> ItemT:

@@ -122,7 +122,7 @@ def copied_demo(folder: Path) -> Iterator[Path]:
 
 
 def choose_item(items: Sequence[Item], metric: MetricName) -> Item:
-    """Return the test item to show: the one where the adapter gains most over all prompting arms.
+    """Return the test item to show: the item where the adapter gains most over all prompting arms.
 
     Of equal gains, that is the item least similar to any training row. An item whose reference is wrong rarely gains,
     because the adapter answers as the other rows do.
@@ -303,7 +303,7 @@ def _visit(opened: Project, result: RunResult, member: Member, adapters: Mapping
 
 
 def _ask(client: httpx.Client, alias: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tenant's responses for its own alias, the other tenant's, and one that does not exist."""
+    """Return a tenant's responses for its own alias, the other tenant's, and an alias that does not exist."""
     (other,) = set(TENANTS.values()) - {alias}
     listed = client.get("/v1/models").raise_for_status().json()["data"]
     own, others, nobodys = (

@@ -198,7 +198,7 @@ class TrustedKeys:
 
     @property
     def allowed_signers(self) -> str:
-        """The file for ``ssh-keygen``: the project's, and the keys of keys/NAME.json."""
+        """The file for ``ssh-keygen``: the project's file, and the keys of keys/NAME.json."""
         former = (key for key in self.all if not key.id.startswith("SHA256:") and key.revoked is None)
         return _text(self._allowed) + "".join(f"{key.name} {_OPTIONS} {key.public_key}\n" for key in former)
 
@@ -220,7 +220,7 @@ class TrustedKeys:
         return [KnownKey(key.name, key.id, key.fingerprint in own, key) for key in self.all]
 
     def trust(self, key: str | Path, name: str | None = None) -> TrustedKey:
-        """Add a key to those that the project trusts.
+        """Add a key to the project's trusted keys.
 
         Args:
             key: a file with a public key in OpenSSH's format.
@@ -287,7 +287,7 @@ class TrustedKeys:
         return TrustedKey(name=name, id=mark, public_key=public, trusted=trusted, revoked=revoked, options=options)
 
     def _former(self, path: Path) -> TrustedKey:
-        """Return the key of keys/NAME.json, an earlier tunewright's: an Ed25519 key as PEM."""
+        """Return the key of keys/NAME.json, a file of an earlier tunewright: an Ed25519 key as PEM."""
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 

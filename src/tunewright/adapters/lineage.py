@@ -65,8 +65,8 @@ class SystemPrompt:
 def count_system_turns(members: Sequence[Member]) -> dict[str, Any]:
     """Return the lineage's record of the system turns of the domain's training rows.
 
-    It has ``text``, the turn that all rows share (None if there is no such turn); the number of ``rows``; how many are
-    ``without`` a system turn; and how many ``distinct`` system turns the others have.
+    It has ``text``, the turn that all rows share (None if there is no such turn); the number of ``rows``;
+    how many are ``without`` a system turn; and how many ``distinct`` system turns the other rows have.
     """
     turns = Counter(next((m.content for m in member.example.prompt if m.role == "system"), None) for member in members)
     without = turns.pop(None, 0)

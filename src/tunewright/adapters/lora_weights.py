@@ -1,6 +1,6 @@
 """LoRA weights and their configuration: what vLLM loads or refuses, finite numbers, and loading without peft's layers.
 
-The rules are those of vLLM 0.32: ``PEFTHelper`` in vllm/lora/peft_helper.py (features), ``MaxLoRARanks`` in
+The rules follow vLLM 0.32: ``PEFTHelper`` in vllm/lora/peft_helper.py (features), ``MaxLoRARanks`` in
 vllm/config/lora.py (ranks) and ``parse_fine_tuned_lora_name`` in vllm/lora/utils.py (names of tensors). Earlier
 releases check fewer features: they load an unconverted PiSSA adapter silently and answer wrongly with it.
 

@@ -273,7 +273,7 @@ def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
 
 
 def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
-    """Check an adapter's files, and that base and chat format are those of its training; name the differences."""
+    """Check an adapter's files, and that base and chat format are the same as in its training; name the differences."""
     from tunewright.chat.inspection import differences
 
     adapter.verify()

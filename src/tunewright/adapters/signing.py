@@ -3,9 +3,9 @@
 ``manifest.json.sig`` has one block of OpenSSH's format (PROTOCOL.sshsig) for each signer. Agents, passphrases and keys
 in hardware work because ``ssh-keygen`` uses them.
 
-``signature.json`` has the signatures of earlier versions, verified until tunewright 2.0 and no longer made: a DSSE
-envelope (github.com/secure-systems-lab/dsse, v1.0.2) without its payload, which is the file ``manifest.json``. Its keys
-are those of keys/NAME.json.
+``signature.json`` has the signatures of earlier versions, verified until tunewright 2.0 and no
+longer made: a DSSE envelope (github.com/secure-systems-lab/dsse, v1.0.2) without its payload, which
+is the file ``manifest.json``. Its keys are in keys/NAME.json.
 """
 
 from __future__ import annotations

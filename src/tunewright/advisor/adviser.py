@@ -350,9 +350,8 @@ def context_budget(
 ) -> ContextBudget:
     """Return the score curve over k for each kind of demonstrations, and the number that fits.
 
-    Of the ``arms``, which include zero-shot, arms with alternative instructions or constrained
-    decoding are ignored. ``query_tokens`` are the lengths of the dev prompts without
-    demonstrations, ``output_tokens`` the lengths of the answers.
+    Of the ``arms``, zero-shot included, arms with other instructions or constrained decoding are ignored.
+    ``query_tokens`` are the dev prompts' lengths without demonstrations, ``output_tokens`` the answers' lengths.
     """
     query, output = (int(np.percentile(lengths, 99, method="higher")) for lengths in (query_tokens, output_tokens))
     zero = next(a for a in arms if a.arm.name == ZERO_SHOT.name)

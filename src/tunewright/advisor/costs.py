@@ -104,8 +104,8 @@ def break_even(
 ) -> BreakEven:
     """Return the number of calls from which a fine-tune saves more than it costs.
 
-    V* = (training + evaluation + labelling + hosting of all months) / (cost of a prompting call - of a tuned one).
-    A call costs its input tokens, with a discount for those in the prefix cache, and its output tokens. The interval
+    V* = (training + evaluation + labelling + hosting of all months) / (cost of a prompting call - of a tuned one). A
+    call costs its input tokens, with a discount for tokens in the prefix cache, and its output tokens. The interval
     comes from a bootstrap of both arms' token counts over clusters. Prices and the cost of training are fixed.
 
     ``evaluation_calls`` are the test items that each of the two arms answers to evaluate the adapter. ``speed`` is by

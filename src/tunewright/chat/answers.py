@@ -37,7 +37,7 @@ def answer_text(chat: ChatFormat, completion: Completion, conversation: Sequence
     """Return the text of a completion, up to the stop string that ended it.
 
     If the answered conversation declares functions, calls are read and have their canonical text
-    (``Message.text``), which references have too.
+    (``Message.text``), which references also have.
     """
     if declared_functions(conversation):
         return answer_message(chat, completion, conversation).text

@@ -55,7 +55,7 @@ class TextEncoder:
         """Replace texts that look like control tokens by one character each; return the messages and the replacements.
 
         The characters survive the template's operations (trim, split, join, JSON), and cannot
-        become control tokens. Calls and declarations are covered too.
+        become control tokens. Calls and declarations are also covered.
         """
         texts = {
             text: message.role
@@ -128,7 +128,7 @@ class TextEncoder:
 
 
 def _escape(code: int) -> str:
-    """Return the character as JSON in ASCII writes it."""
+    """Return the character as ASCII JSON escapes it."""
     return json.dumps(chr(code))[1:-1]
 
 

@@ -294,9 +294,9 @@ class ChatFormat:
     def _answer_start(self, prompt: str, shown: str) -> int:
         """Return the beginning of the answer in ``shown``.
 
-        Mistral's public templates render the system text in the last user turn only while that is
-        unanswered. The prompt is then not a prefix, and the answer begins after the last occurrence
-        of the prompt's end: its last control token and the text after it.
+        Mistral's public templates render the system text in the last user turn only while that turn
+        is unanswered. The prompt is then not a prefix, and the answer begins after the last
+        occurrence of the prompt's end: its last control token and the text after it.
         """
         if shown.startswith(prompt):
             return len(prompt)

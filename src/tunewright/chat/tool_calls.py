@@ -67,7 +67,7 @@ def _order_keys(value: Any, *, names: bool = False) -> Any:
 
 
 def is_builtin(function: Mapping[str, Any]) -> bool:
-    """Return whether a declared function is a built-in one of Llama 3.1, which has one parameter, ``query``."""
+    """Return whether a declared function is a built-in function of Llama 3.1, which has one parameter, ``query``."""
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
     return function["name"] in BUILTIN and isinstance(properties, dict) and list(properties) == ["query"]

@@ -235,7 +235,7 @@ REMOVED: Final = {
 
 
 class _Keys(TyperGroup):
-    """The group's commands; a former one is refused with its replacement."""
+    """The group's commands; a former command is refused, and the error names its replacement."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in REMOVED:

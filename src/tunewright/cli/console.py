@@ -67,7 +67,7 @@ def _exit_on_closed_pipe() -> NoReturn:
 class _Console(Console):
     """A console that escapes control characters in the texts it prints: they may come from anybody's data.
 
-    Strings are escaped before they are laid out, and all else that is rendered after it.
+    Strings are escaped before they are laid out, and everything else after it is rendered.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -42,8 +42,7 @@ def annotate(
     screen: Callable[[ItemT], list[RenderableType]],
     actions: Mapping[str, Callable[[ItemT], str]],
 ) -> None:
-    """Show one item after the other on a screen, and run the pressed key's action, until no item is
-    left or the key is q.
+    """Show one item after the other, and run the pressed key's action, until no item is left or it is q.
 
     ``actions`` are by key, for keys other than u, q and the verdict keys; each returns a message for the next screen.
     """

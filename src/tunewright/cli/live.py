@@ -291,11 +291,9 @@ class ConsoleReporter:
 
     @contextmanager
     def pipeline(self, stages: Mapping[str, float]) -> Iterator[StageDone | None]:
-        """Show stages, the current task and the time left in one view, and yield a function to call
-        when a stage is done.
+        """Show stages, the current task and the time left in one view; yield a function to call after each.
 
-        ``stages`` have their usual shares of the time. If progress is printed as lines, it yields
-        None: each stage is a line.
+        ``stages`` have their usual shares of the time. For progress as lines, it yields None.
         """
         if not self._live:
             yield None

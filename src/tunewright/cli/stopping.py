@@ -1,8 +1,7 @@
 """Handling of Ctrl-C and SIGTERM: announced immediately and finished within seconds, even if the main thread is busy.
 
-Python runs a signal's handler between two bytecodes of the main thread: while the main thread waits
-in a native call, nothing would happen. The interpreter also writes each signal's number to a pipe
-immediately, and a thread here reads the pipe.
+Python runs a signal's handler between two bytecodes of the main thread: during a native call, nothing
+would happen. The interpreter also writes signal numbers to a pipe immediately; a thread here reads it.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _ending = threading.Lock()
 
 
 def mark_command_process() -> None:
-    """Mark this process as running one command: once that is stopped, the interpreter's exit is bounded too."""
+    """Mark this process as running one command: once the command is stopped, the interpreter's exit is also bounded."""
     global _alone
     _alone = True
     atexit.register(_skip_teardown)  # registered first, so it runs last
@@ -69,8 +68,7 @@ def end_process(code: int) -> NoReturn:
 
 @contextmanager
 def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) -> Iterator[None]:
-    """Announce the first SIGINT or SIGTERM while the block runs, and end the process at the second
-    signal or after a while.
+    """Announce the block's first SIGINT or SIGTERM, and end the process at the second or after a while.
 
     ``kept`` says what remains and how to resume. A ``quiet`` process prints nothing: another one reports for it.
     """

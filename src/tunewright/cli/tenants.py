@@ -197,7 +197,7 @@ def key_rotate(
 
 
 def _show_key(run: Session, made: NewKey, *more: str) -> None:
-    """Print the key alone on stdout, so that a script can read it and no log gets it."""
+    """Print only the key on stdout, so that a script can read it and no log contains it."""
     run.show(made.as_dict(), new_key_text(made), *more, alone=f"{made.secret}\n")
 
 

@@ -71,7 +71,7 @@ def machines_with(resource: str, least: int = 1) -> list[Node]:
 
 
 def require_available(kind: str, there: int, wanted: int | None) -> int:
-    """Return the number of processes with a CPU or GPU each: the wanted number, or as many as there are."""
+    """Return the number of processes with a CPU or GPU each: the wanted number, or as many as exist."""
     if wanted is not None and wanted > there:
         fix = "Lower compute.workers, or add machines to the cluster."
         raise UserError(f"Too few {kind}s in the cluster: {there} (compute.workers: {wanted})", where=WHERE, fix=fix)

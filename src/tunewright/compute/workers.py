@@ -50,7 +50,7 @@ _LOOK_S = 3.0  # between two looks at the head and the machines while a part is 
 _REPLACED_S = 600.0  # for a lost machine to be replaced, if no other machine can do its work
 _STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
 _BRIEF_S = 0.25  # parts that take less time are sent several to a task: each task adds some 15 ms
-_RELEASE_S = 30.0  # for a process to free what it holds: vLLM ends within 25 s
+_RELEASE_S = 30.0  # for a process to free its resources: vLLM ends within 25 s
 _RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 _CHECK = "Check its machines and their memory (ray status), and run the same command again."
 
@@ -379,7 +379,7 @@ class _Actors:
         return [actor for actor, part in self._busy.values() if part is not None]
 
     def _forget(self, actor: Any, part: int | None, error: WorkerFailedError | _LostError) -> None:
-        """Warn of a lost worker; end one that has failed, and forget the idle ones of lost machines."""
+        """Warn of a lost worker; end a failed one, and forget idle workers of lost machines."""
         if isinstance(error, WorkerFailedError):
             self._reporter.warn(f"{error.what}\nAnother worker computes its part again.")
             self._free([actor])

@@ -110,7 +110,7 @@ def _model_at(parents: list[str]) -> type[BaseModel] | None:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that an annotation allows, including those in options, unions and lists."""
+    """Return the sections that an annotation allows, including sections in options, unions and lists."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]

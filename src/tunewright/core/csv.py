@@ -46,8 +46,8 @@ def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]
 def read_sheet(path: Path, needed: Sequence[str], made_by: str) -> list[tuple[int, dict[str, str]]]:
     """Return the rows with the line each starts at (from 1), without empty rows.
 
-    The separator is a comma, semicolon or tab: spreadsheets choose by locale. The columns ``needed`` must be there;
-    ``made_by`` is the command that writes these files.
+    The separator is a comma, semicolon or tab: spreadsheets choose by locale. The columns
+    ``needed`` must exist; ``made_by`` is the command that writes these files.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -1,7 +1,7 @@
 """Append-only records: files with one JSON object per line, such as reviews and openings of the test set.
 
-They are the user's own, under an author's name. Each line is checked, and one that was changed by hand is an error that
-names file and line. Results that can be computed again are in journals (`model_io/replies.py`).
+They are the user's own, under an author's name. Each line is checked, and a line that was changed by hand is
+an error that names file and line. Results that can be computed again are in journals (`model_io/replies.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SealedLine(BaseModel):
 
     @classmethod
     def parse(cls, line: bytes, where: str, name: str) -> Self:
-        """Parse a line; errors are those of `parse_line` and `require_seal`."""
+        """Parse a line; it raises the errors of `parse_line` and `require_seal`."""
         parsed = parse_line(cls._unsealed, line, where, f"Not a {name}")
         require_seal(parsed.line, line, where, name)
         return parsed
@@ -136,5 +136,5 @@ def authored_by(name: str) -> Iterator[None]:
 
 
 def stated_author() -> str | None:
-    """Return the name of :func:`authored_by`, else that of the variable, else None."""
+    """Return the name of :func:`authored_by`, else the variable's value, else None."""
     return _author.get() or " ".join(os.environ.get(AUTHOR_VARIABLE, "").split()) or None

@@ -24,7 +24,7 @@ def _loaded(module: str, name: str) -> type[Exception] | None:
 
 
 def _refused() -> tuple[type[Exception], ...]:
-    """Return the exceptions of file systems; those of S3 and HTTP are not OSErrors, and may not be imported."""
+    """Return the exceptions of file systems; exceptions of S3 and HTTP are not OSErrors, and may not be imported."""
     names = (
         ("botocore.exceptions", "BotoCoreError"),
         ("botocore.exceptions", "ClientError"),

@@ -1,7 +1,6 @@
 """JSON with one meaning: duplicate keys, NaN and Infinity are errors (RFC 7493).
 
-Python's own parser takes the last of equal keys, other parsers the first. Here only
-:func:`standard_json` takes the last.
+Python's own parser takes the last of equal keys, but others the first; here only :func:`standard_json` does so.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def strict_json(data: bytes, where: str) -> Any:
         raise UserError(f"Not UTF-8 at byte {error.start:,}", where=where) from None
     except RecursionError:
         raise UserError(f"Nested more than {_DEEPEST} levels deep", where=where) from None
-    except ValueError as error:  # json's own errors are ValueErrors too, and so are numbers of too many digits
+    except ValueError as error:  # json's own errors are also ValueErrors, as are numbers of too many digits
         raise UserError(f"Not strict JSON: {error}", where=where) from None
     return value
 

@@ -46,7 +46,7 @@ _MOST_STEPS = 10_000_000
 
 
 def changes(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
-    """Return difflib's opcodes between two lists of words and white space; kinds are those of SequenceMatcher.
+    """Return difflib's opcodes between two lists of words and white space; kinds are named as in SequenceMatcher.
 
     Its search takes cubic time where words repeat. Then everything between the common beginning and end is one change.
     """
@@ -151,7 +151,7 @@ def normalize(text: str, form: Form = "NFC") -> str:
 def mark_fault(text: str) -> str | None:
     """Return the fault of a text with more than ``MAX_MARKS`` combining marks in a row, else None.
 
-    Text from outside is refused for it, since tokenizers, patterns and terminals meet the text too.
+    Text from outside is refused for this fault, since it also reaches tokenizers, patterns and terminals.
     """
     if text.isascii():
         return None

@@ -1,8 +1,7 @@
 """Work in parts that do not depend on each other, in this process or on many machines.
 
-Steps over many rows take ``Workers``. The workers of this process compute the parts one after the
-other; ``tunewright.compute`` has a cluster's workers. The function, its input and the parts are the
-same, so the results are too.
+Steps over many rows take ``Workers``. The workers of this process compute the parts one after the other;
+``tunewright.compute`` has a cluster's workers. Function, input and parts are the same, so the results are.
 """
 
 from __future__ import annotations

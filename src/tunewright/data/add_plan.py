@@ -211,8 +211,8 @@ def _domain(
 ) -> tuple[list[Member], frozenset[str]]:
     """Return the domain rows with splits and clusters, joined where rows share a group or an output template.
 
-    Rows of ``training`` are trained on, unless their cluster is held out already. Rows of ``doubtful`` (generated, and
-    accepted by nobody) are only trained on: those of a held-out cluster are left out, and returned by key.
+    Rows of ``training`` are trained on, unless their cluster is held out already. Rows of ``doubtful`` (generated,
+    and accepted by nobody) are only trained on: such rows of a held-out cluster are left out, and returned by key.
     """
     former: dict[str, Split] = {**dict.fromkeys(training, "train"), **merged.former}
     if inherited:  # only the first version of a dataset inherits a split: it has no former rows

@@ -101,7 +101,7 @@ FLAGS = ("suspect", "conflict", "generated", "edited", "mixed")
 
 @dataclass(frozen=True)
 class RowQuery:
-    """Conditions that a row must meet; an empty one is always met."""
+    """Conditions that a row must meet; every row meets an empty query."""
 
     words: str = ""
     """Words, separated by white space; each occurs in the key, input or output, ignoring case."""

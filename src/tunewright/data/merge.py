@@ -58,7 +58,7 @@ class Merge:
     first: dict[str, SourceRow]
     """First row read with each new pair key, dropped ones included."""
     dropped: dict[str, tuple[str, float]]
-    """New pair key to the kept one that it repeats, and their similarity."""
+    """New pair key to the kept key that it repeats, and their similarity."""
     reweighted: dict[str, str]
     """New pair key to the parent's key with the same turns and other weights, which it replaces."""
     edited: dict[str, str]
@@ -72,7 +72,7 @@ class Merge:
     generated: frozenset[str]
     """Kept pair keys of rows whose answer a model wrote."""
     near: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """Kept pair key to the kept one that it nearly repeats, and their similarity; set by :meth:`compare`."""
+    """Kept pair key to the kept key that it nearly repeats, and their similarity; set by :meth:`compare`."""
     similar: Sequence[str] | None = None
     """Cluster of similar inputs of each row in ``kept``; set by :meth:`compare`."""
 
@@ -206,9 +206,8 @@ def merge(
 ) -> Merge:
     """Merge rows into the current version, if there is one.
 
-    Rows with the same output and inputs at or above data.dedup_threshold are near-duplicates. With
-    data.duplicates: drop, the known or first row stays; with ``keep`` only exact duplicates are
-    dropped (:meth:`Merge.compare` finds near-duplicates).
+    Rows with the same output and inputs at or above data.dedup_threshold are near-duplicates. With data.duplicates:
+    drop, the known or first row stays; with ``keep`` only exact ones go (see :meth:`Merge.compare`).
     """
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.domain} if parent else {}
@@ -297,9 +296,9 @@ def _supersede(
     Inputs are compared as for conflicts: the prompt with its system turn, ignoring case and white space. A row that
     replaces another takes over its input as the dataset spells it, so that only the output changes.
 
-    If an input has several outputs, in the version or in the files, which one replaces which is unknown: another set of
-    outputs is refused. ``edited`` maps a pair key to the known one that replaced it, by review or by an earlier
-    replacement (``made``).
+    If an input has several outputs, in the version or in the files, which one replaces which is
+    unknown: another set of outputs is refused. ``edited`` maps a pair key to the known key that
+    replaced it, by review or by an earlier replacement (``made``).
     """
     there: dict[str, list[str]] = defaultdict(list)
     for key in sorted(known):

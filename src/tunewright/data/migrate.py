@@ -47,7 +47,7 @@ class HostedJob:
     differences: list[str] = field(default_factory=list)
 
     def take(self, settings: Mapping[str, Any], **names: str) -> None:
-        """Set keys of the train section from their settings, or name the difference of one that is not valid here."""
+        """Set keys of the train section from their settings, or name the difference if a setting is not valid here."""
         for key, theirs in names.items():
             value = settings.get(theirs)
             if value is None:

@@ -48,9 +48,9 @@ def mix_in(
 ) -> DrawnMix:
     """Draw the mix-in for these domain rows.
 
-    The seed and the rows' keys decide the order, so that a version with more training rows keeps the previous draw and
-    extends it. Rows are rejected if their input is (nearly) equal to one of the domain. They are also rejected if they
-    contain a held-out row, a benchmark item or secrets.
+    The seed and the rows' keys decide the order, so that a version with more training rows keeps
+    the previous draw and extends it. Rows are rejected if their input is (nearly) equal to a domain
+    row's. They are also rejected if they contain a held-out row, a benchmark item or secrets.
 
     ``removed`` are pair keys of rows that were removed earlier.
     """

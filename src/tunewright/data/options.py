@@ -71,7 +71,7 @@ class RemoveOptions:
     groups: Annotated[
         tuple[str, ...], Option("Group of the rows, such as customer=ACME (repeatable).", name="--group")
     ] = ()
-    """A row must have one of them."""
+    """A row must have one of these group values."""
     dry_run: Annotated[bool, Option("Show what would be removed, and change nothing.")] = False
     purge: Annotated[bool, Option("Erase the rows' text from all versions too. This cannot be undone.")] = False
     """Also the text of rows that they were edited from, and of former rows with the same input."""

@@ -373,7 +373,7 @@ class RemoteStore(RemoteFiles):
         for path in self._log_files(folder):
             data = self.read(path)
             yield path, data
-            # After the caller has parsed it: lines have digests too, so if they match, lines are missing or repeated.
+            # After the caller has parsed it: lines also have digests, so if they match, lines are missing or repeated.
             if f"{folder}/{short(hashlib.sha256(data).hexdigest())}.jsonl" != path:
                 raise UserError(_CHANGED, where=f"{self.url}/{path}", fix=fix)
 
@@ -384,7 +384,7 @@ class RemoteStore(RemoteFiles):
 
     def removals(self) -> list[Removal]:
         """Return all events of the remote's logs of removals."""
-        # For web servers that do not list files, one file has all events.
+        # For web servers that do not list files, one file contains all events.
         events = events_in(self.read_if_there(_ALL_REMOVED) or b"", f"{self.url}/{_ALL_REMOVED}")
         for path, data in self._log(_REMOVED, "Restore the file."):
             events += events_in(data, f"{self.url}/{path}")
@@ -424,7 +424,7 @@ class RemoteStore(RemoteFiles):
             for name, data in (files if kept == rows else {**files, _ROWS: kept}).items():
                 self._rewrite(f"{folder}/{name}", data)
                 changed += 1
-        # A file whose digest does not match is erased too, and refused when its reviews are read.
+        # A file whose digest does not match is also erased, and refused when its reviews are read.
         for name in self._log_files(_REVIEWS):
             events = [event for _, event in reviews.events_in(self.read(name), f"{self.url}/{name}")]
             redacted = [without_purged(event, purged) for event in events]

@@ -96,9 +96,9 @@ class Removed:
 class RemoveResult:
     """The rows removed, or to be removed (``dry_run``), and the adapters and evaluations that used them.
 
-    ``version`` is current afterwards. ``created`` is false if a version of the remaining rows exists already, or if a
-    purge names only rows of earlier versions. ``rows`` are those of the current version; ``earlier`` counts rows that
-    only earlier versions have and whose text is purged too.
+    ``version`` is current afterwards. ``created`` is false if a version of the remaining rows exists
+    already, or if a purge names only rows of earlier versions. ``rows`` are rows of the current
+    version; ``earlier`` counts rows that only earlier versions have and whose text is also purged.
     """
 
     version: Manifest
@@ -263,8 +263,8 @@ def _save(
     because: str,
     reporter: Reporter,
 ) -> Manifest:
-    # The log comes first. After a crash, a row that is logged but still there is removed by the same command again; a
-    # row that is gone but not logged would come back with its file.
+    # The log comes first. After a crash, a row that is logged but still present is removed by the
+    # same command again; a row that is gone but not logged would come back with its file.
     examples = {key: m.example for key, m in going.items()}
     append_removals(dataset, Removal.of_rows("removed", examples, because, dataset.parent))
     members = rename_clusters(without_unaccepted(dataset, parent.manifest, left, reporter))
@@ -316,7 +316,7 @@ def purge_rows(
 
 
 def merge_removals(dataset: Path, events: Sequence[Removal], reporter: Reporter) -> None:
-    """Add a remote's removals to the log, and purge the rows that were purged there; the caller holds the lock."""
+    """Add a remote's removals to the log, and purge the rows that it has purged; the caller holds the lock."""
     new = read_removals(dataset).lacking(events)
     purged = [event.key for event in new if event.event == "purged"]
     there = has_rows(dataset / "rows", purged)

@@ -116,8 +116,8 @@ def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[s
 def _names(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield each place in a file of keys, with the JSON value or the text there.
 
-    The file has a key or a JSON object per line, or is the --json output of `data show`, `data suspects` or
-    `data remove`. A CSV with a column `key` or `row` (`data review --export`) works too.
+    The file has a key or a JSON object per line, or is the --json output of `data show`, `data
+    suspects` or `data remove`. A CSV with a column `key` or `row` (`data review --export`) also works.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

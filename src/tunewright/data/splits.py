@@ -162,7 +162,7 @@ class _Classes:
 def _fill_by_class(
     free: Sequence[str], clusters: Mapping[str, Sequence[str]], room: int, most: int, classes: _Classes
 ) -> list[str]:
-    """Fill a split by class: first clusters that exceed no class's share, then those that bring classes nearest to it.
+    """Fill a split by class: first clusters within all classes' shares, then the nearest ones.
 
     For clusters of single rows, the second round is the largest remainder method: it distributes the rows that are left
     when each class has its share rounded down.

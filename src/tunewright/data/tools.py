@@ -80,8 +80,7 @@ def read_tools(value: Any) -> Toolset:
     """Return the functions that a list declares, or its text in JSON.
 
     A declaration is ``{"type": "function", "function": {...}}`` or the inner object. Absent
-    parameters become the parameters of a function that takes none. ``strict`` is left out: it is an
-    instruction for decoding, not for the model.
+    parameters become an empty set. ``strict`` is left out: it is for decoding, not for the model.
     """
     if isinstance(value, str):
         try:
@@ -328,7 +327,7 @@ def _matches(pattern: str, text: str) -> bool:
 
 @cache
 def _validators() -> tuple[Any, Callable[[Any], Any]]:
-    """Return a validator of schemas, and one of arguments for a schema; jsonschema is imported when it is needed."""
+    """Return validators of schemas and of arguments for a schema; jsonschema is imported on demand."""
     from jsonschema import Draft202012Validator, FormatChecker
     from jsonschema.exceptions import ValidationError
     from jsonschema.validators import extend

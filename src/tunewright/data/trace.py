@@ -149,7 +149,7 @@ def rejected_answers(dataset: Path, manifest: Manifest) -> dict[str, list[Any]]:
 
 
 def _records(dataset: Path, manifest: Manifest, *also: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the present key and the record of each row read, newest import first; of duplicates only exact ones."""
+    """Yield the present key and the record of each row read, newest import first; duplicates only if exact."""
     edits = superseded_keys(dataset, manifest)
     for record in import_records(import_files(dataset, manifest), *_PRESENT, *also):
         if "key" in record and record.get("of", record["key"]) == record["key"]:
@@ -203,7 +203,7 @@ class RowOrigin:
     """Origin of a row in the dataset.
 
     ``source`` and ``line`` are its place, if an import records it. ``edit_of`` are pair keys with
-    the same input that the previous version had and this one lacks; ``conflicts_with`` are such
+    the same input that the previous version had and this version lacks; ``conflicts_with`` are such
     keys that it still has. ``older_missing`` is the parent, if the dataset lacks it.
     """
 
@@ -260,7 +260,7 @@ def _same_input(
 
 
 def ancestors(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield an adapter's lineage, then that of the adapter that its training started from, and so on."""
+    """Yield an adapter's lineage, then the lineage of the adapter that its training started from, and so on."""
     at: Mapping[str, Any] | None = lineage
     while at is not None:
         yield at
@@ -332,7 +332,7 @@ _NO_PAIR = "no preference pair"
 
 
 def _own_use(name: str, lineage: Mapping[str, Any], places: KnownPlaces, key: str) -> RowUse:
-    """Return the use of a row by an adapter's own training, without its parents'."""
+    """Return the use of a row by an adapter's own training, without its parents' training."""
     version = (lineage.get("dataset") or {}).get("digest")
     there = places.of(version)
     if there is None:

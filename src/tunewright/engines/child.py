@@ -323,8 +323,8 @@ _LOCK = "lock"
 class PrivateFolder:
     """A new folder for temporary files that only this user can open (mode 0700).
 
-    This process holds a lock in it, which the system releases however the process ends. So a folder with a free lock
-    belongs to a killed gateway, and the next start removes it. A folder without a lock file is left alone.
+    This process holds a lock in it, which the system releases however the process ends. So a folder with a
+    free lock belongs to a killed gateway, and the next start removes it. A folder without a lock file is kept.
     """
 
     def __init__(self) -> None:

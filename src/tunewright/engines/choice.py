@@ -121,8 +121,7 @@ def answer_engine(
 def _start_failure(there: Environment | None, config: Config, base: Base, reporter: Reporter) -> str | None:
     """Return why vLLM does not start on this base; None if it does or once did.
 
-    The start is tried before the first answer, not with it: digests and the access log name the
-    engine before anything is answered.
+    It is tried before the first answer: digests and the access log name the engine earlier.
     """
     started = environment.default_folder(VLLM, "cuda").with_suffix(".started") / base.digest
     if started.exists() or started in _failed:
@@ -206,7 +205,7 @@ def vllm_here(build: Build) -> MachineVllm:
 
 
 def require_equal(expected: Environment, found: Environment) -> None:
-    """Check that a machine has the versions of another one."""
+    """Check that a machine has the same versions as another machine."""
     ours, theirs = _versions(expected.versions), _versions(found.versions)
     if ours != theirs:
         fix = "Run `tunewright engine install vllm` with the same tunewright on each machine, or set it to peft."
@@ -220,7 +219,7 @@ def _versions(versions: Mapping[str, str]) -> str:
 def _smallest_card() -> int:
     """Return the bytes of this machine's smallest GPU.
 
-    Another process asks: Ray hides the GPUs from this one, which would keep some of their memory.
+    Another process asks: Ray hides the GPUs from this process, which would keep some of their memory.
     """
     variables = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     asked = run([sys.executable, "-c", _CARDS], env=variables)

@@ -271,7 +271,7 @@ class LlamaCppEngine:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "samplers": ["temperature", "top_p"],  # without the samplers that llama.cpp adds by default
-            # It has 32 bits, and all ones (-1) mean a random one.
+            # It has 32 bits, and all ones (-1) mean a random seed.
             "seed": -1 if request.seed is None else (request.seed + len(before)) % (2**32 - 1),
             "lora": generation.scales(request.adapter),
             "cache_prompt": False,

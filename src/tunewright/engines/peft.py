@@ -269,8 +269,8 @@ class PeftEngine:
         for sequence in admitted:
             if sequence not in short:
                 self._prefilling[sequence] = self._batch.start_prefill([sequence.request])
-        # One chunk of the oldest prompt and one of the prompt with the least left: a long prompt does not delay the
-        # short ones for longer than a chunk takes, and is not starved by them.
+        # One chunk of the oldest prompt and one of the prompt with the least left: a long prompt
+        # delays short prompts by a chunk at most, and is not starved by them.
         least_left = sorted(self._prefilling, key=lambda sequence: self._prefilling[sequence].remaining_tokens)
         for sequence in dict.fromkeys([*list(self._prefilling)[:1], *least_left[:1]]):
             self._prefill_chunk(sequence)

@@ -132,7 +132,7 @@ class EnginePool:
         return deliver_stream(self._stream(request, sink, tenant), sink)
 
     async def _stream(self, request: Request, sink: TokenSink, tenant: str) -> AsyncGenerator[Delta, None]:
-        """Yield an engine's deltas; if it stops before the first token, ask another one."""
+        """Yield an engine's deltas; if it stops before the first token, ask another engine."""
         task = asyncio.current_task()
         assert task is not None
         own = asyncio.get_running_loop(), task, sink

@@ -45,7 +45,7 @@ class EngineStoppedError(Exception):
 
 
 PREFILL_TOKENS = 128
-"""``Engine.prefill_tokens`` on a processor, where a pass of 128 tokens takes several times as long as one of 16."""
+"""``Engine.prefill_tokens`` on a processor, where a pass of 128 tokens takes several times as long as a pass of 16."""
 
 Event = Delta | RequestFailedError | EngineStoppedError
 """An event of one request: some tokens, or the error that ended it."""
@@ -92,8 +92,8 @@ class Engine(Protocol):
     def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
         """Start a request, and return a function that aborts it.
 
-        No event arrives after the abort; to abort a request that has ended does nothing. Tokens that end an answer are
-        not delivered. Errors are delivered too, never raised here.
+        No event arrives after the abort; to abort a request that has ended does nothing. Tokens
+        that end an answer are not delivered. Errors are also delivered, never raised here.
 
         Args:
             request: its ``adapter`` is the digest of a loaded adapter, or None for the base; it has no stop strings.
@@ -102,7 +102,7 @@ class Engine(Protocol):
         """
 
     async def load(self, digest: str, folder: Path) -> None:
-        """Load an adapter; one that is loaded already is left alone.
+        """Load an adapter; an adapter that is loaded already is kept.
 
         Raises:
             UserError: the files do not match the digest, or the engine cannot hold this adapter or any further one.

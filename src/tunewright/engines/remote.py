@@ -183,7 +183,7 @@ class RemoteEngine(LoopClients):
         raise EngineStoppedError(f"The engine {self.url} ended an answer before it was complete.")
 
     async def _events(self, method: str, body: Event) -> AsyncGenerator[Event, None]:
-        """Yield the events of a call; closing the generator closes the connection, which ends the call there."""
+        """Yield the events of a call; closing the generator closes the connection, which ends the call."""
         try:
             async with self.post(f"{FACTS}/{method}", body) as reply:
                 reply.raise_for_status()
@@ -220,7 +220,7 @@ BALANCE = 1.25
 
 
 def choose(adapter: str | None, engines: Sequence[RemoteEngine]) -> RemoteEngine:
-    """Return the engine for a request: the adapter's first one that is not busy, or for the base the least loaded."""
+    """Return the engine for a request: the adapter's first idle engine, or for the base the least loaded."""
     loads = {engine.url: engine.running / max(1, engine.rows) for engine in engines}
     if adapter is None:
         return min(engines, key=lambda engine: loads[engine.url])

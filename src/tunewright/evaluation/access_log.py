@@ -94,7 +94,7 @@ class AccessLog:
             self._write({file: text})
 
     def add(self, folder: Path, files: Mapping[str, str]) -> None:
-        """Write a new evaluation; one that exists is kept, since the folder is named by its inputs."""
+        """Write a new evaluation; an existing one is kept, since the folder is named by its inputs."""
         with self._held():
             if not (folder / EVIDENCE_FILE).exists():
                 self._write({folder / name: text for name, text in files.items()})
@@ -184,7 +184,7 @@ class AccessLog:
             _staged(file).replace(file)
 
     def _complete(self) -> None:
-        """Put staged files in place whose line was written, and discard the others."""
+        """Put staged files in place if their line was written, and discard other staged files."""
         newest = {self.path.parent / name: line.files[name] for name, line in self._newest().items()}
         folders = {self.path.parent, *(file.parent for file in newest), *self.path.parent.glob("[!.]*/")}
         for staged in [file for folder in folders for file in folder.glob(f".*{_STAGED}*")]:  # also half-written ones

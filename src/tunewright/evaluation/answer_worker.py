@@ -142,7 +142,7 @@ class WorkerModel:
 
 @dataclass(frozen=True)
 class RequestBatch:
-    """Some requests of an arm, sent without their constraints, which are compiled again where they are used.
+    """Some requests of an arm, sent without their constraints, which are compiled again in the worker.
 
     ``functions`` are the functions that each prompt declares (None: the answers are free). ``at_once`` rows
     decode together (None: the model's number). Answers of one ``company`` may share vLLM's prefix cache.
@@ -205,7 +205,7 @@ class _Vllm:
         expected = model.engine.environment
         assert expected is not None
         here = vllm_here(expected.build).environment
-        require_equal(expected, here)  # the machine may have joined after the others were checked
+        require_equal(expected, here)  # the machine may have joined after the check
         self.answers = VllmAnswers(
             base_here(model.base),
             model.dtype,

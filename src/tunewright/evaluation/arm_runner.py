@@ -57,7 +57,7 @@ class BuiltPrompt:
     """It has fewer demonstrations than the arm, to fit the context."""
 
     def stored(self, messages: PromptMessages, plan: str | None = None) -> StoredPrompt:
-        """Return the evidence's entry, with its messages among those of the evaluation."""
+        """Return the evidence's entry, with its messages among the evaluation's."""
         return StoredPrompt(
             messages=messages.add([replace(message, weight=1).as_dict() for message in self.messages]),
             tokens=digest(self.ids),

@@ -222,7 +222,7 @@ def tuned_optimized(optimized: str | None) -> ArmPlan | None:
     return None if optimized is None else ArmPlan("tuned", optimized=optimized)
 
 
-# Optimized prompts in the project, one file for each optimization, and the one that fits the current inputs
+# Optimized prompts in the project, one file for each optimization, and the file that fits the current inputs
 
 
 _NAMES = {
@@ -256,7 +256,7 @@ def load_optimized(file: Path, evaluations: Path) -> OptimizedPrompt:
 def find_optimized(
     folder: Path, evaluations: Path, inputs: Mapping[str, Any], reporter: Reporter
 ) -> OptimizedPrompt | None:
-    """Return the newest optimization of the same inputs; stale ones are named in a warning if there is no other.
+    """Return the newest optimization of the same inputs; without one, warn of stale ones.
 
     ``evaluations`` is the folder whose access log binds the prompts, and ``inputs`` are from `ArmRunner.inputs`.
     """

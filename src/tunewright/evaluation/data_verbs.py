@@ -109,7 +109,7 @@ def exact_match_misleads(project: OpenProject, evaluation: str | Path) -> str | 
 
 
 def scores_by_template(project: OpenProject, evaluation: str | Path) -> list[TemplateScore]:
-    """Return an evaluation's exact match on items with trained output templates, and with new ones.
+    """Return an evaluation's exact match on items with trained output templates, and with new templates.
 
     The list is empty if outputs are alike by nature; :meth:`leakage` gives the reason.
 

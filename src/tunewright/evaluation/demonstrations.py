@@ -162,8 +162,8 @@ class Demonstrations:
         """Return ``k`` training pairs by maximal marginal relevance, the most similar one first.
 
         Each next one has the largest ``weight`` x (similarity to the question) - (1 - ``weight``) x (largest similarity
-        to those already selected), by Carbonell and Goldstein (1998). BM25 has no upper limit, so its scores are taken
-        as shares: of the nearest input's for the question, and of an input's score for itself between inputs.
+        to the pairs already selected), by Carbonell and Goldstein (1998). BM25 has no upper limit, so its scores are
+        taken as shares: of the nearest input's for the question, and of an input's score for itself between inputs.
         """
         places, similar = self._ranked(retriever, query)
         pool = places[: max(_POOL, 4 * k)]

@@ -150,7 +150,7 @@ def _shuffled(names: Iterable[str], salt: str) -> list[str]:
 
 
 def _assign_folds(sizes: Mapping[str, int], folds: int, seed: int) -> list[set[str]]:
-    """Assign clusters to folds, the largest first, each into the smallest; the seed orders equal ones."""
+    """Assign clusters to folds, the largest first, each into the smallest; the seed orders equal clusters."""
     dealt: list[set[str]] = [set() for _ in range(folds)]
     smallest = [(0, fold) for fold in range(folds)]
     for name in sorted(_shuffled(sizes, str(seed)), key=lambda name: -sizes[name]):

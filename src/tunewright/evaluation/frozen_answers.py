@@ -312,7 +312,7 @@ def read_frozen(path: Path) -> list[FrozenAnswer]:
 
 
 def _named(call: Any) -> tuple[str, str]:
-    """Return a call's name and arguments as the endpoint wrote them; a malformed one has its JSON in place of both."""
+    """Return a call's name and arguments as the endpoint wrote them; a malformed call has its JSON in place of both."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return "", json.dumps(call)

@@ -312,7 +312,7 @@ class Generator:
         """Generate answers, even if the journal has them.
 
         Args:
-            requests: from :meth:`requests`; ``adapter`` is the one that they name.
+            requests: from :meth:`requests`; ``adapter`` is the adapter that they name.
             on_finished: called with a request's index and its completion, in any order, on a single thread.
             stop_ids: tokens that end an answer (None: the chat format's).
             at_once: number of rows that decode together (None: the engine's maximum).

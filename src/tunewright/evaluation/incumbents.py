@@ -111,7 +111,7 @@ class IncumbentArms:
             self.arm_runner.reporter.say(f"{model.arm} on dev: {score_text(scorer.name, score.value)}")
 
     def ask(self) -> dict[str, list[ArmAnswer]]:
-        """Return the answers to the split by arm; an item without one has an empty text and is left out by `scored`."""
+        """Return the answers to the split by arm; without an answer the text is empty, and `scored` leaves it out."""
         self._frozen = {model.arm: model.answers(self.members, self.split) for model in self.models}
         return {
             arm: [
@@ -286,8 +286,7 @@ def tuned_side(
 ) -> TunedServing:
     """Return the tuned side at the prices of advise.prices.
 
-    ``seconds`` is the machine's time for a call in a full batch of ``rows``; ``training`` is the
-    training time, if known.
+    ``seconds`` is the time of a call in a full batch of ``rows``; ``training`` the training's, if known.
     """
     prices = config.advise.prices or PriceConfig()
     missing, per_1000 = {}, None

@@ -299,7 +299,7 @@ def declare(
 
 
 def parent_of(arm_runner: ArmRunner, adapter: Adapter) -> Adapter | None:
-    """Return the adapter that another one started from; None if there is none, or, with a warning, if it is gone."""
+    """Return the adapter that another adapter started from; None if there is none or, with a warning, it is gone."""
     named = adapter.lineage.get("parent")
     if named is None:
         return None

@@ -136,7 +136,7 @@ def access_log(project: OpenProject) -> list[LoggedAccess]:
     """Return every access to the test split, oldest first, after checking the log and the files that it binds.
 
     Raises:
-        UserError: a line or an evaluation's file was changed or is missing; the first one is named.
+        UserError: a line or an evaluation's file was changed or is missing; the first fault is named.
     """
     log = AccessLog(project.folder.evaluations)
     log.require_all()

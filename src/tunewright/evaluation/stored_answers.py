@@ -170,7 +170,7 @@ def _judge(folder: Path, evidence: Evidence) -> Iterator[_Verdict]:
 
 @dataclass(frozen=True)
 class RowAnswer:
-    """The deciding arm's answer to a row, and its score by the deciding metric; None if it has no score there."""
+    """The deciding arm's answer to a row, and its score by the deciding metric; None if it has no such score."""
 
     evaluation: str
     arm: str

@@ -78,9 +78,8 @@ class AnswerRate:
 class TimeLimit:
     """The limit of ``--minutes``: the first arm by value that does not fit is left out, with all later ones.
 
-    The file keeps the decision, so that a resumed command leaves out the same arms on a machine of
-    another speed. ``choice`` is the work of choosing the best prompting arm, in the order of
-    answering, and ``later`` the work after it.
+    The file keeps the decision, so that a resumed command leaves out the same arms on a machine of another
+    speed. ``choice`` is the work of choosing the prompting arm, in order, and ``later`` the work after it.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class TimeLimit:
         return self._rate.seconds_with(sum(work.answers for work in self._left if work.arm not in without))
 
     def _admit_first(self, undecided: Sequence[str]) -> None:
-        """Leave out all of these arms if there is no time for the first one and those that are never left out."""
+        """Leave out all of these arms if there is no time for the first arm and the arms that are never left out."""
         most = 60 * self._minutes
         expected = self._seconds(without=undecided[1:])
         if expected is None or expected <= most:

@@ -155,8 +155,8 @@ def evaluate(
 ) -> EvaluateResult:
     """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
 
-    The access to the test split is logged first. Existing evidence is read again, not measured. The benchmarks of
-    the config's regressions section are measured too.
+    The access to the test split is logged first. Existing evidence is read again, not measured. The
+    benchmarks of the config's regressions section are also measured.
 
     Args:
         adapter: a name or its beginning (None: the newest).
@@ -205,7 +205,7 @@ def estimate_evaluation(
         embed: compute vectors of dense retrieval that are not kept. Otherwise no model is loaded.
 
     Raises:
-        UserError: no adapter, or one that does not fit; also without ``embed`` if vectors have to be computed.
+        UserError: no adapter, or an adapter that does not fit; also without ``embed`` if vectors have to be computed.
     """
     from tunewright.evaluation.workload import estimated_answers
 

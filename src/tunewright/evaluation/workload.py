@@ -95,7 +95,7 @@ def time_limit(
 
 
 def choice_works(runner: ArmRunner) -> list[Work]:
-    """Return the answers of the choice of a prompt: all entrants on the first items, the finalists on the others."""
+    """Return the answers of the choice of a prompt: all entrants on the first items, the finalists on the rest."""
     settings, first = runner.settings, first_rows(runner)
     always = always_answered(runner.prompting_arms)
     entrants = [plan for plan in by_value(runner.prompting_arms) if runner.infeasible_reason(plan, first) is None]

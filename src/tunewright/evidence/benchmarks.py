@@ -31,7 +31,7 @@ Unit = Literal["share", "nats per token"]
 
 
 class Control(Part):
-    """A measurement with a known outcome, which shows that the suite measures what it should."""
+    """A measurement with a known outcome, which shows that the suite measures the intended ability."""
 
     name: Annotated[str, Field(description="The measurement, e.g. 'questions dealt to other items'.")]
     score: float

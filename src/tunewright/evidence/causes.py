@@ -19,7 +19,7 @@ from tunewright.metrics import points_text, score_text
 FEW_ROWS = 500
 """Below this number of rows, of which `data add` warns, more rows are the first remedy."""
 NOISY = 0.05
-"""A share of wrong or contradicting rows that lowers a score; `data review` accepts less."""
+"""Share of wrong or contradicting rows from which scores suffer; `data review` accepts a lower share."""
 FEWEST_REVIEWED = 20
 
 _FALLING = 0.02
@@ -84,8 +84,8 @@ def causes(evidence: Evidence, found: Verdict, known: ProjectFacts) -> tuple[Rea
     - more epochs, if the loss has stopped falling;
     - more rows, if the learning curve is flat.
 
-    More test items are never a remedy for a *don't ship*, since the interval is on the wrong side already. There are
-    no causes either if the gain suffices and benchmarks or people prevent a *ship*.
+    More test items are never a remedy for a *don't ship*, since the interval is on the wrong side
+    already. There are also no causes if the gain suffices and benchmarks or people prevent a *ship*.
     """
     first = evidence.contrasts[0]
     if found.decision == "ship" or first.interval.low > evidence.margin:
@@ -185,7 +185,7 @@ def _form(evidence: Evidence, tuned: Arm, *, undertrained: bool) -> list[Reason]
 
 
 def _token_limit(evidence: Evidence, tuned: Arm) -> list[Reason]:
-    # The limit explains at most as many cut answers as there are references longer than it.
+    # The limit explains at most as many cut answers as there are longer references.
     cut = tuned.truncated if evidence.form is None else min(tuned.truncated, evidence.form.longer)
     if cut <= CAUTION_SHARE * tuned.items or not _could_change(evidence, cut):
         return []

@@ -267,7 +267,7 @@ class StoredPrompt(Part):
 
 
 ENOUGH = 0.95
-"""Share of the references that must have a format for it to be the task's."""
+"""Share of the references that must have a format, so that it counts as the task's format."""
 _MOST_MASKS = 12
 _FEWEST = 20
 """References needed to infer a format."""

@@ -100,7 +100,7 @@ def tango_limits(more: float, less: float, items: float, z: float) -> tuple[floa
     """Return score limits of a difference of paired shares, (more - less) / items (Tango 1998, Statistics in Medicine
     17).
 
-    The limits are the differences d that the score test does not reject. Its variance is that of the
+    The limits are the differences d that the score test does not reject. Its variance comes from the
     likeliest table with the difference d, so the interval has a positive width even without discordant
     pairs. For clustered items all three numbers may be effective numbers, which need not be integers.
     """

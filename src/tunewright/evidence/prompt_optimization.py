@@ -22,7 +22,7 @@ class PromptCandidate(Part):
 
 
 class ReflectionUsage(Part):
-    """The reflection model, and what its replies cost."""
+    """The reflection model, and the cost of its replies."""
 
     model: str
     url: str

@@ -161,7 +161,7 @@ def cost_text(found: Incumbent, tuned: TunedServing, even: BreakEven) -> str:
 
 
 def latency_text(found: Incumbent, tuned: TunedServing) -> str:
-    """Return the 95th percentile of both sides' latencies, or the reason why one is missing."""
+    """Return the 95th percentile of both sides' latencies, or the reason why a latency is missing."""
     sides = [
         f"{name} unknown ({side.missing['latency']})"
         if side.latency is None
@@ -215,7 +215,7 @@ def _points(share: float) -> str:
 
 
 def incumbents_section(found: Incumbents, outcomes: Sequence[Replacement]) -> Section:
-    """Return the outcome for each incumbent, with what it was decided on."""
+    """Return the outcome for each incumbent, with the figures that decided it."""
     notes = [f"{each.incumbent.name}: {reason}" for each in outcomes for reason in each.reasons[1:]]
     blocks: tuple[Block, ...] = (
         Lead(

@@ -229,8 +229,8 @@ def declared_contrasts(
 ) -> list[Contrast]:
     """Return each treatment against its control by every metric; the first one decides.
 
-    Contrasts by the first metric are the declared ones, with p-values adjusted for multiple tests.
-    Contrasts by the other metrics follow.
+    Contrasts by the first metric are the declared contrasts, with p-values adjusted for multiple
+    tests. Contrasts by the other metrics follow.
     """
     measured: list[Contrast] = []
     for metric in scored.by_metric:

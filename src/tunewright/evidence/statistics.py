@@ -203,7 +203,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = [0.0] * len(p_values)
     highest = 0.0
     for rank, place in enumerate(order):
-        # The running maximum keeps adjusted p-values in the order of the original ones.
+        # The running maximum keeps adjusted p-values in the order of the original p-values.
         highest = max(highest, min((len(p_values) - rank) * p_values[place], 1.0))
         adjusted[place] = highest
     return adjusted

@@ -169,7 +169,7 @@ class BuiltArtifact:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An artifact, or the record of one that failed."""
+    """An artifact, or the record of a failed artifact."""
 
     folder: Path | None
     """None if the artifact failed and was removed."""
@@ -204,7 +204,7 @@ class _ParityError(Exception):
 
 
 def find_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None:
-    """Return the artifact at ``target`` if it was made from the same inputs; None if nothing is there."""
+    """Return the artifact at ``target`` if it was made from the same inputs; None if nothing exists."""
     if not target.exists():
         return None
     elsewhere = "Remove it, or use another folder with --to."

@@ -173,7 +173,7 @@ def _cut(template: Template, users: int, *, system: bool) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Return a text for a template inside a Modelfile, as a Go string if it would not survive there."""
+    """Return a text for a template inside a Modelfile, as a Go string if it would not survive otherwise."""
     plain = all(character.isprintable() or character in "\n\t" for character in text)
     if plain and "{{" not in text and '"""' not in text and not text.endswith(("{", '"')):
         return text
@@ -213,7 +213,7 @@ def build_ollama(
     template, prompt = go_template(chat), source.system_prompt.text
     system = None
     if prompt is not None:
-        # A chat template that strips messages also strips this one; Ollama's does not.
+        # A chat template that strips messages also strips this text; Ollama's template does not.
         system = modelfile_system(prompt.strip() if strips_whitespace(chat) else prompt)
     stop, context = stop_strings(project.folder.config, chat), project.folder.config.train.max_length
     names = [each.name for each in files]

@@ -53,7 +53,7 @@ def exported_template(chat: ChatFormat, system_prompt: str | None = None) -> str
 
 
 def equivalent_conversations(messages: Sequence[Message], system_prompt: str | None) -> list[Sequence[Message]]:
-    """Return the conversations that must render alike: this one, and the one without its default system turn."""
+    """Return the conversations that must render alike: this one, with and without its default system turn."""
     place = 1 if messages[0].role == "tools" else 0
     if system_prompt is None or messages[place] != Message("system", system_prompt):
         return [messages]

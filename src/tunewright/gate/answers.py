@@ -1,4 +1,4 @@
-"""Answers token by token, next-token distributions, and the reference that gives the correct ones.
+"""Answers token by token, next-token distributions, and the reference that gives correct answers.
 
 The reference is the trained model: the base with one adapter at a time, on peft and transformers only.
 """
@@ -63,7 +63,7 @@ class GreedyAnswer:
         """Return by how many nats another answer is less likely where it diverges; its later tokens may be worse."""
         for own, theirs, behind in zip(self.answer.choices, other.choices, self.behind, strict=False):
             if own != theirs:
-                # An unlisted token is less likely than all listed ones.
+                # An unlisted token is less likely than all listed tokens.
                 return behind.get(theirs, max(behind[token] for token in behind if token != END))
         return 0.0
 
@@ -105,7 +105,7 @@ def comparable(completion: Completion) -> ModelAnswer:
 
 
 async def ask(engine: Engine, request: Request) -> tuple[ModelAnswer, list[TokenLogprob]]:
-    """Return an engine's answer, with what it reports of its tokens."""
+    """Return an engine's answer, with the engine's report on its tokens."""
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []
     finish: Finish | None = None

@@ -102,10 +102,9 @@ class _Session:
     async def warm_prefixes(self, check: str) -> None:
         """Send each long prompt to one model, then to all others, then to all models in another order.
 
-        So every model finds prefixes that another model has computed, and after the first round
-        prefixes of all models. The order within a round is random. So a cache that confuses two
-        models only directly after each other may escape. But a cache that does not distinguish two
-        models at all has one entry for both, and the last round detects it.
+        So every model finds prefixes of another model, and after the first round prefixes of all. The order within
+        a round is random. So a cache that confuses two models only directly after each other may escape. But a
+        cache that does not distinguish two models at all has one entry for both, and the last round detects it.
         """
         prompts, models = self.long.distinct, list(self.long.prompts)
         first = {prompt: models[place % len(models)] for place, prompt in enumerate(prompts)}
@@ -336,7 +335,7 @@ class Probes:
 
     @property
     def distinct(self) -> list[Ids]:
-        """All prompts; models share most of them, since all models try the same ones first."""
+        """All prompts; models share most of them, since all models try the same prompts first."""
         return list(dict.fromkeys(prompt for _, prompt in self.every))
 
 
@@ -347,7 +346,7 @@ def find_probes(
     tolerance: float,
     advance: Callable[[], None] = lambda: None,
 ) -> Probes:
-    """Choose a few prompts for each model, each of which distinguishes it from a model that the ones before do not.
+    """Choose a few prompts for each model, each of which distinguishes it from a model that earlier prompts do not.
 
     Most pairs of models cost no pass over a model. Two greedy answers agree up to the token at which they diverge.
     There the model's own answer has already shown by how much the other's token is less likely. So the number of

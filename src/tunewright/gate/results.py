@@ -116,7 +116,7 @@ class IsolationTest:
     adapters: tuple[str, ...]
     """The digests of all adapters that were loaded together."""
     versions: dict[str, str]
-    """Versions of packages; those of the engine's environment as ``vllm:torch``."""
+    """Versions of packages; versions in the engine's environment as ``vllm:torch``."""
     tolerance: float
     """Maximum nats by which a correct token may be less likely than the reference's choice."""
     checks: tuple[IsolationCheck, ...]
@@ -150,7 +150,7 @@ class IntervalEstimate:
 
 @dataclass(frozen=True)
 class ServingFigures:
-    """One model's answers through the engine, compared with those of the same model under PEFT.
+    """One model's answers through the engine, compared with the same model's answers under PEFT.
 
     The identity adapter is compared with the base, the other two with the adapter.
     """
@@ -167,7 +167,7 @@ class ServingFigures:
     same: IntervalEstimate
     """The share of answers that are the same, token by token."""
     wrong: IntervalEstimate
-    """The share of answers that leave the reference's at a token that is not nearly as likely."""
+    """The share of answers that leave the reference's answer at a token that is not nearly as likely."""
     formed: int
     """The number of prompts whose ideal answer is JSON or has calls."""
     well_formed: IntervalEstimate | None

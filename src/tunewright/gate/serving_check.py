@@ -42,7 +42,7 @@ _PRECISIONS: dict[str, Precision] = {"float32": "16-bit", "bfloat16": "16-bit", 
 LOST = {name: LIMITS[precision].lost for name, precision in _PRECISIONS.items()}
 """The share of the adapter's effect that may be lost: the limits of exported models."""
 WRONG = 0.05
-"""The share of answers that may leave the reference's at a token that is not nearly as likely: one in twenty."""
+"""The share of answers that may leave the reference's answer at a token that is not nearly as likely: one in twenty."""
 LOGPROBS = 20
 """The likeliest tokens that an engine is asked for at each place: vLLM lists no more by default."""
 
@@ -251,8 +251,8 @@ def _estimate(value: float, interval: Interval) -> IntervalEstimate:
 def shortcomings(figures: Sequence[ServingFigures]) -> tuple[str, ...]:
     """Return why the check fails, one sentence each; empty if it passes.
 
-    A figure fails if its whole 95% interval is beyond its limit. The merged model is not what a release serves, so it
-    decides nothing.
+    A figure fails if its whole 95% interval is beyond its limit. A release does not serve the
+    merged model, so its figures decide nothing.
     """
     found = []
     for each in figures:

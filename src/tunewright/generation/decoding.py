@@ -66,7 +66,7 @@ class Prefix:
 class PrefillState:
     """New rows whose prompts are partly prefilled: see :meth:`Batch.start_prefill`.
 
-    ``pending`` [rows, columns] are the prompts, padded on the left, without what the cache holds.
+    ``pending`` [rows, columns] are the prompts, padded on the left, without the part in the cache.
     """
 
     def __init__(self, rows: list[Row], pending: Tensor, cache: Cache) -> None:
@@ -274,7 +274,7 @@ class Batch:
         """Return the next token's logits [rows, vocabulary] after new columns of tokens [rows, time].
 
         The cache gets the new columns. ``first`` is the column where each row's text begins. Ids
-        and ``first`` go to the device in one copy; everything else is computed there.
+        and ``first`` go to the device in one copy; everything else is computed on the device.
         """
         device = self._model.device
         new = ids.shape[1]

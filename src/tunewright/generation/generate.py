@@ -155,7 +155,7 @@ several of torch's workspaces (32 MiB).
 
 @dataclass
 class BatchSize:
-    """Number of rows that decode at once; halved when memory runs out, for later lists of requests too."""
+    """Number of rows that decode at once; halved when memory runs out, also for later lists of requests."""
 
     rows: int
 

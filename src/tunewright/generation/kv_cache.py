@@ -147,7 +147,7 @@ def select(cache: Cache, indices: list[int], time: int) -> None:
     """Keep these rows and the last ``time`` columns, in the buffers that they are in.
 
     Only rows that change their place are copied, unless at most half of a buffer stays in use.
-    Nothing is sent to the device if that is the whole cache.
+    Nothing is sent to the device if the whole cache is kept.
     """
     layers: list[Any] = cache.layers
     columns = layers[0].keys.shape[2]
@@ -182,7 +182,7 @@ def copy_rows(cache: Cache, indices: Sequence[int]) -> Cache:
 
 
 def truncate(cache: Cache, time: int) -> None:
-    """Keep the first ``time`` columns, also after a pass that failed in one of the layers."""
+    """Keep the first ``time`` columns, even after a pass that failed in one of the layers."""
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.keys, layer.values = layer.keys[:, :, :time], layer.values[:, :, :time]

@@ -30,7 +30,7 @@ launches on CUDA (docs/decisions/0024)."""
 class LoraDispatch:
     """The adapters of a model, and the dispatch of a pass's rows to them.
 
-    The adapters are those of a PeftModel, or are added to a base that has none. Then the model
+    The adapters come from a PeftModel, or are added to a base without adapters. Then the model
     itself never changes, and one more adapter is a few dictionary entries (:meth:`add`).
 
     PEFT's own ``forward(adapter_names=...)`` does the same with three drawbacks. It looks up the layers in every pass,

@@ -86,8 +86,8 @@ def draw(
 def nucleus(probabilities: Tensor, top_ps: Tensor, prefilter: int) -> tuple[Tensor, Tensor]:
     """Find the smallest set of likeliest tokens that together hold top-p (Holtzman et al. 2020).
 
-    Among equally likely tokens at the border, those with the lowest ids are kept. So the result
-    depends neither on how a device sorts nor on the prefilter. ``probabilities`` are [rows,
+    Among equally likely tokens at the border, the tokens with the lowest ids are kept. So the
+    result depends neither on how a device sorts nor on the prefilter. ``probabilities`` are [rows,
     vocabulary], ``top_ps`` [rows, 1] (1 keeps every token). Return which tokens are kept [rows,
     vocabulary], and whether the ``prefilter`` likeliest tokens hold top-p [rows].
     """
@@ -155,8 +155,8 @@ def mask_logits(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
     """
     if all(mask is None for mask in masks):
         return logits
-    # One bit for each token goes to the device, in one copy for all rows. Rows without a mask may take any token. A
-    # model may have more logits than its tokenizer has tokens; no mask allows the extra ones.
+    # One bit for each token goes to the device, in one copy for all rows. Rows without a mask may take any
+    # token. A model may have more logits than its tokenizer has tokens; no mask allows the extra logits.
     vocabulary = logits.shape[1]
     bits = np.full((len(masks), -(-vocabulary // 8)), 255, dtype=np.uint8)  # [rows, vocabulary / 8]
     for row, mask in enumerate(masks):

@@ -13,7 +13,7 @@ _MOST_HELD = 16  # tokens: with at least a byte each, far more than a character'
 class Detokenizer:
     """Turns token ids into text piece by piece; the pieces joined are the text of all ids.
 
-    Each piece is decoded together with the one before it, because a token's text depends on its
+    Each piece is decoded together with the piece before it, because a token's text depends on its
     left neighbour. For example, SentencePiece drops the space before a text's first word.
     """
 
@@ -32,7 +32,7 @@ class Detokenizer:
         return text
 
     def _certain(self) -> str:
-        """Return the text of the held tokens that later ones cannot change.
+        """Return the text of the held tokens that later tokens cannot change.
 
         A model may repeat U+FFFD or invalid bytes. Decoding all of them at each token would take quadratic time.
         """

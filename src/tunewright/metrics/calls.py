@@ -1,12 +1,12 @@
 """Function calls: their functions, their arguments and their schemas, and no call where no function fits.
 
 An answer's calls are the lines at its end in the form of ``Message.text``: ``{"name": "weather", "arguments":
-{"city":"Oslo"}}``, with the arguments in canonical JSON. Text above them is ignored. A row applies if it declares
-functions; further conditions depend on the reference alone, so all arms are scored on the same items.
+{"city":"Oslo"}}``, with the arguments in canonical JSON. Text above them is ignored. A row applies if it
+declares functions; further conditions depend only on the reference, so all arms are scored on the same items.
 
-In an AST match each argument is one of its acceptable values. The rules are those that the Berkeley Function Calling
-Leaderboard (BFCL; Patil et al. 2025) applies to Python: ``bfcl_eval/eval_checker/ast_eval/ast_checker.py`` of
-https://github.com/ShishirPatil/gorilla. Differences:
+In an AST match each argument is one of its acceptable values. The rules are the rules that the Berkeley
+Function Calling Leaderboard (BFCL; Patil et al. 2025) applies to Python:
+``bfcl_eval/eval_checker/ast_eval/ast_checker.py`` of https://github.com/ShishirPatil/gorilla. Differences:
 
 * ``true`` is not 1, as in JSON.
 * Numbers inside lists compare by value, as they do in BFCL inside objects: ``[1]`` is ``[1.0]``.

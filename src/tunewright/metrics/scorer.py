@@ -72,7 +72,7 @@ class Scorer:
     name: MetricName
     kind: Kind
     definition: str
-    """The exact definition in words; for sacrebleu's metrics, its signature too."""
+    """The exact definition in words; for sacrebleu's metrics, also its signature."""
     columns: int
     """The function that computes the statistics of one item."""
     item: Callable[[AnsweredItem], ItemScore | Unscored]
@@ -88,7 +88,7 @@ class Scorer:
         return self.of_several or f"{self.definition}; an item's best over all references of its input"
 
     def score(self, pair: AnsweredItem) -> ItemScore | Unscored:
-        """Score an answer by all its references at once, or by the one that gives the most (the first of equals)."""
+        """Score an answer by all its references at once, or by the best reference (the first of equals)."""
         if self.of_several or len(pair.references) == 1:
             return self.item(pair)
         each = [self.item(replace(pair, references=(reference,))) for reference in pair.references]

@@ -34,7 +34,7 @@ CHRF_COLUMNS = 3 * CHRF.CHAR_ORDER
 def squad_words(text: str) -> list[str]:
     """Return lower-case words without ASCII punctuation and English articles.
 
-    The rules are those of Rajpurkar et al. (2016), evaluate-v1.1.py.
+    The rules are from Rajpurkar et al. (2016), evaluate-v1.1.py.
     """
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 

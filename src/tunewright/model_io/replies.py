@@ -59,7 +59,7 @@ class Reply:
     estimated: bool = False
     """The endpoint gave no token counts: they are guessed."""
     refused: str | None = None
-    """Reason for refusing this one conversation; there is no text then, and it is asked again."""
+    """Reason for refusing this one conversation; then there is no text, and the request is sent again."""
     tool_calls: tuple[Any, ...] = ()
     """Function calls, as the endpoint wrote them."""
     model: str | None = None
@@ -78,7 +78,7 @@ def cost(endpoint: EndpointConfig, prompt_tokens: int, completion_tokens: int) -
 
 
 class Journal(Generic[Kept]):
-    """A model's answers by the digest of what was asked, in a file that gets each one as soon as it is complete.
+    """A model's answers by the digest of the question, in a file that gets each answer as soon as it is complete.
 
     A repeated run finds them. A half-written line of a killed run is skipped, and its answer is asked again.
 
@@ -105,7 +105,7 @@ class Journal(Generic[Kept]):
                     self.answers[key] = answer
 
     def missing(self, wanted: Mapping[str, Asked]) -> dict[str, Asked]:
-        """Return what has no answer yet."""
+        """Return the keys that have no answer yet."""
         return {key: asked for key, asked in wanted.items() if key not in self.answers}
 
     @contextmanager
@@ -147,7 +147,7 @@ class ReplyJournal(Journal[Reply]):
 
 
 def as_request(request: Conversation | ChatRequest) -> ChatRequest:
-    """Return the request; a conversation alone has no parameters of its own."""
+    """Return the request; a bare conversation has no parameters of its own."""
     return request if isinstance(request, ChatRequest) else ChatRequest(request)
 
 

@@ -74,7 +74,7 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
     """Find, download and check the base that ``spec`` names; relative folders are relative to ``root``."""
     commit, folder = None, _local_folder(spec, root, reporter)
     if folder is None:
-        # An unsupported base is refused by its configuration alone, before gigabytes of weights are downloaded.
+        # An unsupported base is refused by its configuration only, before gigabytes of weights are downloaded.
         check_architecture(hub_config(spec, revision, root / "base.lock.json"))
         folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
     if revision is not None and commit is None:

@@ -1,4 +1,4 @@
-"""Supported model families, and what a base's config.json says: its family, its shape and its weights' names."""
+"""Supported model families, and the facts in a base's config.json: its family, its shape and its weights' names."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ OUTSIDE_TEXT = r".*(vision_tower|multi_modal_projector).*"
 """peft's ``exclude_modules`` for a family with vision: the vision tower also has layers called q_proj."""
 
 _TEXT_PREFIXES = (
-    # Files on the hub, and those that transformers writes.
+    # Files on the hub, and files that transformers writes.
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model."),
     # Modules of the model as transformers builds it, and adapters on them.

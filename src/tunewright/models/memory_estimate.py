@@ -174,7 +174,7 @@ def weight_bytes(shape: Shape, setup: TrainingSetup) -> int:
     if not setup.nf4:
         return shape.parameters * setup.number
     count = shape.linear_parameters
-    # A byte for each block's scale, a float32 for each 256 of those: Dettmers et al. 2023, section 3.
+    # A byte for each block's scale, a float32 for each 256 scales: Dettmers et al. 2023, section 3.
     scales = count // _NF4_BLOCK + FLOAT * count // (_NF4_BLOCK * _NF4_NESTED)
     tables = shape.layers * len(shape.names) * _NF4_TABLES
     return count // 2 + scales + tables + shape.other_parameters * setup.number

@@ -273,7 +273,7 @@ def check_memory(
 
 
 def _rows_that_fit(plan: Plan, setup: TrainingSetup, length: int, asked: int, *, halving: bool) -> int:
-    """Return the rows that go through at once: those requested, or with ``halving`` the first half that fits."""
+    """Return the rows that go through at once: the requested rows, or with ``halving`` the first half that fits."""
     while asked and plan.need(setup, asked, length).total > plan.memory.bytes:
         asked = asked // 2 if halving else 0
     return asked

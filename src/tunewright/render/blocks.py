@@ -1,8 +1,7 @@
-"""Blocks that make up a result. The terminal, the report, Markdown and the studio lay them out
-without knowing the features.
+"""Blocks that make up a result. The terminal, the report, Markdown and the studio lay them out.
 
-A terminal is narrow, and a comment is short: both leave out figures and the notes of cells. A terminal also leaves out
-what is marked as a detail.
+A terminal is narrow, and a comment is short: both leave out figures and the notes of cells. A
+terminal also leaves out blocks that are marked as details.
 """
 
 from __future__ import annotations
@@ -234,7 +233,7 @@ def table(
 ) -> Table:
     """Return a table with this accessible name.
 
-    By default the first column has words, and the others have numbers. A row may be its cells, most of them texts.
+    By default the first column has words, and the other columns have numbers. A row may be its cells.
     """
     columns = (each if isinstance(each, Column) else Column(each, words=place == 0) for place, each in enumerate(head))
     found = (each if isinstance(each, Row) else row(*each) for each in rows)

@@ -36,7 +36,7 @@ def bullets(lines: Sequence[str]) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[bool] = ()) -> str:
     """Return a table of cells that are Markdown already.
 
-    Columns of ``words`` are aligned left, by default the first one; the others are aligned right.
+    Columns of ``words`` are aligned left, by default the first one; other columns are aligned right.
     """
     left = words or [place == 0 for place in range(len(head))]
     marks = ["---" if each else "---:" for each in left]

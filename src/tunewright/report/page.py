@@ -61,7 +61,7 @@ def page_sections(
     curve: Curve | None,
     advice: Signals | None,
 ) -> list[Section]:
-    """Return the page's sections in order, without those that were not measured."""
+    """Return the page's sections in order, without sections that were not measured."""
     found = (
         contrasts_section(evidence),
         incumbents_section(evidence.incumbents, verdict(evidence).replacements) if evidence.incumbents else None,

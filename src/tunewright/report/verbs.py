@@ -78,7 +78,7 @@ def _labels(dataset: Path, version: str) -> Labels | None:
         manifest = read_manifest(version_folder(dataset, version))
         reviews = read_reviews(dataset)
     except UserError:
-        return None  # evidence alone is enough for a verdict
+        return None  # evidence is enough for a verdict
     found = outcome(reviews, version, sorted(places))
     checked, wrong = (0, 0) if found is None else (found.checked, found.wrong)
     return Labels(len(places), manifest.counts.conflicts, checked, wrong)

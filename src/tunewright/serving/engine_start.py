@@ -51,7 +51,7 @@ class EngineSpec:
 
 
 def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
-    """Return the server's engine with the adapters loaded: one here, or those at ``serve.engines``."""
+    """Return the server's engine with the adapters loaded: a local engine, or the engines at ``serve.engines``."""
     if config.serve.engines:
         reporter.say(f"Asking the engines at {', '.join(config.serve.engines)}")
         pool = EnginePool(config.serve.engines, spec.base.digest, spec.quantization, reporter)
@@ -164,7 +164,7 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     except (UserError, OSError):
         if not spec.to_come:
             raise
-        # Loaded one by one, so that the releases with a bad adapter are named and the others served.
+        # Loaded one by one, so that the releases with a bad adapter are named and the other adapters are served.
         return LlamaCppEngine(settings, spec.adapters, stop_ids=spec.chat.stop_ids, reporter=reporter)
 
 

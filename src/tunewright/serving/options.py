@@ -99,7 +99,7 @@ class DeployOptions(ReleaseTestOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LimitOptions:
-    """New limits of a tenant, each a number or ``none``; a limit that is not given stays."""
+    """New limits of a tenant, each a number or ``none``; an omitted limit stays."""
 
     requests: Annotated[str | None, Option("Requests per minute, or none for no limit.")] = None
     tokens: Annotated[str | None, Option("Prompt and answer tokens per minute, or none for no limit.")] = None

@@ -212,7 +212,7 @@ def undeploy(project: OpenProject, alias: str, *, because: str | None = None) ->
 
 
 def releases(project: OpenProject, alias: str | None = None) -> list[Release]:
-    """Return all releases, or those of one alias, oldest first.
+    """Return all releases, or the releases of one alias, oldest first.
 
     Raises:
         UserError: no such alias.
@@ -356,8 +356,8 @@ class ReleaseGate:
     def require_isolation(self) -> tuple[IsolationTest, bool]:
         """Test all adapters that are in memory together during the switch, unless this set has already passed.
 
-        The second value is whether the release may go live; of several engines the first one that does not allow it
-        decides.
+        The second value is whether the release may go live; if there are several engines, the first
+        engine that does not allow it decides.
         """
         for runner in self._tests:
             test, passes = self._isolation_on(runner)

@@ -307,7 +307,7 @@ def released(project: OpenProject, state: State) -> tuple[Quantization, list[Ada
 
 
 def adapter_of(project: OpenProject, name: str, digest: str) -> Adapter:
-    """Return a release's adapter by its digest; one that is missing here is imported from ``serve.adapter_store``."""
+    """Return a release's adapter by its digest; import a missing adapter from ``serve.adapter_store``."""
     known = [adapter for adapter in list_adapters(project.folder.adapters) if adapter.digest == digest]
     # Two folders with the same weights may differ in their system prompt; prefer the name that was released.
     found = next((adapter for adapter in known if adapter.name == name), known[0] if known else None)

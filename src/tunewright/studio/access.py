@@ -25,7 +25,7 @@ from tunewright.data.versions.diff import Mark
 MAX_FORM = 1_000_000  # bytes: an edited answer, and some room
 MAX_SIGN_IN = 4_096
 MAX_WRONG = 5
-"""Wrong secrets from one address in ``WRONG_S``; further ones are not even compared."""
+"""Wrong secrets from one address in ``WRONG_S``; further secrets are not even compared."""
 WRONG_S = 60.0
 BODY_S = GatewayConfig().body_timeout_s
 HEADERS = {
@@ -38,7 +38,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _REVIEWER = "tunewright_reviewer"
-"""Cookie with the reviewer's name. All studios of a host share it: the browser is one person's."""
+"""Cookie with the reviewer's name. All studios of a host share it: the browser belongs to one person."""
 _KEPT_S = 400 * 24 * 3600  # the longest that browsers keep a cookie
 _LONGEST_NAME = 200  # bytes, as for the files of human evaluation
 

@@ -59,7 +59,7 @@ _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")
 """Fields whose text is worth keeping when a session has ended."""
 _MOST_ENDED = 8
-"""Forms without a session that are read at one time, to return what was typed. Strangers can send them too."""
+"""Forms without a session that are read at one time, to return what was typed. Strangers can also send them."""
 _MOST_NAME = 200  # bytes of an upload's name; file systems allow 255, and the temporary name is longer
 _UPLOAD = "/data/upload"
 _PAGES = {"alias": "/deploy/", "row": "/rows/", "tenant": "/tenants/"}
@@ -159,7 +159,7 @@ class Studio:
             self._cache.playing.unload()
 
     def address(self, url: str) -> str:
-        """Return the address that signs a browser in. Browsers do not send what is behind the #."""
+        """Return the address that signs a browser in. Browsers do not send the part after the #."""
         if self._visitor is not None:
             return url
         return f"{url}/sign-in" + ("" if self._token is None else f"#token={self._token}")
@@ -265,7 +265,7 @@ class Studio:
     async def _events(self, request: Request) -> Response:
         """Stream a job's log as server-sent events: its end, then what is added; `finished` at the end.
 
-        `progress` and `said` events repeat what the page shows above the log.
+        `progress` and `said` events repeat the texts that the page shows above the log.
         """
         self._require_session(request)
         job = self._jobs.find(str(request.path_params["job"]))

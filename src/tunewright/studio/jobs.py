@@ -41,7 +41,7 @@ class JobProgress:
 
 @dataclass(frozen=True)
 class LogEntry:
-    """A line of the file: the text for people, and what it reports."""
+    """A line of the file: the text for people, and the values that it reports."""
 
     text: str
     progress: JobProgress | None = None

@@ -25,7 +25,7 @@ _WITHOUT = "without"
 def measure_effect(project: ProjectFolder, ours: Path, theirs: Path, reporter: Reporter) -> GeneratedEffect:
     """Compare two evaluations on the test items of people, and add the finding to the first one's evidence.
 
-    Nothing is answered again: the answers are those that the evaluations stored.
+    Nothing is answered again: the answers are the stored answers of the evaluations.
     """
     log, folder = amendable(ours, project.evaluations)
     evidence = log.load(folder)

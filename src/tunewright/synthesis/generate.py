@@ -243,7 +243,7 @@ def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def needs_no_reference(scorer: Scorer) -> bool:
-    """Return whether a metric scores an answer alone: samples agree by it although they differ."""
+    """Return whether a metric scores an answer without a reference: different samples may agree by it."""
     return scorer.name.split()[0] in _WITHOUT_REFERENCE
 
 
@@ -338,7 +338,7 @@ class RubricJudge:
                 )
 
     def passes(self, score: int | str) -> bool:
-        """Return whether a score is high enough; a missing one is not."""
+        """Return whether a score is high enough; a missing score is not."""
         return isinstance(score, int) and score >= self.required
 
     def scores(self, title: str, examples: Sequence[Example]) -> list[int | str]:

@@ -114,7 +114,7 @@ def screen_inputs(
 ) -> dict[int, str]:
     """Return the reason why inputs must not become rows, by position, before anybody sees an answer.
 
-    The clusters are those of ``data add``: similar inputs, joined by groups.
+    Clusters are made as in ``data add``: similar inputs, joined by groups.
     """
     reasons: dict[int, str] = {}
     known = {m.example.prompt_key for m in version.domain} if version else set()

@@ -107,7 +107,7 @@ class QuestionWriter:
         return GenerateEstimate(len(passages) + skipped, self._left_out, calls)
 
     def run(self, files: Sequence[Path], out: Path) -> DocumentsResult:
-        """Have the teacher write pairs for each passage, and write those that are kept to a file for ``data add``."""
+        """Have the teacher write pairs for each passage, and write the kept pairs to a file for ``data add``."""
         passages = self._passages(files)
         prompts = [self._prompt(passage) for passage in passages]
         replies = [each[0] for each in self.teacher.sample("asking for questions", prompts, 1)]
@@ -132,7 +132,7 @@ class QuestionWriter:
         self._left_out.setdefault(reason, []).append(place)
 
     def _passages(self, files: Sequence[Path]) -> list[Passage]:
-        """Return the passages of all documents that can be read; the others are warned of and counted."""
+        """Return the passages of all documents that can be read; warn of the others, and count them."""
         self._left_out = {}
         found: list[Document] = []
         seen: dict[str, str] = {}

@@ -74,7 +74,7 @@ class _Reader:
     def sample(
         self, prompt: Prompt, turn: Mapping[str, Any], unusable: str | None, model: str, when: str
     ) -> TeacherSample:
-        """Return the turn as a sample, ``unusable`` for that reason or for one that is found here."""
+        """Return the turn as a sample, ``unusable`` for that reason or for a fault that is found here."""
         if not unusable and not str(turn.get("content") or "").strip() and not turn.get("tool_calls"):
             unusable = EMPTY
         if unusable:

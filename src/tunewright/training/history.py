@@ -32,7 +32,7 @@ REPLAY_LOSS = "replay_loss"
 REWARD_CHOSEN = "rewards/chosen"
 REWARD_REJECTED = "rewards/rejected"
 REWARD_ACCURACY = "rewards/accuracies"
-"""trl's names in preference tuning: mean rewards of the answers, and the share of pairs whose chosen one has more."""
+"""trl's names in preference tuning: mean rewards, and the share of pairs whose chosen answer has more."""
 
 _KEPT = (
     "step",

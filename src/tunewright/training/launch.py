@@ -14,7 +14,7 @@ from torch.distributed.run import main
 
 
 def launch() -> int:
-    """Start processes, and return the exit code of the first one that failed: 1 for one that a signal ended."""
+    """Start processes, and return the exit code of the first one that failed: 1 if a signal ended it."""
     try:
         main()
     except ChildFailedError as error:

@@ -60,7 +60,7 @@ def keep_float32(model: Any) -> None:
 
     trl 1.16 converts trained weights over a quantized base to bfloat16, where an AdamW update is
     often too small to change a weight. The conversion back loses nothing. A was rounded when peft
-    drew it in the base's precision, B is zero, and trl leaves DoRA's magnitudes alone.
+    drew it in the base's precision, B is zero, and trl does not change DoRA's magnitudes.
     """
     for weight in model.parameters():
         if weight.requires_grad:
@@ -71,7 +71,7 @@ def use_fused_lora(config: LoraConfig, quantization: Quantization = "none") -> N
     """Change ``config`` to have peft build fused LoRA layers over linear layers; the adapter's files stay the same."""
     if quantization == "nf4":
         # Imported here because it needs bitsandbytes. Registered first, because peft takes the
-        # first match and a 4-bit layer is an nn.Linear too.
+        # first match and a 4-bit layer is also an nn.Linear.
         from bitsandbytes.nn import Linear4bit
 
         config._register_custom_module({Linear4bit: fused_linear_4bit()})

@@ -1,4 +1,4 @@
-"""Memory that training needs: estimated for a project or a base alone, and found by one real pass.
+"""Memory that training needs: estimated for a project or only a base, and found by one real pass.
 
 The data loader yields micro-batches of the config's size. A step that needs smaller chunks splits them itself. The loss
 of every chunk is divided by the trained tokens of the whole step, so the chunks' gradients add up to the step's.
@@ -44,7 +44,7 @@ BY_MISTAKE = 1_000_000_000
 
 
 def estimate_memory(project: OpenProject, options: MemoryOptions = MemoryOptions()) -> tuple[Plan, MemoryCheck]:
-    """Return the memory needed for training by part, and whether it fits, from the base's config.json alone.
+    """Return the memory needed for training by part, and whether it fits, only from the base's config.json.
 
     The longest row is measured if there is a dataset and the base's tokenizer is on this machine.
     """
@@ -110,7 +110,7 @@ def _longest_row(project: OpenProject, spec: str, revision: str | None) -> int |
 
 
 def require_room(project: OpenProject) -> None:
-    """Check that this machine can train the config's base, from the base's config.json alone.
+    """Check that this machine can train the config's base, only from the base's config.json.
 
     Long rows that may not fit cause a warning. On the CPU memory is never refused: it may be swapped out.
 

@@ -182,7 +182,7 @@ def preference_rows(
 
 
 def _single_answers(pairs: Sequence[AnswerPair], version: DatasetVersion) -> tuple[list[Member], list[bool]]:
-    """Return the good answers (every training row's ideal output, and kept chosen ones), then the bad ones.
+    """Return the good answers (every training row's ideal output, and kept chosen answers), then the bad answers.
 
     An answer that is chosen in one pair and rejected in another is neither.
     """

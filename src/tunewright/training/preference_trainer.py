@@ -113,7 +113,7 @@ class PreferenceTrainer(Trainer):
         return [[*chosen, *rejected] for chosen, rejected in zip(ids[::2], ids[1::2], strict=True)]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Pack the answers of some training rows into one batch: all chosen ones, then all rejected ones.
+        """Pack the answers of some training rows into one batch: all chosen answers, then all rejected answers.
 
         transformers counts its labels: one for each training row. No rows make a batch of which nothing is trained.
         """
@@ -265,7 +265,7 @@ def _added_up(values: Tensor, owner: Tensor, rows: int) -> Tensor:
 def _mismatched(preferences: PreferenceRows, limit: int) -> list[Row]:
     """Return each answer's prompt with the answer of the row before it, as trl pairs them.
 
-    An answer to the same input, or one that makes the row too long, is passed over.
+    An answer to the same input, or an answer that makes the row too long, is passed over.
     """
     rows, members = preferences.rows, preferences.answers.members
     starts = [row.loss_mask.index(True) for row in rows]
@@ -335,8 +335,7 @@ def kto_losses(
 
 
 def set_reference(trainer: PreferenceTrainer, work: Path, identity: str, reporter: Reporter) -> None:
-    """Give the trainer, before its first step, its reference: the one of an earlier part of this
-    run, or its own adapter.
+    """Set the reference before the first step: from an earlier part of this run, or the trainer's adapter.
 
     The working folder keeps the numbers for a run that resumes. ``identity`` is the digest of the
     answers and of the reference model.

@@ -306,7 +306,7 @@ def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
 def require_fsdp_supported(settings: TrainConfig) -> None:
     """Check that this config can be trained on a base that FSDP shards.
 
-    Replay and preference methods need passes that each process makes alone, and weights to start from are not sharded.
+    Replay and preference methods need passes of a single process; weights to start from are not sharded.
     """
     if settings.from_ is not None or settings.prefers:
         key = "train.method" if settings.prefers else "train.from"

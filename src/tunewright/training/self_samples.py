@@ -145,8 +145,7 @@ class Sampler:
         self.folder = work / "self-samples" / digest(self.about)[:16]
 
     def draw(self, wanted: int, screen: Screen, *, finished: bool) -> Drawn:
-        """Return the first ``wanted`` samples that are complete, new and pass the screen, and the
-        reasons why others do not.
+        """Return the first ``wanted`` complete, new samples that pass the screen, and why others do not.
 
         Fewer are returned, with a warning, if most samples are unusable. ``finished`` leaves out
         answers that were cut off at the limit.

@@ -169,7 +169,7 @@ class Trainer(SFTTrainer):
     def _retry(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, micro: MicroBatch) -> Tensor:
         """Repeat the step with half the rows at once until they fit.
 
-        It starts from zero gradients, because the failed backward pass left partial ones.
+        It starts from zero gradients, because the failed backward pass left partial gradients.
         """
         if self.accelerator.num_processes > 1:
             # The other processes wait for this one's gradients and cannot be notified.

@@ -60,7 +60,7 @@ _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 @dataclass(frozen=True)
 class Job(Generic[Value]):
-    """One training: what its step needs."""
+    """One training: the inputs of its step."""
 
     name: str
     work: Path
@@ -172,7 +172,7 @@ class Training:
 
     @property
     def work(self) -> Path:
-        """Its working folder, which is the one that `train` takes by default."""
+        """Its working folder, as `train` takes it by default."""
         return self.project.work / "training" / self.identity[:12]
 
     def absolute(self, base: Base, chat: ChatFormat) -> Training:
@@ -255,7 +255,7 @@ class _Sent(NamedTuple):
 def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> tuple[Any, KeptMessages]:
     """Do one job; return its result and messages."""
     try:
-        base = require_site(sent.site)  # of a machine that joined the cluster later, too
+        base = require_site(sent.site)  # also of a machine that joined the cluster later
     except UserError as error:
         raise on_machine(platform.node(), error) from None
     torch.set_num_threads(sent.threads)

@@ -1,5 +1,4 @@
-"""Importing foreign adapters: copied first, checked to the byte, and only then stored. This file
-has the user's options.
+"""Import of foreign adapters: copied, checked to the byte, and only then stored. Here are its options.
 
 An adapter is untrusted input. Pickles run code, a header can claim more memory than exists, a configuration names
 modules to import, and a link leads to another file. Everything that is not on an allowlist is refused.

@@ -1,8 +1,8 @@
 """The JSON documents of a foreign adapter, parsed so that nothing in them can do harm.
 
-``adapter_config.json`` may only be plain LoRA on a Llama's or Mistral's linear layers. Its keys are those of peft
-0.21's ``LoraConfig``. Keys that make peft import a module, match a regular expression, add layers or change the base
-are refused by name. Every unknown key is refused too. Lineage and training records are unproven claims.
+``adapter_config.json`` may only be plain LoRA on a Llama's or Mistral's linear layers. Its keys are the keys of
+peft 0.21's ``LoraConfig``. Keys that make peft import a module, match a regular expression, add layers or change
+the base are refused by name. Every unknown key is also refused. Lineage and training records are unproven claims.
 """
 
 from __future__ import annotations

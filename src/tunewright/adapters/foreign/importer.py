@@ -111,7 +111,7 @@ class _Intake:
                 self.project.reporter.say(f"{name} is not imported.")
 
     def configs(self) -> dict[Path, ForeignConfig]:
-        """Return the configurations by folder: the adapter's own, and those of its earlier checkpoints."""
+        """Return the configurations by folder: the adapter's own, and its earlier checkpoints'."""
         base = self.project.base
         shape = read_shape(base.folder / "config.json")
         return {
@@ -357,7 +357,7 @@ def check_shapes(path: Path, config: ForeignConfig, where: str) -> None:
 
 
 def check_numbers(path: Path, config: ForeignConfig, norms: Mapping[str, float], where: str) -> None:
-    """Check the numbers of weights that passed :func:`check_shapes`; ``norms`` are the base's."""
+    """Check the numbers of weights that passed :func:`check_shapes`; ``norms`` are the norms of the base's weights."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as weights:

@@ -75,7 +75,7 @@ def find_duplicates(
     reporter: Reporter,
     workers: Workers = THIS_PROCESS,
 ) -> dict[int, Repeat]:
-    """Return the rows that repeat an earlier one: near-equal input, same output, system turn and functions.
+    """Return the rows that repeat an earlier row: near-equal input, same output, system turn and functions.
 
     Rows are compared in order with the rows kept so far, so that a chain of small differences is not
     dropped as a whole. A near-equal input with another output is not a duplicate, since the difference

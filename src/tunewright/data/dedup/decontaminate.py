@@ -8,7 +8,7 @@ may occur by chance, counts only if it is the whole row.
 An assistant turn counts if it contains an item, since a text that quotes a benchmark teaches it. It does not count
 
 - with fewer than 5 words, or as a label: the output ``cancel`` does not reveal the test input ``cancel``;
-- as a part of an item: an answer that quotes its input (a name, a clause) may occur in another input too.
+- as a part of an item: an answer that quotes its input (a name, a clause) may also occur in another input.
 
 ``output_leakage`` compares outputs with outputs.
 """

@@ -118,8 +118,7 @@ class TemplateScore(_ExactMatch):
 def measure_leakage(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOST_HELD_OUT) -> LeakageReport:
     """Measure the similarity of each held-out row of a version to its training rows.
 
-    Of more than ``most`` held-out rows a sample is measured, with a warning. The seed decides the
-    sample and the random splits.
+    Of more than ``most`` held-out rows a sample is measured, with a warning. The seed decides sample and splits.
     """
     members = version.members
     texts = comparison_texts([m.example for m in members])

@@ -52,11 +52,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class OutputLeakage:
-    """Overlap of the test split's outputs with those of the training split."""
+    """Overlap of the test split's outputs with the training split's."""
 
     test: int  # test rows
-    outputs: int  # distinct ones of all rows, ignoring case and white space
-    templates: int  # distinct ones of all rows
+    outputs: int  # distinct outputs of all rows, ignoring case and white space
+    templates: int  # distinct templates of all rows
     overlaps: tuple[Overlap, ...]  # one for each ``how`` that was measured
     natural: str | None  # the reason why such an overlap is natural; None if it may be leakage
     ceiling: float | None = None
@@ -96,8 +96,7 @@ def measure_output_leakage(members: Sequence[Member]) -> OutputLeakage:
 
 
 def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) -> dict[str, bool] | None:
-    """Return whether each test row, by key, has an output template that no training row has; None
-    if templates are uninformative.
+    """Return by key whether a test row has an output template that is new; None if that is uninformative.
 
     The generic mix-in is ignored.
     """

@@ -42,7 +42,7 @@ Pairs = tuple[Indices, Indices]
 
 
 class _Lists(NamedTuple):
-    """Texts by signature: those with number i are ``texts[begins[i]:begins[i + 1]]``."""
+    """Texts by signature: the texts with signature i are ``texts[begins[i]:begins[i + 1]]``."""
 
     texts: Indices
     begins: Indices
@@ -271,7 +271,7 @@ class SizeClass:
 
 
 def _ranks(signatures: list[Words]) -> npt.NDArray[np.uint32]:
-    """Return each signature's place [texts, parts] among those of several texts, from 1, rarest first; 0 for others.
+    """Return the places [texts, parts] of signatures of several texts, from 1, rarest first; 0 for others.
 
     The signatures of all texts, by part, are taken out of the list, since they are large. Their
     highest bits are compared, which only adds candidates.

@@ -195,7 +195,7 @@ class _Numbering:
             begins = _begins(self._counts[some])
             ones = np.ones(len(numbers), dtype=np.int8)
             matrix = csr_array((ones, rank[numbers], begins), shape=(len(begins) - 1, self.count))
-            matrix.sum_duplicates()  # sorts each row too
+            matrix.sum_duplicates()  # also sorts each row
             yield matrix.indices.astype(np.int32, copy=False), np.diff(matrix.indptr).astype(np.int64)
 
     def _parts(self) -> Iterator[slice]:

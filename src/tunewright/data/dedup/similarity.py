@@ -267,7 +267,7 @@ class _KeptSearch:
             at = to
 
     def large_group(self, places: Indices, task: Task) -> Iterator[Pairs]:
-        """Settle a large group by comparing each text with the kept ones, which are few if most are near-equal."""
+        """Settle a large group by comparing each text with the kept texts, which are few if most are near-equal."""
         new = np.flatnonzero(~self._always[places])
         kept = [places[self._always[places]]]
         task.advance(len(places) - len(new))

@@ -43,10 +43,10 @@ NO_VALUES: Mapping[str, Any] = {}
 class SourceRow:
     """An example with its place in a file.
 
-    ``source`` is the file as the user named it, in a workbook with ``:SHEET``. ``line`` (from 1) is the line where the
-    row starts; it is the number of the row if there are no lines (Parquet, workbooks, saved datasets, rows created by
-    data.rows), or if rows share a line. ``groups`` has the row's values of data.group_by, ``metadata`` those of unused
-    keys. ``generated`` is true if a model wrote the answer.
+    ``source`` is the file as the user named it, in a workbook with ``:SHEET``. ``line`` (from 1) is the line
+    where the row starts; it is the number of the row if there are no lines (Parquet, workbooks, saved
+    datasets, rows created by data.rows), or if rows share a line. ``groups`` has the row's values of
+    data.group_by, ``metadata`` the values of unused keys. ``generated`` is true if a model wrote the answer.
     """
 
     example: Example

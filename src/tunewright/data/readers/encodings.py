@@ -33,7 +33,7 @@ def compression_of(magic: bytes) -> str | None:
 def open_bytes(path: Path, task: Task | None = None) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed if it is compressed; the task is advanced by the bytes of the file itself.
 
-    Reads of a truncated or damaged archive, or of one that contains over ``expansion_limit`` bytes, raise UserErrors.
+    Reading a damaged archive, or over ``expansion_limit`` bytes of one, raises a UserError.
     """
     with path.open("rb", buffering=0 if task else -1) as file:
         raw: Any = io.BufferedReader(_Counting(file, task), _BUFFER) if task else file

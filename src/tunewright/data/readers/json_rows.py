@@ -1,4 +1,4 @@
-"""Rows in JSON: one per line, in an array, consecutive ones, or those that an expression selects in a document."""
+"""Rows in JSON: one per line, in an array, consecutive objects, or rows that an expression selects in a document."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def strict_fault(error: DuplicateKeyError | ConstantError) -> RowError:
 
 
 def json_lines(text: TextIO) -> Iterator[RawRow]:
-    """Yield the rows of JSON Lines, skipping blank lines; of a line that is too long, only a part is held."""
+    """Yield the rows of JSON Lines, skipping blank lines; only a part of a line that is too long is held."""
     number = 0
     while line := text.readline(LONGEST_ROW):
         number += 1

@@ -31,7 +31,7 @@ MAX_WORK = 1 << 24
 """Limit of one rendered row: the total size of all values that its operations read and make."""
 _MAX_BITS = 100_000  # of a whole number
 _MAX_NUMBER = 10_000  # as an argument that sets a width or a count
-_STEP = 16  # work of an operation besides the sizes of its values: an empty loop must end too
+_STEP = 16  # work of an operation besides the sizes of its values: an empty loop must also end
 
 _PLAIN = (str, int, float, Decimal, datetime.date, datetime.time)
 _STATEMENTS = (nodes.Template, nodes.Output, nodes.For, nodes.If, nodes.Assign, nodes.With)
@@ -143,7 +143,7 @@ def _require_size(size: int) -> None:
 
 
 def _size(value: Any) -> int:
-    """Return the characters and items of a value, counting what it repeats each time."""
+    """Return the characters and items of a value, counting repeated items each time."""
     size, left = 0, [value]
     while left:
         inner = left.pop()

@@ -56,7 +56,7 @@ KNOWN_KEYS = frozenset(
         *_UNTRAINABLE,
     )
 )
-"""An object with one of these keys is a row, if a faulty one."""
+"""An object with one of these keys is a row, although it may be faulty."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def misspelled_keys(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def nearest_known_key(key: str, known: Iterable[str]) -> str | None:
-    """Return the known key that this one seems to misspell; ``prompt_id`` does not misspell ``prompt``."""
+    """Return the known key that this key seems to misspell; ``prompt_id`` does not misspell ``prompt``."""
     plain = key.strip().lower()
     near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_NEAR)
     return near[0] if near and plain.count("_") == near[0].count("_") else None

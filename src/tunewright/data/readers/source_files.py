@@ -16,7 +16,7 @@ from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
 from tunewright.core.text import count_of, first_of
 
 SAVED = ("state.json", "dataset_dict.json")
-"""A folder with one of these was written by ``Dataset.save_to_disk``."""
+"""A folder with one of these files was written by ``Dataset.save_to_disk``."""
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".tab", ".psv")
 OTHER_SUFFIXES = (".parquet", ".xlsx")
@@ -32,7 +32,7 @@ def plain_suffix(path: PurePath) -> str:
 
 
 def has_known_suffix(path: PurePath) -> bool:
-    """Return whether a file of a folder is read; one that is named directly may have any suffix."""
+    """Return whether a file of a folder is read; a file that is named directly may have any suffix."""
     return plain_suffix(path) in TEXT_SUFFIXES or path.suffix.lower() in OTHER_SUFFIXES
 
 

@@ -132,7 +132,7 @@ def is_workbook(path: Path) -> bool:
 
 
 def check_mapping(data: DataConfig) -> None:
-    """Check the templates and JMESPaths of the config, before any file is read; an invalid one is a UserError."""
+    """Check the templates and JMESPaths of the config, before any file is read; an invalid one raises a UserError."""
     pair_mapping(data)
     check_groups(data)
     if data.rows is not None:
@@ -217,7 +217,7 @@ def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
 
 
 def _is_object(line: str) -> bool:
-    if not line.startswith("{"):  # an indented one is a part of an object over several lines
+    if not line.startswith("{"):  # an indented object is a part of an object over several lines
         return False
     try:
         return bool(parse_json_row(line))

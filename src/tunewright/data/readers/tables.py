@@ -159,7 +159,7 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: 
 
 
 class _BoundedLines:
-    """The lines of a text, as long as those of one row are not too long together."""
+    """The lines of a text, while the lines of one row are not too long together."""
 
     def __init__(self, text: TextIO) -> None:
         self.text = text
@@ -237,7 +237,7 @@ def _text_columns(metadata: Any) -> list[str]:
 def _rows_per_batch(metadata: Any, group: int, names: Sequence[str]) -> int:
     """Return how many rows of a Parquet row group to read at once, by the bytes that these columns can take."""
     described = metadata.row_group(group)
-    size = 0.0  # of a row: pages as stored, in which a dictionary counts once (it stays one in memory too)
+    size = 0.0  # of a row: pages as stored, in which a dictionary counts once (it also stays one in memory)
     for number in range(metadata.num_columns):
         path = metadata.schema.column(number).path
         if not any(path == name or path.startswith(f"{name}.") for name in names):

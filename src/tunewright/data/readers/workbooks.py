@@ -49,9 +49,9 @@ _MOST_NAMED = 3
 def open_workbook(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> tuple[str, Iterator[RawRow]]:
     """Return the title and the rows of the sheet to read: data.sheet, or the only visible one that is not empty.
 
-    Cells are texts, as in CSV: numbers as they are stored, dates in ISO 8601, TRUE and FALSE. The first row with a
-    value is the header, and empty rows are skipped. Rows have their number in the sheet. A damaged workbook, one that
-    is too large for its size, and merged cells below the header are UserErrors.
+    Cells are texts, as in CSV: numbers as they are stored, dates in ISO 8601, TRUE and FALSE. The first
+    row with a value is the header, and empty rows are skipped. Rows have their number in the sheet. A
+    damaged workbook, a workbook that expands too much, and merged cells below the header are UserErrors.
     """
     with _reading(path), path.open("rb") as file:
         workbook = _Workbook(path, file)

@@ -70,7 +70,7 @@ class SequentialPlan(_SamplingPlan):
 
 
 class FixedPlan(_SamplingPlan):
-    """A plan that checks ``size`` rows and accepts at most ``allowed`` wrong ones, with the smallest valid size."""
+    """A plan that checks ``size`` rows and accepts at most ``allowed`` wrong rows, with the smallest valid size."""
 
     kind: Literal["fixed"] = "fixed"
     allowed: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -83,7 +83,7 @@ class FixedPlan(_SamplingPlan):
         return fixed_size(self.allowed, self.limit, self.confidence)
 
     def decide(self, checked: int, wrong: int, unsettled: int = 0) -> Decision:
-        """Return the decision after ``checked`` rows; too many wrong ones end the test early."""
+        """Return the decision after ``checked`` rows; too many wrong rows end the test early."""
         if wrong > self.allowed:
             return "rejected"
         done = checked >= self.size and wrong + unsettled <= self.allowed
@@ -172,6 +172,6 @@ def judge(plan: SequentialPlan | FixedPlan, findings: Iterable[Finding], rows: i
 def sample_order(keys: tuple[str, ...], version: str, draw: int) -> tuple[str, ...]:
     """Return all pair keys in checking order: any beginning of it is a simple random sample.
 
-    The version's digest and the draw's number alone decide the order, so that it cannot be chosen and can be verified.
+    Only the version's digest and the draw's number decide the order, so that it cannot be chosen and can be verified.
     """
     return tuple(sorted(keys, key=lambda key: hashlib.sha256(f"{version}:{draw}:{key}".encode()).digest()))

@@ -69,9 +69,9 @@ class EditResult:
 def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = "") -> EditResult:
     """Create a version from the current one with the edited answers; splits are unchanged.
 
-    A row keeps its cluster, which depends on its input. With data.split_by: output_template it depends on the output
-    too; the next `data add` recomputes it. If the pair with the new answer exists already, the two rows become one,
-    with a warning.
+    A row keeps its cluster, which depends on its input. With data.split_by: output_template it also
+    depends on the output; the next `data add` recomputes it. If the pair with the new answer exists
+    already, the two rows become one, with a warning.
     """
     dataset = project.dataset
     with locked(dataset):
@@ -222,7 +222,7 @@ def without_unaccepted(
 ) -> list[Member]:
     """Return the members of a new version without held-out generated rows whose acceptance was withdrawn.
 
-    ``manifest`` is of the version before; ``edited`` are rows that a person edits in the new one.
+    ``manifest`` is the previous version's; ``edited`` are rows that a person edits in the new version.
     """
     held_out = {m.key for m in members if m.generated and m.split != "train"} - set(edited)
     gone = unaccepted_keys(dataset, manifest, held_out)

@@ -80,7 +80,7 @@ def rank_by_centroids(members: Sequence[Member], answers: Sequence[str], reporte
             likes[rows] = np.stack([own, other], axis=1)
             task.advance(len(rows))
     found = []
-    # A row unlike all others with its answer (s = 0) has score 1 for any s' > 0, so ties are ranked by s'.
+    # A row unlike all other rows with its answer (s = 0) has score 1 for any s' > 0, so ties are ranked by s'.
     for row in np.lexsort((np.arange(len(members)), -likes[:, 1], -scores, _echoes(members))).tolist():
         if scores[row] < 0:
             continue

@@ -51,7 +51,7 @@ class _Event(BaseModel):
     nth: Annotated[int, Field(ge=0)] | None = None
     """Number among this reviewer's events of one second; None (earlier releases): in the order of lines."""
     digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
-    """First digits of the SHA-256 of the rest; lines of earlier releases have none."""
+    """First digits of the SHA-256 of the other fields; lines of earlier releases have no digest."""
 
 
 class VerdictEvent(_Event, VerdictMark):
@@ -96,7 +96,7 @@ class DrawEvent(_Event):
     draw: int
     plan: SamplingPlan
     continues: ContinuedSample | None = None
-    """Set if the version was made by edits, and its sample is that of the version before."""
+    """Set if the version was made by edits, and continues the previous version's sample."""
 
 
 Event = VerdictEvent | NoteEvent | UndoEvent | DrawEvent
@@ -342,7 +342,7 @@ class Sample:
 
     @property
     def asked(self) -> list[str]:
-        """Pair keys that people judge, in order: each once, without those that stay wrong."""
+        """Pair keys that people judge, in order: each once, without rows that stay wrong."""
         wrong = set(self.drawn.continues.wrong) if self.drawn.continues else ()
         return list(dict.fromkeys(key for slot, key in zip(self.slots, self.order, strict=True) if slot not in wrong))
 

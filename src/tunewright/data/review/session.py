@@ -336,7 +336,7 @@ def written_by(metadata: Mapping[str, Any]) -> str:
 
 
 def reviewer_name(name: str | None, folder: Path) -> str:
-    """Return a reviewer's name, by default that of the author of versions; some containers have neither."""
+    """Return a reviewer's name, by default the name of the author of versions; some containers have neither."""
     found = current_author(folder) if name is None else name
     if found is None:
         raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")

@@ -57,7 +57,7 @@ class AnswerLoss:
 
     @property
     def negative_pmi(self) -> float:
-        """Loss given the prompt minus loss alone: the negative pointwise mutual information per token.
+        """Loss given the prompt minus loss without it: the negative pointwise mutual information per token.
 
         The loss given the prompt alone would rank answers with rare words first, however well they fit.
         """
@@ -76,8 +76,8 @@ class SuspectList:
 def conflicts_accepted(version: DatasetVersion) -> bool:
     """Return whether several outputs of one input are intended.
 
-    Versions of earlier releases do not record it. Their conflicts were accepted too, but stay suspects if answers are
-    classes.
+    Versions of earlier releases do not record it. Their conflicts were also accepted, but stay
+    suspects if answers are classes.
     """
     recorded = version.manifest.settings.conflicts
     if recorded is None:
@@ -200,7 +200,7 @@ def _near_duplicates(
         answers[member.cluster].add(answer_of(member))
     rows = [i for i, m in enumerate(version.domain) if len(answers[m.cluster]) > 1]
     members = [version.domain[i] for i in rows]
-    # Computed over all rows: a subset may share more text, which would be stripped too.
+    # Computed over all rows: a subset may share more text, which would also be stripped.
     texts = comparison_texts([m.example for m in version.domain])
     clusters = np.unique([m.cluster for m in members], return_inverse=True)[1]
 
@@ -233,7 +233,7 @@ def _near_duplicates(
             found.append(
                 Suspect(members[row].key, score, "near-duplicate", f"a nearly equal input ({j:.2f}) has {text}")
             )
-    # Of two contradicting rows, the one that the out-of-fold model doubts comes first.
+    # Of two contradicting rows, the row that the out-of-fold model doubts comes first.
     return sorted(found, key=lambda s: (margins.get(s.key, 1.0), s.key))
 
 

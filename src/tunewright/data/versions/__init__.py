@@ -106,7 +106,7 @@ def unfinished(dataset: Path, keys: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # If this fails too, as on a full disk, the next writer does it.
+        # If this also fails, as on a full disk, the next writer does it.
         with suppress(UserError, OSError):
             _clear_unfinished(dataset)
         raise
@@ -324,7 +324,7 @@ def import_files(dataset: Path, manifest: Manifest) -> list[Path]:
 
 
 def import_records(files: Iterable[Path], *fates: str, key: str = "") -> Iterator[dict[str, Any]]:
-    """Yield the records of some imports.jsonl in order; if given, those of a pair key or with one of these fates."""
+    """Yield the records of some imports.jsonl in order, optionally only of a pair key or with these fates."""
     wanted = [f'"fate":"{fate}"' for fate in fates]
     for path in files:
         for number, line in enumerate(text_lines(path.read_text(encoding="utf-8")), start=1):

@@ -145,7 +145,7 @@ def exclude_removed(
     *,
     restore: bool,
 ) -> tuple[list[SourceRow], dict[str, Removal]]:
-    """Separate the rows that may be added from those that were removed earlier, with their removals by pair key.
+    """Separate the rows that may be added from rows that were removed earlier, with their removals by pair key.
 
     A row stays out if it was removed itself, if its edited version (``replacing``) was, or if a row with the same
     content was; ``known`` rows of the version never do. Content is compared without system turns, and without case and
@@ -206,7 +206,7 @@ def erased_metadata(imports: bytes, manifest: bytes, purged: Collection[str]) ->
     The manifest comes first: if writing stops between the two files, a second call returns the
     imports that it expects. A manifest without a valid digest of imports and seal is left unchanged,
     so that damage stays visible. No version's digest changes, since the digest covers only the
-    members. Rows that duplicate a purged one, or that it replaced, lose their metadata too.
+    members. Rows that duplicate a purged one, or that it replaced, also lose their metadata.
     """
     kept = _without_metadata(imports, purged)
     if kept == imports:

@@ -40,7 +40,7 @@ class _Record(BaseModel):
 
 
 class SourceFile(_Record):
-    """A file that a version's new rows came from; ``rows`` counts the readable ones."""
+    """A file that a version's new rows came from; ``rows`` counts the readable rows."""
 
     name: str
     sha256: str
@@ -50,10 +50,10 @@ class SourceFile(_Record):
 class Counts(_Record):
     """Counts of a version (rows to conflicts, mixed) and of its import (the other fields).
 
-    A family is a cluster with several inputs and several outputs (in versions of earlier releases, any cluster of
-    several rows). A conflict is an input with several outputs. ``mixed`` rows belong to the generic mix-in and are
-    counted in rows, train and clusters too. ``near_duplicates`` are the rows that ``data.duplicates: drop`` would leave
-    out.
+    A family is a cluster with several inputs and several outputs (in versions of earlier releases,
+    any cluster of several rows). A conflict is an input with several outputs. ``mixed`` rows belong
+    to the generic mix-in and are also counted in rows, train and clusters. ``near_duplicates`` are
+    the rows that ``data.duplicates: drop`` would leave out.
     """
 
     rows: int
@@ -104,7 +104,7 @@ class Mix(_Record):
 
 
 class SplitFrom(_Record):
-    """The version whose split this one inherited: its project's folder, its digest, and the number of shared rows."""
+    """The version whose split this version inherited: its project's folder, its digest, and the shared rows' number."""
 
     name: str
     digest: Digest

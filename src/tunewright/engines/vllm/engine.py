@@ -88,7 +88,7 @@ class VllmSettings:
 
     @property
     def allowed_rank(self) -> int:
-        """``--max-lora-rank``: the lowest one that fits all adapters; a higher one costs memory and time."""
+        """``--max-lora-rank``: the lowest rank that fits all adapters; a higher rank costs memory and time."""
         return next(rank for rank in RANKS if rank >= self.max_rank)
 
     def options(self) -> list[str]:
@@ -137,7 +137,7 @@ class VllmEngine:
         variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.cpu else {}
         variables |= settings.variables
         options, traces = settings.options(), tracing.endpoint()
-        if traces is not None:  # vLLM's spans are children of the gateway's
+        if traces is not None:  # vLLM's spans are children of the gateway's spans
             options += ["--otlp-traces-endpoint", traces]
             variables |= tracing.variables_of("vllm")
         self.child = Child(
@@ -174,7 +174,7 @@ class VllmEngine:
     async def stream(
         self, request: Request, *, tenant: str = "", stop_ids: Collection[int] | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Yield a request's deltas; closing the generator early ends the request in vLLM, too."""
+        """Yield a request's deltas; closing the generator early also ends the request in vLLM."""
         ends = self._stop_ids if stop_ids is None else stop_ids
         async with self._post(request, {**self._body(request, ends, tenant), "stream": True}) as reply:
             async for line in reply.aiter_lines():
@@ -255,7 +255,7 @@ class VllmEngine:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "stop_token_ids": sorted(stop_ids),
-            "ignore_eos": True,  # stop_token_ids alone end an answer
+            "ignore_eos": True,  # only stop_token_ids end an answer
             "add_special_tokens": False,
             "return_token_ids": True,
             "cache_salt": hmac.new(self._secret, tenant.encode(), hashlib.sha256).hexdigest(),
@@ -307,7 +307,7 @@ def _only_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
-    """Return a choice's tokens without the one that ended it."""
+    """Return a choice's tokens without the token that ended it."""
     ids = tuple(choice["token_ids"] or ())
     finish = choice["finish_reason"]
     if finish not in (None, "stop", "length"):
@@ -321,7 +321,7 @@ def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
 def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     """Return the log probabilities of a choice's tokens, which are named ``token_id:ID``; empty if it has none.
 
-    vLLM adds the chosen token to the likeliest ones, if it is not one of them.
+    vLLM adds the chosen token to the likeliest tokens, if it is not one of them.
     """
     reported = choice.get("logprobs")
     if not reported:
@@ -384,8 +384,8 @@ if "--multiprocessing-fork" in sys.orig_argv:
     {PACKAGE}.end_with_parent()
 """
 
-# Not inherited: vLLM's switches (one of them makes it answer unknown names with the base), Python's search paths, and
-# the token of a Ray cluster.
+# Not inherited: vLLM's switches (one switch makes it answer unknown names with the base), Python's
+# search paths, and the token of a Ray cluster.
 _NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_", "RAY_")
 
 

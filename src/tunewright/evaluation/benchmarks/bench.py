@@ -65,7 +65,7 @@ class Bench:
         return names
 
     def kept(self, what: str, adapter: Adapter | None, **decides: Any) -> MeasurementCache:
-        """Return the known results of items measured with an adapter, or with the base alone."""
+        """Return the known results of items measured with an adapter, or with only the base."""
         identity = {
             "what": what,
             "base": self.generator.base.digest,
@@ -101,7 +101,7 @@ class OpenSuite(Protocol):
         """The largest drop that still counts as no loss; None if the suite decides nothing."""
 
     def expected(self) -> str:
-        """Return what the suite can be expected to show."""
+        """Return a message on the result to expect from the suite."""
 
     def measure(self, bench: Bench) -> Suite:
         """Return the suite, measured with the adapter off and on."""
@@ -148,7 +148,7 @@ def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -
 def items_that_fit(
     suite: str, items: Sequence[T], fits: Callable[[T], bool], long: str, bench: Bench
 ) -> tuple[list[T], list[str]]:
-    """Return the items that fit the base's context, and a note on the others."""
+    """Return the items that fit the base's context, and a note on the other items."""
     kept = [item for item in items if fits(item)]
     if len(kept) == len(items):
         return kept, []
@@ -235,7 +235,7 @@ def suite_of(
     changed = float(np.square(base - tuned).mean())
     # No change among n items still leaves about 1 in n + 2 (Laplace): zero items never show a margin.
     needed = items_needed(margin, max(changed, 1 / (len(base) + 2)))
-    if len(set(clusters)) < len(base):  # needed counts independent items; clustered ones are worth less
+    if len(set(clusters)) < len(base):  # needed counts independent items; clustered items are worth less
         needed = math.ceil(needed * len(base) / effective_items(base - tuned, clusters))
     return Suite(
         name=name,

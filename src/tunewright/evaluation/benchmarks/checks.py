@@ -1,7 +1,7 @@
 """Checks of an answer's form that a rule can decide, in the spirit of IFEval (Zhou et al. 2023, arXiv 2311.07911).
 
-No check depends on the answer's language. Each can make a text that passes and one that fails: with these, a suite
-tests its checks.
+No check depends on the answer's language. Each can make a text that passes and one that fails: with
+these texts, a suite tests its checks.
 """
 
 from __future__ import annotations

@@ -158,9 +158,9 @@ class Instruction:
 def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
     """Return the instructions of a JSONL file, and the number of prompts for each unsupported check.
 
-    A line is ``{"prompt": …, "checks": [{"check": "words", "at_least": 300}, …]}``, or one of Google's, with
-    ``instruction_id_list`` and ``kwargs``. A prompt with an unsupported check is left out as a whole. A ``group`` marks
-    prompts that belong together.
+    A line is ``{"prompt": …, "checks": [{"check": "words", "at_least": 300}, …]}``, or a line of
+    Google's file, with ``instruction_id_list`` and ``kwargs``. A prompt with an unsupported check
+    is left out as a whole. A ``group`` marks prompts that belong together.
     """
     found: list[Instruction] = []
     unsupported: Counter[str] = Counter()

@@ -1,8 +1,8 @@
 """Suites that are measured by likelihoods, with their controls: multiple choice, and the base's own conversations.
 
-For its own conversations (see training/self_samples.py) the measure is the adapter's increase in loss on what the base
-wrote: the negative log-likelihood of the answers, in nats per token. The samples are disjoint from those that replay
-trains on. An adapter that answers like the base scores 0; the mean over such answers is the divergence between the two.
+For its own conversations (see training/self_samples.py) the measure is the adapter's increase in loss on what the
+base wrote: the negative log-likelihood of the answers, in nats per token. The samples are disjoint from replay's.
+An adapter that answers like the base scores 0; the mean over such answers is the divergence between the two.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ChoiceQuestion:
 def read_questions(path: Path) -> list[ChoiceQuestion]:
     """Load the questions of a JSONL file of objects with ``query``, ``choices`` and ``gold``.
 
-    The format is that of MosaicML's llm-foundry. A ``group`` marks questions that belong together.
+    The format is from MosaicML's llm-foundry. A ``group`` marks questions that belong together.
     """
     questions = []
     for where, line in item_lines(path):
@@ -260,7 +260,7 @@ class OwnSamples:
         return sampler.draw(self.wanted, screen, finished=False)
 
     def unseen(self, adapter: Adapter) -> dict[str, Tokens]:
-        """Return the samples' rows by pair key, without those that this adapter was trained on."""
+        """Return the samples' rows by pair key, without rows that this adapter was trained on."""
         seen = {normalised(Example.from_dicts(messages).input_text) for messages in adapter.replayed}
         return {key: row for key, (asked, row) in self._encoded.items() if asked not in seen}
 

@@ -43,7 +43,7 @@ class BenchmarkResult:
 
     @property
     def standing(self) -> RegressionResult:
-        """True if the adapter is worse at what the base could do."""
+        """True if the adapter is worse at the base's abilities."""
         return standing(self.benchmarks)
 
 
@@ -242,7 +242,7 @@ class LmEvalSuite:
                     torch_random_seed=bench.seed,
                     fewshot_random_seed=bench.seed,
                 )
-            except OSError as error:  # the hub and `datasets` raise it too, if a data set cannot be fetched
+            except OSError as error:  # the hub and `datasets` also raise it if a data set cannot be fetched
                 raise UserError(f"The task's data cannot be read: {error}", where=self.name) from error
         samples: dict[str, dict[str, Any]] = {}
         for name, logged in results["samples"].items():

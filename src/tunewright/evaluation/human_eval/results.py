@@ -5,10 +5,11 @@ people gave one and a judge's f everywhere, it is
 
     theta = sum_h W_h ( mean of y - L f over reviewed items of h  +  L times the mean of f over all items of h )
 
-which is unbiased whatever the judge's errors, since reviewed items are a random part of their stratum. The judge's mean
-is corrected by its mean error there. L = 0 is the classical stratified mean; L is tuned to make the variance small
-(PPI++). After Angelopoulos et al. 2023, "Prediction-powered inference" (arXiv 2301.09633); Angelopoulos, Duchi and
-Zrnic 2023, "PPI++" (arXiv 2311.01453); Fisch et al. 2024, "Stratified prediction-powered inference" (arXiv 2406.04291).
+which is unbiased whatever the judge's errors, since reviewed items are a random part of their
+stratum. The judge's mean error on them corrects its mean. L = 0 is the classical stratified mean; L
+is tuned to make the variance small (PPI++). After Angelopoulos et al. 2023, "Prediction-powered
+inference" (arXiv 2301.09633); Angelopoulos, Duchi and Zrnic 2023, "PPI++" (arXiv 2311.01453); Fisch
+et al. 2024, "Stratified prediction-powered inference" (arXiv 2406.04291).
 """
 
 from __future__ import annotations
@@ -345,7 +346,7 @@ def estimate(
     Args:
         design: the design of the sample.
         verdicts: y from -1 to 1, [items]; not read where an item was not reviewed.
-        judged: f, the judge's verdicts, [items] (None: no judge). Any fixed value may stand where the judge has none.
+        judged: f, the judge's verdicts, [items] (None: no judge); any value where missing.
         tuning: L (None: the one of least variance, within 0 and 1).
     """
     plain = design.term(verdicts, 0.0, adjusted=False)

@@ -30,7 +30,7 @@ SAMPLE_FILE = "sample.json"
 ITEMS = 50
 """Default number of items. 33 of 50 that all show a preference are significant at 5%."""
 SMALLEST = 5
-"""Minimum items of each stratum, if it has them and the sample is large enough, so that broken ones are seen too."""
+"""Minimum items of each stratum, if it has them and the sample is large enough, to show broken items as well."""
 
 StratumName = Literal["fixed", "broken", "both right", "both wrong"]
 STRATA: tuple[StratumName, ...] = get_args(StratumName)

@@ -134,7 +134,7 @@ class Vote:
 
 
 def vote(question: JudgeQuestion, reply: Reply) -> Vote:
-    """Read a reply; an unreadable one is unscored, never wrong or a tie."""
+    """Read a reply; an unreadable reply is unscored, never wrong or a tie."""
     if reply.refused is not None:
         return Vote(None, reply.refused, "")
     if reply.finish == "length":

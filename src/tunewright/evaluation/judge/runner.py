@@ -104,7 +104,7 @@ def family(model: str) -> str | None:
 
 
 def shared_family(judge: str, base: str) -> str | None:
-    """Return the family of both models, if it is the same one.
+    """Return the family of both models, if they have the same one.
 
     Judges favour text that they find likely themselves (Wataoka et al. 2024, arXiv 2410.21819). The untuned base of
     their family writes such text.
@@ -307,7 +307,7 @@ def _require_some(unscored: Sequence[str | None], what: str) -> None:
 
 
 def _replaced(earlier: Judgement | None, new: Judgement) -> tuple[str, ...]:
-    """Return the earlier judgements that this one replaces, so that shopping for a favourable judge stays visible."""
+    """Return the earlier judgements that this one replaces, so that judge shopping stays visible."""
     if earlier is None:
         return ()
     if all(getattr(earlier, name) == getattr(new, name) for name in _IDENTITY):

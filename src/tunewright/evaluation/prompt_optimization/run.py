@@ -148,7 +148,8 @@ class PromptOptimization:
     def estimate(self) -> OptimizePromptEstimate:
         """Estimate the calls, tokens and cost without sending anything."""
         settings, model = self.settings, self.endpoint.config
-        # Each proposal takes two minibatches, its parent's and its own; an accepted one the validation rows too.
+        # Each proposal takes two minibatches, its parent's and its own; an accepted proposal also
+        # takes the validation rows.
         left = settings.max_metric_calls - len(self.validation)
         calls = min(settings.max_reflection_calls, -(-left // settings.minibatch_size))
         row = max(len(task_text(m.example.prompt)) + 2 * len(m.example.output) for m in self.feedback)

@@ -264,7 +264,7 @@ def add_token_ids(pieces: Sequence[bytes | None], stop_ids: Sequence[int], write
     names: dict[str, int] = {}
     for token, piece in enumerate(pieces):
         if piece and token not in stop_ids and _is_text(piece):
-            # Of two tokens with the same text, one can be named by it.
+            # If two tokens have the same text, only one can be named by it.
             names.setdefault("".join(visible[byte] for byte in piece), token)
     texts = {token: name for name, token in names.items()}
     writer.add_tokenizer_model("gpt2")

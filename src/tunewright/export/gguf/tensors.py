@@ -54,7 +54,7 @@ class Mixture:
         values = name.endswith(".attn_v.weight")
         if (values or name.endswith(".ffn_down.weight")) and self._gets_more_bits(int(name.split(".")[1])):
             return _Kind.Q6_K
-        # In a 70B the value matrices are an eighth of the others, so that a bit more is almost free.
+        # In a 70B the value matrices are an eighth of the other matrices, so a bit more is almost free.
         if values and self.layers == 80 and self.shared_heads and default == _Kind.Q4_K:
             return _Kind.Q5_K
         return default

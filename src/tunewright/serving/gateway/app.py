@@ -85,7 +85,7 @@ class Gateway:
         self.app = self._application()
 
     def drain(self) -> None:
-        """Refuse further requests; those in progress continue. Safe to call in a signal handler."""
+        """Refuse further requests; requests in progress continue. Safe to call in a signal handler."""
         self._draining = True
 
     @property
@@ -177,7 +177,7 @@ class Gateway:
         # Anthropic's clients send their key as x-api-key.
         keys = (f"Bearer {key}" for key in http.headers.getlist("x-api-key"))
         authorization = [*http.headers.getlist("authorization"), *keys]
-        if len(authorization) > 1:  # a proxy may have checked another one
+        if len(authorization) > 1:  # a proxy may have checked another header
             message = "Several Authorization or x-api-key headers: send one of them, once."
             raise ApiError(message, code="duplicate_authorization")
         return await self._auth.authenticate(authorization[0] if authorization else None)

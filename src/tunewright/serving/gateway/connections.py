@@ -1,7 +1,6 @@
 """Bounds on connections: their number, the size of a request's head, and the time in which it must arrive.
 
-uvicorn's parser has no limit for headers, and a connection without a request stays open forever. A
-client needs no key for either.
+uvicorn's parser does not limit headers, and a connection without a request stays open, even without a key.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MAX_HEADER_BYTES = 32 << 10
 """The request line and all headers, names and values; as much as nginx accepts by default."""
 MAX_HEADERS = 100
 MAX_PIPELINED = 8
-"""Requests of a connection that may wait for the answer to an earlier one."""
+"""Requests of a connection that may wait for the answer to an earlier request."""
 _LATE_SECONDS = 0.5
 """A timer that is later than this shows that the process was stopped, as in a machine that sleeps."""
 _LINGER_SECONDS = 2.0
@@ -44,7 +43,7 @@ _BACKLOG = 2048  # uvicorn's default
 
 
 class ConnectionState(ServerState):
-    """The connections of a server, and the number of those that it refused or closed."""
+    """The connections of a server, and the number of connections that it refused or closed."""
 
     def __init__(self, limits: GatewayConfig) -> None:
         super().__init__()
@@ -118,9 +117,9 @@ class _PipelineFlow(FlowControl):
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with bounds.
 
-    A connection is closed if a request's head is too large or too late, or if too many pipelined requests wait. The
-    parser collects a header until the next one begins, and reports nothing meanwhile; so the bytes since its last
-    report are bounded too.
+    A connection is closed if a request's head is too large or too late, or if too many pipelined
+    requests wait. The parser collects a header until the next one begins, and reports nothing
+    meanwhile; so the bytes since its last report are also bounded.
     """
 
     def __init__(
@@ -160,7 +159,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has arrived, within the bounds."""
+        """Parse the received bytes, within the bounds."""
         if self._refused:
             return
         self._unset_keepalive_if_required()
@@ -310,7 +309,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 def raise_descriptor_limit(needed: int) -> int:
-    """Raise the process's soft limit of open files to what is needed, if the hard limit allows it; return the limit."""
+    """Raise the process's soft limit of open files to ``needed``, if the hard limit allows it; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return needed

@@ -1,4 +1,4 @@
-"""The gateway's errors in OpenAI's format, and request bodies, whose faults become one of them."""
+"""The gateway's errors in OpenAI's format, and request bodies, whose faults become such errors."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ prompt would wait for the prompts of all others. Prompts above the budget are co
 of them at a time over all tenants. The engine states the budget: what a card computes in one pass takes a processor
 many (docs/decisions/0020).
 
-*Pairs.* Every row waits for each prefill pass, and a pass of one prompt takes nearly as long as one of two. So a tenant
-with its equal share of a nearly full engine holds its next request back, for :data:`HELD_PASSES` at most. It admits the
-request when it has a row for the one after it too, or when another request is admitted (docs/decisions/0020).
+*Pairs.* Every row waits for each prefill pass, and a pass of one prompt takes nearly as long as a pass of two.
+So a tenant with its equal share of a nearly full engine holds its next request back, for :data:`HELD_PASSES`
+at most. It admits the request with the one after it, or when another is admitted (docs/decisions/0020).
 
 The engine gets somewhat more requests than it has rows. Otherwise a row would stay empty for the pass in which the
 gateway receives a finished answer and submits the next request (docs/decisions/0023).
@@ -49,7 +49,7 @@ ROWS_PER_RESERVED = 8
 ROWS_PER_AHEAD = 4
 """One request for this many rows may be at the engine before there is a row for it."""
 HELD_PASSES = 2
-"""Maximum number of passes for which a request is held back, so that it is prefilled together with another one."""
+"""Maximum number of passes for which a request is held back, so that it is prefilled together with another request."""
 BURST_TOKENS = 1000.0
 """Maximum credit, in weighted tokens, that a tenant has after a pause."""
 ACTIVE_SECONDS = 60.0
@@ -102,7 +102,7 @@ class FairScheduler:
         """Counters at which tenants no longer hold a request back."""
 
     def resize(self, rows: int, engines: int) -> bool:
-        """Set the numbers of rows and engines; return whether one has changed."""
+        """Set the numbers of rows and engines; return whether a number has changed."""
         assert rows >= 1
         assert engines >= 1
         changed = (rows, engines) != (self._rows, self._engines)
@@ -225,8 +225,7 @@ class FairScheduler:
 
     @property
     def _reserved(self) -> int:
-        """Requests that only tenants below their equal share may add: the reserved rows, and all
-        requests ahead of rows.
+        """Requests that only tenants below their equal share may add: reserved rows, and requests ahead of rows.
 
         A request ahead of its row delays every later one, so it must not belong to a tenant with many.
         """
@@ -246,7 +245,7 @@ class FairScheduler:
         return len(self._waiting.keys() | self._admitted.keys() | self._idle_since.keys())
 
     def _lowest_waiting(self) -> float:
-        """Return the lowest counter of the waiting tenants; if none waits, the counter of the last one that did."""
+        """Return the lowest counter of the waiting tenants; if none waits, the counter of the last tenant that did."""
         if self._waiting:
             return min(self._served[tenant] for tenant in self._waiting)
         # Without a waiting tenant the last one served is the reference; 0 would give newcomers all past credit.

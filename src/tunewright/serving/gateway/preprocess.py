@@ -31,7 +31,7 @@ Ids = tuple[int, ...]
 _BYTES_PER_TOKEN = 16
 """Bytes of a body per token of context: the longest prompt in ASCII. `_SPARE_BYTES` is for the other fields."""
 _CHARACTERS_PER_TOKEN = 16
-"""Four times English text's; longer prompts are refused before they cost any processor time."""
+"""Four times the ratio of English text; longer prompts are refused before they cost any processor time."""
 _SPARE_BYTES = 64 << 10
 _INLINE_CHARACTERS = 4096
 """A prompt up to this length is tokenized in the event loop, which takes about a millisecond."""
@@ -44,10 +44,10 @@ class Tokenization:
     Args:
         render: converts messages to prompt ids with the base's chat template: the function that training uses. A
             UserError that it raises becomes a response with status 400.
-        continuation: converts a text to continue to its ids, without the template. Its UserErrors become 400, too.
+        continuation: converts a text to continue to its ids, without the template. Its UserErrors also become 400.
         decode: converts an answer's ids to text, without special tokens.
         grammars: compiles constraints on an answer's text, and knows the bytes of each token.
-        stops: texts that end every chat answer, in addition to those of the request.
+        stops: texts that end every chat answer, in addition to the request's stop texts.
         chat: reads and constrains calls of functions; None: there are no functions.
     """
 

@@ -39,7 +39,7 @@ class ScoredToken:
     """A token of an answer with its log probability.
 
     Args:
-        offset: where its text begins in the answer's.
+        offset: where its text begins in the answer's text.
         top: the likeliest tokens in its place with their log probabilities.
     """
 
@@ -240,7 +240,7 @@ class GenerationRequest:
         return ScoredToken(self._piece(token), self._stream.decoded, found.logprob, top)
 
     def _sent_with(self, finish: Finish | None) -> tuple[ScoredToken, ...] | None:
-        """Return the tokens whose text begins in the text sent so far; at the end also those without text."""
+        """Return the tokens whose text begins in the text sent so far; at the end also tokens without text."""
         if self.scored is None:
             return None
         whole = finish is not None and not self._stream.stopped and not self.calls

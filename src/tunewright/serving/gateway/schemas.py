@@ -212,7 +212,7 @@ class RequestFields(Part):
 class _CompletionFields(RequestFields):
     """The further fields of chat completions and completions."""
 
-    form_param: ClassVar[str | None] = None  # of a route where one field alone sets the form of the answer
+    form_param: ClassVar[str | None] = None  # of a route where a single field sets the form of the answer
 
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None

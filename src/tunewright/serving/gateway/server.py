@@ -156,8 +156,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
-        # Accepted connections inherit this option. asyncio sets it only for sockets that name their protocol, and these
-        # do not. Without it a token waits until the client has acknowledged the one before, for up to 40 ms.
+        # Accepted connections inherit this option. asyncio sets it only for sockets that name their
+        # protocol, and these sockets do not. Without it a token waits until the client has
+        # acknowledged the previous token, for up to 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:

@@ -195,7 +195,7 @@ def _common_multiple(multiple: Fraction, factor: Any) -> Fraction:
 
 
 def _referred(schema: Any, reference: str, param: str) -> Any:
-    """Return what a reference refers to; None if there is nothing, which llguidance reports."""
+    """Return the schema that a reference points to; None if there is nothing, which llguidance reports."""
     try:
         path = reference_path(reference)
     except SchemaLimitError as error:
@@ -250,7 +250,7 @@ class GrammarCache:
         self, form: Form, kept: OrderedDict[Grammar, Constraint | str], slot: AsyncExitStack
     ) -> Constraint | str:
         async with slot:
-            outcome = kept.get(form.grammar)  # of an equal request that waited, too
+            outcome = kept.get(form.grammar)  # of an equal request that also waited
             if outcome is None:
                 outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._outcome, form)
                 kept[form.grammar] = outcome

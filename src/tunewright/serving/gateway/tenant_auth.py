@@ -58,7 +58,7 @@ _UNKNOWN_KEY = f"tw_{_NO_KEY}{token_checksum(_NO_KEY)}"
 
 @dataclass
 class _Begun:
-    """The requests of a tenant that have begun and are not recorded yet; further ones enter in turn."""
+    """The requests of a tenant that have begun and are not recorded yet; further requests enter in turn."""
 
     users: int = 0
     """Requests that have begun or wait to begin."""
@@ -322,7 +322,7 @@ class TenantPrincipal:
         return sorted(self.auth.router.routes.keys() & self.caller.aliases)
 
     def target(self, body: RequestBody) -> Target:
-        """Return the adapter of an alias; a missing alias and one of another tenant give the same error."""
+        """Return the adapter of an alias; a missing alias and another tenant's alias give the same error."""
         release = self.auth.router.routes.get(body.model) if body.model in self.caller.aliases else None
         if release is None:
             raise model_not_found(body.model, self.models())

@@ -124,7 +124,7 @@ class CallReader:
     def __init__(self, chat: ChatFormat, *, calls_only: bool) -> None:
         form = chat.tool_form.form
         self._stream = CallStream(form, calls_only=calls_only)
-        # Some tokenizers' decoders drop marks, as control tokens; others, such as Qwen's, write them.
+        # Some tokenizers' decoders drop marks, as control tokens; other decoders, such as Qwen's, write them.
         self._signs = {token: (form.signs[mark], len(chat.text([token]))) for mark, token in form.control.items()}
         self._marks: deque[tuple[int, str, int]] = deque()
         self._read = 0  # characters

@@ -186,9 +186,9 @@ class Database:
             raise StateUnavailableError(f"The serving state has a damaged value: {error}", where=self.name) from error
         except DatabaseError as error:
             if self.is_sqlite:
-                # Where a file can't be opened for writing, SQLite opens it for reading, and keeps it so: the index of
-                # its write-ahead log even until the process has closed all connections. Those in use return to this
-                # pool; Engine.dispose() would make another pool and leave them open in the old one.
+                # Where a file can't be opened for writing, SQLite opens it for reading, and keeps it so: the index
+                # of its write-ahead log even until the process has closed all connections. Connections in use
+                # return to this pool; Engine.dispose() would make another pool and leave them open in the old one.
                 self._engine.pool.dispose()
             raise StateUnavailableError(
                 f"The serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
@@ -255,7 +255,7 @@ def _connect_args(url: URL, *, serving: bool) -> dict[str, Any]:
 def _bounded_connection() -> Any:
     """Return a class of connections to PostgreSQL that fail if there is no answer within `ANSWER_SECONDS`.
 
-    PostgreSQL's own timeouts do not run while it is frozen, nor those of TCP, since its kernel still confirms packets.
+    PostgreSQL's own timeouts do not run while it is frozen, nor do TCP's: its kernel confirms packets.
     """
     import psycopg
 

@@ -61,14 +61,14 @@ class Limits:
     tokens_per_minute: int | None = None
     """Tokens of prompts and answers, counted when their request starts."""
     concurrency: int | None = None
-    """Unfinished requests at one time, including those in the queue."""
+    """Unfinished requests at one time, including requests in the queue."""
 
 
 UNLIMITED = Limits()
 
 
 def changed_limits(limits: Limits, options: LimitOptions) -> Limits:
-    """Return the limits with the given ones replaced."""
+    """Return the limits with the given limits replaced."""
     names = {"requests": "requests_per_minute", "tokens": "tokens_per_minute", "concurrency": "concurrency"}
     given = {option: text for option in names if (text := getattr(options, option)) is not None}
     return replace(limits, **{names[option]: _limit(text, f"--{option}") for option, text in given.items()})

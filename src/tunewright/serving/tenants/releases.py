@@ -1,7 +1,7 @@
 """Releases: the adapter of an alias, its candidate and the grounds for it; the history, and the rules for the next one.
 
-A history is a list of releases, each with the alias's whole state from then on. None is changed later, and the last one
-is live.
+A history is a list of releases, each with the alias's whole state from then on. No release is
+changed later, and the last release is live.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class Releases(Audited):
         system_prompt: bool = True,
         grammar: str | None = None,
     ) -> Release:
-        """Make an adapter the live one of an alias, and drop its candidate.
+        """Make an adapter an alias's live adapter, and drop the alias's candidate.
 
         Args:
             system_prompt: whether the adapter's trained system prompt is added to requests without one.
@@ -343,7 +343,7 @@ def _target(history: Sequence[Release], number: int | None) -> Release:
             raise UserError(f"{now.adapter}, of release {number}, is already live under {now.alias}")
         return back
     if ends_something:
-        # Not the release that added the candidate: its grounds are the candidate's.
+        # Not the release that added the candidate: its grounds are the candidate's grounds.
         return next(line for line in reversed(history) if line.candidate is None and not line.undeployed)
     before = _before(history)
     if not before:

@@ -40,7 +40,7 @@ from tunewright.serving.tenants.tenants import find_tenant
 
 DAY_SECONDS = 86_400
 _MIN_AGE_SECONDS = 3600.0
-"""Newer requests are never rolled up, since limits count those of the last minute."""
+"""Newer requests are never rolled up, since limits count requests of the last minute."""
 _MOST_FAULTS = 100
 """Requests that `Usage.faults` lists; one mistake may affect all."""
 
@@ -240,8 +240,8 @@ class Usage:
     def faults(self) -> list[str]:
         """Return a sentence for each request whose usage contradicts itself, its key or its release.
 
-        One changed number or name contradicts another one. Consistent changes of several values are
-        not found, nor changes of times, outcomes or end users, nor deleted requests.
+        One changed number or name contradicts another value. Consistent changes of several values
+        are not found, nor changes of times, outcomes or end users, nor deleted requests.
         """
         sums = requests.c.prompt_tokens + requests.c.completion_tokens
         settled = and_(requests.c.finished.is_not(None), requests.c.outcome.is_distinct_from("lost"))

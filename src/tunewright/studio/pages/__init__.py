@@ -1,4 +1,4 @@
-"""The studio's pages. Each calls what the command line calls, and writes the same files."""
+"""The studio's pages. Each page calls the same functions as the command line, and writes the same files."""
 
 from __future__ import annotations
 

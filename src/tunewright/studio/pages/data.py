@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tunewright.data.versions import Member
 
 UPLOADS = "uploads"
-"""The folder of uploaded files, in the project's."""
+"""The folder of uploaded files, in the project's folder."""
 MAX_UPLOAD = 200_000_000  # bytes, held in memory once
 
 _FAULTS = 100  # of a file on its page
@@ -149,7 +149,7 @@ def choose_split(visit: Visit) -> Response:
 
 
 def _step(refusals: Sequence[UserError], preview: FilePreview | None, fields: dict[str, str]) -> str:
-    """Return what the page has to ask before a file can be checked: its sheet or its columns; empty if nothing."""
+    """Return the choices that the page asks for before a file can be checked: sheet or columns; empty if none."""
     options = [refusal.fix or "" for refusal in refusals]
     if "sheet" not in fields and any("--sheet" in fix for fix in options):
         return "sheet"
@@ -244,7 +244,7 @@ def leakage_page(visit: Visit) -> Response:
 
 
 def _files(visit: Visit) -> dict[str, Path]:
-    """Return the files that can be added by their names on the page: uploaded ones, and ``./FILE`` of data.sources."""
+    """Return the files that can be added by their names on the page: uploaded files, and ``./FILE`` of data.sources."""
     root = visit.project.folder.root
     uploads = {file.name: file for file in sorted((root / UPLOADS).glob("[!.]*")) if file.is_file()}
     sources = {f"./{name}": root / name for name in visit.project.folder.config.data.sources}

@@ -191,7 +191,7 @@ def new_page(visit: Visit) -> Response:
     """Ask for the name and the base of a new project."""
     if visit.project.folder.has_config:
         return visit.go("/", "The folder has a project already.")
-    # A valid name that resembles the folder's.
+    # A valid name that resembles the folder's name.
     name = re.sub("[^a-z0-9]+", "-", visit.project.folder.root.name.lower()).strip("-")[:40] or "my-model"
     return _form(visit, name, "bundled" if _has_bundled() else "other", "")
 

@@ -73,7 +73,7 @@ def _since() -> float:
 
 
 def _days(totals: Sequence[DayTotal]) -> list[Day]:
-    """Return every day up to today, those without a request too."""
+    """Return every day up to today, including days without a request."""
     sums: dict[str, Counter[str]] = {}
     for total in totals:
         sums.setdefault(total.day, Counter()).update(total.counts)

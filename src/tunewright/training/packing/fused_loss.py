@@ -35,10 +35,9 @@ TILE_LOGITS = 1 << 25
 def add_token_losses(model: Any) -> None:
     """Make the model's forward return each target's loss instead of logits if it gets ``predict_from`` and ``targets``.
 
-    With only ``predict_from`` it returns the hidden states that the head would see; with a
-    ``reference`` too, the losses of its targets are divergences from the reference. This happens
-    inside forward, so that wrappers of the model (PEFT, DDP, FSDP) see an ordinary pass. Without
-    these arguments forward is unchanged. Call it before PEFT wraps the model.
+    With only ``predict_from`` it returns the hidden states that the head would see; with a ``reference`` too,
+    the losses of its targets are divergences from the reference. Wrappers of the model (PEFT, DDP, FSDP) see
+    an ordinary pass. Without these arguments forward is unchanged. Call it before PEFT wraps the model.
     """
     original = type(model).forward
     held = weakref.ref(model)
@@ -226,7 +225,7 @@ class RewardStatistics:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
-        """Of chosen answers: rewards and number; the same of rejected ones; of pairs: chosen has more, number."""
+        """Of chosen answers: rewards and number; the same of rejected answers; of pairs: chosen has more, number."""
 
     def add(self, rewards: Tensor, chosen: Tensor) -> None:
         """Add answers [A], of which some are ``chosen`` [A]."""

@@ -1,7 +1,7 @@
 """Layout of a packed row: the position of each token, and the tokens that it attends to.
 
-A packed row is a sequence of groups. A group is its prefix and then its rows' suffixes, those of similar length
-together in *blocks*::
+A packed row is a sequence of groups. A group is its prefix and then its rows' suffixes, suffixes of
+similar length together in *blocks*::
 
     |prefix|  a a a a  b b b b  |  c c c c c c c c  d d d d d d d .  |prefix|  e e e  ...
                block               block (padded in attention only)
@@ -73,8 +73,8 @@ class Block:
 class Sequences:
     """The same attention for variable-length kernels: query sequence i attends to key sequence i.
 
-    Query sequences are in the packed row's order, one for each prefix and each suffix. The last query of a sequence
-    sees all keys, the one before it all but the last, and so on: causal, aligned at the ends.
+    Query sequences are in the packed row's order, one for each prefix and each suffix. The last query of a
+    sequence sees all keys, the query before it sees all but the last, and so on: causal, aligned at the ends.
     """
 
     cu_seqlens_q: Tensor

@@ -35,7 +35,7 @@ class StepBatches:
     accelerate's own batch dispatch repeats rows so that all processes have equally many. Here a
     process with fewer rows in an epoch's last step gets empty batches, since all processes must
     make equally many passes. ``step_rows`` are the rows of one optimizer step, all processes
-    together; ``micro_batch`` those of one pass.
+    together; ``micro_batch`` the rows of one pass.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def plan_groups(rows: Sequence[Sequence[int]]) -> list[Group]:
     """Group rows by shared prefixes, so that prefixes and suffixes together have the fewest tokens.
 
     In lexicographic order rows with a common prefix are neighbours, so groups are runs of that order. Dynamic
-    programming over the runs' ends finds the best ones. At least one token of each row stays in its suffix.
+    programming over the runs' ends finds the best groups. At least one token of each row stays in its suffix.
     """
     order = sorted(range(len(rows)), key=lambda place: list(rows[place]))
     common = [common_prefix(rows[a], rows[b]) for a, b in pairwise(order)]

@@ -35,13 +35,13 @@ def suggested_rate(hidden_size: int) -> float:
 
     The fit of Schulman et al. 2025, "LoRA Without Regret", with the constants of Tinker's documentation ("SL
     hyperparameters"). LoRA needs ten times the rate of full fine-tuning, nearly independent of its rank, and narrow
-    models need more than wide ones. It gives 2.9e-4 for Llama 3.1 8B, and 1.3e-3 for a width of 576.
+    models need a higher rate than wide models. It gives 2.9e-4 for Llama 3.1 8B, and 1.3e-3 for a width of 576.
     """
     return 5e-5 * 10 * math.pow(2000 / hidden_size, 0.781)
 
 
 def default_rates(own: float, hidden_size: int) -> tuple[float, ...]:
-    """Return three rates, a factor of sqrt(10) apart around the suggested rate, of which one is the config's own.
+    """Return three rates, a factor of sqrt(10) apart around the suggested rate, one of which is the config's own rate.
 
     The config's rate replaces the nearest one, so that the current config is always tried too. The
     others are rounded to two digits.
@@ -54,7 +54,7 @@ def default_rates(own: float, hidden_size: int) -> tuple[float, ...]:
 
 
 def make_trials(own: TrainConfig, rates: Sequence[float]) -> list[Trial]:
-    """Return each preset with each rate, the most promising first: a small budget leaves out the last ones.
+    """Return each preset with each rate, the most promising first: a small budget leaves out the last trials.
 
     The config's own combination comes first if it is one of them. Then all linear layers (attention alone loses even
     with as many parameters: LoRA Without Regret), and rates from the middle outwards.
@@ -123,7 +123,7 @@ class SuccessiveHalving:
     """One sweep of trials, the most promising first. The ledger records every result; recorded work is not repeated.
 
     ``rungs`` are a trial's total steps at each comparison; the last is the full run. ``budget`` is
-    seconds for the whole sweep, including those in the ledger (None: unlimited).
+    seconds for the whole sweep, including the time in the ledger (None: unlimited).
     """
 
     def __init__(

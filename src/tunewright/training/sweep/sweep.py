@@ -1,7 +1,7 @@
 """A sweep: presets and learning rates by successive halving on dev, until one is trained to its end.
 
-A trial is the same run that `tunewright train` makes with its config, paused where trials are compared. So none of the
-winner's work is repeated, and its adapter is the one that its config produces.
+A trial is the same run that `tunewright train` makes with its config, paused where trials are compared.
+So none of the winner's work is repeated, and its adapter is the adapter that its config produces.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Sweep:
         if winner is not None:
             adapter = self._stored(winner)
             if all(ledger.result(trial.name, 1) for trial in self.trials):
-                shutil.rmtree(self.work, ignore_errors=True)  # no trial can resume from there
+                shutil.rmtree(self.work, ignore_errors=True)  # no trial can resume from it
         return SweepResult(ledger, winner, adapter)
 
     def _project(self, trial: Trial) -> ProjectFolder:
@@ -170,7 +170,7 @@ class Sweep:
             for project in [absolute(self._project(trial)) if apart else self._project(trial)]
             for work in [project.work / "sweeps" / self.head.sweep / trial.name]
         ]
-        # Workers have no private key: this process signs what they store.
+        # Workers have no private key: this process signs their stored adapters.
         signer = store_signer(self.project.keys, self.reporter) if apart and last else None
         for trial, outcome in zip(trials, self.trainings.run(_train_part, run, jobs), strict=True):
             if signer is not None and isinstance(outcome.result, Progress):
