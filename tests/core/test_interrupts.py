@@ -24,7 +24,7 @@ def as_in_commands() -> Iterator[None]:
 def test_run_async_ends_all_tasks_when_it_is_stopped(
     number: signal.Signals, as_in_commands: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ended = []
+    ended: list[int] = []
 
     async def wait(place: int) -> None:
         try:

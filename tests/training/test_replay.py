@@ -16,14 +16,16 @@ from replay_helpers import replay_project, shorten_turns
 
 import tunewright
 from making.command_line import tiny_project
+from making.memory_limit import run_out_of_memory
 from making.tiny_bases import byte_tokenizer
 from making.training_runs import Heard
-from making.vllm_child import alive, children_of, install_fake
+from making.vllm_child import StopAfter, alive, children_of, install_fake
 from tunewright.adapters.registry import REPLAY
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.verbs import open_trainings
+from tunewright.models.loading import load_model
 from tunewright.training import self_samples
 from tunewright.training.self_samples import draw_replay, replay_inputs
 from tunewright.training.sweep.successive_halving import Progress
@@ -272,6 +274,23 @@ def test_replay_loss_and_gradient_are_zero_for_an_untrained_adapter(tmp_path: Pa
     # The reference pass has switched the adapter off, and on again.
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable
     assert trainer.model.get_model_status().enabled is True
+
+
+def test_samples_are_written_with_fewer_rows_when_memory_runs_out(replayed: TrainResult, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(replayed.adapter.folder.parents[1], tmp_path / "project"))
+    opened, reporter = tunewright.open(folder), StopAfter()
+    shutil.rmtree(opened.folder.work / "self-samples")
+    limited = run_out_of_memory(load_model(opened.base, "float32", "none"), 8)
+    limit = opened.folder.config.train.max_length
+    drawn = draw_replay(
+        opened.folder, opened.data.version(), opened.base, opened.chat, lambda: limited, limit, reporter
+    )
+    assert drawn.files[REPLAY] == (replayed.adapter.folder / REPLAY).read_text()
+    # Instructions and answers are lists of their own, and the second list begins with 8 rows.
+    assert [message[:30] for message in reporter.warnings] == [
+        "Memory ran out with 32 rows at",
+        "Memory ran out with 16 rows at",
+    ]
 
 
 # By vLLM
