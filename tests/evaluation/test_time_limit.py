@@ -198,6 +198,21 @@ def test_choice_counts_first_items_and_at_most_one_finalist_of_the_draws_of_a_st
     assert [work.arm for work in works if not work.optional][:2] == ["zero-shot", "retrieved-1"]
 
 
+def test_resumed_command_makes_no_prompts_of_arms_that_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runner: Any = _Runner()
+    runner.project, runner.reporter = SimpleNamespace(work=tmp_path), Heard()
+    runner.generator.rate = AnswerRate(runner.reporter)
+    monkeypatch.setattr(workload, "advice_file", lambda _: tmp_path / "advice.json")
+    first = workload.time_limit(runner, 5)
+    assert first is not None
+    first.settle()
+    monkeypatch.setattr(runner, "prompts", None)
+    again = workload.time_limit(runner, 5)
+    assert again is not None and again.allows("retrieved-1") and again.budget == first.budget
+
+
 def test_contest_before_the_choice_counts_its_arms_by_their_number() -> None:
     runner: Any = _Runner(tuned_retrieved=True)
     adapter: Any = "adapter"

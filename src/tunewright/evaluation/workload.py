@@ -87,6 +87,8 @@ def time_limit(
         "pilots": pilots,
     }
     file = runner.project.work / "budgets" / f"{digest(decides)[:16]}.json"
+    if file.exists():  # of arms that are left out, no prompts are made
+        return TimeLimit(minutes, file, runner.generator.rate, (), (), runner.reporter)
     choice = [] if advice.exists() else choice_works(runner)
     later = [Work(TUNED.name, len(runner.version.examples("dev")))] * pilots
     if contest is not None:
