@@ -278,7 +278,7 @@ class Leases:
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, str], tuple[str, float]] = {}  # by screen and queue: the item, and the end
+        self._held: dict[tuple[str, str], tuple[str, float]] = {}  # by screen and queue: leased item, lease's end
 
     def next(self, session: AnnotationSession[Any, ItemT, Any], screen: str, queue: str) -> ItemT | None:
         """Return the session's next item that is on no other screen, leased to this one."""

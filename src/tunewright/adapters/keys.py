@@ -142,10 +142,10 @@ class TrustedKey(Record):
 
     name: str
     id: str
-    """Its fingerprint, as ``ssh-keygen -l`` prints it. For a key of keys/NAME.json, which an earlier tunewright wrote,
-    the SHA-256 of its DER, which its DSSE signatures name."""
+    """The key's fingerprint, as ``ssh-keygen -l`` prints it. For a key of keys/NAME.json, which an
+    earlier tunewright wrote, the SHA-256 of its DER, which its DSSE signatures name."""
     public_key: str
-    """Its type and the key in OpenSSH's format."""
+    """The type and the key in OpenSSH's format."""
     trusted: KeyEvent
     revoked: KeyEvent | None = None
     options: str = ""

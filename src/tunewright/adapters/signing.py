@@ -61,7 +61,7 @@ class SigningKey:
 
     file: Path
     name: str
-    """Its name in the project."""
+    """The key's name in the project."""
     id: str
     """Its fingerprint."""
 

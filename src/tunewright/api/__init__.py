@@ -59,7 +59,7 @@ class ProjectGroup(OpenProject):
     """The same open project with other verbs: ``tunewright data add`` is ``project.data.add``."""
 
     def __init__(self, project: OpenProject) -> None:
-        self.__dict__ = project.__dict__  # a base that one group loads is loaded for all
+        self.__dict__ = project.__dict__  # a base that one group loads is loaded for all groups
 
 
 class ProjectAdapters(ProjectGroup):
@@ -250,7 +250,7 @@ _IN_STATE = {
 
 
 class DeprecatedGroup:
-    """A group of methods on a project, each of which warns and calls what replaced it."""
+    """A group of methods on a project, each of which warns and calls its replacement."""
 
     def __init__(self, project: OpenProject, name: str) -> None:
         self._project = project

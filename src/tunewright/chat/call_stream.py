@@ -1,8 +1,8 @@
 """Function calls in an answer while it is generated: names as soon as they are complete, arguments in pieces.
 
 A call is certain once its function's name is complete and its arguments begin. From there on it stays a
-call, as in OpenAI's API, whatever follows; :meth:`tunewright.chat.tool_calls.CallForm.read` reads whole
-answers and accepts only calls that are well-formed to their end. Both agree on well-formed calls.
+call, as in OpenAI's API, regardless of what follows; :meth:`tunewright.chat.tool_calls.CallForm.read` reads
+whole answers and accepts only calls that are well-formed to their end. Both agree on well-formed calls.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CallDelta:
 class _Syntax:
     """The patterns of a form of calls."""
 
-    key: str  # of the arguments
+    key: str  # the key of the arguments
     opening: str | None  # the mark that begins calls; None: the answer begins with calls or has none
     first: regex.Pattern[str]  # the beginning of the first call, up to the brace of its arguments
     next: regex.Pattern[str] | None  # the beginning of a further call; None: an answer has at most one call
@@ -281,7 +281,7 @@ class _JsonEnd:
         self._escaped = False
 
     def end(self, text: str) -> int | None:
-        """Return the place after the object's last brace in the next piece; None if it is not in it."""
+        """Return the place after the object's last brace in the next piece; None if the piece lacks it."""
         for place, character in enumerate(text, 1):
             if self._escaped:
                 self._escaped = False

@@ -83,9 +83,9 @@ _HERMES_PRELUDE = """\
 """
 """Functions, calls and results in the Hermes format, for templates without a tool form.
 
-The format is that of NousResearch's Hermes 2 Pro and later: declarations in ``<tools>``, calls in ``<tool_call>``,
-results in ``<tool_response>``, all of them text in turns that every template has. It is a Jinja source in front of the
-base's own, so that exported files render conversations with functions as training did.
+The format is from NousResearch's Hermes 2 Pro and later: declarations in ``<tools>``, calls in ``<tool_call>``,
+results in ``<tool_response>``, all of them text in turns that every template has. It is a Jinja source in front
+of the base's own, so that exported files render conversations with functions as training did.
 """
 
 

@@ -1,6 +1,6 @@
 """Function calls in answers: the forms that chat templates write, and how they are read back.
 
-Reading is exact: an answer that is not calls from its first mark to its end is text, whatever it resembles.
+Reading is exact: an answer that is not calls from its first mark to its end is text, regardless of its look.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ WHERE = "compute.cluster"
 AGAIN = "Start the cluster again, and run the same command again."
 _REACH_S = 10.0
 _TRIES = 3
-_ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
+_ANSWER_S = 120.0  # time for a machine to start its first process, with a cold disk
 _CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 
 _EQUAL = "Use one image on all machines: the same tunewright, Ray, Python and libraries."

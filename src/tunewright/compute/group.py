@@ -56,7 +56,7 @@ _RESUMES = "The cluster lost a process of this run. All of them start again and 
 
 Together = Callable[[Any, Reporter, Callable[[], bool]], None]
 """Computes with the other processes; takes an argument, where to report, and whether a stop was requested.
-A stop raises KeyboardInterrupt in all of them, and the loss of another process ConnectionError."""
+A stop raises KeyboardInterrupt in all processes, and the loss of another process ConnectionError."""
 
 
 @contextmanager

@@ -47,10 +47,10 @@ from tunewright.core.workers import (
 )
 
 _LOOK_S = 3.0  # between two looks at the head and the machines while a part is computed
-_REPLACED_S = 600.0  # for a lost machine to be replaced, if no other machine can do its work
-_STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
+_REPLACED_S = 600.0  # time to replace a lost machine, if no other machine can do its work
+_STOP_S = 15.0  # time for stopped parts to end: a training saves its last step
 _BRIEF_S = 0.25  # parts that take less time are sent several to a task: each task adds some 15 ms
-_RELEASE_S = 30.0  # for a process to free its resources: vLLM ends within 25 s
+_RELEASE_S = 30.0  # time for a process to free its resources: vLLM ends within 25 s
 _RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 _CHECK = "Check its machines and their memory (ray status), and run the same command again."
 

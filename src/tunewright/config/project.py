@@ -19,7 +19,7 @@ CONFIG_FILE = "tunewright.yaml"
 
 @dataclass(frozen=True)
 class ProjectFolder:
-    """A folder with a ``tunewright.yaml``, and where everything in it lives."""
+    """A folder with a ``tunewright.yaml``, and the places of its files."""
 
     root: Path
     changed_config: Config | None = None

@@ -58,7 +58,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         try:
             return pool.submit(asyncio.run, awaited()).result()
         except KeyboardInterrupt:  # only the main thread gets the signal, and the pool would wait for the other thread
-            with suppress(RuntimeError, TimeoutError):  # it has ended meanwhile, or never begun
+            with suppress(RuntimeError, TimeoutError):  # the thread has ended meanwhile, or never begun
                 loop, task = running.result(timeout=5)
                 assert task is not None
                 loop.call_soon_threadsafe(task.cancel)

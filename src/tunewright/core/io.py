@@ -76,7 +76,7 @@ def expansion_limit(size: int) -> int:
 
 
 def refused(error: OSError) -> UserError | None:
-    """Return the message for an error with which the operating system refuses a change of files, or None."""
+    """Return the message if the operating system refused a change of files with this error, or None."""
     if error.errno not in _REFUSALS:
         return None
     what, fix = _REFUSALS[error.errno]
@@ -139,7 +139,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
-            with suppress(OSError):  # the first error is the one to report
+            with suppress(OSError):  # report the first error
                 temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Byte strings and texts in temporary files, for more of them than memory should hold.
+"""Byte strings and texts in temporary files, for amounts that memory should not hold.
 
 A file is deleted when nothing refers to it. Reading one back takes about a microsecond: recent ones
 are in the page cache, which the operating system shrinks when programs need memory.

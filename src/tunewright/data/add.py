@@ -322,7 +322,7 @@ class _Imports:
         for items in (self.plan.merged.rows, self.skipped):
             for each in items:
                 found[self.sources[each.source].name].append(each)
-        fates: dict[int, dict[str, Any]] = {}  # of rows drawn for the mix-in
+        fates: dict[int, dict[str, Any]] = {}  # fates of rows drawn for the mix-in
         if mixed := self.plan.mixed:
             fates |= {id(row): {"fate": "mixed", "key": row.example.pair_key} for row in mixed.rows}
             for row, reason in mixed.left_out:

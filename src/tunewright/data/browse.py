@@ -359,7 +359,7 @@ def _write_preferences(
             row |= {"prompt": prompt[1:], "tools": json.loads(messages[0].content)}
         for answer in rejected.get(member.key, ()):
             turns = [turn.as_dict() for turn in rejected_messages(answer)]
-            if turns != chosen:  # a reviewer may have chosen it since
+            if turns != chosen:  # a reviewer may have chosen the answer since
                 lines.append(canonical_json({**row, "rejected": turns}))
     if not lines:
         what = "No row has a rejected answer"

@@ -34,7 +34,7 @@ class ToolCall:
     arguments: str
     """A JSON object in its canonical form."""
     id: str
-    """Its place among the conversation's calls (see :func:`call_id`), which the result names."""
+    """The call's place among the conversation's calls (see :func:`call_id`), which the result names."""
 
     @property
     def text(self) -> str:

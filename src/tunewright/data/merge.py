@@ -97,7 +97,7 @@ class Merge:
         return f"version {short(self.parent.digest if self.parent else '')}, row {short(key)}"
 
     def kept_pair_key(self, key: str) -> str:
-        """Return the kept row for a read one: itself, the row that it repeats, or the row that an edit made of it."""
+        """Return the kept row for a read row: itself, the row that it repeats, or the row that an edit made of it."""
         return self.dropped[key][0] if key in self.dropped else self.edited.get(key, key)
 
     def fate(self, row: SourceRow) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _effect(plan: AddPlan) -> Effect:
     )
 
 
-# Templates on the whole row: every column is read, whatever its name.
+# Templates on the whole row: every column is read, regardless of its name.
 _ANY_COLUMNS = {"input": "{{ row }}", "output": "{{ row | tojson }}", "group_by": (), "drop_columns": ()}
 _LOOKED_AT = 20  # rows, some of which may be faulty
 
@@ -171,7 +171,7 @@ class FilePreview:
 
 
 def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
-    """Return the columns of a file of pairs, whatever their names, and its first three rows.
+    """Return the columns of a file of pairs, regardless of their names, and its first three rows.
 
     Raises:
         UserError: the file cannot be read, or two columns have the same name.

@@ -132,7 +132,7 @@ def push(project: OpenFolder, url: str, *, options: dict[str, Any] | None = None
         mine = ancestry(dataset, head)
         remote = RemoteStore(url, options)
         before = remote.head()
-        theirs: list[Manifest] = []  # with versions that are not here
+        theirs: list[Manifest] = []  # includes versions that are missing here
         if before is not None and before not in {m.digest for m in mine}:
             theirs = remote.line(before)
             if head.digest not in {m.digest for m in theirs}:
@@ -416,7 +416,7 @@ class RemoteStore(RemoteFiles):
             folder = f"versions/{version}"
             files: dict[str, bytes] = {}
             imports, manifest = (self.read_if_there(f"{folder}/{name}") for name in (IMPORTS, MANIFEST))
-            if imports is not None and manifest is not None:  # else an interrupted push, which will write them again
+            if imports is not None and manifest is not None:  # otherwise an interrupted push will write them again
                 files = erased_metadata(imports, manifest, purged)
             rows = self.read_if_there(f"{folder}/{_ROWS}") or b""
             lines = rows.splitlines(keepends=True)

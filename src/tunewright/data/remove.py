@@ -371,7 +371,7 @@ def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[Rema
     for name, there in sorted(read.items()):
         path = _SAME_NAME.sub("", name)
         if not (root / path).exists():
-            path = path.rpartition(":")[0]  # of a sheet of a workbook
+            path = path.rpartition(":")[0]  # without the name of a workbook's sheet
         if path and (root / path).exists():
             lines = sorted(origins.first[key][1] for key in there if origins.first[key][0] == name)
             shown = f"{', '.join(map(str, lines[:_GROUPS]))}{' …' if len(lines) > _GROUPS else ''}"

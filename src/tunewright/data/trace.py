@@ -69,7 +69,7 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
     for record in import_records(import_files(dataset, version.manifest)):
         if record["fate"] == "edited":
             record["line"] = reviews.cited_line(record)
-        if record["line"] is not None:  # else the verdict is in another copy's log
+        if record["line"] is not None:  # otherwise the verdict is in another copy's log
             imports.append(record)
     source = source_name(file, sorted({row["source"] for row in imports}), dataset.parent)
     found = next((row for row in imports if row["source"] == source and row["line"] == line), None)
@@ -350,7 +350,7 @@ def _own_use(name: str, lineage: Mapping[str, Any], places: KnownPlaces, key: st
         return RowUse(name, version, "unknown", "its lineage does not say which training rows were left out")
     preferences = lineage.get("preferences")
     if preferences is not None and key in preferences["rows"]:
-        return RowUse(name, version, "trained")  # by one of its answers, even if another one was too long
+        return RowUse(name, version, "trained")  # one of its answers was trained on, even if another was too long
     for row in rendering["train"]["left_out"]:
         if row["key"] == key:
             return RowUse(name, version, "left out", f"{row['tokens']:,} tokens")

@@ -116,7 +116,7 @@ class LoopClients:
 class Child(LoopClients):
     """A server on a socket that only this user can reach.
 
-    Its private folder (mode 0700) has the socket, its log, and whatever ``plan`` puts there.
+    Its private folder (mode 0700) has the socket, its log, and the files that ``plan`` creates in it.
 
     Args:
         plan: returns the server to run, given the private folder; it is called once.
@@ -323,7 +323,7 @@ _LOCK = "lock"
 class PrivateFolder:
     """A new folder for temporary files that only this user can open (mode 0700).
 
-    This process holds a lock in it, which the system releases however the process ends. So a folder with a
+    This process holds a lock in it, which the system always releases when the process ends. So a folder with a
     free lock belongs to a killed gateway, and the next start removes it. A folder without a lock file is kept.
     """
 

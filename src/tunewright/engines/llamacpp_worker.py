@@ -32,7 +32,7 @@ def main(text: str) -> None:
     params.port = 0
     params.api_keys = [settings["key"]] if "key" in settings else []
     params.n_ctx = settings["tokens"]
-    params.fit_params = False  # it would shrink the context silently
+    params.fit_params = False  # llama.cpp would shrink the context silently
     params.n_parallel = settings["rows"]
     params.kv_unified = True  # a long row may use the cache that short ones leave
     params.n_threads_http = settings["rows"] + 4
@@ -40,7 +40,7 @@ def main(text: str) -> None:
     params.use_jinja = settings.get("jinja", False)
     params.ui = False
     params.endpoint_slots = False
-    params.endpoint_metrics = True  # the gateway detects a hang by them
+    params.endpoint_metrics = True  # the gateway detects a hang by these metrics
     # Adapters are loaded but not applied: each request selects one.
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in settings["loras"]]
     params.lora_init_without_apply = True

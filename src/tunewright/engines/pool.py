@@ -257,7 +257,7 @@ class EnginePool:
         return {engine.url: error for engine, error in zip(engines, errors, strict=True)}
 
     async def _admit(self, engine: RemoteEngine) -> Exception | None:
-        """Ask one engine, load the adapters that it lacks, and let it take requests; return the error otherwise."""
+        """Ask one engine, load the adapters that it lacks, and let it take requests; otherwise return the error."""
         try:
             facts = await engine.ask_facts()
             self._require_equal(engine, facts)

@@ -97,7 +97,7 @@ class RemoteEngine(LoopClients):
         headers = {GATEWAY: gateway} | ({"Authorization": f"Bearer {token}"} if token else {})
         super().__init__(url, headers, socket_options=_ALIVE)
         self.facts: EngineFacts | None = None
-        """None until it has been admitted to the pool."""
+        """None until the engine has been admitted to the pool."""
         self.stopped: str | None = f"The engine {url} has not answered yet."
         self.adapters: set[str] = set()
         """Digests of the adapters that it has loaded."""

@@ -52,9 +52,9 @@ class BuiltPrompt:
     ids: Prompt
     messages: tuple[Message, ...]
     demonstrations: tuple[Member, ...]
-    """In the prompt's order."""
+    """The demonstrations in the prompt's order."""
     dropped: bool = False
-    """It has fewer demonstrations than the arm, to fit the context."""
+    """True if the prompt has fewer demonstrations than the arm, to fit the context."""
 
     def stored(self, messages: PromptMessages, plan: str | None = None) -> StoredPrompt:
         """Return the evidence's entry, with its messages among the evaluation's."""

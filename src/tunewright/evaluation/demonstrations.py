@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _POOL = 64
-"""Most similar inputs from which diverse ones are selected, or four for each demonstration if that is more."""
+"""Most similar inputs from which diverse inputs are selected, or four for each demonstration if that is more."""
 _KEPT_ROWS = 1024
 """Training inputs whose similarities to all others stay in memory."""
 _NGRAMS = (2, 5)

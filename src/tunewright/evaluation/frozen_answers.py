@@ -114,7 +114,7 @@ class IncumbentEstimate:
     known: int
     prompt_tokens: int
     completion_tokens: int
-    """As many as the references have."""
+    """As many tokens as the references have."""
     most_completion_tokens: int | None
     """None: the parameters set no limit."""
     cost: float | None

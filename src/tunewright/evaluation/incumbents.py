@@ -82,7 +82,7 @@ class IncumbentArms:
 
     @property
     def declared(self) -> tuple[Declared, ...]:
-        """The contrasts of tuned against each of them, to declare before the test split is opened."""
+        """The contrasts of tuned against each incumbent, to declare before the test split is opened."""
         metric, margin = self.arm_runner.scorers[0].name, self.arm_runner.settings.non_inferiority_margin
         return tuple(
             Declared(

@@ -1,4 +1,4 @@
-"""The search for the best prompting arm on dev: all arms on a part of it, the finalists on the whole."""
+"""The search for the best prompting arm on dev: all arms answer a part of it, the finalists all of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _warn(
 
 
 _RESAMPLES = 1_000
-"""For choosing; the evidence of the test split has ten times as many."""
+"""Number of resamples for the choice; the evidence of the test split has ten times as many."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rate of a command's answers so far, and the arms that ``--minutes`` leaves out by it."""
+"""The rate of a command's answers so far, and the arms that ``--minutes`` leaves out by this rate."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class TimeLimit:
         # Only arms of the choice are asked for; a comparison may have an arm of the same name.
         choice = [work.arm for work in self._left[: len(self._left) - len(self._later)]]
         if self._decision is None and arm in choice:
-            del self._left[: choice.index(arm)]  # the arms before this one are answered
+            del self._left[: choice.index(arm)]  # the arms before this arm are answered
             undecided = self._undecided()
             if undecided[:1] == [arm]:
                 self._admit_first(undecided)

@@ -35,7 +35,7 @@ class TrainingRun:
     metric: MetricName | None
     """The metric of the answered dev rows; None if none were answered."""
     adapter: Adapter | None = None
-    """None of an unfinished run."""
+    """None for an unfinished run."""
 
     @property
     def state(self) -> Literal["running", "stopped", "finished"]:

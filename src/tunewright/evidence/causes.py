@@ -25,15 +25,15 @@ FEWEST_REVIEWED = 20
 _FALLING = 0.02
 """A relative fall of the dev loss at the last evaluation that shows unfinished training."""
 _FALLING_STEPS = 0.1
-"""The same for the noisier training loss, from the second third of the steps to the last."""
+"""The same fall for the noisier training loss, from the second third of the steps to the last."""
 _LAST_GAIN = 0.1
 """Alternatively, the last third's part of the total fall since the first third, if it exceeds the noise.
 
 Under a cosine schedule the last third has 6% of the summed rate, so a converged loss falls very little there."""
 _FEW_STEPS = 20
-"""Optimizer steps under which a run with one evaluation is taken as too short."""
+"""Optimizer steps under which a run with one evaluation counts as too short."""
 _NEAR_BASE = 0.005
-"""Nats per token under which an adapter answers as its base (docs/benchmarks/training.md)."""
+"""Nats per token under which an adapter answers like its base (docs/benchmarks/training.md)."""
 _USELESS = 0.1
 """Share of a metric's range below which an arm does not solve the task."""
 _FEWEST_STEPS = 8

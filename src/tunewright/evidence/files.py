@@ -188,7 +188,7 @@ def chosen_items(evidence: Evidence, items: Sequence[Item], kept: ItemFilter) ->
             continue
         if kept.nearest is not None:
             (low, high), nearest = kept.nearest, item.nearest
-            # As bands are: from low up to but excluding high; the last one includes 1.
+            # Like bands: from low up to but excluding high; the last one includes 1.
             if nearest is None or not (low <= nearest < high or nearest == high == 1):
                 continue
         found.append((number, item, change))

@@ -238,7 +238,7 @@ def export(
     existing = find_export(target, made_of)
     if existing is not None:
         return existing
-    remove_abandoned(target.parent.glob(f".{target.name}.*/"))  # of killed exports to the same folder
+    remove_abandoned(target.parent.glob(f".{target.name}.*/"))  # left by killed exports to the same folder
     failed = target.with_name(f"{target.name}.failed.json")
     try:
         with new_folder(target) as temporary, in_use(temporary):

@@ -133,7 +133,7 @@ def _check_template(
 
 
 def push(folder: Path, name: str, message: str, *, private: bool) -> str:
-    """Create the repository if it does not exist, and commit the folder to it without its own record."""
+    """Create the repository if it does not exist, and commit the folder without its own record."""
     from huggingface_hub import HfApi, constants, errors
 
     if (silence := hub_silence(constants.ENDPOINT)) is not None:

@@ -1,4 +1,5 @@
-"""The isolation test: every request must get the answer of its own adapter, whatever else the engine computes.
+"""The isolation test: every request must get the answer of its own adapter, regardless of what else
+the engine computes.
 
 Engines ship no such test, and have had such bugs. vLLM's CPU build answers requests for the base with an adapter when
 its slots are full; llama.cpp and vLLM have reused keys and values that another adapter had computed. Nothing reports

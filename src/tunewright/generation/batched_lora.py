@@ -49,7 +49,7 @@ class AdapterSlots:
         """Return each slot's adapter once all ``names`` have a slot; None if they are more than ``capacity``."""
         if len(names) > capacity:
             return None
-        if len(self._names) > capacity:  # a larger adapter has arrived, and fewer of that size fit
+        if len(self._names) > capacity:  # a larger adapter has arrived, and fewer adapters of that size fit
             self._names, self._recency = [], {}
         for name in names:
             self._recency.pop(name, None)

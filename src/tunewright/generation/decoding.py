@@ -197,7 +197,7 @@ class Batch:
         while self.rows:
             columns = self._cache.get_seq_length()
             try:
-                # All rows end at the same column of the cache, whatever their lengths: padding is on the left.
+                # All rows end at the same column of the cache, regardless of their lengths: padding is on the left.
                 logits = self._next_logits(self.rows, _newest(self.rows), self._cache)
             except Exception as error:  # noqa: BLE001 - any failure is narrowed down to its rows
                 truncate(self._cache, columns)

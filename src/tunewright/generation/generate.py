@@ -217,7 +217,7 @@ def _out_of_memory(error: Exception) -> bool:
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or should_reduce_batch_size(error)
-        or "not enough memory" in text  # the CPU's allocator, by its other name
+        or "not enough memory" in text  # another name of the CPU's allocator
         # The driver's message, which torch's kernels and Triton pass on: "CUDA error: out of memory".
         or "out of memory" in text
         # cuBLAS, cuDNN and cuSOLVER allocate workspaces past torch's allocator.

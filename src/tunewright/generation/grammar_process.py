@@ -33,7 +33,7 @@ def compiled(tokenizer: LLTokenizer, rules: str) -> LLMatcher:
     """Return the matcher of a grammar; it may have an error."""
     matcher = LLMatcher(tokenizer, rules, log_level=0, limits=_LIMITS)
     if not matcher.is_error():
-        matcher.compute_bitmask()  # the first one takes longest, and every row begins with it
+        matcher.compute_bitmask()  # the first mask takes longest, and every row begins with it
     return matcher
 
 
@@ -83,7 +83,7 @@ def _read(lines: SimpleQueue[bytes]) -> None:
     with open(0, "rb") as source:  # not sys.stdin, for whose lock Python would wait at exit
         for line in source:
             lines.put(line)
-    os._exit(0)  # with the server, however that ends, even while a grammar is compiled
+    os._exit(0)  # ends with the server, even while a grammar is compiled
 
 
 def _main() -> None:

@@ -65,7 +65,7 @@ def shared_prefixes(prompts: Sequence[Prompt], pass_tokens: int = PASS_TOKENS) -
     if not order:
         return []
     open_nodes: list[_Node] = []
-    node = _Node(0, 0, 0)  # the first prompt alone
+    node = _Node(0, 0, 0)  # only the first prompt
     for place in range(1, len(order)):
         depth = _common(prompts[order[place - 1]], prompts[order[place]])
         while open_nodes and open_nodes[-1].depth > depth:

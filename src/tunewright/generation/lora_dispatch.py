@@ -74,7 +74,7 @@ class LoraDispatch:
                     f"The adapter {name} is not plain LoRA, so it cannot share a batch with other adapters",
                     fix="Train it as plain LoRA: without DoRA or activated LoRA.",
                 )
-        # Disabled layers would answer with the base, whatever the row asks for.
+        # Disabled layers would answer with the base, regardless of the row's adapter.
         status = model.get_model_status()
         assert status.enabled is True and not status.merged_adapters, "adapters must be enabled and unmerged"
         self._names = set(configs)

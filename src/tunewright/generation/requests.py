@@ -40,7 +40,7 @@ class Request:
         max_new_tokens: maximum number of tokens of the answer, at least 1.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         top_p: sample among the likeliest tokens that together hold this probability (Holtzman et al. 2020).
-        seed: the same seed samples the same answer, whatever else is in the batch; None draws a new seed.
+        seed: the same seed samples the same answer, regardless of the batch; None draws a new seed.
         stop: non-empty texts; the first that is complete ends the answer before it.
         constraint: the grammar of the answer; an answer cut at the limit may not match it yet.
         presence_penalty: subtracted from the logit of each token that the answer has.

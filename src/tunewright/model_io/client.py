@@ -50,7 +50,7 @@ MAX_REPLY = 16 << 20
 """Decoded bytes of a reply."""
 MAX_TOKENS = 10_000_000
 """Maximum tokens of a prompt or an answer, as a reply counts them; no model's context is longer."""
-_MOST_LEVELS = 64  # of nested values in function calls
+_MOST_LEVELS = 64  # nesting limit of values in function calls
 
 _FIRST_WAIT, _MOST_WAIT = 1.0, 60.0
 _TEMPLATE_TOKENS = 64
@@ -407,7 +407,7 @@ def _retry_after(value: str | None) -> float | None:
         pass
     try:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):  # not a date either, or one without a time zone
+    except (ValueError, TypeError):  # not a date either, or a date without a time zone
         return None
 
 

@@ -23,7 +23,7 @@ class Family:
     name: str
     """The display name."""
     config: str
-    """Its configuration class in transformers."""
+    """The architecture's configuration class in transformers."""
     text_types: tuple[str, ...]
     """The ``model_type`` values of its text model."""
     vision: bool = False

@@ -19,10 +19,10 @@ _INDEX = 8
 """Bytes of an index."""
 
 SHORT = 128
-"""As ``SHORT`` in training.packing.attention."""
+"""The same as ``SHORT`` in training.packing.attention."""
 
 TILE_LOGITS = 1 << 25
-"""As ``TILE_LOGITS`` in training.packing.fused_loss."""
+"""The same as ``TILE_LOGITS`` in training.packing.fused_loss."""
 
 CARD_RUNTIME = 1 << 30
 """Assumed, not measured: the CUDA context and cuBLAS's workspaces."""
@@ -40,7 +40,7 @@ PROCESS_SLACK = 0.15
 """Share of the temporary memory that malloc holds on top of it: benchmarks/fit_memory.py (SmolLM2-135M, glibc)."""
 
 PROCESS_SLACK_NF4 = 0.30
-"""The same over 4-bit weights: each matrix that is unpacked for a moment leaves a gap between kept blocks."""
+"""The same share over 4-bit weights: each matrix that is unpacked for a moment leaves a gap between kept blocks."""
 
 PROCESS_LEFTOVER = 32 << 20
 """Memory that malloc keeps after loading a base: seen where checkpointing leaves little else."""
@@ -200,7 +200,7 @@ def _norm(shape: Shape) -> int:
 
 
 def _inputs(shape: Shape, setup: TrainingSetup, names: tuple[str, ...]) -> int:
-    """Return the bytes per token that adapted layers with the same input keep of it."""
+    """Return the bytes per token that adapted layers with the same input keep of this input."""
     adapted = [name for name in names if name in setup.targets]
     if setup.copies_inputs:
         # Each keeps its own copy; with dropout also a mask.

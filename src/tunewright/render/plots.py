@@ -45,7 +45,7 @@ FILE_COLOURS = {
 
 WIDTH = 460.0  # points, which become SVG units: text of 12 units stays readable on a phone 400 pixels wide
 _ROW, _HEAD, FOOT = 30.0, 12.0, 40.0
-_LABELS, _TEXTS = 96.0, 56.0  # to the left and right of a forest plot's axis
+_LABELS, _TEXTS = 96.0, 56.0  # widths to the left and right of a forest plot's axis
 _LETTER, _MOST_LABELS = 6.0, 190.0  # width of a letter; maximum width of the labels
 
 STYLE: dict[Any, Any] = {
@@ -114,7 +114,7 @@ def _short(label: str) -> str:
 _LEFT, _RIGHT, _TOP = 60.0, 12.0, 18.0  # around the panels of lines
 _UPPER, _LOWER = 172.0, 80.0  # heights of the panels
 _MOST_INSIDE = 3  # lines whose legend has room next to them
-_DASHES = ("-", (0, (6, 3)), (0, (2, 3)), (0, (10, 3, 2, 3)))  # of lines of one colour
+_DASHES = ("-", (0, (6, 3)), (0, (2, 3)), (0, (10, 3, 2, 3)))  # dashes of lines of one colour
 
 
 def lines_plot(shown: blocks.Lines, colours: Mapping[str, str] = PAGE_COLOURS) -> str:

@@ -55,7 +55,7 @@ class CardSubject:
     has_system_prompt: bool
     """True if the chat template adds the trained system prompt."""
     figures: Figures | None = None
-    """For a merged model, its comparison with the trained one; None for an adapter."""
+    """For a merged model, its comparison with the trained model; None for an adapter."""
 
     @property
     def merged(self) -> bool:

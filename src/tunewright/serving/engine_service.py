@@ -237,7 +237,7 @@ class EngineApp:
                 continue
             del self._heard[gateway]
             for digest in [digest for digest, users in self._users.items() if gateway in users]:
-                with suppress(AdapterFailedError, EngineStoppedError):  # in use still, or gone with the engine
+                with suppress(AdapterFailedError, EngineStoppedError):  # still in use, or gone with the engine
                     await self._release(digest, gateway)
 
     async def _request(self, body: Event) -> Request:

@@ -89,7 +89,7 @@ class DeployOptions(ReleaseTestOptions):
     """Above 0 and below 1; the live release answers the rest."""
     shadow: Annotated[bool, Option("Send it a copy of each request and record its answers; none is returned.")] = False
     because: Annotated[str | None, Option("Reason, stored in the release history.")] = None
-    """Releases whatever the verdict and the serving check."""
+    """Releases regardless of the verdict and the serving check."""
     system_prompt: Annotated[
         bool,
         Option("Do not add the trained system prompt to requests without a system message.", name="--no-system-prompt"),

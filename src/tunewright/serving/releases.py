@@ -85,7 +85,8 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
     Args:
         alias: the name that tenants call; created if it does not exist.
         adapter: a name or its beginning.
-        options: a trial on a part of the traffic, a reason to release whatever was measured, and what the alias adds.
+        options: a trial on a part of the traffic, a reason to release regardless of the
+            measurements, and what the alias adds.
 
     Raises:
         UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine

@@ -180,7 +180,7 @@ def _share_one_arena() -> None:
     if "MALLOC_ARENA_MAX" in os.environ:
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # neither musl nor macOS has it
+    if hasattr(libc, "mallopt"):  # neither musl nor macOS has mallopt
         libc.mallopt(_M_ARENA_MAX, 1)
 
 

@@ -101,7 +101,7 @@ class Access:
         self._cookie = cookie
         self._reviewer = reviewer
         self._sessions: dict[str, StudioSession] = {}
-        self._tries: dict[str, tuple[float, int]] = {}  # by address: the time of the first, and how many; oldest first
+        self._tries: dict[str, tuple[float, int]] = {}  # by address: first time, number; oldest first
 
     def sign_in(self, secret: str, address: str, reviewer: str = "") -> str | None:
         """Return a new session's ``Set-Cookie`` value, or None if the secret is wrong.
@@ -147,7 +147,7 @@ def reviewer_name(text: str) -> str:
 
 def kept_reviewer(request: Request) -> str:
     """Return the name that this browser's person chose earlier, even before a restart; empty if none."""
-    with suppress(UserError):  # by another program on this host
+    with suppress(UserError):  # set by another program on this host
         return reviewer_name(unquote(request.cookies.get(_REVIEWER, "")))
     return ""
 
@@ -174,7 +174,7 @@ async def read_form(request: Request, limit: int = MAX_FORM) -> dict[str, str]:
         fields = parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), errors="strict")
     except ValueError:
         raise UserError("The form cannot be read", fix="Reload the page and send it again.") from None
-    # HTML sends line ends as CRLF, whatever the text had.
+    # HTML sends line ends as CRLF, regardless of the text's own.
     return {name: value.replace("\r\n", "\n") for name, value in fields}
 
 

@@ -106,7 +106,7 @@ JobState = Literal["running", "done", "stopped", "failed", "ended"]
 SERVER = "serve"
 """The command that runs next to another job."""
 
-_END = 100_000  # bytes of a log in which the newest message and progress are looked for
+_END = 100_000  # bytes of a log to search for the newest message and progress
 _STATES: dict[int, JobState] = {0: "done", 3: "done", 4: "done", 130: "stopped"}
 # The shell records its number and the exit code, so that nothing is lost when the studio is killed.
 _SHELL = """echo $$ > "$0/pid.part"; mv "$0/pid.part" "$0/pid"
@@ -225,7 +225,7 @@ class Jobs:
         author = stated_author()
         (folder / "log").touch()
         write_text(folder / "job.json", json.dumps({"command": command, "started": now()}))
-        # Its progress is for the page, whatever the environment says; the page shows the log as text.
+        # Its progress is for the page, regardless of the environment; the page shows the log as text.
         program = (sys.executable, "-m", "tunewright", "--log-format", "json")
         child = start(
             ["/bin/sh", "-c", _SHELL, str(folder), *program, *command],
@@ -248,7 +248,7 @@ _READY = re.compile(
     r"^Serving at (\S+)/v1\n((?:  .+\n)*)(?:\n?Prometheus metrics: (\S+)$)?",
     re.MULTILINE,
 )
-_ANSWER_S = 1.0  # on this machine; other pages wait meanwhile
+_ANSWER_S = 1.0  # enough on this machine; other pages wait meanwhile
 _ENGINE = "tunewright_engine_"
 _BEGINNING = 100_000  # characters of a log; the address comes right after loading
 RELEASES = ("deploy", "promote")

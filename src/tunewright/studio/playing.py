@@ -36,7 +36,7 @@ class AskedQuestion:
     version: DatasetVersion | None
     limit: int | None
     answers: dict[str, PlaygroundAnswer | UserError] = field(default_factory=dict)
-    """By model. An answer whose browser left is not among them."""
+    """Answers by model, without answers whose browser has left."""
 
     @property
     def complete(self) -> bool:
@@ -62,7 +62,7 @@ class Playing:
             if self.state in ("loading", "ready"):
                 return
             self.state, self.error = "loading", None
-        # No page waits for it, and no lock of theirs is held.
+        # No page waits for it, and it holds no lock of a page.
         Thread(target=self._load, name="tunewright-playground", daemon=True).start()
 
     def _load(self) -> None:

@@ -55,11 +55,11 @@ class Cache:
 
     playing: Playing
     reviews: dict[tuple[str, ...], ReviewSession] = field(default_factory=dict)
-    """By version, reviewer and choice of rows."""
+    """Reviews by version, reviewer and choice of rows."""
     leases: Leases = field(default_factory=Leases)
     """The row on each session's screen, by the session's token and the choice of rows."""
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
-    """By evaluation, reviewer and incumbent."""
+    """Comparisons by evaluation, reviewer and incumbent."""
     _made: dict[object, tuple[object, Any]] = field(default_factory=dict)
 
     def has(self, name: object, deciding: object) -> bool:

@@ -220,7 +220,7 @@ def read_pairs(text: str) -> list[tuple[str, str, str]] | None:
 
 
 def find_quote(quote: str, text: str) -> tuple[int, int] | None:
-    """Return where the words of a quote stand in a text, whatever white space is between them; None if nowhere."""
+    """Return where the words of a quote stand in a text, regardless of white space; None if nowhere."""
     words = quote.split()
     if not words:
         return None

@@ -54,7 +54,7 @@ def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGe
     scorer = scorer_of(config.evaluate.metric, project.folder.root)
     needed = config.generate.judge_score
     judge = None if needed is None else RubricJudge(project.folder, needed, project.reporter)
-    grammar = grammar_of(project.folder)  # the form that the config's structured outputs have
+    grammar = grammar_of(project.folder)  # the form of the config's structured outputs
     constraints = None if grammar is None else AnswerConstraints(project.chat, grammar)
     generator = RowGenerator(project.folder, _version(project), teacher, scorer, constraints, judge, project.reporter)
     return generator, inputs
@@ -85,7 +85,7 @@ def generated_effect(project: OpenProject, evaluation: str | Path, without: str 
     The finding becomes a part of the first evaluation's evidence. No answer is recomputed.
 
     Args:
-        evaluation: the evaluation of the adapter trained with them.
+        evaluation: the evaluation of the adapter trained with generated rows.
         without: the evaluation of an adapter trained with train.generated: false.
 
     Raises:
@@ -110,7 +110,7 @@ def _writer(project: OpenProject) -> QuestionWriter:
     from tunewright.synthesis.questions import SCHEMA, QuestionWriter
 
     config = project.folder.config
-    # The teacher's replies are pairs in JSON, whatever form the project's answers have.
+    # The teacher's replies are pairs in JSON, regardless of the form of the project's answers.
     evaluate = config.evaluate.model_copy(update={"structured_outputs": ConstrainConfig(json_schema=SCHEMA)})
     asking = ProjectFolder(project.folder.root, config.model_copy(update={"evaluate": evaluate}))
     return QuestionWriter(project.folder, _version(project), _teacher(asking, project.reporter), project.reporter)

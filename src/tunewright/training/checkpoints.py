@@ -241,7 +241,7 @@ def _needed(checkpoint: Path) -> list[Evaluation]:
 
 
 def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
-    """Copy a checkpoint's adapter in the form in which it is stored if it is the best."""
+    """Copy a checkpoint's adapter, in the form in which the best adapter is stored."""
     _remove(kept)  # left by a run that got this far and lost the checkpoint
     with new_folder(kept) as folder:
         shutil.copyfile(checkpoint / WEIGHTS, folder / WEIGHTS)

@@ -1,6 +1,6 @@
 """Processes that train one adapter together, each on its own device, as torchrun or accelerate launch starts them.
 
-All of them read and compute the same; only the *main* process writes and reports. What they must agree
+All processes read and compute the same; only the *main* process writes and reports. What they must agree
 on (a stop, the checkpoint to resume) goes through this module. A single process gets trivial answers.
 """
 
@@ -96,7 +96,7 @@ def barrier() -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Return whether ``flag`` is true in any process; all of them must call this together."""
+    """Return whether ``flag`` is true in any process; all processes must call this together."""
     if world_size() == 1:
         return flag
     import torch

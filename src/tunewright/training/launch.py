@@ -1,4 +1,4 @@
-"""torchrun with the exit code of its processes: it takes the same arguments, and ends with 1 whatever they end with.
+"""torchrun, with its arguments, but with the exit code of its processes: torchrun itself always fails with 1.
 
     python -m tunewright.training.launch --standalone --nproc-per-node=2 -m tunewright train
 

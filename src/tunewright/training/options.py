@@ -33,7 +33,7 @@ class SweepOptions:
     """The learning rates and the time of a sweep, and the use of its winner."""
 
     minutes: Annotated[float | None, Option("Time limit of the whole sweep (--sweep only).", default="no limit")] = None
-    """It includes earlier runs in the sweep's ledger. On a cluster it counts the time of all trials together."""
+    """The limit includes earlier runs in the sweep's ledger. On a cluster it counts the time of all trials together."""
     rates: Annotated[
         list[float] | None,
         Option(
@@ -42,6 +42,6 @@ class SweepOptions:
             name="--rate",
         ),
     ] = None
-    """None: three suited to the base's size, one of them the config's own."""
+    """None: three rates that suit the base's size, including the config's own."""
     write: Annotated[bool, Option("Write the winner's values to tunewright.yaml (--sweep only).")] = False
     force: Annotated[bool, Option("Train on fewer than 50 pairs, which is refused otherwise.")] = False

@@ -226,7 +226,7 @@ def _encoded(
             fix="Remove the pairs whose answers have several turns.",
         )
     fits = [bool(rows[id(side)]) for side in sides]
-    if settings.method != "kto":  # a pair goes as a whole
+    if settings.method != "kto":  # a pair is left out as a whole
         fits = [both for i in range(0, len(sides), 2) for both in [fits[i] and fits[i + 1]] * 2]
     kept = [place for place, fit in enumerate(fits) if fit]
     answers = EncodedRows(

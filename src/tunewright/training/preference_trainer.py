@@ -54,7 +54,7 @@ class PreferenceTrainer(Trainer):
         columns = as_columns(preferences.rows)
         self.answers: list[Row] = list(zip(columns["input_ids"], columns["labels"], strict=True))
         self.mismatched = _mismatched(preferences, limit) if self.method == "kto" else []
-        """With kto, each input with another input's answer, which estimates the divergence from the reference."""
+        """With kto, inputs with other inputs' answers, to estimate the divergence from the reference."""
         self.reference: list[float] = []
         """Log-probabilities under the reference of ``answers``, then of ``mismatched``; empty until they are set."""
         self._step_tokens = 0
@@ -118,7 +118,7 @@ class PreferenceTrainer(Trainer):
         transformers counts its labels: one for each training row. No rows make a batch of which nothing is trained.
         """
         if rows and "place" not in rows[0]:
-            return super().collate(rows)  # of the evaluation set
+            return super().collate(rows)  # rows of the evaluation set
         places = [int(row["place"]) for row in rows]
         indices = places
         if self.method != "kto":

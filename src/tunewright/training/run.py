@@ -340,7 +340,7 @@ def _require_same_sharding(checkpoint: Path) -> None:
 def _finished_state(checkpoint: Path, patience: int | None, until: int | None) -> Any:
     """Return the trainer's state in a checkpoint with nothing left to train; None if the run continues.
 
-    That is a checkpoint at which the run stopped early, or the one at ``until``.
+    That is a checkpoint at which the run stopped early, or the checkpoint at ``until``.
     """
     from transformers import TrainerState
 
@@ -384,5 +384,5 @@ def _evaluate_at_pause(trainer: Any, checkpoint: Path | None) -> None:
         return
     if checkpoint is not None:
         load_adapter(trainer.model, checkpoint)
-    trainer.remove_callback(EvaluationCallback)  # it counts the run's own evaluations
+    trainer.remove_callback(EvaluationCallback)  # the callback counts only the run's own evaluations
     trainer.evaluate()

@@ -92,7 +92,7 @@ class Trainer(SFTTrainer):
         """Write no card: trl would render a README.md next to each checkpoint, and lineage describes the adapter."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, also of a sharded model; transformers would gather the frozen base with it."""
+        """Write the adapter, also of a sharded model; transformers would also gather the frozen base."""
         if self.is_fsdp_enabled:
             self._save(output_dir, state_dict=fsdp.adapter_weights(self.model))
         else:
@@ -192,7 +192,7 @@ class Trainer(SFTTrainer):
         """Choose the rows of a pass by a real one of the longest batch, whose gradients are dropped."""
         rows: Any = self.train_dataset
         batches: list[list[int]] = []
-        # Batches of every process: all of them must probe the same one.
+        # Batches of every process: all processes must probe the same one.
         for own in map(self._step_batches, range(self.args.world_size)):
             for epoch in range(math.ceil(self.args.num_train_epochs)):
                 own.set_epoch(epoch)

@@ -130,7 +130,7 @@ def find_clusters(
 def _names(examples: Sequence[Example], labels: Indices) -> list[str]:
     """Return each row's cluster, given the first row that each is linked with, [rows]."""
     names = [example.pair_key for example in examples]
-    linked = np.flatnonzero(labels != np.arange(len(labels)))  # with an earlier row, whose place is the label
+    linked = np.flatnonzero(labels != np.arange(len(labels)))  # linked with an earlier row, whose place is the label
     for row, label in zip(linked.tolist(), labels[linked].tolist(), strict=True):
         names[label] = min(names[label], names[row])
     for row, label in zip(linked.tolist(), labels[linked].tolist(), strict=True):
@@ -145,7 +145,7 @@ class ClusterSpan:
     name: str
     rows: int
     ends: tuple[int, int]  # indices of the two rows
-    similarity: float  # of the two rows; below the threshold if only a chain links them
+    similarity: float  # similarity of the two rows; below the threshold if only a chain links them
 
 
 def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count: int) -> list[ClusterSpan]:

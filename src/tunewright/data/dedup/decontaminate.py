@@ -34,7 +34,7 @@ from tunewright.data.versions import DatasetVersion, Member, short
 
 RUN = 13  # words
 FEWEST = 5  # words
-CONTAINED = 0.8  # of an item's runs
+CONTAINED = 0.8  # share of an item's runs
 _ROWS = 500  # rows that a worker searches at once
 _SENT = 200_000  # items indexed by each worker, at 3 KB each: bounds its memory, not the result
 BOILERPLATE = 10  # items: a run that more items of a source share is a phrase of the suite
@@ -55,7 +55,7 @@ class ContaminationHit:
     """Equal (one of the row's turns is the item), contained (the row has at least 80% of the item's runs of words, or
     its input is a part of the item), or overlap (the row has some of the runs)."""
     score: float
-    """For equal and contained the share of the runs; for overlap the longest shared run, as a share of the item."""
+    """The share of the runs for equal and contained; for overlap the longest shared run as a share of the item."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Source:
     name: str
     items: list[Words]
     equal: dict[Words, list[int]]
-    runs: dict[int, dict[Words, tuple[int, ...]]]  # length to run to the items with it, without boilerplate
+    runs: dict[int, dict[Words, tuple[int, ...]]]  # length to run to the items that contain it, without boilerplate
     counted: Counter[int]  # number of these runs by item
 
 

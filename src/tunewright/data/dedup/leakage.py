@@ -25,7 +25,7 @@ BANDS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
 MOST_HELD_OUT = 5_000
 _MOST_COUNTED = 20_000  # rows whose near-equal rows are all counted; with more rows, a sample is used
 _FIRST_OTHERS = 64  # rows compared first, which are enough if most rows are near-equal
-_SURE = 1e-4  # a row counts as leaked for sure if a random split misses it less often
+_SURE = 1e-4  # a row counts as certainly leaked if a random split misses it less often
 _ROUNDING = 1e-9
 
 
@@ -57,8 +57,8 @@ class LeakageReport:
 
     version: str  # its digest
     held_out: int  # rows in dev and test
-    nearest: tuple[NearestTrainingRow, ...]  # of all of them, or of a random sample; sorted by key
-    leaks: tuple[LeakageRate, ...]  # at 0.7, 0.8 and 0.9; ``random`` is the mean over all splits of the same sizes
+    nearest: tuple[NearestTrainingRow, ...]  # for all of them or a random sample; sorted by key
+    leaks: tuple[LeakageRate, ...]  # rates at 0.7, 0.8, 0.9; ``random`` is the mean over all splits of the same sizes
     outputs: OutputLeakage
 
     def histogram(self, split: Split) -> list[int]:

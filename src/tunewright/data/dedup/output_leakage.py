@@ -28,7 +28,7 @@ HIGH = 0.5
 """Share of test rows with known output templates from which a warning is given."""
 
 _MERGED = 0.9
-"""Templates per distinct output up to which masking has merged outputs; above, templates are only outputs."""
+"""Templates per distinct output up to which masking counts as merging outputs; above, templates are only outputs."""
 LOW_CEILING = 0.05
 """Ceiling under which a split by template leaves nothing to score."""
 
@@ -161,7 +161,7 @@ def _chance(others: Indices, domain: Sequence[Member]) -> float:
         return 0.0
     rest = len(domain) - 1
     training = min(sum(m.split == "train" for m in domain), rest)
-    outside = np.minimum(others, rest - training)  # more of them cannot all be outside of training
+    outside = np.minimum(others, rest - training)  # more rows cannot all be outside of training
     none = gammaln(rest - outside + 1) - gammaln(rest - outside - training + 1)
     none -= gammaln(rest + 1) - gammaln(rest - training + 1)
     return _mean(np.where(others > outside, 1.0, -np.expm1(none)))

@@ -3,10 +3,10 @@
 4-grams are numbered by array operations, some texts at a time: numbers of characters combine into numbers
 of pairs, and these into numbers of 4-grams. Only the numbers of all 4-grams are kept, four bytes each.
 
-A sketch is a few words per set that rule out most pairs within nanoseconds. A bit is the parity of the members hashed
-to it, so each member in which two sets differ flips one bit. Two sets that differ in d members have sketches that
-differ in at most d bits (Sandes et al. 2020, "Bitmap Filter: Speeding up Exact Set Similarity Joins with Bitwise
-Operations"). The filter never loses a near-equal pair, whatever the hash.
+A sketch is a few words per set that rule out most pairs within nanoseconds. A bit is the parity of the
+members hashed to it, so each member in which two sets differ flips one bit. Two sets that differ in d members
+have sketches that differ in at most d bits (Sandes et al. 2020, "Bitmap Filter: Speeding up Exact Set
+Similarity Joins with Bitwise Operations"). The filter never loses a near-equal pair, regardless of the hash.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tunewright.core.io import writing
 
 SHINGLE = 4  # characters: most 4-grams survive a word's inflections and typing errors
 
-_CHARACTERS = 1 << 21  # of the texts numbered at once; bounds the memory, not the result
+_CHARACTERS = 1 << 21  # characters of texts numbered together; bounds the memory, not the result
 _LETTERS = 0x110000  # code points of Unicode
 _TABLE = 1 << 24  # entries of a table of numbers: 80 MB
 _ROWS = 20_000  # rows copied out of a file at once
@@ -39,7 +39,7 @@ Wanted = Callable[[Indices, Indices], Mask]
 Words = npt.NDArray[np.uint64]
 
 ROUNDING = 1e-6
-_BITS = 8  # for each member in which two near-equal sets may differ: fewer let too many far pairs through
+_BITS = 8  # bits for each member in which two near-equal sets may differ: fewer let too many far pairs through
 _MOST_WORDS = 4096
 _COLUMNS = 4096
 _CELLS = 1 << 17  # pairs compared in one go: the intermediate results stay in the cache

@@ -109,7 +109,7 @@ class _SizeRange:
     """Their shingles: a matrix, or ``ShingleRows``."""
     sizes: Indices
     labels: Indices
-    """For each text, the place here of the first text that it is known to be linked with."""
+    """For each text, the place of the first text that it is known to be linked with."""
     low: int
     high: int
     large: bool

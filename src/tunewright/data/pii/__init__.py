@@ -195,9 +195,9 @@ def redact(
 ) -> tuple[Example, dict[str, int]]:
     """Return the example with a placeholder such as ``<EMAIL_1>`` for each finding, and counts by kind.
 
-    A value has the same placeholder in all turns, whatever its spacing, and is replaced in all turns. Arguments of
-    calls stay valid JSON. Redacting again changes nothing. ``also`` and ``allow`` are as for ``scan``; permitted kinds
-    are not replaced.
+    A value has the same placeholder in all turns, regardless of its spacing, and is replaced in all
+    turns. Arguments of calls stay valid JSON. Redacting again changes nothing. ``also`` and
+    ``allow`` are as for ``scan``; permitted kinds are not replaced.
     """
     named = [each for message in example.messages for each in message_texts(message)]
     keys, texts = [name for name, _ in named], [text for _, text in named]

@@ -126,7 +126,7 @@ def _email(match: re.Match[str]) -> bool:
     if _NO_TLD.fullmatch(domain) or ".." in local or local.endswith("."):
         return False  # icon@2x.png
     if re.search(r"://[^\s/@]*$", match.string[max(0, match.start() - 120) : match.start()]):
-        return False  # the user of a URL
+        return False  # the user part of a URL
     return not _DOMAINS_OF_NOBODY.fullmatch(domain) and not _LOCALS_OF_NOBODY.fullmatch(local)
 
 
@@ -234,7 +234,7 @@ _EMAIL = (
 )
 _END = r"(?!\w|[.,]\d|-\w)"
 _NUMBER = r"[1-9](?:[ ./-]?(?:\(\d{1,4}\)[ ./-]?)?\d){7,14}"
-_ALONE = r"(?<![\w.,+/-])(?<!\d )"  # not the end of a longer row of groups
+_ALONE = r"(?<![\w.,+/-])(?<!\d )"  # not the end of a longer sequence of groups
 _INTERNATIONAL = rf"(?<![\w+])\+{_NUMBER}{_END}|{_ALONE}00{_NUMBER}{_END}"
 _AMERICAN = (
     r"(?<![\w.,+/$€£-])(?:1[ .-])?(?:\([2-9]\d\d\)[ .-]?|[2-9]\d\d(?P<sep>[.-]))[2-9]\d\d(?(sep)(?P=sep)|[ .-])\d{4}"

@@ -27,7 +27,7 @@ _FEWEST_DIFFERENT = 8  # 16 random characters have fewer different ones less tha
 class Pattern:
     """One pattern of a kind of finding; a kind may have several."""
 
-    kind: str  # as placeholders spell it: ``email`` is replaced by ``<EMAIL_1>``
+    kind: str  # the spelling in placeholders: ``email`` is replaced by ``<EMAIL_1>``
     label: str  # in messages
     category: Category  # a secret gives access or can be used to pay; personal data identifies a person
     regex: re.Pattern[str]  # the group ``value`` is the finding, if there is one
@@ -143,7 +143,7 @@ def _secret(
 
 _PEM = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?P<body>"
-    r"(?:[^-]|-(?!----))*+(?=-----END)|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{32,})+)"  # the second: cut off before its end
+    r"(?:[^-]|-(?!----))*+(?=-----END)|(?:(?:\s|\\[nr])*[A-Za-z0-9+/=]{32,})+)"  # the second: a key without its end
     r"(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
 )
 _SLACK = (

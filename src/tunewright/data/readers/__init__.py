@@ -205,7 +205,7 @@ GENERATED = "generated"
 PASSAGE = "passage"
 """The key of the passage that a row's answer is grounded in: an object with the ``document``'s digest."""
 DOCUMENT_GROUP = "source_document"
-"""The group of rows from one document, whatever data.group_by names."""
+"""The group of rows from one document, regardless of data.group_by."""
 
 _HEAD = 1 << 20  # characters
 
@@ -231,7 +231,7 @@ def has_generated_rows(path: Path) -> bool:
 
 
 def unmapped(data: DataConfig) -> DataConfig:
-    """Return the settings for generated rows, which are chats whatever form the project's own files have."""
+    """Return the settings for generated rows, which are chats regardless of the form of the project's own files."""
     return data.model_copy(update={"rows": None, "sheet": None, "input": None, "output": None, "group_by": ()})
 
 

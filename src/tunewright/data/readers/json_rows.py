@@ -246,7 +246,7 @@ class _Document:
     path: Path
     value: Any = None
     objects: list[dict[str, Any]] = field(default_factory=list)
-    """In the order of their ends, as the decoder yields them."""
+    """The objects in the order of their ends, as the decoder yields them."""
     spans: list[tuple[int, int]] = field(default_factory=list)
     """Begin and end of each of ``objects``."""
     faults: list[tuple[int, RowError]] = field(default_factory=list)

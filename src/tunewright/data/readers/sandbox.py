@@ -29,8 +29,8 @@ MAX_SIZE = 1 << 20
 """Limit of one value: its characters and, at any depth, its items."""
 MAX_WORK = 1 << 24
 """Limit of one rendered row: the total size of all values that its operations read and make."""
-_MAX_BITS = 100_000  # of a whole number
-_MAX_NUMBER = 10_000  # as an argument that sets a width or a count
+_MAX_BITS = 100_000  # limit of a whole number
+_MAX_NUMBER = 10_000  # limit of an argument that sets a width or a count
 _STEP = 16  # work of an operation besides the sizes of its values: an empty loop must also end
 
 _PLAIN = (str, int, float, Decimal, datetime.date, datetime.time)
@@ -186,7 +186,7 @@ def _each(values: Iterable[Any]) -> Iterator[Any]:
 def _spend_call(name: str, value: Any, arguments: list[Any]) -> None:
     """Spend the cost of a filter, test or method before it is called."""
     own, others = _size(value), sum(map(_size, arguments))
-    made = 0  # at most, besides a copy of the value
+    made = 0  # upper limit, besides a copy of the value
     if name in _WIDTHS:
         numbers = [abs(each) for each in arguments if isinstance(each, int)]
         if any(number > _MAX_NUMBER for number in numbers):

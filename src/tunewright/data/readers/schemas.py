@@ -211,7 +211,7 @@ def _preference(row: Mapping[str, Any], data: DataConfig) -> Conversation:
             turn = read_turn(each.turn, each.path, _CHAT_TURNS)
             turns.append(replace(turn, content_path=each.path) if each.text else turn)
         side = _with_functions(Conversation(kind, reason, tuple(turns), used), besides, data, above)
-        sides.append(replace(side, kind=kind, reason=reason))  # whatever form its functions have
+        sides.append(replace(side, kind=kind, reason=reason))  # regardless of the form of its functions
     return replace(sides[0], rejected=sides[1])
 
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 _BATCH = 1024
 _PARQUET_BATCH = 1 << 16  # rows; each batch repeats the dictionary of its row group, so small batches are slow
-_BATCH_BYTES = 256 << 20  # of a batch, on average within a row group
-_ROW_BYTES = 64 << 20  # of one row, and of the rows that are Python objects at once
-_OBJECT_BYTES = 64  # of a value in a list or object, besides its text
+_BATCH_BYTES = 256 << 20  # limit of a batch, on average within a row group
+_ROW_BYTES = 64 << 20  # limit of one row, and of the rows that are Python objects at one time
+_OBJECT_BYTES = 64  # overhead of a value in a list or object, besides its text
 
 # Known sets of columns: required and optional ones.
 _KNOWN_COLUMNS = (
@@ -237,7 +237,7 @@ def _text_columns(metadata: Any) -> list[str]:
 def _rows_per_batch(metadata: Any, group: int, names: Sequence[str]) -> int:
     """Return how many rows of a Parquet row group to read at once, by the bytes that these columns can take."""
     described = metadata.row_group(group)
-    size = 0.0  # of a row: pages as stored, in which a dictionary counts once (it also stays one in memory)
+    size = 0.0  # a row's size: pages as stored, in which a dictionary counts once (as in memory)
     for number in range(metadata.num_columns):
         path = metadata.schema.column(number).path
         if not any(path == name or path.startswith(f"{name}.") for name in names):

@@ -95,7 +95,7 @@ def read_turn(turn: Any, path: JsonPath, keys: TurnKeys) -> Turn:
         return Turn(
             "tool", content, path, at, rest, (), _BY_ORDER if role == "function" else given, rest.pop("name", None)
         )
-    if rest.get("tool_call_id", "") is None:  # as tables and dumps of the API's objects have it
+    if rest.get("tool_call_id", "") is None:  # tables and dumps of the API's objects write it like this
         del rest["tool_call_id"]
     if calls and (content is None or (isinstance(content, str) and not content.strip())):
         content = ""
@@ -287,7 +287,7 @@ def json_or_literal(text: str) -> Any:
             raise
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes in foreign text
+                warnings.simplefilter("ignore")  # warnings about escapes in foreign text
                 value = ast.literal_eval(text)
             canonical_json(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

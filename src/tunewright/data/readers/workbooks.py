@@ -38,8 +38,8 @@ from tunewright.data.readers.tables import columns
 _MERGED_TAG = f"{{{SHEET_MAIN_NS}}}mergeCell"
 _MOST_ROWS, _MOST_COLUMNS = 1_048_576, 16_384  # Excel's own limits
 _MOST_TEXT = 32_767  # characters that Excel keeps of a cell
-_PART_BYTES = 128 << 20  # of a part that openpyxl holds in memory, such as the shared texts
-_ROW_BYTES = 64 << 20  # of XML that is in memory at once
+_PART_BYTES = 128 << 20  # limit of a part that openpyxl holds in memory, such as the shared texts
+_ROW_BYTES = 64 << 20  # limit of the XML that is in memory at one time
 _ESCAPED = re.compile(r"_x00(09|0[Aa]|0[Dd])_")  # how XML keeps a tab, line feed or carriage return
 _PLAIN_FORMATS = ("General", "@", "0")
 _AS_CSV = "Save the sheet as CSV in UTF-8, and name that file."

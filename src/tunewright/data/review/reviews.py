@@ -2,9 +2,9 @@
 
 Verdicts are stored by pair key, so that they survive reordering and new versions, and end with the text they judge.
 
-Two logs are merged by appending to each the events that only the other has. Lines keep their places, because other
-files cite them, so the merged logs have the same events in different orders. Events are therefore ordered by
-(when, nth), which ``append_reviews`` keeps increasing for each reviewer, whatever the clock says.
+Two logs are merged by appending to each the events that only the other has. Lines keep their places, because
+other files cite them, so the merged logs have the same events in different orders. Events are therefore
+ordered by (when, nth), which ``append_reviews`` keeps increasing for each reviewer, regardless of the clock.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ContinuedSample(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: str
-    """Its digest and draw decide the order."""
+    """The earlier version's digest and draw decide the order."""
     draw: int
     checked: int
     """Rows of the sample that had been checked: number."""

@@ -142,7 +142,7 @@ def diff(a: DatasetVersion, b: DatasetVersion) -> Diff:
 
 
 def _regrouped(before: Sequence[Member], after: Sequence[Member]) -> int:
-    """Count the rows whose cluster has other members among these rows, whatever the clusters' names."""
+    """Count the rows whose cluster has other members among these rows, regardless of the clusters' names."""
     partitions: list[dict[str, frozenset[str]]] = []
     for members in (before, after):
         clusters: dict[str, set[str]] = defaultdict(set)

@@ -293,7 +293,7 @@ def _link(data: bytes, where: str, folder: str) -> _Link:
     if not lines or not lines[0].startswith(_FROM):
         return _Link(where, folder, lines, None, len(data))
     parent = lines[0].removeprefix(_FROM)
-    if not re.fullmatch("[0-9a-f]{12}", parent):  # it becomes a path
+    if not re.fullmatch("[0-9a-f]{12}", parent):  # the digest becomes a path
         raise _wrong("Not the name of a version", f"{where}:1")
     return _Link(where, folder, lines[1:], parent, len(data))
 

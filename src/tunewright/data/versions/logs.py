@@ -6,12 +6,12 @@ removed    the row is in no later version, and is skipped when its file is added
 restored   the row may be added again
 purged     the row's text is erased from all versions; the remaining digests are tombstones
 
-Two logs are merged by line. A purge is final, whatever the order of events; otherwise the latest event of a key
+Two logs are merged by line. A purge is final, regardless of the order of events; otherwise the latest event of a key
 decides. Replaced and edited rows are not here: the imports.jsonl of the version that replaced them names both keys.
 
-dataset/preferences.jsonl, one pair a line: preference pairs of known rows, from files and from judged answers. Rejected
-answers of new rows are in the metadata of their version. A pair belongs to its input, whatever ideal output a later
-version gives it. The split of that input in the current version decides if the pair may be trained on.
+dataset/preferences.jsonl, one pair a line: preference pairs of known rows, from files and from judged answers.
+Rejected answers of new rows are in the metadata of their version. A pair belongs to its input, regardless of the
+ideal output in a later version. The split of that input in the current version decides if the pair may be trained on.
 """
 
 from __future__ import annotations

@@ -59,14 +59,14 @@ class VllmAnswers:
         self._base = base
         self._dtype = dtype
         self._environment = environment
-        self._rank = rank  # adapters up to it are loaded without a restart
+        self._rank = rank  # adapters up to this rank are loaded without a restart
         self._reporter = reporter
-        self._batch_size = batch_size  # without a GPU, whose memory decides otherwise
+        self._batch_size = batch_size  # the number without a GPU; otherwise its memory decides
         self._card = card
         self._variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._engine: VllmEngine | None = None
         self._loaded: str | None = None
-        self._end: Callable[[], object] = lambda: None  # also at the interpreter's exit
+        self._end: Callable[[], object] = lambda: None  # also runs at the interpreter's exit
 
     @cached_property
     def rows(self) -> int:
@@ -204,7 +204,7 @@ def _take(row: Row, ids: Sequence[int], *, ended: bool) -> None:
         if row.finish is not None:
             return
     if ended:
-        row.take(-1, (-1,))  # the end token is not part of the answer, whichever it was
+        row.take(-1, (-1,))  # the end token is not part of the answer
 
 
 def rows_at_once(memory: int) -> int:

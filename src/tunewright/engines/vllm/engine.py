@@ -105,7 +105,7 @@ class VllmSettings:
             "--max-lora-rank": self.allowed_rank,
             # Constraints are rules of llguidance, as in the embedded engine.
             "--structured-outputs-config": json.dumps({"backend": "guidance"}),
-            "--generation-config": "vllm",  # not the base's defaults, which would add to the request's sampling
+            "--generation-config": "vllm",  # without the base's defaults, which would add to the request's sampling
             "--middleware": f"{PACKAGE}.RouteFilter",
         }
         if self.cpu:

@@ -368,7 +368,7 @@ class SamplesSuite:
         spread = ratio_drop(np.column_stack([nats[:, 2], tokens]), bench.seed)
         needed = None
         if self.margin is not None:
-            # As for shares, with n times the squared error of the mean in place of the share that changed.
+            # As for shares, but n times the squared error of the mean replaces the share of changed items.
             error = (drop.interval.high - drop.interval.low) / (2 * 1.96)
             needed = max(items_needed(self.margin, len(rows) * error**2), 2)
         return Suite(

@@ -225,7 +225,7 @@ class LmEvalSuite:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        # Its own tokenizer: lm-eval sets padding on it.
+        # A separate tokenizer, since lm-eval sets padding on it.
         tokenizer = load_tokenizer(bench.generator.base)
         with bench.generator.answering(adapter) as model, redirect_stdout(sys.stderr):
             try:

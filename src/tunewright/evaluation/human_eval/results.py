@@ -42,7 +42,7 @@ _PREFERENCES: dict[Outcome, int] = {"win": 1, "tie": 0, "loss": -1}
 class JudgePreferences:
     """A judge's name, and pair key to 1 (the treatment is better), -1 (the control is) or 0.
 
-    Items that the judge could not score are not in it.
+    Items that the judge could not score are left out.
     """
 
     name: str

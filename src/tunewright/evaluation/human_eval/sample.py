@@ -124,7 +124,7 @@ def load_sample(folder: Path, evidence: Evidence) -> ReviewSample | None:
 
 
 def draw_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int) -> ReviewSample:
-    """Draw from the items whose answers by the two arms differ."""
+    """Draw from the items for which the two arms' answers differ."""
     strata = stratify(items, compared.treatment, compared.control, evidence.metric)
     if not strata:
         raise UserError(

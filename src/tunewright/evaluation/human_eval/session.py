@@ -122,7 +122,7 @@ class BlindPair:
 
     key: str
     number: int
-    """Its position in the review order, from 1."""
+    """The pair's position in the review order, from 1."""
     input: str
     a: str
     b: str
@@ -269,7 +269,7 @@ class BlindReview(AnnotationSession[VerdictLine, BlindPair, Side]):
         self.record([self._judged(item.key, verdict)])
         self._back = None
 
-    answer = judge  # the name in earlier releases
+    answer = judge  # the event's name in earlier releases
 
     def show_reference(self, pair: BlindPair) -> BlindPair:
         """Return the pair with its reference, and record that it was shown."""

@@ -299,7 +299,7 @@ def pre_tokenizer_name(stored: Mapping[str, Any], where: str) -> str:
     last = parts[-1]
     plain = not stored["normalizer"] and kinds[-1] == "ByteLevel" and not last["add_prefix_space"]
     if plain and kinds == ["ByteLevel"] and (last["use_regex"] or not stored["model"]["merges"]):
-        return "gpt-2"  # without merges each byte is a token, whatever the rule
+        return "gpt-2"  # without merges each byte is a token, regardless of the rule
     if plain and kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
         return "smollm"
     if plain and kinds == ["Split", "ByteLevel"] and not last["use_regex"]:

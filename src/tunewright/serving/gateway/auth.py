@@ -178,7 +178,7 @@ class ReleaseRouter:
         self._loaded: dict[str, SystemPrompt] = {}
         self._users: Counter[str] = Counter()  # requests and shadows that need an adapter
         self._newest = -1
-        self._failed: dict[str, tuple[int, str]] = {}  # by alias: the release that could not be loaded, and why
+        self._failed: dict[str, tuple[int, str]] = {}  # by alias: the release that could not be loaded, and the reason
 
     @property
     def released(self) -> list[Released]:
@@ -212,7 +212,7 @@ class ReleaseRouter:
 
     @property
     def newest_loaded(self) -> int:
-        """The id up to which this server has taken all releases."""
+        """The id of the newest release that this server has taken, with all before it."""
         return min((release_id - 1 for release_id, _ in self._failed.values()), default=self._newest)
 
     def system_prompt(self, digest: str, added: bool) -> str | None:

@@ -48,7 +48,7 @@ class ConnectionState(ServerState):
     def __init__(self, limits: GatewayConfig) -> None:
         super().__init__()
         self.limits = limits
-        self._waiting: dict[BoundedHttpProtocol, None] = {}  # without a request, the longest waiting first
+        self._waiting: dict[BoundedHttpProtocol, None] = {}  # connections without a request, the longest waiting first
         self._incidents: Counter[str] = Counter()
         self._reported_at = -_REPORT_SECONDS
         descriptors = raise_descriptor_limit(limits.max_connections + _BACKLOG + _OWN_DESCRIPTORS)

@@ -135,7 +135,7 @@ def _refusal(error: ValidationError) -> ApiError:
 def _fault(details: ErrorDetails) -> ApiError:
     # In brackets are the kind of a part, and pydantic's mark for a fault of a key itself.
     param = ".".join(str(place) for place in details["loc"] if not str(place).startswith("[")) or None
-    if param is not None and len(param) > _MAX_PARAM:  # the client chose it: an error must not repeat a megabyte
+    if param is not None and len(param) > _MAX_PARAM:  # the client chose the name: an error must not repeat a megabyte
         param = f"{param[:_MAX_PARAM]}…"
     if details["type"] == "json_invalid":
         return ApiError(f"The body is not valid JSON: {details['msg']}.", code="invalid_json")

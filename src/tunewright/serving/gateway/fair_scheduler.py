@@ -96,7 +96,7 @@ class FairScheduler:
         self._admitted: Counter[str] = Counter()
         self._prefilling: set[Ticket] = set()
         self._served: dict[str, float] = defaultdict(float)
-        self._idle_since: dict[str, float] = {}  # of tenants without a request here; the longest idle comes first
+        self._idle_since: dict[str, float] = {}  # tenants without a request here; the longest idle comes first
         self._last_dequeued: str | None = None
         self._held_until: dict[str, float] = {}
         """Counters at which tenants no longer hold a request back."""

@@ -225,7 +225,7 @@ class MessagesRequest(Part):
     @model_validator(mode="before")
     @classmethod
     def _nothing_is_stored(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("thread") is not None:  # of the SDK's tool_runner, by default
+        if isinstance(data, dict) and data.get("thread") is not None:  # sent by the SDK's tool_runner by default
             message = "The field thread is not supported, since nothing is stored: send all messages (thread=False)."
             raise ApiError(message, param="thread", code="unsupported_parameter")
         return data
@@ -281,7 +281,7 @@ class MessagesFormat:
     def __init__(self, body: MessagesRequest) -> None:
         self._model = body.model
         self._id = f"msg_{new_id()}"
-        self._index = -1  # of the last block
+        self._index = -1  # index of the last block
         self._block: Literal["text", "tool_use"] | None = None  # in progress
         self._answer: GenerationRequest | None = None
 

@@ -55,7 +55,7 @@ class Metrics:
     def __init__(self, now: Callable[[], ServerState], clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ended: dict[tuple[str, str], float | None] = {}
-        """By tenant and alias with series (no alias: refusals), the time since when there are no such requests."""
+        """By tenant and alias with series (no alias: refusals), the time since which there are no such requests."""
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: Sequence[str] = _OWNER) -> Counter:

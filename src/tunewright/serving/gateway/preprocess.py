@@ -109,7 +109,7 @@ class RequestPreprocessor:
         Args:
             grammar: the release's rule. A text's form applies to requests that set none; calls are constrained in
                 requests that declare functions.
-            tenant: on whose account it waits for the compiler.
+            tenant: the tenant for which the request waits for the compiler.
         """
         form = body.form
         if form is None and grammar is not None and CallGrammars.from_rule(grammar) is None:

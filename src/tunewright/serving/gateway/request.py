@@ -94,7 +94,7 @@ class GenerationRequest:
         self.text = ""
         """The answer's text without its calls."""
         self.tokens = 0
-        self.outcome: Outcome = "disconnected"  # unless it ends in another way
+        self.outcome: Outcome = "disconnected"  # unless the answer ends in another way
         self._limits = limits
         self._stream = TextStream(decode, stops)
         self._piece = piece

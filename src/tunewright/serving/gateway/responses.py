@@ -331,6 +331,6 @@ async def sse_events(
 
 
 def _sse(document: dict[str, Any]) -> str:
-    """Return an event; one with a type (of responses and messages) is also named by it."""
+    """Return an event; an event with a type (of responses and messages) is also named by the type."""
     name = f"event: {document['type']}\n" if "type" in document else ""
     return f"{name}data: {_ENCODER.encode(document)}\n\n"

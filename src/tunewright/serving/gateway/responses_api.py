@@ -209,7 +209,7 @@ class ResponsesFormat:
         self._numbers = count()
         self._answer: GenerationRequest | None = None
         self._items: list[Document] = []
-        self._parts: list[str] | None = None  # of the last item's text or arguments, while it is in progress
+        self._parts: list[str] | None = None  # pieces of the last item's text or arguments, while it is in progress
 
     def response(self, answers: Sequence[GenerationRequest], usage: TokenUsage) -> Document:
         (answer,) = answers
@@ -327,7 +327,7 @@ class ResponsesFormat:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "service_tier": "default",
-            "store": False,  # whatever the request says
+            "store": False,  # regardless of the request
             "temperature": body.temperature or 0.0,
             "text": {"format": {"type": "text"}, **text},
             "tool_choice": body.tool_choice or "auto",

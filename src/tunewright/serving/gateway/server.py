@@ -138,7 +138,7 @@ class _Server(uvicorn.Server):
         if self._drain is not None and self._until is not None:
             count = self._drain.in_flight
             in_flight = "1 request" if count == 1 else f"{count} requests"
-            if not self._announced:  # not in the signal handler, which may interrupt another write
+            if not self._announced:  # written here, since the signal handler may interrupt another write
                 self._say(
                     f"Stopping: refusing new requests and waiting up to {self._drain_seconds:g} s for {in_flight}."
                 )

@@ -158,7 +158,7 @@ def require_size(value: Any, param: str) -> None:
 
 def check_schema(schema: dict[str, Any], param: str) -> None:
     """Check a schema's references and multiples, in a time that grows with its size only."""
-    ended: dict[int, bool] = {}  # by identity, since references can spell a place in many ways
+    ended: dict[int, bool] = {}  # values by identity, since references can spell a place in many ways
     left: list[tuple[Any, str, bool]] = [(schema, "#", False)]  # a value, the last reference to it, True at its end
     references, multiple = 0, Fraction(1)
     while left:
@@ -250,7 +250,7 @@ class GrammarCache:
         self, form: Form, kept: OrderedDict[Grammar, Constraint | str], slot: AsyncExitStack
     ) -> Constraint | str:
         async with slot:
-            outcome = kept.get(form.grammar)  # of an equal request that also waited
+            outcome = kept.get(form.grammar)  # compiled for an equal request that also waited
             if outcome is None:
                 outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._outcome, form)
                 kept[form.grammar] = outcome

@@ -70,7 +70,7 @@ class _Begun:
 class TenantAuth:
     """Access by API key: each tenant may use its own aliases, within its quota."""
 
-    reports_load = False  # of `/health`: tenants could observe each other by the number of requests
+    reports_load = False  # in `/health`: tenants could observe each other by the number of requests
 
     def __init__(
         self, state: State, engine: Engine, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
@@ -82,7 +82,7 @@ class TenantAuth:
         self.gateway = uuid.uuid4().hex
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._troubles: set[str] = set()
-        self._begun: dict[int, _Begun] = {}  # by tenant, while there are any
+        self._begun: dict[int, _Begun] = {}  # by tenant, while a tenant has any
         # One reservation of a tenant at a time: the state's threads take them in the order of arrival, and another
         # tenant would wait for hundreds of them.
         self._reserving: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()

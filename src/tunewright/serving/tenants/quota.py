@@ -26,7 +26,7 @@ LOST_SECONDS = 45.0
 """A server without a heartbeat for this long is dead, and its unfinished requests no longer count."""
 
 _SETTLED_SECONDS = LOST_SECONDS / 2
-"""A server declares others dead only when the clock has been steady for this long, in which each living one beats."""
+"""A server declares others dead only after the clock was steady for this long, in which living servers beat."""
 _JUMP_SECONDS = 5.0
 """A larger difference between the clock and steady time is a jump of the clock."""
 
@@ -142,7 +142,7 @@ class Quota:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._beat: tuple[float, float] | None = None  # of the last heartbeat: the clock's time and steady time
+        self._beat: tuple[float, float] | None = None  # the last heartbeat: the clock's time and steady time
         self._steady_since = 0.0
 
     def reserve(self, reservation: Reservation, gateway: str) -> int:
@@ -197,7 +197,7 @@ class Quota:
         row = {"answer": answer, "shadow_answer": shadow_answer, "why_not": why_not}
         of = select(shadow_answers.c.request_id).where(shadow_answers.c.request_id == number)
         with self._database.writing() as connection:
-            if connection.execute(of).first() is None:  # or an earlier attempt was committed without a reply
+            if connection.execute(of).first() is None:  # otherwise an earlier attempt was committed without a reply
                 connection.execute(insert(shadow_answers).values(request_id=number, release_id=release_id, **row))
 
     def heartbeat(self, gateway: str, name: str, release_id: int) -> None:

@@ -117,7 +117,7 @@ releases = Table(
     Column("candidate", LongText),
     Column("candidate_digest", DIGEST),
     Column("share", Double),
-    Column("restores", Integer),  # of a rollback: the number of the restored release
+    Column("restores", Integer),  # for a rollback: the number of the restored release
     Column("verdict", String(16)),
     Column("evaluation", LongText),
     Column("because", LongText),  # the reason for a release without a verdict to ship

@@ -1,8 +1,8 @@
 """Tenants, their limits and the aliases that they may call; and their API keys, shown once and stored as a hash.
 
-A key is ``tw_PREFIX_SECRET`` and six characters of checksum. The prefix identifies the key's row and may be shown; the
-secret has 256 random bits. The checksum protects nothing: by it scanners recognise a key in foreign text, and the
-server refuses a broken key without asking the database.
+A key is ``tw_PREFIX_SECRET`` and six characters of checksum. The prefix identifies the key's row
+and may be shown; the secret has 256 random bits. The checksum protects nothing: it lets scanners
+recognise a key in foreign text, and the server refuses a broken key without asking the database.
 
 The database has the SHA-256 of the whole key. Slow hashes (bcrypt, Argon2) protect passwords, which people choose from
 few enough that a thief can try them all. 2**256 keys cannot be tried, however fast the hash, and a slow hash would

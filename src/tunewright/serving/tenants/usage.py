@@ -127,7 +127,7 @@ class RollupResult:
     days: int
     requests: int
     shadow_answers: int
-    """Answers of shadows to those requests, which were deleted; there is no total of them."""
+    """Answers of shadows to those requests, which were deleted; they have no total."""
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,13 @@ UPLOADS = "uploads"
 """The folder of uploaded files, in the project's folder."""
 MAX_UPLOAD = 200_000_000  # bytes, held in memory once
 
-_FAULTS = 100  # of a file on its page
-_ROWS = 50  # of each kind of change between two versions
+_FAULTS = 100  # number of a file's faults on its page
+_ROWS = 50  # rows of each kind of change between two versions
 _NEAREST = 10  # pairs of a held-out row and a training row
 _MEASURED_AT_ONCE = 20_000  # rows, whose leakage takes seconds to measure
 _CELL = 120  # characters of a value in the preview of a file
 _LONGEST = 400  # characters of a changed row
-_CHANGES = 20  # of a corrected copy, on the next page
+_CHANGES = 20  # changes of a corrected copy, on the next page
 _FLAGS = {
     "skip_bad": "Leave faulty rows out",
     "redact": "Replace secrets and personal data with placeholders",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ADAPTERS = 20  # newest ones on the page
 _JOBS = 5
-_LINES = 100  # of the audit log on a page
+_LINES = 100  # lines of the audit log on a page
 _TRIALS = ("all", "canary", "shadow")
 _MADE = {
     "deploy": "released",

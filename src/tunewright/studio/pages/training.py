@@ -174,7 +174,7 @@ def _line(
 
 @dataclass(frozen=True)
 class _DevRow:
-    """A dev row with its answers: each step from which on it has another answer."""
+    """A dev row with its answers: each step from which it has another answer."""
 
     key: str
     example: Example | None

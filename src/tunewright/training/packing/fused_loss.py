@@ -225,7 +225,7 @@ class RewardStatistics:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
-        """Of chosen answers: rewards and number; the same of rejected answers; of pairs: chosen has more, number."""
+        """Sums for chosen answers (rewards, number), for rejected ones, and for pairs (chosen has more, number)."""
 
     def add(self, rewards: Tensor, chosen: Tensor) -> None:
         """Add answers [A], of which some are ``chosen`` [A]."""

@@ -1,7 +1,7 @@
 """Layout of a packed row: the position of each token, and the tokens that it attends to.
 
-A packed row is a sequence of groups. A group is its prefix and then its rows' suffixes, suffixes of
-similar length together in *blocks*::
+A packed row is a sequence of groups. A group is its prefix and then its rows' suffixes, grouped by
+similar length in *blocks*::
 
     |prefix|  a a a a  b b b b  |  c c c c c c c c  d d d d d d d .  |prefix|  e e e  ...
                block               block (padded in attention only)
@@ -38,7 +38,7 @@ class Piece:
 
     @property
     def tokens(self) -> int:
-        """The length, under the name that a block has for it."""
+        """The number of tokens, named as in `Block`."""
         return self.length
 
 

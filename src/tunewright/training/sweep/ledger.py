@@ -39,7 +39,7 @@ class Head(_Line):
     template: str
     chosen_on: Literal["dev"] = "dev"
     metric: MetricName | None
-    """None if no dev rows are answered: then only the dev loss decides."""
+    """None if no dev rows are answered; then only the dev loss decides."""
     steps: int
     rungs: tuple[int, ...]
     trials: dict[str, dict[str, Any]]

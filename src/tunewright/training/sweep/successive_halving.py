@@ -84,7 +84,7 @@ def advancing_trials(trials: int) -> int:
 
 
 def halving_rungs(trials: int, steps: int) -> tuple[int, ...]:
-    """Return the steps at which trials are compared, each half of the next: as many as halve them to one.
+    """Return the steps at which trials are compared, each half of the next: as many as leave one trial.
 
     Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943, figure 1): six trials are compared after a quarter
     of the steps, three after a half, and one trains to the end. Runs of very few steps have fewer rungs.
@@ -111,7 +111,7 @@ class Outcome:
 
     result: Progress | DivergedError
     seconds: float
-    """Time spent on it, including loading and evaluation."""
+    """Time spent on the trial, including loading and evaluation."""
 
 
 Train = Callable[[Sequence[Trial], int], Generator[Outcome, None, None]]
@@ -213,7 +213,7 @@ class SuccessiveHalving:
             raise
         result, seconds = outcome.result, round(outcome.seconds, 3)
         if isinstance(result, DivergedError):
-            why = result.what.split("; ")[0]  # without the step's rows: all trials have the same ones
+            why = result.what.split("; ")[0]  # without the step's rows: all trials have the same rows
             self.reporter.warn(f"{trial.name} is out: {why}")
             return self.ledger.add("diverged", trial.name, number, step, seconds=seconds, why=why)
         entry = self.ledger.add(
