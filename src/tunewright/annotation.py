@@ -70,7 +70,7 @@ VerdictT = TypeVar("VerdictT", bound=str)
 
 @dataclass(frozen=True)
 class AnnotationLog(Generic[VerdictMarkT]):
-    """All events in order, and what stands after them."""
+    """All events in order, and the verdicts and notes that result."""
 
     events: Sequence[BaseModel]
     torn: bool = False
@@ -109,7 +109,7 @@ class AnnotationLog(Generic[VerdictMarkT]):
 
 @dataclass(frozen=True)
 class SheetImport:
-    """The result of an import: verdicts recorded, verdicts known already, rows without one, and notes recorded."""
+    """The result of an import: recorded verdicts, known verdicts, rows without a verdict, and recorded notes."""
 
     recorded: int
     known: int
@@ -274,7 +274,7 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
 class Leases:
     """The item on each screen, which is offered to no other screen for a time.
 
-    Leases end with the process. Other processes do not know them: there, the first verdict counts.
+    Leases end with the process. Other processes do not know them: in them the first verdict counts.
     """
 
     def __init__(self) -> None:

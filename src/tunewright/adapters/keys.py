@@ -75,7 +75,7 @@ def own_keys() -> Iterator[tuple[Path, str]]:
     for path in (*sorted(user_path("~/.ssh").glob("*.pub")), *sorted(created.glob("*.pem"))):
         try:
             yield path, file_fingerprint(path)
-        except (UserError, OSError):  # not a key, not readable, or no ssh-keygen that could tell
+        except (UserError, OSError):  # not a key, not readable, or no ssh-keygen to ask
             continue
 
 
@@ -149,7 +149,7 @@ class TrustedKey(Record):
     trusted: KeyEvent
     revoked: KeyEvent | None = None
     options: str = ""
-    """The options of its line, such as ``valid-before="20270101"``."""
+    """The options of the key's line, such as ``valid-before="20270101"``."""
 
     @property
     def fingerprint(self) -> str:
@@ -298,7 +298,7 @@ class TrustedKeys:
             openssh = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
         except (ValueError, UnsupportedAlgorithm):
             der, openssh = b"", ""
-        # The loader skips text before the PEM block: such a file was written by somebody else.
+        # The loader skips text before the PEM block: such a file has another origin.
         pem = key.public_key.startswith("-----BEGIN") and openssh.startswith("ssh-ed25519 ")
         ours = pem and key.id == hashlib.sha256(der).hexdigest()
         if not ours or key.name != path.stem:

@@ -209,7 +209,7 @@ def _plain_config(path: Path) -> LoraConfig:
     plain = LoraConfig().to_dict()
     for key, value in said.items():
         if key == "init_lora_weights":
-            supported = value in (None, True, False, "gaussian")  # others change the base
+            supported = value in (None, True, False, "gaussian")  # other initializations change the base
         else:
             supported = key in _APPLIED | _NO_EFFECT or (value or None) == (plain.get(key) or None)
         if not supported:

@@ -323,8 +323,8 @@ State = Literal["signed", "unsigned", "untrusted", "not checked", "revoked", "ta
 class TrustStatus:
     """An adapter's trust status in a project.
 
-    *signed*: intact, with a signature of a key that the project trusts. *unsigned*, *untrusted*: intact, but its maker
-    is not verified. *not checked*: intact, but without ``ssh-keygen`` nobody knows whether its signature is valid.
+    *signed*: intact, with a signature of a key that the project trusts. *unsigned*, *untrusted*: intact, but its
+    maker is not verified. *not checked*: intact, but without ``ssh-keygen`` its signature cannot be checked.
     *revoked*: signed with a revoked key. *tampered*: changed since it was stored or signed, or not finite.
     """
 

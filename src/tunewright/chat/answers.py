@@ -83,7 +83,7 @@ def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) ->
     if config.evaluate.max_new_tokens is not None:
         return config.evaluate.max_new_tokens
     lengths = answer_lengths(chat, [m.example for m in members])
-    usual = int(np.percentile(lengths, 99, method="inverted_cdf"))  # that many tokens hold 99 answers of 100
+    usual = int(np.percentile(lengths, 99, method="inverted_cdf"))  # 99 of 100 answers fit into that many tokens
     return usual + max(8, math.ceil(usual / 4))
 
 

@@ -63,7 +63,7 @@ def main() -> None:
             raise
     else:
         return
-    # Here the memory that the exception held is free again; exiting needs some.
+    # Here the memory that the exception held is free again; exiting needs memory.
     if "--json" in sys.argv:
         os.write(1, _NO_MEMORY_JSON)
     else:

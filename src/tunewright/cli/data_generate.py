@@ -127,7 +127,7 @@ def result_parts(
 
 
 def left_out_tables(left_out: Mapping[str, Sequence[str]], title: str = "Inputs without a row") -> tuple[Block, ...]:
-    """Return the reasons why inputs get no row, with counts and the first places; no table without any."""
+    """Return the reasons why inputs get no row, with counts and the first places; empty without reasons."""
     if not left_out:
         return ()
     rows = []

@@ -89,7 +89,7 @@ def _evaluated(evaluation: dict[str, Any], metric: MetricName) -> str:
     loss, score = f"{evaluation['dev_loss']:.3f}", evaluation["dev_metric"]
     if score is None:
         return loss
-    value = score_text(metric, score)  # only a share comes without the name
+    value = score_text(metric, score)  # only a share is printed without the metric's name
     return f"{loss} ({f'{metric_label(metric)} {value}' if value.endswith('%') else value})"
 
 

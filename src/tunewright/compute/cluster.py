@@ -103,7 +103,7 @@ def _connect(cluster: str) -> None:
         fix = "Check that it runs there (ray status), with the same versions of Ray and Python and the same token."
         raise UserError(f"No connection to the cluster: {reason}", where=f"{WHERE}: {cluster}", fix=fix) from None
     finally:
-        # Ray ends the process at SIGTERM, and the command line has its own way to do so.
+        # Ray ends the process at SIGTERM, but the command line handles SIGTERM itself.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
 
@@ -246,7 +246,7 @@ def require_head() -> None:
     machine, otherwise after a minute.
 
     Raises:
-        UserError: nobody answers at its address.
+        UserError: the head's address does not answer.
     """
     for attempt in range(_TRIES):
         if has_head():

@@ -310,7 +310,7 @@ class _Actor:
 
 
 class _Actors:
-    """Processes with a model each, started with the first part: a part goes to the next free one.
+    """Processes with a model each, started with the first part: a part goes to the next free process.
 
     Ray ends the process of a task with a GPU after the task, and a kept process could be given
     another GPU. Actors keep theirs. Ray does not restart a lost actor, because its part would wait

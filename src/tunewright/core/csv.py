@@ -39,7 +39,7 @@ def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     table.writerow(columns)
     table.writerows([safe_cell(cell) for cell in row] for row in rows)
-    # The byte-order mark is how spreadsheets know UTF-8.
+    # Spreadsheets recognise UTF-8 by the byte-order mark.
     write_text(path, "\ufeff" + text.getvalue())
 
 

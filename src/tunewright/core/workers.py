@@ -132,7 +132,7 @@ class ModelWorkers(Asked, Protocol):
 
 
 class ThisProcess:
-    """The workers of a project without a cluster: parts are computed here, each when its result is asked for."""
+    """The workers of a project without a cluster: parts are computed here, each when its result is requested."""
 
     count = 1
     machines: Sequence[Machine] = ()

@@ -158,7 +158,7 @@ class RowIndex:
 
     @cached_property
     def metadata(self) -> Mapping[str, Mapping[str, Any]]:
-        """The metadata of each row that has any, by pair key."""
+        """The metadata of each row with metadata, by pair key."""
         return metadata_by_key(self._dataset, self._version.manifest)
 
     def flags_of(self, member: Member) -> list[str]:

@@ -100,7 +100,7 @@ class Message:
 class Example:
     """A conversation of at least one user turn and, last, the assistant turn that is the ideal output.
 
-    Its keys are computed once, when they are first asked for.
+    Its keys are computed once, on first use.
     """
 
     messages: tuple[Message, ...]
@@ -228,7 +228,7 @@ class RowFile:
 
     def record(self, number: int) -> _Record:
         """Return the record of an example."""
-        last, record = self._last  # a row's input and output are often asked for one after the other
+        last, record = self._last  # a row's input and output are often read one after the other
         if number != last:
             record = _Record(*pickle.loads(self._records[number]))
             self._last = number, record

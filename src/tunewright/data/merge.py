@@ -326,7 +326,7 @@ def _supersede(
                 shown = "; ".join(excerpts(sorted(outputs)[:_MOST]))
                 unclear.append(f'{place}: "{text}": {len(before):,} in the version, {len(outputs):,} here: {shown}')
             continue
-        # A known row that was read again goes before a new one with the same words in other spacing.
+        # A known row that was read again precedes a new row with the same words in other spacing.
         for row in sorted(group, key=lambda row: row.example.pair_key not in known):
             gone = [key for key in free if _another_answer(known[key], row.example)]
             if gone:

@@ -39,7 +39,7 @@ class HostedJob:
     """A fine-tuning job as tunewright's settings, and every remaining difference."""
 
     model: str | None = None
-    """The fine-tuned model's name at the service; None: the job has none."""
+    """The fine-tuned model's name at the service; None if the job has none."""
     base: str | None = None
     """Hub id of the job's base, if it is documented to be one."""
     train: dict[str, Any] = field(default_factory=dict)

@@ -233,7 +233,7 @@ def compiled_schema(text: str) -> CompiledSchema:
     """Return the JSON Schema (Draft 2020-12) in a text, ready to check arguments."""
     schema = json.loads(text)
     size = _measure_schema(schema)
-    for key in ("$schema", "$id"):  # both would make references other than local
+    for key in ("$schema", "$id"):  # both keywords would make references that are not local
         schema.pop(key, None)
     metaschema, validator = _validators()
     error = next(metaschema.iter_errors(schema), None)

@@ -118,7 +118,7 @@ def places_by_key(dataset: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def metadata_by_key(dataset: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Return the newest metadata of each pair key that has any."""
+    """Return the newest metadata of each pair key with metadata."""
     found: dict[str, dict[str, Any]] = {}
     for key, record in _records(dataset, manifest):
         if "metadata" in record:
@@ -139,7 +139,7 @@ def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str,
 
 
 def rejected_answers(dataset: Path, manifest: Manifest) -> dict[str, list[Any]]:
-    """Return the distinct rejected answers of each pair key that has any, as the metadata of preference rows."""
+    """Return the distinct rejected answers of each pair key with such answers, as the metadata of preference rows."""
     found: dict[str, list[Any]] = {}
     for key, rows in read_metadata(dataset, manifest).items():
         answers = {canonical_json(metadata[REJECTED]): metadata[REJECTED] for metadata in rows if REJECTED in metadata}

@@ -54,7 +54,7 @@ def main(text: str) -> None:
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
-        sys.exit(f"{error}")  # its log says why
+        sys.exit(f"{error}")  # the server's log gives the reason
     sys.stdout.write(f"llama.cpp serves at {server.listening_address}\n")
     sys.stdout.flush()
     threading.Event().wait()

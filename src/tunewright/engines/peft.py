@@ -279,7 +279,7 @@ class PeftEngine:
         while self._commands:
             command, done = self._commands.popleft()
             if not done.set_running_or_notify_cancel():
-                continue  # its caller was cancelled
+                continue  # the request's caller was cancelled
             try:
                 command()
             except Exception as error:

@@ -70,7 +70,7 @@ class EnginePool:
         self._addresses: dict[str, list[str]] = {}
         """The addresses of each URL when its name was last resolved."""
         self._tasks: set[asyncio.Task[Exception | None]] = set()
-        """Loads that nobody waits for."""
+        """Loads that no request waits for."""
         self._folders: dict[str, Path] = {}
         self._reported: dict[str, str] = {}
         self._requests: set[_Running] = set()
@@ -187,7 +187,7 @@ class EnginePool:
         with self._lock:
             requests = list(self._requests)
         for request in requests:
-            with suppress(RuntimeError):  # its loop is closed, and nobody waits for the answer
+            with suppress(RuntimeError):  # the request's loop is closed, and nobody waits for the answer
                 request[0].call_soon_threadsafe(self._end, request)
         if self._thread.is_alive():
             with suppress(TimeoutError):  # an engine frees the adapters of a lost gateway by itself, but later
@@ -198,12 +198,12 @@ class EnginePool:
 
     def _end(self, request: _Running) -> None:
         _, task, sink = request
-        if request in self._requests and not task.cancelling():  # or it has ended, or was aborted, meanwhile
+        if request in self._requests and not task.cancelling():  # or the request has ended, or was aborted, meanwhile
             task.cancel()
             sink.deliver(EngineStoppedError(self._stopped or LOST))
 
     def _assign(self, adapter: str | None, tried: Sequence[RemoteEngine]) -> RemoteEngine:
-        """Return the engine for a request, which counts as running there from now on."""
+        """Return the engine for a request, which counts as running on it from now on."""
         with self._lock:
             if self._stopped is not None:
                 raise EngineStoppedError(self._stopped)

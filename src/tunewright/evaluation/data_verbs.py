@@ -111,7 +111,7 @@ def exact_match_misleads(project: OpenProject, evaluation: str | Path) -> str | 
 def scores_by_template(project: OpenProject, evaluation: str | Path) -> list[TemplateScore]:
     """Return an evaluation's exact match on items with trained output templates, and with new templates.
 
-    The list is empty if outputs are alike by nature; :meth:`leakage` gives the reason.
+    The list is empty if outputs are naturally alike; :meth:`leakage` gives the reason.
 
     Raises:
         UserError: as for :meth:`scores_by_distance`.
@@ -317,7 +317,7 @@ def import_reviews(project: OpenProject, file: str | Path, reviewer: str | None 
 
     folder = project.folder
     name, version = reviewer_name(reviewer, folder.root), load_version(folder.dataset)
-    # A pass over no suspects: it draws no sample.
+    # An empty list of suspects, so that no sample is drawn.
     review = ReviewSession(folder.dataset, version, name, project.reporter, suspects=(), allow=folder.config.data.allow)
     return review.import_sheet(Path(file))
 

@@ -358,7 +358,7 @@ class Embeddings:
                     ids[line, :count], mask[line, :count] = torch.tensor(rows[place], dtype=torch.long), 1
                 ids, mask = ids.to(model.device), mask.to(model.device)
                 with torch.inference_mode():
-                    # One position of logits, which nothing reads, is the fewest that the model computes.
+                    # The model computes at least one position of logits, although nothing reads it.
                     states = model(
                         input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, logits_to_keep=1
                     ).hidden_states

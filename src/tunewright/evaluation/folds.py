@@ -72,7 +72,7 @@ class SubsetTrainings:
         *,
         own: bool = False,
     ) -> Iterator[TrainResult]:
-        """Yield the adapter of each training, and train the next one when it is asked for.
+        """Yield the adapter of each training, and train the next adapter on demand.
 
         Args:
             planned: trainings with their sizes relative to each other, and a message before each.

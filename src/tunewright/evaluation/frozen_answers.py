@@ -78,7 +78,7 @@ class FrozenHeader(Part):
 
 @dataclass(frozen=True)
 class FrozenSet:
-    """One split's frozen answers, in the rows' order; None for a row without one."""
+    """One split's frozen answers, in the rows' order; None for a row without an answer."""
 
     path: Path
     answers: list[FrozenAnswer | None]

@@ -167,7 +167,7 @@ def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, repo
 
 
 def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, reporter: Reporter) -> dict[str, Tokens]:
-    """Return the row of each member's last answer, by pair key; a warning names members without one."""
+    """Return the row of each member's last answer, by pair key; a warning names members without a row."""
     judged = [m for m in members if m.example.messages[-1].weight]
     encoded = encode_members(chat, judged, context)
     # If an example has a row for each answer, its last row holds the last answer.

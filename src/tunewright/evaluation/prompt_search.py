@@ -159,7 +159,7 @@ def first_rows(arm_runner: ArmRunner) -> list[Member]:
 
 
 def _most_answers(arm_runner: ArmRunner) -> int:
-    """Return the number of answers that are looked up or computed for a choice, at most."""
+    """Return the number of answers that a choice looks up or computes, at most."""
     settings, dev, first = arm_runner.settings, arm_runner.version.examples("dev"), first_rows(arm_runner)
     arms = len(arm_runner.prompting_arms) + len(other_instructions(ZERO_SHOT, settings, arm_runner.optimized))
     finalists = min(settings.finalists, arms - 1) + 1 if len(first) < len(dev) else 0  # and zero-shot

@@ -209,7 +209,7 @@ class Comparison:
     advice: Advice
     split: Split
     arms: Sequence[tuple[ArmPlan, Adapter]]
-    """Each arm with the adapter that answers it, if it is an adapted one."""
+    """Each arm with the adapter that answers it, if it is an adapted arm."""
     declared: tuple[Declared, ...]
     incumbents: IncumbentArms
     identity: str

@@ -292,7 +292,7 @@ def _prompt_tokens(
 def checked_evidence(project: OpenProject, evaluation: str | Path | None) -> Evidence:
     """Return an evaluation's evidence, checked against the access log."""
     if evaluation is None:
-        access_log(project)  # any evaluation could have been the newest, had its time not been changed
+        access_log(project)  # a changed time could hide which evaluation is the newest
     place = evaluation_folder(project, evaluation)
     evidence = load_checked(place, project.folder.evaluations, project.reporter)
     if evaluation is None:

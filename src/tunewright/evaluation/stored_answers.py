@@ -207,7 +207,7 @@ class RowAnswers:
     evaluations: tuple[EvaluatedRows, ...]
 
     def of(self, key: str, reviewer: str) -> RowAnswer | None:
-        """Return the newest answer to a row; None without one, and while the reviewer has yet to compare it blind."""
+        """Return the newest answer to a row; None without one, or while the reviewer has yet to compare it."""
         having = [rows for rows in self.evaluations if key in rows.items]
         if not having or any(rows.awaits_verdict(key, reviewer) for rows in having):
             return None

@@ -108,12 +108,12 @@ class TimeLimit:
         return self._decision if self._decision and self._decision.left_out else None
 
     def allows(self, arm: str) -> bool:
-        """Return whether an arm is answered. The arms are asked for in the order of answering.
+        """Return whether an arm is answered. Call it for the arms in the order of answering.
 
         Raises:
             UserError: there is no time even for the arms that are never left out.
         """
-        # Only arms of the choice are asked for; a comparison may have an arm of the same name.
+        # Only arms of the choice are passed; a comparison may have an arm of the same name.
         choice = [work.arm for work in self._left[: len(self._left) - len(self._later)]]
         if self._decision is None and arm in choice:
             del self._left[: choice.index(arm)]  # the arms before this arm are answered

@@ -124,7 +124,7 @@ def undertrained(
     last, config = epochs[-1], lineage.get("config", {}).get("train", {})
     falling, steps = _still_falling(epochs, history), last["step"]
     near = divergence is not None and divergence < _NEAR_BASE
-    # One evaluation shows no trend. An adapter that starts from another one has learned before.
+    # One evaluation shows no trend. An adapter that starts from another adapter has already learned.
     few = steps < _FEW_STEPS and (falling or len(epochs) == 1) and "parent" not in lineage
     if not (falling or near or few):
         return None

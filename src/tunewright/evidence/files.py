@@ -73,7 +73,7 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: b
     ]
     if not files:
         raise UserError("Nothing has been evaluated yet", where=str(evaluations), fix="Run `tunewright evaluate`.")
-    # Only the newest one must have this schema; older ones may exist as well.
+    # Only the newest evidence must have this schema; older ones may exist as well.
     return max(files, key=_created).parent
 
 

@@ -53,9 +53,9 @@ def paired_drop(
 ) -> ScoreDrop:
     """Return the drop of a mean over the same items: Tango's score limits for right and wrong, else a paired bootstrap.
 
-    Items of one cluster are not independent. With several per cluster, Tango's limits use the effective number of items
-    (as Wilson's do in :mod:`tunewright.evidence.statistics`). Student's t replaces the normal quantiles, with the
-    clusters' degrees of freedom, because that number is an estimate. The bootstrap resamples clusters.
+    Items of one cluster are not independent. With several per cluster, Tango's limits use the effective number of
+    items (as Wilson's do in :mod:`tunewright.evidence.statistics`). Student's t replaces the normal quantiles, with
+    the clusters' degrees of freedom, because the effective number is an estimate. The bootstrap resamples clusters.
     """
     if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
         return ratio_drop(

@@ -69,8 +69,8 @@ class Replacement:
 def replacements(evidence: Evidence, decision: str) -> tuple[Replacement, ...]:
     """Return the outcome for each incumbent; ``decision`` is the verdict on the adapter itself.
 
-    Each incumbent is a decision of its own, so the outcomes are not adjusted for their number. People's preferences
-    are reported and decide nothing: no declared contrast is about them.
+    Each incumbent is a separate decision, so the outcomes are not adjusted for their number.
+    People's preferences are reported and decide nothing: no declared contrast is about them.
     """
     compared = evidence.incumbents.compared if evidence.incumbents else ()
     return tuple(_replacement(evidence, found, decision) for found in compared)

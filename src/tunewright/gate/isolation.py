@@ -231,7 +231,7 @@ def _collect(
     seed: int,
 ) -> tuple[str, list[_Observation]]:
     """Start the engine, send it all requests, and stop it; return its name and answers."""
-    # A function of its own: with its variables the engine's base leaves memory before the reference's is loaded.
+    # A separate function, so that the engine's base leaves memory before the reference's base is loaded.
     with start() as engine:
         session = _Session(engine, probes, long_probes, folders, random.Random(seed))
         asyncio.run(session.run(reporter))

@@ -44,7 +44,7 @@ LOST = {name: LIMITS[precision].lost for name, precision in _PRECISIONS.items()}
 WRONG = 0.05
 """The share of answers that may leave the reference's answer at a token that is not nearly as likely: one in twenty."""
 LOGPROBS = 20
-"""The likeliest tokens that an engine is asked for at each place: vLLM lists no more by default."""
+"""The number of likeliest tokens to request from an engine at each place: vLLM lists no more by default."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class GrammarCompiler:
         return self._tokenizer.vocab_size
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for; a special token's name, and empty for an id that is not a token."""
+        """Return the bytes that a token represents; a special token's name, and empty for an id that is not a token."""
         return self._tokenizer.decode_bytes([token]) if token < self.vocabulary else b""
 
 

@@ -336,7 +336,7 @@ def _secret(config: EndpointConfig, where: str) -> str | None:
 
 
 async def _whole(reply: httpx.Response) -> httpx.Response:
-    """Return a reply with its body, decompressed here: httpx would expand each piece as far as it goes."""
+    """Return a reply with its body, decompressed here: httpx would expand each piece without a limit."""
     encoding = reply.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", "gzip"):
         raise _RequestError(f"the reply has the content encoding {encoding[:40]!r} (supported: gzip)", status=400)

@@ -176,7 +176,7 @@ def _convert(gguf: Path, out: Path) -> None:
         # The model was published in bfloat16 before it was quantized.
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # Both would mark the saved weights as quantized.
+        # Both attributes would mark the saved weights as quantized.
         del model.hf_quantizer
         del model.config.quantization_config
         model.save_pretrained(out)

@@ -285,5 +285,5 @@ def drawn(block: blocks.Drawn) -> str:
 
 def lines_file(shown: blocks.Lines) -> str:
     """Return lines as a standalone SVG file."""
-    # On a page the font is the page's; a file has none to inherit.
+    # On a page the font is the page's; a file has no font to inherit.
     return lines_plot(shown, FILE_COLOURS).replace("<svg ", '<svg font-family="sans-serif" ', 1) + "\n"

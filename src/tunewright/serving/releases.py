@@ -32,7 +32,7 @@ class DeployResult:
     """The new release; None if the verdict, the isolation test or the serving check refused it: no alias has changed.
     """
     verdict: Verdict | None = None
-    """The verdict of the adapter's newest evaluation; None if it was released without one."""
+    """The verdict of the adapter's newest evaluation; None if it was released without a verdict."""
     isolation: IsolationTest | None = None
     """The isolation test that decided; None if it was not run."""
     serving: ServingCheck | None = None

@@ -125,7 +125,7 @@ class Access:
         return f"{self._cookie}={key}; Path=/; HttpOnly; SameSite=Strict"
 
     def session(self, request: Request) -> StudioSession | None:
-        """Return the request's session; None if it has none or the studio was restarted since."""
+        """Return the request's session; None without a session, or if the studio was restarted since."""
         return self._sessions.get(request.cookies.get(self._cookie, ""))
 
 

@@ -155,7 +155,7 @@ class Studio:
 
     def close(self) -> None:
         """Free the playground's base."""
-        with suppress(UserError):  # it is still loading, and ends with the process
+        with suppress(UserError):  # the base is still loading, and ends with the process
             self._cache.playing.unload()
 
     def address(self, url: str) -> str:

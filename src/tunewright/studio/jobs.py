@@ -130,7 +130,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """Its command without options, such as *train* or *data suspects*."""
+        """The job's command without options, such as *train* or *data suspects*."""
         return " ".join(self.command[:2] if self.command[0] == "data" else self.command[:1])
 
     @property
@@ -159,7 +159,7 @@ class Job:
 
     @property
     def state(self) -> JobState:
-        """Its state; *ended* if it was killed, so that nobody knows its exit code."""
+        """Its state; *ended* if it was killed, so that its exit code is unknown."""
         running = self._shell() is not None
         # Read after the process was looked up: it writes the code before it ends.
         code = self.exit_code
@@ -234,7 +234,7 @@ class Jobs:
         )
         while not (folder / "pid").exists() and child.poll() is None:
             time.sleep(0.002)
-        # It ends with the command, or with the studio.
+        # The thread ends with the command, or with the studio.
         Thread(target=child.wait, name="tunewright-job", daemon=True).start()
         return _read(folder)
 

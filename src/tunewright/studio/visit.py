@@ -188,7 +188,7 @@ class Visit:
         return value
 
     def _reported(self) -> list[str]:
-        """Return the messages that the project reported, with the paths of its files from its folder on."""
+        """Return the messages that the project reported, with paths relative to the project's folder."""
         reporter = self.project.reporter
         messages = reporter.messages if isinstance(reporter, PageReporter) else []
         return [message.replace(f"{self.project.folder.root}/", "") for message in messages]

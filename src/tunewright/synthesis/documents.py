@@ -337,7 +337,7 @@ def read_document(path: Path, longest: int) -> Document:
 
 
 def _parse_apart(path: Path) -> list[DocumentSection]:
-    """Return a document's sections, parsed in a process of its own: a parser is not trusted with memory and time."""
+    """Return a document's sections, parsed in a process of its own: a parser may take too much memory and time."""
     command = (sys.executable, "-P", "-m", __name__, str(path), str(MAX_MEMORY), str(MAX_SECONDS))
     ran = run(command)
     if ran.code == 0:

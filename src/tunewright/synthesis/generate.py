@@ -253,8 +253,8 @@ def choose(
     """Return the sample with the highest mean score against all samples, the first of equals, and that mean.
 
     For right and wrong this is the majority of self-consistency (Wang et al. 2022, arXiv 2203.11171), for graded
-    metrics the minimum Bayes risk choice (Kumar and Byrne 2004). ``asked`` is the number of samples asked for; missing
-    ones count as 0. Texts decide where the metric cannot score a pair, or needs no reference.
+    metrics the minimum Bayes risk choice (Kumar and Byrne 2004). ``asked`` is the number of requested samples;
+    missing samples count as 0. Texts decide where the metric cannot score a pair, or needs no reference.
     """
     scores = np.zeros((len(samples), len(samples)))  # [answer, reference]
     for j, reference in enumerate(samples):

@@ -88,7 +88,7 @@ def _with_placeholder(row: Mapping[str, Any], data: DataConfig) -> tuple[dict[st
     """Return the row with an answer, the settings that read it, and whether the answer is its own."""
     whole = dict(row)
     if data.input is not None and "{" in data.input:
-        # A template of the output would fail on a row without one.
+        # A template of the output would fail on a row without output.
         settings = data.model_copy(update={"output": f"{{{{ {_PLACEHOLDER!r} }}}}"})
         return whole, settings, False
     if data.input is not None and data.output is not None and data.input in row:

@@ -125,7 +125,7 @@ def require_room(project: OpenProject) -> None:
     require_quantizable(config.train.quantization, architecture, "train.quantization")
     _require_card(shape, project)
     if distributed.is_sharded():
-        return  # each card has a part of the base
+        return  # each card holds a part of the base
     memory, settings = available_memory(None), config.train
     least = plan(config.base_model, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
     own = least.used[settings.quantization == "nf4"]

@@ -323,7 +323,7 @@ def _store(
 
 
 def find_trained(adapters: Path, name: str, identity: str) -> Adapter | None:
-    """Return the verified adapter of this project name that these inputs produced, if there is one."""
+    """Return the verified adapter that these inputs produced under this project's name, if there is one."""
     for adapter in list_adapters(adapters):
         if adapter.was_trained_by(identity) and adapter.name.startswith(f"{name}-"):
             adapter.verify()

@@ -1,8 +1,8 @@
 """Trainings: here one after the other, on the machines of a cluster at once, or one in several of its processes.
 
 The trials of a sweep, the parts of a learning curve, the folds of a cross-validation and pilots are ordinary trainings.
-On a cluster each is a task that makes the same call in a worker. It has the same working folder, so a lost one resumes
-from its last checkpoint on another machine, and the same number of threads, so its adapter is the same.
+On a cluster each is a task that makes the same call in a worker. It has the same working folder, so a lost training
+resumes from its last checkpoint on another machine, and the same number of threads, so its adapter is the same.
 
 One training in several processes calls the function that torchrun's processes call. The command
 that started them sends the rows, shows their messages, passes a stop on, and signs the adapter.
@@ -101,7 +101,7 @@ class Trainings:
     ) -> Generator[Result, None, None]:
         """Yield each job's result, in order: ``step(base, shared, job.value, reporter)``.
 
-        Here a job is done when its result is asked for. On a cluster its messages are reported with
+        Here a job is done when its result is requested. On a cluster its messages are reported with
         its result, after its name if they are ``named``. Paths in ``shared`` and in the jobs must
         be absolute there. An error or a signal stops all jobs, with a checkpoint saved.
         """

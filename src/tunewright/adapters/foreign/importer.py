@@ -258,7 +258,7 @@ def import_adapter(
         files.mkdir()
         intake = _Intake(project, source, said, files)
         try:
-            intake.take()  # from here on only the copy is read: a source that changes passes no other check
+            intake.take()  # from here on only the copy is read, so a changed source cannot pass a different check
             configs = intake.configs()
             config = configs[files]
             intake.require_statement(config)

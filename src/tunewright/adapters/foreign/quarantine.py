@@ -168,7 +168,7 @@ _PUSH = "Push it from its project (tunewright adapters push URL NAME), and impor
 def _open(name: str, flags: int, level: int | None, where: str) -> int:
     try:
         return os.open(name, os.O_RDONLY | flags, dir_fd=level)
-    except OSError as error:  # no permission, or replaced by a link since it was checked
+    except OSError as error:  # no permission, or a link has replaced the file since the check
         raise UserError(f"Cannot read the file: {error.strerror}", where=where) from None
 
 

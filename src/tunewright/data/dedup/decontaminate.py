@@ -221,7 +221,7 @@ def _source(name: str, texts: Sequence[str]) -> _Source:
             table = runs.setdefault(length, {})
             for run in dict.fromkeys(_runs(words, length)):
                 numbers = table.get(run, ())
-                if len(numbers) <= BOILERPLATE:  # one more shows that it is boilerplate
+                if len(numbers) <= BOILERPLATE:  # one more item shows that the run is boilerplate
                     table[run] = (*numbers, number)
     for table in runs.values():
         for run in [run for run, numbers in table.items() if len(numbers) > BOILERPLATE]:

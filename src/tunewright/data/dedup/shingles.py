@@ -117,7 +117,7 @@ class ShingleFile:
 
 
 class ShingleRows:
-    """Some texts of a file, which are read when they are asked for; another process gets them as a matrix."""
+    """Some texts of a file, which are read on demand; another process gets them as a matrix."""
 
     def __init__(self, file: ShingleFile, places: Indices) -> None:
         self._file, self._places = file, places
@@ -228,7 +228,7 @@ class _Numbering:
         twos = self._pairs.numbers(self._pair_codes(some))
         at = np.arange(int(counts.sum())) + np.repeat(
             begins - (np.cumsum(counts) - counts), counts
-        )  # even an empty text has one
+        )  # even an empty text has one shingle
         # There are fewer than 2^31 pairs, so the products do not overflow.
         codes: Indices = twos[at].astype(np.int64) * self._pair_count + twos[at + 2]
         return codes

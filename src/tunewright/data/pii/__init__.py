@@ -104,7 +104,7 @@ def find_in_value(name: str, text: str, also: Finder | None = None) -> list[Find
         return found
     head = f"{_CAMEL_CASE.sub('_', name)}: "
     kinds = {finding.kind for finding in found}
-    # Only secrets: a date under "call" would be taken for a phone number.
+    # Only secrets: a date under "call" would count as a phone number.
     named = [f for f in _find_by_patterns(head + text) if f.category == "secret" and f.start >= len(head)]
     named = [f for f in named if f.kind not in kinds]
     return found + [replace(f, start=f.start - len(head), end=f.end - len(head)) for f in named]
@@ -309,7 +309,7 @@ def blocked(scan: Scan) -> UserError:
 
 
 def warned(scan: Scan) -> str:
-    """Return the warning on personal data; empty without any."""
+    """Return the warning on personal data; empty without findings."""
     personal = scan.of("personal")
     if not personal:
         return ""
@@ -321,7 +321,7 @@ def warned(scan: Scan) -> str:
 
 
 def allowed_note(scan: Scan) -> str:
-    """Return a line on the findings that ``data.allow`` permits; empty without any."""
+    """Return a line on the findings that ``data.allow`` permits; empty without findings."""
     allowed = [place for place in scan.places if place.finding.kind in scan.allow]
     return f"Permitted by data.allow: {_kinds(allowed)}, in {_rows(allowed)}" if allowed else ""
 

@@ -36,7 +36,7 @@ _ROWS = 2_000  # rows that a worker checks at once
 
 
 NO_VALUES: Mapping[str, Any] = {}
-"""The groups or metadata of rows without any: one object, because an empty dict for each row takes 64 bytes."""
+"""The groups or metadata of rows that have none: one object, because an empty dict for each row takes 64 bytes."""
 
 
 @dataclass(frozen=True, slots=True)

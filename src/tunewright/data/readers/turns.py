@@ -161,7 +161,7 @@ def _calls_in_text(content: Any, path: JsonPath) -> Iterator[RawCall]:
 
 
 def numbered(turns: Sequence[Turn]) -> list[Turn]:
-    """Give calls and results without ids in their format the ids of their places: the first open call is answered."""
+    """Give calls and results of a format without ids the ids of their places: a result answers the first open call."""
     done: list[Turn] = []
     calls: list[RawCall] = []
     waiting: dict[str | None, deque[int]] = {}  # places of the last turn's calls by name, and of all under None

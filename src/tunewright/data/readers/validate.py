@@ -331,7 +331,7 @@ def metadata_of(
 
 
 def _json_value(value: Any) -> Any:
-    """Return the value in a JSON form; values without one raise TypeError or ValueError when serialised."""
+    """Return the value in a JSON form; values without a JSON form raise TypeError or ValueError when serialised."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, Decimal):

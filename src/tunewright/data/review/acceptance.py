@@ -146,7 +146,8 @@ class Outcome:
 def judge(plan: SequentialPlan | FixedPlan, findings: Iterable[Finding], rows: int) -> Outcome:
     """Follow a plan through its sample, in draw order, up to the first decision.
 
-    ``findings`` end at the first row without one. Once all ``rows`` of the version are checked, the true share decides.
+    ``findings`` end before the first missing one. Once all ``rows`` of the version are
+    checked, the true share decides.
     """
     checked = wrong = unsettled = 0
     decision: Decision = "continue"

@@ -347,7 +347,7 @@ class Sample:
         return list(dict.fromkeys(key for slot, key in zip(self.slots, self.order, strict=True) if slot not in wrong))
 
     def findings(self, reviews: ReviewLog) -> Iterator[Finding]:
-        """Yield the findings in order, up to the first row without one."""
+        """Yield the findings in order, up to the first row without a finding."""
         wrong = set(self.drawn.continues.wrong) if self.drawn.continues else ()
         for slot, key in zip(self.slots, self.order, strict=True):
             found = "wrong" if slot in wrong else reviews.finding(key)

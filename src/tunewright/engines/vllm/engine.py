@@ -373,8 +373,8 @@ def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_num_seqs: int) -> 
 
 PACKAGE = "tunewright_vllm"
 
-# Python runs it first. A process that vLLM starts imports for many seconds before it loads plugins, and would outlive a
-# parent that is killed meanwhile. Python's resource tracker has to outlive it, to free its shared memory.
+# Python runs this code first. A process that vLLM starts imports for many seconds before it loads plugins, and would
+# outlive a parent that is killed meanwhile. Python's resource tracker has to outlive it, to free its shared memory.
 _FIRST = f"""\
 import sys
 

@@ -111,7 +111,7 @@ def end_with_parent() -> None:
     """
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     if not _has_parent():
-        os._exit(1)  # it ended before this process asked for the signal
+        os._exit(1)  # the parent ended before this process asked for the signal
 
 
 def _has_parent() -> bool:

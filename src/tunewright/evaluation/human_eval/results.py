@@ -306,7 +306,8 @@ class Design:
         self.answered = np.bincount(self.stratum[reviewed], minlength=count).astype(float)
         assert (self.answered > 0).all(), "a stratum without a verdict says nothing"
         asked = reviewed & ~certain
-        # One artificial cluster of all preferred and one of none, of mean size, spread over the reviewed strata.
+        # One artificial cluster in which all are preferred and one in which none is, of mean size,
+        # spread over the reviewed strata.
         drawn = np.bincount(self.stratum[asked], minlength=count).astype(float)
         self.extra = drawn / max(len({self.clusters[i] for i in np.flatnonzero(asked)}), 1)
 
@@ -318,7 +319,7 @@ class Design:
         value = float(self.sizes @ means / self.sizes.sum())
         weight = self.sizes / held
         deviation = np.where(self.reviewed, values - means[self.stratum], 0.0)
-        # Two phases: which test items there are (strata off the mean), and which were reviewed.
+        # Two phases: the choice of test items (strata off the mean), and the choice of reviewed items.
         influence = means[self.stratum] - value + weight[self.stratum] * deviation
         signs = np.array([made_up, -made_up])
         return _Term(value, influence, (self.extra * weight) @ (signs[None, :] - means[:, None]))

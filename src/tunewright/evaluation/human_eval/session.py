@@ -127,7 +127,7 @@ class BlindPair:
     a: str
     b: str
     reference: str | None
-    """None until the reviewer has asked for it."""
+    """None until the reviewer has requested it."""
     note: str
     verdict: Side | None
     """The reviewer's verdict so far."""

@@ -85,7 +85,7 @@ def judged_arm(name: str, verdicts: Sequence[ArmCorrectness], clusters: Sequence
 def judged_contrast(
     treatment: str, control: str, rows: Sequence[JudgedItem], clusters: Sequence[str], seed: int
 ) -> JudgedContrast | None:
-    """Return treatment's correctness minus control's on items where both have a verdict; None without any."""
+    """Return treatment's correctness minus control's on items where both have a verdict; None without such items."""
     changes, where = [], []
     for row, cluster in zip(rows, clusters, strict=True):
         ours, theirs = row.correctness[treatment].correct, row.correctness[control].correct

@@ -285,7 +285,7 @@ class JudgeRequests:
         return ArmPreference(outcome=result, flipped=flipped, replies=replies)
 
 
-# Each item's verdicts, next to the evidence: ``judge.jsonl``; of the controls: ``judge-controls.jsonl``
+# Verdicts next to the evidence: on the items in ``judge.jsonl``, on the controls in ``judge-controls.jsonl``
 
 
 ROWS_FILE = "judge.jsonl"

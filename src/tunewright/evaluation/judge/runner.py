@@ -332,7 +332,7 @@ def _total(numbers: Sequence[_Number | None]) -> _Number | None:
 
 @dataclass(frozen=True)
 class ReferenceAnswers:
-    """The answers by pair key, and the reason for each item without one."""
+    """The answers by pair key, and the reason for each item without an answer."""
 
     answers: Mapping[str, str]
     lacking: Mapping[str, str]

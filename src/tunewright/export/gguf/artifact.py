@@ -122,14 +122,14 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
         child = start(command, stdout=PIPE, stderr=log)
         try:
             assert child.stdout is not None
-            limit = threading.Timer(_ANSWER_S, child.kill)  # it may hang while it loads the file
+            limit = threading.Timer(_ANSWER_S, child.kill)  # the child may hang while it loads the file
             limit.start()
             try:
                 address = child.stdout.readline().decode().strip().rpartition(" ")[2]
             finally:
                 limit.cancel()
             if not address:
-                if child.wait() == KILLED:  # an invalid file ends the process in another way
+                if child.wait() == KILLED:  # an invalid file would end the process in another way
                     raise _without_answer(f"was killed, or did not load the file within {_ANSWER_S:g} s")
                 log.seek(0)
                 lines = log.read().decode("utf-8", "replace").strip().splitlines()

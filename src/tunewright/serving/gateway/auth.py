@@ -156,8 +156,8 @@ class AnonymousAuth:
 class ReleaseRouter:
     """The live releases as this server has them: follows them, and loads and unloads adapters for them.
 
-    The adapters of a new release are loaded first, then the alias is switched. The old adapter is unloaded after its
-    last answer has ended. So a release drops no request, and no answer changes its adapter on the way.
+    The adapters of a new release are loaded first, then the alias is switched. The old adapter is unloaded
+    after its last answer has ended. So a release drops no request, and no answer changes its adapter halfway.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ class ConnectionState(ServerState):
             return False
         self.count(f"closed an idle connection {at_maximum}")
         idle.transport.close()
-        self.connections.discard(idle)  # its own callback comes later than further connections
+        self.connections.discard(idle)  # the connection's own callback comes after further connections
         self._waiting.pop(idle)
         return True
 
@@ -293,7 +293,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()  # an error in the middle of another answer would look like a part of it
             return
         if cycle is not None:
-            cycle.disconnected = True  # its answer must not follow the error
+            cycle.disconnected = True  # the request's answer must not follow the error
             cycle.message_event.set()
         self._send(error)
         self.transport.write_eof()

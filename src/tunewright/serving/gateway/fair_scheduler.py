@@ -219,7 +219,7 @@ class FairScheduler:
         together = queue[0].prompt + queue[1].prompt <= self._prefill_tokens
         if together and self.free - 1 > self._reserved:
             return False
-        # Each pass gives each of its rows one token, so its own counter counts the passes.
+        # Each pass gives each of the tenant's rows one token, so its own counter counts the passes.
         passes = HELD_PASSES * own * ANSWER_WEIGHT
         return self._served[tenant] < self._held_until.setdefault(tenant, self._served[tenant] + passes)
 
@@ -238,7 +238,7 @@ class FairScheduler:
         while self._idle_since and next(iter(self._idle_since.values())) < since:
             tenant = next(iter(self._idle_since))
             del self._idle_since[tenant]
-            # It returns with the credit of a newcomer. The counters of ended tenants would otherwise add up.
+            # The tenant returns with the credit of a newcomer. The counters of ended tenants would otherwise add up.
             del self._served[tenant]
             if tenant == self._last_dequeued:
                 self._last_dequeued = None  # a request is waiting now, and is dequeued before anyone asks

@@ -28,7 +28,7 @@ from tunewright.engines.remote import RemoteEngine
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.tenants.quota import RequestUsage
 
-disable_created_metrics()  # they double the number of series
+disable_created_metrics()  # these labels double the number of series
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OWNER = ("tenant", "alias")
 ENDED_SECONDS = 600.0

@@ -153,14 +153,14 @@ class GenerationRequest:
         The slot is given back when the *engine* has ended, however slowly the client reads. Cancelling this coroutine
         aborts the request.
         """
-        if self._ended.is_set():  # it was aborted before it began
+        if self._ended.is_set():  # the request was aborted before it began
             return
         self._watch()
         try:
             async with AsyncExitStack() as held:
                 with tracing.span("queue"):
                     self._slot = await held.enter_async_context(queue.slot(self.tenant, self.prompt_tokens))
-                if self._ended.is_set():  # it timed out in the queue
+                if self._ended.is_set():  # the request timed out in the queue
                     return
                 self._admitted_at = time.monotonic()
                 self._watch()

@@ -211,9 +211,9 @@ def _referred(schema: Any, reference: str, param: str) -> Any:
 class GrammarCache:
     """Compiles grammars in a separate thread, where they delay no token, and keeps them.
 
-    A child process compiles each grammar first, and is killed if that takes too long: the thread would continue.
-    Tenants take turns at the thread, and each has its own part of the cache: nobody can push another's grammars out, or
-    tell by the time to the first token what another has asked for.
+    A child process compiles each grammar first, and is killed if that takes too long: the thread
+    would continue. Tenants take turns at the thread, and each has its own part of the cache: no
+    tenant can evict another's grammars, or infer another's requests from the time to the first token.
     """
 
     def __init__(self, compiler: GrammarCompiler) -> None:

@@ -82,7 +82,7 @@ class TenantAuth:
         self.gateway = uuid.uuid4().hex
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._troubles: set[str] = set()
-        self._begun: dict[int, _Begun] = {}  # by tenant, while a tenant has any
+        self._begun: dict[int, _Begun] = {}  # by tenant; tenants without requests are removed
         # One reservation of a tenant at a time: the state's threads take them in the order of arrival, and another
         # tenant would wait for hundreds of them.
         self._reserving: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
@@ -359,7 +359,7 @@ class TenantPrincipal:
 
 
 Auth = AnonymousAuth | TenantAuth
-"""Authenticates requests, and knows which models there are."""
+"""Authenticates requests, and lists the models."""
 
 Principal = AnonymousAuth | TenantPrincipal
 """The authenticated sender of a request."""

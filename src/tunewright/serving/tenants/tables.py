@@ -166,7 +166,7 @@ Index(
     postgresql_where=requests.c.finished.is_(None),
 )
 
-# They have no usage and only count towards requests per minute.
+# These requests have no usage and only count towards requests per minute.
 unmetered_requests = Table(
     "unmetered_requests",
     metadata,

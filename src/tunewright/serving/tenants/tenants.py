@@ -379,7 +379,7 @@ class Keys(Audited):
             if not hmac.compare_digest(key_hash(key), row.sha256 if row else _NO_HASH) or row is None:
                 raise InvalidKeyError(_UNKNOWN)
             state = key_state(row, self._database.not_before(self._database.now(connection)))
-            if state != "valid":  # only the holder of the right secret gets to know this
+            if state != "valid":  # only the holder of the right secret learns this
                 raise InvalidKeyError(f"This API key is {state}.")
         own = frozenset(row.alias for row in rows if row.alias is not None)
         aliases = own if row.aliases is None else own & frozenset(row.aliases)

@@ -253,7 +253,7 @@ def judged_item_page(visit: Visit) -> Response:
 
 
 def _compared(row: _Row, treatment: str) -> list[_Compared]:
-    """Return each comparison of the item, also without Markdown if the judge compared that form."""
+    """Return each comparison of the item, including the form without Markdown if the judge compared it."""
     found = []
     for opponent, pair in row.judged.pairs.items():
         other = row.item.answers.get(opponent)

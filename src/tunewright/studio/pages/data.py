@@ -293,7 +293,7 @@ def _add_options(fields: dict[str, str]) -> AddOptions:
 
 
 def _on_page(refusal: UserError) -> str:
-    """Return a refusal with the page's own choice in place of the options of the command that makes it possible."""
+    """Return a refusal with the page's own choice in place of the command's options."""
     fix = refusal.fix or ""
     ticks = [f'tick "{text}"' for name, text in _FLAGS.items() if f"--{name.replace('_', '-')}" in fix]
     if "--input" in fix:

@@ -208,7 +208,7 @@ def create(visit: Visit) -> Response:
             raise UserError(f"SmolLM2 135M is chosen, and another base model is named: {other}", fix=fix)
         new_project(visit.project.folder.root, name=name, base_model=_BUNDLED if choice == "bundled" else other)
     except UserError as refusal:
-        if visit.project.folder.has_config:  # made in another tab or a terminal meanwhile
+        if visit.project.folder.has_config:  # the project was made in another tab or a terminal meanwhile
             return visit.go("/", "The folder has a project already. Nothing was changed.")
         return _form(visit, name, choice, other, refusal)
     return visit.go("/data", f"Made the project {name}. Upload your examples next.")
