@@ -50,7 +50,7 @@ class _Syntax:
     """The patterns of a form of calls."""
 
     key: str  # the key of the arguments
-    opening: str | None  # the mark that begins calls; None: the answer begins with calls or has none
+    opening: str | None  # the mark that begins calls; None means that the answer begins with calls or has none
     first: regex.Pattern[str]  # the beginning of the first call, up to the brace of its arguments
     next: regex.Pattern[str] | None  # the beginning of a further call; None: an answer has at most one call
     tail: regex.Pattern[str]  # the text after the arguments of each call

@@ -208,7 +208,7 @@ def command(
         del run.__wrapped__  # typer would read the signature of `function`
         run.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
         run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-        # Help keeps the line ends of a docstring's later paragraphs, which are where the source was wrapped.
+        # Help keeps the line ends of a docstring's later paragraphs, although they only wrap the source.
         text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
         within.command(name, rich_help_panel=panel, help=text, epilog=f"Example: {example}")(run)
         return run

@@ -19,9 +19,9 @@ class Option:
 
     help: str
     default: str | None = None
-    """The effect of leaving the option out, in words; None: the field's own default."""
+    """The effect of leaving the option out, in words; None means the field's own default."""
     name: str | tuple[str, ...] | None = None
-    """The option's name, such as ``--input``, or its names; None: the field's."""
+    """The option's name, such as ``--input``, or its names; None means the field's."""
     min: int | None = None
     max: int | None = None
     metavar: str | None = None

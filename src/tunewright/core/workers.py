@@ -94,7 +94,7 @@ class Workers(Asked, Protocol):
             parts: taken only a few ahead of the results, so that a long iterable is never held as a whole.
             task: advanced by the parts.
             batch: number of parts that one worker gets at once, if a part is small.
-            needs: resources of one part, which this process then does not compute. None: one CPU,
+            needs: resources of one part, which this process then does not compute. None means one CPU,
                 and this process also computes parts while it waits for the cluster.
         """
 

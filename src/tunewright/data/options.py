@@ -11,7 +11,7 @@ from tunewright.core.options import Option
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """Overrides of data.rows, data.sheet, data.input and data.output of the config; None: the config's."""
+    """Overrides of data.rows, data.sheet, data.input and data.output of the config; None means the config's."""
 
     rows: Annotated[
         str | None, Option("JMESPath to the rows in a JSON document.", default="data.rows in the config")

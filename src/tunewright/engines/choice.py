@@ -46,7 +46,7 @@ class AnswerEngine:
         name: "peft" is the embedded loop on transformers and peft.
         why: the reason, for display.
         environment: vLLM's environment; None with peft. Its folder is another machine's if a cluster answers.
-        card: bytes of the GPU that decides how many rows decode at once; None: this process's GPU, or no GPU.
+        card: bytes of the GPU that decides how many rows decode at once; None means this process's GPU, or no GPU.
     """
 
     name: Literal["peft", "vllm"]
@@ -92,7 +92,7 @@ def answer_engine(
         quantization: the precision of the base's weights.
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
-        workers: a cluster's workers, which answer; None: this machine answers.
+        workers: a cluster's workers, which answer; None means that this machine answers.
         start_on: a base on which ``auto`` starts vLLM the first time, with the receiver of messages; None: no trial.
     """
     chosen = config.evaluate.engine

@@ -161,7 +161,7 @@ def install(
         to: its folder; None: in the user's cache.
         build: None: "cuda" if there is a GPU.
         torch_index: the package index with PyTorch's builds without CUDA; None: the index that pip is configured for.
-        requirements, probe: other packages, and code that imports them; None: the tool's own.
+        requirements, probe: other packages, and code that imports them; None means the tool's own.
     """
     build = build or build_for_this_machine()
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):

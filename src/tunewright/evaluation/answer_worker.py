@@ -47,7 +47,7 @@ class AnswerModel:
     rank: int = 1
     """The highest LoRA rank that vLLM starts with."""
     threads: int | None = None
-    """Threads of a CPU's computations in a worker; None: with a GPU they decide nothing."""
+    """Threads of a CPU's computations in a worker; None means that with a GPU they decide nothing."""
 
     @cached_property
     def key(self) -> str:

@@ -165,7 +165,7 @@ class ItemFilter:
     change: Change | None = None
     """None: any."""
     nearest: tuple[float, float] | None = None
-    """The lowest and highest similarity; None: any, also items without it."""
+    """The lowest and highest similarity; None means any, also items without it."""
 
     @classmethod
     def of(cls, contrast: Contrast) -> ItemFilter:

@@ -25,9 +25,9 @@ class BreakEven:
     """Calls from which the tuned side is cheaper; an unavailable figure is None, with the reason in ``why``."""
 
     calls: float | None
-    """Calls that pay for training, labelling and hosting; None: unknown, or never."""
+    """Calls that pay for training, labelling and hosting; None means unknown, or never."""
     calls_per_month: float | None
-    """Calls a month at which a machine that always runs costs as much; None: unknown."""
+    """Calls a month at which a machine that always runs costs as much; None means unknown."""
     why: str
 
 

@@ -33,7 +33,7 @@ class ExportSource:
 
     @classmethod
     def find(cls, project: OpenProject, adapter: str | None) -> ExportSource:
-        """Return an adapter by its name or the beginning of it; None: the newest."""
+        """Return an adapter by its name or the beginning of it; None means the newest."""
         found = find_adapter(project.folder.adapters, adapter)
         require_compatible(found, project.base, project.chat)
         return cls(project, found)

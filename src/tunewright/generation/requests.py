@@ -46,7 +46,7 @@ class Request:
         presence_penalty: subtracted from the logit of each token that the answer has.
         frequency_penalty: subtracted from a token's logit for each time that the answer has it.
         logit_bias: tokens with the values added to their logits.
-        logprobs: report each token's log probability, with this many of the likeliest; None: report none.
+        logprobs: report each token's log probability, with this many of the likeliest; None means no report.
     """
 
     prompt_ids: tuple[int, ...]

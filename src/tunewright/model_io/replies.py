@@ -85,7 +85,7 @@ class Journal(Generic[Kept]):
     Args:
         path: the file, which is named after everything else that decides the answers.
         parse: returns the key and the answer of a row; KeyError and TypeError: the row has another form.
-        row: returns the row of an answer; None: it is not written.
+        row: returns the row of an answer; None means that it is not written.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class CardSubject:
     name: str
     lineage: Mapping[str, Any]
     repository: str | None
-    """The hub id that the card is for; None: unknown."""
+    """The hub id that the card is for; None means unknown."""
     base_model: str | None
     """The base's hub id; None for a base that is only known as a folder."""
     license: str | None

@@ -51,7 +51,7 @@ class EngineUnderTest:
 
     Args:
         config: the project's, with the only address of an engine.
-        remote: the facts that the engine at the config's only address reports; None: one is started here.
+        remote: the facts that the engine at the config's only address reports; None means that one is started here.
     """
 
     project: OpenProject

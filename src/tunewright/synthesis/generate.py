@@ -100,11 +100,11 @@ class RowGenerator:
 
     project: ProjectFolder
     version: DatasetVersion | None
-    """The current version; None: the project has no dataset yet."""
+    """The current version; None means that the project has no dataset yet."""
     teacher: Teacher
     scorer: Scorer
     constraints: AnswerConstraints | None
-    """The form of the answers; None: free text."""
+    """The form of the answers; None means free text."""
     judge: RubricJudge | None
     reporter: Reporter
 

@@ -94,7 +94,7 @@ class QuestionWriter:
 
     project: ProjectFolder
     version: DatasetVersion | None
-    """The current version, whose held-out rows the questions must not resemble; None: no dataset yet."""
+    """The current version, whose held-out rows the questions must not resemble; None means no dataset yet."""
     teacher: Teacher
     reporter: Reporter
     _left_out: dict[str, list[str]] = field(default_factory=dict, init=False)

@@ -287,7 +287,7 @@ def dev_task(
     """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed and reported.
 
     Rows with equal prompts are answered once. The answers of the training rows determine the length
-    limit, as in evaluation. None: the config wants no answers, and only the dev loss decides.
+    limit, as in evaluation. None means that the config wants no answers, and only the dev loss decides.
     """
     most, split = config.train.eval_max_samples, tuple(m.example for m in dev)
     if most == 0:

@@ -215,7 +215,7 @@ class PreferenceTrainer(Trainer):
         """Return KTO's estimate of the divergence from the reference, from mismatched answers; at least 0.
 
         It is estimated from the rows of this pass, as trl does from a micro-batch. Each process has
-        its own: they may make different numbers of passes, so a pass must not wait for the others.
+        its own estimate: a pass must not wait for other processes, which may make fewer passes.
         """
         places = inputs["indices"].tolist()
         # Not through DDP, whose passes are collective.

@@ -42,7 +42,7 @@ class Trainer(SFTTrainer):
 
     With ``share`` prompts that rows of a batch share are computed once. ``micro_batch`` None:
     every micro-batch in full. ``kl`` is the weight of the KL divergence from the base, which is
-    the loss on rows whose column ``replayed`` is true; None: these rows are trained like the
+    the loss on rows whose column ``replayed`` is true; None means that these rows are trained like the
     others. ``stop`` cuts evaluations off.
     """
 

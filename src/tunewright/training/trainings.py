@@ -79,7 +79,7 @@ class Trainings:
     needs: Needs = ONE_CPU
     """Resources of a machine that one training takes."""
     site: Site | None = None
-    """What every machine must have; None: the trainings are done here."""
+    """What every machine must have; None means that the trainings are done here."""
 
     @property
     def on_cluster(self) -> bool:

@@ -301,7 +301,7 @@ def _share_gpt(row: Mapping[str, Any], data: DataConfig) -> Conversation:
 
 
 def _chat(row: Mapping[str, Any], key: str, data: DataConfig) -> Conversation:
-    """Parse OpenAI's and Together's formats, and Mistral's with interactions, text and system_prompt."""
+    """Parse OpenAI's, Together's and Mistral's formats (Mistral: interactions, text and system_prompt)."""
     mistral = key == "interactions" or not {"system", "system_prompt", "only_last"}.isdisjoint(row)
     used = _used_keys(row, {key}, ("system", "system_prompt", "only_last", *_DECLARING), data)
     turns = _read_turns(row, key, _CHAT_TURNS)

@@ -202,7 +202,7 @@ def superseded_keys(dataset: Path, manifest: Manifest) -> dict[str, str]:
 def unaccepted_keys(dataset: Path, manifest: Manifest | None, generated: Collection[str]) -> frozenset[str]:
     """Return the generated rows that no person has accepted: by the verdict "right", or by an applied edit.
 
-    ``manifest`` is the version that has the edits; None: there is no version.
+    ``manifest`` is the version that has the edits; None means that there is no version.
     """
     if not generated:
         return frozenset()

@@ -55,7 +55,7 @@ class _Event(BaseModel):
 
 
 class VerdictEvent(_Event, VerdictMark):
-    """A verdict on a row. ``draw`` is the sample's number; None: the row was reviewed as a suspect."""
+    """A verdict on a row. ``draw`` is the sample's number; None means that the row was reviewed as a suspect."""
 
     verdict: Verdict
     output: str | None = None
@@ -143,7 +143,7 @@ class ReviewLog(AnnotationLog[VerdictEvent]):
         return next(line for line, each in zip(self.lines, self.events, strict=True) if each is event)
 
     def cited_line(self, record: Mapping[str, Any]) -> int | None:
-        """Return the line of the verdict that an edit in imports.jsonl cites; None: not in this log.
+        """Return the line of the verdict that an edit in imports.jsonl cites; None means not in this log.
 
         The record has the line in the log where the edit was applied, which may be another copy.
         """

@@ -260,7 +260,7 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
 
     Args:
         dataset: the project's dataset folder.
-        digest: a version's digest or its beginning; None: the current version.
+        digest: a version's digest or its beginning; None means the current version.
         without_purged: leave out rows whose text was purged, instead of refusing the version.
 
     Raises:

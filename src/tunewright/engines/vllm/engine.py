@@ -60,7 +60,7 @@ class VllmSettings:
         room: the number of adapters that can be loaded at once, at least 1.
         max_rank: the highest LoRA rank of any adapter that will be loaded.
         kv_cache_bytes: the size of the key/value cache, which also limits the context; None: vLLM decides.
-        gpu_share: the share of the GPU's memory that it may take; None: vLLM's 0.9.
+        gpu_share: the share of the GPU's memory that it may take; None means vLLM's 0.9.
         vision: whether the base can read images. This is turned off, so that its vision tower takes no memory.
     """
 

@@ -156,7 +156,7 @@ class ComparisonProgress:
     """The progress of all reviewers on a comparison; it says nothing about the verdicts."""
 
     against: str | None
-    """Name of the incumbent; None: the best prompting arm."""
+    """Name of the incumbent; None means the best prompting arm."""
     reviewers: dict[str, Progress]
     """By name."""
 

@@ -29,7 +29,7 @@ class ServedAdapter:
     folder: Path
     system_prompt: SystemPrompt
     grammar: str | None = None
-    """Without tenants, the rule that constrains answers; None: any. With tenants, each release has its own."""
+    """Without tenants, the rule that constrains answers; None means any. With tenants, each release has its own."""
 
 
 def constraint_text(grammar: str) -> str:
@@ -47,12 +47,12 @@ class Target:
     name: str
     """The model's name in the request."""
     digest: str | None
-    """The adapter's digest; None: the base."""
+    """The adapter's digest; None means the base."""
     release_id: int | None = None
     system_prompt: str | None = None
-    """The system message added to requests without one; None: nothing is added."""
+    """The system message added to requests without one; None means that nothing is added."""
     grammar: str | None = None
-    """The rule that constrains answers, text or calls; None: any."""
+    """The rule that constrains answers, text or calls; None means any."""
     shadow: Target | None = None
     """The candidate that gets the same request, and whose answer is only recorded."""
 

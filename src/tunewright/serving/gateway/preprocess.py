@@ -48,7 +48,7 @@ class Tokenization:
         decode: converts an answer's ids to text, without special tokens.
         grammars: compiles constraints on an answer's text, and knows the bytes of each token.
         stops: texts that end every chat answer, in addition to the request's stop texts.
-        chat: reads and constrains calls of functions; None: there are no functions.
+        chat: reads and constrains calls of functions; None means that there are no functions.
     """
 
     render: Callable[[Sequence[Message]], Ids]
@@ -104,7 +104,7 @@ class RequestPreprocessor:
                 raise ApiError(message, param="logit_bias", code="invalid_value")
 
     async def constraint(self, body: RequestBody, grammar: str | None, tenant: str) -> Constraint | None:
-        """Return the compiled form of the answer, text or calls; None: any.
+        """Return the compiled form of the answer, text or calls; None means any.
 
         Args:
             grammar: the release's rule. A text's form applies to requests that set none; calls are constrained in

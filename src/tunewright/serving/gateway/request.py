@@ -227,7 +227,7 @@ class GenerationRequest:
 
     @property
     def stop(self) -> str | None:
-        """The request's own stop string that ended the answer; None: it ended otherwise."""
+        """The request's own stop string that ended the answer; None means that it ended otherwise."""
         return self._stream.stop if self._stream.stop in (self.body.stop or ()) else None
 
     @property

@@ -237,7 +237,7 @@ class _CompletionFields(RequestFields):
 
     @cached_property
     def form(self) -> Form | None:
-        """The form that the answer must have; None: any text."""
+        """The form that the answer must have; None means any text."""
         guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
         return one_form(self.response_format, self.structured_outputs, guided, self.form_param)
 
@@ -293,7 +293,7 @@ class ChatRequest(_CompletionFields):
 
     @property
     def likeliest(self) -> int | None:
-        """The number of likeliest tokens to report with each token's log probability; None: report none."""
+        """The number of likeliest tokens to report with each token's log probability; None means no report."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
@@ -379,12 +379,12 @@ class CompletionRequest(_CompletionFields):
 
     @property
     def likeliest(self) -> int | None:
-        """The number of likeliest tokens to report with each token's log probability; None: report none."""
+        """The number of likeliest tokens to report with each token's log probability; None means no report."""
         return self.logprobs
 
     @property
     def token_limit(self) -> int | None:
-        """Maximum number of tokens each answer may have; None: :attr:`default_tokens`."""
+        """Maximum number of tokens each answer may have; None means :attr:`default_tokens`."""
         return self.max_tokens
 
     @property

@@ -99,7 +99,7 @@ class LimitExceededError(Exception):
     Args:
         limit: the limit's name.
         message: for the client.
-        wait: seconds after which the same request can pass; None: never, since it is over the limit by itself.
+        wait: seconds after which the same request can pass; None means never, since it is over the limit by itself.
     """
 
     def __init__(self, limit: str, message: str, wait: float | None) -> None:
@@ -132,7 +132,7 @@ class RequestUsage:
     queued_s: float
     """The time from arrival to the engine."""
     first_token_s: float | None
-    """The time from arrival to the first token; None: there was none."""
+    """The time from arrival to the first token; None if there was no token."""
     total_s: float
     outcome: Outcome
 
@@ -203,8 +203,8 @@ class Quota:
     def heartbeat(self, gateway: str, name: str, release_id: int) -> None:
         """Record that a server is alive and has taken the releases up to an id.
 
-        The unfinished requests of servers without a heartbeat get the outcome "lost". After a jump
-        of the clock, and after the start of this server, the other servers first get time to beat.
+        The unfinished requests of servers without a heartbeat get the outcome "lost". After a jump of
+        the clock, and after the start of this server, the other servers first get time for a heartbeat.
         """
         with self._database.writing() as connection:
             now = self._database.now(connection)

@@ -33,7 +33,7 @@ class Grounds:
     """The reasons for a release, or for a withdrawal."""
 
     verdict: str | None = None
-    """The verdict of the adapter's newest evaluation; None: it has none."""
+    """The verdict of the adapter's newest evaluation; None if there was no evaluation."""
     evaluation: str | None = None
     """The ID of that evaluation."""
     because: str | None = None
@@ -57,7 +57,7 @@ class Candidate:
     system_prompt: bool = True
     """True if its trained system prompt is added to requests without one."""
     grammar: str | None = None
-    """The rule that constrains its answers, text or calls; None: any."""
+    """The rule that constrains its answers, text or calls; None means any."""
 
     @property
     def answer(self) -> Answer:
@@ -94,7 +94,7 @@ class Release:
     system_prompt: bool = True
     """True if the adapter's trained system prompt is added to requests without one."""
     grammar: str | None = None
-    """The rule that constrains answers, text or calls; None: any."""
+    """The rule that constrains answers, text or calls; None means any."""
 
     @property
     def undeployed(self) -> bool:

@@ -240,7 +240,7 @@ class Key:
     prefix: str
     tenant: str
     aliases: tuple[str, ...] | None
-    """The only aliases that the key may use; None: all of its tenant's."""
+    """The only aliases that the key may use; None means all of its tenant's."""
     created: float
     expires: float | None
     revoked: float | None
@@ -275,7 +275,7 @@ class Caller:
     key_id: int
     aliases: frozenset[str]
     requests_per_minute: int | None
-    """The tenant's limit; None: no limit."""
+    """The tenant's limit; None means no limit."""
     tokens_per_minute: int | None
     """The same."""
 
@@ -291,8 +291,8 @@ class Keys(Audited):
         """Create a key, and return it together with its stored data. The key itself is not stored.
 
         Args:
-            aliases: the only aliases that the key may use; None: all of its tenant's, including later ones.
-            lifetime: seconds until the key expires; None: never.
+            aliases: the only aliases that the key may use; None means all of its tenant's, including later ones.
+            lifetime: seconds until the key expires; None means never.
 
         Raises:
             UserError: the tenant does not exist or may not use an alias, or the lifetime is not positive.

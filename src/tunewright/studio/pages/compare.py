@@ -135,7 +135,7 @@ class _Compared:
     found: ArmPreference
     outcome: str
     other: str | None
-    """The other answer; None: it is not stored with the evaluation."""
+    """The other answer; None means that it is not stored with the evaluation."""
 
 
 def judge_page(visit: Visit) -> Response:

@@ -177,7 +177,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 class LossBreakdown:
     """Accumulates the losses of a step's trained tokens, separately for pairs and replayed rows.
 
-    ``kl`` is the weight of the KL divergence in the loss; None: replayed rows are trained like
+    ``kl`` is the weight of the KL divergence in the loss; None means that replayed rows are trained like
     pairs.
     """
 
@@ -192,7 +192,7 @@ class LossBreakdown:
     def add(self, losses: Tensor, replayed: Tensor | None) -> None:
         """Add tokens of the step.
 
-        ``replayed`` are indices into the losses [L] of the replayed rows' tokens; None: no row is
+        ``replayed`` are indices into the losses [L] of the replayed rows' tokens; None means that no row is
         replayed.
         """
         given = losses.detach().double()

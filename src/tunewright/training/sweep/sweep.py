@@ -136,7 +136,7 @@ class Sweep:
         )
 
     def run(self, minutes: float | None = None) -> SweepResult:
-        """Sweep within a budget in minutes, which covers all contributing commands; None: unlimited."""
+        """Sweep within a budget in minutes, which covers all contributing commands; None means unlimited."""
         ledger = Ledger(self.folder, self.head)
         budget = None if minutes is None else 60 * minutes
         halving = SuccessiveHalving(
