@@ -1,4 +1,4 @@
-"""The evidence on BANKING77, scored again from the frozen answers, and the output that its page quotes.
+"""The evidence on BANKING77, scored again from the frozen answers, and every figure of docs/benchmarks/banking77.md.
 
 The answers are in tests/golden/banking77 (`python benchmarks/banking77.py freeze`), the customers' messages are not.
 """
@@ -40,7 +40,7 @@ from tunewright.evidence.schema import (
     Evidence,
 )
 from tunewright.evidence.scoring import ScoredArms, declared_contrasts, score_arm, score_arms, scores_by_distance
-from tunewright.evidence.verdict import verdict
+from tunewright.evidence.verdict import SIGNIFICANT, verdict
 from tunewright.metrics import open_scorers
 from tunewright.render.terminal import rendered
 
@@ -275,11 +275,114 @@ def _training_text(evidence: Evidence) -> str:
     return f"{reported['examples']} examples; dev loss by evaluation {losses}; kept step {reported['kept_step']}"
 
 
+def _page() -> tuple[str, list[str]]:
+    """The prose with white space as single blanks, and the lines of the fenced blocks."""
+    prose: list[str] = []
+    blocks: list[str] = []
+    fenced = False
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        else:
+            (blocks if fenced else prose).append(line)
+    return " ".join(" ".join(prose).split()), blocks
+
+
 def test_page_quotes_the_commands_output() -> None:
     commands = [*(["tunewright", *words] for words in SCRIPT.ROAD.values()), *map(shlex.split, SCRIPT.USAGE)]
     printed = {line.rstrip() for line in _printed()}
-    fenced = re.findall(r"^```.*?\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    quoted = [line.rstrip() for block in fenced for line in block.splitlines()]
+    quoted = [line.rstrip() for line in _page()[1]]
     assert sum(line in printed for line in quoted) > 50
     reported = [line for line in quoted if line not in printed and line != "…"]
     assert [line for line in reported if shlex.split(line) not in commands] == []
+
+
+def _percent(arm: Arm) -> str:
+    return f"{100 * arm.score(_evidence().metric).value:.1f}%"
+
+
+def _of_dev() -> list[str]:
+    """Return the lines about the prompting arms."""
+    evidence = _evidence()
+    assert evidence.narrowing is not None
+    first = {arm.name: arm for arm in evidence.narrowing.arms}
+    score = {name: _percent(arm) for name, arm in first.items()}
+    free, listed = first["retrieved-4-tfidf"], first["retrieved-4-tfidf-instruction-1+constrained"]
+    held = "retrieved-4-tfidf+constrained"
+    outside = free.score(evidence.metric).outside
+    free_zero_shot = [arm for arm in first.values() if arm.kind == "zero-shot" and not arm.constrained]
+    assert [arm.score(evidence.metric).outside for arm in free_zero_shot] == [len(_rows("first"))] * 2
+    for kind in ("retrieved-{}-tfidf", "retrieved-{}-tfidf+constrained"):
+        few, many = (first[kind.format(shots)].score(evidence.metric).value for shots in (4, 16))
+        assert few > many
+    return [
+        f"reaches {score['zero-shot+constrained']}, and {score['zero-shot-instruction-1+constrained']} with the list",
+        f"{score['retrieved-4']} by words and {score['retrieved-4-tfidf']} by characters",
+        f"{outside} of {free.items} free answers are not an intent",
+        f"with the constraint the score is {score[held]}",
+        f"{score['retrieved-16-tfidf']} free, {score['retrieved-16-tfidf+constrained']} constrained",
+        f"{listed.prompt_tokens:.0f} tokens instead of {free.prompt_tokens:.0f} and reaches {score[listed.name]}",
+    ]
+
+
+def _of_test() -> list[str]:
+    """Return the lines about the test split."""
+    evidence = _evidence()
+    best, tuned, both = (evidence.arm(name) for name in (evidence.best_prompting, "tuned", "tuned+retrieved-4-tfidf"))
+    ours, theirs = (arm.score(evidence.metric) for arm in (tuned, best))
+    right, rivals = (round(score.value * score.scored) for score in (ours, theirs))
+    zero_shot, with_examples = evidence.contrasts[1:]
+    assert (zero_shot.control, with_examples.treatment) == ("zero-shot", both.name)
+    assert with_examples.p_adjusted is not None and with_examples.p_adjusted >= SIGNIFICANT
+    on_dev = next(arm for arm in evidence.dev_arms if arm.name == best.name)
+    adapter_on_dev = evidence.lineage["adapter"]["lineage"]["training"]["epochs"][-1]["dev_metric"]
+    assert verdict(evidence).exit_code == 4
+    gain_on_dev = adapter_on_dev - on_dev.score(evidence.metric).value
+    assert 0 < evidence.contrasts[0].difference < gain_on_dev / 2
+    return [
+        f"{right} of {tuned.items} right, the best prompt {rivals}",
+        f"{tuned.prompt_tokens:.0f} prompt tokens where retrieval needs {best.prompt_tokens:.0f}",
+        f"{ours.outside} of its answers are not an intent",
+        f"it reaches {_percent(both)}; that contrast's adjusted p is {with_examples.p_adjusted:.2g}",
+        f"gains {100 * zero_shot.difference:.1f} points",
+        f"the prompt scored {_percent(on_dev)} and the adapter {adapter_on_dev:.1%}",
+        "Exit code 4",
+    ]
+
+
+def _of_the_run() -> list[str]:
+    """Return the lines about the part and its duration."""
+    spent = json.loads((GOLDEN / "run.json").read_text(encoding="utf-8"))["cpu"]
+    minutes = {name: f"{seconds / 60:.0f} minutes" for name, seconds in spent.items()}
+    return [
+        f"{SCRIPT.ROWS} rows of each intent",
+        f"the prompting arms took {minutes['prompting arms']}, training {minutes['train']} and the rest of `evaluate` "
+        f"{minutes['evaluate']}",
+    ]
+
+
+NAMES = (
+    "BANKING77",
+    "banking77",
+    "2003.04807",
+    "2020",
+    "CC-BY-4.0",
+    "all 77",
+    "77 intents",
+    "4 or 16",
+    "16 similar examples",
+    "BM25",
+    "instruction-1",
+)
+"""What has digits and is no figure of the run."""
+
+
+@pytest.mark.slow
+def test_prose_figures_follow_from_the_record() -> None:
+    prose, _ = _page()
+    for reported in [*_of_the_run(), *_of_dev(), *_of_test()]:
+        assert reported in prose
+        prose = prose.replace(reported, "")
+    for name in NAMES:
+        prose = prose.replace(name, "")
+    assert re.findall(r"\S*\d\S*", prose) == []

@@ -413,6 +413,20 @@ def test_running_server_picks_up_a_deploy(project: Path) -> None:
     assert sum(int(row["completion_tokens"]) for row in rows) == one["completion_tokens"] + two["completion_tokens"]
 
 
+@pytest.mark.slow
+def test_base_adapter_and_checkpoint_answer_without_tenants(project: Path) -> None:
+    name = _adapters(project)[0].name
+    with served(project, name, f"{name}@step-12") as (process, started):
+        with openai.OpenAI(base_url=f"{started['url']}/v1", api_key="none", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == started["models"]
+            assert len(started["models"]) == 3
+            replies = [
+                client.chat.completions.create(model=model, messages=ASKED, max_tokens=8) for model in started["models"]
+            ]
+        assert len({reply.choices[0].message.content for reply in replies}) > 1, replies
+        interrupted(process)
+
+
 def test_serve_refuses_an_address_in_use_before_loading_the_base(project: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

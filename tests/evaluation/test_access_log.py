@@ -21,7 +21,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog, amendable, load_checked
 from tunewright.evidence.common import References
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE
-from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
+from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.verdict import verdict
 
 EVIDENCE = make_evidence(make_items())
@@ -136,9 +136,9 @@ def test_evidence_older_than_the_ledger_needs_none(tmp_path: Path) -> None:
 # What a verdict says of earlier openings
 
 
-def earlier(number: int) -> EarlierAccess:
+def earlier(number: int, shared: int | None = 60) -> EarlierAccess:
     opening = make_opening(number)
-    return EarlierAccess(**opening.model_dump(include=set(EarlierAccess.model_fields)), shared_items=60)
+    return EarlierAccess(**opening.model_dump(include=set(EarlierAccess.model_fields)), shared_items=shared)
 
 
 def test_verdict_warns_of_earlier_openings() -> None:
@@ -148,6 +148,11 @@ def test_verdict_warns_of_earlier_openings() -> None:
     assert caution.startswith("Caution: The test items had been opened 2 times before this (last on 2026-01-02")
     assert "by ann, with court-citations-2" in caution
     assert verdict(opened).decision == verdict(EVIDENCE).decision
+
+
+def test_openings_text_counts_opened_and_unknown_items() -> None:
+    assert openings_text([earlier(1, 13)], 60).startswith("13 of the 60 test items had been opened once")
+    assert "The items of line 1 are unknown" in openings_text([earlier(1, None)], 60)
 
 
 # Files that lines bind
