@@ -24,6 +24,8 @@ def test_deprecated_methods_call_what_replaced_them(tmp_path: Path, tiny_base_fo
         assert [tenant.name for tenant in state.tenants.list()] == ["acme"]
         assert state.keys.list("acme") == [made.key]
         assert [line.action for line in state.audit.lines()] == ["tenant.add", "key.add"]
+    with pytest.warns(DeprecationWarning, match=r"evaluate\(dev=True\)"), pytest.raises(UserError):
+        project.evaluate_on_dev()
     assert not hasattr(project.tenant, "rename")
     with pytest.warns(DeprecationWarning, match="engines.environment"), pytest.raises(UserError, match="'tgi'"):
         project.engine.show("tgi")

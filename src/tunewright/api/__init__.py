@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial, wraps
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tunewright import pipeline
 from tunewright.adapters import verbs
@@ -34,6 +34,9 @@ from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeO
 from tunewright.synthesis import verbs as synthesis
 from tunewright.training import memory
 from tunewright.training.options import MemoryOptions, SweepOptions
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.runner import EvaluateResult
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -185,6 +188,12 @@ class Project(OpenProject):
 
     def __init__(self, folder: ProjectFolder, reporter: Reporter | None = None) -> None:
         super().__init__(folder, reporter or LogReporter())
+
+    def evaluate_on_dev(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
+        """Deprecated: use :meth:`evaluate` with ``dev=True``."""
+        what = "project.evaluate_on_dev() is deprecated: use evaluate(dev=True)."
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
+        return self.evaluate(adapter, dev=True, minutes=minutes)
 
     @property
     def data(self) -> ProjectData:
