@@ -350,7 +350,7 @@ class CacheSlots:
         """Wait for a slot, and keep it for the block.
 
         Args:
-            resumed: the request had given up its slot to make room, and is the next of all requests.
+            resumed: the request had given up its slot to make room, and is next in line.
         """
         assert tokens <= self.tokens
         slot = CacheSlot(adapter, tokens)

@@ -188,7 +188,7 @@ class EvaluatedRows:
     items: dict[str, Item]
 
     def awaits_verdict(self, key: str, reviewer: str) -> bool:
-        """Return whether the reviewer has this row's answers still to compare blind."""
+        """Return whether the reviewer still has to compare this row's answers blind."""
         incumbents = self.evidence.incumbents.compared if self.evidence.incumbents else ()
         for against in (None, *(each.name for each in incumbents)):
             place = comparison(self.folder, self.evidence, against).folder

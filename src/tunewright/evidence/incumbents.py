@@ -150,7 +150,7 @@ def measured_drop(ours: Scores, theirs: Scores, clusters: Sequence[str], margin:
 def clustered_interval(changes: Floats, clusters: Sequence[str]) -> Interval:
     """Return a 95% interval of a mean change, with two artificial clusters in which every item changes by 1 and by -1.
 
-    The variance is the variance of a ratio of cluster sums, and t has the clusters' degrees of freedom.
+    The variance is computed for a ratio of cluster sums, and t has the clusters' degrees of freedom.
     """
     sums = cluster_sums(np.column_stack([changes, np.ones_like(changes)]), clusters)
     count, size = len(sums), len(changes) / len(sums)

@@ -233,7 +233,7 @@ def table(
 ) -> Table:
     """Return a table with this accessible name.
 
-    By default the first column has words, and the other columns have numbers. A row may be its cells.
+    By default the first column has words, and the other columns have numbers. A row may be given as its cells.
     """
     columns = (each if isinstance(each, Column) else Column(each, words=place == 0) for place, each in enumerate(head))
     found = (each if isinstance(each, Row) else row(*each) for each in rows)

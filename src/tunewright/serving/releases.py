@@ -101,7 +101,7 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
     _require_reason(because, "--because")
     _require_reason(options.untested, "--untested")
     chosen = find_adapter(project.folder.adapters, adapter)
-    # Checked before one is chosen: a changed file could hide that it is about this adapter, or the newest.
+    # Checked before an evaluation is chosen: a changed file could hide its adapter, or that it is the newest.
     AccessLog(project.folder.evaluations).require_all()
     decided, evidence = _decide(project, chosen, because)
     grammar = _grammar(project, chosen, evidence, because) if options.constrain else None

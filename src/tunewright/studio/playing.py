@@ -52,7 +52,7 @@ class Playing:
         self._lock = Lock()
         self.state: Literal["empty", "loading", "ready", "failed"] = "empty"
         self.error: UserError | None = None
-        """The reason of ``failed``."""
+        """The reason for the state ``failed``."""
         self.playground: Playground | None = None
         self._questions: dict[str, AskedQuestion] = {}
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from tunewright.config import Config
 
 ROLES = {"system": "Instructions", "user": "Question", "assistant": "Answer", "tool": "Tool result"}
-"""Roles of a conversation, as the people say who review its pairs."""
+"""Roles of a conversation, in the words of people who review its pairs."""
 TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
 """A role at the beginning of a line."""
 

@@ -184,7 +184,7 @@ def preference_rows(
 def _single_answers(pairs: Sequence[AnswerPair], version: DatasetVersion) -> tuple[list[Member], list[bool]]:
     """Return the good answers (every training row's ideal output, and kept chosen answers), then the bad answers.
 
-    An answer that is chosen in one pair and rejected in another is neither.
+    An answer that is chosen in one pair and rejected in another is left out.
     """
     good: dict[tuple[str, str], Member] = {}
     bad: dict[tuple[str, str], Member] = {}

@@ -103,7 +103,7 @@ def parse_request(kind: type[R], body: bytes) -> R:
 
 
 def as_request(kind: type[R], fields: Mapping[str, Any], names: Mapping[str, str]) -> R:
-    """Return the request that another one stands for; some of its fields are checked only now.
+    """Return the request that another request becomes; some of its fields are checked only now.
 
     Args:
         kind: the request's.

@@ -192,7 +192,7 @@ class Metadata(Part):
 
 
 class MessagesChatRequest(ChatRequest):
-    """The chat request that a request for a message stands for; its errors name the fields of the latter."""
+    """The chat request in place of a request for a message; its errors name the message request's fields."""
 
     parameters_param: ClassVar[str] = "tools.{}.input_schema"
     form_param: ClassVar[str | None] = "output_config.format.schema"

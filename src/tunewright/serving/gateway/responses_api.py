@@ -82,7 +82,7 @@ class TextOptions(Part):
 
 
 class ResponsesChatRequest(ChatRequest):
-    """The chat request that a request for a response stands for; its errors name the fields of the latter."""
+    """The chat request in place of a request for a response; its errors name the response request's fields."""
 
     prompt_param: ClassVar[str] = "input"
     parameters_param: ClassVar[str] = "tools.{}.parameters"
