@@ -1,7 +1,8 @@
 """Candidate pairs of near-equal texts: exact, and never much slower than comparing the sketches of all pairs.
 
-Texts of similar size are joined together. Few texts are compared all with all, by their sketches (``shingles``).
-Of many texts, only texts that share a signature are compared, with the cheaper of two kinds of signatures:
+Texts of similar size are joined together. If there are few texts, all pairs are compared, by their
+sketches (``shingles``). Of many texts, only texts that share a signature are compared, with the
+cheaper of two kinds of signatures:
 
 - Two sets that overlap enough share one of their rarest members, so a text's rarest 4-grams are its signatures (prefix
   filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins in Data Cleaning"; fewer of them for the
@@ -31,7 +32,7 @@ _EQUAL_PARTS = 6  # minimum number of parts that near-equal texts share: more ar
 _SPREAD = 1.1  # ratio of sizes handled together: a wider spread gives weaker signatures
 _CELLS = 1_000_000  # pairs held at once; bounds the memory, not the result
 _SIGNED = 10_000  # texts signed at once; bounds the memory, not the result
-_MANY = 1 << 14  # pairs of one signature from which their sketches are compared in a block
+_MANY = 1 << 14  # pairs of a signature above which their sketches are compared in a block
 _DEAR = 20  # cost of a pair looked up, in pairs compared in a block
 _GAIN = 2  # minimum factor of work that signatures must save over comparing all pairs
 

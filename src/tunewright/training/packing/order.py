@@ -1,8 +1,8 @@
 """The order of the training rows, a random function of seed and epoch, and the decision to share their prefixes.
 
 The rows of an optimizer step are drawn at random without replacement, as in trl. Steps of rows of similar
-length would be biased samples and cost quality (benchmarks/train_speed.py). Inside a step the order affects
-only speed, because the rows' gradients are added up, so rows that share a prefix share a micro-batch.
+length would be biased samples and cost quality (benchmarks/train_speed.py). The rows' gradients are added
+up, so the order inside a step affects only speed, and rows with a common prefix share a micro-batch.
 """
 
 from __future__ import annotations
