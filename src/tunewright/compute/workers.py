@@ -205,9 +205,8 @@ def _result_of_task(reference: Any) -> tuple[list[Any], int, float]:
 
 def _disconnected(error: ConnectionError) -> Exception:
     """Return the error of a lost connection of Ray's client; a part's own ConnectionError stays what it is."""
-    if isinstance(error, RayTaskError):  # Ray raises it as an error of both classes
-        return error
-    return UserError(f"The connection to the cluster is lost: {error}", where=WHERE, fix=AGAIN)
+    of_part = isinstance(error, RayTaskError)  # Ray raises it as an error of both classes
+    return error if of_part else UserError(f"The connection to the cluster is lost: {error}", where=WHERE, fix=AGAIN)
 
 
 def _machine(node: Node) -> Machine:

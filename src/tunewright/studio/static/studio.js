@@ -66,6 +66,10 @@ document.addEventListener("change", event => {
   event.target.setCustomValidity(tooLarge ? `The file is larger than ${largest.toLocaleString("en")} bytes.` : "");
   event.target.reportValidity();
 });
+// A long text scrolls in its box, which the keyboard has to reach.
+for (const box of document.querySelectorAll(".conversation dd, .text")) {
+  if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
+}
 // A field to copy is marked as a whole, and has a button where the browser lets a page copy.
 for (const button of document.querySelectorAll("[data-copy]")) {
   const field = document.getElementById(button.dataset.copy);
