@@ -72,10 +72,14 @@ def test_run_ends_the_process_when_it_is_interrupted(tmp_path: Path) -> None:
 
 def test_interrupted_notebook_cell_cancels_its_work() -> None:
     cancelled = threading.Event()
+    main = threading.get_ident()
 
     async def work() -> None:
         try:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            while sys._current_frames()[main].f_code.co_name != "wait":
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(1)  # a signal between Python's look for one and its wait on a lock is seen after it
+            signal.pthread_kill(main, signal.SIGINT)
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             cancelled.set()
