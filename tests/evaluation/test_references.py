@@ -43,7 +43,7 @@ def test_score_all_is_sacrebleus_corpus_score_when_inputs_have_several_reference
     assert str(theirs.get_signature()) in measured.definition
 
 
-@pytest.mark.parametrize("metric", ["exact_match", "token_f1"])
+@pytest.mark.parametrize("metric", ["exact_match", "token_f1", "rouge_l"])
 def test_score_all_takes_the_best_reference(metric: Metric) -> None:
     scores = score_all(scorers([metric])[0], ANSWERS, ITEMS)
     assert scores.values[0] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sklearn.metrics import f1_score
@@ -147,6 +149,31 @@ def test_token_f1_is_precision_and_recall_over_a_plain_count(answer: str, refere
         precision, recall = shared / len(words[0]), shared / len(words[1])
         expected = 2 * precision * recall / (precision + recall)
     assert _scores("token_f1", [answer], [reference]).total() == pytest.approx(expected)
+
+
+# ROUGE-L
+
+ROUGE_TEXTS = st.lists(
+    st.sampled_from(["the", "Patient", "no", "fever,", "x-y", "2.5", "mg", "Müller", "\u212a", "\n", "_"]), max_size=40
+).map(" ".join)
+
+
+@given(ROUGE_TEXTS, st.lists(ROUGE_TEXTS, min_size=1, max_size=3))
+def test_rouge_l_is_rouge_scores_best_f1_over_the_references(answer: str, references: list[str]) -> None:
+    usable = [reference for reference in references if re.search("[a-z0-9]", reference.lower())]
+    scores = score_all(scorers(["rouge_l"])[0], [answer] * len(references), [pair("same", r) for r in references])
+    if not usable:
+        assert len(scores.unscored) == len(references)
+        return
+    theirs = RougeScorer(["rougeL"], use_stemmer=False).score_multi(usable, answer)["rougeL"].fmeasure
+    assert scores.values.tolist() == pytest.approx([theirs] * len(references))
+
+
+def test_rouge_l_leaves_a_reference_without_its_words_out() -> None:
+    scores = _scores("rouge_l", ["Ο ασθενής", "Ο ασθενής"], ["Ο ασθενής", "fever"])
+    assert [*scores.unscored] == [0]
+    assert "a-z" in scores.unscored[0]
+    assert scores.total() == 0
 
 
 # Choices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,21 @@ def test_changed_module_changes_the_digest(tmp_path: Path) -> None:
     assert after.total() == 0
 
 
-ALL: list[Metric] = ["exact_match", "bleu", "chrf", "token_f1", "json", "json_valid", Regex(regex="a")]
+def test_documented_sql_metric_compares_results(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "metrics.md").read_text(encoding="utf-8")
+    (code,) = (block.split("```")[0] for block in page.split("```python\n")[1:] if "sqlite3" in block)
+    with closing(sqlite3.connect(tmp_path / "shop.sqlite")) as database, database:
+        database.executescript("CREATE TABLE t (a, b); INSERT INTO t VALUES (1, 'x'), (2, 'y');")
+    reference = "SELECT b, a FROM t WHERE a = 2"
+    answers = ["select b, a from t where a > 1", "SELECT a, b FROM t", "DROP TABLE t", "SELECT b, a FROM t WHERE a = 2"]
+    (tmp_path / "scoring.py").write_text(code)
+    scorer = scorer_of(Python(python="scoring:same_rows"), tmp_path)
+    scores = score_all(scorer, answers, [pair(f"question {n}", reference) for n in range(4)])
+    assert scores.values.tolist() == [1, 0, 0, 1]
+    assert score_all(scorer, ["SELECT 1"], [pair("question", "SELECT")]).unscored
+
+
+ALL: list[Metric] = ["exact_match", "bleu", "chrf", "token_f1", "rouge_l", "json", "json_valid", Regex(regex="a")]
 
 
 @pytest.mark.parametrize("metric", ALL, ids=str)

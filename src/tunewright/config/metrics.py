@@ -17,6 +17,7 @@ PlainMetric = Literal[
     "bleu",
     "chrf",
     "token_f1",
+    "rouge_l",
     "json",
     "json_valid",
     "call_exact_match",

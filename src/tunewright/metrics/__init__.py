@@ -43,6 +43,7 @@ from tunewright.metrics.texts import (
     json_valid,
     matches,
     normalised,
+    rouge_l,
     token_f1,
 )
 
@@ -91,6 +92,8 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
             return chrf(name)
         case "token_f1":
             return token_f1(name)
+        case "rouge_l":
+            return rouge_l(name)
         case "json":
             return json_fields(name, None)
         case "json_valid":
@@ -113,7 +116,7 @@ def metric_kind(metric: Metric) -> Kind:
     """Return the metric's kind without importing a custom function."""
     if isinstance(metric, Json) or metric in ("json", "bleu", "chrf", "call_argument_f1"):
         return "corpus"
-    return "mean" if isinstance(metric, Python) or metric == "token_f1" else "right or wrong"
+    return "mean" if isinstance(metric, Python) or metric in ("token_f1", "rouge_l") else "right or wrong"
 
 
 def open_scorers(settings: EvaluateConfig, root: Path) -> tuple[Scorer, ...]:
@@ -224,6 +227,7 @@ _SCORES = {
     "bleu": "BLEU",
     "chrf": "chrF",
     "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
     "json": "field F1",
     "call_argument_f1": "argument F1",
 }
