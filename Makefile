@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -39,6 +39,11 @@ docs-serve: $(VENV)/.installed
 # The words of errors, warnings and notices, as tests/golden/messages.txt has them for a review.
 messages: $(VENV)/.installed
 	$(BIN)/python tests/golden/messages.py
+
+# What users build on, as tests/golden/surface.txt has it: each change also needs a line in CHANGELOG.md. A release keeps
+# its surface: ARGS=--released.
+surface: $(VENV)/.installed
+	$(BIN)/python tests/golden/surface.py $(ARGS)
 
 # Types are checked next to the tests: mypy's one process would leave a core idle for a minute.
 test: lint

@@ -14,7 +14,7 @@ from reference_sources import COMMANDS
 
 _OTHER = "Commands"
 _EXAMPLE = re.compile(r"\s*^Examples?:\s*(.+)\Z", re.MULTILINE | re.DOTALL)
-_CODES = {
+CODES = {
     "0": "Yes, or done.",
     "1": "Failed.",
     "2": "Wrong usage or bad input.",
@@ -55,7 +55,7 @@ class Entry:
     def shortest(self) -> str:
         """Return the call with required arguments alone."""
         needed = [p for p in self.command.params if p.required and not p.hidden]
-        words = [_metavar(p) if _is_argument(p) else f"{p.opts[0]} {_metavar(p)}" for p in needed]
+        words = [metavar(p) if is_argument(p) else f"{p.opts[0]} {metavar(p)}" for p in needed]
         return " ".join([f"tunewright {self.name}", *words])
 
     @property
@@ -108,7 +108,7 @@ def _index(commands: list[Entry], panels: list[str]) -> str:
             if entry.panel == panel
         ]
     out += ["\n## Exit codes\n", "| code | meaning |", "| --- | --- |"]
-    out += [f"| `{code}` | {meaning} |" for code, meaning in _CODES.items()]
+    out += [f"| `{code}` | {meaning} |" for code, meaning in CODES.items()]
     out += [
         "\n## Options of every command\n",
         "- `--json` prints one JSON document on stdout and nothing else. Progress and warnings go to stderr.",
@@ -122,23 +122,23 @@ def _section(entry: Entry) -> str:
     out = [f"## `tunewright {entry.name}` {{ #{entry.anchor} }}\n", entry.help, ""]
     out += ["```bash", *entry.examples, "```\n"]
     shown = [p for p in entry.command.params if not getattr(p, "hidden", False)]
-    arguments, options = [p for p in shown if _is_argument(p)], [p for p in shown if not _is_argument(p)]
+    arguments, options = [p for p in shown if is_argument(p)], [p for p in shown if not is_argument(p)]
     if arguments:
         out += ["| argument | meaning |", "| --- | --- |"]
-        out += [f"| `{_metavar(p)}`{_many(p)} | {_cell(_meaning(p))} |" for p in arguments]
+        out += [f"| `{metavar(p)}`{_many(p)} | {_cell(_meaning(p))} |" for p in arguments]
         out += [""]
     if options:
         out += ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
-        out += [f"| {_names(p)} | {_value(p)} | {_default(p)} | {_cell(_meaning(p))} |" for p in options]
+        out += [f"| {names(p)} | {value(p)} | {default(p)} | {_cell(_meaning(p))} |" for p in options]
         out += [""]
     return "\n".join(out)
 
 
-def _is_argument(parameter: Any) -> bool:
+def is_argument(parameter: Any) -> bool:
     return not parameter.opts[0].startswith("-")
 
 
-def _names(option: Any) -> str:
+def names(option: Any) -> str:
     return ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
 
 
@@ -151,21 +151,21 @@ def _meaning(parameter: Any) -> str:
     return parameter.help or ""
 
 
-def _metavar(parameter: Any) -> str:
+def metavar(parameter: Any) -> str:
     if parameter.metavar:
         return str(parameter.metavar)
-    return str(parameter.name).upper() if _is_argument(parameter) else _type(parameter.type_descriptor.annotation)
+    return str(parameter.name).upper() if is_argument(parameter) else _type(parameter.type_descriptor.annotation)
 
 
-def _value(option: Any) -> str:
+def value(option: Any) -> str:
     if option.is_flag:
         return "flag"
     choices = _choices(option.type_descriptor.annotation)
-    shown = ", ".join(f"`{each}`" for each in choices) if choices else f"`{_metavar(option)}`"
+    shown = ", ".join(f"`{each}`" for each in choices) if choices else f"`{metavar(option)}`"
     return f"{shown}, repeatable" if option.multiple else shown
 
 
-def _default(option: Any) -> str:
+def default(option: Any) -> str:
     if option.required:
         return "required"
     if isinstance(option.show_default, str):

@@ -89,9 +89,9 @@ class Key:
         return dict(value)
 
 
-def keys() -> list[Key]:
+def keys(config: type[BaseModel] = Config) -> list[Key]:
     """Return every key that takes a value, in the order of the models."""
-    return list(_walk(Config, ()))
+    return list(_walk(config, ()))
 
 
 def pages() -> dict[str, str]:
@@ -141,13 +141,13 @@ def _optional_section(annotation: Any) -> type[BaseModel] | None:
 
 def _overview(inside: list[Key]) -> str:
     rows = [f"| [`{key.path[-1] if len(key.path) < 3 else '.'.join(key.path[1:])}`](#{key.name}) "
-            f"| {_type(key)} | {_default(key)} |" for key in inside]  # fmt: skip
+            f"| {kind(key)} | {default(key)} |" for key in inside]  # fmt: skip
     return "\n".join(["| key | type | default |", "| --- | --- | --- |", *rows, ""])
 
 
 def _entry(key: Key) -> str:
-    default = _default(key) or "none: it has to be given"
-    facts = [f"**Type:** {_type(key)}", f"**Default:** {default}{f': {key.null_means}' if key.null_means else ''}"]
+    shown = default(key) or "none: it has to be given"
+    facts = [f"**Type:** {kind(key)}", f"**Default:** {shown}{f': {key.null_means}' if key.null_means else ''}"]
     if key.source:
         facts.append(f"**Source:** {key.source}")
     example = yaml.safe_dump(plain(key.example), sort_keys=False, allow_unicode=True, width=90).rstrip()
@@ -167,7 +167,7 @@ def _text(meaning: str) -> str:
     return re.sub(r"(?<!`)(\{[^`{}]*(?:\{[^{}]*\}[^{}]*)*\})(?!`)", r"`\1`", meaning).replace("<", "&lt;")
 
 
-def _default(key: Key) -> str:
+def default(key: Key) -> str:
     if key.default is PydanticUndefined:
         return ""
     return f"`{_inline(key.default)}`"
@@ -205,7 +205,7 @@ def _same(written: str, default: Any) -> bool:
     return bool(value == plain(default)) or str(value) == str(default)
 
 
-def _type(key: Key) -> str:
+def kind(key: Key) -> str:
     return described(key.field.annotation, tuple(key.field.metadata))
 
 

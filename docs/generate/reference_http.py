@@ -8,6 +8,7 @@ from typing import Any
 
 from reference_config import described
 from reference_sources import (
+    REQUESTS,
     ROUTES,
     SERVING_SOURCE,
     ApiError,
@@ -65,16 +66,13 @@ def pages() -> dict[str, str]:
         "  -H 'content-type: application/json' \\",
         '  -d \'{"model": "legal", "messages": [{"role": "user", "content": "District Court, D. Minnesota"}]}\'',
         "```\n",
-        *_request("Chat completions", "POST /v1/chat/completions", ChatRequest),
-        *_request("Completions", "POST /v1/completions", CompletionRequest),
-        *_request("Responses", "POST /v1/responses", ResponsesRequest),
-        *_request("Messages", "POST /v1/messages", MessagesRequest),
+        *(line for route, model in REQUESTS.items() for line in _request(route, model)),
         *_errors(),
     ]
     return {"reference/http.md": "\n".join(out)}
 
 
-def _request(title: str, route: str, model: _Request) -> list[str]:
+def _request(route: str, model: _Request) -> list[str]:
     accepted = [
         f"| `{field.alias or name}` | {described(field.annotation, tuple(field.metadata))} | "
         f"{'required' if field.is_required() else 'accepted' if name in _WITHOUT_EFFECT else 'honoured'} |"
@@ -82,7 +80,7 @@ def _request(title: str, route: str, model: _Request) -> list[str]:
     ]
     escape_control_character = [f"| `{name}` | {_values(values)} |" for name, values in sorted(model.neutral.items())]
     return [
-        f"## {title}\n",
+        f"## {route.removeprefix('POST /v1/').replace('/', ' ').capitalize()}\n",
         f"`{route}`\n",
         "| field | type | |",
         "| --- | --- | --- |",

@@ -42,6 +42,7 @@ __all__ = [
     "COMMANDS",
     "DOCUMENTS",
     "OPTIONS",
+    "REQUESTS",
     "ROUTES",
     "ROW_ERRORS",
     "SERVING_SOURCE",
@@ -64,6 +65,14 @@ def functions_of(group: type) -> tuple[Any, ...]:
     """Return the functions of a project that a class has as methods."""
     return tuple(each for each in vars(group).values() if inspect.isfunction(each) and "." not in each.__qualname__)
 
+
+REQUESTS = {
+    "POST /v1/chat/completions": ChatRequest,
+    "POST /v1/completions": CompletionRequest,
+    "POST /v1/responses": ResponsesRequest,
+    "POST /v1/messages": MessagesRequest,
+}
+"""Models of requests by route."""
 
 OPTIONS = (
     AddOptions,
