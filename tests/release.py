@@ -89,17 +89,19 @@ def refusals(version: str) -> list[str]:
         found.append(f"{version} exists: tag v{version} is commit {tagged[:12]}, and this is {commit[:12]}")
     if (DIST / version).exists():
         found.append(f"{version} exists: its files are in dist/{version}")
-    if not release_notes(version):
+    if not release_notes(version, ROOT):
         found.append(f"CHANGELOG.md has no text under '## {version} (unreleased)' or '## {version} (DATE)'")
+    golden = ROOT / "tests" / "golden"
+    if (golden / "surface_released.txt").read_bytes() != (golden / "surface.txt").read_bytes():
+        found.append(f"The surface of {version} is not on record: `tests/golden/surface.py --released`, then commit")
     return found
 
 
-def release_notes(version: str) -> str:
+def release_notes(version: str, folder: Path) -> str:
     """Return the changelog's text on a version; empty if it has none."""
     heading = rf"^## {re.escape(version)} \((?:unreleased|\d{{4}}-\d\d-\d\d)\)$"
-    found = re.search(
-        rf"{heading}\n(.*?)(?=^## |\Z)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    text = (folder / "CHANGELOG.md").read_text(encoding="utf-8")
+    found = re.search(rf"{heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return found[1].strip() if found else ""
 
 
@@ -132,6 +134,7 @@ def publishable(version: str, commit: str, checks: list[str]) -> None:
     notes = {check: PASSED / commit / check for check in checks}
     passed = {check: note.read_text(encoding="utf-8").strip() for check, note in notes.items() if note.exists()}
     missing = [check for check in checks if check not in passed]
+    say("Installing what builds a release")
     run("make", "build/packaging/.installed", "build/audit/.installed")
     PASSED.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=PASSED) as temporary:
@@ -141,7 +144,7 @@ def publishable(version: str, commit: str, checks: list[str]) -> None:
         run(PACKAGING / "twine", "check", "--strict", *sorted(built.iterdir()))
         describe_install(version, work, built)
         build_site(version, work, built)
-        (built / "NOTES.md").write_text(release_notes(version) + "\n", encoding="utf-8")
+        (built / "NOTES.md").write_text(release_notes(version, work / "first") + "\n", encoding="utf-8")
         checked = "".join(f"{check}: {passed.get(check, 'NOT PASSED')}\n" for check in checks)
         (built / "CHECKS.txt").write_text(f"commit {commit}\n{checked}", encoding="utf-8")
         sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in listed(built)]

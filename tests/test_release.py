@@ -45,6 +45,8 @@ def project(tmp_path: Path) -> Path:
         "CHANGELOG.md": "# Changelog\n\n## 0.9.0 (unreleased)\n\n- data: one.\n\n## 0.8.0 (2026-01-02)\n\n- First.\n",
         "src/tunewright/_version.py": '__version__ = "0.9.0"\n',
         "src/tunewright/__init__.py": "",
+        "tests/golden/surface.txt": "command: train\n",
+        "tests/golden/surface_released.txt": "command: train\n",
         "tests/release.py": Path(release.__file__).read_text(encoding="utf-8"),
     }
     for name, text in files.items():
@@ -127,6 +129,12 @@ def test_release_refuses_a_changelog_without_text_on_the_version(project: Path, 
     _write(project, "CHANGELOG.md", text)
     _commit(project)
     _is_refused(project, "CHANGELOG.md", "0.9.0")
+
+
+def test_release_refuses_a_surface_that_is_not_on_record(project: Path) -> None:
+    _write(project, "tests/golden/surface.txt", "command: fit\n")
+    _commit(project)
+    _is_refused(project, "surface", "--released")
 
 
 def test_release_refuses_to_leave_out_an_unknown_check(project: Path) -> None:

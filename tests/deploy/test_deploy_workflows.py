@@ -124,12 +124,15 @@ def test_site_gets_the_documentation_of_earlier_versions(tmp_path: Path) -> None
 @pytest.mark.parametrize(("tag", "kind"), [("v0.9.0", "--latest"), ("v1.0.0rc1", "--prerelease")])
 def test_release_page_has_notes_with_whole_links(tmp_path: Path, tag: str, kind: str) -> None:
     (tmp_path / "release").mkdir()
-    (tmp_path / "release" / "NOTES.md").write_text("- [how](docs/how-to/metrics.md#x), [other](https://a.example)\n")
+    (tmp_path / "release" / "NOTES.md").write_text(
+        "[a](docs/how-to/metrics.md#x), [b](SECURITY.md), [c](https://a.example)\n"
+    )
     (tmp_path / "release" / "SHA256SUMS").write_text("")
     _run("gh release create", tmp_path, tag)
     created = (tmp_path / "created").read_text().splitlines()
     assert created[2:4] == [tag, kind]
     assert created[-1] == "release/SHA256SUMS"
+    at = f"https://host.example/owner/name/blob/{tag}"
     assert (tmp_path / "notes.md").read_text() == (
-        f"- [how](https://host.example/owner/name/blob/{tag}/docs/how-to/metrics.md#x), [other](https://a.example)\n"
+        f"[a]({at}/docs/how-to/metrics.md#x), [b]({at}/SECURITY.md), [c](https://a.example)\n"
     )
