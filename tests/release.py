@@ -179,7 +179,7 @@ def describe_install(version: str, work: Path, built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     python = work / "environment" / "bin" / "python"
     run(sys.executable, "-m", "venv", "--without-pip", work / "environment")
-    pip = (PACKAGING / "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check")
+    pip = (PACKAGING / "pip", "--python", python, "install", "--quiet", "--no-compile")
     run(*pip, "--constraint", work / "first" / "constraints.txt", wheel)
     assert run(python.with_name("tunewright"), "--version").split() == ["tunewright", version]
     file = built / f"tunewright-{version}.cdx.json"
