@@ -93,7 +93,7 @@ def refusals(version: str) -> list[str]:
         found.append(f"CHANGELOG.md has no text under '## {version} (unreleased)' or '## {version} (DATE)'")
     golden = ROOT / "tests" / "golden"
     if (golden / "surface_released.txt").read_bytes() != (golden / "surface.txt").read_bytes():
-        found.append(f"The surface of {version} is not on record: `tests/golden/surface.py --released`, then commit")
+        found.append(f"The surface of {version} is not on record: run `make surface ARGS=--released`, and commit")
     return found
 
 
