@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom release release-files check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages reference surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom release release-files check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -26,7 +26,7 @@ gpu-proof: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak.py --keep $(ARGS)
 
-# The documentation site, in build/site. Its reference is generated from the code; a broken link fails the build. Then
+# The documentation site, in build/site; a broken link fails the build. Then
 # pictures of the studio's pages, in build/studio-pages.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -35,6 +35,10 @@ docs: $(VENV)/.installed
 # The same, rebuilt at each change of a page, on http://127.0.0.1:8000.
 docs-serve: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The pages of docs/reference that list what the code has: commands, config, HTTP and Python APIs, documents, row errors.
+reference: $(VENV)/.installed
+	$(BIN)/python docs/generate/reference.py
 
 # The words of errors, warnings and notices, as tests/golden/messages.txt has them for a review.
 messages: $(VENV)/.installed

@@ -61,7 +61,7 @@ class Entry:
     @property
     def anchor(self) -> str:
         """Return the heading's identifier on its page."""
-        return self.name.replace(" ", "-")
+        return f"tunewright {self.name}".replace(" ", "-")
 
     @property
     def page(self) -> str:
@@ -103,7 +103,7 @@ def _index(commands: list[Entry], panels: list[str]) -> str:
     for panel in panels:
         out += [f"\n## {panel}\n", "| command | purpose |", "| --- | --- |"]
         out += [
-            f"| [`{entry.name}`]({entry.page}#{entry.anchor}) | {_cell(entry.summary)} |"
+            f"| [`{entry.name}`]({entry.page}#{entry.anchor}) | {cell(entry.summary)} |"
             for entry in commands
             if entry.panel == panel
         ]
@@ -119,17 +119,17 @@ def _index(commands: list[Entry], panels: list[str]) -> str:
 
 
 def _section(entry: Entry) -> str:
-    out = [f"## `tunewright {entry.name}` {{ #{entry.anchor} }}\n", entry.help, ""]
+    out = [f"## `tunewright {entry.name}`\n", entry.help, ""]
     out += ["```bash", *entry.examples, "```\n"]
     shown = [p for p in entry.command.params if not getattr(p, "hidden", False)]
     arguments, options = [p for p in shown if is_argument(p)], [p for p in shown if not is_argument(p)]
     if arguments:
         out += ["| argument | meaning |", "| --- | --- |"]
-        out += [f"| `{metavar(p)}`{_many(p)} | {_cell(_meaning(p))} |" for p in arguments]
+        out += [f"| `{metavar(p)}`{_many(p)} | {cell(_meaning(p))} |" for p in arguments]
         out += [""]
     if options:
         out += ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
-        out += [f"| {names(p)} | {value(p)} | {default(p)} | {_cell(_meaning(p))} |" for p in options]
+        out += [f"| {names(p)} | {value(p)} | {default(p)} | {cell(_meaning(p))} |" for p in options]
         out += [""]
     return "\n".join(out)
 
@@ -169,7 +169,7 @@ def default(option: Any) -> str:
     if option.required:
         return "required"
     if isinstance(option.show_default, str):
-        return _cell(option.show_default)
+        return cell(option.show_default)
     if option.default in (None, "", (), []) or (option.is_flag and not option.default):
         return ""
     default = option.default
@@ -193,8 +193,9 @@ def _type(annotation: Any) -> str:
     return names.get(annotation, getattr(annotation, "__name__", "TEXT").upper())
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def cell(text: str) -> str:
+    """Return a text for a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def words(example: str) -> list[str]:

@@ -109,7 +109,7 @@ def pages() -> dict[str, str]:
     out += ["## Top level\n", _overview(top), *map(_entry, top)]
     for name, model in sections.items():
         inside = [key for key in everything if key.path[0] == name]
-        out += [f"## `{name}` {{ #{name} }}\n", f"{' '.join((model.__doc__ or '').split())}\n", _overview(inside)]
+        out += [f"## `{name}`\n", f"{' '.join((model.__doc__ or '').split())}\n", _overview(inside)]
         out += map(_entry, inside)
     return {"reference/config.md": "\n".join(out)}
 
@@ -140,7 +140,7 @@ def _optional_section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _overview(inside: list[Key]) -> str:
-    rows = [f"| [`{key.path[-1] if len(key.path) < 3 else '.'.join(key.path[1:])}`](#{key.name}) "
+    rows = [f"| [`{key.path[-1] if len(key.path) < 3 else '.'.join(key.path[1:])}`](#{key.name.replace('.', '')}) "
             f"| {kind(key)} | {default(key)} |" for key in inside]  # fmt: skip
     return "\n".join(["| key | type | default |", "| --- | --- | --- |", *rows, ""])
 
@@ -153,7 +153,7 @@ def _entry(key: Key) -> str:
     example = yaml.safe_dump(plain(key.example), sort_keys=False, allow_unicode=True, width=90).rstrip()
     return "\n".join(
         [
-            f"### `{key.name}` {{ #{key.name} }}\n",
+            f"### `{key.name}`\n",
             f"{_text(key.meaning)}\n",
             *(f"- {fact}" for fact in facts),
             "",

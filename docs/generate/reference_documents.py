@@ -1,21 +1,24 @@
-"""The reference of the Python API, of JSON documents on disk and of row errors."""
+"""The reference of JSON documents on disk and of row errors."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from pydantic import BaseModel
-from reference_sources import API, DOCUMENTS, OPTIONS, ROW_ERRORS, Option
+from reference_cli import cell
+from reference_sources import DOCUMENTS, ROW_ERRORS
 
 
 def pages() -> dict[str, str]:
-    """Return the pages, and the JSON Schemas beside them, by their path in the site."""
-    written = {"reference/python.md": _python(), "reference/schemas.md": _schemas(), "reference/row-errors.md": _rows()}
-    for name, (model, _place) in DOCUMENTS.items():
-        written[f"reference/schemas/{name}.json"] = json.dumps(schema(model), indent=2) + "\n"
-    return written
+    """Return the pages by their path in docs/."""
+    return {"reference/schemas.md": _schemas(), "reference/row-errors.md": _rows()}
+
+
+def schemas() -> dict[str, str]:
+    """Return the JSON Schemas by their path in the site."""
+    written = {name: json.dumps(schema(model), indent=2) + "\n" for name, (model, _place) in DOCUMENTS.items()}
+    return {f"reference/schemas/{name}.json": text for name, text in written.items()}
 
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -23,55 +26,17 @@ def schema(model: type[BaseModel]) -> dict[str, Any]:
     return model.model_json_schema(mode="validation")
 
 
-def _python() -> str:
-    out = [
-        "# Python API\n",
-        "Every command has a method of the same name on what `tunewright.open()` returns: `tunewright data add` is "
-        "`project.data.add`. Tenants, their keys and the audit log are in the serving state, which you open: "
-        "`with project.state() as state: state.tenants.list()`. Importing `tunewright` does not import torch.\n",
-        "A function below that begins with `project` is a method with the project filled in: `verdict(project)` is "
-        "`project.verdict()`.\n",
-        "```python",
-        "import tunewright",
-        "",
-        'project = tunewright.open("my-model")',
-        'project.data.add(["pairs.jsonl"])',
-        "adapter = project.train().adapter",
-        "evaluated = project.evaluate(adapter.name)",
-        "print(project.verdict(evaluated.folder).decision)",
-        "```\n",
-        "## Opening a project\n",
-        "::: tunewright.open\n    options:\n      heading_level: 3\n",
-    ]
-    for title, members in API.items():
-        out.append(f"## {title}\n")
-        for each in members:
-            out.append(f"::: {each.__module__}.{each.__qualname__}\n    options:\n      heading_level: 3\n")
-            out += _options(each) if each in OPTIONS else []
-    return "\n".join(out)
-
-
-def _options(of: Any) -> list[str]:
-    """Return the table of an options class's fields."""
-    hints = get_type_hints(of, include_extras=True)
-    rows = []
-    for field in dataclasses.fields(of):
-        about = next((each for each in get_args(hints[field.name]) if isinstance(each, Option)), None)
-        if about is not None:
-            rows.append(f"| `{field.name}` | {_cell(about.help)} | {_cell(about.default or str(field.default))} |")
-    return ["| field | meaning | default |", "| --- | --- | --- |", *rows, ""]
-
-
 def _schemas() -> str:
     out = [
         "# JSON schemas\n",
         "JSON Schemas of the documents that tunewright writes and reads, generated from the models that validate "
-        "them. [Files of a project](files.md) lists everything else on disk.\n",
+        "them. The documentation site has the schemas as files next to this page. [Files of a project](files.md) lists "
+        "everything else on disk.\n",
         "| document | schema |",
         "| --- | --- |",
-        *(f"| {place} | [`{name}.json`](schemas/{name}.json) |" for name, (_model, place) in DOCUMENTS.items()),
+        *(f"| {place} | `schemas/{name}.json` |" for name, (_model, place) in DOCUMENTS.items()),
         "",
-        "To check `tunewright.yaml` while you type, write its schema beside it and name it in the first line:\n",
+        "To check `tunewright.yaml` while you type, write its schema next to it and name it in the first line:\n",
         "```bash",
         "tunewright config schema > tunewright.schema.json",
         "sed -i '1i # yaml-language-server: $schema=tunewright.schema.json' tunewright.yaml",
@@ -79,14 +44,14 @@ def _schemas() -> str:
     ]
     for name, (model, place) in DOCUMENTS.items():
         document = schema(model)
-        out += [f"## {name.replace('-', ' ').capitalize()} {{ #{name} }}\n", f"{place}\n"]
+        out += [f"## {name.replace('-', ' ').capitalize()}\n", f"{place}\n"]
         out += ["| field | type | meaning |", "| --- | --- | --- |"]
         out += [
             f"| `{field}`{'' if field in document.get('required', ()) else ' (optional)'} | {_kind(about)} | "
-            f"{_cell(about.get('description', ''))} |"
+            f"{cell(about.get('description', ''))} |"
             for field, about in document["properties"].items()
         ]
-        out += ["", f"[Download the schema](schemas/{name}.json)\n"]
+        out += [""]
     return "\n".join(out)
 
 
@@ -98,7 +63,7 @@ def _rows() -> str:
             "code never changes.\n",
             "| code | what is wrong | what to do |",
             "| --- | --- | --- |",
-            *(f"| `{code}` | {_cell(wrong)} | {_cell(fix)} |" for code, (wrong, fix) in ROW_ERRORS.items()),
+            *(f"| `{code}` | {cell(wrong)} | {cell(fix)} |" for code, (wrong, fix) in ROW_ERRORS.items()),
             "",
         ]
     )
@@ -120,7 +85,3 @@ def _kind(about: dict[str, Any]) -> str:
         items = about.get("items") or {}
         return f"list of {_kind(items)}" if items else "list"
     return {"object": "mapping", "string": "text", "number": "number", "integer": "integer"}.get(kind, str(kind))
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -41,6 +41,7 @@ __all__ = [
     "API",
     "COMMANDS",
     "DOCUMENTS",
+    "GROUPS",
     "OPTIONS",
     "REQUESTS",
     "ROUTES",
@@ -91,6 +92,14 @@ OPTIONS = (
     ServeOptions,
 )
 """Options classes, whose fields are documented by their `Option`."""
+
+GROUPS = {
+    "project": Project,
+    "project.data": ProjectData,
+    "project.adapters": ProjectAdapters,
+    "project.export": ProjectExport,
+}
+"""Classes whose methods are verbs, by the expression that returns them."""
 
 API: dict[str, tuple[Any, ...]] = {
     "The project": (

@@ -1,7 +1,4 @@
-"""MkDocs hook: add the generated reference to the site, and resolve navigation and links to the repository.
-
-Nothing that it writes is committed: the pages exist in the build only.
-"""
+"""MkDocs hook: add the JSON Schemas to the site, and resolve navigation and links to the repository."""
 
 from __future__ import annotations
 
@@ -18,30 +15,17 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(Path(__file__).parent)]
 
-import reference_cli  # noqa: E402
-import reference_config  # noqa: E402
-import reference_documents  # noqa: E402
-import reference_http  # noqa: E402
+from reference_documents import schemas  # noqa: E402
 
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(?=[)\s])")
 _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1[^\n]*$", re.MULTILINE | re.DOTALL)
-_ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code>)")
+_SCHEMA = re.compile(r"`(schemas/[a-z-]+\.json)`")
 _GROUP = re.compile(r"^(?:## (.+)|\| ([^|]+?) \| \|)$", re.MULTILINE)
 _SHOWN_AS_TEXT = {".py", ".md", ".yaml", ".yml", ".json", ".jsonl", ".toml", ".txt", ".ipynb", ""}
 _PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """Pages of the site that lie outside docs/, and where they go."""
 NAV: list[Any] = []
 """The navigation as mkdocs.yml has it; folders are expanded once all files are known."""
-
-
-def generated_pages() -> dict[str, str]:
-    """Return every generated page by its path in the site."""
-    return {
-        **reference_cli.pages(),
-        **reference_config.pages(),
-        **reference_http.pages(),
-        **reference_documents.pages(),
-    }
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -53,8 +37,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the generated pages and the repository's files that pages link to, then expand the navigation."""
-    for path, text in generated_pages().items():
+    """Add the schemas and the repository's files that pages link to, then expand the navigation."""
+    for path, text in schemas().items():
         files.append(File.generated(config, path, content=text))
     for name, page in _PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
@@ -65,7 +49,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_others: Any) -> str:
-    """Point links that leave docs/ to where the site has those files."""
+    """Point links that leave docs/ to where the site has those files, and link the schemas, which only the site has."""
     source = _repository_path(page.file, config)
 
     def rewritten(match: re.Match[str]) -> str:
@@ -75,12 +59,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_othe
         there = posixpath.relpath(_published(target), posixpath.dirname(page.file.src_uri) or ".")
         return f"{match[1]}{there}{match[3] or ''}"
 
-    return _LINK.sub(rewritten, markdown)
-
-
-def on_page_content(html: str, **_others: Any) -> str:
-    """Drop Sphinx's roles, which docstrings have before a name: mkdocstrings shows them as text."""
-    return _ROLE.sub("", html)
+    return _SCHEMA.sub(r"[`\1`](\1)", _LINK.sub(rewritten, markdown))
 
 
 def on_post_page(output: str, *, page: Page, **_others: Any) -> str:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+import reference
+import reference_cli
+import reference_config
+import reference_documents
+import reference_http
+import reference_python
 import typer
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs" / "generate"))
-
-import reference_cli  # noqa: E402
-import reference_config  # noqa: E402
-import reference_documents  # noqa: E402
-import reference_http  # noqa: E402
-from reference_sources import COMMANDS, DOCUMENTS, OPTIONS, ROUTES, Config  # noqa: E402
+from reference_sources import COMMANDS, DOCUMENTS, GROUPS, OPTIONS, ROUTES, Config
 
 ENTRIES = reference_cli.entries()
 KEYS = reference_config.keys()
+
+
+def test_committed_pages_are_those_of_the_code() -> None:
+    pages = reference.pages()
+    stored = {path: (reference.DOCS / path).read_text(encoding="utf-8") for path in pages}
+    stale = [path for path, text in pages.items() if text != stored[path]]
+    assert not stale, "Run `make reference`."
+    panels = {f"reference/cli/{file.name}" for file in (reference.DOCS / "reference" / "cli").iterdir()}
+    assert panels == {path for path in pages if path.startswith("reference/cli/")}
 
 
 def test_reference_documents_every_command() -> None:
@@ -56,10 +62,20 @@ def test_command_example_names_its_command_and_valid_options(entry: reference_cl
 
 
 def test_python_page_describes_every_field_of_an_options_class() -> None:
-    page = reference_documents.pages()["reference/python.md"]
+    (page,) = reference_python.pages().values()
     for field in (each for options in OPTIONS for each in dataclasses.fields(options) if each.name != "mapping"):
         assert f"| `{field.name}` | " in page, field.name
     assert "| `presidio` | spaCy model that also finds names and places. | patterns only |" in page
+
+
+def test_python_page_has_every_verb_of_a_project_by_the_name_that_is_called() -> None:
+    (page,) = reference_python.pages().values()
+    for group, of in GROUPS.items():
+        for name, each in reference_python.methods(of):
+            if not isinstance(each, property) and "deprecated" not in (each.__doc__ or "").lower():
+                assert f"### `{group}.{name}()`\n" in page, name
+    assert 'open(root: str | Path = ".", reporter: Reporter | None = None) -> Project' in page.replace("'", '"')
+    assert "- `evaluation`: ID, folder or evidence file (None: the newest)." in page
 
 
 def test_reference_describes_every_config_key() -> None:

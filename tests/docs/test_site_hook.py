@@ -1,21 +1,17 @@
-"""The site's hook: navigation from the indexes, links out of docs/, and generated pages that are not committed."""
+"""The site's hook: navigation from the indexes, links out of docs/, and the schemas."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import site_hook
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs" / "generate"))
-
-import site_hook  # noqa: E402
 
 
 @pytest.fixture
@@ -72,9 +68,10 @@ def test_link_to_a_missing_file_is_left_for_the_strict_build_to_refuse(config: M
     assert site_hook.on_page_markdown(text, page=page, config=config) == text
 
 
-def test_generated_pages_are_not_committed() -> None:
-    tracked = subprocess.run(
-        ["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    generated = {f"docs/{path}" for path in site_hook.generated_pages()}
-    assert tracked and generated and not generated & set(tracked)
+def test_schema_is_linked_on_the_site_which_has_it(config: MkDocsConfig) -> None:
+    page = Page("Schemas", File.generated(config, "reference/schemas.md", content=""), config)
+    linked = site_hook.on_page_markdown("| items | `schemas/items.json` |", page=page, config=config)
+    assert linked == "| items | [`schemas/items.json`](schemas/items.json) |"
+    files = site_of(config, {"reference/index.md": "[schemas](schemas.md)"})
+    site_hook.on_files(files, config=config)
+    assert files.get_file_from_path("reference/schemas/items.json") is not None

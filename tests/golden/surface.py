@@ -26,20 +26,14 @@ import reference_config  # noqa: E402
 import reference_http  # noqa: E402
 from json_keys import SOURCE, Keys, Made, Reader  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
-from reference_sources import API, DOCUMENTS, REQUESTS, ROUTES, ROW_ERRORS  # noqa: E402
+from reference_python import methods, signature  # noqa: E402
+from reference_sources import API, DOCUMENTS, GROUPS, REQUESTS, ROUTES, ROW_ERRORS  # noqa: E402
 
 import tunewright  # noqa: E402
 from making.deploy_files import metric_labels  # noqa: E402
-from tunewright import api  # noqa: E402
 from tunewright.config import Config  # noqa: E402
 from tunewright.serving.tenants import tables  # noqa: E402
 
-GROUPS = {
-    "project": api.Project,
-    "project.data": api.ProjectData,
-    "project.adapters": api.ProjectAdapters,
-    "project.export": api.ProjectExport,
-}
 ANSWERS = ("responses", "responses_api", "messages_api", "app", "errors")
 """Modules of the gateway that make the documents of answers."""
 _LINE = re.compile(r"(?P<kind>[a-z-]+)(?: (?P<owner>[^:]+))?: (?P<name>.+?)(?: = (?P<about>.*))?")
@@ -173,21 +167,8 @@ def _api_lines() -> Iterator[Line]:
     others = {each.__name__: each for members in API.values() for each in members if inspect.isclass(each)}
     for owner, group in (GROUPS | {name: each for name, each in others.items() if each not in GROUPS.values()}).items():
         yield Line("python", "", owner)
-        for name, each in vars(group).items():
-            if not name.startswith("_") and inspect.isroutine(each):
-                yield Line("python", owner, name, _signature(each))
-            elif not name.startswith("_") and isinstance(each, property):
-                yield Line("python", owner, name)
-
-
-def _signature(function: Any) -> str:
-    """Return a signature as it is written; defaults that are no plain values are left out."""
-    signature = inspect.signature(getattr(function, "__func__", function))
-    parameters = list(signature.parameters.values())
-    for place, each in enumerate(parameters):
-        if each.default not in (each.empty, None) and not isinstance(each.default, int | float | str):
-            parameters[place] = each.replace(default=...)
-    return str(signature.replace(parameters=parameters)).replace("'", "").replace("Ellipsis", "...")
+        for name, each in methods(group):
+            yield Line("python", owner, name, "" if isinstance(each, property) else signature(each))
 
 
 def _variables() -> set[str]:
