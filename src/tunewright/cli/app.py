@@ -18,7 +18,8 @@ from typer._click.globals import get_current_context
 from typer.core import TyperGroup
 
 from tunewright._version import __version__
-from tunewright.cli.console import NOTHING_KEPT, session
+from tunewright.cli.console import NOTHING_KEPT, USER_ERROR, session
+from tunewright.cli.start import begin
 from tunewright.core.errors import UserError
 from tunewright.core.options import Option
 from tunewright.core.text import visible
@@ -75,6 +76,13 @@ class _InPanels(TyperGroup):
         with _visible_arguments():
             return super().make_context(*args, **options)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            with session(as_json=False) as current:
+                begin(current)
+            ctx.exit(USER_ERROR)  # no command was named
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         with _visible_arguments():
             return super().invoke(ctx)
@@ -98,7 +106,6 @@ app = typer.Typer(
     "3 a measured no (don't ship, does not fit), 4 can't tell, 130 stopped by Ctrl-C.",
     epilog="`tunewright COMMAND --help` shows an example of each command. "
     "`tunewright --install-completion` makes the Tab key complete commands and options in this shell.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 

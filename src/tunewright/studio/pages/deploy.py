@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.api import Project
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.core.text import capitalised
@@ -38,7 +39,7 @@ def deploy_page(visit: Visit) -> Response:
     """Show the aliases, what can be released, and the server."""
     project = visit.project
     adapters = list_adapters(project.folder.adapters)[::-1]
-    aliases = newest_releases(visit)
+    aliases = newest_releases(project)
     server = visit.jobs.server()
     running = None if server is None else served(server)
     jobs = [job for job in visit.jobs.all() if job.command[0] in RELEASES][:_JOBS]
@@ -116,11 +117,11 @@ def _alias_of(name: str) -> str:
     return name.lower()
 
 
-def newest_releases(visit: Visit) -> list[Release]:
+def newest_releases(project: Project) -> list[Release]:
     """Return the newest release of each alias, by name."""
-    if not has_state(visit.project):
+    if not has_state(project):
         return []
-    newest = {release.alias: release for release in visit.project.releases()}
+    newest = {release.alias: release for release in project.releases()}
     return [newest[alias] for alias in sorted(newest)]
 
 

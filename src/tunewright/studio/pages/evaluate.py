@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from starlette.responses import HTMLResponse, Response
 
 from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.label_models import excerpt
@@ -41,15 +42,14 @@ class ListedEvaluation:
     """The measurement with its test; empty where the evidence is damaged."""
 
 
-def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[ListedEvaluation]:
+def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluation]:
     """Return the newest evaluations with their verdicts; damaged evidence is named."""
-    folder = visit.project.folder.evaluations
-    files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = sorted(project.folder.evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
     found = []
     for file in files[:most]:
         name = file.parent.name
         try:
-            verdict = visit.project.verdict(file.parent)
+            verdict = project.verdict(file.parent)
         except UserError as error:
             found.append(ListedEvaluation(name, "unreadable", str(error), on_test=False))
         else:
@@ -170,7 +170,7 @@ class _Choice:
 
 def evidence_list(visit: Visit) -> Response:
     """Show all evaluations with their verdicts."""
-    return visit.page("evidence_list.html.j2", "Evidence", evaluations=evaluations_of(visit, _MOST))
+    return visit.page("evidence_list.html.j2", "Evidence", evaluations=evaluations_of(visit.project, _MOST))
 
 
 def evidence_page(visit: Visit) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode
@@ -11,11 +11,12 @@ from urllib.parse import urlencode
 from starlette.responses import Response
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.api import Project
 from tunewright.config import PROJECT_NAME
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
-from tunewright.data.versions import current_manifest
+from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.models.sources import BUNDLED, bundled_weights
 from tunewright.open_project import new_project
 from tunewright.render.blocks import Cell, Table, table, words
@@ -38,6 +39,7 @@ _AFTER = {
 }
 """The page that continues after a command."""
 _NEWEST = 10  # evaluations and jobs on the page
+REVIEW = "tunewright data review"
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ class Stage:
 
 def project_page(visit: Visit) -> Response:
     """Show the stages of the pipeline, what to do next, the evaluations and the jobs."""
-    evaluations = evaluations_of(visit)
+    evaluations = evaluations_of(visit.project)
     return visit.page(
         "project.html.j2",
         "Project",
-        stages=_stages(visit, evaluations),
+        stages=stages(visit.project, evaluations, lambda: visit.version),
         evaluations=evaluations[:_NEWEST],
         jobs=_jobs_table(visit.jobs.all()[:_NEWEST]),
         running=visit.jobs.running(),
@@ -77,29 +79,31 @@ def _jobs_table(jobs: Sequence[Job]) -> Table:
     return table("Jobs", words("Command", "Started (UTC)", "State"), rows)
 
 
-def _stages(visit: Visit, evaluations: list[ListedEvaluation]) -> list[Stage]:
-    folder = visit.project.folder
+def stages(
+    project: Project, evaluations: list[ListedEvaluation], version: Callable[[], DatasetVersion]
+) -> list[Stage]:
+    """Return the stages that the project has reached, and the next one; ``version`` reads the current version."""
+    folder = project.folder
     manifest = current_manifest(folder.dataset)
     if manifest is None:
-        return [
-            Stage("Data", "next", "No rows yet.", link=("/data", "Upload a file"), command="tunewright data add FILE")
-        ]
+        command = "tunewright run" if folder.config.data.sources else "tunewright data add FILE"
+        return [Stage("Data", "next", "No rows yet.", link=("/data", "Upload a file"), command=command)]
     counts = manifest.counts
     split = ", ".join(f"{number:,} {name}" for name, number in counts.domain.items())
-    stages = [Stage("Data", "done", f"{count_of(counts.rows, 'row')}: {split}", link=("/rows", "Browse the rows"))]
-    review = review_report(folder.dataset, visit.version)
+    found = [Stage("Data", "done", f"{count_of(counts.rows, 'row')}: {split}", link=("/rows", "Browse the rows"))]
+    review = review_report(folder.dataset, version())
     accepted = review.outcome is not None and review.outcome.decision == "accepted"
     state: Literal["done", "open", "next"] = "done" if accepted else "next"
     about = "Judge rows drawn at random, until it is clear whether few enough are wrong."
-    link, command = ("/review", "Review"), "tunewright data review"
-    stages.append(Stage("Review", state, review.status, link=link, command=command, about=about))
+    link = ("/review", "Review")
+    found.append(Stage("Review", state, review.status, link=link, command=REVIEW, about=about))
     adapters = list_adapters(folder.adapters)
     current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
     state = "done" if current else "next" if accepted else "open"
     text = f"{count_of(len(adapters), 'adapter')}, {len(current)} trained on the current version"
     about = "The base model learns from the train rows. The result is an adapter, a small file next to the base."
     link, command = ("/train", "Runs, sweeps and curves"), "tunewright train"
-    stages.append(Stage("Train", state, text, job="train", link=link, command=command, about=about))
+    found.append(Stage("Train", state, text, job="train", link=link, command=command, about=about))
     measured = [each for each in evaluations if each.on_test]
     state = "done" if measured else "next" if current else "open"
     text = f"{count_of(len(measured), 'evaluation')} on the test split"
@@ -107,17 +111,17 @@ def _stages(visit: Visit, evaluations: list[ListedEvaluation]) -> list[Stage]:
         "The adapter and the base with prompts answer the test rows. The verdict says whether the adapter is better."
     )
     choices = (EVALUATE_PAGE, "Evaluate: choices and times") if current else None
-    stages.append(Stage("Evaluate", state, text, link=choices, command="tunewright evaluate", about=about))
+    found.append(Stage("Evaluate", state, text, link=choices, command="tunewright evaluate", about=about))
     if measured:
         newest = measured[0]
-        stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
+        found.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
         if any(each.verdict == "ship" for each in measured):
-            stages.append(_deploy_stage(visit))
-    return stages
+            found.append(_deploy_stage(project))
+    return found
 
 
-def _deploy_stage(visit: Visit) -> Stage:
-    live = [release for release in newest_releases(visit) if not release.undeployed]
+def _deploy_stage(project: Project) -> Stage:
+    live = [release for release in newest_releases(project) if not release.undeployed]
     text = f"Live: {'; '.join(f'{each.alias} ({made(each)})' for each in live)}" if live else "No alias is live yet."
     link = ("/deploy", "Aliases and releases" if live else "Release the adapter")
     return Stage("Deploy", "done" if live else "next", text, link=link, command="tunewright deploy ALIAS ADAPTER")

@@ -63,7 +63,7 @@ def tenants_page(visit: Visit) -> Response:
 
 def _offered(visit: Visit, more: Sequence[str] = ()) -> list[tuple[str, bool]]:
     """Return the live aliases and ``more``, sorted by name, each with whether it is live."""
-    live = {release.alias for release in newest_releases(visit) if not release.undeployed}
+    live = {release.alias for release in newest_releases(visit.project) if not release.undeployed}
     return [(alias, alias in live) for alias in sorted(live | set(more))]
 
 
