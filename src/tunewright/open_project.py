@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tunewright.config import PROJECT_NAME
@@ -43,7 +45,13 @@ class OpenProject(OpenFolder):
         return open_workers(self.folder.config, self.reporter)
 
 
-def new_project(root: Path, *, name: str | None = None, base_model: str | None = None) -> ProjectFolder:
+def new_project(
+    root: Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    sections: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> ProjectFolder:
     """Write ``tunewright.yaml`` in a folder that has none; the bundled base, if named, gets its training settings.
 
     Args:
@@ -51,6 +59,7 @@ def new_project(root: Path, *, name: str | None = None, base_model: str | None =
         name: the project's name (None: the config's default).
         base_model: a folder, a hub id or the bundled base (None: the config's default, unchecked). A hub id is only
             checked by its form; nothing is downloaded.
+        sections: values of further sections, such as data and evaluate.
 
     Raises:
         UserError: an invalid name, an unusable base, or the folder has a config.
@@ -63,7 +72,7 @@ def new_project(root: Path, *, name: str | None = None, base_model: str | None =
 
         check_spec(base_model, root)
     given = {"name": name, "base_model": base_model}
-    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None} | dict(sections)
     if base_model == f"bundled:{BUNDLED}":
         values["train"] = BUNDLED_TRAINING
     return create_project(root, {CONFIG_FILE: write_config(values)})

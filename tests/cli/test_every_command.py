@@ -196,7 +196,10 @@ def test_option_that_a_command_would_ignore_or_cannot_use_is_refused_by_name(
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("init {} --data x", "--data"),
+        ("init {} --data x", "x: No such file"),
+        ("init {} --task sql", "--data"),
+        ("init {} --sheet x", "--data"),
+        ("init {} --example legal-citations --data x --output y", "--output"),
         ("init {} --example bfcl", "--data"),
         ("init {} --example legal-citations --data x", "--data"),
         ("init {} --example legal-citations --name x", "--name"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +13,11 @@ import typer
 
 from tunewright.cli.app import PROJECT, app, command, group
 from tunewright.cli.console import RESUMES, Session
+from tunewright.cli.data_review import interactive
 from tunewright.cli.evaluate import verdict_text
+from tunewright.cli.start import ask, look_at
 from tunewright.core.errors import UserError
+from tunewright.core.options import TaskName
 from tunewright.core.text import count_of
 from tunewright.render.blocks import Block, Lead, table, words
 
@@ -30,16 +35,33 @@ _DEMO_STAGES = _STAGES | {"advise": 2.8, "train": 3.5, "evaluate": 3.5, "answers
 """Stages of `demo` with its quick settings, in minutes of processor time on one thread."""
 
 
-@command(
-    app, "init", panel=PROJECT, example="tunewright init courts --example legal-citations", status=False, project=False
-)
+@command(app, "init", panel=PROJECT, example="tunewright init my-model --data tickets.csv", status=False, project=False)
 def init(
     run: Session,
     directory: Annotated[Path, typer.Argument(help="Folder of the new project.")] = Path(),
     example: Annotated[
         str | None, typer.Option(help="Write this complete example project: legal-citations, bfcl or orders.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the data of the example bfcl.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Your examples: a file, a folder or hf://datasets/NAME. With --example bfcl: the folder of its data.",
+            metavar="FILE",
+        ),
+    ] = None,
+    task: Annotated[
+        TaskName | None, typer.Option(help="Task, which decides the metric.", show_default="from the answers' shape")
+    ] = None,
+    input_column: Annotated[
+        str | None,
+        typer.Option("--input", help="Column, key or template of the input.", show_default="from the columns' names"),
+    ] = None,
+    output_column: Annotated[
+        str | None,
+        typer.Option("--output", help="Column, key or template of the output.", show_default="from the columns' names"),
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="JMESPath to the rows in a JSON document.")] = None,
+    sheet: Annotated[str | None, typer.Option(help="Sheet of an .xlsx workbook.")] = None,
     name: Annotated[str | None, typer.Option(help="The project's name.", show_default="my-model")] = None,
     base: Annotated[
         str | None,
@@ -48,27 +70,43 @@ def init(
         ),
     ] = None,
 ) -> None:
-    """Write a commented tunewright.yaml, or a whole example project."""
+    """Write a commented tunewright.yaml that fits your examples, or a whole example project.
+
+    On a terminal and without options it asks for the file and the task.
+    """
     from tunewright.config.project import CONFIG_FILE, create_project
     from tunewright.examples import example_files
     from tunewright.open_project import new_project
 
-    if example is None and data is not None:
-        raise UserError("--data requires --example")
-    if example is not None and (name is not None or base is not None):
-        raise UserError(f"--{'base' if name is None else 'name'} and --example are mutually exclusive")
-    if example:
-        files = example_files(example, data, run.reporter)
+    columns = {"input": input_column, "output": output_column, "rows": rows, "sheet": sheet}
+    given = [f"--{key}" for key, value in {"task": task, **columns}.items() if value is not None]
+    if given and data is None:
+        raise UserError(f"{given[0]} requires --data")
+    given += [f"--{key}" for key, value in {"name": name, "base": base}.items() if value is not None]
+    if example is not None:
+        if given:
+            raise UserError(f"{given[0]} and --example are mutually exclusive")
+        files = example_files(example, None if data is None else Path(data), run.reporter)
         create_project(directory, files)
-        written = sorted(files)
+        document, text = {"files": sorted(files)}, "Next: tunewright run"
     else:
-        new_project(directory, name=name, base_model=base)
-        written = [CONFIG_FILE]
-    next_step = "tunewright run" if example else "edit it, then run `tunewright data add FILE`"
-    run.show(
-        {"project": str(directory), "files": written},
-        f"Wrote {', '.join(written)} in {directory.resolve()}\nNext: {next_step}",
-    )
+        new = not (directory / CONFIG_FILE).exists()
+        found = None if data is None else look_at(run, data, columns)
+        if found and task:
+            found = replace(found, name=task, because="--task")
+        if new and data is None and not given and not run.as_json and interactive():
+            found = ask(run)
+        new_project(directory, name=name, base_model=base, sections=found.sections(directory) if found else {})
+        document, text = {"files": [CONFIG_FILE]}, "Next: edit it, then run `tunewright data add FILE`"
+        if found:
+            document |= {"task": found.name, **found.columns, "metric": found.task.metric}
+            here = directory.resolve() == Path().resolve()
+            text = (
+                f"Task: {found.name} ({found.because})\nMetric: {json.dumps(found.task.metric)} ({found.task.why})\n"
+                f"Next: {'' if here else f'cd {shlex.quote(str(directory))} && '}tunewright run"
+            )
+    written = f"Wrote {', '.join(document['files'])} in {directory.resolve()}"
+    run.show({"project": str(directory), **document}, f"{written}\n{text}")
 
 
 config_app = group("config", PROJECT, "Show the config's resolved values and its JSON Schema.")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.prompt import Prompt
+from rich.text import Text
 
 from tunewright.cli.console import Session
+from tunewright.core.errors import UserError
+
+if TYPE_CHECKING:
+    from tunewright.data.task import Proposal
 
 _WAYS = {
     "tunewright demo": "a finished example: verdict and server in 6 to 10 minutes on two cores",
     "tunewright init my-model": "your own data: two questions, in a minute; then `tunewright run`",
     "tunewright studio": "the same in a browser, which opens in seconds",
 }
+_LATER = "later"
 _HELP = "All commands: tunewright --help"
 
 
@@ -40,3 +51,49 @@ def _standing(run: Session) -> Iterator[str]:
     if following:
         yield "Next: " + ", or without a review ".join(following)
     yield _HELP
+
+
+def look_at(run: Session, source: str, columns: Mapping[str, str | None]) -> Proposal:
+    """Return what a source's first rows say, and print it on stderr."""
+    from tunewright.config import DataConfig
+    from tunewright.data.task import propose
+
+    with run.console.status("Reading the first rows"):
+        found = propose(source, DataConfig(**columns), run.reporter)
+    run.note("\n".join(found.lines))
+    return found
+
+
+def ask(run: Session) -> Proposal | None:
+    """Ask for the file and, with the answers' shape as the proposal, for the task; None to decide later."""
+    from tunewright.data.readers.source_files import has_known_suffix
+    from tunewright.data.task import TASKS, AmbiguousColumnsError
+
+    here = [path.name for path in Path().iterdir() if has_known_suffix(path) and path.is_file()]
+    found = None
+    while found is None:
+        question = "Your examples: a file, a folder or hf://datasets/NAME"
+        source = _answer(run, question, here[0] if len(here) == 1 else _LATER)
+        if source == _LATER:
+            return None
+        try:
+            found = look_at(run, source, {})
+        except AmbiguousColumnsError as error:
+            given = _answer(run, "Column of the input", error.columns[0], error.columns)
+            rest = [name for name in error.columns if name != given]
+            found = look_at(
+                run, source, {"input": given, "output": _answer(run, "Column of the output", rest[-1], rest)}
+            )
+        except UserError as error:
+            run.note(Text(str(error), style="red"))
+    run.note("\n".join(["Tasks, by their answers:", *(f"  {name:6}  {task.answers}" for name, task in TASKS.items())]))
+    name = _answer(run, "Task", found.name, list(TASKS))
+    return found if name == found.name else replace(found, name=name, because="your choice")
+
+
+def _answer(run: Session, question: str, default: str, choices: list[str] | None = None) -> Any:
+    """Return the answer to a question; the end of the input stops the command as Ctrl-C does."""
+    try:
+        return Prompt.ask(question, console=run.console, choices=choices, default=default)
+    except EOFError:
+        raise KeyboardInterrupt from None

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 EngineName = Literal["peft", "vllm", "llamacpp"]
 """An engine that serves. It is here because the command line reads options before it imports the config's pydantic."""
+TaskName = Literal["labels", "short", "json", "sql", "calls", "text", "chat"]
+"""The task of a project's answers: `tunewright.data.task` has each task's metric."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tunewright.config import DataConfig
 from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data import notices
@@ -170,6 +171,16 @@ class FilePreview:
     rows: tuple[dict[str, Any], ...]
 
 
+def first_rows(file: Path, data: DataConfig) -> list[dict[str, Any]]:
+    """Return a file's first rows without a fault, regardless of the names of their columns.
+
+    Raises:
+        UserError: the file cannot be read, or two columns have the same name.
+    """
+    source = open_source(file, data.model_copy(update=_ANY_COLUMNS), [])
+    return [raw.row for raw in islice(source.rows, _LOOKED_AT) if not isinstance(raw.row, RowError)]
+
+
 def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
     """Return the columns of a file of pairs, regardless of their names, and its first three rows.
 
@@ -177,9 +188,7 @@ def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping =
         UserError: the file cannot be read, or two columns have the same name.
     """
     given = {key: value for key, value in mapping.given.items() if key in ("rows", "sheet")}
-    source = open_source(Path(file), project.folder.config.data.model_copy(update=given | _ANY_COLUMNS), [])
-    first = [raw.row for raw in islice(source.rows, _LOOKED_AT)]
-    rows = [row for row in first if not isinstance(row, RowError)][:3]
+    rows = first_rows(Path(file), project.folder.config.data.model_copy(update=given))[:3]
     return FilePreview(tuple(dict.fromkeys(key for row in rows for key in row)), tuple(rows))
 
 

@@ -44,7 +44,9 @@ class ListedEvaluation:
 
 def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluation]:
     """Return the newest evaluations with their verdicts; damaged evidence is named."""
-    files = sorted(project.folder.evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = sorted(
+        project.folder.evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True
+    )
     found = []
     for file in files[:most]:
         name = file.parent.name

@@ -79,9 +79,7 @@ def _jobs_table(jobs: Sequence[Job]) -> Table:
     return table("Jobs", words("Command", "Started (UTC)", "State"), rows)
 
 
-def stages(
-    project: Project, evaluations: list[ListedEvaluation], version: Callable[[], DatasetVersion]
-) -> list[Stage]:
+def stages(project: Project, evaluations: list[ListedEvaluation], version: Callable[[], DatasetVersion]) -> list[Stage]:
     """Return the stages that the project has reached, and the next one; ``version`` reads the current version."""
     folder = project.folder
     manifest = current_manifest(folder.dataset)

@@ -1,0 +1,214 @@
+"""The task of a file of pairs, from the shape of its answers, and the metric that fits it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
+from tunewright.core.options import TaskName
+from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of, excerpts, first_of
+from tunewright.data.examples import Example
+from tunewright.data.preview import first_rows
+from tunewright.data.readers import Fault, SourceRow, scan_pairs
+from tunewright.data.readers.schemas import PREFERENCE_KEYS
+from tunewright.data.readers.source_files import is_hub_name, source_files
+from tunewright.data.readers.sources import open_source
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of task: its answers, its metrics as the config names them, and the reason for the first metric."""
+
+    answers: str
+    metric: str | dict[str, Any]
+    why: str
+    extra_metrics: tuple[str, ...] = ()
+
+
+TASKS: dict[TaskName, Task] = {
+    "labels": Task("one of a set of answers", "exact_match", "an answer is right or wrong"),
+    "short": Task("short facts, numbers or codes", "exact_match", "almost right is wrong"),
+    "json": Task("JSON objects", "json", "a row with four of five right fields counts as that", ("json_valid",)),
+    "sql": Task(
+        "SQL",
+        {"exact_match": {"collapse_whitespace": True}},
+        "line breaks do not matter; a function of yours that runs the queries judges better",
+    ),
+    "calls": Task("function calls", "call_ast_match", "function and arguments count, their order does not"),
+    "text": Task("summaries, notes and other text", "rouge_l", "it counts shared words in the same order", ("chrf",)),
+    "chat": Task(
+        "conversations",
+        "chrf",
+        "a rough guide, because a good answer may share no words with the reference; then ask people",
+    ),
+}
+"""docs/how-to/metrics.md has the reasons and the trap of each metric."""
+
+_OTHER_SCRIPT = Task(TASKS["text"].answers, "chrf", "parts of words count, in every script")
+_LOOKED_AT = 1_000  # rows
+_MOSTLY = 0.9
+_LATIN = 0.99
+_READING = ("rows", "sheet", "input", "output")
+_SHORT = 50  # characters
+_LABEL = 100  # characters of the longest usual label
+_SQL = re.compile(r"\s*\(?\s*(select|with|insert|update|delete|create|alter)\b", re.IGNORECASE)
+_CHATS = {"messages", "interactions", "conversation", "conversations", *PREFERENCE_KEYS}
+_IDS = {"id", "idx", "index", "key", "nr", "no", "uuid"}
+# Names of columns in English, German, French and Spanish.
+_INPUT = re.compile(
+    "input|prompt|question|query|text|utterance|sentence|message|document|dialogue|dialog|article|instruction|source|"
+    "request|eingabe|frage|anfrage|nachricht|satz|beschreibung|texte|entrée|requête|pregunta|texto|entrada|mensaje"
+)
+_OUTPUT = re.compile(
+    "output|completion|answer|response|reply|labels?|intent|category|class|target|summary|abstract|sql|code|reference|"
+    "query|ausgabe|antwort|kategorie|klasse|absicht|zusammenfassung|réponse|catégorie|étiquette|résumé|respuesta|"
+    "categoría|etiqueta|resumen"
+)
+
+
+class AmbiguousColumnsError(UserError):
+    """Several ``columns`` may be the input or the ideal output."""
+
+    def __init__(self, columns: list[str], where: str) -> None:
+        self.columns = columns
+        what = "The input and the ideal output are not clear from the names of the columns"
+        super().__init__(what, where=where, fix=f"Use --input COLUMN --output COLUMN. Columns: {first_of(columns)}.")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A source as it was named, its format and columns, and the task of its answers with the reason for it."""
+
+    source: str
+    format: str
+    data: DataConfig
+    name: TaskName
+    because: str
+    first: Example
+    latin: bool
+    """True if the answers' words are of a-z and 0-9, as rouge_l requires."""
+
+    @property
+    def task(self) -> Task:
+        """The task, with a metric that reads the answers' script."""
+        return _OTHER_SCRIPT if self.name == "text" and not self.latin else TASKS[self.name]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Settings of the config's section ``data`` that read the rows."""
+        return {key: str(value) for key in _READING if (value := getattr(self.data, key)) is not None}
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines on the format, the columns and the first row."""
+        first = excerpts([self.first.input_text, self.first.output])
+        named = [f"{key}: {value}" for key, value in self.columns.items()]
+        return [f"{self.source}: {self.format}", *named, f"First input: {first[0]}", f"First output: {first[1]}"]
+
+    def sections(self, directory: Path) -> dict[str, dict[str, Any]]:
+        """Return the config's sections for a project in ``directory``; a relative path becomes relative to it."""
+        path = Path(self.source)
+        fixed = is_hub_name(self.source) or path.is_absolute()
+        source = self.source if fixed else Path(os.path.relpath(path, directory)).as_posix()
+        evaluate = {"metric": self.task.metric, "extra_metrics": self.task.extra_metrics}
+        return {
+            "data": {"sources": [source], **self.columns},
+            "evaluate": {key: value for key, value in evaluate.items() if value},
+        }
+
+
+def propose(source: str, data: DataConfig, reporter: Reporter) -> Proposal:
+    """Look at a source's first rows; columns that ``data`` does not name are found by their names.
+
+    Raises:
+        AmbiguousColumnsError: the names of the columns do not say which are input and output.
+        UserError: the source cannot be read, or none of its first rows is an example.
+    """
+    file = source_files([source], reporter)[0]
+    try:
+        rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
+    except UserError:
+        if not _unmapped(file, data):
+            raise
+        rows = []
+    examples = [row.example for row in rows if isinstance(row, SourceRow)]
+    if not examples and (columns := _unmapped(file, data)):
+        input_, output = _pair(columns, str(file))
+        data = data.model_copy(update={"input": input_, "output": output})
+        rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
+        examples = [row.example for row in rows if isinstance(row, SourceRow)]
+    if not examples:
+        fault = next(row for row in rows if isinstance(row, Fault))
+        what = f"None of the first rows is an example: {fault.reason}"
+        raise UserError(what, where=f"{fault.source}:{fault.line}", fix=fault.fix)
+    name, because = task_of(examples)
+    letters = [each for example in examples for each in example.output if each.isalnum()]
+    latin = sum(each.isascii() for each in letters) >= _LATIN * len(letters)
+    kind = open_source(file, data, []).kind
+    return Proposal(source, kind, data, name, because, examples[0], latin)
+
+
+def _unmapped(file: Path, data: DataConfig) -> list[str]:
+    """Return the columns or keys of the first rows, if no format and nothing in ``data`` says which are the pair's."""
+    if data.input is not None or data.output is not None:
+        return []
+    columns = list(dict.fromkeys(key for row in first_rows(file, data) for key in row))
+    return columns if len(columns) > 1 and _CHATS.isdisjoint(columns) else []
+
+
+def _pair(columns: list[str], where: str) -> tuple[str, str]:
+    """Return the columns of the input and the output."""
+    plain = {name: name.strip().casefold() for name in columns}
+    outputs = [name for name in columns if _OUTPUT.fullmatch(plain[name])]
+    inputs = [name for name in columns if _INPUT.fullmatch(plain[name])]
+    if len(inputs) > 1:  # text to SQL has the columns question and query
+        inputs = [name for name in inputs if name not in outputs]
+    outputs = [name for name in outputs if name not in inputs]
+    if len(inputs) == 1 and len(outputs) == 1:
+        return inputs[0], outputs[0]
+    others = [name for name in columns if plain[name] not in _IDS]
+    if len(others) == 2 and others[0] not in outputs:
+        return others[0], others[1]
+    raise AmbiguousColumnsError(columns, where)
+
+
+def task_of(examples: Sequence[Example]) -> tuple[TaskName, str]:
+    """Return the task of the answers, and the observation that decides it."""
+    answers, count = [example.output.strip() for example in examples], len(examples)
+    calls = sum(bool(example.messages[-1].calls) for example in examples)
+    if calls:
+        return "calls", f"{calls:,} of {count_of(count, 'answer')} call functions"
+    forms: dict[TaskName, Callable[[str], object]] = {"json": _is_object, "sql": _SQL.match}
+    for name, matches in forms.items():
+        number = sum(bool(matches(answer)) for answer in answers)
+        if number >= _MOSTLY * count:
+            return name, f"{number:,} of {count_of(count, 'answer')} are {TASKS[name].answers}"
+    times, length = Counter(answers), median(map(len, answers))
+    repeated = sum(number for number in times.values() if number > 1)
+    if repeated >= _MOSTLY * count and length <= _LABEL:
+        return "labels", f"{len(times):,} different answers in {count_of(count, 'row')}"
+    turns = sum(any(message.role == "assistant" for message in example.prompt) for example in examples)
+    if turns >= count / 2:
+        return "chat", f"{turns:,} of {count_of(count, 'row')} have earlier answers"
+    return (
+        "short" if length <= _SHORT else "text",
+        f"the median answer has {length:,.0f} characters, and few are repeated",
+    )
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

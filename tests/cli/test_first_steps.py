@@ -1,0 +1,205 @@
+"""The first five minutes: the command without arguments, and `init` with questions and with options."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from making.command_line import tunewright, write_jsonl
+from making.terminal import Terminal
+
+
+def as_csv(path: Path, rows: list[dict[str, str]], delimiter: str = ",") -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def config_of(folder: Path) -> dict[str, dict[str, object]]:
+    read = yaml.safe_load((folder / "tunewright.yaml").read_text(encoding="utf-8"))
+    return {section: values for section, values in read.items() if values is not None}
+
+
+NUMBERS = range(60)
+LONG = "the left knee hurts on most days, and walking helps more than rest does, so said patient number"
+CALL = {"id": "call_0", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "how can I help"}]
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "labels": lambda path: as_csv(
+        path / "a.csv", [{"utterance": f"do it {n} times", "intent": ("play", "stop", "wait")[n % 3]} for n in NUMBERS]
+    ),
+    "short": lambda path: as_csv(
+        path / "a.csv", [{"Frage": f"Gericht {n}", "Antwort": f"{n}. Cir."} for n in NUMBERS], ";"
+    ),
+    "json": lambda path: write_jsonl(
+        path / "a.jsonl", [{"prompt": f"letter {n}", "completion": json.dumps({"name": f"n{n}"})} for n in NUMBERS]
+    ),
+    "sql": lambda path: write_jsonl(
+        path / "a.jsonl", [{"question": f"how many {n}", "query": f"SELECT x FROM t\nWHERE n = {n}"} for n in NUMBERS]
+    ),
+    "text": lambda path: as_csv(path / "a.csv", [{"dialogue": f"talk {n}", "summary": f"{LONG} {n}"} for n in NUMBERS]),
+    "calls": lambda path: write_jsonl(
+        path / "a.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"is it cold {n}"},
+                    {"role": "assistant", "tool_calls": [CALL]},
+                ],
+                "tools": [TOOL],
+            }
+            for n in NUMBERS
+        ],
+    ),
+    "chat": lambda path: write_jsonl(
+        path / "a.jsonl",
+        [
+            {
+                "messages": [
+                    *TURNS,
+                    {"role": "user", "content": f"with {n}"},
+                    {"role": "assistant", "content": f"{LONG} {n}"},
+                ]
+            }
+            for n in NUMBERS
+        ],
+    ),
+}
+METRICS = {
+    "labels": "exact_match",
+    "short": "exact_match",
+    "json": "json",
+    "sql": {"exact_match": {"collapse_whitespace": True}},
+    "text": "rouge_l",
+    "calls": "call_ast_match",
+    "chat": "chrf",
+}
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_init_proposes_task_metric_and_columns_that_data_check_accepts(task: str, tmp_path: Path) -> None:
+    file, project = FILES[task](tmp_path), tmp_path / "project"
+    ran = tunewright("init", project, "--data", file, "--json")
+    assert ran.code == 0, ran.stderr
+    assert (ran.document["task"], ran.document["metric"]) == (task, METRICS[task])
+    config = config_of(project)
+    assert config["evaluate"]["metric"] == METRICS[task]
+    assert config["data"]["sources"] == [str(file)]
+    checked = tunewright("data", "check", file, "-p", project, "--json")
+    assert (checked.code, checked.document["files"][0]["examples"]) == (0, len(NUMBERS))
+
+
+def test_init_takes_chrf_for_texts_in_other_scripts(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"разговор {n}", "summary": f"пациент говорит, что колено болит каждый день и ночь, номер {n}"}
+        for n in NUMBERS
+    ]
+    ran = tunewright("init", tmp_path / "p", "--data", as_csv(tmp_path / "a.csv", rows), "--json")
+    assert (ran.document["task"], ran.document["metric"]) == ("text", "chrf")
+
+
+def test_init_refuses_unclear_columns_by_name_and_writes_nothing(tmp_path: Path) -> None:
+    rows = [{"Nr": str(n), "Frage": f"Wo {n}?", "Antwort": f"Dort {n}", "Kategorie": "Versand"} for n in NUMBERS]
+    file, project = as_csv(tmp_path / "a.csv", rows), tmp_path / "p"
+    ran = tunewright("init", project, "--data", file)
+    assert (ran.code, project.exists()) == (2, False)
+    assert "--output" in ran.stderr
+    assert "Nr, Frage, Antwort, Kategorie" in ran.stderr
+    ran = tunewright("init", project, "--data", file, "--input", "Frage", "--output", "Kategorie", "--json")
+    assert (ran.code, ran.document["task"]) == (0, "labels")
+    assert config_of(project)["data"] == {"sources": [str(file)], "input": "Frage", "output": "Kategorie"}
+
+
+def test_init_takes_the_task_that_is_named(tmp_path: Path) -> None:
+    ran = tunewright("init", tmp_path / "p", "--data", FILES["labels"](tmp_path), "--task", "text", "--json")
+    assert ran.document["metric"] == "rouge_l"
+    assert config_of(tmp_path / "p")["evaluate"] == {"metric": "rouge_l", "extra_metrics": ["chrf"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [('{"messages": [{"role": "user"}], "id": 3}\n', "a.jsonl:1"), ("", "a.jsonl"), (None, "a.jsonl")],
+)
+def test_init_names_the_fault_of_an_unusable_file(content: str | None, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    if content is not None:
+        file.write_text(content)
+    ran = tunewright("init", tmp_path / "p", "--data", file, "--json")
+    assert (ran.code, (tmp_path / "p").exists()) == (2, False)
+    assert named in ran.document["error"]["where"]
+
+
+def test_init_asks_for_file_columns_and_task_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"Frage": f"Wo {n}?", "Antwort": f"Dort {n}", "Kategorie": "AB"[n % 2]} for n in NUMBERS]
+    as_csv(tmp_path / "tickets.csv", rows, ";")
+    monkeypatch.chdir(tmp_path)
+    terminal = Terminal("init", "my-model")
+    for shown, typed in (
+        ("tickets.csv)", "missing.csv"),
+        ("missing.csv: No such file", ""),  # Enter accepts the proposed file
+        ("Column of the input", "Frage"),
+        ("Column of the output", "Kategorie"),
+        ("Task", ""),
+    ):
+        terminal.wait_for(shown)
+        os.write(terminal.handle, f"{typed}\n".encode())
+    terminal.wait_for("cd my-model && tunewright run")
+    assert terminal.code() == 0
+    config = config_of(tmp_path / "my-model")
+    assert config["data"] == {"sources": ["../tickets.csv"], "input": "Frage", "output": "Kategorie"}
+    assert config["evaluate"] == {"metric": "exact_match"}
+
+
+def test_init_decides_later_and_writes_nothing_when_the_input_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    terminal = Terminal("init", "ended")
+    terminal.wait_for("later")
+    os.write(terminal.handle, b"\x04")  # Ctrl-D
+    assert (terminal.code(), Path("ended").exists()) == (130, False)
+    terminal = Terminal("init", "later")
+    terminal.wait_for("later")
+    os.write(terminal.handle, b"\n")
+    assert (terminal.code(), list(config_of(Path("later")))) == (0, [])
+
+
+def test_no_command_names_three_ways_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = tunewright()
+    assert ran.code == 2
+    for command in ("tunewright demo", "tunewright init my-model", "tunewright studio", "tunewright --help"):
+        assert command in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_command_in_a_project_names_its_state_and_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = FILES["labels"](tmp_path)
+    assert tunewright("init", "--data", file).code == 0
+    assert "Next: tunewright run\n" in tunewright().stdout
+    assert tunewright("data", "add", file).code == 0
+    program = (
+        "import sys; from tunewright.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (2, "")
+    assert "60 rows: 48 train, 6 dev, 6 test" in ran.stdout
+    assert "Next: tunewright data review, or without a review tunewright train\n" in ran.stdout
+    (tmp_path / "tunewright.yaml").write_text("nmae: x\n")
+    broken = tunewright()
+    assert (broken.code, broken.stdout, "nmae" in broken.stderr) == (2, "", True)
