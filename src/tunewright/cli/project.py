@@ -19,6 +19,7 @@ from tunewright.cli.start import ask, look_at
 from tunewright.core.errors import UserError
 from tunewright.core.options import TaskName
 from tunewright.core.text import count_of
+from tunewright.data.options import ColumnMapping
 from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def init(
     from tunewright.examples import example_files
     from tunewright.open_project import new_project
 
-    columns = {"input": input_column, "output": output_column, "rows": rows, "sheet": sheet}
-    given = [f"--{key}" for key, value in {"task": task, **columns}.items() if value is not None]
+    document: dict[str, Any]
+    mapping = ColumnMapping(rows, sheet, input_column, output_column)
+    given = [f"--{key}" for key in mapping.given] + ["--task"] * (task is not None)
     if given and data is None:
         raise UserError(f"{given[0]} requires --data")
     given += [f"--{key}" for key, value in {"name": name, "base": base}.items() if value is not None]
@@ -91,7 +93,7 @@ def init(
         document, text = {"files": sorted(files)}, "Next: tunewright run"
     else:
         new = not (directory / CONFIG_FILE).exists()
-        found = None if data is None else look_at(run, data, columns)
+        found = None if data is None else look_at(run, data, mapping)
         if found and task:
             found = replace(found, name=task, because="--task")
         if new and data is None and not given and not run.as_json and interactive():

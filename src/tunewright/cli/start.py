@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from tunewright.cli.console import Session
 from tunewright.core.errors import UserError
+from tunewright.data.options import ColumnMapping
 
 if TYPE_CHECKING:
     from tunewright.data.task import Proposal
@@ -53,13 +54,12 @@ def _standing(run: Session) -> Iterator[str]:
     yield _HELP
 
 
-def look_at(run: Session, source: str, columns: Mapping[str, str | None]) -> Proposal:
+def look_at(run: Session, source: str, mapping: ColumnMapping) -> Proposal:
     """Return what a source's first rows say, and print it on stderr."""
-    from tunewright.config import DataConfig
     from tunewright.data.task import propose
 
     with run.console.status("Reading the first rows"):
-        found = propose(source, DataConfig(**columns), run.reporter)
+        found = propose(source, mapping, run.reporter)
     run.note("\n".join(found.lines))
     return found
 
@@ -77,13 +77,12 @@ def ask(run: Session) -> Proposal | None:
         if source == _LATER:
             return None
         try:
-            found = look_at(run, source, {})
+            found = look_at(run, source, ColumnMapping())
         except AmbiguousColumnsError as error:
-            given = _answer(run, "Column of the input", error.columns[0], error.columns)
-            rest = [name for name in error.columns if name != given]
-            found = look_at(
-                run, source, {"input": given, "output": _answer(run, "Column of the output", rest[-1], rest)}
-            )
+            input_ = _answer(run, "Column of the input", error.columns[0], error.columns)
+            rest = [name for name in error.columns if name != input_]
+            output = _answer(run, "Column of the output", rest[-1], rest)
+            found = look_at(run, source, ColumnMapping(input_column=input_, output_column=output))
         except UserError as error:
             run.note(Text(str(error), style="red"))
     run.note("\n".join(["Tasks, by their answers:", *(f"  {name:6}  {task.answers}" for name, task in TASKS.items())]))

@@ -18,7 +18,9 @@ from tunewright.core.errors import UserError
 from tunewright.core.options import TaskName
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, first_of
+from tunewright.data.add import map_columns
 from tunewright.data.examples import Example
+from tunewright.data.options import ColumnMapping
 from tunewright.data.preview import first_rows
 from tunewright.data.readers import Fault, SourceRow, scan_pairs
 from tunewright.data.readers.schemas import PREFERENCE_KEYS
@@ -128,14 +130,15 @@ class Proposal:
         }
 
 
-def propose(source: str, data: DataConfig, reporter: Reporter) -> Proposal:
-    """Look at a source's first rows; columns that ``data`` does not name are found by their names.
+def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal:
+    """Look at a source's first rows; columns that ``mapping`` does not name are found by their names.
 
     Raises:
         AmbiguousColumnsError: the names of the columns do not say which are input and output.
         UserError: the source cannot be read, or none of its first rows is an example.
     """
     file = source_files([source], reporter)[0]
+    data = map_columns(DataConfig(), mapping, [file])
     try:
         rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
     except UserError:
