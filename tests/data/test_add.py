@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from making.property_examples import examples
 from tunewright.config import DataConfig
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.options import AddOptions
+from tunewright.data.preview import check_files
 from tunewright.data.versions import DatasetVersion, load_version
 
 ACCEPT = "data: {conflicts: accept}\n"
@@ -62,6 +63,31 @@ def test_add_warns_of_test_rows_whose_answer_no_training_row_has(tmp_path: Path)
     assert warned.startswith(f"{len(absent)} of {tested} test rows have an answer that no training row has")
     assert f"at most {1 - len(absent) / tested:.1%} on the test split" in warned
     assert f'"{absent[0].example.output}": 1' in warned
+
+
+@pytest.mark.parametrize(
+    ("metric", "common", "words"),
+    [
+        ("exact_match", 594, ["594 of 600 rows (99%)", '"ok"', "scores 99% by exact_match", "macro_f1"]),
+        ("exact_match", 301, ["301 of 600 rows (50.1%)"]),
+        ("exact_match", 300, None),
+        ("macro_f1", 594, None),
+        ("macro_f1", 600, None),
+        ("exact_match", 600, ["600 of 600 rows (100%)", "nothing to learn"]),
+    ],
+)
+def test_add_and_check_name_an_answer_of_most_rows_with_its_share(
+    tmp_path: Path, metric: str, common: int, words: list[str] | None
+) -> None:
+    folder = new_project(tmp_path / "p", f"evaluate: {{metric: {metric}}}\n")
+    rows = [(text, "ok" if n < common else f"odd {n % 2}") for n, (text, _) in enumerate(unlike_pairs(600))]
+    file, checked, added = write_jsonl(folder.root / "pairs.jsonl", rows), Listener(), Listener()
+    check_files(OpenFolder(folder, checked), [file])
+    add(folder, [file], added)
+    for listener in (checked, added):
+        said = [text for text in listener.warned if "have the answer" in text]
+        assert len(said) == (words is not None)
+        assert all(word in said[0] for word in words or ())
 
 
 def _families(count: int, seed: int) -> list[Pair]:

@@ -8,6 +8,7 @@ import string
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,23 @@ from sacrebleu.metrics.chrf import CHRF
 from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
+import tunewright as package
+from making import command_line
 from making.evidence import pair, scorers
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Regex
-from tunewright.metrics import Scores, normalised, p_text, points_text, score_all, score_text
-from tunewright.metrics.texts import same
+from tunewright.core.errors import UserError
+from tunewright.metrics import (
+    Scores,
+    metric_kind,
+    normalised,
+    p_text,
+    points_text,
+    score_all,
+    score_text,
+    scorer_of,
+)
+from tunewright.metrics.texts import macro_f1, same
 
 SENTENCES = st.lists(st.sampled_from(["the", "court", "of", "appeals", "Ala.", "x,y", "", "É"]), max_size=9).map(
     " ".join
@@ -224,6 +237,31 @@ def test_field_f1_is_scikit_learns_micro_f1_over_fields_with_their_values(pairs:
     expected = f1_score(table[1::2], table[::2], average="micro", zero_division=0)
     ours = _scores("json", [json.dumps(a) for a, _ in pairs], [json.dumps(r) for _, r in pairs])
     assert ours.total() == pytest.approx(expected)
+
+
+LABELS = st.sampled_from(["ok", "bad", " ok", "worse", "I would say ok"])
+
+
+@given(st.lists(st.tuples(LABELS, st.sampled_from(["ok", "bad", "worse"])), min_size=1, max_size=30))
+def test_macro_f1_is_scikit_learns_over_the_references_classes(pairs: list[tuple[str, str]]) -> None:
+    answers, references = ([text.strip() for text in texts] for texts in zip(*pairs, strict=True))
+    scorer = macro_f1("macro_f1", {"ok", "bad", "worse", "never"})
+    scores = score_all(scorer, [a for a, _ in pairs], [pair(f"q {n}", r) for n, r in enumerate(references)])
+    expected = f1_score(references, answers, labels=sorted(set(references)), average="macro", zero_division=0)
+    assert scores.total() == pytest.approx(expected)
+    assert scores.values.tolist() == [a == r for a, r in zip(answers, references, strict=True)]
+
+
+def test_macro_f1_takes_its_classes_from_the_dataset_and_refuses_free_text(tmp_path: Path) -> None:
+    (tmp_path / "tunewright.yaml").write_text("name: small\n")
+    rows = [{**row, "completion": "ok" if n % 3 else "bad"} for n, row in enumerate(command_line.pairs(30))]
+    package.open(tmp_path).data.add([command_line.write_jsonl(tmp_path / "pairs.jsonl", rows)])
+    scorer = scorer_of("macro_f1", tmp_path)
+    assert scorer.kind == metric_kind("macro_f1") == "corpus"
+    assert score_all(scorer, ["ok", "ok"], [pair("a", "ok"), pair("b", "bad")]).total() == pytest.approx(1 / 3)
+    with pytest.raises(UserError, match="201") as error:
+        macro_f1("macro_f1", {f"answer {n}" for n in range(201)})
+    assert error.value.where == "evaluate.metric"
 
 
 def test_json_metric_compares_only_declared_fields() -> None:

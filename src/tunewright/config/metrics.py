@@ -14,6 +14,7 @@ MetricName = str
 
 PlainMetric = Literal[
     "exact_match",
+    "macro_f1",
     "bleu",
     "chrf",
     "token_f1",

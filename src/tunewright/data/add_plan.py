@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.config import Config, Duplicates
+from tunewright.config import Config, Duplicates, metric_name
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
@@ -113,6 +113,9 @@ def plan_add(
         reporter.say(notices.superseded(superseded))
     if plan.created:
         _warn(plan, merged.fresh_conflicts if accepted else [], reporter)
+        notices.warn_of_one_answer(
+            [m for m in plan.members if not m.mixed], metric_name(project.config.evaluate.metric), reporter
+        )
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -237,6 +238,21 @@ def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> 
             f"training answers scores at most {1 - count / len(tested):.1%} on the test split. Add training rows with "
             f"these answers.\n{lines}"
         )
+
+
+def warn_of_one_answer(members: Sequence[Member], metric: str, reporter: Reporter) -> None:
+    """Warn of an answer that more than half of the rows have, unless the metric counts each class alike."""
+    counts = Counter(m.example.output.strip() for m in members).most_common(1)
+    if metric == "macro_f1" or not counts or 2 * counts[0][1] <= len(members):
+        return
+    answer, rows = counts[0]
+    share = f"{math.floor(1000 * rows / len(members)) / 10:g}%"  # rounded down: 100% means every row
+    text = f"{rows:,} of {len(members):,} rows ({share}) have the answer {_excerpt(answer)}"
+    if rows == len(members):
+        reporter.warn(f"{text}: there is nothing to learn. Add rows with other answers.")
+    else:
+        fix = "evaluate.metric: macro_f1 counts each answer alike."
+        reporter.warn(f"{text}: always answering it scores {share} by exact_match. {fix}")
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:

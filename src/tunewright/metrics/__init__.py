@@ -11,6 +11,7 @@ from typing import Any
 
 from tunewright.config import EvaluateConfig, Metric, MetricName, metric_name
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
+from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest
 from tunewright.metrics.calls import (
@@ -41,6 +42,7 @@ from tunewright.metrics.texts import (
     exact_match,
     json_fields,
     json_valid,
+    macro_f1,
     matches,
     normalised,
     rouge_l,
@@ -86,6 +88,8 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
             return custom_metric(name, function, root)
         case "exact_match":
             return exact_match(name, Normalisation())
+        case "macro_f1":
+            return macro_f1(name, dataset_answers(root))
         case "bleu":
             return bleu(name)
         case "chrf":
@@ -114,7 +118,7 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
 
 def metric_kind(metric: Metric) -> Kind:
     """Return the metric's kind without importing a custom function."""
-    if isinstance(metric, Json) or metric in ("json", "bleu", "chrf", "call_argument_f1"):
+    if isinstance(metric, Json) or metric in ("json", "bleu", "chrf", "macro_f1", "call_argument_f1"):
         return "corpus"
     return "mean" if isinstance(metric, Python) or metric in ("token_f1", "rouge_l") else "right or wrong"
 
@@ -134,6 +138,13 @@ def metric_inputs(metric: Metric, root: Path) -> Any:
     if isinstance(metric, Python):
         inputs["sha256"] = file_digest(module_file(metric.python, root))
     return inputs
+
+
+def dataset_answers(root: Path) -> frozenset[str]:
+    """Return the distinct answers of a project's dataset, without its mix-in."""
+    from tunewright.data.versions import load_version
+
+    return frozenset(normalised(member.example.output) for member in load_version(ProjectFolder(root).dataset).domain)
 
 
 # A function of the project
@@ -228,6 +239,7 @@ _SCORES = {
     "chrf": "chrF",
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
+    "macro_f1": "macro F1",
     "json": "field F1",
     "call_argument_f1": "argument F1",
 }

@@ -9,7 +9,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from sacrebleu.metrics.chrf import CHRF
 
 from tunewright.config import MetricName
 from tunewright.config.metrics import Normalisation
+from tunewright.core.errors import UserError
 from tunewright.core.strict_json import standard_json
 from tunewright.core.text import normalize
+from tunewright.data.examples import MOST_CLASSES
 from tunewright.metrics.scorer import AnsweredItem, Floats, ItemScore, Scorer, Unscored, mean_score
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -135,6 +137,41 @@ def accuracy(name: MetricName, choices: Sequence[str]) -> Scorer:
 
     definition = f"the share of right answers among {', '.join(map(repr, choices))} (spelling as for exact_match)"
     return Scorer(name, "right or wrong", definition, 2, item)
+
+
+def macro_f1(name: MetricName, classes: Collection[str]) -> Scorer:
+    """Return a scorer of the mean F1 over the classes that occur among the references, as in scikit-learn.
+
+    An answer that is no class counts against the recall of its reference's class only.
+
+    Raises:
+        UserError: more than `MOST_CLASSES` answers, which are no classes.
+    """
+    if len(classes) > MOST_CLASSES:
+        what = f"macro_f1 needs classes: the dataset has {len(classes):,} different answers (limit {MOST_CLASSES})"
+        raise UserError(what, where="evaluate.metric", fix="Use exact_match, or a metric of texts such as chrf.")
+    places = {label: place for place, label in enumerate(sorted(classes))}
+
+    def item(pair: AnsweredItem) -> ItemScore | Unscored:
+        answer, reference = normalised(pair.answer), normalised(pair.reference)
+        if reference not in places:
+            return Unscored("the dataset has no such answer")
+        counts = np.zeros((3, len(places)))  # right answers, references and answers of each class
+        counts[0, places[reference]] = answer == reference
+        counts[1, places[reference]] = 1
+        if answer in places:
+            counts[2, places[answer]] = 1
+        return ItemScore(float(answer == reference), tuple(counts.ravel().tolist()))
+
+    def corpus(sums: Floats) -> Floats:
+        right, references, answers = np.split(sums, 3, axis=-1)
+        here = references > 0
+        f1 = np.where(here, 2 * right / np.maximum(references + answers, 1), 0)
+        mean: Floats = f1.sum(axis=-1) / np.maximum(here.sum(axis=-1), 1)
+        return mean
+
+    definition = "the mean over the references' classes of a class's F1 (spelling as for exact_match)"
+    return Scorer(name, "corpus", definition, 3 * len(places), item, corpus)
 
 
 def matches(name: MetricName, pattern: str) -> Scorer:
