@@ -98,10 +98,23 @@ class AdviceResult:
 def measured(signals: Signals) -> dict[str, str]:
     """Return a sentence or two for each signal by name."""
     return {
+        **({"free arms": _free(signals)} if signals.prompting.free else {}),
         "context budget": _context(signals),
         "break-even": break_even_text(signals),
         "gain": _gain(signals),
     }
+
+
+def _free(signals: Signals) -> str:
+    free, pilot = signals.prompting.free, signals.free
+    assert free is not None
+    score = next(arm.score(signals.metric).value for arm in free.dev if arm.name == free.best)
+    compared = [
+        f"{name} minus it: {_points(drop.value, drop.interval)}"
+        for name, drop in ((signals.prompting.best, free.prompting), ("the pilot", pilot))
+        if drop is not None
+    ]
+    return f"Without a model, {free.best} has {'; '.join([score_text(signals.metric, score), *compared])}."
 
 
 def _context(signals: Signals) -> str:
@@ -196,6 +209,7 @@ def changes(signals: Signals, decision: Decision) -> list[str]:
     grounds = Grounds(signals)
     text = {
         "fine-tune": _against_training(signals, grounds),
+        "no model": ["Answers that a linear model cannot give, or a smaller evaluate.margin."],
         "prompt": [*_more_calls(signals, grounds), *_more_gain(signals, grounds)],
         "retrieve": [*_more_calls(signals, grounds), *_more_gain(signals, grounds)],
         "can't tell": [

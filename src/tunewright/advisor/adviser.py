@@ -38,10 +38,12 @@ from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of
 from tunewright.evaluation.folds import subset_versions
+from tunewright.evaluation.free_arms import free_answers
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import advise, first_items
 from tunewright.evaluation.workload import time_limit
 from tunewright.evidence.common import ArmScore, Interval
+from tunewright.evidence.incumbents import measured_drop
 from tunewright.evidence.schema import Advice, Arm, Contrast
 from tunewright.evidence.scoring import contrast
 from tunewright.metrics import Scores
@@ -74,6 +76,7 @@ class Adviser:
         self.dev = self.version.examples("dev")
         self.items = self._items(self.dev)
         self.left_out: dict[str, str] = {}
+        self._pilot_scores: Scores | None = None
         self.parts: list[DatasetVersion] = []
         if pilots is None:
             self.left_out["gain"] = "--no-pilot"
@@ -117,6 +120,12 @@ class Adviser:
         best = arms[advice.best]
         context = self._context(advice)
         measured, even = self._pilot(best)
+        free = None
+        if advice.free is not None and self._pilot_scores is not None:
+            name = advice.free.best
+            given = free_answers(self.arm_runner, [name], self.dev)
+            ours = scored_arms(self.arm_runner.scorers, self.dev, given).of_arm(name)[0]
+            free = measured_drop(ours, self._pilot_scores, self.items.clusters, self.items.margin, self.config.seed)
         return Signals(
             id=identity,
             project=self.config.name,
@@ -130,6 +139,7 @@ class Adviser:
             context=context,
             break_even=even,
             gain=measured,
+            free=free,
             left_out=self.left_out,
             lineage={
                 **measured_with(
@@ -218,6 +228,7 @@ class Adviser:
         if not priced:
             speed[answers[-1].arm.name] = self._speed(answers[-1], pilots[-1][1])
         pilot, nested = answers[-1], len(parts) > 1
+        self._pilot_scores = pilot.scores
         measured = TuningGain(
             parts=parts,
             all_rows=all_rows,

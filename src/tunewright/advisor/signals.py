@@ -11,6 +11,9 @@ is not as good     at most the margin, more than minus it      yes              
 does not beat      more than the margin                        (any other)              can't tell
 =================  ==========================================  =======================  ================
 
+Before the table: if no adapter can beat the best free arm by more than the margin, and the best prompt is not shown to,
+the answer is *no model*.
+
 Without a pilot the gain of training is unknown, except that no score exceeds 1. With fewer than `FEWEST_CLUSTERS` dev
 clusters the answer is *can't tell*. The columns are properties of :class:`Grounds`.
 """
@@ -28,6 +31,7 @@ from pydantic import Field, ValidationError, model_validator
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.evidence.common import ArmScore, Interval, Part
+from tunewright.evidence.incumbents import Drop
 from tunewright.evidence.power import FEWEST_CLUSTERS
 from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence
 from tunewright.evidence.verdict import SIGNIFICANT
@@ -223,6 +227,9 @@ class Signals(Part):
     context: ContextBudget
     break_even: BreakEven | None
     gain: TuningGain | None
+    free: Annotated[
+        Drop | None, Field(description="The pilot's score minus the best free arm's; None: one of them is missing.")
+    ] = None
     left_out: Annotated[dict[str, str], Field(description="Signal name to the reason why it was not measured.")]
     lineage: dict[str, Any]
 
@@ -270,12 +277,12 @@ def find_matching_advice(folder: Path, evidence: Evidence) -> Signals | None:
 # Decision
 
 
-Recommendation = Literal["fine-tune", "prompt", "retrieve", "can't tell"]
+Recommendation = Literal["fine-tune", "prompt", "retrieve", "no model", "can't tell"]
 
 RETRIEVING: frozenset[ArmKind] = frozenset({"retrieved"})
 """Kinds of arms that look demonstrations up for each question."""
 
-EXIT_CODES: dict[Recommendation, int] = {"fine-tune": 0, "prompt": 3, "retrieve": 3, "can't tell": 4}
+EXIT_CODES: dict[Recommendation, int] = {"fine-tune": 0, "prompt": 3, "retrieve": 3, "no model": 3, "can't tell": 4}
 
 
 @dataclass(frozen=True)
@@ -284,13 +291,13 @@ class Decision:
 
     answer: Recommendation
     arm: str | None
-    """The prompting arm to use, if the answer is to prompt or retrieve."""
+    """The arm to use, if the answer is to prompt or retrieve, or no model."""
     why: str
     """The reason, in a sentence."""
 
     @property
     def exit_code(self) -> int:
-        """0: fine-tune, 3: prompt or retrieve, 4: can't tell."""
+        """0: fine-tune, 3: prompt, retrieve or no model, 4: can't tell."""
         return EXIT_CODES[self.answer]
 
 
@@ -356,14 +363,28 @@ class Grounds:
         It is the upper end of the pilot's interval, plus the upper end of the last doubling's gain for each doubling to
         all rows. It is capped at the distance to a score of 1. Without a smaller part it is infinite.
         """
-        ceiling = 1 - self.best.score(self.signals.metric).interval.low
         gain = self.signals.gain
-        if gain is None:
+        return self._most(self.best, None if gain is None else gain.contrast.interval.high)
+
+    def _most(self, arm: Arm, pilot: float | None) -> float:
+        """Return the largest gain over an arm; ``pilot`` is the upper end of the pilot's (None: there is no pilot)."""
+        ceiling, gain = 1 - arm.score(self.signals.metric).interval.low, self.signals.gain
+        if gain is None or pilot is None:
             return ceiling
         ahead = 0.0
         if left := doublings_left(gain):
             ahead = math.inf if gain.slope is None else left * max(gain.slope.interval.high, 0.0)
-        return min(ceiling, gain.contrast.interval.high + ahead)
+        return min(ceiling, pilot + ahead)
+
+    @property
+    def free_enough(self) -> str | None:
+        """The best free arm, if neither an adapter of these rows nor the best prompt beats it by the margin."""
+        free, pilot = self.signals.prompting.free, self.signals.free
+        if free is None or free.prompting is None or free.prompting.outcome != "replace":
+            return None
+        arm = next(arm for arm in free.dev if arm.name == free.best)
+        most = self._most(arm, None if pilot is None else pilot.interval.high)
+        return free.best if most < self.signals.margin else None
 
     @property
     def no_gain(self) -> bool:
@@ -397,6 +418,9 @@ def decide(signals: Signals) -> Decision:
             None,
             f"{grounds.clusters} independent dev clusters are too few (at least {FEWEST_CLUSTERS} are needed).",
         )
+    if grounds.free_enough is not None:
+        why = f"No model is needed: no adapter of these rows can beat {grounds.free_enough} by the margin of {margin}"
+        return Decision("no model", grounds.free_enough, f"{why}, and {best} is not shown to.")
     if grounds.beats:
         beyond = ", even if twice the demonstrations gained as much again" if grounds.headroom > 0 else ""
         return Decision("fine-tune", None, f"The pilot beats {best} by more than the margin of {margin}{beyond}.")

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from tunewright.render.terminal import Part
 
 
-_COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold cyan", "can't tell": "bold yellow"}
+_COLOURS = {
+    "fine-tune": "bold green",
+    "prompt": "bold cyan",
+    "retrieve": "bold cyan",
+    "no model": "bold cyan",
+    "can't tell": "bold yellow",
+}
 _WIDTH = 41
 
 

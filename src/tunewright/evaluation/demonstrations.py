@@ -76,12 +76,13 @@ class TfIdf:
     def __init__(self, texts: Sequence[str]) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=_NGRAMS, sublinear_tf=True)
-        self._rows: Any = self._vectorizer.fit_transform(texts)
+        self.vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=_NGRAMS, sublinear_tf=True)
+        self.rows: Any = self.vectorizer.fit_transform(texts)
+        """Sparse unit vectors, [texts, n-grams]."""
 
     def similarities(self, query: str) -> NDArray[np.float64]:
         """Return cosines; all 0 for a query of unknown n-grams."""
-        found: NDArray[np.float64] = (self._rows @ self._vectorizer.transform([query]).T).toarray()[:, 0]
+        found: NDArray[np.float64] = (self.rows @ self.vectorizer.transform([query]).T).toarray()[:, 0]
         return found
 
 

@@ -17,6 +17,7 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, scored_arms
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, by_value, other_instructions, plan_of, prompting_arms
+from tunewright.evaluation.free_arms import free_on_dev, with_drops
 from tunewright.evaluation.generations import ArmAnswer, Generator
 from tunewright.evaluation.time_limit import TimeLimit
 from tunewright.evidence.schema import Advice, Arm, LeftOut, Narrowing, SeedSpread
@@ -95,6 +96,8 @@ def advise(arm_runner: ArmRunner, limit: TimeLimit | None = None) -> AdviseResul
     elif limit is not None:
         limit.warn_of_no_speed()
     if known is not None:
+        if known.free is None and (free := free_on_dev(arm_runner)) is not None:  # advice of an earlier version
+            known = known.model_copy(update={"free": free[0]})
         return AdviseResult(file, known, measured=False)
     document = json_document(advice.model_dump(mode="json"))
     if (access_log := _access_log(arm_runner)) is not None:
@@ -180,6 +183,7 @@ class _Choice:
 
     def advice(self) -> Advice:
         dev, first = self._dev, first_rows(self._arm_runner)
+        free = free_on_dev(self._arm_runner)
         narrow = len(first) < len(dev)
         answered = self._entrants(first)
         scored, entrants = self._scored(first, answered)
@@ -199,7 +203,7 @@ class _Choice:
                 f"{len(going_on)} of {len(entrants)} prompting arms advance from {len(first)} dev items to all "
                 f"{len(dev)}: {', '.join(narrowing.finalists)}"
             )
-            arms = self._scored(dev, self._answers(going_on, dev))[1]
+            scored, arms = self._scored(dev, self._answers(going_on, dev))
         if not arms:
             raise UserError(
                 "No prompt fits the base's context", fix="Shorten the examples or use a base with a longer context."
@@ -211,6 +215,7 @@ class _Choice:
             self._left_out = dict.fromkeys(budget.prompting, budget.why) | self._left_out
         # If none of the finalists retrieves, the first items decide the best retrieved arm.
         retrieving = _of_kind("retrieved", arms) or _of_kind("retrieved", entrants)
+        best = self._best(arms).name
         return Advice(
             metric=self._metric,
             metrics=measured_metrics(
@@ -219,7 +224,7 @@ class _Choice:
             items=len(dev),
             clusters=len({m.cluster for m in dev}),
             arms=list(arms.values()),
-            best=self._best(arms).name,
+            best=best,
             best_retrieved=self._best(retrieving).name if retrieving else None,
             narrowing=narrowing,
             static=self._spreads(entrants),
@@ -227,6 +232,7 @@ class _Choice:
             max_new_tokens=self._arm_runner.limit,
             engine=self._arm_runner.generator.used,
             budget=budget,
+            free=free and with_drops(free[0], scored | free[1], self._config, prompting=best),
         )
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[ArmAnswer]]:

@@ -248,6 +248,7 @@ def item_prompts(project: OpenProject, evaluation: str | Path | None, key: str) 
         if arm.name in item.prompts
         else ArmPrompt(arm.name, missing="The model gave no answer to this item.")
         for arm in found.arms
+        if arm.kind != "free"
     ]
 
 

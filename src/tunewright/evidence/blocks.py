@@ -11,7 +11,7 @@ from tunewright.evidence.common import ArmScore, Budget, percent_bar
 from tunewright.evidence.human_eval import human_eval_section
 from tunewright.evidence.prompt_optimization import NOT_RUN, optimization_section
 from tunewright.evidence.replacement import incumbents_section
-from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence, SeedSpread
+from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence, FreeArms, SeedSpread
 from tunewright.evidence.verdict import changed_words, fewest_clusters, verdict
 from tunewright.metrics import axis_label, metric_label, points_text
 from tunewright.render.blocks import (
@@ -58,6 +58,7 @@ TONES: dict[ArmKind, Tone] = {
     "mixed": "prompting",
     "zero-shot": "plain",
     "incumbent": "plain",
+    "free": "plain",
 }
 
 
@@ -84,10 +85,22 @@ def arms_section(evidence: Evidence) -> Section:
         for place, name in enumerate(metric_order(evidence))
     ]
     blocks.append(arms_table("Table of arms", evidence, evidence.arms))
-    notes = left_out(evidence.budget)
+    notes = [*left_out(evidence.budget), *([_FREE, *free_notes(evidence.free)] if evidence.free else [])]
     if evidence.engine is not None:
         notes.append(f"All arms were answered by {evidence.engine.text}: {evidence.engine.why}.")
     return Section("arms", title, (*blocks, Notes(tuple(notes))) if notes else tuple(blocks))
+
+
+_FREE = (
+    "Free arms need no language model. They are fitted on the training rows only and scored by the same metrics; no "
+    "judge is asked about them, and no p-value is adjusted for them."
+)
+
+
+def free_notes(free: FreeArms) -> list[str]:
+    """Return the free arm that is compared, and the free arms that could not answer."""
+    missing = [f"Left out: {each.name}: {each.why}." for each in free.left_out]
+    return [f"Best free arm on dev: {free.best}, since {free.why}.", *missing]
 
 
 def left_out(budget: Budget | None) -> list[str]:
@@ -121,7 +134,7 @@ def arms_table(
     def arm_row(arm: Arm) -> Row:
         score = arm.score(deciding)
         return row(
-            Cell(arm.name, (notes or {}).get(arm.name, "")),
+            Cell(arm.name, (notes or {}).get(arm.name, "no model" if arm.kind == "free" else "")),
             *([f"{round(score.value * score.scored)} of {score.scored}"] if counted else []),
             *_scored(score),
             *(text for name in others for text in _scored(arm.score(name))),
@@ -236,6 +249,7 @@ def prompting_section(evidence: Evidence) -> Section | None:
         arms_figure("dev", f"Prompting arms on the dev split by {axis}", evidence.dev_arms, evidence.metric),
         arms_table("Table of prompting arms", evidence, evidence.dev_arms, {evidence.best_prompting: "chosen"}),
     ]
+    blocks += _free_blocks(evidence, evidence.free, "the dev split")
     if evidence.narrowing is not None:
         found = evidence.narrowing
         fates = found.fates | dict.fromkeys(found.finalists, "advanced")
@@ -269,6 +283,7 @@ def advice_section(advice: Advice) -> Section:
     all_dev = f"{advice.items} dev items"
     on = all_dev if narrowing is None else f"{narrowing.items} of the {all_dev}"
     blocks: list[Block] = [
+        *_free_blocks(advice, advice.free, all_dev),
         Lead(f"Prompting on {on}, untuned base"),
         arms_table("Table of prompting arms", advice, [arm for arm in arms if arm.seed is None]),
     ]
@@ -285,6 +300,13 @@ def advice_section(advice: Advice) -> Section:
     best = f"Best prompting arm: {advice.best}. A fine-tune has to beat it."
     notes = Notes((*missing, *left_out(advice.budget), best))
     return Section("prompting", "Prompting arms", (*blocks, notes))
+
+
+def _free_blocks(measured: Evidence | Advice, free: FreeArms | None, items: str) -> list[Block]:
+    if free is None:
+        return []
+    lead = Lead(f"Free arms on {items}, without a model")
+    return [lead, arms_table("Table of free arms", measured, free.dev), Notes(tuple(free_notes(free)))]
 
 
 def _draws(spreads: tuple[SeedSpread, ...]) -> Table:

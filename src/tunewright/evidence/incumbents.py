@@ -26,7 +26,10 @@ HOURS_PER_MONTH = 730
 
 
 class Drop(Part):
-    """The incumbent's score minus the tuned arm's on the same items, as a share; negative if tuned is better."""
+    """The incumbent's score minus the tuned arm's on the same items, as a share; negative if tuned is better.
+
+    For a free arm: another arm's score minus the free arm's.
+    """
 
     value: float
     interval: Annotated[Interval, Field(description="Two-sided 95% interval, which decides.")]
@@ -173,6 +176,8 @@ def _corpus_drop(
     value = float(score(sums[0].sum(axis=0)) - score(sums[1].sum(axis=0)))
     if len(sums[0]) == 1:
         return value, Interval(low=-1, high=1), "none: a single cluster"
+    if (sums[0] == sums[1]).all():  # resampling equal clusters gives no width, however few they are
+        return value, clustered_interval(np.zeros(len(names)), names), "t-interval over clusters, Bonett-Price adjusted"
     drawn = bootstrap_sums(np.hstack(sums), seed)
     columns = ours.scorer.columns
     drops = score(drawn[:, :columns]) - score(drawn[:, columns:])

@@ -23,7 +23,7 @@ from tunewright.evidence.common import (
     TrainSimilarity,
 )
 from tunewright.evidence.human_eval import AnswerReview
-from tunewright.evidence.incumbents import Incumbents
+from tunewright.evidence.incumbents import Drop, Incumbents
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.logged_access import Design, EarlierAccess, LoggedAccess
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
@@ -33,7 +33,9 @@ SCHEMA_VERSION: Literal[3] = 3
 MEASUREMENT_VERSION = 2
 """Part of the inputs that name advice and evaluations: increment it when they would measure something else."""
 
-ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "parent", "mixed", "incumbent"]
+ArmKind = Literal[
+    "zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "parent", "mixed", "incumbent", "free"
+]
 
 
 class Arm(Part):
@@ -41,13 +43,16 @@ class Arm(Part):
 
     name: Annotated[
         str,
-        Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, parent, best-prompting, or incumbent-NAME."),
+        Field(
+            description="zero-shot, static-K-seed-N, retrieved-K, tuned, parent, best-prompting, incumbent-NAME, or "
+            "free-NAME."
+        ),
     ]
     kind: Annotated[
         ArmKind,
         Field(
             description="Kind of arm. parent: the adapter that tuned started from. mixed: the folds differ. "
-            "incumbent: a hosted model."
+            "incumbent: a hosted model. free: no language model."
         ),
     ]
     shots: Annotated[int, Field(description="Demonstrations in the prompt.")]
@@ -101,6 +106,29 @@ class LeftOut(Part):
     why: str
 
 
+class FreeArms(Part):
+    """Arms that need no language model, on answers that are labels or short; the best on dev is compared.
+
+    The comparisons are declared, and apart from the contrasts: they do not change an adjusted p-value.
+    """
+
+    why: Annotated[str, Field(description="Why free arms can answer, in words.")]
+    dev: Annotated[list[Arm], Field(description="The free arms on dev.")]
+    best: Annotated[str, Field(description="The free arm with the best score on dev; of equal ones the simplest.")]
+    left_out: tuple[LeftOut, ...]
+    tuned: Annotated[
+        Drop | None, Field(description="The tuned arm's score minus the best free arm's; null: not compared.")
+    ] = None
+    prompting: Annotated[
+        Drop | None, Field(description="The best prompting arm's score minus the best free arm's; null: not compared.")
+    ] = None
+
+    @property
+    def enough(self) -> bool:
+        """True if the best free arm is shown to be not worse than tuned and than the best prompting arm."""
+        return all(drop is not None and drop.outcome == "replace" for drop in (self.tuned, self.prompting))
+
+
 class SeedSpread(Part):
     """A static arm over its draws of demonstrations, on the same items."""
 
@@ -145,6 +173,9 @@ class Advice(Part):
         EngineUsed | None, Field(description="Engine that computed the answers; null in older advice.")
     ] = None
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
+    free: Annotated[
+        FreeArms | None, Field(description="Arms without a model; null: they do not fit the answers, or older advice.")
+    ] = None
 
 
 class Contrast(Part):
@@ -306,6 +337,10 @@ class Evidence(Part):
     ] = None
     incumbents: Annotated[
         Incumbents | None, Field(description="Models of evaluate.incumbents against the adapter; null: none.")
+    ] = None
+    free: Annotated[
+        FreeArms | None,
+        Field(description="Arms without a model; null: they do not fit the answers, or older evidence."),
     ] = None
     generated_effect: Annotated[
         GeneratedEffect | None,

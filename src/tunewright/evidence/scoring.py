@@ -83,6 +83,11 @@ class ScoredArms:
             },
         )
 
+    def __or__(self, more: ScoredArms) -> ScoredArms:
+        """Return the scores together with those of other arms on the same items."""
+        found = {metric: {**arms, **more.by_metric[metric]} for metric, arms in self.by_metric.items()}
+        return replace(self, by_metric=found)
+
     def of_arm(self, arm: str) -> list[Scores]:
         """Return one arm's scores by every metric."""
         return [arms[arm] for arms in self.by_metric.values()]

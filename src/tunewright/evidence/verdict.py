@@ -99,6 +99,8 @@ def verdict(evidence: Evidence) -> Verdict:
     if that benchmark can't tell, neither can a *ship*. Don't ship answers that people prefer less in a blind review.
     Can't tell if only a judge that passed its controls prefers the other arm.
 
+    Don't ship, and say so first, if an arm without a model is not worse than tuned and than the best prompting arm.
+
     Incumbents have outcomes of their own (:mod:`tunewright.evidence.replacement`) and do not change the decision.
     """
     contrast = evidence.contrasts[0]
@@ -109,10 +111,11 @@ def verdict(evidence: Evidence) -> Verdict:
         decision = "don't ship"
     elif against == "judge" and decision == "ship":
         decision = "can't tell"
+    decision, first, compared = _without_model(evidence, decision)
     measured, further = _measurement(evidence, contrast), _further(evidence, contrast)
-    reasons = (measured, *why, *further, *regressions, *said, *_cautions(evidence, contrast))
+    reasons = (*first, measured, *why, *compared, *further, *regressions, *said, *_cautions(evidence, contrast))
     replaced = replacements(evidence, decision)
-    summary = plain_measurement(evidence, contrast)
+    summary = " ".join([*first, plain_measurement(evidence, contrast)])
     return Verdict(decision, reasons, evidence.split, replacements=replaced, summary=summary)
 
 
@@ -128,6 +131,24 @@ def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, 
         head = "The gain is large enough, but the benchmarks cannot show if the adapter lost general ability."
         return "can't tell", [head, *found.reasons]
     return decision, list(found.reasons)
+
+
+def _without_model(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str], list[str]]:
+    """Return the decision after the free arms; the first reason, if no model is needed; else a further one."""
+    free = evidence.free
+    if free is None or free.tuned is None:
+        return decision, [], []
+    tuned, margin = evidence.arm(evidence.contrasts[0].treatment), _points(evidence.margin)
+    gain = free.tuned.interval.model_copy(update={"low": -free.tuned.interval.high, "high": -free.tuned.interval.low})
+    measured = (
+        f"{points_text(-free.tuned.value)} points, 95% interval {gain.points}, on "
+        f"{count_of(free.tuned.items, evidence.items_text)}"
+    )
+    arms = f"{_scored(evidence, evidence.arm(free.best))}, without a model,", _scored(evidence, tuned)
+    if free.enough:
+        text = f"No model is needed: {arms[0]} is not worse than {arms[1]} by the margin of {margin}: {measured}."
+        return "don't ship", [text], []
+    return decision, [], [f"{arms[0]} against {arms[1]}: {measured}."]
 
 
 def decisive_preferences(evidence: Evidence) -> tuple[Literal["people", "judge"] | None, list[str]]:

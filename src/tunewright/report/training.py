@@ -117,7 +117,7 @@ def cost_section(evidence: Evidence, advice: Signals | None) -> Section:
     first = evidence.contrasts[0]
     ours, theirs = evidence.arm(first.treatment), evidence.arm(first.control)
     head = ("Arm", "Prompt tokens", "The same in every prompt", "New in each", "Answer tokens")
-    tokens = table("Table of tokens", head, (_tokens_row(arm) for arm in evidence.arms))
+    tokens = table("Table of tokens", head, (_tokens_row(arm) for arm in evidence.arms if arm.kind != "free"))
     return Section("cost", "Cost of a call, and break-even", (Lead(_lead(ours, theirs)), tokens, *_pays(advice)))
 
 
