@@ -106,15 +106,12 @@ def measured(signals: Signals) -> dict[str, str]:
 
 
 def _free(signals: Signals) -> str:
-    free, pilot = signals.prompting.free, signals.free
+    free = signals.prompting.free
     assert free is not None
-    score = next(arm.score(signals.metric).value for arm in free.dev if arm.name == free.best)
-    compared = [
-        f"{name} minus it: {_points(drop.value, drop.interval)}"
-        for name, drop in ((signals.prompting.best, free.prompting), ("the pilot", pilot))
-        if drop is not None
-    ]
-    return f"Without a model, {free.best} has {'; '.join([score_text(signals.metric, score), *compared])}."
+    text = [f"{free.best} has {score_text(signals.metric, free.best_on_dev.score(signals.metric).value)}"]
+    for name, drop in ((signals.prompting.best, free.prompting), ("the pilot", free.tuned)):
+        text += [] if drop is None else [f"{name} minus it: {_points(drop.value, drop.interval)}"]
+    return f"Without a model, {'; '.join(text)}."
 
 
 def _context(signals: Signals) -> str:

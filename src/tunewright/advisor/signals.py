@@ -31,7 +31,6 @@ from pydantic import Field, ValidationError, model_validator
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.evidence.common import ArmScore, Interval, Part
-from tunewright.evidence.incumbents import Drop
 from tunewright.evidence.power import FEWEST_CLUSTERS
 from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence
 from tunewright.evidence.verdict import SIGNIFICANT
@@ -227,9 +226,6 @@ class Signals(Part):
     context: ContextBudget
     break_even: BreakEven | None
     gain: TuningGain | None
-    free: Annotated[
-        Drop | None, Field(description="The pilot's score minus the best free arm's; None: one of them is missing.")
-    ] = None
     left_out: Annotated[dict[str, str], Field(description="Signal name to the reason why it was not measured.")]
     lineage: dict[str, Any]
 
@@ -379,11 +375,10 @@ class Grounds:
     @property
     def free_enough(self) -> str | None:
         """The best free arm, if neither an adapter of these rows nor the best prompt beats it by the margin."""
-        free, pilot = self.signals.prompting.free, self.signals.free
+        free = self.signals.prompting.free
         if free is None or free.prompting is None or free.prompting.outcome != "replace":
             return None
-        arm = next(arm for arm in free.dev if arm.name == free.best)
-        most = self._most(arm, None if pilot is None else pilot.interval.high)
+        most = self._most(free.best_on_dev, None if free.tuned is None else free.tuned.interval.high)
         return free.best if most < self.signals.margin else None
 
     @property

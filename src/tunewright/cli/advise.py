@@ -22,13 +22,7 @@ if TYPE_CHECKING:
     from tunewright.render.terminal import Part
 
 
-_COLOURS = {
-    "fine-tune": "bold green",
-    "prompt": "bold cyan",
-    "retrieve": "bold cyan",
-    "no model": "bold cyan",
-    "can't tell": "bold yellow",
-}
+_COLOURS = {"fine-tune": "bold green", "can't tell": "bold yellow"}
 _WIDTH = 41
 
 
@@ -44,7 +38,7 @@ def advise(
     ] = False,
     minutes: Minutes = None,
 ) -> int:
-    """Say whether to prompt, retrieve (exit code 3) or fine-tune (0), or that the dev split can't tell (4).
+    """Say whether to prompt, retrieve or use no model (exit code 3), to fine-tune (0), or that dev can't tell (4).
 
     Measures the score by number of demonstrations, and after how many calls training pays off. A pilot adapter, trained
     on a part of the rows, meets the best prompt. Resumes where it stopped.
@@ -73,7 +67,7 @@ def advice_tables(result: AdviceResult) -> list[Part]:
     from tunewright.evidence.blocks import advice_section
 
     signals, decision = result.signals, result.decision
-    answer = Text(f"Answer: {decision.answer}", style=_COLOURS[decision.answer])
+    answer = Text(f"Answer: {decision.answer}", style=_COLOURS.get(decision.answer, "bold cyan"))
     if decision.arm is not None:
         answer.append(f" ({decision.arm})")
     lines = [decision.why, "What would change this answer:", *(f"  - {c}" for c in changes(signals, decision))]

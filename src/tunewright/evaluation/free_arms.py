@@ -7,7 +7,7 @@ adapter. The best one on dev is compared with the adapter by non-inferiority; th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -56,144 +56,121 @@ def why_free(trained: Sequence[str], held_out: Sequence[str]) -> tuple[str, bool
     return None
 
 
-class _Fitted:
+class FittedArms:
     """Free arms on the training rows of a version; each answers rows, and none sees their answers."""
 
     def __init__(self, arm_runner: ArmRunner) -> None:
         self._runner = arm_runner
         self._train = arm_runner.version.domain_of("train")
-        self._answers = [m.example.output.strip() for m in self._train]
+        self.trained = [m.example.output.strip() for m in self._train]
         self._seed = arm_runner.project.config.seed
 
     @cached_property
     def _index(self) -> TfIdf:
-        return TfIdf([m.example.input_text for m in self._train])
+        return TfIdf(_inputs(self._train))
 
     def left_out(self, *, labels: bool) -> dict[str, str]:
         """Return the arms that cannot answer, with the reason."""
         if not labels:
             return dict.fromkeys((MAJORITY, TFIDF, HIDDEN), "it needs answers that repeat")
-        classes, generator = len(set(self._answers)), self._runner.generator
+        classes, generator = len(set(self.trained)), self._runner.generator
         if not 2 <= classes <= MOST_CLASSES:
             why = f"a linear model takes 2 to {MOST_CLASSES} different answers, and there are {classes:,}"
             return dict.fromkeys((TFIDF, HIDDEN), why)
-        if generator.workers is not None:
-            return {HIDDEN: "the machines of compute.cluster have the base, and return no hidden states"}
-        return {} if generator.engine.environment is None else {HIDDEN: "vLLM returns no hidden states"}
+        if generator.workers is not None or generator.engine.environment is not None:
+            return {HIDDEN: f"{'a cluster' if generator.workers else 'vLLM'} answers, and returns no hidden states"}
+        return {}
 
-    def answers(self, name: str, rows: Sequence[Member]) -> list[ArmAnswer]:
+    def answers(self, name: str, rows: Sequence[Member]) -> list[str]:
         """Return an arm's answers to rows."""
-        arms: dict[str, Callable[[Sequence[Member]], Sequence[str]]] = {
-            MAJORITY: lambda rows: [Counter(self._answers).most_common(1)[0][0]] * len(rows),
-            NEAREST: self._nearest,
-            TFIDF: self._tfidf,
-            HIDDEN: self._hidden,
-        }
-        with self._runner.reporter.task(name, 1, "arms") as task:
-            texts = arms[name](rows)
-            task.advance()
-        return [ArmAnswer(str(text), False, (), 0) for text in texts]
+        if name == MAJORITY:
+            return [Counter(self.trained).most_common(1)[0][0]] * len(rows)
+        return self._nearest(rows) if name == NEAREST else self._linear(name, rows)
 
     def _nearest(self, rows: Sequence[Member]) -> list[str]:
         clusters = np.array([m.cluster for m in self._train])
         found: list[str] = []
         for start in range(0, len(rows), _BLOCK):
             block = rows[start : start + _BLOCK]
-            asked = self._index.vectorizer.transform([m.example.input_text for m in block])
-            similar = (asked @ self._index.rows.T).toarray()
+            similar = (self._index.vectorizer.transform(_inputs(block)) @ self._index.rows.T).toarray()
             similar[np.array([m.cluster for m in block])[:, None] == clusters] = -1  # as for demonstrations
-            found += [self._answers[place] for place in similar.argmax(axis=1).tolist()]
+            found += [self.trained[place] for place in similar.argmax(axis=1).tolist()]
         return found
 
-    def _tfidf(self, rows: Sequence[Member]) -> Any:
-        from sklearn.linear_model import SGDClassifier
-
-        places = self._drawn(TFIDF)
-        model = SGDClassifier(loss="log_loss", alpha=_REGULARISATION, random_state=self._seed)
-        model.fit(self._index.rows[places], [self._answers[place] for place in places])
-        return model.predict(self._index.vectorizer.transform([m.example.input_text for m in rows]))
-
-    def _hidden(self, rows: Sequence[Member]) -> Any:
-        from sklearn.linear_model import RidgeClassifierCV
+    def _linear(self, name: str, rows: Sequence[Member]) -> list[str]:
+        from sklearn.linear_model import RidgeClassifierCV, SGDClassifier
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        places = self._drawn(HIDDEN)
-        trained, asked = (
-            self._runner.embeddings.of("dense", [m.example.input_text for m in members])
-            for members in ([self._train[place] for place in places], rows)
-        )
-        model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(0, 5, 6)))
-        return model.fit(trained, [self._answers[place] for place in places]).predict(asked)
-
-    def _drawn(self, name: str) -> list[int]:
-        """Return the places of the training rows that a linear model is fitted on, with at least two answers."""
-        count, most = len(self._train), _MOST_ROWS[name]
-        if count <= most:
-            return list(range(count))
-        self._runner.warn_once(f"{name} is fitted on {most:,} of {count:,} training rows, drawn by the seed.")
-        places = sorted(np.random.default_rng(self._seed).choice(count, most, replace=False).tolist())
-        if len({self._answers[place] for place in places}) < 2:
-            places.append(next(p for p in range(count) if self._answers[p] != self._answers[places[0]]))
-        return places
+        places, most = list(range(len(self._train))), _MOST_ROWS[name]
+        if len(places) > most:
+            self._runner.warn_once(f"{name} is fitted on {most:,} of {len(places):,} training rows, drawn by the seed.")
+            drawn = np.random.default_rng(self._seed).choice(len(places), most, replace=False)
+            # and one row of each class
+            places = sorted({*drawn.tolist(), *np.unique(self.trained, return_index=True)[1].tolist()})
+        if name == TFIDF:
+            model: Any = SGDClassifier(loss="log_loss", alpha=_REGULARISATION, random_state=self._seed)
+            known, asked = self._index.rows[places], self._index.vectorizer.transform(_inputs(rows))
+        else:
+            model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(0, 5, 6)))
+            groups = [self._train[place] for place in places], rows
+            known, asked = (self._runner.embeddings.of("dense", _inputs(members)) for members in groups)
+        answers: list[str] = model.fit(known, [self.trained[place] for place in places]).predict(asked).tolist()
+        return answers
 
 
-def free_answers(arm_runner: ArmRunner, names: Sequence[str], rows: Sequence[Member]) -> dict[str, list[ArmAnswer]]:
-    """Return the answers of these free arms to rows."""
-    fitted = _Fitted(arm_runner)
-    return {name: fitted.answers(name, rows) for name in names}
+def _inputs(members: Sequence[Member]) -> list[str]:
+    return [m.example.input_text for m in members]
 
 
-def report_free(arm_runner: ArmRunner, scored: ScoredArms, split: str, why: str) -> None:
-    """Report the free arms' scores by the deciding metric."""
-    metric, arms = next(iter(scored.by_metric.items()))
-    scores = ", ".join(f"{name} {score_text(metric, scores.total())}" for name, scores in arms.items())
-    arm_runner.reporter.say(f"Without a model, on {split}: {scores} ({why}).")
+def answer_free(
+    arm_runner: ArmRunner, names: Sequence[str], rows: Sequence[Member], split: str
+) -> tuple[dict[str, list[ArmAnswer]], ScoredArms]:
+    """Return the answers of these free arms to rows of a split and their scores, which are reported."""
+    fitted, found = FittedArms(arm_runner), dict[str, list[ArmAnswer]]()
+    with arm_runner.reporter.task(f"free arms on {split}", len(names), "arms") as task:
+        for name in names:
+            found[name] = [ArmAnswer(text, False, (), 0) for text in fitted.answers(name, rows)]
+            task.advance()
+    scored = scored_arms(arm_runner.scorers, rows, found)
+    if names:
+        metric, arms = next(iter(scored.by_metric.items()))
+        scores = ", ".join(f"{name} {score_text(metric, scores.total())}" for name, scores in arms.items())
+        arm_runner.reporter.say(f"Without a model, on {split}: {scores}.")
+    return found, scored
 
 
-def free_on_dev(arm_runner: ArmRunner) -> tuple[FreeArms, ScoredArms] | None:
+def free_on_dev(arm_runner: ArmRunner) -> tuple[FreeArms | None, ScoredArms]:
     """Measure the free arms that fit the answers on dev, and choose the best; None if none fits.
 
     A fold of a cross-validation has none.
     """
-    dev, train = arm_runner.version.examples("dev"), arm_runner.version.domain_of("train")
-    found = why_free([m.example.output.strip() for m in train], [m.example.output.strip() for m in dev])
+    fitted, dev, metric = FittedArms(arm_runner), arm_runner.version.examples("dev"), arm_runner.scorers[0].name
+    found = why_free(fitted.trained, [m.example.output.strip() for m in dev])
     if found is None or arm_runner.folder != arm_runner.project.evaluations:
-        return None
-    why, labels = found
-    left_out = _Fitted(arm_runner).left_out(labels=labels)
+        return None, scored_arms(arm_runner.scorers, dev, {})
+    left_out = fitted.left_out(labels=found[1])
     names = [name for name in (MAJORITY, NEAREST, TFIDF, HIDDEN) if name not in left_out]
-    scored = scored_arms(arm_runner.scorers, dev, free_answers(arm_runner, names, dev))
-    report_free(arm_runner, scored, "dev", why)
+    _, scored = answer_free(arm_runner, names, dev, "dev")
     arms = free_measured(scored, names, arm_runner.project.config.seed)
-    metric = arm_runner.scorers[0].name
     best = max(arms, key=lambda arm: arm.score(metric).value)  # of equal ones the first, which is the simplest
     missing = tuple(LeftOut(name=name, why=why) for name, why in left_out.items())
-    return FreeArms(why=why, dev=arms, best=best.name, left_out=missing), scored
+    return FreeArms(why=found[0], dev=arms, best=best.name, left_out=missing), scored
 
 
-def with_drops(free: FreeArms, scored: ScoredArms, config: Config, **controls: str) -> FreeArms:
+def with_drops(free: FreeArms | None, scored: ScoredArms, config: Config, **controls: str) -> FreeArms | None:
     """Return the section with the losses of its best arm against other arms, given as field and arm."""
-    arms, margin, seed = next(iter(scored.by_metric.values())), config.evaluate.margin, config.seed
+    if free is None:
+        return None
+    arms, clusters = next(iter(scored.by_metric.values())), scored.clusters
     drops = {
-        field: measured_drop(arms[free.best], arms[name], scored.clusters, margin, seed)
+        field: measured_drop(arms[free.best], arms[name], clusters, config.evaluate.margin, config.seed)
         for field, name in controls.items()
     }
     return free.model_copy(update=drops)
 
 
-def free_measured(scored: ScoredArms, names: Sequence[str], seed: int) -> list[Arm]:
+def free_measured(scored: ScoredArms, names: Iterable[str], seed: int) -> list[Arm]:
     """Return the free arms' entries for advice and evidence."""
-    return [
-        score_arm(
-            name=name,
-            kind="free",
-            shots=0,
-            scores=scored.of_arm(name),
-            clusters=scored.clusters,
-            truncated=0,
-            prompt_tokens=0,
-            seed=seed,
-        )
-        for name in names
-    ]
+    facts: dict[str, Any] = {"kind": "free", "shots": 0, "truncated": 0, "prompt_tokens": 0, "seed": seed}
+    return [score_arm(name=name, scores=scored.of_arm(name), clusters=scored.clusters, **facts) for name in names]

@@ -96,8 +96,8 @@ def advise(arm_runner: ArmRunner, limit: TimeLimit | None = None) -> AdviseResul
     elif limit is not None:
         limit.warn_of_no_speed()
     if known is not None:
-        if known.free is None and (free := free_on_dev(arm_runner)) is not None:  # advice of an earlier version
-            known = known.model_copy(update={"free": free[0]})
+        if known.free is None:  # advice of an earlier version
+            known = known.model_copy(update={"free": free_on_dev(arm_runner)[0]})
         return AdviseResult(file, known, measured=False)
     document = json_document(advice.model_dump(mode="json"))
     if (access_log := _access_log(arm_runner)) is not None:
@@ -232,7 +232,7 @@ class _Choice:
             max_new_tokens=self._arm_runner.limit,
             engine=self._arm_runner.generator.used,
             budget=budget,
-            free=free and with_drops(free[0], scored | free[1], self._config, prompting=best),
+            free=with_drops(free[0], scored | free[1], self._config, prompting=best),
         )
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[ArmAnswer]]:

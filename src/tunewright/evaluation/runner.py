@@ -40,7 +40,7 @@ from tunewright.evaluation.arms import (
     tuned_retrieved,
 )
 from tunewright.evaluation.benchmarks.runner import measure_suites
-from tunewright.evaluation.free_arms import free_answers, free_measured, report_free, with_drops
+from tunewright.evaluation.free_arms import answer_free, free_measured, with_drops
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.generations import ArmAnswer
 from tunewright.evaluation.incumbents import IncumbentArms, repriced
@@ -121,15 +121,10 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
     if split == "test":  # dev rows were checked when the prompting arm was chosen
         check_references(arm_runner.scorers, examples, split, arm_runner.reporter)
 
-    # Free arms answer before any model, as declared.
+    # Free arms answer before any model, if they were declared (an earlier version declares none).
     declared = comparison.declared if opening is None else opening.declared
-    free, by_free, free_scored = advice.free, dict[str, list[ArmAnswer]](), None
-    if free is None or all(each.treatment != free.best for each in declared):
-        free = None  # the test split was opened by an earlier version, which declared none
-    else:
-        by_free = free_answers(arm_runner, [arm.name for arm in free.dev], rows)
-        free_scored = scored_arms(arm_runner.scorers, rows, by_free)
-        report_free(arm_runner, free_scored, split, free.why)
+    free = advice.free if advice.free and any(advice.free.best == each.treatment for each in declared) else None
+    by_free, free_scored = answer_free(arm_runner, [arm.name for arm in free.dev] if free else [], rows, split)
 
     # Answers of all arms to the same rows. The noise floor is the difference between two runs of one arm.
     hosted = incumbents.ask()
@@ -148,16 +143,14 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
     prompts |= incumbents.prompts(messages)
 
     # Scores of each arm, then the contrasts that were declared; the first one decides.
-    scored = incumbents.scored(scored_arms(arm_runner.scorers, rows, answers))
+    scored = incumbents.scored(scored_arms(arm_runner.scorers, rows, answers)) | free_scored
+    answers |= by_free
     arms = {
         plan.name: measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan, _ in comparison.arms
     }
     # Contrasts with incumbents and free arms are separate decisions, which Holm's method does not adjust.
     pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
     contrasts = declared_contrasts(scored, pairs, config.seed)
-    if free is not None and free_scored is not None:
-        answers, scored = answers | by_free, scored | free_scored
-        free = with_drops(free, scored, config, prompting=advice.best, tuned=TUNED.name)
     nearest = nearest_training(version, arm_runner.reporter, split)
     new = new_templates(version.members, (split,))
     replaced = incumbents.section(scored, adapter, arms[TUNED.name])
@@ -185,7 +178,7 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
         left_out=advice.left_out,
         budget=arm_runner.budget,
         best_prompting=advice.best,
-        arms=[*arms.values(), *incumbents.arms(scored), *free_measured(scored, list(by_free), config.seed)],
+        arms=[*arms.values(), *incumbents.arms(scored), *free_measured(scored, by_free, config.seed)],
         contrasts=contrasts,
         engine=generator.used,
         prompt_optimization=arm_runner.optimization,
@@ -204,7 +197,7 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
         ),
         regressions=regressions,
         incumbents=replaced,
-        free=free,
+        free=with_drops(free, scored, config, prompting=advice.best, tuned=TUNED.name),
         lineage=_lineage(arm_runner, adapter),
     )
     distances = Distances(nearest, new)
@@ -259,17 +252,12 @@ def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, spl
     }
     identity = digest(decides)[:12]
     declared = declare(arm_runner.project.config, metric, advice.best, treatments, parent=parent is not None)
-    if advice.free is not None:  # only the best on dev: each further one would be another chance for luck
-        declared += tuple(
-            Declared(
-                treatment=advice.free.best,
-                control=control,
-                metric=metric,
-                margin=None,
-                non_inferiority_margin=settings.margin,
-            )
-            for control in (TUNED.name, advice.best)
-        )
+    # Only the best free arm on dev: each further one would be another chance for luck.
+    free = [(advice.free.best, control) for control in (TUNED.name, advice.best)] if advice.free else []
+    declared += tuple(
+        Declared(treatment=ours, control=theirs, metric=metric, margin=None, non_inferiority_margin=settings.margin)
+        for ours, theirs in free
+    )
     return Comparison(
         adapter=adapter,
         advice=advice,

@@ -85,7 +85,7 @@ def arms_section(evidence: Evidence) -> Section:
         for place, name in enumerate(metric_order(evidence))
     ]
     blocks.append(arms_table("Table of arms", evidence, evidence.arms))
-    notes = [*left_out(evidence.budget), *([_FREE, *free_notes(evidence.free)] if evidence.free else [])]
+    notes = [*left_out(evidence.budget), *([_FREE] if evidence.free else [])]
     if evidence.engine is not None:
         notes.append(f"All arms were answered by {evidence.engine.text}: {evidence.engine.why}.")
     return Section("arms", title, (*blocks, Notes(tuple(notes))) if notes else tuple(blocks))
@@ -95,12 +95,6 @@ _FREE = (
     "Free arms need no language model. They are fitted on the training rows only and scored by the same metrics; no "
     "judge is asked about them, and no p-value is adjusted for them."
 )
-
-
-def free_notes(free: FreeArms) -> list[str]:
-    """Return the free arm that is compared, and the free arms that could not answer."""
-    missing = [f"Left out: {each.name}: {each.why}." for each in free.left_out]
-    return [f"Best free arm on dev: {free.best}, since {free.why}.", *missing]
 
 
 def left_out(budget: Budget | None) -> list[str]:
@@ -305,8 +299,13 @@ def advice_section(advice: Advice) -> Section:
 def _free_blocks(measured: Evidence | Advice, free: FreeArms | None, items: str) -> list[Block]:
     if free is None:
         return []
-    lead = Lead(f"Free arms on {items}, without a model")
-    return [lead, arms_table("Table of free arms", measured, free.dev), Notes(tuple(free_notes(free)))]
+    missing = [f"Left out: {each.name}: {each.why}." for each in free.left_out]
+    notes = Notes((f"Best free arm: {free.best}.", *missing))
+    return [
+        Lead(f"Free arms on {items}, without a model: {free.why}"),
+        arms_table("Table of free arms", measured, free.dev),
+        notes,
+    ]
 
 
 def _draws(spreads: tuple[SeedSpread, ...]) -> Table:

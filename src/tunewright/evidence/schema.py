@@ -117,11 +117,17 @@ class FreeArms(Part):
     best: Annotated[str, Field(description="The free arm with the best score on dev; of equal ones the simplest.")]
     left_out: tuple[LeftOut, ...]
     tuned: Annotated[
-        Drop | None, Field(description="The tuned arm's score minus the best free arm's; null: not compared.")
+        Drop | None,
+        Field(description="The tuned arm's (or pilot's) score minus the best free arm's; null: not compared."),
     ] = None
     prompting: Annotated[
         Drop | None, Field(description="The best prompting arm's score minus the best free arm's; null: not compared.")
     ] = None
+
+    @property
+    def best_on_dev(self) -> Arm:
+        """The best free arm, on dev."""
+        return next(arm for arm in self.dev if arm.name == self.best)
 
     @property
     def enough(self) -> bool:
