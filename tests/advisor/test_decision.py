@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from making.signals import arm, break_even, curve, doubling, gain, make_signals
 from tunewright.advisor.advice import changes, expectations, measured
 from tunewright.advisor.signals import Grounds, Signals, decide, load_signals
+from tunewright.evidence.common import Interval
+from tunewright.evidence.incumbents import Drop
+from tunewright.evidence.schema import FreeArms
 
 FLAT = doubling(50, 100, 0, -1, 0)
 """A doubling of the rows that brought nothing: all rows reach what the pilot reaches."""
@@ -59,6 +62,43 @@ def test_decision_follows_the_table(measured_gain: Any, even: Any, expected: str
     assert decision.answer == expected
     assert decision.exit_code == {"fine-tune": 0, "retrieve": 3, "can't tell": 4}[expected]
     assert (decision.arm == "retrieved-4") == (expected == "retrieve")
+
+
+def _drop(value: float, low: float, high: float) -> Drop:
+    shown = Interval(low=low / 100, high=high / 100)
+    return Drop(value=value / 100, interval=shown, method="t", items=200, clusters=150, left_out={}, margin=0.02)
+
+
+NEARER, FARTHER = _drop(0, -1, 1), _drop(10, 5, 15)
+
+
+@pytest.mark.parametrize(
+    ("prompting", "pilot", "measured_gain", "score", "expected"),
+    [
+        (NEARER, NEARER, gain(0, -1.5, 1.5, slope=FLAT, rows=400), 60, True),
+        (NEARER, NEARER, AS_GOOD, 60, True),  # a quarter of the rows, and more rows bring nothing
+        (NEARER, NEARER, gain(0, -1.5, 1.5, slope=STEEP), 60, False),
+        (NEARER, NEARER, gain(0, -1.5, 1.5, slope=None), 60, False),
+        (NEARER, FARTHER, BEATS, 60, False),
+        (FARTHER, NEARER, AS_GOOD, 60, False),
+        (NEARER, None, None, 60, False),
+        (NEARER, None, None, 99.5, True),  # no score exceeds 100%
+    ],
+)
+def test_no_model_where_nothing_can_beat_the_best_free_arm_by_the_margin(
+    prompting: Drop, pilot: Drop | None, measured_gain: Any, score: float, expected: bool
+) -> None:
+    best = arm("free-tfidf", "free", 0, score, 0, half=1)
+    free = FreeArms(why="", dev=[best], best=best.name, left_out=(), prompting=prompting, tuned=pilot)
+    signals = make_signals(gain=measured_gain, left_out={} if measured_gain else {"gain": "--no-pilot"})
+    signals = signals.model_copy(update={"prompting": signals.prompting.model_copy(update={"free": free})})
+    decision = decide(signals)
+    assert (decision.answer == "no model") == expected
+    assert measured(signals)["free arms"].startswith(f"Without a model, free-tfidf has {score:.1f}%")
+    if expected:
+        assert (decision.arm, decision.exit_code) == ("free-tfidf", 3)
+        assert decision.why.startswith("No model is needed")
+        assert changes(signals, decision)
 
 
 def test_decision_names_the_cheapest_sufficient_arm() -> None:

@@ -29,8 +29,8 @@ Advised = tuple[Path, Ran]
 def test_advise_reports_three_signals_and_exits_with_its_answer(advised: Advised) -> None:
     _, ran = advised
     document = ran.document
-    assert ran.code == {"fine-tune": 0, "prompt": 3, "retrieve": 3, "can't tell": 4}[document["answer"]]
-    assert list(document["signals"]) == ["context budget", "break-even", "gain"]
+    assert ran.code == {"fine-tune": 0, "prompt": 3, "retrieve": 3, "no model": 3, "can't tell": 4}[document["answer"]]
+    assert list(document["signals"]) == ["free arms", "context budget", "break-even", "gain"]
     assert document["changes"]
     assert "300 pairs, fewer than 500" in document["expect"][0]
 
@@ -65,7 +65,7 @@ def test_advise_without_a_pilot_trains_nothing_and_names_missing_signals(advised
     project, _ = advised
     before = {p.name for p in (project / ".tunewright" / "pilot" / "adapters").iterdir()}
     ran = tunewright("advise", "--no-pilot", "--json", "-p", project)
-    assert ran.document["answer"] in {"prompt", "retrieve", "can't tell"}
+    assert ran.document["answer"] in {"prompt", "retrieve", "no model", "can't tell"}
     assert ran.document["advice"]["left_out"]["gain"] == "--no-pilot"
     assert ran.document["signals"]["gain"] == "Not measured: --no-pilot."
     assert {p.name for p in (project / ".tunewright" / "pilot" / "adapters").iterdir()} == before

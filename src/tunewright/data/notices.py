@@ -248,11 +248,10 @@ def warn_of_one_answer(members: Sequence[Member], metric: str, reporter: Reporte
     answer, rows = counts[0]
     share = f"{math.floor(1000 * rows / len(members)) / 10:g}%"  # rounded down: 100% means every row
     text = f"{rows:,} of {len(members):,} rows ({share}) have the answer {_excerpt(answer)}"
+    fix = "evaluate.metric: macro_f1 counts each answer alike."
     if rows == len(members):
-        reporter.warn(f"{text}: there is nothing to learn. Add rows with other answers.")
-    else:
-        fix = "evaluate.metric: macro_f1 counts each answer alike."
-        reporter.warn(f"{text}: always answering it scores {share} by exact_match. {fix}")
+        fix = "There is nothing to learn: add rows with other answers."
+    reporter.warn(f"{text}: always answering it scores {share} by exact_match. {fix}")
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:

@@ -87,7 +87,8 @@ def arms_section(evidence: Evidence) -> Section:
     blocks.append(arms_table("Table of arms", evidence, evidence.arms))
     notes = [*left_out(evidence.budget), *([_FREE] if evidence.free else [])]
     if evidence.engine is not None:
-        notes.append(f"All arms were answered by {evidence.engine.text}: {evidence.engine.why}.")
+        arms = "All other arms" if evidence.free else "All arms"
+        notes.append(f"{arms} were answered by {evidence.engine.text}: {evidence.engine.why}.")
     return Section("arms", title, (*blocks, Notes(tuple(notes))) if notes else tuple(blocks))
 
 
@@ -128,15 +129,14 @@ def arms_table(
     def arm_row(arm: Arm) -> Row:
         score = arm.score(deciding)
         return row(
-            Cell(arm.name, (notes or {}).get(arm.name, "no model" if arm.kind == "free" else "")),
+            Cell(arm.name, (notes or {}).get(arm.name, "")),
             *([f"{round(score.value * score.scored)} of {score.scored}"] if counted else []),
             *_scored(score),
             *(text for name in others for text in _scored(arm.score(name))),
             *([f"{score.outside:,}"] if outside else []),
             *([f"{sum(score.unscored.values()):,}"] if unscored else []),
             f"{arm.truncated:,}",
-            f"{arm.prompt_tokens:.0f}",
-            f"{arm.shared_tokens:,}",
+            *(("no model", "") if arm.kind == "free" else (f"{arm.prompt_tokens:.0f}", f"{arm.shared_tokens:,}")),
         )
 
     head = [
@@ -299,13 +299,9 @@ def advice_section(advice: Advice) -> Section:
 def _free_blocks(measured: Evidence | Advice, free: FreeArms | None, items: str) -> list[Block]:
     if free is None:
         return []
-    missing = [f"Left out: {each.name}: {each.why}." for each in free.left_out]
-    notes = Notes((f"Best free arm: {free.best}.", *missing))
-    return [
-        Lead(f"Free arms on {items}, without a model: {free.why}"),
-        arms_table("Table of free arms", measured, free.dev),
-        notes,
-    ]
+    lead = Lead(f"Free arms on {items}, without a model: {free.why}")
+    notes = (f"Best free arm: {free.best}.", *(f"Left out: {each.name}: {each.why}." for each in free.left_out))
+    return [lead, arms_table("Table of free arms", measured, free.dev), Notes(notes)]
 
 
 def _draws(spreads: tuple[SeedSpread, ...]) -> Table:

@@ -135,6 +135,11 @@ class FreeArms(Part):
         return all(drop is not None and drop.outcome == "replace" for drop in (self.tuned, self.prompting))
 
 
+MeasuredFree = Annotated[
+    FreeArms | None, Field(description="Arms without a model; null: none fits the answers, or an older file.")
+]
+
+
 class SeedSpread(Part):
     """A static arm over its draws of demonstrations, on the same items."""
 
@@ -179,9 +184,7 @@ class Advice(Part):
         EngineUsed | None, Field(description="Engine that computed the answers; null in older advice.")
     ] = None
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
-    free: Annotated[
-        FreeArms | None, Field(description="Arms without a model; null: they do not fit the answers, or older advice.")
-    ] = None
+    free: MeasuredFree = None
 
 
 class Contrast(Part):
@@ -344,10 +347,7 @@ class Evidence(Part):
     incumbents: Annotated[
         Incumbents | None, Field(description="Models of evaluate.incumbents against the adapter; null: none.")
     ] = None
-    free: Annotated[
-        FreeArms | None,
-        Field(description="Arms without a model; null: they do not fit the answers, or older evidence."),
-    ] = None
+    free: MeasuredFree = None
     generated_effect: Annotated[
         GeneratedEffect | None,
         Field(description="Effect of the generated training rows (`data generated-effect`); null: not measured."),

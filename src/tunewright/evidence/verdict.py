@@ -135,20 +135,17 @@ def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, 
 
 def _without_model(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str], list[str]]:
     """Return the decision after the free arms; the first reason, if no model is needed; else a further one."""
-    free = evidence.free
-    if free is None or free.tuned is None:
+    free, drop = evidence.free, evidence.free and evidence.free.tuned
+    if free is None or drop is None:
         return decision, [], []
-    tuned, margin = evidence.arm(evidence.contrasts[0].treatment), _points(evidence.margin)
-    gain = free.tuned.interval.model_copy(update={"low": -free.tuned.interval.high, "high": -free.tuned.interval.low})
-    measured = (
-        f"{points_text(-free.tuned.value)} points, 95% interval {gain.points}, on "
-        f"{count_of(free.tuned.items, evidence.items_text)}"
-    )
-    arms = f"{_scored(evidence, evidence.arm(free.best))}, without a model,", _scored(evidence, tuned)
-    if free.enough:
-        text = f"No model is needed: {arms[0]} is not worse than {arms[1]} by the margin of {margin}: {measured}."
-        return "don't ship", [text], []
-    return decision, [], [f"{arms[0]} against {arms[1]}: {measured}."]
+    ours, tuned = (_scored(evidence, evidence.arm(name)) for name in (free.best, evidence.contrasts[0].treatment))
+    low, high = (points_text(-end) for end in (drop.interval.high, drop.interval.low))
+    items = count_of(drop.items, evidence.items_text)
+    measured = f"{points_text(-drop.value)} points, 95% interval {low} to {high}, on {items}."
+    if not free.enough:
+        return decision, [], [f"{ours}, without a model, against {tuned}: {measured}"]
+    text = f"No model is needed: {ours} is not worse than {tuned} by the margin of {_points(evidence.margin)}"
+    return "don't ship", [f"{text}: {measured}"], []
 
 
 def decisive_preferences(evidence: Evidence) -> tuple[Literal["people", "judge"] | None, list[str]]:

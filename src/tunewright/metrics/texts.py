@@ -142,10 +142,8 @@ def accuracy(name: MetricName, choices: Sequence[str]) -> Scorer:
 def macro_f1(name: MetricName, classes: Collection[str]) -> Scorer:
     """Return a scorer of the mean F1 over the classes that occur among the references, as in scikit-learn.
 
-    An answer that is no class counts against the recall of its reference's class only.
-
-    Raises:
-        UserError: more than `MOST_CLASSES` answers, which are no classes.
+    An answer that is no class counts against the recall of its reference's class only. More than 200 answers are
+    refused: they are no classes.
     """
     if len(classes) > MOST_CLASSES:
         what = f"macro_f1 needs classes: the dataset has {len(classes):,} different answers (limit {MOST_CLASSES})"
@@ -157,8 +155,7 @@ def macro_f1(name: MetricName, classes: Collection[str]) -> Scorer:
         if reference not in places:
             return Unscored("the dataset has no such answer")
         counts = np.zeros((3, len(places)))  # right answers, references and answers of each class
-        counts[0, places[reference]] = answer == reference
-        counts[1, places[reference]] = 1
+        counts[:2, places[reference]] = answer == reference, 1
         if answer in places:
             counts[2, places[answer]] = 1
         return ItemScore(float(answer == reference), tuple(counts.ravel().tolist()))
@@ -167,8 +164,7 @@ def macro_f1(name: MetricName, classes: Collection[str]) -> Scorer:
         right, references, answers = np.split(sums, 3, axis=-1)
         here = references > 0
         f1 = np.where(here, 2 * right / np.maximum(references + answers, 1), 0)
-        mean: Floats = f1.sum(axis=-1) / np.maximum(here.sum(axis=-1), 1)
-        return mean
+        return np.asarray(f1.sum(axis=-1) / np.maximum(here.sum(axis=-1), 1), dtype=np.float64)
 
     definition = "the mean over the references' classes of a class's F1 (spelling as for exact_match)"
     return Scorer(name, "corpus", definition, 3 * len(places), item, corpus)
