@@ -135,9 +135,7 @@ class FreeArms(Part):
         return all(drop is not None and drop.outcome == "replace" for drop in (self.tuned, self.prompting))
 
 
-MeasuredFree = Annotated[
-    FreeArms | None, Field(description="Arms without a model; null: none fits the answers, or an older file.")
-]
+_FREE = Field(description="Arms without a model; null: none fits the answers, or an older file.")
 
 
 class SeedSpread(Part):
@@ -184,7 +182,7 @@ class Advice(Part):
         EngineUsed | None, Field(description="Engine that computed the answers; null in older advice.")
     ] = None
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
-    free: MeasuredFree = None
+    free: Annotated[FreeArms | None, _FREE] = None
 
 
 class Contrast(Part):
@@ -347,7 +345,7 @@ class Evidence(Part):
     incumbents: Annotated[
         Incumbents | None, Field(description="Models of evaluate.incumbents against the adapter; null: none.")
     ] = None
-    free: MeasuredFree = None
+    free: Annotated[FreeArms | None, _FREE] = None
     generated_effect: Annotated[
         GeneratedEffect | None,
         Field(description="Effect of the generated training rows (`data generated-effect`); null: not measured."),
