@@ -32,6 +32,7 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.evidence.files import EVIDENCE_FILE
 from tunewright.evidence.schema import Item
+from tunewright.models.sources import BUNDLED, bundled_folder
 from tunewright.pipeline import RunResult
 from tunewright.serving.options import DeployOptions, ServeOptions
 
@@ -87,10 +88,12 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, clust
     """
     config, name = directory / CONFIG_FILE, examples.LEGAL_CITATIONS
     if not config.exists():
-        create_project(directory, examples.project_files(quick=not whole))
+        files = examples.project_files(reporter, quick=not whole)
+        bundled_folder(BUNDLED, reporter)  # the longest wait comes first, and before a file is written
+        create_project(directory, files)
         reporter.say(f"Wrote the example project {name} in {directory}")
-    elif whole and config.read_text(encoding="utf-8") == examples.project_files(quick=True)[CONFIG_FILE]:
-        write_text(config, examples.project_files()[CONFIG_FILE])
+    elif whole and config.read_text(encoding="utf-8") == examples.config_text(quick=True):
+        write_text(config, examples.config_text(quick=False))
         reporter.say(f"Replaced the quick settings in {config} by the whole ones")
     return Project(ProjectFolder(directory).on_cluster(cluster), reporter)
 

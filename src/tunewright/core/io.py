@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from tunewright.core.errors import UserError
 
 _REFUSALS = {
@@ -158,6 +160,19 @@ def write_json(path: Path, value: Any) -> None:
 def json_document(value: Any) -> str:
     """Return the text that :func:`write_json` writes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder of the user's cache, created if it is missing."""
+    folder, reason = platformdirs.user_cache_path("tunewright") / name, "permission denied"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError as error:
+        reason = str(error.strerror).lower()
+    fix = "Set XDG_CACHE_HOME to a folder that can be written to."
+    raise UserError(f"The cache cannot be written to: {reason}", where=str(folder), fix=fix)
 
 
 @contextmanager

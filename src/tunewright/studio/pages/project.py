@@ -17,7 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import DatasetVersion, current_manifest
-from tunewright.models.sources import BUNDLED, bundled_weights
+from tunewright.models.sources import BUNDLED, has_bundled
 from tunewright.open_project import new_project
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.access import keep_reviewer, reviewer_name
@@ -195,7 +195,7 @@ def new_page(visit: Visit) -> Response:
         return visit.go("/", "The folder has a project already.")
     # A valid name that resembles the folder's name.
     name = re.sub("[^a-z0-9]+", "-", visit.project.folder.root.name.lower()).strip("-")[:40] or "my-model"
-    return _form(visit, name, "bundled" if _has_bundled() else "other", "")
+    return _form(visit, name, "bundled", "")
 
 
 def create(visit: Visit) -> Response:
@@ -225,19 +225,11 @@ def _form(visit: Visit, name: str, choice: str, base_model: str, refusal: UserEr
         pattern=PROJECT_NAME,
         choice=choice,
         base_model=base_model,
-        has_bundled=_has_bundled(),
+        download=bundled_cost(),
         refusal=refusal,
     )
     page.status_code = 200 if refusal is None else 400
     return page
-
-
-def _has_bundled() -> bool:
-    try:
-        bundled_weights(BUNDLED)
-    except UserError:
-        return False
-    return True
 
 
 HANDLERS: Handlers = {
