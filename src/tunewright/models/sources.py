@@ -159,9 +159,9 @@ def bundled_folder(name: str, reporter: Reporter) -> Path:
     return folder
 
 
-def bundled_cost() -> str | None:
-    """Return the size of the bundled base's download, such as ``93 MB``; None if it is on this machine."""
-    return None if _converted().exists() or has_member(SMOLLM2, _GGUF) else SMOLLM2.cost
+def has_bundled() -> bool:
+    """Return whether the bundled base needs no download."""
+    return _converted().exists() or has_member(SMOLLM2, _GGUF)
 
 
 def _converted() -> Path:

@@ -18,6 +18,7 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.models.sources import BUNDLED, has_bundled
+from tunewright.models.sources import BUNDLED, has_bundled
 from tunewright.open_project import new_project
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.access import keep_reviewer, reviewer_name
@@ -225,7 +226,7 @@ def _form(visit: Visit, name: str, choice: str, base_model: str, refusal: UserEr
         pattern=PROJECT_NAME,
         choice=choice,
         base_model=base_model,
-        download=bundled_cost(),
+        has_bundled=has_bundled(),
         refusal=refusal,
     )
     page.status_code = 200 if refusal is None else 400
