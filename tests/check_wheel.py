@@ -159,9 +159,11 @@ def install(way: str, python: str, wheel: str, person: Person, *, constrained: b
     environment = person.home / "environment"
     person.run(python, "-m", "venv", str(environment))
     pip = [str(environment / "bin" / "pip"), "--disable-pip-version-check", "--quiet"]
+    # Without this machine's cache each run would download everything; with it training's gigabytes would stay there.
+    kept = {"PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip")} if constrained else {"PIP_NO_CACHE_DIR": "1"}
     if constrained:
-        person.run(*pip, "install", "--dry-run", f"{wheel}[train]")
-    person.run(*pip, "install", "--no-cache-dir", *pinned, wheel)
+        person.run(*pip, "install", "--dry-run", f"{wheel}[train]", **kept)
+    person.run(*pip, "install", *pinned, wheel, **kept)
     person.run(*pip, "check")
     return str(environment / "bin" / "tunewright")
 
