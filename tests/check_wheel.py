@@ -25,6 +25,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +47,12 @@ class Person:
     programs: Path
     as_user: tuple[str, ...] = ()
 
-    def run(self, *command: str, code: int = 0, **environment: str) -> str:
+    def run(self, *command: str, code: int = 0, given: Mapping[str, str] | None = None) -> str:
         """Run a command in the home; fail with its output if it ends with another code, and return the output."""
         done = subprocess.run(
             [*self.as_user, *command],
             cwd=self.home,
-            env=self.environment | environment,
+            env=self.environment | dict(given or {}),
             capture_output=True,
             text=True,
             check=False,
@@ -91,7 +92,7 @@ def main() -> None:
             person = Person(home, programs)
             command = install(way, found[minor], str(wheel), person, constrained=True)
             check_without_torch(command, person)
-            check_first_use(command, person)
+            check_first_use(command, person, home, home / ".cache")
             check_without_rights(command, person)
             say(f"Python 3.{minor}, {way}: installs without torch; checks, reports, and fetches the example's data")
             shutil.rmtree(home.parent)
@@ -152,9 +153,9 @@ def install(way: str, python: str, wheel: str, person: Person, *, constrained: b
     pinned = ["--constraint", str(ROOT / "constraints.txt")] if constrained else []
     if way == "uv":
         cache = {"UV_CACHE_DIR": str(person.programs.parent / "uv-cache")}
-        person.run("uv", "tool", "install", "--quiet", "--python", python, *pinned, wheel, **cache)
+        person.run("uv", "tool", "install", "--quiet", "--python", python, *pinned, wheel, given=cache)
         tool = person.home / ".local" / "share" / "uv" / "tools" / "tunewright"
-        person.run("uv", "pip", "check", "--quiet", "--python", str(tool), **cache)
+        person.run("uv", "pip", "check", "--quiet", "--python", str(tool), given=cache)
         return str(person.home / ".local" / "bin" / "tunewright")
     environment = person.home / "environment"
     person.run(python, "-m", "venv", str(environment))
@@ -162,8 +163,8 @@ def install(way: str, python: str, wheel: str, person: Person, *, constrained: b
     # Without this machine's cache each run would download everything; with it training's gigabytes would stay there.
     kept = {"PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip")} if constrained else {"PIP_NO_CACHE_DIR": "1"}
     if constrained:
-        person.run(*pip, "install", "--dry-run", f"{wheel}[train]", **kept)
-    person.run(*pip, "install", *pinned, wheel, **kept)
+        person.run(*pip, "install", "--dry-run", f"{wheel}[train]", given=kept)
+    person.run(*pip, "install", *pinned, wheel, given=kept)
     person.run(*pip, "check")
     return str(environment / "bin" / "tunewright")
 
@@ -188,42 +189,39 @@ def check_without_torch(command: str, person: Person) -> None:
     assert (person.home / agent).read_bytes() == (ROOT / "examples" / agent).read_bytes()
 
 
-def check_first_use(command: str, person: Person, **environment: str) -> None:
-    """Fetch the example's data once, and do without the index afterwards."""
-    example = ("--example", "legal-citations")
-    places = [
-        Path(environment.get("XDG_CACHE_HOME", person.home / ".cache")),
-        Path(environment.get("WORK", person.home)),
-    ]
-    for cached in places[0].glob("tunewright/packages/*"):
-        cached.unlink()
-    refused = person.run(command, "init", f"{places[1]}/none", *example, code=2, UV_DEFAULT_INDEX=CLOSED, **environment)
+def check_first_use(command: str, person: Person, work: Path, cache: Path) -> None:
+    """Fetch the example's data once into a cache, and do without the index afterwards."""
+    given = {"XDG_CACHE_HOME": str(cache)}
+    closed = given | {"UV_DEFAULT_INDEX": CLOSED}
+    init = (command, "init", "--example", "legal-citations")
+    refused = person.run(*init, str(work / "none"), code=2, given=closed)
     assert "127.0.0.1" in refused and "hunter2" not in refused and "PIP_INDEX_URL" in refused, refused
-    assert not (places[1] / "none").exists()
-    said = person.run(command, "init", f"{places[1]}/legal", *example, **environment)
+    assert not (work / "none").exists()
+    said = person.run(*init, str(work / "legal"), given=given)
     assert "Free Law Project (0.1 MB, BSD-2-Clause)" in said, said
-    offline = person.run(command, "init", f"{places[1]}/again", *example, UV_DEFAULT_INDEX=CLOSED, **environment)
-    assert "Free Law Project" not in offline
-    person.run(command, "data", "add", f"{places[1]}/legal/pairs.jsonl", "-p", f"{places[1]}/legal", **environment)
-    checks = json.loads(person.run(command, "doctor", "--json", "-p", f"{places[1]}/legal", **environment))["checks"]
+    offline = person.run(*init, str(work / "again"), given=closed)
+    assert "Free Law Project" not in offline, offline
+    person.run(command, "data", "add", str(work / "legal" / "pairs.jsonl"), "-p", str(work / "legal"), given=given)
+    checks = json.loads(person.run(command, "doctor", "--json", "-p", str(work / "legal"), given=given))["checks"]
     assert [check["state"] for check in checks if check["name"] == "bundled base"] == ["missing"]
 
 
 def check_without_rights(command: str, person: Person) -> None:
     """As somebody without rights, whose home is read-only: one error, and everything in another cache."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        say("Not tried: a person without rights, which needs root and setpriv")
         return
     home, work = person.home.parent / "home", person.home.parent / "work"
     home.mkdir(mode=0o555)
     work.mkdir()
     os.chown(work, NOBODY, NOBODY)
-    nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    other = Person(home, person.programs, (str(shutil.which("setpriv")), *nobody[1:]))
-    words = ("init", f"{work}/refused", "--example", "legal-citations")
-    refused = other.run(command, *words, code=2)
+    rights = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    other = Person(home, person.programs, (setpriv, *rights))
+    refused = other.run(command, "init", str(work / "refused"), "--example", "legal-citations", code=2)
     assert str(home / ".cache") in refused and "XDG_CACHE_HOME" in refused, refused
     assert not (work / "refused").exists()
-    check_first_use(command, other, XDG_CACHE_HOME=f"{work}/the cache", WORK=str(work))
+    check_first_use(command, other, work, work / "the cache")
 
 
 def check_demo(way: str, minor: int, python: str, wheel: str, work: Path, programs: Path) -> None:
@@ -237,7 +235,7 @@ def check_demo(way: str, minor: int, python: str, wheel: str, work: Path, progra
     said = person.run(command, "demo")
     shown = time.monotonic()
     assert "SmolLM2-135M-Instruct by Hugging Face (93 MB, Apache-2.0) once" in said and "ship" in said, said
-    again = person.run(command, "demo", UV_DEFAULT_INDEX=CLOSED)
+    again = person.run(command, "demo", given={"UV_DEFAULT_INDEX": CLOSED})
     assert "Fetching" not in again and "ship" in again, again
     check_studio(command, person)
     size = sum(file.lstat().st_size for file in home.rglob("*") if not file.is_symlink()) / 1e9

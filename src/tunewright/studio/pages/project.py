@@ -18,7 +18,6 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.models.sources import BUNDLED, has_bundled
-from tunewright.models.sources import BUNDLED, has_bundled
 from tunewright.open_project import new_project
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.access import keep_reviewer, reviewer_name
