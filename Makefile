@@ -77,7 +77,7 @@ pytest: $(VENV)/.installed
 	$(PYTEST) -n $$($(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
 
 # pytest-slow: those that `make test` leaves out, alone.
-pytest-all pytest-slow: $(VENV)/.installed build/clients/.installed build/deploy/.installed build/packaging/.installed
+pytest-all pytest-slow: $(VENV)/.installed build/clients/.installed build/deploy/.installed build/packaging/.installed build/audit/.installed
 	$(PYTEST) -m "$(if $(filter pytest-slow,$@),slow and )not vllm and not chaos and not ray$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ lint test:
 \ttest $@ = lint || test -e build/mended
 format:
 \techo >> CHANGELOG.md
+build/packaging/.installed build/audit/.installed:
 """
 PROJECT = """\
 [build-system]
@@ -29,7 +29,10 @@ build-backend = "hatchling.build"
 [project]
 name = "tunewright"
 requires-python = ">=3.11"
+readme = "README.md"
 dynamic = ["version"]
+[project.scripts]
+tunewright = "tunewright:main"
 [tool.hatch.version]
 path = "src/tunewright/_version.py"
 """
@@ -44,7 +47,13 @@ def project(tmp_path: Path) -> Path:
         ".gitignore": "/build/\n/dist/\n",
         "CHANGELOG.md": "# Changelog\n\n## 0.9.0 (unreleased)\n\n- data: one.\n\n## 0.8.0 (2026-01-02)\n\n- First.\n",
         "src/tunewright/_version.py": '__version__ = "0.9.0"\n',
-        "src/tunewright/__init__.py": "",
+        "src/tunewright/__init__.py": (
+            "from tunewright._version import __version__\ndef main(): print('tunewright', __version__)\n"
+        ),
+        "README.md": "A project.\n",
+        "constraints.txt": "",
+        "mkdocs.yml": "site_name: tunewright\n",
+        "docs/index.md": "# tunewright\n",
         "tests/golden/surface.txt": "command: train\n",
         "tests/golden/surface_released.txt": "command: train\n",
         "tests/release.py": Path(release.__file__).read_text(encoding="utf-8"),
@@ -111,7 +120,6 @@ def test_release_refuses_a_tree_that_differs_from_its_commit(project: Path, name
 def test_release_refuses_a_tag_on_another_commit_only(project: Path, annotated: bool) -> None:
     _git(project, "tag", "v0.9.0", *(["--annotate", "--message", "0.9.0"] if annotated else []))
     assert _release(project, "0.9.0", "--checks", "test").returncode == 1  # the check ran, and failed
-    (project / "build" / "ran").unlink()
     _commit(project)
     _is_refused(project, "v0.9.0", _git(project, "rev-parse", "HEAD")[:12], _git(project, "rev-parse", "HEAD~")[:12])
 
@@ -154,7 +162,6 @@ def _is_refused(project: Path, *named: str, words: tuple[str, ...] = ()) -> None
         assert refused.returncode == 2, refused.stdout
         (line,) = refused.stderr.splitlines()
         assert all(name in line for name in named), line
-    assert not (project / "build" / "ran").exists()
     assert [file for file in sorted(project.rglob("*")) if ".git" not in file.parts] == [
         file for file in before if ".git" not in file.parts
     ]
@@ -209,18 +216,33 @@ def test_every_check_of_a_release_is_a_target() -> None:
 
 
 @pytest.mark.slow
-def test_two_builds_of_a_commit_have_the_same_bytes_and_no_untracked_file(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not release.PACKAGING.exists():
-        pytest.skip("`make build/packaging/.installed` installs what builds a release")
-    monkeypatch.setattr(release, "ROOT", project)
-    _write(project, "src/tunewright/untracked.py", "")
-    work, built = project / "build" / "work", project / "build" / "files"
-    work.mkdir()
-    built.mkdir()
-    release.build_packages(_git(project, "rev-parse", "HEAD"), work, built)
-    wheel, sdist = built / "tunewright-0.9.0-py3-none-any.whl", built / "tunewright-0.9.0.tar.gz"
-    assert sorted(built.iterdir()) == [wheel, sdist]
-    with zipfile.ZipFile(wheel) as packed, tarfile.open(sdist) as source:
-        assert "untracked" not in " ".join([*packed.namelist(), *source.getnames()])
+def test_release_has_the_same_bytes_each_time_and_exists_once(project: Path) -> None:
+    for name in ("packaging", "audit"):
+        if not (ROOT / "build" / name / ".installed").exists():
+            pytest.skip(f"`make build/{name}/.installed` installs what builds a release")
+        (project / "build" / name).symlink_to(ROOT / "build" / name)
+    trial = _release(project, "0.9.0", "--without", "test", "--checks", "lint", "test")
+    assert trial.returncode == 0, trial.stdout + trial.stderr
+    assert trial.stdout.splitlines()[-1] == "NOT A RELEASE: on this commit, these checks have not passed: test."
+    unchecked = project / "dist" / "0.9.0-unchecked"
+    assert "test: NOT PASSED" in (unchecked / "CHECKS.txt").read_text()
+    packages = [unchecked / name for name in ("tunewright-0.9.0-py3-none-any.whl", "tunewright-0.9.0.tar.gz")]
+    before = [file.read_bytes() for file in packages]
+    (project / "build" / "mended").touch()
+    released = _release(project, "0.9.0", "--checks", "lint", "test")
+    assert "NOT A RELEASE" not in released.stdout
+    assert "git tag --sign v0.9.0" in released.stdout
+    folder = project / "dist" / "0.9.0"
+    assert sorted(folder.parent.iterdir()) == [folder]
+    assert [(folder / file.name).read_bytes() for file in packages] == before
+    sums = [line.split() for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    assert {name: digest for digest, name in sums} == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.iterdir()
+        if file.is_file() and file.name != "SHA256SUMS"
+    }
+    assert (folder / "NOTES.md").read_text() == "- data: one.\n"
+    assert (folder / "site" / "0.9.0" / "index.html").exists()
+    component = json.loads((folder / "tunewright-0.9.0.cdx.json").read_bytes())["metadata"]["component"]
+    assert (component["name"], component["version"]) == ("tunewright", "0.9.0")
+    _is_refused(project, "dist/0.9.0")
