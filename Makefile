@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages reference surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom release release-files check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages reference surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel bounds notebook audit sbom release release-files check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -171,6 +171,16 @@ test-demo: $(VENV)/.installed
 test-wheel: $(VENV)/.installed
 	$(BIN)/python tests/check_wheel.py $(if $(filter no,$(RELEASE)),--quick)
 
+# The tests with the oldest and with the newest releases of what the package needs, and each extra: CONTRIBUTING.md,
+# "Bounds". ARGS="--only lowest tests/data" is a part of it.
+bounds: $(VENV)/.installed build/bounds/.installed
+	$(BIN)/python tests/check_bounds.py build/bounds/uv/bin/uv $(ARGS)
+
+build/bounds/.installed: Makefile
+	$(PYTHON) -m venv build/bounds/uv
+	build/bounds/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	touch $@
+
 # The notebook's outputs, from a run with the bundled base. `make test` runs it on a tiny base and keeps nothing.
 notebook: $(VENV)/.installed
 	$(BIN)/jupyter-execute --inplace --timeout=3600 examples/quickstart.ipynb
@@ -191,7 +201,7 @@ build/audit/.installed: Makefile
 
 # `make release VERSION=0.9.0`: CONTRIBUTING.md, "Release". What has passed on this commit is not repeated. WITHOUT="audit
 # fuzz-hour" leaves checks out, and the output is then no release. `make release-files` runs none.
-RELEASE_CHECKS := audit docs test-wheel test-all test-demo test-ray test-vllm test-vllm-workers test-chaos \
+RELEASE_CHECKS := audit docs test-wheel bounds test-all test-demo test-ray test-vllm test-vllm-workers test-chaos \
     coverage fuzz-hour
 release release-files: $(VENV)/.installed
 	$(BIN)/python tests/release.py '$(VERSION)' $(if $(filter %-files,$@),--files) --without $(WITHOUT) --checks $(RELEASE_CHECKS)

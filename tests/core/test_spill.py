@@ -65,7 +65,9 @@ def test_texts_are_not_held() -> None:
 
 def test_full_disk_is_one_error(tmp_path: Path) -> None:
     code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        # Python would keep compiled modules that the limit cut short.
+        "import resource, sys; sys.dont_write_bytecode = True\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "from tunewright.core.spill import TextFile\n"
         "TextFile(['abc' * 500_000])\n"
     )

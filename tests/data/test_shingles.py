@@ -50,7 +50,9 @@ def test_file_has_the_rows_of_the_matrix(some: list[str], data: st.DataObject) -
 
 def test_full_disk_is_one_error(tmp_path: Path) -> None:
     code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        # Python would keep compiled modules that the limit cut short.
+        "import resource, sys; sys.dont_write_bytecode = True\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "from tunewright.data.dedup.shingles import ShingleFile\n"
         "ShingleFile(['abc' * 5000])\n"
     )

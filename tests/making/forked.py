@@ -236,6 +236,7 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         file = os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, handle)
     if request["file_limit"] is not None and rank == 0:
+        sys.dont_write_bytecode = True  # Python would keep compiled modules that the limit cut short
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
     if request["killed_at"] is not None and rank == 0:
         sys.addaudithook(_Killer(*request["killed_at"]))
