@@ -127,18 +127,24 @@ def _options(of: Any) -> list[str]:
     return ["| field | meaning | default |", "| --- | --- | --- |", *rows, ""]
 
 
+def plain(annotation: ast.expr) -> ast.expr:
+    """Return an annotation without what `Annotated` adds."""
+    match annotation:
+        case ast.Subscript(value=ast.Name("Annotated"), slice=ast.Tuple([kind, *_])):
+            return kind
+    return annotation
+
+
 def _fields(of: type) -> Iterator[str]:
     """Yield the rows of a table of a data class's or model's fields, with the text below each in the source."""
     if not (dataclasses.is_dataclass(of) or issubclass(of, BaseModel)):
         return
-    body = ast.parse(textwrap.dedent(inspect.getsource(of))).body[0].body
+    (made,) = ast.parse(textwrap.dedent(inspect.getsource(of))).body
+    body = made.body if isinstance(made, ast.ClassDef) else []
     for place, each in enumerate(body):
         if isinstance(each, ast.AnnAssign) and not ast.unparse(each.target).startswith("_"):
             name, below = ast.unparse(each.target), body[place + 1] if place + 1 < len(body) else None
             text = getattr(getattr(below, "value", None), "value", None) if isinstance(below, ast.Expr) else None
             described = of.model_fields[name].description if issubclass(of, BaseModel) else None
-            kind = each.annotation
-            if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
-                kind = kind.slice.elts[0]
             meaning = _ROLE.sub(lambda role: f"`{role[1] or role[2]}`", str(described or text or ""))
-            yield f"| `{name}` | `{cell(ast.unparse(kind))}` | {cell(meaning)} |"
+            yield f"| `{name}` | `{cell(ast.unparse(plain(each.annotation)))}` | {cell(meaning)} |"

@@ -67,7 +67,7 @@ def functions_of(group: type) -> tuple[Any, ...]:
     return tuple(each for each in vars(group).values() if inspect.isfunction(each) and "." not in each.__qualname__)
 
 
-REQUESTS = {
+REQUESTS: dict[str, type[ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest]] = {
     "POST /v1/chat/completions": ChatRequest,
     "POST /v1/completions": CompletionRequest,
     "POST /v1/responses": ResponsesRequest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -15,7 +16,10 @@ import reference_documents
 import reference_http
 import reference_python
 import typer
+from pydantic import BaseModel
 from reference_sources import COMMANDS, DOCUMENTS, GROUPS, OPTIONS, ROUTES, Config
+
+from tunewright.advisor.signals import Signals
 
 ENTRIES = reference_cli.entries()
 KEYS = reference_config.keys()
@@ -76,6 +80,33 @@ def test_python_page_has_every_verb_of_a_project_by_the_name_that_is_called() ->
                 assert f"### `{group}.{name}()`\n" in page, name
     assert 'open(root: str | Path = ".", reporter: Reporter | None = None) -> Project' in page.replace("'", '"')
     assert "- `evaluation`: ID, folder or evidence file (None: the newest)." in page
+
+
+def test_stability_page_names_everything_that_is_marked_as_experimental() -> None:
+    page = (reference.DOCS / "reference" / "stability.md").read_text(encoding="utf-8")
+    part = page.partition("## Experimental")[2].partition("## ")[0]
+    marked = {each.name for each in ENTRIES if "Experimental" in each.help} | {
+        reference_cli.names(each).strip("`")
+        for entry in ENTRIES
+        for each in entry.command.params
+        if "Experimental" in (each.help or "")
+    }
+    marked |= {key.name for key in KEYS if "Experimental" in key.meaning}
+    named = {name.removeprefix("deploy ") for name in re.findall(r"`([^`]+)`", part.partition("| --- |")[2])} - {"sft"}
+    assert named == marked
+
+
+def test_stability_page_has_the_schemas_that_are_read() -> None:
+    page = (reference.DOCS / "reference" / "stability.md").read_text(encoding="utf-8")
+    models: dict[str, type[BaseModel]] = {
+        "evidence": DOCUMENTS["evidence"][0],
+        "advice-ID": DOCUMENTS["advice"][0],
+        "advice/ID": Signals,
+    }
+    for name, model in models.items():
+        (row,) = re.findall(rf"^\| `\S*{name}\S*` \| (\d) \| (.*) \|$", page, re.MULTILINE)
+        field = model.model_fields["schema_version"]
+        assert [row[0], *map(int, re.findall(r"\d", row[1]))] == [str(field.default), *get_args(field.annotation)]
 
 
 def test_reference_describes_every_config_key() -> None:

@@ -118,8 +118,8 @@ class Reader:
                 return self.keys(node.body, module, scope) | self.keys(node.orelse, module, scope)
             case ast.ListComp() | ast.GeneratorExp() | ast.SetComp() | ast.DictComp():
                 inner = dict(scope)
-                for each in node.generators:
-                    _bind(each.target, self.value(each.iter, module, inner), inner)
+                for part in node.generators:
+                    _bind(part.target, self.value(part.iter, module, inner), inner)
                 return self.keys(node.value if isinstance(node, ast.DictComp) else node.elt, module, inner)
             case ast.Name():
                 if node.id in scope:
@@ -128,10 +128,7 @@ class Reader:
                         scope[node.id] = Keys()  # of a name that is made from itself
                         scope[node.id] = bound = self.value(bound, module, scope)
                     return bound
-                found = self.find(module, node.id)
-                if isinstance(found, Made) and isinstance(found.node, ast.expr):
-                    return self.value(found.node, found.module, {})
-                return found
+                return self._found(self.find(module, node.id))
             case ast.Subscript() | ast.Starred() | ast.NamedExpr() | ast.Await():
                 found = self.value(node.value, module, scope)
                 place = getattr(getattr(node, "slice", None), "value", None)
@@ -144,11 +141,15 @@ class Reader:
                 return self._called(node, module, scope)
         return None
 
+    def _found(self, made: Made | str | None) -> Any:
+        """Return what a name of a module stands for: of an assignment, its value."""
+        if isinstance(made, Made) and isinstance(made.node, ast.expr):
+            return self.value(made.node, made.module, {})
+        return made
+
     def _attribute(self, of: Any, name: str) -> Any:
         if isinstance(of, str):
-            found = self.find(of, name)
-            is_value = isinstance(found, Made) and isinstance(found.node, ast.expr)
-            return self.value(found.node, found.module, {}) if is_value else found
+            return self._found(self.find(of, name))
         if isinstance(of, Keys):
             for owner in of.classes:
                 found = self._member(owner, name)
@@ -239,8 +240,7 @@ class Reader:
                 return self._numbers(node.value, module, scope)
             case ast.Name():
                 made = self.find(module, node.id)
-                is_value = isinstance(made, Made) and isinstance(made.node, ast.expr)
-                return self._numbers(made.node, made.module, {}) if is_value else set()
+                return self._numbers(made.node, made.module, {}) if isinstance(made, Made) else set()
             case ast.Attribute(attr="exit_code"):
                 owners = self.keys(node.value, module, scope).classes
                 of = [(owner, each) for owner in owners for each in owner.node.body]
@@ -310,10 +310,9 @@ def _bind(target: ast.expr, value: Any, scope: Scope) -> None:
         several = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
         for place, each in enumerate(target.elts):
             if isinstance(value, Keys):
-                part = value.parts[place] if place < len(value.parts) else value
+                _bind(each, value.parts[place] if place < len(value.parts) else value, scope)
             else:
-                part = value.elts[place] if several else ast.Subscript(value, ast.Constant(place))
-            _bind(each, part, scope)
+                _bind(each, value.elts[place] if several else ast.Subscript(value, ast.Constant(place)), scope)
 
 
 @cache

@@ -26,7 +26,7 @@ import reference_config  # noqa: E402
 import reference_http  # noqa: E402
 from json_keys import SOURCE, Keys, Made, Reader  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
-from reference_python import methods, signature  # noqa: E402
+from reference_python import methods, plain, signature  # noqa: E402
 from reference_sources import API, DOCUMENTS, GROUPS, REQUESTS, ROUTES, ROW_ERRORS  # noqa: E402
 
 import tunewright  # noqa: E402
@@ -128,7 +128,7 @@ def _field_lines(reader: Reader, classes: Iterable[Made]) -> Iterator[Line]:
             continue
         seen.add(made)
         for owner, each in _fields(reader, made):
-            annotation = _plain(each.annotation)
+            annotation = plain(each.annotation)
             yield Line("field", made.node.name, ast.unparse(each.target), ast.unparse(annotation))
             left += reader.annotated(annotation, owner.module).classes
 
@@ -141,12 +141,6 @@ def _fields(reader: Reader, made: Made) -> Iterator[tuple[Made, ast.AnnAssign]]:
         is_field = isinstance(each, ast.AnnAssign) and not ast.unparse(each.annotation).startswith("ClassVar")
         if is_field and not ast.unparse(each.target).startswith("_"):
             yield made, each
-
-
-def _plain(annotation: ast.expr) -> ast.expr:
-    """Return an annotation without what `Annotated` adds."""
-    is_annotated = isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated"
-    return annotation.slice.elts[0] if is_annotated else annotation
 
 
 def _http_lines(reader: Reader) -> Iterator[Line]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import reference_cli
 import reference_config
@@ -75,7 +76,7 @@ def test_changed_source_needs_a_line_in_the_changelog() -> None:
 
 
 def test_renamed_key_of_the_config_needs_a_line_that_names_both() -> None:
-    fields = {name: (each.annotation, each) for name, each in Config.model_fields.items() if name != "name"}
+    fields: Any = {name: (each.annotation, each) for name, each in Config.model_fields.items() if name != "name"}
     renamed = create_model("Config", title=(str, Field()), **fields)
     now = set(config_lines(reference_config.keys(renamed)))
     before = {each for each in surface() if each.kind == "config"}

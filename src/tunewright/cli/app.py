@@ -39,7 +39,7 @@ DatabaseUrl = Annotated[
 Cluster = Annotated[
     str | None,
     typer.Option(
-        help="Ray cluster that does the work: local, auto or ray://HOST:PORT.",
+        help="Experimental: Ray cluster that does the work: local, auto or ray://HOST:PORT.",
         show_default="compute.cluster in the config",
     ),
 ]

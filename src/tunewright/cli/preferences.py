@@ -43,7 +43,8 @@ def judge(
     keep_preferences: Annotated[
         bool,
         typer.Option(
-            "--keep-preferences", help="Keep the judged preferences as pairs for preference tuning; send nothing."
+            "--keep-preferences",
+            help="Experimental: keep the judged preferences as pairs for preference tuning; send nothing.",
         ),
     ] = False,
 ) -> int | None:
@@ -117,7 +118,9 @@ def human_eval(
     import_file: Import = None,
     keep_preferences: Annotated[
         bool,
-        typer.Option("--keep-preferences", help="Keep all reviewers' preferences as pairs for preference tuning."),
+        typer.Option(
+            "--keep-preferences", help="Experimental: keep all reviewers' preferences as pairs for preference tuning."
+        ),
     ] = False,
 ) -> int | None:
     """Judge the tuned answers against the best prompting arm's or an incumbent's, blind, on a random sample.

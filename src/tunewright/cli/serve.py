@@ -184,7 +184,7 @@ def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
 
 @command(app, "shadow", panel=DEPLOY, example="tunewright shadow legal", status=False, database=True)
 def shadow(run: Session, alias: Alias) -> None:
-    """Compare the answers of an alias's shadow candidates with the answers that were returned."""
+    """Compare the answers of an alias's shadow candidates with the answers that were returned. Experimental."""
     from tunewright.serving.tenants.blocks import shadow_blocks
 
     lines = run.project.shadow(alias)

@@ -258,12 +258,12 @@ class ComputeConfig(ConfigSection):
     cluster: Annotated[
         str | None, Field(pattern=r"^(local|auto|ray://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5})$")
     ] = None
-    """Ray cluster that works on rows, trains and answers prompts: local (started on this machine
+    """Experimental: Ray cluster that works on rows, trains and answers prompts: local (started on this machine
     for one command), auto (RAY_ADDRESS, or the cluster that runs on this machine) or
     ray://HOST:PORT; null: this process. It needs tunewright[ray].
     """
     workers: Annotated[int | None, Field(ge=1)] = None
-    """Processes of the cluster that compute at once (null: as many as its CPUs or GPUs allow; to
+    """Experimental: processes of the cluster that compute at once (null: as many as its CPUs or GPUs allow; to
     train, one for each GPU, and without GPUs this process).
     """
     fsdp: bool = False

@@ -67,13 +67,13 @@ class TrainConfig(ConfigSection):
     those of this section.
     """
     method: Method = "sft"
-    """`sft` trains on the ideal outputs. `dpo` (Rafailov et al. 2023, arXiv 2305.18290) and `orpo`
+    """`sft` trains on the ideal outputs. Experimental: `dpo` (Rafailov et al. 2023, arXiv 2305.18290) and `orpo`
     (Hong et al. 2024, arXiv 2403.07691) train on pairs of a chosen and a rejected answer, `kto`
     (Ethayarajh et al. 2024, arXiv 2402.01306) on single good and bad answers. With `dpo` and `kto`,
     the defaults are learning_rate 5e-6 and 1 epoch.
     """
     beta: Annotated[float | None, Field(gt=0)] = None
-    """With dpo and kto, the weight of staying close to the adapter in `from`, or to the base. With
+    """Experimental: with dpo and kto, the weight of staying close to the adapter in `from`, or to the base. With
     orpo, the weight of the odds ratio (null: 0.1, trl's default for all three).
     """
     target_modules: Annotated[tuple[Target, ...], Field(min_length=1)] = ("q_proj", "v_proj")

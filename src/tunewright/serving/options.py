@@ -87,7 +87,9 @@ class DeployOptions(ReleaseTestOptions):
         float | None, Option("Share of the traffic to try it on, such as 10%.", default="all", parse=percent)
     ] = None
     """Above 0 and below 1; the live release answers the rest."""
-    shadow: Annotated[bool, Option("Send it a copy of each request and record its answers; none is returned.")] = False
+    shadow: Annotated[
+        bool, Option("Experimental: send it a copy of each request and record its answers; none is returned.")
+    ] = False
     because: Annotated[str | None, Option("Reason, stored in the release history.")] = None
     """Releases regardless of the verdict and the serving check."""
     system_prompt: Annotated[
