@@ -130,7 +130,7 @@ def test_prompts_page_shows_what_the_models_were_given(tmp_path: Path, tiny_base
     evidence = project.evaluate().evidence
     key = project.evidence(evidence.id)[1][0].key
     prompts = {each.arm: each for each in library.open(folder).item_prompts(evidence.id, key)}
-    assert set(prompts) == {arm.name for arm in evidence.arms}
+    assert set(prompts) == {arm.name for arm in evidence.arms if arm.kind != "free"}
     assert all(each.tokens and each.missing is None for each in prompts.values())
     best = evidence.arm(evidence.best_prompting)
     assert len(prompts[best.name].demonstrations) == best.shots

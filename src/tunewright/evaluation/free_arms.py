@@ -31,7 +31,8 @@ SHORT = 80
 """Characters of a short answer. It may be right as a whole for another input; a longer one is written for its own."""
 
 MAJORITY, NEAREST, TFIDF, HIDDEN = "free-majority", "free-nearest", "free-tfidf", "free-hidden"
-_BLOCK = 256
+_CELLS = 5_000_000
+"""Similarities in memory at once."""
 _MOST_ROWS = {TFIDF: 20_000, HIDDEN: 2_000}
 """Training rows of a linear model, drawn by the seed if there are more: it is fitted in seconds."""
 _REGULARISATION = 1e-5  # that of `data suspects`
@@ -90,8 +91,9 @@ class FittedArms:
     def _nearest(self, rows: Sequence[Member]) -> list[str]:
         clusters = np.array([m.cluster for m in self._train])
         found: list[str] = []
-        for start in range(0, len(rows), _BLOCK):
-            block = rows[start : start + _BLOCK]
+        step = max(1, _CELLS // len(self._train))
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]
             similar = (self._index.vectorizer.transform(_inputs(block)) @ self._index.rows.T).toarray()
             similar[np.array([m.cluster for m in block])[:, None] == clusters] = -1  # as for demonstrations
             found += [self.trained[place] for place in similar.argmax(axis=1).tolist()]

@@ -223,7 +223,7 @@ class ArmPrompt:
 
 
 def item_prompts(project: OpenProject, evaluation: str | Path | None, key: str) -> list[ArmPrompt]:
-    """Return each arm's prompt for one item, as it was stored when the arm answered.
+    """Return each arm's prompt for one item, as it was stored when the arm answered; free arms have none.
 
     Args:
         evaluation: ID, folder or evidence file (None: the newest).
