@@ -107,9 +107,15 @@ def test_open_member_refuses_and_removes_a_file_with_another_digest(index: Index
     assert caught.value.where == str(_cache(home) / TINY.wheel)
     assert TINY.sha256 in caught.value.what and hashlib.sha256(index.wheel).hexdigest() in caught.value.what
     assert not list(_cache(home).iterdir())
-    index.wheel = WHEEL + bytes(10_000_000)
-    with pytest.raises(UserError, match="SHA-256 digest"):
+    for wrong, index.ranges in ((WHEEL + bytes(10_000_000), True), (WHEEL[:-1], True), (WHEEL[:-1], False)):
+        index.wheel = wrong
+        with pytest.raises(UserError, match="SHA-256 digest"):
+            _read()
+    (_cache(home) / f"{TINY.wheel}.part").write_bytes(WHEEL[:-1])
+    index.wheel, index.ranges = WHEEL[:1000], True
+    with pytest.raises(UserError, match="HTTP status 416"):
         _read()
+    assert not list(_cache(home).iterdir())
     index.wheel = WHEEL
     assert _read() == CONTENT
 
@@ -299,6 +305,12 @@ def test_configuration_that_cannot_be_read_is_one_error(file: str, text: str, ho
     with pytest.raises(UserError) as caught:
         package_index()
     assert str(path) in str(caught.value)
+
+
+def test_certificates_that_cannot_be_read_are_one_error(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CERT", "/no/such/file.pem")
+    with pytest.raises(UserError, match="PIP_CERT"):
+        _read()
 
 
 def test_address_that_is_no_url_is_an_error_without_its_password(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

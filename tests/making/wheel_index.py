@@ -8,7 +8,7 @@ import io
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -95,14 +95,18 @@ def wheel_index() -> Iterator[Index]:
             wanted = self.headers["Range"]
             start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and index.ranges else 0
             body = index.wheel[start:]
+            if not body:
+                self._send(416, b"")
+                return
             cut = index.cuts.pop(0) if index.cuts else len(body)
             self.send_response(206 if wanted and index.ranges else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: cut // 2])
-            if index.hold:
-                assert index.hold.wait(60)
-            self.wfile.write(body[cut // 2 : cut])
+            with suppress(ConnectionError):  # the client has had enough, or is interrupted
+                self.wfile.write(body[: cut // 2])
+                if index.hold:
+                    assert index.hold.wait(60)
+                self.wfile.write(body[cut // 2 : cut])
 
         def log_message(self, *_: object) -> None:
             pass

@@ -123,10 +123,13 @@ def _fetch(package: Package, wheel: Path, reporter: Reporter) -> None:
     by_hand = f"download {package.wheel} elsewhere and put it into {wheel.parent}."
     index = package_index(f"Unset it, or {by_hand}")
     # Authorities that uv and pip trust: those of certifi or SSL_CERT_FILE, the system's, and pip's `cert`.
-    authorities = httpx.create_ssl_context()
-    authorities.load_default_certs()
-    if file := os.environ.get("PIP_CERT") or _pip_settings().get("cert"):
-        authorities.load_verify_locations(cafile=file)
+    try:
+        authorities = httpx.create_ssl_context()
+        authorities.load_default_certs()
+        if file := os.environ.get("PIP_CERT") or _pip_settings().get("cert"):
+            authorities.load_verify_locations(cafile=file)
+    except OSError as error:
+        raise UserError(f"SSL_CERT_FILE or PIP_CERT cannot be read: {error}", fix="Correct the variable.") from None
     try:
         with httpx.Client(follow_redirects=True, timeout=_PATIENCE_S, verify=authorities) as client:
             url = _find(client, index, package)
@@ -145,15 +148,15 @@ def _fetch(package: Package, wheel: Path, reporter: Reporter) -> None:
 def _find(client: httpx.Client, index: httpx.URL, package: Package) -> httpx.URL:
     """Return the address of the wheel (PEP 503)."""
     page = client.get(index.join(f"{package.name}/"), headers={"Accept": "text/html"}).raise_for_status()
-    for link in re.findall(r"""<a\s[^>]*?href\s*=\s*["']([^"']+)""", page.text, re.IGNORECASE):
-        url = page.url.join(html.unescape(link))
-        if url.path.endswith(f"/{package.wheel}"):
-            # An absolute link has no credentials, and may lead to a host that they are not for.
-            same = (url.scheme, url.netloc, url.userinfo) == (index.scheme, index.netloc, b"")
-            return url.copy_with(userinfo=index.userinfo) if same else url
-    raise UserError(
-        f"The package index {index.host} does not have {package.wheel}", fix="Set PIP_INDEX_URL to another."
-    )
+    name = rf"""(?:[^"']*/)?{re.escape(package.wheel)}(?:[?#][^"']*)?"""
+    link = re.search(rf"""<a\s[^>]*?href\s*=\s*["']({name})["']""", page.text, re.IGNORECASE)
+    if link is None:
+        what = f"The package index {index.host} does not have {package.wheel}"
+        raise UserError(what, fix="Set PIP_INDEX_URL to another index.")
+    url = page.url.join(html.unescape(link[1]))
+    # An absolute link has no credentials, and may lead to a host that they are not for.
+    same = (url.scheme, url.netloc, url.userinfo) == (index.scheme, index.netloc, b"")
+    return url.copy_with(userinfo=index.userinfo) if same else url
 
 
 def _download(client: httpx.Client, url: httpx.URL, wheel: Path, size: int, task: Task) -> None:
@@ -161,11 +164,14 @@ def _download(client: httpx.Client, url: httpx.URL, wheel: Path, size: int, task
     import httpx
 
     partial, shown = wheel.with_name(f"{wheel.name}.part"), 0
-    while (there := partial.stat().st_size if partial.exists() else 0) < size:
+    ended = False
+    while not ended and (there := partial.stat().st_size if partial.exists() else 0) < size:
         # A compressed answer would have other ranges than the file.
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={there}-"}
         try:
             with client.stream("GET", url, headers=headers) as response:
+                if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    partial.unlink()  # a part of another file
                 resumed = response.raise_for_status().status_code == httpx.codes.PARTIAL_CONTENT
                 with partial.open("ab" if resumed else "wb") as file:
                     task.advance(file.tell() - shown)
@@ -175,7 +181,8 @@ def _download(client: httpx.Client, url: httpx.URL, wheel: Path, size: int, task
                         task.advance(len(piece))
                         shown += len(piece)
                         if shown > size:
-                            break  # another file, which the digest refuses
+                            break  # another file, which the digest refuses, as it refuses a shorter one
+                ended = True
         except httpx.TransportError:
             if not partial.exists() or partial.stat().st_size <= there:
                 raise
@@ -195,7 +202,7 @@ def package_index(fix: str = "") -> httpx.URL:
             raise UserError(f"{name} is set, so nothing is fetched", fix=fix)
     named = [os.environ.get(name, "") for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")]
     for settings in _uv_settings():
-        named += [index["url"] for index in settings.get("index", []) if index.get("default")]
+        named += [index.get("url", "") for index in settings.get("index", []) if index.get("default")]
         named += [settings.get("index-url", ""), settings.get("pip", {}).get("index-url", "")]
     address = next(filter(None, [*named, _pip_settings().get("index-url")]), PUBLIC_INDEX)
     try:
