@@ -22,7 +22,6 @@ from tunewright.models.sources import BUNDLED_TRAINING
 LEGAL_CITATIONS = "legal-citations"
 NAMES = (LEGAL_CITATIONS, "bfcl", "orders")
 PAIRS_FILE = "pairs.jsonl"
-COURTS_FILE = "courts_db/data/courts.json"
 
 
 def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str, str]:
@@ -43,7 +42,7 @@ def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str,
 
 def project_files(reporter: Reporter | None = None, *, quick: bool = False) -> dict[str, str]:
     """Return the project's files by name; ``quick`` is for a run of a few minutes on two cores."""
-    with open_member(COURTS, COURTS_FILE, reporter or LogReporter()) as file:
+    with open_member(COURTS, "courts_db/data/courts.json", reporter or LogReporter()) as file:
         courts = json.load(file)
     pairs = sorted(
         {

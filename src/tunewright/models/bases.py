@@ -28,7 +28,6 @@ from tunewright.models.sources import (
     cached_folder,
     hub_config,
     hub_folder,
-    require_bundled,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -89,7 +88,7 @@ def base_here(base: Base) -> Base:
         folder = cached_commit(base.spec, base.commit)
         missing, fix = "is not in its hub cache", f"Download it there: hf download {base.spec} --revision {base.commit}"
     elif base.spec.startswith("bundled:"):
-        folder, missing, fix = bundled_folder(base.spec.removeprefix("bundled:"), LogReporter()), "", ""
+        folder, missing, fix = bundled_folder(LogReporter()), "", ""
     else:
         folder = base.folder if base.folder.is_dir() else None
         missing, fix = (
@@ -111,8 +110,6 @@ def check_spec(spec: str, root: Path) -> None:
     place = _place(spec, root)
     if isinstance(place, Path):
         check_base_folder(place)
-    elif place == "bundled":
-        require_bundled(spec.removeprefix("bundled:"))
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
@@ -138,16 +135,15 @@ def _local_folder(spec: str, root: Path, reporter: Reporter) -> Path | None:
     """Return the base's folder, for the bundled one after its conversion; None if it comes from the hub."""
     place = _place(spec, root)
     if place == "bundled":
-        return bundled_folder(spec.removeprefix("bundled:"), reporter)
+        return bundled_folder(reporter)
     return place if isinstance(place, Path) else None
 
 
 def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
     """Return a base's source: its folder, the package of the bundled model, or the hub."""
-    kind, _, _name = spec.rpartition(":")
-    if kind == "bundled":
+    if spec == f"bundled:{BUNDLED}":
         return "bundled"
-    if kind:
+    if ":" in spec:
         raise UserError(f"Unknown base {spec!r}", where="base_model", fix=f"The bundled base is bundled:{BUNDLED}.")
     folder = root / Path(spec).expanduser()
     if folder.is_dir():

@@ -142,9 +142,8 @@ _GGUF_DIGEST = "b179c9523d0e"
 """The first digits of the file's SHA-256."""
 
 
-def bundled_folder(name: str, reporter: Reporter) -> Path:
+def bundled_folder(reporter: Reporter) -> Path:
     """Return the cached folder of the bundled base, fetched and converted at first use."""
-    require_bundled(name)
     folder = _converted()
     if not folder.exists():
         import torch  # noqa: F401 - before a download that would be of no use without it
@@ -166,12 +165,6 @@ def has_bundled() -> bool:
 
 def _converted() -> Path:
     return platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{_GGUF_DIGEST}"
-
-
-def require_bundled(name: str) -> None:
-    """Check the name of the bundled base."""
-    if name != BUNDLED:
-        raise UserError(f"Unknown bundled base {name!r}", where="base_model", fix=f"Use bundled:{BUNDLED}.")
 
 
 def _convert(gguf: Path, out: Path) -> None:
