@@ -226,7 +226,7 @@ def _uv_settings() -> Iterator[Mapping[str, Any]]:
             try:
                 yield {} if os.environ.get("UV_NO_CONFIG") else tomllib.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise UserError(f"uv's configuration cannot be read: {error}", where=str(file)) from None
+                raise UserError(f"The configuration of uv cannot be read: {error}", where=str(file)) from None
 
 
 def _pip_settings() -> Mapping[str, str]:
@@ -240,6 +240,8 @@ def _pip_settings() -> Mapping[str, str]:
         files = [*(folder / "pip.conf" for folder in folders), Path(named)]
         parser.read([] if named == os.devnull else files, encoding="utf-8")
     except (configparser.Error, ValueError) as error:
-        raise UserError(f"pip's configuration cannot be read: {error}", fix="Correct it: pip config debug") from None
+        raise UserError(
+            f"The configuration of pip cannot be read: {error}", fix="Correct it: pip config debug"
+        ) from None
     sections = [parser[name] for name in ("global", "install") if parser.has_section(name)]
     return {key.replace("_", "-"): value for section in sections for key, value in section.items()}
