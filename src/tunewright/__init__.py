@@ -52,6 +52,9 @@ if not any(Path(folder, "torch").is_dir() for folder in sys.path):
 def open(root: str | Path = ".", reporter: Reporter | None = None) -> Project:  # noqa: A001
     """Open the project in folder ``root``. It has a method for each command: ``open(".").train()``.
 
+    Without a ``reporter``, progress and warnings are printed on stderr or, in a program that configures logging, logged
+    to ``tunewright``. ``logging.getLogger("tunewright").addHandler(logging.NullHandler())`` silences both.
+
     Raises:
         UserError: ``tunewright.yaml`` is missing or invalid.
     """

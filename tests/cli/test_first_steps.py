@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from making.command_line import tunewright, write_jsonl
+import tunewright as tunewright_package
+from making.command_line import tiny_project, tunewright, write_jsonl
 from making.terminal import Terminal
+from making.training_runs import Heard
+from tunewright.serving.options import ServeOptions
 
 
 def as_csv(path: Path, rows: list[dict[str, str]], delimiter: str = ",") -> Path:
@@ -203,3 +207,29 @@ def test_no_command_in_a_project_names_its_state_and_the_next_command(
     (tmp_path / "tunewright.yaml").write_text("nmae: x\n")
     broken = tunewright()
     assert (broken.code, broken.stdout, "nmae" in broken.stderr) == (2, "", True)
+
+
+def test_serve_without_an_adapter_says_that_only_the_base_is_served(tiny_base_folder: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    service = tunewright_package.open(tiny_project(tmp_path / "p", tiny_base_folder), heard).serve(
+        options=ServeOptions(port=0)
+    )
+    assert service.models == [str(tiny_base_folder)]
+    assert [line for line in heard.warned if "only the base" in line]
+
+
+def test_check_of_few_rows_says_what_one_test_row_can_show(tiny_base_folder: Path, tmp_path: Path) -> None:
+    project = tiny_project(tmp_path / "p", tiny_base_folder, count=12)
+    for command in (
+        ("data", "check", project / "pairs.jsonl"),
+        ("data", "add", project / "pairs.jsonl"),
+        ("data", "check"),
+    ):
+        ran = tunewright(*command, "-p", project)
+        assert "1 test cluster: no difference can be significant" in " ".join(ran.stderr.split()), command
+
+
+def test_hint_to_install_kernels_is_kept_from_the_terminal() -> None:
+    import tunewright.models  # noqa: F401
+
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,24 @@ def test_verdict_needs_only_the_evidence(project: Path, tmp_path: Path) -> None:
     assert (alone.code, alone.stdout) == (ran.code, ran.stdout)
 
 
+def test_verdict_outside_a_project_names_the_missing_config(tmp_path: Path) -> None:
+    ran, other = (tunewright(command, "--project", tmp_path, "--json") for command in ("verdict", "report"))
+    assert (ran.code, ran.document) == (2, other.document)
+    assert ran.document["error"]["where"].endswith("tunewright.yaml")
+
+
+def test_verdict_names_both_metrics_when_the_config_has_another(project: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(project, tmp_path / "other"))
+    config = other / "tunewright.yaml"
+    assert "evaluate.metric" not in tunewright("verdict", "-p", other).stderr
+    config.write_text(config.read_text().replace("evaluate:\n", "evaluate:\n  metric: token_f1\n"))
+    ran = tunewright("verdict", "-p", other)
+    assert "evaluate.metric" in ran.stderr
+    assert "F1 of words" in ran.stderr or "token" in ran.stderr
+    config.write_text("nmae: x\n")
+    assert tunewright("verdict", "-p", other).stdout == ran.stdout
+
+
 def test_evidence_matches_the_items(project: Path) -> None:
     evidence = tunewright("evaluate", "--project", project, "--json").document["evidence"]
     folder = project / "evaluations" / evidence["id"]
@@ -136,8 +155,6 @@ def test_evaluate_refuses_an_adapter_of_another_dataset_version(project: Path, t
 
 
 def test_evaluate_warns_of_an_adapter_trained_with_another_config(project: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = Path(shutil.copytree(project, tmp_path / "other"))
     config = other / "tunewright.yaml"
     for before, after, message in (

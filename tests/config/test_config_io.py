@@ -47,6 +47,11 @@ def test_on_and_off_are_accepted_as_choices(tmp_path: Path) -> None:
         ("train:\n  preset: best\n", 2, "'classic' or 'all-linear'"),
         ("seed: 1\nname: a\nseed: 2\n", 3, "Duplicate key seed"),
         ("a: [", 1, "Not valid YAML"),
+        ("name: a\ntrain:\n\tepochs: 2\n", 3, "\\t"),
+        ("evaluate:\n  metric: exactmatch\n", 2, "did you mean exact_match?"),
+        ("evaluate: {extra_metrics: [chrf, rogue_l]}\n", 1, "did you mean rouge_l?"),
+        ("data:\n  duplicates: Dropped\n", 2, "did you mean drop?"),
+        ("data:\n  allow: [emails]\n", 2, "did you mean email?"),
         ("train:\n  epochs: 2020-13-45\n", 2, "Invalid value: month must be in 1..12"),
         ("seed: 1\nname: !!timestamp a\n", 2, "Invalid value: not a valid date"),
         ("seed: 1\nname: !!bool a\n", 2, "Invalid value: not a valid bool"),
@@ -74,6 +79,13 @@ def test_config_that_pyyaml_cannot_read_is_refused(tmp_path: Path, text: str) ->
 def _laughs(depth: int) -> str:
     levels = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, depth)]
     return "\n".join(["a0: &a0 [x, x]", *levels])
+
+
+def test_tab_is_to_be_replaced_by_spaces(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, "train:\n\tepochs: 2\n")
+    assert caught.value.fix is not None
+    assert "spaces" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import calendar
 import json
 import re
 import string
@@ -229,6 +230,21 @@ def _named(kind: str, rng: Random) -> Sample:
         number = filled(*parts)(rng)
         lead = rng.choice(["Call me at ", "phone: ", "Tel. ", "My phone number is ", "Text us on ", "Fax "])
         return Sample(kind, f"{lead}{number}.", (("phone", number),))
+    if kind == "birth_date":
+        day, month, year = rng.randrange(1, 29), rng.randrange(1, 13), rng.randrange(1930, 2020)
+        name = calendar.month_name[month]
+        forms = f"{month:02}/{day:02}/{year}", f"{year}-{month:02}-{day:02}", f"{day}.{month}.{year}"
+        date = rng.choice([*forms, f"{name} {day}, {year}", f"{day} {name[:3]} {year}"])
+        lead = rng.choice(
+            ["DOB: ", "D.O.B. ", "date of birth is ", "Date of Birth: ", "Geburtsdatum: ", "geb. ", "**DOB** "]
+        )
+        return Sample(kind, f"Pt J.R., {lead}{date}, seen today", ((kind, date),))
+    if kind == "record_number":
+        number = rng.choice(["", "", "A", "HN-"]) + digits(rng, rng.randrange(6, 10))
+        lead = rng.choice(
+            ["MRN: ", "MRN ", "mrn #", "Medical Record Number: ", "medical record no. ", "patient ID is "]
+        )
+        return Sample(kind, f"{lead}{number} was admitted", ((kind, number),))
     if kind == "password":
         word = f"{pick(rng, ALNUM + '!#%&+', 9)}7k"
         lead = rng.choice(["password: ", "Password=", '"password": "', "my passwd : ", "PWD=", "**Password:** "])
@@ -249,7 +265,15 @@ def positives(seed: int, each: int) -> list[Sample]:
         for number in range(each):
             found = make(rng)
             samples.append(Sample(kind, CONTEXTS[number % len(CONTEXTS)].format(found), ((kind, found),)))
-    for kind in ("aws_secret", "azure_key", "url_credentials", "phone_named", "password"):
+    for kind in (
+        "aws_secret",
+        "azure_key",
+        "url_credentials",
+        "phone_named",
+        "password",
+        "birth_date",
+        "record_number",
+    ):
         samples += [_named(kind, rng) for _ in range(each)]
     return samples
 
@@ -326,6 +350,27 @@ NEGATIVES: dict[str, Make] = {
         "https://user:password@host.io",
         "postgres://me:${DB_PASSWORD}@db.io/x",
         "-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",
+    ),
+    "birth": shaped(
+        "born in 19## in Ohio",
+        "the birth rate fell to 1#.# in 20##",
+        "DOB: unknown, admitted 0#/1#/20##",
+        "birthday party on 0#/1#/20##",
+        "DOB filing of 0#/1#/20##",
+        "date of birth certificate: 1#.0#.20##",
+        "DOB: 01/01/1900",
+        "Geb. 12, Raum 3##, 1#.0#.20##",
+        "date of birth 1#/4#/19##",
+    ),
+    "record": shaped(
+        "MRNA ######",
+        "MRN pending, order ########",
+        "medical record review 20##-0#-1#",
+        "customs MRN 21GB0#F8GXW0KZ4AR#",
+        "MRN: 123456",
+        "world record number 1 of ######",
+        "patient id required, see form ######",
+        "MRN: 0000000",
     ),
     "redacted": shaped(f"<EMAIL_#> https://<URL_CREDENTIALS_1>@db.io <AWS_SECRET_1> {'aB' * 8}{'~' * 24}"),
 }

@@ -6,12 +6,14 @@ import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import pytest
 import torch
 
 from making.training_runs import Heard, training_project
+from tunewright.core import progress
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.generation.generate import in_memory
@@ -88,6 +90,28 @@ def test_micro_batch_keeps_a_batch_that_fits_and_reports_it(whole: tuple[Any, li
     adapter, lines = whole
     assert any(re.match(r"Micro-batch: 8 rows; the longest batch, [\d,]+ tokens, fits", line) for line in lines)
     assert adapter.lineage["training"]["micro_batch_size"] == 8
+
+
+class _Due(Thread):
+    """A timer that is due at once."""
+
+    def __init__(self, _seconds: float, function: Callable[..., None], arguments: tuple[str, ...]) -> None:
+        super().__init__()
+        function(*arguments)
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_slow_work_before_the_second_step_is_named_in_order(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress.threading, "Timer", _Due)
+    _, lines = _train(tmp_path / "p", tiny_base_folder)
+    work = [line for line in lines if line.startswith(("Encoding", "Loading", "Computing", "Micro-batch"))]
+    assert [line.split()[0] for line in work] == ["Encoding", "Loading", "Computing", "Micro-batch:", "Computing"]
+    assert "8 rows" in work[2]
+    assert work[4] == "Computing the first step"
 
 
 @pytest.mark.parametrize(("asked", "after"), [(8, 3), pytest.param(4, 0, marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.advisor import advice
 from tunewright.config.project import ProjectFolder
-from tunewright.core.progress import LogReporter, Reporter
+from tunewright.core.progress import LogReporter, PrintReporter, Reporter, log
 from tunewright.data import browse, preview, remote, remove, verify
 from tunewright.data.options import RemoveOptions, ReviewOptions
 from tunewright.engines import environment
@@ -80,7 +80,6 @@ class ProjectData(ProjectGroup):
     """Verbs on a project's data."""
 
     blame = browse.blame
-    check_files = preview.check_files
     checkout = browse.checkout
     cluster_counts = browse.cluster_counts
     diff = browse.diff
@@ -101,6 +100,7 @@ class ProjectData(ProjectGroup):
 
     add = data_verbs.add
     check = data_verbs.check
+    check_files = data_verbs.check_files
     contamination = data_verbs.contamination
     exact_match_misleads = data_verbs.exact_match_misleads
     scores_by_distance = data_verbs.scores_by_distance
@@ -187,7 +187,7 @@ class Project(OpenProject):
     undeploy = release_verbs.undeploy
 
     def __init__(self, folder: ProjectFolder, reporter: Reporter | None = None) -> None:
-        super().__init__(folder, reporter or LogReporter())
+        super().__init__(folder, reporter or (LogReporter() if log.hasHandlers() else PrintReporter()))
 
     def evaluate_on_dev(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
         """Deprecated: use :meth:`evaluate` with ``dev=True``."""

@@ -137,8 +137,6 @@ class Session:
         """The database that ``--database-url`` names."""
         self.cluster: str | None = None
         """The Ray cluster that ``--cluster`` names."""
-        # At each import it reports that a hub kernel, which nothing here uses, is not installed.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         if logging.lastResort is not None:
             logging.lastResort.setFormatter(_VisibleFormatter())
         # A log has no width, so rows are not wrapped there.

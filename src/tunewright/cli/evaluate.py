@@ -163,11 +163,14 @@ def verdict(
     ] = False,
 ) -> int:
     """Decide from the evidence: ship (exit code 0), don't ship (3) or can't tell (4), with the reasons."""
-    # The evidence and its log suffice, wherever they are stored: no project is opened.
-    decision = run.unopened.verdict(evaluation)
+    # The evidence and its log suffice, wherever they are stored: a project is opened only to say that there is none.
+    project = run.unopened
+    if evaluation is None and not project.folder.evaluations.is_dir():
+        project = run.project
+    decision = project.verdict(evaluation)
     document = decision.as_dict()
     if markdown:
-        document["markdown"] = run.unopened.verdict_markdown(evaluation)
+        document["markdown"] = project.verdict_markdown(evaluation)
     if markdown and not run.as_json:
         run.print_out(document["markdown"])
     else:

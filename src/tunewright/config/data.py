@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tunewright.config.section import ConfigSection
 
-# The names that the data scan gives its findings: 23 secrets, 5 kinds of personal data, 3 that need --presidio.
+# The names that the data scan gives its findings: 23 secrets, 7 kinds of personal data, 3 that need --presidio.
 Findable = Literal[
     "private_key",
     "github_token",
@@ -37,6 +37,8 @@ Findable = Literal[
     "email",
     "phone",
     "us_ssn",
+    "birth_date",
+    "record_number",
     "ip_address",
     "person",
     "location",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunewright.config import Config, DataConfig, TrainConfig
+from tunewright.config.metrics import PlainMetric
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 
@@ -62,7 +64,9 @@ def parse_config(text: str, path: Path) -> Config:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"Not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
+        problem = str(getattr(error, "problem", error))
+        fix = "Use spaces instead of tabs." if "'\\t'" in problem else None
+        raise UserError(f"Not valid YAML: {problem}", where=where, fix=fix) from None
     except UserError:
         raise
     except (ValueError, OverflowError) as error:  # PyYAML takes any digits in an escape or in a directive
@@ -206,7 +210,15 @@ def _fault(error: ErrorDetails) -> str:
         hint = f"did you mean {'.'.join([*parents, nearest[0]])}?" if nearest else f"valid keys: {', '.join(known)}"
         return f"unknown key {key}: {hint}"
     message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [1, 2]")
-    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if key else message
+    if not key:
+        return message
+    given = error["input"]
+    allowed = re.findall("'([^']*)'", error.get("ctx", {}).get("expected", ""))
+    if error["type"] == "metric":
+        allowed = [*get_args(PlainMetric)]
+    nearest = difflib.get_close_matches(given.lower(), allowed, n=1) if isinstance(given, str) else []
+    hint = f": did you mean {nearest[0]}?" if nearest else ""
+    return f"{key}: {message[0].lower()}{message[1:]}, got {given!r}{hint}"
 
 
 def write_config(values: dict[str, Any]) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from statistics import fmean
 from typing import Protocol
+
+from tunewright.core.text import visible
 
 log = logging.getLogger("tunewright")
 
@@ -51,7 +56,7 @@ class LogTask:
 
 
 class LogReporter:
-    """The default reporter in Python: it logs to the logger ``tunewright``."""
+    """A reporter that logs to the logger ``tunewright``: the default in programs that configure logging."""
 
     def say(self, message: str) -> None:
         log.info(message)
@@ -63,6 +68,62 @@ class LogReporter:
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         log.info("%s: %d %s", title, total, unit)
         yield LogTask()
+
+
+_SLOW_S = 2.0
+_EVERY_S = 10.0
+
+
+@contextmanager
+def slow(reporter: Reporter, what: str) -> Iterator[None]:
+    """Report what is being done, if it takes more than two seconds."""
+    timer = threading.Timer(_SLOW_S, reporter.say, (what,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class PrintTask(LogTask):
+    """Progress as a line on stderr every ten seconds, the first one after two."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self.began = 0, time.monotonic()
+        self.due = self.began + _SLOW_S
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count the steps, and print a line if one is due or these are the last."""
+        self.done += steps
+        now = time.monotonic()
+        if now < self.due and not (self.done == self.total and now - self.began > _SLOW_S):
+            return
+        self.due = now + _EVERY_S
+        left = (now - self.began) / max(self.done, 1) * (self.total - self.done)
+        parts = [f"{self.title}: {self.done:,} of {self.total:,} {self.unit}", note]
+        parts.append(f"{duration(left)} left" if left else "")
+        _print(", ".join(filter(None, parts)))
+
+
+class PrintReporter(LogReporter):
+    """The default reporter in Python, unless the program configures logging: lines on stderr."""
+
+    def say(self, message: str) -> None:
+        _print(message)
+
+    def warn(self, message: str) -> None:
+        _print(f"Warning: {message}")
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        yield PrintTask(title, total, unit)
+
+
+def _print(line: str) -> None:
+    sys.stderr.write(f"{visible(line)}\n")
+    sys.stderr.flush()
 
 
 class WithoutBars:

@@ -23,14 +23,14 @@ from tunewright.data.readers.file_check import Change, FileCheck
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.sources import is_workbook, open_source
 from tunewright.data.screening import screen
-from tunewright.data.splits import SPLITS
+from tunewright.data.splits import SPLITS, Split
 
 
 @dataclass(frozen=True)
 class SplitSize:
     """Size of one split in the planned version: rows, new rows and clusters."""
 
-    split: str
+    split: Split
     rows: int
     new: int
     clusters: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,13 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data import add as adding
+from tunewright.data import preview
 from tunewright.data.add import AddResult
 from tunewright.data.options import AddOptions, ReviewOptions
+from tunewright.data.preview import Preview
+from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.versions.version import clusters_by_split
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import find_evaluation, load_items
 from tunewright.evidence.power import report_split_power, split_power, warn_of_few_dev_clusters
@@ -45,11 +49,22 @@ def add(
     """Add files of pairs to the dataset as a new version, unless all rows are known."""
     added = adding.add(project.folder, files, project.reporter, options, message=message)
     warn_of_few_dev_clusters(added.dev_clusters, project.reporter)
-    report_split_power(
-        split_power(added.version.counts.domain, added.clusters, project.folder.config.data.test_size),
-        project.reporter,
-    )
+    _report_power(project, added.version.counts.domain, added.clusters)
     return added
+
+
+def _report_power(project: OpenProject, rows: Mapping[Split, int], clusters: Mapping[Split, int]) -> None:
+    report_split_power(split_power(rows, clusters, project.folder.config.data.test_size), project.reporter)
+
+
+def check_files(project: OpenProject, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
+    """Check files as `preview.check_files` does, and report what the planned test split can show."""
+    checked = preview.check_files(project, files, options)
+    if checked.effect is not None:
+        sizes = checked.effect.splits
+        rows, clusters = ({each.split: getattr(each, of) for each in sizes} for of in ("rows", "clusters"))
+        _report_power(project, rows, clusters)
+    return checked
 
 
 def check(project: OpenProject) -> LengthReport:
@@ -60,6 +75,7 @@ def check(project: OpenProject) -> LengthReport:
     base = project.base
     limit = min(project.folder.config.train.max_length, context_length(base))
     chat, version = project.chat, load_version(project.folder.dataset)
+    _report_power(project, version.manifest.counts.domain, clusters_by_split(version.members))
     with project.workers() as workers:
         return measure_lengths(chat, base.spec, version, limit, project.reporter, workers)
 

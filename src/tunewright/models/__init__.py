@@ -29,6 +29,10 @@ if sys.platform != "win32" and not any(name in os.environ for name in _ALLOCATOR
     os.environ.update([ALLOCATOR])
 
 
+# At each import it reports that the package kernels, which nothing here uses, is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and hints while this is open; its errors are still raised."""

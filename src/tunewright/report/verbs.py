@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.config import metric_name
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
@@ -25,6 +27,7 @@ from tunewright.evidence.files import load_items
 from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Verdict
+from tunewright.metrics import metric_label
 from tunewright.open_project import OpenProject
 from tunewright.render.markdown import markdown, plain
 
@@ -93,6 +96,14 @@ def verdict(project: OpenProject, evaluation: str | Path | None = None) -> Verdi
         UserError: no evaluation, or a file of the evaluation or a line of the access log was changed or is missing.
     """
     evidence = checked_evidence(project, evaluation)
+    if evaluation is None and project.folder.has_config:
+        with suppress(UserError):  # evidence is enough for a verdict, whatever became of the config
+            metric = metric_name(project.folder.config.evaluate.metric)
+            if metric != evidence.metric:
+                project.reporter.warn(
+                    f"The evidence is measured by {metric_label(evidence.metric)}, and the config's evaluate.metric "
+                    f"is {metric_label(metric)}. `tunewright evaluate` measures by it, and opens the test split again."
+                )
     return decided(evidence, known_of(project.folder, evidence, project.reporter))
 
 

@@ -95,6 +95,8 @@ def serve(project: OpenProject, adapters: Sequence[str] = (), options: ServeOpti
     from tunewright.serving.gateway.server import Service
 
     held, folders = choose_served(project, adapters)
+    if not folders:
+        project.reporter.warn("There is no adapter that fits the base: only the base is served.")
     rules: dict[str, str] = {}
     if options.constrain:
         grammar = served_grammar(project)

@@ -20,7 +20,7 @@ from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, writing
-from tunewright.core.progress import Reporter
+from tunewright.core.progress import Reporter, slow
 from tunewright.core.text import count_of
 from tunewright.data.versions import DatasetVersion
 from tunewright.metrics import metric_inputs
@@ -208,11 +208,12 @@ def _run(
     preferences = None
     if config.train.prefers:
         preferences = preference_rows(config.train, project.dataset, version, chat, limit, reporter)
-    splits = {
-        name: training_rows(chat, version.examples(name), limit, config.train.on_overlength, reporter)
-        for name in ("train", "dev")
-        if name == "dev" or preferences is None
-    }
+    with slow(reporter, "Encoding the rows"):
+        splits = {
+            name: training_rows(chat, version.examples(name), limit, config.train.on_overlength, reporter)
+            for name in ("train", "dev")
+            if name == "dev" or preferences is None
+        }
     if preferences is not None:
         splits["train"] = preferences.answers
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows

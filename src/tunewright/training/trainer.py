@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from trl import SFTTrainer
 
+from tunewright.core.progress import slow
 from tunewright.generation.generate import in_memory
 from tunewright.training import distributed, fsdp
 from tunewright.training.checkpoints import StopRequest, is_complete
@@ -128,10 +130,13 @@ class Trainer(SFTTrainer):
         if self.micro_batch is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
+            first = self.micro_batch.rows is None
             rows = self.micro_batch.rows or self._probe_longest_batch(model, self.micro_batch)
             if self.state.global_step != self._step:
                 self._step, self._accumulated = self.state.global_step, []
-            enough, loss = in_memory(partial(self._accumulate, model, inputs["rows"], rows, num_items_in_batch, inputs))
+            compute = partial(self._accumulate, model, inputs["rows"], rows, num_items_in_batch, inputs)
+            with slow(self.micro_batch.reporter, "Computing the first step") if first else nullcontext():
+                enough, loss = in_memory(compute)
             if not enough:
                 loss = self._retry(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
             self._accumulated.append(inputs["rows"])
@@ -207,7 +212,8 @@ class Trainer(SFTTrainer):
             if self.is_fsdp_enabled
             else self.accelerator.no_sync(model)
         )
-        with torch.random.fork_rng(devices), no_exchange:
+        trying = slow(micro.reporter, f"Computing the longest batch, of {size} rows, to choose the micro-batch")
+        with torch.random.fork_rng(devices), no_exchange, trying:
             while True:
                 piece = RawRows(longest.pieces(size)[-1])
                 enough, _ = in_memory(partial(self._pass_with_optimizer_state, model, piece, size))

@@ -32,6 +32,7 @@ _NUMBERS = (
     r"[A-Z]{2}\d\d[ -]?[A-Z0-9]{4}",  # IBANs
     r"\d\.\d{1,3}\.\d",  # IPv4
     r"[23][0-9A-Fa-f]{3}:",  # IPv6
+    r"(?i:birth|geb|dob|d\.o\.b|naissance|nacimiento|mrn|record (?:n|id)|patient id|patientenn)",
 )
 _ANY_CUE = re.compile("|".join([*_NUMBERS, *sorted({re.escape(cue) for p in SECRETS for cue in p.cues}), "@"]))
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -104,8 +105,9 @@ def find_in_value(name: str, text: str, also: Finder | None = None) -> list[Find
         return found
     head = f"{_CAMEL_CASE.sub('_', name)}: "
     kinds = {finding.kind for finding in found}
-    # Only secrets: a date under "call" would count as a phone number.
-    named = [f for f in _find_by_patterns(head + text) if f.category == "secret" and f.start >= len(head)]
+    # Not every kind: a date under "call" would count as a phone number.
+    named = [f for f in _find_by_patterns(head + text) if f.start >= len(head)]
+    named = [f for f in named if f.category == "secret" or f.kind in _NAMED]
     named = [f for f in named if f.kind not in kinds]
     return found + [replace(f, start=f.start - len(head), end=f.end - len(head)) for f in named]
 
@@ -265,6 +267,7 @@ def _occurrences(names: dict[tuple[str, str], str], counts: Counter[str]) -> Cal
     return replace_again
 
 
+_NAMED = ("birth_date", "record_number")  # personal data that only its name tells apart
 _SPACED = ("card", "iban", "phone", "us_ssn")  # kinds that people write with and without separators
 
 

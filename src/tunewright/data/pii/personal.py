@@ -181,6 +181,21 @@ def _called(match: re.Match[str]) -> bool:
     return 7 <= len(digits) <= 13 and not _is_fictional(digits)
 
 
+def _birth(match: re.Match[str]) -> bool:
+    """Return whether a date exists, in one of its orders, and is not the default of a form or a clock."""
+    numbers = [int(number) for number in re.findall(r"\d+", match["value"])]
+    if len(numbers) == 2:  # with the month's name
+        return 1 <= min(numbers) <= 31
+    year, (month, day) = max(numbers), sorted(number for number in numbers if number != max(numbers))
+    return 1 <= month <= 12 and day <= 31 and not (month == day == 1 and year in (1900, 1970, 2000))
+
+
+def _record(match: re.Match[str]) -> bool:
+    """Return whether a number is not an example's."""
+    digits = _digits(match)
+    return digits not in "01234567890" and digits not in "9876543210" and len(set(digits)) > 2
+
+
 def _ssn(match: re.Match[str]) -> bool:
     """Return whether area, group and serial are assigned (not 000, 666, 9xx; not 00; not 0000)."""
     digits = _digits(match)
@@ -251,6 +266,19 @@ _SSN_NAMED = (
     r"\b(?:ssn|social security)\b(?:\W{0,3}\b(?:number|no|is)\b){0,2}\W{0,3}"
     r"(?P<value>\d{3}[ -]?\d{2}[ -]?\d{4})(?![\w-])"
 )
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mär|mai|okt|dez)[a-zä]{0,6}\.?"
+_YEAR = r"(?:19|20)\d\d"
+_NAMES = r"[\W_]{0,5}(?:is\W{1,3})?"  # between the name and the value
+_BIRTH = (
+    r"(?<![a-z])(?:d\.?o\.?b|date of birth|birth ?date|geburtsdatum|geb|geboren am|date de naissance|"
+    rf"fecha de nacimiento)(?![a-z]){_NAMES}"
+    rf"(?P<value>\d{{1,2}}(?P<s>[./-])\d{{1,2}}(?P=s){_YEAR}|{_YEAR}-\d\d-\d\d|"
+    rf"\d{{1,2}}\.? {_MONTH} {_YEAR}|{_MONTH} \d{{1,2}},? {_YEAR})(?![\w-]|[.,]\d)"
+)
+_RECORD = (
+    r"(?<![a-z])(?:mrn|(?:medical|patient|health) record (?:number|num|no|id)|patient id|patientennummer)(?![a-z])"
+    rf"{_NAMES}(?P<value>[a-z]{{0,3}}-?\d{{5,10}})(?![\w-]|[.,]\d)"
+)
 _IP4 = r"(?<![\w.-])(?P<value>\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})(?![\w-]|\.\d)"
 _IP6 = r"(?<![\w:.])(?P<value>[23][0-9a-f]{3}:[0-9a-f:]{1,34}[0-9a-f])(?![\w:])"
 
@@ -269,6 +297,10 @@ PERSONAL: tuple[Pattern, ...] = (
     _phone(_CALLED, _called, re.IGNORECASE),
     Pattern("us_ssn", "US social security number", "personal", re.compile(_SSN, re.ASCII), ("-",), _ssn, rank=2),
     Pattern("us_ssn", "US social security number", "personal", re.compile(_SSN_NAMED, re.I | re.A), (), _ssn, rank=2),
+    Pattern("birth_date", "birth date", "personal", re.compile(_BIRTH, re.I), (), _birth, rank=1),
+    Pattern(
+        "record_number", "medical record number", "personal", re.compile(_RECORD, re.I | re.A), (), _record, rank=1
+    ),
     Pattern("ip_address", "public IP address", "personal", re.compile(_IP4, re.ASCII), (".",), _ip_address, rank=2),
     Pattern("ip_address", "public IP address", "personal", re.compile(_IP6, re.I | re.A), (":",), _ip_address, rank=2),
 )
