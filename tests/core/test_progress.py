@@ -38,7 +38,7 @@ def test_print_task_prints_a_line_every_ten_seconds_and_the_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr("time.monotonic", lambda: seconds[0])
     task = PrintTask("Training tiny", 8, "steps")
     for seconds[0] in (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.5, 14.0):
         task.advance(note="loss 2.1")

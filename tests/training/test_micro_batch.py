@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from making.training_runs import Heard, training_project
-from tunewright.core import progress
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.generation.generate import in_memory
@@ -106,7 +105,7 @@ class _Due(Thread):
 def test_slow_work_before_the_second_step_is_named_in_order(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress.threading, "Timer", _Due)
+    monkeypatch.setattr("threading.Timer", _Due)
     _, lines = _train(tmp_path / "p", tiny_base_folder)
     work = [line for line in lines if line.startswith(("Encoding", "Loading", "Computing", "Micro-batch"))]
     assert [line.split()[0] for line in work] == ["Encoding", "Loading", "Computing", "Micro-batch:", "Computing"]

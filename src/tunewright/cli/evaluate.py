@@ -163,7 +163,7 @@ def verdict(
     ] = False,
 ) -> int:
     """Decide from the evidence: ship (exit code 0), don't ship (3) or can't tell (4), with the reasons."""
-    # The evidence and its log suffice, wherever they are stored: a project is opened only to say that there is none.
+    # The evidence and its log suffice, wherever they are stored: a project is opened only to name its missing config.
     project = run.unopened
     if evaluation is None and not project.folder.evaluations.is_dir():
         project = run.project

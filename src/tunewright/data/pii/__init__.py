@@ -267,7 +267,7 @@ def _occurrences(names: dict[tuple[str, str], str], counts: Counter[str]) -> Cal
     return replace_again
 
 
-_NAMED = ("birth_date", "record_number")  # personal data that only its name tells apart
+_NAMED = ("birth_date", "record_number")  # personal data that is recognised only by its name
 _SPACED = ("card", "iban", "phone", "us_ssn")  # kinds that people write with and without separators
 
 
