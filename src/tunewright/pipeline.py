@@ -81,7 +81,7 @@ def run(
             fix="List your files, such as sources: [pairs.jsonl]",
         )
     added = data_verbs.add(
-        project, [source if is_hub_name(source) else project.folder.root / source for source in sources]
+        project, [each.path if is_hub_name(each.path) else project.folder.root / each.path for each in sources]
     )
     done("data", added.created, f"version {added.version.digest[:12]}")
     require_significance(current_split_power(project), force=force, reporter=project.reporter)

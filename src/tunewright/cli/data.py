@@ -55,6 +55,8 @@ def data_add(
         what += f", {len(result.skipped):,} left out as faulty"
     if result.left_out:
         what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
+    if result.overlapping:
+        what += f", {len(result.overlapping):,} near a held-out row of another split"
     if result.unaccepted:
         what += f", {result.unaccepted:,} generated and left out as similar to a held-out row"
     what += f", {sum(len(r.before) for r in result.replaced):,} replaced" if result.replaced else ""
@@ -184,6 +186,7 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
         f"superseded earlier {effect.superseded:,}; "
         f"inputs with different outputs {effect.conflicts:,}; "
         f"training rows that hold a test or benchmark item {effect.contaminated:,}; "
+        f"rows near a held-out row of another split {effect.overlapping:,}; "
         f"rows that change their split {effect.moved:,}",
     ]
     for size in effect.splits:

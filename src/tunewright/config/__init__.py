@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
+from tunewright.config.data import DataConfig, Duplicates, FileSource, Findable, MixConfig, Overlap, Split, read_split
 from tunewright.config.endpoint import (
     EndpointConfig,
     GenerateConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "EndpointConfig",
     "EngineName",
     "EvaluateConfig",
+    "FileSource",
     "Findable",
     "GatewayConfig",
     "GenerateConfig",
@@ -55,15 +56,18 @@ __all__ = [
     "Metric",
     "MetricName",
     "MixConfig",
+    "Overlap",
     "PriceConfig",
     "PromptOptimizationConfig",
     "Quantization",
     "ReplayConfig",
     "RetrieverName",
     "ServeConfig",
+    "Split",
     "Tracker",
     "TrainConfig",
     "metric_name",
+    "read_split",
 ]
 
 PROJECT_NAME = r"[a-z0-9][a-z0-9\-]{0,39}"  # HTML's patterns need the backslash

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_serializer, model_validator
+from pydantic_core import CoreSchema
 
 from tunewright.config.section import ConfigSection
 
@@ -47,6 +48,51 @@ Findable = Literal[
 
 
 Duplicates = Literal["keep", "drop"]
+Overlap = Literal["drop-train", "move", "keep"]
+Split = Literal["train", "dev", "test"]
+# "eval" and "holdout" are missing on purpose: authors use both for dev and for test.
+_SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "dev": "dev",
+    "development": "dev",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def read_split(name: object) -> Split:
+    """Return the split that a source, an option or a cell names, ignoring case and outer white space."""
+    found = _SPLIT_NAMES.get(name.strip().casefold()) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(f"Expected one of {', '.join(_SPLIT_NAMES)}")
+    return found
+
+
+class FileSource(ConfigSection):
+    """A source of pairs, and the split that its authors gave it; written as its path if they gave it none."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A file, folder, pattern or dataset of the hub, as in data.sources."""
+    split: Annotated[Split, BeforeValidator(read_split)] | None = None
+    """Split of all its rows: train, dev or test (null: drawn)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, str]:
+        return self.path if self.split is None else {"path": self.path, "split": self.split}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema of both spellings."""
+        return {"anyOf": [{"type": "string", "minLength": 1}, super().__get_pydantic_json_schema__(schema, handler)]}
 
 
 class MixConfig(ConfigSection):
@@ -73,10 +119,11 @@ class MixConfig(ConfigSection):
 class DataConfig(ConfigSection):
     """Sources of the pairs, and their split."""
 
-    sources: tuple[str, ...] = ()
+    sources: tuple[FileSource, ...] = ()
     """Files of pairs that `tunewright run` adds: JSON, CSV, .xlsx, Parquet or a saved `datasets`
     folder, relative to this file. Folders of such files, patterns such as data/*.jsonl and datasets
-    of the Hugging Face hub such as hf://datasets/org/name:train work too.
+    of the Hugging Face hub such as hf://datasets/org/name:train work too. {path: a.csv, split:
+    test} gives all rows of a source to train, dev or test; rows without a split are drawn.
     """
     rows: Annotated[str | None, Field(min_length=1)] = None
     """JMESPath expression that finds the rows in a JSON document that is not an array of rows, such
@@ -96,6 +143,15 @@ class DataConfig(ConfigSection):
     """Columns or keys such as customer or document. Rows that share a value are not independent and
     stay on one side of the split. With data.rows, also a JMESPath from the object above a row, such
     as parent.id or parent.sql[0]; parent.parent is the next object above.
+    """
+    split_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column or key, such as part, in which the authors of the rows give each row to train, dev or
+    test. It is not part of the example.
+    """
+    on_overlap: Overlap = "drop-train"
+    """Rows of another split, or of none, in the cluster of a row that is given to dev or test:
+    `drop-train` leaves them out, `move` moves them to that split, `keep` keeps the authors' split
+    and lowers the verdict.
     """
     drop_columns: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Columns or keys to leave out, such as id or source. Other unused ones are kept as metadata.
@@ -150,4 +206,6 @@ class DataConfig(ConfigSection):
         both = [name for name in self.drop_columns if name in used]
         if both:
             raise ValueError(f"drop_columns names {both[0]}, which input, output or group_by use")
+        if self.split_column in {*used, *self.drop_columns} - {None}:
+            raise ValueError(f"split_column names {self.split_column}, which another key of data uses")
         return self

@@ -21,6 +21,7 @@ from tunewright.data import notices
 from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
+from tunewright.data.given_split import OverlappingRow, require_given_rows, splits_of_files
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import (
@@ -32,7 +33,7 @@ from tunewright.data.readers import (
     source_digest,
     source_size,
 )
-from tunewright.data.readers.source_files import hub_source, source_files
+from tunewright.data.readers.source_files import hub_source
 from tunewright.data.readers.sources import is_workbook
 from tunewright.data.readers.validate import REJECTED, counted, rejected_value
 from tunewright.data.screening import screen
@@ -68,6 +69,8 @@ class AddResult:
     """Number of contaminated rows left out."""
     unaccepted: int
     """Number of generated rows left out, because they share a cluster with held-out rows and nobody accepted them."""
+    overlapping: tuple[OverlappingRow, ...]
+    """Rows near a held-out row that is given to another split: left out, moved or kept (data.on_overlap)."""
     largest: tuple[LargeCluster, ...]
     """The largest clusters."""
     outputs: OutputLeakage
@@ -119,8 +122,10 @@ def add(
         config = project.config
         read = _read(paths, config, reporter, workers, skip_bad=options.skip_bad)
         faults = [fault for _, reading in read for fault in reading.faults]
+        rows = [row for _, reading in read for row in reading.rows]
+        require_given_rows(paths, rows)
         screened = screen(
-            [row for _, reading in read for row in reading.rows],
+            rows,
             config.data.allow,
             reporter,
             redact=options.redact,
@@ -147,6 +152,7 @@ def add(
         contaminated=plan.hits,
         left_out=len(plan.left_out),
         unaccepted=len(plan.unaccepted),
+        overlapping=tuple(plan.overlapping.values()),
         largest=plan.largest,
         outputs=plan.outputs,
         near_duplicates=plan.near,
@@ -165,10 +171,10 @@ def prepare_add(
     reporter: Reporter,
     options: AddOptions,
     workers: Workers | None = None,
-) -> Iterator[tuple[ProjectFolder, Sequence[Path], Workers]]:
-    """Yield the project with the options in its config, the files to read, and the workers."""
-    paths = source_files(files, reporter)
-    data = map_columns(project.config.data, options.mapping, paths)
+) -> Iterator[tuple[ProjectFolder, Mapping[Path, Split | None], Workers]]:
+    """Yield the project with the options in its config, the files to read with their given splits, and the workers."""
+    paths = splits_of_files(files, project, options.split, reporter)
+    data = map_columns(project.config.data, options.mapping, list(paths))
     if options.accept_conflicts:
         data = data.model_copy(update={"conflicts": "accept"})
     optioned = ProjectFolder(project.root, project.config.model_copy(update={"data": data}))
@@ -228,6 +234,7 @@ def _save(
             mix=plan.mixed.about if plan.mixed else None,
             near_duplicates=near,
             split_from=plan.inherited.about if plan.inherited else None,
+            given_split=plan.given_split,
         )
         task.advance(len(plan.members))
     imports = _Imports(plan, faults, sources)
@@ -275,13 +282,13 @@ def _keep_known(
 
 
 def _read(
-    files: Sequence[Path], config: Config, reporter: Reporter, workers: Workers, *, skip_bad: bool
+    files: Mapping[Path, Split | None], config: Config, reporter: Reporter, workers: Workers, *, skip_bad: bool
 ) -> list[tuple[Path, ReadResult]]:
     if not files:
         raise UserError("No file to add", fix="Name one or more files of pairs, or list them in data.sources.")
     size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
-        read = [(path, read_pairs(path, config.data, task, workers)) for path in files]
+        read = [(path, read_pairs(path, config.data, task, workers, split)) for path, split in files.items()]
     for _, reading in read:
         for note in reading.notes:
             reporter.say(note)
@@ -337,6 +344,6 @@ class _Imports:
             return {"fate": "skipped", "code": item.code, "reason": item.reason}
         fate = self.plan.fate(item)
         # Rows that stay out get no metadata: a purge erases metadata by the keys of rows that were in a version.
-        if item.metadata and fate["fate"] not in ("removed", "contaminated", "unaccepted"):
+        if item.metadata and fate["fate"] not in ("removed", "contaminated", "unaccepted", "overlapping"):
             fate["metadata"] = item.metadata
         return fate

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tunewright.config import Config, Duplicates, metric_name
@@ -27,16 +26,25 @@ from tunewright.data.dedup.decontaminate import (
 )
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage
 from tunewright.data.examples import Example, find_labels, template_groups
+from tunewright.data.given_split import (
+    InheritedSplit,
+    OverlappingRow,
+    find_overlaps,
+    given_split_of,
+    inherit_split,
+    overlap_notice,
+    refuse_changes,
+)
 from tunewright.data.merge import Merge, merge
 from tunewright.data.mix import DrawnMix, mix_in
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, SplitChange
 from tunewright.data.options import AddOptions
 from tunewright.data.readers import SourceRow
 from tunewright.data.review.edits import unaccepted_keys
-from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
-from tunewright.data.versions import DatasetVersion, Member, load_version, members_digest, short
+from tunewright.data.splits import Split, assign_splits, join_groups
+from tunewright.data.versions import DatasetVersion, Member, members_digest
 from tunewright.data.versions.logs import Removal, read_removals, removals_ended_by, removed_rows_notice
-from tunewright.data.versions.version import SplitFrom, rename_clusters
+from tunewright.data.versions.version import GivenSplit, rename_clusters
 
 _LARGEST = 5
 
@@ -56,6 +64,10 @@ class AddPlan:
     """Pair keys of training rows that contain a test row or benchmark item."""
     unaccepted: frozenset[str]
     """Pair keys of generated rows that would be held out, and that nobody has accepted."""
+    overlapping: Mapping[str, OverlappingRow]
+    """Rows near a row that is given to another split, by pair key: left out, moved or kept (data.on_overlap)."""
+    given_split: GivenSplit | None
+    """The record of the authors' split; None: every row is drawn."""
     mixed: DrawnMix | None
     largest: tuple[LargeCluster, ...]
     outputs: OutputLeakage
@@ -74,6 +86,8 @@ class AddPlan:
         key = fate.get("of", fate["key"])
         if key in self.unaccepted:
             return {**fate, "fate": "unaccepted"}
+        if key in self.overlapping and self.given_split and self.given_split.on_overlap == "drop-train":
+            return {**fate, "fate": "overlapping", "near": self.overlapping[key].near}
         return {**fate, "fate": "contaminated"} if key in self.left_out else fate
 
 
@@ -102,9 +116,12 @@ def plan_add(
         merged.compare(data.dedup_threshold, reporter, workers)
     _report_merge(merged, data.duplicates, options, reporter)
     inherited = inherit_split(options.split_from, merged, data.split_by) if options.split_from is not None else None
+    refuse_changes(project, merged, {**inherited.splits, **inherited.given} if inherited else {})
     plan = _plan_version(project, merged, inherited, reporter, workers)
     if inherited:
         reporter.say(inherited.notice(plan.members))
+    if plan.overlapping and (plan.created or data.on_overlap == "drop-train"):
+        reporter.warn(overlap_notice(list(plan.overlapping.values()), data.on_overlap))
     if plan.near:
         reporter.say(notices.near_duplicates(plan.near))
     if options.restore and not plan.restored and not merged.superseded:
@@ -130,7 +147,7 @@ def _plan_version(
     manifest = merged.parent.manifest if merged.parent else None
     doubtful = unaccepted_keys(project.dataset, manifest, merged.generated)
     _refuse_generated_replacements(merged, doubtful)
-    domain, unaccepted = _domain(merged, config, training, reporter, inherited, doubtful, workers)
+    domain, unaccepted, overlapping = _domain(merged, config, training, reporter, inherited, doubtful, workers)
     # Shared phrases ("overlap") are reported by `data leakage` only.
     hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter, workers) if hit.how != "overlap")
     items = item_names(hits, domain)
@@ -165,6 +182,8 @@ def _plan_version(
         held=held,
         left_out=left_out,
         unaccepted=unaccepted,
+        overlapping=overlapping,
+        given_split=given_split_of(domain, merged, config.data, inherited, overlapping),
         mixed=mixed,
         largest=largest,
         outputs=outputs,
@@ -211,15 +230,19 @@ def _domain(
     inherited: InheritedSplit | None,
     doubtful: Collection[str],
     workers: Workers,
-) -> tuple[list[Member], frozenset[str]]:
+) -> tuple[list[Member], frozenset[str], dict[str, OverlappingRow]]:
     """Return the domain rows with splits and clusters, joined where rows share a group or an output template.
 
     Rows of ``training`` are trained on, unless their cluster is held out already. Rows of ``doubtful`` (generated,
     and accepted by nobody) are only trained on: such rows of a held-out cluster are left out, and returned by key.
+    So are rows in the cluster of a row that authors gave to another split, by data.on_overlap.
     """
-    former: dict[str, Split] = {**dict.fromkeys(training, "train"), **merged.former}
+    given = {**(inherited.given if inherited else {}), **merged.given}
+    former: dict[str, Split] = {**dict.fromkeys(set(training) - given.keys(), "train"), **merged.former}
     if inherited:  # only the first version of a dataset inherits a split: it has no former rows
         former |= inherited.splits
+    side = given | former
+    overlapping: dict[str, OverlappingRow] = {}
     groups = merged.groups
     keys = sorted(merged.kept)
     unaccepted: frozenset[str] = frozenset()
@@ -227,11 +250,15 @@ def _domain(
         similar = _similar(keys, merged, config, reporter, workers)
         clusters = _joined(similar, groups, merged.kept, config)
         # Only the row that resembles a held-out one leaves; other rows of its document or group may stay.
-        gone = _held_out(similar, former, doubtful) or _held_out(clusters, former, doubtful)
+        gone = _held_out(similar, side, doubtful) or _held_out(clusters, side, doubtful)
+        unaccepted |= gone
+        if not gone and given:
+            found = find_overlaps(clusters, side, given, merged)
+            overlapping |= found
+            gone = frozenset(found) if config.data.on_overlap == "drop-train" else frozenset()
         if not gone:
             break
         # Similarity ignores the words that all inputs share. Without these rows they may change: compare again.
-        unaccepted |= gone
         keys = [key for key in keys if key not in gone]
     if unaccepted:
         reporter.warn(notices.unaccepted([merged.place(key) for key in sorted(unaccepted)]))
@@ -245,20 +272,23 @@ def _domain(
         labels = {label: label for label in find_labels(merged.kept[key].output for key in keys)}
         class_of = {key: labels[merged.kept[key].output.strip()] for key in keys} if labels else None
         train_only = frozenset(doubtful).intersection(keys)
-        splits = assign_splits(clusters, former, config.data, config.seed, class_of, train_only)
+        given = {key: split for key, split in given.items() if key in cluster_of}
+        splits = assign_splits(clusters, former, config.data, config.seed, class_of, train_only, given)
+        keep = overlapping if config.data.on_overlap == "keep" else {}
         members = [
             Member(
                 merged.kept[key],
                 key,
-                splits[cluster_of[key]],
+                (keep[key].split or "train") if key in keep else splits[cluster_of[key]],
                 cluster_of[key],
                 groups.get(key, ()),
                 generated=key in merged.generated,
+                given=given.get(key),
             )
             for key in keys
         ]
         task.advance(len(keys))
-    return members, unaccepted
+    return members, unaccepted, overlapping
 
 
 def _held_out(
@@ -317,77 +347,6 @@ def _refuse_another_split(
             fix="Set data.split_by: input, or start a new dataset: move the dataset folder away and add the files "
             "again without --split-from.",
         )
-
-
-@dataclass(frozen=True)
-class InheritedSplit:
-    """Split of another dataset's version, for the rows that a new dataset shares with it."""
-
-    version: DatasetVersion
-    name: str
-    splits: dict[str, Split]
-
-    @property
-    def about(self) -> SplitFrom:
-        """The record for the manifest."""
-        return SplitFrom(name=self.name, digest=self.version.digest, rows=len(self.splits))
-
-    def notice(self, members: Sequence[Member]) -> str:
-        """Return the notice on the inherited split."""
-        now = {m.key: m.split for m in members if not m.mixed}
-        counts = ", ".join(f"{sum(now.get(key) == split for key in self.splits):,} {split}" for split in SPLITS)
-        moved = sum(now.get(key, split) != split for key, split in self.splits.items())
-        text = (
-            f"Split from {self.name}, version {short(self.version.digest)}: {len(self.splits):,} of {len(now):,} rows "
-            f"inherited ({counts})"
-        )
-        if moved:
-            text += f"; {moved:,} of them moved, because they share a cluster with a held-out row"
-        return text
-
-
-def inherit_split(path: Path, merged: Merge, split_by: str) -> InheritedSplit:
-    """Find the split of each row of a new dataset in another dataset's current version.
-
-    A row inherits the split of its pair, else of the rows with its question: the prompt without system turns, ignoring
-    case and white space. If the question is in several splits, test comes before dev and dev before train.
-
-    A split by input is not inherited by output template if a template is in several splits: all its
-    rows would follow one of them into the test split, and most training rows with them.
-    """
-    where = f"--split-from {path}"
-    if merged.parent is not None:
-        raise UserError(
-            f"This dataset already has a split (version {short(merged.parent.digest)})",
-            where=where,
-            fix="Start a new project: only a dataset's first version can inherit a split.",
-        )
-    dataset = path / "dataset" if (path / "dataset").is_dir() else path
-    if not (dataset / "versions").is_dir():
-        raise UserError("No dataset there", where=where, fix="Name a project's folder, or its dataset folder.")
-    version = load_version(dataset)
-    by_key: dict[str, Split] = {m.key: m.split for m in version.domain}
-    by_question: dict[str, Split] = {}
-    for split in SPLITS:  # test comes last and stays
-        by_question |= {m.example.question_key: split for m in version.domain_of(split)}
-    found = {key: by_key.get(key) or by_question.get(example.question_key) for key, example in merged.kept.items()}
-    splits = {key: split for key, split in found.items() if split is not None}
-    if not splits:
-        raise UserError(f"These files share no pair or input with version {short(version.digest)} there", where=where)
-    name = dataset.resolve().parent.name
-    if split_by == "output_template" and version.manifest.settings.split_by != "output_template":
-        of_template: dict[str, list[Split]] = {}
-        for key, template in template_groups({key: merged.kept[key].output for key in splits}).items():
-            of_template.setdefault(template, []).append(splits[key])
-        torn = sum(len(each) for each in of_template.values() if len(set(each)) > 1)
-        if torn:
-            raise UserError(
-                f"{name} was split by input, and {torn:,} of its {len(splits):,} rows here have output templates in "
-                "several splits",
-                where="--split-from",
-                fix="Leave out --split-from to split a new dataset by template, or set data.split_by: input.",
-            )
-    return InheritedSplit(version, name, splits)
 
 
 def _report_merge(merged: Merge, setting: Duplicates, options: AddOptions, reporter: Reporter) -> None:

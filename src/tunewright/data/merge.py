@@ -21,7 +21,7 @@ from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflictin
 from tunewright.data.options import AddOptions
 from tunewright.data.readers import SourceRow
 from tunewright.data.review.edits import superseded_keys
-from tunewright.data.splits import Split
+from tunewright.data.splits import SPLITS, Split, strictest
 from tunewright.data.versions import (
     DatasetVersion,
     has_version,
@@ -85,7 +85,25 @@ class Merge:
     @cached_property
     def former(self) -> dict[str, Split]:
         """Split of each row in the parent, without the mix-in."""
-        splits = {m.key: m.split for m in self.parent.domain} if self.parent else {}
+        return self._carried({m.key: m.split for m in self.parent.domain} if self.parent else {})
+
+    @cached_property
+    def former_given(self) -> dict[str, Split]:
+        """Split that authors gave to rows of the parent."""
+        return self._carried({m.key: m.given for m in self.parent.domain if m.given} if self.parent else {})
+
+    @cached_property
+    def given(self) -> dict[str, Split]:
+        """Split that authors gave to kept rows; of several copies of a row, the one that is held out counts."""
+        found = {key: split for key, split in self.former_given.items() if key in self.kept}
+        for row in self.rows:
+            key = self.kept_pair_key(row.example.pair_key)
+            if row.split is not None and key in self.kept:
+                found[key] = strictest([row.split, found.get(key)]) or row.split
+        return found
+
+    def _carried(self, splits: dict[str, Split]) -> dict[str, Split]:
+        """Return the splits with those of rows that replace others."""
         splits |= {new: splits[old] for new, old in self.reweighted.items() if old in splits}
         return splits | {new: splits[olds[0]] for new, olds in self.replacement.olds.items() if olds[0] in splits}
 
@@ -228,13 +246,16 @@ def merge(
         known = {key: example for key, example in known.items() if key not in became}
         edited = {old: became.get(now, now) for old, now in edited.items() if old not in replacement.olds}
     first: dict[str, SourceRow] = {}
-    for row in rows:
+    # Of equal rows of several splits, the held-out one is meant.
+    for row in sorted(rows, key=lambda row: -SPLITS.index(row.split or "train")):
         if row.example.pair_key not in known and row.example.pair_key not in edited:
             first.setdefault(row.example.pair_key, row)
     people = {row.example.pair_key for row in rows if not row.generated}
     # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows
-    # of people come first: a generated row may be the duplicate of a person's row, but not the other way round.
-    new = sorted(first, key=lambda key: (key not in people, first[key].example.trained_turns, key))
+    # of people come first: a generated row may be the duplicate of a person's row, but not the other way round. So do
+    # rows that are given to dev or test: a training row with the same text is the one to leave out.
+    held_out = {row.example.pair_key for row in rows if row.split in ("dev", "test")}
+    new = sorted(first, key=lambda key: (key not in people, key not in held_out, first[key].example.trained_turns, key))
     reweighted = _reweighted(new, first, known, rows)
     for old in reweighted.values():
         del known[old]

@@ -47,6 +47,13 @@ class AddOptions:
     split_from: Annotated[
         Path | None, Option("Project whose split a new dataset's rows keep.", default="a new split")
     ] = None
+    split: Annotated[
+        tuple[str, ...],
+        Option(
+            "Split that authors gave the files: train, dev or test, or FILE=test for one of them (repeatable).",
+            default="data.sources and data.split_column in the config",
+        ),
+    ] = ()
     presidio: Annotated[
         str | None, Option("spaCy model that also finds names and places.", default="patterns only")
     ] = None

@@ -16,6 +16,7 @@ from tunewright.core.errors import UserError
 from tunewright.data import notices
 from tunewright.data.add import map_columns, prepare_add
 from tunewright.data.add_plan import AddPlan, plan_add
+from tunewright.data.given_split import require_given_rows
 from tunewright.data.notices import Conflict
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import SourceRow, file_check, source_size
@@ -56,6 +57,8 @@ class Effect:
     """Rows that were removed earlier and stay out."""
     conflicts: int
     contaminated: int
+    overlapping: int
+    """Rows near a held-out row that is given to another split: left out, moved or kept (data.on_overlap)."""
     moved: int
     splits: tuple[SplitSize, ...]
 
@@ -107,6 +110,7 @@ def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOp
         elif checked.faults:
             refusals.append(notices.faulty(checked.faults))
         try:
+            require_given_rows(paths, rows)
             rows = screen(
                 rows, data.allow, reporter, redact=options.redact, presidio=options.presidio, workers=workers
             ).rows
@@ -153,6 +157,7 @@ def _effect(plan: AddPlan) -> Effect:
         removed=counts["removed"],
         conflicts=len(merged.fresh_conflicts),
         contaminated=len({hit.row for hit in plan.hits}),
+        overlapping=len(plan.overlapping),
         moved=len(plan.moved),
         splits=tuple(sizes),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import get_args
 
 from tunewright.config import DataConfig
+from tunewright.config import Split as Split
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 
@@ -16,12 +17,17 @@ FEWEST_TRAINING_PAIRS = 50
 """Training on fewer pairs is refused unless forced."""
 FEW_TRAINING_PAIRS = 500
 """Training on fewer pairs gets a warning of overfitting."""
-Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 MINIMUM_CLUSTERS = 10  # with fewer clusters, a tenth is less than one
 LARGEST = 1 / 3
 """Share of dev or test that a cluster may take while smaller ones fit."""
+
+
+def strictest(splits: Iterable[Split | None]) -> Split | None:
+    """Return test if it is among the splits, else dev, else train."""
+    there = set(splits)
+    return next((split for split in SPLITS[::-1] if split in there), None)
 
 
 def join_groups(clusters: Mapping[str, Sequence[str]], group_of: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
@@ -56,6 +62,7 @@ def assign_splits(
     seed: int,
     class_of: Mapping[str, str] | None = None,
     train_only: Collection[str] = frozenset(),
+    given: Mapping[str, Split] | None = None,
 ) -> dict[str, Split]:
     """Return the split of each cluster.
 
@@ -71,11 +78,15 @@ def assign_splits(
             not stratify.
         train_only: pair keys of generated rows, whose new clusters are for training. They do not count for the shares
             of the other splits, and no cluster with a row of the former dev or test split contains one.
+        given: the split that authors gave to pair keys; that of ``former`` comes first. Nothing is drawn for dev or
+            test if they gave it rows. Without a dev split of theirs, dev is drawn from their training rows too.
     """
+    given = given or {}
+    dev_given = "dev" in given.values()
+    settling = {key: split for key, split in given.items() if split != "train" or dev_given} | dict(former)
     splits: dict[str, Split] = {}
     for name, keys in clusters.items():
-        before = {"train" if key in train_only else former.get(key) for key in keys}
-        settled = next((split for split in SPLITS[::-1] if split in before), None)  # test comes first, then dev
+        settled = strictest("train" if key in train_only else settling.get(key) for key in keys)
         if settled is not None:
             splits[name] = settled
     if train_only:
@@ -86,24 +97,35 @@ def assign_splits(
     free = sorted(clusters.keys() - splits.keys(), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     total = sum(len(keys) for keys in clusters.values())
     goals: tuple[tuple[Split, float], ...] = (("test", data.test_size), ("dev", data.val_size))
+    by_authors = {name for name, keys in clusters.items() if not given.keys().isdisjoint(keys)}
     for split, share in goals:
+        if split in given.values():
+            continue
         held = [name for name, s in splits.items() if s == split]
         room = round(share * total) - sum(len(clusters[name]) for name in held)
         # Each empty split reserves one of the free clusters.
         most = len(free) - len({"train", "dev", "test"} - {split} - set(splits.values()))
+        drawn = [name for name in free if split == "dev" or name not in by_authors]
         if class_of is None:
             # sorted is stable: the smaller ones keep their order
-            small_first = sorted(free, key=lambda name: len(clusters[name]) > LARGEST * share * total)
+            small_first = sorted(drawn, key=lambda name: len(clusters[name]) > LARGEST * share * total)
             taken = _fill(small_first, clusters, room, most, lambda _: True)
         else:
-            taken = _fill_by_class(free, clusters, room, most, _Classes(clusters, class_of, share, held))
-        if not held and not taken and most > 0:
-            taken = [min(free, key=lambda name: len(clusters[name]))]
+            taken = _fill_by_class(drawn, clusters, room, most, _Classes(clusters, class_of, share, held))
+        if drawn and not held and not taken and most > 0:
+            taken = [min(drawn, key=lambda name: len(clusters[name]))]
         splits |= dict.fromkeys(taken, split)
         free = [name for name in free if name not in splits]
     splits |= dict.fromkeys(free, "train")
     for split in SPLITS:
         if split not in splits.values():
+            if given:
+                counts = ", ".join(f"{count:,} {name}" for name, count in sorted(Counter(given.values()).items()))
+                raise UserError(
+                    f"No row for {split}: the authors' split has {counts}, and no other row can be drawn for it",
+                    where="data.split_column, data.sources or --split",
+                    fix=f"Add the rows for {split} in the same command, or leave some rows without a split.",
+                )
             raise UserError(
                 f"No cluster is left for {split}: the new rows join separate clusters",
                 fix="Add rows that are independent of the existing ones, or leave out the rows that join clusters.",

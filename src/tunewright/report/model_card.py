@@ -83,7 +83,8 @@ def _metadata(subject: CardSubject, evidence: Evidence | None) -> ModelCardData:
     base = subject.base_model
     relation = "finetune" if subject.merged else "adapter"
     sources = subject.lineage.get("config", {}).get("data", {}).get("sources", [])
-    datasets = sorted({found[1] for source in sources if (found := _HUB_DATASET.match(str(source)))})
+    paths = (source["path"] if isinstance(source, dict) else str(source) for source in sources)
+    datasets = sorted({found[1] for path in paths if (found := _HUB_DATASET.match(path))})
     return ModelCardData(
         base_model=base,
         base_model_relation=relation if base else None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunewright.config import DataConfig
+from tunewright.config import DataConfig, Split
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.progress import LogTask, Task
@@ -30,6 +30,7 @@ from tunewright.data.readers.validate import (
     example_from_turns,
     groups_of,
     metadata_of,
+    split_of,
 )
 
 _ROWS = 2_000  # rows that a worker checks at once
@@ -46,7 +47,8 @@ class SourceRow:
     ``source`` is the file as the user named it, in a workbook with ``:SHEET``. ``line`` (from 1) is the line
     where the row starts; it is the number of the row if there are no lines (Parquet, workbooks, saved
     datasets, rows created by data.rows), or if rows share a line. ``groups`` has the row's values of
-    data.group_by, ``metadata`` the values of unused keys. ``generated`` is true if a model wrote the answer.
+    data.group_by, ``metadata`` the values of unused keys. ``generated`` is true if a model wrote the answer. ``split``
+    is the split that its column or its file gives it.
     """
 
     example: Example
@@ -55,9 +57,10 @@ class SourceRow:
     groups: Mapping[str, str] = field(default_factory=lambda: NO_VALUES)
     metadata: Mapping[str, Any] = field(default_factory=lambda: NO_VALUES)
     generated: bool = False
+    split: Split | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SourceRow, (self.example, self.source, self.line, self.groups, self.metadata, self.generated)
+        return SourceRow, (self.example, self.source, self.line, self.groups, self.metadata, self.generated, self.split)
 
     def stored(self, file: RowFile) -> SourceRow:
         """Return the row with its turns in a file."""
@@ -94,10 +97,16 @@ class ReadResult:
         return self.rows[0].source if self.rows else self.faults[0].source
 
 
-def read_pairs(path: Path, data: DataConfig, task: Task | None = None, workers: Workers = THIS_PROCESS) -> ReadResult:
+def read_pairs(
+    path: Path,
+    data: DataConfig,
+    task: Task | None = None,
+    workers: Workers = THIS_PROCESS,
+    split: Split | None = None,
+) -> ReadResult:
     """Read a file of pairs as ``scan_pairs`` does. The rows' turns are in a ``RowFile``."""
     reading, file = ReadResult([], [], []), RowFile()
-    for row in scan_pairs(path, data, reading.notes, task, workers):
+    for row in scan_pairs(path, data, reading.notes, task, workers, split):
         if isinstance(row, Fault):
             reading.faults.append(row)
         else:
@@ -106,12 +115,18 @@ def read_pairs(path: Path, data: DataConfig, task: Task | None = None, workers: 
 
 
 def scan_pairs(
-    path: Path, data: DataConfig, notes: list[str], task: Task | None = None, workers: Workers = THIS_PROCESS
+    path: Path,
+    data: DataConfig,
+    notes: list[str],
+    task: Task | None = None,
+    workers: Workers = THIS_PROCESS,
+    split: Split | None = None,
 ) -> Iterator[SourceRow | Fault]:
     """Yield the rows of a file of pairs, faulty ones as ``Fault``, with memory independent of the file's length.
 
     ``notes`` receives notes for the user: the format of the rows and the reason, encoding, dropped keys. ``task`` is
     advanced by the bytes read, ``source_size(path)`` in total. ``workers`` check the rows; the file is read here.
+    ``split`` is the split that the file is given to.
     """
     chats = unmapped(data)
     source = open_source(path, chats if has_generated_rows(path) else data, notes, task)
@@ -119,7 +134,7 @@ def scan_pairs(
     left_out: Counter[str] = Counter()
     ignored: set[str] = set()
     count = 0
-    settings = _Settings(source.name, data, chats)
+    settings = _Settings(source.name, data, chats, split)
     for parsed in workers.map(_check_row, settings, source.rows, LogTask(), _ROWS):
         count += 1
         ignored.update(parsed.ignored)
@@ -142,11 +157,12 @@ def scan_pairs(
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings for a file's rows: its name, the settings for most rows, and the settings for generated rows."""
+    """Settings for a file's rows: its name, the settings for most rows and for generated rows, and the split."""
 
     name: str
     data: DataConfig
     chats: DataConfig
+    split: Split | None
 
 
 @dataclass
@@ -170,6 +186,11 @@ def _check_row(settings: _Settings, raw: RawRow, _task: Task) -> _CheckedRow:
             raise row
         generated = is_generated(row)
         own = settings.chats if generated else data
+        split = split_of(row, own, settings.split)
+        if generated and split in ("dev", "test"):
+            raise RowError("E210", f"a model wrote the answer, so the row cannot be given to {split}")
+        if data.split_column in row:
+            row = {key: value for key, value in row.items() if key != data.split_column}
         ignored = frozenset(row.keys() & data.drop_columns)
         conversation = parse_conversation(row, own, above, parent)
         kind = (conversation.kind, conversation.reason)
@@ -177,7 +198,7 @@ def _check_row(settings: _Settings, raw: RawRow, _task: Task) -> _CheckedRow:
         metadata, too_long = metadata_of(row, conversation, data)
         groups = generated_groups(row, data) if generated else groups_of(row, data, parent)
         row_read = SourceRow(
-            example, settings.name, line, groups or NO_VALUES, metadata or NO_VALUES, generated=generated
+            example, settings.name, line, groups or NO_VALUES, metadata or NO_VALUES, generated=generated, split=split
         )
         return _CheckedRow(row_read, kind, ignored, too_long)
     except RowError as fault:
@@ -232,7 +253,8 @@ def has_generated_rows(path: Path) -> bool:
 
 def unmapped(data: DataConfig) -> DataConfig:
     """Return the settings for generated rows, which are chats regardless of the form of the project's own files."""
-    return data.model_copy(update={"rows": None, "sheet": None, "input": None, "output": None, "group_by": ()})
+    own = {"rows": None, "sheet": None, "input": None, "output": None, "group_by": (), "split_column": None}
+    return data.model_copy(update=own)
 
 
 def generated_groups(row: Mapping[str, Any], data: DataConfig) -> dict[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tunewright.config import DataConfig
+from tunewright.config import DataConfig, Split
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, new_file
 from tunewright.core.progress import Reporter, Task
@@ -83,13 +83,13 @@ class FileCheck:
 
 
 def check_files(
-    paths: Sequence[Path],
+    paths: Mapping[Path, Split | None],
     data: DataConfig,
     reporter: Reporter,
     rows: list[SourceRow] | None = None,
     workers: Workers = THIS_PROCESS,
 ) -> FileCheck:
-    """Read files row by row and collect every fault.
+    """Read files row by row and collect every fault; ``paths`` maps each file to the split that it is given to.
 
     ``rows`` receives the examples; without it they are not held, so that files of any length can be checked. A file
     that cannot be read is part of the result, and the other files are checked.
@@ -98,12 +98,13 @@ def check_files(
     faults: list[Fault] = []
     secrets: Counter[str] = Counter()
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
-        files = tuple(_check_file(path, data, faults, secrets, task, rows, workers) for path in paths)
+        files = tuple(_check_file(*each, data, faults, secrets, task, rows, workers) for each in paths.items())
     return FileCheck(files, tuple(faults), dict(secrets.most_common()))
 
 
 def _check_file(
     path: Path,
+    split: Split | None,
     data: DataConfig,
     faults: list[Fault],
     secrets: Counter[str],
@@ -114,7 +115,7 @@ def _check_file(
     notes: list[str] = []
     examples, before, unreadable, file = 0, len(faults), None, RowFile()
     try:
-        for row in scan_pairs(path, data, notes, task, workers):
+        for row in scan_pairs(path, data, notes, task, workers, split):
             if isinstance(row, Fault):
                 faults.append(row)
             else:

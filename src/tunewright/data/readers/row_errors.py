@@ -43,6 +43,15 @@ CODES: dict[str, tuple[str, str]] = {
         "a preference row without two different answers to one prompt",
         "Write input, preferred_output and non_preferred_output, or prompt, chosen and rejected.",
     ),
+    "E210": (
+        "a missing, empty or unknown split",
+        "Give each row train, dev or test in data.split_column, or give the whole file a split: --split test, or "
+        "{path: FILE, split: test} in data.sources.",
+    ),
+    "E211": (
+        "a row whose column names another split than its file has",
+        "Correct the cell, or the file's split in data.sources or --split.",
+    ),
     "E301": ("a turn that is not an object", "Write each turn as an object with a role and its content."),
     "E302": ("a turn without role or content", "Give the turn both."),
     "E303": (

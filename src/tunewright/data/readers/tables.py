@@ -73,7 +73,9 @@ def columns(
                 fix=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
             )
         names = known
-    names += [name for name in data.group_by if name not in names]
+    # A file with a split of its own may lack the column.
+    split = [name for name in (data.split_column,) if name in header]
+    names += [name for name in (*data.group_by, *split) if name is not None and name not in names]
     counts, given = Counter(header), set(names)
     for name in names:
         if counts[name] != 1:

@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, Literal
 
-from tunewright.config import DataConfig
+from tunewright.config import DataConfig, Split, read_split
 from tunewright.core.strict_json import parse_json
 from tunewright.core.text import mark_fault, normalize
 from tunewright.data.examples import ROLES, Example, Message, ToolCall, call_id
@@ -62,6 +62,26 @@ def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = 
                 raise RowError("E408", f"{fault} of {key if above else place(path)}", path)
             groups[key] = normalize(text)
     return groups
+
+
+def split_of(row: Mapping[str, Any], data: DataConfig, of_file: Split | None) -> Split | None:
+    """Return the split that the row's column, or else its file, gives it; None: it is drawn."""
+    column = data.split_column
+    if column is None or (column not in row and of_file is not None):
+        return of_file
+    if column not in row:
+        raise RowError("E210", f'missing key "{column}" of data.split_column')
+    value, name = row[column], place((column,))
+    if value is None or not str(value).strip():
+        raise RowError("E210", f"{name} is empty (data.split_column)", (column,))
+    try:
+        split = read_split(value)
+    except ValueError as error:
+        reason = f"{name} is {json.dumps(value, default=str)}: {str(error).lower()}"
+        raise RowError("E210", reason, (column,)) from None
+    if of_file not in (None, split):
+        raise RowError("E211", f"{name} is {split}, but the file is given to {of_file}", (column,))
+    return split
 
 
 def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared | None = None) -> Example:

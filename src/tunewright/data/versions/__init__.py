@@ -232,7 +232,7 @@ def _new_records(
         fate, before = record["fate"], recorded.get((record["source"], record["line"]))
         known = fate == "known" and before is not None and before[1] == record["key"]
         known = known and metadata.get((record["source"], record["line"])) == record.get("metadata")
-        again = fate in ("contaminated", "unaccepted", "not mixed", "removed") and before == (
+        again = fate in ("contaminated", "unaccepted", "overlapping", "not mixed", "removed") and before == (
             fate,
             record.get("of", record["key"]),
         )

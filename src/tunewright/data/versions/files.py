@@ -6,11 +6,13 @@ after a crash.
 
 dataset/versions/DIGEST12/members.tsv: sorted lines of pair key, split and cluster.
 
-A row with groups, of the generic mix-in, or whose answer a model wrote, has a fourth field with JSON:
+A row with groups, of the generic mix-in, whose answer a model wrote, or that has a split by its authors, has a fourth
+field with JSON:
 
     KEY	SPLIT	CLUSTER	{"groups":["customer=ACME"]}
     KEY	train	CLUSTER	{"mix":true}
     KEY	train	CLUSTER	{"generated":true}
+    KEY	test	CLUSTER	{"given":"test"}
 
 The SHA-256 of these lines is the version's digest. The file of a version that differs little from its parent has only
 the difference, so that an added row costs a line, in git and on disk:
@@ -164,13 +166,17 @@ MEMBERS = "members.tsv"
 
 
 class Place(NamedTuple):
-    """Place of a row in a version: split, cluster, sorted groups ("customer=ACME"), if it is mix-in, if generated."""
+    """Place of a row in a version: split, cluster, sorted groups ("customer=ACME"), if it is mix-in, if generated.
+
+    ``given`` is the split that its authors gave it; None: its split was drawn.
+    """
 
     split: Split
     cluster: str
     groups: tuple[str, ...] = ()
     mixed: bool = False
     generated: bool = False
+    given: Split | None = None
 
 
 Places = dict[str, Place]
@@ -239,16 +245,19 @@ def member_line(key: str, place: Place) -> str:
         more["mix"] = True
     if place.generated:
         more["generated"] = True
+    if place.given:
+        more["given"] = place.given
     return "\t".join([key, place.split, place.cluster, *([canonical_json(more)] if more else [])]) + "\n"
 
 
-def _read_more(field: str) -> tuple[tuple[str, ...], bool, bool]:
-    """Return groups, mix-in and generated from the fourth field; a malformed field fails the check of spelling."""
+def _read_more(field: str) -> tuple[tuple[str, ...], bool, bool, Split | None]:
+    """Return groups to given from the fourth field; a malformed field fails the check of spelling."""
     try:
         more = json.loads(field or "{}")
-        return tuple(map(str, more.get("groups", ()))), "mix" in more, "generated" in more
+        given = next((split for split in SPLITS if split == more.get("given")), None)
+        return tuple(map(str, more.get("groups", ()))), "mix" in more, "generated" in more, given
     except (AttributeError, TypeError, ValueError, RecursionError):
-        return (), False, False
+        return (), False, False, None
 
 
 def members_file(dataset: Path, lines: Iterable[str], parent: str | None) -> Iterator[str]:

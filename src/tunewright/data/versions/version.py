@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunewright.config import Duplicates
+from tunewright.config import Duplicates, Overlap
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError, first_fault
 from tunewright.core.io import digest as json_digest
 from tunewright.core.log import stated_author
 from tunewright.core.processes import run
 from tunewright.core.spill import repeated
+from tunewright.core.text import first_of
 from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions.files import Place, lines_sha256, member_line
@@ -111,6 +112,24 @@ class SplitFrom(_Record):
     rows: int
 
 
+class GivenSplit(_Record):
+    """The split that the authors of rows gave them: by a column, by files, or both.
+
+    ``left_out`` counts the rows of this version's import that were near a held-out row of another split. With
+    ``on_overlap`` keep, clusters may have rows in several splits.
+    """
+
+    column: str | None
+    sources: tuple[str, ...]
+    on_overlap: Overlap
+    left_out: int = 0
+
+    @property
+    def text(self) -> str:
+        """Where the split is from: ``column part of a.csv``."""
+        return (f"column {self.column} of " if self.column else "") + first_of(self.sources, 4)
+
+
 class Manifest(_Record):
     """A version's manifest. ``created`` is UTC, ISO 8601; ``splits`` maps each split to its digest.
 
@@ -128,6 +147,7 @@ class Manifest(_Record):
     settings: Settings
     mix: Mix | None = None
     split_from: SplitFrom | None = None
+    given_split: GivenSplit | None = None
     author: str | None = None
     imports: Digest | None = None
     seal: Digest | None = None
@@ -207,6 +227,8 @@ class Member:
     """True for rows of the generic mix-in, which are trained on but are not domain rows."""
     generated: bool = False
     """True for rows whose answer a model wrote: they are held out only if a person has accepted them."""
+    given: Split | None = None
+    """The split that a column or a source gave the row; None: it was drawn."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +271,7 @@ def keys_digest(keys: Iterable[str]) -> str:
 def members_lines(members: Iterable[Member]) -> Iterator[str]:
     """Yield the members as sorted lines, whose SHA-256 is the version's digest."""
     for m in sorted(members, key=lambda m: m.key):
-        yield member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed, m.generated))
+        yield member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed, m.generated, m.given))
 
 
 def members_digest(members: Iterable[Member]) -> str:
@@ -266,6 +288,7 @@ def new_manifest(
     mix: Mix | None,
     sources: Iterable[SourceFile] = (),
     split_from: SplitFrom | None = None,
+    given_split: GivenSplit | None = None,
     **of_import: int,
 ) -> Manifest:
     """Return the manifest of a new version; author, imports and seal are set when it is saved.
@@ -296,7 +319,16 @@ def new_manifest(
         settings=settings,
         mix=mix,
         split_from=split_from,
+        given_split=given_split or (parent.manifest.given_split if parent else None),
     )
+
+
+def straddling_clusters(members: Iterable[Member | Place]) -> set[str]:
+    """Return the names of the clusters with rows in several splits: only data.on_overlap: keep allows them."""
+    splits: dict[str, set[Split]] = defaultdict(set)
+    for member in members:
+        splits[member.cluster].add(member.split)
+    return {name for name, several in splits.items() if len(several) > 1}
 
 
 def count_families(members: Sequence[Member]) -> int:

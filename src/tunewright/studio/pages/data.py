@@ -247,7 +247,7 @@ def _files(visit: Visit) -> dict[str, Path]:
     """Return the files that can be added by their names on the page: uploaded files, and ``./FILE`` of data.sources."""
     root = visit.project.folder.root
     uploads = {file.name: file for file in sorted((root / UPLOADS).glob("[!.]*")) if file.is_file()}
-    sources = {f"./{name}": root / name for name in visit.project.folder.config.data.sources}
+    sources = {f"./{each.path}": root / each.path for each in visit.project.folder.config.data.sources}
     return uploads | {name: file for name, file in sources.items() if file.is_file()}
 
 

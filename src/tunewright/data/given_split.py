@@ -1,0 +1,262 @@
+"""Splits that are given: by the authors of the rows, with near rows on two sides of it, or by another dataset."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from tunewright.config import DataConfig, Overlap, read_split
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of, listed
+from tunewright.data.examples import template_groups
+from tunewright.data.merge import Merge
+from tunewright.data.readers import SourceRow
+from tunewright.data.readers.source_files import is_hub_name, source_files
+from tunewright.data.splits import SPLITS, Split, strictest
+from tunewright.data.trace import places_by_key
+from tunewright.data.versions import DatasetVersion, Member, load_version, short
+from tunewright.data.versions.version import GivenSplit, SplitFrom
+
+_MOST = 10
+
+
+@dataclass(frozen=True)
+class OverlappingRow:
+    """A row of one split, or of none, in the cluster of a row that is held out; each with pair key and place."""
+
+    key: str
+    place: str
+    split: Split | None
+    """Its split by its authors or by the previous version; None: it was to be drawn."""
+    near: str
+    near_place: str
+    held_out: Split
+
+
+def splits_of_files(
+    files: Iterable[str | Path], project: ProjectFolder, options: Sequence[str], reporter: Reporter
+) -> dict[Path, Split | None]:
+    """Return the files to read, each with the split that ``--split`` or data.sources gives it.
+
+    Raises:
+        UserError: an unknown split, an option for a file that is not added, or two splits for one file.
+    """
+    asked: dict[str, Split] = {}
+    for option in options:
+        name, _, split = option.rpartition("=")
+        try:
+            asked[name] = read_split(split)
+        except ValueError as error:
+            raise UserError(f"{error} (got {split!r})", where="--split") from None
+    found: dict[Path, Split | None] = {}
+    unused = set(asked) - {""}
+    for named in files:
+        for path in source_files([named], reporter):
+            full = path.resolve()
+            mine = {name for name in asked if name == str(named) or Path(name).resolve() == full} | {""} & asked.keys()
+            splits = {asked[name] for name in mine}
+            unused -= mine
+            for source in project.config.data.sources:
+                if source.split is not None and (source.path == str(named) or _covers(source.path, full, project.root)):
+                    splits.add(source.split)
+            if len(splits) > 1:
+                raise UserError(
+                    f"Two splits for one file: {' and '.join(sorted(splits))}",
+                    where=str(path),
+                    fix="Give it one, in data.sources or in --split.",
+                )
+            found[path] = next(iter(splits), None)
+    if unused:
+        raise UserError(f"No file to add is {min(unused)}", where="--split", fix="Write FILE=SPLIT for an added file.")
+    return found
+
+
+def _covers(source: str, full: Path, root: Path) -> bool:
+    """Return whether a path in data.sources is this file, a folder that contains it, or a pattern that matches it."""
+    if is_hub_name(source):
+        return False
+    named = (root / source).resolve()
+    return full.is_relative_to(named) or fnmatchcase(str(full), str(named))
+
+
+def require_given_rows(files: Mapping[Path, Split | None], rows: Iterable[SourceRow]) -> None:
+    """Refuse a file that is given to dev or test and has no row for it."""
+    read = {(row.source, row.split) for row in rows}
+    for path, split in files.items():
+        if split in ("dev", "test") and not any(s == split and name.startswith(str(path)) for name, s in read):
+            raise UserError(
+                f"No row for {split}: the file is given to {split}, and none of its rows can be added",
+                where=str(path),
+                fix="Correct its rows, or leave the file out.",
+            )
+
+
+def refuse_changes(project: ProjectFolder, merged: Merge, inherited: Mapping[str, Split]) -> None:
+    """Refuse rows whose authors now give them another split than they have in the dataset or inherit."""
+    known = {**inherited, **merged.former, **merged.former_given}
+    read: dict[str, list[SourceRow]] = defaultdict(list)
+    for row in merged.rows:
+        key = merged.kept_pair_key(row.example.pair_key)
+        if row.split is not None and key in known:
+            read[key].append(row)
+    # A pair may be in the authors' training and test files: then the test row is meant, as in the first version.
+    last = {key: max(rows, key=lambda row: SPLITS.index(row.split or "train")) for key, rows in read.items()}
+    changed = {key: row for key, row in last.items() if row.split != known[key]}
+    if not changed:
+        return
+    places = places_by_key(project.dataset, merged.parent.manifest) if merged.parent else {}
+    first = next(iter(changed.values()))
+    lines = (
+        f"{row.source}:{row.line} is given to {row.split}, but is in {known[key]}"
+        + (f" ({places[key]})" if key in places else "")
+        for key, row in changed.items()
+    )
+    raise UserError(
+        f"{count_of(len(changed), 'row')} would change the split, nothing was added\n"
+        f"{listed(lines, len(changed), _MOST, 'they differ in the same way')}",
+        where=f"{first.source}:{first.line}",
+        fix="Rows keep their split in all versions. Give them the split that they have, or start a new dataset: move "
+        "the dataset folder away and add all files together.",
+    )
+
+
+def find_overlaps(
+    clusters: Mapping[str, Sequence[str]], side: Mapping[str, Split], given: Mapping[str, Split], merged: Merge
+) -> dict[str, OverlappingRow]:
+    """Return the rows, by pair key, that share a cluster with a row of a stricter split (test before dev before train).
+
+    ``side`` maps pair keys to the split that authors or the previous version gave them. Only clusters that contain a
+    row of ``given`` count: without one, the whole cluster follows its held-out row. A new row without a split follows a
+    drawn row, but not one that is given: it would be added to the authors' test.
+    """
+    found: dict[str, OverlappingRow] = {}
+    for keys in clusters.values():
+        held_out = strictest(side.get(key) for key in keys)
+        drawn = held_out == "dev" and "dev" not in given.values()  # from the authors' training rows
+        if held_out in (None, "train") or drawn or given.keys().isdisjoint(keys):
+            continue
+        there = sorted(key for key in keys if side.get(key) == held_out)
+        near = next((key for key in there if given.get(key) == held_out), there[0])
+        for key in keys:
+            if side.get(key) != held_out and (key in side or given.get(near) == held_out):
+                places = merged.place(key), merged.place(near)
+                found[key] = OverlappingRow(key, places[0], side.get(key), near, places[1], held_out)
+    return found
+
+
+def overlap_notice(rows: Sequence[OverlappingRow], mode: Overlap) -> str:
+    """Return the warning for rows near a held-out row of another split, with the places of both."""
+    held_out = Counter(row.held_out for row in rows)
+    splits = " and ".join(f"{held_out[split]:,} to {split}" for split in SPLITS[::-1] if split in held_out)
+    what = {
+        "drop-train": "left out, because they are near rows that their authors gave to another split",
+        "move": "moved with their clusters to the split of a row that its authors gave",
+        "keep": "kept, although they are near held-out rows: a verdict also needs the held-out rows without them",
+    }[mode]
+    lines = listed(
+        (f"{row.place} ({row.split or 'no split'}) is near {row.near_place} ({row.held_out})" for row in rows),
+        len(rows),
+        _MOST,
+        "the result lists all",
+    )
+    return f"{count_of(len(rows), 'row')} {what} ({splits}; data.on_overlap: {mode}):\n{lines}"
+
+
+def given_split_of(
+    members: Iterable[Member],
+    merged: Merge,
+    data: DataConfig,
+    inherited: InheritedSplit | None,
+    overlapping: Collection[str],
+) -> GivenSplit | None:
+    """Return the manifest's record of the authors' split; None if every row's split is drawn."""
+    if not any(m.given for m in members):
+        return None
+    version = inherited.version if inherited else merged.parent
+    before = version.manifest.given_split if version else None
+    files = {Path(row.source).name for row in merged.rows if row.split is not None}
+    return GivenSplit(
+        column=data.split_column or (before.column if before else None),
+        sources=tuple(sorted(files.union(before.sources if before else ()))),
+        on_overlap=data.on_overlap,
+        left_out=len(overlapping) if data.on_overlap == "drop-train" else 0,
+    )
+
+
+@dataclass(frozen=True)
+class InheritedSplit:
+    """Split of another dataset's version, for the rows that a new dataset shares with it."""
+
+    version: DatasetVersion
+    name: str
+    splits: dict[str, Split]
+    given: dict[str, Split]
+    """The splits that authors gave to rows of that version."""
+
+    @property
+    def about(self) -> SplitFrom:
+        """The record for the manifest."""
+        return SplitFrom(name=self.name, digest=self.version.digest, rows=len(self.splits))
+
+    def notice(self, members: Sequence[Member]) -> str:
+        """Return the notice on the inherited split."""
+        now = {m.key: m.split for m in members if not m.mixed}
+        counts = ", ".join(f"{sum(now.get(key) == split for key in self.splits):,} {split}" for split in SPLITS)
+        moved = sum(now.get(key, split) != split for key, split in self.splits.items())
+        text = (
+            f"Split from {self.name}, version {short(self.version.digest)}: {len(self.splits):,} of {len(now):,} rows "
+            f"inherited ({counts})"
+        )
+        if moved:
+            text += f"; {moved:,} of them moved, because they share a cluster with a held-out row"
+        return text
+
+
+def inherit_split(path: Path, merged: Merge, split_by: str) -> InheritedSplit:
+    """Find the split of each row of a new dataset in another dataset's current version.
+
+    A row inherits the split of its pair, else of the rows with its question: the prompt without system turns, ignoring
+    case and white space. If the question is in several splits, test comes before dev and dev before train.
+
+    A split by input is not inherited by output template if a template is in several splits: all its
+    rows would follow one of them into the test split, and most training rows with them.
+    """
+    where = f"--split-from {path}"
+    if merged.parent is not None:
+        raise UserError(
+            f"This dataset already has a split (version {short(merged.parent.digest)})",
+            where=where,
+            fix="Start a new project: only a dataset's first version can inherit a split.",
+        )
+    dataset = path / "dataset" if (path / "dataset").is_dir() else path
+    if not (dataset / "versions").is_dir():
+        raise UserError("No dataset there", where=where, fix="Name a project's folder, or its dataset folder.")
+    version = load_version(dataset)
+    by_key = {m.key: m for m in version.domain}
+    by_question: dict[str, Member] = {}
+    for split in SPLITS:  # test comes last and stays
+        by_question |= {m.example.question_key: m for m in version.domain_of(split)}
+    found = {key: by_key.get(key) or by_question.get(example.question_key) for key, example in merged.kept.items()}
+    splits = {key: member.split for key, member in found.items() if member is not None}
+    given = {key: member.given for key, member in found.items() if member is not None and member.given}
+    if not splits:
+        raise UserError(f"These files share no pair or input with version {short(version.digest)} there", where=where)
+    name = dataset.resolve().parent.name
+    if split_by == "output_template" and version.manifest.settings.split_by != "output_template":
+        of_template: dict[str, list[Split]] = {}
+        for key, template in template_groups({key: merged.kept[key].output for key in splits}).items():
+            of_template.setdefault(template, []).append(splits[key])
+        torn = sum(len(each) for each in of_template.values() if len(set(each)) > 1)
+        if torn:
+            raise UserError(
+                f"{name} was split by input, and {torn:,} of its {len(splits):,} rows here have output templates in "
+                "several splits",
+                where="--split-from",
+                fix="Leave out --split-from to split a new dataset by template, or set data.split_by: input.",
+            )
+    return InheritedSplit(version, name, splits, given)
