@@ -347,6 +347,9 @@ def data_verify(run: Session) -> int | None:
 
     found = run.project.data.verify()
     warn = run.reporter.warn
+    for digest, clusters in found.straddling.items():
+        torn = f"{count_of(clusters, 'cluster')} with rows in several splits"
+        warn(f"Version {digest[:12]} has {torn}, as data.on_overlap: keep allows.")
     if found.unsealed:
         names = ", ".join(digest[:12] for digest in found.unsealed)
         warn(f"Written by an earlier tunewright, so no digest covers manifest and imports: {names}")

@@ -30,6 +30,7 @@ from tunewright.data.given_split import (
     InheritedSplit,
     OverlappingRow,
     find_overlaps,
+    given_notice,
     given_split_of,
     inherit_split,
     overlap_notice,
@@ -120,6 +121,8 @@ def plan_add(
     plan = _plan_version(project, merged, inherited, reporter, workers)
     if inherited:
         reporter.say(inherited.notice(plan.members))
+    if plan.given_split and plan.created:
+        reporter.say(given_notice(plan.members, plan.given_split))
     if plan.overlapping and (plan.created or data.on_overlap == "drop-train"):
         reporter.warn(overlap_notice(list(plan.overlapping.values()), data.on_overlap))
     if plan.near:

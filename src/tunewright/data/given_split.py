@@ -151,6 +151,7 @@ def find_overlaps(
 
 def overlap_notice(rows: Sequence[OverlappingRow], mode: Overlap) -> str:
     """Return the warning for rows near a held-out row of another split, with the places of both."""
+    rows = sorted(rows, key=lambda row: (len(row.place), row.place))
     held_out = Counter(row.held_out for row in rows)
     splits = " and ".join(f"{held_out[split]:,} to {split}" for split in SPLITS[::-1] if split in held_out)
     what = {
@@ -165,6 +166,15 @@ def overlap_notice(rows: Sequence[OverlappingRow], mode: Overlap) -> str:
         "the result lists all",
     )
     return f"{count_of(len(rows), 'row')} {what} ({splits}; data.on_overlap: {mode}):\n{lines}"
+
+
+def given_notice(members: Sequence[Member], about: GivenSplit) -> str:
+    """Return the notice of the authors' split: the rows that they gave to each split, and where dev is from."""
+    given = Counter(m.given for m in members if m.given)
+    counts = ", ".join(f"{given[split]:,} {split}" for split in SPLITS if split in given)
+    text = f"The authors' split ({about.text}): {counts} of {count_of(sum(not m.mixed for m in members), 'row')}"
+    drawn = sum(m.given == "train" and m.split == "dev" for m in members)
+    return f"{text}; dev has {drawn:,} of their training rows, as they gave it none" if drawn else text
 
 
 def given_split_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.log import numbered_lines, whole_lines
+from tunewright.core.text import count_of
 from tunewright.data.review.reviews import REVIEWS_FILE, parse_event
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
@@ -34,7 +35,7 @@ from tunewright.data.versions.logs import (
     Removals,
     erased_metadata,
 )
-from tunewright.data.versions.version import changed_files
+from tunewright.data.versions.version import changed_files, straddling_clusters
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Verification:
     """Rows that no version needs, after an interrupted command or the loss of a version's folder: number."""
     purges: tuple[Removal, ...] = ()
     """Purges of rows that versions need."""
+    straddling: dict[str, int] = field(default_factory=dict)
+    """Digest of each version with data.on_overlap: keep, to its clusters with rows in several splits."""
 
     @property
     def ok(self) -> bool:
@@ -107,6 +110,7 @@ def verify(project: OpenFolder) -> Verification:
     needed: dict[str, list[str]] = defaultdict(list)  # key to the versions that need the row
     versions: dict[IntegrityIssue, set[str]] = defaultdict(set)  # several build on one file
     unsealed: list[str] = []
+    straddling: dict[str, int] = {}
     with project.reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
         for path in shards:
             for row in _checked_rows(path, purged):
@@ -117,7 +121,7 @@ def verify(project: OpenFolder) -> Verification:
             task.advance()
         there = {*good, *purged, *(key for _, row in bad for key in row.keys)}
         for folder in folders:
-            manifest, issues = _check_version(folder, purged, there, needed)
+            manifest, issues = _check_version(folder, purged, there, needed, straddling)
             if manifest is not None and manifest.seal is None:
                 unsealed.append(manifest.digest)
             for issue in issues:
@@ -145,6 +149,7 @@ def verify(project: OpenFolder) -> Verification:
         unsealed=tuple(unsealed),
         unneeded=len(good - {key for key, of_all in needed.items() if of_all}),
         purges=tuple(purge for key, purge in sorted(purged.items()) if needed.get(key)),
+        straddling=straddling,
     )
 
 
@@ -183,9 +188,16 @@ def _checked_rows(path: Path, purged: Mapping[str, Removal]) -> Iterator[StoredR
 
 
 def _check_version(
-    folder: Path, purged: Mapping[str, Removal], there: Collection[str], needed: dict[str, list[str]]
+    folder: Path,
+    purged: Mapping[str, Removal],
+    there: Collection[str],
+    needed: dict[str, list[str]],
+    straddling: dict[str, int],
 ) -> tuple[Manifest | None, list[IntegrityIssue]]:
-    """Return a version's manifest, unless it is damaged, and the issues; add the version to the rows that it needs."""
+    """Return a version's manifest, unless it is damaged, and the issues; add the version to the rows that it needs.
+
+    ``straddling`` gets its number of clusters in several splits, if data.on_overlap kept them.
+    """
     issues: list[IntegrityIssue] = []
     manifest: Manifest | None = None
     try:
@@ -197,6 +209,12 @@ def _check_version(
         for key in places:
             needed[key].append(manifest.digest)
         issues += _place_issues(folder, manifest, places, there)
+        if torn := len(straddling_clusters(places.values())):
+            if manifest.given_split is None or manifest.given_split.on_overlap != "keep":
+                what = f"{count_of(torn, 'cluster')} with rows in several splits, without data.on_overlap: keep"
+                issues.append(IntegrityIssue(str(folder / MEMBERS), what))
+            else:
+                straddling[manifest.digest] = torn
     except UserError as error:
         issues.append(IntegrityIssue(error.where or str(folder), error.what))
     return manifest, [*issues, *_import_issues(folder, manifest, purged.keys())]

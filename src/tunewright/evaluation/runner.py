@@ -39,6 +39,7 @@ from tunewright.evaluation.arms import (
     tuned_optimized,
     tuned_retrieved,
 )
+from tunewright.evaluation.authors_split import measure_authors_split
 from tunewright.evaluation.benchmarks.runner import measure_suites
 from tunewright.evaluation.free_arms import answer_free, free_measured, with_drops
 from tunewright.evaluation.frozen_answers import Split
@@ -189,6 +190,7 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
         output_templates=None
         if new is None
         else scores_by_template(scored, [new[row.key] for row in rows], contrasts[0], config.seed),
+        authors_split=measure_authors_split(version, rows, scored, contrasts[0], config.seed),
         form=answer_form(
             [row.example.output for row in version.domain],
             [example.output for example in examples],

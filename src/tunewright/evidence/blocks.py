@@ -85,7 +85,9 @@ def arms_section(evidence: Evidence) -> Section:
         for place, name in enumerate(metric_order(evidence))
     ]
     blocks.append(arms_table("Table of arms", evidence, evidence.arms))
-    notes = [*left_out(evidence.budget), *([_FREE] if evidence.free else [])]
+    whose = evidence.authors_split
+    notes = [whose.whose(evidence.split)] if whose else []
+    notes += [*left_out(evidence.budget), *([_FREE] if evidence.free else [])]
     if evidence.engine is not None:
         arms = "All other arms" if evidence.free else "All arms"
         notes.append(f"{arms} were answered by {evidence.engine.text}: {evidence.engine.why}.")

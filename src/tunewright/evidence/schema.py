@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tunewright.config import DemonstrationOrder, MetricName, RetrieverName
+from tunewright.evidence.authors_split import AuthorsSplit
 from tunewright.evidence.benchmarks import Benchmarks
 from tunewright.evidence.common import (
     AnswerFormat,
@@ -325,6 +326,10 @@ class Evidence(Part):
         Field(
             description="Scores by known and new output templates; null for labels, and for short or similar outputs."
         ),
+    ] = None
+    authors_split: Annotated[
+        AuthorsSplit | None,
+        Field(description="The split that the authors of the rows made; null: it was drawn, or older evidence."),
     ] = None
     form: Annotated[
         AnswerFormat | None,

@@ -95,7 +95,8 @@ def verdict(evidence: Evidence) -> Verdict:
     at or below the margin, or if tuned is significantly worse. Otherwise, and always with too few clusters for any
     significance: can't tell.
 
-    Three more checks can only make the decision stricter. Don't ship an adapter that is worse at a deciding benchmark;
+    More checks can only make the decision stricter. Can't tell if the gain needs items near training rows, which
+    data.on_overlap: keep left in the authors' test. Don't ship an adapter that is worse at a deciding benchmark;
     if that benchmark can't tell, neither can a *ship*. Don't ship answers that people prefer less in a blind review.
     Can't tell if only a judge that passed its controls prefers the other arm.
 
@@ -105,6 +106,7 @@ def verdict(evidence: Evidence) -> Verdict:
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
+    decision, whose = _with_authors_split(evidence, decision)
     decision, regressions = _with_benchmarks(evidence, decision)
     against, said = decisive_preferences(evidence)
     if against == "people":
@@ -113,10 +115,23 @@ def verdict(evidence: Evidence) -> Verdict:
         decision = "can't tell"
     decision, first, compared = _without_model(evidence, decision)
     measured, further = _measurement(evidence, contrast), _further(evidence, contrast)
-    reasons = (*first, measured, *why, *compared, *further, *regressions, *said, *_cautions(evidence, contrast))
+    settled = (*first, measured, *why, *whose, *compared)
+    reasons = (*settled, *further, *regressions, *said, *_cautions(evidence, contrast))
     replaced = replacements(evidence, decision)
     summary = " ".join([*first, plain_measurement(evidence, contrast)])
     return Verdict(decision, reasons, evidence.split, replacements=replaced, summary=summary)
+
+
+def _with_authors_split(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
+    """Return the decision after a look at the items without a near training row, and whose split it is."""
+    found = evidence.authors_split
+    if found is None:
+        return decision, []
+    said = [found.whose(evidence.split)]
+    holds = found.holds_far(evidence.margin, fewest_clusters(1), SIGNIFICANT)
+    if found.near:
+        said.append(found.near_text(holds=holds))
+    return "can't tell" if decision == "ship" and not holds else decision, said
 
 
 def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
-from tunewright.core.text import normalize
+from tunewright.core.text import count_of, normalize
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage, near_overlap
 from tunewright.data.dedup.shingles import Indices, Sketches, shingle_matrix
@@ -60,6 +60,8 @@ class LeakageReport:
     nearest: tuple[NearestTrainingRow, ...]  # for all of them or a random sample; sorted by key
     leaks: tuple[LeakageRate, ...]  # rates at 0.7, 0.8, 0.9; ``random`` is the mean over all splits of the same sizes
     outputs: OutputLeakage
+    authors_split: str | None = None  # the column or files that gave the split; None: it was drawn
+    near_training: int = 0  # held-out rows that share a cluster with a training row: only data.on_overlap: keep has any
 
     def histogram(self, split: Split) -> list[int]:
         """Count a split's measured rows with nearest similarity in [0, 0.1), [0.1, 0.2) … [0.9, 1]."""
@@ -138,7 +140,16 @@ def measure_leakage(version: DatasetVersion, seed: int, reporter: Reporter, most
     outputs = measure_output_leakage(members)
     near = near_overlap(members, version.manifest.settings.dedup_threshold, seed, reporter)
     outputs = replace(outputs, overlaps=(*outputs.overlaps, near))
-    return LeakageReport(version.digest, len(held_out), tuple(nearest), leaks, outputs)
+    given, trained = version.manifest.given_split, {members[i].cluster for i in train}
+    return LeakageReport(
+        version.digest,
+        len(held_out),
+        tuple(nearest),
+        leaks,
+        outputs,
+        given.text if given else None,
+        sum(members[i].cluster in trained for i in held_out),
+    )
 
 
 _OVERLAPS = {"identical": "an identical output", "template": "the same output template", "near": "a near-equal output"}
@@ -146,7 +157,11 @@ _OVERLAPS = {"identical": "an identical output", "template": "the same output te
 
 def leakage_sentences(report: LeakageReport) -> list[str]:
     """Return the shares of test rows with a similar training row, or a similar output, here and in a random split."""
-    lines = [
+    lines = [f"The split is its authors': {report.authors_split}"] if report.authors_split else []
+    if report.near_training:
+        rows = count_of(report.near_training, "held-out row")
+        lines.append(f"{rows} in the cluster of a training row (data.on_overlap: keep)")
+    lines += [
         f"Test rows with a training row at {each.threshold} or above: {each.here:.1%} here, "
         f"{each.random:.1%} in a random split"
         for each in report.leaks
