@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shlex
 from pathlib import Path
 
@@ -110,6 +111,27 @@ def test_add_imports_each_real_set_like_its_reference_reader(
     if name in DATA_SETS:
         expected = {_pair(example) for example in DATA_SETS[name]()}
         assert {_pair(member.example) for member in version.members} <= expected
+
+
+@pytest.mark.slow
+def test_authors_split_of_banking77_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (SHARED / "banking77").is_dir():
+        pytest.skip("the data set banking77 is not next to the project")
+    page = PAGE.read_text(encoding="utf-8")
+    config = page.split("```yaml\n")[1].split("```")[0]
+    assert "split: test" in config
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tunewright.yaml").write_text(config, encoding="utf-8")
+    (tmp_path / "sets").symlink_to(SHARED.resolve())
+    ran = tunewright(*_words(_commands()["banking77"]), "--json")
+    assert ran.code == 0, ran.stderr
+    with (SHARED / "banking77" / "test.csv").open(encoding="utf-8", newline="") as file:
+        authors = {" ".join(row["text"].split()).casefold() for row in csv.DictReader(file)}
+    tested = load_version(tmp_path / "dataset").examples("test")
+    assert {" ".join(m.example.input_text.split()).casefold() for m in tested} == authors
+    counts = ran.document["version"]["counts"]
+    assert all(f"{count:,}" in page for count in (counts["train"], counts["dev"], counts["test"]))
+    assert f"{len(ran.document['overlapping'])} rows left out" in page
 
 
 def _pair(example: Example) -> tuple[str, str]:

@@ -175,9 +175,10 @@ def _split_counts(project: ProjectFolder) -> dict[str, int]:
 
 @pytest.mark.parametrize("how", ["sources", "a pattern", "options"])
 def test_files_are_given_to_splits(tmp_path: Path, how: str) -> None:
+    train, dev = "{path: train.jsonl, split: train}", "{path: dev.jsonl, split: val}"
     sources = {
-        "sources": "[{path: train.jsonl, split: train}, {path: dev.jsonl, split: val}, {path: ./test.jsonl, split: TEST}]",
-        "a pattern": "[{path: tr*.jsonl, split: train}, {path: dev.jsonl, split: dev}, {path: te*, split: test}]",
+        "sources": f"[{train}, {dev}, {{path: ./test.jsonl, split: TEST}}]",
+        "a pattern": f"[{{path: tr*.jsonl, split: train}}, {dev}, {{path: te*, split: test}}]",
         "options": "[]",
     }[how]
     project = new_project(tmp_path, f"data: {{input: q, output: a, sources: {sources}}}\n")
@@ -436,7 +437,7 @@ def test_given_rows_stay_and_no_cluster_straddles_without_keep(
 
 
 def _check_sides(found: Mapping[str, Member], said: Mapping[str, str], mode: str) -> None:
-    rank = {split: number for number, split in enumerate(SPLITS)}
+    rank: dict[str, int] = {split: number for number, split in enumerate(SPLITS)}
     for text, member in found.items():
         assert member.given == said[text]
         assert member.split == said[text] or (mode == "move" and rank[member.split] > rank[said[text]])

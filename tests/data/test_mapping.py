@@ -116,7 +116,7 @@ def test_invalid_template_is_refused_before_reading(
     data = DataConfig(**{"input": "{{ title }}", "output": "gold", **config})
     for act in (
         lambda: read_pairs(write_rows(tmp_path / "rows.jsonl", [ROW]), data),
-        lambda: check_files({tmp_path / "none": None}, data, Listener()),
+        lambda: check_files([tmp_path / "none"], data, Listener()),
     ):
         with pytest.raises(UserError) as caught:
             act()
@@ -257,7 +257,7 @@ def test_template_gets_lists_and_dates_of_parquet(tmp_path: Path) -> None:
 def test_fix_file_writes_mapped_pairs_and_lists_dropped_keys(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [ROW, {"title": "b"}, {**ROW, "title": "c"}])
     data = DataConfig(input="{{ title }}", output="{{ gold }}")
-    assert check_files({path: None}, data, Listener()).counts == {"E207": 1}
+    assert check_files([path], data, Listener()).counts == {"E207": 1}
     changes = fix_file(path, tmp_path / "out.jsonl", data)
     written = read_pairs(tmp_path / "out.jsonl", DataConfig())
     assert [(r.example.input_text, r.example.output) for r in written.rows] == [("Mitosis", "1"), ("c", "1")]

@@ -311,4 +311,4 @@ def test_fix_file_writes_any_format_as_chat_rows(tmp_path: Path, written: Callab
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert (row["tools"], {"messages", "tools"} <= row.keys()) == (json.loads(canonical_json(TOOLS)), True)
     assert example_from_object(row, DataConfig()) == OSLO
-    assert check_files({tmp_path / "out.jsonl": None}, DataConfig(), LogReporter()).ok
+    assert check_files([tmp_path / "out.jsonl"], DataConfig(), LogReporter()).ok

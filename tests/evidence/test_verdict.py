@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from making.evidence import cross_fitted, make_evidence, make_items, scored_items, with_contrast
+from tunewright.evidence.authors_split import AuthorsSplit, FarContrast
+from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.scoring import scores_by_template
 from tunewright.evidence.statistics import exact_mcnemar, holm
@@ -184,6 +186,44 @@ def test_known_output_templates_are_a_caution() -> None:
 
     for new, cautions in (([False] * 60, 1), ([n % 5 > 0 for n in range(60)], 0)):
         assert sum("template" in r for r in verdict(_with_templates(new)).reasons) == cautions
+
+
+def _from_authors(near: int, far: FarContrast | None, **first: Any) -> Evidence:
+    split = AuthorsSplit(source="column part of a.csv", on_overlap="keep", items=60, given=58, near=near, far=far)
+    shown = with_contrast(EVIDENCE, **{"low": 0.27, "difference": 0.35, "high": 0.43, "p_value": 1e-9, **first})
+    return shown.model_copy(update={"authors_split": split})
+
+
+def _far(low: float = 0.1, p_value: float = 0.001, clusters: int = 25) -> FarContrast:
+    interval = Interval(low=low, high=0.5)
+    return FarContrast(
+        items=50, clusters=clusters, difference=0.3, interval=interval, p_value=p_value, test="exact McNemar"
+    )
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "decision"),
+    [
+        (0, None, "ship"),
+        (10, _far(), "ship"),
+        (10, _far(low=0.02), "can't tell"),  # the margin
+        (10, _far(p_value=0.06), "can't tell"),
+        (10, _far(clusters=5), "can't tell"),
+        (60, None, "can't tell"),
+    ],
+)
+def test_gain_has_to_hold_without_items_near_a_training_row(near: int, far: FarContrast | None, decision: str) -> None:
+    result = verdict(_from_authors(near, far))
+    assert result.decision == decision
+    whose = "The split is its authors' (column part of a.csv): they gave 58 of the 60 test items to test."
+    assert whose in result.reasons
+    assert sum("share a cluster with a training row" in reason for reason in result.reasons) == bool(near)
+
+
+def test_items_near_a_training_row_never_improve_a_verdict() -> None:
+    for change in ({"low": -0.1, "p_value": 0.3}, {"low": -0.3, "difference": -0.2, "high": -0.1}):
+        evidence = _from_authors(10, _far(), **change)
+        assert verdict(evidence).decision == verdict(evidence.model_copy(update={"authors_split": None})).decision
 
 
 PLAIN_EVIDENCE = make_evidence(make_items(120, tuned=0.7, retrieved=0.3))

@@ -163,7 +163,7 @@ def overlap_notice(rows: Sequence[OverlappingRow], mode: Overlap) -> str:
         (f"{row.place} ({row.split or 'no split'}) is near {row.near_place} ({row.held_out})" for row in rows),
         len(rows),
         _MOST,
-        "the result lists all",
+        "the result and the version's imports.jsonl list all" if mode == "drop-train" else "the result lists all",
     )
     return f"{count_of(len(rows), 'row')} {what} ({splits}; data.on_overlap: {mode}):\n{lines}"
 

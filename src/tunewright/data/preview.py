@@ -104,7 +104,7 @@ def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOp
     refusals: list[UserError] = []
     with prepare_add(folder, files, reporter, options) as (folder, paths, workers):
         data = folder.config.data
-        checked = file_check.check_files(paths, data, reporter, rows, workers)
+        checked = file_check.check_files(list(paths), data, reporter, rows, workers, paths)
         if checked.faults and options.skip_bad:
             reporter.warn(notices.skipped(checked.faults))
         elif checked.faults:

@@ -83,13 +83,14 @@ class FileCheck:
 
 
 def check_files(
-    paths: Mapping[Path, Split | None],
+    paths: Sequence[Path],
     data: DataConfig,
     reporter: Reporter,
     rows: list[SourceRow] | None = None,
     workers: Workers = THIS_PROCESS,
+    given: Mapping[Path, Split | None] | None = None,
 ) -> FileCheck:
-    """Read files row by row and collect every fault; ``paths`` maps each file to the split that it is given to.
+    """Read files row by row and collect every fault; ``given`` maps files to the split that they are given to.
 
     ``rows`` receives the examples; without it they are not held, so that files of any length can be checked. A file
     that cannot be read is part of the result, and the other files are checked.
@@ -98,19 +99,21 @@ def check_files(
     faults: list[Fault] = []
     secrets: Counter[str] = Counter()
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
-        files = tuple(_check_file(*each, data, faults, secrets, task, rows, workers) for each in paths.items())
+        files = tuple(
+            _check_file(path, data, faults, secrets, task, rows, workers, (given or {}).get(path)) for path in paths
+        )
     return FileCheck(files, tuple(faults), dict(secrets.most_common()))
 
 
 def _check_file(
     path: Path,
-    split: Split | None,
     data: DataConfig,
     faults: list[Fault],
     secrets: Counter[str],
     task: Task,
     rows: list[SourceRow] | None,
     workers: Workers,
+    split: Split | None,
 ) -> CheckedFile:
     notes: list[str] = []
     examples, before, unreadable, file = 0, len(faults), None, RowFile()

@@ -126,7 +126,7 @@ class GivenSplit(_Record):
 
     @property
     def text(self) -> str:
-        """Where the split is from: ``column part of a.csv``."""
+        """The origin of the split, in words: ``column part of a.csv``."""
         return (f"column {self.column} of " if self.column else "") + first_of(self.sources, 4)
 
 

@@ -1,0 +1,54 @@
+"""The origin of the items' split, and the contrast on the items that share no cluster with a training row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from making.evidence import make_items, scored_items
+from making.versions import version_of
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.data.versions.version import GivenSplit
+from tunewright.evaluation.authors_split import measure_authors_split
+from tunewright.evidence.scoring import declared_contrasts
+
+ITEMS = make_items(60)
+SCORED = scored_items(ITEMS, ["exact_match"])
+DECIDING = declared_contrasts(SCORED, [("tuned", "retrieved-4")], seed=0)[0]
+
+
+def _version(near: int) -> tuple[DatasetVersion, list[Member]]:
+    """A version with a test row for each item, of which the first ``near`` share their cluster with a training row."""
+    version = version_of([2] * 60)
+    names = sorted({m.cluster for m in version.members})
+    pairs = [[m for m in version.members if m.cluster == name] for name in names]
+    tests = [replace(pair[0], split="test", given="test" if i else None) for i, pair in enumerate(pairs)]
+    trained = [replace(pair[1], cluster=pair[1].cluster if i < near else pair[1].key) for i, pair in enumerate(pairs)]
+    about = GivenSplit(column="part", sources=("a.csv",), on_overlap="keep")
+    manifest = version.manifest.model_copy(update={"given_split": about})
+    trained = [m for m in trained if m.cluster not in {t.cluster for t in tests[near:]}]
+    return DatasetVersion(manifest, (*tests, *trained)), tests
+
+
+@pytest.mark.parametrize("near", [0, 20, 60])
+def test_contrast_without_near_items_is_that_of_the_other_items(near: int) -> None:
+    version, tests = _version(near)
+    found = measure_authors_split(version, tests, SCORED, DECIDING, seed=0)
+    assert found is not None
+    assert (found.source, found.given, found.items, found.near) == ("column part of a.csv", 59, 60, near)
+    assert (found.far is None) == (near in (0, 60))
+    if found.far is not None:
+        right = {
+            arm: np.array([item.answers[arm].strip() == item.reference for item in ITEMS[near:]])
+            for arm in ("tuned", "retrieved-4")
+        }
+        assert found.far.items == 60 - near
+        assert found.far.difference == pytest.approx(right["tuned"].mean() - right["retrieved-4"].mean())
+
+
+def test_drawn_split_is_nobodys() -> None:
+    version, tests = _version(0)
+    drawn = DatasetVersion(version.manifest.model_copy(update={"given_split": None}), version.members)
+    assert measure_authors_split(drawn, tests, SCORED, DECIDING, seed=0) is None
