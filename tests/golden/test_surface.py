@@ -11,6 +11,7 @@ from typing import Any
 
 import reference_cli
 import reference_config
+import yaml
 from json_keys import SOURCE, Reader
 from pydantic import Field, create_model
 from surface import GOLDEN, RELEASED, Line, config_lines, lines, option_lines, read, unnamed, unreleased
@@ -38,10 +39,12 @@ def test_changelog_names_each_change_since_the_last_release() -> None:
     assert not missing, "\n".join(missing)
 
 
-def test_changelog_begins_with_this_version() -> None:
+def test_changelog_and_chart_have_this_version() -> None:
     heading = re.search(r"^## (.*)$", CHANGELOG.read_text(encoding="utf-8"), re.MULTILINE)
     assert heading is not None
     assert re.fullmatch(rf"{re.escape(__version__)} \((unreleased|\d{{4}}-\d\d-\d\d)\)", heading[1])
+    chart = yaml.safe_load((CHANGELOG.parent / "deploy" / "chart" / "Chart.yaml").read_text(encoding="utf-8"))
+    assert chart["version"] == chart["appVersion"] == __version__
 
 
 def test_golden_file_is_read_as_it_was_written() -> None:
