@@ -114,6 +114,12 @@ def test_init_takes_chrf_for_texts_in_other_scripts(tmp_path: Path) -> None:
     assert (ran.document["task"], ran.document["metric"]) == ("text", "chrf")
 
 
+def test_init_takes_macro_f1_if_one_label_has_most_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"ticket {n}", "label": "ok" if n % 10 else "broken"} for n in NUMBERS]
+    ran = tunewright("init", tmp_path / "p", "--data", as_csv(tmp_path / "a.csv", rows), "--json")
+    assert (ran.document["task"], ran.document["metric"]) == ("labels", "macro_f1")
+
+
 def test_init_refuses_unclear_columns_by_name_and_writes_nothing(tmp_path: Path) -> None:
     rows = [{"Nr": str(n), "Frage": f"Wo {n}?", "Antwort": f"Dort {n}", "Kategorie": "Versand"} for n in NUMBERS]
     file, project = as_csv(tmp_path / "a.csv", rows), tmp_path / "p"

@@ -19,7 +19,7 @@ from tunewright.core.options import TaskName
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, first_of
 from tunewright.data.add import map_columns
-from tunewright.data.examples import Example
+from tunewright.data.examples import MOST_CLASSES, Example
 from tunewright.data.options import ColumnMapping
 from tunewright.data.preview import first_rows
 from tunewright.data.readers import Fault, SourceRow, scan_pairs
@@ -58,6 +58,9 @@ TASKS: dict[TaskName, Task] = {
 """docs/how-to/metrics.md has the reasons and the trap of each metric."""
 
 _OTHER_SCRIPT = Task(TASKS["text"].answers, "chrf", "parts of words count, in every script")
+_UNEVEN = Task(
+    TASKS["labels"].answers, "macro_f1", "one answer has most of the rows, and here each answer counts alike"
+)
 _LOOKED_AT = 1_000  # rows
 _MOSTLY = 0.9
 _LATIN = 0.99
@@ -98,13 +101,13 @@ class Proposal:
     name: TaskName
     because: str
     first: Example
-    latin: bool
-    """True if the answers' words are of a-z and 0-9, as rouge_l requires."""
+    variants: dict[TaskName, Task]
+    """Tasks whose usual metric does not fit these answers, with another one."""
 
     @property
     def task(self) -> Task:
-        """The task, with a metric that reads the answers' script."""
-        return _OTHER_SCRIPT if self.name == "text" and not self.latin else TASKS[self.name]
+        """The task, with a metric that fits these answers."""
+        return self.variants.get(self.name, TASKS[self.name])
 
     @property
     def columns(self) -> dict[str, str]:
@@ -157,9 +160,13 @@ def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal
         raise UserError(what, where=f"{fault.source}:{fault.line}", fix=fault.fix)
     name, because = task_of(examples)
     letters = [each for example in examples for each in example.output if each.isalnum()]
-    latin = sum(each.isascii() for each in letters) >= _LATIN * len(letters)
-    kind = open_source(file, data, []).kind
-    return Proposal(source, kind, data, name, because, examples[0], latin)
+    counts = Counter(example.output.strip() for example in examples)
+    variants: dict[TaskName, Task] = {}
+    if sum(each.isascii() for each in letters) < _LATIN * len(letters):  # rouge_l reads words of a-z and 0-9
+        variants["text"] = _OTHER_SCRIPT
+    if 1 < len(counts) <= MOST_CLASSES and 2 * max(counts.values()) > len(examples):
+        variants["labels"] = _UNEVEN
+    return Proposal(source, open_source(file, data, []).kind, data, name, because, examples[0], variants)
 
 
 def _unmapped(file: Path, data: DataConfig) -> list[str]:
