@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,21 +47,26 @@ CATEGORIES = (
     "live_parallel_multiple",
     "live_irrelevance",
 )
-"""Categories whose answer is one assistant turn. In the others, code runs between turns, or types are not JSON's."""
+"""The order of rows. Other files whose items have one assistant turn follow, such as those for Java."""
 
 NO_FUNCTION_FITS = "None of the functions can answer this."
 """The ideal output where no function fits: BFCL gives no text for it, only that there must be no call."""
 
-_OTHER_CATEGORY = "its answers are not one assistant turn with JSON arguments"
+_OTHER_CATEGORY = "its items declare no functions: code runs between their turns"
+_FOREIGN = "its lines are neither items of BFCL (id, question, function) nor acceptable calls (id, ground_truth)"
+_CATEGORY = re.compile(r"(\w+?)_\d[\d-]*")
+"""An item's id, such as ``live_simple_0-0-0``."""
 
 _TYPES = {
-    "dict": "object",
-    "float": "number",
-    "tuple": "array",
     "any": None,
-    **{name: name for name in ("string", "integer", "number", "boolean", "array", "object")},
+    **dict.fromkeys(("string", "char"), "string"),
+    **dict.fromkeys(("integer", "long", "short", "byte", "bigint"), "integer"),
+    **dict.fromkeys(("number", "float", "double"), "number"),
+    "boolean": "boolean",
+    **dict.fromkeys(("array", "tuple", "arraylist", "set", "queue", "stack"), "array"),
+    **dict.fromkeys(("object", "dict", "hashmap", "hashtable"), "object"),
 }
-"""BFCL's types as JSON Schema's; ``any`` has none."""
+"""BFCL's types in lower case, Java's and JavaScript's among them, as JSON Schema's; ``any`` has none."""
 
 _FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 """Names that OpenAI's API takes. BFCL replaces dots by underscores for such APIs."""
@@ -117,7 +123,10 @@ def project_files(folder: Path | None, reporter: Reporter) -> dict[str, str]:
     converted = convert(folder)
     if not converted.rows:
         raise UserError(f"No item can be a row\n{_some(converted.left_out)}", where=str(folder), fix=WHERE)
-    reporter.say(f"{len(converted.rows):,} rows, in {len({row['family'] for row in converted.rows}):,} families")
+    families = len({row["family"] for row in converted.rows})
+    counts = Counter(row["category"] for row in converted.rows)
+    found = ", ".join(f"{category} {count:,}" for category, count in counts.items())
+    reporter.say(f"{len(converted.rows):,} rows, in {families:,} families: {found}")
     if converted.left_out:
         reporter.warn(f"Items and files left out, with their reasons in {LEFT_OUT_FILE}: {len(converted.left_out):,}")
     base = {"name": NAME, "base_model": "bundled:smollm2-135m-instruct"}
@@ -143,37 +152,40 @@ https://github.com/ShishirPatil/gorilla): a question, the functions declared for
 
 
 def convert(folder: Path) -> Converted:
-    """Convert all of BFCL's files in a folder.
+    """Convert all of BFCL's files in a folder, which are found by their content.
 
     The ideal output is the first acceptable value of each argument that satisfies its schema. All acceptable values are
     the row's metadata ``acceptable``. ``family`` is the same for rows that declare a function of the same name, and for
     rows connected by others: as ``data.group_by``, it keeps every function on one side of the split.
 
     Raises:
-        UserError: the folder has no file of these categories, or a file cannot be read.
+        UserError: no file of the folder has items with one assistant turn, or a file cannot be read.
     """
-    found = {path.stem.removeprefix(PREFIX): path for path in sorted(folder.glob(f"{PREFIX}*.json"))}
-    others = [f"{found[name].name}: {_OTHER_CATEGORY}" for name in sorted(found.keys() - set(CATEGORIES))]
-    if not found.keys() & set(CATEGORIES):
-        others += [
-            f"{path.name}: its name does not begin with {PREFIX}"
-            for path in sorted(folder.glob("*.json"))
-            if not path.name.startswith(PREFIX)
-        ]
+    files, others = _question_files(folder)
+    if not files:
         raise UserError(
             f"No file with rows for training ({count_of(len(others), 'JSON file')})\n{_some(others)}".strip(),
             where=str(folder),
-            fix=f"{WHERE} Files named {PREFIX}CATEGORY.json are read, of the categories {', '.join(CATEGORIES)}.",
+            fix=f"{WHERE} Any name will do: files are found by their content.",
         )
+    answers: dict[str, dict[str, Any]] = {}
+    for path in (*_json_files(folder), *_json_files(folder, "*/")):
+        if "ground_truth" in _first_object(path):
+            answers[path.name] = {item["id"]: item.get("ground_truth") for item in _items(path)}
+    all_answers = {key: value for found in answers.values() for key, value in found.items()}
     rows, left_out = [], []
-    for category in CATEGORIES:
-        if category not in found:
-            continue
-        answers = _answers(folder / "possible_answer" / found[category].name)
-        for item in _items(found[category]):
+    asked: dict[str, dict[str, Any]] = {}
+    for path in files:
+        truths = all_answers | answers.get(path.name, {})
+        for item in _items(path):
+            by_id, of_file = _CATEGORY.fullmatch(item["id"]), path.stem.removeprefix(PREFIX)
+            category = by_id[1] if by_id and of_file not in CATEGORIES else of_file
             try:
-                row = _row(item, category, answers)
+                row = _row(item, category, truths)
                 example_from_object(row, DataConfig())  # `data add` would refuse the whole file
+                first = asked.setdefault(canonical_json([row["tools"], row["messages"][:-1]]), row)
+                if first["messages"] != row["messages"]:
+                    raise _UnconvertibleError(f"its question and functions have another answer in {first['id']}")
                 rows.append(row)
             except RowError as error:
                 left_out.append(f"{item['id']}: {error} [{error.code}]")
@@ -204,8 +216,31 @@ def _items(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError("Expected a JSON object with an id", where=f"{path}:{number}") from None
 
 
-def _answers(path: Path) -> dict[str, Any]:
-    return {item["id"]: item.get("ground_truth") for item in _items(path)} if path.exists() else {}
+def _json_files(folder: Path, below: str = "") -> list[Path]:
+    return sorted(path for suffix in ("json", "jsonl") for path in folder.glob(f"{below}*.{suffix}") if path.is_file())
+
+
+def _first_object(path: Path) -> dict[str, Any]:
+    """Return the first line's object; empty if the line is none."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            value = json.loads(next((line for line in file if line.strip()), ""))
+        except ValueError:
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _question_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of items with functions, and a reason for each other one without acceptable calls."""
+    files, others = [], []
+    for path in _json_files(folder):
+        first, known = _first_object(path), path.stem.removeprefix(PREFIX) in CATEGORIES
+        if known or {"id", "question", "function"} <= first.keys():  # a known file that is damaged is an error
+            files.append(path)
+        elif "ground_truth" not in first:
+            others.append(f"{path.name}: {_OTHER_CATEGORY if 'question' in first else _FOREIGN}")
+    order = {f"{PREFIX}{name}": place for place, name in enumerate(CATEGORIES)}
+    return sorted(files, key=lambda path: order.get(path.stem, len(order))), others
 
 
 def _row(item: dict[str, Any], category: str, answers: dict[str, Any]) -> dict[str, Any]:
@@ -273,10 +308,10 @@ def _schema(declared: dict[str, Any]) -> dict[str, Any]:
     for key, value in declared.items():
         match key:
             case "type":
-                if value not in _TYPES:
+                if str(value).lower() not in _TYPES:
                     raise _UnconvertibleError(f"the type {value!r} is unknown")
-                if _TYPES[value] is not None:
-                    schema[key] = _TYPES[value]
+                if (known := _TYPES[str(value).lower()]) is not None:
+                    schema[key] = known
             case "properties":
                 schema[key] = {name: _schema(inner) for name, inner in value.items()}
             case "items":

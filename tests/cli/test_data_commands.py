@@ -77,6 +77,10 @@ def test_leakage_searches_benchmark_items_in_training_rows(project: Path) -> Non
     assert held["row"] == _run(project, "show", "more.jsonl:1")["key"]
     shown = tunewright("data", "leakage", "--against", project / "items.jsonl", "-p", project).stdout
     assert "one of the 1 items of" in shown
+    for source, totals in found["totals"].items():
+        held = [each for each in found["found"] if each["source"] == source]
+        assert sum(totals["pairs"].values()) == len(held)
+        assert sum(totals["rows"].values()) == len({each["row"] for each in held})
     missing = _run(project, "leakage", "--against", project / "nowhere.jsonl", code=2)
     assert "nowhere.jsonl" in missing["error"]["where"]
 

@@ -24,15 +24,15 @@ from tunewright.core.errors import UserError
 from tunewright.data.readers import (
     Fault,
     ReadResult,
+    arrow,
     read_pairs,
     require_columns,
     scan_pairs,
     source_digest,
     source_size,
-    tables,
 )
+from tunewright.data.readers.arrow import parquet_rows
 from tunewright.data.readers.json_rows import _CHUNK
-from tunewright.data.readers.tables import parquet_rows
 
 DATA = DataConfig(input="q", output="a")
 PAIRS = [{"prompt": f"question {i}, é", "completion": f"answer {i}"} for i in range(3)]
@@ -300,12 +300,12 @@ def test_parquet_batches_are_small_where_values_share_their_prefix(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(tables, "_BATCH_BYTES", 4 << 20)
+    monkeypatch.setattr(arrow, "_BATCH_BYTES", 4 << 20)
     path, long = tmp_path / "rows.parquet", "x" * (300 << 10)
     columns = pa.table({"q": [long + str(number) for number in range(30)], "a": ["b"] * 30})
     pq.write_table(columns, path, use_dictionary=False, column_encoding={"q": "DELTA_BYTE_ARRAY", "a": "PLAIN"})
     assert path.stat().st_size < 2 * len(long)
-    rows = tables._rows_per_batch(pq.ParquetFile(path).metadata, 0, ["q", "a"])
+    rows = arrow._rows_per_batch(pq.ParquetFile(path).metadata, 0, ["q", "a"])
     assert 1 <= rows * len(long) <= 4 << 20
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -83,6 +85,18 @@ def test_split_power_states_its_assumption_and_counts_clusters_once() -> None:
     assert all(number in text for number in ("196", "146", "10.3", "20%", "12"))
     assert "points" not in detectable_effects_text(DetectableEffects("test", 40, 4), "corpus", 0.02)
     assert message.as_dict()["assumed"][1] == {"changed": 0.2, "minimum_detectable_effect": message.effects[0.2]}
+
+
+@pytest.mark.parametrize(
+    ("clusters", "shares"),
+    [(15, ["44.6%"]), (30, ["24.2%", "30%"]), (40, ["20%", "18.5%", "30%"]), (100, ["20%", "10%", "30%"])],
+)
+def test_effect_text_names_no_share_of_changes_below_the_difference(clusters: int, shares: list[str]) -> None:
+    text = detectable_effects_text(DetectableEffects("dev", clusters, clusters), "right or wrong", 0.02)
+    assert re.findall(r"[\d.]+%", text.replace("(80% power)", "")) == shares
+    effects = [100 * minimum_detectable_effect(clusters, q) for q in (0.1, 0.2, 0.3)]
+    assert text.count("one direction") == (effects[0] > 10)
+    assert all(f"{effect:.1f}" in text for effect in effects)
 
 
 class _Warned(LogReporter):

@@ -144,6 +144,40 @@ def test_items_that_data_add_would_refuse_are_left_out_with_the_reason(tmp_path:
     ]
 
 
+def test_files_are_found_by_content_whatever_their_names(tmp_path: Path) -> None:
+    """Java's types, two turns, acceptable calls next to the items, and files that are neither."""
+    java = {**PLAY, "parameters": {"type": "dict", "properties": {"artist": {"type": "String"}}, "required": []}}
+    user = {"role": "user", "content": "Play."}
+    lines = [
+        {"id": "simple_java_0", "question": [[user]], "function": [java]},
+        {"id": "java_1", "question": [[user], [user]], "function": [java]},
+        {"id": "live_relevance_2-0", "question": [[{**user, "content": "Stop."}]], "function": [java]},
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    answer = {"id": "simple_java_0", "ground_truth": [{"spotify.play": {"artist": ["Björk"]}}]}
+    (tmp_path / "calls.json").write_text(json.dumps(answer), encoding="utf-8")
+    (tmp_path / "turns.json").write_text(json.dumps({"id": "a", "question": [[user]], "path": []}), encoding="utf-8")
+    (tmp_path / "BFCL_v4_notes.json").write_text("{}", encoding="utf-8")
+    converted = convert(tmp_path)
+    (row,) = converted.rows
+    assert (row["id"], row["category"], _arguments(row)) == ("simple_java_0", "simple_java", [{"artist": "Björk"}])
+    assert [line.partition(":")[0] for line in converted.left_out] == [
+        "java_1",
+        "live_relevance_2-0",
+        "BFCL_v4_notes.json",
+        "turns.json",
+    ]
+
+
+def test_question_with_another_answer_for_the_same_functions_is_left_out(tmp_path: Path) -> None:
+    _converted(tmp_path, [{"spotify.play": {"artist": ["Björk"]}}])
+    item = {"id": "b_0", "question": [[{"role": "user", "content": "Play."}]], "function": [PLAY]}
+    (tmp_path / "BFCL_v4_irrelevance.json").write_text(json.dumps(item), encoding="utf-8")
+    converted = convert(tmp_path)
+    assert [row["id"] for row in converted.rows] == ["a_0"]
+    assert converted.left_out == ("b_0: its question and functions have another answer in a_0",)
+
+
 @pytest.mark.slow
 @needs_bfcl
 def test_every_item_of_the_data_set_is_a_row_or_named() -> None:

@@ -18,7 +18,7 @@ from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, table
 
 if TYPE_CHECKING:
-    from tunewright.data.dedup.decontaminate import Contamination
+    from tunewright.data.dedup.decontaminate import Contamination, MatchKind
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
     from tunewright.data.preview import Effect, Preview
     from tunewright.training.rows import LengthReport
@@ -148,7 +148,7 @@ def data_leakage(
         "bands": [band.as_dict() for band in bands],
         "templates": [score.as_dict() for score in templates],
         "exact_not_counted": misleading,
-        "contamination": found,
+        "contamination": found.as_dict(),
     }
     notes = [misleading] if misleading else []
     run.show(document, *leakage_blocks(report, bands, templates), *notes, contamination_text(found))
@@ -222,24 +222,27 @@ _TEMPLATES = {"seen": "output template in training", "new": "new output template
 
 
 def contamination_text(found: Contamination) -> str:
-    """Return the number of training rows that contain items of each source, and the most certain matches."""
+    """Return the training rows and their pairs with items of each source, by kind, and the most certain pairs."""
     from tunewright.data.notices import HOLDS
     from tunewright.data.versions import short
 
     lines = []
     for source, items in found.looked_for.items():
-        rows = found.rows(source)
-        whole, piece, words = rows["equal"], rows["contained"], rows["overlap"]
+        rows, pairs = found.rows(source), found.pairs(source)
         lines.append(
-            f"Training rows that hold one of the {items:,} items of {source}: {whole + piece:,} "
-            f"({whole:,} equal); {words:,} more share a run of 13 words with one"
+            f"Training rows with one of the {items:,} items of {source}: {rows.total():,} ({_kinds(rows)}, by the "
+            f"closest item), in {count_of(pairs.total(), 'pair')} of a row and an item ({_kinds(pairs)})"
         )
     for held in found.found[:_MOST_HELD]:
         mixed = " (mixed in)" if held.mixed else ""
         lines.append(f"  row {short(held.row)}{mixed} {HOLDS[held.how]} {held.item}")
     if len(found.found) > _MOST_HELD:
-        lines.append(f"  and {len(found.found) - _MOST_HELD:,} more: --json lists all")
+        lines.append(f"  and {count_of(len(found.found) - _MOST_HELD, 'more pair')}: --json lists all")
     return "\n".join(lines)
+
+
+def _kinds(counts: Counter[MatchKind]) -> str:
+    return f"{counts['equal']:,} equal, {counts['contained']:,} contained, {counts['overlap']:,} overlapping"
 
 
 def check_blocks(report: LengthReport, *, dropping: bool) -> list[Block]:

@@ -108,6 +108,8 @@ class MixConfig(ConfigSection):
     """Like data.rows, for this file."""
     sheet: str | None = None
     """Like data.sheet, for this file."""
+    header_row: Annotated[int | None, Field(ge=1)] = None
+    """Like data.header_row, for this file."""
     input: str | None = None
     """Like data.input, for this file."""
     output: str | None = None
@@ -131,6 +133,10 @@ class DataConfig(ConfigSection):
     """
     sheet: Annotated[str | None, Field(min_length=1)] = None
     """Sheet of an .xlsx workbook. Required if several visible sheets have rows."""
+    header_row: Annotated[int | None, Field(ge=1)] = None
+    """Line of a CSV file's header, or row of a sheet's, if titles are above it (null: the first with a
+    value). Files without columns ignore it.
+    """
     input: Annotated[str | None, Field(min_length=1)] = None
     """Column or key of the input, or a Jinja template over the row's keys, such as {{ context ~ " "
     ~ question }}.

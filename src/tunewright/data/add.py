@@ -186,7 +186,9 @@ def map_columns(data: DataConfig, mapping: ColumnMapping, paths: Sequence[Path])
     """Return the config's data section with a mapping's values; each must be used by a file."""
     given = mapping.given
     if empty := [key for key, option in given.items() if not option]:
-        raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
+        raise UserError(
+            "Must not be empty", where=f"--{empty[0].replace('_', '-')}", fix="Omit it to use the config's value."
+        )
     data = data.model_copy(update=given)
     if mapping.sheet is not None and not any(map(is_workbook, paths)):
         raise UserError("No file is an .xlsx workbook", where="--sheet", fix="Leave it out for these files.")

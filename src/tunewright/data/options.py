@@ -11,7 +11,7 @@ from tunewright.core.options import Option
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """Overrides of data.rows, data.sheet, data.input and data.output of the config; None means the config's."""
+    """Overrides of data.rows, sheet, header_row, input and output of the config; None means the config's."""
 
     rows: Annotated[
         str | None, Option("JMESPath to the rows in a JSON document.", default="data.rows in the config")
@@ -25,11 +25,18 @@ class ColumnMapping:
         str | None,
         Option("Column, key or template of the output.", default="data.output in the config", name="--output"),
     ] = None
+    header_row: Annotated[
+        int | None,
+        Option(
+            "Line or row of a table's header, if titles are above it.", default="data.header_row in the config", min=1
+        ),
+    ] = None
 
     @property
-    def given(self) -> dict[str, str]:
+    def given(self) -> dict[str, str | int]:
         """The overrides by their key in the data section."""
-        values = {"rows": self.rows, "sheet": self.sheet, "input": self.input_column, "output": self.output_column}
+        texts = {"rows": self.rows, "sheet": self.sheet, "input": self.input_column, "output": self.output_column}
+        values: dict[str, str | int | None] = {**texts, "header_row": self.header_row}
         return {key: value for key, value in values.items() if value is not None}
 
 

@@ -192,7 +192,7 @@ def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping =
     Raises:
         UserError: the file cannot be read, or two columns have the same name.
     """
-    given = {key: value for key, value in mapping.given.items() if key in ("rows", "sheet")}
+    given = {key: value for key, value in mapping.given.items() if key in ("rows", "sheet", "header_row")}
     rows = first_rows(Path(file), project.folder.config.data.model_copy(update=given))[:3]
     return FilePreview(tuple(dict.fromkeys(key for row in rows for key in row)), tuple(rows))
 

@@ -19,10 +19,10 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -292,6 +292,15 @@ class Contamination:
             if held.source == source:
                 best.setdefault(held.row, held.how)
         return Counter(best.values())
+
+    def pairs(self, source: str) -> Counter[MatchKind]:
+        """Count the pairs of a training row and an item of a source, by their kind of match."""
+        return Counter(held.how for held in self.found if held.source == source)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document that ``--json`` prints; the totals count the pairs in ``found``, and their rows."""
+        totals = {name: {"rows": self.rows(name), "pairs": self.pairs(name)} for name in self.looked_for}
+        return {**asdict(self), "totals": totals}
 
 
 _SUREST: tuple[MatchKind, ...] = ("equal", "contained", "overlap")

@@ -143,7 +143,8 @@ def scan_pairs(
             kinds[parsed.kind] += 1
         yield parsed.row
     if not count:
-        raise UserError("The file has no rows", where=str(path))
+        fix = f"data.header_row is {data.header_row}." if source.table and data.header_row else None
+        raise UserError("The file has no rows", where=str(path), fix=fix)
     for (kind, reason), number in kinds.most_common():
         of = f"{count_of(number, 'row')} of " if len(kinds) > 1 else ""
         notes.append(f"{path}: {source.kind}: {of}{kind}, because {reason}")

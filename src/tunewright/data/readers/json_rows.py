@@ -67,7 +67,9 @@ def parse_json_row(line: bytes | str) -> dict[str, Any]:
 
 
 def row_object(value: Any) -> dict[str, Any]:
-    """Return the value, which must be an object; any other value is a RowError."""
+    """Return an object, or an array as an object with the keys 0, 1, …; any other value is a RowError."""
+    if isinstance(value, list) and value:
+        return {str(place): item for place, item in enumerate(value)}
     if not isinstance(value, dict):
         raise RowError("E103", f"a row is an object, {ROW_SHAPES}")
     return value
@@ -361,12 +363,13 @@ def _select(document: _Document, expression: str) -> list[Any]:
 
 def _shape(value: Any) -> str:
     if isinstance(value, dict):
-        return f"The document's keys: {first_of(value)}."
-    items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+        hint = rows_hint(value)
+        return f"The document's keys: {first_of(value)}.{f' Its rows seem to be at {hint}.' if hint else ''}"
+    items = [row_object(each) for each in value if isinstance(each, dict | list)] if isinstance(value, list) else []
     if not items:
         return "The document has no objects, and rows are objects."
     there = first_of(dict.fromkeys(key for item in items for key in item))
-    return f"The document is an array of objects with the keys {there}. If they are the rows, leave data.rows out."
+    return f"The document is an array of rows with the keys {there}. If they are the rows, leave data.rows out."
 
 
 def _rows_in_place(
@@ -414,7 +417,10 @@ def _outside_rows(document: _Document, place: int, fault: RowError) -> UserError
 
 
 def rows_hint(document: dict[str, Any]) -> str | None:
-    """Return the expression for the rows in a document whose values seem to contain them; None if no value does."""
+    """Return the expression for the rows in a document whose values seem to contain them; None if no value does.
+
+    Rows are objects, or arrays of texts.
+    """
     if not document:
         return None
     if all(isinstance(value, dict) for value in document.values()):
@@ -436,4 +442,7 @@ def _key(name: str) -> str:
 
 
 def _holds_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    if not isinstance(value, list) or not value:
+        return False
+    texts = all(isinstance(item, list) and len(item) > 1 and all(isinstance(x, str) for x in item) for item in value)
+    return texts or all(isinstance(item, dict) for item in value)

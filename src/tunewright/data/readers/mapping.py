@@ -105,6 +105,15 @@ _FAILURES = (
 )
 
 
+class _Row(dict[str, Any]):
+    """A row in templates: ``row[0]`` is its key "0", as the columns of an array are named."""
+
+    def __missing__(self, key: object) -> Any:
+        if not isinstance(key, int):
+            raise KeyError(key)
+        return self[str(key)]
+
+
 @dataclass(frozen=True)
 class MappedField:
     """A side of the pair (``data.input`` or ``data.output``), by key or template."""
@@ -135,7 +144,7 @@ class MappedField:
         if from_above and parent is None:
             raise RowError("E207", f"{self.field} uses parent, but there is no object above the row")
         try:
-            return render(self.template, {**row, _ROW: row, _ABOVE: above, **from_above})
+            return render(self.template, {**row, _ROW: _Row(row), _ABOVE: above, **from_above})
         except RowError as error:
             raise RowError(error.code, f"{self.field}: {error}") from None
         except _FAILURES as error:
@@ -226,9 +235,9 @@ def _side(name: str, text: str, in_document: bool) -> MappedField:
         what = "The template uses above, which requires data.rows"
         raise UserError(what, where=_where(name), fix="Set the place of the rows in the document: data.rows (--rows).")
     picked = [
-        each.arg.value
+        str(each.arg.value)
         for each in tree.find_all(nodes.Getitem)
-        if _is_row(each.node) and isinstance(each.arg, nodes.Const) and isinstance(each.arg.value, str)
+        if _is_row(each.node) and isinstance(each.arg, nodes.Const) and isinstance(each.arg.value, str | int)
     ]
     whole = sum(map(_is_row, tree.find_all(nodes.Name))) > len(picked)
     outside = {_ABOVE, PARENT} if in_document else {_ABOVE}

@@ -9,7 +9,10 @@ JsonPath = tuple[str | int, ...]
 CODES: dict[str, tuple[str, str]] = {
     "E101": ("an invalid byte for the file's encoding", "Save the file as UTF-8."),
     "E102": ("not JSON", "Write one JSON object per line, or one JSON array."),
-    "E103": ("a row that is not an object", "Write each row as an object with named keys."),
+    "E103": (
+        "a row that is not an object",
+        "Write each row as an object with named keys, or name the places in an array: --input 0 --output 1.",
+    ),
     "E104": ("a duplicate key in one object", "Keep one of the two values."),
     "E105": ("NaN or Infinity, which JSON does not allow", "Write text, or leave the row out."),
     "E106": ("lists or objects nested too deep", "Flatten the row, or leave it out."),

@@ -109,6 +109,8 @@ def parse_conversation(
             raise RowError("E203", f"{reason}, which is not supported", (key,))
     if "instruction" in row:
         return _alpaca(row, data)
+    if row and all(key == str(place) for place, key in enumerate(row)):
+        raise RowError("E103", f"a row is an array of {len(row):,}, and neither input nor output names its places")
     if meant := misspelled_keys(row):
         key, known = next(iter(meant.items()))
         raise RowError("E201", f'unknown key "{key}", did you mean "{known}"?', (key,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.core.text import first_of
+from tunewright.data.readers.arrow import parquet_rows, saved_rows
 from tunewright.data.readers.encodings import (
     COMPRESSIONS,
     Encoding,
@@ -31,13 +33,15 @@ from tunewright.data.readers.json_rows import (
     json_objects,
     number_if_ambiguous,
     parse_json_row,
+    row_object,
     rows_hint,
 )
-from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping
+from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping, search_jmespath
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
 from tunewright.data.readers.source_files import JSON_SUFFIXES, is_saved, plain_suffix
-from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
+from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, separator_line
+from tunewright.data.readers.validate import example_from_object
 
 _KINDS = (
     "Supported: JSON Lines, a JSON array, CSV or TSV, each also as .gz or .zst, Parquet, an .xlsx workbook, a folder "
@@ -164,11 +168,13 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
         return f"rows at {expression} of a JSON document", lambda text: document_rows(
             text, path, expression, notes, above
         )
+    if len(lines) > 1 and named_json and all(_is_row(line, "[") for line in lines[:2]):
+        return "JSON Lines", json_lines
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
         return "a JSON array", lambda text: _no_container(
             number_if_ambiguous(json_array(text, path), path, notes), path, data, array=True
         )
-    if any(_is_object(line) for line in lines[: 20 if named_json else 1]):
+    if any(_is_row(line, "{") for line in lines[: 20 if named_json else 1]):
         return "JSON Lines", lambda text: _no_container(json_lines(text), path, data, array=False)
     if start.startswith("{") and suffix not in _TABLE_NAMES[:3]:
         if len(lines) > 1 and not lines[1].lstrip().startswith("{"):
@@ -177,32 +183,61 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
                 number_if_ambiguous(json_objects(text, path), path, notes), path, data, array=False
             )
         return "JSON Lines", json_lines
-    delimiter = delimiter_of(head, data)
-    several = bool(lines) and delimiter in lines[0]
+    separator = separator_line(head)
+    delimiter = separator or delimiter_of(head, data)
+    # Titles above the header may lack the delimiter.
+    several = any(delimiter in line for line in (lines if suffix in _TABLE_NAMES else lines[:1]))
     if named_json and not several:
         return "JSON Lines", json_lines
     if suffix not in _TABLE_NAMES and not several:
         raise UserError("Unsupported file format", where=str(path), fix=_KINDS)
     _refuse_rows(data, "a table", path)
-    kind = f"CSV, {DELIMITERS[delimiter]}-separated" if several else "CSV"
-    return kind, lambda text: csv_rows(text, path, delimiter, data, notes)
+    kind = f"CSV, {DELIMITERS.get(delimiter, delimiter)}-separated" if several else "CSV"
+    kind += ", as its first line says" if separator else ""
+    skipped = (data.header_row or 1 + bool(separator)) - 1
+    return kind, lambda text: csv_rows(text, path, delimiter, skipped, data, notes)
 
 
 def _no_container(rows: Iterator[RawRow], path: Path, data: DataConfig, *, array: bool) -> Iterator[RawRow]:
     """Yield the rows, but refuse an array whose first object, or the only object, seems to contain the rows."""
     first = list(islice(rows, 1 if array else 2))
-    row = first[0].row if len(first) == 1 else None
-    hint = (array_hint if array else rows_hint)(row) if isinstance(row, dict) else None
-    if isinstance(row, dict) and hint and (fault := _no_row(row, data)):
+    row = first[0].row if len(first) == 1 and isinstance(first[0].row, dict) else {}
+    if row and not array and all(isinstance(each, dict) and next(iter(each), None) == "0" for each in row.values()):
+        fix = "Write it by rows, such as with to_json(orient='records') of pandas."
+        raise UserError("The only object has columns instead of rows", where=f"{path}:{first[0].line}", fix=fix)
+    hint = array_hint(row) if array else rows_hint(row)
+    if hint and (fault := _no_row(row, data)):
         what = "The objects of the array are not rows" if array else "The only object is not a row"
+        options, keys = _reading_options(hint, [row] if array else row, data)
         raise UserError(
             f"{what}, but seem{'' if array else 's'} to contain the rows ({fault})",
             where=f"{path}:{first[0].line}",
-            fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/how-to/file-formats.md). "
-            f"Keys: {first_of(row)}.",
+            fix=f"Use {options}, or set data.rows (docs/how-to/file-formats.md). "
+            f"Keys: {first_of(row)}; of a row: {first_of(keys)}.",
         )
     yield from first
     yield from rows
+
+
+def _reading_options(expression: str, document: Any, data: DataConfig) -> tuple[str, Sequence[str]]:
+    """Return options that read the rows of a document, tried on the first rows, and the keys of a row."""
+    while True:
+        selected = search_jmespath(check_expression(expression), document)
+        rows = [
+            row_object(item)
+            for item in selected[:_LOOKED_AT]
+            if isinstance(item, dict) or (item and isinstance(item, list))
+        ]
+        options = f"--rows {shlex.quote(expression)}"
+        for columns in ({}, {"input": "0", "output": "1"}):
+            with suppress(RowError):
+                for row in rows:
+                    example_from_object(row, data.model_copy(update=columns))
+                return " ".join([options, *(f"--{name} {place}" for name, place in columns.items())]), list(rows[0])
+        inner = array_hint(rows[0])
+        if inner is None:
+            return options, list(rows[0])
+        expression = f"{expression.removesuffix('[]')}{inner}"  # rows inside rows, as in SQuAD
 
 
 def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
@@ -216,8 +251,8 @@ def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
     return None
 
 
-def _is_object(line: str) -> bool:
-    if not line.startswith("{"):  # an indented object is a part of an object over several lines
+def _is_row(line: str, start: str) -> bool:
+    if not line.startswith(start):  # an indented object is a part of an object over several lines
         return False
     try:
         return bool(parse_json_row(line))

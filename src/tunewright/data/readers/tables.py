@@ -1,36 +1,24 @@
-"""Rows in tables: the choice of columns, CSV with one of the common delimiters, Parquet and saved datasets."""
+"""Rows in tables: the choice of columns, and CSV with one of the common delimiters."""
 
 from __future__ import annotations
 
 import csv
+import difflib
 import io
-import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Task
 from tunewright.data.readers.encodings import escaped
 from tunewright.data.readers.json_rows import LONGEST_ROW, RawRow
 from tunewright.data.readers.mapping import pair_mapping
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.schemas import nearest_known_key
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    from numpy.typing import NDArray
-
-_BATCH = 1024
-_PARQUET_BATCH = 1 << 16  # rows; each batch repeats the dictionary of its row group, so small batches are slow
-_BATCH_BYTES = 256 << 20  # limit of a batch, on average within a row group
-_ROW_BYTES = 64 << 20  # limit of one row, and of the rows that are Python objects at one time
-_OBJECT_BYTES = 64  # overhead of a value in a list or object, besides its text
 
 # Known sets of columns: required and optional ones.
 _KNOWN_COLUMNS = (
@@ -47,11 +35,52 @@ _KNOWN_COLUMNS = (
 _TEXT_COLUMNS = (("prompt", "completion"), ("instruction", "output"), ("prompt", "chosen", "rejected"))
 
 
+def header_columns(
+    header: Sequence[str],
+    later: Iterable[tuple[int, Sequence[str]]],
+    where: str,
+    data: DataConfig,
+    notes: list[str],
+    first: int = 1,
+) -> tuple[list[str], list[str]]:
+    """Return ``columns`` of a sheet; if that fails, the error names the one of the ``later`` rows that has the names.
+
+    ``first`` is the number of the first column.
+    """
+    number = int(where.rpartition(":")[2])
+    if data.header_row not in (None, number):
+        raise UserError(f"Row {data.header_row} has no values", where=_HEADER_ROW, fix=f"The next row is {number}.")
+    try:
+        return columns(header, where, data, notes, nested=False, first=first)
+    except UserError as error:
+        below = list(islice(later, _TITLES))
+        if not below:
+            raise UserError("The file has no rows below its header", where=where) from None
+        for number, names in below:
+            try:
+                columns(names, f"{where.rpartition(':')[0]}:{number}", data, [], nested=False)
+            except UserError:
+                continue
+            what = "this name" if pair_mapping(data) else "known names"
+            raise UserError(
+                f"{error.what}, but line {number} has {what}", where=where, fix=_as_header(number)
+            ) from None
+        number, names = max(below, key=lambda row: sum(map(bool, row[1])))
+        if pair_mapping(data) or sum(map(bool, names)) <= sum(map(bool, header)):
+            raise
+        fix = f"{_as_header(number)} Line {number}: {', '.join(names)}"
+        raise UserError(error.what, where=where, fix=f"{(error.fix or '').rstrip('.')}. {fix}") from None
+
+
+def _as_header(number: int) -> str:
+    return f"If line {number} is the header, set data.header_row: {number} (--header-row {number})."
+
+
 def columns(
-    header: Sequence[str], where: str, data: DataConfig, notes: list[str], *, nested: bool
+    header: Sequence[str], where: str, data: DataConfig, notes: list[str], *, nested: bool, first: int = 1
 ) -> tuple[list[str], list[str]]:
     """Return the columns used for input, output and groups, and the other columns to keep as metadata."""
-    there = f"Columns: {', '.join(header)}"
+    there = f"Columns: {', '.join(filter(None, header))}"
     mapping = pair_mapping(data)
     if mapping is not None:
         names = mapping.columns(header)
@@ -79,9 +108,7 @@ def columns(
     counts, given = Counter(header), set(names)
     for name in names:
         if counts[name] != 1:
-            what = "no column" if name not in header else "more than one column"
-            why = " (data.group_by)" if name in data.group_by else ""
-            raise UserError(f'{what} named "{name}"{why}', where=where, fix=there)
+            raise _wrong_count(name, header, where, data, None if nested else first)
     others = [name for name in header if name not in given and name not in data.drop_columns]
     # A CSV cell cannot contain a list of turns, and columns with duplicate or empty names are ambiguous.
     kept = [name for name in others if name and counts[name] == 1 and (nested or name != "history")]
@@ -95,24 +122,59 @@ def columns(
     return names, kept
 
 
+def _wrong_count(name: str, header: Sequence[str], where: str, data: DataConfig, first: int | None) -> UserError:
+    """Return the error for a column that is absent or repeated; ``first`` is the number of a sheet's first column."""
+    why = " (data.group_by)" if name in data.group_by else ""
+    if name in header:
+        at = [number for number, each in enumerate(header, start=first or 1) if each == name]
+        places = [f"column {number}" for number in at]
+        if first is not None:
+            from openpyxl.utils import get_column_letter  # type: ignore[import-untyped]
+
+            places = [f"{get_column_letter(number)}{where.rpartition(':')[2]}" for number in at]
+        what = f'more than one column named "{name}"{why}: {" and ".join(places)}'
+        return UserError(what, where=where, fix="Rename one of them.")
+    plain = {" ".join(each.split()).casefold(): each for each in header}
+    near = difflib.get_close_matches(" ".join(name.split()).casefold(), plain, n=1, cutoff=_NEAR)
+    meant = f', did you mean "{plain[near[0]]}"?' if near else ""
+    return UserError(
+        f'no column named "{name}"{why}{meant}', where=where, fix=f"Columns: {', '.join(filter(None, header))}"
+    )
+
+
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _CSV_FIELD_LIMIT = 2**31 - 1  # Python's default limit of 131,072 characters would apply before data.max_characters
 _SNIFFED = 50  # rows that decide the delimiter
+_SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?\r?', re.IGNORECASE)
+_HEADER_ROW = "data.header_row (--header-row)"
+_TITLES = 30  # rows in which a header is looked for, if the first one is none
+_NEAR = 0.8  # of 1, as for keys of rows
+
+
+def separator_line(head: str) -> str | None:
+    """Return the delimiter that a first line such as ``sep=;`` sets, which Excel writes and reads."""
+    match = _SEPARATOR.fullmatch(head.partition("\n")[0])
+    return match[1] if match else None
 
 
 def delimiter_of(head: str, data: DataConfig) -> str:
     """Return the delimiter that gives the config's columns, else the most regular table, in the first lines."""
     mapping = pair_mapping(data)
-    best, best_score = ",", (False, 0.0, 0)
+    best, best_score = ",", (False, False, 0.0, 0)
+    if data.header_row:
+        head = head.split("\n", data.header_row - 1)[-1]
     for delimiter in DELIMITERS:
         rows = _parse_head(head, delimiter)
-        if not rows or len(rows[0]) < 2:
+        if not rows:
             continue
-        header = rows[0]
-        named = mapping is not None and mapping.keys <= set(header)
+        # Titles above the header have another number of fields.
+        usual = Counter(map(len, rows)).most_common(1)[0][0]
+        at = 0 if len(rows[0]) > 1 else next(n for n, row in enumerate(rows) if len(row) == usual)
+        named = [n for n, row in enumerate(rows) if mapping is not None and mapping.keys <= set(row)]
+        header, rows = rows[(named or [at])[0]], rows[(named or [at])[0] :]
         alike = sum(len(row) == len(header) for row in rows) / len(rows)
-        score = (named, alike, len(header))
-        if score > best_score:
+        score = (bool(named), at == 0, alike, len(header))
+        if len(header) > 1 and score > best_score:
             best, best_score = delimiter, score
     return best
 
@@ -131,33 +193,49 @@ def _parse_head(head: str, delimiter: str) -> list[list[str]]:
     return rows
 
 
-def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: list[str]) -> Iterator[RawRow]:
-    """Yield the rows below the header; line breaks in quotes belong to the field, and blank lines are skipped."""
+def csv_rows(
+    text: TextIO, path: Path, delimiter: str, above: int, data: DataConfig, notes: list[str]
+) -> Iterator[RawRow]:
+    """Yield the rows below the header, which has ``above`` lines above it."""
+    for _ in range(above):
+        text.readline(LONGEST_ROW)
+    if data.header_row is not None and above:
+        notes.append(f"{path}: lines above data.header_row are not read: {above:,}")
+    rows = _csv_records(text, path, delimiter, above, notes)
+    for line, header in islice(rows, 1):
+        if any(escaped(name) is not None for name in header):
+            raise UserError("Not UTF-8", where=f"{path}:{line}", fix="Save the file as UTF-8.")
+        used, others = header_columns(header, rows, f"{path}:{line}", data, notes)
+        places = {name: header.index(name) for name in (*used, *others)}
+        for start, fields in rows:
+            yield RawRow(start, _csv_row(fields, len(header), places, used))
+
+
+def _csv_records(
+    text: TextIO, path: Path, delimiter: str, above: int, notes: list[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row with a value, and the line where it starts; line breaks in quotes belong to the field."""
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     lines = _BoundedLines(text)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    places: dict[str, int] = {}
-    used: list[str] = []
-    start = 1
+    start = above + 1
+    empty = 0
     try:
         for fields in reader:
             lines.taken = 0
-            if header is None and fields:
-                header = fields
-                if any(escaped(name) is not None for name in header):
-                    raise UserError("Not UTF-8", where=f"{path}:{start}", fix="Save the file as UTF-8.")
-                used, others = columns(header, f"{path}:{start}", data, notes, nested=False)
-                places = {name: header.index(name) for name in (*used, *others)}
-            elif header is not None and fields:
-                yield RawRow(start, _csv_row(fields, len(header), places, used))
-            start = reader.line_num + 1
+            if any(fields):
+                yield start, fields
+            else:
+                empty += bool(fields)
+            start = above + reader.line_num + 1
     except csv.Error as error:
         raise UserError(
             f"Unreadable CSV from here on: {error}",
             where=f"{path}:{start}",
             fix='Quote text with a delimiter, a quote or a line break, and double quotes in it: "".',
         ) from None
+    if empty:
+        notes.append(f"{path}: rows without a value skipped: {empty:,}")
 
 
 class _BoundedLines:
@@ -188,203 +266,6 @@ def _csv_row(fields: list[str], width: int, places: dict[str, int], used: Sequen
         if escaped(row[name]) is not None:
             return RowError("E101", "not UTF-8", (name,))
     return row
-
-
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Convert Arrow's errors into UserErrors."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except UserError:
-        raise
-    except MemoryError:  # Arrow's own class is also an ArrowException
-        raise UserError(f"Not enough memory to read the file as {what}", where=str(path)) from None
-    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
-        raise UserError(f"Unreadable as {what}: {error}", where=str(path)) from error
-
-
-def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
-    """Yield the rows of a Parquet file, numbered from 1; null in an object counts as absent."""
-    import pyarrow.parquet as pq
-
-    with _reading(path, "Parquet"), pq.ParquetFile(path) as plain:
-        schema, metadata = plain.schema_arrow, plain.metadata
-        used, others = columns(schema.names, f"{path}:1", data, notes, nested=True)
-        # Texts stay in their dictionaries: a file of a kilobyte can repeat a long one in a million rows.
-        with pq.ParquetFile(path, metadata=metadata, read_dictionary=_text_columns(metadata)) as file:
-            batches = _parquet_batches(file, [*used, *others])
-            yield from _arrow_rows(batches, schema, metadata.num_rows, path.stat().st_size, task)
-
-
-def _parquet_batches(file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    for group in range(file.metadata.num_row_groups):
-        # Where a column's description is damaged, Arrow raises when it reads a row, but ends the process when it is
-        # asked for the description (pyarrow 26).
-        next(file.iter_batches(1, row_groups=[group], columns=names), None)
-        rows = _rows_per_batch(file.metadata, group, names)
-        yield from file.iter_batches(rows, row_groups=[group], columns=names)
-
-
-def _text_columns(metadata: Any) -> list[str]:
-    columns = map(metadata.schema.column, range(metadata.num_columns))
-    return [
-        column.path
-        for column in columns
-        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "JSON", "ENUM", "NONE")
-    ]
-
-
-def _rows_per_batch(metadata: Any, group: int, names: Sequence[str]) -> int:
-    """Return how many rows of a Parquet row group to read at once, by the bytes that these columns can take."""
-    described = metadata.row_group(group)
-    size = 0.0  # a row's size: pages as stored, in which a dictionary counts once (as in memory)
-    for number in range(metadata.num_columns):
-        path = metadata.schema.column(number).path
-        if not any(path == name or path.startswith(f"{name}.") for name in names):
-            continue
-        column, width = described.column(number), metadata.schema.column(number).length
-        size += column.total_uncompressed_size / max(described.num_rows, 1)
-        if width > 0:
-            size += width * column.num_values / max(described.num_rows, 1)
-        if "DELTA_BYTE_ARRAY" in column.encodings:  # a value may repeat the one before it in a few bytes
-            size += column.total_uncompressed_size
-    return max(1, min(_PARQUET_BATCH, int(_BATCH_BYTES / max(size, 1))))
-
-
-def saved_rows(folder: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
-    """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote, counted from 1."""
-    from datasets import DatasetDict, load_from_disk
-
-    with _reading(folder, "a saved dataset"):
-        try:
-            saved = load_from_disk(str(folder))
-        except Exception as error:  # a damaged description can raise anything in datasets' code
-            raise UserError(f"Unreadable as a saved dataset: {error!r}", where=str(folder)) from error
-        if isinstance(saved, DatasetDict):
-            splits = ", ".join(str(folder / name) for name in saved)
-            fix = f"Name one or more of them: {splits}."
-            raise UserError("The saved dataset has several splits", where=str(folder), fix=fix)
-        used, others = columns(saved.column_names, f"{folder}:1", data, notes, nested=True)
-        table = saved.select_columns([*used, *others]).with_format("arrow")
-        batches = (batch for part in table.iter(_BATCH) for batch in part.to_batches())
-        yield from _arrow_rows(batches, saved.features.arrow_schema, len(saved), source_size(folder), task)
-
-
-def _arrow_rows(
-    batches: Iterator[pa.RecordBatch], schema: pa.Schema, rows: int, size: int, task: Task | None
-) -> Iterator[RawRow]:
-    import pyarrow as pa
-
-    labels = _class_names(schema)
-    number = reported = 0
-    for batch in batches:
-        batch.validate(full=True)  # Arrow trusts offsets, which may point out of memory in a damaged file
-        for part in _parts(batch):
-            if isinstance(part, RowError):
-                number += 1
-                yield RawRow(number, part)
-                continue
-            fields = [schema.field(name) for name in part.schema.names]
-            for row in part.cast(pa.schema(fields)).to_pylist():
-                number += 1
-                yield RawRow(number, {name: _plain(value, labels.get(name)) for name, value in row.items()})
-        if task is not None:
-            done = size * number // max(rows, 1)
-            task.advance(done - reported)
-            reported = done
-    if task is not None and reported < size:
-        task.advance(size - reported)
-
-
-def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | RowError]:
-    """Yield slices of at most ``_ROW_BYTES`` and ``_BATCH`` rows, and an error for each row above it."""
-    import numpy as np
-
-    sizes = np.zeros(batch.num_rows, np.int64)
-    for column in batch.columns:
-        sizes += _value_sizes(column)
-    start, total = 0, 0
-    for end, size in enumerate(sizes.tolist()):
-        if end > start and (total + size > _ROW_BYTES or end - start == _BATCH):
-            yield _slice(batch, start, end)
-            start, total = end, 0
-        total += size
-        if size > _ROW_BYTES:
-            yield RowError("E108", f"the row takes {size:,} bytes (limit {_ROW_BYTES:,})")
-            start, total = end + 1, 0
-    if start < batch.num_rows:
-        yield _slice(batch, start, batch.num_rows)
-
-
-def _slice(batch: pa.RecordBatch, start: int, end: int) -> pa.RecordBatch:
-    """Return a copy of some rows: a cast of a view would convert all values of the batch's lists."""
-    import numpy as np
-
-    return batch.take(np.arange(start, end))
-
-
-def _value_sizes(array: pa.Array) -> NDArray[np.int64]:
-    """Return the bytes of each value of an array, with every text counted where it is used."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
-
-    kind = array.type
-    if pa.types.is_dictionary(kind):
-        lengths = np.append(_value_sizes(array.dictionary), 0)
-        return np.asarray(lengths[array.indices.cast(pa.int64()).fill_null(len(lengths) - 1).to_numpy()])
-    sizes = np.full(len(array), _OBJECT_BYTES, np.int64)
-    if pa.types.is_struct(kind):
-        for field in array.flatten():
-            sizes += _value_sizes(field)
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_map(kind):
-        values = (
-            _value_sizes(array.keys) + _value_sizes(array.items)
-            if pa.types.is_map(kind)
-            else _value_sizes(array.values)
-        )
-        before = np.concatenate(([0], np.cumsum(values)))
-        offsets = array.offsets.to_numpy()
-        sizes += before[offsets[1:]] - before[offsets[:-1]]
-    elif pa.types.is_fixed_size_list(kind):
-        values = array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size)
-        sizes += _value_sizes(values).reshape(len(array), kind.list_size).sum(axis=1)
-    elif pa.types.is_fixed_size_binary(kind):
-        sizes += kind.byte_width
-    elif (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-    ):
-        sizes += pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)
-    return sizes
-
-
-def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Return the names of ``datasets.ClassLabel`` columns, whose values are numbers."""
-    described = (schema.metadata or {}).get(b"huggingface")
-    if described is None:
-        return {}
-    features = json.loads(described).get("info", {}).get("features", {})
-    return {
-        name: feature["names"]
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
-
-
-def _plain(value: Any, names: list[str] | None) -> Any:
-    """Return the value with class names, and without the null keys that Arrow adds to objects."""
-    if names is not None and isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    if isinstance(value, dict):
-        return {key: _plain(inner, None) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_plain(inner, None) for inner in value]
-    return value
 
 
 def source_size(path: Path) -> int:

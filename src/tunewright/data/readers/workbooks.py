@@ -33,7 +33,7 @@ from tunewright.core.progress import Task
 from tunewright.core.text import first_of
 from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import RowError
-from tunewright.data.readers.tables import columns
+from tunewright.data.readers.tables import header_columns
 
 _MERGED_TAG = f"{{{SHEET_MAIN_NS}}}mergeCell"
 _MOST_ROWS, _MOST_COLUMNS = 1_048_576, 16_384  # Excel's own limits
@@ -236,10 +236,15 @@ def _rows(path: Path, title: str, data: DataConfig, notes: list[str], task: Task
         parser = workbook.parser(title)
         declared = max(1, workbook.archive.getinfo(workbook.parts[title]).file_size)
         table: _Table | None = None
-        for number, cells in parser.parse():
+        rows = parser.parse()
+        for number, cells in rows:
             if table is None:
+                if number < (data.header_row or 1):
+                    continue
                 table = _Table(where, number, _header(cells, where), workbook)
-                table.used, others = columns(list(table.names.values()), f"{where}:{number}", data, notes, nested=False)
+                header, at = list(table.names.values()), f"{where}:{number}"
+                later = ((below, [str(cell["value"]) for cell in lower]) for below, lower in rows)
+                table.used, others = header_columns(header, later, at, data, notes, min(table.names))
                 table.wanted = {*table.used, *others}
             else:
                 yield RawRow(number, table.row(cells))
@@ -279,6 +284,7 @@ class _Table:
     used: list[str] = field(default_factory=list)
     wanted: set[str] = field(default_factory=set)
     _unnamed: list[str] = field(default_factory=list)
+    _lost: list[str] = field(default_factory=list)
     _formatted: list[str] = field(default_factory=list)
     _full: list[str] = field(default_factory=list)
 
@@ -293,7 +299,10 @@ class _Table:
                 try:
                     row[name] = text = _text(cell)
                 except RowError as fault:
-                    return RowError(fault.code, str(fault), (name,))
+                    if name in self.used:
+                        return RowError(fault.code, str(fault), (name,))
+                    self._lost.append(str(fault))
+                    continue
                 if isinstance(cell["value"], int | float) and cell["data_type"] == "n":
                     shown = self.workbook.format(cell["style_id"])
                     if shown not in _PLAIN_FORMATS:
@@ -306,6 +315,7 @@ class _Table:
         """Yield notes on cells that were not read, or not as the sheet shows them."""
         for what, found in (
             ("not read, because their columns have no name", self._unnamed),
+            ("not kept as metadata", self._lost),
             ("numbers are read as stored, not as shown", self._formatted),
             (f"cells of {_MOST_TEXT:,} characters, where Excel cuts text", self._full),
         ):
