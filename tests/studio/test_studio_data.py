@@ -174,7 +174,7 @@ def test_folder_that_another_process_made_a_project_is_not_overwritten(
     [
         ("latin.csv", "question;reply\nCafé;Thé\n".encode("utf-16-le"), "UTF-8"),
         ("quotes.csv", b'question;reply\n"open;x\n', "Unreadable CSV"),
-        ("short.csv", b"question;reply\n", "Unknown columns"),
+        ("short.csv", b"question;reply\n", "no rows below its header"),
         ("binary.bin", bytes(range(256)) * 40, "binary.bin"),
         ("empty.csv", b"", "no rows"),
     ],
@@ -211,6 +211,19 @@ def test_sheet_of_a_workbook_is_chosen(project: Path) -> None:
         assert "Which column is the question" in browser.get("/data/check?file=desk.xlsx&sheet=June")
         checked = browser.get("/data/check?file=desk.xlsx&sheet=June&input=question&output=reply")
         assert "June " in checked and "<dd>6</dd><dt>new rows</dt>" in checked
+
+
+def test_header_below_titles_is_chosen(project: Path) -> None:
+    rows = "".join(f"{n};{row['prompt']};{row['completion']}\r\n" for n, row in enumerate(pairs(6)))
+    content = f"Export 2026;;\r\n;;\r\nid;question;reply\r\n{rows}".encode()
+    with restarted(project) as browser:
+        asked = browser.upload("desk.csv", content).text
+        assert "Which row has the names" in asked and 'name="header_row" type="number" min="1" value="3"' in asked
+        columns = browser.get("/data/check?file=desk.csv&header_row=3")
+        assert "Which column is the question" in columns and '<option value="reply">' in columns
+        assert '<input type="hidden" name="header_row" value="3">' in columns
+        checked = browser.get("/data/check?file=desk.csv&header_row=3&input=question&output=reply")
+        assert "<dd>6</dd><dt>known before</dt>" in checked
 
 
 def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> None:

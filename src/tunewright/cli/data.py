@@ -229,10 +229,11 @@ def contamination_text(found: Contamination) -> str:
     lines = []
     for source, items in found.looked_for.items():
         rows, pairs = found.rows(source), found.pairs(source)
-        lines.append(
-            f"Training rows with one of the {items:,} items of {source}: {rows.total():,} ({_kinds(rows)}, by the "
-            f"closest item), in {count_of(pairs.total(), 'pair')} of a row and an item ({_kinds(pairs)})"
-        )
+        line = f"Training rows with one of the {items:,} items of {source}: {rows.total():,}"
+        if rows:
+            line += f" ({_kinds(rows)}, by their closest item), in {count_of(pairs.total(), 'pair')} of a row and an "
+            line += f"item ({_kinds(pairs)})"
+        lines.append(line)
     for held in found.found[:_MOST_HELD]:
         mixed = " (mixed in)" if held.mixed else ""
         lines.append(f"  row {short(held.row)}{mixed} {HOLDS[held.how]} {held.item}")

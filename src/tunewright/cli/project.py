@@ -63,6 +63,9 @@ def init(
     ] = None,
     rows: Annotated[str | None, typer.Option(help="JMESPath to the rows in a JSON document.")] = None,
     sheet: Annotated[str | None, typer.Option(help="Sheet of an .xlsx workbook.")] = None,
+    header_row: Annotated[
+        int | None, typer.Option(help="Line or row of a table's header, if titles are above it.", min=1)
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The project's name.", show_default="my-model")] = None,
     base: Annotated[
         str | None,
@@ -80,8 +83,8 @@ def init(
     from tunewright.open_project import new_project
 
     document: dict[str, Any]
-    mapping = ColumnMapping(rows, sheet, input_column, output_column)
-    given = [f"--{key}" for key in mapping.given] + ["--task"] * (task is not None)
+    mapping = ColumnMapping(rows, sheet, input_column, output_column, header_row)
+    given = [f"--{key.replace('_', '-')}" for key in mapping.given] + ["--task"] * (task is not None)
     if given and data is None:
         raise UserError(f"{given[0]} requires --data")
     given += [f"--{key}" for key, value in {"name": name, "base": base}.items() if value is not None]

@@ -23,6 +23,7 @@ from tunewright.data.examples import MOST_CLASSES, Example
 from tunewright.data.options import ColumnMapping
 from tunewright.data.preview import first_rows
 from tunewright.data.readers import Fault, SourceRow, scan_pairs
+from tunewright.data.readers.row_errors import RowsElsewhereError
 from tunewright.data.readers.schemas import PREFERENCE_KEYS
 from tunewright.data.readers.source_files import is_hub_name, source_files
 from tunewright.data.readers.sources import open_source
@@ -64,7 +65,7 @@ _UNEVEN = Task(
 _LOOKED_AT = 1_000  # rows
 _MOSTLY = 0.9
 _LATIN = 0.99
-_READING = ("rows", "sheet", "input", "output")
+_READING = ("rows", "sheet", "header_row", "input", "output")
 _SHORT = 50  # characters
 _LABEL = 100  # characters of the longest usual label
 _SQL = re.compile(r"\s*\(?\s*(select|with|insert|update|delete|create|alter)\b", re.IGNORECASE)
@@ -110,9 +111,9 @@ class Proposal:
         return self.variants.get(self.name, TASKS[self.name])
 
     @property
-    def columns(self) -> dict[str, str]:
+    def columns(self) -> dict[str, Any]:
         """Settings of the config's section ``data`` that read the rows."""
-        return {key: str(value) for key in _READING if (value := getattr(self.data, key)) is not None}
+        return {key: value for key in _READING if (value := getattr(self.data, key)) is not None}
 
     @property
     def lines(self) -> list[str]:
@@ -144,8 +145,8 @@ def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal
     data = map_columns(DataConfig(), mapping, [file])
     try:
         rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
-    except UserError:
-        if not _unmapped(file, data):
+    except UserError as error:
+        if isinstance(error, RowsElsewhereError) or not _unmapped(file, data):
             raise
         rows = []
     examples = [row.example for row in rows if isinstance(row, SourceRow)]

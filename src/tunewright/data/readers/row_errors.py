@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from tunewright.core.errors import UserError
+
 JsonPath = tuple[str | int, ...]
 
 CODES: dict[str, tuple[str, str]] = {
@@ -120,6 +122,10 @@ class RowError(ValueError):
     def fix(self) -> str:
         """The action that fixes the fault."""
         return CODES[self.code][1]
+
+
+class RowsElsewhereError(UserError):
+    """The rows of a file, or their header, are at another place, which data.rows or data.header_row has to name."""
 
 
 def json_path(path: JsonPath) -> str:

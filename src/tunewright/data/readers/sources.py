@@ -37,7 +37,7 @@ from tunewright.data.readers.json_rows import (
     rows_hint,
 )
 from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping, search_jmespath
-from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.row_errors import RowError, RowsElsewhereError
 from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
 from tunewright.data.readers.source_files import JSON_SUFFIXES, is_saved, plain_suffix
 from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, separator_line
@@ -204,12 +204,14 @@ def _no_container(rows: Iterator[RawRow], path: Path, data: DataConfig, *, array
     row = first[0].row if len(first) == 1 and isinstance(first[0].row, dict) else {}
     if row and not array and all(isinstance(each, dict) and next(iter(each), None) == "0" for each in row.values()):
         fix = "Write it by rows, such as with to_json(orient='records') of pandas."
-        raise UserError("The only object has columns instead of rows", where=f"{path}:{first[0].line}", fix=fix)
+        raise RowsElsewhereError(
+            "The only object has columns instead of rows", where=f"{path}:{first[0].line}", fix=fix
+        )
     hint = array_hint(row) if array else rows_hint(row)
     if hint and (fault := _no_row(row, data)):
         what = "The objects of the array are not rows" if array else "The only object is not a row"
         options, keys = _reading_options(hint, [row] if array else row, data)
-        raise UserError(
+        raise RowsElsewhereError(
             f"{what}, but seem{'' if array else 's'} to contain the rows ({fault})",
             where=f"{path}:{first[0].line}",
             fix=f"Use {options}, or set data.rows (docs/how-to/file-formats.md). "

@@ -17,7 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.readers.encodings import escaped
 from tunewright.data.readers.json_rows import LONGEST_ROW, RawRow
 from tunewright.data.readers.mapping import pair_mapping
-from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.row_errors import RowError, RowsElsewhereError
 from tunewright.data.readers.schemas import nearest_known_key
 
 # Known sets of columns: required and optional ones.
@@ -62,14 +62,14 @@ def header_columns(
             except UserError:
                 continue
             what = "this name" if pair_mapping(data) else "known names"
-            raise UserError(
-                f"{error.what}, but line {number} has {what}", where=where, fix=_as_header(number)
-            ) from None
+            what = f"{error.what}, but line {number} has {what}"
+            raise RowsElsewhereError(what, where=where, fix=_as_header(number)) from None
         number, names = max(below, key=lambda row: sum(map(bool, row[1])))
         if pair_mapping(data) or sum(map(bool, names)) <= sum(map(bool, header)):
             raise
-        fix = f"{_as_header(number)} Line {number}: {', '.join(names)}"
-        raise UserError(error.what, where=where, fix=f"{(error.fix or '').rstrip('.')}. {fix}") from None
+        otherwise = error.fix or ""
+        fix = f"{_as_header(number)} Its names: {', '.join(names)}. Otherwise, {otherwise[:1].lower()}{otherwise[1:]}"
+        raise RowsElsewhereError(error.what, where=where, fix=fix) from None
 
 
 def _as_header(number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -28,7 +29,7 @@ from tunewright.evidence.power import split_power, split_power_text
 from tunewright.render.blocks import Cell, Column, Table, table, words
 from tunewright.studio.access import ChangedRows
 from tunewright.studio.pages.review import next_row, stored_searches
-from tunewright.studio.visit import Handlers, PageReporter, Visit, path_of
+from tunewright.studio.visit import Handlers, PageReporter, Visit, path_of, positive_numbers
 from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ _SPLIT_BY = {
     "input": "Only similar questions stay in one split.",
     "output_template": "Answers of the same form stay in one split too.",
 }
-_MAPPING = ("sheet", "input", "output")
+_MAPPING = ("sheet", "header_row", "input", "output")
+_HEADER_ROW = re.compile(r"--header-row (\d+)")
 
 
 def data_page(visit: Visit) -> Response:
@@ -104,6 +106,7 @@ def check_page(visit: Visit) -> Response:
         file=name,
         fields=fields,
         step=_step(refusals, preview, fields),
+        header_row=next((found[1] for each in refusals if (found := _HEADER_ROW.search(each.fix or ""))), ""),
         flags=_FLAGS,
         sheets=sheets,
         preview=preview,
@@ -153,6 +156,8 @@ def _step(refusals: Sequence[UserError], preview: FilePreview | None, fields: di
     options = [refusal.fix or "" for refusal in refusals]
     if "sheet" not in fields and any("--sheet" in fix for fix in options):
         return "sheet"
+    if "header_row" not in fields and any(map(_HEADER_ROW.search, options)):
+        return "header_row"
     # A file without a row, or a single column, has nothing to choose from.
     ready = preview is not None and preview.rows and len(preview.columns) > 1
     return "columns" if ready and any("--input" in fix for fix in options) else ""
@@ -278,8 +283,9 @@ def _check_path(file: str, fields: dict[str, str] | None = None) -> str:
 
 
 def _mapping(fields: dict[str, str]) -> ColumnMapping:
-    sheet, input_column, output_column = (fields.get(name) or None for name in _MAPPING)
-    return ColumnMapping(sheet=sheet, input_column=input_column, output_column=output_column)
+    sheet, _, input_column, output_column = (fields.get(name) or None for name in _MAPPING)
+    header_row = next((int(float(number)) or 1 for number in positive_numbers(fields, "header_row")), None)
+    return ColumnMapping(None, sheet, input_column, output_column, header_row)
 
 
 def _add_options(fields: dict[str, str]) -> AddOptions:
