@@ -147,7 +147,7 @@ _CSV_FIELD_LIMIT = 2**31 - 1  # Python's default limit of 131,072 characters wou
 _SNIFFED = 50  # rows that decide the delimiter
 _SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?\r?', re.IGNORECASE)
 _HEADER_ROW = "data.header_row (--header-row)"
-_TITLES = 30  # rows in which a header is looked for, if the first one is none
+_TITLES = 30  # rows that are searched for the header if the first row is not it
 _NEAR = 0.8  # of 1, as for keys of rows
 
 
