@@ -147,6 +147,7 @@ def test_completion_script_is_shown_for_the_shell_in_use() -> None:
         ("advise --no-pilot --cluster local", "--cluster"),
         ("crossval --folds 1", "--folds"),
         ("data check --rows data", "--rows"),
+        ("data check --header-row 2", "--header-row"),
         ("data check --skip-bad", "--skip-bad"),
         ("data check a.csv b.csv --fix c.csv", "--fix"),
         ("data check a.csv --fix c.csv --redact", "--redact"),

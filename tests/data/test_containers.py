@@ -156,7 +156,7 @@ def test_table_groups_are_read_and_missing_ones_refused(tmp_path: Path) -> None:
     reading = _read(tmp_path, text, "a.csv", data)
     assert [row.groups for row in reading.rows] == [{"customer": "7"}, {}]
     assert not any("not used" in note for note in reading.notes)
-    with pytest.raises(UserError, match=r"no column named .custmer. .data.group_by"):
+    with pytest.raises(UserError, match=r"No column named .custmer. .data.group_by"):
         _read(tmp_path, text, "a.csv", data.model_copy(update={"group_by": ("custmer",)}))
 
 

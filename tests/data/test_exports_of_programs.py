@@ -90,7 +90,7 @@ def test_ticket_systems_export_is_read_below_its_titles(project: Path, tmp_path:
     titles = 'Ticket export: open, solved\r\n"Created 1 Dec 2026, 10:00"\r\n\r\n'
     path = _save(tmp_path / "a.csv", titles + _table([HEADER, *ROWS, ("",) * 6, ("",) * 4]))
     _, error = _check(project, path, *MAPPED, code=2)
-    assert error.startswith(f'{path}:1\nno column named "Frage", but line 4 has this name')
+    assert error.startswith(f'{path}:1\nNo column named "Frage", but line 4 has this name')
     assert "--header-row 4" in error
     file, notes = _check(project, path, *MAPPED, "--header-row", "4")
     assert (file["examples"], file["faulty"]) == (20, 0)
@@ -140,9 +140,9 @@ def test_header_with_blanks_or_another_case_gets_a_suggestion(project: Path, tmp
     path = tmp_path / name
     _save(path, _table(rows)) if name == "a.csv" else _workbook(path, rows)
     _, error = _check(project, path, *MAPPED, code=2)
-    assert 'no column named "Frage", did you mean " frage "?' in error
+    assert 'No column named "Frage", did you mean " frage "?' in error
     _, error = _check(project, path, "--input", " frage ", "--output", "Antwrt", code=2)
-    assert 'no column named "Antwrt", did you mean "ANTWORT"?' in error
+    assert 'No column named "Antwrt", did you mean "ANTWORT"?' in error
     file, _ = _check(project, path, "--input", " frage ", "--output", "ANTWORT")
     assert file["examples"] == 20
 
@@ -153,7 +153,7 @@ def test_repeated_header_is_named_by_its_cells(project: Path, tmp_path: Path, na
     path = tmp_path / name
     _save(path, _table(rows)) if name == "a.csv" else _workbook(path, [(), (), *((None, *row) for row in rows)])
     _, error = _check(project, path, *MAPPED, code=2)
-    assert f'more than one column named "Antwort": {cells}\nRename one' in error
+    assert f'More than one column named "Antwort": {cells}\nRename one' in error
 
 
 @pytest.mark.parametrize("columns", [(), MAPPED])

@@ -241,7 +241,7 @@ def test_tables_read_only_the_mapped_columns(tmp_path: Path, name: str) -> None:
         (f"Monday: q{i}", f"r{i}.") for i in range(3)
     ]
     assert [row.metadata for row in reading.rows] == [{"seen": "x"}] * 3
-    with pytest.raises(UserError, match='no column named "answer"'):
+    with pytest.raises(UserError, match='No column named "answer"'):
         read_pairs(path, data.model_copy(update={"output": "{{ answer }}"}))
     whole = read_pairs(path, data.model_copy(update={"output": "{{ row | tojson }}"}))
     assert json.loads(whole.rows[1].example.output) == rows[1]

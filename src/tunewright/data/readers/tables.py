@@ -132,13 +132,13 @@ def _wrong_count(name: str, header: Sequence[str], where: str, data: DataConfig,
             from openpyxl.utils import get_column_letter  # type: ignore[import-untyped]
 
             places = [f"{get_column_letter(number)}{where.rpartition(':')[2]}" for number in at]
-        what = f'more than one column named "{name}"{why}: {" and ".join(places)}'
+        what = f'More than one column named "{name}"{why}: {" and ".join(places)}'
         return UserError(what, where=where, fix="Rename one of them.")
     plain = {" ".join(each.split()).casefold(): each for each in header}
     near = difflib.get_close_matches(" ".join(name.split()).casefold(), plain, n=1, cutoff=_NEAR)
     meant = f', did you mean "{plain[near[0]]}"?' if near else ""
     return UserError(
-        f'no column named "{name}"{why}{meant}', where=where, fix=f"Columns: {', '.join(filter(None, header))}"
+        f'No column named "{name}"{why}{meant}', where=where, fix=f"Columns: {', '.join(filter(None, header))}"
     )
 
 
