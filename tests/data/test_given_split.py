@@ -220,6 +220,7 @@ def test_dev_is_drawn_from_the_authors_training_rows_if_they_gave_none(tmp_path:
     [
         (("evaluation",), "--split", "evaluation"),
         (("none.jsonl=test",), "--split", "none.jsonl"),
+        (("test", "train"), "--split", "test and train"),
         (("train", "train.jsonl=test"), "train.jsonl", "test and train"),
     ],
 )

@@ -48,11 +48,16 @@ def splits_of_files(
     """
     asked: dict[str, Split] = {}
     for option in options:
-        name, _, split = option.rpartition("=")
+        name, _, named_split = option.rpartition("=")
         try:
-            asked[name] = read_split(split)
+            split = read_split(named_split)
         except ValueError as error:
-            raise UserError(f"{error} (got {split!r})", where="--split") from None
+            raise UserError(f"{error} (got {named_split!r})", where="--split") from None
+        if asked.setdefault(name, split) != split:
+            fix = "Name the file of each: --split FILE=test."
+            raise UserError(
+                f"Two splits for {name or 'all files'}: {asked[name]} and {split}", where="--split", fix=fix
+            )
     found: dict[Path, Split | None] = {}
     unused = set(asked) - {""}
     for named in files:
