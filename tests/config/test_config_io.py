@@ -186,8 +186,8 @@ def test_metric_round_trips_as_name_or_mapping(tmp_path: Path, written: str, nam
 @pytest.mark.parametrize(
     ("written", "what"),
     [
-        ("exct_match", "a metric is one of exact_match, bleu"),
-        ("{choises: [a, b]}", "a metric is one of exact_match, bleu"),
+        ("exct_match", "a metric is one of exact_match"),
+        ("{choises: [a, b]}", "a metric is one of exact_match"),
         ("{choices: [yes, no]}", "quote values that YAML reads otherwise"),
         ("{choices: [a, ' a']}", "choices must be distinct"),
         ("{regex: '('}", "evaluate.metric.regex: not a regular expression"),
