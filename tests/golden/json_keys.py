@@ -77,13 +77,13 @@ class Reader:
             node = next(each for each in ast.walk(node) if isinstance(each, Function) and each.name == name)
         return Made(module, node)
 
-    def printed(self, made: Made, scope: Scope | None = None) -> Keys:
+    def printed(self, made: Made) -> Keys:
         """Return the keys of what a function, or a function that it calls, gives `Session.show`."""
         found = Keys()
         if not isinstance(made.node, Function) or (made.module, made.node) in self._running:
             return found
         self._running.add((made.module, made.node))
-        scope = self._scope(made) | (scope or {})
+        scope = self._scope(made)
         for call in (each for each in ast.walk(made.node) if isinstance(each, ast.Call)):
             if isinstance(call.func, ast.Attribute) and call.func.attr == "show" and _is_session(call.func.value):
                 found |= self.keys(call.args[0], made.module, scope)

@@ -33,6 +33,13 @@ def test_surface_is_in_the_golden_file() -> None:
     )
 
 
+def test_each_command_that_prints_json_has_keys() -> None:
+    """A result that the reader cannot follow would be watched by nobody."""
+    printing = {each.owner for each in surface() if each.kind == "option" and each.name == "--json"}
+    assert len(printing) > 70
+    assert printing - {each.owner for each in surface() if each.kind == "json"} == set()
+
+
 def test_changelog_names_each_change_since_the_last_release() -> None:
     """After a release, `make surface ARGS=--released` keeps its surface."""
     missing = unnamed(read(RELEASED), read(GOLDEN), unreleased(CHANGELOG.read_text(encoding="utf-8")))
