@@ -150,7 +150,8 @@ def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, 
 
 def _without_model(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str], list[str]]:
     """Return the decision after the free arms; the first reason, if no model is needed; else a further one."""
-    free, drop = evidence.free, evidence.free and evidence.free.tuned
+    free = evidence.free
+    drop = None if free is None else free.tuned
     if free is None or drop is None:
         return decision, [], []
     ours, tuned = (_scored(evidence, evidence.arm(name)) for name in (free.best, evidence.contrasts[0].treatment))
