@@ -188,6 +188,7 @@ def test_metric_round_trips_as_name_or_mapping(tmp_path: Path, written: str, nam
     [
         ("exct_match", "a metric is one of exact_match"),
         ("{choises: [a, b]}", "a metric is one of exact_match"),
+        ("rouge", "did you mean rouge_l?"),
         ("{choices: [yes, no]}", "quote values that YAML reads otherwise"),
         ("{choices: [a, ' a']}", "choices must be distinct"),
         ("{regex: '('}", "evaluate.metric.regex: not a regular expression"),
