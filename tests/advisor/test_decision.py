@@ -97,7 +97,7 @@ def test_no_model_where_nothing_can_beat_the_best_free_arm_by_the_margin(
     assert measured(signals)["free arms"].startswith(f"Without a model, free-tfidf has {score:.1f}%")
     if expected:
         assert (decision.arm, decision.exit_code) == ("free-tfidf", 3)
-        assert decision.why.startswith("No model is needed")
+        assert decision.why.startswith(f"No model is needed: neither {signals.prompting.best} nor an adapter")
         assert changes(signals, decision)
 
 

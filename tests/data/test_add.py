@@ -72,7 +72,7 @@ def test_add_warns_of_test_rows_whose_answer_no_training_row_has(tmp_path: Path)
         ("exact_match", 301, ["301 of 600 rows (50.1%)"]),
         ("exact_match", 300, None),
         ("macro_f1", 594, None),
-        ("macro_f1", 600, None),
+        ("macro_f1", 600, ["600 of 600 rows (100%)", "nothing to learn"]),
         ("exact_match", 600, ["600 of 600 rows (100%)", "nothing to learn"]),
     ],
 )
@@ -88,6 +88,14 @@ def test_add_and_check_name_an_answer_of_most_rows_with_its_share(
         said = [text for text in listener.warned if "have the answer" in text]
         assert len(said) == (words is not None)
         assert all(word in said[0] for word in words or ())
+
+
+def test_add_proposes_no_macro_f1_for_more_answers_than_it_takes(tmp_path: Path) -> None:
+    rows = [(text, "ok" if n < 301 else f"odd {n}") for n, (text, _) in enumerate(unlike_pairs(600))]
+    listener = Listener()
+    add(new_project(tmp_path / "p"), [write_jsonl(tmp_path / "pairs.jsonl", rows)], listener)
+    (said,) = (text for text in listener.warned if "have the answer" in text)
+    assert "macro_f1" not in said
 
 
 def _families(count: int, seed: int) -> list[Pair]:

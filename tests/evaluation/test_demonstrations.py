@@ -214,10 +214,13 @@ def test_static_draw_is_uniform() -> None:
     assert min(first.values()) > 150  # 200 expected each; 150 is four standard deviations away
 
 
-def test_static_demonstration_of_the_querys_cluster_fails_an_assertion() -> None:
-    train = [member("Ohio court one", cluster="family")]
-    with pytest.raises(AssertionError, match="own cluster"):
-        Demonstrations(train, 0).shown(ArmPlan("static", 1, seed=1), member("Ohio court two", cluster="family"))
+def test_static_demonstrations_leave_the_querys_cluster_out() -> None:
+    """As data.on_overlap: keep allows, a training row shares the question's cluster."""
+    train, query = [member(f"row {n}") for n in range(5)], member("row 1 again", cluster="row 1")
+    plan, demonstrations = ArmPlan("static", 3, seed=1), Demonstrations(train, 0)
+    drawn = demonstrations.drawn(1)
+    assert demonstrations.shown(plan, query) == [m for m in drawn if m.cluster != "row 1"][:3]
+    assert demonstrations.shown(plan, member("another")) == drawn[:3]
 
 
 def test_folds_never_show_a_demonstration_of_the_questions_cluster() -> None:

@@ -36,6 +36,7 @@ FEW_ARMS = (
 @pytest.mark.parametrize(
     ("trained", "dev", "found"),
     [
+        ([], ["yes"], None),
         (["yes", "no"] * 30, ["yes"], ("2 different answers", True)),
         ([f"label {n % 50}" for n in range(100)], ["label 1"], ("50 different answers", True)),
         # Each once is no label, and only 95% that are seen make more than 50 labels.

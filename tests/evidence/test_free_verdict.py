@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,12 +123,16 @@ def test_few_items_never_show_that_no_model_is_needed() -> None:
     assert _drop(np.ones(400), np.ones(400), 0.02).outcome == "replace"
 
 
-def test_few_equal_answers_show_nothing_by_a_corpus_metric() -> None:
+def test_few_equal_or_nearly_equal_answers_show_nothing_by_a_corpus_metric() -> None:
     scorer = macro_f1("macro_f1", {"ok", "bad"})
     row = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
-    for items, outcome in ((5, "can't tell"), (400, "replace")):
+    for items, outcome in ((5, "can't tell"), (20, "can't tell"), (400, "replace")):
         same = Scores(scorer, np.ones(items), np.array([row] * items), {}, 0)
-        assert measured_drop(same, same, [f"c{n}" for n in range(items)], 0.02, 0).outcome == outcome
+        # One item is wrong in both arms, as no class or as another one: resampling gives hardly any width.
+        wrong = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+        near = [replace(same, statistics=np.array([*same.statistics[1:], each])) for each in wrong]
+        for ours, theirs in ((same, same), near):
+            assert measured_drop(ours, theirs, [f"c{n}" for n in range(items)], 0.02, 0).outcome == outcome
 
 
 def test_unshippable_contrast_stays_unshippable_whatever_the_free_arm() -> None:

@@ -11,8 +11,8 @@ is not as good     at most the margin, more than minus it      yes              
 does not beat      more than the margin                        (any other)              can't tell
 =================  ==========================================  =======================  ================
 
-Before the table: if no adapter can beat the best free arm by more than the margin, and the best prompt is not shown to,
-the answer is *no model*.
+Before the table: if neither an adapter nor the best prompt can beat the best free arm by the margin, the answer is
+*no model*.
 
 Without a pilot the gain of training is unknown, except that no score exceeds 1. With fewer than `FEWEST_CLUSTERS` dev
 clusters the answer is *can't tell*. The columns are properties of :class:`Grounds`.
@@ -287,7 +287,7 @@ class Decision:
 
     answer: Recommendation
     arm: str | None
-    """The arm to use, if the answer is to prompt or retrieve, or no model."""
+    """The arm to use, if the answer names one."""
     why: str
     """The reason, in a sentence."""
 
@@ -360,15 +360,13 @@ class Grounds:
         all rows. It is capped at the distance to a score of 1. Without a smaller part it is infinite.
         """
         gain = self.signals.gain
-        return self._most(self.best, None if gain is None else gain.contrast.interval.high)
+        return self._most(self.best, math.inf if gain is None else gain.contrast.interval.high)
 
-    def _most(self, arm: Arm, pilot: float | None) -> float:
-        """Return the largest gain over an arm; ``pilot`` is the upper end of the pilot's (None: there is no pilot)."""
+    def _most(self, arm: Arm, pilot: float) -> float:
+        """Return the largest gain over an arm; ``pilot`` is the upper end of the pilot's (infinite: not measured)."""
         ceiling, gain = 1 - arm.score(self.signals.metric).interval.low, self.signals.gain
-        if gain is None or pilot is None:
-            return ceiling
         ahead = 0.0
-        if left := doublings_left(gain):
+        if gain is not None and (left := doublings_left(gain)):
             ahead = math.inf if gain.slope is None else left * max(gain.slope.interval.high, 0.0)
         return min(ceiling, pilot + ahead)
 
@@ -378,7 +376,7 @@ class Grounds:
         free = self.signals.prompting.free
         if free is None or free.prompting is None or free.prompting.outcome != "replace":
             return None
-        most = self._most(free.best_on_dev, None if free.tuned is None else free.tuned.interval.high)
+        most = self._most(free.best_on_dev, math.inf if free.tuned is None else free.tuned.interval.high)
         return free.best if most < self.signals.margin else None
 
     @property
@@ -414,8 +412,8 @@ def decide(signals: Signals) -> Decision:
             f"{grounds.clusters} independent dev clusters are too few (at least {FEWEST_CLUSTERS} are needed).",
         )
     if grounds.free_enough is not None:
-        why = f"No model is needed: no adapter of these rows can beat {grounds.free_enough} by the margin of {margin}"
-        return Decision("no model", grounds.free_enough, f"{why}, and {best} is not shown to.")
+        why = f"No model is needed: neither {best} nor an adapter of these rows can beat {grounds.free_enough} by "
+        return Decision("no model", grounds.free_enough, f"{why}the margin of {margin}.")
     if grounds.beats:
         beyond = ", even if twice the demonstrations gained as much again" if grounds.headroom > 0 else ""
         return Decision("fine-tune", None, f"The pilot beats {best} by more than the margin of {margin}{beyond}.")

@@ -40,8 +40,8 @@ class EvaluateConfig(ConfigSection):
     """Measurement of the arms, and the gain that counts as better."""
 
     metric: Metric = "exact_match"
-    """The metric that decides: exact_match, bleu, chrf, token_f1, rouge_l, json (F1 over an object's
-    fields) or json_valid; for function calls, call_exact_match, call_ast_match, call_name_match,
+    """The metric that decides: exact_match, macro_f1, bleu, chrf, token_f1, rouge_l, json (F1 over an
+    object's fields) or json_valid; for function calls, call_exact_match, call_ast_match, call_name_match,
     call_argument_f1, call_schema_valid or irrelevance_detection; with settings, {exact_match:
     {ignore_case: true}}, {choices: [granted, denied]}, {json: {fields: [name, date]}}, {regex:
     '[A-Z]+-[0-9]+'}, {python: 'module:function'}.

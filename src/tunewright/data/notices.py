@@ -15,7 +15,7 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, listed
 from tunewright.data.dedup.decontaminate import MatchKind
 from tunewright.data.dedup.output_leakage import LOW_CEILING, OutputLeakage
-from tunewright.data.examples import Example, Message, answers_repeat, find_labels
+from tunewright.data.examples import MOST_CLASSES, Example, Message, answers_repeat, find_labels
 from tunewright.data.readers import Fault, SourceRow
 from tunewright.data.readers.row_errors import CODES
 from tunewright.data.splits import FEW_TRAINING_PAIRS, FEWEST_TRAINING_PAIRS, Split
@@ -242,16 +242,16 @@ def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> 
 
 def warn_of_one_answer(members: Sequence[Member], metric: str, reporter: Reporter) -> None:
     """Warn of an answer that more than half of the rows have, unless the metric counts each class alike."""
-    counts = Counter(m.example.output.strip() for m in members).most_common(1)
-    if metric == "macro_f1" or not counts or 2 * counts[0][1] <= len(members):
+    counts = Counter(m.example.output.strip() for m in members)
+    answer, rows = next(iter(counts.most_common(1)), ("", 0))
+    if 2 * rows <= len(members) or (metric == "macro_f1" and len(counts) > 1):
         return
-    answer, rows = counts[0]
     share = f"{math.floor(1000 * rows / len(members)) / 10:g}%"  # rounded down: 100% means every row
     text = f"{rows:,} of {len(members):,} rows ({share}) have the answer {_excerpt(answer)}"
-    fix = "evaluate.metric: macro_f1 counts each answer alike."
+    fix = " evaluate.metric: macro_f1 counts each answer alike." if len(counts) <= MOST_CLASSES else ""
     if rows == len(members):
-        fix = "There is nothing to learn: add rows with other answers."
-    reporter.warn(f"{text}: always answering it scores {share} by exact_match. {fix}")
+        fix = " There is nothing to learn: add rows with other answers."
+    reporter.warn(f"{text}: always answering it scores {share} by exact_match.{fix}")
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:

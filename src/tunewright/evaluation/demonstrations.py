@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -147,10 +148,8 @@ class Demonstrations:
                 found = self.diverse(plan.retriever, query, plan.shots, plan.mmr)
             return found if plan.order == "similar_first" else found[::-1]
         assert plan.seed is not None
-        drawn = [member for member in self.drawn(plan.seed) if _can_show(member, query)][: plan.shots]
-        # They are the same for every question, so none can be exchanged: the split keeps clusters on one side.
-        assert query.cluster not in {m.cluster for m in drawn}, "a question's own cluster is among the training rows"
-        return drawn
+        others = (m for m in self.drawn(plan.seed) if m.cluster != query.cluster and _can_show(m, query))
+        return list(islice(others, plan.shots))
 
     def nearest(self, retriever: RetrieverName, query: Member, k: int) -> list[Member]:
         """Return the ``k`` most similar training pairs of distinct inputs, the most similar first.

@@ -46,13 +46,15 @@ def why_free(trained: Sequence[str], held_out: Sequence[str]) -> tuple[str, bool
     do not repeat, only the nearest row's can be right.
     """
     different = set(trained)
+    if not trained:
+        return None
     if len(different) <= MOST_LABELS and 2 * len(different) <= len(trained):
         return f"the training rows have {len(different):,} different answers", True
     seen = sum(answer in different for answer in held_out)
     if held_out and seen >= SEEN * len(held_out):
         return f"{seen:,} of {len(held_out):,} dev answers are seen in training", True
     short = sum(len(answer) <= SHORT and "\n" not in answer for answer in trained)
-    if trained and short >= SEEN * len(trained):
+    if short >= SEEN * len(trained):
         return f"{short:,} of {len(trained):,} training answers have at most {SHORT} characters", False
     return None
 

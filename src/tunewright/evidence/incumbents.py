@@ -122,7 +122,8 @@ def measured_drop(ours: Scores, theirs: Scores, clusters: Sequence[str], margin:
     For right and wrong the interval is the wider of two: Tango's score limits with the effective number of
     items, and a clustered t-interval with two artificial clusters of mean size, one lost and one won (Bonett
     and Price 2012), as for all differences (docs/decisions/0005). Graded scores have only the second interval.
-    A corpus metric has the wider of percentiles and a t-interval from the same resamples of clusters.
+    A corpus metric has the wider of percentiles and a t-interval from the same resamples of clusters, and at least the
+    second interval's width for equal answers.
     """
     both = ours.scored & theirs.scored
     names = [name for name, here in zip(clusters, both, strict=True) if here]
@@ -176,12 +177,12 @@ def _corpus_drop(
     value = float(score(sums[0].sum(axis=0)) - score(sums[1].sum(axis=0)))
     if len(sums[0]) == 1:
         return value, Interval(low=-1, high=1), "none: a single cluster"
-    if (sums[0] == sums[1]).all():  # resampling equal clusters gives no width, however few they are
-        return value, clustered_interval(np.zeros(len(names)), names), "t-interval over clusters, Bonett-Price adjusted"
     drawn = bootstrap_sums(np.hstack(sums), seed)
     columns = ours.scorer.columns
     drops = score(drawn[:, :columns]) - score(drawn[:, columns:])
-    half = float(t.ppf(0.975, len(sums[0]) - 1) * drops.std())
+    # Resampling (almost) equal clusters gives (almost) no width, however few they are.
+    least = clustered_interval(np.zeros(len(names)), names).high
+    half = max(float(t.ppf(0.975, len(sums[0]) - 1) * drops.std()), least)
     interval = _wider(percentiles(drops), Interval(low=value - half, high=value + half))
     return value, interval, f"percentile bootstrap over clusters, {RESAMPLES:,} resamples, or its t-interval if wider"
 
