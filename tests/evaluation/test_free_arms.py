@@ -132,6 +132,12 @@ def test_engine_without_hidden_states_leaves_the_linear_head_out_by_name(
     assert [arm.name for arm in found.dev] == [MAJORITY, NEAREST, TFIDF]
 
 
+def test_limited_time_leaves_the_linear_head_out_by_name(arm_runner: ArmRunner) -> None:
+    found, _ = free_on_dev(arm_runner, timed=True)
+    assert found is not None
+    assert [(each.name, "--minutes" in each.why) for each in found.left_out] == [(HIDDEN, True)]
+
+
 def test_short_answers_that_do_not_repeat_have_the_nearest_row_only(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     write_jsonl(folder / "pairs.jsonl", [{**row, "completion": row["prompt"]} for row in pairs(120)])

@@ -1,1 +1,1 @@
-"""Advice to prompt, retrieve or fine-tune, from three signals measured before any full training."""
+"""Advice to prompt, retrieve, fine-tune or use no model, from signals measured before any full training."""

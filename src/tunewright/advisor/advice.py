@@ -29,6 +29,7 @@ from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.verbs import open_arm_runner, open_trainings, refuse_up_front, report_detectable_effects
 from tunewright.evidence.common import Interval
 from tunewright.evidence.power import items_to_settle
+from tunewright.evidence.schema import FreeArms
 from tunewright.metrics import p_text, points_text, score_text
 from tunewright.open_project import OpenProject
 
@@ -38,7 +39,7 @@ _RISING = {"yes": "still rising", "no": "flat", "unclear": "not shown to be risi
 def advise(
     project: OpenProject, stored: str | Path | None = None, *, pilot: bool = True, minutes: float | None = None
 ) -> AdviceResult:
-    """Advise to prompt, retrieve or fine-tune, or can't tell, from three signals on dev.
+    """Advise to prompt, retrieve, fine-tune or use no model, or can't tell, from signals on dev.
 
     Args:
         stored: earlier advice (ID or file) to decide from again, without measuring.
@@ -98,16 +99,14 @@ class AdviceResult:
 def measured(signals: Signals) -> dict[str, str]:
     """Return a sentence or two for each signal by name."""
     return {
-        **({"free arms": _free(signals)} if signals.prompting.free else {}),
+        **({"free arms": _free(signals, free)} if (free := signals.prompting.free) else {}),
         "context budget": _context(signals),
         "break-even": break_even_text(signals),
         "gain": _gain(signals),
     }
 
 
-def _free(signals: Signals) -> str:
-    free = signals.prompting.free
-    assert free is not None
+def _free(signals: Signals, free: FreeArms) -> str:
     text = [f"{free.best} has {score_text(signals.metric, free.best_on_dev.score(signals.metric).value)}"]
     for name, drop in ((signals.prompting.best, free.prompting), ("the pilot", free.tuned)):
         text += [] if drop is None else [f"{name} minus it: {_points(drop.value, drop.interval)}"]

@@ -38,13 +38,14 @@ from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of
 from tunewright.evaluation.folds import subset_versions
-from tunewright.evaluation.free_arms import FittedArms, with_drops
+from tunewright.evaluation.free_arms import FittedArms
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import advise, first_items
 from tunewright.evaluation.workload import time_limit
 from tunewright.evidence.common import ArmScore, Interval
+from tunewright.evidence.incumbents import measured_drop
 from tunewright.evidence.schema import Advice, Arm, Contrast
-from tunewright.evidence.scoring import ScoredArms, contrast
+from tunewright.evidence.scoring import contrast
 from tunewright.metrics import Scores, score_all
 from tunewright.models.bases import Base
 from tunewright.training.train import find_trained, train, training_inputs
@@ -122,10 +123,8 @@ class Adviser:
         if advice.free is not None and self._pilot_scores is not None:
             texts = FittedArms(self.arm_runner).answers(advice.free.best, self.dev)
             ours = score_all(self.arm_runner.scorers[0], texts, [m.example for m in self.dev])
-            both = {advice.free.best: ours, "pilot": self._pilot_scores}
-            scored = ScoredArms(tuple(self.items.clusters), {self.items.metric: both})
-            compared = with_drops(advice.free, scored, self.config, tuned="pilot")
-            advice = advice.model_copy(update={"free": compared})
+            drop = measured_drop(ours, self._pilot_scores, self.items.clusters, self.items.margin, self.items.seed)
+            advice = advice.model_copy(update={"free": advice.free.model_copy(update={"tuned": drop})})
         return Signals(
             id=identity,
             project=self.config.name,

@@ -72,8 +72,8 @@ class FittedArms:
     def _index(self) -> TfIdf:
         return TfIdf(_inputs(self._train))
 
-    def left_out(self, *, labels: bool) -> dict[str, str]:
-        """Return the arms that cannot answer, with the reason."""
+    def left_out(self, *, labels: bool, timed: bool) -> dict[str, str]:
+        """Return the arms that cannot answer, or not in seconds where the time is limited, with the reason."""
         if not labels:
             return dict.fromkeys((MAJORITY, TFIDF, HIDDEN), "it needs answers that repeat")
         classes, generator = len(set(self.trained)), self._runner.generator
@@ -82,7 +82,7 @@ class FittedArms:
             return dict.fromkeys((TFIDF, HIDDEN), why)
         if generator.workers is not None or generator.engine.environment is not None:
             return {HIDDEN: f"{'a cluster' if generator.workers else 'vLLM'} answers, and returns no hidden states"}
-        return {}
+        return {HIDDEN: "--minutes leaves it out, because the base reads every input"} if timed else {}
 
     def answers(self, name: str, rows: Sequence[Member]) -> list[str]:
         """Return an arm's answers to rows."""
@@ -144,7 +144,7 @@ def answer_free(
     return found, scored
 
 
-def free_on_dev(arm_runner: ArmRunner) -> tuple[FreeArms | None, ScoredArms]:
+def free_on_dev(arm_runner: ArmRunner, *, timed: bool = False) -> tuple[FreeArms | None, ScoredArms]:
     """Measure the free arms that fit the answers on dev, and choose the best; None if none fits.
 
     A fold of a cross-validation has none.
@@ -153,7 +153,7 @@ def free_on_dev(arm_runner: ArmRunner) -> tuple[FreeArms | None, ScoredArms]:
     found = why_free(fitted.trained, [m.example.output.strip() for m in dev])
     if found is None or arm_runner.folder != arm_runner.project.evaluations:
         return None, scored_arms(arm_runner.scorers, dev, {})
-    left_out = fitted.left_out(labels=found[1])
+    left_out = fitted.left_out(labels=found[1], timed=timed)
     names = [name for name in (MAJORITY, NEAREST, TFIDF, HIDDEN) if name not in left_out]
     _, scored = answer_free(arm_runner, names, dev, "dev")
     arms = free_measured(scored, names, arm_runner.project.config.seed)

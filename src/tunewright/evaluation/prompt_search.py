@@ -97,7 +97,7 @@ def advise(arm_runner: ArmRunner, limit: TimeLimit | None = None) -> AdviseResul
         limit.warn_of_no_speed()
     if known is not None:
         if known.free is None:  # advice of an earlier version
-            known = known.model_copy(update={"free": free_on_dev(arm_runner)[0]})
+            known = known.model_copy(update={"free": free_on_dev(arm_runner, timed=limit is not None)[0]})
         return AdviseResult(file, known, measured=False)
     document = json_document(advice.model_dump(mode="json"))
     if (access_log := _access_log(arm_runner)) is not None:
@@ -183,7 +183,7 @@ class _Choice:
 
     def advice(self) -> Advice:
         dev, first = self._dev, first_rows(self._arm_runner)
-        free = free_on_dev(self._arm_runner)
+        free = free_on_dev(self._arm_runner, timed=self._limit is not None)
         narrow = len(first) < len(dev)
         answered = self._entrants(first)
         scored, entrants = self._scored(first, answered)

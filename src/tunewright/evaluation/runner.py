@@ -255,11 +255,11 @@ def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, spl
     identity = digest(decides)[:12]
     declared = declare(arm_runner.project.config, metric, advice.best, treatments, parent=parent is not None)
     # Only the best free arm on dev: each further one would be another chance for luck.
-    free = [(advice.free.best, control) for control in (TUNED.name, advice.best)] if advice.free else []
-    declared += tuple(
-        Declared(treatment=ours, control=theirs, metric=metric, margin=None, non_inferiority_margin=settings.margin)
-        for ours, theirs in free
-    )
+    if advice.free is not None:
+        apart: dict[str, Any] = {"metric": metric, "margin": None, "non_inferiority_margin": settings.margin}
+        declared += tuple(
+            Declared(treatment=advice.free.best, control=control, **apart) for control in (TUNED.name, advice.best)
+        )
     return Comparison(
         adapter=adapter,
         advice=advice,

@@ -11,7 +11,7 @@ from tunewright.evidence.common import ArmScore, Budget, percent_bar
 from tunewright.evidence.human_eval import human_eval_section
 from tunewright.evidence.prompt_optimization import NOT_RUN, optimization_section
 from tunewright.evidence.replacement import incumbents_section
-from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence, FreeArms, SeedSpread
+from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence, SeedSpread
 from tunewright.evidence.verdict import changed_words, fewest_clusters, verdict
 from tunewright.metrics import axis_label, metric_label, points_text
 from tunewright.render.blocks import (
@@ -245,7 +245,7 @@ def prompting_section(evidence: Evidence) -> Section | None:
         arms_figure("dev", f"Prompting arms on the dev split by {axis}", evidence.dev_arms, evidence.metric),
         arms_table("Table of prompting arms", evidence, evidence.dev_arms, {evidence.best_prompting: "chosen"}),
     ]
-    blocks += _free_blocks(evidence, evidence.free, "the dev split")
+    blocks += _free_blocks(evidence, "the dev split")
     if evidence.narrowing is not None:
         found = evidence.narrowing
         fates = found.fates | dict.fromkeys(found.finalists, "advanced")
@@ -279,7 +279,7 @@ def advice_section(advice: Advice) -> Section:
     all_dev = f"{advice.items} dev items"
     on = all_dev if narrowing is None else f"{narrowing.items} of the {all_dev}"
     blocks: list[Block] = [
-        *_free_blocks(advice, advice.free, all_dev),
+        *_free_blocks(advice, all_dev),
         Lead(f"Prompting on {on}, untuned base"),
         arms_table("Table of prompting arms", advice, [arm for arm in arms if arm.seed is None]),
     ]
@@ -298,8 +298,8 @@ def advice_section(advice: Advice) -> Section:
     return Section("prompting", "Prompting arms", (*blocks, notes))
 
 
-def _free_blocks(measured: Evidence | Advice, free: FreeArms | None, items: str) -> list[Block]:
-    if free is None:
+def _free_blocks(measured: Evidence | Advice, items: str) -> list[Block]:
+    if (free := measured.free) is None:
         return []
     lead = Lead(f"Free arms on {items}, without a model: {free.why}")
     notes = (f"Best free arm: {free.best}.", *(f"Left out: {each.name}: {each.why}." for each in free.left_out))

@@ -24,7 +24,8 @@ class Declared(Part):
     metric: MetricName
     margin: Annotated[float | None, Field(description="Smallest gain worth shipping, for the deciding contrast.")]
     non_inferiority_margin: Annotated[
-        float | None, Field(description="Largest loss that counts as not worse, against an incumbent.")
+        float | None,
+        Field(description="Largest loss that counts as not worse, if an incumbent or a free arm is compared."),
     ] = None
 
     @model_serializer(mode="wrap")

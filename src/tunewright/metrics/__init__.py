@@ -89,7 +89,10 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
         case "exact_match":
             return exact_match(name, Normalisation())
         case "macro_f1":
-            return macro_f1(name, dataset_answers(root))
+            from tunewright.data.versions import load_version
+
+            members = load_version(ProjectFolder(root).dataset).domain
+            return macro_f1(name, {normalised(member.example.output) for member in members})
         case "bleu":
             return bleu(name)
         case "chrf":
@@ -138,13 +141,6 @@ def metric_inputs(metric: Metric, root: Path) -> Any:
     if isinstance(metric, Python):
         inputs["sha256"] = file_digest(module_file(metric.python, root))
     return inputs
-
-
-def dataset_answers(root: Path) -> frozenset[str]:
-    """Return the distinct answers of a project's dataset, without its mix-in."""
-    from tunewright.data.versions import load_version
-
-    return frozenset(normalised(member.example.output) for member in load_version(ProjectFolder(root).dataset).domain)
 
 
 # A function of the project
