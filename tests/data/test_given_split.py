@@ -19,6 +19,7 @@ from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.browse import leakage
+from tunewright.data.given_split import splits_of_files
 from tunewright.data.options import AddOptions
 from tunewright.data.preview import check_files
 from tunewright.data.splits import SPLITS
@@ -168,6 +169,11 @@ def _files(root: Path) -> dict[str, Path]:
     return {part: write_rows(root / f"{part}.jsonl", rows) for part, rows in parts.items()}
 
 
+def _add_given(project: ProjectFolder, splits: Mapping[Path, str], **options: Any) -> AddResult:
+    named = tuple(f"{path}={split}" for path, split in splits.items())
+    return add(project, splits, Listener(), AddOptions(split=named, **options))
+
+
 def _split_counts(project: ProjectFolder) -> dict[str, int]:
     version = load_version(project.dataset)
     return {split: len(version.examples(split)) for split in SPLITS}
@@ -188,6 +194,21 @@ def test_files_are_given_to_splits(tmp_path: Path, how: str) -> None:
     assert _split_counts(project) == {"train": TRAIN, "dev": DEV, "test": TEST}
     about = load_version(project.dataset).manifest.given_split
     assert about is not None and about.sources == ("dev.jsonl", "test.jsonl", "train.jsonl")
+
+
+def test_source_with_a_split_covers_only_the_files_that_it_names(tmp_path: Path) -> None:
+    sources = (
+        "[{path: 'last/*.jsonl', split: test}, {path: 'hf://datasets/a/b:test', split: test}, {path: year, split: dev}]"
+    )
+    project = new_project(tmp_path, f"data: {{sources: {sources}}}\n")
+    names = ["last/a.jsonl", "last/older/a.jsonl", "a.jsonl", "year/month/a.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / name, [])
+    found = splits_of_files([tmp_path / name for name in names], project, (), Listener())
+    assert list(found.values()) == ["test", None, None, "dev"]
+    of_folder = splits_of_files([tmp_path / "last"], project, (f"{tmp_path / 'last' / 'older'}/=train",), Listener())
+    assert sorted(map(str, of_folder.values())) == ["test", "train"]
 
 
 def test_rows_without_a_split_are_drawn_but_not_for_a_split_that_authors_gave(tmp_path: Path) -> None:
@@ -240,13 +261,18 @@ def test_file_given_to_test_without_a_usable_row_is_refused(tmp_path: Path) -> N
     files = _files(tmp_path)
     files["test"].write_text('{"q": "", "a": "no question"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="No row for test") as refusal:
-        add(
-            project,
-            [files["train"], files["test"]],
-            Listener(),
-            AddOptions(skip_bad=True, split=(f"{files['test']}=test",)),
-        )
+        _add_given(project, {files["train"]: "train", files["test"]: "test"}, skip_bad=True)
     assert refusal.value.where == str(files["test"])
+
+
+def test_file_without_a_usable_row_is_not_confused_with_a_longer_name(tmp_path: Path) -> None:
+    project = new_project(tmp_path, "data: {input: q, output: a}\n")
+    files = _files(tmp_path)
+    faulty = tmp_path / "test.json"
+    faulty.write_text('[{"q": "", "a": "no question"}]', encoding="utf-8")
+    with pytest.raises(UserError, match="No row for test") as refusal:
+        _add_given(project, {files["train"]: "train", faulty: "test", files["test"]: "test"}, skip_bad=True)
+    assert refusal.value.where == str(faulty)
 
 
 def test_split_without_rows_names_the_authors_counts(tmp_path: Path) -> None:
@@ -310,6 +336,16 @@ def test_pair_in_the_authors_training_and_test_files_is_a_test_row(tmp_path: Pat
         assert result.created is created
     assert _of(project)[rows[-1]["q"]].split == "test"
     assert any("a.jsonl:1 repeats" in warned for warned in listener.warned)
+
+
+def test_near_duplicate_of_a_test_row_is_dropped_again_when_its_file_is_added_again(tmp_path: Path) -> None:
+    project = new_project(tmp_path, "data: {input: q, output: a, duplicates: drop}\n")
+    files, test = _files(tmp_path), _rows(None, TEST, 3)
+    train = write_rows(files["train"], [*_rows(None, TRAIN, 1), _near(test[0], None, test[0]["a"])])
+    first = _add_given(project, {train: "train", files["test"]: "test"})
+    again = _add_given(project, {train: "train"})
+    assert (len(first.duplicates), len(again.duplicates), again.created) == (1, 1, False)
+    assert _split_counts(project)["test"] == TEST
 
 
 def test_old_dataset_opens_and_takes_given_rows(tmp_path: Path) -> None:
@@ -395,6 +431,26 @@ def test_group_of_a_test_row_leaves_training(tmp_path: Path) -> None:
     result = _add(project, rows)
     assert [each.place.rpartition(":")[2] for each in result.overlapping] == ["1"]
     assert _torn(project) == set()
+
+
+def test_rows_of_a_group_stay_if_only_another_row_is_near_the_test(tmp_path: Path) -> None:
+    project, rows = _project(tmp_path, more=", group_by: [customer]"), _parts()
+    near = {**_near(rows[-1], "train"), "customer": "x"}
+    rows = [{**row, "customer": None} for row in rows]
+    result = _add(project, [{**rows[0], "customer": "x"}, *rows[1:], near])
+    assert [each.place.rpartition(":")[2] for each in result.overlapping] == [str(len(rows) + 1)]
+    assert rows[0]["q"] in _of(project) and near["q"] not in _of(project)
+
+
+def test_training_row_near_a_drawn_test_row_is_left_out_and_not_counted(tmp_path: Path) -> None:
+    project = new_project(tmp_path, "data: {input: q, output: a}\n")
+    _add(project, _rows(None, 100, 1))
+    drawn = next(m for m in _of(project).values() if m.split == "test")
+    path = write_rows(tmp_path / "b.jsonl", [_near({"q": drawn.example.input_text}, None)])
+    result = _add(project, path, split=("train",))
+    assert (result.added, result.created, len(result.overlapping)) == (0, False, 1)
+    checked = check_files(OpenFolder(project, Listener()), [path], AddOptions(split=("train",)))
+    assert checked.effect is not None and (checked.effect.added, checked.effect.overlapping) == (0, 1)
 
 
 def test_damaged_split_without_keep_is_found(tmp_path: Path) -> None:

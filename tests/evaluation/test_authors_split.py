@@ -44,7 +44,7 @@ def test_contrast_without_near_items_is_that_of_the_other_items(near: int) -> No
             arm: np.array([item.answers[arm].strip() == item.reference for item in ITEMS[near:]])
             for arm in ("tuned", "retrieved-4")
         }
-        assert found.far.items == 60 - near
+        assert found.far.scored == 60 - near
         assert found.far.difference == pytest.approx(right["tuned"].mean() - right["retrieved-4"].mean())
 
 

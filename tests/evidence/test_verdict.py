@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from making.evidence import cross_fitted, make_evidence, make_items, scored_items, with_contrast
-from tunewright.evidence.authors_split import AuthorsSplit, FarContrast
+from tunewright.evidence.authors_split import AuthorsSplit
 from tunewright.evidence.common import Interval
-from tunewright.evidence.schema import Evidence
+from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.scoring import scores_by_template
 from tunewright.evidence.statistics import exact_mcnemar, holm
 from tunewright.evidence.verdict import SIGNIFICANT, fewest_clusters, plain_measurement, verdict
@@ -188,17 +188,16 @@ def test_known_output_templates_are_a_caution() -> None:
         assert sum("template" in r for r in verdict(_with_templates(new)).reasons) == cautions
 
 
-def _from_authors(near: int, far: FarContrast | None, **first: Any) -> Evidence:
+def _from_authors(near: int, far: Contrast | None, **first: Any) -> Evidence:
     split = AuthorsSplit(source="column part of a.csv", on_overlap="keep", items=60, given=58, near=near, far=far)
     shown = with_contrast(EVIDENCE, **{"low": 0.27, "difference": 0.35, "high": 0.43, "p_value": 1e-9, **first})
     return shown.model_copy(update={"authors_split": split})
 
 
-def _far(low: float = 0.1, p_value: float = 0.001, clusters: int = 25) -> FarContrast:
+def _far(low: float = 0.1, p_value: float = 0.001, clusters: int = 25) -> Contrast:
     interval = Interval(low=low, high=0.5)
-    return FarContrast(
-        items=50, clusters=clusters, difference=0.3, interval=interval, p_value=p_value, test="exact McNemar"
-    )
+    change = {"scored": 50, "clusters": clusters, "difference": 0.3, "interval": interval, "p_value": p_value}
+    return EVIDENCE.contrasts[0].model_copy(update=change)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def _far(low: float = 0.1, p_value: float = 0.001, clusters: int = 25) -> FarCon
         (60, None, "can't tell"),
     ],
 )
-def test_gain_has_to_hold_without_items_near_a_training_row(near: int, far: FarContrast | None, decision: str) -> None:
+def test_gain_has_to_hold_without_items_near_a_training_row(near: int, far: Contrast | None, decision: str) -> None:
     result = verdict(_from_authors(near, far))
     assert result.decision == decision
     whose = "The split is its authors' (column part of a.csv): they gave 58 of the 60 test items to test."

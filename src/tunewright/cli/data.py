@@ -55,9 +55,10 @@ def data_add(
         what += f", {len(result.skipped):,} left out as faulty"
     if result.left_out:
         what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
-    if result.overlapping and (given := result.version.given_split) is not None:
-        fate = {"drop-train": "left out", "move": "moved", "keep": "kept"}[given.on_overlap]
-        what += f", {len(result.overlapping):,} {fate} as near a held-out row of another split"
+    if result.overlapping:
+        mode = run.project.folder.config.data.on_overlap
+        fate = {"drop-train": "left out as", "move": "moved as", "keep": "kept although"}[mode]
+        what += f", {len(result.overlapping):,} {fate} near a held-out row of another split"
     if result.unaccepted:
         what += f", {result.unaccepted:,} generated and left out as similar to a held-out row"
     what += f", {sum(len(r.before) for r in result.replaced):,} replaced" if result.replaced else ""

@@ -52,15 +52,9 @@ Overlap = Literal["drop-train", "move", "keep"]
 Split = Literal["train", "dev", "test"]
 # "eval" and "holdout" are missing on purpose: authors use both for dev and for test.
 _SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "dev": "dev",
-    "development": "dev",
-    "val": "dev",
-    "valid": "dev",
-    "validation": "dev",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 
 
@@ -155,9 +149,9 @@ class DataConfig(ConfigSection):
     test. It is not part of the example.
     """
     on_overlap: Overlap = "drop-train"
-    """Rows of another split, or of none, in the cluster of a row that is given to dev or test:
-    `drop-train` leaves them out, `move` moves them to that split, `keep` keeps the authors' split
-    and lowers the verdict.
+    """Rows near a held-out row of another split, where authors gave a split: `drop-train` leaves them
+    out, `move` moves their cluster to that split, `keep` keeps them, and *ship* also requires the
+    gain on held-out rows without a near training row.
     """
     drop_columns: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Columns or keys to leave out, such as id or source. Other unused ones are kept as metadata.

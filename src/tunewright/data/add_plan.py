@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tunewright.config import Config, Duplicates, metric_name
@@ -75,6 +76,11 @@ class AddPlan:
     inherited: InheritedSplit | None
     restored: Sequence[Removal]
 
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """The pair keys of the planned version."""
+        return frozenset(m.key for m in self.members)
+
     @property
     def created(self) -> bool:
         """True if the planned version differs from the current one."""
@@ -87,7 +93,7 @@ class AddPlan:
         key = fate.get("of", fate["key"])
         if key in self.unaccepted:
             return {**fate, "fate": "unaccepted"}
-        if key in self.overlapping and self.given_split and self.given_split.on_overlap == "drop-train":
+        if key in self.overlapping and key not in self.keys:
             return {**fate, "fate": "overlapping", "near": self.overlapping[key].near}
         return {**fate, "fate": "contaminated"} if key in self.left_out else fate
 
@@ -124,7 +130,7 @@ def plan_add(
     if plan.given_split and plan.created:
         reporter.say(given_notice(plan.members, plan.given_split))
     if plan.overlapping and (plan.created or data.on_overlap == "drop-train"):
-        reporter.warn(overlap_notice(list(plan.overlapping.values()), data.on_overlap))
+        reporter.warn(overlap_notice(plan.overlapping.values(), data.on_overlap))
     if plan.near:
         reporter.say(notices.near_duplicates(plan.near))
     if options.restore and not plan.restored and not merged.superseded:
@@ -186,7 +192,7 @@ def _plan_version(
         left_out=left_out,
         unaccepted=unaccepted,
         overlapping=overlapping,
-        given_split=given_split_of(domain, merged, config.data, inherited, overlapping),
+        given_split=given_split_of(domain, merged, config.data, inherited),
         mixed=mixed,
         largest=largest,
         outputs=outputs,
@@ -256,9 +262,11 @@ def _domain(
         gone = _held_out(similar, side, doubtful) or _held_out(clusters, side, doubtful)
         unaccepted |= gone
         if not gone and given:
-            found = find_overlaps(clusters, side, given, merged)
+            dropping = config.data.on_overlap == "drop-train"
+            found = find_overlaps(similar, side, given, merged) if dropping else {}
+            found = found or find_overlaps(clusters, side, given, merged)
             overlapping |= found
-            gone = frozenset(found) if config.data.on_overlap == "drop-train" else frozenset()
+            gone = frozenset(found) if dropping else frozenset()
         if not gone:
             break
         # Similarity ignores the words that all inputs share. Without these rows they may change: compare again.

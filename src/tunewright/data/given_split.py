@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import glob
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tunewright.config import DataConfig, Overlap, read_split
@@ -54,46 +54,49 @@ def splits_of_files(
         except ValueError as error:
             raise UserError(f"{error} (got {named_split!r})", where="--split") from None
         if asked.setdefault(name, split) != split:
-            fix = "Name the file of each: --split FILE=test."
-            raise UserError(
-                f"Two splits for {name or 'all files'}: {asked[name]} and {split}", where="--split", fix=fix
-            )
+            what = f"Two splits for {name or 'all files'}: {asked[name]} and {split}"
+            raise UserError(what, where="--split", fix="Name the file of each: --split FILE=test.")
+    configured = [
+        (each.path if is_hub_name(each.path) else str(project.root / each.path), each.split)
+        for each in project.config.data.sources
+        if each.split is not None
+    ]
+    names = [*asked, *(name for name, _ in configured)]
+    matches = {name: {Path(each).resolve() for each in glob.iglob(name, recursive=True)} for name in names}  # noqa: PTH207
     found: dict[Path, Split | None] = {}
-    unused = set(asked) - {""}
+    used = {""}
     for named in files:
         for path in source_files([named], reporter):
-            full = path.resolve()
-            mine = {name for name in asked if name == str(named) or Path(name).resolve() == full} | {""} & asked.keys()
+            mine = {name for name in asked if not name or _covers(name, matches[name], named, path)}
             splits = {asked[name] for name in mine}
-            unused -= mine
-            for source in project.config.data.sources:
-                if source.split is not None and (source.path == str(named) or _covers(source.path, full, project.root)):
-                    splits.add(source.split)
+            splits |= {split for name, split in configured if _covers(name, matches[name], named, path)}
             if len(splits) > 1:
                 raise UserError(
                     f"Two splits for one file: {' and '.join(sorted(splits))}",
                     where=str(path),
                     fix="Give it one, in data.sources or in --split.",
                 )
+            used |= mine
             found[path] = next(iter(splits), None)
-    if unused:
+    if unused := asked.keys() - used:
         raise UserError(f"No file to add is {min(unused)}", where="--split", fix="Write FILE=SPLIT for an added file.")
     return found
 
 
-def _covers(source: str, full: Path, root: Path) -> bool:
-    """Return whether a path in data.sources is this file, a folder that contains it, or a pattern that matches it."""
-    if is_hub_name(source):
-        return False
-    named = (root / source).resolve()
-    return full.is_relative_to(named) or fnmatchcase(str(full), str(named))
+def _covers(name: str, matches: Collection[Path], named: str | Path, path: Path) -> bool:
+    """Return whether a name is that of the file, of a folder around it or of its dataset, or a pattern for it."""
+    if is_hub_name(name):
+        return Path(name) == Path(named)  # a Path has one slash after hf:
+    full = path.resolve()
+    return full in matches or full.is_relative_to(Path(name).resolve())
 
 
 def require_given_rows(files: Mapping[Path, Split | None], rows: Iterable[SourceRow]) -> None:
-    """Refuse a file that is given to dev or test and has no row for it."""
-    read = {(row.source, row.split) for row in rows}
+    """Refuse a file that is given to dev or test and has no usable row."""
+    read = {row.source for row in rows}
     for path, split in files.items():
-        if split in ("dev", "test") and not any(s == split and name.startswith(str(path)) for name, s in read):
+        # The source of a workbook's rows is FILE:SHEET.
+        if split in ("dev", "test") and not any(f"{source}:".startswith(f"{path}:") for source in read):
             raise UserError(
                 f"No row for {split}: the file is given to {split}, and none of its rows can be added",
                 where=str(path),
@@ -104,14 +107,16 @@ def require_given_rows(files: Mapping[Path, Split | None], rows: Iterable[Source
 def refuse_changes(project: ProjectFolder, merged: Merge, inherited: Mapping[str, Split]) -> None:
     """Refuse rows whose authors now give them another split than they have in the dataset or inherit."""
     known = {**inherited, **merged.former, **merged.former_given}
-    read: dict[str, list[SourceRow]] = defaultdict(list)
-    for row in merged.rows:
-        key = merged.kept_pair_key(row.example.pair_key)
-        if row.split is not None and key in known:
-            read[key].append(row)
     # A pair may be in the authors' training and test files: then the test row is meant, as in the first version.
-    last = {key: max(rows, key=lambda row: SPLITS.index(row.split or "train")) for key, rows in read.items()}
-    changed = {key: row for key, row in last.items() if row.split != known[key]}
+    given = sorted((row for row in merged.rows if row.split), key=lambda row: SPLITS.index(row.split or "train"))
+    meant = {merged.kept_pair_key(row.example.pair_key): row for row in given}
+    changed = {
+        key: row
+        for key, row in meant.items()
+        if row.split != known.get(key, row.split)
+        # A near-duplicate of a held-out row is another row: it stays out and changes nothing.
+        and (row.example.pair_key not in merged.dropped or strictest([row.split, known[key]]) == row.split)
+    }
     if not changed:
         return
     places = places_by_key(project.dataset, merged.parent.manifest) if merged.parent else {}
@@ -140,37 +145,29 @@ def find_overlaps(
     drawn row, but not one that is given: it would be added to the authors' test.
     """
     found: dict[str, OverlappingRow] = {}
+    # A dev split that the authors did not give is drawn from their training rows: no other side.
+    held_out_splits = {"test", "dev"} if "dev" in given.values() else {"test"}
     for keys in clusters.values():
         held_out = strictest(side.get(key) for key in keys)
-        drawn = held_out == "dev" and "dev" not in given.values()  # from the authors' training rows
-        if held_out in (None, "train") or drawn or given.keys().isdisjoint(keys):
+        if held_out is None or held_out not in held_out_splits or given.keys().isdisjoint(keys):
             continue
         there = sorted(key for key in keys if side.get(key) == held_out)
         near = next((key for key in there if given.get(key) == held_out), there[0])
         for key in keys:
             if side.get(key) != held_out and (key in side or given.get(near) == held_out):
-                places = merged.place(key), merged.place(near)
-                found[key] = OverlappingRow(key, places[0], side.get(key), near, places[1], held_out)
+                found[key] = OverlappingRow(key, merged.place(key), side.get(key), near, merged.place(near), held_out)
     return found
 
 
-def overlap_notice(rows: Sequence[OverlappingRow], mode: Overlap) -> str:
+def overlap_notice(rows: Iterable[OverlappingRow], mode: Overlap) -> str:
     """Return the warning for rows near a held-out row of another split, with the places of both."""
     rows = sorted(rows, key=lambda row: (len(row.place), row.place))
-    held_out = Counter(row.held_out for row in rows)
-    splits = " and ".join(f"{held_out[split]:,} to {split}" for split in SPLITS[::-1] if split in held_out)
-    what = {
-        "drop-train": "left out, because they are near rows that their authors gave to another split",
-        "move": "moved with their clusters to the split of a row that its authors gave",
-        "keep": "kept, although they are near held-out rows: a verdict also needs the held-out rows without them",
-    }[mode]
-    lines = listed(
-        (f"{row.place} ({row.split or 'no split'}) is near {row.near_place} ({row.held_out})" for row in rows),
-        len(rows),
-        _MOST,
-        "the result and the version's imports.jsonl list all" if mode == "drop-train" else "the result lists all",
+    done = {"drop-train": "left out as", "move": "moved with their clusters as", "keep": "kept although"}[mode]
+    places = (f"{row.place} ({row.split or 'no split'}) is near {row.near_place} ({row.held_out})" for row in rows)
+    return (
+        f"{count_of(len(rows), 'row')} {done} near a held-out row of another split (data.on_overlap: {mode}):"
+        f"\n{listed(places, len(rows), _MOST, '--json lists all')}"
     )
-    return f"{count_of(len(rows), 'row')} {what} ({splits}; data.on_overlap: {mode}):\n{lines}"
 
 
 def given_notice(members: Sequence[Member], about: GivenSplit) -> str:
@@ -178,16 +175,12 @@ def given_notice(members: Sequence[Member], about: GivenSplit) -> str:
     given = Counter(m.given for m in members if m.given)
     counts = ", ".join(f"{given[split]:,} {split}" for split in SPLITS if split in given)
     text = f"The authors' split ({about.text}): {counts} of {count_of(sum(not m.mixed for m in members), 'row')}"
-    drawn = sum(m.given == "train" and m.split == "dev" for m in members)
+    drawn = "dev" not in given and sum(m.given == "train" and m.split == "dev" for m in members)
     return f"{text}; dev has {drawn:,} of their training rows, as they gave it none" if drawn else text
 
 
 def given_split_of(
-    members: Iterable[Member],
-    merged: Merge,
-    data: DataConfig,
-    inherited: InheritedSplit | None,
-    overlapping: Collection[str],
+    members: Iterable[Member], merged: Merge, data: DataConfig, inherited: InheritedSplit | None
 ) -> GivenSplit | None:
     """Return the manifest's record of the authors' split; None if every row's split is drawn."""
     if not any(m.given for m in members):
@@ -199,7 +192,6 @@ def given_split_of(
         column=data.split_column or (before.column if before else None),
         sources=tuple(sorted(files.union(before.sources if before else ()))),
         on_overlap=data.on_overlap,
-        left_out=len(overlapping) if data.on_overlap == "drop-train" else 0,
     )
 
 

@@ -81,7 +81,7 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
         "removed": "The row was removed",
         "not mixed": "The row was not mixed in",
         "contaminated": "The row was left out: it contains a test input or a benchmark item",
-        "overlapping": "The row was left out: it is near a row that its authors gave to another split",
+        "overlapping": "The row was left out: it is near a held-out row of another split",
         "unaccepted": "The row was left out: a model wrote it, nobody has accepted it, and it is too similar to a "
         "held-out row",
     }.get(found["fate"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.evidence.authors_split import AuthorsSplit, FarContrast
+from tunewright.evidence.authors_split import AuthorsSplit
 from tunewright.evidence.schema import Contrast
 from tunewright.evidence.scoring import ScoredArms, scored_contrast
 
@@ -21,23 +21,14 @@ def measure_authors_split(
         return None
     trained = {member.cluster for member in version.domain_of("train")}
     far = np.array([row.cluster not in trained for row in rows])
-    measured, part = None, scored.among(far)
-    ours, theirs = (part.by_metric[deciding.metric][arm] for arm in (deciding.treatment, deciding.control))
-    if not far.all() and (ours.scored & theirs.scored).any():
-        found = scored_contrast(part, deciding.metric, deciding.treatment, deciding.control, seed)
-        measured = FarContrast(
-            items=found.scored,
-            clusters=found.clusters,
-            difference=found.difference,
-            interval=found.interval,
-            p_value=found.p_value,
-            test=found.test,
-        )
+    part, of = scored.among(far), deciding
+    both = (part.by_metric[of.metric][arm].scored for arm in (of.treatment, of.control))
+    shown = not far.all() and np.logical_and(*both).any()
     return AuthorsSplit(
         source=about.text,
         on_overlap=about.on_overlap,
         items=len(rows),
         given=sum(row.given == row.split for row in rows),
         near=int((~far).sum()),
-        far=measured,
+        far=scored_contrast(part, of.metric, of.treatment, of.control, seed) if shown else None,
     )

@@ -8,19 +8,8 @@ from pydantic import Field
 
 from tunewright.config import Overlap
 from tunewright.core.text import count_of
-from tunewright.evidence.common import Interval, Part
+from tunewright.evidence.common import Contrast, Part
 from tunewright.metrics import p_text, points_text
-
-
-class FarContrast(Part):
-    """The deciding contrast on the items that share no cluster with a training row."""
-
-    items: Annotated[int, Field(description="Items scored in both arms.")]
-    clusters: int
-    difference: float
-    interval: Interval
-    p_value: float
-    test: str
 
 
 class AuthorsSplit(Part):
@@ -34,7 +23,7 @@ class AuthorsSplit(Part):
         int, Field(description="Items that share a cluster with a training row; only data.on_overlap: keep allows it.")
     ]
     far: Annotated[
-        FarContrast | None, Field(description="The contrast on the other items; null: near is 0, or none is scored.")
+        Contrast | None, Field(description="The contrast on the other items; null: near is 0, or none is scored.")
     ] = None
 
     def whose(self, split: str) -> str:
@@ -46,11 +35,10 @@ class AuthorsSplit(Part):
 
     def holds_far(self, margin: float, fewest_clusters: int, significant: float) -> bool:
         """Return whether the gain is above the margin, and significant, without the items near a training row."""
-        if not self.near:
-            return True
         far = self.far
-        enough = far is not None and far.clusters >= fewest_clusters
-        return enough and far is not None and far.interval.low > margin and far.p_value < significant
+        if not self.near or far is None:
+            return not self.near
+        return far.clusters >= fewest_clusters and far.interval.low > margin and far.p_value < significant
 
     def near_text(self, *, holds: bool) -> str:
         """Return the sentence on the items near a training row, and the difference without them."""
@@ -58,7 +46,7 @@ class AuthorsSplit(Part):
         if self.far is None:
             return f"{text}, and no other item is scored: the split cannot show a gain on new inputs."
         return (
-            f"{text}. On the other {self.far.items:,}: {points_text(self.far.difference)} points, 95% interval "
+            f"{text}. On the other {self.far.scored:,}: {points_text(self.far.difference)} points, 95% interval "
             f"{self.far.interval.points}, {p_text(self.far.p_value)} ({self.far.test}). The gain "
             f"{'holds' if holds else 'is not shown'} there."
         )

@@ -38,6 +38,35 @@ class Interval(Part):
         return f"{points_text(self.low)} to {points_text(self.high)}"
 
 
+class Contrast(Part):
+    """Difference of two arms on the same items: ``treatment`` minus ``control``."""
+
+    treatment: str
+    control: str
+    metric: MetricName
+    scored: Annotated[int, Field(description="Items scored in both arms, which the contrast covers.")]
+    left_out: Annotated[dict[str, int], Field(description="Reason to number of unscored items.")]
+    clusters: Annotated[int, Field(description="Independent clusters among the scored items.")]
+    difference: float
+    interval: Interval
+    interval_method: str
+    p_value: Annotated[float, Field(description="Two-sided p-value for no difference.")]
+    p_adjusted: Annotated[
+        float | None,
+        Field(description="Holm-adjusted over the contrasts by the deciding metric; null for the other metrics."),
+    ]
+    test: Annotated[str, Field(description="The test that gave p_value, e.g. 'exact McNemar'.")]
+    fixed: Annotated[int, Field(description="Items that score higher under treatment: right only there, or better.")]
+    broken: Annotated[int, Field(description="Items that score lower under treatment: wrong only there, or worse.")]
+    effective_items: Annotated[
+        float | None,
+        Field(description="Effective number of independent items (null for a corpus metric)."),
+    ] = None
+    minimum_detectable_effect: Annotated[
+        float, Field(description="Smallest true difference that this number of items detects with 80% power.")
+    ]
+
+
 def percent_bar(
     label: str, value: float, interval: Interval, text: str, tone: Tone = "tuned", margin: float | None = None
 ) -> Bar:

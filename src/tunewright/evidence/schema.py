@@ -15,7 +15,6 @@ from tunewright.evidence.common import (
     Budget,
     EngineUsed,
     GeneratedEffect,
-    Interval,
     NoiseFloor,
     OutputTemplates,
     Part,
@@ -23,6 +22,7 @@ from tunewright.evidence.common import (
     StoredPrompt,
     TrainSimilarity,
 )
+from tunewright.evidence.common import Contrast as Contrast
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.incumbents import Drop, Incumbents
 from tunewright.evidence.judge import Judgement
@@ -184,35 +184,6 @@ class Advice(Part):
     ] = None
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
     free: Annotated[FreeArms | None, _FREE] = None
-
-
-class Contrast(Part):
-    """Difference of two arms on the same items: ``treatment`` minus ``control``."""
-
-    treatment: str
-    control: str
-    metric: MetricName
-    scored: Annotated[int, Field(description="Items scored in both arms, which the contrast covers.")]
-    left_out: Annotated[dict[str, int], Field(description="Reason to number of unscored items.")]
-    clusters: Annotated[int, Field(description="Independent clusters among the scored items.")]
-    difference: float
-    interval: Interval
-    interval_method: str
-    p_value: Annotated[float, Field(description="Two-sided p-value for no difference.")]
-    p_adjusted: Annotated[
-        float | None,
-        Field(description="Holm-adjusted over the contrasts by the deciding metric; null for the other metrics."),
-    ]
-    test: Annotated[str, Field(description="The test that gave p_value, e.g. 'exact McNemar'.")]
-    fixed: Annotated[int, Field(description="Items that score higher under treatment: right only there, or better.")]
-    broken: Annotated[int, Field(description="Items that score lower under treatment: wrong only there, or worse.")]
-    effective_items: Annotated[
-        float | None,
-        Field(description="Effective number of independent items (null for a corpus metric)."),
-    ] = None
-    minimum_detectable_effect: Annotated[
-        float, Field(description="Smallest true difference that this number of items detects with 80% power.")
-    ]
 
 
 class Fold(Part):

@@ -115,14 +115,12 @@ class SplitFrom(_Record):
 class GivenSplit(_Record):
     """The split that the authors of rows gave them: by a column, by files, or both.
 
-    ``left_out`` counts the rows of this version's import that were near a held-out row of another split. With
-    ``on_overlap`` keep, clusters may have rows in several splits.
+    With ``on_overlap`` keep, clusters may have rows in several splits.
     """
 
     column: str | None
     sources: tuple[str, ...]
     on_overlap: Overlap
-    left_out: int = 0
 
     @property
     def text(self) -> str:
