@@ -122,13 +122,17 @@ def test_sources_with_a_split_are_written_and_read(tmp_path: Path) -> None:
     assert config.data.model_dump(mode="json")["sources"] == sources
 
 
-def test_source_with_an_unknown_split_is_refused_by_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "key", "says"),
+    [("{path: b.csv, split: eval}", "data.sources.1.split", "eval"), ("3", "data.sources.1", "a path, or {path:")],
+)
+def test_unusable_source_is_refused_by_line(tmp_path: Path, source: str, key: str, says: str) -> None:
     path = tmp_path / "tunewright.yaml"
-    path.write_text("data:\n  sources:\n  - a.csv\n  - {path: b.csv, split: eval}\n", encoding="utf-8")
+    path.write_text(f"data:\n  sources:\n  - a.csv\n  - {source}\n", encoding="utf-8")
     with pytest.raises(UserError) as refusal:
         load_config(path)
     assert refusal.value.where == f"{path}:4"
-    assert "data.sources.1.split" in refusal.value.what and "eval" in refusal.value.what
+    assert f"{key}: " in refusal.value.what and says in refusal.value.what
 
 
 @pytest.mark.parametrize(

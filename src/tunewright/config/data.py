@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_serializer, model_validator
@@ -51,19 +52,20 @@ Duplicates = Literal["keep", "drop"]
 Overlap = Literal["drop-train", "move", "keep"]
 Split = Literal["train", "dev", "test"]
 # "eval" and "holdout" are missing on purpose: authors use both for dev and for test.
-_SPLIT_NAMES: dict[str, Split] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
-    **dict.fromkeys(("test", "testing"), "test"),
+_SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "dev": ("dev", "development", "val", "valid", "validation"),
+    "test": ("test", "testing"),
 }
 
 
 def read_split(name: object) -> Split:
     """Return the split that a source, an option or a cell names, ignoring case and outer white space."""
-    found = _SPLIT_NAMES.get(name.strip().casefold()) if isinstance(name, str) else None
-    if found is None:
-        raise ValueError(f"Expected one of {', '.join(_SPLIT_NAMES)}")
-    return found
+    plain = name.strip().casefold() if isinstance(name, str) else None
+    for split, names in _SPLIT_NAMES.items():
+        if plain in names:
+            return split
+    raise ValueError(f"Expected one of {', '.join(chain(*_SPLIT_NAMES.values()))}")
 
 
 class FileSource(ConfigSection):
@@ -77,6 +79,8 @@ class FileSource(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict | FileSource):
+            raise ValueError("Expected a path, or {path: FILE, split: test}")
         return {"path": value} if isinstance(value, str) else value
 
     @model_serializer

@@ -22,8 +22,8 @@ def measure_authors_split(
     trained = {member.cluster for member in version.domain_of("train")}
     far = np.array([row.cluster not in trained for row in rows])
     part, of = scored.among(far), deciding
-    both = (part.by_metric[of.metric][arm].scored for arm in (of.treatment, of.control))
-    shown = not far.all() and np.logical_and(*both).any()
+    ours, theirs = (part.by_metric[of.metric][arm].scored for arm in (of.treatment, of.control))
+    shown = not far.all() and (ours & theirs).any()
     return AuthorsSplit(
         source=about.text,
         on_overlap=about.on_overlap,

@@ -33,13 +33,6 @@ class AuthorsSplit(Part):
             f"{count_of(self.items, f'{split} item')} to {split}."
         )
 
-    def holds_far(self, margin: float, fewest_clusters: int, significant: float) -> bool:
-        """Return whether the gain is above the margin, and significant, without the items near a training row."""
-        far = self.far
-        if not self.near or far is None:
-            return not self.near
-        return far.clusters >= fewest_clusters and far.interval.low > margin and far.p_value < significant
-
     def near_text(self, *, holds: bool) -> str:
         """Return the sentence on the items near a training row, and the difference without them."""
         text = f"{count_of(self.near, 'item')} share a cluster with a training row (data.on_overlap: {self.on_overlap})"

@@ -127,10 +127,16 @@ def _with_authors_split(evidence: Evidence, decision: Decision) -> tuple[Decisio
     found = evidence.authors_split
     if found is None:
         return decision, []
-    said = [found.whose(evidence.split)]
-    holds = found.holds_far(evidence.margin, fewest_clusters(1), SIGNIFICANT)
-    if found.near:
-        said.append(found.near_text(holds=holds))
+    if not found.near:
+        return decision, [found.whose(evidence.split)]
+    far = found.far
+    holds = (
+        far is not None
+        and far.clusters >= fewest_clusters(1)
+        and far.interval.low > evidence.margin
+        and far.p_value < SIGNIFICANT
+    )
+    said = [found.whose(evidence.split), found.near_text(holds=holds)]
     return "can't tell" if decision == "ship" and not holds else decision, said
 
 
