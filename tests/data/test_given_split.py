@@ -342,6 +342,17 @@ def test_pair_in_the_authors_training_and_test_files_is_a_test_row(tmp_path: Pat
     assert any("a.jsonl:1 repeats" in warned for warned in listener.warned)
 
 
+def test_training_file_with_a_copy_of_a_test_row_can_be_added_again(tmp_path: Path) -> None:
+    project = new_project(tmp_path, "data: {input: q, output: a}\n")
+    files, copy = _files(tmp_path), _rows(None, 1, 3)
+    train = write_rows(files["train"], [*_rows(None, TRAIN, 1), *copy])
+    _add_given(project, {train: "train", files["test"]: "test"})
+    write_rows(train, [*_rows(None, TRAIN, 1), *copy, *_rows(None, 1, 9)])
+    result = _add_given(project, {train: "train"})
+    assert (result.added, result.known) == (1, TRAIN + 1)
+    assert _of(project)[copy[0]["q"]].split == "test"
+
+
 def test_near_duplicate_of_a_test_row_is_dropped_again_when_its_file_is_added_again(tmp_path: Path) -> None:
     project = new_project(tmp_path, "data: {input: q, output: a, duplicates: drop}\n")
     files, test = _files(tmp_path), _rows(None, TEST, 3)

@@ -19,7 +19,7 @@ from tunewright.data.readers import SourceRow
 from tunewright.data.readers.source_files import is_hub_name, source_files
 from tunewright.data.splits import SPLITS, Split, strictest
 from tunewright.data.trace import places_by_key
-from tunewright.data.versions import DatasetVersion, Member, load_version, short
+from tunewright.data.versions import DatasetVersion, Member, import_files, import_records, load_version, short
 from tunewright.data.versions.version import GivenSplit, SplitFrom
 
 _MOST = 10
@@ -117,9 +117,15 @@ def refuse_changes(project: ProjectFolder, merged: Merge, inherited: Mapping[str
         # A near-duplicate of a held-out row is another row: it stays out and changes nothing.
         and (row.example.pair_key not in merged.dropped or strictest([row.split, known[key]]) == row.split)
     }
+    places: dict[str, str] = {}
+    if changed and merged.parent:
+        # A training file that was added together with the test is known, and so is the copy of a test row in it.
+        records = import_records(import_files(project.dataset, merged.parent.manifest), "duplicate")
+        copies = {(Path(each["source"]).name, each["line"], each["key"]) for each in records}
+        changed = {k: r for k, r in changed.items() if (Path(r.source).name, r.line, r.example.pair_key) not in copies}
+        places = places_by_key(project.dataset, merged.parent.manifest)
     if not changed:
         return
-    places = places_by_key(project.dataset, merged.parent.manifest) if merged.parent else {}
     first = next(iter(changed.values()))
     lines = (
         f"{row.source}:{row.line} is given to {row.split}, but is in {known[key]}"
