@@ -132,9 +132,11 @@ def test_init_refuses_unclear_columns_by_name_and_writes_nothing(tmp_path: Path)
     assert config_of(project)["data"] == {"sources": [str(file)], "input": "Frage", "output": "Kategorie"}
 
 
-def test_init_takes_the_task_that_is_named(tmp_path: Path) -> None:
-    ran = tunewright("init", tmp_path / "p", "--data", FILES["labels"](tmp_path), "--task", "text", "--json")
+def test_init_takes_the_task_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = tunewright("init", "p", "--data", FILES["labels"](Path()), "--task", "text", "--json")
     assert ran.document["metric"] == "rouge_l"
+    assert config_of(tmp_path / "p")["data"]["sources"] == ["../a.csv"]
     assert config_of(tmp_path / "p")["evaluate"] == {"metric": "rouge_l", "extra_metrics": ["chrf"]}
 
 
@@ -152,13 +154,17 @@ def test_init_names_the_fault_of_an_unusable_file(content: str | None, named: st
 
 
 def test_init_asks_for_file_columns_and_task_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"Frage": f"Wo {n}?", "Antwort": f"Dort {n}", "Kategorie": "AB"[n % 2]} for n in NUMBERS]
+    rows = [{"Frage": f"Wo {n}?", "Antwort": f"Dort {n}", "Kategorie": "AB"[n % 2], "Notiz": ""} for n in NUMBERS]
     as_csv(tmp_path / "tickets.csv", rows, ";")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     terminal = Terminal("init", "my-model")
     for shown, typed in (
         ("tickets.csv)", "missing.csv"),
         ("missing.csv: No such file", ""),  # Enter accepts the proposed file
+        ("Column of the input", "Frage"),
+        ("Column of the output", "Notiz"),
+        ("None of the first rows is an example", "~/tickets.csv"),
         ("Column of the input", "Frage"),
         ("Column of the output", "Kategorie"),
         ("Task", ""),
@@ -168,7 +174,8 @@ def test_init_asks_for_file_columns_and_task_on_a_terminal(tmp_path: Path, monke
     terminal.wait_for("cd my-model && tunewright run")
     assert terminal.code() == 0
     config = config_of(tmp_path / "my-model")
-    assert config["data"] == {"sources": ["../tickets.csv"], "input": "Frage", "output": "Kategorie"}
+    source = str(tmp_path / "tickets.csv")
+    assert config["data"] == {"sources": [source], "input": "Frage", "output": "Kategorie"}
     assert config["evaluate"] == {"metric": "exact_match"}
 
 
@@ -184,6 +191,19 @@ def test_init_decides_later_and_writes_nothing_when_the_input_ends(
     terminal.wait_for("later")
     os.write(terminal.handle, b"\n")
     assert (terminal.code(), list(config_of(Path("later")))) == (0, [])
+
+
+def test_init_asks_nothing_without_an_open_input(tmp_path: Path) -> None:
+    program = f"exec '{sys.executable}' -m tunewright init '{tmp_path / 'p'}' <&-"
+    ran = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr, (tmp_path / "p" / "tunewright.yaml").exists()) == (0, "", True)
+
+
+def test_init_reads_no_data_for_a_folder_that_has_a_project(tmp_path: Path) -> None:
+    file = FILES["labels"](tmp_path)
+    assert tunewright("init", tmp_path / "p").code == 0
+    ran = tunewright("init", tmp_path / "p", "--data", file)
+    assert (ran.code, "Already there: tunewright.yaml" in ran.stderr, "CSV" in ran.stderr) == (2, True, False)
 
 
 def test_no_command_names_three_ways_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import socket
@@ -76,6 +77,11 @@ def index(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
 
 def _cache(home: Path) -> Path:
     return home / ".cache" / "tunewright" / "packages"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
 
 
 def _read(heard: _Heard | None = None) -> bytes:
@@ -193,9 +199,10 @@ def test_index_that_is_unreachable_or_lacks_the_file_is_one_error(
 
 
 @pytest.mark.parametrize("by", ["url", "netrc"])
-def test_credentials_reach_the_index_and_no_other_host_or_message(
-    by: str, index: Index, home: Path, monkeypatch: pytest.MonkeyPatch
+def test_credentials_reach_the_index_and_no_other_host_message_or_log(
+    by: str, index: Index, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)  # where httpx logs each address
     index.password = "some body:hunter2"
     if by == "url":
         monkeypatch.setenv("PIP_INDEX_URL", f"http://some%20body:hunter2@{index.address}/simple/")
@@ -218,16 +225,31 @@ def test_credentials_reach_the_index_and_no_other_host_or_message(
         with pytest.raises(UserError, match="HTTP status 401") as caught:
             _read()
         assert "hunter2" not in str(caught.value)
+    assert "HTTP Request" in caplog.text and "hunter2" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["UV_OFFLINE", "PIP_NO_INDEX"])
-def test_no_index_is_asked_where_a_variable_forbids_it(
-    name: str, index: Index, home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "file", "text"),
+    [
+        ("UV_OFFLINE", "", ""),
+        ("PIP_NO_INDEX", "", ""),
+        ("PIP_NO_INDEX", "pip/pip.conf", "[global]\nno-index = true\n"),
+        ("UV_OFFLINE", "uv/uv.toml", "offline = true"),
+        ("UV_NO_INDEX", "uv/uv.toml", "no-index = true"),
+    ],
+)
+def test_no_index_is_asked_where_a_variable_or_a_setting_forbids_it(
+    name: str, file: str, text: str, index: Index, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, "1")
+    if file:
+        _write(home / ".config" / file, text)
+    else:
+        monkeypatch.setenv(name, "1")
     with pytest.raises(UserError, match=name) as caught:
         _read()
     assert caught.value.fix and str(_cache(home)) in caught.value.fix and not index.requests
+    monkeypatch.setenv(name, "0")
+    assert _read() == CONTENT
 
 
 def test_cache_that_cannot_be_written_to_names_its_folder_and_the_variable(
@@ -294,15 +316,39 @@ def test_pip_configuration_names_the_index(place: str, home: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("file", "text"), [("uv/uv.toml", "index-url = ["), ("pip/pip.conf", "index-url = https://team")]
+    ("file", "text"),
+    [
+        ("uv/uv.toml", "index-url = ["),
+        ("uv/uv.toml", 'index = ["https://team"]'),
+        ("pip/pip.conf", "index-url = https://me:hunter2@team"),
+        ("pip/pip.conf", "[global]\nindex-url https//me;hunter2@team"),
+    ],
 )
-def test_configuration_that_cannot_be_read_is_one_error(file: str, text: str, home: Path) -> None:
-    path = home / ".config" / file
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
+def test_configuration_that_cannot_be_read_is_one_error_without_its_password(file: str, text: str, home: Path) -> None:
+    _write(home / ".config" / file, text)
     with pytest.raises(UserError) as caught:
         package_index()
-    assert str(path) in str(caught.value)
+    assert caught.value.where == str(home / ".config" / file) and "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["ftp://me:hunter2@127.0.0.1:9", "socks9://127.0.0.1:9"])
+def test_proxy_of_an_unknown_kind_is_one_error(proxy: str, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(UserError, match="proxy") as caught:
+        _read()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_link_that_is_no_url_is_one_error(index: Index) -> None:
+    index.files_at = "http://[::1"
+    with pytest.raises(UserError, match="InvalidURL"):
+        _read()
+
+
+def test_netrc_in_another_encoding_is_ignored(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "netrc").write_bytes(b"machine pypi.org login \xff\xfe password x\n")
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    assert str(package_index()) == f"{PUBLIC_INDEX}/"
 
 
 def test_certificates_that_cannot_be_read_are_one_error(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +357,11 @@ def test_certificates_that_cannot_be_read_are_one_error(index: Index, monkeypatc
         _read()
 
 
-def test_address_that_is_no_url_is_an_error_without_its_password(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", "https://me:hunter2/x@team/simple")
+@pytest.mark.parametrize("address", ["https://me:hunter2/x@team/simple", "me:hunter2@team/simple", "/srv/hunter2"])
+def test_address_that_is_no_url_is_an_error_without_its_password(
+    address: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", address)
     with pytest.raises(UserError, match="is no URL") as caught:
         package_index()
     assert "hunter2" not in str(caught.value)

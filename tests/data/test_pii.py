@@ -83,6 +83,7 @@ def test_find_accepts_only_plausible_card_numbers() -> None:
         ("ssh root@185.220.101.4", ["ip_address"]),
         ("SSN: 212 45 6798", ["us_ssn"]),
         ("patient id 00481516, DOB 3/14/1962", ["record_number", "birth_date"]),
+        ('{"patient_id": "00481516", "date_of_birth": "1962-03-14"}', ["record_number", "birth_date"]),
         ("Abraham Lincoln was born on February 12, 1809", []),
         ("Call 911, or text 12345 to win 10 000 000", []),
         ("call me on 2024-05-17 or 17.05.2024", []),

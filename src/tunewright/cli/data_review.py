@@ -73,7 +73,8 @@ def chosen_action(actions: Mapping[str, object]) -> str | None:
 
 def interactive() -> bool:
     """Return whether keys can be read from a terminal."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    # Python has no stdin if it was closed, as some schedulers do.
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def require_terminal(others: str) -> None:

@@ -96,7 +96,7 @@ def init(
         document, text = {"files": sorted(files)}, "Next: tunewright run"
     else:
         new = not (directory / CONFIG_FILE).exists()
-        found = None if data is None else look_at(run, data, mapping)
+        found = look_at(run, data, mapping) if new and data is not None else None
         if found and task:
             found = replace(found, name=task, because="--task")
         if new and data is None and not given and not run.as_json and interactive():

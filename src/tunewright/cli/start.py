@@ -66,7 +66,7 @@ def look_at(run: Session, source: str, mapping: ColumnMapping) -> Proposal:
 
 def ask(run: Session) -> Proposal | None:
     """Ask for the file and, with the answers' shape as the proposal, for the task; None to decide later."""
-    from tunewright.data.readers.source_files import has_known_suffix
+    from tunewright.data.readers.source_files import has_known_suffix, is_hub_name
     from tunewright.data.task import TASKS, AmbiguousColumnsError
 
     here = [path.name for path in Path().iterdir() if has_known_suffix(path) and path.is_file()]
@@ -76,13 +76,15 @@ def ask(run: Session) -> Proposal | None:
         source = _answer(run, question, here[0] if len(here) == 1 else _LATER)
         if source == _LATER:
             return None
+        source = source if is_hub_name(source) else str(Path(source).expanduser())
         try:
-            found = look_at(run, source, ColumnMapping())
-        except AmbiguousColumnsError as error:
-            input_ = _answer(run, "Column of the input", error.columns[0], error.columns)
-            rest = [name for name in error.columns if name != input_]
-            output = _answer(run, "Column of the output", rest[-1], rest)
-            found = look_at(run, source, ColumnMapping(input_column=input_, output_column=output))
+            try:
+                found = look_at(run, source, ColumnMapping())
+            except AmbiguousColumnsError as error:
+                input_ = _answer(run, "Column of the input", error.columns[0], error.columns)
+                rest = [name for name in error.columns if name != input_]
+                output = _answer(run, "Column of the output", rest[-1], rest)
+                found = look_at(run, source, ColumnMapping(input_column=input_, output_column=output))
         except UserError as error:
             run.note(Text(str(error), style="red"))
     run.note("\n".join(["Tasks, by their answers:", *(f"  {name:6}  {task.answers}" for name, task in TASKS.items())]))

