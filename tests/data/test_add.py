@@ -91,7 +91,7 @@ def test_add_and_check_name_an_answer_of_most_rows_with_its_share(
 
 
 def test_add_proposes_no_macro_f1_for_more_answers_than_it_takes(tmp_path: Path) -> None:
-    rows = [(text, "ok" if n < 301 else f"odd {n}") for n, (text, _) in enumerate(unlike_pairs(600))]
+    rows = [(text, "ok" if n < 206 else f"odd {n}") for n, (text, _) in enumerate(unlike_pairs(410))]
     listener = Listener()
     add(new_project(tmp_path / "p"), [write_jsonl(tmp_path / "pairs.jsonl", rows)], listener)
     (said,) = (text for text in listener.warned if "have the answer" in text)

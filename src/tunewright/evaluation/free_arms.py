@@ -7,7 +7,7 @@ adapter. The best one on dev is compared with the adapter by non-inferiority; th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -66,7 +66,7 @@ class FittedArms:
         self._runner = arm_runner
         self._train = arm_runner.version.domain_of("train")
         self.trained = [m.example.output.strip() for m in self._train]
-        self._seed = arm_runner.project.config.seed
+        self.seed = arm_runner.project.config.seed
 
     @cached_property
     def _index(self) -> TfIdf:
@@ -109,11 +109,11 @@ class FittedArms:
         places, most = list(range(len(self._train))), _MOST_ROWS[name]
         if len(places) > most:
             self._runner.warn_once(f"{name} is fitted on {most:,} of {len(places):,} training rows, drawn by the seed.")
-            drawn = np.random.default_rng(self._seed).choice(len(places), most, replace=False)
+            drawn = np.random.default_rng(self.seed).choice(len(places), most, replace=False)
             # and one row of each class
             places = sorted({*drawn.tolist(), *np.unique(self.trained, return_index=True)[1].tolist()})
         if name == TFIDF:
-            model: Any = SGDClassifier(loss="log_loss", alpha=_REGULARISATION, random_state=self._seed)
+            model: Any = SGDClassifier(loss="log_loss", alpha=_REGULARISATION, random_state=self.seed)
             known, asked = self._index.rows[places], self._index.vectorizer.transform(_inputs(rows))
         else:
             model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(0, 5, 6)))
@@ -129,8 +129,8 @@ def _inputs(members: Sequence[Member]) -> list[str]:
 
 def answer_free(
     arm_runner: ArmRunner, names: Sequence[str], rows: Sequence[Member], split: str
-) -> tuple[dict[str, list[ArmAnswer]], ScoredArms]:
-    """Return the answers of these free arms to rows of a split and their scores, which are reported."""
+) -> tuple[dict[str, list[ArmAnswer]], ScoredArms, list[Arm]]:
+    """Return the answers of these free arms to rows of a split, their scores, which are reported, and their entries."""
     fitted, found = FittedArms(arm_runner), dict[str, list[ArmAnswer]]()
     with arm_runner.reporter.task(f"free arms on {split}", len(names), "arms") as task:
         for name in names:
@@ -138,10 +138,12 @@ def answer_free(
             task.advance()
     scored = scored_arms(arm_runner.scorers, rows, found)
     if names:
-        metric, arms = next(iter(scored.by_metric.items()))
-        scores = ", ".join(f"{name} {score_text(metric, scores.total())}" for name, scores in arms.items())
+        metric, by_arm = next(iter(scored.by_metric.items()))
+        scores = ", ".join(f"{name} {score_text(metric, scores.total())}" for name, scores in by_arm.items())
         arm_runner.reporter.say(f"Without a model, on {split}: {scores}.")
-    return found, scored
+    facts: dict[str, Any] = {"kind": "free", "shots": 0, "truncated": 0, "prompt_tokens": 0, "seed": fitted.seed}
+    arms = [score_arm(name=name, scores=scored.of_arm(name), clusters=scored.clusters, **facts) for name in names]
+    return found, scored, arms
 
 
 def free_on_dev(arm_runner: ArmRunner, *, timed: bool = False) -> tuple[FreeArms | None, ScoredArms]:
@@ -155,8 +157,7 @@ def free_on_dev(arm_runner: ArmRunner, *, timed: bool = False) -> tuple[FreeArms
         return None, scored_arms(arm_runner.scorers, dev, {})
     left_out = fitted.left_out(labels=found[1], timed=timed)
     names = [name for name in (MAJORITY, NEAREST, TFIDF, HIDDEN) if name not in left_out]
-    _, scored = answer_free(arm_runner, names, dev, "dev")
-    arms = free_measured(scored, names, arm_runner.project.config.seed)
+    _, scored, arms = answer_free(arm_runner, names, dev, "dev")
     best = max(arms, key=lambda arm: arm.score(metric).value)  # of equal ones the first, which is the simplest
     missing = tuple(LeftOut(name=name, why=why) for name, why in left_out.items())
     return FreeArms(why=found[0], dev=arms, best=best.name, left_out=missing), scored
@@ -172,9 +173,3 @@ def with_drops(free: FreeArms | None, scored: ScoredArms, config: Config, **cont
         for field, name in controls.items()
     }
     return free.model_copy(update=drops)
-
-
-def free_measured(scored: ScoredArms, names: Iterable[str], seed: int) -> list[Arm]:
-    """Return the free arms' entries for advice and evidence."""
-    facts: dict[str, Any] = {"kind": "free", "shots": 0, "truncated": 0, "prompt_tokens": 0, "seed": seed}
-    return [score_arm(name=name, scores=scored.of_arm(name), clusters=scored.clusters, **facts) for name in names]

@@ -41,7 +41,7 @@ from tunewright.evaluation.arms import (
 )
 from tunewright.evaluation.authors_split import measure_authors_split
 from tunewright.evaluation.benchmarks.runner import measure_suites
-from tunewright.evaluation.free_arms import answer_free, free_measured, with_drops
+from tunewright.evaluation.free_arms import answer_free, with_drops
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.generations import ArmAnswer
 from tunewright.evaluation.incumbents import IncumbentArms, repriced
@@ -125,7 +125,8 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
     # Free arms answer before any model, if they were declared (an earlier version declares none).
     declared = comparison.declared if opening is None else opening.declared
     free = advice.free if advice.free and any(advice.free.best == each.treatment for each in declared) else None
-    by_free, free_scored = answer_free(arm_runner, [arm.name for arm in free.dev] if free else [], rows, split)
+    names = [arm.name for arm in free.dev] if free else []
+    by_free, free_scored, free_arms = answer_free(arm_runner, names, rows, split)
 
     # Answers of all arms to the same rows. The noise floor is the difference between two runs of one arm.
     hosted = incumbents.ask()
@@ -179,7 +180,7 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
         left_out=advice.left_out,
         budget=arm_runner.budget,
         best_prompting=advice.best,
-        arms=[*arms.values(), *incumbents.arms(scored), *free_measured(scored, by_free, config.seed)],
+        arms=[*arms.values(), *incumbents.arms(scored), *free_arms],
         contrasts=contrasts,
         engine=generator.used,
         prompt_optimization=arm_runner.optimization,
