@@ -75,8 +75,8 @@ class EnginePool:
         self._reported: dict[str, str] = {}
         self._requests: set[_Running] = set()
         self._stopped: str | None = None
-        # Addresses are asked and adapters loaded in a loop that outlives any request. Not the policy's loop: uvloop, which
-        # older uvicorns set, cannot be closed while a name that nobody waits for any more is being resolved.
+        # Addresses are asked and adapters loaded in a loop that outlives any request. Not the policy's loop: uvloop,
+        # which older uvicorns set, cannot be closed while a name that nobody waits for is being resolved.
         self._loop = asyncio.SelectorEventLoop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tunewright-engines", daemon=True)
         self._thread.start()
