@@ -168,7 +168,7 @@ def find_overlaps(
 def overlap_notice(rows: Iterable[OverlappingRow], mode: Overlap) -> str:
     """Return the warning for rows near a held-out row of another split, with the places of both."""
     rows = sorted(rows, key=lambda row: (len(row.place), row.place))
-    done = {"drop-train": "left out as", "move": "moved with their clusters as", "keep": "kept although"}[mode]
+    done = {"drop-train": "left out as", "move": "moved with the cluster as", "keep": "kept although"}[mode]
     places = (f"{row.place} ({row.split or 'no split'}) is near {row.near_place} ({row.held_out})" for row in rows)
     return (
         f"{count_of(len(rows), 'row')} {done} near a held-out row of another split (data.on_overlap: {mode}):"
