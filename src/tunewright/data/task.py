@@ -208,13 +208,13 @@ def task_of(examples: Sequence[Example]) -> tuple[TaskName, str]:
     times, length = Counter(answers), median(map(len, answers))
     repeated = sum(number for number in times.values() if number > 1)
     if repeated >= _MOSTLY * count and length <= _LABEL:
-        return "labels", f"{len(times):,} different answers in {count_of(count, 'row')}"
+        return "labels", f"{count_of(len(times), 'different answer')} in {count_of(count, 'row')}"
     turns = sum(any(message.role == "assistant" for message in example.prompt) for example in examples)
     if turns >= count / 2:
         return "chat", f"{turns:,} of {count_of(count, 'row')} have earlier answers"
     return (
         "short" if length <= _SHORT else "text",
-        f"the median answer has {length:,.0f} characters, and few are repeated",
+        f"the median answer has {count_of(round(length), 'character')}, and few are repeated",
     )
 
 
