@@ -80,8 +80,8 @@ class FittedArms:
         if not 2 <= classes <= MOST_CLASSES:
             why = f"a linear model takes 2 to {MOST_CLASSES} different answers, and there are {classes:,}"
             return dict.fromkeys((TFIDF, HIDDEN), why)
-        if generator.workers is not None or generator.engine.environment is not None:
-            return {HIDDEN: f"{'a cluster' if generator.workers else 'vLLM'} answers, and returns no hidden states"}
+        if generator.engine.environment is not None:
+            return {HIDDEN: "vLLM answers, and returns no hidden states"}
         return {HIDDEN: "--minutes leaves it out, because the base reads every input"} if timed else {}
 
     def answers(self, name: str, rows: Sequence[Member]) -> list[str]:
