@@ -132,6 +132,16 @@ def test_init_refuses_unclear_columns_by_name_and_writes_nothing(tmp_path: Path)
     assert config_of(project)["data"] == {"sources": [str(file)], "input": "Frage", "output": "Kategorie"}
 
 
+@pytest.mark.parametrize("given", [("--input", "message"), ("--output", "category")])
+def test_init_finds_the_column_that_is_not_named(tmp_path: Path, given: tuple[str, str]) -> None:
+    file = tmp_path / "tickets.csv"
+    lines = [f"{number},parcel {number} is late,{'delivery' if number % 2 else 'refund'}\n" for number in range(60)]
+    file.write_text("".join(["ticket_id,message,category\n", *lines]), encoding="utf-8")
+    tunewright("init", tmp_path / "p", "--data", file, *given, "--json")
+    data = config_of(tmp_path / "p")["data"]
+    assert (data["input"], data["output"]) == ("message", "category")
+
+
 def test_init_takes_the_task_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran = tunewright("init", "p", "--data", FILES["labels"](Path()), "--task", "text", "--json")

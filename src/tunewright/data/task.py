@@ -151,7 +151,7 @@ def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal
         rows = []
     examples = [row.example for row in rows if isinstance(row, SourceRow)]
     if not examples and (columns := _unmapped(file, data)):
-        input_, output = _pair(columns, str(file))
+        input_, output = _pair(columns, data, str(file))
         data = data.model_copy(update={"input": input_, "output": output})
         rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
         examples = [row.example for row in rows if isinstance(row, SourceRow)]
@@ -172,14 +172,22 @@ def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal
 
 def _unmapped(file: Path, data: DataConfig) -> list[str]:
     """Return the columns or keys of the first rows, if no format and nothing in ``data`` says which are the pair's."""
-    if data.input is not None or data.output is not None:
+    if data.input is not None and data.output is not None:
         return []
     columns = list(dict.fromkeys(key for row in first_rows(file, data) for key in row))
     return columns if len(columns) > 1 and _CHATS.isdisjoint(columns) else []
 
 
-def _pair(columns: list[str], where: str) -> tuple[str, str]:
-    """Return the columns of the input and the output."""
+def _pair(columns: list[str], data: DataConfig, where: str) -> tuple[str, str]:
+    """Return the columns of the input and the output; one of them may be given."""
+    if data.input is not None or data.output is not None:
+        wanted = _INPUT if data.input is None else _OUTPUT
+        rest = [name for name in columns if name not in (data.input, data.output)]
+        named = [name for name in rest if wanted.fullmatch(name.strip().casefold())]
+        others = named or [name for name in rest if name.strip().casefold() not in _IDS]
+        if len(others) != 1:
+            raise AmbiguousColumnsError(columns, where)
+        return data.input or others[0], data.output or others[0]
     plain = {name: name.strip().casefold() for name in columns}
     outputs = [name for name in columns if _OUTPUT.fullmatch(plain[name])]
     inputs = [name for name in columns if _INPUT.fullmatch(plain[name])]

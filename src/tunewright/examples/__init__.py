@@ -91,6 +91,6 @@ def _readme(pairs: int) -> str:
 {pairs:,} pairs of a court's name and location and the abbreviation that citations use for it, from the package
 `courts-db` {COURTS.version} (Free Law Project, BSD-2-Clause).
 
-    tunewright run              the whole road: data, advise, train, evaluate, verdict, report
+    tunewright run              the whole pipeline: data, advise, train, evaluate, verdict, report
     tunewright serve            the base and the adapter behind an OpenAI-compatible API
 """
