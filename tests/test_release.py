@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -55,12 +56,12 @@ def project(tmp_path: Path) -> Path:
         "mkdocs.yml": "site_name: tunewright\n",
         "docs/index.md": "# tunewright\n",
         "tests/golden/surface.txt": "command: train\n",
-        "tests/golden/surface_released.txt": "command: train\n",
         "tests/release.py": Path(release.__file__).read_text(encoding="utf-8"),
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "tests/golden/surface_released.txt.xz").write_bytes(lzma.compress(b"command: train\n"))
     (tmp_path / "build").mkdir()
     _git(tmp_path, "init", "--quiet")
     _commit(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import openpyxl  # type: ignore[import-untyped]
 import pytest
+import yaml
 from data_helpers import unlike_pairs
 
 from making.command_line import tunewright as command
@@ -94,7 +95,7 @@ def test_ticket_systems_export_is_read_below_its_titles(project: Path, tmp_path:
     assert "--header-row 4" in error
     file, notes = _check(project, path, *MAPPED, "--header-row", "4")
     assert (file["examples"], file["faulty"]) == (20, 0)
-    assert "lines above data.header_row are not read: 3" in notes
+    assert "rows above data.header_row are not read: 3" in notes
     assert "rows without a value skipped: 2" in notes
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("#header_row: null", "header_row: 4"))
@@ -114,8 +115,42 @@ def test_title_row_of_a_sheet_is_named_also_without_columns(project: Path, tmp_p
     _save(path, _table(known)) if name == "a.csv" else _workbook(path, known)
     _, error = _check(project, path, code=2)
     assert "but line 2 has known names" in error
-    file, _ = _check(project, path, "--header-row", "2")
+    file, notes = _check(project, path, "--header-row", "2")
     assert file["examples"] == 20
+    assert "rows above data.header_row are not read: 1" in notes
+
+
+def test_header_row_of_a_source_is_for_its_files_only(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "titled").mkdir()
+    titled = _save(tmp_path / "titled" / "a.csv", _table([("Export 2026",), HEADER, *ROWS[:10]]))
+    plain = _save(tmp_path / "b.csv", _table([HEADER, *ROWS[10:]]))
+    config = project / "tunewright.yaml"
+    sources = [{"path": "../titled", "header_row": 2}, "../b.csv"]
+    data = {"sources": sources, "input": "Frage", "output": "Antwort"}
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "data": data}))
+    for file in (titled, plain):
+        assert _check(project, file)[0]["examples"] == 10
+    assert "No column" in _check(project, titled, "--header-row", "1", code=2)[1]  # an option is for every file
+    assert command("data", "add", titled, plain, "--project", project).code == 0
+    shown = json.loads(command("config", "show", "--json", "--project", project).stdout)
+    assert shown["data"]["sources"] == sources
+
+
+def test_header_row_is_refused_without_a_table(project: Path, tmp_path: Path) -> None:
+    path = _save(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    done = command("data", "check", path, "--header-row", "2", "--json", "--project", project)
+    assert done.code == 2
+    assert json.loads(done.stdout)["error"]["where"] == "--header-row"
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("#header_row: null", "header_row: 2"))
+    assert _check(project, path)[0]["examples"] == 1
+
+
+def test_rows_without_a_header_are_cut_in_the_error(project: Path, tmp_path: Path) -> None:
+    path = _save(tmp_path / "a.csv", _table([("Export 2026", ""), ("a" * 500, "b" * 500)]))
+    error = _check(project, path, code=2)[1]
+    assert "--header-row 2" in error
+    assert "a" * 40 in error and "a" * 41 not in error
 
 
 # Headers
@@ -197,7 +232,8 @@ ARRAYS = [[asked, answer] for asked, answer in PAIRS]
 def test_array_is_a_row_with_numbered_columns(
     project: Path, tmp_path: Path, name: str, columns: tuple[str, str], output: str
 ) -> None:
-    rows = [[*pair, {"n": 1}] for pair in ARRAYS]
+    rows: list[Any] = [[*pair, {"n": 1}] for pair in ARRAYS]
+    rows[1] = dict(enumerate(rows[1]))  # an object with the same keys may follow an array
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     path = _save(tmp_path / name, json.dumps(rows, indent=1) if name == "a.json" else lines)
     assert _check(project, path, code=2)[0]["faulty"] == 20

@@ -72,7 +72,7 @@ def test_tojson_round_trips_with_ordered_keys(tmp_path_factory: pytest.TempPathF
         ("{{ missing }}", "E207", "data.output: 'missing' is undefined"),
         ("{{ parts[5].text }}", "E207", "data.output: list object has no element 5"),
         ("{{ parts[1].ok }}", "E207", "has no attribute 'ok'"),
-        ("{{ row['Title'] }}", "E207", "has no attribute 'Title'"),
+        ("{{ row['Title'] }}", "E207", "'Row object' has no attribute 'Title'"),
         ("{{ title + gold }}", "E207", "data.output: can only concatenate str"),
         ("{{ gold / 0 }}", "E207", "data.output: division by zero"),
         ("{{ parts.append(1) }}", "E207", "data.output: access to attribute 'append'"),

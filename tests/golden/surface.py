@@ -1,6 +1,6 @@
 """The surface that users build on, one identifier a line: commands, options, exit codes, keys, files, routes, names.
 
-``python tests/golden/surface.py`` (``make surface``) writes it to ``surface.txt``. ``surface_released.txt`` is the
+``python tests/golden/surface.py`` (``make surface``) writes it to ``surface.txt``. ``surface_released.txt.xz`` is the
 surface of the last release: ``--released`` writes this file too. Until the first release, it is the surface of the day
 on which the comparison began.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import lzma
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("surface.txt")
-RELEASED = Path(__file__).with_name("surface_released.txt")
+RELEASED = Path(__file__).with_name("surface_released.txt.xz")
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "docs" / "generate")]
 
 import reference_cli  # noqa: E402
@@ -172,7 +173,8 @@ def _variables() -> set[str]:
 
 def read(file: Path) -> set[Line]:
     """Return the lines of a stored surface."""
-    found = map(_LINE.fullmatch, file.read_text(encoding="utf-8").splitlines())
+    stored = lzma.decompress(file.read_bytes()) if file == RELEASED else file.read_bytes()
+    found = map(_LINE.fullmatch, stored.decode().splitlines())
     return {Line(*(each or "" for each in match.groups())) for match in found if match is not None}
 
 
@@ -214,5 +216,6 @@ def _words(line: Line) -> list[str]:
 
 if __name__ == "__main__":
     text = "".join(f"{line}\n" for line in sorted(map(str, lines())))
-    for file in (GOLDEN, RELEASED) if "--released" in sys.argv else (GOLDEN,):
-        file.write_text(text, encoding="utf-8")
+    GOLDEN.write_text(text, encoding="utf-8")
+    if "--released" in sys.argv:
+        RELEASED.write_bytes(lzma.compress(text.encode()))

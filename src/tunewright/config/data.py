@@ -69,12 +69,14 @@ def read_split(name: object) -> Split:
 
 
 class FileSource(ConfigSection):
-    """A source of pairs, and the split that its authors gave it; written as its path if they gave it none."""
+    """A source of pairs, with its authors' split and its header row; written as its path if it has neither."""
 
     path: Annotated[str, Field(min_length=1)]
     """A file, folder, pattern or dataset of the hub, as in data.sources."""
     split: Annotated[Split, BeforeValidator(read_split)] | None = None
     """Split of all its rows: train, dev or test (null: drawn)."""
+    header_row: Annotated[int | None, Field(ge=1)] = None
+    """Like data.header_row, for this source."""
 
     @model_validator(mode="before")
     @classmethod
@@ -83,9 +85,16 @@ class FileSource(ConfigSection):
             raise ValueError("Expected a path, or {path: FILE, split: test}")
         return {"path": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _refuse_header_row_of_hub(self) -> FileSource:
+        if self.header_row is not None and self.path.startswith("hf:/"):
+            raise ValueError("header_row is for files of this machine: set data.header_row for a dataset of the hub")
+        return self
+
     @model_serializer
-    def _as_written(self) -> str | dict[str, str]:
-        return self.path if self.split is None else {"path": self.path, "split": self.split}
+    def _as_written(self) -> str | dict[str, str | int]:
+        given = {name: value for name, value in self if value is not None}
+        return given if len(given) > 1 else self.path
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -123,7 +132,8 @@ class DataConfig(ConfigSection):
     """Files of pairs that `tunewright run` adds: JSON, CSV, .xlsx, Parquet or a saved `datasets`
     folder, relative to this file. Folders of such files, patterns such as data/*.jsonl and datasets
     of the Hugging Face hub such as hf://datasets/org/name:train work too. {path: a.csv, split:
-    test} gives all rows of a source to train, dev or test; rows without a split are drawn.
+    test} gives all rows of a source to train, dev or test; rows without a split are drawn. header_row
+    in a source is like data.header_row.
     """
     rows: Annotated[str | None, Field(min_length=1)] = None
     """JMESPath expression that finds the rows in a JSON document that is not an array of rows, such

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.compute import open_workers
-from tunewright.config import Config, DataConfig
+from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
@@ -21,7 +21,7 @@ from tunewright.data import notices
 from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
-from tunewright.data.given_split import OverlappingRow, require_given_rows, splits_of_files
+from tunewright.data.given_split import OverlappingRow, require_given_rows, settings_of, splits_of_files
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import (
@@ -34,7 +34,7 @@ from tunewright.data.readers import (
     source_size,
 )
 from tunewright.data.readers.source_files import hub_source
-from tunewright.data.readers.sources import is_workbook
+from tunewright.data.readers.sources import is_workbook, open_source
 from tunewright.data.readers.validate import REJECTED, counted, rejected_value
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
@@ -120,7 +120,7 @@ def add(
     """
     with prepare_add(project, files, reporter, options, workers) as (project, paths, workers):
         config = project.config
-        read = _read(paths, config, reporter, workers, skip_bad=options.skip_bad)
+        read = _read(paths, project, reporter, workers, skip_bad=options.skip_bad)
         faults = [fault for _, reading in read for fault in reading.faults]
         rows = [row for _, reading in read for row in reading.rows]
         require_given_rows(paths, rows)
@@ -190,6 +190,11 @@ def map_columns(data: DataConfig, mapping: ColumnMapping, paths: Sequence[Path])
             "Must not be empty", where=f"--{empty[0].replace('_', '-')}", fix="Omit it to use the config's value."
         )
     data = data.model_copy(update=given)
+    if mapping.header_row is not None:
+        if not any(open_source(path, data, []).table for path in paths):
+            raise UserError("No file is a table", where="--header-row", fix="Leave it out for these files.")
+        sources = tuple(each.model_copy(update={"header_row": None}) for each in data.sources)
+        data = data.model_copy(update={"sources": sources})
     if mapping.sheet is not None and not any(map(is_workbook, paths)):
         raise UserError("No file is an .xlsx workbook", where="--sheet", fix="Leave it out for these files.")
     if columns := [key for key in given if key in ("input", "output")]:
@@ -284,13 +289,15 @@ def _keep_known(
 
 
 def _read(
-    files: Mapping[Path, Split | None], config: Config, reporter: Reporter, workers: Workers, *, skip_bad: bool
+    files: Mapping[Path, Split | None], project: ProjectFolder, reporter: Reporter, workers: Workers, *, skip_bad: bool
 ) -> list[tuple[Path, ReadResult]]:
     if not files:
         raise UserError("No file to add", fix="Name one or more files of pairs, or list them in data.sources.")
     size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
-        read = [(path, read_pairs(path, config.data, task, workers, split)) for path, split in files.items()]
+        read = [
+            (path, read_pairs(path, settings_of(path, project), task, workers, split)) for path, split in files.items()
+        ]
     for _, reading in read:
         for note in reading.notes:
             reporter.say(note)

@@ -91,6 +91,13 @@ def _covers(name: str, matches: Collection[Path], named: str | Path, path: Path)
     return full in matches or full.is_relative_to(Path(name).resolve())
 
 
+def settings_of(path: Path, project: ProjectFolder) -> DataConfig:
+    """Return the data section for a file, with the header row of its source."""
+    data, full = project.config.data, path.resolve()
+    rows = (each.header_row for each in data.sources if each.header_row and _covers(each.path, full, project.root))
+    return data.model_copy(update={"header_row": next(rows, data.header_row)})
+
+
 def require_given_rows(files: Mapping[Path, Split | None], rows: Iterable[SourceRow]) -> None:
     """Refuse a file that is given to dev or test and has no usable row."""
     read = {row.source for row in rows}

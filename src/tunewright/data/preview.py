@@ -16,7 +16,7 @@ from tunewright.core.errors import UserError
 from tunewright.data import notices
 from tunewright.data.add import map_columns, prepare_add
 from tunewright.data.add_plan import AddPlan, plan_add
-from tunewright.data.given_split import require_given_rows
+from tunewright.data.given_split import require_given_rows, settings_of
 from tunewright.data.notices import Conflict
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import SourceRow, file_check, source_size
@@ -104,7 +104,8 @@ def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOp
     refusals: list[UserError] = []
     with prepare_add(folder, files, reporter, options) as (folder, paths, workers):
         data = folder.config.data
-        checked = file_check.check_files(list(paths), data, reporter, rows, workers, paths)
+        own = {path: settings_of(path, folder) for path in paths}
+        checked = file_check.check_files(list(paths), data, reporter, rows, workers, paths, own)
         if checked.faults and options.skip_bad:
             reporter.warn(notices.skipped(checked.faults))
         elif checked.faults:
@@ -193,7 +194,7 @@ def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping =
         UserError: the file cannot be read, or two columns have the same name.
     """
     given = {key: value for key, value in mapping.given.items() if key in ("rows", "sheet", "header_row")}
-    rows = first_rows(Path(file), project.folder.config.data.model_copy(update=given))[:3]
+    rows = first_rows(Path(file), settings_of(Path(file), project.folder).model_copy(update=given))[:3]
     return FilePreview(tuple(dict.fromkeys(key for row in rows for key in row)), tuple(rows))
 
 
@@ -210,6 +211,6 @@ def fix_file(
     project: OpenFolder, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()
 ) -> list[Change]:
     """Write a corrected copy of a file of pairs, and list every change."""
-    data = map_columns(project.folder.config.data, mapping, [Path(file)])
+    data = map_columns(settings_of(Path(file), project.folder), mapping, [Path(file)])
     with project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
         return file_check.fix_file(Path(file), Path(out), data, task)

@@ -89,8 +89,9 @@ def check_files(
     rows: list[SourceRow] | None = None,
     workers: Workers = THIS_PROCESS,
     given: Mapping[Path, Split | None] | None = None,
+    own: Mapping[Path, DataConfig] | None = None,
 ) -> FileCheck:
-    """Read files row by row and collect every fault; ``given`` maps files to the split that they are given to.
+    """Read files row by row and collect every fault; ``given`` maps files to their splits, ``own`` to their settings.
 
     ``rows`` receives the examples; without it they are not held, so that files of any length can be checked. A file
     that cannot be read is part of the result, and the other files are checked.
@@ -100,7 +101,10 @@ def check_files(
     secrets: Counter[str] = Counter()
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
         files = tuple(
-            _check_file(path, data, faults, secrets, task, rows, workers, (given or {}).get(path)) for path in paths
+            _check_file(
+                path, (own or {}).get(path, data), faults, secrets, task, rows, workers, (given or {}).get(path)
+            )
+            for path in paths
         )
     return FileCheck(files, tuple(faults), dict(secrets.most_common()))
 

@@ -105,8 +105,10 @@ _FAILURES = (
 )
 
 
-class _Row(dict[str, Any]):
+class Row(dict[str, Any]):
     """A row in templates: ``row[0]`` is its key "0", as the columns of an array are named."""
+
+    __module__ = "builtins"  # for Jinja's messages: "Row object has no element 5"
 
     def __missing__(self, key: object) -> Any:
         if not isinstance(key, int):
@@ -144,7 +146,7 @@ class MappedField:
         if from_above and parent is None:
             raise RowError("E207", f"{self.field} uses parent, but there is no object above the row")
         try:
-            return render(self.template, {**row, _ROW: _Row(row), _ABOVE: above, **from_above})
+            return render(self.template, {**row, _ROW: Row(row), _ABOVE: above, **from_above})
         except RowError as error:
             raise RowError(error.code, f"{self.field}: {error}") from None
         except _FAILURES as error:

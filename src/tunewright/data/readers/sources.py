@@ -168,7 +168,7 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
         return f"rows at {expression} of a JSON document", lambda text: document_rows(
             text, path, expression, notes, above
         )
-    if len(lines) > 1 and named_json and all(_is_row(line, "[") for line in lines[:2]):
+    if len(lines) > 1 and named_json and _is_row(lines[0], "[") and _is_row(lines[1], ("[", "{")):
         return "JSON Lines", json_lines
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
         return "a JSON array", lambda text: _no_container(
@@ -253,7 +253,7 @@ def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
     return None
 
 
-def _is_row(line: str, start: str) -> bool:
+def _is_row(line: str, start: str | tuple[str, ...]) -> bool:
     if not line.startswith(start):  # an indented object is a part of an object over several lines
         return False
     try:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
+from tunewright.core.text import first_of
 from tunewright.data.readers.encodings import escaped
 from tunewright.data.readers.json_rows import LONGEST_ROW, RawRow
 from tunewright.data.readers.mapping import pair_mapping
@@ -50,6 +51,8 @@ def header_columns(
     number = int(where.rpartition(":")[2])
     if data.header_row not in (None, number):
         raise UserError(f"Row {data.header_row} has no values", where=_HEADER_ROW, fix=f"The next row is {number}.")
+    if data.header_row and number > 1:
+        notes.append(f"{where.rpartition(':')[0]}: rows above data.header_row are not read: {number - 1:,}")
     try:
         return columns(header, where, data, notes, nested=False, first=first)
     except UserError as error:
@@ -68,7 +71,8 @@ def header_columns(
         if pair_mapping(data) or sum(map(bool, names)) <= sum(map(bool, header)):
             raise
         otherwise = error.fix or ""
-        fix = f"{_as_header(number)} Its names: {', '.join(names)}. Otherwise, {otherwise[:1].lower()}{otherwise[1:]}"
+        shown = first_of(name[:_LONGEST_NAME] for name in names)  # it may be a row of long texts
+        fix = f"{_as_header(number)} Its names: {shown}. Otherwise, {otherwise[:1].lower()}{otherwise[1:]}"
         raise RowsElsewhereError(error.what, where=where, fix=fix) from None
 
 
@@ -149,6 +153,7 @@ _SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?\r?', re.IGNORECASE)
 _HEADER_ROW = "data.header_row (--header-row)"
 _TITLES = 30  # rows that are searched for the header if the first row is not it
 _NEAR = 0.8  # of 1, as for keys of rows
+_LONGEST_NAME = 40  # characters of a name in a message
 
 
 def separator_line(head: str) -> str | None:
@@ -199,8 +204,6 @@ def csv_rows(
     """Yield the rows below the header, which has ``above`` lines above it."""
     for _ in range(above):
         text.readline(LONGEST_ROW)
-    if data.header_row is not None and above:
-        notes.append(f"{path}: lines above data.header_row are not read: {above:,}")
     rows = _csv_records(text, path, delimiter, above, notes)
     for line, header in islice(rows, 1):
         if any(escaped(name) is not None for name in header):
