@@ -16,6 +16,7 @@ import yaml
 from data_helpers import unlike_pairs
 
 from making.command_line import tunewright as command
+from tunewright.config import FileSource
 
 PAIRS = unlike_pairs(20)
 HEADER = ("Nr", "Frage", "Antwort", "Preis")
@@ -134,16 +135,19 @@ def test_header_row_of_a_source_is_for_its_files_only(project: Path, tmp_path: P
     assert command("data", "add", titled, plain, "--project", project).code == 0
     shown = json.loads(command("config", "show", "--json", "--project", project).stdout)
     assert shown["data"]["sources"] == sources
+    with pytest.raises(ValueError, match="hub"):
+        FileSource(path="hf://datasets/a/b", header_row=2)
 
 
 def test_header_row_is_refused_without_a_table(project: Path, tmp_path: Path) -> None:
-    path = _save(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    rows = [{"prompt": asked, "completion": answer} for asked, answer in PAIRS]
+    path = _save(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     done = command("data", "check", path, "--header-row", "2", "--json", "--project", project)
     assert done.code == 2
     assert json.loads(done.stdout)["error"]["where"] == "--header-row"
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("#header_row: null", "header_row: 2"))
-    assert _check(project, path)[0]["examples"] == 1
+    assert _check(project, path)[0]["examples"] == 20
 
 
 def test_rows_without_a_header_are_cut_in_the_error(project: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def splits_of_files(
         if each.split is not None
     ]
     names = [*asked, *(name for name, _ in configured)]
-    matches = {name: {Path(each).resolve() for each in glob.iglob(name, recursive=True)} for name in names}  # noqa: PTH207
+    matches = {name: _matches(name) for name in names}
     found: dict[Path, Split | None] = {}
     used = {""}
     for named in files:
@@ -83,6 +83,10 @@ def splits_of_files(
     return found
 
 
+def _matches(pattern: str) -> set[Path]:
+    return {Path(each).resolve() for each in glob.iglob(pattern, recursive=True)}  # noqa: PTH207
+
+
 def _covers(name: str, matches: Collection[Path], named: str | Path, path: Path) -> bool:
     """Return whether a name is that of the file, of a folder around it or of its dataset, or a pattern for it."""
     if is_hub_name(name):
@@ -93,9 +97,12 @@ def _covers(name: str, matches: Collection[Path], named: str | Path, path: Path)
 
 def settings_of(path: Path, project: ProjectFolder) -> DataConfig:
     """Return the data section for a file, with the header row of its source."""
-    data, full = project.config.data, path.resolve()
-    rows = (each.header_row for each in data.sources if each.header_row and _covers(each.path, full, project.root))
-    return data.model_copy(update={"header_row": next(rows, data.header_row)})
+    data = project.config.data
+    for each in data.sources:
+        name = str(project.root / each.path)
+        if each.header_row and _covers(name, _matches(name), path, path):
+            return data.model_copy(update={"header_row": each.header_row})
+    return data
 
 
 def require_given_rows(files: Mapping[Path, Split | None], rows: Iterable[SourceRow]) -> None:
