@@ -97,6 +97,14 @@ def test_only_the_jobs_that_publish_may_write() -> None:
     assert WORKFLOWS["release"]["jobs"]["publish"]["environment"] == "release"
 
 
+def test_files_are_at_the_root_of_an_artifact() -> None:
+    """An artifact keeps the folders from the first wildcard of a path on (README of actions/upload-artifact)."""
+    uploads = [step for step in _steps("release") if "/upload-artifact@" in step.get("uses", "")]
+    paths = [Path(line) for step in uploads for line in step["with"]["path"].splitlines()]
+    assert len(paths) == 4
+    assert {str(path.parent).lstrip("!") for path in paths} == {"${{ steps.make.outputs.files }}"}
+
+
 def _run(step: str, folder: Path, tag: str) -> None:
     """Run a step as the hosted runner does, with a stand-in for gh."""
     (script,) = [script for script in _scripts("release") if step in script]
@@ -121,7 +129,9 @@ def test_site_gets_the_documentation_of_earlier_versions(tmp_path: Path) -> None
     assert [each["version"] for each in listing] == ["0.9.0", "0.8.0"]
 
 
-@pytest.mark.parametrize(("tag", "kind"), [("v0.9.0", "--latest"), ("v1.0.0rc1", "--prerelease")])
+@pytest.mark.parametrize(
+    ("tag", "kind"), [("v0.9.0", "--latest"), ("v1.0.0rc1", "--prerelease"), ("v0.9.0.post1", "--latest")]
+)
 def test_release_page_has_notes_with_whole_links(tmp_path: Path, tag: str, kind: str) -> None:
     (tmp_path / "release").mkdir()
     (tmp_path / "release" / "NOTES.md").write_text(
