@@ -102,9 +102,8 @@ def test_evaluation_is_the_same_on_a_cluster_when_a_machine_that_answers_is_kill
     Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
     kill.join()
     assert "Cluster: 2 workers with 1 thread" in heard.said
-    assert [text for text in heard.warned if "lost a worker" in text] == [
-        "The cluster lost a worker: its part is computed again by another."
-    ]
+    # While it computed a part, or still loaded the base: the other worker may have answered first.
+    assert [text[:25] for text in heard.warned if "lost a worker" in text] == ["The cluster lost a worker"]
     assert results(project) == without
     assert without["evidence"]["noise_floor"]["items"]
     assert len(without["answers"]) == 2  # of the base, and of the adapter
