@@ -62,7 +62,9 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
     # Resuming after a stop is the same opening, and what was declared is what is measured.
     assert openings(project) == [opening] == [evidence["opening"]]
     declared = [(each["treatment"], each["control"]) for each in opening["declared"]]
-    assert declared == [(c["treatment"], c["control"]) for c in evidence["contrasts"]]
+    free = evidence["free"]["best"]  # compared by non-inferiority, apart from the contrasts
+    compared = [(c["treatment"], c["control"]) for c in evidence["contrasts"]]
+    assert declared == [*compared, (free, "tuned"), (free, evidence["best_prompting"])]
     assert (opening["declared"][0]["treatment"], opening["declared"][0]["margin"]) == ("tuned", 0.02)
     assert opening["adapter_digest"] == evidence["lineage"]["adapter"]["digest"]
     assert opening["test_split"] == evidence["lineage"]["test_split"]

@@ -97,7 +97,7 @@ def test_adapter_is_measured_with_the_optimized_instruction(optimized: Optimized
     project, prompt = optimized.copy(tmp_path / "project"), optimized.prompt
     project.train()
     evidence = project.evaluate().evidence
-    arms = {arm.name: arm for arm in evidence.arms}
+    arms = {arm.name: arm for arm in evidence.arms if arm.kind != "free"}
     assert list(arms) == ["zero-shot", "zero-shot-optimized", "tuned", "tuned+retrieved-1", "tuned-optimized"]
     assert arms["tuned-optimized"].optimized == arms["zero-shot-optimized"].optimized == prompt.digest
     assert arms["tuned-optimized"].prompt_tokens == arms["zero-shot-optimized"].prompt_tokens
