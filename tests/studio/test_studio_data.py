@@ -105,6 +105,42 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     assert version.manifest.message == "the help desk's export"
 
 
+@pytest.mark.parametrize(
+    ("answer", "proposed"),
+    [
+        ("SELECT name FROM t WHERE id = {n}", '{"exact_match": {"collapse_whitespace": true}}'),
+        ('{{"id": {n}}}', '"json"'),
+        ("the same word", None),
+    ],
+)
+def test_metric_is_proposed_from_the_added_answers_as_init_does(
+    browser: Browser, tmp_path: Path, tiny_base_folder: Path, answer: str, proposed: str | None
+) -> None:
+    config, rows = tmp_path / "Help Desk" / "tunewright.yaml", pairs(60)
+    browser.send("/new", "/new", name="desk", choice="other", base_model=str(tiny_base_folder))
+    assert "/data/metric" not in browser.get("/data")
+    for n, row in enumerate(rows):
+        row["completion"] = answer.format(n=n)
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    browser.upload("rows.jsonl", file.read_bytes())
+    page = unescape(browser.send("/data/add", "/data/check?file=rows.jsonl").text)
+    assert ("Use this metric" in page) == (proposed is not None)
+    if proposed is None:
+        assert (
+            "one of a set of answers: 1 different answer in 60 rows. The metric <code>exact_match</code> fits" in page
+        )
+        return
+    assert f"The metric <code>{proposed}</code> fits better than <code>exact_match</code>" in page
+    stale = page.partition('name="form_token" value="')[2].partition('"')[0]
+    chosen = browser.send("/data/metric", "/data")
+    assert "Set in tunewright.yaml: evaluate.metric" in chosen.text and "/data/metric" not in chosen.text
+    assert tunewright("init", tmp_path / "by-init", "--data", file).code == 0
+    assert load_config(config).evaluate == load_config(tmp_path / "by-init" / "tunewright.yaml").evaluate
+    written = config.read_bytes()
+    late = browser.client.post("/data/metric", data={"form_token": stale})
+    assert "Nothing was set" in late.text and config.read_bytes() == written
+
+
 def _queries(count: int) -> bytes:
     """Questions with answers of few forms, which differ in a quoted word and a number."""
     forms = [f"SELECT {a} FROM {b} WHERE {c} = '%s' LIMIT %d" for a in "pqrst" for b in "uv" for c in "xyz"]

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tunewright.config import Config, DataConfig, TrainConfig
+from tunewright.config import Config, DataConfig, EvaluateConfig, TrainConfig
 from tunewright.config.metrics import PlainMetric
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
@@ -256,12 +256,14 @@ def _yaml(value: Any) -> str:
     if isinstance(value, float) and 0 < value < 0.001:
         return f"{value:.12f}".rstrip("0")
     plain = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, BaseModel):
+        plain = value.model_dump(exclude_unset=True)
     return (
         yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
     )
 
 
-def write_section(path: Path, wanted: TrainConfig | DataConfig) -> dict[str, Any]:
+def write_section(path: Path, wanted: TrainConfig | DataConfig | EvaluateConfig) -> dict[str, Any]:
     """Change the config's section of this type to ``wanted``, and return the changed keys with their new values.
 
     Comments, order and other keys survive. The YAML parser finds the places, and the result is parsed again
@@ -270,7 +272,7 @@ def write_section(path: Path, wanted: TrainConfig | DataConfig) -> dict[str, Any
     raw = path.read_bytes()
     mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
     before = current = parse_config(text, path)
-    section = "train" if isinstance(wanted, TrainConfig) else "data"
+    section = next(name for name in Config.model_fields if _section(name) is type(wanted))
     written: dict[str, Any] = {}
     # The preset is the first key of its section, and sets the values that the file leaves out.
     for key in type(wanted).model_fields:

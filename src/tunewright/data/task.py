@@ -93,15 +93,11 @@ class AmbiguousColumnsError(UserError):
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """A source as it was named, its format and columns, and the task of its answers with the reason for it."""
+class TaskOfAnswers:
+    """The task of some answers with the reason for it."""
 
-    source: str
-    format: str
-    data: DataConfig
     name: TaskName
     because: str
-    first: Example
     variants: dict[TaskName, Task]
     """Tasks whose usual metric does not fit these answers, with another one."""
 
@@ -109,6 +105,22 @@ class Proposal:
     def task(self) -> Task:
         """The task, with a metric that fits these answers."""
         return self.variants.get(self.name, TASKS[self.name])
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Keys of the config's section ``evaluate``."""
+        extra = {"extra_metrics": self.task.extra_metrics} if self.task.extra_metrics else {}
+        return {"metric": self.task.metric, **extra}
+
+
+@dataclass(frozen=True)
+class Proposal(TaskOfAnswers):
+    """A source as it was named, its format and columns, and the task of its answers."""
+
+    source: str
+    format: str
+    data: DataConfig
+    first: Example
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -127,11 +139,7 @@ class Proposal:
         path = Path(self.source)
         fixed = is_hub_name(self.source) or path.is_absolute()
         source = self.source if fixed else Path(os.path.relpath(path, directory)).as_posix()
-        evaluate = {"metric": self.task.metric, "extra_metrics": self.task.extra_metrics}
-        return {
-            "data": {"sources": [source], **self.columns},
-            "evaluate": {key: value for key, value in evaluate.items() if value},
-        }
+        return {"data": {"sources": [source], **self.columns}, "evaluate": self.metrics}
 
 
 def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal:
@@ -159,15 +167,8 @@ def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal
         fault = next(row for row in rows if isinstance(row, Fault))
         what = f"None of the first rows is an example: {fault.reason}"
         raise UserError(what, where=f"{fault.source}:{fault.line}", fix=fault.fix)
-    name, because = task_of(examples)
-    letters = [each for example in examples for each in example.output if each.isalnum()]
-    counts = Counter(example.output.strip() for example in examples)
-    variants: dict[TaskName, Task] = {}
-    if sum(each.isascii() for each in letters) < _LATIN * len(letters):  # rouge_l reads words of a-z and 0-9
-        variants["text"] = _OTHER_SCRIPT
-    if 1 < len(counts) <= MOST_CLASSES and 2 * max(counts.values()) > len(examples):
-        variants["labels"] = _UNEVEN
-    return Proposal(source, open_source(file, data, []).kind, data, name, because, examples[0], variants)
+    found = vars(task_of(examples))
+    return Proposal(**found, source=source, format=open_source(file, data, []).kind, data=data, first=examples[0])
 
 
 def _unmapped(file: Path, data: DataConfig) -> list[str]:
@@ -202,8 +203,20 @@ def _pair(columns: list[str], data: DataConfig, where: str) -> tuple[str, str]:
     raise AmbiguousColumnsError(columns, where)
 
 
-def task_of(examples: Sequence[Example]) -> tuple[TaskName, str]:
-    """Return the task of the answers, and the observation that decides it."""
+def task_of(examples: Sequence[Example]) -> TaskOfAnswers:
+    """Return the task of the answers, the observation that decides it, and metrics that fit better than the usual."""
+    examples = examples[:_LOOKED_AT]
+    letters = [each for example in examples for each in example.output if each.isalnum()]
+    counts = Counter(example.output.strip() for example in examples)
+    variants: dict[TaskName, Task] = {}
+    if sum(each.isascii() for each in letters) < _LATIN * len(letters):  # rouge_l reads words of a-z and 0-9
+        variants["text"] = _OTHER_SCRIPT
+    if 1 < len(counts) <= MOST_CLASSES and 2 * max(counts.values()) > len(examples):
+        variants["labels"] = _UNEVEN
+    return TaskOfAnswers(*_task_and_reason(examples), variants)
+
+
+def _task_and_reason(examples: Sequence[Example]) -> tuple[TaskName, str]:
     answers, count = [example.output.strip() for example in examples], len(examples)
     calls = sum(bool(example.messages[-1].calls) for example in examples)
     if calls:

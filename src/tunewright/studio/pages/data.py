@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 
 from starlette.responses import Response
 
+from tunewright.config import EvaluateConfig
 from tunewright.config.io import write_section
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
@@ -21,6 +22,7 @@ from tunewright.data.dedup.leakage import similarity_blocks
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.splits import SPLITS
+from tunewright.data.task import TaskOfAnswers, task_of
 from tunewright.data.trace import find_row
 from tunewright.data.versions import current_manifest
 from tunewright.data.versions.diff import comparability, summary, word_changes
@@ -73,7 +75,30 @@ def data_page(visit: Visit) -> Response:
         versions=versions,
         table=[version_table(versions, current)],
         current=current.digest if current else "",
+        answers=_task(visit),
+        metric=visit.project.folder.config.evaluate.metric,
     )
+
+
+def _task(visit: Visit) -> TaskOfAnswers | None:
+    """Return the task of the current rows' answers; None if there are no rows or the config names a metric."""
+    if not _current(visit) or "metric" in visit.project.folder.config.evaluate.model_fields_set:
+        return None
+    examples = [member.example for member in visit.version.domain]
+    return task_of(examples) if examples else None
+
+
+def choose_metric(visit: Visit) -> Response:
+    """Write the metric that fits the answers to the config."""
+    found, folder = _task(visit), visit.project.folder
+    if found is None:
+        return visit.go("/data", f"{CONFIG_FILE} names a metric by now, or the rows are gone. Nothing was set.")
+    fitting, now = EvaluateConfig.model_validate(found.metrics), folder.config.evaluate
+    extra = tuple(each for each in now.extra_metrics or fitting.extra_metrics if each != fitting.metric)
+    written = write_section(
+        folder.root / CONFIG_FILE, now.model_copy(update={"metric": fitting.metric, "extra_metrics": extra})
+    )
+    return visit.go("/data", f"Set in {CONFIG_FILE}: {', '.join(f'evaluate.{key}' for key in written)}.")
 
 
 def check_page(visit: Visit) -> Response:
@@ -405,6 +430,7 @@ HANDLERS: Handlers = {
     ("POST", "/data/add"): add_file,
     ("POST", "/data/fix"): fix_file,
     ("POST", "/data/split-by"): choose_split,
+    ("POST", "/data/metric"): choose_metric,
     ("POST", "/data/checkout"): checkout,
     ("GET", "/data/diff"): diff_page,
     ("GET", "/data/leakage"): leakage_page,
