@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages reference surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel bounds notebook audit sbom release release-files check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages reference surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel bounds notebook audit sbom environments checks release release-files check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -81,7 +81,7 @@ pytest-all pytest-slow: $(VENV)/.installed build/clients/.installed build/deploy
 	$(PYTEST) -m "$(if $(filter pytest-slow,$@),slow and )not vllm and not chaos and not ray$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
-# Tracing doubles the tests' time, so `make test-all` does without.
+# Tracing doubles the tests' time, so `make test-all`, CI and a release do without.
 coverage: $(VENV)/.installed
 	$(PYTEST) -m "not vllm and not chaos and not ray" --cov --cov-report=term --cov-report=html:build/coverage
 
@@ -98,7 +98,7 @@ fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
 
-# An hour of it, which a release needs.
+# An hour of it on one core, which a release needs. It measures processor time, so other checks may run next to it.
 fuzz-hour: $(VENV)/.installed
 	for seed in 1 2 3 4; do \
 	    $(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
@@ -111,7 +111,7 @@ test-vllm: engines
 	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/gate tests/cli tests/evaluation tests/export
 
 # vLLM in the workers of a Ray cluster. Not at the same time as test-ray, whose clusters are on this machine too.
-test-vllm-workers: engines build/ray/.installed $(if $(filter test-ray,$(MAKECMDGOALS)),test-ray)
+test-vllm-workers: engines build/ray/.installed $(if $(filter test-ray checks,$(MAKECMDGOALS)),test-ray)
 	build/ray/bin/python -m pytest -m "vllm and ray" tests/compute
 
 # The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once.
@@ -199,10 +199,14 @@ build/audit/.installed: Makefile
 	build/audit/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1
 	touch $@
 
+# What CI and a release both run, next to the tests, and the environments that several of these share with the tests.
+CHECKS := test-ray test-demo test-chaos docs test-vllm test-vllm-workers test-wheel audit
+checks: $(CHECKS)
+environments: $(patsubst %,build/%/.installed,clients deploy ray audit packaging)
+
 # `make release VERSION=0.9.0`: CONTRIBUTING.md, "Release". What has passed on this commit is not repeated. WITHOUT="audit
-# fuzz-hour" leaves checks out, and the output is then no release. `make release-files` runs none.
-RELEASE_CHECKS := audit docs test-wheel bounds test-all test-demo test-ray test-vllm test-vllm-workers test-chaos \
-    coverage fuzz-hour
+# fuzz-hour" leaves checks out, and the output is then no release. `make release-files` runs none. The longest come first.
+RELEASE_CHECKS := environments fuzz-hour test-all bounds $(CHECKS)
 release release-files: $(VENV)/.installed
 	$(BIN)/python tests/release.py '$(VERSION)' $(if $(filter %-files,$@),--files) --without $(WITHOUT) --checks $(RELEASE_CHECKS)
 

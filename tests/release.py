@@ -3,9 +3,10 @@
 python tests/release.py VERSION [--files] [--without CHECK ...] --checks CHECK ...
 python tests/release.py --versions SITE
 
-A check is a target of the Makefile. One that passed is noted in ``build/release/COMMIT``, and the same commit does not
-run it again. ``--files`` runs no check. The files go to ``dist/VERSION`` if every check has passed on this commit, and
-to ``dist/VERSION-unchecked`` otherwise. ``--versions`` only writes the index of a site of several versions.
+A check is a target of the Makefile. Three run at a time, each with its output in ``build/release/COMMIT/CHECK.log``.
+A pass is noted there, and the same commit does not run that check again. ``--files`` runs no check. The files go to
+``dist/VERSION`` if every check has passed on this commit, and to ``dist/VERSION-unchecked`` otherwise. ``--versions``
+only writes the index of a site of several versions.
 Nothing here tags, pushes or publishes.
 """
 
@@ -35,6 +36,11 @@ PACKAGING = ROOT / "build" / "packaging" / "bin"
 SBOM = ROOT / "build" / "audit" / "bin" / "cyclonedx-py"
 WHOLE = ("RELEASE=yes", "EXAMPLES=all", "ADVISORIES=", "ARGS=")
 """A release leaves out nothing, whatever the caller's own variables say."""
+AT_ONCE = 3
+FIRST = "environments"
+"""Runs before the others and next to none of them: two checks would install one environment at the same time."""
+APART = ({"test-ray", "test-vllm", "test-vllm-workers"}, {"bounds", "test-wheel"})
+"""Checks that do not run next to each other: clusters and engines of one machine, and gigabytes of environments."""
 
 
 def main() -> int:
@@ -56,8 +62,8 @@ def main() -> int:
     commit = git("rev-parse", "HEAD")
     if not given.files:
         asked = [each for each in given.checks if each not in given.without]
-        if failed := [each for each in asked if not passes(each, commit)]:
-            say(f"FAILED on commit {commit[:12]}: {', '.join(failed)}. The same command runs only these again.")
+        if left := not_passed(asked, commit):
+            say(f"NOT PASSED on commit {commit[:12]}: {', '.join(left)}. The same command runs only these again.")
             return 1
     try:
         publishable(given.version, commit, given.checks)
@@ -106,28 +112,52 @@ def release_notes(version: str, folder: Path) -> str:
     return found[1].strip() if found else ""
 
 
-def passes(check: str, commit: str) -> bool:
-    """Return whether a check passes on this commit; a pass on record is not repeated."""
-    note = PASSED / commit / check
-    if note.exists():
-        say(f"-- {check}: {note.read_text(encoding='utf-8').strip()}")
-        return True
-    say(f"-- {check}: runs")
+def not_passed(checks: list[str], commit: str) -> list[str]:
+    """Run three checks at a time; return those that fail, or that Ctrl-C ends. A pass on record is not repeated."""
+    folder = PASSED / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    for check in (each for each in checks if (folder / each).exists()):
+        say(f"-- {check}: {(folder / check).read_text(encoding='utf-8').strip()}")
+    waiting = [each for each in checks if not (folder / each).exists()]
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    failed: list[str] = []
     ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VERSION", "WITHOUT"}
-    # Tests fail, instead of skipping, where PostgreSQL or Chromium is not installed.
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | {"CI": "true"}
-    started = time.monotonic()
-    code = subprocess.run(["make", check, *WHOLE], cwd=ROOT, env=environment, check=False).returncode
-    took = f"{time.monotonic() - started:.0f} s"
-    if (changed := git("status", "--porcelain")) or git("rev-parse", "HEAD") != commit:
-        say(f"-- {check}: the working tree is no longer commit {commit[:12]}\n{changed}")
-        return False
-    if code:
-        say(f"-- {check}: FAILED after {took}")
-        return False
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(f"passed on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {took}\n", encoding="utf-8")
-    return True
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    # Tests fail, instead of skipping, where PostgreSQL or Chromium is not installed. One thread each, as in .ci/run.
+    environment |= {"CI": "true", "OMP_NUM_THREADS": "1"}
+    try:
+        while waiting or running:
+            apart = {other for group in APART if group & running.keys() for other in group}
+            free = [each for each in waiting if each not in apart and FIRST not in running]
+            if free and len(running) < AT_ONCE:
+                waiting.remove(check := free[0])
+                log = folder / f"{check}.log"
+                say(f"-- {check}: runs ({log.relative_to(ROOT)})")
+                command = ["make", check, *WHOLE]
+                with log.open("wb") as file:
+                    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+                running[check] = process, time.monotonic()
+                continue
+            pid, status, used = os.wait4(-1, 0)
+            check = next(each for each, (process, _) in running.items() if process.pid == pid)
+            process, started = running.pop(check)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            took = f"{time.monotonic() - started:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of processor time"
+            if (changed := git("status", "--porcelain")) or git("rev-parse", "HEAD") != commit:
+                say(f"-- {check}: the working tree is no longer commit {commit[:12]}\n{changed}")
+                failed.append(check)
+            elif process.returncode:
+                tail = (folder / f"{check}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
+                say("\n".join([*tail, f"-- {check}: FAILED after {took}"]))
+                failed.append(check)
+            else:
+                passed = f"passed on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {took}"
+                say(f"-- {check}: {passed}")
+                (folder / check).write_text(passed + "\n", encoding="utf-8")
+    except KeyboardInterrupt:  # the checks, which are in the same process group, have got it too
+        for process, _ in running.values():
+            process.wait()
+    return [each for each in checks if each in (*failed, *running, *waiting)]
 
 
 def publishable(version: str, commit: str, checks: list[str]) -> None:

@@ -6,8 +6,11 @@ import hashlib
 import json
 import lzma
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,9 @@ lint test:
 \ttest $@ = lint || test -e build/mended
 format:
 \techo >> CHANGELOG.md
+environments test-ray test-vllm test-vllm-workers:
+hang:
+\techo $$$$ > build/new && mv build/new build/pid && exec sleep 600
 build/packaging/.installed build/audit/.installed:
 """
 PROJECT = """\
@@ -92,8 +98,21 @@ def _release(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _ran(project: Path) -> list[str]:
-    """The checks that ran, and what they got for RELEASE and ADVISORIES."""
-    return (project / "build" / "ran").read_text(encoding="utf-8").splitlines()
+    """The checks that ran, by name, and what they got for RELEASE and ADVISORIES."""
+    return sorted((project / "build" / "ran").read_text(encoding="utf-8").splitlines())
+
+
+def _at_once(output: str) -> list[set[str]]:
+    """The checks that were running after each one started, from the output."""
+    running: set[str] = set()
+    found = []
+    for check, event in re.findall(r"^-- (\S+): (runs|passed|FAILED)", output, re.MULTILINE):
+        if event == "runs":
+            running = running | {check}
+            found.append(running)
+        else:
+            running = running - {check}
+    return found
 
 
 @pytest.mark.parametrize("version", ["", "next", "v0.9.0", "0.9.0-rc1"])
@@ -172,13 +191,53 @@ def test_release_runs_every_check_whole_and_repeats_only_what_failed(project: Pa
     failed = _release(project, "0.9.0", "--checks", "test", "lint")
     assert failed.returncode == 1
     assert failed.stdout.splitlines()[-1].split(":")[1].split(".")[0].strip() == "test"
-    assert _ran(project) == ["test yes", "lint yes"]
+    assert _ran(project) == ["lint yes", "test yes"]
     (project / "build" / "mended").touch()
     _release(project, "0.9.0", "--checks", "test", "lint")
-    assert _ran(project) == ["test yes", "lint yes", "test yes"]
+    assert _ran(project) == ["lint yes", "test yes", "test yes"]
     _commit(project)
     _release(project, "0.9.0", "--checks", "test", "lint")
-    assert _ran(project)[3:] == ["test yes", "lint yes"]
+    assert _ran(project) == ["lint yes"] * 2 + ["test yes"] * 3
+
+
+def test_release_keeps_each_output_and_shows_the_end_of_one_that_failed(project: Path) -> None:
+    failed = _release(project, "0.9.0", "--checks", "test", "lint")
+    folder = project / "build" / "release" / _git(project, "rev-parse", "HEAD")
+    assert sorted(file.name for file in folder.iterdir()) == ["lint", "lint.log", "test.log"]
+    assert (folder / "lint.log").read_text().startswith("echo lint yes")
+    assert (folder / "test.log").read_text() in failed.stdout
+    assert "echo lint" not in failed.stdout
+
+
+def test_release_runs_three_checks_at_a_time_after_their_environments(project: Path) -> None:
+    checks = ["environments", "test-ray", "test-vllm-workers", "lint", "test", "test-vllm"]
+    running = _at_once(_release(project, "0.9.0", "--checks", *checks).stdout)
+    assert running[:4] == [
+        {"environments"},
+        {"test-ray"},
+        {"test-ray", "lint"},
+        {"test-ray", "lint", "test"},
+    ]
+    assert max(map(len, running)) == 3
+    assert all(len(each & {"test-ray", "test-vllm", "test-vllm-workers"}) <= 1 for each in running)
+    assert set().union(*running) == set(checks)
+
+
+def test_interrupted_release_leaves_no_process_and_keeps_what_passed(project: Path) -> None:
+    command = [sys.executable, str(project / "tests" / "release.py"), "0.9.0", "--checks", "lint", "hang"]
+    pid = project / "build" / "pid"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as interrupted:
+        assert interrupted.stdout is not None
+        until = time.monotonic() + 300  # only ends a hang
+        while not (pid.exists() and list(project.glob("build/release/*/lint"))):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does
+        said = interrupted.stdout.read()
+    assert interrupted.returncode == 1
+    assert said.splitlines()[-1].startswith("NOT PASSED") and ": hang." in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_check_that_changes_the_tree_has_not_passed(project: Path) -> None:
