@@ -203,13 +203,12 @@ def test_invalid_changes_are_refused_and_change_nothing(state: State) -> None:
     assert len(state.audit.lines()) == lines
 
 
-def test_state_of_a_newer_tunewright_is_refused(state_url: str) -> None:
+@pytest.mark.parametrize("version", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+def test_state_of_another_schema_is_refused(state_url: str, version: int) -> None:
     State(state_url).close()
     with raw(state_url) as execute:
-        execute(f"UPDATE tunewright_schema SET version = {SCHEMA_VERSION + 1}")
-    with pytest.raises(
-        UserError, match=f"schema {SCHEMA_VERSION + 1}, and this tunewright supports schema {SCHEMA_VERSION}"
-    ):
+        execute(f"UPDATE tunewright_schema SET version = {version}")
+    with pytest.raises(UserError, match=f"schema {version}, and this tunewright supports schema {SCHEMA_VERSION}"):
         State(state_url)
 
 

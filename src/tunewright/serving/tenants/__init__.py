@@ -8,15 +8,12 @@ from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy import select, text, update
-
 from tunewright.core.io import canonical_json
 from tunewright.gate.results import IsolationCheck, IsolationTest, ServingCheck
-from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine, changing
+from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.tenants.database import Database, StateUnavailableError, exists
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
 from tunewright.serving.tenants.releases import Candidate, Grounds, Release, Releases
-from tunewright.serving.tenants.tables import MIGRATIONS, SCHEMA_VERSION, schema
 from tunewright.serving.tenants.tenants import Caller, InvalidKeyError, Key, Keys, NewKey, Tenant, Tenants
 from tunewright.serving.tenants.usage import DayTotal, RollupResult, Usage, UsageRollup
 
@@ -66,7 +63,7 @@ class State:
         serving: True for a server, in which no statement on PostgreSQL may take longer than 5 seconds.
 
     Raises:
-        UserError: the database cannot be reached, or belongs to a newer tunewright.
+        UserError: the database cannot be reached, or belongs to another version of tunewright.
     """
 
     def __init__(
@@ -79,11 +76,6 @@ class State:
         serving: bool = False,
     ) -> None:
         self.database = Database(url, clock, steady, serving=serving)
-        try:
-            _upgrade(self.database, actor)
-        except BaseException:
-            self.database.close()
-            raise
         self.tenants = Tenants(self.database, actor)
         self.releases = Releases(self.database, actor)
         self.keys = Keys(self.database, actor)
@@ -116,12 +108,12 @@ class State:
 
     def _verified(self, noted: str | None) -> AuditCheck:
         check = self.audit.verify(noted)
-        stored = {(each["alias"], each["number"]): _comparable(each) for each in self.releases.as_stored()}
+        stored = {(each["alias"], each["number"]): canonical_json(each) for each in self.releases.as_stored()}
         logged = {}
         for line in self.audit.lines():
             if line.action.startswith("release.") and line.true_digest == line.digest:
                 details = json.loads(line.details)
-                logged[details["alias"], details["number"]] = _comparable(details)
+                logged[details["alias"], details["number"]] = line.details
         # If lines are missing or changed, a correct release may have no log line.
         releases = logged.keys() if check.faults else logged.keys() | stored.keys()
         differing = sorted(release for release in releases if logged.get(release) != stored.get(release))
@@ -145,56 +137,24 @@ class State:
         self.close()
 
 
-def _upgrade(database: Database, actor: str | None) -> None:
-    """Migrate the tables of an earlier tunewright, in one transaction with a line in the audit log."""
-    with database.reading() as connection:
-        if connection.execute(select(schema.c.version)).scalar_one() == SCHEMA_VERSION:
-            return
-    with changing(database, actor) as change:
-        version = change.connection.execute(select(schema.c.version)).scalar_one()
-        if version == SCHEMA_VERSION:
-            return  # another process has migrated it meanwhile
-        for step in range(version, SCHEMA_VERSION):
-            for statement in MIGRATIONS[step]:
-                change.connection.execute(text(statement))
-        change.connection.execute(update(schema).values(version=SCHEMA_VERSION))
-        change.log("schema.upgrade", "state", before=version, after=SCHEMA_VERSION)
-
-
-def _comparable(release: Mapping[str, Any]) -> str:
-    """Return a release as canonical JSON; a field that an older version did not write equals its default."""
-    grounds = {name: value for name, value in release["grounds"].items() if value is not None}
-    candidate = release["candidate"] and _without_default(release["candidate"])
-    return canonical_json({**_without_default(release), "grounds": grounds, "candidate": candidate})
-
-
-def _without_default(record: Mapping[str, Any]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"system_prompt": True, "grammar": None}
-    return {name: value for name, value in record.items() if name not in defaults or value != defaults[name]}
-
-
 def _differing(
     lines: Iterable[AuditLine], tenants: Iterable[Tenant], keys: Iterable[Key], usage: Iterable[DayTotal]
 ) -> list[str]:
     """Return a sentence for each tenant, key and day that differs from what all log lines together say."""
-    logged, unlogged = replay(lines)
+    logged = replay(lines)
     stored: Records = {f"tenant {each.name}": _tenant(each.aliases, asdict(each.limits)) for each in tenants}
     for key in keys:
         stored[f"key {key.prefix}"] = _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked)
-    stored |= {f"usage of {total.name}": total.counts for total in usage if total.day not in unlogged}
+    stored |= {f"usage of {total.name}": total.counts for total in usage}
     differing = [name for name in logged.keys() | stored.keys() if logged.get(name) != stored.get(name)]
     kinds = "tenant ", "key ", "usage of "
     names = [name for kind in kinds for name in sorted(differing) if name.startswith(kind)]
     return [f"{name} differs from the audit log" for name in names]
 
 
-def replay(lines: Iterable[AuditLine]) -> tuple[Records, set[str]]:
-    """Replay a whole log, the oldest line first.
-
-    Also return the days that an earlier version rolled up without logging the totals.
-    """
+def replay(lines: Iterable[AuditLine]) -> Records:
+    """Replay a whole log, the oldest line first."""
     found: Records = {}
-    unlogged: set[str] = set()
     for line in lines:
         details = json.loads(line.details)
         tenant, key = f"tenant {line.subject}", f"key {line.subject}"
@@ -214,14 +174,11 @@ def replay(lines: Iterable[AuditLine]) -> tuple[Records, set[str]]:
                 found[key] |= {"expires": details["old_expires"], "replaced_by": details["new"]}
             case "key.revoke":
                 found[key]["revoked"] = True
-            case "usage.rollup" if "totals" not in details:
-                unlogged.add(line.subject)
             case "usage.rollup":
                 for total in (DayTotal(**total) for total in details["totals"]):
                     so_far = found.setdefault(f"usage of {total.name}", dict.fromkeys(total.counts, 0))
                     so_far |= {name: so_far[name] + count for name, count in total.counts.items()}
-    days = tuple(f"usage of {day}," for day in unlogged)
-    return {name: record for name, record in found.items() if not name.startswith(days)}, unlogged
+    return found
 
 
 def _tenant(aliases: Sequence[str], limits: Mapping[str, Any]) -> dict[str, Any]:

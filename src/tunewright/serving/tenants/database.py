@@ -201,11 +201,11 @@ class Database:
                 connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             if inspect(connection).has_table(schema.name):
                 version = connection.execute(select(schema.c.version)).scalar_one()
-                if version > SCHEMA_VERSION:
+                if version != SCHEMA_VERSION:
                     raise UserError(
                         f"The serving state has schema {version}, and this tunewright supports schema {SCHEMA_VERSION}",
                         where=self.name,
-                        fix="Use the tunewright version that created it, or a newer one.",
+                        fix="Use the tunewright version that created it.",
                     )
                 return
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))

@@ -429,14 +429,13 @@ def _live(connection: Connection) -> list[Release]:
 def _release(row: Row[Any]) -> Release:
     candidate = None
     if row.candidate is not None:
-        adds = row.candidate_system_prompt is not False
+        adds = row.candidate_system_prompt
         candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds, row.candidate_grammar)
     isolation = None if row.isolation is None else _ISOLATION.validate_python(row.isolation)
     serving = None if row.serving is None else _SERVING.validate_python(row.serving)
     grounds = Grounds(row.verdict, row.evaluation, row.because, isolation, row.untested, serving)
     head = row.id, row.alias, row.number, row.action, row.adapter, row.digest
-    added = row.system_prompt is not False
-    return Release(*head, candidate, row.restores, grounds, row.author, row.created, added, row.grammar)
+    return Release(*head, candidate, row.restores, grounds, row.author, row.created, row.system_prompt, row.grammar)
 
 
 def _last(connection: Connection, alias: str) -> Release | None:

@@ -30,39 +30,6 @@ from sqlalchemy import Text as LongText
 
 SCHEMA_VERSION = 6
 
-MIGRATIONS = {
-    # The result of the isolation test is stored with a release.
-    1: ("ALTER TABLE releases ADD COLUMN isolation JSON", "ALTER TABLE releases ADD COLUMN untested TEXT"),
-    # Daily totals of requests, and the last use of keys whose requests were deleted.
-    2: (
-        "CREATE TABLE usage_days (day INTEGER NOT NULL, tenant_id INTEGER NOT NULL REFERENCES tenants (id), "
-        "alias VARCHAR(63) NOT NULL, digest VARCHAR(64) NOT NULL, requests BIGINT NOT NULL, "
-        "prompt_tokens BIGINT NOT NULL, completion_tokens BIGINT NOT NULL, first_tokens BIGINT NOT NULL, "
-        "first_token_s DOUBLE PRECISION NOT NULL, PRIMARY KEY (day, tenant_id, alias, digest))",
-        "CREATE TABLE key_uses (key_id INTEGER NOT NULL PRIMARY KEY REFERENCES api_keys (id), "
-        "last_used DOUBLE PRECISION NOT NULL)",
-    ),
-    # A release may leave the trained system prompt out; a request has its `safety_identifier` or `user`.
-    3: (
-        "ALTER TABLE releases ADD COLUMN system_prompt BOOLEAN",
-        "ALTER TABLE releases ADD COLUMN candidate_system_prompt BOOLEAN",
-        "ALTER TABLE requests ADD COLUMN end_user TEXT",
-    ),
-    # Refused requests count towards requests per minute.
-    4: (
-        "CREATE TABLE unmetered_requests (tenant_id INTEGER NOT NULL REFERENCES tenants (id), "
-        "started DOUBLE PRECISION NOT NULL)",
-        "CREATE INDEX unmetered_requests_by_time ON unmetered_requests (tenant_id, started)",
-    ),
-    # The result of the serving check is stored with a release, which may carry a constraint.
-    5: (
-        "ALTER TABLE releases ADD COLUMN serving JSON",
-        "ALTER TABLE releases ADD COLUMN grammar TEXT",
-        "ALTER TABLE releases ADD COLUMN candidate_grammar TEXT",
-    ),
-}
-"""The statements that lead from each version to the next, for SQLite and PostgreSQL alike."""
-
 NAME = String(63)
 DIGEST = String(64)
 
@@ -125,7 +92,7 @@ releases = Table(
     Column("untested", LongText),  # the reason for a release without that test
     Column("author", LongText),
     Column("created", Double, nullable=False),
-    # False: the trained system prompt is not added to requests without one. Null, as older versions wrote: it is.
+    # False: the trained system prompt is not added to requests without one.
     Column("system_prompt", Boolean),
     Column("candidate_system_prompt", Boolean),
     Column("serving", JSON(none_as_null=True)),  # the serving check of the adapter
