@@ -364,16 +364,10 @@ def locked(keys: Path) -> SigningKey:
     return signing_key(TrustedKeys(keys))
 
 
-def test_key_with_a_passphrase_is_refused_before_training(
-    keys: Path, locked: SigningKey, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_with_a_passphrase_is_refused_before_training(keys: Path, locked: SigningKey) -> None:
     with pytest.raises(UserError, match="Your key ann cannot sign: incorrect passphrase") as refused:
         store_signer(keys, LogReporter())
     assert str(refused.value.fix).startswith("Load the key into ssh-agent (ssh-add)")
-    monkeypatch.setenv("TUNEWRIGHT_KEY_PASSPHRASE_FILE", "phrase")
-    with pytest.raises(UserError) as refused:
-        store_signer(keys, LogReporter())
-    assert str(refused.value.fix).startswith("TUNEWRIGHT_KEY_PASSPHRASE is no longer read.")
 
 
 def test_passphrase_comes_from_a_program(

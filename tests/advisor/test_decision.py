@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from making.signals import arm, break_even, curve, doubling, gain, make_signals
 from tunewright.advisor.advice import changes, expectations, measured
-from tunewright.advisor.signals import Grounds, Signals, decide, load_signals
+from tunewright.advisor.signals import Grounds, Signals, decide
 from tunewright.evidence.common import Interval
 from tunewright.evidence.incumbents import Drop
 from tunewright.evidence.schema import FreeArms
@@ -240,15 +239,6 @@ def test_few_pairs_get_a_warning() -> None:
     assert expectations(make_signals(pairs=500)) == []
     message = " ".join(expectations(make_signals(pairs=499)))
     assert "499 pairs" in message and "8.0 points" in message and "crossval" in message
-
-
-def test_advice_of_schema_1_opens_without_its_specificity(tmp_path: Path) -> None:
-    now = make_signals()
-    fertility = {"domain": 4.0, "generic": None, "ratio": None, "interval": None, "samples": 0}
-    former = {"schema_version": 1, "specificity": {"fertility": fertility, "surprise": [], "format": None}}
-    file = tmp_path / "advice.json"
-    file.write_text(json.dumps({**now.model_dump(mode="json"), **former}))
-    assert load_signals(file) == now.model_copy(update={"schema_version": 1})
 
 
 def test_stored_advice_is_decided_without_torch(tmp_path: Path) -> None:

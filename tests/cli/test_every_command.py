@@ -205,12 +205,9 @@ def test_option_that_a_command_would_ignore_or_cannot_use_is_refused_by_name(
         ("init {} --example legal-citations --data x", "--data"),
         ("init {} --example legal-citations --name x", "--name"),
         ("init {} --example recipes", "legal-citations"),
-        ("keys create ann", "ssh-keygen -t ed25519"),
-        ("keys passphrase ann", "ssh-keygen -p -f FILE"),
-        ("keys show ann", "FILE.pub"),
     ],
 )
-def test_init_without_an_example_and_former_commands_name_what_to_do(line: str, named: str, tmp_path: Path) -> None:
+def test_init_without_an_example_names_what_to_do(line: str, named: str, tmp_path: Path) -> None:
     ran = tunewright(*shlex.split(line.format(tmp_path / "p")))
     assert (ran.code, named in " ".join(ran.stderr.replace("│", " ").split())) == (2, True), ran.stderr
     assert list(tmp_path.iterdir()) == []

@@ -208,17 +208,6 @@ def test_repeated_metric_is_refused(tmp_path: Path) -> None:
         _load(tmp_path, "evaluate:\n  metric: bleu\n  extra_metrics: [chrf, bleu]\n")
 
 
-@pytest.mark.parametrize("key", ["replicas", "max_replicas", "target_ttft_s", "adapters_per_replica"])
-def test_removed_key_is_refused_with_its_replacement(key: str, tmp_path: Path) -> None:
-    file = tmp_path / "tunewright.yaml"
-    file.write_text(f"serve:\n  {key}: 4\n")
-    with pytest.raises(UserError) as raised:
-        load_config(file)
-    assert raised.value.where == f"{file}:2"
-    assert f"serve.{key} was removed" in raised.value.what
-    assert "unknown" not in raised.value.what
-
-
 @pytest.mark.parametrize(
     "address",
     [

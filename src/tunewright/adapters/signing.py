@@ -73,8 +73,6 @@ class SigningKey:
         said = ran.stderr.replace("Signing data on standard input", "").split("\n")
         reason = next((line.strip().rpartition('": ')[2] for line in reversed(said) if line.strip()), "no reason given")
         fix = "Load the key into ssh-agent (ssh-add), or let SSH_ASKPASS name a program that prints its passphrase."
-        if any(name.startswith("TUNEWRIGHT_KEY_PASSPHRASE") for name in os.environ):
-            fix = f"TUNEWRIGHT_KEY_PASSPHRASE is no longer read. {fix}"
         raise UserError(f"Your key {self.name} cannot sign: {reason}", where=str(self.file), fix=fix)
 
 

@@ -95,14 +95,12 @@ class Adviser:
     def advise(self) -> tuple[Path, Signals, bool]:
         """Return the signals with their file, and whether they were measured now; a stopped call resumes."""
         prompting = advise(self.arm_runner, time_limit(self.arm_runner, self._minutes, pilots=len(self.parts)))
-        # Advice of schema 1 named a signal more here; without it, stored advice would not be found.
-        unmeasured = {} if self.config.regressions.samples else {"generic text": "regressions.samples is 0"}
         decides = {
             "prompting": prompting.file.name,
             "pilots": [
                 training_inputs(self.project, part, self.generator.base, self.generator.chat) for part in self.parts
             ],
-            "left_out": self.left_out | unmeasured,
+            "left_out": self.left_out,
             "advise": self.config.advise.model_dump(mode="json"),
             "margin": self.config.evaluate.margin,
         }

@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
@@ -207,7 +207,7 @@ class TuningGain(Part):
 class Signals(Part):
     """All measured signals; ``advice/ID.json``."""
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     id: Annotated[str, Field(description="12 hex digits of a digest of everything that determines the measurement.")]
     project: str
     metric: Annotated[MetricName, Field(description="The config's first metric, which decides.")]
@@ -229,14 +229,6 @@ class Signals(Part):
     left_out: Annotated[dict[str, str], Field(description="Signal name to the reason why it was not measured.")]
     lineage: dict[str, Any]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_specificity(cls, values: Any) -> Any:
-        """Leave out a signal of schema 1 that decided nothing."""
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if name != "specificity"}
-
 
 def load_signals(file: Path) -> Signals:
     """Load ``advice/ID.json``."""
@@ -245,7 +237,7 @@ def load_signals(file: Path) -> Signals:
     except ValidationError as error:
         first = " ".join(str(error).splitlines()[:3])
         fix = "Remove it; `tunewright advise` measures it again."
-        raise UserError(f"Not advice of schema 1 or {SCHEMA_VERSION}: {first}", where=str(file), fix=fix) from None
+        raise UserError(f"Not advice of schema {SCHEMA_VERSION}: {first}", where=str(file), fix=fix) from None
 
 
 def find_advice(folder: Path, name: str | Path) -> Path:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 from rich.tree import Tree
-from typer._click.exceptions import UsageError
-from typer.core import TyperGroup
 
 from tunewright.adapters.foreign import ImportOptions
 from tunewright.cli.app import DEPLOY, TRAIN, Adapter, command, group
@@ -226,24 +224,7 @@ def row_lines(trace: Trace) -> str:
     return "".join(lines)
 
 
-REMOVED: Final = {
-    "create": "`ssh-keygen -t ed25519` creates a key, and `tunewright keys trust ~/.ssh/id_ed25519.pub` trusts it.",
-    "passphrase": "`ssh-keygen -p -f FILE` changes a passphrase.",
-    "show": "The file FILE.pub is the public half of a key, and `ssh-keygen -y -f FILE` prints it.",
-}
-"""Former commands, and what does their work."""
-
-
-class _Keys(TyperGroup):
-    """The group's commands; a former command is refused, and the error names its replacement."""
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in REMOVED:
-            raise UsageError(f"`keys {cmd_name}` was removed. {REMOVED[cmd_name]}", ctx)
-        return super().get_command(ctx, cmd_name)
-
-
-keys_app = group("keys", DEPLOY, "List, trust and revoke the keys that sign adapters.", cls=_Keys)
+keys_app = group("keys", DEPLOY, "List, trust and revoke the keys that sign adapters.")
 
 
 @command(keys_app, "list", example="tunewright keys list")

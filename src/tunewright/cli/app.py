@@ -145,11 +145,9 @@ def _root(
     pass
 
 
-def group(
-    name: str, panel: str, text: str, *, within: typer.Typer = app, cls: type[TyperGroup] = TyperGroup
-) -> typer.Typer:
+def group(name: str, panel: str, text: str, *, within: typer.Typer = app) -> typer.Typer:
     """Return a new group of commands."""
-    made = typer.Typer(cls=cls, help=text, no_args_is_help=True)
+    made = typer.Typer(help=text, no_args_is_help=True)
     within.add_typer(made, name=name, rich_help_panel=panel)
     return made
 

@@ -24,14 +24,6 @@ _MAX_DIGITS = 400
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
-_ENGINES = "start each engine with `tunewright engine serve` and list their addresses in serve.engines"
-_REMOVED = {
-    "serve.replicas": _ENGINES,
-    "serve.max_replicas": f"{_ENGINES}; Kubernetes, KEDA or systemd start more of them",
-    "serve.target_ttft_s": "scale engines by tunewright_queued_requests, as the chart's server.autoscaling does",
-    "serve.adapters_per_replica": "an engine holds all released adapters; serve others by further gateways",
-}
-
 _Location = tuple[str | int, ...]
 
 
@@ -199,8 +191,6 @@ def _fault(error: ErrorDetails) -> str:
     location = _keys(error["loc"])
     key = ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
-        if key in _REMOVED:
-            return f"{key} was removed: {_REMOVED[key]}"
         *parents, unknown = map(str, location)
         section = _model_at(parents)
         known = [field.alias or name for name, field in section.model_fields.items()] if section else []
