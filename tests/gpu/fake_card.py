@@ -27,8 +27,9 @@ _TORCH = str(Path(torch.__file__).parent)
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for the whole process: tensors of two modes do not mix."""
 
-# Operations that only look at a tensor's memory in another way.
-_VIEWS = {
+# Operations that only look at a tensor's memory in another way, or allocate it.
+_WITHOUT_KERNEL = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
     "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias",
     "permute", "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "lift_fresh", "view_as",
 }  # fmt: skip
@@ -145,11 +146,15 @@ class FakeCard(TorchDispatchMode):
             out = func(*args, **kwargs)
         for each in _tensors((out,)):
             self._see(each, name)
-        if name not in _VIEWS:
+        if name not in _WITHOUT_KERNEL:
             self.launches[name, out.dtype if isinstance(out, Tensor) else None] += 1
+            self.record(func, (*args, *kwargs.values()), out)
         if name == "_varlen_attn_backward":
             self._reach(self.now + _flash_workspace(args), name)
         return out
+
+    def record(self, func: Any, inputs: tuple[Any, ...], out: Any) -> None:
+        """Take note of one launch; for subclasses."""
 
     def _read(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy from the card: ones."""
@@ -264,6 +269,8 @@ def pretend() -> None:
     for name, answer in answers.items():
         setattr(cuda, name, _answering(answer))
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
+    # Clipping launches one kernel for many gradients, but only for types listed here.
+    torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     cuda._initialized = True
     cuda._lazy_init = _answering(None)
     cuda.amp.common.amp_definitely_not_available = _answering(False)

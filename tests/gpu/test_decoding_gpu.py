@@ -62,7 +62,7 @@ def _loras(model: Any) -> dict[str, Any]:
     }
 
 
-def _decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = False, **how: Any) -> dict[str, _Pass]:
+def decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = False, **how: Any) -> dict[str, _Pass]:
     """Read ragged prompts in two pieces and decode tokens, with these rows' adapters; a prefix is shared by some."""
     from fake_card import FakeCard
     from fake_models import SHAPES, build
@@ -104,7 +104,7 @@ MIXES: dict[str, tuple[list[str | None], int]] = {
 @pytest.mark.parametrize("mix", MIXES)
 def test_decoding_an_8b_takes_a_bounded_number_of_launches_copies_and_syncs(card: CardProcess, mix: str) -> None:
     names, a_layer = MIXES[mix]
-    seen = card.run(_decode, names)
+    seen = card.run(decode, names)
     assert seen["token"].launches <= LAYERS * a_layer + AROUND
     for each in seen.values():
         assert each.in_layers == []
@@ -116,16 +116,16 @@ def test_decoding_an_8b_takes_a_bounded_number_of_launches_copies_and_syncs(card
 
 
 def test_sampling_on_the_gpu_adds_one_copy_and_no_sync(card: CardProcess) -> None:
-    greedy = card.run(_decode, ["a"] * 4, 2)
+    greedy = card.run(decode, ["a"] * 4, 2)
     for top_p in (1.0, 0.9):
-        sampled = card.run(_decode, ["a"] * 4, 2, temperature=0.7, seed=1, top_p=top_p)
+        sampled = card.run(decode, ["a"] * 4, 2, temperature=0.7, seed=1, top_p=top_p)
         assert len(sampled["token"].copies) == len(greedy["token"].copies) + 1
         assert len(sampled["token"].syncs) == len(greedy["token"].syncs) == 1
         assert sampled["token"].launches - greedy["token"].launches <= 40
 
 
 def test_decoding_with_a_sliding_window_stays_on_the_gpu(card: CardProcess) -> None:
-    seen = card.run(_decode, ["a", None, "b"], 2, True)
+    seen = card.run(decode, ["a", None, "b"], 2, True)
     assert all(each.in_layers == [] for each in seen.values())
     assert (len(seen["token"].copies), len(seen["token"].syncs)) == (1, 1)
 
