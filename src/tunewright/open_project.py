@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.config import PROJECT_NAME
 from tunewright.config.io import write_config
-from tunewright.config.project import CONFIG_FILE, OpenFolder, ProjectFolder, create_project
+from tunewright.config.project import CONFIG_FILE, OpenFolder, ProjectFolder, create_project, require_absent
 from tunewright.core.errors import UserError
 from tunewright.core.workers import Workers
 from tunewright.models.bases import Base, resolve_base
@@ -45,6 +45,24 @@ class OpenProject(OpenFolder):
         return open_workers(self.folder.config, self.reporter)
 
 
+def project_name(root: Path) -> str:
+    """Return a valid project name that resembles the folder's name."""
+    name = re.sub("[^a-z0-9]+", "-", root.resolve().name.lower()).strip("-")
+    return name[:40] or "my-model"
+
+
+def check_new_project(root: Path, name: str | None, base_model: str | None) -> None:
+    """Check the arguments of :func:`new_project` before other work."""
+    if name is not None and not re.fullmatch(PROJECT_NAME, name):
+        fix = "Use at most 40 lower-case letters, digits and hyphens, such as customer-support."
+        raise UserError(f"Invalid project name {name!r}", where="name", fix=fix)
+    if base_model is not None:
+        from tunewright.models.bases import check_spec
+
+        check_spec(base_model, root)
+    require_absent(root, [CONFIG_FILE])
+
+
 def new_project(
     root: Path,
     *,
@@ -56,7 +74,7 @@ def new_project(
 
     Args:
         root: the project's folder, created if it is missing.
-        name: the project's name (None: the config's default).
+        name: the project's name (None: like the folder's).
         base_model: a folder, a hub id or the bundled base (None: the config's default, unchecked). A hub id is only
             checked by its form; nothing is downloaded.
         sections: values of further sections, such as data and evaluate.
@@ -64,15 +82,10 @@ def new_project(
     Raises:
         UserError: an invalid name, an unusable base, or the folder has a config.
     """
-    if name is not None and not re.fullmatch(PROJECT_NAME, name):
-        fix = "Use at most 40 lower-case letters, digits and hyphens, such as customer-support."
-        raise UserError(f"Invalid project name {name!r}", where="name", fix=fix)
+    check_new_project(root, name, base_model)
+    values: dict[str, Any] = {"name": name or project_name(root), **sections}
     if base_model is not None:
-        from tunewright.models.bases import check_spec
-
-        check_spec(base_model, root)
-    given = {"name": name, "base_model": base_model}
-    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None} | dict(sections)
+        values["base_model"] = base_model
     if base_model == f"bundled:{BUNDLED}":
         values["train"] = BUNDLED_TRAINING
     return create_project(root, {CONFIG_FILE: write_config(values)})

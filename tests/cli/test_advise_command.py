@@ -35,6 +35,13 @@ def test_advise_reports_three_signals_and_exits_with_its_answer(advised: Advised
     assert "300 pairs, fewer than 500" in document["expect"][0]
 
 
+def test_no_command_names_the_advice(advised: Advised, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, ran = advised
+    monkeypatch.chdir(project)
+    shown = tunewright().stdout
+    assert f"  Advise    {ran.document['answer']}" in shown and ran.document["why"] in shown
+
+
 def test_advise_stores_pilots_outside_the_adapters_folder(advised: Advised) -> None:
     project, ran = advised
     assert list_adapters(project / "adapters") == []

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,9 @@ import yaml
 import tunewright as tunewright_package
 from making.command_line import tiny_project, tunewright, write_jsonl
 from making.terminal import Terminal
-from making.training_runs import Heard
+from making.training_runs import Heard, training_project
+from tunewright.core.errors import UserError
+from tunewright.core.locks import locked_folder
 from tunewright.serving.options import ServeOptions
 
 
@@ -181,7 +184,7 @@ def test_init_asks_for_file_columns_and_task_on_a_terminal(tmp_path: Path, monke
     ):
         terminal.wait_for(shown)
         os.write(terminal.handle, f"{typed}\n".encode())
-    terminal.wait_for("cd my-model && tunewright run")
+    terminal.wait_for("cd my-model && tunewright data add")
     assert terminal.code() == 0
     config = config_of(tmp_path / "my-model")
     source = str(tmp_path / "tickets.csv")
@@ -200,13 +203,42 @@ def test_init_decides_later_and_writes_nothing_when_the_input_ends(
     terminal = Terminal("init", "later")
     terminal.wait_for("later")
     os.write(terminal.handle, b"\n")
-    assert (terminal.code(), list(config_of(Path("later")))) == (0, [])
+    assert (terminal.code(), config_of(Path("later"))) == (0, {"name": "later"})
 
 
 def test_init_asks_nothing_without_an_open_input(tmp_path: Path) -> None:
     program = f"exec '{sys.executable}' -m tunewright init '{tmp_path / 'p'}' <&-"
     ran = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr, (tmp_path / "p" / "tunewright.yaml").exists()) == (0, "", True)
+
+
+def test_init_takes_the_folders_name_and_names_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Ärzte & Ämter").mkdir()
+    monkeypatch.chdir(tmp_path / "Ärzte & Ämter")
+    ran = tunewright("init")
+    assert "Name: rzte-mter, from the folder (--name chooses another)\n" in ran.stdout
+    assert "Base model: bundled:smollm2-135m-instruct (base_model in tunewright.yaml names another" in ran.stdout
+    assert "Next: name your files under data.sources in tunewright.yaml, then: tunewright run\n" in ran.stdout
+    monkeypatch.chdir(tmp_path)
+    ran = tunewright("init", "long" * 20, "--json")
+    assert ran.document["name"] == ("long" * 10)
+    assert tunewright("config", "show", "-p", "long" * 20).code == 0
+
+
+def test_init_names_what_works_for_a_set_that_is_too_small_to_train_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input": f"parcel {n}", "output": "ab"[n % 2]} for n in range(40)]
+    ran = tunewright("init", "small", "--data", as_csv(Path("a.csv"), rows))
+    assert "About 32 training pairs, and training requires 50" in ran.stdout
+    assert ran.stdout.endswith("Next: cd small && tunewright data add ../a.csv && tunewright advise\n")
+
+
+def test_init_refuses_a_name_before_it_reads_data(tmp_path: Path) -> None:
+    ran = tunewright("init", tmp_path / "p", "--data", FILES["labels"](tmp_path), "--name", "Not a name")
+    assert (ran.code, "CSV" in ran.stderr, (tmp_path / "p").exists()) == (2, False, False)
+    assert "Invalid project name 'Not a name'" in ran.stderr
 
 
 def test_init_reads_no_data_for_a_folder_that_has_a_project(tmp_path: Path) -> None:
@@ -219,7 +251,7 @@ def test_init_reads_no_data_for_a_folder_that_has_a_project(tmp_path: Path) -> N
 def test_no_command_names_three_ways_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran = tunewright()
-    assert ran.code == 2
+    assert ran.code == 0
     for command in ("tunewright demo", "tunewright init my-model", "tunewright studio", "tunewright --help"):
         assert command in ran.stdout
     assert list(tmp_path.iterdir()) == []
@@ -237,12 +269,35 @@ def test_no_command_in_a_project_names_its_state_and_the_next_command(
         "import sys; from tunewright.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr) == (2, "")
+    assert (ran.returncode, ran.stderr) == (0, "")
     assert "60 rows: 48 train, 6 dev, 6 test" in ran.stdout
-    assert "Next: tunewright data review, or without a review tunewright train\n" in ran.stdout
+    assert "48 training pairs, and training requires 50" in ran.stdout
+    assert "Next: tunewright data review, or without a review tunewright advise\n" in ran.stdout
+    more = as_csv(tmp_path / "b.csv", [{"utterance": f"{n} more of it", "intent": "more"} for n in NUMBERS])
+    assert tunewright("data", "add", more).code == 0
+    assert "Next: tunewright data review, or without a review tunewright run\n" in tunewright().stdout
     (tmp_path / "tunewright.yaml").write_text("nmae: x\n")
     broken = tunewright()
     assert (broken.code, broken.stdout, "nmae" in broken.stderr) == (2, "", True)
+
+
+@pytest.mark.slow
+def test_no_command_names_a_training_and_the_command_that_resumes_it(
+    tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = training_project(tmp_path / "p", tiny_base_folder, Heard(after=3))
+    with pytest.raises(KeyboardInterrupt):
+        project.train()
+    monkeypatch.chdir(tmp_path / "p")
+    assert re.search(r"Training stopped after step [234]: tunewright train\n", tunewright().stdout)
+    assert "Next: tunewright train, which resumes it" in tunewright().stdout
+    (work,) = (tmp_path / "p" / ".tunewright" / "training").iterdir()
+    with locked_folder(work, UserError("busy")):  # as a training does
+        shown = tunewright().stdout
+    assert "Training in progress after step " in shown and "Next" not in shown
+    training_project(tmp_path / "p", tiny_base_folder, Heard()).train()
+    assert "1 adapter, 1 trained on the current version" in tunewright().stdout
+    assert "Next: tunewright run\n" in tunewright().stdout
 
 
 def test_serve_without_an_adapter_says_that_only_the_base_is_served(tiny_base_folder: Path, tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import tunewright
 from making.wheel_index import CONTENT, MEMBER, TINY, WHEEL, Index, build_wheel, wheel_index
 from tunewright.core.errors import UserError
 from tunewright.core.packages import COURTS, PUBLIC_INDEX, SMOLLM2, has_member, open_member, package_index
@@ -372,3 +377,35 @@ def test_pins_are_those_of_the_environments_that_are_built() -> None:
     for package, places in ((COURTS, texts[:1]), (SMOLLM2, texts[1:])):
         for text in places:
             assert re.findall(rf"{package.name}==([\w.]+)", text) == [package.version]
+
+
+def _install_command(environment: Path, arguments: str) -> str:
+    """Return the command in a virtual environment of its own, as the program of that environment would print it."""
+    path = os.pathsep.join([str(Path(tunewright.__file__).parents[1]), *filter(None, sys.path)])
+    program = f"from tunewright.core.installation import install_command; print(install_command({arguments}))"
+    return subprocess.run(
+        [environment / "bin" / "python", "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def test_install_command_fits_the_program_that_installed_tunewright(tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    receipt, metadata = environment / "uv-receipt.toml", environment / "pipx_metadata.json"
+    receipt.write_text(
+        '[tool]\nrequirements = [\n    { name = "tunewright", extras = ["train"], path = "/w/tunewright.whl" },\n'
+        '    { name = "wandb", specifier = ">=0.20" },\n]\n'
+    )
+    extra, package = "'gguf'", "packages=['mlflow']"
+    assert _install_command(environment, extra) == "uv tool install 'tunewright[train,gguf]' --with 'wandb>=0.20'"
+    assert _install_command(environment, package) == (
+        "uv tool install 'tunewright[train]' --with mlflow --with 'wandb>=0.20'"
+    )
+    receipt.unlink()
+    metadata.write_text(json.dumps({"main_package": {"package_or_url": "/w/tunewright.whl[train]"}}))
+    assert _install_command(environment, extra) == "pipx inject tunewright 'tunewright[train,gguf]'"
+    assert _install_command(environment, package) == "pipx inject tunewright mlflow"

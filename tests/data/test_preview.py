@@ -101,6 +101,15 @@ def test_preview_includes_the_error_for_too_few_rows(tmp_path: Path) -> None:
     assert "in 3 clusters" in found.refusals[0].what
 
 
+def test_fault_of_a_table_names_line_and_column(tmp_path: Path) -> None:
+    project, bad = new_project(tmp_path / "p"), tmp_path / "bad.csv"
+    bad.write_text("prompt,completion\n" + "".join(f"{row['prompt']},yes\n" for row in _rows(30)) + ",no\n")
+    reported = tunewright("data", "check", bad, "-p", project.root)
+    assert f"{bad}:32: an empty user turn [E401, column prompt]\n" in reported.stdout
+    (fault,) = tunewright("data", "check", bad, "-p", project.root, "--json").document["faults"]
+    assert (fault["line"], fault["column"], fault["path"]) == (32, "prompt", "$.prompt")
+
+
 def test_check_command_prints_causes_and_splits_with_the_exit_code_of_add(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     bad = write_rows(tmp_path / "bad.jsonl", [*_rows(30), *[{"promt": "a", "completion": "b"}] * 5])
@@ -115,7 +124,8 @@ def test_check_command_prints_causes_and_splits_with_the_exit_code_of_add(tmp_pa
     assert [split["rows"] for split in document["effect"]["splits"]] == [24, 3, 3]
     good = write_rows(tmp_path / "good.jsonl", _rows(30))
     reported = tunewright("data", "check", good, "-p", project.root)
-    assert (reported.code, "would add these files" in reported.stderr + reported.stdout) == (0, True)
+    assert reported.code == 0
+    assert "30 examples in 1 file\nnew 30\n" in reported.stdout and "would add these files" in reported.stdout
     assert not project.dataset.exists()
 
 

@@ -127,5 +127,5 @@ def test_lm_eval_task_names_the_missing_package_before_measuring(
     monkeypatch.setattr(suites, "find_spec", lambda _name: None)
     ran = command("regressions", "-p", project.folder.root)
     assert ran.code == 2
-    assert "pip install 'lm-eval[hf]'" in ran.stderr
+    assert "pip install 'tunewright[lm-eval]'" in ran.stderr
     assert "Loading" not in ran.stderr

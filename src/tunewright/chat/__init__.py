@@ -15,6 +15,7 @@ from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind, Too
 from tunewright.chat.tool_form import rendered_calls
 from tunewright.config import ChatConfig, DataConfig
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data.examples import Message
 from tunewright.data.readers.row_errors import RowError
@@ -138,7 +139,8 @@ def _mistral_common_template(base: Base, settings: ChatConfig) -> str:
         raise UserError(
             f"{TEKKEN} has no chat template, and mistral-common, which generates one, is not installed",
             where=str(base.folder),
-            fix="pip install 'mistral-common>=1.13', or add the model's chat_template.jinja to the folder.",
+            fix=f"{install_command(packages=['mistral-common>=1.13'])}, or add the model's chat_template.jinja to the "
+            "folder.",
         ) from None
     try:
         return convert_tokenizer_to_chat_template(base.folder / TEKKEN)

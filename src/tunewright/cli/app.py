@@ -18,7 +18,7 @@ from typer._click.globals import get_current_context
 from typer.core import TyperGroup
 
 from tunewright._version import __version__
-from tunewright.cli.console import NOTHING_KEPT, USER_ERROR, session
+from tunewright.cli.console import NOTHING_KEPT, session
 from tunewright.cli.start import begin
 from tunewright.core.errors import UserError
 from tunewright.core.options import Option
@@ -80,7 +80,7 @@ class _InPanels(TyperGroup):
         if not args and not ctx.resilient_parsing:
             with session(as_json=False) as current:
                 begin(current)
-            ctx.exit(USER_ERROR)  # no command was named
+            ctx.exit()
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

@@ -179,18 +179,21 @@ def preview_text(preview: Preview) -> str:
 
 
 def _effect_lines(effect: Effect, ok: bool) -> list[str]:
+    counts = {
+        "near-duplicates with the same output": effect.near_kept,
+        "known before": effect.known,
+        "replacing": effect.replaced,
+        "left out as exact duplicates": effect.exact_duplicates,
+        "left out as near-duplicates": effect.near_dropped,
+        "removed earlier": effect.removed,
+        "superseded earlier": effect.superseded,
+        "inputs with different outputs": effect.conflicts,
+        "training rows that hold a test or benchmark item": effect.contaminated,
+        "rows near a held-out row of another split": effect.overlapping,
+        "rows that change their split": effect.moved,
+    }
     of = "" if ok else "Of the rows without faults: "
-    lines = [
-        f"{of}new {effect.added:,} (near-duplicates with the same output {effect.near_kept:,}), "
-        f"known before {effect.known:,}, replacing {effect.replaced:,}; "
-        f"left out: exact duplicates {effect.exact_duplicates:,}, "
-        f"near-duplicates {effect.near_dropped:,}, removed earlier {effect.removed:,}, "
-        f"superseded earlier {effect.superseded:,}; "
-        f"inputs with different outputs {effect.conflicts:,}; "
-        f"training rows that hold a test or benchmark item {effect.contaminated:,}; "
-        f"rows near a held-out row of another split {effect.overlapping:,}; "
-        f"rows that change their split {effect.moved:,}",
-    ]
+    lines = [", ".join([f"{of}new {effect.added:,}", *(f"{what} {n:,}" for what, n in counts.items() if n)])]
     for size in effect.splits:
         rows = "row" if size.rows == 1 else "rows"
         lines.append(

@@ -16,13 +16,14 @@ from tunewright._version import __version__
 from tunewright.cli.app import PROJECT, app, command
 from tunewright.cli.console import FAILED, Session
 from tunewright.core.errors import TRAIN_PACKAGES
+from tunewright.core.installation import install_command
 from tunewright.render.blocks import Cell, ToneOfResult, table, words
 
 State = Literal["ok", "missing", "warning", "problem"]
 
 HUB_TIMEOUT_S = 3.0
 _NAMED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
-_TRAIN = "pip install 'tunewright[train]'"
+_TRAIN = install_command("train")
 _LEAST_FREE_GB = 1.0
 """Free disk space; with less, training stops at its first checkpoint."""
 _LITTLE_FREE_GB = 10.0
@@ -87,7 +88,7 @@ def _versions(_folder: Path) -> Iterator[Check]:
             if name in TRAIN_PACKAGES:
                 yield Check("versions", name, "missing", "not installed: training, evaluation, engines", _TRAIN)
             else:
-                yield Check("versions", name, "problem", "not installed", f"pip install {name}")
+                yield Check("versions", name, "problem", "not installed", install_command(packages=[name]))
     yield from _unmet()
 
 
@@ -117,10 +118,14 @@ def _unmet() -> Iterator[Check]:
             part.contains(version, prereleases=True) for part in each.specifier if part.operator != "<"
         ):
             found = f"not tested with {each.name} {version}, only with {each.specifier}"
-            yield Check("versions", each.name, "warning", found, f"pip install '{each.name}{each.specifier}'")
+            yield Check(
+                "versions", each.name, "warning", found, install_command(packages=[f"{each.name}{each.specifier}"])
+            )
         elif version is not None or each.name not in _NAMED:
             found = f"{version or 'not installed'}; {each.specifier} is needed"
-            yield Check("versions", each.name, "problem", found, f"pip install '{each.name}{each.specifier}'")
+            yield Check(
+                "versions", each.name, "problem", found, install_command(packages=[f"{each.name}{each.specifier}"])
+            )
     if met == total:
         yield Check("versions", "dependencies", "ok", f"all {met} installed")
 
@@ -134,7 +139,7 @@ def _devices(_folder: Path) -> Iterator[Check]:
             yield Check("devices", "CPU", "ok", f"{cores}; without torch nothing is computed on them")
             return
         found = f"torch cannot be imported: {str(error).splitlines()[0]}"
-        yield Check("devices", "torch", "problem", found, "pip install --force-reinstall torch")
+        yield Check("devices", "torch", "problem", found, install_command(packages=["torch"], again=True))
         return
     yield Check(
         "devices",
@@ -154,7 +159,7 @@ def _devices(_folder: Path) -> Iterator[Check]:
         yield Check("devices", "GPU", "missing", "no NVIDIA GPU; training and serving use the CPU")
     elif torch.version.cuda is None:
         found = f"there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
-        yield Check("devices", "GPU", "warning", found, "pip install --force-reinstall torch")
+        yield Check("devices", "GPU", "warning", found, install_command(packages=["torch"], again=True))
     else:
         found = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU through the installed driver"
         yield Check("devices", "GPU", "warning", found, "nvidia-smi")
@@ -248,7 +253,7 @@ def _engines_and_extras(_folder: Path) -> Iterator[Check]:
 
 def _optional(area: str, extra: str, package: str, module: str, needed_by: str) -> Check:
     if util.find_spec(module) is None:
-        return Check(area, extra, "missing", f"not installed: {needed_by}", f"pip install 'tunewright[{extra}]'")
+        return Check(area, extra, "missing", f"not installed: {needed_by}", install_command(extra))
     return Check(area, extra, "ok", f"{package} {metadata.version(package)}")
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunewright.cli.app import PROJECT, app, command, group
+from tunewright.cli.app import PROJECT, app, command, given_options, group
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data_review import interactive
 from tunewright.cli.evaluate import verdict_text
-from tunewright.cli.start import ask, look_at
+from tunewright.cli.start import ADD_FILES, ask, look_at
 from tunewright.core.errors import UserError
 from tunewright.core.options import TaskName
 from tunewright.core.text import count_of
@@ -36,7 +36,15 @@ _DEMO_STAGES = _STAGES | {"advise": 2.8, "train": 3.5, "evaluate": 3.5, "answers
 """Stages of `demo` with its quick settings, in minutes of processor time on one thread."""
 
 
-@command(app, "init", panel=PROJECT, example="tunewright init my-model --data tickets.csv", status=False, project=False)
+@command(
+    app,
+    "init",
+    panel=PROJECT,
+    options=ColumnMapping,
+    example="tunewright init my-model --data tickets.csv",
+    status=False,
+    project=False,
+)
 def init(
     run: Session,
     directory: Annotated[Path, typer.Argument(help="Folder of the new project.")] = Path(),
@@ -53,20 +61,8 @@ def init(
     task: Annotated[
         TaskName | None, typer.Option(help="Task, which decides the metric.", show_default="from the answers' shape")
     ] = None,
-    input_column: Annotated[
-        str | None,
-        typer.Option("--input", help="Column, key or template of the input.", show_default="from the columns' names"),
-    ] = None,
-    output_column: Annotated[
-        str | None,
-        typer.Option("--output", help="Column, key or template of the output.", show_default="from the columns' names"),
-    ] = None,
-    rows: Annotated[str | None, typer.Option(help="JMESPath to the rows in a JSON document.")] = None,
-    sheet: Annotated[str | None, typer.Option(help="Sheet of an .xlsx workbook.")] = None,
-    header_row: Annotated[
-        int | None, typer.Option(help="Line or row of a table's header, if titles are above it.", min=1)
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="The project's name.", show_default="my-model")] = None,
+    options: ColumnMapping = ColumnMapping(),
+    name: Annotated[str | None, typer.Option(help="The project's name.", show_default="from the folder's name")] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -79,12 +75,12 @@ def init(
     On a terminal and without options it asks for the file and the task.
     """
     from tunewright.config.project import CONFIG_FILE, create_project
+    from tunewright.data.splits import too_few
     from tunewright.examples import example_files
-    from tunewright.open_project import new_project
+    from tunewright.open_project import check_new_project, new_project
 
-    document: dict[str, Any]
-    mapping = ColumnMapping(rows, sheet, input_column, output_column, header_row)
-    given = [f"--{key.replace('_', '-')}" for key in mapping.given] + ["--task"] * (task is not None)
+    there = "" if directory.resolve() == Path().resolve() else f"cd {shlex.quote(str(directory))} && "
+    given = given_options(options) + ["--task"] * (task is not None)
     if given and data is None:
         raise UserError(f"{given[0]} requires --data")
     given += [f"--{key}" for key, value in {"name": name, "base": base}.items() if value is not None]
@@ -92,26 +88,36 @@ def init(
         if given:
             raise UserError(f"{given[0]} and --example are mutually exclusive")
         files = example_files(example, None if data is None else Path(data), run.reporter)
-        create_project(directory, files)
-        document, text = {"files": sorted(files)}, "Next: tunewright run"
+        project, lines, next_command = create_project(directory, files), list[str](), "tunewright run"
+        document: dict[str, Any] = {"project": str(directory), "files": sorted(files)}
     else:
-        new = not (directory / CONFIG_FILE).exists()
-        found = look_at(run, data, mapping) if new and data is not None else None
+        check_new_project(directory, name, base)
+        found = look_at(run, data, options) if data is not None else None
         if found and task:
             found = replace(found, name=task, because="--task")
-        if new and data is None and not given and not run.as_json and interactive():
+        if data is None and not given and not run.as_json and interactive():
             found = ask(run)
-        new_project(directory, name=name, base_model=base, sections=found.sections(directory) if found else {})
-        document, text = {"files": [CONFIG_FILE]}, "Next: edit it, then run `tunewright data add FILE`"
+        sections = found.sections(directory) if found else {}
+        project = new_project(directory, name=name, base_model=base, sections=sections)
+        document, lines = {"project": str(directory), "files": [CONFIG_FILE]}, []
+        next_command = "tunewright run" if found else ADD_FILES
         if found:
             document |= {"task": found.name, **found.columns, "metric": found.task.metric}
-            here = directory.resolve() == Path().resolve()
-            text = (
-                f"Task: {found.name} ({found.because})\nMetric: {json.dumps(found.task.metric)} ({found.task.why})\n"
-                f"Next: {'' if here else f'cd {shlex.quote(str(directory))} && '}tunewright run"
-            )
-    written = f"Wrote {', '.join(document['files'])} in {directory.resolve()}"
-    run.show({"project": str(directory), **document}, f"{written}\n{text}")
+            lines.append(f"Task: {found.name} ({found.because})")
+            lines.append(f"Metric: {json.dumps(found.task.metric)} ({found.task.why})")
+            data_config = project.config.data
+            training = round(found.rows * (1 - data_config.val_size - data_config.test_size))
+            if few := too_few(training):
+                lines.append(f"About {few}")
+                next_command = f"tunewright data add {shlex.quote(sections['data']['sources'][0])} && tunewright advise"
+    config = project.config
+    document |= {"name": config.name, "base_model": config.base_model}
+    written = [
+        f"Wrote {', '.join(document['files'])} in {directory.resolve()}",
+        f"Name: {config.name}{'' if name or example else ', from the folder (--name chooses another)'}",
+        f"Base model: {config.base_model} (base_model in tunewright.yaml names another: a folder or a hub id)",
+    ]
+    run.show(document, "\n".join([*written, *lines, f"Next: {there}{next_command}"]))
 
 
 config_app = group("config", PROJECT, "Show the config's resolved values and its JSON Schema.")

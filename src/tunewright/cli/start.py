@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 _WAYS = {
     "tunewright demo": "a finished example: verdict and server in 6 to 10 minutes on two cores",
-    "tunewright init my-model": "your own data: two questions, in a minute; then `tunewright run`",
+    "tunewright init my-model": "your own data: two questions, in a minute; then `cd my-model` and `tunewright run`",
     "tunewright studio": "the same in a browser, which opens in seconds",
 }
 _LATER = "later"
 _HELP = "All commands: tunewright --help"
+ADD_FILES = "name your files under data.sources in tunewright.yaml, then: tunewright run"
+"""The step after an `init` without a file."""
+_OF_RUN = ("tunewright advise", "tunewright train", "tunewright evaluate")
+"""Commands of `tunewright run`, which adds the files that the config lists."""
 
 
 def begin(run: Session) -> None:
@@ -31,7 +35,7 @@ def begin(run: Session) -> None:
     from tunewright.config.project import CONFIG_FILE
 
     if (run.folder / CONFIG_FILE).exists():
-        run.show(None, "\n".join(_standing(run)))
+        run.show(None, "\n".join([*_standing(run), _HELP]))
         return
     ways = [line for command, text in _WAYS.items() for line in (f"  {command}", f"      {text}")]
     run.show(None, "\n".join(["This folder has no project. Three ways to begin:", "", *ways, "", _HELP]))
@@ -45,13 +49,22 @@ def _standing(run: Session) -> Iterator[str]:
     found = stages(project, evaluations_of(project), project.data.version)
     yield f"{config.name}, on {config.base_model}"
     yield from (f"  {stage.name:9} {stage.text}" for stage in found)
+    training = project.runs.unfinished
+    if training is not None:
+        state, step = training.state, training.history[-1]["step"] if training.history else 0
+        yield f"Training {'in progress' if state == 'running' else state} after step {step:,}: {training.command}"
+        if state == "stopped":
+            yield f"Next: {training.command}, which resumes it if data and config have not changed"
+        return
+    commands = [stage.command for stage in found]
+    if config.data.sources and "tunewright train" in commands:
+        commands = ["tunewright run" if each in _OF_RUN else each for each in commands]
     done = [number for number, stage in enumerate(found, start=1) if stage.state == "done"]
-    ahead = [stage.command for stage in found[max(done, default=0) :] if stage.command]
+    ahead = [each for each in commands[max(done, default=0) :] if each]
     # A review can be skipped, so the command after it is named too.
     following = ahead[: 2 if ahead[:1] == [REVIEW] else 1]
     if following:
         yield "Next: " + ", or without a review ".join(following)
-    yield _HELP
 
 
 def look_at(run: Session, source: str, mapping: ColumnMapping) -> Proposal:
@@ -72,7 +85,9 @@ def ask(run: Session) -> Proposal | None:
     here = [path.name for path in Path().iterdir() if has_known_suffix(path) and path.is_file()]
     found = None
     while found is None:
-        question = "Your examples: a file, a folder or hf://datasets/NAME"
+        question = (
+            f'Your examples: a file, a folder or hf://datasets/NAME, or "{_LATER}" to name them in the config later'
+        )
         source = _answer(run, question, here[0] if len(here) == 1 else _LATER)
         if source == _LATER:
             return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tunewright.config import Config
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.progress import Reporter
 from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
 
@@ -70,7 +71,7 @@ def open_group(config: Config, reporter: Reporter) -> AbstractContextManager[Wor
 def _require_ray() -> None:
     """Check that Ray is installed, before it is imported."""
     if find_spec("ray") is None:
-        fix = "Install it on every machine: pip install 'tunewright[ray,train]'"
+        fix = f"Install it on every machine: {install_command('ray', 'train')}"
         raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
     # Read when Ray is imported: nothing is reported to anyone, and `uv run` gives workers no other environment.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

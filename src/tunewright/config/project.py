@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,15 +134,17 @@ class OpenFolder:
         self.reporter = reporter
 
 
+def require_absent(root: Path, names: Iterable[str]) -> None:
+    """Refuse a folder that has one of these files."""
+    there = [name for name in names if (root / name).exists()]
+    if there:
+        fix = "Choose another folder, or remove them first."
+        raise UserError(f"Already there: {', '.join(there)}", where=str(root), fix=fix)
+
+
 def create_project(root: Path, files: dict[str, str]) -> ProjectFolder:
     """Write a new project's files, the config among them."""
-    there = [name for name in files if (root / name).exists()]
-    if there:
-        raise UserError(
-            f"Already there: {', '.join(there)}",
-            where=str(root),
-            fix="Choose another folder, or remove them first.",
-        )
+    require_absent(root, files)
     # The config comes last: a folder without it is not a project yet, so `init` can be repeated after a crash.
     for name in sorted(files, key=lambda name: name == CONFIG_FILE):
         write_text(root / name, files[name])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunewright.core.installation import install_command
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -49,4 +51,4 @@ def missing_extra(error: Exception) -> UserError | None:
     """Return the UserError for a model package that is missing without ``[train]``; None for another error."""
     if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] not in TRAIN_PACKAGES:
         return None
-    return UserError(f"This needs {error.name}, which is not installed", fix="pip install 'tunewright[train]'")
+    return UserError(f"This needs {error.name}, which is not installed", fix=install_command("train"))

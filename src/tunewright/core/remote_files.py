@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import write_bytes
 
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile that AWS_PROFILE names"
@@ -115,8 +116,8 @@ class RemoteFiles:
         try:
             yield
         except ImportError as error:
-            extra = "pip install 'tunewright[s3]'" if self.url.startswith(("s3://", "s3a://")) else None
-            fix = f"Install it: {extra}" if extra else "Install the fsspec package for this URL."
+            s3 = self.url.startswith(("s3://", "s3a://"))
+            fix = f"Install it: {install_command('s3')}" if s3 else "Install the fsspec package for this URL."
             raise UserError(str(error), where=self.url, fix=fix) from None
         except _refused() as error:
             if isinstance(error, UserError):

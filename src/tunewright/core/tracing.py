@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright._version import __version__
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -45,7 +46,7 @@ def start() -> str | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        return f"{_first(_ENDPOINTS)[0]} is set, but no traces are sent: pip install 'tunewright[otel]'"
+        return f"{_first(_ENDPOINTS)[0]} is set, but no traces are sent: {install_command('otel')}"
     named = {} if "OTEL_SERVICE_NAME" in os.environ else {SERVICE_NAME: "tunewright"}
     # Environment variables override the attributes given here, except the service's name.
     _provider = TracerProvider(resource=Resource.create({**named, "service.version": __version__}))

@@ -117,7 +117,7 @@ def by_cause(faults: Sequence[Fault]) -> str:
     lines: list[str] = []
     for title, same in sorted(causes, key=lambda cause: -len(cause[1])):
         first, shown = same[0], same[:_MOST_PLACES]
-        code = f"[{first.code} {first.path}]"
+        code = f"[{first.code} {first.path}]" if first.column is None else f"[{first.code}, column {first.column}]"
         if len(same) == 1:
             lines += [f"  {first} {code}", f"    {first.fix}"]
             continue

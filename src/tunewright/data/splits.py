@@ -24,6 +24,14 @@ LARGEST = 1 / 3
 """Share of dev or test that a cluster may take while smaller ones fit."""
 
 
+def too_few(training: int) -> str | None:
+    """Return why a set with this number of training pairs cannot be trained on, and what can be done; else None."""
+    if training >= FEWEST_TRAINING_PAIRS:
+        return None
+    few = f"{count_of(training, 'training pair')}, and training requires {FEWEST_TRAINING_PAIRS}"
+    return f"{few}: add examples, or compare prompts with `tunewright advise`"
+
+
 def strictest(splits: Iterable[Split | None]) -> Split | None:
     """Return test if it is among the splits, else dev, else train."""
     there = set(splits)

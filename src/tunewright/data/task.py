@@ -121,6 +121,8 @@ class Proposal(TaskOfAnswers):
     format: str
     data: DataConfig
     first: Example
+    rows: int
+    """Examples among the first rows, which are all rows of a small source."""
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -168,7 +170,8 @@ def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal
         what = f"None of the first rows is an example: {fault.reason}"
         raise UserError(what, where=f"{fault.source}:{fault.line}", fix=fault.fix)
     found = vars(task_of(examples))
-    return Proposal(**found, source=source, format=open_source(file, data, []).kind, data=data, first=examples[0])
+    kind, count = open_source(file, data, []).kind, len(examples)
+    return Proposal(**found, source=source, format=kind, data=data, first=examples[0], rows=count)
 
 
 def _unmapped(file: Path, data: DataConfig) -> list[str]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tunewright.config import RetrieverName
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import digest, file_digest, write_bytes
 from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
 from tunewright.data.examples import INSTRUCTIONS, Message, call_id
@@ -396,7 +397,7 @@ class Embeddings:
         try:
             version(_LIBRARY)
         except ImportError:
-            fix = f"pip install 'tunewright[{_LIBRARY}]'"
+            fix = install_command(_LIBRARY)
             raise UserError(f"The package {_LIBRARY} is not installed", where="evaluate.retrievers", fix=fix) from None
         folder = self._project.root / name
         if folder.is_dir():

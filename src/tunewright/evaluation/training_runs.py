@@ -14,7 +14,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.locks import is_locked
 from tunewright.evidence.learning_curve import CURVE_FILE, Curve, load_curve
-from tunewright.training.history import Evaluation, best_evaluation, evaluations, read_dev_answers
+from tunewright.training.history import COMMAND, Evaluation, best_evaluation, evaluations, read_dev_answers
 
 if TYPE_CHECKING:
     from tunewright.training.sweep.ledger import Ledger
@@ -43,6 +43,14 @@ class TrainingRun:
         if self.adapter is not None:
             return "finished"
         return "running" if is_locked(self.folder) else "stopped"
+
+    @property
+    def command(self) -> str:
+        """The command that trains it, and resumes it once it is stopped."""
+        if _OF_SWEEP in self.name:
+            return "tunewright train --sweep"
+        file = self.folder / COMMAND
+        return f"tunewright {file.read_text(encoding='utf-8') if file.exists() else 'train'}"
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -87,6 +95,12 @@ class TrainingRuns:
     def list(self) -> Sequence[TrainingRun]:
         """Return all runs: unfinished ones first, then adapters, newest first."""
         return [*self._unfinished(), *reversed([*_finished(self._project.adapters)])]
+
+    @property
+    def unfinished(self) -> TrainingRun | None:
+        """The run in progress, else the newest stopped one, of any command."""
+        runs = sorted(self._unfinished(), key=lambda run: (run.state == "running", run.folder.stat().st_mtime))
+        return runs[-1] if runs else None
 
     def find(self, name: str) -> TrainingRun:
         """Return a run by its name; an unfinished run's name also finds the adapter that it became."""

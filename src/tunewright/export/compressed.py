@@ -17,6 +17,7 @@ import torch
 
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import digest, write_json
 from tunewright.core.processes import ENOUGH_MEMORY, KILLED, end, last_lines, start
 from tunewright.core.progress import Reporter
@@ -95,7 +96,7 @@ def require_compressed(base: Base) -> Environment:
         raise UserError(
             "compressed-tensors is not installed; compressed files are checked by running them",
             where="compressed-tensors",
-            fix="pip install 'tunewright[compressed]'",
+            fix=install_command("compressed"),
         )
     return find(LLMCOMPRESSOR)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES, VISION, require_quantizable
@@ -213,7 +214,7 @@ def require_bitsandbytes(quantization: Quantization, key: str = "quantization") 
         raise UserError(
             f"nf4 needs bitsandbytes {needed} or newer, and {installed} installed",
             where=key,
-            fix=f"pip install 'tunewright[4bit]', or set {key} to none.",
+            fix=f"{install_command('4bit')}, or set {key} to none.",
         )
 
 

@@ -15,6 +15,7 @@ from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.interrupts import run_async
 from tunewright.core.io import damage, digest, new_folder, seal
 from tunewright.core.progress import Reporter
@@ -94,9 +95,8 @@ def max_num_seqs(kind: EngineName, config: Config) -> int:
 def require_llamacpp() -> None:
     """Check that llama.cpp is installed."""
     if find_spec("xllamacpp") is None:
-        raise UserError(
-            "The engine llamacpp is not installed", where="serve.engine", fix="pip install 'tunewright[llamacpp]'"
-        )
+        what = "The engine llamacpp is not installed"
+        raise UserError(what, where="serve.engine", fix=install_command("llamacpp"))
 
 
 def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile, ZipFile
 
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import expansion_limit, file_digest
 from tunewright.core.processes import run
 from tunewright.core.text import normalize
@@ -24,7 +25,7 @@ from tunewright.core.text import normalize
 if TYPE_CHECKING:
     from docx.table import Table
 
-_INSTALL = "Install it: pip install 'tunewright[documents]'"
+_INSTALL = f"Install it: {install_command('documents')}"
 _BEGINNING = "the beginning"
 SEPARATOR = "\n\n"
 

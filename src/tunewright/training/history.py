@@ -18,7 +18,11 @@ from typing import Any
 
 from tunewright.config import Tracker
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.training import distributed
+
+COMMAND = "command"
+"""File of a working folder that names the command of the run."""
 
 DEV_LOSS = "eval_loss"
 DEV_METRIC = "eval_metric"
@@ -195,7 +199,7 @@ def require_trackers(trackers: Sequence[Tracker]) -> None:
         raise UserError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
             where="train.report_to",
-            fix=f"pip install {' '.join(missing)}, or remove {'it' if len(missing) == 1 else 'them'}.",
+            fix=f"{install_command(packages=missing)}, or remove {'it' if len(missing) == 1 else 'them'}.",
         )
     if not distributed.is_main_process():  # only the main process reports
         return

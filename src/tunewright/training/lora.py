@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tunewright.config import Quantization, TrainConfig
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.models.families import OUTSIDE_TEXT
 from tunewright.models.loading import device
 
@@ -215,7 +216,7 @@ def require_liger(asked: bool) -> None:
     """Check that Liger's kernels can run if the config asks for them, before anything is loaded."""
     missing = missing_for_liger() if asked else None
     if missing is not None:
-        install = "pip install 'tunewright[liger]', or set" if find_spec("liger_kernel") is None else "Set"
+        install = f"{install_command('liger')}, or set" if find_spec("liger_kernel") is None else "Set"
         raise UserError(missing, where="train.use_liger_kernel", fix=f"{install} train.use_liger_kernel to false.")
 
 

@@ -19,7 +19,7 @@ from tunewright.chat import ChatFormat, refuse_untrained
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest, writing
+from tunewright.core.io import digest, write_text, writing
 from tunewright.core.progress import Reporter, slow
 from tunewright.core.text import count_of
 from tunewright.data.versions import DatasetVersion
@@ -31,6 +31,7 @@ from tunewright.models.loading import context_length, device, load_model, named,
 from tunewright.training import distributed
 from tunewright.training.checkpoints import require_intact, working_folder
 from tunewright.training.history import (
+    COMMAND,
     Evaluation,
     adapter_folder,
     best_evaluation,
@@ -133,7 +134,10 @@ def train(
     # The key is tried now, not after hours of training, and only in the process that stores.
     if signer is None and adapters is None and distributed.is_main_process():
         signer = store_signer(project.keys, reporter)
+    commands = {project.pilot_adapters: "advise", project.fold_adapters: "crossval"}
     with working_folder(work), quiet_transformers(), writing(work):
+        if distributed.is_main_process():
+            write_text(work / COMMAND, (commands | {project.curve_adapters: "train --curve"}).get(place, "train"))
         run = _run(project, version, base, chat, reporter, work)
         inputs = {**training_lineage(config, version, base, chat), "inputs_digest": identity, **(facts or {})}
         inputs |= parent_lineage(run.parent)

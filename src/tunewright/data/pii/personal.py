@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.data.pii.secret_patterns import Check, Finder, Finding, Pattern, value, words
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def open_presidio(model: str) -> Finder:
         import presidio_analyzer  # noqa: F401
         import spacy
     except ImportError:
-        fix = "Install it: pip install 'tunewright[presidio]'"
+        fix = f"Install it: {install_command('presidio')}"
         raise UserError("presidio-analyzer is not installed", where=_WHERE, fix=fix) from None
     try:
         nlp = spacy.load(model)

@@ -78,6 +78,8 @@ class Fault:
     path: str
     """JSONPath from the row: ``$.messages[2].content``."""
     fix: str
+    column: str | None = None
+    """The column, if the row is one of a table."""
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}: {self.reason}"
@@ -134,7 +136,7 @@ def scan_pairs(
     left_out: Counter[str] = Counter()
     ignored: set[str] = set()
     count = 0
-    settings = _Settings(source.name, data, chats, split)
+    settings = _Settings(source.name, data, chats, split, source.table)
     for parsed in workers.map(_check_row, settings, source.rows, LogTask(), _ROWS):
         count += 1
         ignored.update(parsed.ignored)
@@ -158,12 +160,16 @@ def scan_pairs(
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings for a file's rows: its name, the settings for most rows and for generated rows, and the split."""
+    """Settings for a file's rows: its name, the settings for most rows and for generated rows, and the split.
+
+    Rows of a ``table`` have columns.
+    """
 
     name: str
     data: DataConfig
     chats: DataConfig
     split: Split | None
+    table: bool
 
 
 @dataclass
@@ -203,7 +209,8 @@ def _check_row(settings: _Settings, raw: RawRow, _task: Task) -> _CheckedRow:
         )
         return _CheckedRow(row_read, kind, ignored, too_long)
     except RowError as fault:
-        return _CheckedRow(fault_of(fault, settings.name, line), kind, ignored, too_long)
+        column = str(fault.path[0]) if settings.table and fault.path else None
+        return _CheckedRow(replace(fault_of(fault, settings.name, line), column=column), kind, ignored, too_long)
 
 
 def fault_of(error: RowError, source: str, line: int) -> Fault:

@@ -68,8 +68,8 @@ class FileCheck:
         """Text on rows and faults, and on secrets by kind."""
         examples = sum(file.examples for file in self.files)
         unreadable = sum(file.unreadable is not None for file in self.files)
-        faulty = count_of(len(self.faults), "faulty row")
-        lines = [f"{count_of(examples, 'example')} and {faulty} in {count_of(len(self.files), 'file')}"]
+        faulty = f" and {count_of(len(self.faults), 'faulty row')}" if self.faults else ""
+        lines = [f"{count_of(examples, 'example')}{faulty} in {count_of(len(self.files), 'file')}"]
         if unreadable:
             lines[0] += f", {count_of(unreadable, 'file')} not readable to the end"
         if self.secrets:

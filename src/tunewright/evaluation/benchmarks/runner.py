@@ -19,6 +19,7 @@ from tunewright.config.evaluate import LmEvalSuite as Settings
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import digest, write_json
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner
@@ -154,7 +155,7 @@ class LmEvalSuite:
             raise UserError(
                 f"The task {settings.task} requires lm-eval, which is not installed",
                 where="regressions.lm_eval",
-                fix="pip install 'lm-eval[hf]'",
+                fix=install_command("lm-eval"),
             )
         from lm_eval.tasks import TaskManager
 

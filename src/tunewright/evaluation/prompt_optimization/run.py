@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tunewright.config import Config, EndpointConfig, PromptOptimizationConfig
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import digest
 from tunewright.core.progress import WithoutBars
 from tunewright.data.versions import Member
@@ -89,9 +90,7 @@ def reflection_endpoint(config: Config) -> tuple[EndpointConfig, str]:
     try:
         version("gepa")
     except PackageNotFoundError:
-        raise UserError(
-            "GEPA is not installed", where="optimize-prompt", fix="pip install 'tunewright[gepa]'"
-        ) from None
+        raise UserError("GEPA is not installed", where="optimize-prompt", fix=install_command("gepa")) from None
     return endpoint, where
 
 

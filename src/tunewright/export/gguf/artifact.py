@@ -20,6 +20,7 @@ import torch
 
 from tunewright.chat.templates import Template
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import digest, write_text, writing
 from tunewright.core.processes import ENOUGH_MEMORY, KILLED, PIPE, Process, end, start
 from tunewright.core.progress import Reporter
@@ -58,7 +59,7 @@ def require_llamacpp() -> None:
         raise UserError(
             "llama.cpp is not installed; GGUF files are checked by running them",
             where="xllamacpp",
-            fix="pip install 'tunewright[gguf]'",
+            fix=install_command("gguf"),
         )
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.export import FileType as FileType
 from tunewright.gate.results import Precision
 
@@ -92,7 +93,7 @@ def quantize_rows(rows: NDArray[np.float32], kind: gguf.GGMLQuantizationType) ->
 def _library() -> Any:
     found = find_spec("xllamacpp.xllamacpp") if find_spec("xllamacpp") else None
     if found is None or found.origin is None:
-        raise UserError("llama.cpp is not installed", where="xllamacpp", fix="pip install 'tunewright[gguf]'")
+        raise UserError("llama.cpp is not installed", where="xllamacpp", fix=install_command("gguf"))
     try:
         convert = ctypes.CDLL(found.origin).ggml_quantize_chunk
     except (OSError, AttributeError) as error:

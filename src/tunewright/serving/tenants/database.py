@@ -22,6 +22,7 @@ from sqlalchemy import URL, Connection, create_engine, event, extract, func, ins
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
 
 from tunewright.core.errors import UserError
+from tunewright.core.installation import install_command
 from tunewright.core.io import write_text, writing
 from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, schema
 
@@ -84,7 +85,7 @@ class Database:
                     self._url, pool_pre_ping=True, connect_args=_connect_args(self._url, serving=serving)
                 )
             except ModuleNotFoundError:
-                fix = 'Install it: pip install "tunewright[postgresql]"'
+                fix = f"Install it: {install_command('postgresql')}"
                 raise UserError("PostgreSQL's driver psycopg is not installed", where=self.name, fix=fix) from None
             if serving:
                 connect = lambda _dialect, _record, given, named: _bounded_connection().connect(*given, **named)  # noqa: E731

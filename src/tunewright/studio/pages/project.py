@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +15,10 @@ from tunewright.config import PROJECT_NAME
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
+from tunewright.data.splits import too_few
 from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.models.sources import BUNDLED, has_bundled
-from tunewright.open_project import new_project
+from tunewright.open_project import new_project, project_name
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job, refusal, served
@@ -40,6 +40,7 @@ _AFTER = {
 """The page that continues after a command."""
 _NEWEST = 10  # evaluations and jobs on the page
 REVIEW = "tunewright data review"
+_ABOUT_ADVICE = "Prompts and a pilot adapter answer the dev rows, which shows whether training is worth it."
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
     folder = project.folder
     manifest = current_manifest(folder.dataset)
     if manifest is None:
-        command = "tunewright run" if folder.config.data.sources else "tunewright data add FILE"
+        command = "tunewright run" if folder.config.data.sources else None
         return [Stage("Data", "next", "No rows yet.", link=("/data", "Upload a file"), command=command)]
     counts = manifest.counts
     split = ", ".join(f"{number:,} {name}" for name, number in counts.domain.items())
@@ -97,11 +98,14 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
     found.append(Stage("Review", state, review.status, link=link, command=REVIEW, about=about))
     adapters = list_adapters(folder.adapters)
     current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
+    found.append(_advise_stage(project, manifest.digest))
     state = "done" if current else "next" if accepted else "open"
-    text = f"{count_of(len(adapters), 'adapter')}, {len(current)} trained on the current version"
+    few = too_few(counts.domain.get("train", 0))
+    text = few or f"{count_of(len(adapters), 'adapter')}, {len(current)} trained on the current version"
     about = "The base model learns from the train rows. The result is an adapter, a small file next to the base."
-    link, command = ("/train", "Runs, sweeps and curves"), "tunewright train"
-    found.append(Stage("Train", state, text, job="train", link=link, command=command, about=about))
+    link, command = ("/train", "Runs, sweeps and curves"), "tunewright data add FILE" if few else "tunewright train"
+    job = None if few else "train"
+    found.append(Stage("Train", state, text, job=job, link=link, command=command, about=about))
     measured = [each for each in evaluations if each.on_test]
     state = "done" if measured else "next" if current else "open"
     text = f"{count_of(len(measured), 'evaluation')} on the test split"
@@ -116,6 +120,27 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
         if any(each.verdict == "ship" for each in measured):
             found.append(_deploy_stage(project))
     return found
+
+
+def _advise_stage(project: Project, dataset: str) -> Stage:
+    text, files = "no advice on the current version", project.folder.advice.glob("[!.]*.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            advice = project.advise(file)
+        except UserError as error:
+            text = str(error)
+            break
+        if advice.signals.lineage.get("dataset") == dataset:
+            arm = f" ({advice.decision.arm})" if advice.decision.arm else ""
+            return Stage(
+                "Advise",
+                "done",
+                f"{advice.decision.answer}{arm}: {advice.decision.why}",
+                job="advise",
+                command="tunewright advise",
+                about=_ABOUT_ADVICE,
+            )
+    return Stage("Advise", "open", text, job="advise", command="tunewright advise", about=_ABOUT_ADVICE)
 
 
 def _deploy_stage(project: Project) -> Stage:
@@ -193,9 +218,7 @@ def new_page(visit: Visit) -> Response:
     """Ask for the name and the base of a new project."""
     if visit.project.folder.has_config:
         return visit.go("/", "The folder has a project already.")
-    # A valid name that resembles the folder's name.
-    name = re.sub("[^a-z0-9]+", "-", visit.project.folder.root.name.lower()).strip("-")[:40] or "my-model"
-    return _form(visit, name, "bundled", "")
+    return _form(visit, project_name(visit.project.folder.root), "bundled", "")
 
 
 def create(visit: Visit) -> Response:
