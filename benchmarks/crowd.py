@@ -38,7 +38,8 @@ from rich.table import Table
 from soak_host import Host, make_project
 
 from tunewright.core.io import write_json
-from tunewright.serving.tenants import Grounds, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Grounds
 
 TENANTS = ("quiet", "greedy")
 TOKENS, GREEDY_TOKENS = 16, 64

@@ -36,7 +36,8 @@ from tunewright.data.versions import load_version
 from tunewright.open_project import OpenProject
 from tunewright.serving.engine_start import max_num_seqs
 from tunewright.serving.gateway.fair_scheduler import ACTIVE_SECONDS
-from tunewright.serving.tenants import Grounds, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Grounds
 
 TENANTS = ("quiet", "loud")
 SHARE = 0.2  # of the server's capacity, asked for by the quiet tenant

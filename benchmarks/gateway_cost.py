@@ -47,7 +47,8 @@ from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.preprocess import Tokenization
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
-from tunewright.serving.tenants import Grounds, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Grounds
 
 SIDES = ("current", "pure Python")
 RESULTS = Path(__file__).with_name("results") / "gateway_cost.json"

@@ -12,7 +12,8 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, find_adapter,
 from tunewright.core.clock import now
 from tunewright.core.io import digest
 from tunewright.open_project import OpenProject
-from tunewright.serving.tenants import Grounds, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Grounds
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ import aiohttp
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.serving.gateway.app import ADAPTER_HEADER
-from tunewright.serving.tenants import Candidate, Grounds, Limits, State, StateUnavailableError
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.database import StateUnavailableError
+from tunewright.serving.tenants.quota import Limits
+from tunewright.serving.tenants.releases import Candidate, Grounds
 
 REASON = Grounds(None, None, "a benchmark")
 LASTING = 4

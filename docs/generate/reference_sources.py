@@ -34,7 +34,11 @@ from tunewright.serving.gateway.messages_api import MessagesRequest, error_docum
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
-from tunewright.serving.tenants import Audit, Keys, Releases, State, Tenants, Usage, UsageRollup
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.audit import Audit
+from tunewright.serving.tenants.releases import Releases
+from tunewright.serving.tenants.tenants import Keys, Tenants
+from tunewright.serving.tenants.usage import Usage, UsageRollup
 from tunewright.training.options import MemoryOptions, SweepOptions
 
 __all__ = [

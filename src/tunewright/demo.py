@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tunewright.advisor.advice import AdviceResult
     from tunewright.evaluation.judge.runner import JudgeResult
     from tunewright.evaluation.learning_curve import CurveResult
-    from tunewright.serving.tenants import Release
+    from tunewright.serving.tenants.releases import Release
 
 
 DEMO_FOLDER = "tunewright-demo"

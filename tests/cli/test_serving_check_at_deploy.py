@@ -23,10 +23,10 @@ from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.engines import peft
+from tunewright.gate.results import ServingCheck
 from tunewright.open_project import OpenProject
 from tunewright.serving.releases import ReleaseGate
 from tunewright.serving.serve import open_state
-from tunewright.serving.tenants import ServingCheck
 
 SHIPS = make_evidence(make_items())
 

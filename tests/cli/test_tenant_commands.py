@@ -34,7 +34,8 @@ from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evidence.logged_access import LogLine
 from tunewright.generation.constraints import Grammar
 from tunewright.serving.options import ServeOptions
-from tunewright.serving.tenants import RequestUsage, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import RequestUsage
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from making.small_adapters import create_key
 from making.tiny_bases import build_base
 from tunewright.core.log import AUTHOR_VARIABLE
 from tunewright.evaluation.generations import Decoding, Generator
-from tunewright.serving.tenants import RequestUsage, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import RequestUsage
 
 EXPECTED = "expected.json"
 """The documents of `READING`, a tenant's key, and what decides the answers of each journal of generations."""

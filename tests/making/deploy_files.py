@@ -20,7 +20,7 @@ from tunewright.engines.remote import RemoteEngine
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.gateway.metrics import Metrics, ServerState
-from tunewright.serving.tenants import RequestUsage
+from tunewright.serving.tenants.quota import RequestUsage
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -8,7 +8,10 @@ from typing import Any
 
 from sqlalchemy import create_engine, make_url, text
 
-from tunewright.serving.tenants import Caller, Grounds, Limits, Release, Reservation, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits, Reservation
+from tunewright.serving.tenants.releases import Grounds, Release
+from tunewright.serving.tenants.tenants import Caller
 
 NO_LIMITS = Limits()
 SHIP = Grounds("ship", "0123456789ab")

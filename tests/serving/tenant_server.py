@@ -22,7 +22,8 @@ from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
-from tunewright.serving.tenants import Grounds, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Grounds
 
 SHIP = Grounds("ship", "0123456789ab")
 QUESTION = "Which court is this?"

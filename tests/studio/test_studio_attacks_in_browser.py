@@ -16,7 +16,9 @@ from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.evidence import make_history, make_items
 from making.human_evaluations import save
 from tunewright.adapters.registry import HISTORY
-from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import RequestUsage
+from tunewright.serving.tenants.releases import Candidate, Grounds
 from tunewright.studio.pages.data import UPLOADS
 from tunewright.training.history import append_dev_answers
 

@@ -21,7 +21,9 @@ from making.evidence import make_evidence, make_items, with_contrast
 from making.studio_client import PASSWORD, Browser, wait_until
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.serving.gateway.server import serving
-from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import RequestUsage
+from tunewright.serving.tenants.releases import Candidate, Grounds
 from tunewright.studio import Studio
 from tunewright.studio.jobs import Job, Jobs
 from tunewright.studio.pages import HANDLERS

@@ -14,7 +14,7 @@ from tunewright.serving.options import LimitOptions
 
 if TYPE_CHECKING:
     from tunewright.render import blocks
-    from tunewright.serving.tenants import NewKey, Tenant
+    from tunewright.serving.tenants.tenants import NewKey, Tenant
 
 tenant_app = group("tenant", DEPLOY, "Manage tenants: aliases, limits, API keys and usage.")
 key_app = group("key", DEPLOY, "Manage a tenant's API keys.", within=tenant_app)
@@ -41,8 +41,7 @@ def tenant_add(
     options: LimitOptions = LimitOptions(),
 ) -> None:
     """Add a tenant. Once a tenant exists, every request needs an API key."""
-    from tunewright.serving.tenants import Limits
-    from tunewright.serving.tenants.quota import changed_limits
+    from tunewright.serving.tenants.quota import Limits, changed_limits
 
     limits = changed_limits(Limits(), options)
     with run.project.state(make=True) as state:

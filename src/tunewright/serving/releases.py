@@ -19,8 +19,10 @@ from tunewright.serving.options import DeployOptions, ReleaseTestOptions
 from tunewright.serving.serve import adapter_of, missing_evidence, open_state, require_servable, served_grammar
 
 if TYPE_CHECKING:
+    from tunewright.gate.results import IsolationTest, ServingCheck
     from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
-    from tunewright.serving.tenants import IsolationTest, Release, ServingCheck, State
+    from tunewright.serving.tenants import State
+    from tunewright.serving.tenants.releases import Release
     from tunewright.serving.tenants.usage import ShadowLine
 
 
@@ -93,7 +95,7 @@ def deploy(project: OpenProject, alias: str, adapter: str, options: DeployOption
             that is not installed or cannot hold it. With ``constrain``: the config has no constraint, or the
             adapter was not evaluated with it.
     """
-    from tunewright.serving.tenants import Candidate, Grounds
+    from tunewright.serving.tenants.releases import Candidate, Grounds
 
     because, system_prompt = options.because, options.system_prompt
     if options.canary is not None and options.shadow:

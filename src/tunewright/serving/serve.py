@@ -215,7 +215,7 @@ def _require_private(host: str, who: str, where: str, fix: str) -> None:
 
 def has_state(project: OpenProject) -> bool:
     """Return whether there is a serving state to read."""
-    from tunewright.serving.tenants import exists
+    from tunewright.serving.tenants.database import exists
 
     named = project.folder.config.serve.database_url
     return project.folder.serving_state.exists() if named is None else exists(named)
@@ -231,7 +231,8 @@ def open_state(project: OpenProject, *, make: bool = False, serving: bool = Fals
     Raises:
         UserError: the database is missing, unreachable, or of a newer tunewright.
     """
-    from tunewright.serving.tenants import State, exists
+    from tunewright.serving.tenants import State
+    from tunewright.serving.tenants.database import exists
 
     named = project.folder.config.serve.database_url
     url = named or f"sqlite:///{project.folder.serving_state.resolve()}"

@@ -22,7 +22,8 @@ from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.engines.protocol import Engine
 from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest
-from tunewright.serving.tenants import Limits, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits
 
 pytest_plugins = ["tenant_server"]
 

@@ -27,7 +27,9 @@ from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.metrics import exposed
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
-from tunewright.serving.tenants import Candidate, Limits, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits
+from tunewright.serving.tenants.releases import Candidate
 
 pytest_plugins = ["tenant_server"]
 

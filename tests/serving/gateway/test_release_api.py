@@ -20,7 +20,8 @@ from tunewright.data.examples import Message
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
-from tunewright.serving.tenants import Candidate, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Candidate
 
 pytest_plugins = ["tenant_server"]
 

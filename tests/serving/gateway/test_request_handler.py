@@ -25,7 +25,9 @@ from tunewright.serving.gateway.preprocess import RequestPreprocessor
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.schemas import CompletionRequest
 from tunewright.serving.gateway.server import serving
-from tunewright.serving.tenants import Candidate, Limits, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits
+from tunewright.serving.tenants.releases import Candidate
 
 pytest_plugins = ["tenant_server"]
 

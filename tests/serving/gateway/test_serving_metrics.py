@@ -23,7 +23,9 @@ from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter
 from tunewright.serving.gateway.metrics import ENDED_SECONDS, Metrics, ServerState, exposed
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import Auth, TenantAuth
-from tunewright.serving.tenants import Candidate, Limits, RequestUsage, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits, RequestUsage
+from tunewright.serving.tenants.releases import Candidate
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -19,7 +19,8 @@ import psutil
 import pytest
 from tenant_server import ASKED, Running, Stored, deploy
 
-from tunewright.serving.tenants import Limits, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits
 
 pytest_plugins = ["tenant_server"]
 

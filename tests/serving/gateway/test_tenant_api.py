@@ -23,8 +23,8 @@ from tunewright.adapters.lineage import SystemPrompt
 from tunewright.core.progress import LogReporter
 from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.tenant_auth import POLL_SECONDS, TenantAuth
-from tunewright.serving.tenants import Limits, Reservation, State
-from tunewright.serving.tenants.quota import Quota
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits, Quota, Reservation
 
 pytest_plugins = ["tenant_server"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tunewright.serving.tenants import State, StateUnavailableError
-from tunewright.serving.tenants.database import AsyncState
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.database import AsyncState, StateUnavailableError
 
 
 def _failing(times: int, written: list[str]) -> Callable[[], None]:

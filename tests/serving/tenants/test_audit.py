@@ -18,7 +18,9 @@ from states import DIGESTS, SHIP, raw, rewrite
 from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.serving.tenants import IsolationCheck, IsolationTest, Limits, State
+from tunewright.gate.results import IsolationCheck, IsolationTest
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import Limits
 
 COLUMNS = ("time", "actor", "action", "subject", "details", "previous", "digest")
 

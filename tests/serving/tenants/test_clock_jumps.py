@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 from states import Clock, reservation, with_tenant
 
-from tunewright.serving.tenants import InvalidKeyError, LimitExceededError, Limits, RequestUsage, State
-from tunewright.serving.tenants.quota import LOST_SECONDS
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import LOST_SECONDS, LimitExceededError, Limits, RequestUsage
+from tunewright.serving.tenants.tenants import InvalidKeyError
 
 HOUR = 3600.0
 BEAT = LOST_SECONDS / 4

@@ -16,8 +16,8 @@ from states import Clock, reservation, with_tenant
 from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.options import LimitOptions
-from tunewright.serving.tenants import LimitExceededError, Limits, RequestUsage, State
-from tunewright.serving.tenants.quota import LOST_SECONDS, changed_limits
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import LOST_SECONDS, LimitExceededError, Limits, RequestUsage, changed_limits
 from tunewright.serving.tenants.usage import UsageLine, usage_csv
 
 LIMITS = st.builds(

@@ -15,7 +15,8 @@ from states import DIGESTS, SHIP
 from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.gate.results import IsolationTest
-from tunewright.serving.tenants import Candidate, Grounds, Release, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Candidate, Grounds, Release
 
 ALIASES = st.sampled_from(["courts", "forms"])
 NAMES = st.sampled_from("abc")

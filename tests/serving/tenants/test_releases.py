@@ -8,7 +8,8 @@ import pytest
 from states import DIGESTS, SHIP, raw
 
 from tunewright.core.errors import UserError
-from tunewright.serving.tenants import Candidate, Grounds, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.releases import Candidate, Grounds
 
 
 def test_grounds_follow_the_adapter(state_url: str) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from states import Clock, raw, reservation, rewrite, with_tenant
 
-from tunewright.serving.tenants import RequestUsage, State, StateUnavailableError
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.database import StateUnavailableError
+from tunewright.serving.tenants.quota import RequestUsage
 
 USED = RequestUsage(10, 20, 0.01, 0.02, 0.03, "stop")
 DAY = 86_400

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from making.postgres import frozen
-from tunewright.serving.tenants import State, StateUnavailableError
-from tunewright.serving.tenants.database import Database
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.database import Database, StateUnavailableError
 
 pytestmark = pytest.mark.parametrize("state_url", ["postgresql"], indirect=True)
 

@@ -18,8 +18,11 @@ from states import Clock, raw, with_tenant
 from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.data.pii import find
-from tunewright.serving.tenants import InvalidKeyError, Limits, State, StateUnavailableError
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.database import StateUnavailableError
+from tunewright.serving.tenants.quota import Limits
 from tunewright.serving.tenants.tables import SCHEMA_VERSION
+from tunewright.serving.tenants.tenants import InvalidKeyError
 
 
 def test_key_may_use_its_tenants_aliases_including_later_ones(state: State) -> None:

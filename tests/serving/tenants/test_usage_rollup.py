@@ -13,7 +13,9 @@ from states import DIGESTS, SHIP, Clock, reservation, with_tenant
 
 from making.property_examples import examples
 from tunewright.core.errors import UserError
-from tunewright.serving.tenants import Candidate, LimitExceededError, Limits, RequestUsage, State
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.quota import LimitExceededError, Limits, RequestUsage
+from tunewright.serving.tenants.releases import Candidate
 
 DAY = 86_400
 

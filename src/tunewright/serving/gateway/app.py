@@ -40,7 +40,7 @@ from tunewright.serving.gateway.responses import (
 from tunewright.serving.gateway.responses_api import ResponsesFormat, ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
 from tunewright.serving.gateway.tenant_auth import Auth, Principal
-from tunewright.serving.tenants import StateUnavailableError
+from tunewright.serving.tenants.database import StateUnavailableError
 
 log = logging.getLogger("tunewright")
 

@@ -17,9 +17,10 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import AdapterFailedError, Engine
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.schemas import RequestBody
-from tunewright.serving.tenants import Release, State
+from tunewright.serving.tenants import State
 from tunewright.serving.tenants.database import AsyncState
 from tunewright.serving.tenants.quota import RequestUsage
+from tunewright.serving.tenants.releases import Release
 
 
 @dataclass(frozen=True)

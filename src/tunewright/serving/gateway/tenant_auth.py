@@ -34,18 +34,11 @@ from tunewright.serving.gateway.auth import (
 )
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.schemas import RequestBody
-from tunewright.serving.tenants import (
-    Caller,
-    InvalidKeyError,
-    LimitExceededError,
-    RequestUsage,
-    Reservation,
-    State,
-    StateUnavailableError,
-)
-from tunewright.serving.tenants.database import AsyncState, ceil_seconds
-from tunewright.serving.tenants.quota import LOST_SECONDS, Outcome
+from tunewright.serving.tenants import State
+from tunewright.serving.tenants.database import AsyncState, StateUnavailableError, ceil_seconds
+from tunewright.serving.tenants.quota import LOST_SECONDS, LimitExceededError, Outcome, RequestUsage, Reservation
 from tunewright.serving.tenants.releases import Answer
+from tunewright.serving.tenants.tenants import Caller, InvalidKeyError
 
 POLL_SECONDS = 0.5
 """The time between two checks for new releases."""

@@ -9,44 +9,12 @@ from types import TracebackType
 from typing import Any
 
 from tunewright.core.io import canonical_json
-from tunewright.gate.results import IsolationCheck, IsolationTest, ServingCheck
 from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine
-from tunewright.serving.tenants.database import Database, StateUnavailableError, exists
-from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
-from tunewright.serving.tenants.releases import Candidate, Grounds, Release, Releases
-from tunewright.serving.tenants.tenants import Caller, InvalidKeyError, Key, Keys, NewKey, Tenant, Tenants
-from tunewright.serving.tenants.usage import DayTotal, RollupResult, Usage, UsageRollup
-
-__all__ = [
-    "Audit",
-    "AuditCheck",
-    "AuditLine",
-    "Caller",
-    "Candidate",
-    "Grounds",
-    "InvalidKeyError",
-    "IsolationCheck",
-    "IsolationTest",
-    "Key",
-    "Keys",
-    "LimitExceededError",
-    "Limits",
-    "NewKey",
-    "Quota",
-    "Release",
-    "Releases",
-    "RequestUsage",
-    "Reservation",
-    "RollupResult",
-    "ServingCheck",
-    "State",
-    "StateUnavailableError",
-    "Tenant",
-    "Tenants",
-    "Usage",
-    "UsageRollup",
-    "exists",
-]
+from tunewright.serving.tenants.database import Database, StateUnavailableError
+from tunewright.serving.tenants.quota import Quota
+from tunewright.serving.tenants.releases import Releases
+from tunewright.serving.tenants.tenants import Key, Keys, Tenant, Tenants
+from tunewright.serving.tenants.usage import DayTotal, Usage, UsageRollup
 
 Records = dict[str, dict[str, Any]]
 """Fields to compare, by their subject: a tenant, a key, or the usage of a day, tenant, alias and adapter."""

@@ -18,7 +18,8 @@ from tunewright.studio.jobs import RELEASES, SERVER, EngineState, Job, engines, 
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
-    from tunewright.serving.tenants import AuditLine, Release
+    from tunewright.serving.tenants.audit import AuditLine
+    from tunewright.serving.tenants.releases import Release
 
 _ADAPTERS = 20  # newest ones on the page
 _JOBS = 5

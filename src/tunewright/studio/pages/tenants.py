@@ -20,7 +20,9 @@ from tunewright.studio.pages.deploy import newest_releases, require_state
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
-    from tunewright.serving.tenants import Limits, NewKey, State, Tenant
+    from tunewright.serving.tenants import State
+    from tunewright.serving.tenants.quota import Limits
+    from tunewright.serving.tenants.tenants import NewKey, Tenant
     from tunewright.serving.tenants.usage import DayTotal, UsageSum
 
 _DAYS = 30  # of usage
@@ -85,7 +87,7 @@ def _days(totals: Sequence[DayTotal]) -> list[Day]:
 
 def add_tenant(visit: Visit) -> Response:
     """Create a tenant."""
-    from tunewright.serving.tenants import Limits
+    from tunewright.serving.tenants.quota import Limits
 
     name = visit.form.get("name", "").strip()
     with visit.project.state(make=True) as state:
