@@ -203,3 +203,34 @@ def test_load_model_names_the_pip_command_without_bitsandbytes(
     with pytest.raises(UserError, match=message) as caught:
         load_model(base, "float32", "nf4")
     assert "pip install 'tunewright[4bit]'" in (caught.value.fix or "")
+
+
+# The decision tree of bitsandbytes' kernel (dQuantizeNF4 in its csrc/kernels.cu,
+# later csrc/cuda/blockwise_quantization.cu). It compares weight * (1 / absmax) in float32 by `>`.
+CUDA_THRESHOLDS = torch.tensor([
+    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
+    -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
+    0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
+])  # fmt: skip
+
+
+def test_processor_quantizes_every_bfloat16_weight_to_the_cards_bits() -> None:
+    """For every weight and every mantissa of a block's largest weight, in blocks of 64 weights.
+
+    The kernel is compiled with --use_fast_math, whose reciprocal may be 1 ulp off (CUDA Programming Guide). No bit
+    depends on it.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    largest = torch.cat([1 + torch.arange(128) / 128, torch.tensor([2.0**-100, 1.7 * 2.0**-60, 1.3 * 2.0**60])])
+    for scale in largest.bfloat16():
+        weights = every[every.abs() <= scale]  # no infinity, no NaN
+        blocks = torch.cat([weights, scale.repeat(-len(weights) % 63)]).view(-1, 63)
+        blocks = torch.cat([scale.expand(len(blocks), 1), blocks], 1)  # each has its largest weight
+        packed, state = quantize_4bit(blocks, blocksize=64, quant_type="nf4")
+        assert bool((state.absmax == scale.float()).all())
+        codes = torch.stack([packed >> 4, packed & 15], 1).flatten()
+        exact = 1 / scale.float()
+        for reciprocal in (exact, exact.nextafter(exact * 2), exact.nextafter(exact / 2)):
+            assert torch.equal(codes, torch.bucketize(blocks.flatten().float() * reciprocal, CUDA_THRESHOLDS).byte())

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -29,7 +31,6 @@ from tunewright.models.loading import drop_vision, load_model
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.packing import Group, attention, pack, plan_groups
 from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
-from tunewright.training.packing.layout import Sequences
 from tunewright.training.packing.pack import GROUP_COST, common_prefix, computed_tokens
 from tunewright.training.rows import IGNORED
 
@@ -242,34 +243,91 @@ def test_bfloat16_attention_is_close_to_float32_for_long_and_short_suffixes() ->
         assert cosine > 0.99, name
 
 
-def _sequence_by_sequence(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, window: int | None
-) -> Tensor:
-    """Compute attention over variable-length sequences in a loop, by its documented meaning."""
-    shared = query.shape[1] // key.shape[1]
-    outputs = []
-    for i in range(sequences.count):
-        q = query[sequences.cu_seqlens_q[i] : sequences.cu_seqlens_q[i + 1]]
-        k, v = (
-            each[sequences.cu_seqlens_k[i] : sequences.cu_seqlens_k[i + 1]].repeat_interleave(shared, 1)
-            for each in (key, value)
-        )
-        assert len(q) <= sequences.max_seqlen_q
-        assert len(k) <= sequences.max_seqlen_k
-        place = torch.arange(len(k) - len(q), len(k))[:, None]
-        seen = torch.arange(len(k)) <= place
-        if window is not None:
-            seen &= torch.arange(len(k)) > place - window
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
-    return torch.cat(outputs)
+# FlashAttention's operations on the processor, by their documented meaning and in the precision of their inputs:
+# everything around the card's kernel computes real numbers. Queries and keys of a sequence are aligned at their ends.
+# A query at p sees keys from p - left to p + right (-1: all).
+
+
+@varlen._varlen_attn.register_kernel("cpu")  # type: ignore[untyped-decorator]
+def _attend_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_ends: Tensor,
+    k_ends: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    scale: float,
+    window_size: list[int],
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
+    for q, k in _sequences(q_ends, k_ends, max_q, max_k):
+        scores = _scores(query[q], key[k], scale, is_causal, window_size)
+        lse[:, q] = scores.logsumexp(-1)
+        out[q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), _for_heads(value[k], query))
+    return out, lse, torch.zeros(2, dtype=torch.uint64)
+
+
+@varlen._varlen_attn_backward.register_kernel("cpu")  # type: ignore[untyped-decorator]
+def _attend_sequences_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_ends: Tensor,
+    k_ends: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    rng_state: Tensor,
+    scale: float,
+    window_size: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With p = softmax(s), s = scale q k and o = p v: dv = p do, ds = p (do v - do o), dq = scale ds k."""
+    of_query, of_key, of_value = (torch.zeros_like(each) for each in (query, key, value))
+    for q, k in _sequences(q_ends, k_ends, max_q, max_k):
+        scores = _scores(query[q], key[k], scale, is_causal, window_size)
+        p = (scores - lse[:, q, None]).exp()  # [H, S, P]
+        of_p = torch.einsum("qhd,khd->hqk", grad[q], _for_heads(value[k], query))
+        of_scores = p * (of_p - (grad[q] * out[q]).sum(-1).T[..., None]) * scale
+        of_query[q] = torch.einsum("hqk,khd->qhd", of_scores, _for_heads(key[k], query))
+        grouped = (-1, key.shape[1], query.shape[1] // key.shape[1], key.shape[2])
+        of_key[k] = torch.einsum("hqk,qhd->khd", of_scores, query[q]).view(grouped).sum(2)
+        of_value[k] = torch.einsum("hqk,qhd->khd", p, grad[q]).view(grouped).sum(2)
+    return of_query, of_key, of_value
+
+
+def _sequences(q_ends: Tensor, k_ends: Tensor, max_q: int, max_k: int) -> list[tuple[slice, slice]]:
+    """Return each sequence's queries and keys; lengths over what the kernel was launched for are refused."""
+    assert q_ends.dtype == k_ends.dtype == torch.int32
+    assert (int(q_ends.diff().max()), int(k_ends.diff().max())) == (max_q, max_k)
+    pairs = zip(pairwise(q_ends.tolist()), pairwise(k_ends.tolist()), strict=True)
+    return [(slice(*q), slice(*k)) for q, k in pairs]
+
+
+def _for_heads(kv: Tensor, query: Tensor) -> Tensor:
+    return kv.repeat_interleave(query.shape[1] // kv.shape[1], 1)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, is_causal: bool, window_size: list[int]) -> Tensor:
+    """Return scores [H, S, P]; unseen keys have minus infinity."""
+    left, right = window_size
+    age = torch.arange(len(key) - len(query), len(key))[:, None] - torch.arange(len(key))  # of the key, in tokens
+    unseen = age < 0 if is_causal or right == 0 else torch.zeros_like(age, dtype=torch.bool)
+    if left >= 0:
+        unseen |= age > left
+    return (torch.einsum("qhd,khd->hqk", query, _for_heads(key, query)) * scale).masked_fill(unseen, -torch.inf)
 
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_varlen_attention_equals_block_attention_and_its_gradients(case: str, share: bool, window: int | None) -> None:
-    """This is the GPU's computation in float64 (tests/gpu runs it with FlashAttention's own interface)."""
+    """This is the GPU's computation in float64: gathers, grouped heads, windows, and FlashAttention's own interface."""
     torch.manual_seed(0)
     batch = pack(*CASES[case], share=share)
     tokens = batch.input_ids.shape[1]
@@ -279,9 +337,7 @@ def test_varlen_attention_equals_block_attention_and_its_gradients(case: str, sh
     inputs = [each.requires_grad_() for each in (query, key, value)]
 
     blocks = attention.attend(None, query, key, value, None, layout=batch.layout, scaling=0.3, sliding_window=window)[0]
-    sequences = attention.varlen_attention(
-        query, key, value, batch.layout.sequences, 0.3, window, _sequence_by_sequence
-    )[None]
+    sequences = attention.varlen_attention(query, key, value, batch.layout.sequences, 0.3, window)[None]
 
     torch.testing.assert_close(sequences, blocks)
     gradients = [torch.autograd.grad((each * wanted).sum(), inputs) for each in (sequences, blocks)]

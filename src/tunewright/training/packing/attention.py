@@ -8,7 +8,7 @@ Shapes: H query heads, K key/value heads, T tokens, R rows of a block, S its lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -206,37 +206,21 @@ def _takes_flash(query: Tensor) -> bool:
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Sequences, float, "int | None"], Tensor]
-
-
 def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sequences: Sequences,
-    scaling: float,
-    window: int | None,
-    kernel: Kernel | None = None,
-) -> Tensor:
-    """Compute attention over sequences of different lengths, all groups at once: [T, H, D].
-
-    ``query`` is [1, H, T, D]; ``key`` and ``value`` [1, K, T, D] are gathered for each sequence. A
-    ``window`` counts the token itself (None: all before it). The ``kernel`` attends queries [T, H,
-    D] to keys and values [sum of keys, K, D] (None: FlashAttention).
-    """
-    keys, values = (gather(each[0].transpose(0, 1), sequences.key_indices) for each in (key, value))
-    return (kernel or _flash)(query[0].transpose(0, 1), keys, values, sequences, scaling, window)
-
-
-def _flash(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, window: int | None
 ) -> Tensor:
+    """Compute attention over sequences of different lengths with FlashAttention, all groups at once: [T, H, D].
+
+    ``query`` is [1, H, T, D]; ``key`` and ``value`` [1, K, T, D] are gathered for each sequence. A
+    ``window`` counts the token itself (None: all before it).
+    """
     from torch.nn.attention.varlen import varlen_attn
 
+    keys, values = (gather(each[0].transpose(0, 1), sequences.key_indices) for each in (key, value))
     attended = varlen_attn(
-        query.contiguous(),
-        key,
-        value,
+        query[0].transpose(0, 1).contiguous(),
+        keys,
+        values,
         sequences.cu_seqlens_q,
         sequences.cu_seqlens_k,
         sequences.max_seqlen_q,
