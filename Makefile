@@ -215,7 +215,8 @@ release release-files: $(VENV)/.installed
 # hatchling's version is written into the wheel.
 build/packaging/.installed: Makefile
 	$(PYTHON) -m venv build/packaging
-	build/packaging/bin/pip install --quiet --disable-pip-version-check build==1.6.1 hatchling==1.33.0 twine==7.0.0
+	build/packaging/bin/pip install --quiet --disable-pip-version-check build==1.6.1 hatchling==1.33.0 \
+	    hatch-fancy-pypi-readme==25.1.0 twine==7.0.0
 	touch $@
 
 # What a newcomer gets: a fresh clone, an empty cache, the README's own command.

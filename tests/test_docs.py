@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -109,6 +110,20 @@ def test_relative_links_lead_to_files_and_headings_of_the_repository() -> None:
     assert sum(len(LINK.findall(page.read_text(encoding="utf-8"))) for page in pages) > 400
     for broken in ("[a](no-such-page.md)", "[a](README.md#no-such-heading)", "[a](#no-such-heading)"):
         assert len(list(_broken_links(ROOT / "README.md", broken))) == 1, broken
+
+
+def test_readme_of_the_package_index_has_no_link_to_a_file_of_the_repository() -> None:
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"][
+        "fancy-pypi-readme"
+    ]
+    text = "".join(
+        part["text"] if "text" in part else (ROOT / part["path"]).read_text().split(part["end-before"])[0]
+        for part in hook["fragments"]
+    )
+    for each in hook["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    assert "[![" not in text and re.findall(r"\]\((?!https?:).*", text) == []
+    assert "Without torch" in text and "demo --whole`*" not in text and "a reverse proxy with TLS" in text
 
 
 def _keys_of(page: str) -> Iterator[str]:
