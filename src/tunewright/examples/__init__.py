@@ -89,7 +89,8 @@ def _readme(pairs: int) -> str:
     return f"""# {LEGAL_CITATIONS}
 
 {pairs:,} pairs of a court's name and location and the abbreviation that citations use for it, from the package
-`courts-db` {COURTS.version} (Free Law Project, BSD-2-Clause).
+`courts-db` {COURTS.version} (Free Law Project, BSD-2-Clause). `tunewright demo FOLDER` also makes this project, runs
+it and serves the result. It resumes where it was stopped.
 
     tunewright run              the whole pipeline: data, advise, train, evaluate, verdict, report
     tunewright serve            the base and the adapter behind an OpenAI-compatible API
