@@ -144,7 +144,8 @@ class _SignalWatcher:
         if self.asked > 1:
             self._end()
         elif not self.quiet:
-            self._say(f"Stopping: {pending_work() or self.kept}. Ctrl-C again ends at once.")
+            waits = pending_work()  # what is kept is in the last line
+            self._say(f"Stopping{'' if waits is None else f': {waits}'}. Ctrl-C again ends at once.")
         self.announced.set()
 
     def _end(self) -> None:
