@@ -39,6 +39,9 @@ from tunewright.training.options import MemoryOptions
 SHORT_ROW = 32
 """Tokens of a short pair: a card without memory for one such row cannot train the base."""
 
+_DEVICES = Path("/sys/bus/pci/devices")
+_NVIDIA = "0x10de"
+
 BY_MISTAKE = 1_000_000_000
 """Parameters of a base that is probably on the CPU by mistake, because the card cannot be used."""
 
@@ -159,7 +162,9 @@ def _require_card(shape: Shape, project: OpenProject) -> None:
             fix="Update the driver, or start the container with its cards. To train "
             f"{shape.parameters:,} parameters on the CPU, set CUDA_VISIBLE_DEVICES=-1.",
         )
-    project.reporter.warn(f"{unused}. Training runs on the CPU.")
+    # A CUDA build is the package index's default, so on a machine without a card this is nothing to warn of.
+    if any(vendor.read_text().strip() == _NVIDIA for vendor in _DEVICES.glob("*/vendor")):
+        project.reporter.warn(f"{unused}. Training runs on the CPU.")
 
 
 def _what_fits(nf4: SetupPlan | None, own: SetupPlan, memory: Memory) -> str:
