@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +18,6 @@ from tunewright.evidence.power import (
     DetectableEffects,
     SplitPower,
     detectable,
-    detectable_effects_text,
     minimum_detectable_effect,
     power,
     require_significance,
@@ -78,25 +75,10 @@ def test_detectable_mean_difference_equals_statsmodels(items: float, deviation: 
         assert theirs == pytest.approx(0.8, abs=1e-3)  # theirs counts the other tail too
 
 
-def test_split_power_states_its_assumption_and_counts_clusters_once() -> None:
+def test_detectable_effects_state_their_assumption_and_count_clusters_once() -> None:
     message = DetectableEffects("test", 196, 146)
     assert message.effects[0.2] == minimum_detectable_effect(146, 0.2)
-    text = detectable_effects_text(message, "right or wrong", 0.02)
-    assert all(number in text for number in ("196", "146", "10.3", "20%", "12"))
-    assert "points" not in detectable_effects_text(DetectableEffects("test", 40, 4), "corpus", 0.02)
     assert message.as_dict()["assumed"][1] == {"changed": 0.2, "minimum_detectable_effect": message.effects[0.2]}
-
-
-@pytest.mark.parametrize(
-    ("clusters", "shares"),
-    [(15, ["44.6%"]), (30, ["24.2%", "30%"]), (40, ["20%", "18.5%", "30%"]), (100, ["20%", "10%", "30%"])],
-)
-def test_effect_text_names_no_share_of_changes_below_the_difference(clusters: int, shares: list[str]) -> None:
-    text = detectable_effects_text(DetectableEffects("dev", clusters, clusters), "right or wrong", 0.02)
-    assert re.findall(r"[\d.]+%", text.replace("(80% power)", "")) == shares
-    effects = [100 * minimum_detectable_effect(clusters, q) for q in (0.1, 0.2, 0.3)]
-    assert text.count("one direction") == (effects[0] > 10)
-    assert all(f"{effect:.1f}" in text for effect in effects)
 
 
 class _Warned(LogReporter):

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from making.evidence import pair, scorers
-from tunewright.config import Metric
 from tunewright.config.metrics import Json, Python, Regex
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.metrics import Scores, check_references, metric_inputs, metric_kind, score_all, scorer_of
+from tunewright.metrics import Scores, check_references, metric_inputs, score_all, scorer_of
 
 
 def _scores(root: Path, code: str, answers: list[str], name: str = "scoring:worth") -> Scores:
@@ -110,15 +109,6 @@ def test_documented_sql_metric_compares_results(tmp_path: Path) -> None:
     scores = score_all(scorer, answers, [pair(f"question {n}", reference) for n in range(4)])
     assert scores.values.tolist() == [1, 0, 0, 1]
     assert score_all(scorer, ["SELECT 1"], [pair("question", "SELECT")]).unscored
-
-
-ALL: list[Metric] = ["exact_match", "bleu", "chrf", "token_f1", "rouge_l", "json", "json_valid", Regex(regex="a")]
-
-
-@pytest.mark.parametrize("metric", ALL, ids=str)
-def test_metric_kind_is_known_without_a_scorer(metric: Metric) -> None:
-    (scorer,) = scorers([metric])
-    assert metric_kind(metric) == scorer.kind
 
 
 # References that a metric does not suit

@@ -26,7 +26,7 @@ from tunewright.advisor.signals import (
 )
 from tunewright.data.splits import FEW_TRAINING_PAIRS
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evaluation.verbs import open_arm_runner, open_trainings, refuse_up_front, report_detectable_effects
+from tunewright.evaluation.verbs import open_arm_runner, open_trainings, refuse_up_front
 from tunewright.evidence.common import Interval
 from tunewright.evidence.power import items_to_settle
 from tunewright.evidence.schema import FreeArms
@@ -54,11 +54,10 @@ def advise(
         if project.folder.advice.absolute() in file.absolute().parents:
             AccessLog(project.folder.evaluations).require(file)
         return AdviceResult(file, load_signals(file), measured=False)
-    from tunewright.advisor.adviser import Adviser
-
     if pilot:
         refuse_up_front(project, "A pilot")
-    report_detectable_effects(project)
+    from tunewright.advisor.adviser import Adviser
+
     with open_trainings(project) if pilot else nullcontext() as pilots:
         return AdviceResult(*Adviser(partial(open_arm_runner, project), pilots=pilots, minutes=minutes).advise())
 

@@ -203,7 +203,7 @@ class Adviser:
         pilots = []
         for part, training, adapter in zip(self.parts, trainings, known, strict=True):
             rows = len(part.domain_of("train"))
-            self.reporter.say(f"Pilot on {rows:,} of {all_rows:,} training rows")
+            self.reporter.say(f"Pilot: a trial adapter, trained on {rows:,} of {all_rows:,} training rows")
             facts, place = training.facts, training.adapters
             adapter = (
                 adapter or train(self.project, part, base, chat, self.reporter, adapters=place, facts=facts).adapter

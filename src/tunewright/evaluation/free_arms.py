@@ -132,7 +132,7 @@ def answer_free(
 ) -> tuple[dict[str, list[ArmAnswer]], ScoredArms, list[Arm]]:
     """Return the answers of these free arms to rows of a split, their scores, which are reported, and their entries."""
     fitted, found = FittedArms(arm_runner), dict[str, list[ArmAnswer]]()
-    with arm_runner.reporter.task(f"free arms on {split}", len(names), "arms") as task:
+    with arm_runner.reporter.task(f"answers without a model on {split}", len(names), "arms") as task:
         for name in names:
             found[name] = [ArmAnswer(text, False, (), 0) for text in fitted.answers(name, rows)]
             task.advance()

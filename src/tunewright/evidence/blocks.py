@@ -100,6 +100,12 @@ _FREE = (
 )
 
 
+_ARMS = (
+    "zero-shot has no examples in the prompt. static-N-seed-S has the same N training rows in every prompt, by random "
+    "draw S. retrieved-N has the N training rows most similar to the input."
+)
+
+
 def left_out(budget: Budget | None) -> list[str]:
     """Return the arms that a time budget left out, with the caution about the baseline."""
     if budget is None:
@@ -280,7 +286,7 @@ def advice_section(advice: Advice) -> Section:
     on = all_dev if narrowing is None else f"{narrowing.items} of the {all_dev}"
     blocks: list[Block] = [
         *_free_blocks(advice, all_dev),
-        Lead(f"Prompting on {on}, untuned base"),
+        Lead(f"Prompting on {on}, untuned base\n{_ARMS}"),
         arms_table("Table of prompting arms", advice, [arm for arm in arms if arm.seed is None]),
     ]
     if advice.static:
@@ -301,7 +307,7 @@ def advice_section(advice: Advice) -> Section:
 def _free_blocks(measured: Evidence | Advice, items: str) -> list[Block]:
     if (free := measured.free) is None:
         return []
-    lead = Lead(f"Free arms on {items}, without a model: {free.why}")
+    lead = Lead(f"Free arms, which need no language model, on {items}: {free.why}")
     notes = (f"Best free arm: {free.best}.", *(f"Left out: {each.name}: {each.why}." for each in free.left_out))
     return [lead, arms_table("Table of free arms", measured, free.dev), Notes(notes)]
 

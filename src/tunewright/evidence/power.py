@@ -16,7 +16,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.splits import Split
 from tunewright.evidence.common import Interval
-from tunewright.metrics import Kind
 
 POWER = 0.8
 ALPHA = 0.05
@@ -78,43 +77,6 @@ class DetectableEffects:
         """Return the effects as ``--json`` prints it."""
         effects = [{"changed": q, "minimum_detectable_effect": d} for q, d in self.effects.items()]
         return {"split": self.split, "items": self.items, "clusters": self.clusters, "assumed": effects}
-
-
-def detectable_effects_text(found: DetectableEffects, kind: Kind, margin: float) -> str:
-    """Return the effects in plain sentences, with their assumptions."""
-    place = f"The {found.split} split's {found.items:,} items in {found.clusters:,} clusters"
-    if found.clusters < FEWEST_CLUSTERS:
-        return (
-            f"{place} are too few: no difference can be shown, because that takes {FEWEST_CLUSTERS} clusters or more."
-        )
-    text = f"{place} show a true difference of {_effects_text(found.effects)}"
-    if kind == "corpus":
-        text += " This assumes right or wrong answers; for a corpus metric it is a rough guide."
-    elif kind == "mean":
-        text += " This assumes right or wrong answers, the worst case: graded scores vary less."
-    if found.split != "test":
-        return text
-    expected = 100 * (margin + found.effects[ASSUMED[1]])
-    if expected >= 100:
-        return f"{text} With a margin of {100 * margin:g} points no gain would be enough to ship."
-    return f"{text} With a margin of {100 * margin:g} points a fine-tune has to gain about {expected:.0f} to ship."
-
-
-def _effects_text(effects: Mapping[float, float]) -> str:
-    """Return the differences with their assumptions: a difference of d takes a change of d of the items or more."""
-    low, middle, high = (f"{100 * effect:.1f}" for effect in effects.values())
-    few, usual, many = (
-        f"{q:.0%} change" if effect <= q else f"{100 * effect:.1f}% change, all in one direction"
-        for q, effect in effects.items()
-    )
-    if low == high:
-        return (
-            f"{middle} points or more (80% power): {middle}% of the items or more have to change between two arms, all "
-            "in one direction."
-        )
-    text = f"{middle} points or more (80% power), if {usual.replace('change', 'of the items change between two arms')}"
-    text += ": an assumption. "
-    return text + (f"{high} points if {many}." if low == middle else f"{low} points if {few}, {high} if {many}.")
 
 
 # A sample just large enough for the interval's end to touch the margin would succeed every other time. This factor

@@ -59,7 +59,6 @@ __all__ = [
     "axis_label",
     "check_references",
     "metric_inputs",
-    "metric_kind",
     "metric_label",
     "normalised",
     "open_scorers",
@@ -117,13 +116,6 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
             return call_schema_valid(name)
         case "irrelevance_detection":
             return irrelevance_detection(name)
-
-
-def metric_kind(metric: Metric) -> Kind:
-    """Return the metric's kind without importing a custom function."""
-    if isinstance(metric, Json) or metric in ("json", "bleu", "chrf", "macro_f1", "call_argument_f1"):
-        return "corpus"
-    return "mean" if isinstance(metric, Python) or metric in ("token_f1", "rouge_l") else "right or wrong"
 
 
 def open_scorers(settings: EvaluateConfig, root: Path) -> tuple[Scorer, ...]:
