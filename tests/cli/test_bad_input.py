@@ -129,7 +129,7 @@ class _CtrlC(LogTask):
 
         monkeypatch.setattr(ConsoleReporter, "task", task)
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGINT)

@@ -94,12 +94,64 @@ def test_part_of_a_stage_counts_the_answers_of_all_arms() -> None:
     reporter = ConsoleReporter(_terminal())
     rate = AnswerRate(reporter)
     with reporter.pipeline(STAGES), rate.together(40):
-        rate.advance(5)  # kept from before
+        rate.advance(5, kept=True)
         with rate.arm("zero-shot on dev", 5) as advance:
             for _ in range(5):
                 advance()
             assert reporter._screen is not None
             assert (reporter._screen.bars.tasks[0].completed, reporter._screen.bars.tasks[0].total) == (10, 40)
+
+
+def test_time_left_counts_only_the_work_of_this_process(now: list[float]) -> None:
+    screen = _Screen(_terminal(), STAGES)
+    now[0] += 1
+    screen.done("data", False, "")
+    task = _BarTask(screen, "Training", 100)
+    task.advance(50, kept=True)  # which leaves a weight of 1
+    now[0] += 100
+    task.advance(25)
+    assert screen.seconds_left() == pytest.approx(100 + 3 * 200, rel=0.02)
+    now[0] += 40
+    task.advance(10)  # 4 s each since the first batch
+    assert screen.seconds_left() == pytest.approx(15 * 4 + 3 * 200, rel=0.02)
+    screen.bars.remove_task(task.task_id)
+    screen.done("train", True, "")
+    now[0] += 60
+    assert screen.seconds_left() == pytest.approx(3 * 200, rel=0.02)
+
+
+def test_bars_show_one_time_left_that_kept_answers_do_not_shorten(now: list[float]) -> None:
+    paper, reporter = _terminal(), ConsoleReporter(_terminal())
+    with reporter.task("All answers", 100, "answers") as whole, reporter.task("zero-shot", 10, "answers") as arm:
+        for _ in range(3):
+            now[0] += 10
+            whole.advance(10, kept=True)
+            arm.advance()
+            whole.advance()
+        assert reporter._screen is not None
+        paper.print(reporter._screen)
+    assert re.findall(r"\S+ \S+ \S+ left", _plain(_written(paper))) == ["about 11 min left"]  # 67 answers, 10 s each
+
+
+def test_loading_is_shown_from_the_start_until_the_first_display() -> None:
+    console = _terminal()
+    reporter = ConsoleReporter(console)
+    reporter.begin_loading()
+    with reporter.pipeline(STAGES):
+        shown = _plain(_written(console))
+        assert reporter._screen is not None and "loading" in _drawn_text(reporter._screen)
+    reporter.end_loading()
+    assert "Loading torch and the base" in shown
+    piped = ConsoleReporter(Console(file=io.StringIO(), width=100))
+    piped.begin_loading()
+    piped.end_loading()
+    assert _written(piped.console) == ""
+
+
+def _drawn_text(screen: _Screen) -> str:
+    paper = _terminal()
+    paper.print(screen)
+    return _plain(_written(paper))
 
 
 def test_time_left_ignores_reused_stages(now: list[float]) -> None:

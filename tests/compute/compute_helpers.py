@@ -144,7 +144,7 @@ class Answering(Listener):
         answering = self
 
         class Watching(LogTask):
-            def advance(self, steps: int = 1, note: str = "") -> None:
+            def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
                 if answering.arm in title and not answering.called:
                     answering.called = True
                     answering.then()

@@ -83,7 +83,7 @@ class _Meddling(Listener):
         meddling = self
 
         class Watching(LogTask):
-            def advance(self, steps: int = 1, note: str = "") -> None:
+            def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
                 if title == meddling.step and not meddling.meddled:
                     meddling.meddled = True
                     meddling.meddle()
@@ -249,7 +249,7 @@ def test_brief_parts_are_sent_more_at_once_and_stay_in_order(two_workers: Worker
     class Sent(LogTask):
         tasks = 0
 
-        def advance(self, steps: int = 1, note: str = "") -> None:
+        def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
             self.tasks += 1
 
     sent = Sent()

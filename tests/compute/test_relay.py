@@ -32,7 +32,7 @@ class _Bar:
     def __init__(self, lines: list[str]) -> None:
         self.lines = lines
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
         self.lines.append(f"+{steps} {note}")
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:

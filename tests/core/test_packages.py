@@ -50,7 +50,7 @@ class _Heard:
         self.total, heard = total, self
 
         class _Task:
-            def advance(self, steps: int = 1, note: str = "") -> None:
+            def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
                 heard.steps.append(steps)
                 if heard.interrupt_at is not None and sum(heard.steps) >= heard.interrupt_at:
                     raise KeyboardInterrupt

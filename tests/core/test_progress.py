@@ -43,7 +43,7 @@ def test_print_task_prints_a_line_every_ten_seconds_and_the_last(
     for seconds[0] in (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.5, 14.0):
         task.advance(note="loss 2.1")
     assert capsys.readouterr().err.splitlines() == [
-        "Training tiny: 2 of 8 steps, loss 2.1, 9 seconds left",
+        "Training tiny: 2 of 8 steps, loss 2.1, 12 seconds left",
         "Training tiny: 7 of 8 steps, loss 2.1, 2 seconds left",
         "Training tiny: 8 of 8 steps, loss 2.1",
     ]

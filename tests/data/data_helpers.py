@@ -23,7 +23,7 @@ class _Counting(LogTask):
     def __init__(self, steps: dict[str, tuple[int, int]], title: str) -> None:
         self.all, self.title = steps, title
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
         done, total = self.all[self.title]
         self.all[self.title] = (done + steps, total)
 

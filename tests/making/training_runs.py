@@ -50,7 +50,7 @@ class _Steps(LogTask):
         self.heard = heard
         self.done = 0
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
         self.done += steps
         if self.done == self.heard.after:
             os.kill(os.getpid(), self.heard.number)

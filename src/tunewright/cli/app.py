@@ -18,7 +18,7 @@ from typer._click.globals import get_current_context
 from typer.core import TyperGroup
 
 from tunewright._version import __version__
-from tunewright.cli.console import NOTHING_KEPT, session
+from tunewright.cli.console import NOTHING_KEPT, RESUMES, session
 from tunewright.cli.start import begin
 from tunewright.core.errors import UserError
 from tunewright.core.options import Option
@@ -206,6 +206,8 @@ def command(
                 current.folder, current.database_url, current.cluster = folder or Path(), url, on
                 if options is not None:
                     values["options"] = _filled(options, values)
+                if cluster and kept == RESUMES:  # those that compute with a model
+                    current.reporter.begin_loading()
                 code = function(current, **values)
                 if code:
                     raise typer.Exit(code)

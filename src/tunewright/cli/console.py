@@ -153,10 +153,11 @@ class Session:
     def project(self) -> Project:
         """The project in the folder, with what ``--database-url`` and ``--cluster`` name. It must exist."""
         import tunewright
+
+        opened = tunewright.open(self.folder, self.reporter)
         from tunewright.api import Project
         from tunewright.config.project import ProjectFolder
 
-        opened = tunewright.open(self.folder, self.reporter)
         folder = opened.folder.on_cluster(self.cluster)
         if self.database_url is not None:
             serve = folder.config.serve.model_copy(update={"database_url": self.database_url})
@@ -180,6 +181,7 @@ class Session:
         stderr.
         """
         assert not hasattr(document, "as_dict"), "its JSON has more than its fields"
+        self.reporter.end_loading()
         if not distributed.is_main_process():
             return
         if self.as_json:
@@ -267,6 +269,7 @@ def session(
                 raise
             _fail(current, *failure)
         finally:
+            current.reporter.end_loading()
             signal.signal(signal.SIGTERM, before)
 
 

@@ -17,12 +17,12 @@ import typer
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from tunewright.core import tracing
-from tunewright.core.progress import Task, downsample
+from tunewright.core.progress import Pace, Task, downsample
 from tunewright.core.text import visible
 
 log = logging.getLogger("tunewright")
@@ -120,11 +120,15 @@ class _BarTask:
 
     def __init__(self, screen: _Screen, title: str, total: int) -> None:
         self.screen = screen
-        self.task_id = screen.bars.add_task(title, total=total, note="")
+        self.pace = Pace(total)
+        self.task_id = screen.bars.add_task(title, total=total, note="", pace=self.pace)
         self.total = total
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
+        self.pace.advance(steps, kept=kept)
         self.screen.bars.update(self.task_id, advance=steps, note=note)
+        if kept and self.screen.current is not None and self.screen.bars.tasks[0].id == self.task_id:
+            self.screen.current.kept += steps / self.total
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         if self.screen.curves is None:
@@ -140,7 +144,14 @@ class _Stage:
     began: float | None = None
     ended: float | None = None
     computed: bool = True
+    kept: float = 0.0
+    """Share of its work that an earlier run had done."""
     result: str = ""
+
+    @property
+    def weight_here(self) -> float:
+        """Its share of the time in this process."""
+        return self.weight * max(1 - self.kept, 0.0)
 
 
 class _Screen:
@@ -152,8 +163,6 @@ class _Screen:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
         self.bars = Progress(*columns, console=console)
@@ -166,7 +175,15 @@ class _Screen:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._stages_table()] if self.stages else []
         parts += [self.curves] if self.curves is not None else []
-        return Group(*parts, self.bars) if self.bars.tasks else Group(*parts)
+        parts += [self.bars] if self.bars.tasks else []
+        if not self.stages and (left := self.seconds_left()):
+            parts.append(Text(f"about {_duration(left)} left"))
+        return Group(*parts)
+
+    @property
+    def current(self) -> _Stage | None:
+        """The stage in progress."""
+        return next((stage for stage in self.stages if stage.ended is None), None)
 
     def done(self, name: str, computed: bool, result: str) -> None:
         """Mark a stage as done; the next one begins."""
@@ -178,27 +195,25 @@ class _Screen:
             self.stages[place + 1].began = now
 
     def seconds_left(self) -> float | None:
-        """Return an estimate for the rest of the pipeline, or None while too little has been measured.
+        """Return an estimate for the rest of the pipeline or task, or None while too little has been measured.
 
         Weights are a pipeline's usual shares of the time. The stages so far give the time per unit
-        of weight; stages that were already done are ignored.
+        of weight; stages and parts of them that were already done are ignored.
         """
-        now = time.monotonic()
-        current = next((stage for stage in self.stages if stage.ended is None), None)
+        now, current = time.monotonic(), self.current
+        pace: Pace | None = self.bars.tasks[0].fields["pace"] if self.bars.tasks else None
+        left_here = pace.left() if pace else None
         if current is None or current.began is None:
-            return None
-        finished, left_here = 0.0, None
-        if self.bars.tasks:
-            outermost = self.bars.tasks[0]
-            finished = outermost.completed / outermost.total if outermost.total else 0.0
-            left_here = outermost.time_remaining
-        took = [(s.ended - s.began, s.weight) for s in self.stages if s.ended and s.began and s.computed]
+            return None if self.stages else left_here
+        here = pace.total - pace.kept if pace else 0
+        finished = (pace.done - pace.kept) / here if pace and here else 0.0
+        took = [(s.ended - s.began, s.weight_here) for s in self.stages if s.ended and s.began and s.computed]
         spent = sum(seconds for seconds, _ in took) + now - current.began
-        weight = sum(share for _, share in took) + current.weight * finished
+        weight = sum(share for _, share in took) + current.weight_here * finished
         if spent < _SOONEST_S or weight < _LEAST_WEIGHT * sum(stage.weight for stage in self.stages):
             return None
         later = sum(stage.weight for stage in self.stages if stage.began is None)
-        rest = current.weight * (1 - finished) * spent / weight if left_here is None else left_here
+        rest = current.weight_here * (1 - finished) * spent / weight if left_here is None else left_here
         return rest + later * spent / weight
 
     def _stages_table(self) -> Table:
@@ -210,7 +225,7 @@ class _Screen:
                 text, took = stage.result, _duration(stage.ended - stage.began) if stage.computed else "unchanged"
             elif stage.began is not None:
                 mark, style, took = "●", "bold cyan", _duration(now - stage.began)
-                text = self.bars.tasks[-1].description if self.bars.tasks else ""
+                text = self.bars.tasks[-1].description if self.bars.tasks else "loading"
             else:
                 mark, style, text, took = "·", "dim", "", ""
             table.add_row(Text(mark, style), Text(stage.name, style), Text(took), Text(text, overflow="ellipsis"))
@@ -225,41 +240,26 @@ class LineTask:
 
     every_s = 15.0
     short_s = 2.0  # shorter work is not worth a line
-    burst_s = 1.0  # advances this soon after the first count as part of it
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self.console = console
         self.title = title
-        self.total = total
         self.unit = unit
-        self.done = self.first = 0
-        self.began = self.printed = self.since = time.monotonic()
-        self.first_at: float | None = None
+        self.pace = Pace(total)
+        self.began = self.printed = time.monotonic()
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self.done += steps
-        now = time.monotonic()
-        self.first_at = now if self.first_at is None else self.first_at
-        if now - self.first_at < self.burst_s:
-            # Work resumed from an earlier run, or the first batch after warm-up, does not show the speed.
-            self.first, self.since = self.done, now
-        finished = steps > 0 and self.done == self.total and now - self.began > self.short_s
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
+        self.pace.advance(steps, kept=kept)
+        now, done, total, left = time.monotonic(), self.pace.done, self.pace.total, self.pace.left()
+        finished = steps > 0 and done == total and now - self.began > self.short_s
         if now - self.printed < self.every_s and not finished:
             return
         self.printed = now
-        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", note, self._left(now)]
+        parts = [f"{self.title}: {done}/{total} {self.unit}", note, "" if left is None else f"{_duration(left)} left"]
         self._print(", ".join(part for part in parts if part))
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
-
-    def _left(self, now: float) -> str:
-        """Return the time left, by the speed since the first advances; empty until there are later advances."""
-        if self.done >= self.total:  # GEPA ends its last round beyond its limit
-            return "0 s left"
-        if self.done == self.first:
-            return ""
-        return f"{_duration((now - self.since) / (self.done - self.first) * (self.total - self.done))} left"
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         """Draw nothing: in a log, each evaluation reports its numbers itself."""
@@ -282,6 +282,16 @@ class ConsoleReporter:
         self._live = live and console.is_terminal and not console.is_dumb_terminal
         self._screen: _Screen | None = None
         self._display: Live | None = None
+        self._loading = console.status("Loading torch and the base")
+
+    def begin_loading(self) -> None:
+        """Say on a terminal that torch and the base are loaded, until the first display or `end_loading`."""
+        if self._live:
+            self._loading.start()
+
+    def end_loading(self) -> None:
+        """Remove what `begin_loading` shows, if it is there."""
+        self._loading.stop()
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False)
@@ -327,6 +337,7 @@ class ConsoleReporter:
 
     @contextmanager
     def _drawn(self, stages: Mapping[str, float]) -> Iterator[_Screen]:
+        self.end_loading()
         self._screen = _Screen(self.console, stages)
         try:
             with Live(self._screen, console=self.console, refresh_per_second=4) as self._display:
@@ -400,7 +411,12 @@ class _JsonTask(LineTask):
         self._measured |= {"step": step, **numbers}
 
     def _print(self, text: str) -> None:
-        fields: dict[str, object] = {"task": self.title, "done": self.done, "total": self.total, "unit": self.unit}
+        fields: dict[str, object] = {
+            "task": self.title,
+            "done": self.pace.done,
+            "total": self.pace.total,
+            "unit": self.unit,
+        }
         if self._measured:
             fields["measured"], self._measured = self._measured, {}
         log.info(text, extra={"fields": fields})

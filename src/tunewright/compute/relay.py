@@ -90,8 +90,8 @@ class _RelayTask:
     def __init__(self, put: Callable[..., object], number: int) -> None:
         self._put, self._number = put, number
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        self._put("advance", self._number, steps, note)
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
+        self._put("advance", self._number, steps, note, kept)
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         self._put("measured", self._number, step, dict(numbers))
@@ -115,8 +115,11 @@ class Display:
         for kind, *values in events:
             if kind in ("say", "warn"):
                 getattr(self._reporter, kind)(*values)
-            elif kind in ("advance", "measured"):
-                getattr(self._open[values[0]][1], kind)(*values[1:])
+            elif kind == "advance":
+                number, steps, note, kept = values
+                self._open[number][1].advance(steps, note, kept=kept)
+            elif kind == "measured":
+                self._open[values[0]][1].measured(*values[1:])
             elif kind == "open":
                 bars = ExitStack()
                 self._open[values[0]] = bars, bars.enter_context(self._reporter.task(*values[1:]))

@@ -219,9 +219,9 @@ class _Counter(LogTask):
 
     steps = 0
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
         """Count the steps."""
-        del note
+        del note, kept
         self.steps += steps
 
 

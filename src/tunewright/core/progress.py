@@ -19,8 +19,11 @@ log = logging.getLogger("tunewright")
 class Task(Protocol):
     """A piece of work in progress."""
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Count ``steps`` more as done; ``note`` is a short text shown next to the bar."""
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
+        """Count ``steps`` more as done; ``note`` is a short text shown next to the bar.
+
+        ``kept`` steps were done by an earlier run, so they say nothing about the speed.
+        """
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record values at ``step`` of the work.
@@ -46,9 +49,9 @@ class Reporter(Protocol):
 class LogTask:
     """Progress as debug messages."""
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
         """Log the steps."""
-        log.debug("+%d %s", steps, note)
+        log.debug("+%d%s %s", steps, " kept" if kept else "", note)
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log the values."""
@@ -86,23 +89,53 @@ def slow(reporter: Reporter, what: str) -> Iterator[None]:
         timer.cancel()
 
 
+class Pace:
+    """The speed of a task in this process, without kept steps and the first batch, which includes a warm-up."""
+
+    burst_s = 1.0  # advances this soon after the first count as part of it
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = self.kept = self._first = 0
+        self._began: float | None = None
+        self._since = 0.0
+
+    def advance(self, steps: int, *, kept: bool) -> None:
+        """Count steps."""
+        self.done += steps
+        self.kept += steps if kept else 0
+        now = time.monotonic()
+        if not kept and self._began is None:
+            self._began = now
+        if self._began is not None and now - self._began < self.burst_s:
+            self._first, self._since = self.done - self.kept, now
+
+    def left(self) -> float | None:
+        """Return the seconds left, or None until there are steps after the first ones."""
+        timed = self.done - self.kept - self._first
+        if self.done >= self.total:  # GEPA ends its last round beyond its limit
+            return 0.0
+        if not timed:
+            return None
+        return (time.monotonic() - self._since) / timed * (self.total - self.done)
+
+
 class PrintTask(LogTask):
     """Progress as a line on stderr every ten seconds, the first one after two."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title, self.total, self.unit = title, total, unit
-        self.done, self.began = 0, time.monotonic()
+        self.title, self.unit, self.pace = title, unit, Pace(total)
+        self.began = time.monotonic()
         self.due = self.began + _SLOW_S
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(self, steps: int = 1, note: str = "", *, kept: bool = False) -> None:
         """Count the steps, and print a line if one is due or these are the last."""
-        self.done += steps
+        self.pace.advance(steps, kept=kept)
         now = time.monotonic()
-        if now < self.due and not (self.done == self.total and now - self.began > _SLOW_S):
+        if now < self.due and not (self.pace.done == self.pace.total and now - self.began > _SLOW_S):
             return
-        self.due = now + _EVERY_S
-        left = (now - self.began) / max(self.done, 1) * (self.total - self.done)
-        parts = [f"{self.title}: {self.done:,} of {self.total:,} {self.unit}", note]
+        self.due, left = now + _EVERY_S, self.pace.left()
+        parts = [f"{self.title}: {self.pace.done:,} of {self.pace.total:,} {self.unit}", note]
         parts.append(f"{duration(left)} left" if left else "")
         _print(", ".join(filter(None, parts)))
 

@@ -242,7 +242,7 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
     pinned = {pin: pin.partition("==") for pin in wanted}
     missing = [pin for pin, (name, _, version) in pinned.items() if (canonicalize_name(name), version) not in there]
     if len(missing) < len(wanted):
-        task.advance(len(wanted) - len(missing), note="already installed")
+        task.advance(len(wanted) - len(missing), note="already installed", kept=True)
     for group in _groups(missing):
         # Most of these gigabytes are never imported; Python compiles the imported modules at the first start.
         options = ("--no-deps", "--no-compile", "--no-input", "--disable-pip-version-check")

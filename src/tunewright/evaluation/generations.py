@@ -239,7 +239,7 @@ class Generator:
                 wanted = journal.missing({digest(prompt): prompt for prompt in arm.prompts})
                 # An arm with the same prompts finds these answers in the journal.
                 missing = sorted(prompt for key, prompt in wanted.items() if (journal.path, key) not in claimed)
-                self.rate.advance(len(arm.prompts) - len(missing))
+                self.rate.advance(len(arm.prompts) - len(missing), kept=True)
                 if not missing:
                     continue
                 claimed |= {(journal.path, key) for key in wanted}

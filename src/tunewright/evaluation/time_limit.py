@@ -47,10 +47,10 @@ class AnswerRate:
             finally:
                 self._whole = None
 
-    def advance(self, answers: int = 1) -> None:
+    def advance(self, answers: int = 1, *, kept: bool = False) -> None:
         """Show further answers of several arms, computed or kept from before."""
         if self._whole is not None:
-            self._whole.advance(answers)
+            self._whole.advance(answers, kept=kept)
 
     @contextmanager
     def arm(self, title: str, answers: int) -> Iterator[Callable[[], None]]:

@@ -156,7 +156,7 @@ class Endpoint:
             self._retried.clear()
             with self._reporter.task(title, len(wanted), "replies") as task:
                 if len(missing) < len(wanted):
-                    task.advance(len(wanted) - len(missing))
+                    task.advance(len(wanted) - len(missing), kept=True)
                 run_async(self._ask_all(missing, task))
         return [self.journal.answers[key] for key in keys]
 

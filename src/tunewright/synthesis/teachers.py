@@ -208,7 +208,7 @@ class LocalTeacher:
         missing = sorted(self._journal.missing(wanted).values())
         if missing:
             with self._reporter.task(title, len(wanted), "samples") as task, self._journal.keeping() as keep:
-                task.advance(len(wanted) - len(missing))
+                task.advance(len(wanted) - len(missing), kept=True)
 
                 def complete(index: int, completion: Completion) -> None:
                     ids, number = missing[index]

@@ -122,7 +122,7 @@ class Run:
             if checkpoint is not None:
                 done = step_of(checkpoint)
                 self.reporter.say(f"Resuming from step {done} of {steps}")
-                task.advance(done)
+                task.advance(done, kept=True)
                 if evaluation_missing(checkpoint, evaluation_interval(settings, steps)):
                     self._make_missing_evaluation(trainer, checkpoint)
             began = time.monotonic()
