@@ -58,9 +58,10 @@ def open(root: str | Path = ".", reporter: Reporter | None = None) -> Project:  
     Raises:
         UserError: ``tunewright.yaml`` is missing or invalid.
     """
-    from tunewright.api import Project
     from tunewright.config.project import ProjectFolder
 
     project = ProjectFolder(Path(root))
-    _ = project.config
+    _ = project.config  # refused before the packages of the API are imported
+    from tunewright.api import Project
+
     return Project(project, reporter)

@@ -25,7 +25,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.config import JudgeConfig, MetricName
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, require_torch
 from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import Member
@@ -85,6 +85,7 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, clust
 
     With ``whole`` it gets the example's whole settings, which also replace unchanged quick settings.
     """
+    require_torch()
     config, name = directory / CONFIG_FILE, examples.LEGAL_CITATIONS
     if not config.exists():
         create_project(directory, examples.project_files(reporter, quick=not whole))

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.signing import store_signer
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, require_torch
 from tunewright.data.add import AddResult
+from tunewright.data.options import AddOptions
 from tunewright.data.readers.source_files import is_hub_name
 from tunewright.data.versions import load_version
 from tunewright.evaluation import data_verbs
+from tunewright.evaluation.frozen_answers import require_ready
 from tunewright.evaluation.verbs import (
     asked_splits,
     check_trainable,
@@ -53,6 +55,7 @@ def run(
     project: OpenProject,
     *,
     force: bool = False,
+    skip_bad: bool = False,
     stage_done: Callable[[str, bool, str], None] | None = None,
     prompting_done: Callable[[Advice], None] = lambda _advice: None,
 ) -> RunResult:
@@ -61,18 +64,19 @@ def run(
     Args:
         force: warn, instead of refusing, if the test split has too few clusters for any verdict. Also as in
             :meth:`train`.
+        skip_bad: leave faulty rows of the sources out, with a warning, instead of refusing them.
         stage_done: called with each finished stage's name, True if anything was computed, and its result in words
             (None: the reporter reports it).
         prompting_done: called with the scores of the prompting arms on dev once they have been measured, long
             before the whole result.
     """
-    from tunewright.evaluation.incumbents import require_ready
 
     def report_stage(name: str, computed: bool, what: str) -> None:
         project.reporter.say(f"{name}: {'done' if computed else 'unchanged'}, {what}")
 
     done = stage_done or report_stage
     sources = project.folder.config.data.sources
+    require_torch()
     require_trackers(project.folder.config.train.report_to)
     if not sources:
         raise UserError(
@@ -80,14 +84,13 @@ def run(
             where="data.sources",
             fix="List your files, such as sources: [pairs.jsonl]",
         )
-    added = data_verbs.add(
-        project, [each.path if is_hub_name(each.path) else project.folder.root / each.path for each in sources]
-    )
+    files = [each.path if is_hub_name(each.path) else project.folder.root / each.path for each in sources]
+    added = data_verbs.add(project, files, AddOptions(skip_bad=skip_bad))
     done("data", added.created, f"version {added.version.digest[:12]}")
     require_significance(current_split_power(project), force=force, reporter=project.reporter)
-    refuse_up_front(project)
     require_ready(project.folder, load_version(project.folder.dataset), asked_splits("test"), project.reporter)
     forced = require_rows(project, force=force)
+    refuse_up_front(project)
     signer = None
     if not has_trained(project):
         check_trainable(project)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,57 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "run" in done.stdout
+
+
+_WITHOUT_TORCH = """
+import sys
+from making.command_line import tunewright
+for words in sys.argv[1:]:
+    ran = tunewright(*words.split())
+    assert ran.code == 2, (words, ran)
+    assert "torch" not in sys.modules, words
+    print(ran.stderr.splitlines()[0])
+"""
+
+
+def test_what_config_and_disk_refuse_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, before, after in (
+        ("empty", "sources:", "#sources:"),
+        ("wrong", "train:", "train:\n  lora_rank: 4"),
+        ("child", "train:", "train:\n  from: nobody"),
+    ):
+        config = tiny_project(tmp_path / name, tmp_path) / "tunewright.yaml"
+        config.write_text(config.read_text().replace(before, after))
+    assert tunewright("data", "add", tmp_path / "child" / "pairs.jsonl", "-p", tmp_path / "child").code == 0
+    refused = {
+        "empty train": "dataset: There is no dataset version yet",
+        "empty train --sweep": "dataset: There is no dataset version yet",
+        "empty crossval": "dataset: There is no dataset version yet",
+        "empty run": "data.sources: ",
+        "wrong run": "lora_rank",
+        "wrong train": "lora_rank",
+        "child evaluate": "adapters: No adapter has been trained yet",
+        "child regressions": "adapters: No adapter has been trained yet",
+        "child train": "train.from: ",
+        "child train --curve": "train.from",
+    }
+    commands = [f"{words} -p {tmp_path / name}" for name, words in (each.split(" ", 1) for each in refused)]
+    program, path = [sys.executable, "-c", _WITHOUT_TORCH, *commands], os.pathsep.join(sys.path)
+    done = subprocess.run(program, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line, expected in zip(done.stdout.splitlines(), refused.values(), strict=True):
+        assert expected in line
+
+
+def test_run_leaves_faulty_rows_out_with_skip_bad(tmp_path: Path) -> None:
+    project = tiny_project(tmp_path / "project", tmp_path, count=20)
+    with (project / "pairs.jsonl").open("a") as file:
+        file.write("{}\n")
+    refused = tunewright("run", "-p", project)
+    assert (refused.code, "1 faulty row" in refused.stderr, "--skip-bad" in refused.stderr) == (2, True, True)
+    skipped = tunewright("run", "--skip-bad", "-p", project)  # too few rows for a verdict, once they are added
+    assert (skipped.code, "Warning: 1 faulty row left out" in skipped.stderr) == (2, True)
+    assert tunewright("data", "log", "-p", project, "--json").document["versions"]
 
 
 def test_init_never_overwrites_a_config(tmp_path: Path) -> None:

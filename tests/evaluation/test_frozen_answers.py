@@ -17,8 +17,7 @@ from tunewright.api import Project
 from tunewright.config import IncumbentConfig
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
-from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, read_frozen
-from tunewright.evaluation.incumbents import incumbent_models, require_ready
+from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, incumbent_models, read_frozen, require_ready
 from tunewright.model_io import client
 
 PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a call

@@ -67,14 +67,18 @@ def test_a_project_is_read_without_torch(light: dict[str, str], archive: Path, t
 
 def test_rows_are_added_without_torch_and_training_names_the_extra(light: dict[str, str], tmp_path: Path) -> None:
     project = tiny_project(tmp_path / "project", build_base(tmp_path / "base"))
-    more = write_jsonl(tmp_path / "more.jsonl", pairs(40, seed=7))
+    more = write_jsonl(tmp_path / "more.jsonl", pairs(80, seed=7))
     here = ("-p", project, "--json")
-    added, refused = ran(light, ("data", "add", more, *here), ("train", *here))
+    demo = tmp_path / "demo"
+    commands = ("train", *here), ("run", *here), ("demo", demo, "--json")
+    added, *refused = ran(light, ("data", "add", more, *here), *commands)
     assert added.code == 0, added.stderr
-    assert refused.code == 2
-    assert refused.document["error"]["fix"] == "pip install 'tunewright[train]'"
-    assert "Traceback" not in refused.stderr
+    for each in refused:
+        assert each.code == 2
+        assert "tunewright[train]" in each.document["error"]["fix"]
+        assert "Traceback" not in each.stderr
     assert not list(project.glob("adapters/*"))
+    assert not demo.exists()
 
 
 @contextmanager

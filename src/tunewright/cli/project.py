@@ -150,10 +150,15 @@ def run(
             help="Continue with fewer than 50 training pairs, or with a test split too small for any verdict.",
         ),
     ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave faulty rows out and list them by cause, as `data add` does.")
+    ] = False,
 ) -> int:
     """Run the whole pipeline: data, advise, train, evaluate, verdict, report. Resumes where it stopped."""
     with run.reporter.pipeline(_STAGES) as stage_done:
-        result = run.project.run(force=force, stage_done=stage_done, prompting_done=partial(show_prompting, run))
+        result = run.project.run(
+            force=force, skip_bad=skip_bad, stage_done=stage_done, prompting_done=partial(show_prompting, run)
+        )
         if stage_done:
             stage_done("report", True, result.report.name)
     run.show(run_document(result), *run_tables(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tunewright.core.installation import install_command
@@ -45,6 +46,14 @@ OUT_OF_MEMORY = UserError("Not enough memory", fix="Close other programs, or use
 
 TRAIN_PACKAGES = {"accelerate", "bm25s", "gguf", "peft", "torch", "trl"}
 """Packages of `tunewright[train]`, which an installation without extras lacks."""
+
+
+def require_torch() -> None:
+    """Refuse an installation without ``[train]`` before anything is written or downloaded."""
+    if find_spec("torch") is None:
+        error = missing_extra(ModuleNotFoundError(name="torch"))
+        assert error is not None
+        raise error
 
 
 def missing_extra(error: Exception) -> UserError | None:

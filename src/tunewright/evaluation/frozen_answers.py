@@ -22,7 +22,8 @@ from tunewright.core.log import numbered_lines, parse_line
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.tools import ArgumentsError, canonical_arguments
-from tunewright.data.versions import Member
+from tunewright.data.trace import places_by_key, source_name
+from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.common import Part
 from tunewright.model_io.client import Endpoint
@@ -298,6 +299,31 @@ class IncumbentModel:
         if len(frozen.versions) > 1:
             counts = ", ".join(f"{name} ({count:,})" for name, count in frozen.versions.items())
             self.reporter.warn(f"{self.arm} changed its model version on {split}: {counts}")
+
+
+def incumbent_models(project: ProjectFolder, reporter: Reporter) -> list[IncumbentModel]:
+    """Return the config's incumbents."""
+    return [IncumbentModel(project, config, reporter) for config in project.config.evaluate.incumbents]
+
+
+def require_ready(project: ProjectFolder, version: DatasetVersion, splits: Sequence[Split], reporter: Reporter) -> None:
+    """Check the keys and files of all incumbents, before anything is paid or computed."""
+    for model in incumbent_models(project, reporter):
+        trained_on(model, project, version)
+        for split in splits:
+            model.require_ready(version.examples(split))
+
+
+def trained_on(model: IncumbentModel, project: ProjectFolder, version: DatasetVersion) -> set[str]:
+    """Return the pair keys of rows from the files that a model was itself trained on."""
+    if not model.config.trained_on:
+        return set()
+    source_of = {
+        key: place.rpartition(":")[0] for key, place in places_by_key(project.dataset, version.manifest).items()
+    }
+    sources, where = sorted(set(source_of.values())), f"{model.endpoint.where}.trained_on"
+    files = {source_name(file, sources, project.root, where) for file in model.config.trained_on}
+    return {key for key, source in source_of.items() if source in files}
 
 
 def read_frozen(path: Path) -> list[FrozenAnswer]:

@@ -13,14 +13,11 @@ import numpy as np
 
 from tunewright.adapters.registry import Adapter
 from tunewright.config import Config, IncumbentConfig, PriceConfig
-from tunewright.config.project import ProjectFolder
 from tunewright.core.io import file_digest
-from tunewright.core.progress import Reporter
-from tunewright.data.trace import places_by_key, source_name
-from tunewright.data.versions import DatasetVersion, Member
+from tunewright.data.versions import Member
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED
-from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, Split
+from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, Split, incumbent_models, trained_on
 from tunewright.evaluation.generations import ArmAnswer, Generator, Prompt
 from tunewright.evidence.common import ArmScore, StoredPrompt
 from tunewright.evidence.files import PromptMessages
@@ -30,31 +27,6 @@ from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.scoring import ScoredArms, leave_out, score_arm, score_of
 from tunewright.metrics import score_all, score_text
 from tunewright.model_io.replies import cost
-
-
-def incumbent_models(project: ProjectFolder, reporter: Reporter) -> list[IncumbentModel]:
-    """Return the config's incumbents."""
-    return [IncumbentModel(project, config, reporter) for config in project.config.evaluate.incumbents]
-
-
-def require_ready(project: ProjectFolder, version: DatasetVersion, splits: Sequence[Split], reporter: Reporter) -> None:
-    """Check the keys and files of all incumbents, before anything is paid or computed."""
-    for model in incumbent_models(project, reporter):
-        _trained_on(model, project, version)
-        for split in splits:
-            model.require_ready(version.examples(split))
-
-
-def _trained_on(model: IncumbentModel, project: ProjectFolder, version: DatasetVersion) -> set[str]:
-    """Return the pair keys of rows from the files that a model was itself trained on."""
-    if not model.config.trained_on:
-        return set()
-    source_of = {
-        key: place.rpartition(":")[0] for key, place in places_by_key(project.dataset, version.manifest).items()
-    }
-    sources, where = sorted(set(source_of.values())), f"{model.endpoint.where}.trained_on"
-    files = {source_name(file, sources, project.root, where) for file in model.config.trained_on}
-    return {key for key, source in source_of.items() if source in files}
 
 
 class IncumbentArms:
@@ -175,7 +147,7 @@ class IncumbentArms:
         gaps = list(frozen.gaps.values())
         ours, theirs = arms[TUNED.name], arms[model.arm]
         margin, seed = self.arm_runner.settings.non_inferiority_margin, self.arm_runner.project.config.seed
-        known = _trained_on(model, self.arm_runner.project, self.arm_runner.version)
+        known = trained_on(model, self.arm_runner.project, self.arm_runner.version)
         seen = {place: "trained on" for place, m in enumerate(self.members) if m.key in known}
         unseen = None
         if 0 < len(seen) < len(self.members):

@@ -13,20 +13,22 @@ from tunewright.core.errors import UserError
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.versions import load_version
 from tunewright.data.versions.version import clusters_by_split
+from tunewright.evaluation.frozen_answers import incumbent_models, require_ready
 from tunewright.evidence.causes import undertrained
 from tunewright.evidence.power import (
     DetectableEffects,
     SplitPower,
-    detectable_effects_text,
     split_power,
     split_power_text,
 )
-from tunewright.metrics import metric_kind
 from tunewright.models.bases import base_here
 from tunewright.models.loading import require_bitsandbytes
 from tunewright.open_project import OpenProject
+from tunewright.training.history import require_trackers
 from tunewright.training.memory import require_room
 from tunewright.training.options import SweepOptions
+from tunewright.training.parent import find_parent, require_new_adapter
+from tunewright.training.rows import require_min_examples
 
 if TYPE_CHECKING:
     from tunewright.adapters.signing import SigningKey
@@ -67,13 +69,9 @@ def open_arm_runner(
     Raises:
         UserError: the adapter does not fit the base or chat format, or was trained on another version.
     """
-    from tunewright.evaluation.arm_runner import ArmRunner
-    from tunewright.evaluation.generations import Generator
-
     folder, config = project.folder, project.folder.config
     version = load_version(folder.dataset)
     if adapter is not None:
-        require_compatible(adapter, project.base, project.chat)
         if adapter.dataset is None:
             project.reporter.warn(
                 f"{adapter.name} was imported: its training data is unknown and may include held-out rows."
@@ -84,6 +82,10 @@ def open_arm_runner(
                 f"{version.digest[:12]}, which may hold out rows that it trained on",
                 fix="Train on the current version first: tunewright train",
             )
+        require_compatible(adapter, project.base, project.chat)
+    from tunewright.evaluation.arm_runner import ArmRunner
+    from tunewright.evaluation.generations import Generator
+
     trained = config.train.quantization if adapter is None else trained_quantization([adapter])
     quantization = config.evaluate.quantization or trained
     generator = Generator.of(
@@ -110,18 +112,10 @@ def detectable_effects(project: OpenProject) -> tuple[DetectableEffects, ...]:
     )
 
 
-def report_detectable_effects(project: OpenProject) -> None:
-    """Report what the current splits can show, before anything is measured on them."""
-    settings = project.folder.config.evaluate
-    for expected in detectable_effects(project):
-        project.reporter.say(detectable_effects_text(expected, metric_kind(settings.metric), settings.margin))
-
-
 def prompting(project: OpenProject) -> AdviseResult:
     """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune."""
     from tunewright.evaluation.prompt_search import advise
 
-    report_detectable_effects(project)
     with answer_workers(project) as workers:
         return advise(open_arm_runner(project, workers=workers))
 
@@ -166,19 +160,19 @@ def evaluate(
     Raises:
         UserError: the access log was changed, or too few minutes.
     """
-    from tunewright.evaluation import runner
-    from tunewright.evaluation.benchmarks.runner import open_suites
-    from tunewright.evaluation.incumbents import require_ready
-    from tunewright.evaluation.prompt_search import advise
-    from tunewright.evaluation.workload import time_limit
-
     split: Literal["test", "dev"] = "dev" if dev else "test"
-    # Faults in a benchmark's file are reported before anything is measured.
-    suites = open_suites(project.folder) if split == "test" and project.folder.config.regressions.measures else []
     tuned = find_adapter(project.folder.adapters, adapter)
+    require_ready(project.folder, load_version(project.folder.dataset), asked_splits(split), project.reporter)
     with answer_workers(project) as workers:
         arm_runner = open_arm_runner(project, tuned, workers)
-        require_ready(project.folder, arm_runner.version, asked_splits(split), project.reporter)
+        # These import torch, so that what the folder alone refuses is refused without it.
+        from tunewright.evaluation import runner
+        from tunewright.evaluation.benchmarks.runner import open_suites
+        from tunewright.evaluation.prompt_search import advise
+        from tunewright.evaluation.workload import time_limit
+
+        # Faults in a benchmark's file are reported before anything is measured.
+        suites = open_suites(project.folder) if split == "test" and project.folder.config.regressions.measures else []
         limit = time_limit(arm_runner, minutes, (tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
         trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
@@ -207,11 +201,11 @@ def estimate_evaluation(
     Raises:
         UserError: no adapter, or an adapter that does not fit; also without ``embed`` if vectors have to be computed.
     """
-    from tunewright.evaluation.workload import estimated_answers
-
     tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
         arm_runner = open_arm_runner(project, tuned, workers)
+        from tunewright.evaluation.workload import estimated_answers
+
         arm_runner.embeddings.kept_only = not embed
         return estimated_answers(arm_runner, (tuned, "dev" if dev else "test"))
 
@@ -225,8 +219,6 @@ def estimate_incumbents(project: OpenProject, *, dev: bool = False) -> list[Incu
     Raises:
         UserError: no incumbent, or a file of frozen answers was changed.
     """
-    from tunewright.evaluation.incumbents import incumbent_models
-
     if not project.folder.config.evaluate.incumbents:
         raise UserError(
             "The config has no incumbents",
@@ -251,10 +243,10 @@ def regressions(project: OpenProject, adapter: str | None = None) -> BenchmarkRe
     Raises:
         UserError: no benchmark, an unreadable file, or no adapter that fits.
     """
+    tuned = find_adapter(project.folder.adapters, adapter)
     from tunewright.evaluation.benchmarks.runner import measure_benchmarks, open_suites
 
     suites = open_suites(project.folder)
-    tuned = find_adapter(project.folder.adapters, adapter)
     with answer_workers(project) as workers:
         return measure_benchmarks(open_arm_runner(project, tuned, workers), tuned, suites)
 
@@ -291,9 +283,8 @@ def train(project: OpenProject, *, force: bool = False) -> TrainResult:
     power = current_split_power(project)
     if not power.significant:
         project.reporter.warn(split_power_text(power))
-    refuse_up_front(project)
     forced = require_rows(project, force=force)
-    report_detectable_effects(project)
+    refuse_up_front(project)
     return train_adapter(project, forced)
 
 
@@ -336,13 +327,15 @@ def sweep(project: OpenProject, options: SweepOptions = SweepOptions()) -> tuple
     """
     from tunewright.config.io import write_section
     from tunewright.config.project import CONFIG_FILE
-    from tunewright.training.sweep.sweep import Sweep
 
     minutes = options.minutes
     if minutes is not None and not minutes > 0:
         raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
+    version = load_version(project.folder.dataset)
     refuse_up_front(project, "A sweep")
-    version, chat = load_version(project.folder.dataset), project.chat
+    from tunewright.training.sweep.sweep import Sweep
+
+    chat = project.chat
     with open_trainings(project) as trainings:
         trials = Sweep(
             project.folder,
@@ -370,12 +363,13 @@ def crossval(project: OpenProject, *, folds: int = FOLDS, force: bool = False) -
 
     ``force`` as in :meth:`train`.
     """
-    from tunewright.evaluation.crossval import CrossValidation
-
     if folds < 2:
         raise UserError(f"Must be at least 2 (got {folds})", where="--folds", fix="Five are usual.")
+    version = load_version(project.folder.dataset)
     refuse_up_front(project, "Cross-validation")
-    version, chat = load_version(project.folder.dataset), project.chat
+    from tunewright.evaluation.crossval import CrossValidation
+
+    chat = project.chat
     with open_trainings(project) as trainings:
         return CrossValidation(
             project.folder, version, project.base, chat, project.reporter, trainings, folds=folds, force=force
@@ -383,16 +377,16 @@ def crossval(project: OpenProject, *, folds: int = FOLDS, force: bool = False) -
 
 
 def refuse_up_front(project: OpenProject, new_adapters_of: str | None = None) -> None:
-    """Refuse a config that cannot be trained, before a base is downloaded or anything measured.
+    """Refuse a config that cannot be trained, before torch is imported, a base downloaded or anything measured.
 
     Args:
         new_adapters_of: the name of a command that trains new adapters on parts of the rows.
     """
     settings = project.folder.config.train
+    require_trackers(settings.report_to)
     if new_adapters_of is not None:
-        from tunewright.training.parent import require_new_adapter
-
         require_new_adapter(settings, new_adapters_of)
+    find_parent(project.folder)
     require_servable(settings)
     require_bitsandbytes(settings.quantization, "train.quantization")
     if project.folder.config.compute.cluster is None:  # else other machines train
@@ -405,8 +399,6 @@ def require_rows(project: OpenProject, *, force: bool) -> str | None:
     Raises:
         UserError: too few pairs, and not forced.
     """
-    from tunewright.training.rows import require_min_examples
-
     return require_min_examples(
         len(load_version(project.folder.dataset).domain_of("train")), force=force, reporter=project.reporter
     )

@@ -154,14 +154,15 @@ def curve(project: OpenProject, *, seeds: int = SEEDS, force: bool = False) -> C
 
     The plot is saved next to the result as curve.svg. ``force`` as in :meth:`train`.
     """
+    if seeds < 2:
+        raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
+    version = load_version(project.folder.dataset)
+    refuse_up_front(project, "A learning curve")
     from tunewright.evaluation.learning_curve import LearningCurve
     from tunewright.evidence.learning_curve import curve_lines
     from tunewright.render.plots import lines_file
 
-    if seeds < 2:
-        raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
-    refuse_up_front(project, "A learning curve")
-    version, chat = load_version(project.folder.dataset), project.chat
+    chat = project.chat
     with open_trainings(project) as trainings:
         result = LearningCurve(
             project.folder, version, project.base, chat, project.reporter, trainings, seeds=seeds, force=force
