@@ -271,6 +271,16 @@ def test_gpu_page_is_what_the_results_say() -> None:
     assert rest.partition(END)[0].strip() == page_table(ROOT / "benchmarks" / "results" / "gpu")
 
 
+def test_gpu_page_shows_the_computed_table() -> None:
+    from card_roofline import table
+
+    document = json.loads((ROOT / "benchmarks" / "results" / "card_roofline.json").read_text())
+    _, _, rest = (ROOT / "docs" / "gpu.md").read_text().partition("<!-- computed: begin -->")
+    shown, _, after = rest.partition("<!-- computed: end -->")
+    assert shown.strip() == table(document)
+    assert f"Computed on {document['date']} with torch {document['versions']['torch']}" in after
+
+
 @pytest.mark.slow
 def test_gpu_page_shows_the_newest_card_and_what_was_not_run(tmp_path: Path, resumed: Any) -> None:
     _, document = resumed
