@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.evidence import make_items, scored_items
 from making.versions import version_of
 from tunewright.data.versions import DatasetVersion, Member
@@ -52,3 +54,28 @@ def test_drawn_split_is_nobodys() -> None:
     version, tests = _version(0)
     drawn = DatasetVersion(version.manifest.model_copy(update={"given_split": None}), version.members)
     assert measure_authors_split(drawn, tests, SCORED, DECIDING, seed=0) is None
+
+
+@pytest.mark.parametrize("mode", ["keep", pytest.param("drop-train", marks=pytest.mark.slow)])
+def test_verdict_names_test_items_near_training_rows_where_these_are_kept(
+    tmp_path: Path, tiny_base_folder: Path, mode: str
+) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    rows = [{**row, "part": "test" if n < 40 else "train"} for n, row in enumerate(pairs(120))]
+    rows += [{**row, "prompt": f"{row['prompt']}0", "part": "train"} for row in rows[:12]]
+    config = folder / "tunewright.yaml"
+    text = config.read_text().replace("data:\n", f"data:\n  split_column: part\n  on_overlap: {mode}\n")
+    few = "  num_fewshot: [1]\n  static_seeds: 0\n  retrievers: [bm25]\n  tuned_retrieved: false\n  max_new_tokens: 4\n"
+    config.write_text(text.replace("  num_fewshot: [1, 2]\n", few).replace("epochs: 2", "epochs: 1"))
+    for command in (("data", "add", write_jsonl(folder / "pairs.jsonl", rows)), ("train",), ("evaluate",)):
+        ran = tunewright(*command, "-p", folder)
+        assert ran.code == 0, ran.stderr
+    verdict = tunewright("verdict", "--json", "-p", folder).document
+    whose = "The split is its authors' (column part of pairs.jsonl): they gave 40 of the 40 test items to test."
+    assert whose in verdict["reasons"]
+    near = [reason for reason in verdict["reasons"] if "share a cluster with a training row" in reason]
+    if mode == "drop-train":
+        assert near == []
+        return
+    assert near[0].startswith("12 items share a cluster with a training row (data.on_overlap: keep). On the other 28: ")
+    assert verdict["decision"] != "ship" or near[0].endswith("The gain holds there.")
