@@ -20,10 +20,13 @@ from making.base_and_tuned import plain_base
 from making.command_line import pairs, tiny_project, write_jsonl
 from making.command_line import tunewright as command
 from making.evidence import pair
+from tunewright.adapters.registry import find_adapter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.free_arms import HIDDEN, MAJORITY, NEAREST, TFIDF, FittedArms, free_on_dev, why_free
+from tunewright.evaluation.prompt_search import advise
+from tunewright.evaluation.runner import plan_comparison
 from tunewright.evaluation.verbs import open_arm_runner
 from tunewright.evidence.files import load_evidence, load_items
 
@@ -169,7 +172,14 @@ def test_evaluate_on_labels_of_one_class_says_first_that_no_model_is_needed(
     evidence, items = load_evidence(place), load_items(place.parent)
     assert evidence.free is not None
     assert evidence.free.best == MAJORITY
-    assert [arm.name for arm in evidence.arms if arm.kind == "free"] == [MAJORITY, NEAREST, TFIDF, HIDDEN]
+    project = package.open(folder)
+    adapter = find_adapter(project.folder.adapters)
+    runner = open_arm_runner(project, adapter)
+    planned = plan_comparison(runner, adapter, advise(runner).advice, "test")
+    assert [arm.name for arm in evidence.arms] == planned.names
+    assert planned.identity == evidence.id
+    assert planned.names[-4:] == planned.free == [MAJORITY, NEAREST, TFIDF, HIDDEN]
+    assert replace(planned, declared=planned.declared[:1]).free == [], "an earlier version declared no free arm"
     right = sum(item.reference == "ok" for item in items)
     assert evidence.arm(MAJORITY).score("exact_match").value == right / len(items)
     assert {item.answers[MAJORITY] for item in items} == {"ok"}

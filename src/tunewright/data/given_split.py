@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunewright.config import DataConfig, Overlap, read_split
 from tunewright.config.project import ProjectFolder
@@ -56,11 +57,7 @@ def splits_of_files(
         if asked.setdefault(name, split) != split:
             what = f"Two splits for {name or 'all files'}: {asked[name]} and {split}"
             raise UserError(what, where="--split", fix="Name the file of each: --split FILE=test.")
-    configured = [
-        (each.path if is_hub_name(each.path) else str(project.root / each.path), each.split)
-        for each in project.config.data.sources
-        if each.split is not None
-    ]
+    configured = _configured(project, "split")
     names = [*asked, *(name for name, _ in configured)]
     matches = {name: _matches(name) for name in names}
     found: dict[Path, Split | None] = {}
@@ -97,12 +94,18 @@ def _covers(name: str, matches: Collection[Path], named: str | Path, path: Path)
 
 def settings_of(path: Path, project: ProjectFolder) -> DataConfig:
     """Return the data section for a file, with the header row of its source."""
-    data = project.config.data
-    for each in data.sources:
-        name = str(project.root / each.path)
-        if each.header_row and _covers(name, _matches(name), path, path):
-            return data.model_copy(update={"header_row": each.header_row})
-    return data
+    data, rows = project.config.data, _configured(project, "header_row")
+    row = next((row for name, row in rows if _covers(name, _matches(name), path, path)), None)
+    return data if row is None else data.model_copy(update={"header_row": row})
+
+
+def _configured(project: ProjectFolder, key: str) -> list[tuple[str, Any]]:
+    """Return the names of data.sources that set a key, each with its value."""
+    return [
+        (each.path if is_hub_name(each.path) else str(project.root / each.path), value)
+        for each in project.config.data.sources
+        if (value := getattr(each, key)) is not None
+    ]
 
 
 def require_given_rows(files: Mapping[Path, Split | None], rows: Iterable[SourceRow]) -> None:

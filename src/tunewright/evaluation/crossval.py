@@ -34,26 +34,11 @@ from tunewright.evaluation.arms import BEST_PROMPTING, TUNED, TUNED_RETRIEVED, Z
 from tunewright.evaluation.folds import SubsetTrainings, fold_versions
 from tunewright.evaluation.generations import ArmAnswer
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
-from tunewright.evaluation.runner import (
-    EvaluateResult,
-    contest,
-    declare,
-    open_test,
-    save_evaluation,
-)
-from tunewright.evidence.common import answer_form
+from tunewright.evaluation.runner import EvaluateResult, common_fields, contest, declare, open_test, save_evaluation
 from tunewright.evidence.files import EVIDENCE_FILE, PromptMessages
 from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
 from tunewright.evidence.schema import MEASUREMENT_VERSION, Advice, Evidence, Fold
-from tunewright.evidence.scoring import (
-    Distances,
-    count_references,
-    declared_contrasts,
-    measured_metrics,
-    report_references,
-    scores_by_distance,
-    scores_by_template,
-)
+from tunewright.evidence.scoring import Distances, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.training.train import TrainResult, training_inputs
 from tunewright.training.trainings import Training
@@ -138,12 +123,11 @@ class CrossValidation(SubsetTrainings):
         opening, earlier = open_test(
             access_log,
             self.project,
+            self.version,
             self.items,
             self.reporter,
             evaluation=self.identity,
             design="cross-fitted",
-            dataset=self.version.digest,
-            test_split=self.version.split_digest("test"),
             adapter=None,
             adapter_digest=None,
             base=self.base.digest,
@@ -181,7 +165,7 @@ class CrossValidation(SubsetTrainings):
             limit=self.limit,
         )
         advice = advise(arm_runner).advice
-        plans = contest(advice, with_retrieved=self.config.evaluate.tuned_retrieved)
+        plans = contest(arm_runner, advice)
         members = version.examples("test")
         answers = arm_runner.answer_arms([(plan, trained.adapter) for plan in plans], members, "the fold")
         prompts = {plan.name: arm_runner.prompts(plan, members) for plan in plans}
@@ -216,34 +200,28 @@ class CrossValidation(SubsetTrainings):
     ) -> EvaluateResult:
         """Score all folds' answers together, and write the evidence."""
         rows, seed = self.items, self.config.seed
-        keys, examples = [row.key for row in rows], [row.example for row in rows]
         roles = self._roles(done)
         by_key = {role.name: _by_key(done, role) for role in roles}
-        answers = {name: [found[key][0] for key in keys] for name, found in by_key.items()}
+        answers = {name: [found[row.key][0] for row in rows] for name, found in by_key.items()}
         messages = PromptMessages()
         prompts = {
-            name: [found[key][1].stored(messages, found[key][2]) for key in keys] for name, found in by_key.items()
+            name: [built.stored(messages, plan) for _, built, plan in (found[row.key] for row in rows)]
+            for name, found in by_key.items()
         }
         scored = scored_arms(self.scorers, rows, answers)
         control = roles[1].name
-        declared = declare(self.config, self.scorers[0].name, control, [role.name for role in roles[3:]])
-        contrasts = declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
+        declared = declare(self.config, self.scorers[0].name, control, [role.name for role in roles])
         nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
         # Each item's output template is compared with the rows that its own fold trained on.
         by_fold = [new_templates(version.members) for version in self.versions]
         new = {key: is_new for fold in by_fold for key, is_new in (fold or {}).items()} if all(by_fold) else None
-        references = count_references(examples)
+        distances, longer = Distances(nearest, new), sum(fold.longer for fold in done)
+        outputs = [row.example.output for row in rows]
         evidence = Evidence(
+            **common_fields(self.config, self.scorers, outputs, rows, answers, scored, declared, distances, longer),
             id=self.identity,
-            project=self.config.name,
-            metric=self.scorers[0].name,
-            metrics=measured_metrics(self.scorers, several=references is not None),
-            references=references,
-            margin=self.config.evaluate.margin,
             design="cross-fitted",
             folds=tuple(_fold(number, fold, roles, self.scorers[0]) for number, fold in enumerate(done, start=1)),
-            items=len(rows),
-            clusters=len({row.cluster for row in rows}),
             train_items=round(sum(len(fold.version.examples("train")) for fold in done) / len(done)),
             dev_arms=[],
             best_prompting=control,
@@ -251,20 +229,9 @@ class CrossValidation(SubsetTrainings):
                 measured_arm(role.name, role.plan, answers[role.name], scored, seed)
                 for role in {role.name: role for role in roles}.values()
             ],
-            contrasts=contrasts,
             engine=self.generator().used,
             opening=opening,
             openings=earlier,
-            train_similarity=scores_by_distance(scored, [nearest[key] for key in keys], contrasts[0], seed),
-            output_templates=None
-            if new is None
-            else scores_by_template(scored, [new[key] for key in keys], contrasts[0], seed),
-            form=answer_form(
-                [example.output for example in examples],
-                [example.output for example in examples],
-                {name: [a.text for a in given] for name, given in answers.items()},
-                sum(fold.longer for fold in done),
-            ),
             lineage={
                 **measured_with(self.config, self.base, self.chat, self.quantization, self.limit),
                 "dataset": self.version.digest,
@@ -275,7 +242,6 @@ class CrossValidation(SubsetTrainings):
             },
         )
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
-        distances = Distances(nearest, new)
         save_evaluation(access_log, folder, evidence, rows, answers, scored, distances, prompts, messages, fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
 

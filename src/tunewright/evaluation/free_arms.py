@@ -164,10 +164,10 @@ def free_on_dev(arm_runner: ArmRunner, *, timed: bool = False) -> tuple[FreeArms
 
 
 def with_drops(free: FreeArms | None, scored: ScoredArms, config: Config, **controls: str) -> FreeArms | None:
-    """Return the section with the losses of its best arm against other arms, given as field and arm."""
-    if free is None:
-        return None
+    """Return the section with the losses of its best arm against other arms, by field; None if it is unscored."""
     arms, clusters = next(iter(scored.by_metric.values())), scored.clusters
+    if free is None or free.best not in arms:
+        return None
     drops = {
         field: measured_drop(arms[free.best], arms[name], clusters, config.evaluate.margin, config.seed)
         for field, name in controls.items()

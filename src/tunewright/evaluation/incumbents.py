@@ -22,7 +22,6 @@ from tunewright.evaluation.generations import ArmAnswer, Generator, Prompt
 from tunewright.evidence.common import ArmScore, StoredPrompt
 from tunewright.evidence.files import PromptMessages
 from tunewright.evidence.incumbents import Incumbent, Incumbents, Latency, Serving, TunedServing, measured_drop
-from tunewright.evidence.logged_access import Declared
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.scoring import ScoredArms, leave_out, score_arm, score_of
 from tunewright.metrics import score_all, score_text
@@ -51,21 +50,6 @@ class IncumbentArms:
             "non_inferiority_margin": self.arm_runner.settings.non_inferiority_margin,
             **({"unfrozen": unfrozen} if unfrozen else {}),
         }
-
-    @property
-    def declared(self) -> tuple[Declared, ...]:
-        """The contrasts of tuned against each incumbent, to declare before the test split is opened."""
-        metric, margin = self.arm_runner.scorers[0].name, self.arm_runner.settings.non_inferiority_margin
-        return tuple(
-            Declared(
-                treatment=TUNED.name,
-                control=model.arm,
-                metric=metric,
-                margin=None,
-                non_inferiority_margin=margin,
-            )
-            for model in self.models
-        )
 
     def try_dev(self) -> None:
         """Have each incumbent answer dev and report its score, so that a wrong setting shows before test is opened."""

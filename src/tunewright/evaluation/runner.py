@@ -6,7 +6,7 @@ Rows, arms, answers, scores, contrasts, evidence: the verdict (`tunewright.evide
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from tunewright.core.io import digest, json_document
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
-from tunewright.data.versions import Member
+from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evaluation.arm_runner import (
@@ -45,7 +45,7 @@ from tunewright.evaluation.free_arms import answer_free, with_drops
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.generations import ArmAnswer
 from tunewright.evaluation.incumbents import IncumbentArms, repriced
-from tunewright.evidence.common import StoredPrompt, answer_form
+from tunewright.evidence.common import NoiseFloor, StoredPrompt, answer_form
 from tunewright.evidence.files import (
     DEV_PREFIX,
     EVIDENCE_FILE,
@@ -66,7 +66,7 @@ from tunewright.evidence.scoring import (
     scores_by_distance,
     scores_by_template,
 )
-from tunewright.metrics import check_references, references_of
+from tunewright.metrics import Scorer, check_references, references_of
 
 if TYPE_CHECKING:
     from tunewright.evaluation.benchmarks.bench import OpenSuite
@@ -89,55 +89,22 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
     nothing is opened, and the evidence allows no release.
     """
     config, generator, version = arm_runner.project.config, arm_runner.generator, arm_runner.version
-    adapter, advice, split = comparison.adapter, comparison.advice, comparison.split
+    adapter, advice, split, incumbents = comparison.adapter, comparison.advice, comparison.split, comparison.incumbents
     access_log = AccessLog(arm_runner.folder)
     if (comparison.folder / EVIDENCE_FILE).exists():
         return _measured_before(arm_runner, comparison, access_log, suites)
 
     # Rows. Everything that can fail beforehand does so before the test split is opened.
     rows = version.examples(split)
-    examples = [row.example for row in rows]
-    incumbents = comparison.incumbents
-    if split == "test":
-        incumbents.try_dev()
     arm_runner.warn_of_longer(split)
-    opening: LoggedAccess | None = None
-    earlier: tuple[EarlierAccess, ...] = ()
-    if split == "test":
-        opening, earlier = open_test(
-            access_log,
-            arm_runner.project,
-            rows,
-            arm_runner.reporter,
-            evaluation=comparison.identity,
-            design="held-out",
-            dataset=version.digest,
-            test_split=version.split_digest("test"),
-            adapter=adapter.name,
-            adapter_digest=adapter.digest,
-            base=generator.base.digest,
-            declared=comparison.declared,
-        )
-    report_references(examples, f"{split} item", arm_runner.reporter)
-    if split == "test":  # dev rows were checked when the prompting arm was chosen
-        check_references(arm_runner.scorers, examples, split, arm_runner.reporter)
+    opening, earlier = _open(arm_runner, comparison, rows, access_log) if split == "test" else (None, ())
+    if opening is not None:
+        comparison = replace(comparison, declared=opening.declared)  # an earlier version may have logged it
+    report_references([row.example for row in rows], f"{split} item", arm_runner.reporter)
 
-    # Free arms answer before any model, if they were declared (an earlier version declares none).
-    declared = comparison.declared if opening is None else opening.declared
-    free = advice.free if advice.free and any(advice.free.best == each.treatment for each in declared) else None
-    names = [arm.name for arm in free.dev] if free else []
-    by_free, free_scored, free_arms = answer_free(arm_runner, names, rows, split)
-
-    # Answers of all arms to the same rows. The noise floor is the difference between two runs of one arm.
-    hosted = incumbents.ask()
-    repeated = 2 * min(MOST_ITEMS, len(rows)) if split == "test" else 0
-    with generator.rate.together(len(comparison.arms) * len(rows) + repeated):
-        answers = arm_runner.answer_arms(comparison.arms, rows, split)
-        asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
-        noise = None
-        if repeated:
-            noise = noise_floor(generator, rows, asked, arm_runner.limit, arm_runner.scorers[0], config.seed)
-    answers |= hosted
+    # Free arms answer before any model; then all arms answer the same rows.
+    by_free, free_scored, free_arms = answer_free(arm_runner, comparison.free, rows, split)
+    answers, noise = _answers(arm_runner, comparison, rows)
     messages = PromptMessages()
     prompts: dict[str, Sequence[StoredPrompt | None]] = {
         plan.name: [prompt.stored(messages) for prompt in arm_runner.prompts(plan, rows)] for plan, _ in comparison.arms
@@ -147,31 +114,21 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
     # Scores of each arm, then the contrasts that were declared; the first one decides.
     scored = incumbents.scored(scored_arms(arm_runner.scorers, rows, answers)) | free_scored
     answers |= by_free
-    arms = {
-        plan.name: measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan, _ in comparison.arms
-    }
-    # Contrasts with incumbents and free arms are separate decisions, which Holm's method does not adjust.
-    pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
-    contrasts = declared_contrasts(scored, pairs, config.seed)
-    nearest = nearest_training(version, arm_runner.reporter, split)
-    new = new_templates(version.members, (split,))
-    replaced = incumbents.section(scored, adapter, arms[TUNED.name])
-    regressions = measure_suites(arm_runner, adapter, suites)[0] if suites else None
-
-    # Evidence: the verdict depends on nothing else.
-    references = count_references(examples)
+    arms = {arm.name: arm for arm in [*incumbents.arms(scored), *free_arms]}
+    for plan, _ in comparison.arms:
+        arms[plan.name] = measured_arm(plan.name, plan, answers[plan.name], scored, config.seed)
+    nearest, new = nearest_training(version, arm_runner.reporter, split), new_templates(version.members, (split,))
+    distances, declared = Distances(nearest, new), comparison.declared
+    outputs, longer = [row.example.output for row in version.domain], arm_runner.longer_than_limit(rows)
+    common = common_fields(config, arm_runner.scorers, outputs, rows, answers, scored, declared, distances, longer)
     with_generated = (adapter.lineage.get("config") or {}).get("train", {}).get("generated", True)
     trained_on = [row for row in version.examples("train") if with_generated or not row.generated]
+
+    # Evidence: the verdict depends on nothing else.
     evidence = Evidence(
+        **common,
         id=comparison.folder.name,
-        project=config.name,
-        metric=arm_runner.scorers[0].name,
-        metrics=measured_metrics(arm_runner.scorers, several=references is not None),
-        references=references,
-        margin=config.evaluate.margin,
         split=split,
-        items=len(rows),
-        clusters=len({row.cluster for row in rows}),
         train_items=len(trained_on),
         generated_train_items=sum(row.generated for row in trained_on),
         dev_arms=advice.arms,
@@ -180,32 +137,59 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
         left_out=advice.left_out,
         budget=arm_runner.budget,
         best_prompting=advice.best,
-        arms=[*arms.values(), *incumbents.arms(scored), *free_arms],
-        contrasts=contrasts,
+        arms=[arms[name] for name in comparison.names],
         engine=generator.used,
         prompt_optimization=arm_runner.optimization,
         noise_floor=noise,
         opening=opening,
         openings=earlier,
-        train_similarity=scores_by_distance(scored, [nearest[row.key] for row in rows], contrasts[0], config.seed),
-        output_templates=None
-        if new is None
-        else scores_by_template(scored, [new[row.key] for row in rows], contrasts[0], config.seed),
-        authors_split=measure_authors_split(version, rows, scored, contrasts[0], config.seed),
-        form=answer_form(
-            [row.example.output for row in version.domain],
-            [example.output for example in examples],
-            {name: [answer.text for answer in given] for name, given in answers.items()},
-            arm_runner.longer_than_limit(rows),
-        ),
-        regressions=regressions,
-        incumbents=replaced,
-        free=with_drops(free, scored, config, prompting=advice.best, tuned=TUNED.name),
+        authors_split=measure_authors_split(version, rows, scored, common["contrasts"][0], config.seed),
+        incumbents=incumbents.section(scored, adapter, arms[TUNED.name]),
+        regressions=measure_suites(arm_runner, adapter, suites)[0] if suites else None,
+        free=with_drops(advice.free, scored, config, prompting=advice.best, tuned=TUNED.name),
         lineage=_lineage(arm_runner, adapter),
     )
-    distances = Distances(nearest, new)
     save_evaluation(access_log, comparison.folder, evidence, rows, answers, scored, distances, prompts, messages)
     return EvaluateResult(comparison.folder, evidence, evaluated=True)
+
+
+def _open(
+    arm_runner: ArmRunner, comparison: Comparison, rows: Sequence[Member], access_log: AccessLog
+) -> tuple[LoggedAccess, tuple[EarlierAccess, ...]]:
+    """Have the incumbents answer dev, and open the test split; its references are checked then, those of dev before."""
+    comparison.incumbents.try_dev()
+    opened = open_test(
+        access_log,
+        arm_runner.project,
+        arm_runner.version,
+        rows,
+        arm_runner.reporter,
+        evaluation=comparison.identity,
+        design="held-out",
+        adapter=comparison.adapter.name,
+        adapter_digest=comparison.adapter.digest,
+        base=arm_runner.generator.base.digest,
+        declared=comparison.declared,
+    )
+    check_references(arm_runner.scorers, [row.example for row in rows], "test", arm_runner.reporter)
+    return opened
+
+
+def _answers(
+    arm_runner: ArmRunner, comparison: Comparison, rows: Sequence[Member]
+) -> tuple[dict[str, list[ArmAnswer]], NoiseFloor | None]:
+    """Return the answers of all arms but the free ones and, on test, the difference between two runs of one arm."""
+    generator = arm_runner.generator
+    hosted = comparison.incumbents.ask()
+    repeated = 2 * min(MOST_ITEMS, len(rows)) if comparison.split == "test" else 0
+    with generator.rate.together(len(comparison.arms) * len(rows) + repeated):
+        answers = arm_runner.answer_arms(comparison.arms, rows, comparison.split)
+        if not repeated:
+            return answers | hosted, None
+        asked = [answer.prompt for answer in answers[ZERO_SHOT.name]]
+        seed = arm_runner.project.config.seed
+        noise = noise_floor(generator, rows, asked, arm_runner.limit, arm_runner.scorers[0], seed)
+    return answers | hosted, noise
 
 
 # The plan
@@ -226,22 +210,23 @@ class Comparison:
     folder: Path
     """The folder of its evidence."""
 
+    @property
+    def free(self) -> list[str]:
+        """The free arms, if the best one is declared; the log of an earlier version declares none."""
+        free, treatments = self.advice.free, {each.treatment for each in self.declared}
+        return [arm.name for arm in free.dev] if free and free.best in treatments else []
+
+    @property
+    def names(self) -> list[str]:
+        """All compared arms in the evidence's order: base and adapter, incumbents, free arms."""
+        return [*(plan.name for plan, _ in self.arms), *(model.arm for model in self.incumbents.models), *self.free]
+
 
 def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Split) -> Comparison:
     """Return the arms to compare and the contrasts to declare. Nothing is opened or answered."""
     settings, metric = arm_runner.settings, arm_runner.scorers[0].name
     budget, parent = arm_runner.budget, parent_of(arm_runner, adapter)
-    plans = contest(
-        advice,
-        with_retrieved=settings.tuned_retrieved,
-        constrained=settings.structured_outputs is not None,
-        parent=parent is not None,
-        optimized=arm_runner.optimized,
-        left_out=budget.left_out if budget else (),
-    )
-    treatments = [
-        plan.name for plan in plans if plan.kind == "tuned-retrieved" or (plan.kind == "tuned" and plan.optimized)
-    ]
+    plans = contest(arm_runner, advice, parent=parent is not None, constrained=settings.structured_outputs is not None)
     incumbents = IncumbentArms(arm_runner, split)
     decides = arm_runner.inputs | {
         "adapter": adapter.digest,
@@ -254,63 +239,70 @@ def plan_comparison(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, spl
         **incumbents.inputs,
     }
     identity = digest(decides)[:12]
-    declared = declare(arm_runner.project.config, metric, advice.best, treatments, parent=parent is not None)
-    # Only the best free arm on dev: each further one would be another chance for luck.
-    if advice.free is not None:
-        apart: dict[str, Any] = {"metric": metric, "margin": None, "non_inferiority_margin": settings.margin}
-        declared += tuple(
-            Declared(treatment=advice.free.best, control=control, **apart) for control in (TUNED.name, advice.best)
-        )
+    declared = declare(
+        arm_runner.project.config,
+        metric,
+        advice.best,
+        [plan.name for plan in plans],
+        free=advice.free.best if advice.free else None,
+        incumbents=[model.arm for model in incumbents.models],
+    )
     return Comparison(
         adapter=adapter,
         advice=advice,
         split=split,
         arms=[(plan, parent if parent and plan.kind == PARENT.kind else adapter) for plan in plans],
-        declared=declared + incumbents.declared,
+        declared=declared,
         incumbents=incumbents,
         identity=identity,
         folder=arm_runner.folder / (identity if split == "test" else f"{DEV_PREFIX}{identity}"),
     )
 
 
-def contest(
-    advice: Advice,
-    *,
-    with_retrieved: bool,
-    constrained: bool = False,
-    parent: bool = False,
-    optimized: str | None = None,
-    left_out: Sequence[str] = (),
-) -> list[ArmPlan]:
+def contest(arm_runner: ArmRunner, advice: Advice, *, parent: bool = False, constrained: bool = False) -> list[ArmPlan]:
     """Return the arms compared on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
-    With ``parent``, the adapter that tuned started from is added; then tuned with the ``optimized`` instruction of this
-    digest, and ``constrained`` by the grammar. A time limit may have left out the arms after it.
+    With ``parent``, the adapter that tuned started from is added; then tuned with the optimized instruction, if there
+    is one, and ``constrained`` by the grammar. A time limit may have left out the arms after it.
     """
+    left_out = arm_runner.budget.left_out if arm_runner.budget else ()
     every = [*advice.arms, *(advice.narrowing.arms if advice.narrowing else [])]
     known = {arm.name: plan_of(arm) for arm in every}
     plans = [ZERO_SHOT, known[advice.best], TUNED, *([PARENT] if parent else [])]
-    if with_retrieved and advice.best_retrieved is not None and TUNED_RETRIEVED not in left_out:
-        plans.append(tuned_retrieved(known[advice.best_retrieved]))
-    more = [tuned_optimized(optimized), TUNED_CONSTRAINED if constrained else None]
+    retrieved = advice.best_retrieved if arm_runner.settings.tuned_retrieved else None
+    if retrieved is not None and TUNED_RETRIEVED not in left_out:
+        plans.append(tuned_retrieved(known[retrieved]))
+    more = [tuned_optimized(arm_runner.optimized), TUNED_CONSTRAINED if constrained else None]
     plans += [plan for plan in more if plan is not None and plan.name not in left_out]
     return list(dict.fromkeys(plans))
 
 
 def declare(
-    config: Config, metric: MetricName, best: str, treatments: Sequence[str] = (), *, parent: bool = False
+    config: Config,
+    metric: MetricName,
+    best: str,
+    names: Sequence[str],
+    *,
+    free: str | None = None,
+    incumbents: Sequence[str] = (),
 ) -> tuple[Declared, ...]:
-    """Declare the contrasts to measure by the deciding metric.
+    """Declare the contrasts to measure by the deciding metric, between arms of these ``names``.
 
     Tuned against the ``best`` prompting arm decides; then tuned against zero-shot and the adapter that it started from,
-    and other ``treatments`` of the same adapter against tuned.
+    and other prompts of the same adapter against tuned. The best ``free`` arm and ``incumbents`` are apart.
     """
-    controls = dict.fromkeys([best, ZERO_SHOT.name, *([PARENT.name] if parent else [])])
-    pairs = [(TUNED.name, control) for control in controls] + [(name, TUNED.name) for name in treatments]
-    margin = config.evaluate.margin
+    settings, tuned = config.evaluate, TUNED.name
+    controls = dict.fromkeys([best, ZERO_SHOT.name, *(name for name in names if name == PARENT.name)])
+    known = {*controls, tuned, TUNED_CONSTRAINED.name}
+    pairs = [(tuned, control) for control in controls] + [(name, tuned) for name in names if name not in known]
+    found: list[tuple[str, str, float | None, float | None]]
+    found = [(*pair, None if number else settings.margin, None) for number, pair in enumerate(pairs)]
+    # Only the best free arm on dev: each further one would be another chance for luck.
+    found += [(free, control, None, settings.margin) for control in (tuned, best) if free]
+    found += [(tuned, arm, None, settings.non_inferiority_margin) for arm in incumbents]
     return tuple(
-        Declared(treatment=treatment, control=control, metric=metric, margin=margin if number == 0 else None)
-        for number, (treatment, control) in enumerate(pairs)
+        Declared(treatment=treatment, control=control, metric=metric, margin=margin, non_inferiority_margin=apart)
+        for treatment, control, margin, apart in found
     )
 
 
@@ -333,13 +325,19 @@ def parent_of(arm_runner: ArmRunner, adapter: Adapter) -> Adapter | None:
 
 
 def open_test(
-    access_log: AccessLog, project: ProjectFolder, rows: Sequence[Member], reporter: Reporter, **facts: Any
+    access_log: AccessLog,
+    project: ProjectFolder,
+    version: DatasetVersion,
+    rows: Sequence[Member],
+    reporter: Reporter,
+    **facts: Any,
 ) -> tuple[LoggedAccess, tuple[EarlierAccess, ...]]:
     """Log the planned comparison on these rows, and report it with the earlier openings of the same rows.
 
     ``facts`` are further fields of `LoggedAccess`.
     """
-    opening = access_log.open(author=current_author(project.root), items=len(rows), **facts)
+    facts |= {"dataset": version.digest, "test_split": version.split_digest("test"), "items": len(rows)}
+    opening = access_log.open(author=current_author(project.root), **facts)
     earlier = access_log.earlier(opening, project.dataset, {row.key for row in rows})
     first = opening.declared[0]
     assert first.margin is not None
@@ -376,6 +374,49 @@ def _measured_before(
     if sections:
         evidence = access_log.amend(folder, **sections)
     return EvaluateResult(folder, evidence, evaluated=measured)
+
+
+def common_fields(
+    config: Config,
+    scorers: Sequence[Scorer],
+    outputs: Sequence[str],
+    rows: Sequence[Member],
+    answers: Mapping[str, Sequence[ArmAnswer]],
+    scored: ScoredArms,
+    declared: Sequence[Declared],
+    distances: Distances,
+    longer: int,
+) -> dict[str, Any]:
+    """Return the evidence's fields that follow from answers and scores in the same way for every design.
+
+    ``outputs`` are those of all domain rows; ``longer`` is the number of references over the answer limit.
+    """
+    examples, new = [row.example for row in rows], distances.new_template
+    references = count_references(examples)
+    # Contrasts with incumbents and free arms are separate decisions, which Holm's method does not adjust.
+    pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
+    contrasts = declared_contrasts(scored, pairs, config.seed)
+    nearest = [distances.nearest[row.key] for row in rows]
+    return {
+        "project": config.name,
+        "metric": scorers[0].name,
+        "metrics": measured_metrics(scorers, several=references is not None),
+        "references": references,
+        "margin": config.evaluate.margin,
+        "items": len(rows),
+        "clusters": len({row.cluster for row in rows}),
+        "contrasts": contrasts,
+        "train_similarity": scores_by_distance(scored, nearest, contrasts[0], config.seed),
+        "output_templates": None
+        if new is None
+        else scores_by_template(scored, [new[row.key] for row in rows], contrasts[0], config.seed),
+        "form": answer_form(
+            outputs,
+            [example.output for example in examples],
+            {name: [answer.text for answer in given] for name, given in answers.items()},
+            longer,
+        ),
+    }
 
 
 def _lineage(arm_runner: ArmRunner, adapter: Adapter) -> dict[str, Any]:
