@@ -296,8 +296,10 @@ def test_no_command_names_a_training_and_the_command_that_resumes_it(
         shown = tunewright().stdout
     assert "Training in progress after step " in shown and "Next" not in shown
     training_project(tmp_path / "p", tiny_base_folder, Heard()).train()
-    assert "1 adapter, 1 trained on the current version" in tunewright().stdout
-    assert "Next: tunewright run\n" in tunewright().stdout
+    work.mkdir()  # of another config
+    shown = tunewright().stdout
+    assert "1 adapter, 1 trained on the current version" in shown
+    assert "Training stopped after step 0: tunewright train\nNext: tunewright run\n" in shown
 
 
 def test_serve_without_an_adapter_says_that_only_the_base_is_served(tiny_base_folder: Path, tmp_path: Path) -> None:

@@ -53,9 +53,11 @@ def _standing(run: Session) -> Iterator[str]:
     if training is not None:
         state, step = training.state, training.history[-1]["step"] if training.history else 0
         yield f"Training {'in progress' if state == 'running' else state} after step {step:,}: {training.command}"
-        if state == "stopped":
+        if state == "running":
+            return
+        if not any(stage.name == "Train" and stage.state == "done" for stage in found):
             yield f"Next: {training.command}, which resumes it if data and config have not changed"
-        return
+            return
     commands = [stage.command for stage in found]
     if config.data.sources and "tunewright train" in commands:
         commands = ["tunewright run" if each in _OF_RUN else each for each in commands]

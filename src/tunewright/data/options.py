@@ -14,33 +14,25 @@ class ColumnMapping:
     """Overrides of data.rows, sheet, header_row, input and output of the config; None means the config's."""
 
     rows: Annotated[
-        str | None, Option("JMESPath to the rows in a JSON document.", default="data.rows in the config, if set")
+        str | None, Option("JMESPath to the rows in a JSON document.", default="data.rows in the config")
     ] = None
-    sheet: Annotated[str | None, Option("Sheet of an .xlsx workbook.", default="data.sheet in the config, if set")] = (
-        None
-    )
+    sheet: Annotated[str | None, Option("Sheet of an .xlsx workbook.", default="data.sheet in the config")] = None
     input_column: Annotated[
         str | None,
         Option(
-            "Column, key or template of the input.",
-            default="data.input in the config, else by the columns' names",
-            name="--input",
+            "Column, key or template of the input.", default="data.input in the config, else by name", name="--input"
         ),
     ] = None
     output_column: Annotated[
         str | None,
         Option(
-            "Column, key or template of the output.",
-            default="data.output in the config, else by the columns' names",
-            name="--output",
+            "Column, key or template of the output.", default="data.output in the config, else by name", name="--output"
         ),
     ] = None
     header_row: Annotated[
         int | None,
         Option(
-            "Line or row of a table's header, if titles are above it.",
-            default="data.header_row in the config, if set",
-            min=1,
+            "Line or row of a table's header, if titles are above it.", default="data.header_row in the config", min=1
         ),
     ] = None
 

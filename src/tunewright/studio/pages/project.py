@@ -40,7 +40,6 @@ _AFTER = {
 """The page that continues after a command."""
 _NEWEST = 10  # evaluations and jobs on the page
 REVIEW = "tunewright data review"
-_ABOUT_ADVICE = "Prompts and a pilot adapter answer the dev rows, which shows whether training is worth it."
 
 
 @dataclass(frozen=True)
@@ -123,24 +122,18 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
 
 
 def _advise_stage(project: Project, dataset: str) -> Stage:
+    state: Literal["done", "open"] = "open"
     text, files = "no advice on the current version", project.folder.advice.glob("[!.]*.json")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
         try:
             advice = project.advise(file)
         except UserError as error:
             text = str(error)
-            break
+            continue
         if advice.signals.lineage.get("dataset") == dataset:
-            arm = f" ({advice.decision.arm})" if advice.decision.arm else ""
-            return Stage(
-                "Advise",
-                "done",
-                f"{advice.decision.answer}{arm}: {advice.decision.why}",
-                job="advise",
-                command="tunewright advise",
-                about=_ABOUT_ADVICE,
-            )
-    return Stage("Advise", "open", text, job="advise", command="tunewright advise", about=_ABOUT_ADVICE)
+            state, text = "done", f"{advice.decision.answer}: {advice.decision.why}"
+    about = "Prompts and a pilot adapter answer the dev rows, which shows whether training is worth it."
+    return Stage("Advise", state, text, job="advise", command="tunewright advise", about=about)
 
 
 def _deploy_stage(project: Project) -> Stage:
