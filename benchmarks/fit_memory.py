@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunewright.config import PRESETS
 from tunewright.models.families import read_shape
-from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimate
+from tunewright.models.memory_estimate import BatchShape, estimate
+from tunewright.models.memory_plan import training_setup
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 RANK = 16
@@ -119,7 +121,7 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
         train(LlamaForCausalLM(tiny).to(getattr(torch, dtype)), tiny_batch)
         before = _status("VmRSS")
         train(load_model(base, dtype, settings.quantization), batch)
-    setup = TrainingSetup(TARGETS, RANK, settings.dtype, nf4=quantization == "nf4", checkpointing=checkpointing)
+    setup = replace(training_setup(settings, card=False), recomputed="all" if checkpointing else 0)
     summary = estimate(shape, setup, load)
     return {
         "dtype": dtype,

@@ -25,11 +25,7 @@ def run(report: Report, toy: bool, *, beyond: bool) -> None:
     memory = TOY_MEMORY if toy else available_memory(None)
     settings = TrainConfig(preset="all-linear", lora_r=RANK)
     planned = plan("8b", shape, settings, memory, rows=1, length=length, shared=0, answer=trained)
-    setups = [
-        each for each in planned.setups if not each.setup.nf4 and each.setup.checkpointing == torch.cuda.is_available()
-    ]
-    (setup,) = setups
-    fits = setup.largest[length]
+    fits = planned.used[False].largest[length]
     assert fits, f"no row of {length} tokens fits into {memory.source}"
     rows = math.ceil(1.1 * fits) if beyond else fits
     asked = same_length_rows(shape, BatchShape(rows, 0, length, trained))

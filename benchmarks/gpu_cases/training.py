@@ -98,6 +98,8 @@ class Trained:
     clock: Clock
     micro_batch: int
     """Rows that went through the model at once."""
+    recomputed_layers: int
+    """Layers that each backward pass computed again."""
 
 
 def run(report: Report, toy: bool, *, side: str, shape: str, nf4: bool, varied: bool = False) -> None:
@@ -136,7 +138,7 @@ def run(report: Report, toy: bool, *, side: str, shape: str, nf4: bool, varied: 
         **account(size, trained, row_tokens, computed, nf4=nf4),
     )
     if side == "tunewright" and not varied:
-        predicted = _predicted(size, load, nf4=nf4)
+        predicted = _predicted(size, load, trained.recomputed_layers, nf4=nf4)
         allocated = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         holds = None if allocated is None else abs(predicted / allocated - 1) <= MEMORY_BAR
         report("memory", holds, predicted_bytes=predicted, allocated_bytes=allocated)
@@ -167,6 +169,7 @@ def account(size: Shape, trained: Trained, row_tokens: float, computed: int | No
         "last_loss": trained.losses[-1],
         "host_syncs": trained.clock.host_syncs,
         "micro_batch": trained.micro_batch,
+        "recomputed_layers": trained.recomputed_layers,
     }
 
 
@@ -177,7 +180,7 @@ def _require_memory(size: Shape, load: BatchShape, *, nf4: bool) -> None:
         Skipped: it is not.
     """
     if torch.cuda.is_available():
-        needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, checkpointing=True, card=True), load).total
+        needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, recomputed="all", card=True), load).total
         there = torch.cuda.get_device_properties(0).total_memory
         if needed > there:
             raise Skipped(f"needs {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f} GB")
@@ -187,10 +190,10 @@ def _finite(loss: float) -> bool:
     return loss == loss and abs(loss) != float("inf")
 
 
-def _predicted(size: Shape, load: BatchShape, *, nf4: bool) -> int:
+def _predicted(size: Shape, load: BatchShape, recomputed: int, *, nf4: bool) -> int:
     """Return the bytes that the memory estimate expects from the allocator: all parts but the runtime."""
     on_card = torch.cuda.is_available()
-    needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, checkpointing=on_card, card=on_card), load)
+    needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, recomputed=recomputed, card=on_card), load)
     return needed.total - needed.runtime
 
 
@@ -247,7 +250,8 @@ def train_ours(
         reset_peak()
         history, _ = run.fit(model, tokenizer(), rows, rows[:1], None)
         losses = [row["loss"] for row in history if "loss" in row]
-        return Trained(losses, clock, run.micro_batch.rows or batch)
+        recomputed = 0 if run.micro_batch.layers is None else run.micro_batch.layers.count
+        return Trained(losses, clock, run.micro_batch.rows or batch, recomputed)
 
 
 def reset_peak() -> None:
@@ -339,4 +343,4 @@ def _sft(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(losses, clock, batch)
+    return Trained(losses, clock, batch, model.config.num_hidden_layers if on_card else 0)

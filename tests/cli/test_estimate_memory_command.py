@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,27 @@ def test_estimate_memory_exits_with_3_and_names_what_fits_when_nothing_does(base
     assert (document["answer"]["fits"], document["answer"]["micro_batch_size"]) == (False, 0)
     way = next(w for w in document["ways"] if w["name"] == "LoRA bfloat16" and w["gradient_checkpointing"])
     assert 0 < way["longest_row"] < 8192
+
+
+def test_estimate_memory_counts_the_layers_that_training_recomputes(base: Path, tmp_path: Path) -> None:
+    def estimate(*settings: str) -> Any:
+        config = tmp_path / "tunewright.yaml"
+        config.write_text("\n".join(["base_model: " + str(base), "train:", *(f"  {each}" for each in settings)]))
+        return tunewright(
+            "estimate-memory", "--gpu", "24GB", "--rows", "2", "--length", "2048", "--json", "--project", tmp_path
+        )
+
+    auto = estimate("preset: classic").document
+    assert (auto["answer"]["micro_batch_size"], auto["answer"]["recomputed_layers"]) == (2, 20)
+    assert "(LoRA bfloat16, 20 of 32 layers recomputed, " in auto["answer"]["text"]
+    few = estimate("gradient_checkpointing: 8").document
+    assert (few["answer"]["fits"], few["answer"]["recomputed_layers"]) == (False, 8)
+    assert [way["recomputed_layers"] for way in few["ways"]] == [0, 32, 8] * 2
+    too_many = estimate("gradient_checkpointing: 200")
+    assert too_many.code == 2
+    error = too_many.document["error"]
+    assert error["where"] == "train.gradient_checkpointing"
+    assert error["what"] == "200 layers cannot be recomputed: the base has 32"
 
 
 def test_estimate_memory_measures_longest_row_of_the_dataset(tmp_path: Path, tiny_base_folder: Path) -> None:

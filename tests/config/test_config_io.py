@@ -52,6 +52,10 @@ def test_on_and_off_are_accepted_as_choices(tmp_path: Path) -> None:
         ("evaluate: {extra_metrics: [chrf, rogue_l]}\n", 1, "did you mean rouge_l?"),
         ("data:\n  duplicates: Dropped\n", 2, "did you mean drop?"),
         ("data:\n  allow: [emails]\n", 2, "did you mean email?"),
+        *(
+            (f"train:\n  gradient_checkpointing: {value}\n", 2, "must be auto, all, none or a number of layers, got")
+            for value in ("-1", "sometimes", "true", "1.5", "null", "[1]")
+        ),
         ("train:\n  epochs: 2020-13-45\n", 2, "Invalid value: month must be in 1..12"),
         ("seed: 1\nname: !!timestamp a\n", 2, "Invalid value: not a valid date"),
         ("seed: 1\nname: !!bool a\n", 2, "Invalid value: not a valid bool"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from write_project import EXPECTED, READING, STATE
 import tunewright
 from making.command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
+from tunewright.config.project import ProjectFolder
+from tunewright.core.io import digest
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.frozen_answers import IncumbentModel
 from tunewright.evaluation.generations import Decoding, answer_journal
 from tunewright.evidence.files import EVIDENCE_FILE, load_evidence
 from tunewright.serving.tenants import State
+from tunewright.training.train import training_inputs
 
 ARCHIVES = sorted(Path(__file__).parent.glob("project-*.tar.xz"))
 
@@ -78,6 +82,23 @@ def test_adapter_of_an_earlier_version_is_traced_to_its_rows(golden: Path) -> No
     train = project.data.version().examples("train")
     trained_by = command("data", "trained-by", train[0].key, "-p", golden, "--json").document
     assert adapter.name in json.dumps(trained_by)
+
+
+def test_training_settings_lead_to_the_adapter_of_an_earlier_version(golden: Path) -> None:
+    """Also where the config recomputes other layers, which changes no weight."""
+    project = tunewright.open(golden)
+    (adapter,) = (Adapter(folder) for folder in project.folder.adapters.iterdir())
+    recorded = adapter.lineage
+    version: Any = SimpleNamespace(digest=recorded["dataset"]["digest"])
+    base: Any = SimpleNamespace(digest=recorded["base"]["digest"])
+    chat: Any = SimpleNamespace(digest=recorded["template_digest"])
+    settings = project.folder.config.train
+    for layers in ("auto", "none", 3):
+        config = project.folder.config.model_copy(
+            update={"train": settings.model_copy(update={"gradient_checkpointing": layers})}
+        )
+        inputs = training_inputs(ProjectFolder(golden, config), version, base, chat)
+        assert adapter.was_trained_by(digest(inputs))
 
 
 def test_frozen_answers_and_replies_of_an_earlier_version_are_found_again(golden: Path) -> None:

@@ -57,6 +57,7 @@ class FakeCard(TorchDispatchMode):
     Args:
         capability: the card's compute capability.
         limit: bytes from which on an allocation raises `torch.OutOfMemoryError`; None: the card is never full.
+        reported: bytes that the driver says the card has; None: ``limit``, or 80 GB.
 
     Attributes:
         now, peak: bytes on the card, at the moment and at most. ``peak`` includes what kernels allocate for themselves
@@ -68,13 +69,18 @@ class FakeCard(TorchDispatchMode):
         launches: operations that a card would launch kernels for, by name and type of their result.
     """
 
-    def __init__(self, capability: tuple[int, int] = (9, 0), limit: int | None = None) -> None:
+    def __init__(
+        self, capability: tuple[int, int] = (9, 0), limit: int | None = None, reported: int | None = None
+    ) -> None:
         super().__init__()
         self.limit = limit
         cuda: Any = torch.cuda
         cuda.get_device_capability = lambda device=None: capability
         self.now = self.peak = 0
         cuda.max_memory_allocated = lambda device=None: self.peak
+        whole = reported or limit or 80 * 10**9
+        cuda.mem_get_info = lambda device=None: (whole - self.now, whole)
+        cuda.memory_allocated = cuda.memory_reserved = lambda device=None: self.now
         self.peak_at = ""
         self.largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
         self.copies: list[Transfer] = []
@@ -264,7 +270,6 @@ def pretend() -> None:
         "manual_seed": None,
         "manual_seed_all": None,
         "set_rng_state": None,
-        "mem_get_info": (80 * 10**9, 80 * 10**9),
     }
     for name, answer in answers.items():
         setattr(cuda, name, _answering(answer))

@@ -93,6 +93,22 @@ def rows(load: BatchShape, seed: int = 0) -> list[Tokens]:
     return made
 
 
+class _Listing(LogReporter):
+    """Adds every line to a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def say(self, message: str) -> None:
+        """Add a message."""
+        self.lines.append(message)
+
+    def warn(self, message: str) -> None:
+        """Add a warning."""
+        self.lines.append(message)
+
+
 def train(
     model: Any,
     settings: dict[str, Any],
@@ -100,6 +116,7 @@ def train(
     dev_rows: Sequence[Tokens],
     *,
     replay: Sequence[Tokens] = (),
+    lines: list[str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train by `training.run.Run`, which is what ``tunewright train`` calls once rows and base are there.
 
@@ -107,12 +124,14 @@ def train(
         model: from `build`.
         settings: the config's train section.
         train_rows, dev_rows, replay: encoded rows.
+        lines: gets what the run reports.
 
     Returns:
         The run's history, and how its rows went through the model (`Run.how`).
     """
     with tempfile.TemporaryDirectory() as folder:
         config = Config.model_validate({"train": settings})
-        run = Run(config, Base("fake", Path(folder), None, "LlamaForCausalLM", {}), Path(folder), LogReporter())
+        reporter = _Listing([] if lines is None else lines)
+        run = Run(config, Base("fake", Path(folder), None, "LlamaForCausalLM", {}), Path(folder), reporter)
         history, _ = run.fit(model, byte_tokenizer(), train_rows, dev_rows, None, None, replay)
         return history, run.details()

@@ -17,7 +17,7 @@ from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimat
 pytestmark = pytest.mark.slow
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
-LORA = TrainingSetup(TARGETS, 16, checkpointing=True, card=True)
+LORA = TrainingSetup(TARGETS, 16, recomputed="all", card=True)
 QLORA = replace(LORA, nf4=True)
 CARD = 80 * 10**9
 
@@ -93,6 +93,7 @@ def _counted(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
         "batch_size": load.rows,
         "max_length": 1 << 17,
         "quantization": "nf4" if setup.nf4 else "none",
+        "gradient_checkpointing": setup.recomputed,
     }
     with FakeCard() as card:
         model = build(shape, nf4=setup.nf4)
@@ -123,6 +124,8 @@ def _largest(shape: Shape, setup: TrainingSetup, length: int) -> BatchShape:
         ("llama-3-8b", LORA, BatchShape(64, 2000, 64, 64)),
         ("llama-3-8b", replace(LORA, targets=("q_proj", "v_proj")), BatchShape(8, 0, 2048, 512)),
         ("llama-3-8b", QLORA, BatchShape(2, 0, 2048, 2048)),
+        ("llama-3-8b", replace(LORA, recomputed=0), BatchShape(2, 0, 2048, 2048)),
+        ("llama-3-8b", replace(QLORA, recomputed=2), BatchShape(8, 384, 128, 32)),
         ("llama-2-7b", LORA, BatchShape(16, 1000, 200, 64)),
         ("llama-3-70b", QLORA, BatchShape(1, 0, 2048, 2048)),
     ],

@@ -12,15 +12,17 @@ from card_process import CardProcess
 from fake_card import FakeCard, Transfer
 from fake_models import SHAPES, build, rows, train
 
-from tunewright.config import TrainConfig
+from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.memory_estimate import BatchShape
+from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimate
 from tunewright.training.lora import require_precision
 
 pytestmark = pytest.mark.slow
 
 BATCH, MICRO = 4, 2
 LOAD = BatchShape(rows=BATCH, shared=24, own=12, trained=4)
+LONG = BatchShape(rows=4, shared=0, own=1024, trained=32)
+CARD = 80 * 10**9
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,66 @@ def test_gpu_before_ampere_trains_in_float32_without_flash_attention(
     assert "loss" in report.history[0]
     assert ("_varlen_attn", None) not in report.launches
     assert not [copy for copy in report.copies if copy.in_layer]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Counts over a run of one step, and the bytes at its peak."""
+
+    peak: int
+    launches: int
+    attention: tuple[int, int]
+    """Attention's forward and backward passes."""
+    details: dict[str, Any]
+    lines: list[str]
+
+
+def _step(recomputed: str | int, limit: int | None = None, reported: int | None = None) -> Step:
+    """Train an 8B's width with four layers for one step."""
+    lines: list[str] = []
+    settings = {"preset": "all-linear", "epochs": 1, "batch_size": LONG.rows, "gradient_checkpointing": recomputed}
+    with FakeCard(limit=limit, reported=reported) as card:
+        model = build(replace(SHAPES["llama-3-8b"], layers=4))
+        card.peak = card.now
+        _, details = train(model, settings, rows(LONG), rows(BatchShape(1, 0, 4, 2)), lines=lines)
+    passes = (card.launches["_varlen_attn", None], card.launches["_varlen_attn_backward", None])
+    return Step(card.peak, sum(card.launches.values()), passes, details, lines)
+
+
+def test_recomputed_layers_trade_launches_for_memory(card: CardProcess) -> None:
+    """The step and the pass that probes memory compute the layers twice; the evaluation on dev once."""
+    none, some, every = (card.run(_step, each) for each in ("none", 2, "all"))
+    assert none.peak > some.peak > every.peak
+    assert none.launches < some.launches < every.launches
+    assert [each.attention for each in (none, some, every)] == [(12, 8), (16, 8), (20, 8)]
+    assert [each.details["recomputed_layers"] for each in (none, some, every)] == [0, 2, 4]
+
+
+def test_auto_recomputes_no_layer_where_memory_suffices(card: CardProcess) -> None:
+    step = card.run(_step, "auto")
+    assert step.details["recomputed_layers"] == 0
+    assert any(line.endswith("fits with 0 of 4 layers recomputed.") for line in step.lines)
+
+
+def test_auto_recomputes_as_few_layers_as_fit(card: CardProcess) -> None:
+    """A limit between the needs of two recomputed layers and of one, with the runtime that the estimate adds."""
+    shape = replace(SHAPES["llama-3-8b"], layers=4)
+    setup = TrainingSetup(PRESETS["all-linear"]["target_modules"], 16, card=True)
+    needs = [estimate(shape, replace(setup, recomputed=layers), LONG) for layers in (1, 2)]
+    one, two = (need.total + need.allocator for need in needs)
+    step = card.run(_step, "auto", (one + two) // 2)
+    assert step.details["recomputed_layers"] == 2
+    assert step.details["micro_batch_size"] == LONG.rows
+    assert step.peak <= two
+
+
+def test_auto_recomputes_more_layers_before_it_halves_rows(card: CardProcess) -> None:
+    """The card has less memory than its driver reports, by which no layer needs to be recomputed."""
+    every = card.run(_step, "all")
+    step = card.run(_step, "auto", int(1.02 * every.peak), CARD)
+    assert (step.details["recomputed_layers"], step.details["micro_batch_size"]) == (3, LONG.rows), "first 2, then 3"
+    less = card.run(_step, "auto", int(0.96 * every.peak), CARD)
+    assert less.details["micro_batch_size"] == LONG.rows // 2
 
 
 def _precision(dtype: str, capability: tuple[int, int]) -> str | None:

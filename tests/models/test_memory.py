@@ -28,7 +28,14 @@ from tunewright.models.memory_estimate import (
     layer_saved,
     weight_bytes,
 )
-from tunewright.models.memory_plan import available_memory, card_named, parse_size, plan
+from tunewright.models.memory_plan import (
+    available_memory,
+    card_named,
+    fewest_recomputed,
+    parse_size,
+    plan,
+    recomputed_layers,
+)
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 LLAMA_2_7B: dict[str, Any] = {
@@ -249,10 +256,10 @@ def test_layer_saved_equals_what_autograd_saves(
 
 
 @pytest.mark.parametrize("load", [BatchShape(8, 0, 100, 1), BatchShape(8, 60, 40, 40)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 2, "all"])
 @pytest.mark.parametrize(("experts", "dtype"), [(False, "float32"), (False, "bfloat16"), (True, "bfloat16")])
 def test_estimate_equals_the_allocator_peak_of_a_step(
-    experts: bool, dtype: Any, checkpointing: bool, load: BatchShape
+    experts: bool, dtype: Any, recomputed: Any, load: BatchShape
 ) -> None:
     """Every allocation of a step, as torch's profiler sees them, against the sum of the parts."""
     from torch.profiler import ProfilerActivity, profile
@@ -263,8 +270,11 @@ def test_estimate_equals_the_allocator_peak_of_a_step(
     targets = ATTENTION if experts else ALL_LINEAR
     shape = replace(shape, experts=4, chosen=2) if experts else shape
     model, batch = _model(dtype, targets, 3, shape), _batch(load, 4000)
-    if checkpointing:
+    setup = TrainingSetup(targets, 5, dtype, recomputed=recomputed)
+    if recomputed:
         model.gradient_checkpointing_enable()
+        for place, layer in enumerate(model.get_decoder().layers):
+            layer.gradient_checkpointing = place < setup.recomputed_of(3)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -281,7 +291,6 @@ def test_estimate_equals_the_allocator_peak_of_a_step(
     for event in sorted(allocations, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    setup = TrainingSetup(targets, 5, dtype, checkpointing=checkpointing)
     message = estimate(shape, setup, load)
     assert message.activations + message.attention + message.head + message.working + adapter_copies(
         shape, setup
@@ -319,17 +328,17 @@ def _plan(shape: Shape, gpu: str, preset: Any = "all-linear", rows: int = 1, len
 def test_plan_fits_a_7b_with_lora_into_24_gb(tmp_path: Path) -> None:
     for config in (LLAMA_2_7B, MISTRAL_7B):
         message = _plan(_shape(tmp_path, config), "24GB")
-        checkpointed = next(p for p in message.setups if p.setup.checkpointing and not p.setup.nf4)
+        checkpointed = message.used[False]
         assert checkpointed.asked.total <= 24e9
         assert checkpointed.largest[2048] >= 1
-        whole = next(p for p in message.setups if not p.setup.checkpointing and not p.setup.nf4)
+        whole = next(p for p in message.setups if not p.setup.recomputed and not p.setup.nf4)
         assert whole.largest[4096] == 0
 
 
 def test_plan_fits_a_70b_into_80_gb_in_4_bits_but_not_in_16(tmp_path: Path) -> None:
     message = _plan(_shape(tmp_path, LLAMA_31_70B), "80GB")
-    fits = {(p.setup.nf4, p.setup.checkpointing): p.asked.total <= 80e9 for p in message.setups}
-    assert fits == {(False, False): False, (False, True): False, (True, False): False, (True, True): True}
+    fits = {(p.setup.nf4, p.setup.recomputed): p.asked.total <= 80e9 for p in message.setups}
+    assert fits == {(False, 0): False, (False, "all"): False, (True, 0): False, (True, "all"): True}
     assert all(p.longest == 0 for p in message.setups if not p.setup.nf4)
 
 
@@ -339,12 +348,12 @@ def test_plan_fits_a_70b_into_80_gb_in_4_bits_but_not_in_16(tmp_path: Path) -> N
     shared=st.integers(0, 300),
     own=st.integers(1, 300),
     nf4=st.booleans(),
-    checkpointing=st.booleans(),
+    recomputed=st.sampled_from((0, 1, "all")),
 )
 def test_estimate_grows_with_rows_and_tokens_on_a_gpu(
-    rows: int, shared: int, own: int, nf4: bool, checkpointing: bool
+    rows: int, shared: int, own: int, nf4: bool, recomputed: Any
 ) -> None:
-    setup = TrainingSetup(ALL_LINEAR, 8, nf4=nf4, checkpointing=checkpointing, card=True)
+    setup = TrainingSetup(ALL_LINEAR, 8, nf4=nf4, recomputed=recomputed, card=True)
     here = estimate(TINY, setup, BatchShape(rows, shared, own, 1)).total
     assert estimate(TINY, setup, BatchShape(rows + 1, shared, own, 1)).total > here
     assert estimate(TINY, setup, BatchShape(rows, shared, own + 1, 1)).total > here
@@ -361,6 +370,29 @@ def test_plan_finds_the_largest_micro_batch_that_fits(tmp_path: Path) -> None:
             if rows:
                 assert estimate(shape, planned.setup, BatchShape(rows, 0, length, length)).total <= 24e9
             assert estimate(shape, planned.setup, BatchShape(rows + 1, 0, length, length)).total > 24e9
+
+
+@pytest.mark.parametrize(("rows", "fewest"), [(1, 0), (2, 7), (4, 21), (8, 28), (64, 32)])
+def test_fewest_recomputed_layers_fit_with_a_reserve(tmp_path: Path, rows: int, fewest: int) -> None:
+    """An 8B on 40 GB: none, some, and all where even all are too many."""
+    shape, memory, load = _shape(tmp_path, LLAMA_31_8B), 40 * 10**9, BatchShape(rows, 0, 2048, 2048)
+    setup = TrainingSetup(ALL_LINEAR, 16, card=True)
+    assert fewest_recomputed(shape, setup, load, memory) == fewest
+
+    def need(layers: int) -> int:
+        found = estimate(shape, replace(setup, recomputed=layers), load)
+        return found.total + found.allocator
+
+    needs = [need(layers) for layers in range(shape.layers + 1)]
+    assert needs == sorted(needs, reverse=True)
+    assert fewest == next((layers for layers, bytes_ in enumerate(needs) if bytes_ <= memory), shape.layers)
+
+
+@pytest.mark.parametrize(("asked", "card", "expected"), [
+    ("auto", True, None), ("auto", False, 0), ("all", False, "all"), ("none", True, 0), (7, True, 7), (32, True, "all"),
+])  # fmt: skip
+def test_recomputed_layers_follow_the_config(asked: Any, card: bool, expected: Any) -> None:
+    assert recomputed_layers(TrainConfig(gradient_checkpointing=asked), 32, card=card) == expected
 
 
 def test_parse_size_reads_sizes() -> None:

@@ -13,13 +13,17 @@ import pytest
 import torch
 
 from making.training_runs import Heard, training_project
+from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.generation.generate import in_memory
+from tunewright.models.families import Shape
 from tunewright.training import trainer as trainer_module
 from tunewright.training.memory import MicroBatch, RawRows
 from tunewright.training.packing import fused_loss
+from tunewright.training.recomputation import RecomputedLayers
 
+SHAPE = Shape(4, 64, 128, 4, 2, 16, 100, tied=True, attention_bias=False, mlp_bias=False)
 Losses = Callable[..., torch.Tensor]
 
 
@@ -169,6 +173,25 @@ def test_resumed_run_keeps_its_micro_batch(tmp_path: Path) -> None:
     micro.choose(4, 100)
     assert MicroBatch(8, tmp_path, LogReporter()).rows == 4
     assert MicroBatch(16, tmp_path, LogReporter()).rows is None
+
+
+def test_resumed_run_recomputes_as_many_layers(tmp_path: Path) -> None:
+    def layers(asked: Any, *, auto: bool = False) -> RecomputedLayers:
+        made = RecomputedLayers(TrainConfig(gradient_checkpointing=asked), SHAPE)
+        made.auto = auto  # as on a GPU
+        return made
+
+    micro = MicroBatch(8, tmp_path, LogReporter())
+    micro.set_layers(layers("none", auto=True))
+    assert [micro.shrink(8, 1), micro.shrink(8, 1), micro.shrink(8, 1)] == [8, 8, 8], "2, 3 and 4 of 4 layers"
+    assert micro.shrink(8, 2) == 4
+    again = MicroBatch(8, tmp_path, LogReporter())
+    again.set_layers(layers("none", auto=True))
+    assert (again.rows, again.layers and again.layers.count) == (4, 4)
+    # A number in the config is not replaced, and more layers than it asks for are not recomputed.
+    again.set_layers(layers(1))
+    assert again.layers is not None
+    assert (again.layers.count, again.shrink(4, 3), again.layers.count) == (1, 2, 1)
 
 
 def test_pieces_are_even_and_hold_every_row_once() -> None:

@@ -23,15 +23,16 @@ from torch.utils._pytree import tree_iter
 
 from making.property_examples import examples
 from making.tiny_bases import ARCHITECTURES, KINDS, Kind, tiny_model
-from tunewright.config import Quantization
+from tunewright.config import Quantization, TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
-from tunewright.models.families import ATTENTION, FAMILIES, MLP
+from tunewright.models.families import ATTENTION, FAMILIES, MLP, shape_of
 from tunewright.models.loading import drop_vision, load_model
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.packing import Group, attention, pack, plan_groups
 from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 from tunewright.training.packing.pack import GROUP_COST, common_prefix, computed_tokens
+from tunewright.training.recomputation import RecomputedLayers
 from tunewright.training.rows import IGNORED
 
 VOCABULARY = 61
@@ -201,14 +202,21 @@ def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
     _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
 
 
+@pytest.mark.parametrize("recomputed", ["all", 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_activation_checkpointing_changes_no_gradient(kind: Kind) -> None:
+def test_recomputed_layers_change_no_bit_of_loss_and_gradients(kind: Kind, recomputed: Any) -> None:
     rows, labels = CASES["several prefixes"]
     model = _model(kind)
-    plain = _packed(model, rows, labels)
+    losses, gradients = _packed(model, rows, labels)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _assert_equal(_packed(model, rows, labels), plain)
+    config = TrainConfig(gradient_checkpointing=recomputed)
+    RecomputedLayers(config, shape_of(model.config, FAMILIES[ARCHITECTURES[kind]])).apply(model)
+    layers = [layer.gradient_checkpointing for layer in model.get_decoder().layers]
+    assert layers == [True, recomputed == "all"]
+    again = _packed(model, rows, labels)
+    assert torch.equal(again[0], losses)
+    assert all(torch.equal(again[1][name], each) for name, each in gradients.items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -198,7 +198,10 @@ def estimate_memory(
 
 
 def _heads(plan: Plan) -> list[str]:
-    return [f"{p.setup.name}{', checkpointed' if p.setup.checkpointing else ''}" for p in plan.setups]
+    how = {0: "", "all": ", checkpointed"}
+    return [
+        p.setup.name + how.get(p.setup.recomputed, f", {p.setup.recomputed} layers checkpointed") for p in plan.setups
+    ]
 
 
 def _parts_blocks(plan: Plan) -> tuple[Block, ...]:

@@ -38,6 +38,12 @@ def _switch(value: Any) -> Any:
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
+def _layers(value: Any) -> Any:
+    if value in ("auto", "all", "none") or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("must be auto, all, none or a number of layers")
+
+
 class ReplayConfig(ConfigSection):
     """Conversations that the base writes and training replays, to reduce forgetting."""
 
@@ -128,6 +134,11 @@ class TrainConfig(ConfigSection):
     """Quantization of the base: `none` keeps dtype. `nf4` is QLoRA, with linear layers in 4 bits
     and double quantization (Dettmers et al. 2023, arXiv 2305.14314); it needs tunewright[4bit].
     """
+    gradient_checkpointing: Annotated[Literal["auto", "all", "none"] | int, BeforeValidator(_layers)] = "auto"
+    """Layers whose activations the backward pass computes again, to save memory: `all`, `none` or a number (Chen et al.
+    2016, arXiv 1604.06174). `auto` recomputes as few as fit into the GPU's memory, and none on the CPU. The trained
+    weights are the same.
+    """
     use_liger_kernel: bool = False
     """Use Liger's fused rotary embedding, RMSNorm and SwiGLU on a GPU (Hsu et al. 2024, arXiv
     2410.10989; false: transformers' default). Needs tunewright[liger]. The loss stays tunewright's.
@@ -172,10 +183,11 @@ class TrainConfig(ConfigSection):
     def deciding(self) -> dict[str, Any]:
         """Return the values that decide the trained weights: not checkpoints, trackers or the check for vLLM.
 
+        ``gradient_checkpointing`` is left out, because a recomputed layer gives the same numbers.
         The adapter in ``from`` is left out too, since its digest decides and not its name, and so are ``method`` and
         ``beta`` for ``sft`` and ``generated: true``: adapters trained before these keys existed keep their identity.
         """
-        unused = {"save_steps", "report_to", "require_vllm_compatible", "from_"}
+        unused = {"save_steps", "report_to", "require_vllm_compatible", "from_", "gradient_checkpointing"}
         unused |= set() if self.prefers else {"method", "beta"}
         unused |= {"generated"} if self.generated else set()
         return self.model_dump(mode="json", exclude=unused)

@@ -262,10 +262,20 @@ def read_shape(path: Path) -> Shape:
     try:
         with quiet_transformers():
             whole: Any = getattr(transformers, family.config).from_dict(read_config(path))
-            config = whole.get_text_config()
+            shape = shape_of(whole, family)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"Not a valid configuration of {architecture}: {error}", where=str(path)) from error
-    shape = Shape(
+    sizes = [getattr(shape, name) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head")]
+    sizes += [shape.vocabulary, *([shape.experts, shape.chosen] if family.experts else [])]
+    if not all(size > 0 for size in sizes) or shape.heads % shape.kv_heads or shape.chosen > shape.experts:
+        raise UserError(f"Invalid model sizes: {json.dumps(shape.__dict__)}", where=str(path))
+    return shape
+
+
+def shape_of(whole: Any, family: Family) -> Shape:
+    """Return the shape of the text model in transformers' configuration of a base of this family."""
+    config = whole.get_text_config()
+    return Shape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -280,8 +290,3 @@ def read_shape(path: Path) -> Shape:
         experts=config.num_local_experts if family.experts else 0,
         chosen=config.num_experts_per_tok if family.experts else 0,
     )
-    sizes = [getattr(shape, name) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head")]
-    sizes += [shape.vocabulary, *([shape.experts, shape.chosen] if family.experts else [])]
-    if not all(size > 0 for size in sizes) or shape.heads % shape.kv_heads or shape.chosen > shape.experts:
-        raise UserError(f"Invalid model sizes: {json.dumps(shape.__dict__)}", where=str(path))
-    return shape

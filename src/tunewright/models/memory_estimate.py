@@ -63,9 +63,8 @@ class TrainingSetup:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     nf4: bool = False
     """The linear layers' weights in 4-bit NormalFloat, with double quantization (QLoRA)."""
-    checkpointing: bool = False
-    """Only each layer's input is kept; the backward pass computes the layer again."""
-
+    recomputed: int | Literal["all"] = 0
+    """Layers, from the first, of which only the input is kept; the backward pass computes them again."""
     card: bool = False
     """True on a CUDA GPU, False on the CPU."""
     dropout: bool = False
@@ -94,6 +93,10 @@ class TrainingSetup:
     def name(self) -> str:
         """The display name."""
         return f"QLoRA {self.dtype}" if self.nf4 else f"LoRA {self.dtype}"
+
+    def recomputed_of(self, layers: int) -> int:
+        """Return how many of a base's ``layers`` are recomputed."""
+        return layers if self.recomputed == "all" else min(self.recomputed, layers)
 
 
 @dataclass(frozen=True)
@@ -335,13 +338,16 @@ def estimate(shape: Shape, setup: TrainingSetup, load: BatchShape) -> MemoryBrea
     working, head = layer_working(shape, setup, load), head_bytes(shape, setup, load.rows * load.trained)
     # Rotary embeddings, which all layers share, and the last norm's input, which is free after the head.
     rotations, last_norm = tokens * 2 * b * shape.head, tokens * _norm(shape)
-    if setup.checkpointing:
-        # The head's backward is done before the first layer is recomputed.
-        inputs = shape.layers * b * shape.hidden * tokens
+    recomputed = setup.recomputed_of(shape.layers)
+    kept = shape.layers - recomputed
+    inputs = recomputed * b * shape.hidden * tokens
+    if kept == 0:
+        # The head's backward is done before the last layer is recomputed.
         activations, kept_attention = rotations + inputs + layer, attention
         head = max(0, head + last_norm - working - layer - attention)
     else:
-        activations, kept_attention = rotations + last_norm + shape.layers * layer, shape.layers * attention
+        # The first layers are recomputed: by then the backward pass has freed the others' activations.
+        activations, kept_attention = rotations + inputs + last_norm + kept * layer, kept * attention
         head = max(0, head - working)
     passing = activations + kept_attention + head + working
     return MemoryBreakdown(

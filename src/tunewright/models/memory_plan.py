@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
@@ -133,14 +133,14 @@ class Plan:
     answer: int
     """Trained tokens of a row."""
     setups: tuple[SetupPlan, ...]
+    recomputed: int | Literal["all"] | None
+    """Layers that the config has training recompute; None: as few as fit."""
 
     @property
     def used(self) -> dict[bool, SetupPlan]:
-        """The setups as `tunewright train` uses them, by whether the base is in NF4.
-
-        On a GPU training recomputes activations, which costs a third of the speed; on the CPU LoRA has enough memory.
-        """
-        return {each.setup.nf4: each for each in self.setups if each.setup.checkpointing == self.memory.card}
+        """The setups as `tunewright train` uses them where memory is shortest, by whether the base is in NF4."""
+        most = "all" if self.recomputed is None else self.recomputed
+        return {each.setup.nf4: each for each in self.setups if each.setup.recomputed == most}
 
     def need(self, setup: TrainingSetup, rows: int, length: int) -> MemoryBreakdown:
         """Return the need of a micro-batch of ``rows`` rows of ``length`` tokens, shared and trained as requested."""
@@ -156,7 +156,8 @@ class Plan:
             "ways": [
                 {
                     "name": planned.setup.name,
-                    "gradient_checkpointing": planned.setup.checkpointing,
+                    "gradient_checkpointing": planned.setup.recomputed != 0,
+                    "recomputed_layers": planned.setup.recomputed_of(self.shape.layers),
                     "target_modules": list(planned.setup.targets),
                     "lora_r": planned.setup.rank,
                     "adapter_parameters": self.shape.adapter_parameters(planned.setup.targets, planned.setup.rank),
@@ -176,25 +177,21 @@ class Plan:
 def plan(
     base: str, shape: Shape, settings: TrainConfig, memory: Memory, *, rows: int, length: int, shared: int, answer: int
 ) -> Plan:
-    """Plan LoRA and QLoRA, with and without gradient checkpointing, in this memory.
+    """Plan LoRA and QLoRA in this memory: with no layer recomputed, with all, and with the number in the config.
 
     ``shared`` tokens of each row are the prefix of all rows, and ``answer`` tokens are trained; of
     a shorter row, all after the prefix.
     """
     setups = []
+    recomputed = recomputed_layers(settings, shape.layers, card=memory.card)
+    numbers: list[int | Literal["all"]] = [0, "all"]
+    if recomputed is not None and recomputed not in numbers:
+        numbers.append(recomputed)
     asked = _load(rows, length, shared, answer)
     # NF4 would quantize next to nothing of a mixture of experts (models.families).
     for nf4 in (False,) if shape.experts else (False, True):
-        for checkpointing in (False, True):
-            setup = TrainingSetup(
-                tuple(settings.target_modules),
-                settings.lora_r,
-                settings.dtype,
-                nf4=nf4,
-                checkpointing=checkpointing,
-                card=memory.card,
-                dropout=settings.lora_dropout > 0,
-            )
+        for number in numbers:
+            setup = replace(training_setup(settings, card=memory.card), nf4=nf4, recomputed=number)
 
             def fits(rows: int, length: int, setup: TrainingSetup = setup) -> bool:
                 return estimate(shape, setup, _load(rows, length, shared, answer)).total <= memory.bytes
@@ -205,7 +202,49 @@ def plan(
             }
             longest = _most(lambda n, fits=fits: fits(1, n), 1 << 20)  # type: ignore[misc]
             setups.append(SetupPlan(setup, estimate(shape, setup, asked), largest, longest))
-    return Plan(base, shape, memory, asked, length, answer, tuple(setups))
+    return Plan(base, shape, memory, asked, length, answer, tuple(setups), recomputed)
+
+
+def training_setup(settings: TrainConfig, *, card: bool) -> TrainingSetup:
+    """Return the setup of this config, with no layer recomputed."""
+    return TrainingSetup(
+        tuple(settings.target_modules),
+        settings.lora_r,
+        settings.dtype,
+        nf4=settings.quantization == "nf4",
+        card=card,
+        dropout=settings.lora_dropout > 0,
+    )
+
+
+def recomputed_layers(settings: TrainConfig, layers: int, *, card: bool) -> int | Literal["all"] | None:
+    """Return the number of layers that the config has training recompute; None if training chooses it."""
+    asked = settings.gradient_checkpointing
+    if asked == "auto":
+        # Recomputing all layers costs a third of the speed, and LoRA on the CPU has enough memory.
+        return None if card else 0
+    if asked == "all" or asked == layers:
+        return "all"
+    if asked == "none":
+        return 0
+    if asked > layers:
+        raise UserError(
+            f"{asked:,} layers cannot be recomputed: the base has {layers:,}",
+            where="train.gradient_checkpointing",
+            fix=f"Set it to auto, all, none or a number up to {layers:,}.",
+        )
+    return asked
+
+
+def fewest_recomputed(shape: Shape, setup: TrainingSetup, load: BatchShape, available: int) -> int:
+    """Return the smallest number of recomputed layers with which a step fits; all layers if it fits with none."""
+
+    def fits(kept: int) -> bool:
+        need = estimate(shape, replace(setup, recomputed=shape.layers - kept), load)
+        # The allocator's share twice: counted peaks are up to 5% above the estimate.
+        return need.total + need.allocator <= available
+
+    return shape.layers - _most(fits, shape.layers)
 
 
 def _load(rows: int, length: int, shared: int, answer: int) -> BatchShape:
@@ -235,6 +274,8 @@ class MemoryCheck:
     """Tokens of each of these rows."""
     longest_row: int | None
     """Tokens of the dataset's longest row in train or dev; None if unknown."""
+    recomputed_layers: int
+    """Layers that the backward pass computes again."""
 
 
 def check_memory(
@@ -256,9 +297,13 @@ def check_memory(
         lengths[longest_row] = f". train.max_length ({plan.length:,}) does not fit."
     for tokens, end in lengths.items():
         if many := _rows_that_fit(plan, setup, tokens, asked, halving=not rows):
-            needed = gigabytes(plan.need(setup, many, tokens).total)
-            text = f"Fits: micro-batch {many} × {tokens:,} ({setup.name}, {needed} of {available}){yours}{end}"
-            return MemoryCheck(True, text, many, tokens, longest_row)
+            if plan.recomputed is None:
+                load = _load(many, tokens, plan.asked.shared, plan.answer)
+                setup = replace(setup, recomputed=fewest_recomputed(plan.shape, setup, load, plan.memory.bytes))
+            layers, needed = setup.recomputed_of(plan.shape.layers), gigabytes(plan.need(setup, many, tokens).total)
+            again = f", {layers} of {plan.shape.layers} layers recomputed" if layers or plan.memory.card else ""
+            text = f"Fits: micro-batch {many} × {tokens:,} ({setup.name}{again}, {needed} of {available}){yours}{end}"
+            return MemoryCheck(True, text, many, tokens, longest_row, layers)
     fewest, least = asked if rows else 1, min(lengths)
     needed = gigabytes(plan.need(setup, fewest, least).total)
     text = f"Does not fit: micro-batch {fewest} × {least:,} ({setup.name}) needs {needed} of {available}{yours}."
@@ -269,7 +314,7 @@ def check_memory(
         text += f" The longest single row that fits has {own.longest:,} tokens."
     if nf4 is not None and nf4 != own and plan.need(nf4.setup, fewest, least).total <= plan.memory.bytes:
         text += " With train.quantization: nf4 it fits."
-    return MemoryCheck(False, text, 0, least, longest_row)
+    return MemoryCheck(False, text, 0, least, longest_row, setup.recomputed_of(plan.shape.layers))
 
 
 def _rows_that_fit(plan: Plan, setup: TrainingSetup, length: int, asked: int, *, halving: bool) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.config import Config
@@ -30,11 +30,16 @@ from tunewright.models.memory_plan import (
     check_memory,
     gigabytes,
     plan,
+    recomputed_layers,
     unusable_card,
 )
 from tunewright.open_project import OpenProject
 from tunewright.training import distributed
 from tunewright.training.options import MemoryOptions
+
+if TYPE_CHECKING:
+    # Imported where it is used: an estimate needs no torch.
+    from tunewright.training.recomputation import RecomputedLayers
 
 SHORT_ROW = 32
 """Tokens of a short pair: a card without memory for one such row cannot train the base."""
@@ -127,9 +132,10 @@ def require_room(project: OpenProject) -> None:
     require_targets(config.train.target_modules, architecture)
     require_quantizable(config.train.quantization, architecture, "train.quantization")
     _require_card(shape, project)
+    memory, settings = available_memory(None), config.train
+    recomputed_layers(settings, shape.layers, card=memory.card)
     if distributed.is_sharded():
         return  # each card holds a part of the base
-    memory, settings = available_memory(None), config.train
     least = plan(config.base_model, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
     own = least.used[settings.quantization == "nf4"]
     short = (
@@ -213,33 +219,53 @@ class MicroBatch:
         self.reporter = reporter
         self.rows: int | None = None
         """None until it is chosen."""
+        self.layers: RecomputedLayers | None = None
+        """None until the model is known."""
+        self._kept: dict[str, Any] = {}
         if self.file.exists():
             kept = json.loads(self.file.read_text(encoding="utf-8"))
             if kept["asked"] == asked:
-                self.rows = kept["rows"]
+                self.rows, self._kept = kept["rows"], kept
+
+    def set_layers(self, layers: RecomputedLayers) -> None:
+        """Set the model's layers; a resumed run recomputes as many as before, if training chose their number."""
+        if layers.auto and "recomputed" in self._kept:
+            layers.count = min(self._kept["recomputed"], layers.total)
+        self.layers = layers
 
     def choose(self, rows: int, tokens: int) -> None:
         """Record that the longest batch, of ``tokens`` tokens, fits in chunks of ``rows`` rows."""
         fewer = "" if rows == self.asked else f" of the {self.asked} requested"
-        self.reporter.say(f"Micro-batch: {rows} rows{fewer}; the longest batch, {tokens:,} tokens, fits.")
+        again = ""
+        if self.layers is not None and (self.layers.auto or self.layers.count):
+            again = f" with {self.layers.count} of {self.layers.total} layers recomputed"
+        self.reporter.say(f"Micro-batch: {rows} rows{fewer}; the longest batch, {tokens:,} tokens, fits{again}.")
         self._keep(rows)
 
-    def halve(self, rows: int, step: int) -> int:
-        """Return half of ``rows`` after memory ran out in ``step`` (0: before the first)."""
-        if rows == 1:
+    def shrink(self, rows: int, step: int) -> int:
+        """Return the rows to continue with after memory ran out in ``step`` (0: before the first).
+
+        They are as many as before if more layers can be recomputed, else half as many.
+        """
+        if self.layers is not None and self.layers.recompute_more():
+            now, change = rows, f"{self.layers.count} of {self.layers.total} layers recomputed"
+        elif rows == 1:
             raise too_little_memory("one row does not fit")
+        else:
+            now, change = rows // 2, f"{rows // 2} rows"
         if step:
             self.reporter.warn(
-                f"Memory ran out in step {step} with {rows} rows at once. This step is repeated with {rows // 2} rows, "
-                "and later steps use as many. The batch size is unchanged."
+                f"Memory ran out in step {step} with {rows} rows at once. This step is repeated with {change}, and "
+                "later steps use as many. The batch size is unchanged."
             )
-            self._keep(rows // 2)
-        return rows // 2
+            self._keep(now)
+        return now
 
     def _keep(self, rows: int) -> None:
         self.rows = rows
         if distributed.is_main_process():
-            write_json(self.file, {"asked": self.asked, "rows": rows})
+            recomputed = {} if self.layers is None else {"recomputed": self.layers.count}
+            write_json(self.file, {"asked": self.asked, "rows": rows, **recomputed})
 
 
 def too_little_memory(why: str) -> UserError:
@@ -247,6 +273,7 @@ def too_little_memory(why: str) -> UserError:
     return UserError(
         f"Not enough memory for a training step: {why}",
         where="train.micro_batch_size",
-        fix="Run `tunewright estimate-memory` to see what fits. Set train.quantization: nf4, lower train.max_length "
+        fix="Run `tunewright estimate-memory` to see what fits. Set train.gradient_checkpointing: all or "
+        "train.quantization: nf4, lower train.max_length "
         "or use a smaller base.",
     )

@@ -18,7 +18,7 @@ from tunewright.core.interrupts import finishing
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.models.bases import Base
-from tunewright.models.families import FAMILIES
+from tunewright.models.families import FAMILIES, shape_of
 from tunewright.training import distributed
 from tunewright.training.checkpoints import (
     CheckpointCallback,
@@ -157,6 +157,7 @@ class Run:
         """Return details of the rows' batching and packing, for the lineage."""
         return {
             "micro_batch_size": self.micro_batch.rows,
+            "recomputed_layers": None if self.micro_batch.layers is None else self.micro_batch.layers.count,
             "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": asdict(self.sharing)}),
         }
@@ -175,8 +176,11 @@ class Run:
         from transformers import PrinterCallback
 
         from tunewright.training.lora import lora_config
+        from tunewright.training.recomputation import RecomputedLayers
 
         settings, preferences = self.config.train, self.preferences
+        layers = RecomputedLayers(settings, shape_of(model.config, FAMILIES[self.base.architecture]))
+        self.micro_batch.set_layers(layers)
         if settings.use_liger_kernel:
             use_liger(model)
         paired = preferences is not None and preferences.answers_per_row == 2
@@ -194,7 +198,7 @@ class Run:
             model,
             share=self.sharing.share,
             kl=settings.replay.kl_coef if settings.replay else None,
-            args=self._arguments(total_steps(settings, len(train["input_ids"]))),
+            args=self._arguments(total_steps(settings, len(train["input_ids"])), layers.auto or layers.count > 0),
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
             processing_class=tokenizer,
@@ -236,7 +240,7 @@ class Run:
         beta = self.config.train.beta or BETA
         return partial(PreferenceTrainer, preferences=self.preferences, beta=beta, limit=self.limit)
 
-    def _arguments(self, steps: int) -> Any:
+    def _arguments(self, steps: int, recompute: bool) -> Any:
         import torch
         from trl import SFTConfig
 
@@ -257,8 +261,7 @@ class Run:
             seed=self.config.seed,
             bf16=settings.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
-            # Recomputing activations costs a third of the speed and saves memory, which LoRA on the CPU has enough of.
-            gradient_checkpointing=torch.cuda.is_available(),
+            gradient_checkpointing=recompute,
             # Rows are encoded already and none exceeds the config's limit: trl has nothing to truncate.
             max_length=None,
             remove_unused_columns=False,

@@ -160,6 +160,8 @@ class Trainer(SFTTrainer):
 
         ``whole`` is the batch of all rows, if it exists already.
         """
+        if self.micro_batch is not None and self.micro_batch.layers is not None:
+            self.micro_batch.layers.apply(self.model)
         # With FSDP every process makes equally many passes, even if it has fewer rows.
         *others, last = rows.pieces(size, self.args.train_batch_size if self.is_fsdp_enabled else 0)
         total = torch.zeros((), device=self.accelerator.device)
@@ -172,7 +174,7 @@ class Trainer(SFTTrainer):
         return total
 
     def _retry(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, micro: MicroBatch) -> Tensor:
-        """Repeat the step with half the rows at once until they fit.
+        """Repeat the step with more layers recomputed, or half the rows at once, until it fits.
 
         It starts from zero gradients, because the failed backward pass left partial gradients.
         """
@@ -185,7 +187,7 @@ class Trainer(SFTTrainer):
             return [self._accumulate(model, part, size, items) for part in (*self._accumulated, rows)][-1]
 
         while True:
-            size = micro.halve(size, self.state.global_step + 1)
+            size = micro.shrink(size, self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
             self._clear_breakdown()
             enough, loss = in_memory(whole_step)
@@ -194,7 +196,7 @@ class Trainer(SFTTrainer):
                 return again
 
     def _probe_longest_batch(self, model: Any, micro: MicroBatch) -> int:
-        """Choose the rows of a pass by a real one of the longest batch, whose gradients are dropped."""
+        """Choose rows and recomputed layers by a real pass of the longest batch, whose gradients are dropped."""
         rows: Any = self.train_dataset
         batches: list[list[int]] = []
         # Batches of every process: all processes must probe the same one.
@@ -205,7 +207,7 @@ class Trainer(SFTTrainer):
         tokens = self._token_rows()
         places = longest_batch(tokens, batches)
         longest = RawRows(tuple(rows[place] for place in places))
-        size = len(places)
+        size, planned = len(places), 0
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
         no_exchange = (
             fsdp.syncing_gradients(model, self.accelerator.sync_gradients)
@@ -216,6 +218,9 @@ class Trainer(SFTTrainer):
         with torch.random.fork_rng(devices), no_exchange, trying:
             while True:
                 piece = RawRows(longest.pieces(size)[-1])
+                if size != planned and micro.layers is not None:
+                    micro.layers.plan(self._packed(piece.rows)["packed"])
+                    planned = size
                 enough, _ = in_memory(partial(self._pass_with_optimizer_state, model, piece, size))
                 if not enough and self.is_fsdp_enabled:
                     raise too_little_memory("with FSDP, a pass cannot be repeated")
@@ -223,8 +228,10 @@ class Trainer(SFTTrainer):
                 self._clear_breakdown()
                 if enough:
                     break
-                size = micro.halve(size, 0)
+                size = micro.shrink(size, 0)
         fits: int = min(gather_object([micro.asked if size == len(places) else size]))
+        if micro.layers is not None:
+            micro.layers.count = max(gather_object([micro.layers.count]))
         micro.choose(fits, sum(len(tokens[place]) for place in places))
         return fits
 
