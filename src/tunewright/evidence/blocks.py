@@ -86,12 +86,12 @@ def arms_section(evidence: Evidence) -> Section:
     ]
     blocks.append(arms_table("Table of arms", evidence, evidence.arms))
     whose = evidence.authors_split
-    notes = [whose.whose(evidence.split)] if whose else []
+    notes = [_ARMS, *([whose.whose(evidence.split)] if whose else [])]
     notes += [*left_out(evidence.budget), *([_FREE] if evidence.free else [])]
     if evidence.engine is not None:
         arms = "All other arms" if evidence.free else "All arms"
         notes.append(f"{arms} were answered by {evidence.engine.text}: {evidence.engine.why}.")
-    return Section("arms", title, (*blocks, Notes(tuple(notes))) if notes else tuple(blocks))
+    return Section("arms", title, (*blocks, Notes(tuple(notes))))
 
 
 _FREE = (
