@@ -4,14 +4,15 @@
 
 Each case trains models of real width with 2 and 4 layers on the fake card of tests/gpu. It counts FLOPs and bytes of
 every operation of one step, and extends them to full depth. An operation takes the longer of FLOPs / F and bytes / B,
-and a gap. F, B and the gap are assumptions, below. Prints a Markdown table. Without names, every case runs, and JSON
-goes to benchmarks/results/card_roofline.json. To compare two states of the code, run it in each; a setting of
-`train` gets a row by a case in CASES.
+and a gap. F, B and the gap are assumptions, below. Prints a Markdown table and writes
+benchmarks/results/card_roofline.json; with names, only these cases run, and the others are kept. To compare two states
+of the code, run it in each. A setting of `train` gets a row by a case in CASES.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -67,15 +68,22 @@ class Case:
     cards: tuple[str, ...] = tuple(CARDS)
 
 
+ALL, NONE = {"gradient_checkpointing": "all"}, {"gradient_checkpointing": "none"}
 NF4 = {"quantization": "nf4"}
 SHARED, LONG = (8, 384, 128, 32), (2, 0, 2048, 2048)
+LARGE = ("H100", "A100")
 CASES = {
-    "8B LoRA, 8 x 512, 384 shared": Case("llama-3-8b", SHARED),
-    "8B QLoRA, 8 x 512, 384 shared": Case("llama-3-8b", SHARED, NF4),
-    "8B LoRA, 2 x 2,048": Case("llama-3-8b", LONG),
-    "8B QLoRA, 2 x 2,048": Case("llama-3-8b", LONG, NF4),
-    "70B QLoRA, 8 x 512, 384 shared": Case("llama-3-70b", SHARED, NF4, ("H100", "A100")),
+    "8B LoRA, 8 x 512, 384 shared": Case("llama-3-8b", SHARED, ALL),
+    "8B LoRA, 8 x 512, 384 shared, no layer recomputed": Case("llama-3-8b", SHARED, NONE, LARGE),
+    "8B QLoRA, 8 x 512, 384 shared": Case("llama-3-8b", SHARED, {**NF4, **ALL}),
+    "8B QLoRA, 8 x 512, 384 shared, no layer recomputed": Case("llama-3-8b", SHARED, {**NF4, **NONE}),
+    "8B LoRA, 2 x 2,048": Case("llama-3-8b", LONG, ALL),
+    "8B LoRA, 2 x 2,048, no layer recomputed": Case("llama-3-8b", LONG, NONE, LARGE),
+    "8B QLoRA, 2 x 2,048": Case("llama-3-8b", LONG, {**NF4, **ALL}),
+    "8B QLoRA, 2 x 2,048, no layer recomputed": Case("llama-3-8b", LONG, {**NF4, **NONE}, LARGE),
+    "70B QLoRA, 8 x 512, 384 shared": Case("llama-3-70b", SHARED, {**NF4, **ALL}, LARGE),
 }
+"""Each for the cards whose memory it fits."""
 COLUMNS = ("product", "4-bit unpacking", "elementwise", "adapter product", "attention")
 """Kinds of operations, which recorder.py names."""
 HEADER = (
@@ -93,7 +101,7 @@ def main(names: list[str]) -> None:
     from tunewright.core.io import write_json
     from tunewright.models.memory_estimate import BatchShape
 
-    cases = {}
+    cases = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"] if names else {}
     with tempfile.TemporaryDirectory() as folder, card_process(compiled(Path(folder))) as card:
         for name, case in CASES.items():
             if names and name not in names:
@@ -113,8 +121,7 @@ def main(names: list[str]) -> None:
         "cases": cases,
     }
     print(table(document))
-    if not names:
-        write_json(RESULTS, document)
+    write_json(RESULTS, document)
 
 
 def _computed(work: Work, shape: Shape, case: Case) -> dict[str, Any]:

@@ -256,7 +256,7 @@ def test_bfloat16_attention_is_close_to_float32_for_long_and_short_suffixes() ->
 # A query at p sees keys from p - left to p + right (-1: all).
 
 
-@varlen._varlen_attn.register_kernel("cpu")  # type: ignore[untyped-decorator]
+@varlen._varlen_attn.register_kernel("cpu")
 def _attend_sequences(
     query: Tensor,
     key: Tensor,
@@ -278,7 +278,7 @@ def _attend_sequences(
     return out, lse, torch.zeros(2, dtype=torch.uint64)
 
 
-@varlen._varlen_attn_backward.register_kernel("cpu")  # type: ignore[untyped-decorator]
+@varlen._varlen_attn_backward.register_kernel("cpu")
 def _attend_sequences_backward(
     grad: Tensor,
     query: Tensor,
