@@ -142,43 +142,40 @@ def fused(layer: Any, x: Tensor, packed: Any) -> Tensor:
     weight.
     """
     (name,) = layer.active_adapters
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    out: Tensor = _FusedLora.apply(x, layer.get_base_layer().weight, packed, a, b, layer.scaling[name])
-    return out
+    weight, a, b = layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype if packed is None else x.dtype)  # [tokens, in]
+    stand_in, inner, low_b = _FusedLora.apply(rows, weight, packed, a, b, layer.scaling[name])
+    out: Tensor = _Output.apply(stand_in, rows.detach(), weight, packed, inner, low_b)
+    return out.view(*x.shape[:-1], -1)
 
 
 class _FusedLora(torch.autograd.Function):
-    """x W^T + s (x A^T) B^T, where W gets no gradient.
+    """The LoRA part of y = x W^T + s (x A^T) B^T, where W gets no gradient, and the gradient of all of y.
 
-    Shapes: x [..., in], W [out, in], A [rank, in], B [out, rank]. It computes in W's dtype, or in x's if W is packed in
-    4 bits; the gradients of A and B have their own dtype. A packed W is not kept unpacked: the backward pass unpacks it
-    again.
+    Shapes: x [tokens, in], W [out, in], A [rank, in], B [out, rank]. It computes in x's dtype; the gradients of A and B
+    have their own dtype. A packed W is not kept unpacked: the backward pass unpacks it again.
+
+    It returns a stand-in for y without memory, x A^T and s B. `_Output` computes y from them and saves nothing. So
+    where a recomputed layer ends with this one, recomputation stops before the product with W.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, packed: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        dtype = weight.dtype if packed is None else x.dtype
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [tokens, in]
-        low_a, low_b = a.to(dtype), (b * scale).to(dtype)
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, packed: Any, a: Tensor, b: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        low_a, low_b = a.to(rows.dtype), (b * scale).to(rows.dtype)
         inner = rows @ low_a.T  # [tokens, rank]
-        if packed is None:
-            out = rows @ weight.T  # [tokens, out]
-        else:
-            from bitsandbytes.autograd._functions import matmul_4bit
-
-            out = matmul_4bit(rows, weight, quant_state=packed)
-        out.addmm_(inner, low_b.T)
         ctx.save_for_backward(rows, weight, low_a, low_b, inner)
-        ctx.packed = packed
-        ctx.scale, ctx.shape, ctx.types = scale, x.shape, (x.dtype, a.dtype, b.dtype)
-        return out.view(*x.shape[:-1], -1)
+        ctx.packed, ctx.scale, ctx.types = packed, scale, (a.dtype, b.dtype)
+        ctx.mark_non_differentiable(inner, low_b)
+        ctx.set_materialize_grads(False)  # no zeros as the gradients of these two
+        return rows.new_empty(1, 1).expand(len(rows), len(b)), inner, low_b
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         rows, weight, low_a, low_b, inner = ctx.saved_tensors
-        x_type, a_type, b_type = ctx.types
-        # With y = x W^T + s (x A^T) B^T and g = dL/dy: dA = (g sB)^T x, dB = s g^T (x A^T), dx = g W + (g sB) A.
-        grad = grad.reshape(-1, grad.shape[-1])  # [tokens, out]
+        a_type, b_type = ctx.types
+        # With g = dL/dy [tokens, out]: dA = (g sB)^T x, dB = s g^T (x A^T), dx = g W + (g sB) A.
         grad_inner = grad @ low_b  # [tokens, rank]; low_b includes s
         grad_a = (grad_inner.T @ rows).to(a_type)
         grad_b = (grad.T @ inner).to(b_type).mul_(ctx.scale)
@@ -189,8 +186,34 @@ class _FusedLora(torch.autograd.Function):
                 from bitsandbytes.functional import dequantize_4bit
 
                 unpacked = dequantize_4bit(weight, ctx.packed).to(grad.dtype)  # [out, in]
-            grad_x = (grad @ unpacked).addmm_(grad_inner, low_a).view(ctx.shape).to(x_type)
+            grad_x = (grad @ unpacked).addmm_(grad_inner, low_a)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+class _Output(torch.autograd.Function):
+    """x W^T + (x A^T) (s B)^T; its gradient goes to `_FusedLora`'s stand-in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ARG004  (nothing is saved)
+        stand_in: Tensor,  # noqa: ARG004
+        rows: Tensor,
+        weight: Tensor,
+        packed: Any,
+        inner: Tensor,
+        low_b: Tensor,
+    ) -> Tensor:
+        if packed is None:
+            out = rows @ weight.T  # [tokens, out]
+        else:
+            from bitsandbytes.autograd._functions import matmul_4bit
+
+            out = matmul_4bit(rows, weight, quant_state=packed)
+        return out.addmm_(inner, low_b.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        return grad, None, None, None, None, None
 
 
 # Optional (Hsu et al. 2024, arXiv 2410.10989): the models' own code stays the reference.
