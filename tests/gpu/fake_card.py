@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import FrameType
@@ -56,6 +57,7 @@ class FakeCard(TorchDispatchMode):
 
     Args:
         capability: the card's compute capability.
+        built: the architectures that torch is built for, by default those of 2.13 for CUDA 13.
         limit: bytes from which on an allocation raises `torch.OutOfMemoryError`; None: the card is never full.
         reported: bytes that the driver says the card has; None: ``limit``, or 80 GB.
 
@@ -70,11 +72,16 @@ class FakeCard(TorchDispatchMode):
     """
 
     def __init__(
-        self, capability: tuple[int, int] = (9, 0), limit: int | None = None, reported: int | None = None
+        self,
+        capability: tuple[int, int] = (9, 0),
+        limit: int | None = None,
+        built: Sequence[str] = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"),
+        reported: int | None = None,
     ) -> None:
         super().__init__()
         self.limit = limit
         cuda: Any = torch.cuda
+        cuda.get_arch_list = lambda: list(built)
         cuda.get_device_capability = lambda device=None: capability
         self.now = self.peak = 0
         cuda.max_memory_allocated = lambda device=None: self.peak
@@ -89,6 +96,7 @@ class FakeCard(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._contexts = ExitStack()
+        cuda.Event = partial(_Event, self)
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(torch.autograd.set_multithreading_enabled(False))
@@ -155,6 +163,8 @@ class FakeCard(TorchDispatchMode):
         if name not in _WITHOUT_KERNEL:
             self.launches[name, out.dtype if isinstance(out, Tensor) else None] += 1
             self.record(func, (*args, *kwargs.values()), out)
+        if "scaled_dot_product_attention" in name:
+            self.launches.update(_mask_conversions(args))
         if name == "_varlen_attn_backward":
             self._reach(self.now + _flash_workspace(args), name)
         return out
@@ -165,7 +175,7 @@ class FakeCard(TorchDispatchMode):
     def _read(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy from the card: ones."""
         source: Tensor = args[1] if name == "copy_" else args[0]
-        self.syncs.append(self._transfer(name, source.nbytes, blocking=True))
+        self.syncs.append(self._transfer(name, source.nbytes, blocking=not kwargs.get("non_blocking")))
         if name == "copy_":
             return args[0].fill_(1)
         ones = torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
@@ -205,6 +215,20 @@ class FakeCard(TorchDispatchMode):
         return Transfer(where, operation, count, blocking, in_layer)
 
 
+class _Event:
+    """An event of the card; waiting for it is a sync, which blocks unless the card got further work meanwhile."""
+
+    def __init__(self, card: FakeCard) -> None:
+        self.card = card
+
+    def record(self) -> None:
+        self.launches = self.card.launches.total()
+
+    def synchronize(self) -> None:
+        idle = self.card.launches.total() == self.launches
+        self.card.syncs.append(self.card._transfer("synchronize", 0, blocking=idle))
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """Yield tensors among an operation's arguments or results, and in the lists among them."""
     for value in values:
@@ -228,6 +252,19 @@ def _as_fake(value: Any) -> Any:
     if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
     return value
+
+
+def _mask_conversions(args: tuple[Any, ...]) -> dict[tuple[str, torch.dtype | None], int]:
+    """Return the launches by which attention changes a mask before its kernel.
+
+    A boolean one becomes numbers (two numbers and a `where`; `convert_boolean_attn_mask`), and one whose rows do not
+    begin at multiples of 8 elements is copied (`pad_bias`, both in aten/src/ATen/native/transformers/attention.cpp).
+    """
+    mask = args[3] if len(args) > 3 else None
+    if not isinstance(mask, Tensor):
+        return {}
+    aligned = all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    return {("mask conversion", mask.dtype): 3 * (mask.dtype == torch.bool) + (not aligned)}
 
 
 def _flash_workspace(args: tuple[Any, ...]) -> int:

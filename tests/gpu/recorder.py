@@ -109,7 +109,9 @@ class Recorder(FakeCard):
             kind = UNPACK
         self.operations[Operation(kind, name, flops, read + written)] += 1
         if name == "_fused_adamw_":
-            self.steps.append(Work(Counter(self.operations), sum(self.launches.values()), len(self.syncs)))
+            self.steps.append(
+                Work(Counter(self.operations), sum(self.launches.values()), sum(sync.blocking for sync in self.syncs))
+            )
 
 
 def _bytes(values: Iterable[Any]) -> int:

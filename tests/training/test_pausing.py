@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from making.training_runs import plain_dev_loss, steady, training_project
 from tunewright.api import Project
 from tunewright.core.progress import LogReporter
+from tunewright.training import trainer
 from tunewright.training.checkpoints import latest_complete_checkpoint
+from tunewright.training.monitoring import DivergedError
 from tunewright.training.train import PausedRun, TrainResult, train, train_until
 
 pytestmark = pytest.mark.slow
@@ -59,3 +63,56 @@ def test_paused_run_ends_with_the_same_adapter_and_measures_each_pause(
     assert ended.adapter.digest == unstopped.adapter.digest
     assert steady(ended.adapter.history) == steady(unstopped.adapter.history)
     assert not work.exists()
+
+
+def _files(work: Path) -> dict[str, Any]:
+    """The files of a run, without what differs from run to run."""
+    found: dict[str, Any] = {}
+    for path in sorted(work.rglob("*")):
+        name = str(path.relative_to(work))
+        if path.name == "trainer_state.json":
+            state = json.loads(path.read_text())
+            found[name] = state | {"log_history": steady(state["log_history"])}
+        elif path.name == "metrics.jsonl":
+            found[name] = steady([json.loads(line) for line in path.read_text().splitlines()])
+        elif path.is_file() and path.name not in ("training_args.bin", "manifest.json"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def test_numbers_read_one_step_late_leave_the_same_files(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics and checkpoints at a pause, and after a resumed run that stops early."""
+    ends = []
+    for name, late in (("at-once", ()), ("late", ("cpu",))):
+        monkeypatch.setattr(trainer, "READ_LATE", late)
+        keys = {"lora_dropout": 0.1, "early_stopping_patience": 1, "eval_steps": 4}
+        project = training_project(tmp_path / name, tiny_base_folder, train=keys)
+        _until(project, tmp_path / f"{name}-work", 7)
+        paused = _files(tmp_path / f"{name}-work")
+        _until(project, tmp_path / f"{name}-work", 24)
+        ends.append((paused, _files(tmp_path / f"{name}-work")))
+    assert {"metrics.jsonl", "checkpoint-7/adapter_model.safetensors", "checkpoint-7/optimizer.pt"} <= ends[0][0].keys()
+    assert ends[0][0] == ends[1][0]
+    assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_step_without_a_finite_loss_is_not_saved_when_read_late(
+    step: int, tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is due after step 5: the bad step is that one, or the step before it."""
+    compute_loss = trainer.Trainer.compute_loss
+
+    def spoilt(self: trainer.Trainer, *arguments: Any, **keys: Any) -> torch.Tensor:
+        loss = compute_loss(self, *arguments, **keys)
+        return loss * float("nan") if self.state.global_step + 1 == step else loss
+
+    monkeypatch.setattr(trainer, "READ_LATE", ("cpu",))
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", spoilt)
+    project = _project(tmp_path / "project", tiny_base_folder)
+    with pytest.raises(DivergedError, match=f"the loss is nan at step {step};"):
+        project.train()
+    (work,) = (tmp_path / "project" / ".tunewright" / "training").iterdir()
+    assert not list(work.glob("checkpoint-*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from making.training_runs import Heard, training_project
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST
-from tunewright.training import checkpoints
+from tunewright.training import checkpoints, trainer
 from tunewright.training.train import TrainResult
 from tunewright.training.trainer import Trainer
 
@@ -74,10 +75,12 @@ def test_run_resumes_to_the_same_adapter_after_a_stop(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("late", [(), ("cpu",)])
 def test_stop_abandons_a_long_step_and_saves_the_previous_one(
-    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+    late: tuple[str, ...], tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The abandoned passes have drawn random numbers for dropout, which the resumed step draws again."""
+    monkeypatch.setattr(trainer, "READ_LATE", late)
 
     def project(name: str) -> Project:
         keys = {"micro_batch_size": 1, "lora_dropout": 0.1}
@@ -102,6 +105,7 @@ def test_stop_abandons_a_long_step_and_saves_the_previous_one(
     (work,) = (tmp_path / "project" / ".tunewright" / "training").iterdir()
     assert (work / "checkpoint-6" / MANIFEST).exists()
     assert not (work / "checkpoint-7").exists()
+    assert [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()] == [*range(1, 7)]
     assert stopped.train().adapter.digest == unstopped.adapter.digest
 
 

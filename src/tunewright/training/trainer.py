@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers.trainer_pt_utils import nested_gather
 from trl import SFTTrainer
 
 from tunewright.core.progress import slow
@@ -37,6 +39,23 @@ from tunewright.training.packing.fused_loss import (
 )
 from tunewright.training.packing.order import StepBatches, longest_batch, random_order
 from tunewright.training.rows import IGNORED
+
+READ_LATE: Sequence[str] = ("cuda",)
+"""Types of devices that compute behind the host. There the host reads a step's numbers once the next step is queued,
+so the device always has work. A step's numbers are read before anything is evaluated or saved."""
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers of a finished step, which the device is still computing or copying to the host."""
+
+    step: int
+    epoch: float | None
+    learning_rate: float
+    values: Tensor
+    """Loss, gradient norm, tokens, and the sums of the loss's parts, of all processes."""
+    copied: torch.cuda.Event | None
+    """Set once ``values`` is on the host; None: it is there already."""
 
 
 class Trainer(SFTTrainer):
@@ -70,6 +89,8 @@ class Trainer(SFTTrainer):
         self._tokens = 0
         """Tokens of rows trained on in this process since the last log."""
         self._last_log: tuple[float, int] | None = None
+        self._unread: StepNumbers | None = None
+        """The latest step, if its numbers have not been logged."""
         self._breakdown: LossBreakdown | RewardStatistics | None = None
         attention.register()
         # Use the packed layout in training, and SDPA without a layout, when answers are generated.
@@ -140,7 +161,7 @@ class Trainer(SFTTrainer):
             if not enough:
                 loss = self._retry(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
             self._accumulated.append(inputs["rows"])
-        # Counted on the host; `log` adds the other processes' counts once a step.
+        # Counted on the host; `_step_numbers` adds the other processes' counts once a step.
         self._tokens += inputs["packed"].row_tokens
         return loss
 
@@ -285,12 +306,55 @@ class Trainer(SFTTrainer):
             states = own(**batch.model_inputs(), predict_from=batch.predict_from.index_select(0, batch.replayed))
         return Reference(batch.replayed, batch.learnt, states, self.kl)
 
-    def _add_counted(self) -> None:
-        tokens, self._tokens = self._tokens, 0
-        if self.accelerator.num_processes > 1:
-            tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device), "sum"))
-        self._total_train_tokens += tokens
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a finished step, or the step before it (`READ_LATE`); then evaluate and save as transformers does."""
+        control, step = self.control, self.state.global_step
+        if control.should_log and step > self._globalstep_last_logged:
+            control.should_log, self._globalstep_last_logged = False, step
+            numbers = self._step_numbers(tr_loss, grad_norm, kwargs["learning_rate"])
+            self._log_step()
+            self._unread = numbers
+        late = self.accelerator.device.type in READ_LATE
+        if not late or control.should_evaluate or control.should_save or control.should_training_stop:
+            self._log_step()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _step_numbers(self, loss: Tensor, norm: Tensor, learning_rate: float) -> StepNumbers:
+        """Add up a step's numbers over all processes, reset them, and start their only copy to the host."""
+        sums = loss.new_full((1,), self._tokens, dtype=torch.float64)
+        self._tokens = 0
+        if self._breakdown is not None:
+            sums = torch.cat([sums, self._breakdown.sums()])
+            self._breakdown.clear()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        mean = nested_gather(loss, self.args.parallel_mode).mean()
+        parts = [mean.double().view(1), norm.double().view(1), self.accelerator.reduce(sums, "sum")]
+        loss.zero_()
+        values = torch.cat(parts).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if loss.is_cuda else None
+        if copied is not None:
+            copied.record()
+        return StepNumbers(self.state.global_step, self.state.epoch, learning_rate, values, copied)
+
+    def _log_step(self) -> None:
+        """Log the step whose numbers have not been read, if there is one."""
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        if unread.copied is not None:
+            unread.copied.synchronize()
+        loss, norm, tokens, *sums = unread.values.tolist()
+        self._total_loss_scalar += loss
+        self._total_train_tokens += int(tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        logs = {"loss": loss, "grad_norm": norm, "learning_rate": unread.learning_rate}
+        if self._breakdown is not None:
+            logs |= self._breakdown.means(sums)
+        state: Any = self.state
+        now = state.global_step, state.epoch
+        state.global_step, state.epoch = unread.step, unread.epoch
+        self.log(logs)
+        state.global_step, state.epoch = now
 
     def rows_of_step(self, step: int) -> list[int]:
         """Return the indices in the training set of the rows of optimizer step ``step``, counted from 1."""
@@ -301,12 +365,7 @@ class Trainer(SFTTrainer):
         return list(order)[batch * size : (batch + 1) * size]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of a step's loss, the tokens per second since the previous step, and the memory in use."""
-        if "loss" in logs:
-            self._add_counted()
-        if "loss" in logs and self._breakdown is not None:
-            logs |= self._breakdown.means(partial(self.accelerator.reduce, reduction="sum"))
-            self._breakdown.clear()
+        """Add to a step's numbers the tokens per second since the previous step, and the memory in use."""
         if "loss" in logs:
             now = time.monotonic()
             if self._last_log is not None:
@@ -368,6 +427,7 @@ class Trainer(SFTTrainer):
 
     def save_step_before(self) -> None:
         """Save the last complete step after a stop has cut off the next one, unless it has a checkpoint already."""
+        self._log_step()
         if not is_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -206,11 +206,14 @@ class LossBreakdown:
         self._sums.zero_()
         self._tokens = [0, 0]
 
-    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return nats per token of each part that the step has tokens of, the divergence without its weight."""
+    def sums(self) -> Tensor:
+        """Return the sums and the numbers of tokens [4], on the device."""
         # Filled on the device: copying two numbers from the host would synchronize.
-        counted = [self._sums.new_full((1,), count) for count in self._tokens]
-        pairs, replay, pair_tokens, replay_tokens = over_processes(torch.cat([self._sums, *counted])).tolist()
+        return torch.cat([self._sums, *(self._sums.new_full((1,), count) for count in self._tokens)])
+
+    def means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return nats per token of each part that the step has tokens of, the divergence without its weight."""
+        pairs, replay, pair_tokens, replay_tokens = sums
         means = {PAIR_LOSS: pairs / pair_tokens} if pair_tokens else {}
         if replay_tokens:
             means[REPLAY_LOSS if self.kl is None else REPLAY_KL] = replay / replay_tokens / (self.kl or 1)
@@ -241,8 +244,11 @@ class RewardStatistics:
         """Reset, for a step that is repeated or a new step."""
         self._sums.zero_()
 
-    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def sums(self) -> Tensor:
+        """Return the sums [6], on the device."""
+        return self._sums
+
+    def means(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the mean rewards, and the share of pairs whose chosen answer has the higher one."""
-        sums = over_processes(self._sums).tolist()
         names = (REWARD_CHOSEN, REWARD_REJECTED, REWARD_ACCURACY)
         return {name: sums[2 * n] / sums[2 * n + 1] for n, name in enumerate(names) if sums[2 * n + 1]}
