@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
 from making.property_examples import examples
 from making.wandering_models import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.core.errors import UserError
+from tunewright.generation import decoding
 from tunewright.generation.decoding import Batch, PrefillState
 from tunewright.generation.generate import generate, prefill_groups
 from tunewright.generation.requests import Completion, Request, Row
@@ -45,6 +48,25 @@ def test_batch_of_ragged_prompts_answers_each_as_alone(plain: Any) -> None:
     assert {completion.finish for completion in expected} == {"stop", "length"}
     for batch_size in (1, 5, 14):
         assert _generate(plain, requests, batch_size) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask_of_numbers_gives_the_logits_of_a_boolean_mask_bit_by_bit(plain: Any, dtype: torch.dtype) -> None:
+    """transformers' own masks are boolean, and SDPA makes numbers of them in each layer."""
+
+    def logits(attention: str) -> list[Tensor]:
+        model, seen, place = copy.deepcopy(plain).to(dtype), list[Tensor](), decoding._ATTENTION
+        model.register_forward_hook(lambda _model, _arguments, out: seen.append(out.logits))
+        decoding._ATTENTION = attention
+        try:
+            _generate(model, _requests(5), 5)
+        finally:
+            decoding._ATTENTION = place
+        return seen
+
+    boolean, numbers = logits("sdpa"), logits(decoding._ATTENTION)
+    assert len(boolean) > 5
+    assert all(torch.equal(a, b) for a, b in zip(boolean, numbers, strict=True))
 
 
 def test_head_gets_one_contiguous_column(plain: Any) -> None:

@@ -16,8 +16,8 @@ LAYERS = 2
 BASE, ONE, ONE_IN_4_BITS, SEVERAL, SEVERAL_AND_BASE = 40, 65, 72, 76, 80
 """Launches for each layer and token: of the base alone, with one adapter on all linear layers for all rows (also over
 NF4), with several, and with several for some rows and none for others."""
-AROUND = 44
-"""Launches of a greedy pass outside of its layers; four of them find rows whose logits are not finite."""
+AROUND = 46
+"""Launches of a greedy pass outside of its layers: two make the mask, four find rows whose logits are not finite."""
 
 
 @dataclass
@@ -28,6 +28,8 @@ class _Pass:
     copies: list[str]
     syncs: list[str]
     in_layers: list[str]
+    mask_conversions: int
+    """Launches by which attention changes the pass's mask in its layers."""
 
 
 def _measured(work: Any) -> _Pass:
@@ -44,6 +46,7 @@ def _counts(card: Any) -> _Pass:
         [copy.where for copy in card.copies],
         [sync.where for sync in card.syncs],
         [each.where for each in (*card.copies, *card.syncs) if each.in_layer],
+        sum(count for (name, _), count in card.launches.items() if name == "mask conversion"),
     )
 
 
@@ -67,13 +70,14 @@ def decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = Fa
     from fake_card import FakeCard
     from fake_models import SHAPES, build
 
-    from tunewright.generation.decoding import Batch
+    from tunewright.generation.decoding import PREFILL_CHUNK, Batch
     from tunewright.generation.requests import Request
 
     shape = replace(SHAPES["mistral-7b" if mistral else "llama-3-8b"], layers=layers)
     model = build(shape, mistral=mistral, window=16 if mistral else None)
     with FakeCard():
         batch = Batch(model, stop_ids=[], pad_id=0)
+        assert batch.prefill_chunk == PREFILL_CHUNK
         for name in set(names) - {None}:
             batch.add_adapter(str(name), _loras(model))
     requests = [Request(tuple(range(5, 25 + index)), name, 50, **how) for index, name in enumerate(names)]
@@ -108,6 +112,7 @@ def test_decoding_an_8b_takes_a_bounded_number_of_launches_copies_and_syncs(card
     assert seen["token"].launches <= LAYERS * a_layer + AROUND
     for each in seen.values():
         assert each.in_layers == []
+        assert each.mask_conversions == 0
     # Tokens and where they begin go to the card in one copy; the next tokens are read once.
     assert len(seen["token"].copies) == 1
     assert len(seen["token"].syncs) == 1
@@ -126,7 +131,7 @@ def test_sampling_on_the_gpu_adds_one_copy_and_no_sync(card: CardProcess) -> Non
 
 def test_decoding_with_a_sliding_window_stays_on_the_gpu(card: CardProcess) -> None:
     seen = card.run(decode, ["a", None, "b"], 2, True)
-    assert all(each.in_layers == [] for each in seen.values())
+    assert all((each.in_layers, each.mask_conversions) == ([], 0) for each in seen.values())
     assert (len(seen["token"].copies), len(seen["token"].syncs)) == (1, 1)
 
 

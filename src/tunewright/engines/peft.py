@@ -33,10 +33,6 @@ from tunewright.models.loading import release_openmp_threads
 
 log = logging.getLogger("tunewright")
 
-PREFILL_CHUNK = 256
-"""Tokens of a long prompt that are computed in one step. Every other row waits for its next token meanwhile, and waits
-longer with larger chunks."""
-
 
 class _Sequence:
     """A request inside the engine. Only ``subscription`` is shared with other threads."""
@@ -261,7 +257,7 @@ class PeftEngine:
 
     def _prefill(self, admitted: list[_Sequence]) -> None:
         """Compute the short prompts in groups of similar length, and a chunk of at most two long ones."""
-        short = [sequence for sequence in admitted if len(sequence.request.prompt_ids) <= PREFILL_CHUNK]
+        short = [sequence for sequence in admitted if len(sequence.request.prompt_ids) <= self._batch.prefill_chunk]
         by_adapter = adapter_sort_keys([sequence.request.adapter for sequence in short])
         for group in prefill_groups([len(sequence.request.prompt_ids) for sequence in short]):
             # Rows of one adapter next to each other need no reordering in each layer.
@@ -307,7 +303,7 @@ class PeftEngine:
         """Compute a chunk of a long prompt; after the last chunk its row decodes with the others."""
         reading = self._prefilling[sequence]
         try:
-            if not self._batch.prefill(reading, PREFILL_CHUNK):
+            if not self._batch.prefill(reading, self._batch.prefill_chunk):
                 return
         except Exception as error:  # noqa: BLE001 - _fail logs it
             self._fail(sequence, error)

@@ -15,6 +15,7 @@ tokens tie to the last digits; in bfloat16 a near tie can go the other way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ from tunewright.generation.text_stream import Decode
 PREFILL_TOKENS = 8192
 # On a processor the activations of fewer tokens stay in its caches (docs/benchmarks/evaluation.md).
 _PREFILL_TOKENS_CPU = 2048
+
+# Tokens of a long prompt in one pass. Decoding rows wait for their next token meanwhile, longer with larger chunks.
+# A GPU's time for 256 tokens is mostly that of its launches, so a larger chunk there costs little more.
+PREFILL_CHUNK = 1024
+PREFILL_CHUNK_CPU = 256
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,11 @@ class Batch:
     def prefill_tokens(self) -> int:
         """Tokens to prefill in one pass, padding included, where the caller may choose."""
         return _PREFILL_TOKENS_CPU if self._model.device.type == "cpu" else PREFILL_TOKENS
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a long prompt to prefill between two steps of the decoding rows."""
+        return PREFILL_CHUNK_CPU if self._model.device.type == "cpu" else PREFILL_CHUNK
 
     def attached(self) -> AbstractContextManager[None]:
         """Keep adapters attached over many passes: see :meth:`LoraDispatch.attached`."""
@@ -319,13 +330,20 @@ class Batch:
 
 
 def _mask(*, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
-    """Return SDPA's mask as transformers makes it, without inspecting the padding.
+    """Return SDPA's mask as transformers makes it, without inspecting the padding, as numbers to add to the scores.
 
     transformers drops a mask that hides nothing, and for that copies the padding to the host, which waits for the
     device. Here a missing ``attention_mask`` means that there is no padding, so only then the mask is dropped.
+    From a boolean mask SDPA would make the same numbers again in each layer. CUDA's kernel would also copy a mask
+    whose rows do not begin at multiples of 8 elements.
     """
     skip = allow_is_causal_skip and attention_mask is None
-    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skip, **kwargs)
+    seen = sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skip, **kwargs)
+    if seen is None:
+        return None
+    columns = seen.shape[-1]
+    added = torch.full((*seen.shape[:-1], -(-columns // 8) * 8), -math.inf, dtype=kwargs["dtype"], device=seen.device)
+    return added[..., :columns].masked_fill_(seen, 0)
 
 
 _ATTENTION = "tunewright_decoding"

@@ -21,7 +21,7 @@ from tenant_server import store_adapters
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, adapter_digest
 from tunewright.core.errors import UserError
-from tunewright.engines.peft import PREFILL_CHUNK, PeftEngine, Subscription, TokenDispatch
+from tunewright.engines.peft import PeftEngine, Subscription, TokenDispatch
 from tunewright.engines.protocol import (
     AdapterFailedError,
     Delta,
@@ -29,6 +29,7 @@ from tunewright.engines.protocol import (
     RequestFailedError,
     stream,
 )
+from tunewright.generation.decoding import PREFILL_CHUNK_CPU
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
 
@@ -80,7 +81,7 @@ def test_long_prompt_is_prefilled_in_chunks_while_other_rows_decode() -> None:
     passes, submitted, ended = _passes(model), threading.Event(), list[str]()
 
     def wait(_model: Any, _arguments: Any, named: Any) -> None:
-        if named["input_ids"].shape[1] == PREFILL_CHUNK:
+        if named["input_ids"].shape[1] == PREFILL_CHUNK_CPU:
             assert submitted.wait(300)
 
     model.register_forward_pre_hook(wait, with_kwargs=True)
@@ -94,7 +95,7 @@ def test_long_prompt_is_prefilled_in_chunks_while_other_rows_decode() -> None:
         endless = stream(engine, ENDLESS)
         await anext(endless)
         long = asyncio.create_task(collect("long", LONG))
-        while max(columns for _, columns in passes) < PREFILL_CHUNK:
+        while max(columns for _, columns in passes) < PREFILL_CHUNK_CPU:
             await asyncio.sleep(0.001)
         short = asyncio.create_task(collect("short", Request((4, 5), "one", 3)))
         while engine.in_flight[1] == 0:
@@ -111,7 +112,8 @@ def test_long_prompt_is_prefilled_in_chunks_while_other_rows_decode() -> None:
     assert tuple(token for delta in answer for token in delta.ids) == expected.ids
     pieces = [place for place, (rows, columns) in enumerate(passes) if columns > len(ENDLESS.prompt_ids)]
     assert sum(passes[place][1] for place in pieces) == len(LONG.prompt_ids)
-    assert all(passes[place] in ((1, PREFILL_CHUNK), (1, len(LONG.prompt_ids) % PREFILL_CHUNK)) for place in pieces)
+    sizes = ((1, PREFILL_CHUNK_CPU), (1, len(LONG.prompt_ids) % PREFILL_CHUNK_CPU))
+    assert all(passes[place] in sizes for place in pieces)
     assert all(later - earlier > 1 for earlier, later in pairwise(pieces))
 
 
