@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,21 @@ def _opened(folder: Path, quantization: str) -> OpenProject:
     return OpenProject(ProjectFolder(project), Heard())
 
 
-def _room(opened: OpenProject, monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
+CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+def _room(
+    opened: OpenProject,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    capability: tuple[int, int] = (9, 0),
+    built: Sequence[str] = CUDA_13,
+) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
     reporter = Heard()
     require_room(OpenProject(opened.folder, reporter))
     return reporter.warned
@@ -75,3 +87,18 @@ def test_require_room_only_warns_when_an_adapter_is_there(tmp_path: Path, monkey
     (folder / "lineage.json").write_text(json.dumps({"digest": "0", "created": "2026-01-01"}))
     (warned,) = _room(opened, monkeypatch, 8 * 10**9)
     assert "needs at least" in warned
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 0), (12, 1), (13, 0)])
+def test_require_room_accepts_a_card_that_torch_is_built_for(
+    capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _room(_opened(tmp_path, "none"), monkeypatch, 80 * 10**9, capability) == []
+
+
+@pytest.mark.parametrize(("capability", "built"), [((7, 0), CUDA_13), ((12, 0), ("sm_80", "sm_90", "sm_90a"))])
+def test_require_room_refuses_a_card_that_torch_is_not_built_for(
+    capability: tuple[int, int], built: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=rf"has no code for a card, of compute capability {capability[0]}\.0"):
+        _room(_opened(tmp_path, "none"), monkeypatch, 80 * 10**9, capability, built)

@@ -147,12 +147,18 @@ def _devices(_folder: Path) -> Iterator[Check]:
         "ok",
         f"{cores}, {torch.get_num_threads()} threads used, {torch.backends.cpu.get_cpu_capability()}",
     )
+    from tunewright.models.loading import missing_kernels
+    from tunewright.models.memory_plan import unusable_card
+
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
         capability = f"compute capability {about.major}.{about.minor}"
         found = f"{about.name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {capability}"
-        yield Check("devices", f"GPU {number}", "ok", found)
+        if (why := missing_kernels(number)) is None:
+            yield Check("devices", f"GPU {number}", "ok", found)
+        else:
+            yield Check("devices", f"GPU {number}", "problem", f"{found}; {why}", "export CUDA_VISIBLE_DEVICES=-1")
     if torch.cuda.device_count():
         return
     if shutil.which("nvidia-smi") is None:
@@ -161,7 +167,8 @@ def _devices(_folder: Path) -> Iterator[Check]:
         found = f"there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
         yield Check("devices", "GPU", "warning", found, install_command(packages=["torch"], again=True))
     else:
-        found = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU through the installed driver"
+        why = unusable_card() or "CUDA_VISIBLE_DEVICES hides it"
+        found = f"torch {torch.__version__} (CUDA {torch.version.cuda}) can use no GPU: {why}"
         yield Check("devices", "GPU", "warning", found, "nvidia-smi")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -42,6 +43,37 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
+def missing_kernels(card: int) -> str | None:
+    """Return why this torch cannot compute on a GPU; None if it can.
+
+    A binary of one architecture runs on later ones of the same major version; PTX is compiled for any later one.
+    """
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(card)
+    for kind, number in re.findall(r"\b(sm|compute)_(\d+)\b", " ".join(built := torch.cuda.get_arch_list())):
+        at = divmod(int(number), 10)
+        if at <= (major, minor) and (kind == "compute" or at[0] == major):
+            return None
+    return (
+        f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(card)}, of compute capability "
+        f"{major}.{minor} (it has {' '.join(built)})"
+    )
+
+
+def require_kernels() -> None:
+    """Check that this torch can compute on this process's GPU, if there is one."""
+    import torch
+
+    why = missing_kernels(torch.device(device()).index) if torch.cuda.is_available() else None
+    if why is not None:
+        raise UserError(
+            why,
+            fix="Install a torch that is built for an older CUDA, such as 12.6, or set CUDA_VISIBLE_DEVICES=-1 to use "
+            "the CPU.",
+        )
+
+
 def load_model(
     base: Base, dtype: str, quantization: Quantization, place: str | None = None, *, shardable: bool = False
 ) -> PreTrainedModel:
@@ -55,6 +87,7 @@ def load_model(
     import transformers
 
     require_quantizable(quantization, base.architecture)
+    require_kernels()
     with quiet_transformers():
         model: PreTrainedModel = getattr(transformers, base.architecture).from_pretrained(
             base.folder,
@@ -69,9 +102,10 @@ def load_model(
             drop_vision(model)
         if quantization == "nf4":
             disable_repacking(model)
-            # Embeddings and norms are still views of the mapped file, which would keep its 16-bit layers in memory.
+            # On the CPU embeddings and norms are still views of the mapped file, which would keep its 16-bit layers
+            # in memory.
             for weight in model.parameters():
-                if weight.is_floating_point():
+                if weight.is_floating_point() and weight.device.type == "cpu":
                     weight.data = weight.data.clone()
     model.eval()
     return model

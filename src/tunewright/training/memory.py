@@ -21,6 +21,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.versions import current_manifest, load_version
 from tunewright.models.bases import base_config, local_base
 from tunewright.models.families import Shape, check_architecture, read_shape, require_quantizable, require_targets
+from tunewright.models.loading import require_kernels
 from tunewright.models.memory_plan import (
     Memory,
     MemoryCheck,
@@ -156,7 +157,8 @@ def require_room(project: OpenProject) -> None:
 
 
 def _require_card(shape: Shape, project: OpenProject) -> None:
-    """Check that a CUDA build of torch has a card, or that the base is small enough for the CPU."""
+    """Check that a CUDA build of torch has a card that it can use, or that the base is small enough for the CPU."""
+    require_kernels()
     why = unusable_card()
     if why is None:
         return
