@@ -187,6 +187,10 @@ class ServeConfig(ConfigSection):
     """Slots in the engine vllm for adapters beyond those that are live at the start; used with
     tenants. A rollout takes one slot until the previous adapter is unloaded.
     """
+    gpu_adapters: Annotated[int | None, Field(ge=1)] = None
+    """*Experimental*: most adapters on the GPU at once, in the engine vllm (null: all). The others stay
+    in the machine's memory, and a request copies its adapter in place of the least recently used.
+    """
     quantization: Quantization | None = None
     """Quantization of the base (null: as in the adapters' training)."""
     database_url: str | None = None

@@ -108,6 +108,8 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     cpu = found.build == "cpu"
     known = [*spec.adapters.values(), *spec.to_come]
     dtype, rows = config.train.dtype, max_num_seqs("vllm", config)
+    if cpu and config.serve.gpu_adapters is not None:
+        reporter.warn("serve.gpu_adapters is ignored: vLLM's build for the CPU has a slot for every adapter")
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
@@ -118,6 +120,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
         max_rank=max(max_rank(known), config.train.lora_r if spec.spare else 1),
         max_num_seqs=rows,
         kv_cache_bytes=kv_cache_bytes(text_settings(spec.base).to_dict(), dtype, rows) if cpu else None,
+        gpu_adapters=config.serve.gpu_adapters,
         vision=FAMILIES[spec.base.architecture].vision,
     )
     return _with_adapters(VllmEngine(settings, stop_ids=spec.chat.stop_ids, reporter=reporter), spec.adapters)

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,3 +271,22 @@ def test_max_num_seqs_is_the_engines_default_when_the_config_has_none(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=card))
     assert max_num_seqs(engine, Config()) == expected
     assert max_num_seqs(engine, Config(serve=ServeConfig(max_num_seqs=3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("cpu", "room", "on_gpu", "expected"),
+    [
+        (True, 40, None, (41, 41)),
+        (True, 40, 16, (41, 41)),
+        (False, 40, None, (41, 41)),
+        (False, 40, 16, (16, 40)),
+        (False, 3, 16, (3, 3)),
+    ],
+)
+def test_vllm_gets_a_slot_for_each_adapter_unless_the_gpu_is_limited(
+    cpu: bool, room: int, on_gpu: int | None, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    """The build for the CPU takes the last slot for the base, so there one slot always stays empty."""
+    options = replace(settings(tmp_path, room=room, gpu_adapters=on_gpu), cpu=cpu).options()
+    found = dict(pairwise(options))
+    assert (int(found["--max-loras"]), int(found["--max-cpu-loras"])) == expected

@@ -61,6 +61,7 @@ class VllmSettings:
         max_rank: the highest LoRA rank of any adapter that will be loaded.
         kv_cache_bytes: the size of the key/value cache, which also limits the context; None: vLLM decides.
         gpu_share: the share of the GPU's memory that it may take; None means vLLM's 0.9.
+        gpu_adapters: the most adapters on the GPU at once; None: all. It has no effect without a GPU.
         vision: whether the base can read images. This is turned off, so that its vision tower takes no memory.
     """
 
@@ -73,18 +74,19 @@ class VllmSettings:
     max_num_seqs: int
     kv_cache_bytes: int | None = None
     gpu_share: float | None = None
+    gpu_adapters: int | None = None
     vision: bool = False
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
-        """``--max-loras``: the maximum number of adapters plus one.
+        """``--max-loras``: the maximum number of adapters plus one, or `gpu_adapters`.
 
         vLLM marks a row without an adapter by -1, and without a GPU takes the weights of the *last* slot for it. So in
         a batch with a tenant's request, a request for the base would be answered with the adapter in that slot. Slots
         are filled from the first one on, and an unloaded adapter frees its slot, so the spare one stays empty.
         """
-        return self.room + 1
+        return self.room + 1 if self.cpu or self.gpu_adapters is None else min(self.room, self.gpu_adapters)
 
     @property
     def allowed_rank(self) -> int:
@@ -101,7 +103,7 @@ class VllmSettings:
             "--max-model-len": "auto",
             "--max-num-seqs": self.max_num_seqs,
             "--max-loras": self.slots,
-            "--max-cpu-loras": self.slots,
+            "--max-cpu-loras": max(self.room, self.slots),
             "--max-lora-rank": self.allowed_rank,
             # Constraints are rules of llguidance, as in the embedded engine.
             "--structured-outputs-config": json.dumps({"backend": "guidance"}),
