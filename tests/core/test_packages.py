@@ -405,7 +405,13 @@ def test_install_command_fits_the_program_that_installed_tunewright(tmp_path: Pa
     assert _install_command(environment, package) == (
         "uv tool install 'tunewright[train]' --with mlflow --with 'wandb>=0.20'"
     )
+    unread = f"(add the extras and packages that you have: {receipt} cannot be read)"
+    for damaged in ("[tool", "[tool]\n", '[tool]\nrequirements = ["tunewright"]\n'):
+        receipt.write_text(damaged)
+        assert _install_command(environment, extra) == f"uv tool install 'tunewright[gguf]' {unread}"
     receipt.unlink()
+    metadata.write_text('{"main_package": {"package_or_url": null}}')
+    assert _install_command(environment, extra).startswith("pipx inject tunewright 'tunewright[gguf]' (add the extras")
     metadata.write_text(json.dumps({"main_package": {"package_or_url": "/w/tunewright.whl[train]"}}))
     assert _install_command(environment, extra) == "pipx inject tunewright 'tunewright[train,gguf]'"
     assert _install_command(environment, package) == "pipx inject tunewright mlflow"

@@ -20,23 +20,28 @@ def install_command(*extras: str, packages: Sequence[str] = (), again: bool = Fa
     """
     uv_tool, pipx = Path(sys.prefix, "uv-receipt.toml"), Path(sys.prefix, "pipx_metadata.json")
     before: list[str] = []
-    if uv_tool.exists():
-        program, option = "uv tool install", "--reinstall"
-        for each in tomllib.loads(uv_tool.read_text(encoding="utf-8"))["tool"]["requirements"]:
-            if each["name"] == "tunewright":
-                before = each.get("extras", [])
-            else:
-                packages = [*packages, each["name"] + each.get("specifier", "")]
-    elif pipx.exists():
-        program, option = "pipx inject tunewright", "--force"
-        spec = json.loads(pipx.read_text(encoding="utf-8"))["main_package"]["package_or_url"]
-        before = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*?)\]", spec))) if extras else []
-    elif find_spec("pip"):
-        program, option = "pip install", "--force-reinstall"
-    else:
-        program, option = "uv pip install", "--reinstall"
+    unread = ""
+    try:
+        if uv_tool.exists():
+            program, option = "uv tool install", "--reinstall"
+            for each in tomllib.loads(uv_tool.read_text(encoding="utf-8"))["tool"]["requirements"]:
+                if each["name"] == "tunewright":
+                    before = each.get("extras", [])
+                else:
+                    packages = [*packages, each["name"] + each.get("specifier", "")]
+        elif pipx.exists():
+            program, option = "pipx inject tunewright", "--force"
+            spec = json.loads(pipx.read_text(encoding="utf-8"))["main_package"]["package_or_url"]
+            before = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*?)\]", spec))) if extras else []
+        elif find_spec("pip"):
+            program, option = "pip install", "--force-reinstall"
+        else:
+            program, option = "uv pip install", "--reinstall"
+    except (OSError, ValueError, LookupError, TypeError):  # damaged, or of a version with another form
+        receipt = uv_tool if uv_tool.exists() else pipx
+        unread = f" (add the extras and packages that you have: {receipt} cannot be read)"
     named = ",".join(dict.fromkeys([*before, *extras]))
     words = [f"tunewright[{named}]"] if named else ["tunewright"] if uv_tool.exists() else []
     for each in dict.fromkeys(packages):
         words += ["--with", each] if uv_tool.exists() else [each]
-    return shlex.join([*program.split(), *[option] * again, *words])
+    return shlex.join([*program.split(), *[option] * again, *words]) + unread
