@@ -17,10 +17,14 @@ import yaml
 
 import tunewright as tunewright_package
 from making.command_line import tiny_project, tunewright, write_jsonl
+from making.signals import break_even, doubling, gain, make_signals
 from making.terminal import Terminal
 from making.training_runs import Heard, training_project
+from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.core.io import json_document
 from tunewright.core.locks import locked_folder
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.serving.options import ServeOptions
 
 
@@ -279,6 +283,40 @@ def test_no_command_in_a_project_names_its_state_and_the_next_command(
     (tmp_path / "tunewright.yaml").write_text("nmae: x\n")
     broken = tunewright()
     assert (broken.code, broken.stdout, "nmae" in broken.stderr) == (2, "", True)
+
+
+def test_no_command_does_not_name_training_after_advice_not_to_train(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tiny_project(tmp_path / "p", tiny_base_folder)
+    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    monkeypatch.chdir(project)
+    dataset = tunewright_package.open(project).data.version().digest
+    signals = make_signals(
+        lineage={"dataset": dataset},
+        break_even=break_even((None, None, None), saving=-0.001),
+        gain=gain(-10, -15, -6, slope=doubling(50, 100, 0, -1, 0)),
+    )
+    folder = ProjectFolder(project)
+    file = folder.advice / f"{signals.id}.json"
+    AccessLog(folder.evaluations).write(file, json_document(signals.model_dump(mode="json")))
+    assert "Next: follow the advice (retrieve), or to train anyway: tunewright run\n" in tunewright().stdout
+
+
+def test_no_command_shows_the_state_when_a_training_has_just_finished(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tiny_project(tmp_path / "p", tiny_base_folder)
+    work = project / ".tunewright" / "training"
+    work.mkdir(parents=True)
+    (work / "0123456789ab").symlink_to(work / "removed")  # listed, and gone when it is looked at
+    monkeypatch.chdir(project)
+    ran = tunewright()
+    assert (ran.code, "Training" in ran.stdout) == (0, False)
+    (work / "ba9876543210").mkdir()
+    (work / "ba9876543210" / "metrics.jsonl").write_text("damaged\n")
+    ran = tunewright()
+    assert (ran.code, "Training stopped (" in ran.stdout) == (0, True)
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ _LATER = "later"
 _HELP = "All commands: tunewright --help"
 ADD_FILES = "name your files under data.sources in tunewright.yaml, then: tunewright run"
 """The step after an `init` without a file."""
+_UNTRAINED = ("prompt", "retrieve", "no model")
+"""Advice not to train."""
 _OF_RUN = ("tunewright advise", "tunewright train", "tunewright evaluate")
 """Commands of `tunewright run`, which adds the files that the config lists."""
 
@@ -51,22 +53,30 @@ def _standing(run: Session) -> Iterator[str]:
     yield from (f"  {stage.name:9} {stage.text}" for stage in found)
     training = project.runs.unfinished
     if training is not None:
-        state, step = training.state, training.history[-1]["step"] if training.history else 0
-        yield f"Training {'in progress' if state == 'running' else state} after step {step:,}: {training.command}"
+        state = training.state
+        try:
+            step = training.history[-1]["step"] if training.history else 0
+            shown = f"after step {step:,}: {training.command}"
+        except UserError as error:  # the run has finished since, or its metrics are damaged
+            shown = f"({error.what})"
+        yield f"Training {'in progress' if state == 'running' else state} {shown}"
         if state == "running":
             return
         if not any(stage.name == "Train" and stage.state == "done" for stage in found):
             yield f"Next: {training.command}, which resumes it if data and config have not changed"
             return
     commands = [stage.command for stage in found]
-    if config.data.sources and "tunewright train" in commands:
-        commands = ["tunewright run" if each in _OF_RUN else each for each in commands]
     done = [number for number, stage in enumerate(found, start=1) if stage.state == "done"]
     ahead = [each for each in commands[max(done, default=0) :] if each]
     # A review can be skipped, so the command after it is named too.
     following = ahead[: 2 if ahead[:1] == [REVIEW] else 1]
+    advised = next((each.text.partition(": ")[0] for each in found if each.name == "Advise"), "")
+    untrained = following == ["tunewright train"] and advised in _UNTRAINED
+    if config.data.sources and "tunewright train" in commands:
+        following = ["tunewright run" if each in _OF_RUN else each for each in following]
     if following:
-        yield "Next: " + ", or without a review ".join(following)
+        against = f"follow the advice ({advised}), or to train anyway: " if untrained else ""
+        yield f"Next: {against}{', or without a review '.join(following)}"
 
 
 def look_at(run: Session, source: str, mapping: ColumnMapping) -> Proposal:

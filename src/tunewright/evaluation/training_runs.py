@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,8 +50,9 @@ class TrainingRun:
         """The command that trains it, and resumes it once it is stopped."""
         if _OF_SWEEP in self.name:
             return "tunewright train --sweep"
-        file = self.folder / COMMAND
-        return f"tunewright {file.read_text(encoding='utf-8') if file.exists() else 'train'}"
+        with suppress(FileNotFoundError):
+            return f"tunewright {(self.folder / COMMAND).read_text(encoding='utf-8')}"
+        return "tunewright train"
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -99,8 +101,11 @@ class TrainingRuns:
     @property
     def unfinished(self) -> TrainingRun | None:
         """The run in progress, else the newest stopped one, of any command."""
-        runs = sorted(self._unfinished(), key=lambda run: (run.state == "running", run.folder.stat().st_mtime))
-        return runs[-1] if runs else None
+        found = []
+        for run in self._unfinished():
+            with suppress(FileNotFoundError):  # finished since it was listed
+                found.append((run.state == "running", run.folder.stat().st_mtime, run.name, run))
+        return max(found)[-1] if found else None
 
     def find(self, name: str) -> TrainingRun:
         """Return a run by its name; an unfinished run's name also finds the adapter that it became."""
