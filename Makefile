@@ -18,8 +18,13 @@ demo-whole: $(VENV)/.demo
 	$(BIN)/tunewright demo --whole $(DEMO)
 
 # What holds on a CUDA card, into docs/gpu.md, which explains it. ARGS=--toy needs no card.
-gpu-proof: $(VENV)/.installed
+gpu-proof: $(VENV)/.gpu
 	$(BIN)/python benchmarks/gpu_proof.py $(ARGS)
+
+# Training with what a CUDA card adds, and without the tools of tests and documentation.
+$(VENV)/.gpu: $(VENV)/.demo
+	$(PIP) -e '.[gpu]'
+	touch $@
 
 # An hour of mixed load with releases, into docs/benchmarks/soak.md's plot and benchmarks/results. ARGS="--minutes 10" is
 # shorter.

@@ -5,8 +5,9 @@
     python benchmarks/gpu_proof.py --page          writes the table of docs/gpu.md from the results, and runs nothing
 
 Each case is a separate process with a time limit. A line is printed and the results file is written after every
-measurement, so nothing is lost if a case or the run is cut; ``--done`` takes such a file, keeps the cases that it
-has finished, and runs the others. Nothing is fetched: bases have random weights, and the tokenizer is made here.
+measurement, so nothing is lost if a case or the run is cut. ``--done`` takes such a file. It keeps the cases that met
+their bars, runs those that the file does not have, and then repeats those that failed or missed a bar. Nothing is
+fetched: bases have random weights, and the tokenizer is made here.
 
 The results file is FOLDER/CARD-DATE.json; in the default FOLDER, benchmarks/results/gpu, docs/gpu.md is written from it
 too. Exit codes: 0 every case ran and met its bar, 1 one did not, 2 wrong usage or no card, 4 cut by ``--minutes``.
@@ -45,8 +46,8 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "bitsandbytes",
 ]
-"""Imported once where there is no card, and processes are forked. With one each process starts by itself: forks cannot
-share a CUDA driver that an import has touched."""
+"""Imported once where there is no card, and processes are forked. With one each process starts by itself: peft imports
+bitsandbytes, whose import asks the driver for the card's capability, and forks cannot share a driver."""
 
 
 def main() -> int:
@@ -56,10 +57,10 @@ def main() -> int:
         write_page(RESULTS)
         return 0
     earlier = None if options.done is None else _earlier(options.done)
-    card = _card()
+    card, why = _card()
     if card is None and not options.toy:
         print(
-            "Error: there is no CUDA card here, so there is nothing to measure.\n"
+            f"Error: no CUDA card can be used here: {why}.\n"
             "--toy runs every case at toy size on the processor; it shows that they run, not what a card does.",
             file=sys.stderr,
         )
@@ -111,16 +112,22 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _card() -> str | None:
-    """Return the name of the first card, read in a separate process so that this one never holds the driver."""
+def _card() -> tuple[str | None, str]:
+    """Return the name of the first card, or None and the reason; another process asks, and so holds the driver."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_card_name)
+        return pool.apply(_card_or_reason)
 
 
-def _card_name() -> str | None:
+def _card_or_reason() -> tuple[str | None, str]:
     import torch
+    from gpu_cases.ceilings import driver_state
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    from tunewright.models.memory_plan import unusable_card
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), ""
+    driver = ", ".join(f"{name} {value}" for name, value in driver_state().items())
+    return None, f"{unusable_card() or f'torch {torch.__version__} has no CUDA, or it is hidden'} ({driver})"
 
 
 def untested_torch(version: str) -> str | None:
@@ -179,13 +186,20 @@ class Run:
 
     def run(self, chosen: list[Case]) -> list[str]:
         """Run the remaining cases; return the names of those that did not fit into the time."""
+        before = self.document["cases"]
+        settled = {name for name, state in before.items() if state["state"] != "failed" and not _missed(state)}
         left = []
-        for case in chosen:
-            if case.name in self.document["cases"]:
+        # What was never measured comes before what failed and was perhaps repaired.
+        for case in sorted(chosen, key=lambda case: case.name in before):
+            if case.name in settled:
                 print(f"{case.name}: done before", flush=True)
-            elif time.monotonic() >= self.deadline or self._run(case) == "cut":
+            elif not self._fits(case) or self._run(case) == "cut":
                 left.append(case.name)
         return left
+
+    def _fits(self, case: Case) -> bool:
+        """Return whether the case can end in time; a shorter one may still fit."""
+        return time.monotonic() + (0 if self.toy else case.expected) < self.deadline
 
     def _run(self, case: Case) -> str:
         """Run one case in a separate process; return its outcome."""
@@ -249,11 +263,12 @@ def _end(process: Any, grace_s: float) -> None:
         process.join()
 
 
-def measurement_text(arm_runner: dict[str, Any]) -> str:
+def measurement_text(measured: dict[str, Any]) -> str:
     """Return a measurement in one line."""
-    values = ", ".join(f"{name} {_value(name, value)}" for name, value in arm_runner["values"].items())
-    verdict = {True: "  ok", False: "  MISSED", None: ""}[arm_runner["passed"]]
-    return f"{arm_runner['name']}: {values}{verdict}"
+    shown = {name: value for name, value in measured["values"].items() if not isinstance(value, list)}
+    values = ", ".join(f"{name} {_value(name, value)}" for name, value in shown.items())
+    verdict = {True: "  ok", False: "  MISSED", None: ""}[measured["passed"]]
+    return f"{measured['name']}: {values}{verdict}"
 
 
 def _value(name: str, value: Any) -> str:

@@ -16,7 +16,8 @@ from tunewright.models.families import ATTENTION, MLP, Shape
 from tunewright.models.loading import device
 
 SHAPES = {
-    "7b": Shape(32, 4096, 11008, 32, 32, 128, 32000, tied=False, attention_bias=False, mlp_bias=False),
+    # Of 2 billion parameters, for what writes a base to disk.
+    "2b": Shape(24, 2048, 8192, 32, 8, 64, 128256, tied=False, attention_bias=False, mlp_bias=False),
     "8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, tied=False, attention_bias=False, mlp_bias=False),
     "70b": Shape(80, 8192, 28672, 64, 8, 128, 128256, tied=False, attention_bias=False, mlp_bias=False),
 }

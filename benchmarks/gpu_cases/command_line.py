@@ -1,4 +1,4 @@
-"""`tunewright train`, killed and resumed, then `evaluate`, through the command line on a base on disk."""
+"""`tunewright train`, killed and resumed, `evaluate` and `serve`, through the command line on a base on disk."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from gpu_cases.bases import shape_of, write_folder
 from gpu_cases.reporting import Report
@@ -38,10 +43,10 @@ regressions:
 
 
 def run(report: Report, toy: bool) -> None:
-    """Run the commands on an 8B-shaped folder, with a time for each."""
+    """Run the commands on a folder of 2B shape, with a time for each."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        base = write_folder(shape_of("8b", toy), Path(folder) / "base")
+        base = write_folder(shape_of("2b", toy), Path(folder) / "base")
         size = sum(file.stat().st_size for file in base.iterdir())
         report("base written", bytes=size, seconds=time.monotonic() - began)
         project = Path(folder) / "project"
@@ -61,6 +66,12 @@ def run(report: Report, toy: bool) -> None:
         evidence = json.loads(_command(project, "evaluate", "--json").stdout)["evidence"]
         arms = sorted(arm["name"] for arm in evidence["arms"])
         report("evaluate", "tuned" in arms, arms=arms, seconds=time.monotonic() - began)
+        began = time.monotonic()
+        with _server(project) as address:
+            ready = time.monotonic() - began
+            models = [model["id"] for model in httpx.get(f"{address}/v1/models").json()["data"]]
+            tokens = [_answer_tokens(address, model) for model in models]
+        report("serve", len(models) == 2 and all(tokens), answered=len(models), ready_s=ready, tokens=tokens)
 
 
 def _pairs() -> list[dict[str, str]]:
@@ -86,6 +97,44 @@ def _command(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]
         said = "\n".join(ended.stderr.splitlines()[-12:])
         raise RuntimeError(f"tunewright {' '.join(arguments)} ended with {ended.returncode}:\n{said}")
     return ended
+
+
+@contextmanager
+def _server(project: Path) -> Iterator[str]:
+    """Serve the base and the adapter; the block has the address once the server is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tunewright", "serve", "--engine", "peft", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "-p", str(project)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_offline()
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while not _ready(address):
+            if process.poll() is not None:
+                _, said = process.communicate()
+                raise RuntimeError(f"tunewright serve ended with {process.returncode}:\n{said}")
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def _ready(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _answer_tokens(address: str, model: str) -> int:
+    """Return the tokens of one answer of this model."""
+    asked = {"model": model, "messages": [{"role": "user", "content": "red green blue 1"}], "max_tokens": 8}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=120)
+    answer.raise_for_status()
+    return int(answer.json()["usage"]["completion_tokens"])
 
 
 def _killed(project: Path) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_cases.plan import MODELS
+from gpu_cases.plan import MODELS, cases
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 LAYERWISE = Path(__file__).parents[1] / "results" / "layerwise_8b.json"
@@ -41,16 +41,29 @@ class Row:
     """Whether the bars were met, or why there is nothing."""
 
 
+RIVALS = {
+    "unsloth": "unsloth",
+    "tunewright-liger": "itself with Liger's kernels",
+    "tunewright-recompute-all": "itself with every layer recomputed",
+}
+"""What a model's training is compared with, besides trl."""
+
+
 def headlines() -> list[Headline]:
     """Every headline in the order of the cases."""
+    names = {case.name for case in cases()}
     listed = [
         Headline("The card itself: bfloat16 matrix product, copy", ("ceilings",), _ceilings),
         Headline("Attention over packed rows against float64, with gradients", ("attention",), _attention),
         Headline("LoRA gradients of a packed batch against rows one by one", ("parity",), _parity),
+        Headline("The same over NF4 layers", ("parity-nf4",), lambda cases: _parity(cases, "parity-nf4")),
         Headline("NF4 bits made on the card and on the processor", ("nf4-bits",), _nf4),
+        Headline("20 steps in bfloat16 against the same in float32", ("float32",), _float32),
     ]
     for model in MODELS:
-        name = model.upper().replace("-LORA", " LoRA").replace("-QLORA", " QLoRA")
+        name = (
+            model.upper().replace("-LORA", " LoRA").replace("-QLORA", " QLoRA").replace("-2048", ", 2 x 2,048 tokens")
+        )
         ours, plain, free = (f"{model}/{side}" for side in ("tunewright", "trl-plain", "trl-padding-free"))
         listed += [
             Headline(f"{name}: speed", (ours,), lambda cases, ours=ours: _speed(cases, ours)),  # type: ignore[misc]
@@ -62,12 +75,13 @@ def headlines() -> list[Headline]:
             ),
             Headline(f"{name}: memory", (ours,), lambda cases, ours=ours: _memory(cases, ours)),  # type: ignore[misc]
         ]
-        for other in ("unsloth", "tunewright-liger"):
+        for other, what in RIVALS.items():
             against = f"{model}/{other}"
-            title = f"{name}: against unsloth" if other == "unsloth" else f"{name}: against itself with Liger's kernels"
+            if against not in names:
+                continue
             listed.append(
                 Headline(
-                    title,
+                    f"{name}: against {what}",
                     (ours, against),
                     lambda cases, ours=ours, against=against: _ratio(cases, ours, (against,)),  # type: ignore[misc]
                 )
@@ -81,8 +95,10 @@ def headlines() -> list[Headline]:
         ),
         Headline("8B LoRA: the largest micro-batch of `tunewright estimate-memory`", ("largest/8b-lora",), _largest),
         Headline("8B LoRA: 10% more rows than that", ("largest/8b-lora-and-10%",), _beyond),
+        Headline("Training rows halved when memory runs out", ("out-of-memory/training",), _halved),
+        Headline("Dev answers halved when memory runs out", ("out-of-memory/dev-answers",), _halved_answers),
         Headline("8B decoding, tokens per second", ("decode",), _decode),
-        Headline("8B on disk: `train`, killed, resumed, `evaluate`", ("command-line",), _command_line),
+        Headline("2B on disk: `train`, killed, resumed, `evaluate`, `serve`", ("command-line",), _command_line),
     ]
 
 
@@ -185,8 +201,8 @@ def _attention(cases: Cases) -> str:
     return f"error at most {worst:.2f} times that of bfloat16 SDPA row by row"
 
 
-def _parity(cases: Cases) -> str:
-    most = max(_values(cases, "parity").values(), key=lambda values: int(values["rows"]))
+def _parity(cases: Cases, case: str = "parity") -> str:
+    most = max(_values(cases, case).values(), key=lambda values: int(values["rows"]))
     return (
         f"{most['rows']} rows: {most['gradient_error']:.2%} from float32, "
         f"one by one {most['one_by_one_gradient_error']:.2%}"
@@ -197,6 +213,11 @@ def _nf4(cases: Cases) -> str:
     found = _values(cases, "nf4-bits")["bytes that differ"]
     different = found["weights"] + found["scales"] + found["offsets"]
     return f"{found['matrices']} matrices of {found['size']}: {different or 'no'} bytes differ"
+
+
+def _float32(cases: Cases) -> str:
+    found = _values(cases, "float32")["losses"]
+    return f"losses differ by at most {found['largest_relative_difference']:.2%}"
 
 
 def _speed(cases: Cases, ours: str) -> str:
@@ -231,7 +252,7 @@ def _memory(cases: Cases, ours: str) -> str:
     off = found["predicted_bytes"] / found["allocated_bytes"] - 1
     return (
         f"predicted {_gb(found['predicted_bytes'])}, allocated {_gb(found['allocated_bytes'])} ({off:+.1%}), "
-        f"reserved {_gb(found['reserved_bytes'])}"
+        f"reserved {_gb(found['reserved_bytes'])} of {_gb(found['predicted_reserved_bytes'])}"
     )
 
 
@@ -256,6 +277,16 @@ def _beyond(cases: Cases) -> str:
     return f"{found['rows']} rows {'fit too' if fits else 'do not fit'}: {found['rows_at_once']} at once"
 
 
+def _halved(cases: Cases) -> str:
+    found = _values(cases, "out-of-memory/training")["rows halved"]
+    return f"{found['rows']} rows become {found['rows_halved']} in {_gb(found['bytes_allowed'])}, with the same losses"
+
+
+def _halved_answers(cases: Cases) -> str:
+    found = _values(cases, "out-of-memory/dev-answers")["every row answered"]
+    return f"{found['rows']} rows become {found['rows_halved']}; {found['equal_answers']} answers are equal"
+
+
 def _decode(cases: Cases) -> str:
     found = list(_values(cases, "decode").values())
     texts = []
@@ -272,7 +303,7 @@ def _command_line(cases: Cases) -> str:
     found = _values(cases, "command-line")
     return (
         f"killed after step {found['train, killed']['checkpoint']}, resumed from it, "
-        f"{len(found['evaluate']['arms'])} arms evaluated"
+        f"{len(found['evaluate']['arms'])} arms evaluated, {found['serve']['answered']} models served"
     )
 
 

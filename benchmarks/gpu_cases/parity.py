@@ -1,12 +1,12 @@
 """Loss and LoRA gradients of a packed batch against the same rows one by one, both against float32.
 
-Two layers of 8B shape in bfloat16. Row by row is transformers and peft alone: their attention, their LoRA layers, and
-cross-entropy over all logits.
+Two layers of 8B shape in bfloat16, or with linear layers in NF4. Row by row is transformers and peft alone: their
+attention, their LoRA layers, and cross-entropy over all logits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from gpu_cases.bases import build, shape_of
 from gpu_cases.reporting import Report, relative_error
 from tunewright.config import TrainConfig
+from tunewright.models.families import Shape
 from tunewright.models.loading import device
 from tunewright.training.lora import keep_float32, lora_config
 from tunewright.training.packing import attention, pack
@@ -22,22 +23,20 @@ from tunewright.training.packing.fused_loss import add_token_losses, batch_token
 
 BAR = 1.25
 """Packed may be this many times as far from float32 as the rows one by one are."""
-SETTINGS = TrainConfig(preset="all-linear")
 
 
-def run(report: Report, toy: bool) -> None:
+def run(report: Report, toy: bool, *, nf4: bool) -> None:
     """Compare both at several numbers of rows: rounding of a shared prefix's gradients grows with them."""
     # Tensor cores would round float32 products to TF32, and the reference with them.
     torch.set_float32_matmul_precision("highest")
     shared, own, trained = (12, 6, 3) if toy else (384, 32, 16)
     shape = shape_of("8b", toy, layers=2)
-    torch.manual_seed(0)
-    base = build(shape, nf4=False)
-    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    base, again = (_same_base(shape, nf4=nf4) for _ in range(2))
+    in_float32 = _in_float32(base, build(shape, nf4=False))
     adapter: dict[str, Tensor] = {}
     packed = _adapted(base, adapter, ours=True)
-    plain = _adapted(_again(shape, weights, torch.bfloat16), adapter, ours=False)
-    exact = _adapted(_again(shape, weights, torch.float32), adapter, ours=False)
+    plain = _adapted(again, adapter, ours=False)
+    exact = _adapted(in_float32, adapter, ours=False)
     for count in (1, 4, 8) if toy else (1, 8, 64, 256):
         drawn = torch.randint(5, shape.vocabulary, (count, shared + own)).tolist()
         rows = [drawn[0][:shared] + row[shared:] for row in drawn]
@@ -55,17 +54,33 @@ def run(report: Report, toy: bool) -> None:
         report(f"{count} rows", passed, rows=count, loss=loss, **errors)
 
 
-def _again(shape: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    model = build(shape, nf4=False)
+def _same_base(shape: Shape, *, nf4: bool) -> Any:
+    """Return a base with the same weights at each call."""
+    torch.manual_seed(0)
+    return build(shape, nf4=nf4)
+
+
+def _in_float32(base: Any, model: Any) -> Any:
+    """Return ``model`` in float32 with the weights of ``base``, those in NF4 dequantized."""
+    weights = {}
+    for name, weight in base.named_parameters():
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            weights[name] = weight
+        else:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weights[name] = dequantize_4bit(weight.data, state)
     model.load_state_dict(weights)
-    return model.to(dtype)
+    return model.float()
 
 
 def _adapted(base: Any, adapter: dict[str, Tensor], *, ours: bool) -> Any:
     """Return the base with an adapter of the same random weights on it, B not zero; ``adapter`` keeps the first's."""
     from peft import get_peft_model
 
-    config = lora_config(SETTINGS)
+    quantization: Literal["nf4", "none"] = "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none"
+    config = lora_config(TrainConfig(preset="all-linear", quantization=quantization))
     if ours:
         attention.register()
         base.set_attn_implementation(attention.NAME)

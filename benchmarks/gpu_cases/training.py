@@ -10,6 +10,7 @@ and 2 for the gradient of the input. The weights are frozen, and recomputing act
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,13 +18,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from gpu_cases.bases import base_in_memory, build, shape_of, tokenizer, write_folder
+from gpu_cases.plan import MODELS, OURS
 from gpu_cases.reporting import Report, Skipped, host_syncs, peak_flops, synchronize
 from tunewright.chat.format import Tokens
 from tunewright.config import PRESETS, Config
@@ -35,46 +37,75 @@ from tunewright.training.run import Run
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 RANK = 16
-STEPS = 10
-LOAD = BatchShape(rows=8, shared=384, own=128, trained=32)
+STEPS, STEPS_70B = 10, 6
+LOADS = {
+    "shared": BatchShape(rows=8, shared=384, own=128, trained=32),
+    # The setting of torchtune's published speeds: two whole texts of 2,048 tokens.
+    "unshared": BatchShape(rows=2, shared=0, own=2048, trained=2047),
+}
+WARM_STEPS = 2
+"""Steps before the clock starts: kernels are chosen, memory is taken."""
+KERNELS = 40
+"""The kernels that are kept of a profiled step, those with the most time."""
 MEMORY_BAR = 0.1
-"""The estimate may be this share off what was allocated."""
-TOY_STEPS = 4
-TOY_LOAD = BatchShape(rows=4, shared=24, own=8, trained=4)
+"""The estimate may be this share off what was allocated, and what is reserved this share above it."""
+TOY_STEPS = 6
+TOY_LOADS = {
+    "shared": BatchShape(rows=4, shared=24, own=8, trained=4),
+    "unshared": BatchShape(rows=2, shared=0, own=32, trained=31),
+}
 
 
 @dataclass
 class Clock(TrainerCallback):
-    """The seconds of each step, and the host's waits for the card in the last one."""
+    """The seconds of a step by the wall, then one profiled step, and last one whose waits for the card are counted.
+
+    The card is waited for only before the first timed step and after the last, so that packing, copies and logging
+    overlap with its work as they do in training.
+    """
 
     steps: int
-    seconds: list[float] = field(default_factory=list)
-    _began: float = 0.0
-    _counting: ExitStack = field(default_factory=ExitStack)
+    began: float = 0.0
+    step_s: float = 0.0
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    _open: ExitStack = field(default_factory=ExitStack)
     _waits: list[str] = field(default_factory=list)
+    _profile: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Start the step's clock; in the last step, count synchronizing calls."""
-        synchronize()
-        if state.global_step == self.steps - 1:
-            self._waits = self._counting.enter_context(host_syncs())
-        self._began = time.perf_counter()
+        """Start or end what is measured from this step on."""
+        if state.global_step == WARM_STEPS:
+            synchronize()
+            self.began = time.perf_counter()
+        elif state.global_step == self.steps - 2:
+            synchronize()
+            self.step_s = (time.perf_counter() - self.began) / (self.steps - 2 - WARM_STEPS)
+            activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+            self._profile = self._open.enter_context(profile(activities=activities))
+        elif state.global_step == self.steps - 1:
+            self._waits = self._open.enter_context(host_syncs())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Note the step's seconds."""
-        self._counting.close()
-        synchronize()
-        self.seconds.append(time.perf_counter() - self._began)
+        """End what was measured in this step only."""
+        if self._profile is not None:
+            synchronize()
+        self._open.close()
+        if self._profile is not None:
+            self.kernels, self._profile = _longest(self._profile), None
 
     @property
     def host_syncs(self) -> int | None:
         """Host waits in the last step; None without a card."""
         return len(self._waits) if torch.cuda.is_available() else None
 
-    @property
-    def step_s(self) -> float:
-        """The median step, without the first two and the one whose waits were counted."""
-        return median(self.seconds[2:-1] or self.seconds)
+
+def _longest(profiled: Any) -> list[dict[str, Any]]:
+    """Return the kernels of a profiled step (without a card: the operations) with the most time."""
+    time_of = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    listed = sorted(profiled.key_averages(), key=lambda each: float(getattr(each, time_of)), reverse=True)
+    return [
+        {"name": each.key[:120], "calls": each.count, "ms": getattr(each, time_of) / 1e3} for each in listed[:KERNELS]
+    ]
 
 
 class TimedRun(Run):
@@ -102,46 +133,61 @@ class Trained:
     """Layers that each backward pass computed again."""
 
 
-def run(report: Report, toy: bool, *, side: str, shape: str, nf4: bool, varied: bool = False) -> None:
+def run(report: Report, toy: bool, *, side: str, model: str, varied: bool = False) -> None:
     """Train one side on one base and report its speed, memory and losses."""
-    liger = side == "tunewright-liger"
-    if liger:
+    shape, nf4, rows_of = MODELS[model]
+    if side == "tunewright-liger":
         from tunewright.training.lora import missing_for_liger
 
         if (missing := missing_for_liger()) is not None:
             raise Skipped(missing)
     if side == "unsloth" and (find_spec("unsloth") is None or not torch.cuda.is_available()):
         raise Skipped("unsloth is not installed" if find_spec("unsloth") is None else "unsloth needs a CUDA card")
-    load, steps = (TOY_LOAD, TOY_STEPS) if toy else (LOAD, STEPS)
+    load = (TOY_LOADS if toy else LOADS)[rows_of]
+    steps = TOY_STEPS if toy else STEPS_70B if shape == "70b" else STEPS
     size = shape_of(shape, toy)
     _require_memory(size, load, nf4=nf4)
     rows = varied_rows(size, load, steps) if varied else same_length_rows(size, load)
     # The same rows in each step, so that losses can be compared; of varied lengths, other rows in each.
     epochs = 1 if varied else steps
     try:
-        if side.startswith("tunewright"):
-            trained = train_ours(size, rows, load.rows, epochs, nf4=nf4, liger=liger)
+        if side in OURS:
+            trained = train_ours(size, rows, load.rows, epochs, nf4=nf4, **OURS[side])
         elif side == "unsloth":
             trained = _train_unsloth(size, rows, load.rows, epochs, nf4=nf4)
         else:
             trained = _train_trl(size, rows, load.rows, epochs, nf4=nf4, padding_free=side == "trl-padding-free")
     except torch.OutOfMemoryError as error:
-        if side.startswith("tunewright"):
+        if side in OURS:
             raise
         # Where tunewright fits, that is a result and not a failure of this script.
         raise Skipped(f"{side} ran out of memory") from error
     row_tokens = sum(len(row.ids) for row in rows) * epochs / steps
-    computed = (load.tokens if side.startswith("tunewright") else load.attended) if not varied else None
+    computed = (load.tokens if side in OURS else load.attended) if not varied else None
     report(
         "training",
         all(map(_finite, trained.losses)) and (varied or trained.losses[-1] < trained.losses[0]),
         **account(size, trained, row_tokens, computed, nf4=nf4),
     )
+    if not varied:
+        report("kernels", listed=trained.clock.kernels)
     if side == "tunewright" and not varied:
-        predicted = _predicted(size, load, trained.recomputed_layers, nf4=nf4)
-        allocated = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        holds = None if allocated is None else abs(predicted / allocated - 1) <= MEMORY_BAR
-        report("memory", holds, predicted_bytes=predicted, allocated_bytes=allocated)
+        report("memory", **_memory(size, load, trained.recomputed_layers, nf4=nf4))
+
+
+def _memory(size: Shape, load: BatchShape, recomputed: int, *, nf4: bool) -> dict[str, Any]:
+    """Return the estimate next to the card's peaks: without the allocator's slack, and with it."""
+    on_card = torch.cuda.is_available()
+    needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, recomputed=recomputed, card=on_card), load)
+    predicted = needed.total - needed.runtime - needed.allocator
+    found: dict[str, Any] = {"predicted_bytes": predicted, "predicted_reserved_bytes": predicted + needed.allocator}
+    if not on_card:
+        return {"passed": None, **found, "allocated_bytes": None, "reserved_bytes": None}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    holds = abs(predicted / allocated - 1) <= MEMORY_BAR and reserved <= (1 + MEMORY_BAR) * (
+        predicted + needed.allocator
+    )
+    return {"passed": holds, **found, "allocated_bytes": allocated, "reserved_bytes": reserved}
 
 
 def account(size: Shape, trained: Trained, row_tokens: float, computed: int | None, *, nf4: bool) -> dict[str, Any]:
@@ -190,13 +236,6 @@ def _finite(loss: float) -> bool:
     return loss == loss and abs(loss) != float("inf")
 
 
-def _predicted(size: Shape, load: BatchShape, recomputed: int, *, nf4: bool) -> int:
-    """Return the bytes that the memory estimate expects from the allocator: all parts but the runtime."""
-    on_card = torch.cuda.is_available()
-    needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, recomputed=recomputed, card=on_card), load)
-    return needed.total - needed.runtime
-
-
 def same_length_rows(size: Shape, load: BatchShape) -> list[Tokens]:
     """Return the rows of one step: random ids with the same first tokens."""
     drawn = torch.randint(5, size.vocabulary, (load.rows, load.shared + load.own), generator=_seeded()).tolist()
@@ -221,8 +260,8 @@ def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def config_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Config:
-    """Return the config of a tunewright run with ``rows`` rows in each step."""
+def config_of(rows: int, epochs: int, *, nf4: bool, **settings: Any) -> Config:
+    """Return the config of a tunewright run with ``rows`` rows in each step; ``settings`` are others of ``train``."""
     train = {
         "preset": "all-linear",
         "lora_r": RANK,
@@ -232,21 +271,21 @@ def config_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Conf
         "eval_max_samples": 0,
         "eval_steps": 10**6,
         "save_steps": 10**6,
-        "use_liger_kernel": liger,
+        **settings,
     }
     return Config.model_validate({"name": "gpu-proof", "train": train})
 
 
-def train_ours(
-    size: Shape, rows: Sequence[Tokens], batch: int, epochs: int, *, nf4: bool, liger: bool = False
-) -> Trained:
-    """Train as `tunewright train` does, on a base built here."""
+def train_ours(size: Shape, rows: Sequence[Tokens], batch: int, epochs: int, *, nf4: bool, **settings: Any) -> Trained:
+    """Train as `tunewright train` does, on a base built here; ``settings`` are others of the config's ``train``."""
     set_seed(0)
     clock = Clock(len(rows) * epochs // batch)
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
-        config = config_of(batch, epochs, nf4=nf4, liger=liger)
+        config = config_of(batch, epochs, nf4=nf4, **settings)
         run = TimedRun(config, base_in_memory(), Path(folder), LogReporter(), clock=clock)
         model = build(size, nf4=nf4)
+        if config.train.dtype == "float32":
+            model = model.float()
         reset_peak()
         history, _ = run.fit(model, tokenizer(), rows, rows[:1], None)
         losses = [row["loss"] for row in history if "loss" in row]
@@ -282,6 +321,10 @@ def _train_unsloth(size: Shape, rows: Sequence[Tokens], batch: int, epochs: int,
     from unsloth import FastLanguageModel
 
     with tempfile.TemporaryDirectory() as folder:
+        if (free := shutil.disk_usage(folder).free) < 2 * size.parameters:
+            raise Skipped(
+                f"its base takes {2 * size.parameters / 1e9:.0f} GB of disk, and {free / 1e9:.0f} GB are free"
+            )
         base = write_folder(size, Path(folder) / "base")
         model, _ = FastLanguageModel.from_pretrained(
             str(base), max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=nf4, local_files_only=True
