@@ -156,17 +156,26 @@ def test_train_refuses_large_base_when_cuda_build_has_no_usable_card(
     assert hub.asked == {"config.json"}
 
 
-@pytest.mark.parametrize(("vendor", "warned"), [("0x10de", True), ("0x8086", False)], ids=["with a card", "without"])
+@pytest.mark.parametrize(
+    ("fault", "vendor", "warned"),
+    [(FAULTS[1], "0x10de", True), (FAULTS[1], "0x8086", False), (FAULTS[0], "0x1414", True)],
+    ids=["with a card", "without", "with a driver"],
+)
 def test_train_warns_when_cuda_build_cannot_use_the_card_that_is_there(
-    vendor: str, warned: bool, tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+    fault: tuple[str, str],
+    vendor: str,
+    warned: bool,
+    tmp_path: Path,
+    tiny_base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     project = _project(tmp_path, tiny_base_folder)
-    _cuda_build(monkeypatch, FAULTS[1][0])
+    _cuda_build(monkeypatch, fault[0])
     (tmp_path / "devices" / "0000:00:01.0").mkdir(parents=True)
     (tmp_path / "devices" / "0000:00:01.0" / "vendor").write_text(f"{vendor}\n")
     monkeypatch.setattr("tunewright.training.memory._DEVICES", tmp_path / "devices")
     ran = command("train", "-p", project)
     assert ran.code == 0, ran.stderr
     message = " ".join(ran.stderr.split())
-    assert ("Found no NVIDIA driver on your system. Training runs on the CPU." in message) is warned
+    assert (f"{fault[1]}. Training runs on the CPU." in message) is warned
     assert ("CUDA" in message) is warned

@@ -112,20 +112,17 @@ def _unmet() -> Iterator[Check]:
                 continue
             version = None
         total += 1
+        fix = install_command(packages=[f"{each.name}{each.specifier}"])
         if version is not None and each.specifier.contains(version, prereleases=True):
             met += 1
         elif version is not None and all(
             part.contains(version, prereleases=True) for part in each.specifier if part.operator != "<"
         ):
             found = f"not tested with {each.name} {version}, only with {each.specifier}"
-            yield Check(
-                "versions", each.name, "warning", found, install_command(packages=[f"{each.name}{each.specifier}"])
-            )
+            yield Check("versions", each.name, "warning", found, fix)
         elif version is not None or each.name not in _NAMED:
             found = f"{version or 'not installed'}; {each.specifier} is needed"
-            yield Check(
-                "versions", each.name, "problem", found, install_command(packages=[f"{each.name}{each.specifier}"])
-            )
+            yield Check("versions", each.name, "problem", found, fix)
     if met == total:
         yield Check("versions", "dependencies", "ok", f"all {met} installed")
 

@@ -411,12 +411,8 @@ class _JsonTask(LineTask):
         self._measured |= {"step": step, **numbers}
 
     def _print(self, text: str) -> None:
-        fields: dict[str, object] = {
-            "task": self.title,
-            "done": self.pace.done,
-            "total": self.pace.total,
-            "unit": self.unit,
-        }
+        done, total = self.pace.done, self.pace.total
+        fields: dict[str, object] = {"task": self.title, "done": done, "total": total, "unit": self.unit}
         if self._measured:
             fields["measured"], self._measured = self._measured, {}
         log.info(text, extra={"fields": fields})

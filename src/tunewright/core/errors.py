@@ -50,9 +50,7 @@ TRAIN_PACKAGES = {"accelerate", "bm25s", "gguf", "peft", "torch", "trl"}
 
 def require_torch() -> None:
     """Refuse an installation without ``[train]`` before anything is written or downloaded."""
-    if find_spec("torch") is None:
-        error = missing_extra(ModuleNotFoundError(name="torch"))
-        assert error is not None
+    if find_spec("torch") is None and (error := missing_extra(ModuleNotFoundError(name="torch"))):
         raise error
 
 

@@ -47,6 +47,7 @@ SHORT_ROW = 32
 
 _DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
+_NO_DRIVER = "Found no NVIDIA driver"
 
 BY_MISTAKE = 1_000_000_000
 """Parameters of a base that is probably on the CPU by mistake, because the card cannot be used."""
@@ -170,8 +171,11 @@ def _require_card(shape: Shape, project: OpenProject) -> None:
             fix="Update the driver, or start the container with its cards. To train "
             f"{shape.parameters:,} parameters on the CPU, set CUDA_VISIBLE_DEVICES=-1.",
         )
-    # A CUDA build is the package index's default, so on a machine without a card this is nothing to warn of.
-    if any(vendor.read_text().strip() == _NVIDIA for vendor in _DEVICES.glob("*/vendor")):
+    # A CUDA build is the package index's default, so on a machine without a card this is nothing to warn of. A driver
+    # is there for a card, also where no device of NVIDIA is on the bus (WSL).
+    if not why.startswith(_NO_DRIVER) or any(
+        vendor.read_text().strip() == _NVIDIA for vendor in _DEVICES.glob("*/vendor")
+    ):
         project.reporter.warn(f"{unused}. Training runs on the CPU.")
 
 
