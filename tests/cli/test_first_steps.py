@@ -17,6 +17,8 @@ import yaml
 
 import tunewright as tunewright_package
 from making.command_line import tiny_project, tunewright, write_jsonl
+from making.evidence import make_items
+from making.human_evaluations import save
 from making.signals import break_even, doubling, gain, make_signals
 from making.terminal import Terminal
 from making.training_runs import Heard, training_project
@@ -301,6 +303,18 @@ def test_no_command_does_not_name_training_after_advice_not_to_train(
     file = folder.advice / f"{signals.id}.json"
     AccessLog(folder.evaluations).write(file, json_document(signals.model_dump(mode="json")))
     assert "Next: follow the advice (retrieve), or to train anyway: tunewright run\n" in tunewright().stdout
+
+
+def test_no_command_names_training_after_a_verdict_on_an_earlier_version(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tiny_project(tmp_path / "p", tiny_base_folder)
+    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    save(ProjectFolder(project).evaluations / "0123456789ab", make_items(40, tuned=0.3, retrieved=0.7))
+    monkeypatch.chdir(project)
+    shown = tunewright().stdout
+    assert "0 trained on the current version" in shown and "Verdict   don't ship" in shown
+    assert "Next: tunewright run\n" in shown
 
 
 def test_no_command_shows_the_state_when_a_training_has_just_finished(

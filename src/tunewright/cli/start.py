@@ -68,6 +68,8 @@ def _standing(run: Session) -> Iterator[str]:
     commands = [stage.command for stage in found]
     done = [number for number, stage in enumerate(found, start=1) if stage.state == "done"]
     ahead = [each for each in commands[max(done, default=0) :] if each]
+    # After the verdict on an earlier version, an adapter of this version can follow.
+    ahead = ahead or [each.command for each in found if each.name == "Train" and each.state != "done" and each.command]
     # A review can be skipped, so the command after it is named too.
     following = ahead[: 2 if ahead[:1] == [REVIEW] else 1]
     advised = next((each.text.partition(": ")[0] for each in found if each.name == "Advise"), "")
