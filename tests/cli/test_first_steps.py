@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -38,7 +39,7 @@ def as_csv(path: Path, rows: list[dict[str, str]], delimiter: str = ",") -> Path
     return path
 
 
-def config_of(folder: Path) -> dict[str, dict[str, object]]:
+def config_of(folder: Path) -> dict[str, Any]:
     read = yaml.safe_load((folder / "tunewright.yaml").read_text(encoding="utf-8"))
     return {section: values for section, values in read.items() if values is not None}
 
