@@ -16,6 +16,7 @@ import datetime
 import platform
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimat
 RESULTS = Path(__file__).with_name("results") / "layerwise_8b.json"
 STEPS = 3
 LOAD = BatchShape(rows=2, shared=32, own=16, trained=8)
+
+
+@dataclass
+class StepClock(Clock):
+    """The seconds of each step on the processor; a profile of a step would add to the memory."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Start the step's clock."""
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Note the step's seconds."""
+        self.seconds.append(time.perf_counter() - self.began)
 
 
 def main() -> None:
@@ -74,7 +90,7 @@ def _train(shape: Shape) -> dict[str, Any]:
         built = time.monotonic() - began
         rows = same_length_rows(shape, LOAD)
         config = config_of(LOAD.rows, STEPS, nf4=True)
-        clock = Clock(STEPS)
+        clock = StepClock(STEPS)
         run = TimedRun(config, base_in_memory(), Path(folder), LogReporter(), clock=clock)
         history, _ = run.fit(model, tokenizer(), rows, rows[:1], None)
     steps = [row for row in history if "loss" in row]
