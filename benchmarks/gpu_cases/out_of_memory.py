@@ -20,7 +20,7 @@ ROWS, PROMPT, ANSWER = 64, 900, 16
 
 @dataclass
 class Warned(LogReporter):
-    """Keeps the warnings: what a user is told of the halving."""
+    """Keeps the warnings that a user reads about the halving."""
 
     warnings: list[str] = field(default_factory=list)
 
@@ -92,6 +92,6 @@ def _dev_answers(report: Report, toy: bool) -> None:
 
 
 def _limit(count: int) -> None:
-    """Let this process allocate only so many bytes of the card."""
+    """Limit this process to ``count`` bytes of the card."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(count / torch.cuda.get_device_properties(0).total_memory)
