@@ -56,7 +56,8 @@ def test_drawn_split_is_nobodys() -> None:
     assert measure_authors_split(drawn, tests, SCORED, DECIDING, seed=0) is None
 
 
-@pytest.mark.parametrize("mode", ["keep", pytest.param("drop-train", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["keep", "drop-train"])
 def test_verdict_names_test_items_near_training_rows_where_these_are_kept(
     tmp_path: Path, tiny_base_folder: Path, mode: str
 ) -> None:

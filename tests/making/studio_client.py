@@ -70,7 +70,7 @@ class Browser:
 @contextmanager
 def opened(url: str) -> Iterator[Browser]:
     """A browser on a running studio."""
-    with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
+    with httpx.Client(base_url=url, follow_redirects=True, timeout=300) as client:
         yield Browser(client)
 
 
