@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tunewright.api import Project
 from tunewright.core.progress import LogReporter
 from tunewright.training import trainer
 from tunewright.training.checkpoints import latest_complete_checkpoint
-from tunewright.training.monitoring import DivergedError
+from tunewright.training.monitoring import DivergedError, MetricsCallback
 from tunewright.training.train import PausedRun, TrainResult, train, train_until
 
 pytestmark = pytest.mark.slow
@@ -116,3 +118,34 @@ def test_step_without_a_finite_loss_is_not_saved_when_read_late(
         project.train()
     (work,) = (tmp_path / "project" / ".tunewright" / "training").iterdir()
     assert not list(work.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("late", [(), ("cpu",)])
+def test_second_stop_while_a_step_is_logged_saves_the_latest_step(
+    late: tuple[str, ...],
+    unstopped: TrainResult,
+    tmp_path: Path,
+    tiny_base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read late, step 4 is logged after step 5 has changed the weights."""
+    on_log = MetricsCallback.on_log
+
+    def with_signals(self: MetricsCallback, args: Any, state: Any, *others: Any, **keys: Any) -> None:
+        on_log(self, args, state, *others, **keys)
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "READ_LATE", late)
+    project = _project(tmp_path / "project", tiny_base_folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsCallback, "on_log", with_signals)
+        with pytest.raises(KeyboardInterrupt):
+            project.train()
+    (work,) = (tmp_path / "project" / ".tunewright" / "training").iterdir()
+    checkpoint = latest_complete_checkpoint(work)
+    assert checkpoint is not None and checkpoint.name == ("checkpoint-5" if late else "checkpoint-4")
+    resumed = project.train()
+    assert resumed.adapter.digest == unstopped.adapter.digest
+    assert steady(resumed.adapter.history) == steady(unstopped.adapter.history)

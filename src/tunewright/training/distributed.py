@@ -21,7 +21,7 @@ _DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _UNSUPPORTED = {
     "FSDP_OFFLOAD_PARAMS": "Offloading parameters",
     "FSDP_IGNORED_MODULES": "Ignoring modules",
-    "FSDP_ACTIVATION_CHECKPOINTING": "FSDP's activation checkpointing (on GPUs activations are recomputed anyway)",
+    "FSDP_ACTIVATION_CHECKPOINTING": "FSDP's activation checkpointing (set train.gradient_checkpointing instead)",
 }
 _DECIDED = {
     # Every process maps the base's file: its pages are in memory once, and nothing has to be sent.

@@ -89,8 +89,8 @@ class Trainer(SFTTrainer):
         self._tokens = 0
         """Tokens of rows trained on in this process since the last log."""
         self._last_log: tuple[float, int] | None = None
-        self._unread: StepNumbers | None = None
-        """The latest step, if its numbers have not been logged."""
+        self._unread: list[StepNumbers] = []
+        """Steps whose numbers have not been logged, oldest first."""
         self._breakdown: LossBreakdown | RewardStatistics | None = None
         attention.register()
         # Use the packed layout in training, and SDPA without a layout, when answers are generated.
@@ -311,12 +311,10 @@ class Trainer(SFTTrainer):
         control, step = self.control, self.state.global_step
         if control.should_log and step > self._globalstep_last_logged:
             control.should_log, self._globalstep_last_logged = False, step
-            numbers = self._step_numbers(tr_loss, grad_norm, kwargs["learning_rate"])
-            self._log_step()
-            self._unread = numbers
+            self._unread.append(self._step_numbers(tr_loss, grad_norm, kwargs["learning_rate"]))
         late = self.accelerator.device.type in READ_LATE
-        if not late or control.should_evaluate or control.should_save or control.should_training_stop:
-            self._log_step()
+        due = control.should_evaluate or control.should_save or control.should_training_stop
+        self._log_steps(leave=1 if late and not due else 0)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _step_numbers(self, loss: Tensor, norm: Tensor, learning_rate: float) -> StepNumbers:
@@ -336,25 +334,27 @@ class Trainer(SFTTrainer):
             copied.record()
         return StepNumbers(self.state.global_step, self.state.epoch, learning_rate, values, copied)
 
-    def _log_step(self) -> None:
-        """Log the step whose numbers have not been read, if there is one."""
-        unread, self._unread = self._unread, None
-        if unread is None:
-            return
-        if unread.copied is not None:
-            unread.copied.synchronize()
-        loss, norm, tokens, *sums = unread.values.tolist()
-        self._total_loss_scalar += loss
-        self._total_train_tokens += int(tokens)
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        logs = {"loss": loss, "grad_norm": norm, "learning_rate": unread.learning_rate}
-        if self._breakdown is not None:
-            logs |= self._breakdown.means(sums)
+    def _log_steps(self, leave: int = 0) -> None:
+        """Log the steps whose numbers have not been read, but not the latest ``leave``."""
         state: Any = self.state
         now = state.global_step, state.epoch
-        state.global_step, state.epoch = unread.step, unread.epoch
-        self.log(logs)
-        state.global_step, state.epoch = now
+        while len(self._unread) > leave:
+            unread = self._unread.pop(0)
+            if unread.copied is not None:
+                unread.copied.synchronize()
+            loss, norm, tokens, *sums = unread.values.tolist()
+            self._total_loss_scalar += loss
+            self._total_train_tokens += int(tokens)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            logs = {"loss": loss, "grad_norm": norm, "learning_rate": unread.learning_rate}
+            if self._breakdown is not None:
+                logs |= self._breakdown.means(sums)
+            state.global_step, state.epoch = unread.step, unread.epoch
+            try:
+                self.log(logs)
+            finally:
+                # An interrupt here saves the latest step, under its own number.
+                state.global_step, state.epoch = now
 
     def rows_of_step(self, step: int) -> list[int]:
         """Return the indices in the training set of the rows of optimizer step ``step``, counted from 1."""
@@ -427,7 +427,7 @@ class Trainer(SFTTrainer):
 
     def save_step_before(self) -> None:
         """Save the last complete step after a stop has cut off the next one, unless it has a checkpoint already."""
-        self._log_step()
+        self._log_steps()
         if not is_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
