@@ -89,11 +89,18 @@ def test_require_room_only_warns_when_an_adapter_is_there(tmp_path: Path, monkey
     assert "needs at least" in warned
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 0), (12, 1), (13, 0)])
+@pytest.mark.parametrize(
+    ("capability", "built"),
+    [
+        *(((major, minor), CUDA_13) for major, minor in ((7, 5), (8, 9), (9, 0), (12, 1), (13, 0))),
+        ((9, 4), ("gfx942",)),
+    ],
+)
 def test_require_room_accepts_a_card_that_torch_is_built_for(
-    capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], built: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _room(_opened(tmp_path, "none"), monkeypatch, 80 * 10**9, capability) == []
+    """A build that names no CUDA architecture, such as ROCm's, is not refused."""
+    assert _room(_opened(tmp_path, "none"), monkeypatch, 80 * 10**9, capability, built) == []
 
 
 @pytest.mark.parametrize(("capability", "built"), [((7, 0), CUDA_13), ((12, 0), ("sm_80", "sm_90", "sm_90a"))])

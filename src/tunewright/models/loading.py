@@ -51,10 +51,13 @@ def missing_kernels(card: int) -> str | None:
     import torch
 
     major, minor = torch.cuda.get_device_capability(card)
-    for kind, number in re.findall(r"\b(sm|compute)_(\d+)\b", " ".join(built := torch.cuda.get_arch_list())):
+    codes = re.findall(r"\b(sm|compute)_(\d+)\b", " ".join(built := torch.cuda.get_arch_list()))
+    for kind, number in codes:
         at = divmod(int(number), 10)
         if at <= (major, minor) and (kind == "compute" or at[0] == major):
             return None
+    if not codes:  # a build that names none, such as ROCm's
+        return None
     return (
         f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(card)}, of compute capability "
         f"{major}.{minor} (it has {' '.join(built)})"
