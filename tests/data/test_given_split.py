@@ -215,6 +215,25 @@ def test_source_with_a_split_covers_only_the_files_that_it_names(tmp_path: Path)
     assert sorted(map(str, of_folder.values())) == ["test", "train"]
 
 
+def test_files_named_after_splits_are_reported_before_a_split_is_drawn(tmp_path: Path) -> None:
+    project = new_project(tmp_path, "data: {input: q, output: a}\n")
+    files = [write_rows(tmp_path / f"{name}.jsonl", _rows(None, 20, i)) for i, name in enumerate(["train", "test"])]
+    with pytest.raises(UserError, match=r"test[.]json is not among the files: .*train[.]jsonl") as caught:
+        add(project, files, Listener(), AddOptions(split=("test.json=test",)))
+    assert caught.value.where == "--split"
+    drawn, kept = Listener(), Listener()
+    check_files(OpenFolder(project, kept), files, AddOptions(split=(f"{files[1]}=test",)))
+    add(project, files, drawn)
+    notice = "train.jsonl and test.jsonl seem to be a split by their authors"
+    assert [notice in " ".join(each.said) for each in (drawn, kept)] == [True, False]
+    # Equal notes on several files are one note.
+    notes = [line for line in drawn.said if "JSON Lines" in line]
+    assert len(notes) == 1 and notes[0].startswith(f"{files[0]} and 1 more: JSON Lines: ")
+    again = Listener()
+    add(project, files, again)  # the split is drawn, and stays
+    assert notice not in " ".join(again.said)
+
+
 def test_rows_without_a_split_are_drawn_but_not_for_a_split_that_authors_gave(tmp_path: Path) -> None:
     project = new_project(tmp_path, "data: {input: q, output: a}\n")
     files = _files(tmp_path)

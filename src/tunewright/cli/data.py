@@ -161,10 +161,11 @@ _MOST_NAMED = 20
 
 def preview_text(preview: Preview) -> str:
     """Return the contents of the files, each reason why `data add` would refuse them, and its effect otherwise."""
+    from tunewright.data.notices import of_files
     from tunewright.data.readers.validate import counted
 
     checked = preview.files
-    lines = [note for file in checked.files for note in file.notes]
+    lines = of_files((file.source, file.notes) for file in checked.files)
     if preview.metadata:
         lines.append(f"Kept as metadata: {counted(Counter(preview.metadata))}")
     for refusal in (file.unreadable for file in checked.files if file.unreadable):

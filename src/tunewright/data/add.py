@@ -21,7 +21,13 @@ from tunewright.data import notices
 from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
-from tunewright.data.given_split import OverlappingRow, require_given_rows, settings_of, splits_of_files
+from tunewright.data.given_split import (
+    OverlappingRow,
+    require_given_rows,
+    settings_of,
+    splits_of_files,
+    unused_split_notice,
+)
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import (
@@ -39,7 +45,7 @@ from tunewright.data.readers.validate import REJECTED, counted, rejected_value
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
 from tunewright.data.trace import read_metadata
-from tunewright.data.versions import DatasetVersion, Manifest, Settings, SourceFile, locked, save_version
+from tunewright.data.versions import DatasetVersion, Manifest, Settings, SourceFile, has_version, locked, save_version
 from tunewright.data.versions.logs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs, append_removals
 from tunewright.data.versions.version import cluster_sizes, clusters_by_split, new_manifest
 
@@ -175,6 +181,9 @@ def prepare_add(
     """Yield the project with the options in its config, the files to read with their given splits, and the workers."""
     paths = splits_of_files(files, project, options.split, reporter)
     data = map_columns(project.config.data, options.mapping, list(paths))
+    given = options.split_from or data.split_column or any(paths.values())
+    if not given and not has_version(project.dataset) and (notice := unused_split_notice(paths)):
+        reporter.say(notice)
     if options.accept_conflicts:
         data = data.model_copy(update={"conflicts": "accept"})
     optioned = ProjectFolder(project.root, project.config.model_copy(update={"data": data}))
@@ -298,9 +307,8 @@ def _read(
         read = [
             (path, read_pairs(path, settings_of(path, project), task, workers, split)) for path, split in files.items()
         ]
-    for _, reading in read:
-        for note in reading.notes:
-            reporter.say(note)
+    for note in notices.of_files((path, reading.notes) for path, reading in read):
+        reporter.say(note)
     if faults := [fault for _, reading in read for fault in reading.faults]:
         if not skip_bad:
             raise notices.faulty(faults)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from tunewright.config import DataConfig, Overlap, read_split
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.text import count_of, listed
+from tunewright.core.text import count_of, first_of, listed
 from tunewright.data.examples import template_groups
 from tunewright.data.merge import Merge
 from tunewright.data.readers import SourceRow
@@ -76,8 +78,29 @@ def splits_of_files(
             used |= mine
             found[path] = next(iter(splits), None)
     if unused := asked.keys() - used:
-        raise UserError(f"No file to add is {min(unused)}", where="--split", fix="Write FILE=SPLIT for an added file.")
+        raise UserError(
+            f"{min(unused)} is not among the files: {first_of(found)}",
+            where="--split",
+            fix="Name the file as it is added: --split FILE=test.",
+        )
     return found
+
+
+def unused_split_notice(files: Iterable[Path]) -> str | None:
+    """Return a notice if the names of files without a split say that there is one, such as train.csv and test.csv."""
+    named: dict[Split, Path] = {}
+    for path in files:
+        for word in (*re.split(r"[\W\d_]+", path.name), path.parent.name):
+            with suppress(ValueError):
+                named.setdefault(read_split(word), path)
+                break
+    if len(named) < 2:
+        return None
+    names = " and ".join(path.name for path in named.values())
+    return (
+        f"{names} seem to be a split by their authors, but tunewright draws another one. To keep theirs, write "
+        "{path: FILE, split: test} and the like under data.sources, or use `data add --split FILE=test`."
+    )
 
 
 def _matches(pattern: str) -> set[Path]:

@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 
 from tunewright.config import Duplicates
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.text import count_of, excerpts, listed
+from tunewright.core.text import count_of, excerpts, first_of, listed
 from tunewright.data.dedup.decontaminate import MatchKind
 from tunewright.data.dedup.output_leakage import LOW_CEILING, OutputLeakage
 from tunewright.data.examples import MOST_CLASSES, Example, Message, answers_repeat, find_labels
@@ -83,6 +84,16 @@ class LargeCluster:
     one: str
     other: str
     similarity: float
+
+
+def of_files(notes: Iterable[tuple[Path | str, Sequence[str]]]) -> list[str]:
+    """Return the notes on files; equal notes on several files become one."""
+    files: dict[str, list[str]] = {}
+    for path, each in notes:
+        for note in each:
+            rest = note.removeprefix(str(path))
+            files.setdefault(rest if rest.startswith(": ") else note, []).append(str(path))
+    return [(first_of(paths, 1) if note.startswith(": ") else "") + note for note, paths in files.items()]
 
 
 def faulty(faults: Sequence[Fault]) -> UserError:

@@ -13,7 +13,8 @@ CODES: dict[str, tuple[str, str]] = {
     "E102": ("not JSON", "Write one JSON object per line, or one JSON array."),
     "E103": (
         "a row that is not an object",
-        "Write each row as an object with named keys, or name the places in an array: --input 0 --output 1.",
+        "Write each row as an object with named keys, or name the places in an array: --input 0 --output 1. Leave "
+        "out a file without pairs.",
     ),
     "E104": ("a duplicate key in one object", "Keep one of the two values."),
     "E105": ("NaN or Infinity, which JSON does not allow", "Write text, or leave the row out."),
@@ -65,7 +66,10 @@ CODES: dict[str, tuple[str, str]] = {
     ),
     "E304": ("an unknown role", "Use system, user, assistant or tool."),
     "E305": ("a value that is not text", "Write text in quotes, or leave the row out."),
-    "E306": ("a text given as a list of parts that are not all text", "Write the text, or leave the row out."),
+    "E306": (
+        "a text given as a list of parts that are not all text",
+        "Write the text, join the parts in a template of data.input, or leave the row out.",
+    ),
     "E307": ("an invalid weight", "Give assistant turns the weight 1 or 0, and other turns none."),
     "E308": ("a last turn that is not trained", "End the conversation at its last trained answer."),
     "E309": ("a turn with a name", "Delete the name, which chat templates do not render."),

@@ -215,7 +215,8 @@ def _no_container(rows: Iterator[RawRow], path: Path, data: DataConfig, *, array
             f"{what}, but seem{'' if array else 's'} to contain the rows ({fault})",
             where=f"{path}:{first[0].line}",
             fix=f"Use {options}, or set data.rows (docs/how-to/file-formats.md). "
-            f"Keys: {first_of(row)}; of a row: {first_of(keys)}.",
+            f"Keys: {first_of(row)}; of a row: {first_of(keys)}."
+            + (" If each object of the array is one row, use --input and --output with its keys." if array else ""),
         )
     yield from first
     yield from rows

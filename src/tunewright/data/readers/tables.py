@@ -71,9 +71,15 @@ def header_columns(
         if pair_mapping(data) or sum(map(bool, names)) <= sum(map(bool, header)):
             raise
         otherwise = error.fix or ""
-        shown = first_of(name[:_LONGEST_NAME] for name in names)  # it may be a row of long texts
-        fix = f"{_as_header(number)} Its names: {shown}. Otherwise, {otherwise[:1].lower()}{otherwise[1:]}"
+        shown = first_of(_shown(name[:_LONGEST_NAME]) for name in names)  # it may be a row of long texts
+        fix = f"{_as_header(number)} Then use --input and --output with its names: {shown}. "
+        fix += f"Otherwise, {otherwise[:1].lower()}{otherwise[1:]}"
         raise RowsElsewhereError(error.what, where=where, fix=fix) from None
+
+
+def _shown(name: str) -> str:
+    """Return a column's name, in quotes if blanks begin or end it."""
+    return name if name == name.strip() else f'"{name}"'
 
 
 def _as_header(number: int) -> str:
@@ -84,7 +90,7 @@ def columns(
     header: Sequence[str], where: str, data: DataConfig, notes: list[str], *, nested: bool, first: int = 1
 ) -> tuple[list[str], list[str]]:
     """Return the columns used for input, output and groups, and the other columns to keep as metadata."""
-    there = f"Columns: {', '.join(filter(None, header))}"
+    there = f"Columns: {', '.join(map(_shown, filter(None, header)))}"
     mapping = pair_mapping(data)
     if mapping is not None:
         names = mapping.columns(header)
@@ -142,7 +148,9 @@ def _wrong_count(name: str, header: Sequence[str], where: str, data: DataConfig,
     near = difflib.get_close_matches(" ".join(name.split()).casefold(), plain, n=1, cutoff=_NEAR)
     meant = f', did you mean "{plain[near[0]]}"?' if near else ""
     return UserError(
-        f'No column named "{name}"{why}{meant}', where=where, fix=f"Columns: {', '.join(filter(None, header))}"
+        f'No column named "{name}"{why}{meant}',
+        where=where,
+        fix=f"Columns: {', '.join(map(_shown, filter(None, header)))}",
     )
 
 
