@@ -242,6 +242,24 @@ def test_init_names_what_works_for_a_set_that_is_too_small_to_train_on(
     assert ran.stdout.endswith("Next: cd small && tunewright data add ../a.csv && tunewright advise\n")
 
 
+def test_init_reads_all_files_and_names_a_split_by_their_authors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "test"):
+        as_csv(Path(f"{name}.csv"), [{"input": f"{name} {n}", "output": "ab"[n % 2]} for n in range(40)])
+    ran = tunewright("init", "p", "--data", "train.csv", "--data", "test.csv")
+    assert "2 different answers in 80 rows" in ran.stdout and "About" not in ran.stdout
+    assert "train.csv and test.csv seem to be a split by their authors" in ran.stderr
+    assert config_of(Path("p"))["data"]["sources"] == ["../train.csv", "../test.csv"]
+    Path("labels.json").write_text('["a", "b"]')
+    ran = tunewright("init", "q", "--data", ".")
+    assert (ran.code, Path("q").exists()) == (2, False)
+    assert "labels.json:1: None of the first rows is an example" in ran.stderr
+    ran = tunewright("init", "q", "--example", "bfcl", "--data", "a", "--data", "b")
+    assert (ran.code, "--example takes one --data (got 2)" in ran.stderr) == (2, True)
+
+
 def test_init_refuses_a_name_before_it_reads_data(tmp_path: Path) -> None:
     ran = tunewright("init", tmp_path / "p", "--data", FILES["labels"](tmp_path), "--name", "Not a name")
     assert (ran.code, "CSV" in ran.stderr, (tmp_path / "p").exists()) == (2, False, False)

@@ -52,9 +52,10 @@ def init(
         str | None, typer.Option(help="Write this complete example project: legal-citations, bfcl or orders.")
     ] = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Your examples: a file, a folder or hf://datasets/NAME. With --example bfcl: the folder of its data.",
+            help="Your examples: a file, a folder or hf://datasets/NAME (repeatable). With --example bfcl: the folder "
+            "of its data.",
             metavar="FILE",
         ),
     ] = None,
@@ -81,21 +82,23 @@ def init(
 
     there = "" if directory.resolve() == Path().resolve() else f"cd {shlex.quote(str(directory))} && "
     given = given_options(options) + ["--task"] * (task is not None)
-    if given and data is None:
+    if given and not data:
         raise UserError(f"{given[0]} requires --data")
     given += [f"--{key}" for key, value in {"name": name, "base": base}.items() if value is not None]
     if example is not None:
         if given:
             raise UserError(f"{given[0]} and --example are mutually exclusive")
-        files = example_files(example, None if data is None else Path(data), run.reporter)
+        if data and len(data) > 1:
+            raise UserError(f"--example takes one --data (got {len(data)})")
+        files = example_files(example, Path(data[0]) if data else None, run.reporter)
         project, lines, next_command = create_project(directory, files), list[str](), "tunewright run"
         document: dict[str, Any] = {"project": str(directory), "files": sorted(files)}
     else:
         check_new_project(directory, name, base)
-        found = look_at(run, data, options) if data is not None else None
+        found = look_at(run, data, options) if data else None
         if found and task:
             found = replace(found, name=task, because="--task")
-        if data is None and not given and not run.as_json and interactive():
+        if not data and not given and not run.as_json and interactive():
             found = ask(run)
         sections = found.sections(directory) if found else {}
         project = new_project(directory, name=name, base_model=base, sections=sections)
@@ -109,7 +112,7 @@ def init(
             training = round(found.rows * (1 - data_config.val_size - data_config.test_size))
             if few := too_few(training):
                 lines.append(f"About {few}")
-                next_command = f"tunewright data add {shlex.quote(sections['data']['sources'][0])} && tunewright advise"
+                next_command = f"tunewright data add {shlex.join(sections['data']['sources'])} && tunewright advise"
     config = project.config
     document |= {"name": config.name, "base_model": config.base_model}
     written = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,12 +81,12 @@ def _standing(run: Session) -> Iterator[str]:
         yield f"Next: {against}{', or without a review '.join(following)}"
 
 
-def look_at(run: Session, source: str, mapping: ColumnMapping) -> Proposal:
-    """Return what a source's first rows say, and print it on stderr."""
+def look_at(run: Session, sources: Sequence[str], mapping: ColumnMapping) -> Proposal:
+    """Return what the sources' first rows say, and print it on stderr."""
     from tunewright.data.task import propose
 
     with run.console.status("Reading the first rows"):
-        found = propose(source, mapping, run.reporter)
+        found = propose(sources, mapping, run.reporter)
     run.note("\n".join(found.lines))
     return found
 
@@ -108,12 +108,12 @@ def ask(run: Session) -> Proposal | None:
         source = source if is_hub_name(source) else str(Path(source).expanduser())
         try:
             try:
-                found = look_at(run, source, ColumnMapping())
+                found = look_at(run, [source], ColumnMapping())
             except AmbiguousColumnsError as error:
                 input_ = _answer(run, "Column of the input", error.columns[0], error.columns)
                 rest = [name for name in error.columns if name != input_]
                 output = _answer(run, "Column of the output", rest[-1], rest)
-                found = look_at(run, source, ColumnMapping(input_column=input_, output_column=output))
+                found = look_at(run, [source], ColumnMapping(input_column=input_, output_column=output))
         except UserError as error:
             run.note(Text(str(error), style="red"))
     run.note("\n".join(["Tasks, by their answers:", *(f"  {name:6}  {task.answers}" for name, task in TASKS.items())]))

@@ -20,6 +20,7 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, first_of
 from tunewright.data.add import map_columns
 from tunewright.data.examples import MOST_CLASSES, Example
+from tunewright.data.given_split import unused_split_notice
 from tunewright.data.options import ColumnMapping
 from tunewright.data.preview import first_rows
 from tunewright.data.readers import Fault, SourceRow, scan_pairs
@@ -115,14 +116,14 @@ class TaskOfAnswers:
 
 @dataclass(frozen=True)
 class Proposal(TaskOfAnswers):
-    """A source as it was named, its format and columns, and the task of its answers."""
+    """Sources as they were named, the first one's format and columns, and the task of their answers."""
 
-    source: str
+    sources: tuple[str, ...]
     format: str
     data: DataConfig
     first: Example
     rows: int
-    """Examples among the first rows, which are all rows of a small source."""
+    """Examples among the first rows, which are all rows of small sources."""
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -134,24 +135,28 @@ class Proposal(TaskOfAnswers):
         """Lines on the format, the columns and the first row."""
         first = excerpts([self.first.input_text, self.first.output])
         named = [f"{key}: {value}" for key, value in self.columns.items()]
-        return [f"{self.source}: {self.format}", *named, f"First input: {first[0]}", f"First output: {first[1]}"]
+        return [f"{self.sources[0]}: {self.format}", *named, f"First input: {first[0]}", f"First output: {first[1]}"]
 
     def sections(self, directory: Path) -> dict[str, dict[str, Any]]:
-        """Return the config's sections for a project in ``directory``; a relative path becomes relative to it."""
-        path = Path(self.source)
-        fixed = is_hub_name(self.source) or path.is_absolute()
-        source = self.source if fixed else Path(os.path.relpath(path, directory)).as_posix()
-        return {"data": {"sources": [source], **self.columns}, "evaluate": self.metrics}
+        """Return the config's sections for a project in ``directory``; relative paths become relative to it."""
+        sources = [
+            name if is_hub_name(name) or Path(name).is_absolute() else Path(os.path.relpath(name, directory)).as_posix()
+            for name in self.sources
+        ]
+        return {"data": {"sources": sources, **self.columns}, "evaluate": self.metrics}
 
 
-def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal:
-    """Look at a source's first rows; columns that ``mapping`` does not name are found by their names.
+def propose(sources: Sequence[str], mapping: ColumnMapping, reporter: Reporter) -> Proposal:
+    """Look at the first rows of all files; columns that ``mapping`` does not name are found by their names.
 
     Raises:
         AmbiguousColumnsError: the names of the columns do not say which are input and output.
-        UserError: the source cannot be read, or none of its first rows is an example.
+        UserError: a file cannot be read, or none of its first rows is an example.
     """
-    file = source_files([source], reporter)[0]
+    files = source_files(sources, reporter)
+    if notice := unused_split_notice(files):
+        reporter.say(notice)
+    file = files[0]
     data = map_columns(DataConfig(), mapping, [file])
     try:
         rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
@@ -165,13 +170,22 @@ def propose(source: str, mapping: ColumnMapping, reporter: Reporter) -> Proposal
         data = data.model_copy(update={"input": input_, "output": output})
         rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
         examples = [row.example for row in rows if isinstance(row, SourceRow)]
-    if not examples:
-        fault = next(row for row in rows if isinstance(row, Fault))
-        what = f"None of the first rows is an example: {fault.reason}"
-        raise UserError(what, where=f"{fault.source}:{fault.line}", fix=fault.fix)
+    _require_example(rows)
+    for other in files[1:]:
+        if len(examples) < _LOOKED_AT:
+            rows = list(islice(scan_pairs(other, data, []), _LOOKED_AT - len(examples)))
+            _require_example(rows)
+            examples += [row.example for row in rows if isinstance(row, SourceRow)]
     found = vars(task_of(examples))
     kind, count = open_source(file, data, []).kind, len(examples)
-    return Proposal(**found, source=source, format=kind, data=data, first=examples[0], rows=count)
+    return Proposal(**found, sources=tuple(sources), format=kind, data=data, first=examples[0], rows=count)
+
+
+def _require_example(rows: Sequence[SourceRow | Fault]) -> None:
+    faults = [row for row in rows if isinstance(row, Fault)]
+    if faults and len(faults) == len(rows):
+        what = f"None of the first rows is an example: {faults[0].reason}"
+        raise UserError(what, where=f"{faults[0].source}:{faults[0].line}", fix=faults[0].fix)
 
 
 def _unmapped(file: Path, data: DataConfig) -> list[str]:
@@ -232,7 +246,8 @@ def _task_and_reason(examples: Sequence[Example]) -> tuple[TaskName, str]:
     times, length = Counter(answers), median(map(len, answers))
     repeated = sum(number for number in times.values() if number > 1)
     if repeated >= _MOSTLY * count and length <= _LABEL:
-        return "labels", f"{count_of(len(times), 'different answer')} in {count_of(count, 'row')}"
+        first = "the first " if count == _LOOKED_AT else ""
+        return "labels", f"{count_of(len(times), 'different answer')} in {first}{count_of(count, 'row')}"
     turns = sum(any(message.role == "assistant" for message in example.prompt) for example in examples)
     if turns >= count / 2:
         return "chat", f"{turns:,} of {count_of(count, 'row')} have earlier answers"
