@@ -90,7 +90,8 @@ class AmbiguousColumnsError(UserError):
     def __init__(self, columns: list[str], where: str) -> None:
         self.columns = columns
         what = "The input and the ideal output are not clear from the names of the columns"
-        super().__init__(what, where=where, fix=f"Use --input COLUMN --output COLUMN. Columns: {first_of(columns)}.")
+        do = "Use --input COLUMN --output COLUMN, or templates such as '{{ key[0].text }}'."
+        super().__init__(what, where=where, fix=f"{do} Columns: {first_of(columns)}.")
 
 
 @dataclass(frozen=True)

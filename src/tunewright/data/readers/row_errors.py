@@ -68,7 +68,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E305": ("a value that is not text", "Write text in quotes, or leave the row out."),
     "E306": (
         "a text given as a list of parts that are not all text",
-        "Write the text, join the parts in a template of data.input, or leave the row out.",
+        "Write the text, take it from the parts in a template such as {{ parts[0].text }}, or leave the row out.",
     ),
     "E307": ("an invalid weight", "Give assistant turns the weight 1 or 0, and other turns none."),
     "E308": ("a last turn that is not trained", "End the conversation at its last trained answer."),
