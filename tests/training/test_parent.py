@@ -141,6 +141,7 @@ def test_commands_that_train_on_parts_refuse_a_parent_and_a_preference_method(
     command: Callable[[Project], object], settings: dict[str, str], tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    tunewright.open(folder).data.add([folder / "pairs.jsonl"])
     new_config(folder, settings)
     with pytest.raises(UserError, match="trains new adapters on the ideal outputs") as caught:
         command(tunewright.open(folder))
