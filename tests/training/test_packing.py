@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from inspect import signature
+from inspect import Signature, signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -377,15 +378,64 @@ def test_gather_rounds_gradients_once_for_any_number_of_rows(rows: int) -> None:
         assert error(one_by_one) > 0.005
 
 
-@pytest.mark.parametrize("window", [None, 4096])
-@pytest.mark.parametrize("grouped", [True, False])
-def test_varlen_options_match_the_installed_torch(window: int | None, grouped: bool) -> None:
-    from torch.nn.attention.varlen import varlen_attn
+SIGNATURES: dict[str, dict[str, str]] = json.loads(
+    (Path(__file__).parents[1] / "gpu" / "varlen_signatures.json").read_text(encoding="utf-8")
+)
+"""``varlen_attn``'s signature by release of torch: see varlen_signatures.py next to the file."""
 
-    options = attention.varlen_options(0.1, window, grouped=grouped)
-    bound = signature(varlen_attn).bind(*range(7), **options).arguments
-    assert bound["window_size"] == ((-1, 0) if window is None else (4095, 0))
-    assert bound["scale"] == 0.1
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("release", SIGNATURES)
+def test_varlen_attention_passes_arguments_that_each_torch_release_takes(
+    release: str, key_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The release's signature stands before the installed kernel, so a wrong order or name changes the numbers too."""
+    taken = _signature(SIGNATURES[release]["signature"])
+    assert list(taken.parameters)[:7] == list(signature(varlen.varlen_attn).parameters)[:7]
+    installed, calls = varlen.varlen_attn, []
+
+    def of_release(*args: Any, **kwargs: Any) -> Any:
+        given = taken.bind(*args, **kwargs).arguments
+        calls.append(given)
+        # Before 2.12 the kernel took grouped heads without a flag; the installed one wants it.
+        return installed(**{**given, "enable_gqa": key_heads != 4})
+
+    of_release.__signature__ = taken  # type: ignore[attr-defined]
+    monkeypatch.setattr(varlen, "varlen_attn", of_release)
+    attention._asks_for_gqa.cache_clear()
+    torch.manual_seed(0)
+    layout = pack(*CASES["several prefixes"], share=True).layout
+    tokens = sum(part.tokens for part in layout.parts)
+    query = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
+    key, value = (torch.randn(1, key_heads, tokens, 8, dtype=torch.float64) for _ in range(2))
+    try:
+        out = attention.varlen_attention(query, key, value, layout.sequences, 0.3, window)[None]
+    finally:
+        attention._asks_for_gqa.cache_clear()
+    blocks = attention.attend(None, query, key, value, None, layout=layout, scaling=0.3, sliding_window=window)[0]
+    torch.testing.assert_close(out, blocks)
+    (given,) = calls
+    assert given["scale"] == 0.3
+    # A window counts the token itself here, and in torch it does not.
+    assert given["window_size"] == ((-1, 0) if window is None else (3, 0))
+    assert given.get("enable_gqa", False) == (key_heads != 4 and "enable_gqa" in taken.parameters)
+
+
+def test_varlen_signature_on_record_is_the_installed_one() -> None:
+    """So the record, which is read from wheels, says what Python sees."""
+    release = torch.__version__.partition("+")[0]
+    assert release in SIGNATURES, "run tests/gpu/varlen_signatures.py"
+    recorded, installed = _signature(SIGNATURES[release]["signature"]), signature(varlen.varlen_attn)
+    shown = [[(each.name, each.kind, each.default) for each in of.parameters.values()] for of in (recorded, installed)]
+    assert shown[0] == shown[1]
+
+
+def _signature(parameters: str) -> Signature:
+    """Return the signature that has these parameters; annotations stay text."""
+    made: dict[str, Any] = {}
+    exec(f"from __future__ import annotations\ndef varlen_attn({parameters}): ...", made)
+    return signature(made["varlen_attn"])
 
 
 def _all_tensors(value: Any) -> list[Tensor]:
