@@ -65,6 +65,9 @@ def test_what_config_and_disk_refuse_is_refused_before_torch_is_imported(tmp_pat
         "wrong train": "lora_rank",
         "child evaluate": "adapters: No adapter has been trained yet",
         "child regressions": "adapters: No adapter has been trained yet",
+        "child evaluate --minutes 0": "--minutes: Must be a finite number greater than 0 (got 0)",
+        "child advise --minutes nan": "--minutes: Must be a finite number greater than 0 (got nan)",
+        "child train --sweep --minutes inf": "--minutes: Must be a finite number greater than 0 (got inf)",
         "child train": "train.from: ",
         "child train --curve": "train.from",
     }

@@ -26,7 +26,7 @@ from tunewright.advisor.signals import (
 )
 from tunewright.data.splits import FEW_TRAINING_PAIRS
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evaluation.verbs import open_arm_runner, open_trainings, refuse_up_front
+from tunewright.evaluation.verbs import open_arm_runner, open_trainings, refuse_up_front, require_minutes
 from tunewright.evidence.common import Interval
 from tunewright.evidence.power import items_to_settle
 from tunewright.evidence.schema import FreeArms
@@ -54,6 +54,7 @@ def advise(
         if project.folder.advice.absolute() in file.absolute().parents:
             AccessLog(project.folder.evaluations).require(file)
         return AdviceResult(file, load_signals(file), measured=False)
+    require_minutes(minutes)
     if pilot:
         refuse_up_front(project, "A pilot")
     from tunewright.advisor.adviser import Adviser

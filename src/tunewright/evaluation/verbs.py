@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult
     from tunewright.training.trainings import Trainings
+
+
+def require_minutes(minutes: float | None) -> None:
+    """Refuse a time limit that is not positive and finite; None is no limit."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"Must be a finite number greater than 0 (got {minutes:g})", where="--minutes")
 
 
 def answer_workers(project: OpenProject) -> AbstractContextManager[ModelWorkers | None]:
@@ -160,6 +167,7 @@ def evaluate(
     Raises:
         UserError: the access log was changed, or too few minutes.
     """
+    require_minutes(minutes)
     split: Literal["test", "dev"] = "dev" if dev else "test"
     tuned = find_adapter(project.folder.adapters, adapter)
     require_ready(project.folder, load_version(project.folder.dataset), asked_splits(split), project.reporter)
@@ -328,9 +336,7 @@ def sweep(project: OpenProject, options: SweepOptions = SweepOptions()) -> tuple
     from tunewright.config.io import write_section
     from tunewright.config.project import CONFIG_FILE
 
-    minutes = options.minutes
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
+    require_minutes(options.minutes)
     version = load_version(project.folder.dataset)
     refuse_up_front(project, "A sweep")
     from tunewright.training.sweep.sweep import Sweep
@@ -347,7 +353,7 @@ def sweep(project: OpenProject, options: SweepOptions = SweepOptions()) -> tuple
             rates=options.rates,
             force=options.force,
         )
-        result = trials.run(minutes)
+        result = trials.run(options.minutes)
     written: dict[str, Any] = {}
     if options.write and result.winner is not None:
         written = write_section(project.folder.root / CONFIG_FILE, result.winner.train)

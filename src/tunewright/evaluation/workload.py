@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tunewright.adapters.registry import Adapter
-from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
@@ -76,8 +74,6 @@ def time_limit(
     """
     if minutes is None:
         return None
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
     advice = advice_file(runner)
     decides = {
         "advice": advice.name,
