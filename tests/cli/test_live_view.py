@@ -148,6 +148,14 @@ def test_loading_is_shown_from_the_start_until_the_first_display() -> None:
     assert _written(piped.console) == ""
 
 
+@pytest.mark.parametrize("command", ["evaluate", "serve", "export merge", "optimize-prompt"])
+def test_command_that_loads_the_base_says_so_first(command: str, tmp_path: Path) -> None:
+    terminal = Terminal(*command.split(), "-p", tmp_path)
+    terminal.wait_for("Loading torch and the base")
+    terminal.wait_for("tunewright.yaml")  # the folder has no project
+    assert terminal.code() == 2
+
+
 def _drawn_text(screen: _Screen) -> str:
     paper = _terminal()
     paper.print(screen)

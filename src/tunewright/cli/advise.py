@@ -26,7 +26,7 @@ _COLOURS = {"fine-tune": "bold green", "can't tell": "bold yellow"}
 _WIDTH = 41
 
 
-@command(app, "advise", panel=TRAIN, cluster=True, example="tunewright advise --minutes 20", kept=RESUMES)
+@command(app, "advise", panel=TRAIN, cluster=True, loads=True, example="tunewright advise --minutes 20", kept=RESUMES)
 def advise(
     run: Session,
     stored: Annotated[
@@ -121,7 +121,7 @@ def bar(score: Score, top: float) -> str:
     return "".join(line).rstrip()
 
 
-@command(app, "optimize-prompt", panel=TRAIN, example="tunewright optimize-prompt --estimate", kept=RESUMES)
+@command(app, "optimize-prompt", panel=TRAIN, loads=True, example="tunewright optimize-prompt --estimate", kept=RESUMES)
 def optimize_prompt(
     run: Session,
     estimate: Annotated[

@@ -18,7 +18,7 @@ from typer._click.globals import get_current_context
 from typer.core import TyperGroup
 
 from tunewright._version import __version__
-from tunewright.cli.console import NOTHING_KEPT, RESUMES, session
+from tunewright.cli.console import NOTHING_KEPT, session
 from tunewright.cli.start import begin
 from tunewright.core.errors import UserError
 from tunewright.core.options import Option
@@ -163,6 +163,7 @@ def command(
     project: bool = True,
     database: bool = False,
     cluster: bool = False,
+    loads: bool = False,
     json: bool = True,
     together: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     traced: bool = True,
@@ -176,6 +177,7 @@ def command(
         kept: message about the state after a stopped run, and the way to resume it.
         status: report at the end whether reviewers have accepted the project's dataset version.
         project: add ``--project``; ``database``, ``cluster`` and ``json`` add their options likewise.
+        loads: say on a terminal that torch and the base are loaded.
         together: returns True if a run with these options may be one of several processes.
         traced: a run of the command is one span of a trace; False for servers, whose requests are.
         options: a dataclass of `Option` fields, each of which becomes an option of its own.
@@ -206,7 +208,7 @@ def command(
                 current.folder, current.database_url, current.cluster = folder or Path(), url, on
                 if options is not None:
                     values["options"] = _filled(options, values)
-                if cluster and kept == RESUMES:  # those that compute with a model
+                if loads:
                     current.reporter.begin_loading()
                 code = function(current, **values)
                 if code:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from tunewright.evidence.verdict import Verdict
 
 
-@command(app, "evaluate", panel=EVALUATE, cluster=True, example="tunewright evaluate --minutes 30", kept=RESUMES)
+@command(
+    app, "evaluate", panel=EVALUATE, cluster=True, loads=True, example="tunewright evaluate --minutes 30", kept=RESUMES
+)
 def evaluate(
     run: Session,
     adapter: Adapter = None,
@@ -65,7 +67,9 @@ def evaluate(
     _show(run, project.evaluate(adapter, dev=dev, minutes=minutes))
 
 
-@command(app, "crossval", panel=EVALUATE, cluster=True, example="tunewright crossval --folds 5", kept=RESUMES)
+@command(
+    app, "crossval", panel=EVALUATE, cluster=True, loads=True, example="tunewright crossval --folds 5", kept=RESUMES
+)
 def crossval(
     run: Session,
     folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
@@ -114,7 +118,13 @@ def incumbent_estimate_text(estimate: IncumbentEstimate) -> str:
 
 
 @command(
-    app, "regressions", panel=EVALUATE, cluster=True, example="tunewright regressions legal-4f1c02a9", kept=RESUMES
+    app,
+    "regressions",
+    panel=EVALUATE,
+    cluster=True,
+    loads=True,
+    example="tunewright regressions legal-4f1c02a9",
+    kept=RESUMES,
 )
 def regressions(run: Session, adapter: Adapter = None) -> int:
     """Compare general abilities without and with the adapter: not worse (exit code 0), worse (3) or can't tell (4).

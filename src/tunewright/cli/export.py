@@ -24,19 +24,25 @@ export_app = group(
 To = Annotated[Path | None, typer.Option(help="Folder to create.", show_default="exports/NAME-…")]
 
 
-@command(export_app, "merge", example="tunewright export merge legal-4f1c02a9 --to merged")
+@command(export_app, "merge", loads=True, example="tunewright export merge legal-4f1c02a9 --to merged")
 def merge(run: Session, adapter: Adapter = None, to: To = None) -> int | None:
     """Merge base and adapter into one model for transformers and vLLM: added in float32, cast once."""
     return _show(run, run.project.export.merge(adapter, to=to))
 
 
-@command(export_app, "gguf", example="tunewright export gguf --merged --type q8_0", options=GgufOptions)
+@command(export_app, "gguf", loads=True, example="tunewright export gguf --merged --type q8_0", options=GgufOptions)
 def gguf(run: Session, adapter: Adapter = None, options: GgufOptions = GgufOptions(), to: To = None) -> int | None:
     """Write the adapter as a GGUF file, alone or merged into its base, and test it in llama.cpp before keeping it."""
     return _show(run, run.project.export.gguf(adapter, options, to=to))
 
 
-@command(export_app, "compressed", example="tunewright export compressed --scheme w4a16", options=CompressedOptions)
+@command(
+    export_app,
+    "compressed",
+    loads=True,
+    example="tunewright export compressed --scheme w4a16",
+    options=CompressedOptions,
+)
 def compressed(
     run: Session, adapter: Adapter = None, options: CompressedOptions = CompressedOptions(), to: To = None
 ) -> int | None:
@@ -44,7 +50,7 @@ def compressed(
     return _show(run, run.project.export.compressed(adapter, options, to=to))
 
 
-@command(export_app, "ollama", example="tunewright export ollama legal-4f1c02a9", options=OllamaOptions)
+@command(export_app, "ollama", loads=True, example="tunewright export ollama legal-4f1c02a9", options=OllamaOptions)
 def ollama(
     run: Session, adapter: Adapter = None, options: OllamaOptions = OllamaOptions(), to: To = None
 ) -> int | None:
@@ -53,7 +59,11 @@ def ollama(
 
 
 @command(
-    export_app, "hub", example="tunewright export hub --base-model meta-llama/Llama-3.1-8B-Instruct", options=HubOptions
+    export_app,
+    "hub",
+    loads=True,
+    example="tunewright export hub --base-model meta-llama/Llama-3.1-8B-Instruct",
+    options=HubOptions,
 )
 def hub(
     run: Session,

@@ -143,7 +143,7 @@ def config_show(run: Session) -> None:
     run.show(values, yaml.safe_dump(values, sort_keys=False).rstrip())
 
 
-@command(app, "run", panel=PROJECT, cluster=True, example="tunewright run", kept=RESUMES)
+@command(app, "run", panel=PROJECT, cluster=True, loads=True, example="tunewright run", kept=RESUMES)
 def run(
     run: Session,
     force: Annotated[
@@ -173,6 +173,7 @@ def run(
     "demo",
     panel=PROJECT,
     cluster=True,
+    loads=True,
     example="tunewright demo tunewright-demo",
     kept=RESUMES,
     status=False,

@@ -22,6 +22,7 @@ EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}
     app,
     "serve",
     panel=DEPLOY,
+    loads=True,
     example="tunewright serve --port 8000 --engine vllm",
     status=False,
     database=True,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     "train",
     panel=TRAIN,
     cluster=True,
+    loads=True,
     example="tunewright train --sweep --minutes 60 --write",
     kept=RESUMES,
     together=lambda options: not options["sweep"] and not options["curve"],
