@@ -21,6 +21,7 @@ from making.command_line import tiny_project, tunewright, write_jsonl
 from making.evidence import make_items
 from making.human_evaluations import save
 from making.signals import break_even, doubling, gain, make_signals
+from making.studio_client import PASSWORD, opened
 from making.terminal import Terminal
 from making.training_runs import Heard, training_project
 from tunewright.config.project import ProjectFolder
@@ -28,7 +29,9 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
 from tunewright.core.locks import locked_folder
 from tunewright.evaluation.access_log import AccessLog
+from tunewright.serving.gateway.server import serving
 from tunewright.serving.options import ServeOptions
+from tunewright.studio import Studio
 
 
 def as_csv(path: Path, rows: list[dict[str, str]], delimiter: str = ",") -> Path:
@@ -306,7 +309,7 @@ def test_no_command_in_a_project_names_its_state_and_the_next_command(
     assert (broken.code, broken.stdout, "nmae" in broken.stderr) == (2, "", True)
 
 
-def test_no_command_does_not_name_training_after_advice_not_to_train(
+def test_training_is_not_next_after_advice_not_to_train(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = tiny_project(tmp_path / "p", tiny_base_folder)
@@ -322,6 +325,14 @@ def test_no_command_does_not_name_training_after_advice_not_to_train(
     file = folder.advice / f"{signals.id}.json"
     AccessLog(folder.evaluations).write(file, json_document(signals.model_dump(mode="json")))
     assert "Next: follow the advice (retrieve), or to train anyway: tunewright run\n" in tunewright().stdout
+    review = tunewright_package.open(project).data.review("ada")
+    while (row := review.next()) is not None:
+        review.judge(row, "right")
+    with serving(Studio(project, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
+        page = browser.get("/")
+        assert "Follow the advice (retrieve), or train anyway." in page and '<span class="tag">next' not in page
+        file.unlink()
+        assert '<h2>Train <span class="tag">next' in browser.get("/")
 
 
 def test_no_command_names_training_after_a_verdict_on_an_earlier_version(

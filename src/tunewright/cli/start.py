@@ -26,8 +26,6 @@ _LATER = "later"
 _HELP = "All commands: tunewright --help"
 ADD_FILES = "name your files under data.sources in tunewright.yaml, then: tunewright run"
 """The step after an `init` without a file."""
-_UNTRAINED = ("prompt", "retrieve", "no model")
-"""Advice not to train."""
 _OF_RUN = ("tunewright advise", "tunewright train", "tunewright evaluate")
 """Commands of `tunewright run`, which adds the files that the config lists."""
 
@@ -45,7 +43,7 @@ def begin(run: Session) -> None:
 
 def _standing(run: Session) -> Iterator[str]:
     from tunewright.studio.pages.evaluate import evaluations_of
-    from tunewright.studio.pages.project import REVIEW, stages
+    from tunewright.studio.pages.project import REVIEW, advice_against_training, stages
 
     project, config = run.project, run.project.folder.config
     found = stages(project, evaluations_of(project), project.data.version)
@@ -72,12 +70,11 @@ def _standing(run: Session) -> Iterator[str]:
     ahead = ahead or [each.command for each in found if each.name == "Train" and each.state != "done" and each.command]
     # A review can be skipped, so the command after it is named too.
     following = ahead[: 2 if ahead[:1] == [REVIEW] else 1]
-    advised = next((each.text.partition(": ")[0] for each in found if each.name == "Advise"), "")
-    untrained = following == ["tunewright train"] and advised in _UNTRAINED
+    advised = advice_against_training(found) if following == ["tunewright train"] else ""
     if config.data.sources and "tunewright train" in commands:
         following = ["tunewright run" if each in _OF_RUN else each for each in following]
     if following:
-        against = f"follow the advice ({advised}), or to train anyway: " if untrained else ""
+        against = f"follow the advice ({advised}), or to train anyway: " if advised else ""
         yield f"Next: {against}{', or without a review '.join(following)}"
 
 

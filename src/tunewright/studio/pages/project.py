@@ -39,6 +39,7 @@ _AFTER = {
 }
 """The page that continues after a command."""
 _NEWEST = 10  # evaluations and jobs on the page
+_NOT_TO_TRAIN = ("prompt", "retrieve", "no model")
 REVIEW = "tunewright data review"
 
 
@@ -98,10 +99,13 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
     adapters = list_adapters(folder.adapters)
     current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
     found.append(_advise_stage(project, manifest.digest))
-    state = "done" if current else "next" if accepted else "open"
     few = too_few(counts.domain.get("train", 0))
+    against = "" if few else advice_against_training(found)
+    state = "done" if current else "next" if accepted and not against else "open"
     text = few or f"{count_of(len(adapters), 'adapter')}, {len(current)} trained on the current version"
     about = "The base model learns from the train rows. The result is an adapter, a small file next to the base."
+    if against and not current:
+        about = f"Follow the advice ({against}), or train anyway. {about}"
     link, command = ("/train", "Runs, sweeps and curves"), "tunewright data add FILE" if few else "tunewright train"
     job = None if few else "train"
     found.append(Stage("Train", state, text, job=job, link=link, command=command, about=about))
@@ -119,6 +123,12 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
         if any(each.verdict == "ship" for each in measured):
             found.append(_deploy_stage(project))
     return found
+
+
+def advice_against_training(found: Sequence[Stage]) -> str:
+    """Return the answer of advice not to train (prompt, retrieve or no model); empty without such advice."""
+    answer = next((each.text.partition(": ")[0] for each in found if each.name == "Advise"), "")
+    return answer if answer in _NOT_TO_TRAIN else ""
 
 
 def _advise_stage(project: Project, dataset: str) -> Stage:
