@@ -136,7 +136,7 @@ def _in_nf4(linear: Any, weight: Tensor, place: str) -> Any:
     return layer
 
 
-def write_folder(shape: Shape, folder: Path) -> Path:
+def write_folder(shape: Shape, folder: Path, std: float = 0.02) -> Path:
     """Write a base with random weights to disk, one shard per layer; no more than one shard is in memory."""
     from safetensors.torch import save_file
 
@@ -145,7 +145,7 @@ def write_folder(shape: Shape, folder: Path) -> Path:
     tokenizer().save_pretrained(folder)
     places: dict[str, str] = {}
     total = 0
-    for number, shard in enumerate(_shards(shape)):
+    for number, shard in enumerate(_shards(shape, std)):
         file = f"model-{number:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(shard, file)
@@ -155,12 +155,12 @@ def write_folder(shape: Shape, folder: Path) -> Path:
     return folder
 
 
-def _shards(shape: Shape) -> Iterator[dict[str, Tensor]]:
+def _shards(shape: Shape, std: float) -> Iterator[dict[str, Tensor]]:
     """The weights by name, embeddings and the output layer first, then layer by layer."""
     place = device()
 
     def drawn(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.bfloat16, device=place).normal_(std=0.02).cpu()
+        return torch.empty(size, dtype=torch.bfloat16, device=place).normal_(std=std).cpu()
 
     ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
     yield {"model.embed_tokens.weight": drawn(shape.vocabulary, shape.hidden), "model.norm.weight": ones.clone()}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,21 +49,17 @@ def run(report: Report, toy: bool) -> None:
         base = write_folder(shape_of("2b", toy), Path(folder) / "base")
         size = sum(file.stat().st_size for file in base.iterdir())
         report("base written", bytes=size, seconds=time.monotonic() - began)
-        project = Path(folder) / "project"
-        project.mkdir()
-        (project / "tunewright.yaml").write_text(CONFIG.format(base=base), encoding="utf-8")
-        (project / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in _pairs()), encoding="utf-8")
-        _command(project, "data", "add", str(project / "pairs.jsonl"))
+        project = make_project(Path(folder) / "project", base)
         step, seconds = _killed(project)
         report("train, killed", step > 0, checkpoint=step, seconds=seconds)
         began = time.monotonic()
-        ended = _command(project, "train", "--json")
+        ended = run_command(project, "train", "--json")
         trained = json.loads(ended.stdout)
         resumed = any(f"step {step}" in line for line in ended.stderr.splitlines())
         report("train, resumed", trained["trained"] and resumed, from_step=step, seconds=time.monotonic() - began)
         began = time.monotonic()
         # A measured "no" and "can't tell" are results too: what random weights are worth is not the question.
-        evidence = json.loads(_command(project, "evaluate", "--json").stdout)["evidence"]
+        evidence = json.loads(run_command(project, "evaluate", "--json").stdout)["evidence"]
         arms = sorted(arm["name"] for arm in evidence["arms"])
         report("evaluate", "tuned" in arms, arms=arms, seconds=time.monotonic() - began)
         began = time.monotonic()
@@ -74,27 +70,38 @@ def run(report: Report, toy: bool) -> None:
         report("serve", len(models) == 2 and all(tokens), answered=len(models), ready_s=ready, tokens=tokens)
 
 
+def make_project(folder: Path, base: Path) -> Path:
+    """Make a project whose rows are ready for training."""
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text(CONFIG.format(base=base), encoding="utf-8")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in _pairs()), encoding="utf-8")
+    run_command(folder, "data", "add", str(folder / "pairs.jsonl"))
+    return folder
+
+
 def _pairs() -> list[dict[str, str]]:
     generator = random.Random(0)
     texts = [" ".join(generator.sample(COLOURS, 3)) + f" {number * 7919 % 10007}" for number in range(PAIRS)]
     return [{"prompt": text, "completion": text.split()[0]} for text in texts]
 
 
-def _command(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end.
+def run_command(
+    project: Path, *arguments: str, program: Sequence[str] = ("-m", "tunewright"), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; ``program`` is what Python starts, and ``environment`` more variables.
 
     Raises:
         RuntimeError: it failed; the last lines of its output are in the error.
     """
     ended = subprocess.run(
-        [sys.executable, "-m", "tunewright", *arguments, "-p", str(project)],
+        [sys.executable, *program, *arguments, "-p", str(project)],
         capture_output=True,
         text=True,
         check=False,
-        env=_offline(),
+        env=_offline() | environment,
     )
     if ended.returncode:
-        said = "\n".join(ended.stderr.splitlines()[-12:])
+        said = "\n".join(ended.stderr.splitlines()[-30:])
         raise RuntimeError(f"tunewright {' '.join(arguments)} ended with {ended.returncode}:\n{said}")
     return ended
 

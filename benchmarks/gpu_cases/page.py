@@ -99,6 +99,8 @@ def headlines() -> list[Headline]:
         Headline("Dev answers halved when memory runs out", ("out-of-memory/dev-answers",), _halved_answers),
         Headline("8B decoding, tokens per second", ("decode",), _decode),
         Headline("2B on disk: `train`, killed, resumed, `evaluate`, `serve`", ("command-line",), _command_line),
+        Headline("FSDP in two processes on one card against one process", ("fsdp",), _fsdp),
+        Headline("vLLM with more adapters than slots: isolation test", ("vllm-adapters",), _vllm_adapters),
     ]
 
 
@@ -304,6 +306,23 @@ def _command_line(cases: Cases) -> str:
     return (
         f"killed after step {found['train, killed']['checkpoint']}, resumed from it, "
         f"{len(found['evaluate']['arms'])} arms evaluated, {found['serve']['answered']} models served"
+    )
+
+
+def _fsdp(cases: Cases) -> str:
+    found = _values(cases, "fsdp")["two processes"]
+    return (
+        f"losses differ by at most {found['largest_relative_difference']:.2%}, "
+        f"a process holds {_gb(found['most_held_bytes'])} of {_gb(found['whole_bytes'])}"
+    )
+
+
+def _vllm_adapters(cases: Cases) -> str:
+    found = _values(cases, "vllm-adapters")["isolation"]
+    slots = "" if found["slots"] is None else f" in {found['slots']} slots"
+    return (
+        f"{found['engine']}, {found['adapters']} adapters{slots}: "
+        f"{found['requests']} requests, {found['wrong'] or 'no'} wrong answers"
     )
 
 

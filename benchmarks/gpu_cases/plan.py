@@ -67,6 +67,8 @@ def cases() -> list[Case]:
         Case("out-of-memory/training", "out_of_memory", 60, 300, {"what": "training"}),
         Case("out-of-memory/dev-answers", "out_of_memory", 60, 300, {"what": "dev answers"}),
         Case("command-line", "command_line", 240, 540),
+        Case("fsdp", "sharded", 90, 400),
+        Case("vllm-adapters", "vllm_adapters", 150, 480),
         Case("segments/expandable", "training", 50, 300, varied),
         Case("segments/fixed", "training", 50, 300, varied, FIXED_SEGMENTS),
         *_training("8b-qlora", ("tunewright-liger", "trl-padding-free"), 45),

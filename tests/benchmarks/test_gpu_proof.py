@@ -31,7 +31,11 @@ from gpu_proof import Run, untested_torch  # noqa: E402
 
 PROOF = ROOT / "benchmarks" / "gpu_proof.py"
 COMMAND_LINE = "command-line"
-OTHERS = [case.name for case in cases() if case.name != COMMAND_LINE]
+SHARDED = "fsdp"
+MANY_ADAPTERS = "vllm-adapters"
+WHOLE = (COMMAND_LINE, SHARDED, MANY_ADAPTERS)
+"""Cases that need all of tunewright's dependencies."""
+OTHERS = [case.name for case in cases() if case.name not in WHOLE]
 OOM = "out-of-memory/training"
 CUT_IN = "parity"
 
@@ -171,6 +175,27 @@ def test_gpu_proof_trains_kills_resumes_and_evaluates_by_the_command_line(tmp_pa
     assert all(found[name]["passed"] for name in ("train, killed", "train, resumed", "evaluate", "serve"))
     assert found["train, resumed"]["values"]["from_step"] == found["train, killed"]["values"]["checkpoint"]
     assert "tuned" in found["evaluate"]["values"]["arms"]
+
+
+@pytest.mark.slow
+def test_gpu_proof_trains_in_two_processes_with_half_of_the_base_each(tmp_path: Path) -> None:
+    ended = proof("--toy", "--out", tmp_path, "--only", SHARDED)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (found,) = only_document(tmp_path)["cases"][SHARDED]["measurements"]
+    assert found["passed"]
+    assert found["values"]["steps"] > 1
+    assert 0.45 < found["values"]["most_held_bytes"] / found["values"]["whole_bytes"] < 0.55
+
+
+@pytest.mark.slow
+def test_gpu_proof_tests_the_isolation_of_more_adapters_than_slots(tmp_path: Path) -> None:
+    """Without a card peft answers in place of vLLM: base, adapters, probes and checks are those of a card."""
+    ended = proof("--toy", "--out", tmp_path, "--only", MANY_ADAPTERS)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (found,) = only_document(tmp_path)["cases"][MANY_ADAPTERS]["measurements"]
+    assert (found["passed"], found["values"]["engine"], found["values"]["slots"]) == (True, "peft", None)
+    assert found["values"]["adapters"] == 6
+    assert found["values"]["requests"] > 100
 
 
 def test_gpu_proof_says_what_is_left_when_time_is_over(tmp_path: Path) -> None:
