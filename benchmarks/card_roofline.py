@@ -69,7 +69,7 @@ class Case:
 
 
 ALL, NONE = {"gradient_checkpointing": "all"}, {"gradient_checkpointing": "none"}
-NF4 = {"quantization": "nf4"}
+NF4, LIGER = {"quantization": "nf4"}, {"use_liger_kernel": True}
 SHARED, LONG = (8, 384, 128, 32), (2, 0, 2048, 2048)
 LARGE = ("H100", "A100")
 CASES = {
@@ -79,6 +79,7 @@ CASES = {
     "8B QLoRA, 8 x 512, 384 shared, no layer recomputed": Case("llama-3-8b", SHARED, {**NF4, **NONE}),
     "8B LoRA, 2 x 2,048": Case("llama-3-8b", LONG, ALL),
     "8B LoRA, 2 x 2,048, no layer recomputed": Case("llama-3-8b", LONG, NONE, LARGE),
+    "8B LoRA, 2 x 2,048, no layer recomputed, Liger": Case("llama-3-8b", LONG, {**NONE, **LIGER}, LARGE),
     "8B QLoRA, 2 x 2,048": Case("llama-3-8b", LONG, {**NF4, **ALL}),
     "8B QLoRA, 2 x 2,048, no layer recomputed": Case("llama-3-8b", LONG, {**NF4, **NONE}, LARGE),
     "70B QLoRA, 8 x 512, 384 shared": Case("llama-3-70b", SHARED, {**NF4, **ALL}, LARGE),

@@ -137,9 +137,9 @@ def run(report: Report, toy: bool, *, side: str, model: str, varied: bool = Fals
     """Train one side on one base and report its speed, memory and losses."""
     shape, nf4, rows_of = MODELS[model]
     if side == "tunewright-liger":
-        from tunewright.training.lora import missing_for_liger
+        from tunewright.training.liger import missing_for_liger
 
-        if (missing := missing_for_liger()) is not None:
+        if (missing := missing_for_liger(base_in_memory().architecture)) is not None:
             raise Skipped(missing)
     if side == "unsloth" and (find_spec("unsloth") is None or not torch.cuda.is_available()):
         raise Skipped("unsloth is not installed" if find_spec("unsloth") is None else "unsloth needs a CUDA card")
@@ -271,6 +271,8 @@ def config_of(rows: int, epochs: int, *, nf4: bool, **settings: Any) -> Config:
         "eval_max_samples": 0,
         "eval_steps": 10**6,
         "save_steps": 10**6,
+        # The side tunewright-liger is compared with the models' own code.
+        "use_liger_kernel": False,
         **settings,
     }
     return Config.model_validate({"name": "gpu-proof", "train": train})

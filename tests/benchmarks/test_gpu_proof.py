@@ -297,6 +297,14 @@ def test_gpu_page_shows_memory_and_the_faster_of_two_sides_of_a_card(resumed: An
     assert ratio.measured.startswith("3.00 times as fast as trl-plain")
 
 
+def test_gpu_proof_compares_liger_with_the_models_own_code() -> None:
+    from gpu_cases.plan import OURS
+    from gpu_cases.training import config_of
+
+    used = {side: config_of(8, 1, nf4=False, **keys).train.use_liger_kernel for side, keys in OURS.items()}
+    assert used == {side: side == "tunewright-liger" for side in OURS}
+
+
 def test_gpu_page_is_what_the_results_say() -> None:
     text = (ROOT / "docs" / "gpu.md").read_text()
     _, _, rest = text.partition(BEGIN)

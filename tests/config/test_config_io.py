@@ -56,6 +56,7 @@ def test_on_and_off_are_accepted_as_choices(tmp_path: Path) -> None:
             (f"train:\n  gradient_checkpointing: {value}\n", 2, "must be auto, all, none or a number of layers, got")
             for value in ("-1", "sometimes", "true", "1.5", "null", "[1]")
         ),
+        ("train:\n  use_liger_kernel: 'on'\n", 2, "must be auto, true or false, got"),
         ("train:\n  epochs: 2020-13-45\n", 2, "Invalid value: month must be in 1..12"),
         ("seed: 1\nname: !!timestamp a\n", 2, "Invalid value: not a valid date"),
         ("seed: 1\nname: !!bool a\n", 2, "Invalid value: not a valid bool"),

@@ -85,7 +85,7 @@ def test_adapter_of_an_earlier_version_is_traced_to_its_rows(golden: Path) -> No
 
 
 def test_training_settings_lead_to_the_adapter_of_an_earlier_version(golden: Path) -> None:
-    """Also where the config recomputes other layers, which changes no weight."""
+    """Also where other layers are recomputed, which changes no weight, or Liger's kernels depend on the machine."""
     project = tunewright.open(golden)
     (adapter,) = (Adapter(folder) for folder in project.folder.adapters.iterdir())
     recorded = adapter.lineage
@@ -93,12 +93,16 @@ def test_training_settings_lead_to_the_adapter_of_an_earlier_version(golden: Pat
     base: Any = SimpleNamespace(digest=recorded["base"]["digest"])
     chat: Any = SimpleNamespace(digest=recorded["template_digest"])
     settings = project.folder.config.train
+
+    def trained_it(**keys: Any) -> bool:
+        config = project.folder.config.model_copy(update={"train": settings.model_copy(update=keys)})
+        return adapter.was_trained_by(digest(training_inputs(ProjectFolder(golden, config), version, base, chat)))
+
     for layers in ("auto", "none", 3):
-        config = project.folder.config.model_copy(
-            update={"train": settings.model_copy(update={"gradient_checkpointing": layers})}
-        )
-        inputs = training_inputs(ProjectFolder(golden, config), version, base, chat)
-        assert adapter.was_trained_by(digest(inputs))
+        assert trained_it(gradient_checkpointing=layers)
+    assert trained_it(use_liger_kernel="auto")
+    assert trained_it(use_liger_kernel=False)
+    assert not trained_it(use_liger_kernel=True)
 
 
 def test_frozen_answers_and_replies_of_an_earlier_version_are_found_again(golden: Path) -> None:

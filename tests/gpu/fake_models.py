@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def rows(load: BatchShape, seed: int = 0) -> list[Tokens]:
     return made
 
 
-class _Listing(LogReporter):
+class Listing(LogReporter):
     """Adds every line to a list."""
 
     def __init__(self, lines: list[str]) -> None:
@@ -107,6 +108,14 @@ class _Listing(LogReporter):
     def warn(self, message: str) -> None:
         """Add a warning."""
         self.lines.append(message)
+
+
+def use_stand_in_for_liger() -> None:
+    """Let this process find `stand_ins.liger_kernel` in place of liger-kernel."""
+    from transformers.utils.import_utils import is_liger_kernel_available
+
+    sys.path.insert(0, str(Path(__file__).with_name("stand_ins")))
+    is_liger_kernel_available.cache_clear()
 
 
 def train(
@@ -130,8 +139,9 @@ def train(
         The run's history, and how its rows went through the model (`Run.how`).
     """
     with tempfile.TemporaryDirectory() as folder:
-        config = Config.model_validate({"train": settings})
-        reporter = _Listing([] if lines is None else lines)
+        # By default the same counts where liger-kernel is installed, whose kernels cannot run here.
+        config = Config.model_validate({"train": {"use_liger_kernel": False, **settings}})
+        reporter = Listing([] if lines is None else lines)
         run = Run(config, Base("fake", Path(folder), None, "LlamaForCausalLM", {}), Path(folder), reporter)
         history, _ = run.fit(model, byte_tokenizer(), train_rows, dev_rows, None, None, replay)
         return history, run.details()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fake_card import FakeCard
-from fake_models import build, rows, train
+from fake_models import build, rows, train, use_stand_in_for_liger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -123,6 +123,8 @@ def _bytes(values: Iterable[Any]) -> int:
 def training_step(shape: Shape, load: BatchShape, settings: dict[str, Any]) -> Work:
     """Return the work of a step of ``tunewright train`` in one micro-batch, from one optimizer step to the next."""
     settings = {"preset": "all-linear", "epochs": 1, "batch_size": load.rows, "max_length": 1 << 17, **settings}
+    if settings.get("use_liger_kernel"):
+        use_stand_in_for_liger()
     with Recorder() as card:
         model = build(shape, nf4=settings.get("quantization") == "nf4")
         train(model, settings, rows(replace(load, rows=2 * load.rows)), rows(BatchShape(1, 0, 4, 2)))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from card_process import CardProcess
 from fake_card import FakeCard, Transfer
-from fake_models import SHAPES, build, rows, train
+from fake_models import SHAPES, Listing, build, rows, train, use_stand_in_for_liger
 
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.models.memory_estimate import BatchShape, TrainingSetup, estimate
+from tunewright.training.liger import choose_liger
 from tunewright.training.lora import require_precision
 
 pytestmark = pytest.mark.slow
@@ -236,3 +238,69 @@ def test_bfloat16_is_refused_on_a_gpu_before_ampere(card: CardProcess) -> None:
     )
     assert card.run(_precision, "bfloat16", (8, 0)) is None
     assert card.run(_precision, "float32", (7, 5)) is None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A run's lines about Liger's kernels, the value of its lineage, and the launches of these kernels."""
+
+    lines: list[str]
+    used: bool
+    kernels: int
+
+
+def _fused(asked: Any, *, installed: bool, mistral: bool = False) -> Fused:
+    """Train one step of two micro-batches and evaluate it."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
+
+    if installed:
+        use_stand_in_for_liger()
+    lines: list[str] = []
+    settings = {"epochs": 1, "batch_size": BATCH, "micro_batch_size": MICRO, "use_liger_kernel": asked}
+    modules = (modeling_llama, modeling_mistral)
+    before = [dict(vars(module)) for module in modules]
+    with FakeCard() as card:
+        model = build(SHAPES["tiny"], mistral=mistral)
+        _, details = train(model, settings, rows(LOAD), rows(BatchShape(1, 0, 4, 2)), lines=lines)
+    for module, names in zip(modules, before, strict=True):
+        changed = [name for name, value in vars(module).items() if value is not names.get(name)]
+        assert not changed, "a model loaded later has its own code"
+    kernels = {"rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward"}
+    count = sum(times for (name, _), times in card.launches.items() if name in kernels)
+    return Fused([line for line in lines if "Liger" in line], details["liger_kernels"], count)
+
+
+def test_auto_uses_liger_where_it_is_installed(card: CardProcess) -> None:
+    if find_spec("liger_kernel") is None:
+        without = card.run(_fused, "auto", installed=False)
+        assert without == Fused(["Liger's kernels: not used, because liger-kernel is not installed."], False, 0)
+    for mistral in (False, True):
+        fused = card.run(_fused, "auto", installed=True, mistral=mistral)
+        assert fused.lines == ["Liger's kernels: used for the rotary embedding, RMSNorm and SwiGLU."]
+        assert fused.used
+        # Of two layers: 8 forward and 8 backward, and the last norm's 2; the pass that probes memory, two micro-batches
+        # and the evaluation on dev, which has no backward pass.
+        assert fused.kernels == 3 * 18 + 9
+    assert card.run(_fused, False, installed=True) == Fused([], False, 0)
+
+
+def _choices() -> list[tuple[bool, list[str]]]:
+    use_stand_in_for_liger()
+    chosen = []
+    for architecture, began_with in (
+        ("LlamaForCausalLM", False),
+        ("LlamaForCausalLM", True),
+        ("MixtralForCausalLM", None),
+    ):
+        listing = Listing([])
+        chosen.append((choose_liger("auto", architecture, began_with, listing), listing.lines))
+    return chosen
+
+
+def test_resumed_run_and_other_bases_use_no_liger(card: CardProcess) -> None:
+    assert card.run(_choices) == [
+        (False, ["Liger's kernels: not used, because the run began without them."]),
+        (True, ["Liger's kernels: used for the rotary embedding, RMSNorm and SwiGLU."]),
+        (False, ["Liger's kernels: not used, because Liger's kernels support Llama and Mistral, not Mixtral."]),
+    ]

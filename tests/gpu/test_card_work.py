@@ -46,6 +46,8 @@ LAYERS = {
     "lora, shared prompts": Layer(SHARED, 270, 20, 55, 0, 3, 2.65, ALL),
     # Where memory suffices, as on the fake card of 80 GB: 7 products forward and 7 backward.
     "lora, no layer recomputed": Layer(UNSHARED, 188, 14, 42, 0, 2, 1.88),
+    # One kernel for each norm, rotary embedding and SwiGLU, forward and backward (stand_ins/liger_kernel).
+    "lora, Liger": Layer(UNSHARED, 123, 14, 42, 0, 2, 0.6, {"use_liger_kernel": True}),
 }
 """The bounds, stated once. A change that launches, computes or moves less lowers them here."""
 
@@ -54,7 +56,14 @@ READS = 0
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "qlora", "lora, no layer recomputed", pytest.param("lora, shared prompts", marks=pytest.mark.slow)]
+    "name",
+    [
+        "lora",
+        "qlora",
+        "lora, no layer recomputed",
+        "lora, Liger",
+        pytest.param("lora, shared prompts", marks=pytest.mark.slow),
+    ],
 )
 def test_training_step_does_the_listed_work_in_each_layer(card: CardProcess, name: str) -> None:
     listed = LAYERS[name]

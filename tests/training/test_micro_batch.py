@@ -93,6 +93,8 @@ def test_micro_batch_keeps_a_batch_that_fits_and_reports_it(whole: tuple[Any, li
     adapter, lines = whole
     assert any(re.match(r"Micro-batch: 8 rows; the longest batch, [\d,]+ tokens, fits", line) for line in lines)
     assert adapter.lineage["training"]["micro_batch_size"] == 8
+    assert not any("Liger" in line for line in lines), "there is no card"
+    assert adapter.lineage["training"]["liger_kernels"] is False
 
 
 class _Due(Thread):
@@ -170,9 +172,12 @@ def test_halve_raises_when_one_row_does_not_fit(
 def test_resumed_run_keeps_its_micro_batch(tmp_path: Path) -> None:
     micro = MicroBatch(8, tmp_path, LogReporter())
     assert micro.rows is None
+    assert micro.liger is None
+    micro.liger = True
     micro.choose(4, 100)
-    assert MicroBatch(8, tmp_path, LogReporter()).rows == 4
-    assert MicroBatch(16, tmp_path, LogReporter()).rows is None
+    again, other = (MicroBatch(asked, tmp_path, LogReporter()) for asked in (8, 16))
+    assert (again.rows, again.liger) == (4, True)
+    assert (other.rows, other.liger) == (None, True)
 
 
 def test_resumed_run_recomputes_as_many_layers(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _LITTLE_MEMORY_GB = 3.0
 _EXTRAS = {
     "postgresql": ("psycopg", "psycopg", "serve.database_url: postgresql://…"),
     "4bit": ("bitsandbytes", "bitsandbytes", "train.quantization: nf4"),
-    "liger": ("liger-kernel", "liger_kernel", "train.use_liger_kernel"),
+    "liger": ("liger-kernel", "liger_kernel", "faster training on a GPU (train.use_liger_kernel)"),
     "compressed": ("compressed-tensors", "compressed_tensors", "export compressed"),
     "gguf": ("xllamacpp", "xllamacpp", "export gguf, export ollama"),
     "presidio": ("presidio-analyzer", "presidio_analyzer", "data add --presidio"),

@@ -44,6 +44,12 @@ def _layers(value: Any) -> Any:
     raise ValueError("must be auto, all, none or a number of layers")
 
 
+def _auto_or_boolean(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("must be auto, true or false")
+
+
 class ReplayConfig(ConfigSection):
     """Conversations that the base writes and training replays, to reduce forgetting."""
 
@@ -139,9 +145,10 @@ class TrainConfig(ConfigSection):
     2016, arXiv 1604.06174). `auto` recomputes as few as fit into the GPU's memory, and none on the CPU. The trained
     weights are the same.
     """
-    use_liger_kernel: bool = False
-    """Use Liger's fused rotary embedding, RMSNorm and SwiGLU on a GPU (Hsu et al. 2024, arXiv
-    2410.10989; false: transformers' default). Needs tunewright[liger]. The loss stays tunewright's.
+    use_liger_kernel: Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_boolean)] = "auto"
+    """Use Liger's fused rotary embedding, RMSNorm and SwiGLU on a GPU (Hsu et al. 2024, arXiv 2410.10989). `auto` does
+    so where tunewright[liger] is installed and the base is a Llama or a Mistral; `true` requires it. The loss stays
+    tunewright's.
     """
     replay: Annotated[ReplayConfig | None, BeforeValidator(lambda value: {} if value == "self" else value)] = None
     """Reduce forgetting without extra data: `self`, or {samples: 100, kl_coef: 1.0}, also trains on
@@ -183,14 +190,15 @@ class TrainConfig(ConfigSection):
     def deciding(self) -> dict[str, Any]:
         """Return the values that decide the trained weights: not checkpoints, trackers or the check for vLLM.
 
-        ``gradient_checkpointing`` is left out, because a recomputed layer gives the same numbers.
+        ``gradient_checkpointing`` is left out, because a recomputed layer gives the same numbers. ``use_liger_kernel:
+        auto`` depends on the machine, as an adapter's identity must not: it counts as false, its default before.
         The adapter in ``from`` is left out too, since its digest decides and not its name, and so are ``method`` and
         ``beta`` for ``sft`` and ``generated: true``: adapters trained before these keys existed keep their identity.
         """
         unused = {"save_steps", "report_to", "require_vllm_compatible", "from_", "gradient_checkpointing"}
         unused |= set() if self.prefers else {"method", "beta"}
         unused |= {"generated"} if self.generated else set()
-        return self.model_dump(mode="json", exclude=unused)
+        return self.model_dump(mode="json", exclude=unused) | {"use_liger_kernel": self.use_liger_kernel is True}
 
     @property
     def prefers(self) -> bool:

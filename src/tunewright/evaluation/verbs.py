@@ -184,6 +184,7 @@ def evaluate(
         limit = time_limit(arm_runner, minutes, (tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
         trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
+        trained_by["use_liger_kernel"] = trained_by["use_liger_kernel"] is True  # as `deciding` counts auto
         settings = project.folder.config.train
         now = {**settings.deciding(), "method": settings.method}
         if "config" in tuned.lineage and any(trained_by[key] != value for key, value in now.items()):

@@ -1,4 +1,4 @@
-"""The LoRA configuration of a run, linear layers that compute base and LoRA as one autograd step, and Liger's kernels.
+"""The LoRA configuration of a run, and linear layers that compute base and LoRA as one autograd step.
 
 The fused layers compute the same numbers as peft's with fewer passes over memory.
 """
@@ -6,7 +6,6 @@ The fused layers compute the same numbers as peft's with fewer passes over memor
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from tunewright.config import Quantization, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.core.installation import install_command
 from tunewright.models.families import OUTSIDE_TEXT
 from tunewright.models.loading import device
 
@@ -214,41 +212,3 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
         return grad, None, None, None, None, None
-
-
-# Optional (Hsu et al. 2024, arXiv 2410.10989): the models' own code stays the reference.
-LIGER_KERNELS = {
-    "rope": True,
-    "rms_norm": True,
-    "swiglu": True,
-    # packing/fused_loss.py computes the loss, on the trained tokens only.
-    "cross_entropy": False,
-    "fused_linear_cross_entropy": False,
-}
-"""The used kernels, by the argument names of liger-kernel."""
-
-
-def missing_for_liger() -> str | None:
-    """Return the requirement of Liger's kernels that is missing on this machine; None if they can run."""
-    if find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if torch.cuda.is_available() else "Liger's kernels need a CUDA GPU, and none is present"
-
-
-def require_liger(asked: bool) -> None:
-    """Check that Liger's kernels can run if the config asks for them, before anything is loaded."""
-    missing = missing_for_liger() if asked else None
-    if missing is not None:
-        install = f"{install_command('liger')}, or set" if find_spec("liger_kernel") is None else "Set"
-        raise UserError(missing, where="train.use_liger_kernel", fix=f"{install} train.use_liger_kernel to false.")
-
-
-def use_liger(model: Any) -> None:
-    """Replace a loaded Llama's or Mistral's rotary embedding, norms and SwiGLU by Liger's.
-
-    trl 1.16 deprecates its argument ``use_liger_kernel``; this is the transformers function behind
-    it. The rotary embedding is replaced for every model of that class in this process.
-    """
-    from transformers.integrations.liger import apply_liger_kernel
-
-    apply_liger_kernel(model, LIGER_KERNELS)

@@ -227,9 +227,12 @@ class MicroBatch:
         """None until it is chosen."""
         self.layers: RecomputedLayers | None = None
         """None until the model is known."""
+        self.liger: bool | None = None
+        """True if the run uses Liger's kernels; None until it is chosen."""
         self._kept: dict[str, Any] = {}
         if self.file.exists():
             kept = json.loads(self.file.read_text(encoding="utf-8"))
+            self.liger = kept.get("liger", False)  # an earlier version used them only where the config said so
             if kept["asked"] == asked:
                 self.rows, self._kept = kept["rows"], kept
 
@@ -271,7 +274,7 @@ class MicroBatch:
         self.rows = rows
         if distributed.is_main_process():
             recomputed = {} if self.layers is None else {"recomputed": self.layers.count}
-            write_json(self.file, {"asked": self.asked, "rows": rows, **recomputed})
+            write_json(self.file, {"asked": self.asked, "rows": rows, "liger": self.liger, **recomputed})
 
 
 def too_little_memory(why: str) -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from tunewright.training.checkpoints import (
     stop_on_signal,
 )
 from tunewright.training.history import evaluations, history_rows, patience_exceeded
-from tunewright.training.lora import use_liger
+from tunewright.training.liger import choose_liger, liger_kernels
 from tunewright.training.memory import MicroBatch
 from tunewright.training.monitoring import DevTask, EvaluationCallback, MetricsCallback
 from tunewright.training.packing.order import Sharing, resolve_sharing
@@ -113,7 +114,12 @@ class Run:
         checkpoint = distributed.broadcast_from_main(lambda: resumable_checkpoint(self.work, self.base, self.reporter))
         if checkpoint is not None:
             _require_same_sharding(checkpoint)
+        began_with = self.micro_batch.liger
+        self.micro_batch.liger = distributed.broadcast_from_main(
+            lambda: choose_liger(settings.use_liger_kernel, self.base.architecture, began_with, self.reporter)
+        )
         with (
+            liger_kernels(model) if self.micro_batch.liger else nullcontext(),
             stop_on_signal(until) as stop,
             self.reporter.task(f"Training {self.config.name}", steps, "steps") as task,
         ):
@@ -157,6 +163,7 @@ class Run:
         """Return details of the rows' batching and packing, for the lineage."""
         return {
             "micro_batch_size": self.micro_batch.rows,
+            "liger_kernels": self.micro_batch.liger,
             "recomputed_layers": None if self.micro_batch.layers is None else self.micro_batch.layers.count,
             "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": asdict(self.sharing)}),
@@ -181,8 +188,6 @@ class Run:
         settings, preferences = self.config.train, self.preferences
         layers = RecomputedLayers(settings, shape_of(model.config, FAMILIES[self.base.architecture]))
         self.micro_batch.set_layers(layers)
-        if settings.use_liger_kernel:
-            use_liger(model)
         paired = preferences is not None and preferences.answers_per_row == 2
         self.sharing = resolve_sharing(
             train["input_ids"],

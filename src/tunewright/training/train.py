@@ -41,7 +41,8 @@ from tunewright.training.history import (
     require_trackers,
     tracked_in,
 )
-from tunewright.training.lora import require_liger, require_precision
+from tunewright.training.liger import require_liger
+from tunewright.training.lora import require_precision
 from tunewright.training.monitoring import DevTask, UnstableRunError, dev_task
 from tunewright.training.packing.order import ORDER
 from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
@@ -260,7 +261,7 @@ def _require_supported(config: Config, base: Base, reporter: Reporter) -> None:
     require_targets(config.train.target_modules, base.architecture)
     require_quantizable(config.train.quantization, base.architecture, "train.quantization")
     require_bitsandbytes(config.train.quantization, "train.quantization")
-    require_liger(config.train.use_liger_kernel)
+    require_liger(config.train.use_liger_kernel, base.architecture)
     require_precision(config.train)
     if distributed.is_sharded():
         require_fsdp_supported(config.train)
