@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -20,6 +21,11 @@ from tunewright.models.sources import BUNDLED, BUNDLED_TRAINING
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
+
+_WITHOUT_DECOMPOSITION = str.maketrans(
+    {"æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"}
+)
+"""Latin letters that Unicode does not decompose into a letter and marks."""
 
 
 class OpenProject(OpenFolder):
@@ -47,7 +53,9 @@ class OpenProject(OpenFolder):
 
 def project_name(root: Path) -> str:
     """Return a valid project name that resembles the folder's name."""
-    name = re.sub("[^a-z0-9]+", "-", root.resolve().name.lower()).strip("-")
+    letters = unicodedata.normalize("NFKD", root.resolve().name.casefold().translate(_WITHOUT_DECOMPOSITION))
+    plain = "".join(each for each in letters if not unicodedata.combining(each))
+    name = re.sub("[^a-z0-9]+", "-", plain).strip("-")
     return name[:40] or "my-model"
 
 

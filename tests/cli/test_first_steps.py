@@ -29,6 +29,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
 from tunewright.core.locks import locked_folder
 from tunewright.evaluation.access_log import AccessLog
+from tunewright.open_project import project_name
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.options import ServeOptions
 from tunewright.studio import Studio
@@ -226,13 +227,20 @@ def test_init_takes_the_folders_name_and_names_the_base(tmp_path: Path, monkeypa
     (tmp_path / "Ärzte & Ämter").mkdir()
     monkeypatch.chdir(tmp_path / "Ärzte & Ämter")
     ran = tunewright("init")
-    assert "Name: rzte-mter, from the folder (--name chooses another)\n" in ran.stdout
+    assert "Name: arzte-amter, from the folder (--name chooses another)\n" in ran.stdout
     assert "Base model: bundled:smollm2-135m-instruct (base_model in tunewright.yaml names another" in ran.stdout
     assert "Next: name your files under data.sources in tunewright.yaml, then: tunewright run\n" in ran.stdout
     monkeypatch.chdir(tmp_path)
     ran = tunewright("init", "long" * 20, "--json")
     assert ran.document["name"] == ("long" * 10)
     assert tunewright("config", "show", "-p", "long" * 20).code == 0
+    names = {
+        "Jörg Müller": "jorg-muller",
+        "Straße_Ærø": "strasse-aero",
+        "İstanbul Łódź": "istanbul-lodz",
+        "模型": "my-model",
+    }
+    assert {folder: project_name(tmp_path / folder) for folder in names} == names
 
 
 def test_init_names_what_works_for_a_set_that_is_too_small_to_train_on(
