@@ -253,16 +253,50 @@ def test_init_names_what_works_for_a_set_that_is_too_small_to_train_on(
     assert ran.stdout.endswith("Next: cd small && tunewright data add ../a.csv && tunewright advise\n")
 
 
-def test_init_reads_all_files_and_names_a_split_by_their_authors(
+def test_init_reads_all_files_and_writes_the_split_that_their_names_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("train", "test"):
         as_csv(Path(f"{name}.csv"), [{"input": f"{name} {n}", "output": "ab"[n % 2]} for n in range(40)])
-    ran = tunewright("init", "p", "--data", "train.csv", "--data", "test.csv")
-    assert "2 different answers in 80 rows" in ran.stdout and "About" not in ran.stdout
-    assert "train.csv and test.csv seem to be a split by their authors" in ran.stderr
-    assert config_of(Path("p"))["data"]["sources"] == ["../train.csv", "../test.csv"]
+    ran = tunewright("init", "p", "--data", "test.csv", "--data", "./train.csv")
+    assert "2 different answers in 80 rows" in ran.stdout
+    assert "Split: train.csv is train, test.csv is test, by their names; dev is drawn from train (data.s" in ran.stdout
+    assert "About 36 training pairs, and training requires 50" in ran.stdout
+    assert "tunewright data add ../train.csv ../test.csv && tunewright advise" in ran.stdout
+    assert "seem to be a split" not in ran.stderr
+    given = {"train": "../train.csv", "test": "../test.csv"}
+    assert config_of(Path("p"))["data"]["sources"] == [{"path": path, "split": split} for split, path in given.items()]
+    added = tunewright("data", "add", "train.csv", "test.csv", "-p", "p", "--json").document
+    assert added["version"]["counts"]["test"] == 40
+    as_csv(Path("Validation_2.csv"), [{"input": f"dev {n}", "output": "ab"[n % 2]} for n in range(9)])
+    ran = tunewright(
+        "init", "v", *(word for name in ("train", "test", "Validation_2") for word in ("--data", f"{name}.csv"))
+    )
+    assert "Validation_2.csv is dev, by their names (data.s" in ran.stdout and "About 40 training pairs" in ran.stdout
+
+
+def test_init_writes_no_split_that_the_names_of_files_leave_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "test", "train_test", "more", "val"):
+        as_csv(Path(f"{name}.csv"), [{"input": f"{name} {n}", "output": "ab"[n % 2]} for n in range(40)])
+    for number, names in enumerate((("train", "test", "more"), ("train", "train_test"), ("train", "val"), ("test",))):
+        ran = tunewright("init", f"{number}", *(word for name in names for word in ("--data", f"{name}.csv")))
+        assert (ran.code, "Split:" in ran.stdout) == (0, False)
+        assert config_of(Path(f"{number}"))["data"]["sources"] == [f"../{name}.csv" for name in names]
+    assert (
+        "train.csv and test.csv seem to be a split by their authors"
+        in tunewright("init", "p", "--data", "train.csv", "--data", "test.csv", "--data", "more.csv").stderr
+    )
+
+
+def test_init_refuses_files_without_examples_and_several_for_an_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    as_csv(Path("a.csv"), [{"input": f"{n}", "output": "ab"[n % 2]} for n in range(40)])
     Path("labels.json").write_text('["a", "b"]')
     ran = tunewright("init", "q", "--data", ".")
     assert (ran.code, Path("q").exists()) == (2, False)

@@ -24,6 +24,7 @@ from tunewright.render.blocks import Block, Lead, table, words
 
 if TYPE_CHECKING:
     from tunewright.data.migrate import Service
+    from tunewright.data.task import Proposal
     from tunewright.demo import DemoAnswers, TwoTenants
     from tunewright.evidence.schema import Advice
     from tunewright.pipeline import RunResult
@@ -100,19 +101,17 @@ def init(
             found = replace(found, name=task, because="--task")
         if not data and not given and not run.as_json and interactive():
             found = ask(run)
-        sections = found.sections(directory) if found else {}
-        project = new_project(directory, name=name, base_model=base, sections=sections)
+        project = new_project(
+            directory, name=name, base_model=base, sections=found.sections(directory) if found else {}
+        )
         document, lines = {"project": str(directory), "files": [CONFIG_FILE]}, []
         next_command = "tunewright run" if found else ADD_FILES
         if found:
             document |= {"task": found.name, **found.columns, "metric": found.task.metric}
-            lines.append(f"Task: {found.name} ({found.because})")
-            lines.append(f"Metric: {json.dumps(found.task.metric)} ({found.task.why})")
-            data_config = project.config.data
-            training = round(found.rows * (1 - data_config.val_size - data_config.test_size))
-            if few := too_few(training):
+            lines = _proposal_lines(found)
+            if few := too_few(found.training_rows):
                 lines.append(f"About {few}")
-                next_command = f"tunewright data add {shlex.join(sections['data']['sources'])} && tunewright advise"
+                next_command = f"tunewright data add {shlex.join(found.paths(directory))} && tunewright advise"
     config = project.config
     document |= {"name": config.name, "base_model": config.base_model}
     written = [
@@ -121,6 +120,19 @@ def init(
         f"Base model: {config.base_model} (base_model in tunewright.yaml names another: a folder or a hub id)",
     ]
     run.show(document, "\n".join([*written, *lines, f"Next: {there}{next_command}"]))
+
+
+def _proposal_lines(found: Proposal) -> list[str]:
+    """Return lines on the proposed task and metric, and on the split that names of files say."""
+    lines = [
+        f"Task: {found.name} ({found.because})",
+        f"Metric: {json.dumps(found.task.metric)} ({found.task.why})",
+    ]
+    if found.splits:
+        named = ", ".join(f"{Path(name).name} is {found.splits[name]}" for name in found.sources)
+        dev = "" if "dev" in found.splits.values() else "; dev is drawn from train"
+        lines.append(f"Split: {named}, by their names{dev} (data.sources in tunewright.yaml changes it)")
+    return lines
 
 
 config_app = group("config", PROJECT, "Show the config's resolved values and its JSON Schema.")

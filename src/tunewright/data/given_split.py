@@ -86,6 +86,15 @@ def splits_of_files(
     return found
 
 
+def split_by_name(path: Path) -> Split | None:
+    """Return the split that one of the words of a file's name says, as in train-0001.csv; None for two splits."""
+    found: set[Split] = set()
+    for word in re.split(r"[\W\d_]+", path.name):
+        with suppress(ValueError):
+            found.add(read_split(word))
+    return found.pop() if len(found) == 1 else None
+
+
 def unused_split_notice(files: Iterable[Path]) -> str | None:
     """Return a notice if the names of files without a split say that there is one, such as train.csv and test.csv."""
     named: dict[Split, Path] = {}

@@ -6,21 +6,21 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tunewright.config import DataConfig
+from tunewright.config import DataConfig, Split
 from tunewright.core.errors import UserError
 from tunewright.core.options import TaskName
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, first_of
 from tunewright.data.add import map_columns
 from tunewright.data.examples import MOST_CLASSES, Example
-from tunewright.data.given_split import unused_split_notice
+from tunewright.data.given_split import split_by_name, unused_split_notice
 from tunewright.data.options import ColumnMapping
 from tunewright.data.preview import first_rows
 from tunewright.data.readers import Fault, SourceRow, scan_pairs
@@ -124,7 +124,9 @@ class Proposal(TaskOfAnswers):
     data: DataConfig
     first: Example
     rows: int
-    """Examples among the first rows, which are all rows of small sources."""
+    """Examples among the first rows, which are all rows of small sources; of a split by names, those of train."""
+    splits: Mapping[str, Split]
+    """The split of each source, if all are files whose names say it; empty if not."""
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -138,12 +140,26 @@ class Proposal(TaskOfAnswers):
         named = [f"{key}: {value}" for key, value in self.columns.items()]
         return [f"{self.sources[0]}: {self.format}", *named, f"First input: {first[0]}", f"First output: {first[1]}"]
 
-    def sections(self, directory: Path) -> dict[str, dict[str, Any]]:
-        """Return the config's sections for a project in ``directory``; relative paths become relative to it."""
-        sources = [
+    @property
+    def training_rows(self) -> int:
+        """Return about how many of ``rows`` are for training, once dev and test are drawn if no file is theirs."""
+        given = self.splits.values()
+        drawn = {"dev": self.data.val_size, "test": self.data.test_size}
+        return round(self.rows * (1 - sum(share for split, share in drawn.items() if split not in given)))
+
+    def paths(self, directory: Path) -> list[str]:
+        """Return the sources for a project in ``directory``; relative paths become relative to it."""
+        return [
             name if is_hub_name(name) or Path(name).is_absolute() else Path(os.path.relpath(name, directory)).as_posix()
             for name in self.sources
         ]
+
+    def sections(self, directory: Path) -> dict[str, dict[str, Any]]:
+        """Return the config's sections for a project in ``directory``."""
+        sources: list[Any] = self.paths(directory)
+        if self.splits:
+            pairs = zip(sources, self.sources, strict=True)
+            sources = [{"path": path, "split": self.splits[name]} for path, name in pairs]
         return {"data": {"sources": sources, **self.columns}, "evaluate": self.metrics}
 
 
@@ -154,8 +170,11 @@ def propose(sources: Sequence[str], mapping: ColumnMapping, reporter: Reporter) 
         AmbiguousColumnsError: the names of the columns do not say which are input and output.
         UserError: a file cannot be read, or none of its first rows is an example.
     """
+    splits = _splits_by_name(sources)
+    if splits:  # training files decide the format, and their rows are counted
+        sources = sorted(sources, key=lambda name: splits[name] != "train")
     files = source_files(sources, reporter)
-    if notice := unused_split_notice(files):
+    if not splits and (notice := unused_split_notice(files)):
         reporter.say(notice)
     file = files[0]
     data = map_columns(DataConfig(), mapping, [file])
@@ -172,14 +191,31 @@ def propose(sources: Sequence[str], mapping: ColumnMapping, reporter: Reporter) 
         rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
         examples = [row.example for row in rows if isinstance(row, SourceRow)]
     _require_example(rows)
+    count = len(examples)
     for other in files[1:]:
         if len(examples) < _LOOKED_AT:
             rows = list(islice(scan_pairs(other, data, []), _LOOKED_AT - len(examples)))
             _require_example(rows)
-            examples += [row.example for row in rows if isinstance(row, SourceRow)]
-    found = vars(task_of(examples))
-    kind, count = open_source(file, data, []).kind, len(examples)
-    return Proposal(**found, sources=tuple(sources), format=kind, data=data, first=examples[0], rows=count)
+            more = [row.example for row in rows if isinstance(row, SourceRow)]
+            examples += more
+            count += len(more) if not splits or split_by_name(other) == "train" else 0
+    kind = open_source(file, data, []).kind
+    return Proposal(
+        **vars(task_of(examples)),
+        sources=tuple(sources),
+        format=kind,
+        data=data,
+        first=examples[0],
+        rows=count,
+        splits=splits,
+    )
+
+
+def _splits_by_name(sources: Sequence[str]) -> dict[str, Split]:
+    """Return each source's split, if all are files whose names say it and train and test are among them."""
+    named = {name: split_by_name(Path(name)) for name in sources if Path(name).is_file()}
+    splits = {name: split for name, split in named.items() if split is not None}
+    return splits if len(splits) == len(set(sources)) and {"train", "test"} <= set(splits.values()) else {}
 
 
 def _require_example(rows: Sequence[SourceRow | Fault]) -> None:
