@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages reference surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel bounds notebook audit sbom environments checks release release-files check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve messages reference surface test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz fuzz-hour test-vllm test-vllm-workers engines engines-cuda test-ray test-clients test-deploy test-demo test-wheel bounds notebook audit sbom environments checks release release-files check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -126,6 +126,10 @@ engines: $(VENV)/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
 	$(BIN)/tunewright engine install llmcompressor --to build/llmcompressor
 
+# vLLM's CUDA build, installed, imported and removed again; it needs no card. 4 GB to download, 11 GB of free disk.
+engines-cuda: $(VENV)/.installed
+	$(BIN)/python tests/check_engines.py build/engines-cuda
+
 # Datasets on a Ray cluster of several raylets on this machine, and what happens when one of them is killed.
 test-ray: build/ray/.installed
 	build/ray/bin/python -m pytest -m "ray and not vllm$(if $(filter no,$(RELEASE)), and not release)" tests/compute $(ARGS)
@@ -213,7 +217,7 @@ environments: $(patsubst %,build/%/.installed,clients deploy ray audit packaging
 
 # `make release VERSION=0.9.0`: CONTRIBUTING.md, "Release". What has passed on this commit is not repeated. WITHOUT="audit
 # fuzz-hour" leaves checks out, and the output is then no release. `make release-files` runs none. The longest come first.
-RELEASE_CHECKS := environments fuzz-hour test-all bounds $(CHECKS)
+RELEASE_CHECKS := environments fuzz-hour test-all bounds engines-cuda $(CHECKS)
 release release-files: $(VENV)/.installed
 	$(BIN)/python tests/release.py '$(VERSION)' $(if $(filter %-files,$@),--files) --without $(WITHOUT) --checks $(RELEASE_CHECKS)
 

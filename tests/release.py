@@ -39,7 +39,7 @@ WHOLE = ("RELEASE=yes", "EXAMPLES=all", "ADVISORIES=", "ARGS=")
 AT_ONCE = 3
 FIRST = "environments"
 """Runs before the others and next to none of them: two checks would install one environment at the same time."""
-APART = ({"test-ray", "test-vllm", "test-vllm-workers"}, {"bounds", "test-wheel"})
+APART = ({"test-ray", "test-vllm", "test-vllm-workers"}, {"bounds", "engines-cuda", "test-wheel"})
 """Checks that do not run next to each other: clusters and engines of one machine, and gigabytes of environments."""
 
 

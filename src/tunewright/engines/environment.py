@@ -247,8 +247,10 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
         # Most of these gigabytes are never imported; Python compiles the imported modules at the first start.
         options = ("--no-deps", "--no-compile", "--no-input", "--disable-pip-version-check")
         pip = [str(folder / "bin" / "pip"), "install", *options]
+        # With two equals signs pip would take 2.13.0+cpu, from a folder or a second index, for 2.13.0.
+        exact = [pin.replace("==", "===") for pin in group]
         try:
-            _run([*pip, *group], folder)
+            _run([*pip, *exact], folder)
         except UserError as error:
             if "No matching distribution" not in error.what or not any("+cpu" in pin for pin in group):
                 raise
@@ -259,7 +261,7 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
                     fix="PyTorch has a separate package index for these; its Get Started page has the address for CPU. "
                     "Set it with --torch-index.",
                 ) from None
-            _run([*pip, "--extra-index-url", torch_index, *group], folder)
+            _run([*pip, "--extra-index-url", torch_index, *exact], folder)
         task.advance(len(group), note=group[-1])
 
 

@@ -19,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import check_engines
 from making.vllm_child import StopAfter
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
@@ -150,6 +151,33 @@ def test_install_names_the_driver_that_its_torch_needs_when_it_can_use_no_gpu(wh
     for warning in reporter.warnings:
         assert "too old (found version 12020). Its torch is built for CUDA 13.0" in warning
         assert "driver 580 or later" in warning
+
+
+@pytest.mark.parametrize(
+    ("torch", "also", "code"), [("1.0", (), 0), ("1.0+cpu", (), 1), ("1.0", ("small-three==1.0",), 1)]
+)
+def test_release_check_of_the_cuda_build_fails_on_unmet_requirements_and_on_a_torch_without_cuda(
+    torch: str,
+    also: tuple[str, ...],
+    code: int,
+    wheels: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "")  # what the script sets is undone after the test
+    cuda = "class version:\n    cuda = '13.0'\n\ndef zeros(*_, **__):\n    raise RuntimeError('no driver')\n"
+    for version in ("1.0", "1.0+cpu"):  # pip prefers the second one for 1.0
+        _wheel(wheels, "torch", version, code=f"__version__ = {version!r}\n{cuda}")
+    _wheel(wheels, "small_three", "1.0", requires="Requires-Dist: small_two>=3\n")
+    probe = "import json, torch; print(json.dumps({'torch': torch.__version__}))"
+    place = tmp_path / "place"
+    assert check_engines.main(place, requirements=(*PINS, f"torch=={torch}", *also), probe=probe) == code
+    assert ("FAILED: " in capsys.readouterr().out) == bool(code)
+    assert not place.exists(), "a complete environment would pass without a check"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="not installed"):
+        environment.find(VLLM, "cuda")
 
 
 @pytest.fixture(scope="module")
