@@ -270,6 +270,21 @@ def test_unread_document_names_options_that_read_it(
     assert _check(project, path, *options)[0]["examples"] == 20
 
 
+def test_unread_document_of_marked_sentences_names_options_that_fit_all_files(project: Path, tmp_path: Path) -> None:
+    paths = []
+    for name in ("PlayMusic", "AddToPlaylist"):
+        rows = [
+            {"data": [{"text": "a", "entity": "article"}, {"text": f" {asked}"}, {"text": name, "entity": "intent"}]}
+            for asked, _ in PAIRS
+        ]
+        paths.append(_save(tmp_path / f"train_{name}_full.json", json.dumps({name: rows}, indent=1)))
+        ran = command("init", tmp_path / "new", "--data", paths[-1])
+        assert "Use --rows '*[]', or set data.rows" in ran.stderr and f"Keys: {name}; of a row: data." in ran.stderr
+    columns = ("--input", "{{ data | map(attribute='text') | join }}", "--output", "{{ above[0] }}")
+    ran = command("data", "check", *paths, "--rows", "*[]", *columns, "-p", project, "--json")
+    assert [file["examples"] for file in ran.document["files"]] == [20, 20]
+
+
 def test_document_of_columns_is_refused_as_such(project: Path, tmp_path: Path) -> None:
     columns = {name: {str(n): row[at] for n, row in enumerate(ARRAYS)} for at, name in enumerate(("q", "a"))}
     _, error = _check(project, _save(tmp_path / "a.json", json.dumps(columns)), code=2)

@@ -358,12 +358,16 @@ def _select(document: _Document, expression: str) -> list[Any]:
         return found
     kind = {dict: "one object", str: "a text", bool: "true or false"}.get(type(found), "a number")
     what = "nothing" if found is None or found == [] else f"{kind} instead of a list of rows"
-    raise UserError(f"{expression!r} selects {what} in {document.path}", where=_WHERE, fix=_shape(document.value))
+    raise UserError(
+        f"{expression!r} selects {what} in {document.path}",
+        where=_WHERE,
+        fix=_shape(document.value, document.path.name),
+    )
 
 
-def _shape(value: Any) -> str:
+def _shape(value: Any, file_name: str) -> str:
     if isinstance(value, dict):
-        hint = rows_hint(value)
+        hint = rows_hint(value, file_name)
         return f"The document's keys: {first_of(value)}.{f' Its rows seem to be at {hint}.' if hint else ''}"
     items = [row_object(each) for each in value if isinstance(each, dict | list)] if isinstance(value, list) else []
     if not items:
@@ -416,25 +420,32 @@ def _outside_rows(document: _Document, place: int, fault: RowError) -> UserError
     return UserError(f"Outside the rows that data.rows selects: {fault}", where=where, fix=CODES[fault.code][1])
 
 
-def rows_hint(document: dict[str, Any]) -> str | None:
+def rows_hint(document: dict[str, Any], file_name: str) -> str | None:
     """Return the expression for the rows in a document whose values seem to contain them; None if no value does.
 
-    Rows are objects, or arrays of texts.
+    Rows are objects, or arrays of texts. An only key that is a part of the file's name differs from file to file.
     """
     if not document:
         return None
     if all(isinstance(value, dict) for value in document.values()):
         return "values(@)"
     lists = [key for key, value in document.items() if _holds_rows(value)]
-    if len(lists) == len(document) and len(lists) > 1:
+    if len(lists) == len(document) and (len(lists) > 1 or lists[0] in file_name):
         return "*[]"
     return _key(lists[0]) if lists else None
 
 
 def array_hint(item: dict[str, Any]) -> str | None:
-    """Return the expression for rows in the objects of an array like this item, which has the rows under a key."""
-    key = next((key for key, value in item.items() if _holds_rows(value)), None)
+    """Return the expression for rows in the objects of an array like this item, which has the rows under a key.
+
+    Objects of one text, such as the pieces of a sentence with marked words, are no rows.
+    """
+    key = next((key for key, value in item.items() if _holds_rows(value) and not any(map(_is_text, value))), None)
     return None if key is None else f"[].{_key(key)}[]"
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, dict) and len(item) == 1 and isinstance(next(iter(item.values())), str)
 
 
 def _key(name: str) -> str:

@@ -207,7 +207,7 @@ def _no_container(rows: Iterator[RawRow], path: Path, data: DataConfig, *, array
         raise RowsElsewhereError(
             "The only object has columns instead of rows", where=f"{path}:{first[0].line}", fix=fix
         )
-    hint = array_hint(row) if array else rows_hint(row)
+    hint = array_hint(row) if array else rows_hint(row, path.name)
     if hint and (fault := _no_row(row, data)):
         what = "The objects of the array are not rows" if array else "The only object is not a row"
         options, keys = _reading_options(hint, [row] if array else row, data)
