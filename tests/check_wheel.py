@@ -92,7 +92,7 @@ def main() -> None:
             home.mkdir(parents=True)
             person = Person(home, programs)
             command = install(way, found[minor], str(wheel), person, constrained=True)
-            check_without_torch(command, person, way)
+            check_without_torch(command, person, way, wheel)
             check_first_use(command, person, home, home / ".cache")
             check_without_rights(command, person)
             say(f"Python 3.{minor}, {way}: installs without torch; checks, reports, and fetches the example's data")
@@ -170,7 +170,7 @@ def install(way: str, python: str, wheel: str, person: Person, *, constrained: b
     return str(environment / "bin" / "tunewright")
 
 
-def check_without_torch(command: str, person: Person, way: str) -> None:
+def check_without_torch(command: str, person: Person, way: str, wheel: Path) -> None:
     """Use what an installation without extras promises."""
     assert not list(Path(command).resolve().parents[1].glob("lib/*/site-packages/torch"))
     assert "Usage: tunewright" in person.run(command, "--help")
@@ -185,7 +185,7 @@ def check_without_torch(command: str, person: Person, way: str) -> None:
     for words in (("data", "log"), ("adapters", "list"), ("report",)):
         person.run(command, *words, "-p", "golden")
     hint = {"pip": "pip install", "uv": "uv tool install"}[way]
-    assert f"{hint} 'tunewright[train]'" in person.run(command, "demo", "demo", code=2)
+    assert f"{hint} 'tunewright[train] @ {wheel.as_uri()}'" in person.run(command, "demo", "demo", code=2)
     person.run(command, "init", "orders", "--example", "orders")
     agent = Path("orders", "agent.py")
     assert (person.home / agent).read_bytes() == (ROOT / "examples" / agent).read_bytes()

@@ -381,7 +381,8 @@ def test_pins_are_those_of_the_environments_that_are_built() -> None:
 
 def _install_command(environment: Path, arguments: str) -> str:
     """Return the command in a virtual environment of its own, as the program of that environment would print it."""
-    path = os.pathsep.join([str(Path(tunewright.__file__).parents[1]), *filter(None, sys.path)])
+    source = Path(tunewright.__file__).parents[1]
+    path = os.pathsep.join([str(environment / "receipts"), str(source), *filter(None, sys.path)])
     program = f"from tunewright.core.installation import install_command; print(install_command({arguments}))"
     return subprocess.run(
         [environment / "bin" / "python", "-c", program],
@@ -415,3 +416,30 @@ def test_install_command_fits_the_program_that_installed_tunewright(tmp_path: Pa
     metadata.write_text(json.dumps({"main_package": {"package_or_url": "/w/tunewright.whl[train]"}}))
     assert _install_command(environment, extra) == "pipx inject tunewright 'tunewright[train,gguf]'"
     assert _install_command(environment, package) == "pipx inject tunewright mlflow"
+
+
+def test_install_command_names_the_file_that_tunewright_was_installed_from(tmp_path: Path) -> None:
+    environment, wheel = tmp_path / "environment", tmp_path / "a wheel" / "tunewright-0.9.0-py3-none-any.whl"
+    venv.create(environment)
+    about = environment / "receipts" / "tunewright-0.9.0.dist-info"
+    for folder in (about, wheel.parent):
+        folder.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.4\nName: tunewright\nVersion: 0.9.0\n")
+    receipt = about / "direct_url.json"
+    receipt.write_text(json.dumps({"url": wheel.as_uri(), "archive_info": {}}))
+    extra, package, file = (
+        "'gguf'",
+        "packages=['mlflow']",
+        f"tunewright[gguf] @ file://{tmp_path}/a%20wheel/{wheel.name}",
+    )
+    from_index = _install_command(environment, extra)
+    assert "tunewright[gguf]" in from_index and "file:" not in from_index  # the wheel is gone
+    wheel.touch()
+    assert _install_command(environment, extra) == from_index.replace("tunewright[gguf]", file)
+    assert "tunewright" not in _install_command(environment, package)
+    (environment / "uv-receipt.toml").write_text('[tool]\nrequirements = [{ name = "tunewright" }]\n')
+    assert _install_command(environment, extra) == f"uv tool install '{file}'"
+    assert _install_command(environment, package) == f"uv tool install '{file.replace('[gguf]', '')}' --with mlflow"
+    for other in ({"url": tmp_path.as_uri(), "dir_info": {}}, {"url": "https://host/a.whl"}, {}, [], None):
+        receipt.write_text(json.dumps(other))
+        assert _install_command(environment, extra) == "uv tool install 'tunewright[gguf]'"

@@ -8,8 +8,10 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Sequence
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 
 def install_command(*extras: str, packages: Sequence[str] = (), again: bool = False) -> str:
@@ -41,7 +43,17 @@ def install_command(*extras: str, packages: Sequence[str] = (), again: bool = Fa
         receipt = uv_tool if uv_tool.exists() else pipx
         unread = f" (add the extras and packages that you have: {receipt} cannot be read)"
     named = ",".join(dict.fromkeys([*before, *extras]))
-    words = [f"tunewright[{named}]"] if named else ["tunewright"] if uv_tool.exists() else []
+    file = _installed_file()
+    words = [f"tunewright[{named}]{file}"] if named else [f"tunewright{file}"] if uv_tool.exists() else []
     for each in dict.fromkeys(packages):
         words += ["--with", each] if uv_tool.exists() else [each]
     return shlex.join([*program.split(), *[option] * again, *words]) + unread
+
+
+def _installed_file() -> str:
+    """Return the file that tunewright was installed from, as in `` @ file:///tunewright.whl``; empty for an index."""
+    try:
+        url = json.loads(distribution("tunewright").read_text("direct_url.json") or "")["url"]  # PEP 610
+        return f" @ {url}" if url.startswith("file:") and Path(unquote(urlsplit(url).path)).is_file() else ""
+    except (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
