@@ -440,6 +440,7 @@ def test_install_command_names_the_file_that_tunewright_was_installed_from(tmp_p
     (environment / "uv-receipt.toml").write_text('[tool]\nrequirements = [{ name = "tunewright" }]\n')
     assert _install_command(environment, extra) == f"uv tool install '{file}'"
     assert _install_command(environment, package) == f"uv tool install '{file.replace('[gguf]', '')}' --with mlflow"
-    for other in ({"url": tmp_path.as_uri(), "dir_info": {}}, {"url": "https://host/a.whl"}, {}, [], None):
+    others: list[object] = [{"url": tmp_path.as_uri(), "dir_info": {}}, {"url": "https://host/a.whl"}, {}, [], None]
+    for other in others:
         receipt.write_text(json.dumps(other))
         assert _install_command(environment, extra) == "uv tool install 'tunewright[gguf]'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,8 +78,6 @@ def init(
     On a terminal and without options it asks for the file and the task.
     """
     from tunewright.config.project import CONFIG_FILE, create_project
-    from tunewright.data.splits import too_few
-    from tunewright.examples import example_files
     from tunewright.open_project import check_new_project, new_project
 
     there = "" if directory.resolve() == Path().resolve() else f"cd {shlex.quote(str(directory))} && "
@@ -87,11 +86,7 @@ def init(
         raise UserError(f"{given[0]} requires --data")
     given += [f"--{key}" for key, value in {"name": name, "base": base}.items() if value is not None]
     if example is not None:
-        if given:
-            raise UserError(f"{given[0]} and --example are mutually exclusive")
-        if data and len(data) > 1:
-            raise UserError(f"--example takes one --data (got {len(data)})")
-        files = example_files(example, Path(data[0]) if data else None, run.reporter)
+        files = _example_files(run, example, data or [], given)
         project, lines, next_command = create_project(directory, files), list[str](), "tunewright run"
         document: dict[str, Any] = {"project": str(directory), "files": sorted(files)}
     else:
@@ -104,14 +99,10 @@ def init(
         project = new_project(
             directory, name=name, base_model=base, sections=found.sections(directory) if found else {}
         )
-        document, lines = {"project": str(directory), "files": [CONFIG_FILE]}, []
-        next_command = "tunewright run" if found else ADD_FILES
+        document, lines, next_command = {"project": str(directory), "files": [CONFIG_FILE]}, [], ADD_FILES
         if found:
             document |= {"task": found.name, **found.columns, "metric": found.task.metric}
-            lines = _proposal_lines(found)
-            if few := too_few(found.training_rows):
-                lines.append(f"About {few}")
-                next_command = f"tunewright data add {shlex.join(found.paths(directory))} && tunewright advise"
+            lines, next_command = _proposal(found, directory)
     config = project.config
     document |= {"name": config.name, "base_model": config.base_model}
     written = [
@@ -122,8 +113,21 @@ def init(
     run.show(document, "\n".join([*written, *lines, f"Next: {there}{next_command}"]))
 
 
-def _proposal_lines(found: Proposal) -> list[str]:
-    """Return lines on the proposed task and metric, and on the split that names of files say."""
+def _example_files(run: Session, example: str, data: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Return the files of an example project; options of other projects are refused."""
+    from tunewright.examples import example_files
+
+    if given:
+        raise UserError(f"{given[0]} and --example are mutually exclusive")
+    if len(data) > 1:
+        raise UserError(f"--example takes one --data (got {len(data)})")
+    return example_files(example, Path(data[0]) if data else None, run.reporter)
+
+
+def _proposal(found: Proposal, directory: Path) -> tuple[list[str], str]:
+    """Return lines on the proposed task, metric and split, and the next command."""
+    from tunewright.data.splits import too_few
+
     lines = [
         f"Task: {found.name} ({found.because})",
         f"Metric: {json.dumps(found.task.metric)} ({found.task.why})",
@@ -132,7 +136,10 @@ def _proposal_lines(found: Proposal) -> list[str]:
         named = ", ".join(f"{Path(name).name} is {found.splits[name]}" for name in found.sources)
         dev = "" if "dev" in found.splits.values() else "; dev is drawn from train"
         lines.append(f"Split: {named}, by their names{dev} (data.sources in tunewright.yaml changes it)")
-    return lines
+    if few := too_few(found.training_rows):
+        add = shlex.join(found.paths(directory))
+        return [*lines, f"About {few}"], f"tunewright data add {add} && tunewright advise"
+    return lines, "tunewright run"
 
 
 config_app = group("config", PROJECT, "Show the config's resolved values and its JSON Schema.")
