@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.signing import store_signer
-from tunewright.core.errors import UserError, require_torch
+from tunewright.core.errors import require_torch
 from tunewright.data.add import AddResult
 from tunewright.data.options import AddOptions
-from tunewright.data.readers.source_files import is_hub_name
 from tunewright.data.versions import load_version
 from tunewright.evaluation import data_verbs
 from tunewright.evaluation.frozen_answers import require_ready
@@ -75,17 +74,9 @@ def run(
         project.reporter.say(f"{name}: {'done' if computed else 'unchanged'}, {what}")
 
     done = stage_done or report_stage
-    sources = project.folder.config.data.sources
     require_torch()
     require_trackers(project.folder.config.train.report_to)
-    if not sources:
-        raise UserError(
-            "The config lists no sources of pairs",
-            where="data.sources",
-            fix="List your files, such as sources: [pairs.jsonl]",
-        )
-    files = [each.path if is_hub_name(each.path) else project.folder.root / each.path for each in sources]
-    added = data_verbs.add(project, files, AddOptions(skip_bad=skip_bad))
+    added = data_verbs.add(project, options=AddOptions(skip_bad=skip_bad))
     done("data", added.created, f"version {added.version.digest[:12]}")
     require_significance(current_split_power(project), force=force, reporter=project.reporter)
     require_ready(project.folder, load_version(project.folder.dataset), asked_splits("test"), project.reporter)

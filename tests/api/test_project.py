@@ -16,6 +16,7 @@ from making.command_line import tunewright as command
 from tunewright.cli import commands
 from tunewright.core.errors import UserError
 from tunewright.data.options import ReviewOptions
+from tunewright.data.preview import Preview
 
 NO_VERBS = {"doctor", "init", "config", "demo", "migrate", "studio", "tenant", "audit", "engine"}
 """Commands without a project, and those of its serving state (`project.state`) or of the machine (engines)."""
@@ -65,6 +66,40 @@ def test_python_and_command_line_create_the_same_versions(tmp_path: Path, tiny_b
     with pytest.raises(UserError, match="has no row"):
         data.show(row.key)
     assert data.verify().ok
+
+
+def test_data_add_and_check_take_the_configured_sources(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    config = folder / "tunewright.yaml"
+    text = config.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)  # sources are relative to the project
+
+    config.write_text(text.replace("sources:", "#sources:"), encoding="utf-8")
+    bare = tunewright.open(folder).data
+    for call in (bare.add, bare.check):
+        with pytest.raises(UserError, match=r"(?s)^data\.sources: The config lists no sources .* data add FILE"):
+            call()
+    for name in ("add", "check"):
+        refused = command("data", name, "-p", folder)
+        assert refused.code == 2
+        assert "data.sources: The config lists no sources" in refused.stderr
+
+    config.write_text(text, encoding="utf-8")
+    checked = tunewright.open(folder).data.check()
+    assert isinstance(checked, Preview)
+    assert checked.effect is not None
+    by_command = command("data", "check", "--skip-bad", "-p", folder, "--json").document
+    assert by_command["effect"]["added"] == checked.effect.added > 0
+    assert [Path(file["source"]).name for file in by_command["files"]] == ["pairs.jsonl"]
+    assert not (folder / "dataset").exists()
+
+    added = command("data", "add", "-p", folder, "--json").document
+    assert added["added"] == checked.effect.added
+    assert not tunewright.open(folder).data.add().created
+    assert "percentiles" in command("data", "check", "-p", folder, "--json").document["splits"][0]
+    assert command("data", "check", "--skip-bad", "-p", folder).code == 2
 
 
 def test_command_line_resumes_a_review_begun_in_python(tmp_path: Path, tiny_base_folder: Path) -> None:

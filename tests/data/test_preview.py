@@ -177,6 +177,7 @@ def test_check_command_refuses_options_without_effect(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", _rows(30))
     fixed = tunewright("data", "check", path, "--fix", tmp_path / "b.jsonl", "--replace", "-p", project.root)
     assert (fixed.code, "--fix does not use --replace" in fixed.stderr) == (2, True)
+    assert tunewright("data", "add", path, "-p", project.root).code == 0
     version = tunewright("data", "check", "--skip-bad", "-p", project.root)
     assert (version.code, "--skip-bad requires files" in version.stderr) == (2, True)
 

@@ -37,11 +37,12 @@ data_app = group("data", DATA, "Add, check, review, version and share training p
 def data_add(
     run: Session,
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            help="Files of pairs (JSON, CSV, .xlsx, Parquet, saved `datasets` folders), folders or patterns."
+            help="Files of pairs (JSON, CSV, .xlsx, Parquet, saved `datasets` folders), folders or patterns.",
+            show_default="data.sources in the config",
         ),
-    ],
+    ] = None,
     options: AddOptions = AddOptions(),
     message: Annotated[str, typer.Option("--message", "-m", help="Message stored with the version.")] = "",
 ) -> None:
@@ -81,7 +82,8 @@ def data_add(
 def data_check(
     run: Session,
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Files of pairs.", show_default="the current version")
+        list[Path] | None,
+        typer.Argument(help="Files of pairs.", show_default="the current version, else data.sources in the config"),
     ] = None,
     fix: Annotated[Path | None, typer.Option(help="Write a corrected copy of one file to this path.")] = None,
     options: AddOptions = AddOptions(),
@@ -90,9 +92,14 @@ def data_check(
 
     With files: faults, duplicates, conflicts, secrets and splits; exit code 2 if `data add` with the same options would
     refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
+    Before the first version, the files in data.sources are checked.
     """
+    from tunewright.data.preview import Preview
+    from tunewright.data.versions import has_version
+
+    of_files = files is not None or not has_version(run.project.folder.dataset)
     mapping, adding = given_options(options.mapping), given_options(replace(options, mapping=ColumnMapping()))
-    if files is None and (mapping or adding):
+    if not of_files and (mapping or adding):
         named = ", ".join([*mapping, *adding])
         raise UserError(f"{named} requires files (got none)", fix="Name the files.")
     if fix is not None:
@@ -106,11 +113,10 @@ def data_check(
         document = {"out": str(fix), "changes": changes}
         run.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
         return None
-    if files is not None:
-        checked = run.project.data.check_files(files, options)
-        run.show(checked.as_dict(), preview_text(checked))
-        return None if checked.ok else USER_ERROR
-    report = run.project.data.check()
+    report = run.project.data.check_files(files, options) if of_files else run.project.data.check()
+    if isinstance(report, Preview):
+        run.show(report.as_dict(), preview_text(report))
+        return None if report.ok else USER_ERROR
     dropping = run.project.folder.config.train.on_overlength == "drop"
     run.show(report, *check_blocks(report, dropping=dropping))
     return USER_ERROR if report.refused(dropping=dropping) else None

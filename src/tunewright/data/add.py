@@ -23,6 +23,7 @@ from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.given_split import (
     OverlappingRow,
+    configured_files,
     require_given_rows,
     settings_of,
     splits_of_files,
@@ -102,7 +103,7 @@ class AddResult:
 
 def add(
     project: ProjectFolder,
-    files: Iterable[str | Path],
+    files: Iterable[str | Path] | None,
     reporter: Reporter,
     options: AddOptions = AddOptions(),
     *,
@@ -115,7 +116,7 @@ def add(
     input with several outputs, in the dataset or in the files, is refused, unless the outputs are the same.
 
     Args:
-        files: files, folders, patterns and datasets of the hub, as ``source_files`` expands them.
+        files: files, folders, patterns and datasets of the hub, as ``source_files`` expands them (None: data.sources).
         message: stored with the version.
         workers: check and compare the rows (None: the workers of ``compute.cluster``).
 
@@ -173,13 +174,20 @@ def add(
 @contextmanager
 def prepare_add(
     project: ProjectFolder,
-    files: Iterable[str | Path],
+    files: Iterable[str | Path] | None,
     reporter: Reporter,
     options: AddOptions,
     workers: Workers | None = None,
 ) -> Iterator[tuple[ProjectFolder, Mapping[Path, Split | None], Workers]]:
     """Yield the project with the options in its config, the files to read with their given splits, and the workers."""
-    paths = splits_of_files(files, project, options.split, reporter)
+    if files is None and not project.config.data.sources:
+        raise UserError(
+            "The config lists no sources of pairs",
+            where="data.sources",
+            fix="List your files, such as sources: [pairs.jsonl]. `data add` and `data check` also take files by name: "
+            "tunewright data add FILE",
+        )
+    paths = splits_of_files(configured_files(project) if files is None else files, project, options.split, reporter)
     data = map_columns(project.config.data, options.mapping, list(paths))
     given = options.split_from or data.split_column or any(paths.values())
     if not given and not has_version(project.dataset) and (notice := unused_split_notice(paths)):

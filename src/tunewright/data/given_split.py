@@ -131,13 +131,16 @@ def settings_of(path: Path, project: ProjectFolder) -> DataConfig:
     return data if row is None else data.model_copy(update={"header_row": row})
 
 
+def configured_files(project: ProjectFolder) -> list[str]:
+    """Return the names of data.sources; relative paths become relative to the working directory."""
+    paths = [each.path for each in project.config.data.sources]
+    return [path if is_hub_name(path) else str(project.root / path) for path in paths]
+
+
 def _configured(project: ProjectFolder, key: str) -> list[tuple[str, Any]]:
     """Return the names of data.sources that set a key, each with its value."""
-    return [
-        (each.path if is_hub_name(each.path) else str(project.root / each.path), value)
-        for each in project.config.data.sources
-        if (value := getattr(each, key)) is not None
-    ]
+    values = [getattr(each, key) for each in project.config.data.sources]
+    return [pair for pair in zip(configured_files(project), values, strict=True) if pair[1] is not None]
 
 
 def require_given_rows(files: Mapping[Path, Split | None], rows: Iterable[SourceRow]) -> None:

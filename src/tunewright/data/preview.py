@@ -93,7 +93,7 @@ class Preview:
         }
 
 
-def check_files(project: OpenFolder, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
+def check_files(project: OpenFolder, files: Iterable[str | Path] | None, options: AddOptions = AddOptions()) -> Preview:
     """Check files against the current version as ``add`` would with the same arguments; memory holds the rows' keys.
 
     Raises:

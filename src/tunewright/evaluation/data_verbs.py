@@ -17,7 +17,7 @@ from tunewright.data.add import AddResult
 from tunewright.data.options import AddOptions, ReviewOptions
 from tunewright.data.preview import Preview
 from tunewright.data.splits import Split
-from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.data.versions import DatasetVersion, has_version, load_version
 from tunewright.data.versions.version import clusters_by_split
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.files import find_evaluation, load_items
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 def add(
     project: OpenProject,
-    files: Iterable[str | Path],
+    files: Iterable[str | Path] | None = None,
     options: AddOptions = AddOptions(),
     *,
     message: str = "",
 ) -> AddResult:
-    """Add files of pairs to the dataset as a new version, unless all rows are known."""
+    """Add files of pairs (None: data.sources) to the dataset as a new version, unless all rows are known."""
     added = adding.add(project.folder, files, project.reporter, options, message=message)
     warn_of_few_dev_clusters(added.dev_clusters, project.reporter)
     _report_power(project, added.version.counts.domain, added.clusters)
@@ -57,8 +57,10 @@ def _report_power(project: OpenProject, rows: Mapping[Split, int], clusters: Map
     report_split_power(split_power(rows, clusters, project.folder.config.data.test_size), project.reporter)
 
 
-def check_files(project: OpenProject, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
-    """Check files as `preview.check_files` does, and report what the planned test split can show."""
+def check_files(
+    project: OpenProject, files: Iterable[str | Path] | None = None, options: AddOptions = AddOptions()
+) -> Preview:
+    """Check files (None: data.sources) against the current version, and report what the planned test split can show."""
     checked = preview.check_files(project, files, options)
     if checked.effect is not None:
         sizes = checked.effect.splits
@@ -67,8 +69,13 @@ def check_files(project: OpenProject, files: Iterable[str | Path], options: AddO
     return checked
 
 
-def check(project: OpenProject) -> LengthReport:
-    """Encode every row of the current version as training does, and measure the lengths."""
+def check(project: OpenProject) -> LengthReport | Preview:
+    """Encode every row of the current version as training does, and measure the lengths.
+
+    Before the first version, check data.sources as :meth:`check_files` does.
+    """
+    if not has_version(project.folder.dataset):
+        return check_files(project)
     from tunewright.models.loading import context_length
     from tunewright.training.rows import measure_lengths
 
