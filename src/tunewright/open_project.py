@@ -78,13 +78,13 @@ def new_project(
     base_model: str | None = None,
     sections: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> ProjectFolder:
-    """Write ``tunewright.yaml`` in a folder that has none; the bundled base, if named, gets its training settings.
+    """Write ``tunewright.yaml`` in a folder that has none; the bundled base gets its training settings.
 
     Args:
         root: the project's folder, created if it is missing.
         name: the project's name (None: like the folder's).
-        base_model: a folder, a hub id or the bundled base (None: the config's default, unchecked). A hub id is only
-            checked by its form; nothing is downloaded.
+        base_model: a folder, a hub id or the bundled base (None: the config's default, which is the bundled base). A
+            hub id is only checked by its form; nothing is downloaded.
         sections: values of further sections, such as data and evaluate.
 
     Raises:
@@ -94,6 +94,6 @@ def new_project(
     values: dict[str, Any] = {"name": name or project_name(root), **sections}
     if base_model is not None:
         values["base_model"] = base_model
-    if base_model == f"bundled:{BUNDLED}":
+    if base_model in (None, f"bundled:{BUNDLED}"):
         values["train"] = BUNDLED_TRAINING
     return create_project(root, {CONFIG_FILE: write_config(values)})

@@ -29,6 +29,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
 from tunewright.core.locks import locked_folder
 from tunewright.evaluation.access_log import AccessLog
+from tunewright.models.sources import BUNDLED_TRAINING
 from tunewright.open_project import project_name
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.options import ServeOptions
@@ -214,7 +215,7 @@ def test_init_decides_later_and_writes_nothing_when_the_input_ends(
     terminal = Terminal("init", "later")
     terminal.wait_for("later")
     os.write(terminal.handle, b"\n")
-    assert (terminal.code(), config_of(Path("later"))) == (0, {"name": "later"})
+    assert (terminal.code(), config_of(Path("later"))) == (0, {"name": "later", "train": BUNDLED_TRAINING})
 
 
 def test_init_asks_nothing_without_an_open_input(tmp_path: Path) -> None:
@@ -230,7 +231,10 @@ def test_init_takes_the_folders_name_and_names_the_base(tmp_path: Path, monkeypa
     assert "Name: arzte-amter, from the folder (--name chooses another)\n" in ran.stdout
     assert "Base model: bundled:smollm2-135m-instruct (base_model in tunewright.yaml names another" in ran.stdout
     assert "Next: name your files under data.sources in tunewright.yaml, then: tunewright run\n" in ran.stdout
+    assert config_of(Path())["train"] == BUNDLED_TRAINING
     monkeypatch.chdir(tmp_path)
+    tunewright("init", "llama", "--base", "meta-llama/Llama-3.1-8B-Instruct")
+    assert "train" not in config_of(Path("llama"))
     ran = tunewright("init", "long" * 20, "--json")
     assert ran.document["name"] == ("long" * 10)
     assert tunewright("config", "show", "-p", "long" * 20).code == 0

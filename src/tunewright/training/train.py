@@ -28,6 +28,7 @@ from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
 from tunewright.models.families import require_quantizable, require_targets
 from tunewright.models.loading import context_length, device, load_model, named, require_bitsandbytes
+from tunewright.models.sources import high_rate
 from tunewright.training import distributed
 from tunewright.training.checkpoints import require_intact, working_folder
 from tunewright.training.history import (
@@ -263,6 +264,8 @@ def _require_supported(config: Config, base: Base, reporter: Reporter) -> None:
     require_bitsandbytes(config.train.quantization, "train.quantization")
     require_liger(config.train.use_liger_kernel, base.architecture)
     require_precision(config.train)
+    if high := high_rate(config.train.learning_rate, base.folder):
+        reporter.warn(high)
     if distributed.is_sharded():
         require_fsdp_supported(config.train)
         reporter.say(
