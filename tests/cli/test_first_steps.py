@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openpyxl  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -141,10 +144,43 @@ def test_init_refuses_unclear_columns_by_name_and_writes_nothing(tmp_path: Path)
     ran = tunewright("init", project, "--data", file)
     assert (ran.code, project.exists()) == (2, False)
     assert "--output" in ran.stderr
-    assert "Nr, Frage, Antwort, Kategorie" in ran.stderr
+    assert 'Columns: Nr ("0"), Frage ("Wo 0?"), Antwort ("Dort 0"), Kategorie ("Versand")\n' in ran.stderr
     ran = tunewright("init", project, "--data", file, "--input", "Frage", "--output", "Kategorie", "--json")
     assert (ran.code, ran.document["task"]) == (0, "labels")
     assert config_of(project)["data"] == {"sources": [str(file)], "input": "Frage", "output": "Kategorie"}
+
+
+def test_errors_for_columns_show_the_first_value_of_each(tmp_path: Path, tiny_base_folder: Path) -> None:
+    # The key is made up for this test: a value that `data add` would refuse is not shown.
+    key = "AKIA" + "Q7T2ZXPLM4N6VBKD"
+    question = "A ball is dropped from the top of a tower of 20 metres. How long does it fall?"
+    rows = [[f"q0-{number}", question, "B", key] for number in range(3)]
+    objects = [dict(zip(("c0", "c1", "c2", "c3"), row, strict=True)) for row in rows]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "objects.jsonl", objects)
+    as_csv(tmp_path / "table.csv", objects)
+    book = openpyxl.Workbook()
+    for row in ([*objects[0]], *rows):
+        book.active.append(row)
+    book.save(tmp_path / "table.xlsx")
+    pq.write_table(pa.Table.from_pylist(objects), tmp_path / "table.parquet")
+
+    project = tiny_project(tmp_path / "project", tiny_base_folder)
+    for file in sorted(tmp_path.glob("*.*")):
+        names = ("0", "1", "2", "3") if file.stem == "rows" else tuple(objects[0])
+        expected = '{} ("q0-0"), {} ("A ball is dropped from the top of a tow…"), {} ("B"), {}\n'.format(*names)
+        added, checked = (
+            tunewright("data", "add", file, "-p", project),
+            tunewright("data", "check", file, "-p", project),
+        )
+        proposed = tunewright("init", tmp_path / "new", "--data", file)
+        for ran, output in ((proposed, proposed.stderr), (added, added.stderr), (checked, checked.stdout)):
+            assert ran.code == 2
+            assert f"Columns: {expected}" in output
+            assert key not in ran.stdout + ran.stderr
+        unknown = tunewright("data", "add", file, "--input", names[1], "--output", "answers", "-p", project)
+        assert expected in unknown.stderr
 
 
 @pytest.mark.parametrize("given", [("--input", "message"), ("--output", "category")])

@@ -377,4 +377,4 @@ def test_source_table_is_true_for_formats_with_columns(tmp_path: Path) -> None:
         with contextlib.nullcontext() if expected else pytest.raises(UserError, match="no row has both") as refusal:
             require_columns([tmp_path / name], DATA, "--input")
         if refusal:
-            assert refusal.value.fix == "Keys of the first rows: prompt, completion."
+            assert refusal.value.fix == 'Keys of the first rows: prompt ("x"), completion ("y")'

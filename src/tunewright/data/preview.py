@@ -6,11 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunewright.config import DataConfig
 from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data import notices
@@ -21,8 +19,7 @@ from tunewright.data.notices import Conflict
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import SourceRow, file_check, source_size
 from tunewright.data.readers.file_check import Change, FileCheck
-from tunewright.data.readers.row_errors import RowError
-from tunewright.data.readers.sources import is_workbook, open_source
+from tunewright.data.readers.sources import first_rows, is_workbook
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS, Split
 
@@ -164,27 +161,12 @@ def _effect(plan: AddPlan) -> Effect:
     )
 
 
-# Templates on the whole row: every column is read, regardless of its name.
-_ANY_COLUMNS = {"input": "{{ row }}", "output": "{{ row | tojson }}", "group_by": (), "drop_columns": ()}
-_LOOKED_AT = 20  # rows, some of which may be faulty
-
-
 @dataclass(frozen=True)
 class FilePreview:
     """The columns (or keys) of a file and its first rows without a fault."""
 
     columns: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]
-
-
-def first_rows(file: Path, data: DataConfig) -> list[dict[str, Any]]:
-    """Return a file's first rows without a fault, regardless of the names of their columns.
-
-    Raises:
-        UserError: the file cannot be read, or two columns have the same name.
-    """
-    source = open_source(file, data.model_copy(update=_ANY_COLUMNS), [])
-    return [raw.row for raw in islice(source.rows, _LOOKED_AT) if not isinstance(raw.row, RowError)]
 
 
 def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:

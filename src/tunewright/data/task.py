@@ -17,17 +17,16 @@ from tunewright.config import DataConfig, Split
 from tunewright.core.errors import UserError
 from tunewright.core.options import TaskName
 from tunewright.core.progress import Reporter
-from tunewright.core.text import count_of, excerpts, first_of
+from tunewright.core.text import count_of, excerpts
 from tunewright.data.add import map_columns
 from tunewright.data.examples import MOST_CLASSES, Example
 from tunewright.data.given_split import split_by_name, unused_split_notice
 from tunewright.data.options import ColumnMapping
-from tunewright.data.preview import first_rows
 from tunewright.data.readers import Fault, SourceRow, scan_pairs
 from tunewright.data.readers.row_errors import RowsElsewhereError
 from tunewright.data.readers.schemas import PREFERENCE_KEYS
 from tunewright.data.readers.source_files import is_hub_name, source_files
-from tunewright.data.readers.sources import open_source
+from tunewright.data.readers.sources import first_values, open_source, shown_columns
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,13 @@ _OUTPUT = re.compile(
 
 
 class AmbiguousColumnsError(UserError):
-    """Several ``columns`` may be the input or the ideal output."""
+    """Several ``columns``, here with their first values, may be the input or the ideal output."""
 
-    def __init__(self, columns: list[str], where: str) -> None:
-        self.columns = columns
+    def __init__(self, columns: Mapping[str, Any], where: str) -> None:
+        self.columns = list(columns)
         what = "The input and the ideal output are not clear from the names of the columns"
         do = "Use --input COLUMN --output COLUMN, or templates such as '{{ key[0].text }}'."
-        super().__init__(what, where=where, fix=f"{do} Columns: {first_of(columns)}.")
+        super().__init__(what, where=where, fix=f"{do} Columns: {shown_columns(columns)}")
 
 
 @dataclass(frozen=True)
@@ -225,15 +224,18 @@ def _require_example(rows: Sequence[SourceRow | Fault]) -> None:
         raise UserError(what, where=f"{faults[0].source}:{faults[0].line}", fix=faults[0].fix)
 
 
-def _unmapped(file: Path, data: DataConfig) -> list[str]:
-    """Return the columns or keys of the first rows, if no format and nothing in ``data`` says which are the pair's."""
+def _unmapped(file: Path, data: DataConfig) -> dict[str, Any]:
+    """Return the columns or keys of the first rows, if no format and nothing in ``data`` says which are the pair's.
+
+    Each has its first value.
+    """
     if data.input is not None and data.output is not None:
-        return []
-    columns = list(dict.fromkeys(key for row in first_rows(file, data) for key in row))
-    return columns if len(columns) > 1 and _CHATS.isdisjoint(columns) else []
+        return {}
+    columns = first_values(file, data)
+    return columns if len(columns) > 1 and _CHATS.isdisjoint(columns) else {}
 
 
-def _pair(columns: list[str], data: DataConfig, where: str) -> tuple[str, str]:
+def _pair(columns: Mapping[str, Any], data: DataConfig, where: str) -> tuple[str, str]:
     """Return the columns of the input and the output; one of them may be given."""
     if data.input is not None or data.output is not None:
         wanted = _INPUT if data.input is None else _OUTPUT

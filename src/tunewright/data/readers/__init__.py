@@ -21,8 +21,9 @@ from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import RowError, json_path
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.sources import check_mapping as check_mapping
-from tunewright.data.readers.sources import open_source
+from tunewright.data.readers.sources import first_values, open_source, shown_columns
 from tunewright.data.readers.sources import require_columns as require_columns
+from tunewright.data.readers.tables import ColumnsError
 from tunewright.data.readers.tables import source_size as source_size
 from tunewright.data.readers.validate import (
     MOST_CHARACTERS,
@@ -34,6 +35,7 @@ from tunewright.data.readers.validate import (
 )
 
 _ROWS = 2_000  # rows that a worker checks at once
+_UNMAPPED = {"E103", "E201", "E207"}  # faults of rows whose keys or places do not say which are the pair's
 
 
 NO_VALUES: Mapping[str, Any] = {}
@@ -137,13 +139,22 @@ def scan_pairs(
     ignored: set[str] = set()
     count = 0
     settings = _Settings(source.name, data, chats, split, source.table)
-    for parsed in workers.map(_check_row, settings, source.rows, LogTask(), _ROWS):
-        count += 1
-        ignored.update(parsed.ignored)
-        left_out.update(parsed.too_long)
-        if parsed.kind is not None:
-            kinds[parsed.kind] += 1
-        yield parsed.row
+    try:
+        for parsed in workers.map(_check_row, settings, source.rows, LogTask(), _ROWS):
+            count += 1
+            ignored.update(parsed.ignored)
+            left_out.update(parsed.too_long)
+            if parsed.kind is not None:
+                kinds[parsed.kind] += 1
+            row = parsed.row
+            # The fix of the first of many equal faults is shown. A misspelled key needs no columns.
+            if count == 1 and isinstance(row, Fault) and row.code in _UNMAPPED and "did you mean" not in row.reason:
+                columns = _columns(path, data)
+                row = replace(row, fix=f"{row.fix} Columns: {columns}" if columns else row.fix)
+            yield row
+    except ColumnsError as error:
+        columns = _columns(path, data)
+        raise ColumnsError(error.what, where=error.where, do=error.do, columns=columns) if columns else error from None
     if not count:
         fix = f"data.header_row is {data.header_row}." if source.table and data.header_row else None
         raise UserError("The file has no rows", where=str(path), fix=fix)
@@ -156,6 +167,14 @@ def scan_pairs(
     if ignored:
         names = ", ".join(name for name in data.drop_columns if name in ignored)
         notes.append(f"{path}: dropped by data.drop_columns: {names}")
+
+
+def _columns(path: Path, data: DataConfig) -> str:
+    """Return the columns of a file with their first values; empty if they cannot be read, as with repeated names."""
+    try:
+        return shown_columns(first_values(path, data))
+    except UserError:
+        return ""
 
 
 @dataclass(frozen=True)

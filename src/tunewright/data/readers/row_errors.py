@@ -25,7 +25,10 @@ CODES: dict[str, tuple[str, str]] = {
         "a spreadsheet cell without a value: an error, or a formula that was never calculated",
         "Correct the formula, or open the file in a spreadsheet program and save it.",
     ),
-    "E201": ("a key of no known row format", "Correct its spelling, or name it in data.drop_columns."),
+    "E201": (
+        "a key of no known row format",
+        "Correct its spelling, name it in data.drop_columns, or name your keys in data.input and data.output.",
+    ),
     "E202": (
         "a missing key of this row format",
         "Add it, or name your keys in data.input and data.output.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.core.text import first_of
+from tunewright.data.pii import find_in_value
 from tunewright.data.readers.arrow import parquet_rows, saved_rows
 from tunewright.data.readers.encodings import (
     COMPRESSIONS,
@@ -40,7 +42,7 @@ from tunewright.data.readers.mapping import check_groups, names_parent, pair_map
 from tunewright.data.readers.row_errors import RowError, RowsElsewhereError
 from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
 from tunewright.data.readers.source_files import JSON_SUFFIXES, is_saved, plain_suffix
-from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, separator_line
+from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, quoted_name, separator_line
 from tunewright.data.readers.validate import example_from_object
 
 _KINDS = (
@@ -58,6 +60,9 @@ _OTHERS = {
 }
 _HEAD = 1 << 16  # characters
 _LOOKED_AT = 20  # rows that decide whether names of columns can be keys of rows
+_MOST_SHOWN = 50  # columns in a message
+_SHORT = 40  # characters of a value in a message
+_SEARCHED = 1_000  # characters of a value that are searched for a secret
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
     mapping = pair_mapping(data)
     if mapping is not None and mapping.templated:
         return
-    there: dict[str, None] = {}
+    there: dict[str, Any] = {}
     for path in paths:
         source = open_source(path, data, [])
         if source.table:
@@ -277,9 +282,44 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
             if not isinstance(raw.row, RowError):
                 if data.input in raw.row and data.output in raw.row:
                     return
-                there |= dict.fromkeys(raw.row)
+                there = raw.row | there
     raise UserError(
         f"No file is a CSV or another table, and no row has both the keys {data.input} and {data.output}",
         where=where,
-        fix=f"Keys of the first rows: {first_of(there)}." if there else None,
+        fix=f"Keys of the first rows: {shown_columns(there)}" if there else None,
     )
+
+
+# Templates on the whole row: every column is read, regardless of its name.
+_ANY_COLUMNS = {"input": "{{ row }}", "output": "{{ row | tojson }}", "group_by": (), "drop_columns": ()}
+
+
+def first_rows(file: Path, data: DataConfig) -> list[dict[str, Any]]:
+    """Return a file's first rows without a fault, regardless of the names of their columns.
+
+    Raises:
+        UserError: the file cannot be read, or two columns have the same name.
+    """
+    source = open_source(file, data.model_copy(update=_ANY_COLUMNS), [])
+    return [raw.row for raw in islice(source.rows, _LOOKED_AT) if not isinstance(raw.row, RowError)]
+
+
+def first_values(file: Path, data: DataConfig) -> dict[str, Any]:
+    """Return the columns (or keys) of a file's first rows, each with its first value; raises as ``first_rows`` does."""
+    values: dict[str, Any] = {}
+    for row in first_rows(file, data):
+        values |= {key: value for key, value in row.items() if key not in values}
+    return values
+
+
+def shown_columns(values: Mapping[str, Any]) -> str:
+    """Return columns, each with the beginning of its value, unless that contains a secret: ``0 ("q0-0"), 1 ("B")``."""
+    shown = []
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        secret = any(found.category == "secret" for found in find_in_value(name, text[:_SEARCHED]))
+        line = " ".join(text[:_SEARCHED].split())
+        line = line if len(line) <= _SHORT else f"{line[: _SHORT - 1]}…"
+        quoted = f'"{line}"' if isinstance(value, str) else line
+        shown.append(quoted_name(name) if secret else f"{quoted_name(name)} ({quoted})")
+    return first_of(shown, _MOST_SHOWN)

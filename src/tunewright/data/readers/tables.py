@@ -36,6 +36,14 @@ _KNOWN_COLUMNS = (
 _TEXT_COLUMNS = (("prompt", "completion"), ("instruction", "output"), ("prompt", "chosen", "rejected"))
 
 
+class ColumnsError(UserError):
+    """A table without the columns of a pair: what to ``do`` about it, and the columns that it has."""
+
+    def __init__(self, what: str, *, where: str | None, do: str, columns: str) -> None:
+        self.do = do
+        super().__init__(what, where=where, fix=f"{do}Columns: {columns}")
+
+
 def header_columns(
     header: Sequence[str],
     later: Iterable[tuple[int, Sequence[str]]],
@@ -71,13 +79,13 @@ def header_columns(
         if pair_mapping(data) or sum(map(bool, names)) <= sum(map(bool, header)):
             raise
         otherwise = error.fix or ""
-        shown = first_of(_shown(name[:_LONGEST_NAME]) for name in names)  # it may be a row of long texts
+        shown = first_of(quoted_name(name[:_LONGEST_NAME]) for name in names)  # it may be a row of long texts
         fix = f"{_as_header(number)} Then use --input and --output with its names: {shown}. "
         fix += f"Otherwise, {otherwise[:1].lower()}{otherwise[1:]}"
         raise RowsElsewhereError(error.what, where=where, fix=fix) from None
 
 
-def _shown(name: str) -> str:
+def quoted_name(name: str) -> str:
     """Return a column's name, in quotes if blanks begin or end it."""
     return name if name == name.strip() else f'"{name}"'
 
@@ -90,7 +98,7 @@ def columns(
     header: Sequence[str], where: str, data: DataConfig, notes: list[str], *, nested: bool, first: int = 1
 ) -> tuple[list[str], list[str]]:
     """Return the columns used for input, output and groups, and the other columns to keep as metadata."""
-    there = f"Columns: {', '.join(map(_shown, filter(None, header)))}"
+    there = ", ".join(map(quoted_name, filter(None, header)))
     mapping = pair_mapping(data)
     if mapping is not None:
         names = mapping.columns(header)
@@ -106,10 +114,11 @@ def columns(
             near = [(name, nearest_known_key(name, absent)) for name in header]
             meant = ", ".join(f'"{name}", did you mean "{like}"?' for name, like in near if like)
             do = "Correct the header, or use" if meant else "Use"
-            raise UserError(
+            raise ColumnsError(
                 f"Unknown column {meant}" if meant else "Unknown columns for the input and the ideal output",
                 where=where,
-                fix=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
+                do=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. ",
+                columns=there,
             )
         names = known
     # A file with a split of its own may lack the column.
@@ -118,7 +127,7 @@ def columns(
     counts, given = Counter(header), set(names)
     for name in names:
         if counts[name] != 1:
-            raise _wrong_count(name, header, where, data, None if nested else first)
+            raise _wrong_count(name, header, where, data, None if nested else first, there)
     others = [name for name in header if name not in given and name not in data.drop_columns]
     # A CSV cell cannot contain a list of turns, and columns with duplicate or empty names are ambiguous.
     kept = [name for name in others if name and counts[name] == 1 and (nested or name != "history")]
@@ -132,7 +141,9 @@ def columns(
     return names, kept
 
 
-def _wrong_count(name: str, header: Sequence[str], where: str, data: DataConfig, first: int | None) -> UserError:
+def _wrong_count(
+    name: str, header: Sequence[str], where: str, data: DataConfig, first: int | None, there: str
+) -> UserError:
     """Return the error for a column that is absent or repeated; ``first`` is the number of a sheet's first column."""
     why = " (data.group_by)" if name in data.group_by else ""
     if name in header:
@@ -147,11 +158,7 @@ def _wrong_count(name: str, header: Sequence[str], where: str, data: DataConfig,
     plain = {" ".join(each.split()).casefold(): each for each in header}
     near = difflib.get_close_matches(" ".join(name.split()).casefold(), plain, n=1, cutoff=_NEAR)
     meant = f', did you mean "{plain[near[0]]}"?' if near else ""
-    return UserError(
-        f'No column named "{name}"{why}{meant}',
-        where=where,
-        fix=f"Columns: {', '.join(map(_shown, filter(None, header)))}",
-    )
+    return ColumnsError(f'No column named "{name}"{why}{meant}', where=where, do="", columns=there)
 
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
