@@ -219,6 +219,16 @@ def test_gain_has_to_hold_without_items_near_a_training_row(near: int, far: Cont
     assert sum("share a cluster with a training row" in reason for reason in result.reasons) == bool(near)
 
 
+def test_left_out_rows_of_the_authors_forbid_comparing_with_published_scores() -> None:
+    evidence = _from_authors(0, None)
+    assert evidence.authors_split is not None
+    part = evidence.authors_split.model_copy(update={"missing": 2759})
+    (said,) = (
+        reason for reason in verdict(evidence.model_copy(update={"authors_split": part})).reasons if "authors" in reason
+    )
+    assert said.endswith("2,759 rows of theirs left out: the score compares with no published one.")
+
+
 def test_items_near_a_training_row_never_improve_a_verdict() -> None:
     for change in ({"low": -0.1, "p_value": 0.3}, {"low": -0.3, "difference": -0.2, "high": -0.1}):
         evidence = _from_authors(10, _far(), **change)

@@ -143,7 +143,9 @@ def evaluate(arm_runner: ArmRunner, comparison: Comparison, suites: Sequence[Ope
         noise_floor=noise,
         opening=opening,
         openings=earlier,
-        authors_split=measure_authors_split(version, rows, scored, common["contrasts"][0], config.seed),
+        authors_split=measure_authors_split(
+            arm_runner.project.dataset, version, rows, scored, common["contrasts"][0], config.seed
+        ),
         incumbents=incumbents.section(scored, adapter, arms[TUNED.name]),
         regressions=measure_suites(arm_runner, adapter, suites)[0] if suites else None,
         free=with_drops(advice.free, scored, config, prompting=advice.best, tuned=TUNED.name),

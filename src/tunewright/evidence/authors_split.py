@@ -19,6 +19,9 @@ class AuthorsSplit(Part):
     on_overlap: Annotated[Overlap, Field(description="data.on_overlap of the dataset version.")]
     items: int
     given: Annotated[int, Field(description="Items that the authors gave to this split; the rest was drawn or moved.")]
+    missing: Annotated[
+        int, Field(description="Rows that the authors gave to this split, in an earlier version and not in this one.")
+    ] = 0
     near: Annotated[
         int, Field(description="Items that share a cluster with a training row; only data.on_overlap: keep allows it.")
     ]
@@ -28,10 +31,13 @@ class AuthorsSplit(Part):
 
     def whose(self, split: str) -> str:
         """Return the sentence that says whose split it is."""
-        return (
+        text = (
             f"The split is its authors' ({self.source}): they gave {self.given:,} of the "
             f"{count_of(self.items, f'{split} item')} to {split}."
         )
+        if not self.missing:
+            return text
+        return f"{text} {count_of(self.missing, 'row')} of theirs left out: the score compares with no published one."
 
     def near_text(self, *, holds: bool) -> str:
         """Return the sentence on the items near a training row, and the difference without them."""
