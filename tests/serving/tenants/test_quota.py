@@ -210,6 +210,18 @@ def test_invalid_limit_names_its_option(text: str) -> None:
         changed_limits(Limits(), LimitOptions(tokens=text))
 
 
+def test_request_recorded_between_the_time_and_the_row_of_another_one_still_counts(state_url: str) -> None:
+    """Two servers record at once: the later time is committed first."""
+    clock = Clock()
+    with State(state_url, clock=clock) as state:
+        caller, _ = with_tenant(state)
+        clock.now += 0.01
+        state.quota.record_unmetered(caller.tenant_id)
+        clock.now -= 0.01
+        state.quota.record_unmetered(caller.tenant_id)
+        assert state.quota.recent_requests(caller.tenant_id, 3) == 2
+
+
 def test_usage_has_lines_and_totals(state_url: str, tmp_path: Path) -> None:
     clock = Clock()
     with State(state_url, clock=clock) as state:

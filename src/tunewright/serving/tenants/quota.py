@@ -48,7 +48,7 @@ _COUNTED = (requests, unmetered_requests)
 
 def _started(table: Table, tenant_id: int, now: float, *columns: Any) -> Select[Any]:
     """Select the starts of a tenant's requests in the last minute, or other columns of them."""
-    recent = table.c.started > now - WINDOW_SECONDS, table.c.started <= now
+    recent = table.c.started > now - WINDOW_SECONDS, table.c.started <= now + _JUMP_SECONDS
     return select(*(columns or (table.c.started,))).where(table.c.tenant_id == tenant_id, *recent)
 
 
@@ -179,8 +179,8 @@ class Quota:
         started = unmetered_requests.c.started
         with self._database.writing() as connection:
             now = self._database.now(connection)
-            # The clock may have moved back.
-            outdated = or_(started <= now - WINDOW_SECONDS, started > now)
+            # The clock may have moved back. Another request may have been recorded since `now`, and still counts.
+            outdated = or_(started <= now - WINDOW_SECONDS, started > now + _JUMP_SECONDS)
             connection.execute(delete(unmetered_requests).where(own, outdated))
             connection.execute(insert(unmetered_requests).values(tenant_id=tenant_id, started=now))
 
