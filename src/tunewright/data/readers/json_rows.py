@@ -438,9 +438,9 @@ def rows_hint(document: dict[str, Any], file_name: str) -> str | None:
 def array_hint(item: dict[str, Any]) -> str | None:
     """Return the expression for rows in the objects of an array like this item, which has the rows under a key.
 
-    Objects of one text, such as the pieces of a sentence with marked words, are no rows.
+    Objects of which only some are one text, such as the pieces of a sentence with marked words, are no rows.
     """
-    key = next((key for key, value in item.items() if _holds_rows(value) and not any(map(_is_text, value))), None)
+    key = next((key for key, value in item.items() if _holds_rows(value) and len(set(map(_is_text, value))) == 1), None)
     return None if key is None else f"[].{_key(key)}[]"
 
 
