@@ -15,6 +15,7 @@ from tunewright.config import PROJECT_NAME
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE, OpenFolder, ProjectFolder, create_project, require_absent
 from tunewright.core.errors import UserError
+from tunewright.core.text import normalize
 from tunewright.core.workers import Workers
 from tunewright.models.bases import Base, resolve_base
 from tunewright.models.sources import BUNDLED, BUNDLED_TRAINING
@@ -53,7 +54,7 @@ class OpenProject(OpenFolder):
 
 def project_name(root: Path) -> str:
     """Return a valid project name that resembles the folder's name."""
-    letters = unicodedata.normalize("NFKD", root.resolve().name.casefold().translate(_WITHOUT_DECOMPOSITION))
+    letters = normalize(root.resolve().name.casefold().translate(_WITHOUT_DECOMPOSITION), "NFKD")
     plain = "".join(each for each in letters if not unicodedata.combining(each))
     name = re.sub("[^a-z0-9]+", "-", plain).strip("-")
     return name[:40] or "my-model"

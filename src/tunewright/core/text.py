@@ -125,7 +125,7 @@ def token_checksum(body: str) -> str:
     return digits
 
 
-Form = Literal["NFC", "NFKC"]
+Form = Literal["NFC", "NFKC", "NFKD"]
 
 MAX_MARKS = 30
 """Maximum number of combining marks in a row: the Stream-Safe Text Format of UAX #15, far above any language's need."""
