@@ -229,7 +229,7 @@ if __name__ == "__main__":
 def test_gpu_proof_without_a_card_says_so_and_what_toy_does(tmp_path: Path) -> None:
     ended = proof("--out", tmp_path)
     assert ended.returncode == 2
-    assert "no CUDA card can be used here: torch " in ended.stderr
+    assert "no CUDA card can be used here: " in ended.stderr
     assert "nvidia_smi FileNotFoundError" in ended.stderr
     assert "--toy runs every case at toy size" in ended.stderr
     assert not list(tmp_path.iterdir())
