@@ -193,6 +193,36 @@ def test_init_finds_the_column_that_is_not_named(tmp_path: Path, given: tuple[st
     assert (data["input"], data["output"]) == ("message", "category")
 
 
+def test_init_names_an_instruction_with_the_labels_if_all_rows_were_read(tmp_path: Path) -> None:
+    def printed(labels: int, rows: int, *options: str, system: str = "") -> str:
+        turns = [{"role": "system", "content": system}] if system else []
+        write_jsonl(
+            tmp_path / "a.jsonl",
+            [
+                {"messages": [*turns, {"role": "user", "content": f"is {n} late"}, _answer(f'the "{n % labels}"')]}
+                for n in range(rows)
+            ],
+        )
+        project = tmp_path / f"p{len(list(tmp_path.iterdir()))}"
+        ran = tunewright("init", project, "--data", tmp_path / "a.jsonl", *options)
+        assert "system_prompt" not in config_of(project)["data"]
+        lines = [line for line in ran.stdout.splitlines() if line.startswith("Instruction: ")]
+        assert len(lines) == (not system)
+        return "".join(lines)
+
+    # As YAML, the text in quotes is the instruction.
+    shown = printed(2, 999).removeprefix("Instruction: none. data.system_prompt in tunewright.yaml adds one, such as ")
+    assert yaml.safe_load(f"system_prompt: {shown}") == {"system_prompt": 'Answer with one of: the "0", the "1".'}
+    assert 'the \\"19\\"."' in printed(20, 200)
+    general = "Instruction: none (data.system_prompt in tunewright.yaml adds one, for every prompt)"
+    assert {printed(21, 210), printed(2, 1_001), printed(2, 60, "--task", "short")} == {general}
+    assert not printed(2, 60, system="Answer briefly.")
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
 def test_init_takes_the_task_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran = tunewright("init", "p", "--data", FILES["labels"](Path()), "--task", "text", "--json")

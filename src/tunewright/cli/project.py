@@ -125,13 +125,15 @@ def _example_files(run: Session, example: str, data: Sequence[str], given: Seque
 
 
 def _proposal(found: Proposal, directory: Path) -> tuple[list[str], str]:
-    """Return lines on the proposed task, metric and split, and the next command."""
+    """Return lines on the proposed task, metric, instruction and split, and the next command."""
     from tunewright.data.splits import too_few
 
     lines = [
         f"Task: {found.name} ({found.because})",
         f"Metric: {json.dumps(found.task.metric)} ({found.task.why})",
     ]
+    if found.instruction:
+        lines.append(found.instruction)
     if found.splits:
         named = ", ".join(f"{Path(name).name} is {found.splits[name]}" for name in found.sources)
         dev = "" if "dev" in found.splits.values() else "; dev is drawn from train"

@@ -68,6 +68,7 @@ _LATIN = 0.99
 _READING = ("rows", "sheet", "header_row", "input", "output")
 _SHORT = 50  # characters
 _LABEL = 100  # characters of the longest usual label
+_MOST_LABELS = 20  # labels in a proposed instruction
 _SQL = re.compile(r"\s*\(?\s*(select|with|insert|update|delete|create|alter)\b", re.IGNORECASE)
 _CHATS = {"messages", "interactions", "conversation", "conversations", *PREFERENCE_KEYS}
 _IDS = {"id", "idx", "index", "key", "nr", "no", "uuid"}
@@ -126,6 +127,8 @@ class Proposal(TaskOfAnswers):
     """Examples among the first rows, which are all rows of small sources; of a split by names, those of train."""
     splits: Mapping[str, Split]
     """The split of each source, if all are files whose names say it; empty if not."""
+    labels: tuple[str, ...]
+    """The different answers, in order of appearance; empty if there are many, or if rows were not read."""
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -138,6 +141,16 @@ class Proposal(TaskOfAnswers):
         first = excerpts([self.first.input_text, self.first.output])
         named = [f"{key}: {value}" for key, value in self.columns.items()]
         return [f"{self.sources[0]}: {self.format}", *named, f"First input: {first[0]}", f"First output: {first[1]}"]
+
+    @property
+    def instruction(self) -> str | None:
+        """Line on the instruction that all prompts share; None if the first row has a system turn of its own."""
+        if self.first.messages[0].role == "system":
+            return None
+        if self.name == "labels" and self.labels:
+            such = json.dumps(f"Answer with one of: {', '.join(self.labels)}.", ensure_ascii=False)
+            return f"Instruction: none. data.system_prompt in tunewright.yaml adds one, such as {such}"
+        return "Instruction: none (data.system_prompt in tunewright.yaml adds one, for every prompt)"
 
     @property
     def training_rows(self) -> int:
@@ -190,15 +203,17 @@ def propose(sources: Sequence[str], mapping: ColumnMapping, reporter: Reporter) 
         rows = list(islice(scan_pairs(file, data, []), _LOOKED_AT))
         examples = [row.example for row in rows if isinstance(row, SourceRow)]
     _require_example(rows)
-    count = len(examples)
+    count, whole = len(examples), len(rows) < _LOOKED_AT
     for other in files[1:]:
-        if len(examples) < _LOOKED_AT:
-            rows = list(islice(scan_pairs(other, data, []), _LOOKED_AT - len(examples)))
+        if (left := _LOOKED_AT - len(examples)) > 0:
+            rows = list(islice(scan_pairs(other, data, []), left))
             _require_example(rows)
+            whole = whole and len(rows) < left
             more = [row.example for row in rows if isinstance(row, SourceRow)]
             examples += more
             count += len(more) if not splits or split_by_name(other) == "train" else 0
     kind = open_source(file, data, []).kind
+    labels = tuple(dict.fromkeys(example.output.strip() for example in examples))
     return Proposal(
         **vars(task_of(examples)),
         sources=tuple(sources),
@@ -207,6 +222,7 @@ def propose(sources: Sequence[str], mapping: ColumnMapping, reporter: Reporter) 
         first=examples[0],
         rows=count,
         splits=splits,
+        labels=labels if whole and len(labels) <= _MOST_LABELS and all(map(str.isprintable, labels)) else (),
     )
 
 
