@@ -27,10 +27,12 @@ from making.signals import break_even, doubling, gain, make_signals
 from making.studio_client import PASSWORD, opened
 from making.terminal import Terminal
 from making.training_runs import Heard, training_project
+from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
 from tunewright.core.locks import locked_folder
+from tunewright.data.task import TASKS
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.models.sources import BUNDLED_TRAINING
 from tunewright.open_project import project_name
@@ -191,6 +193,17 @@ def test_init_finds_the_column_that_is_not_named(tmp_path: Path, given: tuple[st
     tunewright("init", tmp_path / "p", "--data", file, *given, "--json")
     data = config_of(tmp_path / "p")["data"]
     assert (data["input"], data["output"]) == ("message", "category")
+
+
+def test_page_on_metrics_names_the_metric_that_init_writes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "metrics.md").read_text(encoding="utf-8")
+    section = page.partition("## Which metric for which task")[2].partition("\n## ")[0]
+    first = dict(re.findall(r"^\| (\w+ ?\w*).*? \| [^|]*?`(.+?)`", section, re.MULTILINE))
+    rows = {"labels": "labels", "short facts": "short", "function calls": "calls", "summaries": "text", "chat": "chat"}
+    metrics = {str(name): task.metric for name, task in TASKS.items()}
+    assert {row: first[row] for row in rows} == {row: metrics[task] for row, task in rows.items()}
+    settings = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
+    assert Config(name="labels", **settings).evaluate.structured_outputs is not None
 
 
 def test_init_names_an_instruction_with_the_labels_if_all_rows_were_read(tmp_path: Path) -> None:
