@@ -21,7 +21,7 @@ import yaml
 
 import tunewright as tunewright_package
 from making.command_line import tiny_project, tunewright, write_jsonl
-from making.evidence import make_items
+from making.evidence import make_evidence, make_items
 from making.human_evaluations import save
 from making.signals import break_even, doubling, gain, make_signals
 from making.studio_client import PASSWORD, opened
@@ -470,6 +470,31 @@ def test_no_command_names_training_after_a_verdict_on_an_earlier_version(
     shown = tunewright().stdout
     assert "0 trained on the current version" in shown and "Verdict   don't ship" in shown
     assert "Next: tunewright run\n" in shown
+
+
+def test_no_command_names_the_next_step_of_the_newest_verdict(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tiny_project(tmp_path / "p", tiny_base_folder)
+    assert tunewright("data", "add", project / "pairs.jsonl", "-p", project).code == 0
+    dataset, items = tunewright_package.open(project).data.version().digest, make_items(40, tuned=0.3, retrieved=0.7)
+    evidence = make_evidence(items)
+    evidence = evidence.model_copy(
+        update={"lineage": {**evidence.lineage, "dataset": dataset}, "dev_arms": evidence.arms}
+    )
+    save(ProjectFolder(project).evaluations / "0123456789ab", items, evidence)
+    adapter = project / "adapters" / "small-1"
+    for folder in (adapter, adapter.with_name("small-2")):
+        folder.mkdir(parents=True)
+    lineage = {"created": "2026", "digest": evidence.lineage["adapter"]["digest"], "dataset": {"digest": dataset}}
+    write_jsonl(adapter / "lineage.json", [lineage])
+    monkeypatch.chdir(project)
+    shown = tunewright().stdout
+    assert "Advise    prompting measured on dev: best arm retrieved-4, " in shown
+    (cause, *_) = tunewright("verdict", "--json").document["causes"]
+    assert f"Next: {cause['next']}\n" in shown
+    write_jsonl(adapter.with_name("small-2") / "lineage.json", [{**lineage, "created": "2027", "digest": "0"}])
+    assert "Next: tunewright evaluate\n" in tunewright().stdout
 
 
 def test_no_command_shows_the_state_when_a_training_has_just_finished(

@@ -131,6 +131,15 @@ def test_verdict_takes_the_divergence_from_the_benchmarks() -> None:
     assert found(drifted)[0].startswith("Hardly trained: 80 optimizer steps")
 
 
+def test_next_step_is_the_first_remedy_or_what_settles_the_verdict() -> None:
+    falling = decided(trained(WORSE, 1.5, 1.1, 0.9))
+    assert falling.next_step == falling.causes[0].next_command
+    even = make_evidence(make_items(120, tuned=0.04, retrieved=0.02))
+    assert "`tunewright crossval`" in decided(even).next_step
+    assert decided(even.model_copy(update={"split": "dev"})).next_step == "tunewright evaluate"
+    assert decided(make_evidence(make_items(600, tuned=0.9, retrieved=0.3))).next_step == ""
+
+
 def test_undecided_verdict_has_only_causes_that_training_can_fix() -> None:
     even = make_evidence(make_items(120, tuned=0.04, retrieved=0.02))
     assert decided(even).decision == "can't tell"

@@ -76,6 +76,8 @@ def _standing(run: Session) -> Iterator[str]:
     if following:
         against = f"follow the advice ({advised}), or to train anyway: " if advised else ""
         yield f"Next: {against}{', or without a review '.join(following)}"
+    elif after := found[-1].next_step:
+        yield f"Next: {after}"
 
 
 def look_at(run: Session, sources: Sequence[str], mapping: ColumnMapping) -> Proposal:

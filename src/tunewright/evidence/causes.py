@@ -72,7 +72,8 @@ class ProjectFacts:
 def decided(evidence: Evidence, known: ProjectFacts | None = None) -> Verdict:
     """Return the verdict, with its causes unless it is *ship*."""
     found = verdict(evidence)
-    return replace(found, causes=causes(evidence, found, known or ProjectFacts()))
+    reasons = causes(evidence, found, known or ProjectFacts())
+    return replace(found, causes=reasons, next_step=reasons[0].next_command if reasons else found.next_step)
 
 
 def causes(evidence: Evidence, found: Verdict, known: ProjectFacts) -> tuple[Reason, ...]:

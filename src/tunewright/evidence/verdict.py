@@ -62,6 +62,8 @@ class Verdict:
     """Replace, keep or can't tell for each incumbent; they do not affect the decision."""
     summary: str = ""
     """The measurement in plain words."""
+    next_step: str = ""
+    """What to do next: the first cause's remedy, else what settles a *can't tell*; empty if neither is known."""
 
     @property
     def exit_code(self) -> int:
@@ -106,6 +108,7 @@ def verdict(evidence: Evidence) -> Verdict:
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
+    undecided = decision == "can't tell"
     decision, whose = _with_authors_split(evidence, decision)
     decision, regressions = _with_benchmarks(evidence, decision)
     against, said = decisive_preferences(evidence)
@@ -119,7 +122,20 @@ def verdict(evidence: Evidence) -> Verdict:
     reasons = (*settled, *further, *regressions, *said, *_cautions(evidence, contrast))
     replaced = replacements(evidence, decision)
     summary = " ".join([*first, plain_measurement(evidence, contrast)])
-    return Verdict(decision, reasons, evidence.split, replacements=replaced, summary=summary)
+    next_step = _next_step(evidence, decision, undecided=undecided)
+    return Verdict(decision, reasons, evidence.split, replacements=replaced, summary=summary, next_step=next_step)
+
+
+def _next_step(evidence: Evidence, decision: Decision, *, undecided: bool) -> str:
+    """Return the next step without a known cause; ``undecided`` if the deciding contrast can't tell."""
+    if evidence.split == "dev" and decision != "don't ship":
+        return "tunewright evaluate"
+    if decision != "can't tell" or not undecided:
+        return ""
+    if evidence.design == "cross-fitted":
+        return "add more distinct pairs with `tunewright data add FILE`, then `tunewright crossval`"
+    more = "add more distinct items to the test split with `tunewright data add FILE`"
+    return f"{more}, or `tunewright crossval`, which measures on all rows"
 
 
 def _with_authors_split(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -17,7 +17,7 @@ from tunewright.core.text import count_of
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.blocks import evaluation_sections
-from tunewright.evidence.files import CHANGES, DEV_PREFIX, EVIDENCE_FILE, ItemFilter, chosen_items
+from tunewright.evidence.files import CHANGES, DEV_PREFIX, EVIDENCE_FILE, ItemFilter, chosen_items, load_evidence
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import metric_label
 from tunewright.render.blocks import Cell, Table, table, words
@@ -40,6 +40,9 @@ class ListedEvaluation:
     on_test: bool
     measured: str = ""
     """The measurement with its test; empty where the evidence is damaged."""
+    next_step: str = ""
+    """The verdict's next step, if it has one."""
+    evidence: Evidence | None = None
 
 
 def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluation]:
@@ -58,7 +61,8 @@ def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluati
             on_test = not name.startswith(DEV_PREFIX)
             against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
             reason = " ".join([verdict.summary, *against])
-            found.append(ListedEvaluation(name, verdict.decision, reason, on_test, verdict.reasons[0]))
+            listed = ListedEvaluation(name, verdict.decision, reason, on_test, verdict.reasons[0], verdict.next_step)
+            found.append(replace(listed, evidence=load_evidence(file)))
     return found
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from starlette.responses import Response
 
-from tunewright.adapters.registry import list_adapters
+from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.api import Project
 from tunewright.config import PROJECT_NAME
 from tunewright.core.errors import UserError
@@ -17,6 +17,7 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.splits import too_few
 from tunewright.data.versions import DatasetVersion, current_manifest
+from tunewright.metrics import score_text
 from tunewright.models.sources import BUNDLED, has_bundled
 from tunewright.open_project import new_project, project_name
 from tunewright.render.blocks import Cell, Table, table, words
@@ -58,6 +59,8 @@ class Stage:
     """The same command in a terminal."""
     about: str = ""
     """The purpose of the stage, in a sentence."""
+    next_step: str = ""
+    """What follows the verdict, in words."""
 
 
 def project_page(visit: Visit) -> Response:
@@ -98,7 +101,7 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
     found.append(Stage("Review", state, review.status, link=link, command=REVIEW, about=about))
     adapters = list_adapters(folder.adapters)
     current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
-    found.append(_advise_stage(project, manifest.digest))
+    found.append(_advise_stage(project, manifest.digest, evaluations))
     few = too_few(counts.domain.get("train", 0))
     against = "" if few else advice_against_training(found)
     state = "done" if current else "next" if accepted and not against else "open"
@@ -119,7 +122,8 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
     found.append(Stage("Evaluate", state, text, link=choices, command="tunewright evaluate", about=about))
     if measured:
         newest = measured[0]
-        found.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
+        link, after = (path_of("report", newest.id), "Read the report"), _after_verdict(evaluations[0], adapters)
+        found.append(Stage("Verdict", "done", newest.verdict, link=link, next_step=after))
         if any(each.verdict == "ship" for each in measured):
             found.append(_deploy_stage(project))
     return found
@@ -131,9 +135,26 @@ def advice_against_training(found: Sequence[Stage]) -> str:
     return answer if answer in _NOT_TO_TRAIN else ""
 
 
-def _advise_stage(project: Project, dataset: str) -> Stage:
+def _after_verdict(newest: ListedEvaluation, adapters: Sequence[Adapter]) -> str:
+    """Return the step after the newest evaluation, which may be of an earlier adapter; empty to deploy it."""
+    if newest.evidence is None or (newest.on_test and newest.verdict == "ship"):
+        return ""
+    measured = newest.evidence.lineage.get("adapter", {}).get("digest")
+    trained = [adapter.digest for adapter in adapters if adapter.imported is None]
+    if measured is not None and trained and trained[-1] != measured:
+        return "tunewright evaluate"
+    return newest.next_step or "tunewright report"
+
+
+def _advise_stage(project: Project, dataset: str, evaluations: Sequence[ListedEvaluation]) -> Stage:
     state: Literal["done", "open"] = "open"
     text, files = "no advice on the current version", project.folder.advice.glob("[!.]*.json")
+    # `run` and `evaluate` measure the prompting arms of the advice, without its pilot.
+    for evidence in (each.evidence for each in reversed(evaluations) if each.evidence is not None):
+        best = next((arm for arm in evidence.dev_arms if arm.name == evidence.best_prompting), None)
+        if best is not None and evidence.lineage["dataset"] == dataset:
+            score = score_text(evidence.metric, best.score(evidence.metric).value)
+            state, text = "done", f"prompting measured on dev: best arm {best.name}, {score}"
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         try:
             advice = project.advise(file)
