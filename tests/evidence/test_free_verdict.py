@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from making.evidence import make_evidence, make_items, scored_items, scorers, with_contrast
+from tunewright.cli.evaluate import verdict_text
 from tunewright.evidence.blocks import arms_section
+from tunewright.evidence.causes import decided
 from tunewright.evidence.incumbents import Drop, measured_drop
 from tunewright.evidence.schema import Evidence, FreeArms, Item
 from tunewright.evidence.scoring import score_arm
@@ -56,10 +58,22 @@ def test_free_arm_as_good_as_the_adapter_is_said_first_with_exit_code_3() -> Non
     assert verdict(make_evidence(items)).decision == "ship"
     found = verdict(_with_free(items, 1.0))
     assert (found.decision, found.exit_code) == ("don't ship", 3)
-    scores = [f"{FREE} 100.0%", "tuned 9", "margin of 2 points", "95% interval", "600 test items"]
+    scores = [f"{FREE} 100.0%", "tuned 9", "95% interval", "600 test items"]
     assert found.reasons[0].startswith("No model is needed: ")
     assert all(text in found.reasons[0] for text in scores)
     assert found.summary.startswith("No model is needed: ")
+
+
+def test_free_arm_is_called_better_where_its_interval_lies_above_zero() -> None:
+    worse = decided(_with_free(make_items(600, tuned=0.3, retrieved=0.6), 1.0))
+    assert f"No model is needed: {FREE} 100.0% is better than tuned" in worse.reasons[0]
+    assert "margin" not in worse.reasons[0]
+    assert worse.causes and worse.causes_title == "If you still want an adapter:"
+    assert "If you still want an adapter:" in verdict_text(worse).plain
+    assert worse.next_step.startswith("no model is needed; if you still want an adapter: ")
+    as_good = verdict(_with_free(make_items(600, tuned=1.0, retrieved=0.3), 1.0))
+    assert "is not worse than tuned" in as_good.reasons[0]
+    assert decided(make_evidence(make_items(120, tuned=0.05, retrieved=0.6))).causes_title == "Likely causes:"
 
 
 def test_adapter_that_is_better_than_the_free_arm_still_ships() -> None:

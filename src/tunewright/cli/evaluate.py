@@ -217,7 +217,7 @@ def verdict_text(decision: Verdict) -> Text:
     text = Text(f"Verdict{on_dev}: {decision.decision}\n", style=_COLOURS[decision.decision])
     lines = [f"  {reason}" for reason in decision.reasons]
     if decision.causes:
-        lines += ["Likely causes:", *(f"  - {cause.text}" for cause in decision.causes)]
+        lines += [decision.causes_title, *(f"  - {cause.text}" for cause in decision.causes)]
     for each in decision.replacements:
         lines.append(f"Incumbent {each.incumbent.name}: {each.outcome}")
         lines += [f"  {reason}" for reason in each.reasons]

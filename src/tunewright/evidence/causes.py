@@ -13,7 +13,7 @@ from typing import Any
 
 from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.evidence.schema import Arm, Evidence
-from tunewright.evidence.verdict import CAUTION_SHARE, Reason, Verdict, verdict
+from tunewright.evidence.verdict import CAUTION_SHARE, NO_MODEL, Reason, Verdict, verdict
 from tunewright.metrics import points_text, score_text
 
 FEW_ROWS = 500
@@ -73,7 +73,12 @@ def decided(evidence: Evidence, known: ProjectFacts | None = None) -> Verdict:
     """Return the verdict, with its causes unless it is *ship*."""
     found = verdict(evidence)
     reasons = causes(evidence, found, known or ProjectFacts())
-    return replace(found, causes=reasons, next_step=reasons[0].next_command if reasons else found.next_step)
+    if not reasons:
+        return found
+    step = reasons[0].next_command
+    if found.reasons[0].startswith(NO_MODEL):
+        step = f"no model is needed; if you still want an adapter: {step}"
+    return replace(found, causes=reasons, next_step=step)
 
 
 def causes(evidence: Evidence, found: Verdict, known: ProjectFacts) -> tuple[Reason, ...]:

@@ -27,6 +27,8 @@ SIGNIFICANT = ALPHA
 
 _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
 _HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
+NO_MODEL = "No model is needed"
+"""Beginning of the first reason if a free arm is enough."""
 CAUTION_SHARE = 0.05
 """Share of answers above which the token limit or the format may cause a low score."""
 
@@ -78,7 +80,13 @@ class Verdict:
     def blocks(self, reasons: Sequence[str]) -> tuple[Block, ...]:
         """Return these of its reasons, and the causes of a *don't ship*."""
         causes = tuple(cause.text for cause in self.causes)
-        return (Notes(tuple(reasons)), *((Lead("Likely causes:"), Notes(causes)) if causes else ()))
+        return (Notes(tuple(reasons)), *((Lead(self.causes_title), Notes(causes)) if causes else ()))
+
+    @property
+    def causes_title(self) -> str:
+        """The line above the causes, which are no reason for an adapter if no model is needed."""
+        unneeded = self.reasons[0].startswith(NO_MODEL)
+        return "If you still want an adapter:" if unneeded else "Likely causes:"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as ``--json`` prints it."""
@@ -182,7 +190,9 @@ def _without_model(evidence: Evidence, decision: Decision) -> tuple[Decision, li
     measured = f"{points_text(-drop.value)} points, 95% interval {low} to {high}, on {items}."
     if not free.enough:
         return decision, [], [f"{ours}, without a model, against {tuned}: {measured}"]
-    text = f"No model is needed: {ours} is not worse than {tuned} by the margin of {_points(evidence.margin)}"
+    text = f"{NO_MODEL}: {ours} is not worse than {tuned} by the margin of {_points(evidence.margin)}"
+    if drop.interval.high < 0:
+        text = f"{NO_MODEL}: {ours} is better than {tuned}"
     return "don't ship", [f"{text}: {measured}"], []
 
 
