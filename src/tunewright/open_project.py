@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from tunewright.config import PROJECT_NAME
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE, OpenFolder, ProjectFolder, create_project, require_absent
+from tunewright.config.train import BUNDLED_TRAINING
 from tunewright.core.errors import UserError
 from tunewright.core.text import normalize
 from tunewright.core.workers import Workers
 from tunewright.models.bases import Base, resolve_base
-from tunewright.models.sources import BUNDLED, BUNDLED_TRAINING
+from tunewright.models.sources import BUNDLED
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat

@@ -29,12 +29,12 @@ from making.terminal import Terminal
 from making.training_runs import Heard, training_project
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
+from tunewright.config.train import BUNDLED_TRAINING
 from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
 from tunewright.core.locks import locked_folder
 from tunewright.data.task import TASKS
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.models.sources import BUNDLED_TRAINING
 from tunewright.open_project import project_name
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.options import ServeOptions

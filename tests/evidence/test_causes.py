@@ -108,6 +108,25 @@ def test_few_steps_are_hardly_trained_with_epochs_for_enough_of_them() -> None:
     assert falling is not None and falling.what == "Hardly trained: 16 optimizer steps"
 
 
+def test_useless_adapter_of_the_bundled_base_gets_its_settings_and_every_short_run_the_sweep() -> None:
+    lineage = ran(48, 5.893, 4.320, 4.049, base={"spec": "bundled:smollm2-135m-instruct"})
+    lineage["config"]["train"] |= {"preset": "classic", "learning_rate": 2e-4, "method": "sft"}
+    lineage["training"]["epochs"][-1]["dev_metric"] = 0.0
+    reason = undertrained(lineage, [])
+    wanted = "Set train.preset: all-linear, train.learning_rate: 0.001, and train.epochs: 6 (now 3), then `tunewright"
+    assert reason is not None and reason.next_command.startswith(wanted)
+    assert reason.next_command.endswith("`tunewright train --sweep` searches for a rate")
+    other = [
+        lineage | {"base": {"spec": "acme/other"}},
+        lineage | {"training": {"epochs": [{**each, "dev_metric": 0.7} for each in lineage["training"]["epochs"]]}},
+        lineage | {"config": {"train": lineage["config"]["train"] | {"preset": "all-linear", "learning_rate": 1e-3}}},
+    ]
+    for each in other:
+        plain = undertrained(each, [])
+        assert plain is not None and plain.next_command.startswith("Set train.epochs: 6 (now 3), then")
+        assert "`tunewright train --sweep`" in plain.next_command
+
+
 def test_few_steps_suffice_where_the_dev_loss_is_flat_or_another_adapter_was_trained_before() -> None:
     assert undertrained(ran(16, 0.5, 0.499), []) is None
     assert undertrained(ran(16, 0.5, 0.7), []) is None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, variance
 from typing import Any
 
+from tunewright.config.train import BUNDLED_TRAINING, PRESETS
 from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.verdict import CAUTION_SHARE, NO_MODEL, Reason, Verdict, verdict
@@ -142,8 +143,21 @@ def undertrained(
         what += ", and the answers are nearly the base's" if near else ""
     planned = config.get("epochs", last["epoch"])
     wanted = max(2 * planned, 3, math.ceil(_FEW_STEPS * planned / steps))
-    fix = f"Set train.epochs: {wanted:g} (now {planned:g}){' or raise train.learning_rate' if near or few else ''}"
-    return Reason(what, text, f"{fix}, then `tunewright train` and `tunewright evaluate --dev`")
+    settings = _bundled_settings(lineage, last)
+    fix = f"Set {settings}train.epochs: {wanted:g} (now {planned:g})"
+    fix += " or raise train.learning_rate" if (near or few) and not settings else ""
+    then = "then `tunewright train` and `tunewright evaluate --dev`; `tunewright train --sweep` searches for a rate"
+    return Reason(what, text, f"{fix}, {then}")
+
+
+def _bundled_settings(lineage: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Return the bundled base's settings to set, if it learned nearly nothing with others; else an empty string."""
+    train, metric = lineage.get("config", {}).get("train", {}), last.get("dev_metric")
+    bundled = str(lineage.get("base", {}).get("spec", "")).startswith("bundled:") and train.get("method") == "sft"
+    weak = train.get("preset") == "classic" or train.get("learning_rate") == PRESETS["classic"]["learning_rate"]
+    if not bundled or not weak or metric is None or metric > _USELESS:
+        return ""
+    return "".join(f"train.{key}: {value}, " for key, value in BUNDLED_TRAINING.items()) + "and "
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]) -> str | None:

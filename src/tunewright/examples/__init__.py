@@ -14,10 +14,10 @@ from typing import Any
 
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
+from tunewright.config.train import BUNDLED_TRAINING
 from tunewright.core.errors import UserError
 from tunewright.core.packages import COURTS, open_member
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.models.sources import BUNDLED_TRAINING
 
 LEGAL_CITATIONS = "legal-citations"
 NAMES = (LEGAL_CITATIONS, "bfcl", "orders")

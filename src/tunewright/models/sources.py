@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import platformdirs
 
+from tunewright.config.train import BUNDLED_TRAINING
 from tunewright.core.errors import UserError
 from tunewright.core.io import cache_folder, new_folder, write_json, writing
 from tunewright.core.packages import SMOLLM2, has_member, open_member
@@ -135,10 +135,8 @@ def _silence(repository: str, revision: str | None) -> str | None:
 
 
 BUNDLED = "smollm2-135m-instruct"
-BUNDLED_TRAINING: dict[str, Any] = {"preset": "all-linear", "learning_rate": 1e-3}
-"""Settings of its training: a model this small learns at a higher rate than the 7B models that 2e-4 is for."""
 _LARGE = 2e9
-"""Bytes of weights from which that rate is too high: a billion weights in 16 bits."""
+"""Bytes of weights from which the bundled base's rate is too high: a billion weights in 16 bits."""
 
 
 def high_rate(rate: float, base: Path) -> str | None:
