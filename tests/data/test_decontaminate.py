@@ -16,6 +16,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.dedup.decontaminate import ContaminationHit, find_hits, read_items
 from tunewright.data.examples import Example, Message
+from tunewright.data.notices import contaminated
 from tunewright.data.versions import load_version
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -207,6 +208,11 @@ def test_add_reports_and_keeps_a_training_row_with_a_benchmark_item(tmp_path: Pa
     reported = next(w for w in listener.warned if "benchmark item" in w)
     assert "holding.jsonl:101 contains or is part of item 1 of lakes.jsonl" in reported
     assert "kept" in reported
+    assert "one text, or nearly all of it, is in the other. Near-duplicates (data.dedup_threshold)" in reported
+    equal, contained = ("a.jsonl:1", "equal", "test row 1"), ("a.jsonl:2", "contained", "test row 2")
+    assert "nearly all of it" not in contaminated([equal], dropping=False)
+    assert "nearly all of it" not in contaminated([contained], dropping=True)
+    assert "nearly all of it" in contaminated([equal, contained], dropping=False)
 
 
 def test_add_drops_contaminated_rows_and_records_them(tmp_path: Path) -> None:

@@ -185,6 +185,12 @@ def conflicting(conflicts: Sequence[Conflict], inputs: int, *, accepted: bool) -
     return UserError(f"{what}\n{lead}{lines}", fix=fix)
 
 
+_CONTAINS = (
+    '"Contains or is part of": one text, or nearly all of it, is in the other. Near-duplicates '
+    "(data.dedup_threshold) are searched for separately; `tunewright data leakage` shows both."
+)
+
+
 def contaminated(held: Sequence[tuple[str, MatchKind, str]], *, dropping: bool) -> str:
     """Return the warning for training rows that contain a test input or a benchmark item; rows left out are all listed.
 
@@ -200,7 +206,10 @@ def contaminated(held: Sequence[tuple[str, MatchKind, str]], *, dropping: bool) 
     most = len(by_row) if dropping else _MOST_EXAMPLES
     lines = listed(entries, len(by_row), most, "`tunewright data leakage --json` lists all")
     what = "left out" if dropping else "kept (data.contaminated: drop removes them)"
-    return f"{count_of(len(by_row), 'training row')} with a test input or a benchmark item, {what}:\n{lines}"
+    text = f"{count_of(len(by_row), 'training row')} with a test input or a benchmark item, {what}:\n{lines}"
+    if dropping or all(how == "equal" for _, how, _ in held):
+        return text
+    return f"{text}\n{_CONTAINS}"
 
 
 def unaccepted(places: Sequence[str]) -> str:
