@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("uv")
     parser.add_argument("--only", choices=RESOLUTIONS)
     parser.add_argument("paths", nargs="*", default=["tests"])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     failed: list[str] = []
     for name in [options.only] if options.only else RESOLUTIONS:
         free = shutil.disk_usage(ROOT).free / 1e9
