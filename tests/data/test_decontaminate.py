@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.dedup.decontaminate import ContaminationHit, find_hits, read_items
+from tunewright.data.dedup.decontaminate import ContaminationHit, MatchKind, find_hits, read_items
 from tunewright.data.examples import Example, Message
 from tunewright.data.notices import contaminated
 from tunewright.data.versions import load_version
@@ -209,7 +209,8 @@ def test_add_reports_and_keeps_a_training_row_with_a_benchmark_item(tmp_path: Pa
     assert "holding.jsonl:101 contains or is part of item 1 of lakes.jsonl" in reported
     assert "kept" in reported
     assert "one text, or nearly all of it, is in the other. Near-duplicates (data.dedup_threshold)" in reported
-    equal, contained = ("a.jsonl:1", "equal", "test row 1"), ("a.jsonl:2", "contained", "test row 2")
+    equal: tuple[str, MatchKind, str] = ("a.jsonl:1", "equal", "test row 1")
+    contained: tuple[str, MatchKind, str] = ("a.jsonl:2", "contained", "test row 2")
     assert "nearly all of it" not in contaminated([equal], dropping=False)
     assert "nearly all of it" not in contaminated([contained], dropping=True)
     assert "nearly all of it" in contaminated([equal, contained], dropping=False)

@@ -399,7 +399,7 @@ def test_varlen_attention_passes_arguments_that_each_torch_release_takes(
         given = taken.bind(*args, **kwargs).arguments
         calls.append(given)
         # Before 2.12 the kernel took grouped heads without a flag; the installed one may want it.
-        flag = {"enable_gqa": key_heads != 4} if "enable_gqa" in signature(installed).parameters else {}
+        flag: dict[str, Any] = {"enable_gqa": key_heads != 4} if "enable_gqa" in signature(installed).parameters else {}
         return installed(**{name: value for name, value in given.items() if name != "enable_gqa"}, **flag)
 
     of_release.__signature__ = taken  # type: ignore[attr-defined]
