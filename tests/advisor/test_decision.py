@@ -98,6 +98,9 @@ def test_no_model_where_nothing_can_beat_the_best_free_arm_by_the_margin(
         assert (decision.arm, decision.exit_code) == ("free-tfidf", 3)
         assert decision.why.startswith(f"No model is needed: neither {signals.prompting.best} nor an adapter")
         assert changes(signals, decision)
+    elif decision.answer == "can't tell":
+        told = f"free-tfidf is not worse than {signals.prompting.best} and needs no model."
+        assert decision.why.endswith(told) == (prompting is NEARER)
 
 
 def test_decision_names_the_cheapest_sufficient_arm() -> None:

@@ -32,7 +32,7 @@ from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.evidence.common import ArmScore, Interval, Part
 from tunewright.evidence.power import FEWEST_CLUSTERS
-from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence
+from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Evidence, FreeArms
 from tunewright.evidence.verdict import SIGNIFICANT
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -363,13 +363,19 @@ class Grounds:
         return min(ceiling, pilot + ahead)
 
     @property
+    def free(self) -> FreeArms | None:
+        """The free arms, if the best prompt does not beat the best of them by the margin."""
+        free = self.signals.prompting.free
+        return None if free is None or free.prompting is None or free.prompting.outcome != "replace" else free
+
+    @property
     def free_enough(self) -> str | None:
         """The best free arm, if neither an adapter of these rows nor the best prompt beats it by the margin."""
-        free = self.signals.prompting.free
-        if free is None or free.prompting is None or free.prompting.outcome != "replace":
+        if self.free is None:
             return None
-        most = self._most(free.best_on_dev, math.inf if free.tuned is None else free.tuned.interval.high)
-        return free.best if most < self.signals.margin else None
+        tuned = self.free.tuned
+        most = self._most(self.free.best_on_dev, math.inf if tuned is None else tuned.interval.high)
+        return self.free.best if most < self.signals.margin else None
 
     @property
     def no_gain(self) -> bool:
@@ -413,7 +419,10 @@ def decide(signals: Signals) -> Decision:
         return Decision("fine-tune", None, f"The pilot is as good as {best}, and its shorter prompts pay for it.")
     if grounds.no_gain:
         return _without_gain(signals, grounds)
-    return Decision("can't tell", None, _unsettled(signals))
+    why = _unsettled(signals)
+    if grounds.free is not None:
+        why += f" Until then, {grounds.free.best} is not worse than {best} and needs no model."
+    return Decision("can't tell", None, why)
 
 
 def _without_gain(signals: Signals, grounds: Grounds) -> Decision:

@@ -58,6 +58,7 @@ def show(run: Session, name: Name) -> None:
     engine,
     "serve",
     example="tunewright engine serve --host 0.0.0.0 --engine vllm",
+    loads=True,
     status=False,
     database=True,
     traced=False,

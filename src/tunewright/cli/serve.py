@@ -92,6 +92,7 @@ Because = Annotated[str | None, typer.Option(help="Reason, stored in the release
     panel=DEPLOY,
     example="tunewright deploy legal legal-4f1c02a9 --canary 10%",
     database=True,
+    loads=True,
     options=DeployOptions,
 )
 def deploy(
@@ -127,6 +128,7 @@ def deploy(
     example="tunewright promote legal",
     status=False,
     database=True,
+    loads=True,
     options=ReleaseTestOptions,
 )
 def promote(run: Session, alias: Alias, options: ReleaseTestOptions = ReleaseTestOptions()) -> int | None:
