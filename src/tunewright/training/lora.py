@@ -161,7 +161,8 @@ class _FusedLora(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, packed: Any, a: Tensor, b: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        low_a, low_b = a.to(rows.dtype), (b * scale).to(rows.dtype)
+        # Multiplied in b's dtype and rounded as it is stored: one kernel on a card.
+        low_a, low_b = a.to(rows.dtype), torch.mul(b, scale, out=rows.new_empty(b.shape))
         inner = rows @ low_a.T  # [tokens, rank]
         ctx.save_for_backward(rows, weight, low_a, low_b, inner)
         ctx.packed, ctx.scale, ctx.types = packed, scale, (a.dtype, b.dtype)
