@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json, write_text
 from tunewright.core.locks import in_use, remove_abandoned
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.models.families import check_architecture, text_name
+from tunewright.models.families import check_architecture, read_shape, text_name
 from tunewright.models.sources import (
     BUNDLED,
     CONSOLIDATED,
@@ -74,7 +75,10 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
     commit, folder = None, _local_folder(spec, root, reporter)
     if folder is None:
         # An unsupported base is refused by its configuration only, before gigabytes of weights are downloaded.
-        check_architecture(hub_config(spec, revision, root / "base.lock.json"))
+        if find_spec("torch") is None:
+            check_architecture(hub_config(spec, revision, root / "base.lock.json"))
+        else:
+            read_shape(hub_config(spec, revision, root / "base.lock.json"))
         folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
     if revision is not None and commit is None:
         raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")

@@ -19,7 +19,7 @@ from tunewright.core.interrupts import finishing
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.models.bases import Base
-from tunewright.models.families import FAMILIES, shape_of
+from tunewright.models.families import outside_text, read_shape
 from tunewright.training import distributed
 from tunewright.training.checkpoints import (
     CheckpointCallback,
@@ -186,7 +186,8 @@ class Run:
         from tunewright.training.recomputation import RecomputedLayers
 
         settings, preferences = self.config.train, self.preferences
-        layers = RecomputedLayers(settings, shape_of(model.config, FAMILIES[self.base.architecture]))
+        shape = read_shape(self.base.folder / "config.json")
+        layers = RecomputedLayers(settings, shape)
         self.micro_batch.set_layers(layers)
         paired = preferences is not None and preferences.answers_per_row == 2
         self.sharing = resolve_sharing(
@@ -207,7 +208,7 @@ class Run:
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
             processing_class=tokenizer,
-            peft_config=lora_config(settings, vision=FAMILIES[self.base.architecture].vision),
+            peft_config=lora_config(settings, outside=outside_text(shape)),
             callbacks=[
                 MetricsCallback(
                     task,

@@ -16,7 +16,7 @@ from tunewright.adapters.lora_weights import require_servable
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.signing import SigningKey, store_signer
 from tunewright.chat import ChatFormat, refuse_untrained
-from tunewright.config import Config
+from tunewright.config import Config, TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text, writing
@@ -26,7 +26,7 @@ from tunewright.data.versions import DatasetVersion
 from tunewright.metrics import metric_inputs
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
-from tunewright.models.families import require_quantizable, require_targets
+from tunewright.models.families import read_shape, require_quantizable, resolve_targets
 from tunewright.models.loading import context_length, device, load_model, named, require_bitsandbytes
 from tunewright.models.sources import high_rate
 from tunewright.training import distributed
@@ -205,8 +205,8 @@ def _run(
     work: Path,
     until: int | None = None,
 ) -> _TrainedRun:
-    config = project.config
-    _require_supported(config, base, reporter)
+    config = project.config.model_copy(update={"train": _supported(project.config.train, base, reporter)})
+    project = ProjectFolder(project.root, config)
     limit = min(config.train.max_length, context_length(base))
     parent = require_parent(project, version, base, chat, reporter)
     if not config.train.generated:
@@ -258,20 +258,23 @@ def _run(
     return result
 
 
-def _require_supported(config: Config, base: Base, reporter: Reporter) -> None:
-    require_targets(config.train.target_modules, base.architecture)
-    require_quantizable(config.train.quantization, base.architecture, "train.quantization")
-    require_bitsandbytes(config.train.quantization, "train.quantization")
-    require_liger(config.train.use_liger_kernel, base.architecture)
-    require_precision(config.train)
-    if high := high_rate(config.train.learning_rate, base.folder):
+def _supported(settings: TrainConfig, base: Base, reporter: Reporter) -> TrainConfig:
+    """Check that these settings can be trained on the base and this machine; return them with the base's own layers."""
+    shape = read_shape(base.folder / "config.json")
+    settings = resolve_targets(settings, shape, base.architecture)
+    require_quantizable(settings.quantization, shape, base.architecture, "train.quantization")
+    require_bitsandbytes(settings.quantization, "train.quantization")
+    require_liger(settings.use_liger_kernel, base.architecture)
+    require_precision(settings)
+    if high := high_rate(settings.learning_rate, base.folder):
         reporter.warn(high)
     if distributed.is_sharded():
-        require_fsdp_supported(config.train)
+        require_fsdp_supported(settings)
         reporter.say(
             f"FSDP: the base is sharded over {distributed.world_size()} processes; a layer is gathered while it "
             "computes."
         )
+    return settings
 
 
 def _without_generated(version: DatasetVersion, reporter: Reporter) -> DatasetVersion:
