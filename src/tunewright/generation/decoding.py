@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tunewright.generation.attention import attention_forward
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.kv_cache import (
     copy_rows,
@@ -348,7 +348,7 @@ def _mask(*, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = 
 
 _ATTENTION = "tunewright_decoding"
 """SDPA with masks that are never copied to the host."""
-AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+AttentionInterface.register(_ATTENTION, attention_forward)
 AttentionMaskInterface.register(_ATTENTION, _mask)
 
 
