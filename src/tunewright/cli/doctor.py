@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 from tunewright._version import __version__
 from tunewright.cli.app import PROJECT, app, command
-from tunewright.cli.console import FAILED, Session
+from tunewright.cli.console import FAILED, MEASURED_NO, Session
 from tunewright.core.errors import TRAIN_PACKAGES
 from tunewright.core.installation import install_command
 from tunewright.render.blocks import Cell, ToneOfResult, table, words
@@ -62,11 +64,20 @@ class Check:
 
 
 @command(app, "doctor", panel=PROJECT, example="tunewright doctor", status=False)
-def doctor(run: Session) -> int | None:
+def doctor(
+    run: Session,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Prove this base instead: which of its layers, packing, cache and memory work here."),
+    ] = None,
+) -> int | None:
     """Check versions, devices, memory, disk, hub access, engines and extras, and show the command that mends each gap.
 
-    Exit code 0 if the basic commands work, 1 if not.
+    Exit code 0 if the basic commands work, 1 if not. With --base: 0 if the base can be used, 3 if not. The proofs run
+    on a shrunk copy of its config.json with random weights; no weights are downloaded or loaded.
     """
+    if base is not None:
+        return _prove(run, base)
     checks = [check for part in _PARTS for check in part(run.folder)]
     works = not any(check.state == "problem" for check in checks)
     summary = "The basic commands work." if works else "Some basic commands do not work on this machine."
@@ -75,6 +86,16 @@ def doctor(run: Session) -> int | None:
     rows = ((c.area, c.name, Cell(c.state, tone=_TONES[c.state]), c.found, c.fix or "") for c in checks)
     run.show({"works": works, "checks": checks}, title, table("Checks of this machine", head, rows), summary)
     return None if works else FAILED
+
+
+def _prove(run: Session, base: str) -> int:
+    from tunewright.models.bases import base_config
+    from tunewright.models.proofs import blocks
+    from tunewright.training.proving import prove
+
+    proofs = prove(base_config(base, None, run.folder, run.reporter), run.reporter)
+    run.show(proofs, f"{base}: {proofs.architecture}", *blocks(proofs))
+    return 0 if proofs.layers else MEASURED_NO
 
 
 def _versions(_folder: Path) -> Iterator[Check]:

@@ -31,6 +31,7 @@ from tunewright.generation.generate import BatchSize, generate_halving
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base, base_here
 from tunewright.models.loading import device, load_model, named, with_adapters
+from tunewright.training.proving import require_proofs
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class EmbeddedAnswers:
         """Return the base with this adapter, given as name and folder, and earlier ones."""
         of = self._of
         if self._model is None:
+            require_proofs(of.base, ("layers", "cache"), self._reporter)
             self._reporter.say(f"Loading {named(of.base, of.quantization)}")
             self._model = load_model(of.base, of.dtype, of.quantization)
         if adapter is not None and adapter[0] not in self.adapters:

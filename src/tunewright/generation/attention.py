@@ -36,6 +36,8 @@ def attend_scores(
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    # Padding sees no key: its weights are equal, not NaN.
+    scores = scores.clamp(min=torch.finfo(torch.float32).min)
     if sinks is not None:
         column = sinks.float().view(1, heads, 1, 1).expand(rows, -1, queries, -1)
         scores = torch.cat([scores, column], dim=-1)

@@ -129,6 +129,9 @@ def read_config(path: Path) -> dict[str, Any]:
 _WRITING = ("o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "fc2", "w2", "output_linear")
 """Linear layers whose output is added to the hidden state."""
 
+_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names that peft reads as experts in a base with experts, also where a dense layer or a shared expert has them."""
+_ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
 _FEED_FORWARD = ("mlp", "feed_forward", "expert", "moe", "ffn")
 """Parts of the names of feed-forward blocks."""
 
@@ -324,16 +327,16 @@ def load_config(path: Path, architecture: str) -> Any:
 def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:
     """Return the shape of the text model in transformers' configuration of a base."""
     config = whole.get_text_config()
-    heads, hidden = config.num_attention_heads, config.hidden_size
     try:
+        heads, hidden = config.num_attention_heads, config.hidden_size
         found = Shape(
             layers=config.num_hidden_layers,
             hidden=hidden,
             intermediate=_one(config, "moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner")
             or 4 * hidden,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head=getattr(config, "head_dim", None) or hidden // heads,
+            kv_heads=_largest(config, "num_key_value_heads") or heads,
+            head=_largest(config, "head_dim") or hidden // heads,
             vocabulary=config.vocab_size,
             # For a model with vision the top-level value counts, not the text model's own.
             tied=bool(whole.tie_word_embeddings),
@@ -342,7 +345,7 @@ def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:
             experts=_one(config, "num_local_experts", "num_experts", "n_routed_experts"),
             chosen=_one(config, "num_experts_per_tok", "top_k_experts", "moe_top_k"),
         )
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ZeroDivisionError, AttributeError) as error:
         raise UserError(f"Not a valid configuration of {architecture}: {error}", where=where) from error
     sizes = [getattr(found, name) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head")]
     if (
@@ -352,6 +355,14 @@ def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:
     ):
         raise UserError(f"Invalid model sizes: {json.dumps(asdict(found))}", where=where)
     return _walked(found, whole, architecture, where)
+
+
+def _largest(config: Any, name: str) -> int:
+    """Return a value of the configuration, the largest one if it is given for each layer; 0 if there is none."""
+    try:
+        return int(getattr(config, name, None) or 0)
+    except RuntimeError:  # transformers refuses the value of all layers where they differ
+        return max(getattr(config.per_layer_config[layer], name) for layer in range(config.num_hidden_layers))
 
 
 def _one(config: Any, *names: str) -> int:
@@ -369,7 +380,7 @@ def _walked(found: Shape, whole: Any, architecture: str, where: str) -> Shape:
     try:
         with torch.device("meta"):
             model: Any = getattr(transformers, architecture)(whole)
-        layers = model.get_decoder().layers
+        layers = decoder_layers(model)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(f"{architecture} cannot be opened as a causal decoder: {error}", where=where) from error
     towers = drop_towers(model)
@@ -378,18 +389,26 @@ def _walked(found: Shape, whole: Any, architecture: str, where: str) -> Shape:
     for layer in layers:
         for name, part in layer.named_modules():
             last = name.rpartition(".")[2]
-            # A router is frozen, and the share of experts that it gives a token is no linear map that LoRA adapts.
-            if isinstance(part, nn.Linear) and not last.endswith(("gate", "router", "classifier")):
+            # Routers stay frozen, and an indexer's choice of keys has no gradient.
+            if isinstance(part, nn.Linear) and last not in _ROUTERS and "indexer" not in name:
                 half = not any(each in name for each in _FEED_FORWARD)
                 linears[last, part.in_features, part.out_features, half, part.bias is not None] += 1
         experts = max([experts, *(p.shape[0] for n, p in layer.named_parameters() if p.dim() == 3 and "expert" in n)])
     if not linears:
         raise UserError(f"The decoder layers of {architecture} have no linear layer", where=where)
-    rows = tuple(Linear(n, i, o, count, half, bias) for (n, i, o, half, bias), count in linears.items())
+    kept = {key: count for key, count in linears.items() if not (experts and key[0] in _EXPERTS)}
+    rows = tuple(Linear(n, i, o, count, half, bias) for (n, i, o, half, bias), count in kept.items())
     total = sum(weight.numel() for weight in model.parameters())
     others = total - sum(each.count * each.inputs * each.outputs for each in rows)
     walk = Walk(rows, others, towers)
     return replace(found, walk=walk, experts=experts, chosen=found.chosen if experts else 0)
+
+
+def decoder_layers(model: Any) -> Any:
+    """Return the decoder layers of a causal model."""
+    decoder = model.get_decoder()
+    # Llama 4's text model does not find its own decoder.
+    return (decoder.model if hasattr(decoder, "lm_head") else decoder).layers
 
 
 def drop_towers(model: Any) -> tuple[str, ...]:
@@ -397,7 +416,7 @@ def drop_towers(model: Any) -> tuple[str, ...]:
 
     The text layers keep their names in the full model, which peft and vLLM look for in an adapter.
     """
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     if not hasattr(inner, "language_model"):
         return ()
     towers = tuple(name for name, _ in inner.named_children() if name in TOWERS)

@@ -57,7 +57,7 @@ def shrunk(whole: Any) -> Any:
     for key, value in _SIZES.items():
         if text.get(key):
             text[key] = value
-    for key in [key for key in text if key.endswith("intermediate_size") and isinstance(text[key], int) and text[key]]:
+    for key in [key for key in text if "intermediate_size" in key and isinstance(text[key], int) and text[key]]:
         text[key] = _INTERMEDIATE
     if nested:
         values.update({key: value for key, value in _SIZES.items() if key.endswith("token_id") and values.get(key)})
@@ -81,6 +81,9 @@ def _shrink_layers(text: dict[str, Any]) -> None:
     if text.get("mlp_only_layers"):
         text["mlp_only_layers"] = [0]
     text.update({key: [value[layer] for layer in kept] for key, value in lists.items()})
+    if own := text.get("per_layer_config"):
+        own = {int(layer): values for layer, values in own.items()}
+        text["per_layer_config"] = {new: own[old] for new, old in enumerate(kept) if old in own}
     text["num_hidden_layers"] = len(kept)
 
 
@@ -90,8 +93,9 @@ def _shrink_widths(text: dict[str, Any]) -> None:
     # The size of a head stays: factors of rotary embeddings are given for it.
     head = text.get("head_dim") or hidden // heads
     text["num_attention_heads"] = 2 if groups == heads else 4
-    for key in [key for key in text if key.endswith("key_value_heads") and text[key]]:
-        text[key] = 1 if groups == 1 else 2
+    for part in (text, *(text.get("per_layer_config") or {}).values()):
+        for key in [key for key in part if key.endswith("key_value_heads") and part[key]]:
+            part[key] = 1 if groups == 1 else 2
     text["hidden_size"] = _HIDDEN if text.get("head_dim") else text["num_attention_heads"] * head
     if text.get("mamba_d_head"):
         text["mamba_n_heads"] = text.get("mamba_expand", 2) * text["hidden_size"] // text["mamba_d_head"]

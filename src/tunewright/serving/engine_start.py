@@ -62,7 +62,9 @@ def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: R
     match kind:
         case "peft":
             from tunewright.engines.peft import PeftEngine
+            from tunewright.training.proving import require_proofs
 
+            require_proofs(spec.base, ("layers", "cache"), reporter)
             engine = PeftEngine(
                 load_model(spec.base, config.train.dtype, spec.quantization),
                 stop_ids=spec.chat.stop_ids,

@@ -25,6 +25,7 @@ from tunewright.generation.batched_lora import Lora
 from tunewright.generation.decoding import Batch
 from tunewright.generation.requests import Request, Row
 from tunewright.models import quiet_transformers
+from tunewright.models.bases import Base
 from tunewright.models.families import (
     Shape,
     check_architecture,
@@ -44,7 +45,7 @@ from tunewright.training.rows import IGNORED
 TOLERANCE = 1e-3
 """Largest relative difference of logits, losses and gradients that rounding in float32 explains."""
 _RANK, _ALPHA = 3, 6
-_ATTENDS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+_STATEFUL = ("linear_attention", "mamba", "conv", "recurrent")
 _TEXT = 3 * WINDOW
 """Tokens of the copy's prompts: three windows."""
 
@@ -56,7 +57,8 @@ def prove(path: Path, reporter: Reporter) -> Proofs:
     kept = read_kept(key)
     if kept is not None:
         return kept
-    with slow(reporter, f"Proving {architecture}"), quiet_transformers():
+    # peft draws an adapter's weights from the process's generator, whose state is the caller's.
+    with slow(reporter, f"Proving {architecture}"), quiet_transformers(), torch.random.fork_rng(devices=[]):
         proofs = Proofs(
             architecture=architecture, identity=key, proofs=prove_config(load_config(path, architecture), architecture)
         )
@@ -64,14 +66,17 @@ def prove(path: Path, reporter: Reporter) -> Proofs:
     return proofs
 
 
-def require_layers(proofs: Proofs, where: str) -> None:
-    """Check that the base can be trained and served at all."""
-    if not proofs.layers:
-        raise UserError(
-            f"{proofs.architecture} fails the proof `layers`: {proofs.reason('layers')}",
-            where=where,
-            fix="Use another base; `tunewright doctor --base` shows the proofs of one.",
-        )
+def require_proofs(base: Base, needed: Sequence[Name], reporter: Reporter) -> Proofs:
+    """Return the base's proofs; refuse it with the reason of the first ``needed`` one that failed."""
+    proofs = prove(base.folder / "config.json", reporter)
+    for name in needed:
+        if (reason := proofs.reason(name)) is not None:
+            raise UserError(
+                f"{proofs.architecture} fails the proof `{name}`: {reason}",
+                where="base_model",
+                fix=f"Use another base. `tunewright doctor --base {base.spec}` shows all proofs.",
+            )
+    return proofs
 
 
 def prove_config(whole: Any, architecture: str) -> tuple[Proof, ...]:
@@ -79,6 +84,7 @@ def prove_config(whole: Any, architecture: str) -> tuple[Proof, ...]:
     made: dict[str, Any] = {}
 
     def layers() -> str | None:
+        shape_of(whole, architecture)  # is it a causal decoder?
         made["config"] = shrunk(whole)
         made["shape"] = shape_of(made["config"], architecture)
         made["model"] = random_model(made["config"], architecture)
@@ -88,7 +94,7 @@ def prove_config(whole: Any, architecture: str) -> tuple[Proof, ...]:
         def run() -> str | None:
             if "model" not in made:
                 return "the shrunk copy cannot be made"
-            found = fault(copy.deepcopy(made["model"]), made["model"], made["shape"])
+            found = _fault(lambda: fault(copy.deepcopy(made["model"]), made["model"], made["shape"]))
             return None if found is None else _layers_without_attention(whole) or found
 
         return run
@@ -108,19 +114,24 @@ def prove_config(whole: Any, architecture: str) -> tuple[Proof, ...]:
 
 def _proof(name: Name, fault: Callable[[], str | None]) -> Proof:
     began = time.monotonic()
-    try:
-        reason = fault()
-    except UserError as error:
-        reason = error.what
-    except Exception as error:  # noqa: BLE001 - a model that cannot be computed in this way fails the proof
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    reason = _fault(fault)
     return Proof(name=name, passed=reason is None, reason=reason, seconds=round(time.monotonic() - began, 2))
+
+
+def _fault(find: Callable[[], str | None]) -> str | None:
+    """Return the fault that is found, or the error of a model that cannot be computed in this way."""
+    try:
+        return find()
+    except UserError as error:
+        return error.what
+    except Exception as error:  # noqa: BLE001 - returned
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _layers_without_attention(whole: Any) -> str | None:
     """Return the kinds of layers that are no attention; None if all attend."""
     kinds = getattr(whole.get_text_config(), "layer_types", None) or ()
-    others = sorted({str(kind) for kind in kinds if kind not in _ATTENDS})
+    others = sorted({str(kind) for kind in kinds if kind in _STATEFUL})
     return f"layers of the kind {', '.join(others)} carry a state from one token to the next" if others else None
 
 
@@ -131,14 +142,14 @@ def layers_fault(model: Any, shape: Shape, change: Callable[[Any], None] = lambd
     """
     ids = torch.tensor([_text(_TEXT, 0)])
     with torch.inference_mode():
-        wanted = model(input_ids=ids).logits
+        wanted = model(input_ids=ids, use_cache=False).logits
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     drop_towers(loaded)
     change(loaded)
     with torch.inference_mode():
-        found = loaded(input_ids=ids).logits
+        found = loaded(input_ids=ids, use_cache=False).logits
     if (apart := _apart(found, wanted)) > TOLERANCE:
         return f"the logits of the loaded model differ by {apart:.1%}"
     if (count := sum(weight.numel() for weight in loaded.parameters())) != shape.parameters:
@@ -149,7 +160,7 @@ def layers_fault(model: Any, shape: Shape, change: Callable[[Any], None] = lambd
     found_count, wanted_count = len(_adapted(adapted)), sum(each.count for each in shape.linears)
     if found_count != wanted_count:
         return f"LoRA adapts {found_count} linear layers of {wanted_count}"
-    loss = adapted(input_ids=ids).logits.float().logsumexp(-1).sum()
+    loss = adapted(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum()
     gradients = _gradients(adapted, loss)
     if untouched := [name for name, gradient in gradients.items() if not gradient.any()]:
         return f"{_layer(untouched[0])} gets no gradient"
@@ -186,7 +197,7 @@ def packing_fault(own: Any, reference: Any, shape: Shape) -> str | None:
 
 
 def cache_fault(own: Any, reference: Any, shape: Shape) -> str | None:
-    """Return where decoding of ``own`` differs from passes of ``reference`` over the whole text; None if it is equal."""
+    """Return where decoding of ``own`` differs from passes of ``reference`` over the whole text; None if nowhere."""
     drop_towers(own)
     adapters = {name: _random_loras(own, shape.names, seed) for seed, name in enumerate(("one", "two"), start=1)}
     batch = Batch(own, stop_ids=(), pad_id=0)
@@ -219,17 +230,21 @@ def cache_fault(own: Any, reference: Any, shape: Shape) -> str | None:
 
 
 def _largest_gap(row: Row, plain: Any) -> float:
-    """Return the largest difference of a row's log probabilities from those of a pass over its whole text."""
+    """Return the largest difference of a row's log probabilities from those of a pass over its whole text.
+
+    It is relative to the spread of the logits, which float32 rounds in proportion.
+    """
     ids = [*row.request.prompt_ids, *row.ids]
     with torch.inference_mode():
         logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, len(row.request.prompt_ids) - 1 : -1]
     wanted = logits.float().log_softmax(-1)
+    spread = float(logits.float().std())
     gaps = [
         abs(float(wanted[place, token]) - logprob)
         for place, each in enumerate(row.logprobs)
         for token, logprob in each.top
     ]
-    return max(gaps)
+    return max(gaps) / max(1.0, spread)
 
 
 def _text(length: int, seed: int) -> list[int]:
@@ -296,7 +311,7 @@ def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
     """Return the relative difference of two tensors; infinity where one is not finite."""
-    difference = float((found - wanted).norm() / wanted.norm())
+    difference = float((found.detach() - wanted.detach()).norm() / wanted.detach().norm())
     return difference if difference == difference else float("inf")
 
 
