@@ -289,7 +289,8 @@ def read_shape(path: Path) -> Shape:
     The shape is kept by the config's digest, so that the model is walked once.
     """
     architecture = check_architecture(path)
-    kept = digest([version("transformers"), read_config(path)])
+    # As text, because some configurations have infinite numbers.
+    kept = digest([version("transformers"), json.dumps(read_config(path), sort_keys=True)])
     cache = platformdirs.user_cache_path("tunewright") / "shapes" / f"{kept[:32]}.json"
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))

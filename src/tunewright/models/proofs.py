@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +97,8 @@ def blocks(result: Proofs) -> list[Block]:
 def identity(config: dict[str, Any]) -> str:
     """Return the digest under which a configuration's proofs are kept."""
     versions = [version(name) for name in ("transformers", "torch", "peft")]
-    return digest([CODE, __version__, *versions, config])
+    # As text, because some configurations have infinite numbers.
+    return digest([CODE, __version__, *versions, json.dumps(config, sort_keys=True)])
 
 
 def read_kept(key: str) -> Proofs | None:

@@ -18,12 +18,17 @@ VOCABULARY = 256
 _HIDDEN, _INTERMEDIATE, _CAP = 128, 96, 2.0
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+_NAMED = ("moe_layers", "mlp_only_layers")
+"""Lists of the layers of a kind."""
+_SOURCES = "kv_source_layers"
 _SIZES = {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
     "sliding_window": WINDOW,
     "attention_chunk_size": WINDOW,
+    "index_topk": WINDOW,
+    "floor_scale": WINDOW,
     "attn_logit_softcapping": _CAP,
     "final_logit_softcapping": _CAP,
     **dict.fromkeys(_EXPERTS, 4),
@@ -67,10 +72,17 @@ def shrunk(whole: Any) -> Any:
 def _shrink_layers(text: dict[str, Any]) -> None:
     """Keep the first layer of each kind, by every list in the configuration that has an entry for each layer."""
     layers = text["num_hidden_layers"]
-    lists = {key: value for key, value in text.items() if isinstance(value, list) and len(value) == layers}
-    kinds: dict[tuple[str, ...], int] = {}
+    lists = {
+        key: value
+        for key, value in text.items()
+        if isinstance(value, list) and len(value) == layers and key not in (*_NAMED, _SOURCES)
+    }
+    named = {key: [layer in text[key] for layer in range(layers)] for key in _NAMED if text.get(key)}
+    # The layer whose keys and values each layer reads: its own, or an earlier one's.
+    own = [source == layer for layer, source in enumerate(text.get(_SOURCES) or range(layers))]
+    kinds: dict[str, int] = {}
     for layer in range(layers):
-        kinds.setdefault(tuple(str(each[layer]) for each in lists.values()), layer)
+        kinds.setdefault(str([each[layer] for each in (*lists.values(), *named.values(), own)]), layer)
     kept = sorted(kinds.values())
     if text.get("num_kv_shared_layers"):
         # Later layers read the keys and values of the last layer of their kind that computes its own.
@@ -78,12 +90,13 @@ def _shrink_layers(text: dict[str, Any]) -> None:
         kept += kept
     if len(kept) < 2:
         kept = list(range(max(2, text.get("decoder_sparse_step") or 0)))[:layers]
-    if text.get("mlp_only_layers"):
-        text["mlp_only_layers"] = [0]
     text.update({key: [value[layer] for layer in kept] for key, value in lists.items()})
-    if own := text.get("per_layer_config"):
-        own = {int(layer): values for layer, values in own.items()}
-        text["per_layer_config"] = {new: own[old] for new, old in enumerate(kept) if old in own}
+    text.update({key: [new for new, old in enumerate(kept) if each[old]] for key, each in named.items()})
+    if text.get(_SOURCES):
+        text[_SOURCES] = [new if own[old] else max(0, new - 1) for new, old in enumerate(kept)]
+    if differing := text.get("per_layer_config"):
+        differing = {int(layer): values for layer, values in differing.items()}
+        text["per_layer_config"] = {new: differing[old] for new, old in enumerate(kept) if old in differing}
     text["num_hidden_layers"] = len(kept)
 
 
@@ -97,6 +110,9 @@ def _shrink_widths(text: dict[str, Any]) -> None:
         for key in [key for key in part if key.endswith("key_value_heads") and part[key]]:
             part[key] = 1 if groups == 1 else 2
     text["hidden_size"] = _HIDDEN if text.get("head_dim") else text["num_attention_heads"] * head
+    rope = text.get("rope_parameters") or {}
+    if "llama_4_scaling_beta" in rope:  # attention sharpens with the distance, from this position on
+        rope["original_max_position_embeddings"] = WINDOW
     if text.get("mamba_d_head"):
         text["mamba_n_heads"] = text.get("mamba_expand", 2) * text["hidden_size"] // text["mamba_d_head"]
 
