@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
+from making.command_line import tiny_project
 from making.command_line import tunewright as run
-from making.tiny_bases import build_base
+from making.tiny_bases import build_base, byte_tokenizer
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.generation import decoding
@@ -272,3 +273,34 @@ def test_attention_with_sinks_and_cap_of_separate_rows_is_causal() -> None:
     plain = attend_scores(query, key, value, None, 0.3, 2.0, None)
     assert torch.equal(again[:, :, :4], plain[:, :, :4])
     assert not torch.allclose(plain, whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma 2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Phi 3", "gpt-oss", "Gemma 4"))]
+)
+def test_base_is_trained_evaluated_and_merged_by_the_command_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config, architecture = _config(name)
+    small = shrunk(config)
+    text = small.get_text_config()
+    tokenizer = byte_tokenizer()
+    text.vocab_size = len(tokenizer) + 5
+    for key, token in (
+        ("bos", tokenizer.bos_token_id),
+        ("eos", tokenizer.eos_token_id),
+        ("pad", tokenizer.pad_token_id),
+    ):
+        setattr(text, f"{key}_token_id", token)
+    base = tmp_path / "base"
+    random_model(small, architecture).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    project = tiny_project(tmp_path / "project", base, count=40)
+    settings = (project / "tunewright.yaml").read_text().replace("epochs: 2", "epochs: 1")
+    (project / "tunewright.yaml").write_text(settings.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))
+    for command in (["data", "add", project / "pairs.jsonl"], ["train", "--force"], ["export", "merge"]):
+        ran = run(*command, "-p", project)
+        assert ran.code == 0, ran.stderr
+    ran = run("evaluate", "-p", project)
+    assert ran.code in (0, 3, 4), ran.stderr
