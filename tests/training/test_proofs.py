@@ -286,7 +286,7 @@ def test_base_is_trained_evaluated_and_merged_by_the_command_line(
     small = shrunk(config)
     text = small.get_text_config()
     tokenizer = byte_tokenizer()
-    text.vocab_size = len(tokenizer) + 5
+    text.vocab_size = text.vocab_size_per_layer_input = len(tokenizer) + 5
     for key, token in (
         ("bos", tokenizer.bos_token_id),
         ("eos", tokenizer.eos_token_id),

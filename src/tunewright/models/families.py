@@ -363,7 +363,7 @@ def _largest(config: Any, name: str) -> int:
     try:
         return int(getattr(config, name, None) or 0)
     except RuntimeError:  # transformers refuses the value of all layers where they differ
-        return max(getattr(config.per_layer_config[layer], name) for layer in range(config.num_hidden_layers))
+        return max(int(getattr(config.per_layer_config[layer], name)) for layer in range(config.num_hidden_layers))
 
 
 def _one(config: Any, *names: str) -> int:
