@@ -91,15 +91,17 @@ def check_architecture(path: Path) -> str:
         )
     named = config.get("architectures") or []
     architecture = str(named[0]) if len(named) == 1 else ""
-    fix = f"Use a causal decoder that transformers has, such as a Llama, Mistral, Qwen or Gemma ({DOCS})."
+    supported = f"Use a causal decoder that transformers has, such as a Llama, Mistral, Qwen or Gemma ({DOCS})."
     if config.get("is_encoder_decoder"):
-        raise UserError(f"{architecture or 'This base'} is an encoder-decoder", where=where, fix=fix)
+        raise UserError(f"{architecture or 'This base'} is an encoder-decoder", where=where, fix=supported)
     if not architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         raise UserError(
-            f"The architecture {', '.join(map(str, named)) or 'unknown'} is not supported", where=where, fix=fix
+            f"The architecture {', '.join(map(str, named)) or 'unknown'} is not supported", where=where, fix=supported
         )
     if reads_images(architecture) and text_config(config) is config:
-        raise UserError(f"{architecture} has no text_config: its text model is not described", where=where, fix=fix)
+        raise UserError(
+            f"{architecture} has no text_config: its text model is not described", where=where, fix=supported
+        )
     quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
@@ -315,7 +317,7 @@ def load_config(path: Path, architecture: str) -> Any:
     wanted = getattr(kind, "config_class", None)
     if wanted is None:
         raise UserError(
-            f"transformers {transformers.__version__} has no {architecture}",
+            f"The installed transformers ({transformers.__version__}) has no {architecture}",
             where=str(path),
             fix=f"Update transformers, or use a base that it has ({DOCS}).",
         )
@@ -367,7 +369,7 @@ def _largest(config: Any, name: str) -> int:
 
 
 def _one(config: Any, *names: str) -> int:
-    """Return the first of these values that is a number above 0; 0 if none is."""
+    """Return the first of these values that is a number above 0; 0 if there is no such value."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value), 0)
 

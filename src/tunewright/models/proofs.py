@@ -35,7 +35,7 @@ class Proof(BaseModel):
     name: Name
     passed: bool
     reason: str | None
-    """Why it failed; None if it passed."""
+    """The reason of a failure; None if it passed."""
     seconds: float
 
 
@@ -65,7 +65,7 @@ class Proofs(BaseModel):
 
     @property
     def packed_reason(self) -> str | None:
-        """Why rows cannot be packed."""
+        """The reason why rows cannot be packed; None if they can."""
         return self.reason("packing")
 
     @property
@@ -75,7 +75,7 @@ class Proofs(BaseModel):
 
     @property
     def own_cache_reason(self) -> str | None:
-        """Why decoding cannot use tunewright's cache."""
+        """The reason why decoding cannot use tunewright's cache; None if it can."""
         return self.reason("cache")
 
 

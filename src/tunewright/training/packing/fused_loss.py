@@ -71,7 +71,7 @@ def add_token_losses(model: Any) -> None:
 
 @dataclass(frozen=True)
 class Head:
-    """What a model computes of its output layer's products before they are logits."""
+    """The steps from the products of a model's output layer to its logits."""
 
     scale: float = 1.0
     """Factor of the products (Granite, Cohere)."""
