@@ -247,6 +247,7 @@ def test_base_that_cannot_be_packed_is_refused_training_with_the_reason(
         "layers": True,
         "packing": False,
         "cache": False,
+        "adapter": True,
         "memory": False,
     }
 

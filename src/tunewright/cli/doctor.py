@@ -68,7 +68,9 @@ def doctor(
     run: Session,
     base: Annotated[
         str | None,
-        typer.Option(help="Prove this base instead: which of its layers, packing, cache and memory work here."),
+        typer.Option(
+            help="Prove this base instead: which of its layers, packing, cache, adapter and memory work here."
+        ),
     ] = None,
 ) -> int | None:
     """Check versions, devices, memory, disk, hub access, engines and extras, and show the command that mends each gap.

@@ -361,7 +361,7 @@ def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:
 
 
 def _largest(config: Any, name: str) -> int:
-    """Return a value of the configuration, the largest one if it is given for each layer; 0 if there is no such value."""
+    """Return a value of the configuration, or the largest of its layers; 0 if there is no such value."""
     try:
         return int(getattr(config, name, None) or 0)
     except RuntimeError:  # transformers refuses the value of all layers where they differ

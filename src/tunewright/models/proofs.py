@@ -14,7 +14,7 @@ from tunewright._version import __version__
 from tunewright.core.io import digest, write_json
 from tunewright.render.blocks import Block, Cell, table, words
 
-Name = Literal["layers", "packing", "cache", "memory"]
+Name = Literal["layers", "packing", "cache", "adapter", "memory"]
 
 CODE = 1
 """Number of the proofs' code: it changes when a proof does, and then bases are proved again."""
@@ -23,6 +23,7 @@ MEANING: dict[Name, str] = {
     "layers": "The loaded model computes what the config describes, and LoRA reaches every linear layer",
     "packing": "Packed rows that share prefixes have the losses and gradients of separate rows",
     "cache": "Decoding with shared prefixes and mixed adapters computes what a pass over the whole text computes",
+    "adapter": "A saved adapter computes the same in peft, merged by peft, and in the engine `peft`",
     "memory": "Most weights are linear layers, which NF4 quantizes",
 }
 

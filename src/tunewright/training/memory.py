@@ -126,7 +126,8 @@ def require_room(project: OpenProject) -> None:
 
     Raises:
         UserError: the card cannot hold one row of `SHORT_ROW` tokens; torch is built for CUDA, cannot use a card and
-            the base is large; or the base is unsupported, also with these target modules or in 4 bits.
+            the base is large; or the base is unsupported, also with these target modules or in 4 bits, or fails a
+            proof that training needs.
     """
     config, reporter = project.folder.config, project.reporter
     model_config = base_config(config.base_model, config.revision, project.folder.root, reporter)
@@ -134,6 +135,9 @@ def require_room(project: OpenProject) -> None:
     memory, settings = available_memory(None), resolve_targets(config.train, shape, architecture)
     require_quantizable(settings.quantization, shape, architecture, "train.quantization")
     _require_card(shape, project)
+    from tunewright.training.proving import TRAINS, require_config_proofs
+
+    require_config_proofs(model_config, config.base_model, TRAINS, reporter)
     recomputed_layers(settings, shape.layers, card=memory.card)
     if distributed.is_sharded():
         return  # each card holds a part of the base

@@ -15,14 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, slow
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.decoding import Batch
+from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.generation.requests import Request, Row
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
@@ -31,6 +33,7 @@ from tunewright.models.families import (
     check_architecture,
     drop_towers,
     load_config,
+    outside_text,
     read_config,
     shape_of,
     text_name,
@@ -44,6 +47,8 @@ from tunewright.training.rows import IGNORED
 
 TOLERANCE = 1e-3
 """Largest relative difference of logits, losses and gradients that rounding in float32 explains."""
+TRAINS: tuple[Name, ...] = ("layers", "packing", "adapter")
+"""The proofs that training needs."""
 _RANK, _ALPHA = 3, 6
 _STATEFUL = ("linear_attention", "mamba", "conv", "recurrent")
 _TEXT = 3 * WINDOW
@@ -68,13 +73,18 @@ def prove(path: Path, reporter: Reporter) -> Proofs:
 
 def require_proofs(base: Base, needed: Sequence[Name], reporter: Reporter) -> Proofs:
     """Return the base's proofs; refuse it with the reason of the first ``needed`` one that failed."""
-    proofs = prove(base.folder / "config.json", reporter)
+    return require_config_proofs(base.folder / "config.json", base.spec, needed, reporter)
+
+
+def require_config_proofs(path: Path, spec: str, needed: Sequence[Name], reporter: Reporter) -> Proofs:
+    """Do `require_proofs` with the base's ``config.json``, before its weights are fetched."""
+    proofs = prove(path, reporter)
     for name in needed:
         if (reason := proofs.reason(name)) is not None:
             raise UserError(
                 f"{proofs.architecture} fails the proof `{name}`: {reason}",
                 where="base_model",
-                fix=f"Use another base. `tunewright doctor --base {base.spec}` shows all proofs.",
+                fix=f"Use another base. `tunewright doctor --base {spec}` shows all proofs.",
             )
     return proofs
 
@@ -108,6 +118,7 @@ def prove_config(whole: Any, architecture: str) -> tuple[Proof, ...]:
         _proof("layers", layers),
         _proof("packing", on_copy(packing_fault)),
         _proof("cache", on_copy(cache_fault)),
+        _proof("adapter", on_copy(adapter_fault)),
         _proof("memory", memory),
     )
 
@@ -229,6 +240,31 @@ def cache_fault(own: Any, reference: Any, shape: Shape) -> str | None:
     return None
 
 
+def adapter_fault(own: Any, reference: Any, shape: Shape) -> str | None:
+    """Return where a saved adapter computes something else than before; None if it computes the same everywhere.
+
+    peft reads it over ``reference``, which may have towers, and the engine's dispatch over ``own``.
+    """
+    ids = torch.tensor([_text(_TEXT, 0)])
+    drop_towers(own)
+    trained = _with_lora(copy.deepcopy(own), shape.names, outside=outside_text(shape)).eval()
+    whole = copy.deepcopy(reference)
+    with TemporaryDirectory() as folder, torch.inference_mode():
+        wanted = trained(input_ids=ids, use_cache=False).logits
+        trained.save_pretrained(folder)
+        read: Any = PeftModel.from_pretrained(whole, folder).eval()
+        found = {"peft": read(input_ids=ids, use_cache=False).logits}
+        found["peft's merge"] = read.merge_and_unload()(input_ids=ids, use_cache=False).logits
+        dispatch = LoraDispatch(own, mixed=True)
+        dispatch.add("tuned", load_lora_weights(Path(folder), own))
+        with dispatch.use_adapters(["tuned"]):
+            found["the engine `peft`"] = own(input_ids=ids, use_cache=False).logits
+    for reader, logits in found.items():
+        if (apart := _apart(logits, wanted)) > TOLERANCE:
+            return f"the logits of a saved adapter differ by {apart:.1%} in {reader}"
+    return None
+
+
 def _largest_gap(row: Row, plain: Any) -> float:
     """Return the largest difference of a row's log probabilities from those of a pass over its whole text.
 
@@ -268,9 +304,11 @@ def _row_losses(model: Any, row: list[int], label: list[int]) -> Tensor:
     return losses[[each != IGNORED for each in label[1:]]]
 
 
-def _with_lora(model: Any, targets: Sequence[str], *, fused: bool = False) -> Any:
+def _with_lora(model: Any, targets: Sequence[str], *, fused: bool = False, outside: str | None = None) -> Any:
     """Return the model with a random adapter, the same for models of the same layers."""
-    lora = LoraConfig(task_type="CAUSAL_LM", r=_RANK, lora_alpha=_ALPHA, target_modules=list(targets))
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=_RANK, lora_alpha=_ALPHA, target_modules=list(targets), exclude_modules=outside
+    )
     if fused:
         use_fused_lora(lora)
     adapted: Any = get_peft_model(model, lora)

@@ -48,7 +48,7 @@ from tunewright.training.monitoring import DevTask, UnstableRunError, dev_task
 from tunewright.training.packing.order import ORDER
 from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
 from tunewright.training.preference_pairs import PreferenceRows, preference_inputs, preference_rows
-from tunewright.training.proving import require_proofs
+from tunewright.training.proving import TRAINS, require_proofs
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_fsdp_supported
 from tunewright.training.self_samples import Replay, draw_replay, replay_inputs
@@ -263,7 +263,7 @@ def _supported(settings: TrainConfig, base: Base, reporter: Reporter) -> TrainCo
     """Check that these settings can be trained on the base and this machine; return them with the base's own layers."""
     shape = read_shape(base.folder / "config.json")
     # In one process only: all have the same base and versions.
-    distributed.broadcast_from_main(lambda: require_proofs(base, ("layers", "packing"), reporter))
+    distributed.broadcast_from_main(lambda: require_proofs(base, TRAINS, reporter))
     settings = resolve_targets(settings, shape, base.architecture)
     require_quantizable(settings.quantization, shape, base.architecture, "train.quantization")
     require_bitsandbytes(settings.quantization, "train.quantization")
