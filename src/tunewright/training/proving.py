@@ -1,7 +1,7 @@
 """The proofs of a base, on a shrunk copy of its configuration: seconds, kept for later commands.
 
 Each proof compares what tunewright computes with transformers' own model and attention, in float32: the loaded model,
-packed rows with LoRA, and decoding with its cache.
+packed rows with LoRA, decoding with its cache, and a saved adapter. All of it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def _fault(find: Callable[[], str | None]) -> str | None:
         return find()
     except UserError as error:
         return error.what
+    except (MemoryError, OSError):
+        raise  # the machine's fault, which another run may not meet
     except Exception as error:  # noqa: BLE001 - returned
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
@@ -252,7 +254,7 @@ def adapter_fault(own: Any, reference: Any, shape: Shape) -> str | None:
     with TemporaryDirectory() as folder, torch.inference_mode():
         wanted = trained(input_ids=ids, use_cache=False).logits
         trained.save_pretrained(folder)
-        read: Any = PeftModel.from_pretrained(whole, folder).eval()
+        read: Any = PeftModel.from_pretrained(whole, folder, torch_device="cpu").eval()
         found = {"peft": read(input_ids=ids, use_cache=False).logits}
         found["peft's merge"] = read.merge_and_unload()(input_ids=ids, use_cache=False).logits
         dispatch = LoraDispatch(own, mixed=True)
