@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from trl import SFTTrainer
 
 from tunewright.core.progress import slow
 from tunewright.generation.generate import in_memory
-from tunewright.training import distributed, fsdp
+from tunewright.training import distributed, fsdp, step_numbers
 from tunewright.training.checkpoints import StopRequest, is_complete
 from tunewright.training.history import DEV_METRIC, append_dev_answers
 from tunewright.training.lora import keep_float32
@@ -39,23 +39,7 @@ from tunewright.training.packing.fused_loss import (
 )
 from tunewright.training.packing.order import StepBatches, longest_batch, random_order
 from tunewright.training.rows import IGNORED
-
-READ_LATE: Sequence[str] = ("cuda",)
-"""Types of devices that compute behind the host. There the host reads a step's numbers once the next step is queued,
-so the device always has work. A step's numbers are read before anything is evaluated or saved."""
-
-
-@dataclass(frozen=True)
-class StepNumbers:
-    """The numbers of a finished step, which the device is still computing or copying to the host."""
-
-    step: int
-    epoch: float | None
-    learning_rate: float
-    values: Tensor
-    """Loss, gradient norm, tokens, and the sums of the loss's parts, of all processes."""
-    copied: torch.cuda.Event | None
-    """Set once ``values`` is on the host; None: it is there already."""
+from tunewright.training.step_numbers import StepNumbers
 
 
 class Trainer(SFTTrainer):
@@ -312,7 +296,7 @@ class Trainer(SFTTrainer):
         if control.should_log and step > self._globalstep_last_logged:
             control.should_log, self._globalstep_last_logged = False, step
             self._unread.append(self._step_numbers(tr_loss, grad_norm, kwargs["learning_rate"]))
-        late = self.accelerator.device.type in READ_LATE
+        late = self.accelerator.device.type in step_numbers.READ_LATE
         due = control.should_evaluate or control.should_save or control.should_training_stop
         self._log_steps(leave=1 if late and not due else 0)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -328,11 +312,7 @@ class Trainer(SFTTrainer):
         mean = nested_gather(loss, self.args.parallel_mode).mean()
         parts = [mean.double().view(1), norm.double().view(1), self.accelerator.reduce(sums, "sum")]
         loss.zero_()
-        values = torch.cat(parts).to("cpu", non_blocking=True)
-        copied = torch.cuda.Event() if loss.is_cuda else None
-        if copied is not None:
-            copied.record()
-        return StepNumbers(self.state.global_step, self.state.epoch, learning_rate, values, copied)
+        return StepNumbers.copy(self.state.global_step, self.state.epoch, learning_rate, parts)
 
     def _log_steps(self, leave: int = 0) -> None:
         """Log the steps whose numbers have not been read, but not the latest ``leave``."""
@@ -340,9 +320,7 @@ class Trainer(SFTTrainer):
         now = state.global_step, state.epoch
         while len(self._unread) > leave:
             unread = self._unread.pop(0)
-            if unread.copied is not None:
-                unread.copied.synchronize()
-            loss, norm, tokens, *sums = unread.values.tolist()
+            loss, norm, tokens, *sums = unread.read()
             self._total_loss_scalar += loss
             self._total_train_tokens += int(tokens)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
