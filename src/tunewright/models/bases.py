@@ -58,6 +58,10 @@ class Base:
     architecture: str
     files: dict[str, str]
     """SHA-256 of each file that affects the model's output, by name."""
+    packed: bool = True
+    """False if packed rows do not give the gradients of separate rows: the base trains on padded rows."""
+    own_cache: bool = True
+    """False if tunewright's key/value cache cannot hold the base's state: it decodes with transformers' cache."""
 
     @property
     def digest(self) -> str:

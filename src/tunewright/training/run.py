@@ -35,6 +35,7 @@ from tunewright.training.liger import choose_liger, liger_kernels
 from tunewright.training.memory import MicroBatch
 from tunewright.training.monitoring import DevTask, EvaluationCallback, MetricsCallback
 from tunewright.training.packing.order import Sharing, resolve_sharing
+from tunewright.training.packing.padding import Padding, measure_padding
 from tunewright.training.rows import as_columns, render_digest
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ class Run:
         self.reporter = reporter
         self.micro_batch = MicroBatch(micro_batch(config.train), work, reporter)
         self.sharing: Sharing | None = None
+        """None on the plain path, and until the rows are known."""
+        self.padding: Padding | None = None
+        """The cost of the plain path; None if rows are packed."""
         self.held: list[int] | None = None
         """Bytes of the model's weights in each process, if the model is sharded."""
 
@@ -167,6 +171,7 @@ class Run:
             "recomputed_layers": None if self.micro_batch.layers is None else self.micro_batch.layers.count,
             "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": asdict(self.sharing)}),
+            **({} if self.padding is None else {"padding": asdict(self.padding)}),
         }
 
     def _trainer(
@@ -189,20 +194,11 @@ class Run:
         shape = read_shape(self.base.folder / "config.json")
         layers = RecomputedLayers(settings, shape)
         self.micro_batch.set_layers(layers)
-        paired = preferences is not None and preferences.answers_per_row == 2
-        self.sharing = resolve_sharing(
-            train["input_ids"],
-            partners=[row.ids for row in preferences.rows[1::2]] if preferences is not None and paired else None,
-            setting=settings.prefix_sharing,
-            dropout=settings.lora_dropout,
-            micro_batch=micro_batch(settings),
-            batch_size=settings.batch_size,
-            seed=self.config.seed,
-        )
-        self.reporter.say(self.sharing.reason)
+        self._measure_batches(train["input_ids"])
         trainer = self._trainer_type()(
             model,
-            share=self.sharing.share,
+            share=self.sharing is not None and self.sharing.share,
+            plain=not self.base.packed,
             kl=settings.replay.kl_coef if settings.replay else None,
             args=self._arguments(total_steps(settings, len(train["input_ids"])), layers.auto or layers.count > 0),
             train_dataset=Dataset.from_dict(train),
@@ -234,6 +230,23 @@ class Run:
             identity = digest([*start, render_digest(preferences.rows)])
             set_reference(trainer, self.work, identity, self.reporter)
         return trainer
+
+    def _measure_batches(self, rows: Sequence[Sequence[int]]) -> None:
+        """Decide on sharing prompts, or measure the padding of the plain path; report either."""
+        settings, preferences = self.config.train, self.preferences
+        paired = preferences is not None and preferences.answers_per_row == 2
+        measured: dict[str, Any] = {
+            "partners": [row.ids for row in preferences.rows[1::2]] if preferences is not None and paired else None,
+            "micro_batch": micro_batch(settings),
+            "batch_size": settings.batch_size,
+            "seed": self.config.seed,
+        }
+        if not self.base.packed:
+            self.padding = measure_padding(rows, **measured)
+            self.reporter.say(f"Rows are padded, because this base cannot be trained on packed rows: {self.padding}.")
+            return
+        self.sharing = resolve_sharing(rows, setting=settings.prefix_sharing, dropout=settings.lora_dropout, **measured)
+        self.reporter.say(self.sharing.reason)
 
     def _trainer_type(self) -> Any:
         """Return the class of the trainer, with the arguments of a preference method."""

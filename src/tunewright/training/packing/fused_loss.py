@@ -27,6 +27,7 @@ from tunewright.training.history import (
     REWARD_REJECTED,
 )
 from tunewright.training.packing.attention import gather
+from tunewright.training.packing.padding import PaddedBatch, padded_token_losses
 
 TILE_LOGITS = 1 << 25
 """(token, vocabulary entry) pairs whose logits are computed at once: 128 MiB in float32."""
@@ -112,7 +113,7 @@ class Reference:
     others: Tensor
     """Indices of all other targets [L - N]; computed on the host, since computing them on a GPU would synchronize."""
     states: Tensor
-    """Input of the head with the adapter off [N, D]."""
+    """Input of the head with the adapter off [N, D]; for padded rows the log-probabilities [N, V]."""
     weight: float
     """Factor of the divergences."""
 
@@ -154,7 +155,9 @@ def _tile_kl(states: Tensor, reference: Tensor, output: Any, head: Head) -> Tens
 
 
 def batch_token_losses(model: Any, batch: Any, reference: Reference | None = None) -> Tensor:
-    """Return the losses of a packed batch's trained tokens [L], by a model prepared with `add_token_losses`."""
+    """Return the losses of a batch's trained tokens [L]; for a packed batch `add_token_losses` prepares the model."""
+    if isinstance(batch, PaddedBatch):
+        return padded_token_losses(model, batch, reference)
     losses: Tensor = model(
         **batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets, reference=reference
     )
