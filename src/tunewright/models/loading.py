@@ -109,6 +109,7 @@ def load_model(
             for weight in model.parameters():
                 if weight.is_floating_point() and weight.device.type == "cpu":
                     weight.data = weight.data.clone()
+    model.own_cache = base.own_cache  # type: ignore[assignment]  # read where a batch is made: new_batch
     model.eval()
     return model
 
