@@ -53,6 +53,7 @@ def hybrid_model(kind: Hybrid, seed: int = 0) -> Any:
                 mamba_d_head=8,
                 mamba_d_state=16,
                 mamba_chunk_size=8,
+                mamba_proj_bias=True,
                 embedding_multiplier=3.0,
                 logits_scaling=2.0,
                 residual_multiplier=0.7,
@@ -68,6 +69,7 @@ def hybrid_model(kind: Hybrid, seed: int = 0) -> Any:
                 state_size=16,
                 n_groups=2,
                 chunk_size=8,
+                use_bias=True,
                 bos_token_id=0,
                 eos_token_id=1,
                 pad_token_id=2,
@@ -75,13 +77,20 @@ def hybrid_model(kind: Hybrid, seed: int = 0) -> Any:
             name = "Mamba2ForCausalLM"
         case "falcon-mamba":
             config = transformers.FalconMambaConfig(
-                vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4,
-                bos_token_id=0, eos_token_id=1, pad_token_id=2,
-            )  # fmt: skip
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                num_hidden_layers=2,
+                state_size=8,
+                time_step_rank=4,
+                use_bias=True,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=2,
+            )
             name = "FalconMambaForCausalLM"
         case "lfm2":
             config = transformers.Lfm2Config(
-                **shape, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+                **shape, layer_types=["conv", "full_attention"], conv_bias=True, block_auto_adjust_ff_dim=False
             )
             name = "Lfm2ForCausalLM"
         case "llama4":

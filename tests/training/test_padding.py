@@ -21,12 +21,14 @@ from making.plain_models import HYBRIDS, TARGETS, VOCABULARY, Hybrid, hybrid_mod
 from making.tiny_bases import byte_tokenizer, tiny_model
 from making.training_runs import Heard, new_config, tiny_preference_project, training_project
 from tunewright.api import Project
+from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.training.packing import attention, pack
 from tunewright.training.packing.fused_loss import Reference, add_token_losses, batch_token_losses
 from tunewright.training.packing.order import StepBatches, longest_batch
 from tunewright.training.packing.padding import measure_padding, pad, token_logits
 from tunewright.training.rows import IGNORED
+from tunewright.training.run import require_fsdp_supported
 from tunewright.training.train import TrainResult, train
 from tunewright.training.trainer import Trainer
 
@@ -272,6 +274,11 @@ def test_padded_preference_run_has_the_losses_of_the_packed_run(
     assert _steps(packed, *keys)
     for ours, theirs in zip(_steps(padded, *keys), _steps(packed, *keys), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+def test_fsdp_refuses_padded_rows() -> None:
+    with pytest.raises(UserError, match="trains on padded rows"):
+        require_fsdp_supported(TrainConfig(), packed=False)
 
 
 def test_prompts_that_must_be_shared_refuse_padded_rows(tmp_path: Path, tiny_base_folder: Path) -> None:

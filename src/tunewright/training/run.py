@@ -325,11 +325,17 @@ def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
     return micro
 
 
-def require_fsdp_supported(settings: TrainConfig) -> None:
-    """Check that this config can be trained on a base that FSDP shards.
+def require_fsdp_supported(settings: TrainConfig, *, packed: bool = True) -> None:
+    """Check that this config can be trained on a base that FSDP shards; ``packed`` is the base's.
 
     Replay and preference methods need passes of a single process; weights to start from are not sharded.
     """
+    if not packed:
+        raise UserError(
+            "FSDP is not supported for this base, because it trains on padded rows",
+            where="base_model",
+            fix="Start without FSDP (`accelerate launch --multi_gpu`).",
+        )
     if settings.from_ is not None or settings.prefers:
         key = "train.method" if settings.prefers else "train.from"
         raise UserError(

@@ -275,7 +275,7 @@ def _require_supported(config: Config, base: Base, reporter: Reporter) -> None:
     if high := high_rate(config.train.learning_rate, base.folder):
         reporter.warn(high)
     if distributed.is_sharded():
-        require_fsdp_supported(config.train)
+        require_fsdp_supported(config.train, packed=base.packed)
         reporter.say(
             f"FSDP: the base is sharded over {distributed.world_size()} processes; a layer is gathered while it "
             "computes."
