@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
 import tunewright
@@ -23,10 +24,12 @@ from making.training_runs import Heard, new_config, tiny_preference_project, tra
 from tunewright.api import Project
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
+from tunewright.models.families import FAMILIES, shape_of
 from tunewright.training.packing import attention, pack
 from tunewright.training.packing.fused_loss import Reference, add_token_losses, batch_token_losses
 from tunewright.training.packing.order import StepBatches, longest_batch
 from tunewright.training.packing.padding import measure_padding, pad, token_logits
+from tunewright.training.recomputation import RecomputedLayers
 from tunewright.training.rows import IGNORED
 from tunewright.training.run import require_fsdp_supported
 from tunewright.training.train import TrainResult, train
@@ -274,6 +277,26 @@ def test_padded_preference_run_has_the_losses_of_the_packed_run(
     assert _steps(packed, *keys)
     for ours, theirs in zip(_steps(padded, *keys), _steps(packed, *keys), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["qwen3.5", "llama4"])
+def test_recomputed_layers_of_padded_rows_give_the_same_gradients(kind: Hybrid) -> None:
+    """A Llama4ForCausalLM is its own decoder."""
+    rows, labels = _rows()
+    model = _with_lora(hybrid_model(kind), TARGETS[kind])
+    batch = pad(rows, labels)
+    expected = _gradients(model, batch_token_losses(model, batch).sum())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    shape = replace(shape_of(tiny_model("llama").config, FAMILIES["LlamaForCausalLM"]), layers=2)
+    recomputed = RecomputedLayers(TrainConfig(gradient_checkpointing=1), shape)
+    recomputed.apply(model)
+    flags = [part.gradient_checkpointing for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    assert flags == [True] + [False] * (len(flags) - 1)
+    _assert_close(_gradients(model, batch_token_losses(model, batch).sum()), expected)
+    recomputed.auto = True
+    recomputed.plan(batch)
+    assert recomputed.count == 0, "so small a batch fits"
 
 
 def test_fsdp_refuses_padded_rows() -> None:
