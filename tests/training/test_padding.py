@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from replay_helpers import replay_project, shorten_turns
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -262,6 +263,20 @@ def test_stopped_padded_run_resumes_to_the_same_adapter(tmp_path: Path, tiny_bas
         _train(training_project(tmp_path / "cut", tiny_base_folder, Heard(after=5), epochs=1), packed=False)
     resumed = _train(training_project(tmp_path / "cut", tiny_base_folder), packed=False)
     assert resumed.adapter.digest == whole.adapter.digest
+
+
+@pytest.mark.slow
+def test_padded_run_with_replay_has_the_divergences_of_the_packed_run(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_turns(monkeypatch)
+    project = replay_project(tmp_path / "project", tiny_base_folder)
+    packed, padded = _train(project), _train(project, packed=False)
+    for keys in (("loss", "pair_loss"), ("replay_kl",)):
+        theirs = _steps(packed, *keys)
+        assert len(theirs) > 1
+        for ours, expected in zip(_steps(padded, *keys), theirs, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.slow
