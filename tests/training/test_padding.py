@@ -25,7 +25,7 @@ from making.training_runs import Heard, new_config, tiny_preference_project, tra
 from tunewright.api import Project
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.families import FAMILIES, shape_of
+from tunewright.models.families import read_shape
 from tunewright.training.packing import attention, pack
 from tunewright.training.packing.fused_loss import Reference, add_token_losses, batch_token_losses
 from tunewright.training.packing.order import StepBatches, longest_batch
@@ -295,7 +295,7 @@ def test_padded_preference_run_has_the_losses_of_the_packed_run(
 
 
 @pytest.mark.parametrize("kind", ["qwen3.5", "llama4"])
-def test_recomputed_layers_of_padded_rows_give_the_same_gradients(kind: Hybrid) -> None:
+def test_recomputed_layers_of_padded_rows_give_the_same_gradients(kind: Hybrid, tiny_base_folder: Path) -> None:
     """A Llama4ForCausalLM is its own decoder."""
     rows, labels = _rows()
     model = _with_lora(hybrid_model(kind), TARGETS[kind])
@@ -303,8 +303,7 @@ def test_recomputed_layers_of_padded_rows_give_the_same_gradients(kind: Hybrid) 
     expected = _gradients(model, batch_token_losses(model, batch).sum())
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    shape = replace(shape_of(tiny_model("llama").config, FAMILIES["LlamaForCausalLM"]), layers=2)
-    recomputed = RecomputedLayers(TrainConfig(gradient_checkpointing=1), shape)
+    recomputed = RecomputedLayers(TrainConfig(gradient_checkpointing=1), read_shape(tiny_base_folder / "config.json"))
     recomputed.apply(model)
     flags = [part.gradient_checkpointing for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     assert flags == [True] + [False] * (len(flags) - 1)
