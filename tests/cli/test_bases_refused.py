@@ -184,10 +184,6 @@ def test_train_warns_when_cuda_build_cannot_use_the_card_that_is_there(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (
-            {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "num_hidden_layers": 4},
-            "Qwen3_5ForCausalLM fails the proof `packing`: layers of the kind linear_attention carry a state",
-        ),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel cannot be opened as a causal decoder"),
         ({"architectures": ["NextYearForCausalLM"]}, "has no NextYearForCausalLM"),
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "is an encoder-decoder"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, get_args
+
+from making.tiny_bases import byte_tokenizer
 
 Hybrid = Literal["qwen3.5", "granite-hybrid", "mamba2", "falcon-mamba", "lfm2", "llama4"]
 HYBRIDS: tuple[Hybrid, ...] = get_args(Hybrid)
@@ -20,15 +23,15 @@ TARGETS: dict[Hybrid, list[str]] = {
 """Linear layers to adapt."""
 
 
-def hybrid_model(kind: Hybrid, seed: int = 0) -> Any:
+def hybrid_model(kind: Hybrid, seed: int = 0, **changes: Any) -> Any:
     """Return a random model in float32, in eval mode, whose norms and biases are random too."""
     import torch
     import transformers
 
     shape: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    shape |= {"max_position_embeddings": 256}
-    shape |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    shape |= {"max_position_embeddings": 2048}
+    shape |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **changes}
     config: Any
     match kind:
         case "qwen3.5":
@@ -113,3 +116,13 @@ def hybrid_model(kind: Hybrid, seed: int = 0) -> Any:
         else:
             weight.data.normal_(std=0.15)
     return model.eval()
+
+
+def build_hybrid(folder: Path, kind: Hybrid) -> Path:
+    """Write a tiny base of this kind, with a byte-level tokenizer, into ``folder``."""
+    tokenizer = byte_tokenizer()
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = hybrid_model(kind, vocab_size=len(tokenizer), max_position_embeddings=2048, **ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

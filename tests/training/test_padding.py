@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
 import tunewright
-from making.plain_models import HYBRIDS, TARGETS, VOCABULARY, Hybrid, hybrid_model
+from making.plain_models import HYBRIDS, TARGETS, VOCABULARY, Hybrid, build_hybrid, hybrid_model
 from making.tiny_bases import byte_tokenizer, tiny_model
 from making.training_runs import Heard, new_config, tiny_preference_project, training_project
 from tunewright.api import Project
@@ -263,6 +263,22 @@ def test_stopped_padded_run_resumes_to_the_same_adapter(tmp_path: Path, tiny_bas
         _train(training_project(tmp_path / "cut", tiny_base_folder, Heard(after=5), epochs=1), packed=False)
     resumed = _train(training_project(tmp_path / "cut", tiny_base_folder), packed=False)
     assert resumed.adapter.digest == whole.adapter.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3.5", "granite-hybrid", "llama4"])
+def test_base_that_fails_packing_trains_and_answers_on_the_plain_path(
+    kind: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    heard = Heard()
+    project = training_project(tmp_path / "project", build_hybrid(tmp_path / kind, kind), heard, count=80, epochs=1)
+    adapter = project.train().adapter
+    assert adapter.lineage["training"]["padding"]["computed"] > adapter.lineage["training"]["padding"]["tokens"]
+    assert any(line.startswith("Rows are padded") for line in heard.lines)
+    assert not project.train().trained
+    evidence = project.evaluate(adapter.name, dev=True).evidence
+    assert {"zero-shot", "tuned"} <= {arm.name for arm in evidence.arms}
 
 
 @pytest.mark.slow

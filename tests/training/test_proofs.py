@@ -229,7 +229,7 @@ def test_proofs_are_kept_by_the_configuration(tmp_path: Path, monkeypatch: pytes
     assert prove(base / "config.json", LogReporter()) == made
 
 
-def test_base_that_cannot_be_packed_is_refused_training_with_the_reason(
+def test_base_that_cannot_be_packed_has_the_reason_and_can_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -322,7 +322,8 @@ def load_config(path: Path, architecture: str) -> Any:
             fix=f"Update transformers, or use a base that it has ({DOCS}).",
         )
     try:
-        return wanted.from_dict(read_config(path))
+        # transformers writes an infinite number as an object.
+        return wanted.from_dict(wanted._decode_special_floats(read_config(path)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"Not a valid configuration of {architecture}: {error}", where=str(path)) from error
 

@@ -62,11 +62,10 @@ def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: R
     match kind:
         case "peft":
             from tunewright.engines.peft import PeftEngine
-            from tunewright.training.proving import require_proofs
+            from tunewright.training.proving import proved
 
-            require_proofs(spec.base, ("layers", "cache"), reporter)
             engine = PeftEngine(
-                load_model(spec.base, config.train.dtype, spec.quantization),
+                load_model(proved(spec.base, reporter), config.train.dtype, spec.quantization),
                 stop_ids=spec.chat.stop_ids,
                 pad_id=spec.chat.tokenizer.pad_token_id,
                 max_num_seqs=max_num_seqs("peft", config),

@@ -10,6 +10,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +48,7 @@ from tunewright.training.rows import IGNORED
 
 TOLERANCE = 1e-3
 """Largest relative difference of logits, losses and gradients that rounding in float32 explains."""
-TRAINS: tuple[Name, ...] = ("layers", "packing", "adapter")
+TRAINS: tuple[Name, ...] = ("layers", "adapter")
 """The proofs that training needs."""
 _RANK, _ALPHA = 3, 6
 _STATEFUL = ("linear_attention", "mamba", "conv", "recurrent")
@@ -87,6 +88,12 @@ def require_config_proofs(path: Path, spec: str, needed: Sequence[Name], reporte
                 fix=f"Use another base. `tunewright doctor --base {spec}` shows all proofs.",
             )
     return proofs
+
+
+def proved(base: Base, reporter: Reporter, needed: Sequence[Name] = ("layers",)) -> Base:
+    """Return the base with the paths that its proofs decide; refuse it if a ``needed`` proof failed."""
+    proofs = require_proofs(base, needed, reporter)
+    return replace(base, packed=base.packed and proofs.packed, own_cache=base.own_cache and proofs.own_cache)
 
 
 def prove_config(whole: Any, architecture: str) -> tuple[Proof, ...]:
