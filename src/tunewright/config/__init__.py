@@ -60,6 +60,7 @@ __all__ = [
     "PriceConfig",
     "PromptOptimizationConfig",
     "Quantization",
+    "ReasoningMode",
     "ReplayConfig",
     "RetrieverName",
     "ServeConfig",
@@ -69,6 +70,8 @@ __all__ = [
     "metric_name",
     "read_split",
 ]
+
+ReasoningMode = Literal["train", "mask", "strip"]
 
 PROJECT_NAME = r"[a-z0-9][a-z0-9\-]{0,39}"  # HTML's patterns need the backslash
 
@@ -150,6 +153,11 @@ class ChatConfig(ConfigSection):
     tools: Literal["own", "hermes"] = "own"
     """The form of functions, calls and results. `own` is that of the base's chat template. `hermes`
     writes the Hermes format (<tools>, <tool_call>, <tool_response>), for templates without a form.
+    """
+    reasoning: ReasoningMode = "train"
+    """Use of the thinking in rows (reasoning_content): `train` trains it and the answer after it;
+    `mask` shows it and trains only the answer; `strip` leaves it out (train: the adapter answers
+    as its rows do; a base whose chat template has no thinking needs strip).
     """
 
 

@@ -155,7 +155,9 @@ class IncumbentModel:
 
     def request(self, example: Example) -> ChatRequest:
         """Return the request for a row: its messages, and its functions as ``tools``."""
-        turns = [{k: v for k, v in m.as_dict().items() if k != "weight"} for m in example.prompt]
+        # Hosted models refuse unknown keys, and their APIs take no thinking of earlier turns.
+        own = ("weight", "reasoning_content")
+        turns = [{k: v for k, v in m.as_dict().items() if k not in own} for m in example.prompt]
         functions: dict[str, Any] = {}
         if turns[0]["role"] == "tools":
             functions["tools"] = json.loads(turns.pop(0)["content"])
