@@ -146,6 +146,11 @@ class Example:
         return tuple(m.content for m in self.prompt if m.role in INSTRUCTIONS)
 
     @property
+    def has_reasoning(self) -> bool:
+        """True if a turn has thinking."""
+        return any(m.reasoning for m in self.messages)
+
+    @property
     def trained_turns(self) -> int:
         """Number of turns that are not masked, of any role."""
         return sum(m.weight for m in self.messages)

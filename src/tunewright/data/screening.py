@@ -105,7 +105,7 @@ _finder = cache(open_presidio)
 def _screen_rows(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:
     """Search some rows, and replace the findings if requested."""
     also = _finder(screening.presidio) if screening.presidio else None
-    part = _Part(reasoning=sum(any(m.reasoning for m in row.example.messages) for row in rows))
+    part = _Part(reasoning=sum(row.example.has_reasoning for row in rows))
     if screening.redact:
         rows = [_redact_row(row, also, screening.allow, part.redacted) for row in rows]
     clean = _clean_values(rows, also, screening, part)

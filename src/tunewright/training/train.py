@@ -16,7 +16,7 @@ from tunewright.adapters.lora_weights import require_servable
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.signing import SigningKey, store_signer
 from tunewright.chat import ChatFormat, refuse_untrained
-from tunewright.config import Config, TrainConfig
+from tunewright.config import Config, ReasoningMode, TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text, writing
@@ -87,10 +87,17 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
         "order": ORDER,
         # Only if rows are padded: the identity of adapters trained on packed rows stays the same.
         **({} if base.packed else {"rows": "padded"}),
+        **_reasoning_inputs(config.chat.reasoning, version),
         **replay_inputs(project),
         **parent_inputs(project),
         **preference_inputs(config.train, project.dataset, version),
     }
+
+
+def _reasoning_inputs(mode: ReasoningMode, version: DatasetVersion) -> dict[str, Any]:
+    """Return the use of thinking; empty if it is the default or no row has thinking."""
+    matters = mode != "train" and any(member.example.has_reasoning for member in version.members)
+    return {"reasoning": mode} if matters else {}
 
 
 def _selection_inputs(project: ProjectFolder) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _message(turn: Turn, tools: Toolset | None) -> Message:
     if not isinstance(turn.content, str):
         raise _not_text(turn)
     calls = checked_calls(turn, tools) if turn.calls else ()
-    content, reasoning = turn.content, turn.reasoning or ""
+    content, reasoning = turn.content, (turn.reasoning or "").strip()
     if turn.role == "assistant":
         try:
             thought = split_thinking(content)

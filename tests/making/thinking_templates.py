@@ -1,0 +1,54 @@
+"""Published chat templates that write thinking, on byte-level tokenizers with their control tokens."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any, Literal
+
+from making import makers
+from making.tiny_bases import byte_tokenizer
+from tunewright.chat import ChatFormat, chat_format
+from tunewright.config import ReasoningMode
+
+Family = Literal["qwen3", "qwen3_5_think", "gptoss", "magistral"]
+
+# Special tokens, other added tokens, and end tokens.
+_TOKENS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "qwen3": (
+        ["<|im_start|>", "<|im_end|>"],
+        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"],
+        ["<|im_end|>"],
+    ),
+    "gptoss": (
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"],
+        [],
+        ["<|return|>", "<|call|>"],
+    ),
+}
+
+
+def tokenizer_of(family: Family, source: str | None = None) -> Any:
+    """A tokenizer with a family's template, or with another source in its place."""
+    if family == "magistral":
+        tokenizer: Any = makers.mistral_tokenizer("v13")
+    else:
+        from tokenizers import AddedToken
+
+        special, added, _ = _TOKENS["gptoss" if family == "gptoss" else "qwen3"]
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+        tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
+        tokenizer.chat_template = makers.trl_template(family)
+        if family == "gptoss":
+            tokenizer.bos_token, tokenizer.eos_token = "<|start|>", "<|return|>"
+    if source is not None:
+        tokenizer.chat_template = source
+    return tokenizer
+
+
+def thinking_chat(family: Family, reasoning: ReasoningMode = "train", source: str | None = None) -> ChatFormat:
+    """The format of a family's conversations."""
+    tokenizer = tokenizer_of(family, source)
+    ends = ["</s>"] if family == "magistral" else _TOKENS["gptoss" if family == "gptoss" else "qwen3"][2]
+    stop_ids = frozenset(tokenizer.convert_tokens_to_ids(ends))
+    return chat_format(tokenizer, stop_ids=stop_ids, kind="own", today=date(2024, 7, 26), reasoning=reasoning)
