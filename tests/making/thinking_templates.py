@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 
 from making import makers
-from making.tiny_bases import byte_tokenizer
+from making.tiny_bases import byte_tokenizer, tiny_model
 from tunewright.chat import ChatFormat, chat_format
 from tunewright.config import ReasoningMode
 
@@ -52,3 +53,12 @@ def thinking_chat(family: Family, reasoning: ReasoningMode = "train", source: st
     ends = ["</s>"] if family == "magistral" else _TOKENS["gptoss" if family == "gptoss" else "qwen3"][2]
     stop_ids = frozenset(tokenizer.convert_tokens_to_ids(ends))
     return chat_format(tokenizer, stop_ids=stop_ids, kind="own", today=date(2024, 7, 26), reasoning=reasoning)
+
+
+def build_thinking_base(folder: Path) -> Path:
+    """Write a tiny Llama with Qwen 3's template into ``folder``."""
+    tokenizer = tokenizer_of("qwen3")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tiny_model("llama", vocab_size=len(tokenizer), **ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
