@@ -18,8 +18,8 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from tunewright.chat.encoder import Piece, TextEncoder
-from tunewright.chat.templates import PLAIN_INSTEAD, PROBES, Shape, Template, of_roles, shape_of
-from tunewright.chat.thinking import ThinkingForm, find_thinking_form
+from tunewright.chat.templates import NO_OPTIONS, PLAIN_INSTEAD, PROBES, Shape, Template, of_roles, shape_of
+from tunewright.chat.thinking import ThinkingForm, find_switches, find_thinking_form
 from tunewright.chat.tool_calls import declared_functions, numbered, signed, without_signs
 from tunewright.chat.tool_form import ToolForm, find_tool_form, has_functions, refuse_undeclared
 from tunewright.config import ReasoningMode
@@ -86,20 +86,23 @@ class ChatFormat:
     encoder: TextEncoder
     reasoning: ReasoningMode = "train"
     """Use of the turns' thinking."""
-    _control_by_shape: dict[tuple[Shape, bool], list[int]] = field(default_factory=dict, repr=False)
+    _control_by_shape: dict[tuple[Shape, bool, tuple[Any, ...]], list[int]] = field(default_factory=dict, repr=False)
+    _thinking_by_options: dict[tuple[Any, ...], ThinkingForm | None] = field(default_factory=dict, repr=False)
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[Message], options: Mapping[str, Any] = NO_OPTIONS) -> tuple[int, ...]:
         """Return the ids of the conversation up to the beginning of the assistant's next answer.
+
+        ``options`` are those of :attr:`switches`.
 
         Raises:
             UserError: the template refuses this conversation.
         """
         messages = self._with_reasoning(messages)
         hidden, stand_ins = self._hide(messages)
-        text = self.template.render(hidden, generation_prompt=True)
-        self._check_control(text, messages, generation_prompt=True)
+        text = self.template.render(hidden, generation_prompt=True, options=options)
+        self._check_control(text, messages, generation_prompt=True, options=options)
         cuts = []
-        for place, earlier in zip(_assistant_places(messages), self._prompts(hidden), strict=True):
+        for place, earlier in zip(_assistant_places(messages), self._prompts(hidden, options), strict=True):
             if text.startswith(earlier):
                 cuts.append(len(earlier))
                 if messages[place].calls:
@@ -220,10 +223,23 @@ class ChatFormat:
         marked = (signs.get(piece, piece) if isinstance(piece, int) else piece for piece in pieces)
         return signed(marked, self.encoder.control_names)
 
-    @cached_property
+    @property
     def thinking(self) -> ThinkingForm | None:
         """The form in which the template writes thinking; None if it has none."""
-        return find_thinking_form(self.template, self.encoder, self.answer_in)
+        return self.thinking_with(NO_OPTIONS)
+
+    def thinking_with(self, options: Mapping[str, Any]) -> ThinkingForm | None:
+        """Return the form of thinking in answers to prompts with these options; None if they have none."""
+        key = tuple(options.items())
+        if key not in self._thinking_by_options:
+            form = find_thinking_form(self.template, self.encoder, self.answer_in, options)
+            self._thinking_by_options[key] = form
+        return self._thinking_by_options[key]
+
+    @cached_property
+    def switches(self) -> dict[str, tuple[bool | str, ...]]:
+        """The template's options on thinking, each with its values."""
+        return find_switches(self.template)
 
     @cached_property
     def tool_form(self) -> ToolForm:
@@ -361,8 +377,11 @@ class ChatFormat:
             )
         return place + len(mark)
 
-    def _prompts(self, messages: Sequence[Message]) -> list[str]:
-        return [self.template.render(messages[:place], generation_prompt=True) for place in _assistant_places(messages)]
+    def _prompts(self, messages: Sequence[Message], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
+        return [
+            self.template.render(messages[:place], generation_prompt=True, options=options)
+            for place in _assistant_places(messages)
+        ]
 
     def _answer_end(self, answer: str) -> int:
         """Return the end of the answer's end token. Later text is never generated, so it is not trained."""
@@ -395,13 +414,20 @@ class ChatFormat:
             )
         )
 
-    def _check_control(self, text: str, messages: Sequence[Message], *, generation_prompt: bool) -> None:
+    def _check_control(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> None:
         """Check that the control tokens depend on the conversation's shape only, not on its texts."""
-        shape = shape_of(messages), generation_prompt
+        shape = shape_of(messages), generation_prompt, tuple(options.items())
         if shape not in self._control_by_shape:
             if len(self._control_by_shape) >= _MOST_SHAPES:
                 self._control_by_shape.clear()  # the number of shapes on a server is unbounded
-            ordinary = self.template.render(shape[0], generation_prompt=generation_prompt)
+            ordinary = self.template.render(shape[0], generation_prompt=generation_prompt, options=options)
             self._control_by_shape[shape] = self._control_ids(ordinary)
         if self._control_ids(text) != self._control_by_shape[shape]:
             raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import jinja2
@@ -21,6 +22,7 @@ ToolsKind = Literal["own", "hermes"]
 ThinkingWay = Literal["reasoning_content", "thinking", "reasoning", "parts", "tags"]
 """How a template takes a turn's thinking: under this key, as a part of the content (Mistral), or as text in it."""
 
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 HERMES_INSTEAD = "Set chat.tools to hermes, which writes functions and calls as text."
 PLAIN_INSTEAD = "Correct the template in the base's tokenizer files, or set chat.template to plain."
 
@@ -131,12 +133,18 @@ class Template:
         """True if the template has a form of its own for Llama's built-in functions."""
         return self.tools == "own" and "builtin_tools" in self.source
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer."""
+    def render(
+        self, messages: Sequence[Message], *, generation_prompt: bool, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> str:
+        """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer.
+
+        ``options`` are further variables of the template, such as ``enable_thinking``.
+        """
         try:
             text = self._compiled().render(
                 {
                     **self.special_tokens,
+                    **options,
                     **self.variables(messages),
                     "documents": None,
                     "add_generation_prompt": generation_prompt,

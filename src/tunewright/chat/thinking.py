@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tunewright.chat.encoder import TextEncoder
-from tunewright.chat.templates import Template
+from tunewright.chat.templates import NO_OPTIONS, Template
 from tunewright.chat.tool_calls import without_signs
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
@@ -49,6 +50,11 @@ class ThinkingStream:
         self._place: Literal["start", "thinking", "after", "answer"] = "thinking" if opened else "start"
         self._held = ""
         self._begun = False
+
+    @property
+    def thinking(self) -> bool:
+        """True if the text so far ends within the thinking."""
+        return self._place == "thinking"
 
     def push(self, text: str, *, end: bool = False) -> tuple[str, str]:
         """Return the further thinking and the further answer that are certain after this text."""
@@ -92,8 +98,32 @@ class ThinkingStream:
         return certain
 
 
+_SWITCHES: Mapping[str, tuple[bool | str, ...]] = {
+    "enable_thinking": (True, False),
+    "thinking": (True, False),
+    "reasoning_effort": ("none", "minimal", "low", "medium", "high", "xhigh"),
+}
+
+
+def find_switches(template: Template) -> dict[str, tuple[bool | str, ...]]:
+    """Return the options on thinking that change a template's prompts, each with the values that it takes."""
+    default = template.render(_ASKED, generation_prompt=True)
+    switches = {}
+    for name, values in _SWITCHES.items():
+        rendered: dict[bool | str, str] = {}
+        for value in values:
+            with suppress(UserError):
+                rendered[value] = template.render(_ASKED, generation_prompt=True, options={name: value})
+        if {default, *rendered.values()} != {default}:
+            switches[name] = tuple(rendered)
+    return switches
+
+
 def find_thinking_form(
-    template: Template, encoder: TextEncoder, answer_in: Callable[[str, str], str]
+    template: Template,
+    encoder: TextEncoder,
+    answer_in: Callable[[str, str], str],
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> ThinkingForm | None:
     """Return the form of a template's thinking; None if answers have none, or one without an end.
 
@@ -101,11 +131,11 @@ def find_thinking_form(
     """
     if template.thinking is None:
         return None
-    prompt = template.render(_ASKED, generation_prompt=True)
+    prompt = template.render(_ASKED, generation_prompt=True, options=options)
     thinking = Message("assistant", _ANSWER, reasoning=_THOUGHT)
     try:
         answers = [
-            answer_in(prompt, template.render([*_ASKED, turn], generation_prompt=False))
+            answer_in(prompt, template.render([*_ASKED, turn], generation_prompt=False, options=options))
             for turn in (thinking, Message("assistant", _ANSWER))
         ]
     except UserError:

@@ -230,6 +230,10 @@ class ResponsesFormat:
         """Return an event with some text; the first has the beginning of the message before it."""
         return self._add(chunk.text)
 
+    def reasoning_chunk(self, index: int, text: str) -> list[Document]:  # noqa: ARG002
+        """Return nothing: thinking is left out, and counted in the usage."""
+        return []
+
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return the events with a piece of a call; the first has the end of the item before it."""
         events = []
@@ -341,7 +345,7 @@ class ResponsesFormat:
                 "input_tokens": usage.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             },
         }
