@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -62,3 +63,18 @@ def build_thinking_base(folder: Path) -> Path:
     tiny_model("llama", vocab_size=len(tokenizer), **ids).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def template_chat(source: str, *ends: str) -> ChatFormat:
+    """The format of any template, on a byte-level tokenizer with the control tokens that its source has."""
+    from tokenizers import AddedToken
+
+    tokenizer = byte_tokenizer()
+    special = sorted(set(re.findall(r"<\|[a-z_]+\|?>|<[a-z_]+\|>|<(?:start|end)_of_turn>", source)))
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    added = [text for text in _TOKENS["qwen3"][1] if text in source]
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
+    tokenizer.bos_token = "<|pad|>"  # no template writes it
+    tokenizer.chat_template = source
+    stop_ids = frozenset([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(ends))])
+    return chat_format(tokenizer, stop_ids=stop_ids, kind="own", today=date(2024, 7, 26))
