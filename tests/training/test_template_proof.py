@@ -12,6 +12,10 @@ from making.tiny_bases import CHATML
 from tunewright.core.errors import UserError
 from tunewright.training.template_proof import TemplateFinding, prove_template
 
+QWEN3 = makers.trl_template("qwen3")
+WITHOUT_ANSWERS = CHATML.replace(
+    "{{ '<|im_start|>' +", "{{ '' if message['role'] == 'assistant' and not loop.last else '<|im_start|>' +", 1
+)
 FORGETFUL = CHATML.replace("in messages", "in messages[-3:]")
 
 
@@ -50,7 +54,8 @@ def test_magistral_passes_and_keeps_earlier_thinking() -> None:
 @pytest.mark.parametrize(
     ("source", "part", "words"),
     [
-        (FORGETFUL, "turns", "the user turn"),
+        (FORGETFUL, "turns", "Cannot locate the answer"),
+        (WITHOUT_ANSWERS, "turns", "the prompt has the assistant turn 'D. Mass."),
         (
             CHATML.replace("in messages", "in messages if message['role'] != 'system'"),
             "system",
@@ -60,12 +65,14 @@ def test_magistral_passes_and_keeps_earlier_thinking() -> None:
         (CHATML.replace("+ '<|im_end|>\n'", "+ '\n'"), "answers", "does not end answers with an end token"),
         (CHATML.replace("message['content']", "message['content'] * 2"), "answers", "the answer's tokens read"),
         (
-            makers.trl_template("qwen3").replace("reasoning_content.strip('\\n')", "(reasoning_content | trim)[:3]"),
+            makers.trl_template("qwen3").replace(
+                "reasoning_content.strip('\\n')", "reasoning_content | replace('f', '')"
+            ),
             "thinking",
             "the thinking's tokens read",
         ),
         (
-            makers.trl_template("qwen3").replace("loop.index0 > ns.last_query_index", "false"),
+            QWEN3.replace("loop.index0 > ns.last_query_index", "false"),
             "thinking",
             "need chat.reasoning: strip",
         ),
