@@ -127,7 +127,7 @@ class _Listening(ScriptedEngine):
         super().__init__(context=100_000)
         self.prompts: list[tuple[int, ...]] = []
 
-    def submit(self, request: Any, sink: Any, *, tenant: str) -> Any:
+    def submit(self, request: Any, sink: Any, *, tenant: str = "") -> Any:
         self.prompts.append(request.prompt_ids)
         return super().submit(request, sink, tenant=tenant)
 
