@@ -179,6 +179,21 @@ def test_options_that_the_template_does_not_take_are_refused(family: Any, body: 
     assert answer.status_code == 400 and words in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("effort", "words"), [("none", None), ("low", "reasoning.effort: the base's chat template has no")]
+)
+def test_effort_of_a_response_is_that_of_the_chat_request(effort: str, words: str | None) -> None:
+    engine, chat = _Listening(), thinking_chat("qwen3")
+    body = {"model": "base", "input": "2+2?", "reasoning": {"effort": effort, "summary": None}}
+    with tool_server(engine, chat) as url:
+        answer = httpx.post(f"{url}/v1/responses", json=body)
+    if words is None:
+        assert chat.texts([engine.prompts[0]])[0].endswith("<think>\n\n</think>\n\n")
+    else:
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "reasoning.effort"
+
+
 def test_effort_none_changes_nothing_for_a_base_that_does_not_think() -> None:
     assert _prompt(CHAT, reasoning_effort="none") == _prompt(CHAT)
 

@@ -238,7 +238,7 @@ class RequestPreprocessor:
         switch = next((name for name in ("enable_thinking", "thinking") if name in switches), None)
         thinks = chat is not None and chat.thinking is not None
         if "reasoning_effort" in switches or effort != "none" or (switch is None and thinks):
-            _require_value("reasoning_effort", effort, switches.get("reasoning_effort"), "reasoning_effort")
+            _require_value(body.effort_param, effort, switches.get("reasoning_effort"), body.effort_param)
             options["reasoning_effort"] = effort
         elif switch is not None:
             options[switch] = False

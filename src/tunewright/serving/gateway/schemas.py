@@ -274,6 +274,7 @@ class ChatRequest(_CompletionFields):
     default_tokens: ClassVar[None] = None
     prompt_param: ClassVar[str] = "messages"
     parameters_param: ClassVar[str] = "tools.{}.function.parameters"
+    effort_param: ClassVar[str] = "reasoning_effort"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
