@@ -7,7 +7,7 @@ import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,10 +193,10 @@ def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequ
         answers = [m for m in messages if m.role == "assistant" and m.weight]
         if messages[0].role == "tools" or chat.thinking is not None:
             # The trained ids of an answer begin after its thinking if that is masked.
-            masked = [chat.reasoning == "mask" and bool(m.reasoning) for m in answers[: len(each)]]
+            after = {place for place, m in enumerate(answers) if chat.reasoning == "mask" and m.reasoning}
             trained = [
-                chat.answer(row.ids[start : end - 1], messages[:1], opened=False if after else None)
-                for (start, end), after in zip_longest(each, masked, fillvalue=False)
+                chat.answer(row.ids[start : end - 1], messages[:1], opened=False if place in after else None)
+                for place, (start, end) in enumerate(each)
             ]
         faults.append(
             _form_fault(chat, row, each)
