@@ -86,7 +86,7 @@ def test_resolve_base_refuses_unusable_bases(
     assert caught.value.where == str(base / where)
 
 
-@pytest.mark.parametrize("spec", ["./nowhere", "just-a-word", "bundled:other", "s3:a/b"])
+@pytest.mark.parametrize("spec", ["./nowhere", "just-a-word", "bundled:other", "package:other", "s3:a/b"])
 def test_resolve_base_refuses_an_unknown_name(tmp_path: Path, spec: str) -> None:
     with pytest.raises(UserError) as caught:
         _resolve(spec, tmp_path)

