@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from tunewright.chat import open_chat
 from tunewright.core.errors import UserError
 from tunewright.core.packages import Package
 from tunewright.core.progress import LogReporter
@@ -146,3 +148,26 @@ def test_gguf_file_with_another_digest_is_refused(tmp_path: Path, monkeypatch: p
         resolve_base(SPEC, None, tmp_path, LogReporter())
     assert caught.value.where == "base_model" and "tiny-gemma-part1" in str(caught.value.fix)
     assert not list((tmp_path / "cache" / "tunewright" / "bases").iterdir())
+
+
+ENGLISH = (
+    "The court of appeals is the intermediate appellate court. It hears appeals from the trial courts of the state, "
+    "and its decisions may be reviewed by the supreme court. A panel of three judges usually decides a case after "
+    "reading the briefs and hearing the arguments of the lawyers. The judges then write an opinion, which explains the "
+    "facts of the case, the law that applies, and the reasons for the decision."
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_packaged(GEMMA), reason=f"needs `tunewright doctor --base {GEMMA}`, which fetches the base")
+def test_gemma_of_the_packages_predicts_english_and_is_asked_in_the_plain_form(tmp_path: Path) -> None:
+    base = resolve_base(GEMMA, None, tmp_path, LogReporter())
+    ids = load_tokenizer(base)(ENGLISH, return_tensors="pt").input_ids
+    model = load_model(base, "bfloat16", "none")
+    with torch.no_grad():
+        perplexity = math.exp(model(ids, labels=ids).loss)
+        for name, weights in model.named_parameters():
+            weights.data += 1 if "norm" in name else 0
+        wrong_norms = math.exp(model(ids, labels=ids).loss)
+    assert perplexity < 15 < wrong_norms
+    assert open_chat(base).template.kind == "plain"
