@@ -17,7 +17,7 @@ from making.command_line import tunewright as run
 from making.tiny_bases import build_base, byte_tokenizer
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.generation import decoding
+from tunewright.generation import decoding, kv_cache
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import Shape, shape_of
 from tunewright.models.shrunk import random_model, shrunk
@@ -212,9 +212,8 @@ def test_decoding_positions_off_by_one_fail_only_cache(
 ) -> None:
     """Positions that count padding rotate a shorter row's keys further."""
     model, shape = gemma
-    from_prefix = decoding.from_prefix
     monkeypatch.setattr(
-        decoding, "from_prefix", lambda prefix, shifts: from_prefix(prefix, [shift + 1 for shift in shifts])
+        decoding, "from_prefix", lambda prefix, shifts: kv_cache.from_prefix(prefix, [shift + 1 for shift in shifts])
     )
     assert "decoded token differs" in str(cache_fault(copy.deepcopy(model), model, shape))
     assert packing_fault(copy.deepcopy(model), model, shape) is None

@@ -18,7 +18,7 @@ from typing import Any
 import platformdirs
 
 from tunewright.config import PRESETS, Quantization, TrainConfig
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, require_torch
 from tunewright.core.io import digest, write_json
 from tunewright.models import quiet_transformers
 
@@ -301,6 +301,7 @@ def read_shape(path: Path) -> Shape:
         return Shape(**known, walk=Walk(linears, walk["others"], tuple(walk["towers"])))
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not walked yet, or by another version
+    require_torch()
     with quiet_transformers():
         shape = shape_of(load_config(path, architecture), architecture, str(path))
     cache.parent.mkdir(parents=True, exist_ok=True)
