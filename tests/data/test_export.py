@@ -62,7 +62,7 @@ def _conversations(draw: st.DrawFn) -> Example:
     turns = [Message("system", draw(_TEXT))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 2))):
         turns += [Message("user", draw(_TEXT)), Message("assistant", draw(_TEXT), draw(_WEIGHT))]
-    reasoning = draw(st.just("") | _TEXT)
+    reasoning = draw(st.just("") | _TEXT.map(str.strip))
     return Example((*turns, Message("user", draw(_TEXT)), Message("assistant", draw(_TEXT), reasoning=reasoning)))
 
 

@@ -302,5 +302,8 @@ def test_resumed_run_and_other_bases_use_no_liger(card: CardProcess) -> None:
     assert card.run(_choices) == [
         (False, ["Liger's kernels: not used, because the run began without them."]),
         (True, ["Liger's kernels: used for the rotary embedding, RMSNorm and SwiGLU."]),
-        (False, ["Liger's kernels: not used, because Liger's kernels support Llama and Mistral, not Mixtral."]),
+        (
+            False,
+            ["Liger's kernels: not used, because Liger's kernels support Llama and Mistral, not MixtralForCausalLM."],
+        ),
     ]

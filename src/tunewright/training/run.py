@@ -76,6 +76,7 @@ class Run:
         self.preferences = preferences
         self.limit = limit or config.train.max_length
         self.base = base
+        self.shape = read_shape(base.folder / "config.json")
         self.work = work
         self.name = f"{config.name}-{work.name}"
         self.reporter = reporter
@@ -191,8 +192,7 @@ class Run:
         from tunewright.training.recomputation import RecomputedLayers
 
         settings, preferences = self.config.train, self.preferences
-        shape = read_shape(self.base.folder / "config.json")
-        layers = RecomputedLayers(settings, shape)
+        layers = RecomputedLayers(settings, self.shape)
         self.micro_batch.set_layers(layers)
         self._measure_batches(train["input_ids"])
         trainer = self._trainer_type()(
@@ -204,7 +204,7 @@ class Run:
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
             processing_class=tokenizer,
-            peft_config=lora_config(settings, outside=outside_text(shape)),
+            peft_config=lora_config(settings, outside=outside_text(self.shape)),
             callbacks=[
                 MetricsCallback(
                     task,

@@ -109,7 +109,7 @@ class ChatMessage(Part):
 
     def as_message(self, *, calls: tuple[ToolCall, ...] = (), call_id: str | None = None) -> Message:
         """Return the message in the form of training data: Unicode NFC, as in datasets."""
-        reasoning = normalize(self.reasoning_content or "").strip()
+        reasoning = normalize(self.reasoning_content).strip() if self.reasoning_content else ""
         return Message(self.role, normalize(self._text), calls=calls, call_id=call_id, reasoning=reasoning)
 
     @property
