@@ -24,7 +24,7 @@ MEANING: dict[Name, str] = {
     "packing": "Packed rows that share prefixes have the losses and gradients of separate rows",
     "cache": "Decoding with shared prefixes and mixed adapters computes what a pass over the whole text computes",
     "adapter": "A saved adapter computes the same in peft, merged by peft, and in the engine `peft`",
-    "memory": "Most weights are linear layers, which NF4 quantizes",
+    "memory": "NF4 quantizes every weight matrix of the decoder layers",
 }
 
 
