@@ -249,6 +249,7 @@ def test_base_that_cannot_be_packed_has_the_reason_and_can_be_used(
         "adapter": True,
         "memory": False,
     }
+    assert {each["part"]: each["state"] for each in ran.document["template"]}["answers"] == "passed"
 
 
 def test_doctor_exits_with_3_for_a_base_without_decoder_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

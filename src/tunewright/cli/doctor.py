@@ -19,7 +19,7 @@ from tunewright.cli.app import PROJECT, app, command
 from tunewright.cli.console import FAILED, MEASURED_NO, Session
 from tunewright.core.errors import TRAIN_PACKAGES
 from tunewright.core.installation import install_command
-from tunewright.render.blocks import Cell, ToneOfResult, table, words
+from tunewright.render.blocks import Block, Cell, ToneOfResult, table, words
 
 State = Literal["ok", "missing", "warning", "problem"]
 
@@ -69,7 +69,7 @@ def doctor(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Prove this base instead: which of its layers, packing, cache, adapter and memory work here."
+            help="Prove this base instead: which of its layers, packing, cache, adapter, memory and chat template work."
         ),
     ] = None,
 ) -> int | None:
@@ -91,13 +91,25 @@ def doctor(
 
 
 def _prove(run: Session, base: str) -> int:
-    from tunewright.models.bases import base_config
+    from tunewright.chat import open_chat
+    from tunewright.models.bases import base_config, local_base
     from tunewright.models.proofs import blocks
     from tunewright.training.proving import prove
+    from tunewright.training.template_proof import prove_template
 
     proofs = prove(base_config(base, None, run.folder, run.reporter), run.reporter)
-    run.show(proofs, f"{base}: {proofs.architecture}", *blocks(proofs))
-    return 0 if proofs.layers else MEASURED_NO
+    here = local_base(base, None, run.folder, run.reporter)
+    # Whether a template's tokens were trained is read from the weights.
+    findings = prove_template(lambda: open_chat(here)) if here and any(here.folder.glob("*.safetensors")) else ()
+    tones: dict[str, ToneOfResult] = {"passed": "yes", "failed": "no"}
+    rows = ((each.part, Cell(each.state, tone=tones.get(each.state, "")), each.found) for each in findings)
+    template: Block | str = "The chat template is proved once the base's files are on this machine."
+    if findings:
+        template = table("Chat template", words("Part", "Result", "Meaning, or why it failed"), rows)
+    document = {**proofs.model_dump(), "template": findings}
+    run.show(document, f"{base}: {proofs.architecture}", *blocks(proofs), template)
+    usable = proofs.layers and not any(each.state == "failed" for each in findings)
+    return 0 if usable else MEASURED_NO
 
 
 def _versions(_folder: Path) -> Iterator[Check]:
