@@ -63,7 +63,11 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Gemma 2": ("gemma2", "Gemma2ForCausalLM", {}),
     "Gemma 3 text": ("gemma3_text", "Gemma3ForCausalLM", {}),
     "Gemma 3": ("gemma3", "Gemma3ForConditionalGeneration", {}),
-    "Gemma 4": ("gemma4", "Gemma4ForConditionalGeneration", {}),
+    "Gemma 4": (
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        {"text_config": {"model_type": "gemma4_text", "final_logit_softcapping": 30.0}},
+    ),
     "Phi 3": ("phi3", "Phi3ForCausalLM", {"sliding_window": 2047}),
     "Phi 4 mini": (
         "phi3",
