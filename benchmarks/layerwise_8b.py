@@ -91,7 +91,7 @@ def _train(shape: Shape) -> dict[str, Any]:
         rows = same_length_rows(shape, LOAD)
         config = config_of(LOAD.rows, STEPS, nf4=True)
         clock = StepClock(STEPS)
-        run = TimedRun(config, base_in_memory(), Path(folder), LogReporter(), clock=clock)
+        run = TimedRun(config, base_in_memory(shape, Path(folder)), Path(folder), LogReporter(), clock=clock)
         history, _ = run.fit(model, tokenizer(), rows, rows[:1], None)
     steps = [row for row in history if "loss" in row]
     losses, norms = [row["loss"] for row in steps], [row["grad_norm"] for row in steps]

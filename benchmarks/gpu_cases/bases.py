@@ -176,6 +176,7 @@ def _shards(shape: Shape, std: float) -> Iterator[dict[str, Tensor]]:
         yield weights
 
 
-def base_in_memory() -> Base:
-    """Return the identity that a run's checkpoints need, of a base that is not on disk."""
-    return Base("random-weights", Path("random-weights"), None, "LlamaForCausalLM", {})
+def base_in_memory(shape: Shape, folder: Path) -> Base:
+    """Return a base of which only the configuration is on disk, for a run on a model from `build`."""
+    config_of(shape).save_pretrained(folder)
+    return Base("random-weights", folder, None, "LlamaForCausalLM", {})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpu_cases.bases import base_in_memory, shape_of
+from gpu_cases.bases import shape_of
 from gpu_cases.reporting import Report
 from gpu_cases.training import LOADS, TOY_LOADS, same_length_rows, train_ours
 from tunewright.training.liger import missing_for_liger
@@ -28,7 +28,7 @@ def run(report: Report, toy: bool) -> None:
     size = shape_of("8b", toy, layers=2 if toy else LAYERS)
     rows = same_length_rows(size, load)
     sides: dict[str, dict[str, Any]] = {"losses": {}}
-    if missing_for_liger(base_in_memory().architecture) is None:
+    if missing_for_liger("LlamaForCausalLM") is None:
         sides["losses with Liger"] = {"use_liger_kernel": True}
     whole = train_ours(size, rows, load.rows, STEPS, nf4=False, dtype="float32").losses
     for name, settings in sides.items():

@@ -139,7 +139,7 @@ def run(report: Report, toy: bool, *, side: str, model: str, varied: bool = Fals
     if side == "tunewright-liger":
         from tunewright.training.liger import missing_for_liger
 
-        if (missing := missing_for_liger(base_in_memory().architecture)) is not None:
+        if (missing := missing_for_liger("LlamaForCausalLM")) is not None:
             raise Skipped(missing)
     if side == "unsloth" and (find_spec("unsloth") is None or not torch.cuda.is_available()):
         raise Skipped("unsloth is not installed" if find_spec("unsloth") is None else "unsloth needs a CUDA card")
@@ -284,7 +284,7 @@ def train_ours(size: Shape, rows: Sequence[Tokens], batch: int, epochs: int, *, 
     clock = Clock(len(rows) * epochs // batch)
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
         config = config_of(batch, epochs, nf4=nf4, **settings)
-        run = TimedRun(config, base_in_memory(), Path(folder), LogReporter(), clock=clock)
+        run = TimedRun(config, base_in_memory(size, Path(folder)), Path(folder), LogReporter(), clock=clock)
         model = build(size, nf4=nf4)
         if config.train.dtype == "float32":
             model = model.float()

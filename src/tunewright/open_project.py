@@ -19,7 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.text import normalize
 from tunewright.core.workers import Workers
 from tunewright.models.bases import Base, resolve_base
-from tunewright.models.sources import BUNDLED
+from tunewright.models.sources import PACKAGED
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -80,12 +80,12 @@ def new_project(
     base_model: str | None = None,
     sections: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> ProjectFolder:
-    """Write ``tunewright.yaml`` in a folder that has none; the bundled base gets its training settings.
+    """Write ``tunewright.yaml`` in a folder that has none; a packaged base gets its training settings.
 
     Args:
         root: the project's folder, created if it is missing.
         name: the project's name (None: like the folder's).
-        base_model: a folder, a hub id or the bundled base (None: the config's default, which is the bundled base). A
+        base_model: a folder, a hub id or a packaged base (None: the config's default, which is the bundled one). A
             hub id is only checked by its form; nothing is downloaded.
         sections: values of further sections, such as data and evaluate.
 
@@ -96,6 +96,6 @@ def new_project(
     values: dict[str, Any] = {"name": name or project_name(root), **sections}
     if base_model is not None:
         values["base_model"] = base_model
-    if base_model in (None, f"bundled:{BUNDLED}"):
+    if base_model in (None, *PACKAGED):
         values["train"] = BUNDLED_TRAINING
     return create_project(root, {CONFIG_FILE: write_config(values)})

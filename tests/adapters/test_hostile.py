@@ -199,7 +199,10 @@ CORPUS: dict[str, tuple[str, Build]] = {
         _config(trainable_token_indices=[1, 2]),
     ),
     "a_regular_expression_that_never_ends": (LAYERS, _config(target_modules="(a+)+$")),
-    "a_target_that_no_llama_has": (LAYERS, _config(target_modules=["q_proj", "embed_tokens"])),
+    "a_target_that_no_llama_has": (
+        "The base has no linear layer embed_tokens",
+        _config(target_modules=["q_proj", "embed_tokens"]),
+    ),
     "a_pattern_of_ranks_that_never_ends": (
         "rank_pattern: Expected a map from linear layers' names",
         _config(rank_pattern={"(.*)*q_proj": 4}),

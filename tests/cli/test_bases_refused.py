@@ -179,3 +179,20 @@ def test_train_warns_when_cuda_build_cannot_use_the_card_that_is_there(
     message = " ".join(ran.stderr.split())
     assert (f"{fault[1]}. Training runs on the CPU." in message) is warned
     assert ("CUDA" in message) is warned
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel cannot be opened as a causal decoder"),
+        ({"architectures": ["NextYearForCausalLM"]}, "has no NextYearForCausalLM"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "is an encoder-decoder"),
+    ],
+)
+def test_train_refuses_base_by_its_config_before_fetching_weights(
+    values: dict[str, Any], words: str, hub: type[_ConfigHub], tmp_path: Path
+) -> None:
+    hub.config = values
+    project = _project(tmp_path, "org/model")
+    _refused(command("train", "-p", project), words)
+    assert hub.asked == {"config.json"}

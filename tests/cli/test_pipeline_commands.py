@@ -110,8 +110,8 @@ def test_init_example_creates_a_complete_project(tmp_path: Path) -> None:
     assert (unknown.code, "legal-citations" in unknown.stderr) == (2, True)
 
 
-def test_init_sets_the_rate_of_the_bundled_base_and_a_large_base_is_warned_of_it(tmp_path: Path) -> None:
-    for folder, options in (("named", ["--base", "bundled:smollm2-135m-instruct"]), ("default", [])):
+def test_init_sets_the_rate_of_packaged_bases_and_a_large_base_is_warned_of_it(tmp_path: Path) -> None:
+    for folder, options in (("named", ["--base", "package:gemma-3-270m"]), ("default", [])):
         assert tunewright("init", tmp_path / folder, *options).code == 0
     rates = {name: ProjectFolder(tmp_path / name).config.train.learning_rate for name in ("named", "default")}
     assert rates == {"named": 1e-3, "default": 1e-3}

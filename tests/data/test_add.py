@@ -355,3 +355,18 @@ def test_add_keeps_the_masked_row_of_equal_turns(tmp_path: Path) -> None:
         members = load_version(project.dataset).members
         assert sorted(m.example.messages[1].weight for m in members) == [0] * 20 + [1] * 40
     assert versions[0] == versions[1]
+
+
+@pytest.mark.parametrize(("mode", "words"), [("train", "which is trained"), ("mask", "not trained")])
+def test_add_counts_rows_with_thinking_and_keeps_it(tmp_path: Path, mode: str, words: str) -> None:
+    project = new_project(tmp_path / "p", f"chat: {{reasoning: {mode}}}\n")
+    rows = [{"prompt": asked, "completion": answer} for asked, answer in unlike_pairs(60)]
+    thought = "Write to jo@lawfirm.org?"
+    rows[0]["completion"] = f"<think>{thought}</think>{rows[0]['completion']}"
+    listener = Listener()
+    options = AddOptions(redact=True)
+    result = add(project, [write_rows(project.root / "rows.jsonl", rows)], listener, options)
+    assert result.reasoning == 1
+    assert any(line.startswith("1 row with thinking") and words in line for line in listener.said)
+    kept = [m.example.messages[-1].reasoning for m in load_version(project.dataset).members]
+    assert sorted(set(kept)) == ["", "Write to <EMAIL_1>?"]

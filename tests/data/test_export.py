@@ -62,7 +62,8 @@ def _conversations(draw: st.DrawFn) -> Example:
     turns = [Message("system", draw(_TEXT))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 2))):
         turns += [Message("user", draw(_TEXT)), Message("assistant", draw(_TEXT), draw(_WEIGHT))]
-    return Example((*turns, Message("user", draw(_TEXT)), Message("assistant", draw(_TEXT))))
+    reasoning = draw(st.just("") | _TEXT.map(str.strip))
+    return Example((*turns, Message("user", draw(_TEXT)), Message("assistant", draw(_TEXT), reasoning=reasoning)))
 
 
 @few_examples
@@ -140,6 +141,7 @@ _WEIGHTED = Example(
 _CALLED = Example(
     (Message("tools", "[]"), Message("user", "a"), Message("assistant", "", calls=(ToolCall("f", "{}", "c"),)))
 )
+_THOUGHT = Example((Message("user", "a"), Message("assistant", "b", reasoning="c")))
 _TWO_TURNS = Example((Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")))
 
 
@@ -150,6 +152,7 @@ _TWO_TURNS = Example((Message("user", "a"), Message("assistant", "b"), Message("
         ("alpaca", [_CALLED], "functions and calls"),
         ("csv", [_TWO_TURNS], "conversations of several turns"),
         ("alpaca", [_TWO_TURNS], "conversations of several turns"),
+        ("csv", [_THOUGHT], "thinking"),
         ("csv", [_WEIGHTED], "weights"),
         ("alpaca", [_WEIGHTED], "weights"),
         ("csv", [example("a", "b", "one"), example("c", "d", "two"), example("e", "f", "one")], "system turns"),

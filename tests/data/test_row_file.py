@@ -20,7 +20,7 @@ EXAMPLES = (
             Message("user", "Oslo?"),
             Message("assistant", "", 0, (ToolCall("weather", '{"city":"Oslo"}', "call00000"),)),
             Message("tool", "rain", call_id="call00000"),
-            Message("assistant", "It rains."),
+            Message("assistant", "It rains.", reasoning="Rain."),
         )
     ),
 )

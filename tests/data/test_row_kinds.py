@@ -177,3 +177,54 @@ def test_ignored_keys_are_dropped_and_reported_once(tmp_path: Path) -> None:
     assert [note for note in reading.notes if "data.drop_columns" in note] == [
         f"{tmp_path / 'rows.jsonl'}: dropped by data.drop_columns: id, source"
     ]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": ANSWERED, "reasoning_content": "Boston."},
+        {"content": ANSWERED, "reasoning": "Boston.", "thinking": None},
+        {"content": ANSWERED, "thinking": "Boston."},
+        {"content": f"<think>\nBoston.\n</think>\n\n{ANSWERED}"},
+        {"content": f"[THINK]Boston.[/THINK]{ANSWERED}", "reasoning_content": ""},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "Boston."}]},
+                {"type": "text", "text": ANSWERED},
+            ]
+        },
+    ],
+)
+def test_thinking_is_read_apart_from_the_answer(answer: dict[str, Any]) -> None:
+    asked = {"role": "user", "content": ASKED, "reasoning_content": None}
+    example = example_from_object({"messages": [asked, {"role": "assistant", **answer}]}, DataConfig())
+    assert (example.messages[-1].reasoning, example.output) == ("Boston.", ANSWERED)
+    assert example.as_row()["messages"][-1]["reasoning_content"] == "Boston."
+    assert example.from_dicts(example.as_row()["messages"]) == example
+    plain = example_from_object({"messages": CHAT}, DataConfig())
+    assert example.pair_key != plain.pair_key and example.content_key == plain.content_key
+
+
+def test_thinking_of_a_pair_is_read_from_its_completion() -> None:
+    row = {"prompt": ASKED, "completion": f"<think>Boston.</think>\n{ANSWERED}"}
+    assert example_from_object(row, DataConfig()).messages[-1].reasoning == "Boston."
+
+
+@pytest.mark.parametrize(
+    ("turn", "code"),
+    [
+        ({"content": "<think>Boston. D. Mass."}, "E310"),
+        ({"content": "<think>Boston.</think>"}, "E401"),
+        ({"content": f"<think>Boston.</think>{ANSWERED}", "reasoning_content": "Boston."}, "E310"),
+        ({"content": ANSWERED, "reasoning": "Boston.", "thinking": "Boston."}, "E310"),
+        ({"content": ANSWERED, "reasoning_content": ["Boston."]}, "E305"),
+        ({"content": ANSWERED, "reasoning_content": f"a{MARKS}"}, "E408"),
+    ],
+)
+def test_unclear_thinking_is_a_fault(tmp_path: Path, turn: dict[str, Any], code: str) -> None:
+    assert _fault(tmp_path, {"messages": [CHAT[0], {"role": "assistant", **turn}]}).code == code
+
+
+def test_thinking_of_a_user_turn_is_a_fault(tmp_path: Path) -> None:
+    row = {"messages": [{**CHAT[0], "reasoning_content": "Boston."}, CHAT[1]]}
+    assert _fault(tmp_path, row).code == "E303"

@@ -17,7 +17,14 @@ from tunewright.api import Project
 from tunewright.config import IncumbentConfig
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
-from tunewright.evaluation.frozen_answers import FrozenSet, IncumbentModel, incumbent_models, read_frozen, require_ready
+from tunewright.evaluation.frozen_answers import (
+    FrozenAnswer,
+    FrozenSet,
+    IncumbentModel,
+    incumbent_models,
+    read_frozen,
+    require_ready,
+)
 from tunewright.model_io import client
 
 PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a call
@@ -261,3 +268,12 @@ def test_killed_run_resumes_without_paying_twice(project: Project) -> None:
     (file,) = project.folder.incumbents.iterdir()
     assert len(file.read_text(encoding="utf-8").splitlines()) == 1 + 12
     assert json.loads(file.read_text(encoding="utf-8").splitlines()[0])["incumbent"] == "hosted"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"), [("<think>two and two</think>\n\n4.", "4."), ("<think>two", ""), ("4.", "4.")]
+)
+def test_answer_is_without_the_thinking_that_the_endpoint_writes(text: str, answer: str) -> None:
+    row = dict.fromkeys(FrozenAnswer.model_fields, None) | {"key": "k", "request": "r", "text": text, "calls": ()}
+    row |= {"at_once": 1, "prompt_tokens": 1, "completion_tokens": 9, "estimated": False}
+    assert FrozenAnswer.model_validate(row).answer == answer

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from making.memory_limit import run_out_of_memory
+from making.thinking_templates import build_thinking_base
 from tunewright.chat import open_chat
 from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
@@ -156,3 +157,18 @@ def test_journal_key_has_the_installed_versions(generator: Generator) -> None:
     # The index's build for CUDA is 2.11.0 as a package, and 2.11.0+cu130 as a module.
     assert packages["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert packages["transformers"] == transformers.__version__
+
+
+def test_answers_have_their_thinking_counted_but_not_in_their_text(tmp_path: Path) -> None:
+    base = resolve_base(str(build_thinking_base(tmp_path / "base")), None, tmp_path, LogReporter())
+    chat = open_chat(base)
+    generator = Generator(base, chat, "float32", "none", 4, tmp_path, LogReporter())
+    asked = [Message("user", "2+2?")]
+    (row,) = chat.rows([*asked, Message("assistant", "4.", reasoning="two and two")])
+    ids = tuple(token for token, trained in zip(row.ids, row.loss_mask, strict=True) if trained)[:-1]
+    requests = generator.requests([generator.prompt(asked)], 99)
+    journal = generator._journal(99, None, constrained=False)
+    with journal.keeping() as keep:
+        generator._keeping(requests, keep, lambda: None)(0, Completion(ids, "stop"))
+    (answer,) = generator.answer("x", [requests[0].prompt_ids], 99)
+    assert (answer.text, answer.tokens, answer.truncated) == ("4.", len(ids) + 1, False)

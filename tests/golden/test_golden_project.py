@@ -20,6 +20,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.evaluation.frozen_answers import IncumbentModel
 from tunewright.evaluation.generations import Decoding, answer_journal
 from tunewright.evidence.files import EVIDENCE_FILE, load_evidence
+from tunewright.models.bases import Base
 from tunewright.serving.tenants import State
 from tunewright.training.train import training_inputs
 
@@ -85,13 +86,17 @@ def test_adapter_of_an_earlier_version_is_traced_to_its_rows(golden: Path) -> No
     assert adapter.name in json.dumps(trained_by)
 
 
-def test_training_settings_lead_to_the_adapter_of_an_earlier_version(golden: Path) -> None:
+def test_training_settings_lead_to_the_adapter_of_an_earlier_version(golden: Path, tiny_base_folder: Path) -> None:
     """Also where other layers are recomputed, which changes no weight, or Liger's kernels depend on the machine."""
     project = tunewright.open(golden)
     (adapter,) = (Adapter(folder) for folder in project.folder.adapters.iterdir())
     recorded = adapter.lineage
     version: Any = SimpleNamespace(digest=recorded["dataset"]["digest"])
-    base: Any = SimpleNamespace(digest=recorded["base"]["digest"])
+
+    class RecordedBase(Base):
+        digest = recorded["base"]["digest"]
+
+    base = RecordedBase("base", tiny_base_folder, None, "LlamaForCausalLM", {})
     chat: Any = SimpleNamespace(digest=recorded["template_digest"])
     settings = project.folder.config.train
 

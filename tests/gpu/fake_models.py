@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import tempfile
@@ -142,6 +143,10 @@ def train(
         # By default the same counts where liger-kernel is installed, whose kernels cannot run here.
         config = Config.model_validate({"train": {"use_liger_kernel": False, **settings}})
         reporter = Listing([] if lines is None else lines)
-        run = Run(config, Base("fake", Path(folder), None, "LlamaForCausalLM", {}), Path(folder), reporter)
+        architecture = type(model).__name__
+        (Path(folder) / "config.json").write_text(
+            json.dumps({**model.config.to_dict(), "architectures": [architecture], "quantization_config": None})
+        )
+        run = Run(config, Base("fake", Path(folder), None, architecture, {}), Path(folder), reporter)
         history, _ = run.fit(model, byte_tokenizer(), train_rows, dev_rows, None, None, replay)
         return history, run.details()

@@ -17,8 +17,8 @@ from making.tiny_bases import tiny_model
 from tunewright.config import PRESETS, Quantization, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.models import memory_estimate as fit_memory
-from tunewright.models.families import ATTENTION, FAMILIES, MLP, Shape, read_shape
-from tunewright.models.loading import disable_repacking, drop_vision
+from tunewright.models.families import ATTENTION, MLP, Shape, drop_towers, read_shape
+from tunewright.models.loading import disable_repacking
 from tunewright.models.memory_estimate import (
     BatchShape,
     TrainingSetup,
@@ -116,8 +116,7 @@ def test_shape_counts_the_parameters_of_transformers_text_model(
     kind = getattr(transformers, architecture)
     with torch.device("meta"):
         model = kind(kind.config_class.from_dict(config))
-    if FAMILIES[architecture].vision:
-        drop_vision(model)
+    drop_towers(model)
     assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
@@ -309,7 +308,7 @@ def test_nf4_weight_bytes_equal_those_of_bitsandbytes() -> None:
         )
         parts = (packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
         total += sum(part.numel() * part.element_size() for part in parts)
-    assert weight_bytes(shape, TrainingSetup(ALL_LINEAR, 8, nf4=True)) - 2 * shape.other_parameters == total
+    assert weight_bytes(shape, TrainingSetup(ALL_LINEAR, 8, nf4=True)) - 2 * shape.others == total
 
 
 def _plan(shape: Shape, gpu: str, preset: Any = "all-linear", rows: int = 1, length: int = 2048) -> Any:

@@ -19,6 +19,7 @@ from making.command_line import tiny_project
 from making.command_line import tunewright as run
 from making.tiny_bases import ARCHITECTURES, KINDS, Kind, build_base
 from tunewright.adapters.lora_weights import load_lora_weights
+from tunewright.config import TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
@@ -27,12 +28,13 @@ from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.models.bases import Base, resolve_base, tensor_files, untrained_tokens
 from tunewright.models.families import (
     ATTENTION,
-    FAMILIES,
     MLP,
-    VISION,
+    TOWERS,
     check_architecture,
     module_name,
-    require_targets,
+    read_shape,
+    reads_images,
+    resolve_targets,
     text_name,
 )
 from tunewright.models.loading import load_model, with_adapters
@@ -67,14 +69,12 @@ def project(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a project on a base of this family, with a trained adapter that has an effect."""
     folder = tmp_path_factory.mktemp(kind)
     base = build_base(folder / "base", kind)
-    if FAMILIES[ARCHITECTURES[kind]].vision:
+    if reads_images(ARCHITECTURES[kind]):
         (base / "preprocessor_config.json").write_text('{"image_processor_type": "PixtralImageProcessor"}')
     project = tiny_project(folder / "project", base, count=80)
     config = project / "tunewright.yaml"
     text = config.read_text().replace("epochs: 2", "epochs: 1").replace("0.003", "0.01")
     text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n")
-    if kind == "mixtral":
-        text = text.replace("  preset: all-linear", f"  preset: all-linear\n  target_modules: [{', '.join(ATTENTION)}]")
     config.write_text(text)
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     ran = run("train", "-p", project)
@@ -91,7 +91,7 @@ def _adapter(project: Path) -> Path:
 def test_load_model_computes_what_the_full_model_computes(each: Kind, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", each)
     model = load_model(_open(base), "float32", "none")
-    assert not [name for name, _ in model.named_modules() if any(part in name for part in VISION)]
+    assert not [name for name, _ in model.named_modules() if any(part in name for part in TOWERS)]
     with torch.inference_mode():
         assert torch.equal(model(input_ids=IDS).logits, _whole(base)(input_ids=IDS).logits)
 
@@ -131,12 +131,14 @@ def test_nf4_quantizes_only_linear_layers_of_the_text_model(each: Kind, tmp_path
         assert model(input_ids=IDS).logits.isfinite().all()
 
 
-def test_mixture_of_experts_is_refused_nf4_and_feed_forward_targets(tmp_path: Path) -> None:
+def test_mixture_of_experts_is_refused_nf4_and_named_feed_forward_targets(tmp_path: Path) -> None:
     base = _open(build_base(tmp_path / "base", "mixtral"))
-    with pytest.raises(UserError, match="Mixtral cannot be quantized to NF4"):
+    with pytest.raises(UserError, match="MixtralForCausalLM cannot be quantized to NF4"):
         load_model(base, "float32", "nf4")
-    with pytest.raises(UserError, match="Mixtral has no linear layer gate_proj, up_proj, down_proj") as caught:
-        require_targets((*ATTENTION, *MLP), base.architecture)
+    shape = read_shape(base.folder / "config.json")
+    assert resolve_targets(TrainConfig(preset="all-linear"), shape, base.architecture).target_modules == ATTENTION
+    with pytest.raises(UserError, match="MixtralForCausalLM has no linear layer up_proj") as caught:
+        resolve_targets(TrainConfig(target_modules=("q_proj", "up_proj")), shape, base.architecture)
     assert caught.value.where == "train.target_modules"
     assert "[q_proj, k_proj, v_proj, o_proj]" in str(caught.value.fix)
 
@@ -154,9 +156,8 @@ def test_adapter_computes_the_same_in_peft_on_the_original_class(project: Path, 
     adapter, base = _adapter(project), _open(project.parent / "base")
     whole: Any = PeftModel.from_pretrained(_whole(base.folder), adapter).eval()
     adapted = {name for name, part in whole.base_model.model.named_modules() if hasattr(part, "lora_A")}
-    family = FAMILIES[base.architecture]
     wanted = {module_name(base.architecture, f"model.layers.{n}.self_attn.{t}") for n in range(2) for t in ATTENTION}
-    if not family.experts:
+    if kind != "mixtral":
         wanted |= {module_name(base.architecture, f"model.layers.{n}.mlp.{t}") for n in range(2) for t in MLP}
     assert adapted == wanted
     with safe_open(adapter / "adapter_model.safetensors", "pt") as weights:
@@ -250,9 +251,8 @@ def test_merged_model_loads_with_the_original_class(merged: Path, project: Path,
     before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {str(text_name(name)) for name in before if not torch.equal(before[name], after[name])}
-    family = FAMILIES[ARCHITECTURES[kind]]
-    assert {name.split(".")[-2] for name in changed} == set(family.linear)
-    assert (merged / "preprocessor_config.json").exists() == family.vision
+    assert {name.split(".")[-2] for name in changed} == {*ATTENTION, *(() if kind == "mixtral" else MLP)}
+    assert (merged / "preprocessor_config.json").exists() == reads_images(ARCHITECTURES[kind])
 
 
 @pytest.mark.slow
@@ -290,8 +290,11 @@ def test_gguf_is_exported_or_refused_by_name(project: Path, kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"architectures": ["Llama4ForCausalLM"]}, "Llama 4"),
-        ({"text_config": {"model_type": "mistral4"}}, "mistral4"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+        ({"auto_map": {"AutoModel": "modeling.Own"}}, "custom code"),
+        ({"text_config": None}, "text_config"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
     ],
 )
@@ -301,7 +304,7 @@ def test_unsupported_base_is_refused_with_a_fix(values: dict[str, Any], named: s
     with pytest.raises(UserError, match=named) as caught:
         check_architecture(path)
     assert caught.value.where == str(path)
-    assert ("-BF16" if named == "fp8" else "MistralForCausalLM") in str(caught.value.fix)
+    assert named not in ("fp8", "mxfp4") or "-BF16" in str(caught.value.fix)
 
 
 def test_models_page_names_only_existing_files() -> None:

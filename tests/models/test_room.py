@@ -18,6 +18,7 @@ from tunewright.models.families import read_shape
 from tunewright.models.memory_plan import available_memory, plan
 from tunewright.open_project import OpenProject
 from tunewright.training.memory import SHORT_ROW, require_room
+from tunewright.training.proving import prove
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -32,6 +33,7 @@ LLAMA_2_7B = {
 def _opened(folder: Path, quantization: str) -> OpenProject:
     base = folder / "llama-2-7b"
     write_json(base / "config.json", LLAMA_2_7B)
+    prove(base / "config.json", Heard())  # before there seems to be a card
     project = tiny_project(folder / "project", base)
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantization}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ PROMPTS = tuple(
 
 
 @contextmanager
-def peft_engine(base: Path) -> Iterator[Engine]:
-    """The embedded engine."""
+def peft_engine(base: Path, *, own_cache: bool = True) -> Iterator[Engine]:
+    """The embedded engine, with our key/value cache or with transformers'."""
     from transformers import LlamaForCausalLM
 
     from tunewright.engines.peft import PeftEngine
 
     model: Any = LlamaForCausalLM.from_pretrained(base).eval()
+    model.own_cache = own_cache
     engine = PeftEngine(model, stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, max_num_seqs=16, context_length=CONTEXT)
     try:
         yield engine
@@ -115,6 +117,7 @@ def llamacpp_engine(
 
 KINDS = [
     pytest.param(peft_engine, id="peft"),
+    pytest.param(partial(peft_engine, own_cache=False), id="peft-plain"),
     pytest.param(pool_engine, id="pool"),
     pytest.param(llamacpp_engine, id="llamacpp"),
     pytest.param(vllm_engine, id="vllm", marks=pytest.mark.vllm),

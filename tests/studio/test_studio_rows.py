@@ -35,10 +35,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     rows.append({"prompt": rows[0]["prompt"], "completion": "another answer"})
     write_jsonl(folder / "more.jsonl", rows)
     config = folder / "tunewright.yaml"
-    config.write_text(config.read_text().replace("data:\n", "data:\n  mix: {source: generic.jsonl, fraction: 0.1}\n"))
+    changed = "chat: {reasoning: strip}\ndata:\n  mix: {source: generic.jsonl, fraction: 0.1}\n"
+    config.write_text(config.read_text().replace("data:\n", changed))
     write_jsonl(folder / "generic.jsonl", [{"prompt": f"generic {n} {'x' * n}", "completion": "y"} for n in range(40)])
     assert tunewright(*add, folder / "more.jsonl", "--accept-conflicts").code == 0
-    chat = [{"role": "user", "content": "who wrote this"}, {"role": "assistant", "content": "a model"}]
+    answer = {"role": "assistant", "content": "a model", "reasoning_content": "nobody <signed> it"}
+    chat = [{"role": "user", "content": "who wrote this"}, answer]
     write_jsonl(folder / "generated.jsonl", [{"messages": chat, "generated": {"teacher": "big"}}])
     assert tunewright(*add, folder / "generated.jsonl", "--accept-conflicts").code == 0
     return folder
@@ -101,3 +103,10 @@ def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_i
     assert "Replaces, with the same question" in history
     other = browser.get(f"/rows/{next(m.key for m in data.version().members if m.example.output == 'a model')}")
     assert "generated.jsonl:1" in other and "No evaluation has measured on the row." in other
+
+
+def test_row_shows_the_thinking_before_its_answer(browser: Browser, project: Path) -> None:
+    (key,) = [m.key for m in library.open(project).data.version().members if m.example.has_reasoning]
+    html = browser.get(f"/rows/{key}")
+    shown = html[html.index('<dl class="conversation">') :]
+    assert shown.index("<em>nobody &lt;signed&gt; it</em>") < shown.index("a model")

@@ -243,7 +243,7 @@ def test_unstable_step_names_exactly_its_rows(
     step = Trainer.training_step
 
     def breaking(self: Trainer, model: Any, inputs: Any, items: Any = None) -> Any:
-        batches.append([inputs["packed"].input_ids.flatten().tolist()])
+        batches.append([inputs["batch"].input_ids.flatten().tolist()])
         if len(batches) == 15:
             with torch.no_grad():
                 next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))

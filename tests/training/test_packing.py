@@ -27,8 +27,8 @@ from making.tiny_bases import ARCHITECTURES, KINDS, Kind, tiny_model
 from tunewright.config import Quantization, TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
-from tunewright.models.families import ATTENTION, FAMILIES, MLP, shape_of
-from tunewright.models.loading import drop_vision, load_model
+from tunewright.models.families import ATTENTION, MLP, drop_towers, shape_of
+from tunewright.models.loading import load_model
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.packing import Group, attention, pack, plan_groups
 from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
@@ -62,11 +62,10 @@ def _model(
         **({"sliding_window": window} if window else {}),
     }
     base = tiny_model(kind, **shape)
-    family = FAMILIES[ARCHITECTURES[kind]]
-    if family.vision:
-        drop_vision(base)
+    targets = shape_of(base.config, ARCHITECTURES[kind]).names
+    drop_towers(base)
     add_token_losses(base)
-    return _with_lora(base, fused=fused, targets=family.linear)
+    return _with_lora(base, fused=fused, targets=targets)
 
 
 def _with_lora(
@@ -212,7 +211,7 @@ def test_recomputed_layers_change_no_bit_of_loss_and_gradients(kind: Kind, recom
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = TrainConfig(gradient_checkpointing=recomputed)
-    RecomputedLayers(config, shape_of(model.config, FAMILIES[ARCHITECTURES[kind]])).apply(model)
+    RecomputedLayers(config, shape_of(model.config, ARCHITECTURES[kind])).apply(model)
     layers = [layer.gradient_checkpointing for layer in model.get_decoder().layers]
     assert layers == [True, recomputed == "all"]
     again = _packed(model, rows, labels)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from making.training_runs import plain_dev_loss, steady, training_project
 from tunewright.api import Project
 from tunewright.core.progress import LogReporter
-from tunewright.training import trainer
+from tunewright.training import step_numbers, trainer
 from tunewright.training.checkpoints import latest_complete_checkpoint
 from tunewright.training.monitoring import DivergedError, MetricsCallback
 from tunewright.training.train import PausedRun, TrainResult, train, train_until
@@ -88,7 +88,7 @@ def test_numbers_read_one_step_late_leave_the_same_files(
     """Metrics and checkpoints at a pause, and after a resumed run that stops early."""
     ends = []
     for name, late in (("at-once", ()), ("late", ("cpu",))):
-        monkeypatch.setattr(trainer, "READ_LATE", late)
+        monkeypatch.setattr(step_numbers, "READ_LATE", late)
         keys = {"lora_dropout": 0.1, "early_stopping_patience": 1, "eval_steps": 4}
         project = training_project(tmp_path / name, tiny_base_folder, train=keys)
         _until(project, tmp_path / f"{name}-work", 7)
@@ -111,7 +111,7 @@ def test_step_without_a_finite_loss_is_not_saved_when_read_late(
         loss = compute_loss(self, *arguments, **keys)
         return loss * float("nan") if self.state.global_step + 1 == step else loss
 
-    monkeypatch.setattr(trainer, "READ_LATE", ("cpu",))
+    monkeypatch.setattr(step_numbers, "READ_LATE", ("cpu",))
     monkeypatch.setattr(trainer.Trainer, "compute_loss", spoilt)
     project = _project(tmp_path / "project", tiny_base_folder)
     with pytest.raises(DivergedError, match=f"the loss is nan at step {step};"):
@@ -137,7 +137,7 @@ def test_second_stop_while_a_step_is_logged_saves_the_latest_step(
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(trainer, "READ_LATE", late)
+    monkeypatch.setattr(step_numbers, "READ_LATE", late)
     project = _project(tmp_path / "project", tiny_base_folder)
     with monkeypatch.context() as patched:
         patched.setattr(MetricsCallback, "on_log", with_signals)

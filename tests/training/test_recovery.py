@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -185,7 +186,8 @@ def test_second_signal_interrupts_at_once(
     command.send(signal.SIGINT, signal.SIGTERM)
     ended = command.wait()
     assert ended.code == 130
-    assert "Stopped at once; what was finished is kept, and the same command resumes from there." in ended.stderr
+    # A second KeyboardInterrupt in the main thread may be quicker than the thread that reads signals.
+    assert re.search(r"Stopped( at once)?; what was finished is kept, and the same command resumes", ended.stderr)
     assert server.run("train", "-p", folder).code == 0
     assert find_adapter(folder / "adapters").digest == unkilled
 

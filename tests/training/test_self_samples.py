@@ -110,8 +110,8 @@ def test_instruction_is_cut_at_end_text_and_missing_without_an_end() -> None:
     assert _instruction(chat, "### Response:", wrote("Add 2.\n\nAnd then", "length")) == "Add 2."
     assert _instruction(chat, "### Response:", wrote("Add 2 and", "length")) is None
     assert _instruction(chat, None, wrote("Add 2.\n\nAnd then", "length")) is None
-    assert _answer(chat, "### Instruction:", wrote("4\n\n### Instruction:\nAdd", "length")) == ("4", True)
-    assert _answer(chat, None, wrote("4 and\nso on", "length")) == ("4 and\nso on", False)
+    assert _answer(chat, "### Instruction:", wrote("4\n\n### Instruction:\nAdd", "length")) == ("4", "", True)
+    assert _answer(chat, None, wrote("4 and\nso on", "length")) == ("4 and\nso on", "", False)
 
 
 # The draw

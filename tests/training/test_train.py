@@ -16,7 +16,7 @@ from making.training_runs import Heard, training_project
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST
-from tunewright.training import checkpoints, trainer
+from tunewright.training import checkpoints, step_numbers
 from tunewright.training.train import TrainResult
 from tunewright.training.trainer import Trainer
 
@@ -80,7 +80,7 @@ def test_stop_abandons_a_long_step_and_saves_the_previous_one(
     late: tuple[str, ...], tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The abandoned passes have drawn random numbers for dropout, which the resumed step draws again."""
-    monkeypatch.setattr(trainer, "READ_LATE", late)
+    monkeypatch.setattr(step_numbers, "READ_LATE", late)
 
     def project(name: str) -> Project:
         keys = {"micro_batch_size": 1, "lora_dropout": 0.1}

@@ -236,6 +236,7 @@ def packages(quantization: Quantization) -> dict[str, str]:
 
 def training_lineage(config: Config, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
     """Return the lineage without the training's results; ``created`` is UTC, ISO 8601."""
+    thinking = sum(member.example.has_reasoning for member in version.domain_of("train"))
     return {
         "schema_version": 2,
         "created": now(),
@@ -248,6 +249,7 @@ def training_lineage(config: Config, version: DatasetVersion, base: Base, chat: 
         "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
         "template_digest": chat.digest,
         "chat": chat.description,
+        **({"reasoning": {"mode": chat.reasoning, "rows": thinking}} if thinking else {}),
         "config": config.deciding(),
         "seed": config.seed,
         "packages": packages(config.train.quantization),

@@ -284,6 +284,9 @@ def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
             fix="Train again: tunewright train",
         )
     rendering = differences(adapter.lineage["chat"], chat.description)
+    mode = adapter.lineage.get("reasoning", {"mode": chat.reasoning})["mode"]
+    if (mode == "strip") is not (chat.reasoning == "strip"):  # the others render alike
+        rendering.append(f"chat.reasoning was {mode} and is {chat.reasoning}")
     trained_on = adapter.lineage["base"]
     if trained_on["digest"] != base.digest:
         before, here = trained_on["files"], base.files
@@ -299,7 +302,8 @@ def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
         raise UserError(
             f"The adapter was trained with another chat format: {'; '.join(rendering)}",
             where=adapter.name,
-            fix="Set chat.template, chat.tools and chat.date to the values of its training, or train again.",
+            fix="Set chat.template, chat.tools, chat.date and chat.reasoning to the values of its training, or train "
+            "again.",
         )
 
 

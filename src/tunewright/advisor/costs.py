@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -29,15 +30,14 @@ def measured_speed(
 
     ``model`` is the base, or a PeftModel with the ``adapter`` that answers. The first prompts that fill a batch count.
     """
-    from tunewright.generation.decoding import Batch
+    from tunewright.generation.plain_decoding import new_batch
     from tunewright.generation.requests import Request
 
     lengths = accumulate(map(len, prompts[:batch_size]))
     rows = max(sum(length <= _MOST_PREFILLED for length in lengths), 1)
 
-    def batch() -> Batch:
-        # Without stop ids, each row writes for as long as it is timed.
-        return Batch(model, stop_ids=(), pad_id=chat.tokenizer.pad_token_id, mixed=False)
+    # Without stop ids, each row writes for as long as it is timed.
+    batch = partial(new_batch, model, stop_ids=(), pad_id=chat.tokenizer.pad_token_id, mixed=False)
 
     batch().admit([Request(prompts[0], adapter, 2)])
     timed = batch()

@@ -13,7 +13,7 @@ from tunewright.chat.encoder import TextEncoder
 from tunewright.chat.format import ChatFormat, Tokens
 from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind, ToolsKind
 from tunewright.chat.tool_form import rendered_calls
-from tunewright.config import ChatConfig, DataConfig
+from tunewright.config import ChatConfig, DataConfig, ReasoningMode
 from tunewright.core.errors import UserError
 from tunewright.core.installation import install_command
 from tunewright.core.progress import LogReporter, Reporter
@@ -65,15 +65,23 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
 
 
 def chat_format(
-    tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind, today: date, tools: ToolsKind = "own"
+    tokenizer: Any,
+    *,
+    stop_ids: frozenset[int],
+    kind: TemplateKind,
+    today: date,
+    tools: ToolsKind = "own",
+    reasoning: ReasoningMode = "train",
 ) -> ChatFormat:
     """Return the chat format of a tokenizer; a UserError says why its template or its rules cannot be used."""
     template = Template.of(tokenizer, kind, today, tools)
     neutral = template.render([Message("user", "x")], generation_prompt=True)
     with_calls = list(rendered_calls(template))
-    encoder = TextEncoder(tokenizer, "".join([neutral, *with_calls]))
+    thinking = [Message("user", "x"), Message("assistant", "x", reasoning="x")] if template.thinking else []
+    with_thinking = template.render(thinking, generation_prompt=False) if thinking else ""
+    encoder = TextEncoder(tokenizer, "".join([neutral, *with_calls, with_thinking]))
     ends = {end for text in with_calls if (end := encoder.last_control(text)) is not None}
-    chat = ChatFormat(tokenizer, template, stop_ids | ends, encoder)
+    chat = ChatFormat(tokenizer, template, stop_ids | ends, encoder, reasoning)
     _check_rules(chat)
     return chat
 
@@ -118,7 +126,14 @@ def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter
             where=str(base.folder / "generation_config.json"),
         )
     stop_ids = ends | {tokenizer.eos_token_id}
-    chat = chat_format(tokenizer, stop_ids=stop_ids, kind=kind, today=settings.date, tools=settings.tools)
+    chat = chat_format(
+        tokenizer,
+        stop_ids=stop_ids,
+        kind=kind,
+        today=settings.date,
+        tools=settings.tools,
+        reasoning=settings.reasoning,
+    )
     refuse_untrained(chat, base, chat.used_control_ids)
     return chat
 

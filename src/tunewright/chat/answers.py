@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +38,9 @@ def answer_text(chat: ChatFormat, completion: Completion, conversation: Sequence
     """Return the text of a completion, up to the stop string that ended it.
 
     If the answered conversation declares functions, calls are read and have their canonical text
-    (``Message.text``), which references also have.
+    (``Message.text``), which references also have. Thinking is left out.
     """
-    if declared_functions(conversation):
+    if declared_functions(conversation) or chat.thinking is not None:
         return answer_message(chat, completion, conversation).text
     return chat.text(completion.ids) if completion.before_stop is None else completion.before_stop
 
@@ -88,7 +89,9 @@ def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) ->
 
 
 def answer_lengths(chat: ChatFormat, examples: Sequence[Example]) -> list[int]:
-    """Return the number of tokens of each example's last answer, including the end token."""
+    """Return the number of tokens of each example's last answer, including its thinking and the end token."""
+    if chat.reasoning == "mask":
+        chat = replace(chat, reasoning="train")
     last_turns = [chat.rendered_rows(example.messages)[-1] for example in examples]
     return [answer_length(row.loss_mask) for row in chat.tokens(last_turns)]
 

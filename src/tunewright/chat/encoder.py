@@ -60,7 +60,11 @@ class TextEncoder:
         texts = {
             text: message.role
             for message in messages
-            for text in (message.content, *(part for call in message.calls for part in (call.name, call.arguments)))
+            for text in (
+                message.content,
+                message.reasoning,
+                *(part for call in message.calls for part in (call.name, call.arguments)),
+            )
         }
         for text, role in texts.items():
             if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -81,6 +85,7 @@ class TextEncoder:
             replace(
                 m,
                 content=hide(m.content),
+                reasoning=hide(m.reasoning),
                 calls=tuple(replace(call, name=hide(call.name), arguments=hide(call.arguments)) for call in m.calls),
             )
             for m in messages

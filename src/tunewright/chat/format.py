@@ -11,16 +11,18 @@ the text that the rendering with the turn adds to the rendering of its prompt:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
 from tunewright.chat.encoder import Piece, TextEncoder
-from tunewright.chat.templates import PLAIN_INSTEAD, PROBES, Shape, Template, of_roles, shape_of
-from tunewright.chat.tool_calls import declared_functions, numbered, signed
+from tunewright.chat.templates import NO_OPTIONS, PLAIN_INSTEAD, PROBES, Shape, Template, of_roles, shape_of
+from tunewright.chat.thinking import ThinkingForm, find_switches, find_thinking_form
+from tunewright.chat.tool_calls import declared_functions, numbered, signed, without_signs
 from tunewright.chat.tool_form import ToolForm, find_tool_form, has_functions, refuse_undeclared
+from tunewright.config import ReasoningMode
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.data.examples import Message, Role
@@ -67,6 +69,8 @@ class _Turn:
     prompt: str
     shown: str
     trained: bool
+    start: int
+    """Where the trained text begins: at the answer, or after its thinking."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,25 @@ class ChatFormat:
     template: Template
     stop_ids: frozenset[int]
     encoder: TextEncoder
-    _control_by_shape: dict[tuple[Shape, bool], list[int]] = field(default_factory=dict, repr=False)
+    reasoning: ReasoningMode = "train"
+    """Use of the turns' thinking."""
+    _control_by_shape: dict[tuple[Shape, bool, tuple[Any, ...]], list[int]] = field(default_factory=dict, repr=False)
+    _thinking_by_options: dict[tuple[Any, ...], ThinkingForm | None] = field(default_factory=dict, repr=False)
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[Message], options: Mapping[str, Any] = NO_OPTIONS) -> tuple[int, ...]:
         """Return the ids of the conversation up to the beginning of the assistant's next answer.
+
+        ``options`` are those of :attr:`switches`.
 
         Raises:
             UserError: the template refuses this conversation.
         """
+        messages = self._with_reasoning(messages)
         hidden, stand_ins = self._hide(messages)
-        text = self.template.render(hidden, generation_prompt=True)
-        self._check_control(text, messages, generation_prompt=True)
+        text = self.template.render(hidden, generation_prompt=True, options=options)
+        self._check_control(text, messages, generation_prompt=True, options=options)
         cuts = []
-        for place, earlier in zip(_assistant_places(messages), self._prompts(hidden), strict=True):
+        for place, earlier in zip(_assistant_places(messages), self._prompts(hidden, options), strict=True):
             if text.startswith(earlier):
                 cuts.append(len(earlier))
                 if messages[place].calls:
@@ -128,7 +138,8 @@ class ChatFormat:
         Raises:
             UserError: the template refuses this conversation, or leaves an answer without an end token.
         """
-        hidden, stand_ins = self._hide(_answered(messages))
+        messages = self._with_reasoning(_answered(messages))
+        hidden, stand_ins = self._hide(messages)
         turns = self._assistant_turns(messages, hidden, stand_ins)
         return self.tokens([self._row(turns[-1].shown, turns, stand_ins)])[0]
 
@@ -142,7 +153,8 @@ class ChatFormat:
 
     def rendered_rows(self, messages: Sequence[Message]) -> list[RenderedRow]:
         """Return the rows of a conversation before encoding; :meth:`tokens` encodes many of them at once."""
-        hidden, stand_ins = self._hide(_answered(messages))
+        messages = self._with_reasoning(_answered(messages))
+        hidden, stand_ins = self._hide(messages)
         turns = self._assistant_turns(messages, hidden, stand_ins)
         whole = turns[-1].shown
         if all(whole.startswith(turn.shown) for turn in turns if turn.trained):
@@ -178,24 +190,56 @@ class ChatFormat:
         """Return the text of an answer, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def answer(self, ids: Sequence[int], conversation: Sequence[Message], rest: str = "") -> Message:
+    def answer(
+        self, ids: Sequence[int], conversation: Sequence[Message], rest: str = "", *, opened: bool | None = None
+    ) -> Message:
         """Return the assistant's turn that generated ids spell, with its calls if the conversation declares functions.
 
-        The messages of the answered ``conversation`` number the calls; ``rest`` is text after the ids.
+        The messages of the answered ``conversation`` number the calls; ``rest`` is text after the ids. ``opened``
+        says whether the ids begin within the thinking (None: as after a prompt).
         """
-        if not declared_functions(conversation):
+        thinking = self.thinking
+        form = self.tool_form.form if declared_functions(conversation) else None
+        if form is None and thinking is None:
             return Message("assistant", self.text(ids) + rest)
-        form = self.tool_form.form
-        marks = set(form.control.values())
+        marks = {*(form.control.values() if form else ()), *(thinking.signs if thinking else ())}
         pieces: list[Piece] = []
         for mark, grouped in groupby(ids, marks.__contains__):
             run = list(grouped)
             pieces += run if mark else [self.tokenizer.backend_tokenizer.decode(run, skip_special_tokens=True)]
-        read = form.read(signed(pieces, self.encoder.control_names) + rest)
+        reasoning, text = "", self._signed(pieces) + rest
+        if thinking is not None:
+            reasoning, text = thinking.split(text, opened=thinking.in_prompt if opened is None else opened)
+        read = None if form is None else form.read(text)
         if read is None:
-            return Message("assistant", self.text(ids) + rest)
+            content = self.text(ids) + rest if thinking is None else without_signs(text)
+            return Message("assistant", content, reasoning=reasoning)
         content, calls = read
-        return Message("assistant", content, calls=numbered(calls, conversation))
+        return Message("assistant", content, calls=numbered(calls, conversation), reasoning=reasoning)
+
+    def _signed(self, pieces: Iterable[Piece]) -> str:
+        """Return pieces of an answer with signs for the marks of calls and thinking."""
+        signs: Mapping[int, str] = {} if self.thinking is None else self.thinking.signs
+        marked = (signs.get(piece, piece) if isinstance(piece, int) else piece for piece in pieces)
+        return signed(marked, self.encoder.control_names)
+
+    @property
+    def thinking(self) -> ThinkingForm | None:
+        """The form in which the template writes thinking; None if it has none."""
+        return self.thinking_with(NO_OPTIONS)
+
+    def thinking_with(self, options: Mapping[str, Any]) -> ThinkingForm | None:
+        """Return the form of thinking in answers to prompts with these options; None if they have none."""
+        key = tuple(options.items())
+        if key not in self._thinking_by_options:
+            form = find_thinking_form(self.template, self.encoder, self.answer_in, options)
+            self._thinking_by_options[key] = form
+        return self._thinking_by_options[key]
+
+    @cached_property
+    def switches(self) -> dict[str, tuple[bool | str, ...]]:
+        """The template's options on thinking, each with its values."""
+        return find_switches(self.template)
 
     @cached_property
     def tool_form(self) -> ToolForm:
@@ -259,6 +303,20 @@ class ChatFormat:
         """Control tokens in rendered conversations."""
         return frozenset(token for text in self._neutrals() for token in self._control_ids(text))
 
+    def _with_reasoning(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the turns with the thinking that the template writes."""
+        if not any(message.reasoning for message in messages):
+            return messages
+        if self.reasoning == "strip":
+            return [replace(message, reasoning="") for message in messages]
+        if self.thinking is None:
+            raise UserError(
+                "The chat template has no form for thinking (reasoning_content)",
+                where=self.template.name,
+                fix="Set chat.reasoning to strip, or use a base whose chat template writes thinking.",
+            )
+        return messages
+
     def _hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
         if has_functions(messages):
             refuse_undeclared(messages)
@@ -278,7 +336,11 @@ class ChatFormat:
             answer = self.answer_in(prompt, shown)
             if messages[0].role == "tools":
                 self._check_answer(answer, messages[place], stand_ins)
-            turns.append(_Turn(prompt, prompt + answer, messages[place].weight == 1))
+            start = len(prompt)
+            if self.reasoning == "mask" and messages[place].reasoning:
+                assert self.thinking is not None, "_with_reasoning() was called before"
+                start += answer.index(self.thinking.end) + len(self.thinking.end)
+            turns.append(_Turn(prompt, prompt + answer, messages[place].weight == 1, start))
         return turns
 
     def answer_in(self, prompt: str, shown: str) -> str:
@@ -289,7 +351,10 @@ class ChatFormat:
     def _check_answer(self, rendered: str, message: Message, stand_ins: dict[int, str]) -> None:
         """Check that a rendered answer, with text after it or without, reads back as its turn."""
         pieces = self.encoder.pieces(rendered[: self._answer_end(rendered)], stand_ins, start=False)
-        self.tool_form.check(signed(pieces, self.encoder.control_names), message, self.template)
+        text = self._signed(pieces)
+        if self.thinking is not None:
+            _, text = self.thinking.split(text, opened=self.thinking.in_prompt)
+        self.tool_form.check(text, message, self.template)
 
     def _answer_start(self, prompt: str, shown: str) -> int:
         """Return the beginning of the answer in ``shown``.
@@ -312,8 +377,11 @@ class ChatFormat:
             )
         return place + len(mark)
 
-    def _prompts(self, messages: Sequence[Message]) -> list[str]:
-        return [self.template.render(messages[:place], generation_prompt=True) for place in _assistant_places(messages)]
+    def _prompts(self, messages: Sequence[Message], options: Mapping[str, Any] = NO_OPTIONS) -> list[str]:
+        return [
+            self.template.render(messages[:place], generation_prompt=True, options=options)
+            for place in _assistant_places(messages)
+        ]
 
     def _answer_end(self, answer: str) -> int:
         """Return the end of the answer's end token. Later text is never generated, so it is not trained."""
@@ -330,9 +398,7 @@ class ChatFormat:
 
     def _row(self, text: str, turns: Sequence[_Turn], stand_ins: dict[int, str]) -> RenderedRow:
         cuts = [len(turn.prompt) for turn in turns if text.startswith(turn.prompt)]
-        trained = [
-            (len(turn.prompt), len(turn.shown)) for turn in turns if turn.trained and text.startswith(turn.shown)
-        ]
+        trained = [(turn.start, len(turn.shown)) for turn in turns if turn.trained and text.startswith(turn.shown)]
         return self._rendered_row(text, cuts, trained, stand_ins)
 
     def _rendered_row(
@@ -348,13 +414,20 @@ class ChatFormat:
             )
         )
 
-    def _check_control(self, text: str, messages: Sequence[Message], *, generation_prompt: bool) -> None:
+    def _check_control(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> None:
         """Check that the control tokens depend on the conversation's shape only, not on its texts."""
-        shape = shape_of(messages), generation_prompt
+        shape = shape_of(messages), generation_prompt, tuple(options.items())
         if shape not in self._control_by_shape:
             if len(self._control_by_shape) >= _MOST_SHAPES:
                 self._control_by_shape.clear()  # the number of shapes on a server is unbounded
-            ordinary = self.template.render(shape[0], generation_prompt=generation_prompt)
+            ordinary = self.template.render(shape[0], generation_prompt=generation_prompt, options=options)
             self._control_by_shape[shape] = self._control_ids(ordinary)
         if self._control_ids(text) != self._control_by_shape[shape]:
             raise UserError(
@@ -421,4 +494,4 @@ def _assistant_places(messages: Sequence[Message]) -> list[int]:
 
 
 def _untrained(turns: Sequence[_Turn]) -> list[_Turn]:
-    return [_Turn(turn.prompt, turn.shown, trained=False) for turn in turns]
+    return [replace(turn, trained=False) for turn in turns]

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import lru_cache
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, cast, get_args
 
 import jinja2
 
@@ -18,7 +19,10 @@ from tunewright.data.examples import Message, Role
 
 TemplateKind = Literal["own", "plain"]
 ToolsKind = Literal["own", "hermes"]
+ThinkingWay = Literal["reasoning_content", "thinking", "reasoning", "parts", "tags"]
+"""How a template takes a turn's thinking: under this key, as a part of the content (Mistral), or as text in it."""
 
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 HERMES_INSTEAD = "Set chat.tools to hermes, which writes functions and calls as text."
 PLAIN_INSTEAD = "Correct the template in the base's tokenizer files, or set chat.template to plain."
 
@@ -103,6 +107,8 @@ class Template:
     """Name of the tokenizer, for messages."""
     tools: ToolsKind = "own"
     """The form of functions, calls and results; ``source`` renders it."""
+    thinking: ThinkingWay | None = None
+    """How it takes a turn's thinking; None if it drops it."""
 
     @classmethod
     def of(cls, tokenizer: Any, kind: TemplateKind, today: date, tools: ToolsKind = "own") -> Template:
@@ -113,8 +119,9 @@ class Template:
         template = cls(kind, source, special, today, name)
         template._compiled()
         if tools == "hermes":
-            return replace(template, source=hermes_source(source, tool_role=template._has_tool_role()), tools=tools)
-        return template
+            source = hermes_source(source, tool_role=template._has_tool_role())
+            template = replace(template, source=source, tools=tools)
+        return template if kind == "plain" else replace(template, thinking=_thinking_way(template))
 
     @property
     def uses_date(self) -> bool:
@@ -126,12 +133,18 @@ class Template:
         """True if the template has a form of its own for Llama's built-in functions."""
         return self.tools == "own" and "builtin_tools" in self.source
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer."""
+    def render(
+        self, messages: Sequence[Message], *, generation_prompt: bool, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> str:
+        """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer.
+
+        ``options`` are further variables of the template, such as ``enable_thinking``.
+        """
         try:
             text = self._compiled().render(
                 {
                     **self.special_tokens,
+                    **options,
                     **self.variables(messages),
                     "documents": None,
                     "add_generation_prompt": generation_prompt,
@@ -156,7 +169,7 @@ class Template:
         builtin = [f["name"] for f in functions if self.has_builtin and is_builtin(f)]
         tools = [{"type": "function", "function": f} for f in functions if f["name"] not in builtin]
         return {
-            "messages": _turns(messages),
+            "messages": _turns(messages, self.thinking),
             "tools": tools or None,
             # Llama 3.1's template tests whether this is defined, not whether it is empty.
             **({"builtin_tools": builtin} if builtin else {}),
@@ -191,7 +204,38 @@ class Template:
 _OTHER_ROLES: tuple[Role, ...] = ("user", "assistant")
 
 
-def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+_THOUGHT, _THEN = "probe thought", "probe answer"
+
+
+def _thinking_way(template: Template) -> ThinkingWay | None:
+    """Return the first way in which the template writes an answer's thinking, and an end after it."""
+    turns = [Message("user", "x"), Message("assistant", _THEN, reasoning=_THOUGHT)]
+    for way in get_args(ThinkingWay):
+        if way == "tags" and "<think>" not in template.source:
+            continue
+        try:
+            text = replace(template, thinking=way).render(turns, generation_prompt=False)
+        except UserError:
+            continue
+        _, _, rest = text.partition(_THOUGHT)
+        end, answer, _ = rest.partition(_THEN)
+        # A template without parts may write the list itself.
+        if answer and end.strip() and _THOUGHT not in rest and "'type'" not in text:
+            return cast("ThinkingWay", way)
+    return None
+
+
+def _with_thinking(turn: dict[str, Any], reasoning: str, way: ThinkingWay | None) -> dict[str, Any]:
+    if way == "parts":
+        parts = [{"type": "thinking", "thinking": [{"type": "text", "text": reasoning}]}]
+        text = [{"type": "text", "text": turn["content"]}] if turn["content"] else []
+        return {**turn, "content": [*parts, *text]}
+    if way == "tags":
+        return {**turn, "content": f"<think>\n{reasoning}\n</think>\n\n{turn['content']}"}
+    return turn if way is None else {**turn, way: reasoning}
+
+
+def _turns(messages: Sequence[Message], way: ThinkingWay | None) -> list[dict[str, Any]]:
     """Return the turns as transformers' templates take them: arguments as objects, results with their function."""
     turns = []
     names: dict[str, str] = {}
@@ -199,6 +243,8 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message.role == "tools":
             continue
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            turn = _with_thinking(turn, message.reasoning, way)
         if message.calls:
             names |= {call.id: call.name for call in message.calls}
             turn["tool_calls"] = [
@@ -270,15 +316,16 @@ def shape_of(messages: Sequence[Message]) -> Shape:
 def _ordinary(message: Message, builtin: set[str]) -> Message:
     if message.role == "tools":
         return Message("tools", _ordinary_functions(message.content))
+    reasoning = "x" if message.reasoning else ""
     if not message.calls:
-        return Message(message.role, "x", call_id=message.call_id)
+        return Message(message.role, "x", call_id=message.call_id, reasoning=reasoning)
     calls = tuple(
         replace(call, arguments='{"query":"x"}')
         if call.name in builtin
         else replace(call, name="x", arguments='{"x":"x"}')
         for call in message.calls
     )
-    return Message(message.role, "x" if message.content else "", calls=calls)
+    return Message(message.role, "x" if message.content else "", calls=calls, reasoning=reasoning)
 
 
 @lru_cache(maxsize=1024)

@@ -201,6 +201,8 @@ def conversation_text(member: Member) -> Text:
         if message.role == "tools":
             text.append(_escaped("".join(map(_signature, json.loads(message.content)))))
             continue
+        if message.reasoning:
+            text.append(_escaped(f"{message.reasoning}\n"), style="italic")
         if message.content or not message.calls:
             text.append(_escaped(f"{message.content}\n"))
         for call in message.calls:

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 from tunewright._version import __version__
 from tunewright.cli.app import PROJECT, app, command
-from tunewright.cli.console import FAILED, Session
+from tunewright.cli.console import FAILED, MEASURED_NO, Session
 from tunewright.core.errors import TRAIN_PACKAGES
 from tunewright.core.installation import install_command
-from tunewright.render.blocks import Cell, ToneOfResult, table, words
+from tunewright.render.blocks import Block, Cell, ToneOfResult, table, words
 
 State = Literal["ok", "missing", "warning", "problem"]
 
@@ -62,11 +64,22 @@ class Check:
 
 
 @command(app, "doctor", panel=PROJECT, example="tunewright doctor", status=False)
-def doctor(run: Session) -> int | None:
+def doctor(
+    run: Session,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Prove this base instead: which of its layers, packing, cache, adapter, memory and chat template work."
+        ),
+    ] = None,
+) -> int | None:
     """Check versions, devices, memory, disk, hub access, engines and extras, and show the command that mends each gap.
 
-    Exit code 0 if the basic commands work, 1 if not.
+    Exit code 0 if the basic commands work, 1 if not. With --base: 0 if the base can be used, 3 if not. The proofs run
+    on a shrunk copy of its config.json with random weights; no weights are downloaded or loaded.
     """
+    if base is not None:
+        return _prove(run, base)
     checks = [check for part in _PARTS for check in part(run.folder)]
     works = not any(check.state == "problem" for check in checks)
     summary = "The basic commands work." if works else "Some basic commands do not work on this machine."
@@ -75,6 +88,28 @@ def doctor(run: Session) -> int | None:
     rows = ((c.area, c.name, Cell(c.state, tone=_TONES[c.state]), c.found, c.fix or "") for c in checks)
     run.show({"works": works, "checks": checks}, title, table("Checks of this machine", head, rows), summary)
     return None if works else FAILED
+
+
+def _prove(run: Session, base: str) -> int:
+    from tunewright.chat import open_chat
+    from tunewright.models.bases import base_config, local_base
+    from tunewright.models.proofs import blocks
+    from tunewright.training.proving import prove
+    from tunewright.training.template_proof import prove_template
+
+    proofs = prove(base_config(base, None, run.folder, run.reporter), run.reporter)
+    here = local_base(base, None, run.folder, run.reporter)
+    # Whether a template's tokens were trained is read from the weights.
+    findings = prove_template(lambda: open_chat(here)) if here and any(here.folder.glob("*.safetensors")) else ()
+    tones: dict[str, ToneOfResult] = {"passed": "yes", "failed": "no"}
+    rows = ((each.part, Cell(each.state, tone=tones.get(each.state, "")), each.found) for each in findings)
+    template: Block | str = "The chat template is proved once the base's files are on this machine."
+    if findings:
+        template = table("Chat template", words("Part", "Result", "Meaning, or why it failed"), rows)
+    document = {**proofs.model_dump(), "template": findings}
+    run.show(document, f"{base}: {proofs.architecture}", *blocks(proofs), template)
+    usable = proofs.layers and not any(each.state == "failed" for each in findings)
+    return 0 if usable else MEASURED_NO
 
 
 def _versions(_folder: Path) -> Iterator[Check]:
@@ -232,7 +267,7 @@ def _hub(_folder: Path) -> Iterator[Check]:
 def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     from tunewright.core.errors import UserError
     from tunewright.engines.environment import TOOLS, find
-    from tunewright.models.sources import has_bundled
+    from tunewright.models.sources import BUNDLED, has_packaged
 
     if util.find_spec("torch") is None or util.find_spec("peft") is None:
         yield Check("engines", "peft", "missing", "not installed: serve, evaluate", _TRAIN)
@@ -248,7 +283,7 @@ def _engines_and_extras(_folder: Path) -> Iterator[Check]:
     yield _optional("engines", "llamacpp", "xllamacpp", "xllamacpp", "serve --engine llamacpp")
     for name, (package, module, needed_by) in _EXTRAS.items():
         yield _optional("extras", name, package, module, needed_by)
-    if has_bundled():
+    if has_packaged(BUNDLED):
         yield Check("extras", "bundled base", "ok", "on this machine")
     else:
         found = "93 MB, fetched once from your package index"

@@ -60,6 +60,7 @@ __all__ = [
     "PriceConfig",
     "PromptOptimizationConfig",
     "Quantization",
+    "ReasoningMode",
     "ReplayConfig",
     "RetrieverName",
     "ServeConfig",
@@ -69,6 +70,8 @@ __all__ = [
     "metric_name",
     "read_split",
 ]
+
+ReasoningMode = Literal["train", "mask", "strip"]
 
 PROJECT_NAME = r"[a-z0-9][a-z0-9\-]{0,39}"  # HTML's patterns need the backslash
 
@@ -150,6 +153,11 @@ class ChatConfig(ConfigSection):
     tools: Literal["own", "hermes"] = "own"
     """The form of functions, calls and results. `own` is that of the base's chat template. `hermes`
     writes the Hermes format (<tools>, <tool_call>, <tool_response>), for templates without a form.
+    """
+    reasoning: ReasoningMode = "train"
+    """Use of the thinking in rows (reasoning_content): `train` trains it and the answer after it;
+    `mask` shows it and trains only the answer; `strip` leaves it out (train: the adapter answers
+    as its rows do; a base whose chat template has no thinking needs strip).
     """
 
 
@@ -284,8 +292,8 @@ class Config(ConfigSection):
     name: Annotated[str, Field(pattern=f"^{PROJECT_NAME}$")] = "my-model"
     """The project's name, and the start of its adapters' names."""
     base_model: Annotated[str, Field(min_length=1)] = "bundled:smollm2-135m-instruct"
-    """The open-weight base model: a folder, a hub id such as meta-llama/Llama-3.1-8B-Instruct, or
-    bundled:smollm2-135m-instruct. Llama and Mistral architectures.
+    """The open-weight base model: a folder, a hub id such as meta-llama/Llama-3.1-8B-Instruct,
+    bundled:smollm2-135m-instruct or package:gemma-3-270m. A causal decoder that passes its proofs.
     """
     revision: str | None = None
     """Branch, tag or commit of a hub base (null: main), pinned to its commit at first use."""

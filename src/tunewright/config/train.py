@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tunewright.config.section import ConfigSection, Quantization
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Target = Annotated[str, Field(pattern=r"^\w+$")]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Method = Literal["sft", "dpo", "orpo", "kto"]
 
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 BUNDLED_TRAINING: dict[str, Any] = {"preset": "all-linear", "learning_rate": 1e-3}
-"""Settings for the bundled base: a model this small learns at a higher rate than the 7B models that 2e-4 is for."""
+"""Settings for packaged bases: models this small learn at a higher rate than the 7B models that 2e-4 is for."""
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 5e-6, "epochs": 1},
     "kto": {"learning_rate": 5e-6, "epochs": 1},
@@ -91,7 +91,7 @@ class TrainConfig(ConfigSection):
     orpo, the weight of the odds ratio (null: 0.1, trl's default for all three).
     """
     target_modules: Annotated[tuple[Target, ...], Field(min_length=1)] = ("q_proj", "v_proj")
-    """Linear layers that get LoRA weights (Hu et al. 2021, section 7.1)."""
+    """Linear layers that get LoRA weights, by the last part of their names (Hu et al. 2021, section 7.1)."""
     lora_r: Annotated[int, Field(ge=1)] = 16
     """LoRA rank (16: Alpaca-LoRA's published adapters)."""
     lora_alpha: Annotated[int, Field(ge=1)] = 32

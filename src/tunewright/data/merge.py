@@ -376,7 +376,7 @@ def _with_known_spelling(row: SourceRow, alike: Sequence[Example]) -> SourceRow:
         return row
     # Only the text changes: the file decides which turns are trained.
     turns = zip(row.example.prompt, replaced.prompt, strict=True)
-    prompt = (replace(turn, content=old.content, calls=old.calls) for turn, old in turns)
+    prompt = (replace(turn, content=old.content, calls=old.calls, reasoning=old.reasoning) for turn, old in turns)
     return replace(row, example=Example((*prompt, row.example.messages[-1])))
 
 

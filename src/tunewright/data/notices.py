@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
-from tunewright.config import Duplicates
+from tunewright.config import Duplicates, ReasoningMode
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, first_of, listed
@@ -84,6 +84,19 @@ class LargeCluster:
     one: str
     other: str
     similarity: float
+
+
+_REASONING: Mapping[ReasoningMode, str] = {
+    "train": "trained, with the answer after it",
+    "mask": "shown to the model but not trained",
+    "strip": "left out of training; the dataset keeps it",
+}
+
+
+def reasoning_notice(rows: int, mode: ReasoningMode) -> str:
+    """Return the note on rows with thinking, and on its use in training."""
+    have = f"{count_of(rows, 'row')} with thinking (reasoning_content)"
+    return f"{have}, which is {_REASONING[mode]} (chat.reasoning: {mode})"
 
 
 def of_files(notes: Iterable[tuple[Path | str, Sequence[str]]]) -> list[str]:

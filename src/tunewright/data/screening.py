@@ -31,6 +31,8 @@ class ScreenedRows:
     rows: list[SourceRow]
     redacted: dict[str, int]
     personal: dict[str, int]
+    reasoning: int
+    """Rows with thinking in a turn."""
 
 
 def screen(
@@ -70,7 +72,7 @@ def screen(
         raise pii.blocked(found)
     if found.of("personal"):
         reporter.warn(pii.warned(found))
-    return ScreenedRows(rows, dict(redacted), dict(found.counts))
+    return ScreenedRows(rows, dict(redacted), dict(found.counts), sum(part.reasoning for part in parts))
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class _Part:
     rows: list[SourceRow] = field(default_factory=list)
     redacted: Counter[str] = field(default_factory=Counter)
     found: list[LocatedFinding] = field(default_factory=list)
+    reasoning: int = 0
     # Findings in values of groups and metadata: the texts, and places for messages by category.
     texts: set[str] = field(default_factory=set)
     secret: list[str] = field(default_factory=list)
@@ -102,7 +105,7 @@ _finder = cache(open_presidio)
 def _screen_rows(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:
     """Search some rows, and replace the findings if requested."""
     also = _finder(screening.presidio) if screening.presidio else None
-    part = _Part()
+    part = _Part(reasoning=sum(row.example.has_reasoning for row in rows))
     if screening.redact:
         rows = [_redact_row(row, also, screening.allow, part.redacted) for row in rows]
     clean = _clean_values(rows, also, screening, part)

@@ -25,9 +25,10 @@ from tunewright.engines.protocol import (
     TokenSink,
 )
 from tunewright.generation.batched_lora import Lora
-from tunewright.generation.decoding import Batch, PrefillState
+from tunewright.generation.decoding import PrefillState
 from tunewright.generation.generate import prefill_groups
 from tunewright.generation.lora_dispatch import adapter_sort_keys
+from tunewright.generation.plain_decoding import new_batch
 from tunewright.generation.requests import Request, Row
 from tunewright.models.loading import release_openmp_threads
 
@@ -93,7 +94,7 @@ class PeftEngine:
         self.context_length = context_length
         self._model = model
         self._loaded: set[str] = set(getattr(model, "peft_config", ()))
-        self._batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id)
+        self._batch = new_batch(model, stop_ids=stop_ids, pad_id=pad_id)
         # Guards state shared with other threads: the stop, the commands and the two lists of sequences.
         self._changed = threading.Condition()
         self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()

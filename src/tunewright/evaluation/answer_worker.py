@@ -31,6 +31,7 @@ from tunewright.generation.generate import BatchSize, generate_halving
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base, base_here
 from tunewright.models.loading import device, load_model, named, with_adapters
+from tunewright.training.proving import proved
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class EmbeddedAnswers:
         """Return the base with this adapter, given as name and folder, and earlier ones."""
         of = self._of
         if self._model is None:
+            base = proved(of.base, self._reporter)
             self._reporter.say(f"Loading {named(of.base, of.quantization)}")
-            self._model = load_model(of.base, of.dtype, of.quantization)
+            self._model = load_model(base, of.dtype, of.quantization)
         if adapter is not None and adapter[0] not in self.adapters:
             self._model = with_adapters(self._model, dict([adapter]))
             self.adapters.add(adapter[0])

@@ -21,6 +21,7 @@ from tunewright.core.io import canonical_json, digest
 from tunewright.core.log import numbered_lines, parse_line
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message, ToolCall, call_id
+from tunewright.data.readers.turns import split_thinking
 from tunewright.data.tools import ArgumentsError, canonical_arguments
 from tunewright.data.trace import places_by_key, source_name
 from tunewright.data.versions import DatasetVersion, Member
@@ -56,11 +57,15 @@ class FrozenAnswer(Part):
 
     @property
     def answer(self) -> str:
-        """The answer's text, function calls included in their canonical form, as references have them."""
+        """The answer's text without thinking, and its calls in their canonical form, as references have them."""
+        try:
+            _, text = split_thinking(self.text) or ("", self.text)
+        except ValueError:  # cut off while it thought
+            text = ""
         calls = tuple(
             ToolCall(name, _arguments(arguments), call_id(n)) for n, (name, arguments) in enumerate(self.calls)
         )
-        return Message("assistant", self.text, calls=calls).text
+        return Message("assistant", text, calls=calls).text
 
 
 class FrozenHeader(Part):
@@ -155,7 +160,9 @@ class IncumbentModel:
 
     def request(self, example: Example) -> ChatRequest:
         """Return the request for a row: its messages, and its functions as ``tools``."""
-        turns = [{k: v for k, v in m.as_dict().items() if k != "weight"} for m in example.prompt]
+        # Hosted models refuse unknown keys, and their APIs take no thinking of earlier turns.
+        own = ("weight", "reasoning_content")
+        turns = [{k: v for k, v in m.as_dict().items() if k not in own} for m in example.prompt]
         functions: dict[str, Any] = {}
         if turns[0]["role"] == "tools":
             functions["tools"] = json.loads(turns.pop(0)["content"])

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
@@ -93,12 +93,27 @@ class Decoding:
         return digest(asdict(self))
 
 
-def answer_journal(folder: Path, decoding: Decoding) -> Journal[tuple[str, bool]]:
-    """Return the journal of answers decoded in this way: text and truncation by the digest of the prompt."""
+class KeptAnswer(NamedTuple):
+    """An answer in the journal."""
+
+    text: str
+    """The text without thinking."""
+    truncated: bool
+    thinking: int = 0
+    """Tokens besides those of the text: thinking and its marks."""
+
+
+def answer_journal(folder: Path, decoding: Decoding) -> Journal[KeptAnswer]:
+    """Return the journal of answers decoded in this way, by the digest of the prompt."""
+
+    def row(prompt: str, answer: KeptAnswer) -> dict[str, Any]:
+        thinking = {"thinking": answer.thinking} if answer.thinking else {}
+        return {"prompt": prompt, "text": answer.text, "truncated": answer.truncated, **thinking}
+
     return Journal(
         folder / f"{decoding.key[:16]}.jsonl",
-        lambda row: (row["prompt"], (row["text"], row["truncated"])),
-        lambda prompt, answer: {"prompt": prompt, "text": answer[0], "truncated": answer[1]},
+        lambda row: (row["prompt"], KeptAnswer(row["text"], row["truncated"], row.get("thinking", 0))),
+        row,
     )
 
 
@@ -258,27 +273,36 @@ class Generator:
         return frozenset(self._journal(max_new_tokens, adapter, constrained=constrained).answers)
 
     def _answers(self, arm: ArmPrompts, max_new_tokens: int) -> list[ArmAnswer]:
-        """Return an arm's answers from the journal, with token counts from the text, since it keeps no token ids."""
+        """Return an arm's answers from the journal, with token counts from the text, since it keeps no token ids.
+
+        Tokens of thinking are counted too.
+        """
         known = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained).answers
         found = [known[digest(prompt)] for prompt in arm.prompts]
-        texts = [text for text, _ in found]
-        counts = self.chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        counts = self._text_tokens([answer.text for answer in found])
         return [
-            ArmAnswer(text, truncated, prompt, len(ids) + (not truncated))
-            for (text, truncated), prompt, ids in zip(found, arm.prompts, counts, strict=True)
+            ArmAnswer(answer.text, answer.truncated, prompt, answer.thinking + count + (not answer.truncated))
+            for answer, prompt, count in zip(found, arm.prompts, counts, strict=True)
         ]
 
-    def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool) -> Journal[tuple[str, bool]]:
+    def _text_tokens(self, texts: Sequence[str]) -> list[int]:
+        encoded = self.chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return list(map(len, encoded))
+
+    def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool) -> Journal[KeptAnswer]:
         return answer_journal(self.folder, self.decoding(max_new_tokens, adapter, constrained=constrained))
 
     def _keeping(
-        self, requests: Sequence[Request], keep: Callable[[str, tuple[str, bool]], None], advance: Callable[[], None]
+        self, requests: Sequence[Request], keep: Callable[[str, KeptAnswer], None], advance: Callable[[], None]
     ) -> Callable[[int, Completion], None]:
         """Return a function that keeps a request's answer."""
 
         def keep_completion(index: int, completion: Completion) -> None:
             prompt = requests[index].prompt_ids
-            keep(digest(prompt), (self.text(prompt, completion), completion.finish == "length"))
+            text, thinking = self.text(prompt, completion), 0
+            if self.chat.thinking is not None:
+                thinking = max(0, len(completion.ids) - self._text_tokens([text])[0])
+            keep(digest(prompt), KeptAnswer(text, completion.finish == "length", thinking))
             advance()
 
         return keep_completion

@@ -22,11 +22,9 @@ from tunewright.adapters.lora_weights import PREFIX, rank_and_scale, vllm_refusa
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base, tensor_files
-from tunewright.models.families import ATTENTION, MLP, text_name
+from tunewright.models.families import read_shape, text_name
 
 MergeMethod = Literal["original", "dequantized"]
-
-_LINEAR = (*ATTENTION, *MLP)
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,12 @@ def _place(name: str, folder: Path) -> tuple[str, str, str]:
     if (
         part not in ("lora_A", "lora_B", "lora_magnitude_vector")
         or layer is None
-        or layer.rpartition(".")[2] not in _LINEAR
+        or not layer.startswith("model.layers.")
     ):
         raise UserError(
             f"{name} is not a LoRA weight of a linear layer of the decoder",
             where=str(folder / WEIGHTS),
-            fix=f"Only adapters of {', '.join(_LINEAR)} can be exported.",
+            fix="Only adapters of linear layers under model.layers can be exported.",
         )
     return module, layer, part
 
@@ -133,7 +131,8 @@ class Weights:
         own = {text_name(name): name for name in self.base}
         self.changes = {own.get(name, name): change for name, change in changes.items()}
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._dequantized = dequantized
+        names = read_shape(base.folder / "config.json").names if dequantized else ()
+        self._quantized = tuple(f".{layer}.weight" for layer in names)
         for name, change in self.changes.items():
             if name not in self.base:
                 raise UserError(f"The adapter changes {name}, which {base.spec} does not have", where=base.spec)
@@ -149,26 +148,25 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one weight with its delta, in float32."""
-        weight = self.held(name) if self._dequantized and is_quantized(name) else self.base[name]
+        weight = self.held(name) if self._quantizes(name) else self.base[name]
         change = self.changes.get(name)
         return weight.float() if change is None else change.applied(weight.float())
+
+    def _quantizes(self, name: str) -> bool:
+        """Return whether this weight starts as dequantized NF4, as those of the decoder's linear layers do."""
+        return text_name(name) is not None and name.endswith(self._quantized)
 
     def held(self, name: str) -> Tensor:
         """Return one weight as training held the base, without the delta."""
         weight = self.base[name].to(self._dtype)
-        return dequantized(weight) if self._dequantized and is_quantized(name) else weight
+        return dequantized(weight) if self._quantizes(name) else weight
 
     def stored(self, name: str) -> Tensor:
         """Return one weight in the base's own dtype: cast once, or the original if nothing changes it."""
         weight = self.base[name]
-        if name not in self.changes and not (self._dequantized and is_quantized(name)):
+        if name not in self.changes and not self._quantizes(name):
             return weight
         return self[name].to(weight.dtype)
-
-
-def is_quantized(name: str) -> bool:
-    """Return whether NF4 quantizes this weight, as it does the weights of the decoder's linear layers."""
-    return text_name(name) is not None and name.endswith(tuple(f".{layer}.weight" for layer in _LINEAR))
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tunewright.generation.attention import attention_forward
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.kv_cache import (
     copy_rows,
@@ -95,6 +95,9 @@ class Batch:
     kind of LoRA. ``decode`` is needed where requests have stop strings.
     """
 
+    shares_prefixes = True
+    """True if :meth:`prefix` can compute a common beginning of prompts for :meth:`admit`."""
+
     def __init__(
         self, model: Any, *, stop_ids: Collection[int], pad_id: int, mixed: bool = True, decode: Decode | None = None
     ) -> None:
@@ -157,16 +160,22 @@ class Batch:
             prompts a b c f g     a b c|h i j        by its padding; right of the bar: computed
                     a b c h i j
         """
-        longest = max(len(request.prompt_ids) for request in requests)
-        ids = torch.full((len(requests), longest), self._pad_id)  # [rows, longest], padded on the left
-        for index, request in enumerate(requests):
-            ids[index, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        cache = new_cache()
+        rows = [Row(request, self._decode) for request in requests]
+        ids, cache = self._texts(rows), new_cache()
         if prefix is not None:
+            longest = ids.shape[1]
             assert all(prefix.begins(request) for request in requests)
             cache = from_prefix(prefix.cache, [longest - len(request.prompt_ids) for request in requests])
             ids = ids[:, len(prefix.ids) :]
-        return PrefillState([Row(request, self._decode) for request in requests], ids, cache)
+        return PrefillState(rows, ids, cache)
+
+    def _texts(self, rows: Sequence[Row]) -> Tensor:
+        """Return the rows' prompts and answers so far, padded on the left [rows, longest]."""
+        texts = [(*row.request.prompt_ids, *row.ids) for row in rows]
+        ids = torch.full((len(rows), max(map(len, texts))), self._pad_id)
+        for index, text in enumerate(texts):
+            ids[index, ids.shape[1] - len(text) :] = torch.tensor(text)
+        return ids
 
     @torch.inference_mode()
     def prefill(self, state: PrefillState, tokens: int | None = None) -> bool:
@@ -184,14 +193,14 @@ class Batch:
         if state.remaining_tokens:
             # Text ends at the last column of the whole prompt, so padding depends on its length, not on this chunk's.
             longest = state.cache.get_seq_length() + chunk.shape[1] + state.pending.shape[1]
-            self._forward(chunk, [longest - _length(row) for row in state.rows], state.cache, adapters)
+            self._forward(chunk, [longest - row_length(row) for row in state.rows], state.cache, adapters)
             return False
         for error in self._take(state.rows, self._next_logits(state.rows, chunk, state.cache)).values():
             raise error
         unfinished = [index for index, row in enumerate(state.rows) if row.finish is None]
         if unfinished:
             joining = [state.rows[index] for index in unfinished]
-            select(state.cache, unfinished, _cached(joining))
+            select(state.cache, unfinished, cached_columns(joining))
             # merge() makes a new cache, so running out of memory there leaves the batch as it was.
             self._cache = merge(self._cache, state.cache) if self.rows else state.cache
             self.rows += joining
@@ -209,7 +218,7 @@ class Batch:
             columns = self._cache.get_seq_length()
             try:
                 # All rows end at the same column of the cache, regardless of their lengths: padding is on the left.
-                logits = self._next_logits(self.rows, _newest(self.rows), self._cache)
+                logits = self._next_logits(self.rows, newest(self.rows), self._cache)
             except Exception as error:  # noqa: BLE001 - any failure is narrowed down to its rows
                 truncate(self._cache, columns)
                 failing = self._isolate_failures(error)
@@ -236,7 +245,7 @@ class Batch:
             rows = [self.rows[index] for index in indices]
             try:
                 if len(indices) < len(self.rows):
-                    self._next_logits(rows, _newest(rows), copy_rows(self._cache, indices))
+                    self._next_logits(rows, newest(rows), copy_rows(self._cache, indices))
                     continue
             except Exception as own:  # noqa: BLE001 - returned
                 error = own
@@ -256,7 +265,7 @@ class Batch:
     def _next_logits(self, rows: list[Row], ids: Tensor, cache: Cache) -> Tensor:
         """Return the logits [rows, vocabulary] after new columns of the rows' tokens [rows, time]."""
         total = cache.get_seq_length() + ids.shape[1]
-        first = [total - _length(row) for row in rows]  # padding columns of each row
+        first = [total - row_length(row) for row in rows]  # padding columns of each row
         return self._forward(ids, first, cache, [row.request.adapter for row in rows])
 
     def _take(self, rows: list[Row], logits: Tensor) -> dict[int, Exception]:
@@ -293,7 +302,7 @@ class Batch:
         begins, columns = packed[:, :1], torch.arange(cache.get_seq_length() + new, device=device)  # [rows, 1], [total]
         arguments = {
             "input_ids": packed[:, 1:],
-            "attention_mask": (columns >= begins).long() if any(first) else None,  # [rows, total]
+            "attention_mask": self._attended(columns, begins, cache) if any(first) else None,
             # Positions count from each row's first token; padding gets 0 and is masked.
             "position_ids": (columns[-new:] - begins).clamp(min=0),  # [rows, time]
             "cache": cache,
@@ -305,9 +314,13 @@ class Batch:
             logits: Tensor = self._model(**arguments).logits[:, -1]
         return logits
 
+    def _attended(self, columns: Tensor, begins: Tensor, cache: Cache) -> Tensor | None:  # noqa: ARG002
+        """Return 1 for each row's text and 0 for its padding [rows, total]."""
+        return (columns >= begins).long()
+
     @contextmanager
     def _masking(self) -> Iterator[None]:
-        """Use :func:`_mask` for the masks of a pass."""
+        """Use SDPA with the masks of :func:`_mask` in a pass."""
         before = self._config._attn_implementation
         self._config._attn_implementation = _ATTENTION
         try:
@@ -324,7 +337,7 @@ class Batch:
         indices = [place if place in staying else next(last) for place in range(len(indices))]
         self.rows = [self.rows[index] for index in indices]
         if self.rows:
-            select(self._cache, indices, _cached(self.rows))
+            select(self._cache, indices, cached_columns(self.rows))
         else:
             self._cache = new_cache()
 
@@ -348,20 +361,20 @@ def _mask(*, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = 
 
 _ATTENTION = "tunewright_decoding"
 """SDPA with masks that are never copied to the host."""
-AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+AttentionInterface.register(_ATTENTION, attention_forward)
 AttentionMaskInterface.register(_ATTENTION, _mask)
 
 
-def _newest(rows: Sequence[Row]) -> Tensor:
+def newest(rows: Sequence[Row]) -> Tensor:
     """Return the newest token of each row [rows, 1]."""
     return torch.tensor([[row.ids[-1]] for row in rows])
 
 
-def _length(row: Row) -> int:
+def row_length(row: Row) -> int:
     """Return the tokens of a row that the model has seen once the pass in progress is done."""
     return len(row.request.prompt_ids) + len(row.ids)
 
 
-def _cached(rows: list[Row]) -> int:
+def cached_columns(rows: list[Row]) -> int:
     """Return the cache columns that these rows need: the newest token of each has not been through the model yet."""
-    return max(_length(row) for row in rows) - 1
+    return max(row_length(row) for row in rows) - 1

@@ -20,6 +20,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.generation.decoding import PREFILL_TOKENS, Batch, Prefix
 from tunewright.generation.kv_cache import PASS_TOKENS, SharedPrefix, shared_prefixes
+from tunewright.generation.plain_decoding import new_batch
 from tunewright.generation.requests import Completion, Request, Row
 from tunewright.generation.text_stream import Decode
 
@@ -47,7 +48,7 @@ def generate(
     and completion as soon as it has finished, in any order.
     """
     mixed = len({request.adapter for request in requests}) > 1
-    batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed, decode=decode)
+    batch = new_batch(model, stop_ids=stop_ids, pad_id=pad_id, mixed=mixed, decode=decode)
     queue = _Queue(requests, batch)
     completions: dict[int, Completion] = {}
     rows: dict[int, Row] = {}
@@ -76,7 +77,7 @@ class _Queue:
     def __init__(self, requests: Sequence[Request], batch: Batch) -> None:
         self._requests = requests
         self._batch = batch
-        groups = _sharing(requests)
+        groups = _sharing(requests) if batch.shares_prefixes else [SharedPrefix(tuple(range(len(requests))), 0)]
         self._group = {index: group for group in groups for index in group.indices}
         waiting: list[int] = []
         for group in sorted(groups, key=lambda group: -max(map(self._length, group.indices))):

@@ -1,4 +1,4 @@
-"""Finding a base: a folder, a hub id pinned to a commit, or the bundled model; checked before anything loads it."""
+"""Finding a base: a folder, a hub id pinned to a commit, or a packaged model; checked before anything loads it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,15 +20,16 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json, write_text
 from tunewright.core.locks import in_use, remove_abandoned
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.models.families import check_architecture, text_name
+from tunewright.models.families import check_architecture, read_shape, text_name
 from tunewright.models.sources import (
     BUNDLED,
     CONSOLIDATED,
-    bundled_folder,
+    PACKAGED,
     cached_commit,
     cached_folder,
     hub_config,
     hub_folder,
+    packaged_folder,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -53,10 +55,14 @@ class Base:
     """The base as the config names it."""
     folder: Path
     commit: str | None
-    """The hub commit that the revision was pinned to; None for a folder and for the bundled model."""
+    """The hub commit that the revision was pinned to; None for a folder and for a packaged model."""
     architecture: str
     files: dict[str, str]
     """SHA-256 of each file that affects the model's output, by name."""
+    packed: bool = True
+    """False if packed rows do not give the gradients of separate rows: the base trains on padded rows."""
+    own_cache: bool = True
+    """False if tunewright's key/value cache cannot hold the base's state: it decodes with transformers' cache."""
 
     @property
     def digest(self) -> str:
@@ -65,7 +71,7 @@ class Base:
 
 
 def hub_id(base: Base) -> str | None:
-    """Return the base's hub id; None for a folder and for the bundled model."""
+    """Return the base's hub id; None for a folder and for a packaged model."""
     return base.spec if base.commit is not None else None
 
 
@@ -74,7 +80,10 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
     commit, folder = None, _local_folder(spec, root, reporter)
     if folder is None:
         # An unsupported base is refused by its configuration only, before gigabytes of weights are downloaded.
-        check_architecture(hub_config(spec, revision, root / "base.lock.json"))
+        if find_spec("torch") is None:
+            check_architecture(hub_config(spec, revision, root / "base.lock.json"))
+        else:
+            read_shape(hub_config(spec, revision, root / "base.lock.json"))
         folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
     if revision is not None and commit is None:
         raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
@@ -87,8 +96,8 @@ def base_here(base: Base) -> Base:
     if base.commit is not None:
         folder = cached_commit(base.spec, base.commit)
         missing, fix = "is not in its hub cache", f"Download it there: hf download {base.spec} --revision {base.commit}"
-    elif base.spec.startswith("bundled:"):
-        folder, missing, fix = bundled_folder(LogReporter()), "", ""
+    elif base.spec in PACKAGED:
+        folder, missing, fix = packaged_folder(base.spec, LogReporter()), "", ""
     else:
         folder = base.folder if base.folder.is_dir() else None
         missing, fix = (
@@ -132,19 +141,21 @@ def local_base(spec: str, revision: str | None, root: Path, reporter: Reporter) 
 
 
 def _local_folder(spec: str, root: Path, reporter: Reporter) -> Path | None:
-    """Return the base's folder, for the bundled one after its conversion; None if it comes from the hub."""
+    """Return the base's folder, for a packaged one after its conversion; None if it comes from the hub."""
     place = _place(spec, root)
-    if place == "bundled":
-        return bundled_folder(reporter)
+    if place == "package":
+        return packaged_folder(spec, reporter)
     return place if isinstance(place, Path) else None
 
 
-def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
-    """Return a base's source: its folder, the package of the bundled model, or the hub."""
-    if spec == f"bundled:{BUNDLED}":
-        return "bundled"
+def _place(spec: str, root: Path) -> Path | Literal["package", "hub"]:
+    """Return a base's source: its folder, packages, or the hub."""
+    if spec in PACKAGED:
+        return "package"
     if ":" in spec:
-        raise UserError(f"Unknown base {spec!r}", where="base_model", fix=f"The bundled base is bundled:{BUNDLED}.")
+        raise UserError(
+            f"Unknown base {spec!r}", where="base_model", fix=f"The packaged bases are {', '.join(PACKAGED)}."
+        )
     folder = root / Path(spec).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -153,7 +164,7 @@ def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
     raise UserError(
         f"{spec!r} is neither a folder nor a hub id",
         where="base_model",
-        fix=f"Use a folder with a config.json, an id such as meta-llama/Llama-3.1-8B, or bundled:{BUNDLED}.",
+        fix=f"Use a folder with a config.json, an id such as meta-llama/Llama-3.1-8B, or {BUNDLED}.",
     )
 
 

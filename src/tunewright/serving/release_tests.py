@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -324,7 +324,7 @@ class ServingCheckRunner:
         base = self.on.project.base
         write_merged(folder, self._weights, base, self.on.project.chat, None, self.on.project.reporter)
         # The digest of a model that nothing refers to is not needed.
-        return Base(f"{base.spec} merged with {self.adapter.name}", folder, None, base.architecture, {})
+        return replace(base, spec=f"{base.spec} merged with {self.adapter.name}", folder=folder, commit=None, files={})
 
 
 def write_identity(adapter: Path, folder: Path) -> Path:

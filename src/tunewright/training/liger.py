@@ -13,7 +13,6 @@ import torch
 from tunewright.core.errors import UserError
 from tunewright.core.installation import install_command
 from tunewright.core.progress import Reporter
-from tunewright.models.families import FAMILIES
 
 KERNELS = {
     "rope": True,
@@ -37,7 +36,7 @@ def missing_for_liger(architecture: str) -> str | None:
     if not torch.cuda.is_available():
         return "Liger's kernels need a CUDA GPU, and none is present"
     if architecture not in ARCHITECTURES:
-        return f"Liger's kernels support Llama and Mistral, not {FAMILIES[architecture].name}"
+        return f"Liger's kernels support Llama and Mistral, not {architecture}"
     return None
 
 

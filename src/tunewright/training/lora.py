@@ -15,20 +15,19 @@ from torch import Tensor, nn
 
 from tunewright.config import Quantization, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.families import OUTSIDE_TEXT
 from tunewright.models.loading import device
 
 
-def lora_config(settings: TrainConfig, *, vision: bool = False) -> Any:
-    """Return peft's ``LoraConfig`` for these settings; ``vision`` means that the base also reads images."""
+def lora_config(settings: TrainConfig, *, outside: str | None = None) -> Any:
+    """Return peft's ``LoraConfig`` for these settings; ``outside`` matches the modules outside the text model."""
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=list(settings.target_modules),
-        # The vision tower is dropped here, but present wherever else peft loads the adapter.
-        exclude_modules=OUTSIDE_TEXT if vision else None,
+        # A vision tower is dropped here, but present wherever else peft loads the adapter.
+        exclude_modules=outside,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
     )

@@ -20,7 +20,7 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import current_manifest, load_version
 from tunewright.models.bases import base_config, local_base
-from tunewright.models.families import Shape, check_architecture, read_shape, require_quantizable, require_targets
+from tunewright.models.families import Shape, check_architecture, read_shape, require_quantizable, resolve_targets
 from tunewright.models.loading import require_kernels
 from tunewright.models.memory_plan import (
     Memory,
@@ -80,8 +80,8 @@ def estimate_memory(project: OpenProject, options: MemoryOptions = MemoryOptions
     model_config = base_config(spec, revision, folder.root, reporter)
     shape = read_shape(model_config)
     architecture = check_architecture(model_config)
-    require_targets(settings.target_modules, architecture)
-    require_quantizable(settings.quantization, architecture, "train.quantization")
+    settings = resolve_targets(settings, shape, architecture)
+    require_quantizable(settings.quantization, shape, architecture, "train.quantization")
     at_once = options.rows or settings.micro_batch_size or settings.batch_size
     if settings.method in ("dpo", "orpo"):  # the chosen and the rejected answer go through together
         at_once *= 2
@@ -126,15 +126,18 @@ def require_room(project: OpenProject) -> None:
 
     Raises:
         UserError: the card cannot hold one row of `SHORT_ROW` tokens; torch is built for CUDA, cannot use a card and
-            the base is large; or the base is unsupported, also with these target modules or in 4 bits.
+            the base is large; or the base is unsupported, also with these target modules or in 4 bits, or fails a
+            proof that training needs.
     """
     config, reporter = project.folder.config, project.reporter
     model_config = base_config(config.base_model, config.revision, project.folder.root, reporter)
     architecture, shape = check_architecture(model_config), read_shape(model_config)
-    require_targets(config.train.target_modules, architecture)
-    require_quantizable(config.train.quantization, architecture, "train.quantization")
+    memory, settings = available_memory(None), resolve_targets(config.train, shape, architecture)
+    require_quantizable(settings.quantization, shape, architecture, "train.quantization")
     _require_card(shape, project)
-    memory, settings = available_memory(None), config.train
+    from tunewright.training.proving import TRAINS, require_config_proofs
+
+    require_config_proofs(model_config, config.base_model, TRAINS, reporter)
     recomputed_layers(settings, shape.layers, card=memory.card)
     if distributed.is_sharded():
         return  # each card holds a part of the base

@@ -1,4 +1,4 @@
-"""The trainer on preference data: the answers of a pair in one packed pass, and the losses of DPO, ORPO and KTO.
+"""The trainer on preference data: the answers of a pair in one pass, and the losses of DPO, ORPO and KTO.
 
 The losses are computed as trl 1.16 computes them. The reference model's log-probabilities are
 computed once for each answer before the first step, and kept.
@@ -26,7 +26,6 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.training import distributed
 from tunewright.training.memory import RawRows
-from tunewright.training.packing import pack
 from tunewright.training.packing.fused_loss import RewardStatistics, batch_token_losses
 from tunewright.training.preference_pairs import PreferenceRows
 from tunewright.training.rows import IGNORED, as_columns
@@ -101,8 +100,8 @@ class PreferenceTrainer(Trainer):
     def _sums(self, model: Any, rows: Sequence[Row]) -> Tensor:
         """Return the log-probability of each row's trained tokens [A]."""
         labels = [given for _, given in rows]
-        packed = self._prepare_input(pack([ids for ids, _ in rows], labels, share=self.share))
-        return _added_up(-batch_token_losses(model, packed), self._prepare_input(_owners(labels)), len(rows))
+        batch = self._prepare_input(self.lay_out([ids for ids, _ in rows], labels))
+        return _added_up(-batch_token_losses(model, batch), self._prepare_input(_owners(labels)), len(rows))
 
     # Batches
 
@@ -113,7 +112,7 @@ class PreferenceTrainer(Trainer):
         return [[*chosen, *rejected] for chosen, rejected in zip(ids[::2], ids[1::2], strict=True)]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Pack the answers of some training rows into one batch: all chosen answers, then all rejected answers.
+        """Make one batch of the answers of some training rows: all chosen answers, then all rejected answers.
 
         transformers counts its labels: one for each training row. No rows make a batch of which nothing is trained.
         """
@@ -129,13 +128,13 @@ class PreferenceTrainer(Trainer):
             # trl's likelihood of a chosen answer covers its prompt, as the paper's own code does.
             labels[: len(places)] = [ids for ids, _ in answers[: len(places)]]
         if rows:
-            packed = pack([ids for ids, _ in answers], labels, share=self.share)
+            laid_out = self.lay_out([ids for ids, _ in answers], labels)
         else:
             shortest = min((ids for ids, _ in self.answers), key=len)
-            packed = replace(pack([shortest], [[IGNORED] * len(shortest)], share=False), row_tokens=0)
+            laid_out = replace(self.lay_out([shortest], [[IGNORED] * len(shortest)]), row_tokens=0)
         counted = torch.zeros(len(places), dtype=torch.long)
         batch = {
-            "packed": packed,
+            "batch": laid_out,
             "rows": RawRows(tuple(rows)),
             "labels": counted,
             "shift_labels": counted,
@@ -150,7 +149,7 @@ class PreferenceTrainer(Trainer):
             batch["desirable"] = torch.tensor([self.desirable[index] for index in indices], dtype=torch.bool)
         return batch
 
-    def _packed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _unlabelled(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
         return {name: batch[name] for name in batch if name not in ("labels", "shift_labels", "rows")}
 
@@ -176,7 +175,7 @@ class PreferenceTrainer(Trainer):
         assert not return_outputs, "logits are never kept"
         rows = len(inputs["indices"]) // self._per_row
         divergence = self._divergence(model, inputs) if self.method == "kto" and rows else None
-        losses = batch_token_losses(model, inputs["packed"])
+        losses = batch_token_losses(model, inputs["batch"])
         if not rows:
             nothing: Tensor = losses.sum()
             return nothing

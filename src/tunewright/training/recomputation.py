@@ -12,6 +12,7 @@ from tunewright.models.memory_estimate import BatchShape, weight_bytes
 from tunewright.models.memory_plan import available_memory, fewest_recomputed, recomputed_layers, training_setup
 from tunewright.training import distributed
 from tunewright.training.packing import PackedBatch
+from tunewright.training.packing.padding import PaddedBatch
 
 
 class RecomputedLayers:
@@ -28,13 +29,16 @@ class RecomputedLayers:
         self.auto = asked is None and not distributed.is_sharded()
         self.count = shape.layers if asked is None or asked == "all" else asked
 
-    def plan(self, batch: PackedBatch) -> None:
+    def plan(self, batch: PackedBatch | PaddedBatch) -> None:
         """Recompute as few layers as the estimate for this batch allows, if the config leaves the number open."""
         if not self.auto:
             return
-        rows, tokens = sum(len(block.suffixes) for block in batch.layout.blocks), batch.input_ids.shape[1]
-        shared = (batch.row_tokens - tokens) // max(1, rows - 1)
-        own = -(-(tokens - shared) // rows)
+        if isinstance(batch, PaddedBatch):
+            (rows, own), shared = batch.input_ids.shape, 0
+        else:
+            rows, tokens = sum(len(block.suffixes) for block in batch.layout.blocks), batch.input_ids.shape[1]
+            shared = (batch.row_tokens - tokens) // max(1, rows - 1)
+            own = -(-(tokens - shared) // rows)
         load = BatchShape(rows, shared, own, min(own, -(-len(batch.targets) // rows)))
         # The base is on the card already.
         available = available_memory(None).bytes + weight_bytes(self.shape, self.setup)
@@ -49,5 +53,6 @@ class RecomputedLayers:
 
     def apply(self, model: Any) -> None:
         """Let the model recompute its first layers: at their turn the activations of later layers are freed."""
-        for place, layer in enumerate(model.get_decoder().layers):
+        decoder = model.get_decoder()  # of a Llama4ForCausalLM it is the whole model
+        for place, layer in enumerate(getattr(decoder, "model", decoder).layers):
             layer.gradient_checkpointing = place < self.count

@@ -14,6 +14,7 @@ import numpy as np
 
 from tunewright.chat.format import ChatFormat, RenderedRow, Tokens
 from tunewright.chat.tool_calls import declared_functions
+from tunewright.config import ReasoningMode
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.workers import THIS_PROCESS, Workers, slices
@@ -183,15 +184,25 @@ def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequ
     """Return each row's fault or None, which proves that rows show and train exactly the intended text."""
     texts = chat.texts([row.ids for row in rows])
     spans = [trained_spans(row) for row in rows]
-    answers = iter(
+    answer_texts = iter(
         chat.texts([row.ids[start : end - 1] for row, each in zip(rows, spans, strict=True) for start, end in each])
     )
     faults = []
     for row, messages, text, each in zip(rows, expected, texts, spans, strict=True):
-        trained = [Message("assistant", next(answers)) for _ in each]
-        if messages[0].role == "tools":
-            trained = [chat.answer(row.ids[start : end - 1], messages[:1]) for start, end in each]
-        faults.append(_form_fault(chat, row, each) or _text_fault(messages, text, trained))
+        trained = [Message("assistant", next(answer_texts)) for _ in each]
+        answers = [m for m in messages if m.role == "assistant" and m.weight]
+        if messages[0].role == "tools" or chat.thinking is not None:
+            # The trained ids of an answer begin after its thinking if that is masked.
+            after = {place for place, m in enumerate(answers) if chat.reasoning == "mask" and m.reasoning}
+            trained = [
+                chat.answer(row.ids[start : end - 1], messages[:1], opened=False if place in after else None)
+                for place, (start, end) in enumerate(each)
+            ]
+        faults.append(
+            _form_fault(chat, row, each)
+            or _thinking_fault(answers, text, trained, chat.reasoning)
+            or _text_fault(messages, text, trained)
+        )
     return faults
 
 
@@ -209,6 +220,19 @@ def _form_fault(chat: ChatFormat, row: Tokens, spans: Sequence[tuple[int, int]])
         return "no token would be trained"
     if any(row.ids[end - 1] not in chat.stop_ids for _, end in spans):
         return "an answer has no trained end token"
+    return None
+
+
+def _thinking_fault(
+    answers: Sequence[Message], text: str, trained: Sequence[Message], mode: ReasoningMode
+) -> str | None:
+    """Check that the tokens train each answer's thinking, or show it without training it."""
+    for answer, spelled in zip(answers, trained, strict=False):
+        wanted = answer.reasoning if mode == "train" else ""
+        if _plain(spelled.reasoning) != _plain(wanted):
+            return f"the thinking's tokens read {spelled.reasoning[:60]!r}, not {wanted[:60]!r}"
+        if mode == "mask" and _plain(answer.reasoning) not in _plain(text):
+            return f"the tokens don't spell the thinking {answer.reasoning[:60]!r}: the template drops it"
     return None
 
 

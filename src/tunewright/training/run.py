@@ -19,7 +19,7 @@ from tunewright.core.interrupts import finishing
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.models.bases import Base
-from tunewright.models.families import FAMILIES, shape_of
+from tunewright.models.families import outside_text, read_shape
 from tunewright.training import distributed
 from tunewright.training.checkpoints import (
     CheckpointCallback,
@@ -35,6 +35,7 @@ from tunewright.training.liger import choose_liger, liger_kernels
 from tunewright.training.memory import MicroBatch
 from tunewright.training.monitoring import DevTask, EvaluationCallback, MetricsCallback
 from tunewright.training.packing.order import Sharing, resolve_sharing
+from tunewright.training.packing.padding import Padding, measure_padding
 from tunewright.training.rows import as_columns, render_digest
 
 if TYPE_CHECKING:
@@ -75,11 +76,15 @@ class Run:
         self.preferences = preferences
         self.limit = limit or config.train.max_length
         self.base = base
+        self.shape = read_shape(base.folder / "config.json")
         self.work = work
         self.name = f"{config.name}-{work.name}"
         self.reporter = reporter
         self.micro_batch = MicroBatch(micro_batch(config.train), work, reporter)
         self.sharing: Sharing | None = None
+        """None on the plain path, and until the rows are known."""
+        self.padding: Padding | None = None
+        """The cost of the plain path; None if rows are packed."""
         self.held: list[int] | None = None
         """Bytes of the model's weights in each process, if the model is sharded."""
 
@@ -167,6 +172,7 @@ class Run:
             "recomputed_layers": None if self.micro_batch.layers is None else self.micro_batch.layers.count,
             "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": asdict(self.sharing)}),
+            **({} if self.padding is None else {"padding": asdict(self.padding)}),
         }
 
     def _trainer(
@@ -186,28 +192,19 @@ class Run:
         from tunewright.training.recomputation import RecomputedLayers
 
         settings, preferences = self.config.train, self.preferences
-        layers = RecomputedLayers(settings, shape_of(model.config, FAMILIES[self.base.architecture]))
+        layers = RecomputedLayers(settings, self.shape)
         self.micro_batch.set_layers(layers)
-        paired = preferences is not None and preferences.answers_per_row == 2
-        self.sharing = resolve_sharing(
-            train["input_ids"],
-            partners=[row.ids for row in preferences.rows[1::2]] if preferences is not None and paired else None,
-            setting=settings.prefix_sharing,
-            dropout=settings.lora_dropout,
-            micro_batch=micro_batch(settings),
-            batch_size=settings.batch_size,
-            seed=self.config.seed,
-        )
-        self.reporter.say(self.sharing.reason)
+        self._measure_batches(train["input_ids"])
         trainer = self._trainer_type()(
             model,
-            share=self.sharing.share,
+            share=self.sharing is not None and self.sharing.share,
+            plain=not self.base.packed,
             kl=settings.replay.kl_coef if settings.replay else None,
             args=self._arguments(total_steps(settings, len(train["input_ids"])), layers.auto or layers.count > 0),
             train_dataset=Dataset.from_dict(train),
             eval_dataset=Dataset.from_dict(dev),
             processing_class=tokenizer,
-            peft_config=lora_config(settings, vision=FAMILIES[self.base.architecture].vision),
+            peft_config=lora_config(settings, outside=outside_text(self.shape)),
             callbacks=[
                 MetricsCallback(
                     task,
@@ -233,6 +230,23 @@ class Run:
             identity = digest([*start, render_digest(preferences.rows)])
             set_reference(trainer, self.work, identity, self.reporter)
         return trainer
+
+    def _measure_batches(self, rows: Sequence[Sequence[int]]) -> None:
+        """Decide on sharing prompts, or measure the padding of the plain path; report either."""
+        settings, preferences = self.config.train, self.preferences
+        paired = preferences is not None and preferences.answers_per_row == 2
+        measured: dict[str, Any] = {
+            "partners": [row.ids for row in preferences.rows[1::2]] if preferences is not None and paired else None,
+            "micro_batch": micro_batch(settings),
+            "batch_size": settings.batch_size,
+            "seed": self.config.seed,
+        }
+        if not self.base.packed:
+            self.padding = measure_padding(rows, **measured)
+            self.reporter.say(f"Rows are padded, because this base cannot be trained on packed rows: {self.padding}.")
+            return
+        self.sharing = resolve_sharing(rows, setting=settings.prefix_sharing, dropout=settings.lora_dropout, **measured)
+        self.reporter.say(self.sharing.reason)
 
     def _trainer_type(self) -> Any:
         """Return the class of the trainer, with the arguments of a preference method."""
@@ -311,11 +325,17 @@ def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
     return micro
 
 
-def require_fsdp_supported(settings: TrainConfig) -> None:
-    """Check that this config can be trained on a base that FSDP shards.
+def require_fsdp_supported(settings: TrainConfig, *, packed: bool = True) -> None:
+    """Check that this config can be trained on a base that FSDP shards; ``packed`` is the base's.
 
     Replay and preference methods need passes of a single process; weights to start from are not sharded.
     """
+    if not packed:
+        raise UserError(
+            "FSDP is not supported for this base, because it trains on padded rows",
+            where="base_model",
+            fix="Start without FSDP (`accelerate launch --multi_gpu`).",
+        )
     if settings.from_ is not None or settings.prefers:
         key = "train.method" if settings.prefers else "train.from"
         raise UserError(

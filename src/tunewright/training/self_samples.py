@@ -70,11 +70,14 @@ class SelfSample:
     stopped: bool
     """True if an end token was drawn after them."""
     fault: str | None
+    reasoning: str = ""
+    """The thinking before the answer."""
 
     @property
     def example(self) -> Example:
         """The conversation."""
-        return Example((Message("user", self.instruction), Message("assistant", self.answer)))
+        answer = Message("assistant", self.answer, reasoning=self.reasoning)
+        return Example((Message("user", self.instruction), answer))
 
 
 @dataclass(frozen=True)
@@ -213,9 +216,10 @@ class Sampler:
                 samples.append(SelfSample(number, "", "", finished=False, ids=(), stopped=False, fault=why))
                 continue
             drawn = answered[number]
-            answer, finished = _answer(chat, turn.begin_text, drawn)
+            answer, reasoning, finished = _answer(chat, turn.begin_text, drawn)
             fault = None if answer else EMPTY
-            samples.append(SelfSample(number, instruction, answer, finished, drawn.ids, drawn.finish == "stop", fault))
+            stopped = drawn.finish == "stop"
+            samples.append(SelfSample(number, instruction, answer, finished, drawn.ids, stopped, fault, reasoning))
         return samples
 
     def _continue(
@@ -247,13 +251,15 @@ def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> st
     return text.strip() if turn.finish == "stop" else None
 
 
-def _answer(chat: ChatFormat, begin_text: str | None, turn: Completion) -> tuple[str, bool]:
-    """Return the base's answer, and whether it ended, by an end token or the next turn."""
-    text = chat.text(turn.ids)
+def _answer(chat: ChatFormat, begin_text: str | None, turn: Completion) -> tuple[str, str, bool]:
+    """Return the base's answer, its thinking, and whether the answer ended, by an end token or the next turn."""
+    message = chat.answer(turn.ids, ())
+    text, reasoning = message.content, "" if chat.reasoning == "strip" else message.reasoning
     if begin_text is not None and begin_text in text:
-        return text.partition(begin_text)[0].strip(), True
-    # Drop a character that was cut in half.
-    return (text.strip(), True) if turn.finish == "stop" else (text.strip().rstrip("\ufffd"), False)
+        return text.partition(begin_text)[0].strip(), reasoning, True
+    if turn.finish == "stop":
+        return text.strip(), reasoning, True
+    return text.strip().rstrip("\ufffd"), reasoning, False  # without a character that was cut in half
 
 
 @dataclass(frozen=True)

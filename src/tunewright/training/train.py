@@ -16,17 +16,17 @@ from tunewright.adapters.lora_weights import require_servable
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.signing import SigningKey, store_signer
 from tunewright.chat import ChatFormat, refuse_untrained
-from tunewright.config import Config
+from tunewright.config import Config, ReasoningMode, TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text, writing
-from tunewright.core.progress import Reporter, slow
+from tunewright.core.progress import LogReporter, Reporter, slow
 from tunewright.core.text import count_of
 from tunewright.data.versions import DatasetVersion
 from tunewright.metrics import metric_inputs
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
-from tunewright.models.families import require_quantizable, require_targets
+from tunewright.models.families import read_shape, require_quantizable, resolve_targets
 from tunewright.models.loading import context_length, device, load_model, named, require_bitsandbytes
 from tunewright.models.sources import high_rate
 from tunewright.training import distributed
@@ -48,6 +48,7 @@ from tunewright.training.monitoring import DevTask, UnstableRunError, dev_task
 from tunewright.training.packing.order import ORDER
 from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
 from tunewright.training.preference_pairs import PreferenceRows, preference_inputs, preference_rows
+from tunewright.training.proving import TRAINS, proved
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_fsdp_supported
 from tunewright.training.self_samples import Replay, draw_replay, replay_inputs
@@ -75,7 +76,7 @@ class PausedRun:
 
 def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
     """Return everything that decides which adapter a training run produces."""
-    config = project.config
+    config, base = project.config, proved(base, LogReporter())
     return {
         "dataset": version.digest,
         "base": base.digest,
@@ -84,10 +85,19 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
         "chosen_by": _selection_inputs(project),
         "seed": config.seed,
         "order": ORDER,
+        # Only if rows are padded: the identity of adapters trained on packed rows stays the same.
+        **({} if base.packed else {"rows": "padded"}),
+        **_reasoning_inputs(config.chat.reasoning, version),
         **replay_inputs(project),
         **parent_inputs(project),
         **preference_inputs(config.train, project.dataset, version),
     }
+
+
+def _reasoning_inputs(mode: ReasoningMode, version: DatasetVersion) -> dict[str, Any]:
+    """Return the use of thinking; empty if it is the default or no row has thinking."""
+    matters = mode != "train" and any(member.example.has_reasoning for member in version.members)
+    return {"reasoning": mode} if matters else {}
 
 
 def _selection_inputs(project: ProjectFolder) -> dict[str, Any]:
@@ -123,6 +133,8 @@ def train(
     entries of the lineage. A signal raises KeyboardInterrupt, with a checkpoint saved.
     """
     distributed.init()
+    # In one process only: all have the same base and versions.
+    base = distributed.broadcast_from_main(lambda: proved(base, reporter, TRAINS))
     config = project.config
     require_servable(config.train)
     require_trackers(config.train.report_to)
@@ -170,6 +182,7 @@ def train_until(
     A diverged run raises `DivergedError`; a signal before that step KeyboardInterrupt, with a
     checkpoint saved.
     """
+    base = proved(base, reporter, TRAINS)
     with working_folder(work), quiet_transformers(), writing(work):
         run = _run(project, version, base, chat, reporter, work, step)
     evaluated = run.evaluated
@@ -205,8 +218,8 @@ def _run(
     work: Path,
     until: int | None = None,
 ) -> _TrainedRun:
-    config = project.config
-    _require_supported(config, base, reporter)
+    config = project.config.model_copy(update={"train": _supported(project.config.train, base, reporter)})
+    project = ProjectFolder(project.root, config)
     limit = min(config.train.max_length, context_length(base))
     parent = require_parent(project, version, base, chat, reporter)
     if not config.train.generated:
@@ -258,20 +271,29 @@ def _run(
     return result
 
 
-def _require_supported(config: Config, base: Base, reporter: Reporter) -> None:
-    require_targets(config.train.target_modules, base.architecture)
-    require_quantizable(config.train.quantization, base.architecture, "train.quantization")
-    require_bitsandbytes(config.train.quantization, "train.quantization")
-    require_liger(config.train.use_liger_kernel, base.architecture)
-    require_precision(config.train)
-    if high := high_rate(config.train.learning_rate, base.folder):
+def _supported(settings: TrainConfig, base: Base, reporter: Reporter) -> TrainConfig:
+    """Check that these settings can be trained on the base and this machine; return them with the base's own layers."""
+    shape = read_shape(base.folder / "config.json")
+    settings = resolve_targets(settings, shape, base.architecture)
+    require_quantizable(settings.quantization, shape, base.architecture, "train.quantization")
+    require_bitsandbytes(settings.quantization, "train.quantization")
+    require_liger(settings.use_liger_kernel, base.architecture)
+    require_precision(settings)
+    if not base.packed and settings.prefix_sharing == "on":
+        raise UserError(
+            "Prompts cannot be shared: this base cannot be trained on packed rows",
+            where="train.prefix_sharing",
+            fix="Set it to auto.",
+        )
+    if high := high_rate(settings.learning_rate, base.folder):
         reporter.warn(high)
     if distributed.is_sharded():
-        require_fsdp_supported(config.train)
+        require_fsdp_supported(settings, packed=base.packed)
         reporter.say(
             f"FSDP: the base is sharded over {distributed.world_size()} processes; a layer is gathered while it "
             "computes."
         )
+    return settings
 
 
 def _without_generated(version: DatasetVersion, reporter: Reporter) -> DatasetVersion:

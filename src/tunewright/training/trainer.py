@@ -1,4 +1,7 @@
-"""trl's trainer on packed batches: shared prompts once, no padding, the head on trained tokens, its own row order."""
+"""trl's trainer on packed batches: shared prompts once, no padding, the head on trained tokens, its own row order.
+
+Bases that packed batches cannot train have a plain path: `tunewright.training.packing.padding`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from trl import SFTTrainer
 
 from tunewright.core.progress import slow
 from tunewright.generation.generate import in_memory
-from tunewright.training import distributed, fsdp
+from tunewright.training import distributed, fsdp, step_numbers
 from tunewright.training.checkpoints import StopRequest, is_complete
 from tunewright.training.history import DEV_METRIC, append_dev_answers
 from tunewright.training.lora import keep_float32
@@ -38,33 +41,19 @@ from tunewright.training.packing.fused_loss import (
     batch_token_losses,
 )
 from tunewright.training.packing.order import StepBatches, longest_batch, random_order
+from tunewright.training.packing.pack import TensorBatch
+from tunewright.training.packing.padding import PaddedBatch, pad, token_logits
 from tunewright.training.rows import IGNORED
-
-READ_LATE: Sequence[str] = ("cuda",)
-"""Types of devices that compute behind the host. There the host reads a step's numbers once the next step is queued,
-so the device always has work. A step's numbers are read before anything is evaluated or saved."""
-
-
-@dataclass(frozen=True)
-class StepNumbers:
-    """The numbers of a finished step, which the device is still computing or copying to the host."""
-
-    step: int
-    epoch: float | None
-    learning_rate: float
-    values: Tensor
-    """Loss, gradient norm, tokens, and the sums of the loss's parts, of all processes."""
-    copied: torch.cuda.Event | None
-    """Set once ``values`` is on the host; None: it is there already."""
+from tunewright.training.step_numbers import StepNumbers
 
 
 class Trainer(SFTTrainer):
     """Trains on rows of ``input_ids`` and ``labels``; its other arguments are SFTTrainer's.
 
-    With ``share`` prompts that rows of a batch share are computed once. ``micro_batch`` None:
-    every micro-batch in full. ``kl`` is the weight of the KL divergence from the base, which is
-    the loss on rows whose column ``replayed`` is true; None means that these rows are trained like the
-    others. ``stop`` cuts evaluations off.
+    With ``share`` prompts that rows of a batch share are computed once. With ``plain`` rows are padded, and go through
+    the model's own forward and attention. ``micro_batch`` None: every micro-batch in full. ``kl`` is the weight of the
+    KL divergence from the base, which is the loss on rows whose column ``replayed`` is true; None means that these rows
+    are trained like the others. ``stop`` cuts evaluations off.
     """
 
     def __init__(
@@ -72,6 +61,7 @@ class Trainer(SFTTrainer):
         model: Any,
         *,
         share: bool,
+        plain: bool = False,
         dev_task: DevTask | None = None,
         micro_batch: MicroBatch | None = None,
         kl: float | None = None,
@@ -83,7 +73,8 @@ class Trainer(SFTTrainer):
         self._step = -1
         self._accumulated: list[RawRows] = []
         """Micro-batches of the step in progress whose gradients are accumulated."""
-        self.share = share
+        assert not (share and plain), "padded rows share nothing"
+        self.share, self.plain = share, plain
         self.dev_task = dev_task
         self.kl = kl
         self._tokens = 0
@@ -92,10 +83,11 @@ class Trainer(SFTTrainer):
         self._unread: list[StepNumbers] = []
         """Steps whose numbers have not been logged, oldest first."""
         self._breakdown: LossBreakdown | RewardStatistics | None = None
-        attention.register()
-        # Use the packed layout in training, and SDPA without a layout, when answers are generated.
-        model.set_attn_implementation(attention.NAME)
-        add_token_losses(model)
+        if not plain:
+            attention.register()
+            # Use the packed layout in training, and SDPA without a layout, when answers are generated.
+            model.set_attn_implementation(attention.NAME)
+            add_token_losses(model)
         super().__init__(model=model, data_collator=self.collate, **kwargs)
         keep_float32(self.model)
         rows: Any = self.train_dataset
@@ -122,7 +114,7 @@ class Trainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Pack rows of the dataset into one batch; transformers counts its labels.
+        """Make one batch of rows of the dataset; transformers counts its labels.
 
         No rows make a batch of which nothing is trained, so that this process makes its pass with the others.
         """
@@ -130,21 +122,27 @@ class Trainer(SFTTrainer):
             all_rows: Any = self.train_dataset
             shortest = min(all_rows, key=lambda row: len(row["input_ids"]))
             filler = self.collate([{**shortest, "labels": [IGNORED] * len(shortest["labels"])}])
-            return {**filler, "packed": replace(filler["packed"], row_tokens=0), "rows": RawRows(())}
+            return {**filler, "batch": replace(filler["batch"], row_tokens=0), "rows": RawRows(())}
         replayed = [bool(row.get("replayed")) for row in rows]
-        batch = pack(
-            [row["input_ids"] for row in rows], [row["labels"] for row in rows], share=self.share, replayed=replayed
-        )
+        batch = self.lay_out([row["input_ids"] for row in rows], [row["labels"] for row in rows], replayed)
         return {
-            "packed": batch,
+            "batch": batch,
             "rows": RawRows(tuple(rows)),
             "labels": batch.targets,
             "shift_labels": batch.targets,
         }
 
-    def _packed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return rows as one packed batch, without the labels, which only transformers counts."""
-        return {"packed": self.collate(rows)["packed"]}
+    def lay_out(
+        self, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], replayed: Sequence[bool] | None = None
+    ) -> PackedBatch | PaddedBatch:
+        """Return rows of token ids as one batch, packed or padded."""
+        if self.plain:
+            return pad(rows, labels, replayed=replayed)
+        return pack(rows, labels, share=self.share, replayed=replayed)
+
+    def _unlabelled(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return rows as one batch, without the labels, which only transformers counts."""
+        return {"batch": self.collate(rows)["batch"]}
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Any:
         """Run forward and backward of one micro-batch, in chunks that fit into memory; return its part of the loss."""
@@ -162,12 +160,12 @@ class Trainer(SFTTrainer):
                 loss = self._retry(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
             self._accumulated.append(inputs["rows"])
         # Counted on the host; `_step_numbers` adds the other processes' counts once a step.
-        self._tokens += inputs["packed"].row_tokens
+        self._tokens += inputs["batch"].row_tokens
         return loss
 
     def _prepare_input(self, data: Any) -> Any:
-        """Move packed batches, which transformers does not; chunks of a micro-batch are on the CPU."""
-        if not isinstance(data, PackedBatch):
+        """Move our own batches, which transformers does not; chunks of a micro-batch are on the CPU."""
+        if not isinstance(data, TensorBatch):
             return super()._prepare_input(data)
         device = self.accelerator.device
         if device.type == "cuda" and not data.input_ids.is_cuda:
@@ -189,8 +187,8 @@ class Trainer(SFTTrainer):
         for piece in others:
             # Processes synchronize gradients only with the last chunk.
             with self.accelerator.no_sync(model):
-                total += super().training_step(model, self._packed(piece), items)
-        batch = self._packed(last) if others or whole is None else whole
+                total += super().training_step(model, self._unlabelled(piece), items)
+        batch = self._unlabelled(last) if others or whole is None else whole
         total += super().training_step(model, batch, items)
         return total
 
@@ -226,7 +224,7 @@ class Trainer(SFTTrainer):
                 own.set_epoch(epoch)
                 batches += own
         tokens = self._token_rows()
-        places = longest_batch(tokens, batches)
+        places = longest_batch(tokens, batches, padded=self.plain)
         longest = RawRows(tuple(rows[place] for place in places))
         size, planned = len(places), 0
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
@@ -240,7 +238,7 @@ class Trainer(SFTTrainer):
             while True:
                 piece = RawRows(longest.pieces(size)[-1])
                 if size != planned and micro.layers is not None:
-                    micro.layers.plan(self._packed(piece.rows)["packed"])
+                    micro.layers.plan(self._unlabelled(piece.rows)["batch"])
                     planned = size
                 enough, _ = in_memory(partial(self._pass_with_optimizer_state, model, piece, size))
                 if not enough and self.is_fsdp_enabled:
@@ -282,7 +280,7 @@ class Trainer(SFTTrainer):
     ) -> Tensor:
         """Return the mean loss of the step's trained tokens, or this micro-batch's part of it."""
         assert not return_outputs, "logits are never kept"
-        batch: PackedBatch = inputs["packed"]
+        batch: PackedBatch | PaddedBatch = inputs["batch"]
         losses = batch_token_losses(model, batch, self._reference(model, batch))
         if isinstance(self._breakdown, LossBreakdown):
             self._breakdown.add(losses, batch.replayed)
@@ -293,8 +291,8 @@ class Trainer(SFTTrainer):
         scaled: Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
         return scaled
 
-    def _reference(self, model: Any, batch: PackedBatch) -> Reference | None:
-        """Return the base's hidden states for replayed rows: the same packed pass with the adapter off.
+    def _reference(self, model: Any, batch: PackedBatch | PaddedBatch) -> Reference | None:
+        """Return the base's predictions for replayed rows: the same pass with the adapter off.
 
         It runs before the trained pass, because PEFT's adapter switch also switches the weights' gradients.
         """
@@ -303,7 +301,10 @@ class Trainer(SFTTrainer):
         # Not through DDP, whose passes are collective: other processes may have no replayed row.
         own: Any = self.accelerator.unwrap_model(model)
         with torch.no_grad(), own.disable_adapter():
-            states = own(**batch.model_inputs(), predict_from=batch.predict_from.index_select(0, batch.replayed))
+            if isinstance(batch, PaddedBatch):
+                states = token_logits(own, batch).index_select(0, batch.replayed).log_softmax(-1)
+            else:
+                states = own(**batch.model_inputs(), predict_from=batch.predict_from.index_select(0, batch.replayed))
         return Reference(batch.replayed, batch.learnt, states, self.kl)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
@@ -312,7 +313,7 @@ class Trainer(SFTTrainer):
         if control.should_log and step > self._globalstep_last_logged:
             control.should_log, self._globalstep_last_logged = False, step
             self._unread.append(self._step_numbers(tr_loss, grad_norm, kwargs["learning_rate"]))
-        late = self.accelerator.device.type in READ_LATE
+        late = self.accelerator.device.type in step_numbers.READ_LATE
         due = control.should_evaluate or control.should_save or control.should_training_stop
         self._log_steps(leave=1 if late and not due else 0)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -328,11 +329,7 @@ class Trainer(SFTTrainer):
         mean = nested_gather(loss, self.args.parallel_mode).mean()
         parts = [mean.double().view(1), norm.double().view(1), self.accelerator.reduce(sums, "sum")]
         loss.zero_()
-        values = torch.cat(parts).to("cpu", non_blocking=True)
-        copied = torch.cuda.Event() if loss.is_cuda else None
-        if copied is not None:
-            copied.record()
-        return StepNumbers(self.state.global_step, self.state.epoch, learning_rate, values, copied)
+        return StepNumbers.copy(self.state.global_step, self.state.epoch, learning_rate, parts)
 
     def _log_steps(self, leave: int = 0) -> None:
         """Log the steps whose numbers have not been read, but not the latest ``leave``."""
@@ -340,9 +337,7 @@ class Trainer(SFTTrainer):
         now = state.global_step, state.epoch
         while len(self._unread) > leave:
             unread = self._unread.pop(0)
-            if unread.copied is not None:
-                unread.copied.synchronize()
-            loss, norm, tokens, *sums = unread.values.tolist()
+            loss, norm, tokens, *sums = unread.read()
             self._total_loss_scalar += loss
             self._total_train_tokens += int(tokens)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -414,7 +409,7 @@ class Trainer(SFTTrainer):
         counted = 0
         with torch.no_grad(), self.compute_loss_context_manager(), fsdp.match_forward_passes(model, self._idle_pass):
             for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-                batch = self._prepare_input(self.collate([rows[place] for place in places])["packed"])
+                batch = self._prepare_input(self.collate([rows[place] for place in places])["batch"])
                 losses = batch_token_losses(model, batch)
                 total += losses.double().sum()
                 counted += len(losses)
@@ -487,6 +482,7 @@ class Trainer(SFTTrainer):
             micro_batch=self.args.train_batch_size,
             process=process,
             processes=self.args.world_size,
+            by_length=self.plain,
         )
 
 

@@ -52,7 +52,6 @@ NOT_A_CLIENTS = [
     "prompt_embeds",
     "add_special_tokens",
     "chat_template",
-    "chat_template_kwargs",
     "guided_grammar",
     "stop_token_ids",
     "ignore_eos",

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from tunewright.adapters.lora_weights import MAX_RANK, rank_and_scale
 from tunewright.adapters.manifest import Digest
-from tunewright.config import Quantization
+from tunewright.config import Quantization, ReasoningMode
 from tunewright.config.train import Target
 from tunewright.core.errors import UserError, first_fault
 from tunewright.core.strict_json import strict_object
@@ -239,6 +239,7 @@ class _Turn(BaseModel):
 
     role: Literal["system", "user", "assistant"]
     content: str
+    reasoning_content: str | None = None
     weight: Any = None
 
 
@@ -266,6 +267,11 @@ class _Training(_Claim):
     epochs: list[_Epoch]
 
 
+class _Reasoning(_Claim):
+    mode: ReasoningMode
+    rows: int
+
+
 class _Lineage(_Claim):
     digest: Digest
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?\+00:00$")]
@@ -280,6 +286,7 @@ class _Lineage(_Claim):
     training: _Training
     packages: dict[str, str]
     system_prompt: _SystemPrompt | None = None
+    reasoning: _Reasoning | None = None
 
 
 def check_lineage(data: bytes, where: str) -> None:

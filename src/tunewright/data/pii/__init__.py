@@ -347,19 +347,21 @@ def message_texts(message: Message) -> list[tuple[str, str]]:
     if message.role == "tools":
         return list(value_texts(json.loads(message.content)))
     arguments = (text for call in message.calls for text in value_texts(json.loads(call.arguments)))
-    return [("", message.content), *arguments]
+    reasoning = [("", message.reasoning)] if message.reasoning else []
+    return [*reasoning, ("", message.content), *arguments]
 
 
 def with_texts(message: Message, left: Iterator[str]) -> Message:
     """Return the message with the next texts, in the order of ``message_texts``; a changed number becomes a text."""
     if message.role == "tools":
         return replace(message, content=canonical_json(_with_values(json.loads(message.content), left)))
+    reasoning = next(left) if message.reasoning else ""
     content = next(left)
     calls = tuple(
         replace(call, arguments=canonical_json(_with_values(json.loads(call.arguments), left)))
         for call in message.calls
     )
-    return replace(message, content=content, calls=calls)
+    return replace(message, content=content, calls=calls, reasoning=reasoning)
 
 
 def value_texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

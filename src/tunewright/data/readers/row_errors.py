@@ -65,7 +65,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E302": ("a turn without role or content", "Give the turn both."),
     "E303": (
         "an unknown key of a turn",
-        "Delete it: a turn has role and content, perhaps weight, tool_calls or tool_call_id.",
+        "Delete it: a turn has role and content, perhaps weight, reasoning_content, tool_calls or tool_call_id.",
     ),
     "E304": ("an unknown role", "Use system, user, assistant or tool."),
     "E305": ("a value that is not text", "Write text in quotes, or leave the row out."),
@@ -76,6 +76,10 @@ CODES: dict[str, tuple[str, str]] = {
     "E307": ("an invalid weight", "Give assistant turns the weight 1 or 0, and other turns none."),
     "E308": ("a last turn that is not trained", "End the conversation at its last trained answer."),
     "E309": ("a turn with a name", "Delete the name, which chat templates do not render."),
+    "E310": (
+        "thinking that is given twice, or has no end",
+        "Write an assistant turn's thinking once: as reasoning_content, or as <think>…</think> before the answer.",
+    ),
     "E401": ("an empty text", "Fill it in, or leave the row out."),
     "E402": ("half of a surrogate pair, which is not a character", "Correct the text where it was cut."),
     "E403": ("a conversation with too many characters", "Shorten it, or raise data.max_characters."),

@@ -43,6 +43,8 @@ class Turn:
     """For a result: the id of the call that it answers."""
     name: Any = None
     """For a result: the function called, if the file names it."""
+    reasoning: Any = None
+    """For an assistant turn: its thinking, if the file has a key for it."""
 
 
 class Declared(NamedTuple):
@@ -83,11 +85,15 @@ def read_turn(turn: Any, path: JsonPath, keys: TurnKeys) -> Turn:
     role = keys.roles.get(role, role) if isinstance(role, str) else role
     no_id = None if keys.has_ids else _BY_ORDER
     calls = tuple(_calls(rest, path, no_id)) if role == "assistant" else ()
+    reasoning = _reasoning(rest, role, path)
     if calls and not any(key in turn for key in keys.content):
-        return Turn(role, "", path, (*path, keys.content[0]), rest, calls)
+        return Turn(role, "", path, (*path, keys.content[0]), rest, calls, reasoning=reasoning)
     content_key = _only_key(turn, keys.content, path)
     at = (*path, content_key)
-    content = joined_parts(rest.pop(content_key))
+    given_content = rest.pop(content_key)
+    if role == "assistant" and reasoning is None:
+        reasoning, given_content = _thinking_parts(given_content)
+    content = joined_parts(given_content)
     if role == "function_call":
         return Turn("assistant", "", path, at, rest, tuple(_calls_in_text(content, at)))
     if role in ("tool", "function"):
@@ -99,7 +105,54 @@ def read_turn(turn: Any, path: JsonPath, keys: TurnKeys) -> Turn:
         del rest["tool_call_id"]
     if calls and (content is None or (isinstance(content, str) and not content.strip())):
         content = ""
-    return Turn(role, content, path, at, rest, calls)
+    return Turn(role, content, path, at, rest, calls, reasoning=reasoning)
+
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant turn's thinking: of DeepSeek's and vLLM's API, of OpenRouter's, and of gpt-oss' template."""
+
+_MARKS = {"<think>": "</think>", "[THINK]": "[/THINK]"}  # Qwen, DeepSeek and others; Magistral
+
+
+def split_thinking(text: str) -> tuple[str, str] | None:
+    """Return thinking and answer of a text that begins with ``<think>`` or ``[THINK]``; None for other texts.
+
+    A ValueError says that the thinking has no end.
+    """
+    body = text.lstrip()
+    begin = next((mark for mark in _MARKS if body.startswith(mark)), None)
+    if begin is None:
+        return None
+    reasoning, end, answer = body.removeprefix(begin).partition(_MARKS[begin])
+    if not end:
+        raise ValueError(f"begins with {begin}, but has no {_MARKS[begin]}")
+    return reasoning.strip(), answer.lstrip("\n")
+
+
+def _reasoning(rest: dict[str, Any], role: Any, path: JsonPath) -> Any:
+    """Take an assistant turn's thinking out of its keys, and null and empty values out of any turn's."""
+    for key in REASONING_KEYS:
+        if rest.get(key, "other") in (None, ""):
+            del rest[key]
+    given = [key for key in REASONING_KEYS if key in rest] if role == "assistant" else []
+    if len(given) > 1:
+        raise RowError("E310", f'{place(path)} has both "{given[0]}" and "{given[1]}"', (*path, given[1]))
+    reasoning = rest.pop(given[0]) if given else None
+    if given and not isinstance(reasoning, str):
+        at = (*path, given[0])
+        raise RowError("E305", f"{place(at)} is {type(reasoning).__name__}, not text", at)
+    return reasoning
+
+
+def _thinking_parts(content: Any) -> tuple[str | None, Any]:
+    """Take Mistral's thinking parts out of a content: ``{"type": "thinking", "thinking": [{"type": "text", …}]}``."""
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        return None, content
+    first, *others = content
+    thinking = joined_parts(first.get("thinking"))
+    if first.get("type") != "thinking" or not isinstance(thinking, str):
+        return None, content
+    return thinking, others
 
 
 def _only_key(turn: Mapping[str, Any], keys: Sequence[str], path: JsonPath) -> str:

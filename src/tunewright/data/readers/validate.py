@@ -19,7 +19,7 @@ from tunewright.data.examples import ROLES, Example, Message, ToolCall, call_id
 from tunewright.data.readers.mapping import Parent, names_parent, value_above
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
-from tunewright.data.readers.turns import Declared, RawCall, Turn
+from tunewright.data.readers.turns import Declared, RawCall, Turn, split_thinking
 from tunewright.data.tools import (
     ArgumentsError,
     DeclarationError,
@@ -105,19 +105,21 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared 
         turns = [Turn("tools", declared.text, tools.path, tools.path), *turns]
     for message, turn in zip(messages, turns, strict=True):
         try:
-            message.text.encode()
+            (message.text + message.reasoning).encode()
         except UnicodeEncodeError:
             reason = f"half of a surrogate pair in the {message.role} turn, which is not a character"
             raise RowError("E402", reason, turn.content_path) from None
-    characters = sum(len(message.text) for message in messages)
+    characters = sum(len(message.text) + len(message.reasoning) for message in messages)
     if characters > data.max_characters:
         raise RowError("E403", f"{characters:,} characters (limit {data.max_characters:,}, data.max_characters)")
     for message, turn in zip(messages, turns, strict=True):
-        if fault := mark_fault(message.text):
+        if fault := mark_fault(message.text) or mark_fault(message.reasoning):
             raise RowError("E408", f"{fault} of the {message.role} turn", turn.content_path)
     return Example(
         tuple(
-            message if (content := normalize(message.content)) == message.content else replace(message, content=content)
+            message
+            if (content := normalize(message.content)) == message.content and not message.reasoning
+            else replace(message, content=content, reasoning=normalize(message.reasoning))
             for message in messages
         )
     )
@@ -133,12 +135,23 @@ def _message(turn: Turn, tools: Toolset | None) -> Message:
             reason = f'{place(turn.path)} has the unknown key "name", which chat templates do not render'
             raise RowError("E309", reason, (*turn.path, key))
         if key != "weight":
-            reason = f'{place(turn.path)} has the unknown key "{key}" (expected role, content and optionally weight)'
+            known = "role, content and optionally weight or reasoning_content"
+            reason = f'{place(turn.path)} has the unknown key "{key}" (expected {known})'
             raise RowError("E303", reason, (*turn.path, key))
     if not isinstance(turn.content, str):
         raise _not_text(turn)
     calls = checked_calls(turn, tools) if turn.calls else ()
-    return Message(turn.role, turn.content, _weight(turn) if "weight" in turn.rest else 1, calls)
+    content, reasoning = turn.content, (turn.reasoning or "").strip()
+    if turn.role == "assistant":
+        try:
+            thought = split_thinking(content)
+        except ValueError as error:
+            raise RowError("E310", f"{place(turn.content_path)} {error}", turn.content_path) from None
+        if thought is not None and reasoning:
+            reason = f"{place(turn.path)} has its thinking both before the answer and under a key"
+            raise RowError("E310", reason, turn.content_path)
+        reasoning, content = thought or (reasoning, content)
+    return Message(turn.role, content, _weight(turn) if "weight" in turn.rest else 1, calls, reasoning=reasoning)
 
 
 def _weight(turn: Turn) -> Literal[0, 1]:

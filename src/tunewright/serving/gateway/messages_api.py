@@ -299,6 +299,10 @@ class MessagesFormat:
         events = [] if self._block == "text" else self._begin("text", {"type": "text", "text": ""})
         return [*events, self._delta({"type": "text_delta", "text": chunk.text})]
 
+    def reasoning_chunk(self, index: int, text: str) -> list[Document]:  # noqa: ARG002
+        """Return nothing: thinking is left out, as with Anthropic's models unless a request turns it on."""
+        return []
+
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return the events with a piece of a call; the first has the beginning of the block before it."""
         events = [] if delta.name is None else self._begin("tool_use", _tool_use(delta.name, {}))

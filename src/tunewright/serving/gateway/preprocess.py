@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.request import GenerationRequest, system_source
 from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, RequestBody
 from tunewright.serving.gateway.structured import Form, GrammarCache, require_size
-from tunewright.serving.gateway.tools import CallReader
+from tunewright.serving.gateway.tools import AnswerReader
 
 Ids = tuple[int, ...]
 
@@ -88,6 +89,8 @@ class RequestPreprocessor:
         if declares and self._no_tools is not None:
             message = f"Functions are not supported with this base: {self._no_tools}"
             raise ApiError(message, param="tools", code="tools_not_supported")
+        if isinstance(body, ChatRequest):
+            self._options(body)
         if body.choices > self._limits.max_n:
             raise ApiError(
                 f"Too many answers: n is {body.choices} (limit {self._limits.max_n}).",
@@ -197,10 +200,6 @@ class RequestPreprocessor:
             logit_bias=body.biases,
             logprobs=body.likeliest,
         )
-        calls = None
-        if isinstance(body, ChatRequest) and body.may_call:
-            assert self._tokenization.chat is not None, "require_supported() was called before"
-            calls = CallReader(self._tokenization.chat, calls_only=_choice(body, target.grammar) != "auto")
         template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
         return GenerationRequest(
             body,
@@ -209,11 +208,41 @@ class RequestPreprocessor:
             (*template_stops, *(body.stop or ())),
             decode=self._tokenization.decode,
             piece=self._tokenization.grammars.piece,
-            calls=calls,
+            reader=self._reader(body, target),
             limits=self._limits,
             tenant=tenant,
             arrived=arrived,
         )
+
+    def _reader(self, body: RequestBody, target: Target) -> AnswerReader | None:
+        """Return the reader of an answer that may have thinking or calls."""
+        chat = self._tokenization.chat
+        if not isinstance(body, ChatRequest) or chat is None:
+            return None
+        thinking = chat.thinking_with(self._options(body))
+        if not body.may_call:
+            return None if thinking is None else AnswerReader(chat, thinking, calls="none")
+        return AnswerReader(chat, thinking, calls="auto" if _choice(body, target.grammar) == "auto" else "only")
+
+    def _options(self, body: ChatRequest) -> dict[str, bool | str]:
+        """Return the request's options of the chat template."""
+        chat, effort = self._tokenization.chat, body.reasoning_effort
+        options = dict(body.chat_template_kwargs or {})
+        if not options and effort is None:
+            return {}
+        switches = {} if chat is None else chat.switches
+        for name, value in options.items():
+            _require_value(f"chat_template_kwargs.{name}", value, switches.get(name), "chat_template_kwargs")
+        if effort is None:
+            return options
+        switch = next((name for name in ("enable_thinking", "thinking") if name in switches), None)
+        thinks = chat is not None and chat.thinking is not None
+        if "reasoning_effort" in switches or effort != "none" or (switch is None and thinks):
+            _require_value(body.effort_param, effort, switches.get("reasoning_effort"), body.effort_param)
+            options["reasoning_effort"] = effort
+        elif switch is not None:
+            options[switch] = False
+        return options
 
     def _token_limit(self, body: RequestBody, target: Target, prompt_tokens: int, max_tokens: int | None) -> int:
         added = (
@@ -239,8 +268,22 @@ class RequestPreprocessor:
             messages = list(body.conversation)
             if system_prompt is not None and system_source(body, system_prompt) == "adapter":
                 messages.insert(messages[0].role == "tools", Message("system", system_prompt))
+            if options := self._options(body):
+                assert self._tokenization.chat is not None, "options are refused without a chat template"
+                return [self._tokenization.chat.prompt(messages, options)]
             return [self._tokenization.render(messages)]
         return [self._tokenization.continuation(text) for text in body.texts]
+
+
+def _require_value(field: str, value: bool | str, values: tuple[bool | str, ...] | None, param: str) -> None:
+    """Refuse a value that the base's chat template does not take; without values, the option itself."""
+    if values is None:
+        message = f"{field}: the base's chat template has no such option: remove it."
+        raise ApiError(message, param=param, code="unsupported_parameter")
+    if not any(type(value) is type(known) and value == known for known in values):
+        named = ", ".join(json.dumps(known) for known in values)
+        message = f"{field}: must be one of {named} (got {json.dumps(value)})."
+        raise ApiError(message, param=param, code="invalid_value")
 
 
 def _choice(body: ChatRequest, grammar: str | None) -> str:
@@ -263,6 +306,7 @@ def _no_tools(chat: ChatFormat | None) -> str | None:
 def _characters(body: RequestBody) -> int:
     if isinstance(body, CompletionRequest):
         return sum(map(len, body.prompt))
+    thinking = sum(len(message.reasoning_content or "") for message in body.messages)
     if body.tools:
-        return sum(len(message.text) for message in body.conversation)
-    return sum(len(part.text) for message in body.messages for part in message.content or ())
+        return thinking + sum(len(message.text) for message in body.conversation)
+    return thinking + sum(len(part.text) for message in body.messages for part in message.content or ())

@@ -27,7 +27,7 @@ from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue, Slot
 from tunewright.serving.gateway.schemas import ChatRequest, RequestBody
-from tunewright.serving.gateway.tools import CallReader, as_turn
+from tunewright.serving.gateway.tools import AnswerReader, as_turn
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
 SystemSource = Literal["adapter", "request", "none"]
@@ -59,6 +59,8 @@ class TextChunk:
     """The tokens whose text begins in this chunk; None if the request does not ask for log probabilities."""
     calls: tuple[CallDelta, ...] = ()
     """Pieces of calls."""
+    reasoning: str = ""
+    """Some text of the thinking before the answer."""
 
 
 Failure = RequestFailedError | EngineStoppedError | ApiError
@@ -81,7 +83,7 @@ class GenerationRequest:
         *,
         decode: Decode,
         piece: Callable[[int], bytes],
-        calls: CallReader | None = None,
+        reader: AnswerReader | None = None,
         limits: GatewayConfig,
         tenant: str,
         arrived: float,
@@ -92,13 +94,15 @@ class GenerationRequest:
         self.stops = stops
         self.tenant = tenant
         self.text = ""
-        """The answer's text without its calls."""
+        """The answer's text without its thinking and its calls."""
+        self.reasoning = ""
+        """The thinking before the answer."""
         self.tokens = 0
         self.outcome: Outcome = "disconnected"  # unless the answer ends in another way
         self._limits = limits
         self._stream = TextStream(decode, stops)
         self._piece = piece
-        self._reader = calls
+        self._reader = reader
         self._sent = 0  # characters before calls
         self._unsent: list[ScoredToken] = []
         """Tokens whose text is held back."""
@@ -207,18 +211,26 @@ class GenerationRequest:
         if event.finish and not self._stream.stopped:
             text += self._stream.flush()
         finish: Finish | None = "stop" if self._stream.stopped else event.finish
-        deltas: tuple[CallDelta, ...] = ()
+        reasoning, deltas = "", tuple[CallDelta, ...]()
         before_calls = self._reader is None or not self._reader.begun
         if self._reader is not None:
-            text, deltas = self._reader.read(text, finish)
+            reasoning, text, deltas = self._reader.read(text, finish)
         self.text += text
+        self.reasoning += reasoning
         self._sent += len(text) if before_calls else 0
-        if finish or text or deltas:
-            chunk = TextChunk(text, finish, self._sent_with(finish), deltas)
+        if self.reasoning and self._reader is not None and before_calls:
+            self._sent = self._reader.taken  # log probabilities are those of all tokens, thinking included
+        if finish or text or deltas or reasoning:
+            chunk = TextChunk(text, finish, self._sent_with(finish), deltas, reasoning)
             if finish:
                 self._end(finish, chunk)
             else:
                 self._emit(chunk)
+
+    @property
+    def thinking_tokens(self) -> int:
+        """Tokens of the thinking so far."""
+        return 0 if self._reader is None else self._reader.thinking_tokens
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -252,7 +264,7 @@ class GenerationRequest:
     def _named(self, failure: RequestFailedError | EngineStoppedError) -> Failure:
         """Return the failure; an answer's constraint that turned out too complex is the client's fault."""
         if isinstance(failure, ConstraintFailedError):
-            own = "model" if self._reader is None else "tools"
+            own = "tools" if isinstance(self.body, ChatRequest) and self.body.may_call else "model"
             param = own if self.body.form is None else self.body.form.param
             return ApiError(f"{param} is too complex: {failure}.", param=param, code="constraint_too_complex")
         return failure

@@ -51,7 +51,11 @@ class RequestHandler:
     def token_usage(self) -> TokenUsage:
         """Tokens of all prompts, and of the answers so far."""
         prompts = sum(request.prompt_tokens for request in self.requests)
-        return TokenUsage(prompts, sum(request.tokens for request in self.requests))
+        return TokenUsage(
+            prompts,
+            sum(request.tokens for request in self.requests),
+            sum(request.thinking_tokens for request in self.requests),
+        )
 
     def abort(self, error: ApiError) -> None:
         """End each unfinished answer after its computed text; the client receives the error."""

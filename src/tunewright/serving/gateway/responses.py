@@ -44,6 +44,9 @@ class ResponseFormat(Protocol):
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return the chunks with some text of a choice."""
 
+    def reasoning_chunk(self, index: int, text: str) -> list[Document]:
+        """Return the chunks with some text of a choice's thinking; empty in formats that leave it out."""
+
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
         """Return the chunks with a piece of a choice's call."""
 
@@ -118,6 +121,10 @@ class ChatCompletionResponse(_OpenAIResponse):
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         return [self._chunk(index, {"content": chunk.text}, chunk.scored)]
 
+    def reasoning_chunk(self, index: int, text: str) -> list[Document]:
+        """Return a ``chat.completion.chunk`` in the form of DeepSeek's API and vLLM's."""
+        return [self._chunk(index, {"reasoning_content": text})]
+
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
         """Return a ``chat.completion.chunk`` with a call's id and name, or with a piece of its arguments."""
         if delta.name is None:
@@ -142,6 +149,8 @@ class ChatCompletionResponse(_OpenAIResponse):
 
 def _message(answer: GenerationRequest) -> Document:
     message: Document = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
     if answer.calls:
         message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
     return message
@@ -171,6 +180,10 @@ class CompletionResponse(_OpenAIResponse):
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         return [self._document([_choice(index, chunk.text, None, chunk.scored)])]
+
+    def reasoning_chunk(self, index: int, text: str) -> list[Document]:
+        """Return nothing: this route has no chat template, and so no thinking."""
+        raise AssertionError(f"a completion has no thinking: {index}, {text}")
 
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
         """Return nothing: this route has no functions."""
@@ -314,6 +327,8 @@ async def sse_events(
         item: tuple[int, TextChunk] | None = first
         while item is not None:
             index, chunk = item
+            if chunk.reasoning:
+                documents += response_format.reasoning_chunk(index, chunk.reasoning)
             if chunk.text or chunk.scored:
                 documents += response_format.text_chunk(index, chunk)
             for delta in chunk.calls:

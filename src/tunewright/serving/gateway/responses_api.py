@@ -18,6 +18,7 @@ from tunewright.serving.gateway.responses import Document, new_id, now
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
     ChatRequest,
+    OptionText,
     RequestFields,
     TokenUsage,
     as_system,
@@ -87,6 +88,13 @@ class ResponsesChatRequest(ChatRequest):
     prompt_param: ClassVar[str] = "input"
     parameters_param: ClassVar[str] = "tools.{}.parameters"
     form_param: ClassVar[str | None] = "text.format.schema"
+    effort_param: ClassVar[str] = "reasoning.effort"
+
+
+class ReasoningOptions(Part):
+    """Options of the answer's thinking."""
+
+    effort: OptionText | None = None
 
 
 class FunctionCallItem(Part):
@@ -143,6 +151,7 @@ class ResponsesRequest(RequestFields):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -167,6 +176,7 @@ class ResponsesRequest(RequestFields):
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
         fields = {name: getattr(self, name) for name in (*RequestFields.model_fields, "parallel_tool_calls")}
+        fields["reasoning_effort"] = self.reasoning and self.reasoning.effort
         if self.text and self.text.format:
             fields["response_format"] = self.text.format.response_format
         if self.tools:
@@ -229,6 +239,10 @@ class ResponsesFormat:
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return an event with some text; the first has the beginning of the message before it."""
         return self._add(chunk.text)
+
+    def reasoning_chunk(self, index: int, text: str) -> list[Document]:  # noqa: ARG002
+        """Return nothing: thinking is left out, and counted in the usage."""
+        return []
 
     def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return the events with a piece of a call; the first has the end of the item before it."""
@@ -341,7 +355,7 @@ class ResponsesFormat:
                 "input_tokens": usage.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             },
         }

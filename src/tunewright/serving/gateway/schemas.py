@@ -40,7 +40,6 @@ ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("auto", "none"),
-    "reasoning_effort": ("none",),
     "modalities": (["text"],),
     "verbosity": ("medium",),
 }
@@ -84,6 +83,7 @@ class ChatMessage(Part):
     parsed: Any = None  # OpenAI's client adds it to a turn that it has parsed: the same as ``content``
     tool_calls: list[AssistantCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # an earlier turn's thinking: the base's chat template uses or drops it
 
     @model_validator(mode="before")
     @classmethod
@@ -95,19 +95,22 @@ class ChatMessage(Part):
     @model_validator(mode="after")
     def _few_marks(self) -> Self:
         refuse_mark_runs(self._text)  # joined, since a run may continue in the next part
+        refuse_mark_runs(self.reasoning_content or "")
         return self
 
     @model_validator(mode="after")
     def _calls_in_their_place(self) -> Self:
         if (self.role == "tool") is (self.tool_call_id is None):
             raise PydanticCustomError("tool_call_id", "tool_call_id goes with the role tool, and with no other")
-        if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("tool_calls", "tool_calls goes with the role assistant, and with no other")
+        for field in ("tool_calls", "reasoning_content"):
+            if getattr(self, field) and self.role != "assistant":
+                raise PydanticCustomError(field, f"{field} goes with the role assistant, and with no other")
         return self
 
     def as_message(self, *, calls: tuple[ToolCall, ...] = (), call_id: str | None = None) -> Message:
         """Return the message in the form of training data: Unicode NFC, as in datasets."""
-        return Message(self.role, normalize(self._text), calls=calls, call_id=call_id)
+        reasoning = normalize(self.reasoning_content).strip() if self.reasoning_content else ""
+        return Message(self.role, normalize(self._text), calls=calls, call_id=call_id, reasoning=reasoning)
 
     @property
     def _text(self) -> str:
@@ -170,6 +173,8 @@ ServiceTier = Literal["auto", "default", "flex", "priority", "scale"]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
+
+OptionText = Annotated[str, Field(max_length=40)]
 
 MAX_BIASES = 300
 MAX_TOP_LOGPROBS = 20
@@ -269,6 +274,7 @@ class ChatRequest(_CompletionFields):
     default_tokens: ClassVar[None] = None
     prompt_param: ClassVar[str] = "messages"
     parameters_param: ClassVar[str] = "tools.{}.function.parameters"
+    effort_param: ClassVar[str] = "reasoning_effort"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -277,6 +283,9 @@ class ChatRequest(_CompletionFields):
     tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS)] = None
     tool_choice: Choice = None
     parallel_tool_calls: bool | None = None
+    # Only the base's chat template can say which of these it takes.
+    reasoning_effort: OptionText | None = None
+    chat_template_kwargs: Annotated[dict[OptionText, bool | OptionText] | None, Field(max_length=8)] = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -407,12 +416,16 @@ class TokenUsage:
 
     prompt_tokens: int
     completion_tokens: int
+    thinking_tokens: int = 0
+    """Tokens of thinking, which are among the completion's."""
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """Return OpenAI's ``usage`` object."""
         total = self.prompt_tokens + self.completion_tokens
+        details = {"completion_tokens_details": {"reasoning_tokens": self.thinking_tokens}}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            **(details if self.thinking_tokens else {}),
         }

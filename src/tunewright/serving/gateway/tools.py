@@ -14,7 +14,8 @@ from pydantic_core import PydanticCustomError
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.call_stream import CallDelta, CallStream
-from tunewright.chat.tool_calls import Call
+from tunewright.chat.thinking import ThinkingForm, ThinkingStream
+from tunewright.chat.tool_calls import Call, without_signs
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.tools import ArgumentsError, DeclarationError, canonical_arguments, canonical_function
@@ -118,25 +119,44 @@ def declarations(tools: Sequence[Tool]) -> Message:
     return Message("tools", canonical_json(declared))
 
 
-class CallReader:
-    """Splits one answer into content and calls while it is generated."""
+class AnswerReader:
+    """Splits one answer into thinking, content and calls while it is generated.
 
-    def __init__(self, chat: ChatFormat, *, calls_only: bool) -> None:
-        form = chat.tool_form.form
-        self._stream = CallStream(form, calls_only=calls_only)
+    Args:
+        thinking: the form of its thinking; None if it has none.
+        calls: "only" if it must be calls, "auto" if it may be, "none" if it is text.
+    """
+
+    def __init__(
+        self, chat: ChatFormat, thinking: ThinkingForm | None, *, calls: Literal["none", "auto", "only"]
+    ) -> None:
+        signs: dict[int, str] = {}
+        self._calls: CallStream | None = None
+        if calls != "none":
+            form = chat.tool_form.form
+            self._calls = CallStream(form, calls_only=calls == "only")
+            signs |= {token: form.signs[mark] for mark, token in form.control.items()}
+        self._thinking: ThinkingStream | None = None
+        if thinking is not None:
+            self._thinking = ThinkingStream(thinking, opened=thinking.in_prompt)
+            signs |= thinking.signs
         # Some tokenizers' decoders drop marks, as control tokens; other decoders, such as Qwen's, write them.
-        self._signs = {token: (form.signs[mark], len(chat.text([token]))) for mark, token in form.control.items()}
+        self._signs = {token: (sign, len(chat.text([token]))) for token, sign in signs.items()}
+        self._pushed = 0
+        self.thinking_tokens = 0
+        """Tokens of the thinking so far."""
         self._marks: deque[tuple[int, str, int]] = deque()
         self._read = 0  # characters
         self._held = ""
 
     def push(self, token: int, decoded: int) -> None:
         """Take the next token, before which ``decoded`` characters of the answer's text came."""
+        self._pushed += 1
         if token in self._signs:
             self._marks.append((decoded, *self._signs[token]))
 
-    def read(self, text: str, finish: Finish | None) -> tuple[str, tuple[CallDelta, ...]]:
-        """Return the further content and the pieces of calls that are certain after this text."""
+    def read(self, text: str, finish: Finish | None) -> tuple[str, str, tuple[CallDelta, ...]]:
+        """Return the further thinking and content, and the pieces of calls, that are certain after this text."""
         self._held += text
         end = self._read + len(self._held)
         parts = []
@@ -145,11 +165,18 @@ class CallReader:
             parts += [self._take(place), sign]
             self._take(place + width)
         parts.append(self._take(self._marks[0][0] if self._marks and finish is None else end))
-        content, deltas = self._stream.push("".join(parts))
+        reasoning, answer = "", "".join(parts)
+        if self._thinking is not None:
+            reasoning, answer = self._thinking.push(answer, end=finish is not None)
+            if self._thinking.thinking:
+                self.thinking_tokens = self._pushed
+        if self._calls is None:
+            return reasoning, without_signs(answer), ()
+        content, deltas = self._calls.push(answer)
         if finish is not None:
-            rest, more = self._stream.end(cut=finish == "length")
+            rest, more = self._calls.end(cut=finish == "length")
             content, deltas = content + rest, deltas + more
-        return content, tuple(deltas)
+        return reasoning, content, tuple(deltas)
 
     def _take(self, place: int) -> str:
         """Return the text up to this place of the answer that was not taken yet."""
@@ -161,12 +188,17 @@ class CallReader:
     @property
     def begun(self) -> bool:
         """True if the answer has a call."""
-        return self._stream.begun
+        return self._calls is not None and self._calls.begun
 
     @property
     def calls(self) -> tuple[Call, ...]:
         """The calls so far, with their arguments as the model spells them."""
-        return tuple(self._stream.calls)
+        return () if self._calls is None else tuple(self._calls.calls)
+
+    @property
+    def taken(self) -> int:
+        """Characters of the decoded text that were read."""
+        return self._read
 
 
 def as_turn(text: str, calls: Sequence[Call]) -> Message:

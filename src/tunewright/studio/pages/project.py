@@ -18,7 +18,7 @@ from tunewright.data.review.report import review_report
 from tunewright.data.splits import too_few
 from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.metrics import score_text
-from tunewright.models.sources import BUNDLED, has_bundled
+from tunewright.models.sources import BUNDLED, has_packaged
 from tunewright.open_project import new_project, project_name
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.access import keep_reviewer, reviewer_name
@@ -235,7 +235,6 @@ def stop_job(visit: Visit) -> Response:
 
 
 NEW_PROJECT = "/new"
-_BUNDLED = f"bundled:{BUNDLED}"
 
 
 def new_page(visit: Visit) -> Response:
@@ -255,7 +254,7 @@ def create(visit: Visit) -> Response:
         if choice == "bundled" and other:
             fix = "Choose the other model, or empty its field."
             raise UserError(f"SmolLM2 135M is chosen, and another base model is named: {other}", fix=fix)
-        new_project(visit.project.folder.root, name=name, base_model=_BUNDLED if choice == "bundled" else other)
+        new_project(visit.project.folder.root, name=name, base_model=BUNDLED if choice == "bundled" else other)
     except UserError as refusal:
         if visit.project.folder.has_config:  # the project was made in another tab or a terminal meanwhile
             return visit.go("/", "The folder has a project already. Nothing was changed.")
@@ -272,7 +271,7 @@ def _form(visit: Visit, name: str, choice: str, base_model: str, refusal: UserEr
         pattern=PROJECT_NAME,
         choice=choice,
         base_model=base_model,
-        has_bundled=has_bundled(),
+        has_bundled=has_packaged(BUNDLED),
         refusal=refusal,
     )
     page.status_code = 200 if refusal is None else 400

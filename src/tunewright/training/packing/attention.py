@@ -1,7 +1,8 @@
 """Attention over a packed row's layout, as an attention implementation of transformers.
 
 A model whose ``config._attn_implementation`` is NAME uses SDPA if its forward gets no ``layout``, and the layout if it
-gets one. The model's own code, LoRA, 4-bit weights, activation checkpointing and DDP need no change.
+gets one. Soft-capped scores and sinks are computed by `tunewright.generation.attention`. The model's own code, LoRA,
+4-bit weights, activation checkpointing and DDP need no change.
 
 Shapes: H query heads, K key/value heads, T tokens, R rows of a block, S its longest suffix, P keys, D head size.
 """
@@ -9,6 +10,7 @@ Shapes: H query heads, K key/value heads, T tokens, R rows of a block, S its lon
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -17,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tunewright.generation.attention import attend_scores, attention_forward
 from tunewright.training.packing.layout import Block, Layout, Piece, Sequences
 
 NAME = "tunewright_shared_prefix"
@@ -55,16 +57,34 @@ def attend(
     token itself (None: all before it).
     """
     if layout is None:
-        attended: tuple[Tensor, None] = sdpa_attention_forward(
+        return attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
-        return attended
-    if _takes_flash(query):
+    scores = Scores(scaling, sliding_window, kwargs.get("softcap"), kwargs.get("s_aux"))
+    if _takes_flash(query) and scores.plain:
         return varlen_attention(query, key, value, layout.sequences, scaling, sliding_window)[None], None
-    return _by_blocks(query, key, value, layout, scaling, sliding_window), None
+    return _by_blocks(query, key, value, layout, scores), None
 
 
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None) -> Tensor:
+@dataclass(frozen=True)
+class Scores:
+    """The rule by which a layer's queries weigh their keys."""
+
+    scaling: float
+    window: int | None
+    """Keys that a query sees, its own included; None: all before it."""
+    softcap: float | None
+    """The bound of the scores (Gemma 2)."""
+    sinks: Tensor | None
+    """The score of one more key without a value, for each head [H] (gpt-oss)."""
+
+    @property
+    def plain(self) -> bool:
+        """True if fused kernels compute it."""
+        return self.softcap is None and self.sinks is None
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """Compute attention prefix by prefix and block by block: [1, T, H, D]."""
     parts = layout.parts
     lengths = [part.tokens for part in parts]
@@ -76,12 +96,12 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scalin
     for place, part in enumerate(parts):
         if isinstance(part, Piece):
             prefix = slice(place, place + 1)
-            outputs.append(_within(queries[place], keys[place], values[place], 0, scaling, window)[0])
+            outputs.append(_within(queries[place], keys[place], values[place], 0, scores)[0])
         else:
             own = queries[place], keys[place], values[place]
             # A group that shares nothing has an empty prefix: no keys before the block's own.
             seen = prefix if part.prefix.length else slice(0, 0)
-            outputs.append(_suffixes(part, *own, keys[seen], values[seen], scaling, window))
+            outputs.append(_suffixes(part, *own, keys[seen], values[seen], scores))
     return torch.cat(outputs)[None]  # [1, T, H, D]
 
 
@@ -92,8 +112,7 @@ def _suffixes(
     value: Tensor,
     keys_before: Sequence[Tensor],
     values_before: Sequence[Tensor],
-    scaling: float,
-    window: int | None,
+    scores: Scores,
 ) -> Tensor:
     """Return the attended suffixes of one block [tokens, H, D]; each attends to the prefix and to itself.
 
@@ -114,9 +133,7 @@ def _suffixes(
         # expand() makes a view; its gradient is the sum over the rows that share the prefix.
         return torch.cat([*(prefix.expand(rows, -1, -1, -1) for prefix in before), suffixes(own)], dim=2)
 
-    attended = _within(
-        suffixes(query), seen(key, keys_before), seen(value, values_before), block.prefix.length, scaling, window
-    )
+    attended = _within(suffixes(query), seen(key, keys_before), seen(value, values_before), block.prefix.length, scores)
     flat = attended.flatten(0, 1)  # [R * S, H, D]
     return flat if block.valid_index is None else flat.index_select(0, block.valid_index)
 
@@ -139,13 +156,16 @@ class _Pad(torch.autograd.Function):
         return grad.index_select(1, valid_index), None, None
 
 
-def _within(query: Tensor, key: Tensor, value: Tensor, before: int, scaling: float, window: int | None) -> Tensor:
+def _within(query: Tensor, key: Tensor, value: Tensor, before: int, rule: Scores) -> Tensor:
     """Compute causal attention of queries [R, H, S, D] to the P = before + S keys that end with theirs: [R, S, H, D].
 
     Padding is at the end of rows, after every real query, so causality masks it.
     """
     rows, heads, queries, size = query.shape
-    shared = heads // key.shape[1]
+    shared, scaling, window = heads // key.shape[1], rule.scaling, rule.window
+    if not rule.plain:
+        seen = _seen(queries, before, window, query.device)
+        return attend_scores(query, key, value, seen, scaling, rule.softcap, rule.sinks).transpose(1, 2)
     if query.is_cuda:
         return _within_on_card(query, key, value, before, scaling, window).transpose(1, 2)
     mask = _mask(queries, before, window)

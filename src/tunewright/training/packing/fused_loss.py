@@ -27,6 +27,7 @@ from tunewright.training.history import (
     REWARD_REJECTED,
 )
 from tunewright.training.packing.attention import gather
+from tunewright.training.packing.padding import PaddedBatch, padded_token_losses
 
 TILE_LOGITS = 1 << 25
 """(token, vocabulary entry) pairs whose logits are computed at once: 128 MiB in float32."""
@@ -41,6 +42,7 @@ def add_token_losses(model: Any) -> None:
     """
     original = type(model).forward
     held = weakref.ref(model)
+    head = Head.of(model)
 
     @functools.wraps(original)
     def forward(
@@ -61,22 +63,44 @@ def add_token_losses(model: Any) -> None:
         if targets is None:
             return states
         if reference is None:
-            return token_losses(states, self.get_output_embeddings(), targets)
-        return losses_with_reference(reference, states, self.get_output_embeddings(), targets)
+            return token_losses(states, self.get_output_embeddings(), targets, head)
+        return losses_with_reference(reference, states, self.get_output_embeddings(), targets, head)
 
     # Bound to a proxy: a model that refers to itself stays in memory until the garbage collector runs.
     model.forward = MethodType(forward, weakref.proxy(model))
 
 
-def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Head:
+    """The steps from the products of a model's output layer to its logits."""
+
+    scale: float = 1.0
+    """Factor of the products (Granite, Cohere)."""
+    cap: float | None = None
+    """Bound of the logits, which are cap * tanh(logits / cap) (Gemma)."""
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """Return the head of a model, by its configuration; the proof of packing compares it with the model's own."""
+        config = model.config.get_text_config()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Return the logits in float32."""
+        logits = products.float() if self.scale == 1 else products.float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def token_losses(states: Tensor, output: Any, targets: Tensor, head: Head = Head()) -> Tensor:
     """Return the negative log-likelihood of each target in float32 [L].
 
-    ``states`` are the head's input [L, D], ``targets`` token ids [L].
+    ``states`` are the output layer's input [L, D], ``targets`` token ids [L].
     """
-    # The fused loss computes no gradient of the head itself, and no bias.
-    if head.weight.requires_grad or head.bias is not None:
-        return cross_entropy(head(states).float(), targets, reduction="none")
-    losses: Tensor = _FrozenHeadLoss.apply(states, full_weight(head), targets)
+    # The fused loss computes no gradient of the output layer itself, and no bias.
+    if output.weight.requires_grad or output.bias is not None:
+        return cross_entropy(head.logits(output(states)), targets, reduction="none")
+    losses: Tensor = _FrozenHeadLoss.apply(states, full_weight(output), targets, head)
     return losses
 
 
@@ -89,47 +113,51 @@ class Reference:
     others: Tensor
     """Indices of all other targets [L - N]; computed on the host, since computing them on a GPU would synchronize."""
     states: Tensor
-    """Input of the head with the adapter off [N, D]."""
+    """Input of the head with the adapter off [N, D]; for padded rows the log-probabilities [N, V]."""
     weight: float
     """Factor of the divergences."""
 
 
-def losses_with_reference(reference: Reference, states: Tensor, head: Any, targets: Tensor) -> Tensor:
+def losses_with_reference(
+    reference: Reference, states: Tensor, output: Any, targets: Tensor, head: Head = Head()
+) -> Tensor:
     """Return the losses of all targets in float32 [L]: weighted divergences for the reference's targets.
 
-    ``states`` are the head's input for all targets [L, D].
+    ``states`` are the output layer's input for all targets [L, D].
     """
     others = reference.others
-    own = token_losses(states.index_select(0, others), head, targets.index_select(0, others))
-    kl = kl_divergences(states.index_select(0, reference.indices), reference.states, head)
+    own = token_losses(states.index_select(0, others), output, targets.index_select(0, others), head)
+    kl = kl_divergences(states.index_select(0, reference.indices), reference.states, output, head)
     # index_copy instead of a mask: a boolean mask would make the host wait for the GPU.
     losses = torch.zeros(len(targets), device=targets.device)
     return losses.index_copy(0, others, own).index_copy(0, reference.indices, reference.weight * kl)
 
 
-def kl_divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
+def kl_divergences(states: Tensor, reference: Tensor, output: Any, head: Head = Head()) -> Tensor:
     """Return the KL divergence over the whole vocabulary from the reference's predictions to the states' [N].
 
-    In nats and float32. Only ``states`` get a gradient. Both are the head's input [N, D].
+    In nats and float32. Only ``states`` get a gradient. Both are the output layer's input [N, D].
     """
     # Two logits a pair: the reference's and the adapter's. Tiles are checkpointed, so one tile's logits are held.
-    most = max(1, TILE_LOGITS // (2 * head.weight.shape[0]))
+    most = max(1, TILE_LOGITS // (2 * output.weight.shape[0]))
     if len(states) <= most:
-        return _tile_kl(states, reference, head)
+        return _tile_kl(states, reference, output, head)
     tiles = zip(states.split(most), reference.split(most), strict=True)
-    return torch.cat([checkpoint(_tile_kl, on, off, head, use_reentrant=False) for on, off in tiles])
+    return torch.cat([checkpoint(_tile_kl, on, off, output, head, use_reentrant=False) for on, off in tiles])
 
 
-def _tile_kl(states: Tensor, reference: Tensor, head: Any) -> Tensor:
+def _tile_kl(states: Tensor, reference: Tensor, output: Any, head: Head) -> Tensor:
     with torch.no_grad():
-        off = head(reference.to(head.weight.dtype)).float().log_softmax(-1)  # [N, V]
-    on = head(states.to(head.weight.dtype)).float().log_softmax(-1)
+        off = head.logits(output(reference.to(output.weight.dtype))).log_softmax(-1)  # [N, V]
+    on = head.logits(output(states.to(output.weight.dtype))).log_softmax(-1)
     # KL(base || adapter): torch's kl_div takes the adapter's log-probabilities first.
     return kl_div(on, off, reduction="none", log_target=True).sum(-1)
 
 
 def batch_token_losses(model: Any, batch: Any, reference: Reference | None = None) -> Tensor:
-    """Return the losses of a packed batch's trained tokens [L], by a model prepared with `add_token_losses`."""
+    """Return the losses of a batch's trained tokens [L]; for a packed batch `add_token_losses` prepares the model."""
+    if isinstance(batch, PaddedBatch):
+        return padded_token_losses(model, batch, reference)
     losses: Tensor = model(
         **batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets, reference=reference
     )
@@ -146,7 +174,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, head: Head) -> Tensor:
         states = states.to(weight.dtype)
         losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         wanted = ctx.needs_input_grad[0]
@@ -155,14 +183,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
         size = max(1, TILE_LOGITS // len(weight))
         for start in range(0, len(targets), size):
             tile = slice(start, start + size)
-            logits = (states[tile] @ weight.T).float()  # [tile, V]
+            logits = head.logits(states[tile] @ weight.T)  # [tile, V]
             target = targets[tile, None]
             # loss = logsumexp(logits) - logit of the target; in float32, since bfloat16 has 8 bits of mantissa.
             normaliser = logits.logsumexp(-1, keepdim=True)
             losses[tile] = (normaliser - logits.gather(-1, target))[:, 0]
             if gradient is not None:
+                # The derivative of cap * tanh(x / cap) is 1 - (logit / cap)^2.
+                slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
                 probabilities = logits.sub_(normaliser).exp_()  # in place: the logits are not needed again
                 probabilities.scatter_add_(-1, target, probabilities.new_full(target.shape, -1.0))  # minus one-hot
+                if slope is not None:
+                    probabilities *= slope
+                if head.scale != 1:
+                    probabilities *= head.scale
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[tile])
         ctx.save_for_backward(gradient)
         return losses
@@ -171,7 +205,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # grad is each token's factor [L]: its weight and the division by the number of tokens.
-        return gradient * grad[:, None].to(gradient.dtype), None, None
+        return gradient * grad[:, None].to(gradient.dtype), None, None, None
 
 
 class LossBreakdown:

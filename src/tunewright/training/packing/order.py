@@ -35,7 +35,8 @@ class StepBatches:
     accelerate's own batch dispatch repeats rows so that all processes have equally many. Here a
     process with fewer rows in an epoch's last step gets empty batches, since all processes must
     make equally many passes. ``step_rows`` are the rows of one optimizer step, all processes
-    together; ``micro_batch`` the rows of one pass.
+    together; ``micro_batch`` the rows of one pass. Rows of one pass have a common prefix, or ``by_length`` a
+    similar length.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class StepBatches:
         micro_batch: int,
         process: int = 0,
         processes: int = 1,
+        by_length: bool = False,
     ) -> None:
         self.rows = rows
         self.sampler = random_order(len(rows), seed)
@@ -54,6 +56,7 @@ class StepBatches:
         self.micro_batch = micro_batch
         self.process = process
         self.processes = processes
+        self.by_length = by_length
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which decides the order; accelerate's data loader calls it before each one."""
@@ -76,14 +79,21 @@ class StepBatches:
             # Distributed by length, so that no process waits long for another. Then sorted by token
             # ids, which puts rows with a common prefix into one micro-batch.
             dealt = sorted(step, key=lambda place: -len(self.rows[place]))[self.process :: self.processes]
-            mine = sorted(dealt, key=lambda place: list(self.rows[place]))
+            mine = dealt if self.by_length else sorted(dealt, key=lambda place: list(self.rows[place]))
             for first in range(0, share, self.micro_batch):
                 yield mine[first : first + self.micro_batch]
 
 
-def longest_batch(rows: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> Sequence[int]:
-    """Return the micro-batch with the most tokens."""
-    return max(batches, key=lambda batch: sum(len(rows[place]) for place in batch))
+def longest_batch(
+    rows: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], *, padded: bool = False
+) -> Sequence[int]:
+    """Return the micro-batch with the most tokens, including padding if its rows are ``padded``."""
+
+    def tokens(batch: Sequence[int]) -> int:
+        lengths = [len(rows[place]) for place in batch]
+        return len(lengths) * max(lengths, default=0) if padded else sum(lengths)
+
+    return max(batches, key=tokens)
 
 
 WORTH = 1.05
@@ -112,6 +122,21 @@ class Sharing:
         return self.tokens / self.computed
 
 
+def measured_batches(
+    rows: Sequence[Sequence[int]],
+    partners: Sequence[Sequence[int]] | None,
+    micro_batch: int,
+    batch_size: int,
+    seed: int,
+    *,
+    by_length: bool = False,
+) -> Iterator[list[Sequence[int]]]:
+    """Yield the rows of the first batches, each with the row of the same index in ``partners``, if there are any."""
+    batches = StepBatches(rows, seed, step_rows=batch_size, micro_batch=micro_batch, by_length=by_length)
+    for places in islice(batches, _BATCHES):
+        yield [each[place] for each in (rows, *([] if partners is None else [partners])) for place in places]
+
+
 def resolve_sharing(
     rows: Sequence[Sequence[int]],
     *,
@@ -127,8 +152,7 @@ def resolve_sharing(
     ``partners`` are further rows, each of which goes through the model with the row of the same index.
     """
     tokens = computed = 0
-    for places in islice(StepBatches(rows, seed, step_rows=batch_size, micro_batch=micro_batch), _BATCHES):
-        batch = [each[place] for each in (rows, *([] if partners is None else [partners])) for place in places]
+    for batch in measured_batches(rows, partners, micro_batch, batch_size, seed):
         tokens += sum(map(len, batch))
         computed += computed_tokens(batch, plan_groups(batch))
     saves = f"{tokens / computed:.1f} times fewer tokens to compute"

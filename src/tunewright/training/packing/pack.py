@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -81,8 +81,29 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     return min(len(a), len(b))
 
 
+class TensorBatch:
+    """A batch whose tensors move together; its subclasses are dataclasses."""
+
+    input_ids: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the same batch with all tensors on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the same batch in pinned memory, from which copies to a GPU do not block; for torch's data loader."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        own: Any = self
+        values = {each.name: getattr(own, each.name) for each in fields(own)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        moved: Self = replace(own, **changed)
+        return moved
+
+
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(TensorBatch):
     """A batch as the model takes it."""
 
     input_ids: Tensor
@@ -103,17 +124,11 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the same batch with all tensors on ``device``."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, layout=self.layout.to(device, non_blocking))
+        return replace(super().to(device, non_blocking), layout=self.layout.to(device, non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """Return the same batch in pinned memory, from which copies to a GPU do not block; for torch's data loader."""
-        return replace(self._each(Tensor.pin_memory), layout=self.layout.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        """Return the same batch in pinned memory."""
+        return replace(super().pin_memory(), layout=self.layout.pin_memory())
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward, without the targets."""

@@ -28,6 +28,7 @@ from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, load_model, text_settings
 from tunewright.training.checkpoints import latest_complete_checkpoint, step_of
 from tunewright.training.monitoring import DivergedError
+from tunewright.training.proving import proved
 from tunewright.training.rows import require_min_examples, training_rows
 from tunewright.training.run import total_steps
 from tunewright.training.self_samples import draw_replay
@@ -103,7 +104,7 @@ class Sweep:
         limit = min(own.max_length, context_length(base))
         rows = training_rows(chat, version.examples("train"), limit, own.on_overlength, self.once)
         # Drawn here and reused by every trial: their number decides the steps of a trial.
-        load = cache(lambda: load_model(base, own.dtype, own.quantization))
+        load = cache(lambda: load_model(proved(base, self.once), own.dtype, own.quantization))
         with quiet_transformers():
             replay = draw_replay(project, version, base, chat, load, limit, self.once)
         load.cache_clear()

@@ -1,0 +1,342 @@
+"""The plain path: padded rows give the losses and gradients of separate rows, and train like packed rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from replay_helpers import replay_project, shorten_turns
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import SFTConfig
+
+import tunewright
+from making.plain_models import HYBRIDS, TARGETS, VOCABULARY, Hybrid, build_hybrid, hybrid_model
+from making.tiny_bases import byte_tokenizer, tiny_model
+from making.training_runs import Heard, new_config, tiny_preference_project, training_project
+from tunewright.api import Project
+from tunewright.config import TrainConfig
+from tunewright.core.errors import UserError
+from tunewright.models.families import read_shape
+from tunewright.training.packing import attention, pack
+from tunewright.training.packing.fused_loss import Reference, add_token_losses, batch_token_losses
+from tunewright.training.packing.order import StepBatches, longest_batch
+from tunewright.training.packing.padding import measure_padding, pad, token_logits
+from tunewright.training.recomputation import RecomputedLayers
+from tunewright.training.rows import IGNORED
+from tunewright.training.run import require_fsdp_supported
+from tunewright.training.train import TrainResult, train
+from tunewright.training.trainer import Trainer
+
+Rows = list[list[int]]
+LENGTHS = (25, 9, 17, 2, 30)
+
+
+def _rows(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> tuple[Rows, Rows]:
+    """Rows whose second half is trained, the last one in two places."""
+    luck = random.Random(seed)
+    rows = [[luck.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+    labels = [[IGNORED] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
+    labels[-1][2:4] = rows[-1][2:4]
+    return rows, labels
+
+
+def _with_lora(base: Any, targets: Sequence[str]) -> Any:
+    model: Any = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=list(targets))
+    )
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model.train()
+
+
+def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _one_by_one(model: Any, rows: Rows, labels: Rows) -> Tensor:
+    """The losses of the trained tokens, each row alone through transformers' own forward."""
+    losses = []
+    for row, label in zip(rows, labels, strict=True):
+        logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1].float()
+        kept = torch.tensor(label[1:]) != IGNORED
+        losses.append(cross_entropy(logits[kept], torch.tensor(label[1:])[kept], reduction="none"))
+    return torch.cat(losses)
+
+
+def _assert_close(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    assert ours.keys() == reference.keys()
+    whole = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
+    for name, gradient in ours.items():
+        assert (gradient - reference[name]).norm() <= 1e-5 * max(reference[name].norm(), whole / 10), name
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_padded_rows_give_the_losses_and_gradients_of_rows_one_by_one(kind: Hybrid) -> None:
+    rows, labels = _rows()
+    model = _with_lora(hybrid_model(kind), TARGETS[kind])
+    reference = _one_by_one(model, rows, labels)
+    expected = _gradients(model, reference.sum())
+    losses = batch_token_losses(model, pad(rows, labels))
+    assert torch.allclose(losses, reference, rtol=1e-5, atol=1e-5)
+    _assert_close(_gradients(model, losses.sum()), expected)
+
+
+def test_padded_rows_give_the_losses_and_gradients_of_packed_rows() -> None:
+    rows, labels = _rows()
+    base = tiny_model("llama", vocab_size=VOCABULARY)
+    attention.register()
+    add_token_losses(base)
+    model = _with_lora(base, ["q_proj", "v_proj", "down_proj"])
+    padded = batch_token_losses(model, pad(rows, labels))
+    gradients = _gradients(model, padded.sum())
+    base.set_attn_implementation(attention.NAME)
+    packed = batch_token_losses(model, pack(rows, labels, share=True))
+    assert torch.allclose(padded, packed, rtol=1e-5, atol=1e-5)
+    _assert_close(gradients, _gradients(model, packed.sum()))
+
+
+def test_loss_of_replayed_padded_rows_is_their_divergence_from_the_base() -> None:
+    rows, labels = _rows()
+    model = _with_lora(hybrid_model("qwen3.5"), TARGETS["qwen3.5"])
+    batch = pad(rows, labels, replayed=[False, True, False, False, True])
+    assert batch.replayed is not None and batch.learnt is not None
+    assert sorted([*batch.replayed.tolist(), *batch.learnt.tolist()]) == list(range(len(batch.targets)))
+    with torch.no_grad():
+        on = token_logits(model, batch).log_softmax(-1)
+        with model.disable_adapter():
+            off = token_logits(model, batch).log_softmax(-1)
+    states = off[batch.replayed]
+    losses = batch_token_losses(model, batch, Reference(batch.replayed, batch.learnt, states, 0.5))
+    divergence = 0.5 * kl_div(on, off, reduction="none", log_target=True).sum(-1)
+    assert torch.allclose(losses[batch.replayed], divergence[batch.replayed], rtol=1e-4, atol=1e-6)
+    assert divergence[batch.replayed].min() > 0
+    plain = -on.gather(-1, batch.targets[:, None])[:, 0]
+    assert torch.allclose(losses[batch.learnt], plain[batch.learnt], rtol=1e-5)
+
+
+def test_rows_of_one_length_have_no_mask() -> None:
+    rows, labels = _rows((7, 7))
+    assert pad(rows, labels).attention_mask is None
+    ragged = pad(*_rows((7, 5))).attention_mask
+    assert ragged is not None and ragged.sum(1).tolist() == [7, 5]
+
+
+def test_order_by_length_keeps_the_rows_of_each_step() -> None:
+    rows, _ = _rows([2 + 7 * n % 23 for n in range(22)])
+    steps = [
+        [sorted(row for batch in batches[place : place + 2] for row in batch) for place in range(0, len(batches), 2)]
+        for batches in (
+            list(StepBatches(rows, 5, step_rows=8, micro_batch=4, by_length=by_length)) for by_length in (False, True)
+        )
+    ]
+    assert steps[0] == steps[1]
+    for batch in StepBatches(rows, 5, step_rows=8, micro_batch=4, by_length=True):
+        lengths = [len(rows[row]) for row in batch]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def test_longest_padded_batch_counts_padding() -> None:
+    rows: Rows = [[1] * 20, [1] * 1, [1] * 12, [1] * 12]
+    assert longest_batch(rows, [[0, 1], [2, 3]]) == [2, 3]
+    assert longest_batch(rows, [[0, 1], [2, 3]], padded=True) == [0, 1]
+
+
+def test_measured_padding_counts_computed_and_shareable_tokens() -> None:
+    shared = list(range(20))
+    rows = [[*shared, 30 + n, *[n] * (n % 4)] for n in range(8)]
+    found = measure_padding(rows, micro_batch=8, batch_size=8, seed=0)
+    assert (found.tokens, found.computed) == (sum(map(len, rows)), 8 * 24)
+    assert found.shared == 20 + sum(len(row) - 20 for row in rows)
+    assert str(found) == (
+        "6% of the computed tokens are padding, and prompts are not shared "
+        "(packed rows would compute 4.8 times fewer tokens)"
+    )
+
+
+def _trainer(work: Path, model: Any, rows: Dataset, targets: list[str]) -> Trainer:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 0.01,
+    }
+    settings |= {
+        "max_steps": 6,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    settings |= {
+        "max_length": None,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "seed": 3,
+        "router_aux_loss_coef": 0.0,
+    }
+    return Trainer(
+        model,
+        share=False,
+        plain=True,
+        args=SFTConfig(output_dir=str(work), **settings),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(3)),
+        processing_class=byte_tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3.5", "granite-hybrid", "llama4"])
+def test_trainer_of_padded_rows_learns_evaluates_and_resumes(kind: Hybrid, tmp_path: Path) -> None:
+    ids, labels = _rows([5 + n % 9 for n in range(16)])
+    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+    def made(work: Path) -> Trainer:
+        torch.manual_seed(0)
+        return _trainer(work, hybrid_model(kind), rows, TARGETS[kind])
+
+    whole = made(tmp_path / "whole")
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    model: Any = whole.model
+    model.eval()
+    after = whole.evaluate()["eval_loss"]
+    with torch.no_grad():
+        assert after == pytest.approx(float(_one_by_one(model, ids[:3], labels[:3]).mean()), rel=1e-5)
+    assert after < before
+    again = made(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed: Any = again.model
+    weights = dict(resumed.named_parameters())
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, weights[name]), name
+
+
+def _train(project: Project, *, packed: bool = True, own_cache: bool = True) -> TrainResult:
+    base = replace(project.base, packed=packed, own_cache=own_cache)
+    return train(project.folder, project.data.version(), base, project.chat, project.reporter)
+
+
+def _steps(result: TrainResult, *keys: str) -> list[list[float]]:
+    return [[row[key] for key in keys] for row in result.adapter.history if keys[0] in row]
+
+
+@pytest.mark.slow
+def test_padded_run_is_the_packed_run_with_another_identity_and_another_line(
+    tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    heard = Heard()
+    project = training_project(tmp_path / "project", tiny_base_folder, heard, epochs=1)
+    packed = _train(project)
+    padded = _train(project, packed=False, own_cache=False)
+    assert padded.trained and padded.adapter.name != packed.adapter.name
+    for keys in (("loss", "grad_norm"), ("eval_loss", "eval_metric")):
+        for ours, theirs in zip(_steps(padded, *keys), _steps(packed, *keys), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+    (line,) = [line for line in heard.lines if line.startswith("Rows are padded, because")]
+    facts = padded.adapter.lineage["training"]
+    cost = facts["padding"]
+    assert f"{1 - cost['tokens'] / cost['computed']:.0%} of the computed tokens are padding" in line
+    assert "prefix_sharing" not in facts
+    assert "padding" not in packed.adapter.lineage["training"]
+    assert not _train(project, packed=False, own_cache=False).trained
+
+
+@pytest.mark.slow
+def test_stopped_padded_run_resumes_to_the_same_adapter(tmp_path: Path, tiny_base_folder: Path) -> None:
+    whole = _train(training_project(tmp_path / "whole", tiny_base_folder, epochs=1), packed=False)
+    with pytest.raises(KeyboardInterrupt):
+        _train(training_project(tmp_path / "cut", tiny_base_folder, Heard(after=5), epochs=1), packed=False)
+    resumed = _train(training_project(tmp_path / "cut", tiny_base_folder), packed=False)
+    assert resumed.adapter.digest == whole.adapter.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3.5", "granite-hybrid", "llama4"])
+def test_base_that_fails_packing_trains_and_answers_on_the_plain_path(
+    kind: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    heard = Heard()
+    project = training_project(tmp_path / "project", build_hybrid(tmp_path / kind, kind), heard, count=80, epochs=1)
+    adapter = project.train().adapter
+    assert adapter.lineage["training"]["padding"]["computed"] > adapter.lineage["training"]["padding"]["tokens"]
+    assert any(line.startswith("Rows are padded") for line in heard.lines)
+    assert not project.train().trained
+    evidence = project.evaluate(adapter.name, dev=True).evidence
+    assert {"zero-shot", "tuned"} <= {arm.name for arm in evidence.arms}
+
+
+@pytest.mark.slow
+def test_padded_run_with_replay_has_the_divergences_of_the_packed_run(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_turns(monkeypatch)
+    project = replay_project(tmp_path / "project", tiny_base_folder)
+    packed, padded = _train(project), _train(project, packed=False)
+    for keys in (("loss", "pair_loss"), ("replay_kl",)):
+        theirs = _steps(packed, *keys)
+        assert len(theirs) > 1
+        for ours, expected in zip(_steps(padded, *keys), theirs, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto"])
+def test_padded_preference_run_has_the_losses_of_the_packed_run(
+    method: str, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    folder = tiny_preference_project(tmp_path / "project", tiny_base_folder)
+    new_config(folder, {"method": method}, learning_rate=0.01)
+    project = tunewright.open(folder)
+    keys = ("loss", "rewards/chosen", "grad_norm")
+    packed, padded = _train(project), _train(project, packed=False)
+    assert _steps(packed, *keys)
+    for ours, theirs in zip(_steps(padded, *keys), _steps(packed, *keys), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["qwen3.5", "llama4"])
+def test_recomputed_layers_of_padded_rows_give_the_same_gradients(kind: Hybrid, tiny_base_folder: Path) -> None:
+    """A Llama4ForCausalLM is its own decoder."""
+    rows, labels = _rows()
+    model = _with_lora(hybrid_model(kind), TARGETS[kind])
+    batch = pad(rows, labels)
+    expected = _gradients(model, batch_token_losses(model, batch).sum())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = RecomputedLayers(TrainConfig(gradient_checkpointing=1), read_shape(tiny_base_folder / "config.json"))
+    recomputed.apply(model)
+    flags = [part.gradient_checkpointing for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    assert flags == [True] + [False] * (len(flags) - 1)
+    _assert_close(_gradients(model, batch_token_losses(model, batch).sum()), expected)
+    recomputed.auto = True
+    recomputed.plan(batch)
+    assert recomputed.count == 0, "so small a batch fits"
+
+
+def test_fsdp_refuses_padded_rows() -> None:
+    with pytest.raises(UserError, match="trains on padded rows"):
+        require_fsdp_supported(TrainConfig(), packed=False)
+
+
+def test_prompts_that_must_be_shared_refuse_padded_rows(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = training_project(tmp_path / "project", tiny_base_folder, train={"prefix_sharing": "'on'"})
+    with pytest.raises(UserError, match="Prompts cannot be shared") as caught:
+        _train(project, packed=False)
+    assert caught.value.where == "train.prefix_sharing"
+    assert not (tmp_path / "project" / "adapters").exists()
