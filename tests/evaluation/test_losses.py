@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
 from making.tiny_bases import byte_tokenizer, chat_of
-from tunewright.chat import ChatFormat
+from tunewright.chat import ChatFormat, Tokens
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message, Role, ToolCall, call_id
 from tunewright.data.versions import Member
 from tunewright.evaluation.losses import _without_input, answer_losses, answer_rows
+from tunewright.models.shrunk import random_model, shrunk
 
 
 class Listener(LogReporter):
@@ -72,6 +73,21 @@ def test_losses_equal_transformers_loss_of_the_last_answer(model: Any, chat: Cha
         with torch.inference_mode():
             expected = model(input_ids=torch.tensor([whole]), labels=torch.tensor([labels])).loss
         assert found[member.key] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [(GraniteConfig(logits_scaling=8.0), "GraniteForCausalLM"), (Gemma2Config(), "Gemma2ForCausalLM")],
+)
+def test_losses_equal_those_of_a_base_that_scales_or_caps_its_logits(config: Any, architecture: str) -> None:
+    model = random_model(shrunk(config), architecture)
+    rows = {"one": Tokens(tuple(range(3, 60)), (False,) * 40 + (True,) * 17)}
+    ((found,),) = [part.values() for part in answer_losses(model, rows, 0)]
+    model.set_attn_implementation("eager")
+    labels = [-100] * 40 + list(range(43, 60))
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([rows["one"].ids]), labels=torch.tensor([labels])).loss
+    assert found == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_rows_that_cannot_be_judged_are_named_and_have_no_loss(chat: ChatFormat) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -194,18 +194,21 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
     for batch in judged_batches(rows, pad_id):
         with torch.inference_mode():
             states = batch.states(model)
-            head, targets = whole_model(model).get_output_embeddings(), batch.targets.to(states.device)
-            step = max_head_positions(head)
+            targets, (logits, step) = batch.targets.to(states.device), head_of(model)
             parts = zip(states.split(step), targets.split(step), strict=True)
             losses = torch.cat(
-                [torch.nn.functional.cross_entropy(head(s).float(), t, reduction="none") for s, t in parts]
+                [torch.nn.functional.cross_entropy(logits(s), t, reduction="none") for s, t in parts]
             ).cpu()
         yield batch.means(losses)
 
 
-def max_head_positions(head: Any) -> int:
-    """Return the number of positions that may go through the head at once."""
-    return max(1, _MOST_LOGITS // int(head.weight.shape[0]))
+def head_of(model: Any) -> tuple[Callable[[Any], Any], int]:
+    """Return what makes logits in float32 of hidden states, and the number of states that it may take at once."""
+    from tunewright.training.packing.fused_loss import Head
+
+    whole = whole_model(model)
+    output, head = whole.get_output_embeddings(), Head.of(whole)
+    return lambda states: head.logits(output(states)), max(1, _MOST_LOGITS // int(output.weight.shape[0]))
 
 
 def judged_batches(rows: Mapping[Name, Tokens], pad_id: int) -> Iterator[JudgedBatch[Name]]:

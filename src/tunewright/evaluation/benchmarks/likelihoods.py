@@ -41,7 +41,7 @@ from tunewright.evaluation.benchmarks.bench import (
     suite_of,
 )
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.losses import answer_losses, judged_batches, max_head_positions, whole_model
+from tunewright.evaluation.losses import answer_losses, head_of, judged_batches, whole_model
 from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.evidence.non_inferiority import items_needed, ratio_drop
 from tunewright.models.loading import context_length, text_settings
@@ -416,12 +416,10 @@ def compare(
             with answering() as model, torch.inference_mode():
                 states.append(batch.states(model))
         with torch.inference_mode():
-            head = whole_model(model).get_output_embeddings()
-            targets = batch.targets.to(states[0].device)
-            step = max_head_positions(head)
+            targets, (logits, step) = batch.targets.to(states[0].device), head_of(model)
             found: list[list[Any]] = [[], [], []]
             for one, other, target in zip(*(s.split(step) for s in states), targets.split(step), strict=True):
-                log_p, log_q = head(one).float().log_softmax(-1), head(other).float().log_softmax(-1)
+                log_p, log_q = logits(one).log_softmax(-1), logits(other).log_softmax(-1)
                 found[0].append(-log_p.gather(1, target[:, None])[:, 0])
                 found[1].append(-log_q.gather(1, target[:, None])[:, 0])
                 found[2].append(kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
