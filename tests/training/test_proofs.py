@@ -241,7 +241,7 @@ def test_base_that_cannot_be_packed_has_the_reason_and_can_be_used(
     values = shrunk(config).to_dict() | {"architectures": [architecture], "pad_token_id": 0}
     (folder / "config.json").write_text(json.dumps(values))
     base = resolve_base(str(folder), None, tmp_path, LogReporter())
-    assert require_proofs(base, ("layers",), LogReporter()).packed_reason is not None
+    assert not require_proofs(base, ("layers",), LogReporter()).packed
     with pytest.raises(UserError, match="fails the proof `packing`: layers of the kind linear_attention"):
         require_proofs(base, ("layers", "packing"), LogReporter())
     ran = run("doctor", "--base", folder, "--json")

@@ -65,19 +65,9 @@ class Proofs(BaseModel):
         return self.reason("packing") is None
 
     @property
-    def packed_reason(self) -> str | None:
-        """The reason why rows cannot be packed; None if they can."""
-        return self.reason("packing")
-
-    @property
     def own_cache(self) -> bool:
         """True if decoding uses tunewright's cache; else transformers' own."""
         return self.reason("cache") is None
-
-    @property
-    def own_cache_reason(self) -> str | None:
-        """The reason why decoding cannot use tunewright's cache; None if it can."""
-        return self.reason("cache")
 
 
 def blocks(result: Proofs) -> list[Block]:
