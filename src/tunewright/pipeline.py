@@ -15,6 +15,7 @@ from tunewright.data.versions import load_version
 from tunewright.evaluation import data_verbs
 from tunewright.evaluation.frozen_answers import require_ready
 from tunewright.evaluation.verbs import (
+    announce,
     asked_splits,
     check_trainable,
     current_split_power,
@@ -22,6 +23,7 @@ from tunewright.evaluation.verbs import (
     has_trained,
     prompting,
     refuse_up_front,
+    require_minutes,
     require_rows,
     train_adapter,
 )
@@ -55,6 +57,7 @@ def run(
     *,
     force: bool = False,
     skip_bad: bool = False,
+    minutes: float | None = None,
     stage_done: Callable[[str, bool, str], None] | None = None,
     prompting_done: Callable[[Advice], None] = lambda _advice: None,
 ) -> RunResult:
@@ -64,6 +67,8 @@ def run(
         force: warn, instead of refusing, if the test split has too few clusters for any verdict. Also as in
             :meth:`train`.
         skip_bad: leave faulty rows of the sources out, with a warning, instead of refusing them.
+        minutes: time limit for answers; arms that do not fit are left out by name (None: no limit). Training is not
+            limited.
         stage_done: called with each finished stage's name, True if anything was computed, and its result in words
             (None: the reporter reports it).
         prompting_done: called with the scores of the prompting arms on dev once they have been measured, long
@@ -74,6 +79,7 @@ def run(
         project.reporter.say(f"{name}: {'done' if computed else 'unchanged'}, {what}")
 
     done = stage_done or report_stage
+    require_minutes(minutes)
     require_torch()
     require_trackers(project.folder.config.train.report_to)
     added = data_verbs.add(project, options=AddOptions(skip_bad=skip_bad))
@@ -86,13 +92,14 @@ def run(
     if not has_trained(project):
         check_trainable(project)
         signer = store_signer(project.folder.keys, project.reporter)
-    advised = prompting(project)
+        announce(project)
+    advised = prompting(project, minutes)
     if advised.measured:
         prompting_done(advised.advice)
     done("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
     trained = train_adapter(project, forced, signer)
     done("train", trained.trained, trained.adapter.name)
-    evaluated = evaluate(project, trained.adapter.name)
+    evaluated = evaluate(project, trained.adapter.name, advice=advised.advice)
     done("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
     decision = verdict(project, evaluated.folder)
     page = report(project, evaluated.folder)

@@ -83,6 +83,25 @@ def test_evaluate_estimates_its_answers(project: Path) -> None:
     assert (answers["answers"], answers["kept"]) == (11 * 20 + 4 * 20 + 4 * 40 + 2 * 40, 0)
 
 
+def test_run_names_its_work_first_and_leaves_out_what_does_not_fit(project: Path) -> None:
+    shutil.rmtree(project / "adapters")
+    untrained = tunewright("evaluate", "--estimate", "--project", project, "--json").document["answers"]
+    assert untrained["answers"] == 11 * 20 + 4 * 20 + 4 * 40 + 2 * 40
+    assert "This counts an adapter that is not trained yet." in untrained["text"]
+    fewest = needed("run", "--project", project)
+    ran = tunewright("run", "--minutes", str(fewest + 1), "--project", project, "--json")
+    assert ran.code in {0, 3, 4}, ran.stderr
+    plan = "120 rows train an adapter (at most 1 epoch), and the test split compares both. To answer: at most "
+    assert plan in said(ran)
+    advised, budget = (ran.document[part]["budget"] for part in ("advice", "evidence"))
+    assert advised == budget and budget["minutes"] == fewest + 1
+    assert budget["left_out"][0] == "tuned+retrieved" and len(budget["left_out"]) > 1
+    assert "tuned+retrieved" not in [arm["name"] for arm in ran.document["evidence"]["arms"]]
+    again = tunewright("run", "--minutes", str(fewest + 1), "--project", project, "--json")
+    assert again.document["evidence"]["id"] == ran.document["evidence"]["id"]
+    assert "To answer" not in said(again)
+
+
 def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
     for none in ("0", "-3", "nan"):
         refused = tunewright("evaluate", "--minutes", none, "--project", project, "--json")

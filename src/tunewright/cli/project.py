@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunewright.cli.app import PROJECT, app, command, given_options, group
+from tunewright.cli.app import PROJECT, Minutes, app, command, given_options, group
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data_review import interactive
 from tunewright.cli.evaluate import verdict_text
@@ -177,11 +177,19 @@ def run(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave faulty rows out and list them by cause, as `data add` does.")
     ] = False,
+    minutes: Minutes = None,
 ) -> int:
-    """Run the whole pipeline: data, advise, train, evaluate, verdict, report. Resumes where it stopped."""
+    """Run the whole pipeline: data, advise, train, evaluate, verdict, report. Resumes where it stopped.
+
+    --minutes does not limit the training. To keep the test split closed, use `advise`, `train` and `evaluate --dev`.
+    """
     with run.reporter.pipeline(_STAGES) as stage_done:
         result = run.project.run(
-            force=force, skip_bad=skip_bad, stage_done=stage_done, prompting_done=partial(show_prompting, run)
+            force=force,
+            skip_bad=skip_bad,
+            minutes=minutes,
+            stage_done=stage_done,
+            prompting_done=partial(show_prompting, run),
         )
         if stage_done:
             stage_done("report", True, result.report.name)

@@ -8,9 +8,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.adapters.lora_weights import require_servable
-from tunewright.adapters.registry import Adapter, find_adapter, require_compatible, trained_quantization
+from tunewright.adapters.registry import (
+    Adapter,
+    find_adapter,
+    list_adapters,
+    require_compatible,
+    trained_quantization,
+)
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.versions import load_version
 from tunewright.data.versions.version import clusters_by_split
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.evaluation.workload import AnswersEstimate
+    from tunewright.evidence.schema import Advice
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult
     from tunewright.training.trainings import Trainings
@@ -119,12 +127,32 @@ def detectable_effects(project: OpenProject) -> tuple[DetectableEffects, ...]:
     )
 
 
-def prompting(project: OpenProject) -> AdviseResult:
-    """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune."""
+def prompting(project: OpenProject, minutes: float | None = None) -> AdviseResult:
+    """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune.
+
+    ``minutes`` also has to suffice for the comparison on test that follows.
+    """
     from tunewright.evaluation.prompt_search import advise
 
     with answer_workers(project) as workers:
-        return advise(open_arm_runner(project, workers=workers))
+        arm_runner = open_arm_runner(project, workers=workers)
+        from tunewright.evaluation.workload import time_limit
+
+        return advise(arm_runner, time_limit(arm_runner, minutes, (None, "test")))
+
+
+def announce(project: OpenProject) -> None:
+    """Report what the pipeline will train and how many answers it will compute."""
+    from tunewright.evaluation.workload import estimated_answers
+
+    train = project.folder.config.train
+    rows = len(load_version(project.folder.dataset).examples("train"))
+    with answer_workers(project) as workers:
+        expected = estimated_answers(open_arm_runner(project, workers=workers), (None, "test"))
+    project.reporter.say(
+        f"Prompting arms answer dev rows, {count_of(rows, 'row')} train an adapter (at most "
+        f"{count_of(train.epochs, 'epoch')}), and the test split compares both. {expected.text}"
+    )
 
 
 def optimize_prompt(project: OpenProject) -> OptimizePromptResult:
@@ -152,7 +180,12 @@ def _prompt_optimization(project: OpenProject) -> PromptOptimization:
 
 
 def evaluate(
-    project: OpenProject, adapter: str | None = None, *, dev: bool = False, minutes: float | None = None
+    project: OpenProject,
+    adapter: str | None = None,
+    *,
+    dev: bool = False,
+    minutes: float | None = None,
+    advice: Advice | None = None,
 ) -> EvaluateResult:
     """Compare an adapter (the newest by default) with zero-shot and the best prompting arm on the test split.
 
@@ -163,6 +196,7 @@ def evaluate(
         adapter: a name or its beginning (None: the newest).
         dev: compare on the dev split that chose the adapter and the prompting arm; nothing is opened.
         minutes: time limit for answers; arms that do not fit are left out by name (None: no limit).
+        advice: measured choice of a prompt, with its own time limit (None: chosen now).
 
     Raises:
         UserError: the access log was changed, or too few minutes.
@@ -181,7 +215,6 @@ def evaluate(
 
         # Faults in a benchmark's file are reported before anything is measured.
         suites = open_suites(project.folder) if split == "test" and project.folder.config.regressions.measures else []
-        limit = time_limit(arm_runner, minutes, (tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
         trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
         trained_by["use_liger_kernel"] = trained_by["use_liger_kernel"] is True  # as `deciding` counts auto
@@ -192,7 +225,10 @@ def evaluate(
                 f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
                 "adapter with the new values."
             )
-        advice = advise(arm_runner, limit).advice
+        if advice is None:
+            advice = advise(arm_runner, time_limit(arm_runner, minutes, (tuned, split))).advice
+        else:
+            arm_runner.budget = advice.budget
         comparison = runner.plan_comparison(arm_runner, tuned, advice, split)
         return runner.evaluate(arm_runner, comparison, suites)
 
@@ -203,14 +239,15 @@ def estimate_evaluation(
     """Return the number of answers that :meth:`evaluate` has to compute; none is computed.
 
     Args:
-        adapter: a name or its beginning (None: the newest).
+        adapter: a name or its beginning (None: the newest; without any, one that is still to be trained).
         dev: estimate it on the dev split.
         embed: compute vectors of dense retrieval that are not kept. Otherwise no model is loaded.
 
     Raises:
-        UserError: no adapter, or an adapter that does not fit; also without ``embed`` if vectors have to be computed.
+        UserError: an adapter that does not fit; also without ``embed`` if vectors have to be computed.
     """
-    tuned = find_adapter(project.folder.adapters, adapter)
+    known = adapter is not None or list_adapters(project.folder.adapters)
+    tuned = find_adapter(project.folder.adapters, adapter) if known else None
     with answer_workers(project) as workers:
         arm_runner = open_arm_runner(project, tuned, workers)
         from tunewright.evaluation.workload import estimated_answers

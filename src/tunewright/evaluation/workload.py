@@ -28,8 +28,8 @@ from tunewright.evaluation.runner import parent_of, plan_comparison
 from tunewright.evaluation.time_limit import TimeLimit, Work
 from tunewright.evidence.files import EVIDENCE_FILE
 
-Contest = tuple[Adapter, Split]
-"""The comparison of an adapter with the prompting arms on a split."""
+Contest = tuple[Adapter | None, Split]
+"""The comparison of an adapter (None: one that is not trained yet) with the prompting arms on a split."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def estimated_answers(runner: ArmRunner, contest: Contest) -> AnswersEstimate:
     if missing:
         others = "; the others are kept from before" if kept else ""
         text = f"To answer: at most {missing:,} of {missing + kept:,} answers{others}."
+    if contest[0] is None:
+        text += " This counts an adapter that is not trained yet."
     if contest[1] == "test" and runner.project.config.regressions.measures:
         text += " Not counted: the suites of the regressions section."
     return AnswersEstimate(text, missing + kept, kept)
@@ -78,7 +80,7 @@ def time_limit(
     decides = {
         "advice": advice.name,
         "minutes": minutes,
-        "contest": None if contest is None else [contest[0].digest, contest[1]],
+        "contest": None if contest is None else [contest[0].digest if contest[0] else None, contest[1]],
         "tuned_retrieved": runner.settings.tuned_retrieved,
         "pilots": pilots,
     }
@@ -111,14 +113,18 @@ def choice_works(runner: ArmRunner) -> list[Work]:
 def contest_works(runner: ArmRunner, contest: Contest) -> list[Work]:
     """Return the answers of an adapter's comparison, in the order of answering.
 
-    While the best prompting arm is unknown or the test split closed, prompts may not be made, and none counts as kept.
+    While the best prompting arm or the adapter is unknown, or the test split closed, prompts may not be made, and no
+    answer counts as kept.
     """
     adapter, split = contest
     rows = runner.version.examples(split)
     advice = known_advice(runner, advice_file(runner))
-    if advice is None:
+    if advice is None or adapter is None:
         plans = [ZERO_SHOT.name, "the best prompting arm"] if split == "test" else []
-        plans += [TUNED.name, *([] if parent_of(runner, adapter) is None else [PARENT.name])]
+        plans += [
+            TUNED.name,
+            *([PARENT.name] if adapter is not None and parent_of(runner, adapter) is not None else []),
+        ]
         optional = [TUNED_CONSTRAINED.name] if runner.settings.structured_outputs is not None else []
         if (optimized := tuned_optimized(runner.optimized)) is not None:
             optional.append(optimized.name)
