@@ -94,7 +94,7 @@ def main() -> None:
             command = install(way, found[minor], str(wheel), person, constrained=True)
             check_without_torch(command, person, way, wheel)
             check_first_use(command, person, home, home / ".cache")
-            check_without_rights(command, person)
+            check_without_rights(command, person, found[minor])
             say(f"Python 3.{minor}, {way}: installs without torch; checks, reports, and fetches the example's data")
             shutil.rmtree(home.parent)
         for minor, way in [] if quick else [(oldest, "pip"), (newest, "uv")]:
@@ -208,17 +208,20 @@ def check_first_use(command: str, person: Person, work: Path, cache: Path) -> No
     assert [check["state"] for check in checks if check["name"] == "bundled base"] == ["missing"]
 
 
-def check_without_rights(command: str, person: Person) -> None:
+def check_without_rights(command: str, person: Person, python: str) -> None:
     """As somebody without rights, whose home is read-only: one error, and everything in another cache."""
     setpriv = shutil.which("setpriv")
     if os.geteuid() != 0 or setpriv is None:
         say("Not tried: a person without rights, which needs root and setpriv")
         return
+    rights = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    if subprocess.run([setpriv, *rights, python, "-c", ""], capture_output=True, check=False).returncode != 0:
+        say(f"Not tried: a person without rights, who may not run {python}")
+        return
     home, work = person.home.parent / "home", person.home.parent / "work"
     home.mkdir(mode=0o555)
     work.mkdir()
     os.chown(work, NOBODY, NOBODY)
-    rights = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     other = Person(home, person.programs, (setpriv, *rights))
     refused = other.run(command, "init", str(work / "refused"), "--example", "legal-citations", code=2)
     assert str(home / ".cache") in refused and "XDG_CACHE_HOME" in refused, refused
