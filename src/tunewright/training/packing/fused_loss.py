@@ -27,7 +27,7 @@ from tunewright.training.history import (
     REWARD_REJECTED,
 )
 from tunewright.training.packing.attention import gather
-from tunewright.training.packing.padding import PaddedBatch, padded_token_losses
+from tunewright.training.packing.padding import PaddedBatch, token_logits
 
 TILE_LOGITS = 1 << 25
 """(token, vocabulary entry) pairs whose logits are computed at once: 128 MiB in float32."""
@@ -157,12 +157,27 @@ def _tile_kl(states: Tensor, reference: Tensor, output: Any, head: Head) -> Tens
 def batch_token_losses(model: Any, batch: Any, reference: Reference | None = None) -> Tensor:
     """Return the losses of a batch's trained tokens [L]; for a packed batch `add_token_losses` prepares the model."""
     if isinstance(batch, PaddedBatch):
-        return padded_token_losses(model, batch, reference)
+        return _padded_token_losses(model, batch, reference)
     losses: Tensor = model(
         **batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets, reference=reference
     )
     assert losses.dtype == torch.float32
     return losses
+
+
+def _padded_token_losses(model: Any, batch: PaddedBatch, reference: Reference | None) -> Tensor:
+    """Return the loss of each trained token in float32 [L].
+
+    The ``reference``'s states are the base's log-probabilities [N, V] for the N tokens of replayed rows. Their losses
+    are the weighted divergences from it.
+    """
+    logits = token_logits(model, batch)
+    losses = cross_entropy(logits, batch.targets, reduction="none")
+    if reference is None:
+        return losses
+    on = logits.index_select(0, reference.indices).log_softmax(-1)
+    divergence = kl_div(on, reference.states, reduction="none", log_target=True).sum(-1)
+    return losses.index_copy(0, reference.indices, reference.weight * divergence)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

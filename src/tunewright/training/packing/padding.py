@@ -16,19 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
 from torch.nn.utils.rnn import pad_sequence
 
 from tunewright.training.packing.order import measured_batches
 from tunewright.training.packing.pack import TensorBatch, computed_tokens, plan_groups
 from tunewright.training.rows import IGNORED
-
-if TYPE_CHECKING:
-    from tunewright.training.packing.fused_loss import Reference
 
 
 @dataclass(frozen=True)
@@ -83,21 +79,6 @@ def token_logits(model: Any, batch: PaddedBatch) -> Tensor:
         logits_to_keep=batch.predicts,
     ).logits
     return logits.float()
-
-
-def padded_token_losses(model: Any, batch: PaddedBatch, reference: Reference | None = None) -> Tensor:
-    """Return the loss of each trained token in float32 [L].
-
-    The ``reference``'s states are the base's log-probabilities [N, V] for the N tokens of replayed rows. Their losses
-    are the weighted divergences from it.
-    """
-    logits = token_logits(model, batch)
-    losses = cross_entropy(logits, batch.targets, reduction="none")
-    if reference is None:
-        return losses
-    on = logits.index_select(0, reference.indices).log_softmax(-1)
-    divergence = kl_div(on, reference.states, reduction="none", log_target=True).sum(-1)
-    return losses.index_copy(0, reference.indices, reference.weight * divergence)
 
 
 @dataclass(frozen=True)
