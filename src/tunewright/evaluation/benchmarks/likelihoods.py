@@ -44,6 +44,7 @@ from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import answer_losses, head_of, judged_batches, whole_model
 from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.evidence.non_inferiority import items_needed, ratio_drop
+from tunewright.models.families import decoder_layers
 from tunewright.models.loading import context_length, text_settings
 from tunewright.training.rows import trained_spans
 from tunewright.training.self_samples import Drawn, Sampler, sample_filter
@@ -435,8 +436,7 @@ def without_layer(model: Any, number: int) -> Iterator[None]:
         given = args[0] if args else kwargs["hidden_states"]
         return (given, *output[1:]) if isinstance(output, tuple) else given
 
-    layers = whole_model(model).get_decoder().layers
-    hook = layers[number].register_forward_hook(let_through, with_kwargs=True)
+    hook = decoder_layers(whole_model(model))[number].register_forward_hook(let_through, with_kwargs=True)
     try:
         yield
     finally:
