@@ -31,10 +31,12 @@ from tunewright.models.families import (
     MLP,
     TOWERS,
     check_architecture,
+    load_config,
     module_name,
     read_shape,
     reads_images,
     resolve_targets,
+    shape_of,
     text_name,
 )
 from tunewright.models.loading import load_model, with_adapters
@@ -129,6 +131,18 @@ def test_nf4_quantizes_only_linear_layers_of_the_text_model(each: Kind, tmp_path
     assert held == {name for name, _ in model.named_modules() if name.rpartition(".")[2] in (*ATTENTION, *MLP)}
     with torch.inference_mode():
         assert model(input_ids=IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("each", ["llama", "mistral"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_shape_known_without_a_walk_is_that_of_the_model(each: Kind, biases: bool, tmp_path: Path) -> None:
+    file = build_base(tmp_path / "base", each) / "config.json"
+    # A Mistral ignores these keys.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_bias": biases, "mlp_bias": biases}))
+    architecture = check_architecture(file)
+    known, walked = read_shape(file), shape_of(load_config(file, architecture), architecture)
+    assert known.walk is None and walked.walk is not None
+    assert (known.linears, known.others) == (walked.linears, walked.others)
 
 
 def test_mixture_of_experts_is_refused_nf4_and_named_feed_forward_targets(tmp_path: Path) -> None:

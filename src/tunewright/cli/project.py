@@ -232,6 +232,7 @@ def demo(
         result = project.run(stage_done=stage_done, prompting_done=partial(show_prompting, run))
         if stage_done:
             stage_done("report", True, result.report.name)
+        run.reporter.say(f"Verdict: {result.verdict.decision}. The demo now serves the adapter to two tenants.")
         item = choose_item(load_items(result.evaluated.folder), result.evaluated.evidence.metric)
         answered = ask_three_ways(project, result, item)
         if stage_done:

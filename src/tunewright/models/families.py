@@ -153,6 +153,10 @@ class Linear:
     bias: bool
 
 
+_LLAMA = {"LlamaForCausalLM": "LlamaConfig", "MistralForCausalLM": "MistralConfig"}
+"""Architectures with the linear layers of a Llama, to the classes of their configurations."""
+
+
 @dataclass(frozen=True)
 class Walk:
     """The facts found by walking a model on the meta device."""
@@ -288,9 +292,12 @@ def require_quantizable(quantization: Quantization, shape: Shape, architecture: 
 def read_shape(path: Path) -> Shape:
     """Return the shape of the text model in a ``config.json``, with transformers' defaults for absent values.
 
-    The shape is kept by the config's digest, so that the model is walked once.
+    The dimensions of a Llama or Mistral are enough. Any other model is walked, once for each config, which needs torch.
     """
     architecture = check_architecture(path)
+    if architecture in _LLAMA:
+        with quiet_transformers():
+            return _dimensions(load_config(path, architecture), architecture, str(path))
     # As text, because some configurations have infinite numbers.
     kept = digest([version("transformers"), json.dumps(read_config(path), sort_keys=True)])
     cache = platformdirs.user_cache_path("tunewright") / "shapes" / f"{kept[:32]}.json"
@@ -314,8 +321,10 @@ def load_config(path: Path, architecture: str) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    kind = getattr(transformers, architecture, None)
-    wanted = getattr(kind, "config_class", None)
+    if architecture in _LLAMA:  # without torch there is no class of the model
+        wanted: Any = getattr(transformers, _LLAMA[architecture])
+    else:
+        wanted = getattr(getattr(transformers, architecture, None), "config_class", None)
     if wanted is None:
         raise UserError(
             f"The installed transformers ({transformers.__version__}) has no {architecture}",
@@ -330,7 +339,11 @@ def load_config(path: Path, architecture: str) -> Any:
 
 
 def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:
-    """Return the shape of the text model in transformers' configuration of a base."""
+    """Return the shape of the text model in transformers' configuration of a base, from walking the model."""
+    return _walked(_dimensions(whole, architecture, where), whole, architecture, where)
+
+
+def _dimensions(whole: Any, architecture: str, where: str) -> Shape:
     config = whole.get_text_config()
     try:
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -345,8 +358,8 @@ def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:
             vocabulary=config.vocab_size,
             # For a model with vision the top-level value counts, not the text model's own.
             tied=bool(whole.tie_word_embeddings),
-            attention_bias=False,
-            mlp_bias=False,
+            attention_bias=architecture == "LlamaForCausalLM" and bool(config.attention_bias),
+            mlp_bias=architecture == "LlamaForCausalLM" and bool(config.mlp_bias),
             experts=_one(config, "num_local_experts", "num_experts", "n_routed_experts"),
             chosen=_one(config, "num_experts_per_tok", "top_k_experts", "moe_top_k"),
         )
@@ -359,7 +372,7 @@ def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:
         or found.chosen > found.experts > 0
     ):
         raise UserError(f"Invalid model sizes: {json.dumps(asdict(found))}", where=where)
-    return _walked(found, whole, architecture, where)
+    return found
 
 
 def _largest(config: Any, name: str) -> int:
