@@ -29,10 +29,10 @@ from tunewright.studio.words import (
             Advice("Delete the rows.", ("/review", "Review"), "Or correct them in `tunewright data review`."),
         ),
         ("Use --restore to add them.", Advice("", None, "Use --restore to add them.")),
-        ("Set data.split_by: input.", Advice("", None, "", "Set data.split_by: input.")),
+        ("Set data.split_by: input.", Advice("", None, "", "Set data.split_by: input.", "data.split_by")),
         (
             "Add pairs. Set train.epochs lower. Or pass --force.",
-            Advice("Add pairs.", None, "Or pass --force.", "Set train.epochs lower."),
+            Advice("Add pairs.", None, "Or pass --force.", "Set train.epochs lower.", "train.epochs"),
         ),
         ("Look at data.csv and train.py.", Advice("Look at data.csv and train.py.", None, "")),
         ("Trust it: tunewright keys trust ann", Advice("", None, "Trust it: tunewright keys trust ann")),

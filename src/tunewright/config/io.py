@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -248,8 +249,11 @@ def _yaml(value: Any) -> str:
     plain = list(value) if isinstance(value, tuple) else value
     if isinstance(value, BaseModel):
         plain = value.model_dump(exclude_unset=True)
+    style = '"' if isinstance(value, str) and "\n" in value else None
     return (
-        yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+        yaml.safe_dump(plain, default_flow_style=True, default_style=style, width=10_000_000, allow_unicode=True)
+        .removesuffix("...\n")
+        .strip()
     )
 
 
@@ -259,8 +263,7 @@ def write_section(path: Path, wanted: TrainConfig | DataConfig | EvaluateConfig)
     Comments, order and other keys survive. The YAML parser finds the places, and the result is parsed again
     before it is written. If a key cannot be changed in place, an error is raised and nothing is written.
     """
-    raw = path.read_bytes()
-    mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
+    mark, text = _marked_text(path)
     before = current = parse_config(text, path)
     section = next(name for name in Config.model_fields if _section(name) is type(wanted))
     written: dict[str, Any] = {}
@@ -284,6 +287,45 @@ def write_section(path: Path, wanted: TrainConfig | DataConfig | EvaluateConfig)
     return written
 
 
+def set_keys(path: Path, values: Mapping[str, Any]) -> None:
+    """Write these values by their dotted keys, such as ``train.epochs``; see :func:`with_keys`."""
+    mark, text = _marked_text(path)
+    write_text(path.resolve(), mark + with_keys(text, path, values))
+
+
+def with_keys(text: str, path: Path, values: Mapping[str, Any]) -> str:
+    """Return the config's text with these values in place; comments, order and all other keys stay.
+
+    Raises:
+        UserError: the text or a value is invalid, or a key is written in a way that cannot be changed in place.
+    """
+    parse_config(text, path)
+    wanted = yaml.load(text, Loader=_Loader) or {}
+    for dotted, value in values.items():
+        section, _, key = dotted.rpartition(".")
+        within = wanted
+        if section:
+            within = wanted[section] = wanted.get(section) or {}
+        within[key] = value
+        edited = _with_value(text, section, key, _yaml(value))
+        try:
+            changed = edited is not None and yaml.load(edited, Loader=_Loader) == wanted
+        except yaml.YAMLError:
+            changed = False
+        if edited is None or not changed:
+            what = f"{dotted} is written in a way that cannot be changed in place; nothing was changed"
+            raise UserError(what, where=str(path), fix=f"Edit it yourself: {dotted}: {_yaml(value)}")
+        text = edited
+    parse_config(text, path)
+    return text
+
+
+def _marked_text(path: Path) -> tuple[str, str]:
+    """Return a file's byte order mark, if it has one, and its text with its line ends."""
+    raw = path.read_bytes()
+    return ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
+
+
 def _edited(text: str, path: Path, before: Config, section: str, key: str, value: Any) -> tuple[str, Config] | None:
     """Return the text with this value, and its config, if all other sections are unchanged."""
     edited = _with_value(text, section, key, _yaml(value))
@@ -298,15 +340,18 @@ def _edited(text: str, path: Path, before: Config, section: str, key: str, value
 
 
 def _with_value(text: str, within: str, key: str, spelt: str) -> str | None:
-    """Return the text with ``key`` of the section set; None if that is impossible in place."""
+    """Return the text with ``key`` of the section (empty: of the top level) set; None if impossible in place."""
     newline = "\r\n" if "\r\n" in text else "\n"
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    section = _pair(root, within)
+    section = _pair(root, within or key)
+    if not within and section is not None:
+        return _replace(text, *section, spelt)
     if section is None:
         if isinstance(root, yaml.MappingNode) and root.flow_style:  # {name: a}
-            return _into_flow(text, root, f"{within}: {{{key}: {spelt}}}")
+            return _into_flow(text, root, f"{within}: {{{key}: {spelt}}}" if within else f"{key}: {spelt}")
         ended = text if not text or text.endswith("\n") else text + newline
-        return f"{ended}{within}:{newline}  {key}: {spelt}{newline}"
+        lead = f"{within}:{newline}  " if within else ""
+        return f"{ended}{lead}{key}: {spelt}{newline}"
     name, values = section
     if isinstance(values, yaml.ScalarNode):  # an empty section
         if values.value:
@@ -335,6 +380,12 @@ def _replace(text: str, name: yaml.Node, value: yaml.Node, spelt: str) -> str | 
         # A list with a line for each item becomes a flow list behind the key.
         start, end = name.end_mark.index, value.value[-1].end_mark.index
         return None if "#" in text[start:end] else _replaced(text, start, end, f": {spelt}")
+    if isinstance(value, yaml.ScalarNode) and value.style in ("|", ">"):
+        # A block's end is the start of what follows it, and a comment may stand on its first line.
+        block = text[start:end]
+        end -= len(block) - len(block.rstrip())
+        if "#" in block.partition("\n")[0]:
+            return None
     # Anything but a colon and spaces between them is a comment.
     return _replaced(text, start, end, spelt) if between.strip() == ":" else None
 

@@ -202,7 +202,15 @@ class Studio:
             visit = Visit(project, session, form, path, place, query, self._cache, self._jobs, self._templates)
             # Several people use one studio: git's user.name is not theirs.
             with authored_by(session.reviewer):
-                return handler(visit)
+                try:
+                    return handler(visit)
+                except (UserError, ModuleNotFoundError) as error:
+                    refusal = missing_extra(error) or error
+                    if not isinstance(refusal, UserError):
+                        raise
+                    page = visit.page("error.html.j2", "Not done", **self._shown(refusal))
+                    page.status_code = 400
+                    return page
 
     async def _sign_in_page(self, request: Request) -> Response:
         if self._visitor is not None:
@@ -318,8 +326,12 @@ class Studio:
         error = missing_extra(error) or error
         if not isinstance(error, UserError):
             raise error
-        texts = (error.what, error.where or "", error.fix or "")
-        return self._error(400, *(text.replace(f"{self._root}/", "") for text in texts))
+        return self._error(400, **self._shown(error))
+
+    def _shown(self, error: UserError) -> dict[str, str]:
+        """Return a refusal's texts with paths relative to the project's folder."""
+        texts = {"what": error.what, "where": error.where or "", "fix": error.fix or ""}
+        return {name: text.replace(f"{self._root}/", "") for name, text in texts.items()}
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

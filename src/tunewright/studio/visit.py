@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -154,9 +155,12 @@ class Visit:
     def page(self, template: str, title: str, **values: Any) -> Response:
         """Return a page."""
         folder = self.project.folder
+        name = folder.root.name
+        with suppress(UserError):  # a config with a fault, which a page reports
+            name = folder.config.name if folder.has_config else name
         text = self.templates.get_template(template).render(
             title=title,
-            project=folder.config.name if folder.has_config else folder.root.name,
+            project=name,
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
             here=self.path,

@@ -14,6 +14,23 @@ ROLES = {"system": "Instructions", "user": "Question", "assistant": "Answer", "t
 TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
 """A role at the beginning of a line."""
 
+SETTINGS = {
+    "base_model": "Base model",
+    "data.sources": "Files that the whole pipeline adds, one a line",
+    "data.system_prompt": "System prompt",
+    "data.split_by": "Rows that stay in one split",
+    "data.val_size": "Share of dev rows",
+    "data.test_size": "Share of test rows",
+    "train.preset": "Preset",
+    "train.epochs": "Epochs",
+    "train.learning_rate": "Learning rate",
+    "evaluate.metric": "Metric",
+    "evaluate.margin": "Smallest gain that is worth shipping",
+    "judge.base_url": "Address of the judge's API",
+    "judge.model": "Judge's model",
+    "judge.api_key_env": "Variable with the judge's API key",
+}
+"""Keys of the config on the page Settings, with their labels."""
 
 _PAGES = {
     "data review": ("/review", "Review"),
@@ -57,6 +74,8 @@ class Advice:
     """Sentences with a command or an option."""
     setting: str = ""
     """Sentences with a key of ``tunewright.yaml``."""
+    field: str = ""
+    """The first such key that the page Settings has."""
 
 
 def advice(fix: str | None) -> Advice:
@@ -78,7 +97,9 @@ def _parted(sentences: list[str], kept: int) -> Advice:
             part = "terminal" if in_terminal else "setting" if _SETTING.search(each) else "plain"
         parts[part].append(each)
     plain, setting, terminal = map(" ".join, parts.values())
-    return Advice(plain, _page_of(terminal), terminal, setting)
+    # An advice for the terminal can name a key too.
+    field = next((key for key in _SETTING.findall(f"{setting} {terminal}") if key in SETTINGS), "")
+    return Advice(plain, _page_of(terminal), terminal, setting, field)
 
 
 def _page_of(text: str) -> tuple[str, str] | None:

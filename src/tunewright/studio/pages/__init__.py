@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import compare, data, deploy, evaluate, playground, project, review, tenants, training
+from tunewright.studio.pages import (
+    compare,
+    data,
+    deploy,
+    evaluate,
+    playground,
+    project,
+    review,
+    settings,
+    tenants,
+    training,
+)
 from tunewright.studio.visit import Handler
 
-_PAGES = (project, data, review, evaluate, compare, training, deploy, tenants, playground)
+_PAGES = (project, data, review, settings, evaluate, compare, training, deploy, tenants, playground)
 HANDLERS: tuple[tuple[tuple[str, str], Handler], ...] = tuple(item for page in _PAGES for item in page.HANDLERS.items())
 """Each page's method and path, with its function."""
