@@ -62,6 +62,18 @@ def test_evaluation_counts_its_answers_before_it_is_started(project: Path) -> No
         assert Jobs(project / ".tunewright" / "jobs", project).all() == []
 
 
+def test_plan_of_the_next_training_stands_above_its_button(project: Path) -> None:
+    version = library.open(project).data.version()
+    with restarted(project) as browser:
+        page = unescape(browser.get("/train"))
+        plan = page[: page.index('value="train"')]
+        count = len(version.examples("train"))
+        assert f"{count:,} train rows of version {version.digest[:12]}" in plan
+        assert f"{-(-count // 8):,}: 1 epoch with 8 rows a step" in plan
+        assert "preset all-linear, learning rate 0.003" in plan and "Fits: micro-batch 8" in plan
+        assert "by an earlier training on this base" in plan
+
+
 @pytest.mark.slow
 def test_evaluation_is_started_and_limited_by_buttons(project: Path) -> None:
     jobs = Jobs(project / ".tunewright" / "jobs", project)

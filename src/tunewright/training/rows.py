@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from tunewright.chat.format import ChatFormat, RenderedRow, Tokens
 from tunewright.chat.tool_calls import declared_functions
-from tunewright.config import ReasoningMode
+from tunewright.config import ReasoningMode, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.workers import THIS_PROCESS, Workers, slices
@@ -49,6 +50,11 @@ class EncodedRows:
     too_long: list[LongRow]
     faults: list[str]
     """Reasons why examples cannot be trained on, each with the example's name."""
+
+
+def total_steps(settings: TrainConfig, rows: int) -> int:
+    """Return the optimizer steps of a run on ``rows`` training rows."""
+    return math.ceil(rows / settings.batch_size) * settings.epochs
 
 
 def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int) -> EncodedRows:

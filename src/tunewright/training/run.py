@@ -36,16 +36,11 @@ from tunewright.training.memory import MicroBatch
 from tunewright.training.monitoring import DevTask, EvaluationCallback, MetricsCallback
 from tunewright.training.packing.order import Sharing, resolve_sharing
 from tunewright.training.packing.padding import Padding, measure_padding
-from tunewright.training.rows import as_columns, render_digest
+from tunewright.training.rows import as_columns, render_digest, total_steps
 
 if TYPE_CHECKING:
     # Imported where they are used: a run without them needs no part of the dataset's code.
     from tunewright.training.preference_pairs import PreferenceRows
-
-
-def total_steps(settings: TrainConfig, rows: int) -> int:
-    """Return the optimizer steps of a run on ``rows`` training rows."""
-    return math.ceil(rows / settings.batch_size) * settings.epochs
 
 
 def evaluation_interval(settings: TrainConfig, steps: int) -> int:

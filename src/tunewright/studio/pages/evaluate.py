@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, Response
 
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.api import Project
+from tunewright.config import metric_name
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.review.label_models import excerpt
@@ -93,6 +94,8 @@ def evaluate_page(visit: Visit) -> Response:
         choices=choices,
         first=choices[0] if choices else None,
         items=_items(visit) if manifest else "",
+        metric=metric_label(metric_name(folder.config.evaluate.metric)),
+        settings=folder.config.evaluate,
         runs=bool(folder.config.data.sources),
         hosted=[each.name for each in folder.config.evaluate.incumbents],
         running=visit.jobs.running(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from tunewright.advisor.training_plan import training_plan
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import downsample, duration
@@ -39,10 +40,17 @@ class _Summary:
 
 def train_page(visit: Visit) -> Response:
     """Show all runs, sweeps and learning curves, and the forms that start one."""
-    runs = visit.project.runs
+    runs, folder = visit.project.runs, visit.project.folder
+    plan: list[Table] = []
+    if (current := current_manifest(folder.dataset)) is not None:
+        # A training that ends tells the time of the next one.
+        trained = sorted(path.name for path in (*folder.adapters.glob("[!.]*"), *folder.pilot_adapters.glob("[!.]*")))
+        deciding = (current.digest, folder.config, trained)
+        plan = [visit.cache.once("plan", deciding, lambda: training_plan(visit.project))]
     return visit.page(
         "train.html.j2",
         "Train",
+        plan=plan,
         runs=[_summary(run) for run in runs.list()],
         sweeps=runs.sweeps(),
         curves=runs.curves(),

@@ -29,8 +29,7 @@ from tunewright.models.loading import context_length, load_model, text_settings
 from tunewright.training.checkpoints import latest_complete_checkpoint, step_of
 from tunewright.training.monitoring import DivergedError
 from tunewright.training.proving import proved
-from tunewright.training.rows import require_min_examples, training_rows
-from tunewright.training.run import total_steps
+from tunewright.training.rows import require_min_examples, total_steps, training_rows
 from tunewright.training.self_samples import draw_replay
 from tunewright.training.sweep.ledger import Head, Ledger
 from tunewright.training.sweep.successive_halving import (
