@@ -20,7 +20,7 @@ from tunewright.core.io import digest
 from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict
 from tunewright.report.items import SHOWN_FIXED, SHOWN_STILL_WRONG
-from tunewright.report.page import render_report
+from tunewright.report.page import render_report, summary
 
 ITEMS = make_items(60)
 EVIDENCE = make_evidence(ITEMS, also=["bleu"])
@@ -76,7 +76,12 @@ def _read() -> _Reader:
 def test_report_begins_with_the_verdict_and_its_reasons() -> None:
     result = verdict(EVIDENCE)
     made = "Measured on 2026-11-02, with the base smollm2-135m-instruct, on data set court-citations (version "
-    texts = (f"Ship {result.summary} {made}", *result.reasons, "Arms on the test split", "Lineage")
+    texts = (
+        f"{summary(EVIDENCE).answer} {result.summary} {made}",
+        *result.reasons,
+        "Arms on the test split",
+        "Lineage",
+    )
     places = [_read().text.index(text) for text in texts]
     assert places == sorted(places)
 

@@ -236,6 +236,8 @@ def test_project_page_names_the_next_step(browser: Browser, project: Path) -> No
     page = browser.get("/")
     assert "Not reviewed" in page and "tunewright train" in page
     assert "Compare blind" in page
+    assert page.count('class="tag">next') == 1
+    assert "Can’t tell: " in page and "Measure on all rows" in page
     (project / "tunewright.yaml").write_text("name: [")
     refused = browser.client.get("/")
     assert refused.status_code == 400 and "tunewright.yaml" in refused.text and "Traceback" not in refused.text

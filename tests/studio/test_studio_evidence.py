@@ -18,6 +18,7 @@ from making.studio_client import Browser, restarted
 from tunewright.evidence.files import EVIDENCE_FILE, ITEMS_FILE, PROMPTS_FILE
 from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict
+from tunewright.report.page import summary
 
 pytest_plugins = ["studio_fixtures"]
 
@@ -55,6 +56,12 @@ def test_evaluation_is_shown_with_its_verdict_and_contrasts(browser: Browser, it
         # The plain words first; the test's name is folded behind them and explained.
         assert shown.index(found.summary) < shown.index("<summary>Interval and test") < shown.index("(exact McNemar")
         assert "<dt>McNemar</dt>" in shown
+    answer = summary(make_evidence(items))
+    home = unescape(browser.get("/"))
+    assert answer.answer == "Ship: 67 of 100 right; the best prompt gets 30"
+    assert (
+        home.index(answer.answer) < home.index(found.summary) < home.index(answer.made)
+    )
     assert "tuned − retrieved-4" in page and f"/report/{EVALUATION}" in page
 
 

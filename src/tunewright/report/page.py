@@ -101,7 +101,11 @@ class Summary:
     """The verdict at a glance."""
 
     headline: str
+    answer: str
+    """The decision with both scores, in one short sentence."""
     tone: str
+    bars: tuple[tuple[float, str], ...]
+    """Both scores in percent with their colours, if they are shares of right answers."""
     measured: str
     """The measurement in plain words."""
     made: str
@@ -117,10 +121,15 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
     result, first = decided(evidence, known), evidence.contrasts[0]
     treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)
     better, worse = changed_words(evidence, first.metric)
-    ours, theirs = (score_text(evidence.metric, arm.score(evidence.metric).value) for arm in (treatment, control))
+    values = [arm.score(evidence.metric).value for arm in (treatment, control)]
+    ours, theirs = (score_text(evidence.metric, value) for value in values)
     tone = "" if control.kind == "zero-shot" else "prompting"
     return Summary(
         headline=result.headline,
+        answer=_answer(evidence, result.headline, ours, theirs),
+        bars=tuple((round(100 * value, 1), tone) for value, tone in zip(values, ("tuned", "prompting"), strict=True))
+        if evidence.metrics[first.metric].kind == "right or wrong"
+        else (),
         tone=_TONES[result.decision],
         measured=result.summary,
         made=_made(evidence),
@@ -133,6 +142,14 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
         ),
         meaning=_meaning(evidence),
     )
+
+
+def _answer(evidence: Evidence, headline: str, ours: str, theirs: str) -> str:
+    first = evidence.contrasts[0]
+    if evidence.metrics[first.metric].kind != "right or wrong":
+        return f"{headline}: the adapter scores {ours}; the best prompt scores {theirs}"
+    right = [round(100 * evidence.arm(name).score(first.metric).value) for name in (first.treatment, first.control)]
+    return f"{headline}: {right[0]} of 100 right; the best prompt gets {right[1]}"
 
 
 def _made(evidence: Evidence) -> str:

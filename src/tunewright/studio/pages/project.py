@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import urlencode
 
@@ -21,13 +21,14 @@ from tunewright.metrics import score_text
 from tunewright.models.sources import BUNDLED, has_packaged
 from tunewright.open_project import new_project, project_name
 from tunewright.render.blocks import Cell, Table, table, words
+from tunewright.report.page import summary
 from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job, refusal, served
 from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import EVALUATE_PAGE, ListedEvaluation, evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
 
-_COMMANDS = ("advise", "train", "evaluate", "run")
+_COMMANDS = ("advise", "train", "evaluate", "crossval", "run")
 _ON_CLUSTER = (*_COMMANDS, SERVER)
 """Commands whose work the machines of ``compute.cluster`` share."""
 _LONG = ("evaluate", "run")
@@ -36,6 +37,7 @@ _AFTER = {
     "advise": ("/", "the next step of the project"),
     "train": (EVALUATE_PAGE, "evaluate the adapter"),
     "evaluate": ("/", "the result and the next step"),
+    "crossval": ("/", "the result and the next step"),
     "run": ("/", "the result and the next step"),
 }
 """The page that continues after a command."""
@@ -66,15 +68,22 @@ class Stage:
 def project_page(visit: Visit) -> Response:
     """Show the stages of the pipeline, what to do next, the evaluations and the jobs."""
     evaluations = evaluations_of(visit.project)
+    newest = next((each for each in evaluations if each.on_test), None)
     return visit.page(
         "project.html.j2",
         "Project",
         stages=stages(visit.project, evaluations, lambda: visit.version),
         evaluations=evaluations[:_NEWEST],
+        newest=newest,
+        answer=None if newest is None or newest.evidence is None else summary(newest.evidence),
         jobs=_jobs_table(visit.jobs.all()[:_NEWEST]),
         running=visit.jobs.running(),
         # `run` adds the files that the config lists; a project made in the browser lists no file.
-        commands=[name for name in _COMMANDS if name != "run" or visit.project.folder.config.data.sources],
+        commands=[
+            name
+            for name in _COMMANDS
+            if name != "crossval" and (name != "run" or visit.project.folder.config.data.sources)
+        ],
     )
 
 
@@ -126,7 +135,19 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
         found.append(Stage("Verdict", "done", newest.verdict, link=link, next_step=after))
         if any(each.verdict == "ship" for each in measured):
             found.append(_deploy_stage(project))
-    return found
+    return _with_one_next(found)
+
+
+def _with_one_next(found: Sequence[Stage]) -> list[Stage]:
+    """Return the stages with one *next*: after the last one done; then the verdict's own step; then what was passed."""
+    done = max((place for place, stage in enumerate(found) if stage.state == "done"), default=-1)
+    marked = [place for place, stage in enumerate(found) if stage.state == "next"]
+    own = [place for place, stage in enumerate(found) if stage.next_step]
+    chosen = next(iter([*(place for place in marked if place > done), *own, *marked]), None)
+    return [
+        replace(stage, state="next" if place == chosen else "open" if stage.state == "next" else stage.state)
+        for place, stage in enumerate(found)
+    ]
 
 
 def advice_against_training(found: Sequence[Stage]) -> str:
