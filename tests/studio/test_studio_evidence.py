@@ -59,9 +59,7 @@ def test_evaluation_is_shown_with_its_verdict_and_contrasts(browser: Browser, it
     answer = summary(make_evidence(items))
     home = unescape(browser.get("/"))
     assert answer.answer == "Ship: 67 of 100 right; the best prompt gets 30"
-    assert (
-        home.index(answer.answer) < home.index(found.summary) < home.index(answer.made)
-    )
+    assert home.index(answer.answer) < home.index(found.summary) < home.index(answer.made)
     assert "tuned − retrieved-4" in page and f"/report/{EVALUATION}" in page
 
 

@@ -92,7 +92,7 @@ def test_allowed_answers_become_the_metric_choices(browser: Browser, project: Pa
         "choices": ("granted", "denied")
     }
     assert shown(browser.get("/settings"))["evaluate.metric"] == "choices"
-    saved(browser, evaluate_metric='{"exact_match": {"ignore_case": true}}')
+    saved(browser, evaluate_metric="{exact_match: {ignore_case: true}}")
     metric = load_config(project / "tunewright.yaml").evaluate.model_dump()["metric"]
     assert metric["exact_match"]["ignore_case"] is True
 

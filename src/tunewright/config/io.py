@@ -72,6 +72,17 @@ def parse_config(text: str, path: Path) -> Config:
         raise _explain(error.errors(include_url=False), lines, path) from None
 
 
+def parse_value(text: str) -> Any:
+    """Return the value of a YAML text, such as ``{choices: [a, b]}``; raise a ValueError that says what is wrong."""
+    try:
+        _require_bounded(text, Path("the value"))
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (_InvalidScalarError, UserError) as error:
+        raise ValueError(f"Invalid value: {error}") from None
+
+
 def _require_bounded(text: str, path: Path) -> None:
     """Refuse constructs that expand a short text to a large or endless value, before PyYAML builds it."""
     depth = 0

@@ -11,12 +11,11 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from tunewright.config import Config, metric_name
-from tunewright.config.io import load_config, set_keys, with_keys
+from tunewright.config.io import load_config, parse_value, set_keys, with_keys
 from tunewright.config.metrics import Choices, PlainMetric
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.options import TaskName
-from tunewright.core.strict_json import parse_json
 from tunewright.data.task import TASKS, Task, task_of
 from tunewright.data.versions import current_manifest
 from tunewright.studio.visit import Handlers, Visit
@@ -67,7 +66,9 @@ def _field(key: str, label: str) -> _Field:
 
 
 _ALLOWED = _Field(_CHOICES, "Allowed answers, one a line", "lines", "With the metric choices, other answers are wrong.")
-_FIELDS = {key: _field(key, label) for key, label in SETTINGS.items()} | {_CHOICES: _ALLOWED}
+_FIELDS: dict[str, _Field] = {}
+for _key, _label in SETTINGS.items():
+    _FIELDS |= {_key: _field(_key, _label)} | ({_CHOICES: _ALLOWED} if _key == _METRIC else {})
 
 
 def _texts(config: Config) -> dict[str, str]:
@@ -102,7 +103,7 @@ def _value(field: _Field, text: str) -> Any:
                 return number(text)
             except ValueError:
                 continue
-    return parse_json(text) if text.startswith("{") else text or None
+    return parse_value(text) if text.startswith("{") else text or None
 
 
 def _values(texts: Mapping[str, str], changed: set[str]) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def save_settings(visit: Visit) -> Response:
         try:
             with_keys(text, path, _values(typed, {name}))
         except (UserError, ValueError) as refusal:
-            what = refusal.what if isinstance(refusal, UserError) else f"not valid JSON ({refusal})"
+            what = refusal.what if isinstance(refusal, UserError) else str(refusal)
             refusals[name] = what.removeprefix(f"{name}: ")
     if refusals:
         return _page(visit, typed, known, refusals={"": "Nothing was saved: see the marked settings.", **refusals})
