@@ -14,6 +14,7 @@ from making.terminal import Terminal
 from tunewright.cli import commands
 from tunewright.core.progress import LogReporter
 from tunewright.data.review.report import review_status
+from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.session import ReviewSession
 from tunewright.data.versions import load_version
 
@@ -85,6 +86,16 @@ def test_review_edit_opens_the_editor_and_creates_a_version(
     assert _status(project) == (
         "under review: 1 of 1 wrong, at least 111 more to check, 1 checked in an earlier version"
     )
+
+
+def test_enter_takes_the_answer_that_other_rows_suggest(project: Path, press: list[str]) -> None:
+    suspects = tunewright("data", "suspects", "-p", project, "--json").document["suspects"]
+    first = next(each for each in suspects if each["suggested"])
+    press += ["s"] * suspects.index(first) + ["\r", "q"]
+    ran = tunewright("data", "review", "--suspects", "--reviewer", "ada", "-p", project)
+    assert f"Enter {first['suggested']}, as other rows suggest" in ran.stderr
+    judged = read_reviews(project / "dataset").current_verdicts(first["key"])["ada"]
+    assert (judged.verdict, judged.output) == ("edit", first["suggested"])
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_verdicts_are_those_of_the_command_line(browser: Browser, project: Path)
     assert "0 of 1 wrong" in browser.judge("right")
     second = row_key(browser.get("/review"))
     assert second != first
-    assert "1 of 2 wrong" in browser.judge("edit", output="another answer")
+    assert "1 of 2 wrong" in browser.judge("edit", output="another answer", new_label="another answer")
     assert "The answer is empty" in browser.judge("edit", output=" ")
     review = library.open(project).data.review("ada")
     current = {key: review.log.current_verdicts(key)["ada"] for key in (first, second)}
@@ -123,7 +123,7 @@ def test_name_lasts_over_a_restart_and_signs_every_write(project: Path) -> None:
     ):
         again = Browser(client)
         assert "Reviewer: Zoë Łuk" in again.get("/review")
-        again.judge("edit", output="another answer")
+        again.judge("edit", output="another answer", new_label="another answer")
         again.send("/review/apply", "/review")
         again.send("/tenants", "/tenants", name="acme", alias="courts")
         opened_now = library.open(project)
@@ -160,7 +160,7 @@ def test_sign_in_asks_for_the_name_and_leads_back_to_the_page(url: str) -> None:
 def test_edits_become_a_version(browser: Browser, project: Path) -> None:
     before = library.open(project).data.version().digest
     browser.judge("right")
-    browser.judge("edit", output="another answer")
+    browser.judge("edit", output="another answer", new_label="another answer")
     needed = library.open(project).data.review("ada").needed
     assert "2 judgements of the random sample carry over to the new version" in browser.get("/review/edits")
     made = browser.send("/review/apply", "/review", message="from the studio")

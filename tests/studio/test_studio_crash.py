@@ -65,7 +65,9 @@ def test_killed_studio_loses_only_the_keystroke_and_the_review_is_finished_after
         for action in ("right", "edit", "right", "undo", "right", "skip", "undo", "right", "right"):
             key = _row(browser)
             assert key is not None
-            browser.judge(action, **({"output": "a better answer"} if action == "edit" else {}))
+            browser.judge(
+                action, **({"output": "a better answer", "new_label": "a better answer"} if action == "edit" else {})
+            )
             if action == "undo":
                 said.popitem()
             else:

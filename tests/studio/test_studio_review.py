@@ -68,6 +68,24 @@ def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(brows
     assert outcome is None or outcome.checked == 0
 
 
+def test_answers_that_rows_have_are_buttons_and_enter_takes_the_suggested_one(browser: Browser, project: Path) -> None:
+    data = library.open(project).data
+    suspect = data.suspects().suspects[0]
+    stored = {member.key: member.example.output for member in data.version().domain}
+    html = browser.get("/review/suspects")
+    assert row_key(html) == suspect.key and suspect.suggested
+    assert f'name="label" value="{suspect.suggested}" data-key="enter"' in html
+    offered = re.findall(r'name="label" value="([^"]+)" form="judge" data-key="(\d+)"', html)
+    assert {label for label, _ in offered} == set(stored.values()) - {stored[suspect.key]}
+    browser.send("/review/suspects", "/review/suspects", label=suspect.suggested)
+    judged = read_reviews(project / "dataset").current_verdicts(suspect.key)["ada"]
+    assert (judged.verdict, judged.output) == ("edit", suspect.suggested)
+    key = row_key(browser.get("/review"))
+    typed = browser.send("/review", "/review", label="mauve", output="typed before").text
+    assert "No verdict was recorded: you changed the answer." in typed and "typed before</textarea>" in typed
+    assert read_reviews(project / "dataset").current_verdicts(key) == {}
+
+
 @pytest.mark.slow
 def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> None:
     refused = browser.send("/review/find-suspects", "/review/suspects", adapter="--help")
@@ -100,7 +118,10 @@ def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: P
     shown = browser.judge("preview", output=f"{stored} <i>now</i>")
     assert f"{stored}<ins> &lt;i&gt;now&lt;/i&gt;</ins>" in shown
     assert read_reviews(project / "dataset").current_verdicts(key) == {}, "a look records nothing"
-    saved = browser.judge("edit", output="teal again")
+    asked = browser.judge("edit", output="teal again")
+    assert "No row has the answer &#34;teal again&#34;. To add it, save the edit again." in asked
+    assert read_reviews(project / "dataset").current_verdicts(key) == {}
+    saved = browser.judge("edit", output="teal again", new_label="teal again")
     assert f"Edit saved: <del>{stored}</del><ins>teal again</ins>" in saved and "[-" not in saved
     edits = browser.get("/review/edits")
     assert f"<del>{stored}</del><ins>teal again</ins>" in edits and "1 to apply" in edits

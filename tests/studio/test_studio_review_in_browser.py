@@ -9,12 +9,14 @@ import pytest
 from attacks import ATTACKS, PLANTED
 
 import tunewright as library
-from making.browser import AXE, EXECUTABLE, axe_faults, faults, press_to_next, row_key, show, signed_in
+from making.browser import AXE, EXECUTABLE, axe_faults, chromium, faults, press_to_next, row_key, show, signed_in
 from making.command_line import pairs, tunewright, write_jsonl
 from making.evidence import make_items
 from making.human_evaluations import begin, save
 from tunewright.data.review.reviews import ReviewLog, read_reviews
 from tunewright.data.review.session import ReviewItem
+from tunewright.serving.gateway.server import serving
+from tunewright.studio import Studio
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -110,6 +112,29 @@ def test_each_key_of_a_row(page: Page, project: Path) -> None:
         assert _reviews(project).current_verdicts(second)["ada"].verdict == verdict
         press_to_next(page, "u")
         assert _reviews(project).current_verdicts(second) == {}
+
+
+def test_enter_takes_the_suggested_answer_and_a_number_another_one(tmp_path: Path) -> None:
+    (tmp_path / "tunewright.yaml").write_text("name: labels\n")
+    rows = pairs(120)
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    assert tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path).code == 0
+    suspects = {suspect.key: suspect for suspect in library.open(tmp_path).data.suspects().suspects}
+    studio = Studio(tmp_path, "ada")
+    with serving(studio.app()) as url, chromium() as browser:
+        page = signed_in(browser, studio.address(url))
+        page.goto("/review/suspects")
+        first = row_key(page)
+        press_to_next(page, "Enter")
+        assert _reviews(tmp_path).current_verdicts(first)["ada"].output == suspects[first].suggested
+        second = row_key(page)
+        button = page.locator("#labels button").last
+        number, label = button.get_attribute("data-key"), button.get_attribute("value")
+        assert number is not None and len(number) == len(str(len({row["completion"] for row in rows})))
+        for digit in number[:-1]:
+            page.keyboard.press(digit)
+        press_to_next(page, number[-1])
+        assert _reviews(tmp_path).current_verdicts(second)["ada"].output == label
 
 
 def test_typed_note_goes_with_any_verdict(page: Page, project: Path) -> None:

@@ -123,6 +123,7 @@ def edit_text(text: str) -> str | None:
 
 KEYS = "r right   w wrong   e edit   s skip   n note   u undo   q quit"
 
+
 Judge = Annotated[
     str | None,
     typer.Option(
@@ -218,6 +219,10 @@ def _ask(run: Session, review: ReviewSession) -> None:
         "e": lambda card: review.edit(card, edit_text(review.draft(card))),
         "n": lambda card: review.note(card, read_note(run)),
     }
+    for enter in "\r\n":
+        actions[enter] = lambda card: (
+            review.edit(card, card.suggested) if card.suggested else "No row suggests another answer."
+        )
     annotate(run, review, lambda card: _screen(review, card, nearest), actions)
 
 
@@ -239,7 +244,8 @@ def _screen(review: ReviewSession, card: ReviewItem, nearest: NeighborIndex) -> 
     ]
     if card.why is not None:
         parts.append(Text(card.why, style="yellow"))
-    return [*parts, *_verdict_lines(review, card), Text(KEYS, style="bold")]
+    accept = [Text(visible(f"Enter {card.suggested}, as other rows suggest"), style="bold")] if card.suggested else []
+    return [*parts, *_verdict_lines(review, card), *accept, Text(KEYS, style="bold")]
 
 
 def _verdict_lines(review: ReviewSession, card: ReviewItem) -> list[RenderableType]:

@@ -40,6 +40,8 @@ class Suspect:
     score: float
     reason: Reason
     detail: str
+    suggested: str = ""
+    """The answer that other rows suggest instead; empty if they suggest none, and in lists of earlier versions."""
 
 
 def rank_by_centroids(members: Sequence[Member], answers: Sequence[str], reporter: Reporter) -> list[Suspect]:
@@ -84,13 +86,14 @@ def rank_by_centroids(members: Sequence[Member], answers: Sequence[str], reporte
     for row in np.lexsort((np.arange(len(members)), -likes[:, 1], -scores, _echoes(members))).tolist():
         if scores[row] < 0:
             continue
+        suggested = str(names[nearest[row]]) if likes[row, 1] > likes[row, 0] else ""
         detail = (
-            f"rows with {excerpt(str(names[nearest[row]]))} are more like it ({likes[row, 1]:.2f}) than the others "
+            f"rows with {excerpt(suggested)} are more like it ({likes[row, 1]:.2f}) than the others "
             f"with its answer ({likes[row, 0]:.2f})"
-            if likes[row, 1] > likes[row, 0]
+            if suggested
             else f"the others with its answer are not much like it ({likes[row, 0]:.2f})"
         )
-        found.append(Suspect(members[row].key, float(scores[row]), "label", detail))
+        found.append(Suspect(members[row].key, float(scores[row]), "label", detail, suggested))
     return found
 
 
@@ -140,14 +143,16 @@ def rank_by_classifier(
             continue
         margins[members[row].key] = float(scores[row])
         guess = int(np.argmax(probabilities[row]))
+        likely = str(names[guess])
         own = float(probabilities[row, labels[row]])
         detail = (
-            f"other rows suggest {excerpt(str(names[guess]))} ({probabilities[row, guess]:.0%}) "
+            f"other rows suggest {excerpt(likely)} ({probabilities[row, guess]:.0%}) "
             f"rather than {excerpt(str(names[labels[row]]))} ({own:.0%})"
             if guess != labels[row]
-            else f"other rows suggest {excerpt(str(names[guess]))} with {own:.0%} only"
+            else f"other rows suggest {excerpt(likely)} with {own:.0%} only"
         )
-        found.append(Suspect(members[row].key, 1 - float(scores[row]), "label", detail))
+        suggested = likely if guess != labels[row] else ""
+        found.append(Suspect(members[row].key, 1 - float(scores[row]), "label", detail, suggested))
     right = probabilities.argmax(axis=1) == labels
     return margins, found, float(right[~lone].mean()) if not lone.all() else None
 

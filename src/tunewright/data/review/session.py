@@ -46,11 +46,12 @@ SHEET_COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "ne
 
 @dataclass(frozen=True)
 class ReviewItem:
-    """A row to review: its number in the queue, from 1, and the reason if it is a suspect."""
+    """A row to review: its number in the queue, from 1; for a suspect also the reason and the answer suggested."""
 
     member: Member
     number: int
     why: str | None = None
+    suggested: str = ""
 
     @property
     def key(self) -> str:
@@ -102,6 +103,7 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         if self.log.torn:
             reporter.warn("The last review in reviews.jsonl was cut off by a crash and is ignored: review it again.")
         self.why = {s.key: f"{s.reason}: {s.detail}" for s in suspects or ()}
+        self.suggested = {s.key: s.suggested for s in suspects or ()}
         self.drawn: DrawEvent | None = None
         if self.conflicts:
             self.drawn = self.log.latest_draw(version.digest)
@@ -192,7 +194,8 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
     def item(self, key: str) -> ReviewItem:
         """Return a row with its number among the generated rows or in the sample; 0: it is in neither."""
         rows = self.generated if key in self.generated else self._rows()
-        return ReviewItem(self.members[key], rows.index(key) + 1 if key in rows else 0, self.why.get(key))
+        number = rows.index(key) + 1 if key in rows else 0
+        return ReviewItem(self.members[key], number, self.why.get(key), self.suggested.get(key, ""))
 
     def is_open(self, key: str) -> bool:
         mine = self.verdict(key)
@@ -232,6 +235,13 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
 
     def edit(self, card: ReviewItem, output: str | None) -> str:
         """Record an edit, unless ``output`` is unusable (None: the editor failed); return a message to show."""
+        refused = self.edit_fault(card, output)
+        if not refused:
+            self.judge(card, "edit", output)
+        return refused
+
+    def edit_fault(self, card: ReviewItem, output: str | None) -> str:
+        """Return the reason why an edited answer cannot be recorded; empty if it can."""
         if output is None:
             return "The editor failed, or the text is not UTF-8: no verdict."
         if output == card.member.example.output:
@@ -244,7 +254,6 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
             edited_answer(card.member.example, output)
         except RowError as error:
             return f"{error}: no verdict. {error.fix}"
-        self.judge(card, "edit", output)
         return ""
 
     def note(self, item: ReviewItem, text: str) -> str:

@@ -184,7 +184,8 @@ def conflicts(members: Sequence[Member]) -> list[Suspect]:
                 detail = (
                     f"the same input has the answer {excerpt(others[0].example.output)} in row {short(others[0].key)}"
                 )
-                found.append(Suspect(row.key, 1 - counts[answer_of(row)] / len(rows), "conflict", detail))
+                score = 1 - counts[answer_of(row)] / len(rows)
+                found.append(Suspect(row.key, score, "conflict", detail, others[0].example.output))
     return sorted(found, key=lambda s: (-s.score, s.key))
 
 
@@ -228,11 +229,10 @@ def _near_duplicates(
     for row, against in other.items():
         if len(against) >= same[row]:
             j, nearest = max(against)
-            text = f"{excerpt(members[nearest].example.output)} in row {short(members[nearest].key)}"
+            suggested = members[nearest].example.output
+            detail = f"a nearly equal input ({j:.2f}) has {excerpt(suggested)} in row {short(members[nearest].key)}"
             score = len(against) / (len(against) + same[row])
-            found.append(
-                Suspect(members[row].key, score, "near-duplicate", f"a nearly equal input ({j:.2f}) has {text}")
-            )
+            found.append(Suspect(members[row].key, score, "near-duplicate", detail, suggested))
     # Of two contradicting rows, the row that the out-of-fold model doubts comes first.
     return sorted(found, key=lambda s: (margins.get(s.key, 1.0), s.key))
 

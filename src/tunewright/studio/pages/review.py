@@ -13,7 +13,7 @@ from starlette.responses import Response
 from tunewright.annotation import LEASE_S
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
-from tunewright.data.examples import class_like
+from tunewright.data.examples import class_like, find_labels
 from tunewright.data.options import ReviewOptions
 from tunewright.data.review.edits import pending_edits
 from tunewright.data.review.label_models import Suspect, excerpt
@@ -26,6 +26,8 @@ from tunewright.studio.access import ChangedText, RefusedVerdict
 from tunewright.studio.visit import Handlers, Visit, verdict_of
 
 _ON_A_PAGE = 100  # edits or conflicts
+_MOST_LABELS = 50
+"""Different answers that get a key each."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ def _show(
     card: ReviewItem | None,
     draft: str | None = None,
     note: str | None = None,
+    new_label: str = "",
 ) -> Response:
-    """Return the page of a row; ``draft`` is an edited answer, and ``note`` a note, that is not saved yet."""
+    """Return the page of a row; ``draft`` is an edited answer, and ``note`` a note, that is not saved yet.
+
+    ``new_label`` is an edited answer that no row has, and that is saved if it is sent again.
+    """
     key = "" if card is None else card.key
     stored = "" if card is None else card.member.example.output
     answer = None if card is None else visit.answers.of(key, visit.session.reviewer)
@@ -108,6 +114,8 @@ def _show(
         draft=review.draft(card) if draft is None and card is not None else draft,
         changes=None if draft is None else word_changes(stored, draft),
         note=review.note_on(key) if note is None else note,
+        labels=[] if card is None else _labels(visit),
+        new_label=new_label,
         place=_place(visit, queue),
         waiting=LEASE_S // 60 if card is None and review.next() is not None else 0,
         verdicts=[
@@ -177,10 +185,15 @@ def judge_row(visit: Visit) -> Response:
             return visit.go(back, f"Taken back: row {undone.key[:12]}, which is not next in this list.")
         return visit.go(back, "Taken back." if undone is not None else "There is nothing to take back.")
     assert card is not None
+    label = visit.form.get("label")
+    if label is not None and output is None:
+        if refused := review.edit(card, label):
+            visit.session.messages.append(refused)
+        return visit.go(back)
     # An edited row is a wrong one, and its text says more.
     if action in ("edit", "preview") or (action == "wrong" and output is not None and output.strip()):
         return _edited(visit, queue, review, card)
-    verdict = None if action in ("undo", "note") else verdict_of(review, action)
+    verdict = None if action in ("undo", "note") or label is not None else verdict_of(review, action)
     if output is not None and action != "wrong":
         unsaved = "No verdict was recorded: you changed the answer. Save the edit (Ctrl Enter) or cancel it (c)."
         visit.session.messages += [each for each in (said, "" if action == "note" else unsaved) if each]
@@ -189,6 +202,12 @@ def judge_row(visit: Visit) -> Response:
         review.judge(card, verdict)
         said = ""
     return visit.go(back, said)
+
+
+def _labels(visit: Visit) -> list[str]:
+    """Return the version's different answers in alphabetical order, if they are few classes."""
+    labels = find_labels(member.example.output for member in visit.version.domain)
+    return sorted(labels) if len(labels) <= _MOST_LABELS else []
 
 
 def _typed(visit: Visit, review: ReviewSession) -> tuple[str | None, str | None]:
@@ -210,9 +229,14 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -
     stored, output = card.member.example.output, visit.form.get("output", "")
     if visit.form["action"] == "preview":
         return _show(visit, queue, review, card, draft=output)
-    if refused := review.edit(card, output):
+    labels = _labels(visit)
+    if refused := review.edit_fault(card, output):
         visit.session.messages.append(refused)
         return _show(visit, queue, review, card, draft=output)
+    if labels and output.strip() not in labels and visit.form.get("new_label", "").split() != output.split():
+        visit.session.messages.append(f"No row has the answer {excerpt(output)}. To add it, save the edit again.")
+        return _show(visit, queue, review, card, draft=output, new_label=output.strip())
+    review.edit(card, output)
     return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
 
 

@@ -21,7 +21,8 @@ sendToken();
 addEventListener("hashchange", sendToken);
 
 // A letter presses the button or opens the part that shows it, unless somebody is typing.
-let sent = false;
+// Answers have numbers, of two digits if there are more than nine.
+let sent = false, digits = "";
 document.addEventListener("keydown", event => {
   const typing = event.target.closest("input, textarea, select");
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && typing) {
@@ -33,8 +34,16 @@ document.addEventListener("keydown", event => {
     return;
   }
   if (typing || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
-  const target = document.querySelector(`[data-key="${CSS.escape(event.key.toLowerCase())}"]`);
+  // Enter is the key of a link or button that has the focus.
+  if (event.key === "Enter" && event.target.closest("a, button, summary")) return;
+  let pressed = event.key.toLowerCase();
+  if (/^\d$/.test(pressed)) {
+    digits = document.querySelector(`[data-key^="${digits}${pressed}"]`) ? digits + pressed : pressed;
+    pressed = digits;
+  }
+  const target = document.querySelector(`[data-key="${CSS.escape(pressed)}"]`);
   if (!target) return;
+  digits = "";
   event.preventDefault();
   const part = target.closest("details");
   // A part that is open stays open: its key leads back to the text.
