@@ -187,7 +187,8 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
 def test_texts_of_the_form_cannot_become_options(browser: Visitor, project: Path, fields: dict[str, str]) -> None:
     whole = {"alias": "courts", "adapter": _good(project).name, "trial": "all", "share": "10%"} | fields
     assert browser.fill("/deploy", "/deploy", **whole).status_code == 400
-    assert browser.fill("/deploy", "/server", port="-1").status_code == 400
+    port = browser.fill("/deploy", "/server", port="-1")
+    assert port.status_code == 400 and 'id="wrong-port">Invalid port' in port.text and 'aria-label="Pages"' in port.text
     assert _jobs(project).all() == []
 
 
@@ -202,7 +203,13 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert "release 3" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="")
     refused = browser.client.post("/deploy/courts/undeploy", data=old)
     assert refused.status_code == 400 and "has changed meanwhile" in refused.text
-    ended = browser.sent("/deploy/courts", "/deploy/courts/undeploy", because="mistyped <b>")
+    untyped = browser.fill("/deploy/courts", "/deploy/courts/undeploy", because="mistyped")
+    assert untyped.status_code == 400 and "Type courts to undeploy it" in untyped.text
+    tried = {"alias": "courts", "adapter": good.name, "trial": "canary", "share": "25%"}
+    same = browser.fill("/deploy", "/deploy", **tried)
+    assert same.status_code == 400 and "is live on courts already" in same.text
+    assert 'name="share" value="25%"' in same.text and 'value="canary" selected' in same.text
+    ended = browser.sent("/deploy/courts", "/deploy/courts/undeploy", alias="courts", because="mistyped <b>")
     assert "answers nothing from release 4" in ended and "courts 4 was undeployed: mistyped <b>" in ended
     releases = library.open(project).releases()
     assert [each.action for each in releases] == ["deploy", "canary", "rollback", "undeploy"]

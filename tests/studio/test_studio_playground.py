@@ -178,6 +178,11 @@ def test_answers_are_streamed_and_kept(player: Player) -> None:
             pieces[event["model"]] += event["text"]
     columns = _columns(player.get(path))
     assert [_text(columns[name]) for name in ("base", adapter.name)] == [pieces[0], pieces[1]]
+    again = player.get(f"/playground?again={path.rpartition('/')[2]}")
+    assert ">\nteal navy olive 2</textarea>" in again and 'value="40"' in again
+    assert re.findall(r'name="model ([^"]*)" checked', again) == ["base", adapter.name]
+    wrong = player.send("/playground", "/playground", question="kept", limit="many")
+    assert wrong.status_code == 400 and ">\nkept</textarea>" in wrong.text and 'id="wrong-limit"' in wrong.text
     assert player.client.get(f"{path}/events").text == "event: finished\ndata:\n\n", "nothing is computed again"
 
 

@@ -92,6 +92,8 @@ class Visit:
     cache: Cache
     jobs: Jobs
     templates: Environment
+    refusal: UserError | None = None
+    """The reason why the form of this request was not done; its page shows it with what was typed."""
 
     @property
     def version(self) -> DatasetVersion:
@@ -166,6 +168,8 @@ class Visit:
             here=self.path,
             return_to=f"{self.path}?{urlencode(self.query)}" if self.query else self.path,
             demo=self.session.read_only,
+            form=self.form,
+            refused=self.refusal,
             messages=[*self.session.take_messages(), *self._reported()],
             **values,
         )
@@ -206,6 +210,21 @@ Handlers = dict[tuple[str, str], Handler]
 """Functions of pages by method and path."""
 
 
+def in_form(path: str, page: Handler, handler: Handler) -> Handler:
+    """Return a form's handler that shows a refusal on the form's page, with everything that was typed."""
+
+    def handle(visit: Visit) -> Response:
+        try:
+            return handler(visit)
+        except UserError as refusal:
+            visit.refusal, visit.path = refusal, path
+            shown = page(visit)
+            shown.status_code = 400
+            return shown
+
+    return handle
+
+
 def verdict_of(session: AnnotationSession[Any, ItemT, VerdictT], action: str) -> VerdictT:
     """Return the verdict of the button that was pressed."""
     for _, verdict, _ in session.verdict_keys:
@@ -227,7 +246,7 @@ def positive_numbers(form: Mapping[str, str], field: str, *, several: bool = Fal
         except ValueError:
             valid = False
         if not valid:
-            raise UserError(f"Not a positive number: {text!r}", where=field, fix="Go back and correct it.")
+            raise UserError(f"Not a positive number: {text!r}", where=field, fix="Correct it.")
     return texts
 
 

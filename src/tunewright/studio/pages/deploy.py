@@ -15,7 +15,7 @@ from tunewright.core.text import capitalised
 from tunewright.render.blocks import Cell, Column, Table, table, words
 from tunewright.serving.serve import has_state
 from tunewright.studio.jobs import RELEASES, SERVER, EngineState, Job, engines, outcome, served
-from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.visit import Handlers, Visit, in_form, path_of
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants.audit import AuditLine
@@ -149,12 +149,16 @@ def deploy(visit: Visit) -> Response:
     check_name(alias, "an alias")
     adapter = visit.chosen("adapter", {each.name for each in list_adapters(visit.project.folder.adapters)})
     trial = visit.chosen("trial", _TRIALS)
+    live = next((each for each in newest_releases(visit.project) if each.alias == alias), None)
+    if trial != "all" and live is not None and not live.undeployed and live.adapter == adapter:
+        fix = "Choose another adapter, or let it answer every request."
+        raise UserError(f"{adapter} is live on {alias} already, so there is nothing to try", where="adapter", fix=fix)
     options = [option for name, option in _SWITCHES.items() if name in visit.form]
     if trial == "shadow":
         options.append("--shadow")
     elif trial == "canary":
         share = visit.form.get("share", "").strip()
-        percent(share, "Share of the traffic")  # refuses it here, not in the job
+        percent(share, "share")  # refuses it here, not in the job
         options.append(f"--canary={share}")
     return visit.start("deploy", alias, adapter, *options)
 
@@ -200,6 +204,8 @@ def rollback(visit: Visit) -> Response:
 def undeploy(visit: Visit) -> Response:
     """Stop answering on an alias."""
     alias = _current(visit)
+    if visit.form.get("alias", "").strip() != alias:
+        raise UserError("The typed alias is another one. Nothing was done", fix=f"Type {alias} to undeploy it.")
     made = visit.project.undeploy(alias, because=visit.form.get("because", "").strip() or None)
     return visit.go(path_of("deploy", alias), f"{alias} answers nothing from release {made.number} on.")
 
@@ -221,7 +227,7 @@ def start_server(visit: Visit) -> Response:
     """Start `tunewright serve`, which runs next to other jobs."""
     port = visit.form.get("port", "")
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise UserError(f"Invalid port {port!r}", fix="Use a number from 0 to 65535; 0 is any free port.")
+        raise UserError(f"Invalid port {port!r}", where="port", fix="Use a number from 0 to 65535; 0 is any free port.")
     # The page shows engines, from the metrics; only on this machine, because they name all tenants.
     serve = visit.project.folder.config.serve
     unseen = serve.engines and serve.metrics_port is None
@@ -245,11 +251,11 @@ def audit_page(visit: Visit) -> Response:
 
 HANDLERS: Handlers = {
     ("GET", "/deploy"): deploy_page,
-    ("POST", "/deploy"): deploy,
+    ("POST", "/deploy"): in_form("/deploy", deploy_page, deploy),
     ("GET", "/deploy/{alias}"): alias_page,
     ("POST", "/deploy/{alias}/promote"): promote,
     ("POST", "/deploy/{alias}/rollback"): rollback,
     ("POST", "/deploy/{alias}/undeploy"): undeploy,
-    ("POST", "/server"): start_server,
+    ("POST", "/server"): in_form("/deploy", deploy_page, start_server),
     ("GET", "/audit"): audit_page,
 }

@@ -23,7 +23,7 @@ from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import metric_label
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.report.items import shown_answer
-from tunewright.studio.visit import Handlers, Visit, path_of, positive_numbers
+from tunewright.studio.visit import Handlers, Visit, in_form, path_of, positive_numbers
 
 if TYPE_CHECKING:
     from tunewright.evaluation.workload import AnswersEstimate
@@ -318,7 +318,7 @@ def report_page(visit: Visit) -> Response:
 
 HANDLERS: Handlers = {
     ("GET", EVALUATE_PAGE): evaluate_page,
-    ("POST", EVALUATE_PAGE): start_evaluation,
+    ("POST", EVALUATE_PAGE): in_form(EVALUATE_PAGE, evaluate_page, start_evaluation),
     ("GET", "/evidence"): evidence_list,
     ("GET", "/evidence/{evaluation}"): evidence_page,
     ("GET", "/evidence/{evaluation}/{number}"): item_page,

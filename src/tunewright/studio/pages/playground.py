@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 from starlette.responses import Response
 
-from tunewright.adapters.registry import list_adapters
+from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text
 from tunewright.data.versions import current_manifest
 from tunewright.serving.playground_answers import BASE, PROMPTING, PlaygroundAnswer, conversation, shared_system
 from tunewright.studio.pages.data import UPLOADS
+from tunewright.studio.pages.deploy import newest_releases
+from tunewright.studio.pages.evaluate import evaluations_of
 from tunewright.studio.playing import AskedQuestion
-from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.visit import Handlers, Visit, in_form, path_of
 
 _ADAPTERS = 20  # newest ones on the page
 _NAMES = {BASE: "The base, zero-shot", PROMPTING: "The best prompting arm"}
@@ -25,6 +28,14 @@ def playground_page(visit: Visit) -> Response:
     playing = visit.cache.playing
     config = visit.project.folder.config
     adapters = list_adapters(visit.project.folder.adapters)[::-1]
+    again = playing.question(visit.query["again"]) if "again" in visit.query else None
+    if visit.form:
+        ticked = {name.removeprefix("model ") for name in visit.form if name.startswith("model ")}
+        text, limit = visit.form.get("question", ""), visit.form.get("limit", "")
+    elif again:
+        ticked, text, limit = set(again.models), again.text, str(again.limit or "")
+    else:
+        ticked, text, limit = {BASE, PROMPTING, _first_ticked(visit, adapters)}, "", ""
     page = visit.page(
         "playground.html.j2",
         "Playground",
@@ -35,11 +46,26 @@ def playground_page(visit: Visit) -> Response:
         fixed=_NAMES,
         adapters=adapters[:_ADAPTERS],
         older=len(adapters[_ADAPTERS:]),
+        ticked=ticked,
+        question=text,
+        limit=limit,
         running=visit.jobs.running(),
     )
     if playing.state == "loading":
         page.headers["Refresh"] = "2"
     return page
+
+
+def _first_ticked(visit: Visit, adapters: Sequence[Adapter]) -> str:
+    """Return the adapter that is live, else the newest one whose verdict is ship, else the newest one."""
+    live = [each.adapter for each in newest_releases(visit.project) if not each.undeployed]
+    digests = [
+        each.evidence.lineage.get("adapter", {}).get("digest")
+        for each in evaluations_of(visit.project)
+        if each.on_test and each.verdict == "ship" and each.evidence is not None
+    ]
+    ships = [adapter.name for adapter in adapters if adapter.digest in digests]
+    return next(iter([*live, *ships, *(adapter.name for adapter in adapters)]), "")
 
 
 def load(visit: Visit) -> Response:
@@ -58,15 +84,17 @@ def ask(visit: Visit) -> Response:
     """Take a question; its page starts the answers."""
     text, limit = visit.form.get("question", ""), visit.form.get("limit", "").strip()
     if not text.strip():
-        raise UserError("The question is empty", fix="Go back and type one.")
+        raise UserError("The question is empty", where="question", fix="Type one.")
     if limit and not (limit.isascii() and limit.isdigit() and 0 < int(limit) < 10**6):
-        raise UserError(f"Invalid number of tokens {limit!r}", fix="Use a number above 0, or leave it empty.")
+        raise UserError(
+            f"Invalid number of tokens {limit!r}", where="limit", fix="Use a number above 0, or leave it empty."
+        )
     if visit.cache.playing.playground is None:
         raise UserError("The base is not loaded", fix="Load it on the page Playground.")
     names = [BASE, PROMPTING, *(each.name for each in list_adapters(visit.project.folder.adapters)[::-1])]
     models = tuple(name for name in names if f"model {name}" in visit.form)
     if not models:
-        raise UserError("No model is chosen", fix="Go back and choose the base or an adapter.")
+        raise UserError("No model is chosen", fix="Choose the base or an adapter.")
     version = visit.version if current_manifest(visit.project.folder.dataset) is not None else None
     question = AskedQuestion(text, models, version, int(limit) if limit else None)
     return visit.go(path_of("playground", visit.cache.playing.ask(question)))
@@ -128,7 +156,7 @@ def write_row(visit: Visit) -> Response:
 
 HANDLERS: Handlers = {
     ("GET", "/playground"): playground_page,
-    ("POST", "/playground"): ask,
+    ("POST", "/playground"): in_form("/playground", playground_page, ask),
     ("POST", "/playground/load"): load,
     ("POST", "/playground/unload"): unload,
     ("GET", "/playground/{question}"): question_page,

@@ -224,6 +224,7 @@ def job_page(visit: Visit) -> Response:
         message=message,
         cluster=visit.project.folder.config.compute.cluster if shared else None,
         refusal=refusal(job),
+        serving=(newest := visit.jobs.server()) is not None and newest.state == "running",
         served=server,
         keys=server is not None and needs_keys(visit),
         next_page=_next_page(job),

@@ -21,7 +21,7 @@ from tunewright.evidence.learning_curve import curve_section
 from tunewright.metrics import axis_label, metric_label, score_text
 from tunewright.render.blocks import SERIES, Cell, Line, Lines, Table, Tone, table, words
 from tunewright.report.training import run_lines, sweep_section
-from tunewright.studio.visit import Handlers, Visit, path_of, positive_numbers
+from tunewright.studio.visit import Handlers, Visit, in_form, path_of, positive_numbers
 from tunewright.training.history import DEV_LOSS, DEV_METRIC
 
 _LAST_STEPS = 20
@@ -267,7 +267,7 @@ def curve_page(visit: Visit) -> Response:
 
 HANDLERS: Handlers = {
     ("GET", "/train"): train_page,
-    ("POST", "/train"): start_training,
+    ("POST", "/train"): in_form("/train", train_page, start_training),
     ("GET", "/train/runs/{run}"): run_page,
     ("GET", "/train/compare"): compare_page,
     ("GET", "/train/sweeps/{sweep}"): sweep_page,
