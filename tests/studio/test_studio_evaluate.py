@@ -55,7 +55,7 @@ def test_evaluation_counts_its_answers_before_it_is_started(project: Path) -> No
 
         assert _send(browser, action="evaluate", adapter="nobody")[0] == 400
         code, text = _send(browser, action="evaluate", adapter=_adapter(project), minutes="0")
-        assert code == 400 and 'id="wrong-minutes">Not a positive number: \'0\'' in text
+        assert code == 400 and "id=\"wrong-minutes\">Not a positive number: '0'" in text
         assert 'inputmode="decimal" value="0"' in text and 'aria-label="Pages"' in text
         assert _send(browser, action="guess", adapter=_adapter(project))[0] == 400
         # The project's page asks for the command; it is started where its answers are shown.

@@ -75,6 +75,16 @@ document.addEventListener("change", event => {
   event.target.setCustomValidity(tooLarge ? `The file is larger than ${largest.toLocaleString("en")} bytes.` : "");
   event.target.reportValidity();
 });
+// On a phone a row of a table is a card, where each value needs the name of its column.
+function label(part) {
+  for (const table of part.querySelectorAll("table")) {
+    const names = [...(table.tHead?.rows[0]?.cells ?? [])].map(cell => cell.textContent);
+    for (const body of table.tBodies) {
+      for (const row of body.rows) [...row.cells].forEach((cell, place) => { cell.dataset.label = names[place] ?? ""; });
+    }
+  }
+}
+label(document);
 // A long text scrolls in its box, which the keyboard has to reach.
 for (const box of document.querySelectorAll(".conversation dd, .text")) {
   if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
@@ -119,7 +129,10 @@ async function refresh() {
     const next = page.getElementById("live");
     if (!next) return location.reload();
     // Who reads a table by keys keeps the place.
-    if (!live.contains(document.activeElement)) live.replaceWith(next);
+    if (!live.contains(document.activeElement)) {
+      label(next);
+      live.replaceWith(next);
+    }
   }
   setTimeout(refresh, still.matches ? 20000 : 4000);
 }
