@@ -52,6 +52,21 @@ def test_skipped_row_is_unsettled_and_returns_in_the_next_session(project: Proje
     assert "unsettled" not in status(project)
 
 
+def test_skipped_row_is_offered_once_more_when_only_it_keeps_the_sample_from_its_verdict(
+    project: ProjectFolder,
+) -> None:
+    session = review(project)
+    (skipped,) = judge_next(session, "skip")
+    others = judge_next(session, *right(71))
+    assert status(project) == ("under review: 0 of 72 wrong, a skipped or disputed row has to be settled, 1 unsettled")
+    assert judge_next(session, "skip") == [skipped]
+    (further,) = judge_next(session, "right")
+    assert further not in (skipped, *others), "the reviewer cannot judge it, so the sample goes on"
+    again = review(project)
+    assert judge_next(again, "right") == [skipped]
+    assert status(project) == "accepted: 0 of 72 wrong, under 5% at 95%"
+
+
 def test_undo_withdraws_the_latest_verdict_and_is_recorded(
     project: ProjectFolder,
 ) -> None:

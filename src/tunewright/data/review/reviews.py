@@ -316,8 +316,10 @@ def status_line(found: Outcome, drawn: DrawEvent) -> str:
         grounds = f"{promise} at {100 * plan.confidence:g}%"
     elif found.decision == "rejected":
         grounds = f"not {promise}"
-    else:
+    elif found.needed:
         grounds = f"at least {found.needed:,} more to check"
+    else:
+        grounds = "a skipped or disputed row has to be settled"
     name = {"accepted": "accepted", "rejected": "rejected", "continue": "under review"}[found.decision]
     return f"{name}: {', '.join([count, grounds, *extra])}"
 

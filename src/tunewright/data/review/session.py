@@ -98,6 +98,7 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         self.second = options.second
         self.conflicts = options.conflicts
         self.allow = allow
+        self._offered_again: set[str] = set()
         self.members = {m.key: m for m in version.domain}
         super().__init__(reviewer)
         if self.log.torn:
@@ -166,8 +167,17 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         return f"suspects: {done:,} of {len(self.order):,} reviewed"
 
     def next(self, leased: Collection[str] = ()) -> ReviewItem | None:
-        """Return the next row to review; None if the sample has decided or the queue is empty."""
-        card, found = super().next(leased), self.outcome
+        """Return the next row to review; None if the sample has decided or the queue is empty.
+
+        A skipped row is offered once more when only unsettled rows keep the sample from its verdict.
+        """
+        found = self.outcome
+        if found is not None and not self.second and found.decision == "continue" and not found.needed:
+            skipped = next((key for key in self._rows() if key in self._skipped - self._offered_again), None)
+            if skipped is not None and skipped not in leased:
+                self._skipped.remove(skipped)
+                self._offered_again.add(skipped)
+        card = super().next(leased)
         decided = found is not None and not self.second and found.decision != "continue"
         return None if card is not None and decided and card.key not in self.generated else card
 

@@ -26,6 +26,7 @@ from tunewright.studio.access import ChangedText, RefusedVerdict
 from tunewright.studio.visit import Handlers, Visit, verdict_of
 
 _ON_A_PAGE = 100  # edits or conflicts
+_ROW_S = 8  # seconds for a verdict on a short row
 _MOST_LABELS = 50
 """Different answers that get a key each."""
 
@@ -152,6 +153,10 @@ def _left(review: ReviewSession) -> str:
         return f"{review.needed:,} left"
     if review.outcome.decision != "continue" and not review.needed:
         return f"Version {review.outcome.decision}"
+    if not review.needed:
+        return "A skipped or disputed row has to be settled for the verdict"
+    if not review.outcome.checked:
+        return f"At least {review.needed:,} until the verdict, about {review.needed * _ROW_S / 60:.0f} minutes"
     return f"At least {review.needed:,} more until the verdict"
 
 
