@@ -12,11 +12,12 @@ from pathlib import Path
 from threading import Thread
 
 import httpx
+import psutil
 import pytest
 
 import tunewright as library
 from making.command_line import pairs, tunewright, write_jsonl
-from making.studio_client import PASSWORD, Browser, opened
+from making.studio_client import PASSWORD, Browser, opened, wait_until
 from tunewright.data.review.reviews import read_reviews
 
 
@@ -99,3 +100,15 @@ def test_killed_studio_loses_only_the_keystroke_and_the_review_is_finished_after
     assert status.outcome is not None and status.outcome.decision in ("accepted", "rejected")
     after = read_reviews(project / "dataset")
     assert {key: after.current_verdicts(key)["ada"].verdict for key in said} == said
+
+
+@pytest.mark.slow
+def test_torch_is_read_by_a_child_after_the_first_page_can_be_asked_for(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "tunewright.yaml").write_text("name: warm\n")
+    with _process(project) as (process, url), opened(url) as browser:
+        studio = psutil.Process(process.pid)
+        wait_until(lambda: any("import torch, transformers" in child.cmdline() for child in studio.children()))
+        assert "No rows yet" in browser.get("/")
+        assert not any("libtorch" in part.path for part in studio.memory_maps())

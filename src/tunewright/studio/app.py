@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 import ipaddress
 import secrets
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
@@ -31,6 +33,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError, missing_extra
 from tunewright.core.io import write_bytes
 from tunewright.core.log import authored_by
+from tunewright.core.processes import NOTHING, Process, end, start
 from tunewright.core.text import capitalised, visible
 from tunewright.render.html import page_templates
 from tunewright.serving.gateway.server import serve
@@ -148,10 +151,21 @@ class Studio:
             fix = "Pass --password-file, or leave --host out."
             raise UserError("Other machines could reach the studio without a password", where=f"--host {host}", fix=fix)
         hosts = _LOOPBACK if local else ("*",)
+        children: list[Process] = []
+
+        def ready(url: str) -> None:
+            on_ready(self.address(url))
+            if find_spec("torch") is not None:
+                # The first reading of torch's files takes many seconds. A child does it, so that no click waits for it.
+                command = [sys.executable, "-c", "import torch, transformers"]
+                children.append(start(command, stdin=NOTHING, stdout=NOTHING, stderr=NOTHING))
+
         try:
-            serve(self.app(hosts), host, port, GatewayConfig(), on_ready=lambda url: on_ready(self.address(url)))
+            serve(self.app(hosts), host, port, GatewayConfig(), on_ready=ready)
         finally:
             self.close()
+            for child in children:
+                end(child)
 
     def close(self) -> None:
         """Free the playground's base."""
