@@ -36,7 +36,14 @@ PAGES = (
     *("/", "/data", "/data/check?file=faulty.csv", "/data/check?file=long.csv", "/data/diff", "/data/leakage"),
     *("/rows?q=navy", "/rows?flag=edited", "/rows?flag=suspect", f"/rows?q={LONG}"),
     *("/review", "/review/suspects", "/review/second", "/review/conflicts", "/review/agreement", "/review/edits"),
-    *("/train", f"/train/runs/{RUNS[0]}", "/evidence", f"/evidence/{EVALUATION}", f"/evidence/{EVALUATION}/1"),
+    *(
+        "/settings",
+        "/train",
+        f"/train/runs/{RUNS[0]}",
+        "/evidence",
+        f"/evidence/{EVALUATION}",
+        f"/evidence/{EVALUATION}/1",
+    ),
     *("/compare", f"/compare/{EVALUATION}", "/playground", "/deploy", "/tenants", "/tenants/acme", "/audit"),
 )
 # Numbers what can be used on a page, and records what gets the focus: its number, and whether it is outlined.
