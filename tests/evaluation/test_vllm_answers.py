@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from making import vllm_architectures
 from making.command_line import tunewright, write_jsonl
 from making.tiny_bases import byte_tokenizer, chat_of
 from tunewright.adapters.registry import LINEAGE, Adapter
@@ -187,3 +188,8 @@ def test_evaluate_names_vllm_in_its_evidence_and_finds_its_answers_again(small_b
     assert (other["engine"]["name"], other["id"] == evidence["id"]) == ("peft", False)
     scores = [{arm["name"]: arm["scores"] for arm in each["arms"]} for each in (evidence, other)]
     assert json.dumps(scores[0]["zero-shot"]) == json.dumps(scores[1]["zero-shot"])
+
+
+def test_listed_architectures_are_those_of_the_installed_vllm() -> None:
+    (package,) = environment.find(environment.VLLM).folder.glob("lib/python3*/site-packages/vllm")
+    assert vllm_architectures.listing(package) == vllm_architectures.FILE.read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from making.command_line import tunewright as run
 from making.tiny_bases import build_base, byte_tokenizer
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
+from tunewright.engines.vllm import vllm_support
 from tunewright.generation import decoding, kv_cache
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import Shape, shape_of
@@ -254,6 +255,9 @@ def test_base_that_cannot_be_packed_has_the_reason_and_can_be_used(
         "memory": False,
     }
     assert {each["part"]: each["state"] for each in ran.document["template"]}["answers"] == "passed"
+    assert ran.document["vllm"].endswith(" lists it and its adapters.")
+    assert vllm_support("Gemma3nForCausalLM").endswith("serve them with the engine peft, or merged.")
+    assert vllm_support("OfNoOneForCausalLM").endswith(" does not list it: serve it with the engine peft.")
 
 
 def test_doctor_exits_with_3_for_a_base_without_decoder_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

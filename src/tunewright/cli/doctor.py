@@ -92,6 +92,7 @@ def doctor(
 
 def _prove(run: Session, base: str) -> int:
     from tunewright.chat import open_chat
+    from tunewright.engines.vllm import vllm_support
     from tunewright.models.bases import base_config, local_base
     from tunewright.models.proofs import blocks
     from tunewright.training.proving import prove
@@ -106,8 +107,9 @@ def _prove(run: Session, base: str) -> int:
     template: Block | str = "The chat template is proved once the base's files are on this machine."
     if findings:
         template = table("Chat template", words("Part", "Result", "Meaning, or why it failed"), rows)
-    document = {**proofs.model_dump(), "template": findings}
-    run.show(document, f"{base}: {proofs.architecture}", *blocks(proofs), template)
+    vllm = vllm_support(proofs.architecture)
+    document = {**proofs.model_dump(), "template": findings, "vllm": vllm}
+    run.show(document, f"{base}: {proofs.architecture}", *blocks(proofs), template, vllm)
     usable = proofs.layers and not any(each.state == "failed" for each in findings)
     return 0 if usable else MEASURED_NO
 
