@@ -61,7 +61,7 @@ def test_skipped_row_is_offered_once_more_when_only_it_keeps_the_sample_from_its
     assert status(project) == ("under review: 0 of 72 wrong, a skipped or disputed row has to be settled, 1 unsettled")
     assert judge_next(session, "skip") == [skipped]
     (further,) = judge_next(session, "right")
-    assert further not in (skipped, *others), "the reviewer cannot judge it, so the sample goes on"
+    assert further not in (skipped, *others), "the reviewer cannot judge it, so the sample continues"
     again = review(project)
     assert judge_next(again, "right") == [skipped]
     assert status(project) == "accepted: 0 of 72 wrong, under 5% at 95%"

@@ -43,7 +43,7 @@ def train_page(visit: Visit) -> Response:
     runs, folder = visit.project.runs, visit.project.folder
     plan: list[Table] = []
     if (current := current_manifest(folder.dataset)) is not None:
-        # A training that ends tells the time of the next one.
+        # The time of the next training is estimated from finished ones.
         trained = sorted(path.name for path in (*folder.adapters.glob("[!.]*"), *folder.pilot_adapters.glob("[!.]*")))
         deciding = (current.digest, folder.config, trained)
         plan = [visit.cache.once("plan", deciding, lambda: training_plan(visit.project))]
