@@ -18,6 +18,7 @@ from tunewright.evaluation.arms import (
     prompting_arms,
     tuned_optimized,
     tuned_retrieved,
+    untried_prompting,
 )
 
 
@@ -43,6 +44,21 @@ def test_arms_are_named_and_the_cheapest_is_first() -> None:
 def test_kinds_of_arms_can_be_switched_off() -> None:
     settings = EvaluateConfig(num_fewshot=(4,), static_seeds=0, retrievers=())
     assert prompting_arms(settings) == [ZERO_SHOT]
+
+
+def test_arms_of_the_default_config_that_a_config_leaves_out_are_named() -> None:
+    assert untried_prompting(EvaluateConfig()) == ()
+    assert untried_prompting(EvaluateConfig(num_fewshot=(4, 32), retrievers=("tfidf", "bm25", "dense"))) == ()
+    fewer = EvaluateConfig(num_fewshot=(1, 8), static_seeds=1, retrievers=("bm25",))
+    assert untried_prompting(fewer) == (
+        "3 draws of static demonstrations (evaluate.static_seeds)",
+        "demonstrations retrieved by tfidf (evaluate.retrievers)",
+        "16 demonstrations instead of at most 8 (evaluate.num_fewshot)",
+    )
+    assert untried_prompting(EvaluateConfig(num_fewshot=(1,), static_seeds=0, retrievers=())) == (
+        "static demonstrations (evaluate.static_seeds)",
+        "retrieved demonstrations (evaluate.retrievers)",
+    )
 
 
 def test_retrieved_arms_have_every_diversity_and_order_of_more_than_one_demonstration() -> None:

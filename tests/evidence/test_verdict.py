@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from making.evidence import cross_fitted, make_evidence, make_items, scored_items, with_contrast
 from tunewright.evidence.authors_split import AuthorsSplit
-from tunewright.evidence.common import Interval
+from tunewright.evidence.common import AnswerFormat, Interval
 from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.scoring import scores_by_template
 from tunewright.evidence.statistics import exact_mcnemar, holm
@@ -122,6 +122,44 @@ def test_answers_cut_by_the_token_limit_are_named() -> None:
         "Caution: 9 of 60 answers of retrieved-4 reached the token limit; "
         "raise evaluate.max_new_tokens to see if that is why they score low."
     ]
+
+
+def test_prompting_that_the_config_restricts_is_a_caution() -> None:
+    assert "by default" not in " ".join(verdict(EVIDENCE).reasons)
+    left_out = ("static demonstrations (evaluate.static_seeds)", "16 demonstrations instead of at most 4")
+    found = verdict(EVIDENCE.model_copy(update={"untried": left_out}))
+    assert found.decision == verdict(EVIDENCE).decision
+    assert (
+        "Caution: Prompting was not tried as hard as by default. The config leaves out static demonstrations "
+        "(evaluate.static_seeds); 16 demonstrations instead of at most 4. The best prompt may be better than the one "
+        "compared here."
+    ) in found.reasons
+
+
+def _formed(what: str, **answers: int) -> list[str]:
+    """The cautions where this many of an arm's 60 answers have the form of the references."""
+    counts = {"zero-shot": 60, "retrieved-4": 60, "tuned": 60} | {k.replace("_", "-"): v for k, v in answers.items()}
+    form = AnswerFormat(what=what, items=60, references=60, answers=counts)
+    return [reason for reason in verdict(EVIDENCE.model_copy(update={"form": form})).reasons if form.what in reason]
+
+
+def test_prompting_arms_that_may_only_lack_the_form_are_named_with_the_setting_that_helps() -> None:
+    assert _formed("JSON", zero_shot=57, retrieved_4=55) == []
+    assert _formed("JSON", zero_shot=3, retrieved_4=20) == [
+        "Caution: 57 of 60 answers of zero-shot and 40 of 60 answers of retrieved-4 are not JSON, which may be the "
+        "only reason for a low score: evaluate.structured_outputs measures prompting with the form enforced."
+    ]
+    (caution,) = _formed("1 line of 3 to 40 characters", zero_shot=3)
+    assert caution.endswith("low score: evaluate.instructions can state the form.")
+
+
+def test_form_is_no_caution_where_it_could_not_change_the_verdict_or_is_enforced() -> None:
+    # Zero-shot has no right answer, and tuned is right in over 80%.
+    assert _formed("JSON", zero_shot=30) == []
+    constrained = EVIDENCE.dev_arms[0].model_copy(update={"constrained": True})
+    form = AnswerFormat(what="JSON", items=60, references=60, answers={"zero-shot": 0, "retrieved-4": 0, "tuned": 60})
+    enforced = EVIDENCE.model_copy(update={"form": form, "dev_arms": [*EVIDENCE.dev_arms, constrained]})
+    assert not [reason for reason in verdict(enforced).reasons if "JSON" in reason]
 
 
 def test_cross_fitted_verdict_names_the_config_and_the_used_test_split() -> None:

@@ -190,6 +190,23 @@ def prompting_arms(settings: EvaluateConfig, optimized: str | None = None) -> li
     return [*free, *(replace(plan, constrained=True) for plan in [*zero_shot, *retrieved])]
 
 
+def untried_prompting(settings: EvaluateConfig) -> tuple[str, ...]:
+    """Return what the default config tries in prompting arms and this one does not, in words."""
+    default, found = EvaluateConfig(), []
+    most, usual = max(settings.num_fewshot), max(default.num_fewshot)
+    if not settings.static_seeds:
+        found.append("static demonstrations (evaluate.static_seeds)")
+    elif settings.static_seeds < default.static_seeds:
+        found.append(f"{default.static_seeds} draws of static demonstrations (evaluate.static_seeds)")
+    if not settings.retrievers:
+        found.append("retrieved demonstrations (evaluate.retrievers)")
+    elif missing := [name for name in default.retrievers if name not in settings.retrievers]:
+        found.append(f"demonstrations retrieved by {' and '.join(missing)} (evaluate.retrievers)")
+    if most < usual and (settings.static_seeds or settings.retrievers):
+        found.append(f"{usual} demonstrations instead of at most {most} (evaluate.num_fewshot)")
+    return tuple(found)
+
+
 def always_answered(plans: Sequence[ArmPlan]) -> set[ArmPlan]:
     """Return the prompting arms that no time limit leaves out: zero-shot and the fewest retrieved demonstrations."""
     retrieved = sorted((plan for plan in plans if plan.kind == "retrieved"), key=lambda plan: plan.shots)

@@ -38,6 +38,7 @@ from tunewright.evaluation.arms import (
     plan_of,
     tuned_optimized,
     tuned_retrieved,
+    untried_prompting,
 )
 from tunewright.evaluation.authors_split import measure_authors_split
 from tunewright.evaluation.benchmarks.runner import measure_suites
@@ -405,6 +406,7 @@ def common_fields(
         "metrics": measured_metrics(scorers, several=references is not None),
         "references": references,
         "margin": config.evaluate.margin,
+        "untried": untried_prompting(config.evaluate),
         "items": len(rows),
         "clusters": len({row.cluster for row in rows}),
         "contrasts": contrasts,

@@ -14,7 +14,7 @@ from typing import Any
 from tunewright.config.train import BUNDLED_TRAINING, PRESETS
 from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.evidence.schema import Arm, Evidence
-from tunewright.evidence.verdict import CAUTION_SHARE, NO_MODEL, Reason, Verdict, verdict
+from tunewright.evidence.verdict import CAUTION_SHARE, ENFORCEABLE, FORM_LEARNT, NO_MODEL, Reason, Verdict, verdict
 from tunewright.metrics import points_text, score_text
 
 FEW_ROWS = 500
@@ -38,8 +38,6 @@ _NEAR_BASE = 0.005
 _USELESS = 0.1
 """Share of a metric's range below which an arm does not solve the task."""
 _FEWEST_STEPS = 8
-_FORM_LEARNT = 0.9
-"""Share of the answers with the form, relative to the references with it, at which the form counts as learnt."""
 _MOST_DOUBLINGS = 5
 
 
@@ -189,7 +187,7 @@ def _form(evidence: Evidence, tuned: Arm, *, undertrained: bool) -> list[Reason]
         return []
     right = form.answers[tuned.name]
     lacking = form.references - right
-    if right >= _FORM_LEARNT * form.references or not _could_change(evidence, lacking):
+    if right >= FORM_LEARNT * form.references or not _could_change(evidence, lacking):
         return []
     text = f"{right:,} of {form.items:,} tuned answers are {form.what} ({right / form.items:.0%})"
     text += f"; of the references {form.references:,}"
@@ -199,7 +197,7 @@ def _form(evidence: Evidence, tuned: Arm, *, undertrained: bool) -> list[Reason]
     step = "`tunewright train --sweep` searches for a rate and preset that learn it"
     if undertrained:
         step = "Train longer first (above)"
-    elif evidence.arm(evidence.contrasts[0].control).constrained or form.what.startswith(("JSON", "one of")):
+    elif evidence.arm(evidence.contrasts[0].control).constrained or form.what.startswith(ENFORCEABLE):
         step = "Set evaluate.structured_outputs to enforce the form, then `tunewright evaluate --dev`"
     return [Reason("The adapter has not learned the form of the answers", text, step)]
 

@@ -252,6 +252,10 @@ class Evidence(Part):
     static: Annotated[tuple[SeedSpread, ...], Field(description="Static arms over their draws, on dev.")] = ()
     left_out: tuple[LeftOut, ...] = ()
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
+    untried: Annotated[
+        tuple[str, ...],
+        Field(description="What prompting arms try by default and the config left out; empty in older evidence."),
+    ] = ()
     best_prompting: Annotated[
         str, Field(description="Prompting arm selected on dev; best-prompting if folds selected different ones.")
     ]

@@ -29,6 +29,10 @@ _EXIT_CODES: dict[Decision, int] = {"ship": 0, "don't ship": 3, "can't tell": 4}
 _HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", "can't tell": "Can’t tell"}
 NO_MODEL = "No model is needed"
 """Beginning of the first reason if a free arm is enough."""
+FORM_LEARNT = 0.9
+"""Share of the answers with the form, relative to the references with it, at which the form counts as learnt."""
+ENFORCEABLE = ("JSON", "one of")
+"""Beginnings of the forms that evaluate.structured_outputs can enforce."""
 CAUTION_SHARE = 0.05
 """Share of answers above which the token limit or the format may cause a low score."""
 
@@ -345,6 +349,12 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> Iterator[str]:
         )
     if evidence.budget is not None and evidence.budget.caution is not None:
         yield f"Caution: {evidence.budget.caution}"
+    if evidence.untried:
+        yield (
+            f"Caution: Prompting was not tried as hard as by default. The config leaves out "
+            f"{'; '.join(evidence.untried)}. The best prompt may be better than the one compared here."
+        )
+    yield from _unformed_prompting(evidence, contrast)
     if evidence.openings:
         yield f"Caution: {openings_text(evidence.openings, evidence.items)}"
     yield from _unknown_training(evidence)
@@ -363,6 +373,30 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> Iterator[str]:
             yield (
                 f"Caution: {outside} of {arm.items} answers of {arm.name} are not a declared choice and count as wrong."
             )
+
+
+def _unformed_prompting(evidence: Evidence, contrast: Contrast) -> Iterator[str]:
+    """Yield a caution on the prompting arms that may only lack the form of the answers to be as good as tuned."""
+    form, metric = evidence.form, evidence.metric
+    tried = evidence.narrowing.arms if evidence.narrowing else evidence.dev_arms
+    if form is None or any(arm.constrained for arm in tried):
+        return
+    tuned = evidence.arm(contrast.treatment).score(metric).value
+    lacking = [
+        f"{form.items - given:,} of {form.items:,} answers of {arm.name}"
+        for arm in evidence.arms
+        if arm.kind in {"zero-shot", "static", "retrieved", "mixed"}
+        and (given := form.answers.get(arm.name, form.items)) < FORM_LEARNT * form.references
+        and arm.score(metric).value + (form.references - given) / form.items >= tuned - evidence.margin
+    ]
+    if lacking:
+        step = "evaluate.instructions can state the form"
+        if form.what.startswith(ENFORCEABLE):
+            step = "evaluate.structured_outputs measures prompting with the form enforced"
+        yield (
+            f"Caution: {' and '.join(lacking)} are not {form.what}, which may be the only reason for a low score: "
+            f"{step}."
+        )
 
 
 def _known_templates(evidence: Evidence) -> list[str]:
