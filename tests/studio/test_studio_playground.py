@@ -181,6 +181,17 @@ def test_answers_are_streamed_and_kept(player: Player) -> None:
     again = player.get(f"/playground?again={path.rpartition('/')[2]}")
     assert ">\nteal navy olive 2</textarea>" in again and 'value="40"' in again
     assert re.findall(r'name="model ([^"]*)" checked', again) == ["base", adapter.name]
+    asked = {"question": "and then", "after": path.rpartition("/")[2], "limit": "5", "temperature": "0"}
+    second = player.send(path, "/playground", **asked)
+    turn = player.studio._cache.playing.question(second.url.path.rpartition("/")[2])
+    ((asked_first, said_first),) = turn.earlier("base")
+    assert (asked_first, visible(said_first)) == ("teal navy olive 2", _text(columns["base"]))
+    shown = _columns(player.get(f"{second.url.path}/answers"))
+    first = player.playground._prepare("and then", "base", turn.version, 5, turn.earlier("base"))
+    assert f"{len(first.request.prompt_ids):,} prompt tokens" in shown["base"]
+    assert visible(said_first) in shown["base"]
+    hot = player.send("/playground", "/playground", question="x", temperature="9", **{"model base": "on"})
+    assert hot.status_code == 400 and 'id="wrong-temperature"' in hot.text
     wrong = player.send("/playground", "/playground", question="kept", limit="many")
     assert wrong.status_code == 400 and ">\nkept</textarea>" in wrong.text and 'id="wrong-limit"' in wrong.text
     assert player.client.get(f"{path}/events").text == "event: finished\ndata:\n\n", "nothing is computed again"

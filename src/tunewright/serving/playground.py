@@ -35,6 +35,7 @@ from tunewright.serving.playground_answers import (
     BASE,
     PROMPTING,
     AnswerToken,
+    Earlier,
     PlaygroundAnswer,
     conversation,
     shared_system,
@@ -55,7 +56,7 @@ class _Prepared:
 class Playground:
     """A base in memory, which answers without a server.
 
-    It decodes greedily, as an evaluation does. Adapters are loaded when they are first asked.
+    Without a temperature it decodes greedily, as an evaluation does. Adapters are loaded when they are first asked.
     """
 
     def __init__(self, opened: OpenProject) -> None:
@@ -88,7 +89,14 @@ class Playground:
         self._engine.stop()
 
     async def answer(
-        self, question: str, model: str, version: DatasetVersion | None, limit: int | None = None
+        self,
+        question: str,
+        model: str,
+        version: DatasetVersion | None,
+        limit: int | None = None,
+        *,
+        earlier: Earlier = (),
+        temperature: float = 0.0,
     ) -> AsyncGenerator[str | PlaygroundAnswer, None]:
         """Yield an answer's text as it is computed, then the whole. Closing the generator ends the computation.
 
@@ -96,8 +104,11 @@ class Playground:
             model: `BASE`, `PROMPTING`, or an adapter's name.
             version: the dataset version with the demonstrations and the shared system turn, if there is one.
             limit: longest answer in tokens (None: as in an evaluation).
+            earlier: the conversation so far, as this model answered.
+            temperature: 0 takes the likeliest token each time, as an evaluation does; above 0 samples.
         """
-        prepared = await asyncio.to_thread(self._prepare, question, model, version, limit)
+        found = await asyncio.to_thread(self._prepare, question, model, version, limit, earlier)
+        prepared = replace(found, request=replace(found.request, temperature=temperature))
         try:
             if prepared.folder is not None:
                 assert prepared.request.adapter is not None
@@ -115,18 +126,20 @@ class Playground:
             raise UserError(f"Its files cannot be read: {error.strerror}", where=prepared.asked) from error
         yield answered.whole(prepared)
 
-    def _prepare(self, question: str, model: str, version: DatasetVersion | None, limit: int | None) -> _Prepared:
+    def _prepare(
+        self, question: str, model: str, version: DatasetVersion | None, limit: int | None, earlier: Earlier
+    ) -> _Prepared:
         """Return the request for a model, within the base's context."""
         with self._preparing:
             if model == PROMPTING:
-                prepared = self._with_demonstrations(question, version, limit)
+                prepared = self._with_demonstrations(question, version, limit, earlier)
             elif model == BASE:
-                prompt = self._prompt(question, shared_system(version))
+                prompt = self._prompt(question, shared_system(version), earlier)
                 prepared = _Prepared(Request(prompt, None, self._limit(version, limit)), BASE)
             else:
                 adapter = self._adapter(model)
                 system = system_prompt(adapter, self._opened.folder.dataset).text
-                request = Request(self._prompt(question, system), adapter.digest, self._limit(version, limit))
+                request = Request(self._prompt(question, system, earlier), adapter.digest, self._limit(version, limit))
                 prepared = _Prepared(request, adapter.name, adapter.folder)
         request = prepared.request
         room = self._engine.context_length - len(request.prompt_ids)
@@ -141,8 +154,8 @@ class Playground:
         within = min(request.max_new_tokens, room)
         return replace(prepared, request=replace(request, max_new_tokens=within, stop=(), logprobs=reported))
 
-    def _prompt(self, question: str, system: str | None) -> tuple[int, ...]:
-        return self._chat.prompt(conversation(question, system))
+    def _prompt(self, question: str, system: str | None, earlier: Earlier) -> tuple[int, ...]:
+        return self._chat.prompt(conversation(question, system, earlier))
 
     def _limit(self, version: DatasetVersion | None, limit: int | None) -> int:
         if limit is not None:
@@ -167,13 +180,15 @@ class Playground:
             self._runner = ArmRunner(opened.folder, version, generator, opened.reporter)
         return self._runner
 
-    def _with_demonstrations(self, question: str, version: DatasetVersion | None, limit: int | None) -> _Prepared:
+    def _with_demonstrations(
+        self, question: str, version: DatasetVersion | None, limit: int | None, earlier: Earlier
+    ) -> _Prepared:
         """Return the request of the best prompting arm, built by the evaluation's code."""
         if version is None:
             raise UserError("There are no rows yet, and so no prompting arms", where=PROMPTING)
         runner = self._arms(version)
         plan = _best(runner)
-        example = Example((*conversation(question, shared_system(version)), Message("assistant", "")))
+        example = Example((*conversation(question, shared_system(version), earlier), Message("assistant", "")))
         member = Member(example, example.pair_key, "test", example.pair_key)
         (prompt,) = runner.prompts(plan, [member])
         (request,) = runner.generator.requests(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from tunewright.generation.requests import Finish
 
 BASE = "base"
+Earlier = Sequence[tuple[str, str]]
+"""Earlier questions of a conversation with their answers."""
 PROMPTING = "prompting"
 """The best prompting arm on dev."""
 
@@ -51,10 +54,10 @@ class PlaygroundAnswer:
     """The adapter's."""
 
 
-def conversation(question: str, system: str | None) -> tuple[Message, ...]:
-    """Return the turns of a question."""
-    user = Message("user", question)
-    return (user,) if system is None else (Message("system", system), user)
+def conversation(question: str, system: str | None, earlier: Earlier = ()) -> tuple[Message, ...]:
+    """Return the turns of a question, after its earlier turns."""
+    turns = [turn for asked, said in earlier for turn in (Message("user", asked), Message("assistant", said))]
+    return (*([] if system is None else [Message("system", system)]), *turns, Message("user", question))
 
 
 def shared_system(version: DatasetVersion | None) -> str | None:

@@ -35,8 +35,19 @@ class AskedQuestion:
     models: tuple[str, ...]
     version: DatasetVersion | None
     limit: int | None
+    temperature: float = 0.0
+    before: AskedQuestion | None = None
+    """The turn before this one."""
     answers: dict[str, PlaygroundAnswer | UserError] = field(default_factory=dict)
     """Answers by model, without answers whose browser has left."""
+
+    def earlier(self, model: str) -> tuple[tuple[str, str], ...]:
+        """Return the earlier turns with a model's own answers, without turns that it did not answer."""
+        if self.before is None:
+            return ()
+        answer = self.before.answers.get(model)
+        turn = () if answer is None or isinstance(answer, UserError) else ((self.before.text, answer.text),)
+        return (*self.before.earlier(model), *turn)
 
     @property
     def complete(self) -> bool:
@@ -136,7 +147,14 @@ class Playing:
         try:
             if self.playground is None:
                 raise UserError("The base is not loaded", fix="Load it on the page Playground.")
-            answer = self.playground.answer(question.text, model, question.version, question.limit)
+            answer = self.playground.answer(
+                question.text,
+                model,
+                question.version,
+                question.limit,
+                earlier=question.earlier(model),
+                temperature=question.temperature,
+            )
             async with aclosing(answer) as parts:
                 async for part in parts:
                     if isinstance(part, str):

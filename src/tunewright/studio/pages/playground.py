@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 from starlette.responses import Response
 
@@ -19,6 +20,7 @@ from tunewright.studio.pages.evaluate import evaluations_of
 from tunewright.studio.playing import AskedQuestion
 from tunewright.studio.visit import Handlers, Visit, in_form, path_of
 
+_HOTTEST = 2  # as in the server's API
 _ADAPTERS = 20  # newest ones on the page
 _NAMES = {BASE: "The base, zero-shot", PROMPTING: "The best prompting arm"}
 
@@ -31,11 +33,11 @@ def playground_page(visit: Visit) -> Response:
     again = playing.question(visit.query["again"]) if "again" in visit.query else None
     if visit.form:
         ticked = {name.removeprefix("model ") for name in visit.form if name.startswith("model ")}
-        text, limit = visit.form.get("question", ""), visit.form.get("limit", "")
+        text, limit, heat = (visit.form.get(name, "") for name in ("question", "limit", "temperature"))
     elif again:
-        ticked, text, limit = set(again.models), again.text, str(again.limit or "")
+        ticked, text, limit, heat = set(again.models), again.text, str(again.limit or ""), f"{again.temperature:g}"
     else:
-        ticked, text, limit = {BASE, PROMPTING, _first_ticked(visit, adapters)}, "", ""
+        ticked, text, limit, heat = {BASE, PROMPTING, _first_ticked(visit, adapters)}, "", "", "0"
     page = visit.page(
         "playground.html.j2",
         "Playground",
@@ -49,6 +51,7 @@ def playground_page(visit: Visit) -> Response:
         ticked=ticked,
         question=text,
         limit=limit,
+        temperature=heat,
         running=visit.jobs.running(),
     )
     if playing.state == "loading":
@@ -92,12 +95,22 @@ def ask(visit: Visit) -> Response:
     if visit.cache.playing.playground is None:
         raise UserError("The base is not loaded", fix="Load it on the page Playground.")
     names = [BASE, PROMPTING, *(each.name for each in list_adapters(visit.project.folder.adapters)[::-1])]
-    models = tuple(name for name in names if f"model {name}" in visit.form)
+    before = visit.cache.playing.question(visit.form["after"]) if "after" in visit.form else None
+    models = before.models if before else tuple(name for name in names if f"model {name}" in visit.form)
     if not models:
         raise UserError("No model is chosen", fix="Choose the base or an adapter.")
     version = visit.version if current_manifest(visit.project.folder.dataset) is not None else None
-    question = AskedQuestion(text, models, version, int(limit) if limit else None)
+    question = AskedQuestion(text, models, version, int(limit) if limit else None, _temperature(visit), before)
     return visit.go(path_of("playground", visit.cache.playing.ask(question)))
+
+
+def _temperature(visit: Visit) -> float:
+    typed = visit.form.get("temperature", "").strip() or "0"
+    with suppress(ValueError):
+        if 0 <= float(typed) <= _HOTTEST:
+            return float(typed)
+    what = f"Invalid temperature {typed!r}"
+    raise UserError(what, where="temperature", fix=f"Use a number from 0 to {_HOTTEST}.")
 
 
 def question_page(visit: Visit) -> Response:
@@ -140,7 +153,8 @@ def write_row(visit: Visit) -> Response:
     text, answer = visit.form.get("question", ""), visit.form.get("answer", "")
     if not (text.strip() and answer.strip()):
         raise UserError("The question or the answer is empty", fix="Go back and type it.")
-    turns = [message.as_dict() for message in conversation(text, shared_system(question.version))]
+    earlier = question.earlier(visit.form["model"])
+    turns = [message.as_dict() for message in conversation(text, shared_system(question.version), earlier)]
     origin = {
         "from": "playground",
         "answered_by": given.asked,
