@@ -16,7 +16,7 @@ tokens tie to the last digits; in bfloat16 a near tie can go the other way.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -221,7 +221,11 @@ class Batch:
                 logits = self._next_logits(self.rows, newest(self.rows), self._cache)
             except Exception as error:  # noqa: BLE001 - any failure is narrowed down to its rows
                 truncate(self._cache, columns)
-                failing = self._isolate_failures(error)
+                failing = self._isolate_failures(
+                    self.rows,
+                    error,
+                    lambda rows, kept: self._next_logits(rows, newest(rows), copy_rows(self._cache, kept)),
+                )
                 failures += [(self.rows[index], each) for index, each in failing.items()]
                 self._keep([index for index in range(len(self.rows)) if index not in failing])
                 continue
@@ -231,21 +235,25 @@ class Batch:
             break
         return failures
 
-    def _isolate_failures(self, error: Exception) -> dict[int, Exception]:
-        """Return the rows that make the next pass fail, with their errors.
+    def _new_cache(self) -> Cache:
+        return new_cache()
 
-        Halves of the batch are tried on copies of the cache until single rows are left. If each
-        half can be computed and the batch cannot (out of memory, say), the newest row leaves. It
-        raises if no row can be computed, and neither can a single token of the base.
+    def _isolate_failures(
+        self, failed: list[Row], error: Exception, compute: Callable[[list[Row], list[int]], object]
+    ) -> dict[int, Exception]:
+        """Return the indices of the rows that make a pass fail, with their errors.
+
+        ``compute`` gets some of the failed rows with their indices, and must not change the batch. Halves are tried
+        until single rows are left. If each half can be computed and all rows together cannot (out of memory, say),
+        the newest row leaves. It raises if no row can be computed, and neither can a single token of the base.
         """
         failing: dict[int, Exception] = {}
-        untried = [list(range(len(self.rows)))]
+        untried = [list(range(len(failed)))]
         while untried:
             indices = untried.pop()
-            rows = [self.rows[index] for index in indices]
             try:
-                if len(indices) < len(self.rows):
-                    self._next_logits(rows, newest(rows), copy_rows(self._cache, indices))
+                if len(indices) < len(failed):
+                    compute([failed[index] for index in indices], indices)
                     continue
             except Exception as own:  # noqa: BLE001 - returned
                 error = own
@@ -253,9 +261,9 @@ class Batch:
                 failing[indices[0]] = error
             else:
                 untried += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
-        if len(failing) == len(self.rows):
-            self._forward(torch.tensor([[self._pad_id]]), [0], new_cache(), [None])
-        return failing or {min(range(len(self.rows)), key=lambda index: len(self.rows[index].ids)): error}
+        if len(failing) == len(failed):
+            self._forward(torch.tensor([[self._pad_id]]), [0], self._new_cache(), [None])
+        return failing or {min(range(len(failed)), key=lambda index: len(failed[index].ids)): error}
 
     @torch.inference_mode()
     def cancel(self, row: Row) -> None:

@@ -159,27 +159,15 @@ class PlainBatch(Batch):
                 else:
                     logits = self._next_logits(group.rows, newest(group.rows), group.cache)
             except Exception as error:  # noqa: BLE001 - any failure is narrowed down to its rows
-                failing = self._failing(group.rows, error)
-                failures += failing
-                group.rows = [row for row in group.rows if all(row is not other for other, _ in failing)]
+                failing = self._isolate_failures(group.rows, error, lambda rows, _: self._computed(rows))
+                failures += [(group.rows[index], each) for index, each in failing.items()]
+                group.rows = [row for index, row in enumerate(group.rows) if index not in failing]
                 continue
-            failing_rows = self._take(group.rows, logits)
-            failures += [(group.rows[index], error) for index, error in failing_rows.items()]
-            group.keep([i for i, row in enumerate(group.rows) if row.finish is None and i not in failing_rows])
+            failing = self._take(group.rows, logits)
+            failures += [(group.rows[index], each) for index, each in failing.items()]
+            group.keep([i for i, row in enumerate(group.rows) if row.finish is None and i not in failing])
             break
         return failures
-
-    def _failing(self, rows: Sequence[Row], error: Exception) -> list[tuple[Row, Exception]]:
-        """Return the rows that cannot be computed, with their errors: see :meth:`Batch._isolate_failures`."""
-        failing: list[tuple[Row, Exception]] = []
-        for row in rows:
-            try:
-                self._computed([row])
-            except Exception as own:  # noqa: BLE001 - returned
-                failing.append((row, own))
-        if len(failing) == len(rows):
-            self._forward(torch.tensor([[self._pad_id]]), [0], self._new_cache(), [None])
-        return failing or [(min(rows, key=lambda row: len(row.ids)), error)]
 
     def _computed(self, rows: Sequence[Row]) -> tuple[_Group, Tensor]:
         """Compute whole texts; return their rows as a group, and the logits after them [rows, vocabulary]."""
