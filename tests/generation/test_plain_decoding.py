@@ -90,6 +90,16 @@ def test_rows_that_join_and_leave_answer_as_alone(window: int | None) -> None:
         assert _generate(model, requests, batch_size) == expected
 
 
+def test_chunked_attention_counts_chunks_from_each_text_when_rows_of_other_lengths_join() -> None:
+    """Llama 4: the chunks of a padded row begin at its text, and these texts are up to eight chunks long."""
+    model = _plain(hybrid_model("llama4"))
+    assert model.config.attention_chunk_size == 8
+    requests = [Request(tuple(range(3, 3 + length)), None, 25) for length in (5, 23, 40, 9, 7, 8)]
+    expected = [_forward_over_the_whole_text(model, request) for request in requests]
+    for batch_size in (2, 4):
+        assert _generate(model, requests, batch_size) == expected
+
+
 def test_cache_keeps_the_columns_of_the_longest_text() -> None:
     batch = PlainBatch(_plain(llama()), stop_ids=(), pad_id=PAD)
     prompts = [tuple(range(8, 8 + length)) for length in (30, 4, 6)]
