@@ -387,7 +387,9 @@ def _unformed_prompting(evidence: Evidence, contrast: Contrast) -> Iterator[str]
         for arm in evidence.arms
         if arm.kind in {"zero-shot", "static", "retrieved", "mixed"}
         and (given := form.answers.get(arm.name, form.items)) < FORM_LEARNT * form.references
-        and arm.score(metric).value + (form.references - given) / form.items >= tuned - evidence.margin
+        and arm.score(metric).value
+        < tuned
+        <= evidence.margin + arm.score(metric).value + (form.references - given) / form.items
     ]
     if lacking:
         step = "evaluate.instructions can state the form"
