@@ -1,4 +1,4 @@
-"""Fine-tune Llama and Mistral for your domain, and prove it beat prompting."""
+"""Fine-tune open-weight models for your domain, and prove that they beat prompting."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _visible_arguments() -> Iterator[None]:
 app = typer.Typer(
     name="tunewright",
     cls=_InPanels,
-    help="Fine-tune Llama and Mistral for your domain, and prove that it beats prompting.\n\n"
+    help="Fine-tune open-weight models for your domain, and prove that they beat prompting.\n\n"
     "Exit codes: 0 yes or done, 1 failed, 2 wrong usage or bad input, "
     "3 a measured no (don't ship, does not fit), 4 can't tell, 130 stopped by Ctrl-C.",
     epilog="`tunewright COMMAND --help` shows an example of each command. "

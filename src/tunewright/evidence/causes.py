@@ -25,6 +25,8 @@ FEWEST_REVIEWED = 20
 
 _FALLING = 0.02
 """A relative fall of the dev loss at the last evaluation that shows unfinished training."""
+_LEARNT = 0.01
+"""A dev loss, in nats per token, below which a further fall shows nothing: the answers' tokens have 99%."""
 _FALLING_STEPS = 0.1
 """The same fall for the noisier training loss, from the second third of the steps to the last."""
 _LAST_GAIN = 0.1
@@ -163,7 +165,8 @@ def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mappin
     losses = [epoch["dev_loss"] for epoch in epochs]
     if len(losses) > 1:
         fall = 1 - losses[-1] / losses[-2] if losses[-2] else 0.0
-        if losses[-1] > min(losses) or fall < _FALLING:
+        # Near 0, a loss halves without any effect on the answers.
+        if losses[-1] > min(losses) or fall < _FALLING or losses[-2] < _LEARNT:
             return None
         return f"dev loss {' → '.join(f'{loss:.3f}' for loss in losses[-3:])} at step {epochs[-1]['step']:,}, its last"
     # One evaluation shows no trend, so the steps' losses are used, except in preference tuning (no likelihoods).

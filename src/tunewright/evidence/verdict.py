@@ -193,7 +193,8 @@ def _without_model(evidence: Evidence, decision: Decision) -> tuple[Decision, li
     items = count_of(drop.items, evidence.items_text)
     measured = f"{points_text(-drop.value)} points, 95% interval {low} to {high}, on {items}."
     if not free.enough:
-        return decision, [], [f"{ours}, without a model, against {tuned}: {measured}"]
+        unclear = " They cannot show whether a model is needed." if drop.interval.low <= evidence.margin else ""
+        return decision, [], [f"{ours}, without a model, against {tuned}: {measured}{unclear}"]
     text = f"{NO_MODEL}: {ours} is not worse than {tuned} by the margin of {_points(evidence.margin)}"
     if drop.interval.high < 0:
         text = f"{NO_MODEL}: {ours} is better than {tuned}"
