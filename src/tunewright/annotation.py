@@ -6,6 +6,7 @@ and verdicts from a spreadsheet. Each of the two has its rules: what an item is,
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import IO, Annotated, Any, BinaryIO, Generic, Literal, Protocol, TypeVar, cast
+from weakref import finalize
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunewright.core.clock import now
 from tunewright.core.csv import one_line_end, read_sheet, restored_cell
 from tunewright.core.errors import UserError
+from tunewright.core.io import writing
+from tunewright.core.locks import FILE_S, is_locked, lock_file, locked_folder
 
 LEASE_S = 600  # seconds for which an item on one screen is offered to no other
 _MOST_FAULTS = 50
@@ -272,20 +276,47 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
 
 
 class Leases:
-    """The item on each screen, which is offered to no other screen for a time.
+    """The item on each screen of a project, which is offered to no other screen for a time.
 
-    Leases end with the process. Other processes do not know them: in them the first verdict counts.
+    Each process has a file in ``folder``, locked while the process lives: the leases of a killed process end with it.
+    Ends are times of the system's monotonic clock, which all its processes share and a change of the date does not
+    move; showing an item again renews its lease. On another system, which has another clock, the first verdict counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
         self._held: dict[tuple[str, str], tuple[str, float]] = {}  # by screen and queue: leased item, lease's end
 
     def next(self, session: AnnotationSession[Any, ItemT, Any], screen: str, queue: str) -> ItemT | None:
         """Return the session's next item that is on no other screen, leased to this one."""
-        time = monotonic()
-        item = session.next([key for (other, _), (key, end) in self._held.items() if other != screen and end > time])
-        if item is None:
-            self._held.pop((screen, queue), None)
-        else:
-            self._held[screen, queue] = (item.key, time + LEASE_S)
+        busy = UserError("Another process has been choosing a row for 10 s", where=str(self._folder), fix="Try again.")
+        with locked_folder(self._folder, busy, FILE_S), writing(self._folder):
+            time = monotonic()
+            held = [(key, end) for (other, _), (key, end) in self._held.items() if other != screen]
+            item = session.next([key for key, end in [*held, *self._of_others()] if 0 < end - time <= LEASE_S])
+            if item is None:
+                self._held.pop((screen, queue), None)
+            else:
+                self._held[screen, queue] = (item.key, time + LEASE_S)
+            if self._file is None:
+                self._file = tempfile.NamedTemporaryFile(dir=self._folder, delete=False, buffering=0)  # noqa: SIM115
+                lock_file(cast(BinaryIO, self._file))
+                finalize(self, self._file.close)
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write("".join(f"{key} {end}\n" for key, end in self._held.values() if end > time).encode())
         return item
+
+    def _of_others(self) -> list[tuple[str, float]]:
+        """Return the leases of other processes, and remove the files of processes that have ended."""
+        found = []
+        for path in self._folder.glob("tmp*"):
+            if self._file is not None and path.name == Path(self._file.name).name:
+                continue
+            if is_locked(path):
+                leases = map(str.split, path.read_text().splitlines())
+                found += [(key, float(end)) for key, end in leases]
+            else:
+                path.unlink(missing_ok=True)
+        return found

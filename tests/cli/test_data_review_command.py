@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import tunewright as library
 from making.command_line import pairs, tunewright, write_jsonl
 from making.terminal import Terminal
 from tunewright.cli import commands
 from tunewright.core.progress import LogReporter
 from tunewright.data.review.report import review_status
 from tunewright.data.review.reviews import read_reviews
-from tunewright.data.review.session import ReviewSession
+from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions import load_version
 
 
@@ -186,3 +189,52 @@ def test_commands_report_whether_the_version_is_accepted(project: Path) -> None:
     message = tunewright("data", "log", "-p", project).stderr
     assert f"Version {digest} under review: no row checked yet" in message
     assert tunewright("data", "log", "-p", project, "--json").document["versions"]
+
+
+def test_terminals_and_studios_offer_different_rows_until_they_end(project: Path, press: list[str]) -> None:
+    data = library.open(project).data
+    order = [card.key for card in _offered(data.review("ben"), 2)]
+    folder = project / ".tunewright" / "leases"
+    code = (
+        "import sys, pathlib\n"
+        "from tunewright import open as opened\n"
+        "from tunewright.annotation import Leases\n"
+        f"review = opened({str(project)!r}).data.review('ben')\n"
+        f"leases = Leases(pathlib.Path({str(folder)!r}))\n"
+        "print(leases.next(review, 'screen', 'sample').key, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().decode().strip() == order[0]
+        press += "rq"
+        assert tunewright("data", "review", "--reviewer", "ada", "-p", project).code == 0
+        found = read_reviews(project / "dataset")
+        assert found.current_verdicts(order[0]) == {} and "ada" in found.current_verdicts(order[1])
+        other.kill()
+    press += "wq"
+    assert tunewright("data", "review", "--reviewer", "ada", "-p", project).code == 0
+    assert read_reviews(project / "dataset").current_verdicts(order[0])["ada"].verdict == "wrong"
+
+
+def test_verdict_on_a_row_that_was_judged_meanwhile_is_refused(
+    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    review = library.open(project).data.review("ben")
+    first = _offered(review, 1)[0]
+
+    def key() -> str:
+        if not read_reviews(project / "dataset").stacks:
+            review.judge(first, "right")
+            return "w"
+        return "q"
+
+    monkeypatch.setattr("tunewright.cli.data_review.read_key", key)
+    ran = tunewright("data", "review", "--reviewer", "ada", "-p", project)
+    assert f"{first.key[:12]} was judged meanwhile. Nothing was recorded" in ran.stderr
+    assert set(read_reviews(project / "dataset").current_verdicts(first.key)) == {"ben"}
+    assert press == []
+
+
+def _offered(review: ReviewSession, most: int) -> list[ReviewItem]:
+    return [review.item(key) for key in review.open_keys(most)]

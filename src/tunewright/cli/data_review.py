@@ -41,6 +41,7 @@ def annotate(
     session: AnnotationSession[Any, ItemT, Any],
     screen: Callable[[ItemT], list[RenderableType]],
     actions: Mapping[str, Callable[[ItemT], str]],
+    next_item: Callable[[], ItemT | None],
 ) -> None:
     """Show one item after the other, and run the pressed key's action, until no item is left or it is q.
 
@@ -48,7 +49,7 @@ def annotate(
     """
     verdicts = {key: verdict for key, verdict, _ in session.verdict_keys}
     message = ""
-    while (item := session.next()) is not None:
+    while (item := next_item()) is not None:
         run.console.clear()
         parts = screen(item) + ([Text(message, style="yellow")] if message else [])
         run.console.print(*parts, sep="\n", markup=False, highlight=False)
@@ -57,6 +58,10 @@ def annotate(
             return
         if key == "u":
             message = "Taken back." if session.undo() is not None else "There is nothing to take back."
+            continue
+        session.refresh()
+        if session.open_item(item.key) is None:
+            message = f"{item.key[:12]} was judged meanwhile. Nothing was recorded for it now."
         elif key in verdicts:
             session.judge(item, verdicts[key])
         else:
@@ -212,9 +217,12 @@ def _show_status(run: Session) -> int:
 
 
 def _ask(run: Session, review: ReviewSession) -> None:
+    from tunewright.annotation import Leases
     from tunewright.data.review.label_models import NeighborIndex
 
     nearest = NeighborIndex(review.version)
+    leases = Leases(run.project.folder.work / "leases")
+    settled_by_one = not review.second and not review.conflicts
     actions: dict[str, Callable[[ReviewItem], str]] = {
         "e": lambda card: review.edit(card, edit_text(review.draft(card))),
         "n": lambda card: review.note(card, read_note(run)),
@@ -223,7 +231,13 @@ def _ask(run: Session, review: ReviewSession) -> None:
         actions[enter] = lambda card: (
             review.edit(card, card.suggested) if card.suggested else "No row suggests another answer."
         )
-    annotate(run, review, lambda card: _screen(review, card, nearest), actions)
+
+    def next_row() -> ReviewItem | None:
+        return leases.next(review, "terminal", "review") if settled_by_one else review.next()
+
+    annotate(run, review, lambda card: _screen(review, card, nearest), actions, next_row)
+    if settled_by_one and next_row() is None and review.next() is not None:
+        run.reporter.say("Other reviewers have the last rows on their screens. Run this command again later.")
 
 
 def _screen(review: ReviewSession, card: ReviewItem, nearest: NeighborIndex) -> list[RenderableType]:

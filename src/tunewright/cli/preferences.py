@@ -192,7 +192,13 @@ def _ask(run: Session, blind: BlindReview) -> None:
         blind.note(pair, read_note(run))
         return ""
 
-    annotate(run, blind, lambda pair: pair_screen(pair, blind.progress, run.console.width), {"v": view, "n": note})
+    annotate(
+        run,
+        blind,
+        lambda pair: pair_screen(pair, blind.progress, run.console.width),
+        {"v": view, "n": note},
+        blind.next,
+    )
 
 
 def progress_text(progress: Progress) -> str:

@@ -57,8 +57,6 @@ class Cache:
     playing: Playing
     reviews: dict[tuple[str, ...], ReviewSession] = field(default_factory=dict)
     """Reviews by version, reviewer and choice of rows."""
-    leases: Leases = field(default_factory=Leases)
-    """The row on each session's screen, by the session's token and the choice of rows."""
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
     """Comparisons by evaluation, reviewer and incumbent."""
     _made: dict[object, tuple[object, Any]] = field(default_factory=dict)
@@ -115,6 +113,12 @@ class Visit:
         dataset = self.project.folder.dataset
         digests = {each.digest for each in list_versions(dataset)}
         return self.cache.once("places", digests, lambda: KnownPlaces(dataset))
+
+    @property
+    def leases(self) -> Leases:
+        """The row on each session's screen, by the session's token and the choice of rows."""
+        folder = self.project.folder
+        return self.cache.once("leases", folder.root, lambda: Leases(folder.work / "leases"))
 
     @property
     def neighbors(self) -> NeighborIndex:

@@ -142,7 +142,7 @@ def next_row(visit: Visit, queue: str, review: ReviewSession) -> ReviewItem | No
     """Return the next row, leased to this session where one verdict settles a row."""
     if queue not in ("sample", "suspects"):
         return review.next()
-    return visit.cache.leases.next(review, visit.session.form_token, queue)
+    return visit.leases.next(review, visit.session.form_token, queue)
 
 
 def _left(review: ReviewSession) -> str:
