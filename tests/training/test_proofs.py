@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama 3.1": ("llama", "LlamaForCausalLM", {"rope_parameters": LLAMA_3, "num_key_value_heads": 8}),
     "Mistral 7B v0.1": ("mistral", "MistralForCausalLM", {"sliding_window": 4096}),
     "Mistral Small 3.1": ("mistral3", "Mistral3ForConditionalGeneration", {}),
+    "Devstral 2": ("ministral3", "Ministral3ForCausalLM", {}),
     "Mixtral": ("mixtral", "MixtralForCausalLM", {}),
     "Mistral 4": ("mistral4", "Mistral4ForCausalLM", {}),
     "Mistral Large 4": ("mistral_large4", "MistralLarge4ForConditionalGeneration", {}),
@@ -100,9 +102,31 @@ FAILS: dict[str, set[str]] = {
 EXPERTS = {"Mixtral", "Mistral 4", "Mistral Large 4", "Qwen 3 MoE", "gpt-oss", "GLM 4.5", "Llama 4", "Granite hybrid"}
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "models.md"
+
+
 def _config(name: str) -> tuple[Any, str]:
     kind, architecture, values = PUBLISHED[name]
     return transformers.AutoConfig.for_model(kind, **values), architecture
+
+
+def _expected(name: str) -> set[str]:
+    return FAILS.get(name, set()) | ({"memory"} if name in EXPERTS else set())
+
+
+def test_page_lists_the_proved_architectures_with_what_fails_and_what_vllm_serves() -> None:
+    rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.count("|") == 5]
+    shown = {
+        architecture: (set(re.findall(r"`(\w+)`", row[3])), row[4].strip())
+        for row in rows
+        for architecture in re.findall(r"`(\w+For\w+)`", row[2])
+    }
+    says = {"yes": "lists it and its adapters", "merged only": "but not its adapters", "no": "does not list it"}
+    assert {architecture: fails for architecture, (fails, _) in shown.items()} == {
+        architecture: _expected(name) for name, (_, architecture, _) in PUBLISHED.items()
+    }
+    for architecture, (_, vllm) in shown.items():
+        assert says[vllm] in vllm_support(architecture), architecture
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -110,7 +134,7 @@ def test_architecture_passes_and_fails_the_expected_proofs(name: str) -> None:
     config, architecture = _config(name)
     proofs = {each.name: each for each in prove_config(config, architecture)}
     failed = {key: each.reason for key, each in proofs.items() if not each.passed}
-    assert failed.keys() == FAILS.get(name, set()) | ({"memory"} if name in EXPERTS else set()), failed
+    assert failed.keys() == _expected(name), failed
     assert all(failed.values())
     if name in ("Qwen 3.5", "Granite hybrid"):
         assert failed["packing"] == "layers of the kind linear_attention carry a state from one token to the next"
