@@ -46,18 +46,18 @@ def test_kinds_of_arms_can_be_switched_off() -> None:
     assert prompting_arms(settings) == [ZERO_SHOT]
 
 
-def test_arms_of_the_default_config_that_a_config_leaves_out_are_named() -> None:
+def test_untried_prompting_names_where_a_config_tries_less_than_the_default() -> None:
     assert untried_prompting(EvaluateConfig()) == ()
     assert untried_prompting(EvaluateConfig(num_fewshot=(4, 32), retrievers=("tfidf", "bm25", "dense"))) == ()
     fewer = EvaluateConfig(num_fewshot=(1, 8), static_seeds=1, retrievers=("bm25",))
     assert untried_prompting(fewer) == (
-        "3 draws of static demonstrations (evaluate.static_seeds)",
-        "demonstrations retrieved by tfidf (evaluate.retrievers)",
-        "16 demonstrations instead of at most 8 (evaluate.num_fewshot)",
+        "1 draw of static demonstrations instead of 3 (evaluate.static_seeds)",
+        "no demonstrations retrieved by tfidf (evaluate.retrievers)",
+        "at most 8 demonstrations instead of 16 (evaluate.num_fewshot)",
     )
     assert untried_prompting(EvaluateConfig(num_fewshot=(1,), static_seeds=0, retrievers=())) == (
-        "static demonstrations (evaluate.static_seeds)",
-        "retrieved demonstrations (evaluate.retrievers)",
+        "no static demonstrations (evaluate.static_seeds)",
+        "no retrieved demonstrations (evaluate.retrievers)",
     )
 
 

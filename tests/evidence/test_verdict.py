@@ -126,11 +126,11 @@ def test_answers_cut_by_the_token_limit_are_named() -> None:
 
 def test_prompting_that_the_config_restricts_is_a_caution() -> None:
     assert "by default" not in " ".join(verdict(EVIDENCE).reasons)
-    left_out = ("static demonstrations (evaluate.static_seeds)", "16 demonstrations instead of at most 4")
+    left_out = ("no static demonstrations (evaluate.static_seeds)", "16 demonstrations instead of at most 4")
     found = verdict(EVIDENCE.model_copy(update={"untried": left_out}))
     assert found.decision == verdict(EVIDENCE).decision
     assert (
-        "Caution: Prompting was not tried as hard as by default. The config leaves out static demonstrations "
+        "Caution: Prompting was not tried as hard as by default. The config has no static demonstrations "
         "(evaluate.static_seeds); 16 demonstrations instead of at most 4. The best prompt may be better than the one "
         "compared here."
     ) in found.reasons

@@ -15,6 +15,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
 from tunewright.core.log import parse_line
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
@@ -191,19 +192,20 @@ def prompting_arms(settings: EvaluateConfig, optimized: str | None = None) -> li
 
 
 def untried_prompting(settings: EvaluateConfig) -> tuple[str, ...]:
-    """Return what the default config tries in prompting arms and this one does not, in words."""
+    """Return in words where this config tries less in prompting arms than the default one."""
     default, found = EvaluateConfig(), []
     most, usual = max(settings.num_fewshot), max(default.num_fewshot)
     if not settings.static_seeds:
-        found.append("static demonstrations (evaluate.static_seeds)")
+        found.append("no static demonstrations (evaluate.static_seeds)")
     elif settings.static_seeds < default.static_seeds:
-        found.append(f"{default.static_seeds} draws of static demonstrations (evaluate.static_seeds)")
+        draws = f"{count_of(settings.static_seeds, 'draw')} of static demonstrations"
+        found.append(f"{draws} instead of {default.static_seeds} (evaluate.static_seeds)")
     if not settings.retrievers:
-        found.append("retrieved demonstrations (evaluate.retrievers)")
+        found.append("no retrieved demonstrations (evaluate.retrievers)")
     elif missing := [name for name in default.retrievers if name not in settings.retrievers]:
-        found.append(f"demonstrations retrieved by {' and '.join(missing)} (evaluate.retrievers)")
+        found.append(f"no demonstrations retrieved by {' or '.join(missing)} (evaluate.retrievers)")
     if most < usual and (settings.static_seeds or settings.retrievers):
-        found.append(f"{usual} demonstrations instead of at most {most} (evaluate.num_fewshot)")
+        found.append(f"at most {count_of(most, 'demonstration')} instead of {usual} (evaluate.num_fewshot)")
     return tuple(found)
 
 

@@ -254,7 +254,7 @@ class Evidence(Part):
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
     untried: Annotated[
         tuple[str, ...],
-        Field(description="What prompting arms try by default and the config left out; empty in older evidence."),
+        Field(description="Where the config tried less in prompting arms than by default; empty in older evidence."),
     ] = ()
     best_prompting: Annotated[
         str, Field(description="Prompting arm selected on dev; best-prompting if folds selected different ones.")

@@ -352,8 +352,8 @@ def _cautions(evidence: Evidence, contrast: Contrast) -> Iterator[str]:
         yield f"Caution: {evidence.budget.caution}"
     if evidence.untried:
         yield (
-            f"Caution: Prompting was not tried as hard as by default. The config leaves out "
-            f"{'; '.join(evidence.untried)}. The best prompt may be better than the one compared here."
+            f"Caution: Prompting was not tried as hard as by default. The config has {'; '.join(evidence.untried)}. "
+            "The best prompt may be better than the one compared here."
         )
     yield from _unformed_prompting(evidence, contrast)
     if evidence.openings:
