@@ -68,7 +68,8 @@ def _started(work: str, *, before: str = "pass", as_json: bool = False) -> subpr
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_is_announced_and_command_exits_with_130(number: signal.Signals) -> None:
-    process = _started("time.sleep(600)", before=PATIENT)
+    # A signal between the last bytecode and one long sleep would be handled only after the sleep.
+    process = _started("while True: time.sleep(0.01)", before=PATIENT)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, stdout) == (130, "")

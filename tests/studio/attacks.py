@@ -10,7 +10,7 @@ ATTACKS = (
     "\u05e9\u05dc\u05d5\u05dd" * 300 + " \u202eabc " + "\u0645\u0631\u062d\u0628\u0627 " * 200,
 )
 PLANTED = (
-    "main :is(script, svg:not(.bar, .bars, figure > svg), img, style, iframe, [onload], [onerror], "
+    "main :is(script, svg:not(.bar, .bars, .share, figure > svg), img, style, iframe, [onload], [onerror], "
     'a[href^="javascript" i])'
 )
 """Elements that only an attack brings."""

@@ -9,7 +9,7 @@ import pytest
 from attacks import ATTACKS, PLANTED
 
 import tunewright as library
-from making.browser import AXE, EXECUTABLE, axe_faults, chromium, faults, press_to_next, row_key, show, signed_in
+from making.browser import AXE, EXECUTABLE, axe_faults, faults, press_to_next, row_key, show, signed_in
 from making.command_line import pairs, tunewright, write_jsonl
 from making.evidence import make_items
 from making.human_evaluations import begin, save
@@ -114,15 +114,16 @@ def test_each_key_of_a_row(page: Page, project: Path) -> None:
         assert _reviews(project).current_verdicts(second) == {}
 
 
-def test_enter_takes_the_suggested_answer_and_a_number_another_one(tmp_path: Path) -> None:
+def test_enter_takes_the_suggested_answer_and_a_number_another_one(page: Page, tmp_path: Path) -> None:
     (tmp_path / "tunewright.yaml").write_text("name: labels\n")
     rows = pairs(120)
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     assert tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path).code == 0
     suspects = {suspect.key: suspect for suspect in library.open(tmp_path).data.suspects().suspects}
     studio = Studio(tmp_path, "ada")
-    with serving(studio.app()) as url, chromium() as browser:
-        page = signed_in(browser, studio.address(url))
+    assert page.context.browser is not None
+    with serving(studio.app()) as url:
+        page = signed_in(page.context.browser, studio.address(url))
         page.goto("/review/suspects")
         first = row_key(page)
         press_to_next(page, "Enter")
