@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import tunewright as library
 from making.command_line import Ran, trained_project, tunewright
 from tunewright.evaluation import time_limit
 from tunewright.evaluation.generations import Generator
 from tunewright.evidence.files import load_evidence
+from tunewright.evidence.schema import Advice
 from tunewright.generation.requests import Request
 
 pytestmark = pytest.mark.slow
@@ -93,6 +95,8 @@ def test_run_names_its_work_first_and_leaves_out_what_does_not_fit(project: Path
     assert ran.code in {0, 3, 4}, ran.stderr
     plan = "120 rows train an adapter (at most 1 epoch), and the test split compares both. To answer: at most "
     assert plan in said(ran)
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        library.open(project).evaluate(minutes=5, advice=Advice.model_validate(ran.document["advice"]))
     advised, budget = (ran.document[part]["budget"] for part in ("advice", "evidence"))
     assert advised == budget and budget["minutes"] == fewest + 1
     assert budget["left_out"][0] == "tuned+retrieved" and len(budget["left_out"]) > 1

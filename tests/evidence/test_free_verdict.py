@@ -86,6 +86,14 @@ def test_adapter_that_is_better_than_the_free_arm_still_ships() -> None:
     ]
 
 
+def test_free_arm_that_may_be_as_good_is_called_unclear() -> None:
+    unclear = "They cannot show whether a model is needed."
+    few = verdict(_with_free(make_items(50, tuned=0.9, retrieved=0.3), 0.9))
+    assert any(text.startswith(FREE) and text.endswith(unclear) for text in few.reasons)
+    many = verdict(_with_free(make_items(600, tuned=0.9, retrieved=0.3), 0.6))
+    assert not any(unclear in text for text in many.reasons)
+
+
 def test_free_arm_is_no_reason_where_prompting_is_better_than_both() -> None:
     found = verdict(_with_free(make_items(600, tuned=0.1, retrieved=0.9), 0.3))
     assert not any("No model is needed" in text for text in found.reasons)

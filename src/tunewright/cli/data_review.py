@@ -128,7 +128,6 @@ def edit_text(text: str) -> str | None:
 
 KEYS = "r right   w wrong   e edit   s skip   n note   u undo   q quit"
 
-
 Judge = Annotated[
     str | None,
     typer.Option(

@@ -200,7 +200,10 @@ def evaluate(
 
     Raises:
         UserError: the access log was changed, or too few minutes.
+        ValueError: both ``minutes`` and ``advice``.
     """
+    if minutes is not None and advice is not None:
+        raise ValueError("minutes and advice are mutually exclusive: the advice has its own time limit")
     require_minutes(minutes)
     split: Literal["test", "dev"] = "dev" if dev else "test"
     tuned = find_adapter(project.folder.adapters, adapter)
