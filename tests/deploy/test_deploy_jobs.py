@@ -39,11 +39,13 @@ def test_slurm_script_starts_train_that_parses(tmp_path: Path, gpus: str, launch
 
 def test_slurm_script_queues_again_when_its_time_is_over(tmp_path: Path) -> None:
     # The script's own process gets the signal, as with Slurm's --signal=B:TERM, and the step ends as a training does.
+    # The step blocks its signal until it waits for it: one that comes between the two would not end a sleep.
     (tmp_path / "step.py").write_text(
-        "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
         "os.kill(os.getppid(), signal.SIGTERM)\n"
-        "time.sleep(300)\n"
+        "signal.sigwait({signal.SIGTERM})\n"
+        "sys.exit(130)\n"
     )
     stopped = f"exec {sys.executable} {tmp_path}/step.py"
     assert _submitted(tmp_path, "1", stopped) == ["requeue", "77"]
