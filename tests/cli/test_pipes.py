@@ -72,7 +72,7 @@ def test_result_is_on_stdout_and_notes_are_on_stderr(project: Path, arguments: t
 def test_row_of_a_table_is_one_whole_line_in_a_pipe(project: Path) -> None:
     ran = subprocess.run(_command("data", "log", "-p", project), capture_output=True, text=True, env=ENVIRONMENT)
     heading, row = ran.stdout.splitlines()
-    assert heading.split()[:4] == ["version", "created", "(UTC)", "rows"]
+    assert heading.split()[:5] == ["no.", "version", "created", "(UTC)", "rows"]
     assert row.endswith(f"{LONG}[red]end[/]")
     assert "\x1b" not in ran.stdout + ran.stderr
     assert ran.stderr.startswith("Version ")

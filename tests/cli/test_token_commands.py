@@ -62,7 +62,7 @@ def test_tokens_are_listed_with_their_mask(project: Path) -> None:
         ("pairs.jsonl:121", "No row was read from line 121 of pairs.jsonl (last row: line 120)"),
         ("pairs.jsonl:" + "9" * 5000, "has no row"),
         ("other.jsonl:1", "Added files: pairs.jsonl"),
-        ("1", "rows begin with '1'"),
+        ("a", "rows are named 'a'"),
     ],
 )
 def test_tokens_refuses_an_unknown_row(project: Path, row: str, words: str) -> None:

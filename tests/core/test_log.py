@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from threading import Thread
@@ -21,6 +22,7 @@ from tunewright.core.log import (
     stated_author,
     whole_lines,
 )
+from tunewright.core.numbers import NUMBERS_FILE, give_number, name_numbered, read_numbers
 from tunewright.data.versions.version import current_author
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3), max_size=4)
@@ -105,3 +107,22 @@ def test_author_of_one_request_is_not_that_of_another(monkeypatch: pytest.Monkey
         other.join()
         assert stated_author() == "ada"
     assert found == [None] and stated_author() is None
+
+
+def test_numbers_stay_with_their_names_and_one_given_twice_is_refused(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    for name in ("legal-4f1c", "legal-99aa", "legal-4f1c"):
+        give_number(ours / "adapters", name)
+    give_number(ours / "evaluations", "0badcafe")
+    assert read_numbers(ours / "adapters") == {"legal-4f1c": 1, "legal-99aa": 2}
+    assert [name_numbered(ours / "adapters", each) for each in ("2", "3", "legal")] == ["legal-99aa", None, None]
+    assert name_numbered(ours / "evaluations", "1") == "0badcafe"
+    shutil.copytree(ours, theirs)
+    give_number(ours / "adapters", "ours")
+    give_number(theirs / "adapters", "theirs")
+    merged, other = ours / NUMBERS_FILE, theirs / NUMBERS_FILE
+    merged.write_bytes(merged.read_bytes() + other.read_bytes().splitlines(keepends=True)[-1])
+    with pytest.raises(UserError, match=r"The number 3 was given twice, (.|\n)*Use a name: ours, theirs\."):
+        name_numbered(ours / "adapters", "3")
+    assert name_numbered(ours / "adapters", "2") == "legal-99aa"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
@@ -16,12 +17,18 @@ import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from review_helpers import review
 
 from making.property_examples import examples
-from tunewright.config.project import ProjectFolder
+from tunewright.config.project import OpenFolder, ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.versions import list_versions, load_version, locked, short
+from tunewright.data.options import RemoveOptions
+from tunewright.data.remove import remove
+from tunewright.data.review.edits import apply_edits
+from tunewright.data.review.session import ReviewItem
+from tunewright.data.trace import find_key, find_row
+from tunewright.data.versions import checkout, list_versions, load_version, locked, manifest_seal, short
 from tunewright.data.versions.files import lines_sha256, members_file, read_members
 
 FIRST = unlike_pairs(60, seed=1)
@@ -54,6 +61,65 @@ def test_list_versions_sorts_from_first_to_last(project: ProjectFolder) -> None:
     assert load_version(project.dataset).digest == second
     for begin in (first, short(first), first[:8]):
         assert load_version(project.dataset, begin).digest == first
+
+
+def _row(project: ProjectFolder, name: str) -> str:
+    return find_row(project.dataset, load_version(project.dataset), name).example.input_text
+
+
+def test_rows_are_numbered_in_the_order_of_their_files_and_no_number_is_given_again(
+    project: ProjectFolder,
+) -> None:
+    first = load_version(project.dataset).digest
+    assert [_row(project, str(number)) for number in (1, 2, 60)] == [FIRST[place][0] for place in (0, 1, 59)]
+    last = find_row(project.dataset, load_version(project.dataset), "60").key
+    keys = project.root / "keys.txt"
+    keys.write_text(last)
+    remove(OpenFolder(project, Listener()), RemoveOptions(because="wrong", keys=keys))
+    assert find_key(project.dataset, load_version(project.dataset), "60") == last
+    with pytest.raises(UserError, match="no row '60'"):
+        _row(project, "60")
+    _add_second(project)
+    assert _row(project, "61") == SECOND[0][0]
+    assert [m.numbers.version for m in list_versions(project.dataset) if m.numbers] == [1, 2, 3]
+    # The next numbers of another branch follow all that the dataset has.
+    checkout(project.dataset, "1")
+    third = write_jsonl(project.root.parent / "third.jsonl", unlike_pairs(5, seed=3))
+    numbers = add(project, [third], Listener()).version.numbers
+    assert numbers is not None
+    assert (numbers.version, numbers.first_row, numbers.last_row) == (4, 121, 125)
+    assert load_version(project.dataset, "1").digest == first
+
+
+def test_edited_row_keeps_its_number(project: ProjectFolder) -> None:
+    session = review(project, "ada")
+    member = find_row(project.dataset, session.version, "7")
+    session.judge(ReviewItem(member, 1), "edit", "a better answer")
+    apply_edits(project, Listener())
+    found = find_row(project.dataset, load_version(project.dataset), "7")
+    assert (found.example.input_text, found.example.output) == (FIRST[6][0], "a better answer")
+    _add_second(project)
+    assert _row(project, "61") == SECOND[0][0]
+
+
+def test_number_that_two_copies_gave_is_refused_by_name(project: ProjectFolder, tmp_path: Path) -> None:
+    other = ProjectFolder(Path(shutil.copytree(project.root, tmp_path / "other")))
+    ours = _add_second(project)
+    theirs = add(other, [write_jsonl(tmp_path / "b.jsonl", unlike_pairs(9, seed=4))], Listener()).version.digest
+    for part in ("rows", "versions"):
+        shutil.copytree(other.dataset / part, project.dataset / part, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="2 dataset versions have the number 2: they were made in separate") as refused:
+        load_version(project.dataset, "2")
+    assert {short(ours), short(theirs)} == set(re.findall("[0-9a-f]{12}", refused.value.fix or ""))
+
+
+def test_rows_of_a_version_without_numbers_are_counted(project: ProjectFolder) -> None:
+    manifest = project.dataset / "versions" / short(load_version(project.dataset).digest) / "manifest.json"
+    document = {**json.loads(manifest.read_bytes()), "numbers": None}
+    manifest.write_text(json.dumps({**document, "seal": manifest_seal(document)}))
+    assert _row(project, "3") == FIRST[2][0]
+    _add_second(project)
+    assert (_row(project, "3"), _row(project, "61")) == (FIRST[2][0], SECOND[0][0])
 
 
 def test_digests_can_be_recomputed(project: ProjectFolder) -> None:

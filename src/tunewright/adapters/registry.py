@@ -30,6 +30,7 @@ from tunewright.adapters.signing import SigningKey, sign, verify_signatures
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, text_lines, write_json, write_text
+from tunewright.core.numbers import give_number, name_numbered
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -230,6 +231,7 @@ def store_adapter(
         if signer is not None:
             sign(temporary, signer)
     stored = Adapter(folder)
+    give_number(adapters, folder.name)
     if not stored.was_trained_by(lineage["inputs_digest"]):
         # Not in the signed manifest: it only records which trainings need not be repeated.
         also = [*stored.local.get("also_inputs", []), lineage["inputs_digest"]]
@@ -256,7 +258,7 @@ def list_adapters(adapters: Path) -> list[Adapter]:
 
 
 def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
-    """Return the adapter with this name or unique prefix of a name; without a name, the newest.
+    """Return the adapter with this number, name or unique prefix of a name; without a name, the newest.
 
     The newest is one trained here, if there is any: an imported adapter must be named.
     """
@@ -265,6 +267,7 @@ def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
         raise UserError("No adapter has been trained yet", where=str(adapters), fix="Run `tunewright train`.")
     if name is None:
         return ([each for each in known if each.imported is None] or known)[-1]
+    name = name_numbered(adapters, name) or name
     matches = [a for a in known if a.name == name] or [a for a in known if a.name.startswith(name)]
     if len(matches) != 1:
         what = f"{len(matches)} adapters start with {name!r}" if matches else f"No adapter is named {name!r}"

@@ -53,6 +53,7 @@ class ProjectData(ProjectGroup):
     leakage = browse.leakage
     log = browse.log
     metadata = browse.metadata
+    numbers = browse.numbers
     preview_file = preview.preview_file
     pull = remote.pull
     push = remote.push

@@ -30,7 +30,10 @@ adapters_app = group("adapters", TRAIN, "List, inspect, verify, sign, push and i
 @command(adapters_app, "list", example="tunewright adapters list")
 def adapters_list(run: Session) -> None:
     """List the stored adapters, the newest last."""
-    rows = [adapter_row(adapter) for adapter in run.project.adapters.list()]
+    from tunewright.core.numbers import read_numbers
+
+    numbers = read_numbers(run.project.folder.adapters)
+    rows = [{"number": numbers.get(adapter.name), **adapter_row(adapter)} for adapter in run.project.adapters.list()]
     run.show({"adapters": rows}, adapters_table(rows) if rows else "No adapter has been trained yet.")
 
 
@@ -53,7 +56,8 @@ def adapters_show(
 def adapters_verify(
     run: Session,
     adapters: Annotated[
-        list[str] | None, typer.Argument(help="Adapter names or their first characters.", show_default="all")
+        list[str] | None,
+        typer.Argument(help="Adapter names, numbers or first characters.", show_default="all"),
     ] = None,
 ) -> int | None:
     """Check every file, weight and signature.
@@ -95,7 +99,8 @@ def adapters_push(
     run: Session,
     url: Annotated[str, typer.Argument(help="Folder or any URL that fsspec supports, such as s3://bucket/prefix.")],
     adapters: Annotated[
-        list[str] | None, typer.Argument(help="Adapter names or their first characters.", show_default="the newest")
+        list[str] | None,
+        typer.Argument(help="Adapter names, numbers or first characters.", show_default="the newest"),
     ] = None,
 ) -> None:
     """Copy adapters to a shared folder or bucket, for `adapters import` and for servers (serve.adapter_store)."""
@@ -140,8 +145,8 @@ def adapters_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         dataset = row["dataset"][:_SHORT] if row["dataset"] else "unknown"
         dataset += ", imported" if row["imported"] else ""
         made = without_milliseconds(row["created"])
-        found.append((row["name"], made, dataset, row["base"], ", ".join(row["checkpoints"])))
-    return table("Adapters", words("Adapter", "Created", "Dataset", "Base", "Checkpoints"), found)
+        found.append((str(row["number"] or ""), row["name"], made, dataset, row["base"], ", ".join(row["checkpoints"])))
+    return table("Adapters", ("No.", *words("Adapter", "Created", "Dataset", "Base", "Checkpoints")), found)
 
 
 def lineage_tree(shown: AdapterDetails) -> Tree:

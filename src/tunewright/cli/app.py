@@ -43,7 +43,9 @@ Cluster = Annotated[
         show_default="compute.cluster in the config",
     ),
 ]
-Adapter = Annotated[str | None, typer.Argument(help="Adapter name or its first characters.", show_default="the newest")]
+Adapter = Annotated[
+    str | None, typer.Argument(help="Adapter name, number or first characters.", show_default="the newest")
+]
 Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
 Minutes = Annotated[
     float | None,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunewright.data.trace import RowOrigin
     from tunewright.data.versions import Member
 
-Row = Annotated[str, typer.Argument(help="First digits of the row's key, or FILE:LINE of an added file.")]
+Row = Annotated[str, typer.Argument(help="Number of the row, first digits of its key, or FILE:LINE of an added file.")]
 
 _MOST = 10
 
@@ -45,8 +45,9 @@ def data_show(
     metadata = run.project.data.metadata(member.key)
     counts = run.project.data.cluster_counts(member)
     lines = [f"{key}: {canonical_json(value)}" for key, value in metadata.items()]
-    document = {**row_document(member, counts), "metadata": metadata}
-    run.show(document, row_heading(member, counts), *lines, conversation_text(member))
+    number = run.project.data.numbers()[member.key]
+    document = {"number": number, **row_document(member, counts), "metadata": metadata}
+    run.show(document, row_heading(member, counts, number), *lines, conversation_text(member))
 
 
 def _show_tokens(run: Session, member: Member) -> None:
@@ -183,12 +184,13 @@ def row_document(member: Member, counts: tuple[int, int] | None = None) -> dict[
     }
 
 
-def row_heading(member: Member, counts: tuple[int, int] | None = None) -> str:
-    """Return the row's key, split and cluster."""
+def row_heading(member: Member, counts: tuple[int, int] | None = None, number: int | None = None) -> str:
+    """Return the row's number, key, split and cluster."""
+    row = member.key[:12] if number is None else f"{number} ({member.key[:12]})"
     more = ["generic mix-in"] if member.mixed else list(member.groups)
     if counts is not None and counts[0] > 1:
         more = [f"of {counts[0]:,} rows, {counts[1]:,} with this output", *more]
-    return ", ".join([f"row {member.key[:12]}, split {member.split}, cluster {member.cluster[:12]}", *more])
+    return ", ".join([f"row {row}, split {member.split}, cluster {member.cluster[:12]}", *more])
 
 
 def conversation_text(member: Member) -> Text:
@@ -270,7 +272,7 @@ def data_log(run: Session) -> None:
 @command(data_app, "diff", example="tunewright data diff 4f1c02a9")
 def data_diff(
     run: Session,
-    a: Annotated[str, typer.Argument(help="Digest of the older version, or its first characters.")],
+    a: Annotated[str, typer.Argument(help="Number of the older version, or first characters of its digest.")],
     b: Annotated[str | None, typer.Argument(help="The newer version.", show_default="the current one")] = None,
 ) -> None:
     """Compare two versions: rows added, removed and edited, and whether their scores are comparable."""
@@ -283,7 +285,7 @@ def data_diff(
 @command(data_app, "checkout", example="tunewright data checkout 4f1c02a9")
 def data_checkout(
     run: Session,
-    version: Annotated[str, typer.Argument(help="Digest of the version, or its first characters.")],
+    version: Annotated[str, typer.Argument(help="Number of the version, or first characters of its digest.")],
 ) -> None:
     """Make an existing version the current one."""
     from tunewright.data.versions.version import version_table
@@ -300,7 +302,7 @@ def data_export(
     split: Annotated[Split | None, typer.Option(help="Split to export.", show_default="all")] = None,
     version: Annotated[
         str | None,
-        typer.Option("--version", help="Digest of a version, or its first characters.", show_default="the current one"),
+        typer.Option("--version", help="Number or first digits of a version.", show_default="the current one"),
     ] = None,
     metadata: Annotated[
         bool, typer.Option("--metadata", help="Include other keys of the rows' files (chat format only).")

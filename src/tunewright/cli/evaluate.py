@@ -159,7 +159,7 @@ def regressions_document(result: BenchmarkResult) -> dict[str, Any]:
 
 
 Evaluation = Annotated[
-    Path | None, typer.Argument(help="ID, folder or evidence.json of an evaluation.", show_default="the newest")
+    Path | None, typer.Argument(help="Number, ID, folder or evidence.json of an evaluation.", show_default="the newest")
 ]
 _COLOURS = {"ship": "bold green", "don't ship": "bold red", "can't tell": "bold yellow"}
 

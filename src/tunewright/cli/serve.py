@@ -34,7 +34,7 @@ def serve(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Adapter names or their first characters, without tenants; NAME@step-N is an earlier checkpoint.",
+            help="Adapter names, numbers or first characters, without tenants; NAME@step-N is an earlier checkpoint.",
             show_default="all that fit the base",
         ),
     ] = None,
@@ -98,7 +98,7 @@ Because = Annotated[str | None, typer.Option(help="Reason, stored in the release
 def deploy(
     run: Session,
     alias: Alias,
-    adapter: Annotated[str, typer.Argument(help="Adapter name or its first characters.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter name, number or first characters.")],
     force: Annotated[
         bool, typer.Option("--force", help="Deploy whatever the verdict and the serving check; requires --because.")
     ] = False,

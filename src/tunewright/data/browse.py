@@ -33,7 +33,15 @@ from tunewright.data.review.reviews import VerdictEvent, read_reviews
 from tunewright.data.review.suspects import conflicts
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.trace import KnownPlaces, RowOrigin, RowUse, metadata_by_key, places_by_key, row_uses
-from tunewright.data.versions import DatasetVersion, Manifest, Member, list_versions, load_version, short
+from tunewright.data.versions import (
+    DatasetVersion,
+    Manifest,
+    Member,
+    list_versions,
+    load_version,
+    row_numbers,
+    short,
+)
 from tunewright.data.versions import diff as differences
 from tunewright.data.versions.diff import Diff
 
@@ -49,8 +57,13 @@ def log(project: OpenFolder) -> list[Manifest]:
 
 
 def show(project: OpenFolder, row: str) -> Member:
-    """Return one row of the current version, by the beginning of its key or by ``FILE:LINE``."""
+    """Return one row of the current version, by its number, the beginning of its key or ``FILE:LINE``."""
     return trace.find_row(project.folder.dataset, load_version(project.folder.dataset), row)
+
+
+def numbers(project: OpenFolder) -> dict[str, int]:
+    """Return the number of each row of the current version and its ancestors, by pair key."""
+    return row_numbers(project.folder.dataset, load_version(project.folder.dataset).manifest)
 
 
 def metadata(project: OpenFolder, key: str) -> dict[str, Any]:
@@ -92,7 +105,7 @@ def trained_by(project: OpenFolder, row: str) -> tuple[str, tuple[RowUse, ...]]:
 
 
 def checkout(project: OpenFolder, version: str) -> Manifest:
-    """Make an existing version the current one, by its digest or the beginning of it."""
+    """Make an existing version the current one, by its number, its digest or the beginning of it."""
     return versions.checkout(project.folder.dataset, version)
 
 
@@ -160,6 +173,11 @@ class RowIndex:
     def metadata(self) -> Mapping[str, Mapping[str, Any]]:
         """The metadata of each row with metadata, by pair key."""
         return metadata_by_key(self._dataset, self._version.manifest)
+
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each row, by pair key."""
+        return row_numbers(self._dataset, self._version.manifest)
 
     def flags_of(self, member: Member) -> list[str]:
         """Return a row's flags; ``suspect`` is not among them."""

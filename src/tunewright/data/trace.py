@@ -25,6 +25,7 @@ from tunewright.data.versions import (
     import_records,
     list_versions,
     load_version,
+    row_numbers,
     short,
     version_folder,
 )
@@ -33,31 +34,37 @@ from tunewright.data.versions.logs import read_removals
 
 
 def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
-    """Return the member that ``row`` names: the first digits of its key, or ``FILE:LINE`` of an imported file."""
+    """Return the member that ``row`` names: by number, by the first digits of its key, or by an added ``FILE:LINE``."""
     place = re.fullmatch(r"(.+):(\d{1,12})", row)
     key = _key_at(dataset, version, place[1], int(place[2])) if place else row.lower()
-    found = [m for m in version.members if key and m.key.startswith(key)]
+    numbers = row_numbers(dataset, version.manifest) if row.isdecimal() else {}
+    found = [m for m in version.members if str(numbers.get(m.key)) == row]
+    found = found or [m for m in version.members if key and m.key.startswith(key)]
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{len(found)} rows begin with {row!r}", where="ROW", fix="Give more digits.")
+        keys = ", ".join(short(m.key) for m in found[:4])
+        raise UserError(f"{len(found)} rows are named {row!r}", where="ROW", fix=f"Give more digits of a key: {keys}.")
     if key in (out := read_removals(dataset).out):  # the row that an edit or a replacement made of this one
         raise UserError(f"The row was removed: {out[key].because}", where=row)
     raise UserError(
         f"Version {version.digest[:12]} has no row {row!r}",
         where="ROW",
-        fix="Give the first digits of a row's key, or FILE:LINE of an added file.",
+        fix="Give a row's number, the first digits of its key, or FILE:LINE of an added file.",
     )
 
 
 def find_key(dataset: Path, version: DatasetVersion, row: str) -> str:
     """Return the key of the row that ``row`` names, in this version, else in any version (a removed row)."""
     known = {m.key for m in version.members}
+    numbers = row_numbers(dataset, version.manifest) if row.isdecimal() else {}
+    if removed := [key for key, number in numbers.items() if str(number) == row and key not in known]:
+        return removed[-1]
     if re.fullmatch("[0-9a-fA-F]{4,64}", row) and not any(key.startswith(row.lower()) for key in known):
         digests = (manifest.digest for manifest in list_versions(dataset))
         found = {key for digest in digests for key in read_places(dataset, digest) if key.startswith(row.lower())}
         if len(found) > 1:
-            raise UserError(f"{len(found)} rows begin with {row!r}", where="ROW", fix="Give more digits.")
+            raise UserError(f"{len(found)} rows are named {row!r}", where="ROW", fix="Give more digits.")
         if found:
             return found.pop()
     return find_row(dataset, version, row).key

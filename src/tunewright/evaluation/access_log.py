@@ -24,6 +24,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, file_digest, json_document, text_lines, write_text, writing
 from tunewright.core.locks import locked_folder
 from tunewright.core.log import parse_line
+from tunewright.core.numbers import give_number
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.versions.files import read_places
@@ -94,10 +95,11 @@ class AccessLog:
             self._write({file: text})
 
     def add(self, folder: Path, files: Mapping[str, str]) -> None:
-        """Write a new evaluation; an existing one is kept, since the folder is named by its inputs."""
+        """Write a new evaluation and give it a number; an existing one is kept, since its inputs name the folder."""
         with self._held():
             if not (folder / EVIDENCE_FILE).exists():
                 self._write({folder / name: text for name, text in files.items()})
+            give_number(folder.parent, folder.name)
 
     def amend(
         self, folder: Path, files: Mapping[str, str] | None = None, **sections: Part | Mapping[str, Part]

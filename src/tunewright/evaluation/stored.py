@@ -1,6 +1,6 @@
 """Verbs on stored evaluations: human evaluation, judge, evidence and prompts.
 
-An evaluation is given as its ID, folder or evidence file; None is the newest.
+An evaluation is given as its number, ID, folder or evidence file; None is the newest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def human_eval(
     """Return a blind review of an evaluation's answers, resumed where its reviewer stopped.
 
     Args:
-        evaluation: ID, folder or evidence file (None: the newest).
+        evaluation: number, ID, folder or evidence file (None: the newest).
         reviewer: the reviewer's name (None: git's user.name, or the login name).
         items: size of the sample, if none has been drawn yet (None: 50).
         against: incumbent whose answers are compared with the tuned ones (None: the best prompting arm's).
@@ -91,7 +91,7 @@ def human_eval_results(
     incumbent have a section of their own, which decides nothing.
 
     Args:
-        evaluation: ID, folder or evidence file (None: the newest).
+        evaluation: number, ID, folder or evidence file (None: the newest).
         against: incumbent of the comparison (None: the best prompting arm).
 
     Raises:
@@ -120,7 +120,7 @@ def keep_preferences(
     """Keep an evaluation's preferences with the dataset as pairs for preference tuning.
 
     Args:
-        evaluation: ID, folder or evidence file (None: the newest).
+        evaluation: number, ID, folder or evidence file (None: the newest).
         source: people's blind verdicts, or the judge's where both orders agree.
 
     Raises:
@@ -181,7 +181,7 @@ def evaluation_folder(project: OpenProject, evaluation: str | Path | None = None
     """Return an evaluation's folder.
 
     Args:
-        evaluation: ID, folder or evidence file (None: the newest).
+        evaluation: number, ID, folder or evidence file (None: the newest).
         dev: let the newest be an evaluation on the dev split.
 
     Raises:
@@ -226,7 +226,7 @@ def item_prompts(project: OpenProject, evaluation: str | Path | None, key: str) 
     """Return each arm's prompt for one item, as it was stored when the arm answered; free arms have none.
 
     Args:
-        evaluation: ID, folder or evidence file (None: the newest).
+        evaluation: number, ID, folder or evidence file (None: the newest).
         key: the item's pair key.
 
     Raises:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
 from tunewright.core.log import numbered_lines, parse_line
+from tunewright.core.numbers import name_numbered
 from tunewright.core.progress import Reporter
 from tunewright.evidence.schema import SCHEMA_VERSION, Contrast, Evidence, Item
 
@@ -58,8 +59,9 @@ def _peek(text: str) -> dict[str, Any]:
 
 
 def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: bool = True) -> Path:
-    """Return an evaluation's folder by ID, folder or evidence file, else the newest."""
+    """Return an evaluation's folder by number, ID, folder or evidence file, else the newest."""
     if name is not None:
+        name = name_numbered(evaluations, str(name)) or name
         place = next((p for p in (Path(name), evaluations / name) if p.exists()), None)
         if place is None:
             known = sorted(file.parent.name for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"))

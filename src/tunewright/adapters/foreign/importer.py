@@ -42,6 +42,7 @@ from tunewright.adapters.signing import verify_signatures
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import new_folder, write_json
+from tunewright.core.numbers import give_number
 from tunewright.core.progress import Task
 from tunewright.core.remote_files import RemoteFiles
 from tunewright.core.strict_json import strict_object
@@ -282,6 +283,7 @@ def import_adapter(
                 with new_folder(target) as temporary:
                     for entry in files.iterdir():
                         entry.replace(temporary / entry.name)
+            give_number(adapters, name)
         except UserError as error:
             # The copy is gone when the error is read.
             where = error.where and error.where.replace(str(files), str(source))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import graphlib
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -52,6 +53,7 @@ from tunewright.data.versions.version import (
     Manifest,
     Member,
     Mix,
+    Numbers,
     Settings,
     SourceFile,
     current_author,
@@ -174,8 +176,8 @@ def save_version(
 ) -> Manifest:
     """Write a version and make it current: rows first, HEAD last, so that a crash leaves the old version or the new.
 
-    Returns the manifest on disk, with author and seal; for an existing version, the stored one. ``imports``, the
-    records of imports.jsonl, are read more than once.
+    Returns the manifest on disk, with author, numbers and seal; for an existing version, the stored one. ``imports``,
+    the records of imports.jsonl, are read more than once.
     """
     known = read_places(dataset, manifest.parent) if manifest.parent else {}
     place = version_folder(dataset, manifest.digest)
@@ -192,7 +194,9 @@ def save_version(
                 _write_lines(folder / MEMBERS, members_file(dataset, members_lines(members), manifest.parent))
                 records = _new_records(dataset, manifest.parent, imports)
                 written = _write_lines(folder / IMPORTS, (canonical_json(record) + "\n" for record in records))
-                manifest = manifest.model_copy(update={"author": current_author(dataset), "imports": written})
+                numbers = _next_numbers(dataset, manifest.parent, members, import_records([folder / IMPORTS]))
+                own = {"author": current_author(dataset), "imports": written, "numbers": numbers}
+                manifest = manifest.model_copy(update=own)
                 seal = manifest_seal(manifest.model_dump(mode="json"))
                 manifest = manifest.model_copy(update={"seal": seal})
                 write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
@@ -240,13 +244,51 @@ def _new_records(
             yield record
 
 
+def row_numbers(dataset: Path, manifest: Manifest) -> dict[str, int]:
+    """Return the numbers of the rows of a version and its ancestors, by pair key.
+
+    New rows are numbered in the order of their files, and a row keeps the number when its answer is edited or replaced.
+    Versions of earlier releases have no numbers: their rows are counted.
+    """
+    numbers: dict[str, int] = {}
+    for version in reversed(ancestry(dataset, manifest)):
+        records = import_records([version_folder(dataset, version.digest) / IMPORTS])
+        fresh = _fresh_rows(read_places(dataset, version.digest), records, numbers)
+        first = version.numbers.first_row if version.numbers else max(numbers.values(), default=0) + 1
+        numbers |= zip(fresh, itertools.count(first), strict=False)
+    return numbers
+
+
+def _fresh_rows(keys: Iterable[str], records: Iterable[Mapping[str, Any]], numbers: dict[str, int]) -> list[str]:
+    """Return the rows of a version that get a number, in order, and add the rows that take over another's."""
+    new = [key for key in sorted(keys) if key not in numbers]
+    order: dict[str, int] = {}
+    for place, record in enumerate(records):
+        order.setdefault(record.get("key", ""), place)
+        if record["fate"] in ("edited", "replaced") and record["before"] in numbers:
+            numbers.setdefault(record["key"], numbers[record["before"]])
+    return sorted((key for key in new if key not in numbers), key=lambda key: order.get(key, len(order)))
+
+
+def _next_numbers(
+    dataset: Path, parent: str | None, members: Iterable[Member], records: Iterable[Mapping[str, Any]]
+) -> Numbers:
+    versions = list_versions(dataset)
+    former = next((each for each in versions if each.digest == parent), None)
+    numbers = row_numbers(dataset, former) if former else {}
+    last = max([*numbers.values(), *(each.numbers.last_row for each in versions if each.numbers)], default=0)
+    version = max([len(versions), *(each.numbers.version for each in versions if each.numbers)]) + 1
+    fresh = len(_fresh_rows((member.key for member in members), records, numbers))
+    return Numbers(version=version, first_row=last + 1, last_row=last + fresh)
+
+
 def write_head(dataset: Path, digest: str) -> None:
     """Make a version current."""
     write_text(dataset / "HEAD", digest + "\n")
 
 
 def checkout(dataset: Path, digest: str) -> Manifest:
-    """Make an existing version current, by its digest or the beginning of it; the next `data add` builds on it."""
+    """Make an existing version current, by its number or digest; the next `data add` builds on it."""
     if not (dataset / "versions").is_dir():
         raise no_version(dataset)
     with locked(dataset):
@@ -260,7 +302,7 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
 
     Args:
         dataset: the project's dataset folder.
-        digest: a version's digest or its beginning; None means the current version.
+        digest: a version's number, its digest or its beginning; None means the current version.
         without_purged: leave out rows whose text was purged, instead of refusing the version.
 
     Raises:
@@ -363,7 +405,14 @@ def current_manifest(dataset: Path) -> Manifest | None:
 
 def _find(dataset: Path, digest: str) -> Manifest:
     versions = list_versions(dataset)
-    found = [m for m in versions if digest and m.digest.startswith(digest)]
+    numbered = [m for m in versions if m.numbers and str(m.numbers.version) == digest]
+    if len(numbered) > 1:
+        raise UserError(
+            f"{len(numbered)} dataset versions have the number {digest}: they were made in separate copies",
+            where=str(dataset),
+            fix=f"Give one's digest: {', '.join(short(m.digest) for m in numbered)}",
+        )
+    found = numbered or [m for m in versions if digest and m.digest.startswith(digest)]
     if len(found) != 1:
         names = ", ".join(short(m.digest) for m in found or versions)
         raise UserError(

@@ -128,11 +128,22 @@ class GivenSplit(_Record):
         return (f"column {self.column} of " if self.column else "") + first_of(self.sources, 4)
 
 
+class Numbers(_Record):
+    """The version's number, and the numbers of the first and last row that it was the first of its line to have.
+
+    Numbers are given when the version is written and are never given again in the same dataset.
+    """
+
+    version: int
+    first_row: int
+    last_row: int
+
+
 class Manifest(_Record):
     """A version's manifest. ``created`` is UTC, ISO 8601; ``splits`` maps each split to its digest.
 
     ``imports`` is the SHA-256 of imports.jsonl, ``seal`` the SHA-256 of the manifest's own canonical
-    JSON without the seal. Versions of earlier releases have no author, no imports and no seal.
+    JSON without the seal. Versions of earlier releases have no author, no imports, no seal and no numbers.
     """
 
     digest: Digest
@@ -146,6 +157,7 @@ class Manifest(_Record):
     mix: Mix | None = None
     split_from: SplitFrom | None = None
     given_split: GivenSplit | None = None
+    numbers: Numbers | None = None
     author: str | None = None
     imports: Digest | None = None
     seal: Digest | None = None
@@ -165,9 +177,10 @@ def version_table(versions: Sequence[Manifest], current: Manifest | None = None)
         c = version.counts
         counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
         star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
-        texts = (short(version.digest) + star, version.created[:16].replace("T", " "))
+        number = str(version.numbers.version) if version.numbers else ""
+        texts = (number, short(version.digest) + star, version.created[:16].replace("T", " "))
         rows.append((*texts, *(f"{n:,}" for n in counts), version.message))
-    return table("Versions", (*words("Version", "Created (UTC)"), *numbers, *words("Message")), rows)
+    return table("Versions", ("No.", *words("Version", "Created (UTC)"), *numbers, *words("Message")), rows)
 
 
 def manifest_seal(document: Mapping[str, Any]) -> str:

@@ -398,7 +398,7 @@ def row_page(visit: Visit) -> Response:
     mine = (visit.session.reviewer, visit.version.digest)
     return visit.page(
         "row.html.j2",
-        f"Row {member.key[:12]}",
+        f"Row {visit.rows.numbers.get(member.key, member.key[:12])}",
         member=member,
         flags=visit.rows.flags_of(member),
         metadata=visit.rows.metadata.get(member.key, {}),

@@ -14,6 +14,7 @@ from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.api import Project
 from tunewright.config import metric_name
 from tunewright.core.errors import UserError
+from tunewright.core.numbers import read_numbers
 from tunewright.core.text import count_of
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.versions import current_manifest
@@ -44,6 +45,8 @@ class ListedEvaluation:
     next_step: str = ""
     """The verdict's next step, if it has one."""
     evidence: Evidence | None = None
+    number: int | None = None
+    """None for an evaluation of an earlier release."""
 
 
 def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluation]:
@@ -51,7 +54,7 @@ def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluati
     files = sorted(
         project.folder.evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True
     )
-    found = []
+    found, numbers = [], read_numbers(project.folder.evaluations)
     for file in files[:most]:
         name = file.parent.name
         try:
@@ -63,7 +66,7 @@ def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluati
             against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
             reason = " ".join([verdict.summary, *against])
             listed = ListedEvaluation(name, verdict.decision, reason, on_test, verdict.reasons[0], verdict.next_step)
-            found.append(replace(listed, evidence=load_evidence(file)))
+            found.append(replace(listed, evidence=load_evidence(file), number=numbers.get(name)))
     return found
 
 
@@ -192,7 +195,7 @@ def evidence_page(visit: Visit) -> Response:
     verdict = visit.project.verdict(name)
     return visit.page(
         "evidence.html.j2",
-        f"Evaluation {name}",
+        f"Evaluation {read_numbers(visit.project.folder.evaluations).get(name, name)}",
         id=name,
         evidence=evidence,
         verdict=verdict,

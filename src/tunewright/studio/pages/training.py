@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from tunewright.advisor.training_plan import training_plan
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
+from tunewright.core.numbers import read_numbers
 from tunewright.core.progress import downsample, duration
 from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
@@ -36,6 +37,8 @@ class _Summary:
     steps: int = 0
     best: str = ""
     fault: str = ""
+    number: int | None = None
+    """None while it runs, and for a run of an earlier release."""
 
 
 def train_page(visit: Visit) -> Response:
@@ -47,11 +50,12 @@ def train_page(visit: Visit) -> Response:
         trained = sorted(path.name for path in (*folder.adapters.glob("[!.]*"), *folder.pilot_adapters.glob("[!.]*")))
         deciding = (current.digest, folder.config, trained)
         plan = [visit.cache.once("plan", deciding, lambda: training_plan(visit.project))]
+    numbers = read_numbers(folder.adapters)
     return visit.page(
         "train.html.j2",
         "Train",
         plan=plan,
-        runs=[_summary(run) for run in runs.list()],
+        runs=[replace(_summary(run), number=numbers.get(run.name)) for run in runs.list()],
         sweeps=runs.sweeps(),
         curves=runs.curves(),
         running=visit.jobs.running(),
@@ -107,7 +111,7 @@ def run_page(visit: Visit) -> Response:
     steps = [row for row in history if "loss" in row]
     return visit.page(
         "run.html.j2",
-        f"Run {run.name}",
+        f"Run {read_numbers(visit.project.folder.adapters).get(run.name, run.name)}",
         run=run,
         state=run.state,
         best=_best(run) if history else "",
