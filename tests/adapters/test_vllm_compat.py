@@ -65,7 +65,14 @@ def test_check_adapter_names_a_non_finite_weight(
         check_adapter(folder, servable=servable)
 
 
-@pytest.mark.parametrize(("keys", "where"), [({"use_dora": True}, "train.use_dora"), ({"lora_r": 600}, "train.lora_r")])
+@pytest.mark.parametrize(
+    ("keys", "where"),
+    [
+        ({"use_dora": True}, "train.use_dora"),
+        ({"lora_r": 600}, "train.lora_r"),
+        ({"target_modules": ["q_proj", "experts"]}, "train.target_modules"),
+    ],
+)
 def test_require_servable_refuses_by_config_key(keys: dict[str, Any], where: str) -> None:
     with pytest.raises(UserError, match="vLLM does not load") as caught:
         require_servable(TrainConfig(**keys))

@@ -36,6 +36,22 @@ def chat_of(tokenizer: Any, kind: Literal["own", "plain"] = "own", today: date =
     return chat_format(tokenizer, stop_ids=frozenset([tokenizer.eos_token_id]), kind=kind, today=today)
 
 
+def build_shrunk(folder: Path, kind: str, architecture: str, **values: Any) -> Path:
+    """Write the shrunk copy of a published configuration, with a byte-level tokenizer, into ``folder``."""
+    import transformers
+
+    from tunewright.models.shrunk import random_model, shrunk
+
+    small = shrunk(transformers.AutoConfig.for_model(kind, **values))
+    text, tokenizer = small.get_text_config(), byte_tokenizer()
+    text.vocab_size = text.vocab_size_per_layer_input = len(tokenizer) + 5
+    for key in ("bos", "eos", "pad"):
+        setattr(text, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
+    random_model(small, architecture).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 Kind = Literal["llama", "mistral", "mistral3", "mistral3-ministral3", "ministral3", "mixtral"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

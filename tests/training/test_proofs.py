@@ -15,7 +15,7 @@ import transformers
 
 from making.command_line import tiny_project
 from making.command_line import tunewright as run
-from making.tiny_bases import build_base, byte_tokenizer
+from making.tiny_bases import build_base, build_shrunk
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm import vllm_support
@@ -315,20 +315,8 @@ def test_base_is_trained_evaluated_and_merged_by_the_command_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config, architecture = _config(name)
-    small = shrunk(config)
-    text = small.get_text_config()
-    tokenizer = byte_tokenizer()
-    text.vocab_size = text.vocab_size_per_layer_input = len(tokenizer) + 5
-    for key, token in (
-        ("bos", tokenizer.bos_token_id),
-        ("eos", tokenizer.eos_token_id),
-        ("pad", tokenizer.pad_token_id),
-    ):
-        setattr(text, f"{key}_token_id", token)
-    base = tmp_path / "base"
-    random_model(small, architecture).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    kind, architecture, values = PUBLISHED[name]
+    base = build_shrunk(tmp_path / "base", kind, architecture, **values)
     project = tiny_project(tmp_path / "project", base, count=40)
     settings = (project / "tunewright.yaml").read_text().replace("epochs: 2", "epochs: 1")
     (project / "tunewright.yaml").write_text(settings.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.config import TrainConfig
+from tunewright.config.train import EXPERTS
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 """The prefix of layer names in peft's tensor names."""
 
+EXPERT_PARAMETERS = ("experts.down_proj", "experts.gate_up_proj")
+"""peft's ``target_parameters`` of an adapter on experts."""
+
 MAX_RANK = 512
 """The largest ``--max-lora-rank``; its default is 16, so a higher rank requires the option."""
 
@@ -40,6 +44,7 @@ _PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 _REFUSED = {
     "use_dora": "DoRA",
+    "target_parameters": "LoRA on the experts of most architectures",
     "lora_bias": "biases in addition to the LoRA weights (lora_bias)",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
@@ -55,17 +60,28 @@ def require_servable(settings: TrainConfig) -> None:
     """
     if not settings.require_vllm_compatible:
         return
-    keys = {"use_dora": "use_dora", "r": "lora_r"}
-    config = {"use_dora": settings.use_dora, "r": settings.lora_r}
-    for name, why in vllm_refusals(config).items():
-        key = f"train.{keys[name]}"
-        instead = f"Set it to {MAX_RANK} or less" if name == "r" else "Set it to false"
+    fixes = {
+        "use_dora": ("use_dora", "Set it to false"),
+        "r": ("lora_r", f"Set it to {MAX_RANK} or less"),
+        "target_parameters": ("target_modules", f"Remove {EXPERTS}"),
+    }
+    for name, why in vllm_refusals(planned_config(settings)).items():
+        key, instead = fixes[name]
         raise UserError(
             f"vLLM does not load {why}",
-            where=key,
+            where=f"train.{key}",
             fix=f"{instead}. Or set train.require_vllm_compatible to false for an adapter that only tunewright and "
             "peft load.",
         )
+
+
+def planned_config(settings: TrainConfig) -> dict[str, Any]:
+    """Return the entries of the ``adapter_config.json`` to come that vLLM may refuse."""
+    return {
+        "use_dora": settings.use_dora,
+        "r": settings.lora_r,
+        "target_parameters": EXPERTS in settings.target_modules,
+    }
 
 
 def vllm_refusals(config: Mapping[str, Any]) -> dict[str, str]:
@@ -135,12 +151,13 @@ def check_adapter(folder: Path, *, servable: bool) -> None:
 def require_batchable(folder: Path) -> None:
     """Refuse an adapter that cannot share a batch with others, as served adapters must."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    kinds = [_REFUSED[key] for key in ("use_dora", "alora_invocation_tokens") if config.get(key)]
+    known = {"use_dora": "DoRA", "alora_invocation_tokens": "Activated LoRA", "target_parameters": "LoRA on experts"}
+    kinds = [kind for key, kind in known.items() if config.get(key)]
     if kinds:
         raise UserError(
             f"{kinds[0]} cannot share a batch with other adapters, so it cannot be served",
             where=folder.name,
-            fix="Measure it with `tunewright evaluate`. To serve it, train plain LoRA.",
+            fix="Measure it with `tunewright evaluate`. To serve it, merge it with `tunewright export merge`.",
         )
 
 

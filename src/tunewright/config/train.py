@@ -23,6 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 BUNDLED_TRAINING: dict[str, Any] = {"preset": "all-linear", "learning_rate": 1e-3}
 """Settings for packaged bases: models this small learn at a higher rate than the 7B models that 2e-4 is for."""
+EXPERTS = "experts"
+"""The name in `target_modules` of the experts' stacked weights, which are no linear layers."""
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 5e-6, "epochs": 1},
     "kto": {"learning_rate": 5e-6, "epochs": 1},
@@ -91,7 +93,10 @@ class TrainConfig(ConfigSection):
     orpo, the weight of the odds ratio (null: 0.1, trl's default for all three).
     """
     target_modules: Annotated[tuple[Target, ...], Field(min_length=1)] = ("q_proj", "v_proj")
-    """Linear layers that get LoRA weights, by the last part of their names (Hu et al. 2021, section 7.1)."""
+    """Linear layers that get LoRA weights, by the last part of their names (Hu et al. 2021, section 7.1).
+    `experts` adapts each expert of a mixture of experts with a LoRA of its own (peft's
+    target_parameters).
+    """
     lora_r: Annotated[int, Field(ge=1)] = 16
     """LoRA rank (16: Alpaca-LoRA's published adapters)."""
     lora_alpha: Annotated[int, Field(ge=1)] = 32
@@ -107,8 +112,8 @@ class TrainConfig(ConfigSection):
     peft's default). vLLM does not load it.
     """
     require_vllm_compatible: bool = True
-    """Reject settings that vLLM would not load (DoRA, a rank over 512) before training starts. With
-    false such an adapter is trained, evaluated here and loaded with peft.
+    """Reject settings that vLLM would not load (DoRA, experts, a rank over 512) before training starts.
+    With false such an adapter is trained, evaluated here and loaded with peft.
     """
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate (2e-4: QLoRA, Dettmers et al. 2023, table 9, for 7B-13B)."""
@@ -213,6 +218,12 @@ class TrainConfig(ConfigSection):
             raise ValueError(f"replay requires method: sft (got {self.method})")
         if not self.prefers and self.beta is not None:
             raise ValueError("beta requires method: dpo, orpo or kto (got sft)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> TrainConfig:
+        if EXPERTS in self.target_modules and (self.use_dora or self.lora_dropout):
+            raise ValueError("target_modules: experts requires lora_dropout: 0 and use_dora: false")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewright.adapters.lora_weights import CONFIG, vllm_refusals
+from tunewright.adapters.lora_weights import CONFIG, planned_config, vllm_refusals
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
@@ -163,7 +163,7 @@ def _obstacle(config: Config, quantization: Quantization, adapter: Path | None, 
     if adapter is not None:
         model_config: Mapping[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     else:
-        model_config = {"use_dora": config.train.use_dora, "r": config.train.lora_r}
+        model_config = planned_config(config.train)
     refused = list(vllm_refusals(model_config).values())
     return f"vLLM does not load {', '.join(refused)}" if refused else None
 

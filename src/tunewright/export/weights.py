@@ -10,15 +10,16 @@ dequantized  deq(NF4(W)) + s B A     the weights that the adapter was trained on
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tunewright.adapters.lora_weights import PREFIX, rank_and_scale, vllm_refusals
+from tunewright.adapters.lora_weights import EXPERT_PARAMETERS, PREFIX, rank_and_scale, vllm_refusals
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base, tensor_files
@@ -29,7 +30,10 @@ MergeMethod = Literal["original", "dequantized"]
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """LoRA's delta of one linear layer: ``scale * b @ a``; with DoRA the sum is then scaled to ``magnitude``."""
+    """LoRA's delta of one linear layer: ``scale * b @ a``; with DoRA the sum is then scaled to ``magnitude``.
+
+    Of stacked experts, both matrices have the expert as their first dimension.
+    """
 
     a: Tensor
     """[rank, inputs], float32."""
@@ -54,7 +58,9 @@ def read_deltas(folder: Path) -> dict[str, LoraDelta]:
     from safetensors import safe_open
 
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    refused = {key: why for key, why in vllm_refusals(config).items() if key not in ("use_dora", "r")}
+    stacked = sorted(config.get("target_parameters") or ())
+    mergeable = {"use_dora", "r"} | ({"target_parameters"} if stacked == [*EXPERT_PARAMETERS] else set())
+    refused = {key: why for key, why in vllm_refusals(config).items() if key not in mergeable}
     for key, why in refused.items():
         raise UserError(f"{why} cannot be merged", where=f"{folder / CONFIG}, {key}", fix="Train plain LoRA or DoRA.")
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -67,11 +73,40 @@ def read_deltas(folder: Path) -> dict[str, LoraDelta]:
         if not {"lora_A", "lora_B"} <= found.keys():
             raise UserError(f"{layer} has only {', '.join(sorted(found))}", where=str(folder / WEIGHTS))
         # The keys of rank_pattern and alpha_pattern match the module's name in the full model, as in peft.
-        _, scale = rank_and_scale(config, module)
-        changes[f"{layer}.weight"] = LoraDelta(
-            found["lora_A"], found["lora_B"], scale, found.get("lora_magnitude_vector")
-        )
+        rank, scale = rank_and_scale(config, module)
+        a, b = found["lora_A"], found["lora_B"]
+        if stacked and layer.removesuffix(".base_layer").endswith(".experts"):
+            # peft wraps the experts once for each tensor, the inner time for gate and up. Its A is
+            # [experts * rank, inputs], its B [outputs, rank * experts] (ParamWrapper in peft/tuners/lora/layer.py).
+            name = layer.removesuffix(".base_layer") + (".gate_up_proj" if layer.endswith("layer") else ".down_proj")
+            experts = len(a) // rank
+            a, b = a.reshape(experts, rank, -1), b.reshape(-1, rank, experts).permute(2, 0, 1)
+            changes[name] = LoraDelta(a, b, scale, None)
+        else:
+            changes[f"{layer}.weight"] = LoraDelta(a, b, scale, found.get("lora_magnitude_vector"))
     return changes
+
+
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w[123])\.weight")
+
+
+def _changes_by_expert(own: Mapping[str | None, str], changes: Mapping[str, LoraDelta]) -> dict[str, LoraDelta]:
+    """Return each expert's part of the changes of stacked experts, if files hold each expert's tensors separately.
+
+    ``own`` are the names in the files by `text_name`. transformers stacks gate (w1) on up (w3), and reads Mixtral's
+    ``block_sparse_moe`` as ``mlp``.
+    """
+    parts = {}
+    for text, name in own.items():
+        found = _EXPERT.fullmatch(text or "")
+        if found is None:
+            continue
+        down, expert = found["part"] in ("down_proj", "w2"), int(found["number"])
+        stack = found["experts"].replace(".block_sparse_moe.", ".mlp.") + (".down_proj" if down else ".gate_up_proj")
+        if (change := changes.get(stack)) is not None:
+            b = change.b[expert] if down else change.b[expert].chunk(2)[found["part"] in ("up_proj", "w3")]
+            parts[name] = replace(change, a=change.a[expert], b=b)
+    return parts
 
 
 def _place(name: str, folder: Path) -> tuple[str, str, str]:
@@ -129,14 +164,21 @@ class Weights:
     def __init__(self, base: Base, dtype: str, changes: Mapping[str, LoraDelta], *, dequantized: bool = False) -> None:
         self.base = BaseWeights(base.folder)
         own = {text_name(name): name for name in self.base}
-        self.changes = {own.get(name, name): change for name, change in changes.items()}
+        stacked = {name for name, change in changes.items() if change.a.dim() == 3}
+        self.changes = _changes_by_expert(own, changes) if stacked else {}
+        if self.changes:
+            changes = {name: change for name, change in changes.items() if name not in stacked}
+        elif stacked and (walk := read_shape(base.folder / "config.json").walk) is not None and walk.transposed:
+            turned = {name: replace(changes[name], a=changes[name].b.mT, b=changes[name].a.mT) for name in stacked}
+            changes = {**changes, **turned}
+        self.changes |= {own.get(name, name): change for name, change in changes.items()}
         self._dtype: torch.dtype = getattr(torch, dtype)
         names = read_shape(base.folder / "config.json").names if dequantized else ()
         self._quantized = tuple(f".{layer}.weight" for layer in names)
         for name, change in self.changes.items():
             if name not in self.base:
                 raise UserError(f"The adapter changes {name}, which {base.spec} does not have", where=base.spec)
-            wanted, found = (change.b.shape[0], change.a.shape[1]), tuple(self.base[name].shape)
+            wanted, found = (*change.b.shape[:-1], change.a.shape[-1]), tuple(self.base[name].shape)
             if wanted != found:
                 raise UserError(
                     f"The adapter changes {name} as a matrix of shape {wanted}, but its shape is {found}",

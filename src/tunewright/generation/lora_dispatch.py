@@ -66,13 +66,14 @@ class LoraDispatch:
             return
         configs: dict[str, Any] = model.peft_config
         for name, config in configs.items():
-            if config.peft_type != "LORA" or config.use_dora or config.alora_invocation_tokens:
+            special = config.use_dora or config.alora_invocation_tokens or config.target_parameters
+            if config.peft_type != "LORA" or special:
                 self._single_adapter = not mixed
                 if not mixed:
                     continue
                 raise UserError(
                     f"The adapter {name} is not plain LoRA, so it cannot share a batch with other adapters",
-                    fix="Train it as plain LoRA: without DoRA or activated LoRA.",
+                    fix="Train it as plain LoRA: without DoRA, experts or activated LoRA.",
                 )
         # Disabled layers would answer with the base, regardless of the row's adapter.
         status = model.get_model_status()

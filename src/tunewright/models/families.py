@@ -18,6 +18,7 @@ from typing import Any
 import platformdirs
 
 from tunewright.config import PRESETS, Quantization, TrainConfig
+from tunewright.config.train import EXPERTS
 from tunewright.core.errors import UserError, require_torch
 from tunewright.core.io import digest, write_json
 from tunewright.models import quiet_transformers
@@ -166,6 +167,10 @@ class Walk:
     """Parameters that are no weights of these linear layers."""
     towers: tuple[str, ...]
     """Parts of the full model that read images or sound; they are dropped after loading."""
+    experts: tuple[Linear, ...] = ()
+    """The experts' stacked matrices, of which each expert is one; empty if peft cannot adapt them as `EXPERTS`."""
+    transposed: bool = False
+    """True if the experts' matrices are stored as [inputs, outputs]."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,9 @@ class Shape:
     def adapter_parameters(self, targets: Iterable[str], rank: int) -> int:
         """Return the LoRA parameters: A [rank, inputs] and B [outputs, rank] for each target in each layer."""
         wanted = set(targets)
-        return sum(e.count * rank * (e.inputs + e.outputs) for e in self.linears if e.name in wanted)
+        adapted = [each for each in self.linears if each.name in wanted]
+        adapted += self.walk.experts if self.walk and EXPERTS in wanted else ()
+        return sum(each.count * rank * (each.inputs + each.outputs) for each in adapted)
 
 
 def resolve_targets(settings: TrainConfig, shape: Shape, architecture: str) -> TrainConfig:
@@ -264,16 +271,18 @@ def resolve_targets(settings: TrainConfig, shape: Shape, architecture: str) -> T
     Raises:
         UserError: ``train.target_modules`` names a layer that the base lacks.
     """
-    missing = [name for name in settings.target_modules if name not in shape.names]
+    stacked = shape.walk is not None and bool(shape.walk.experts)
+    known = (*shape.names, EXPERTS) if stacked else shape.names
+    missing = [name for name in settings.target_modules if name not in known]
     if not missing:
         return settings
     if settings.target_modules == PRESETS["all-linear"]["target_modules"]:
         return settings.model_copy(update={"target_modules": shape.names})
-    experts = ": its experts are one tensor per layer, which LoRA does not adapt" if shape.experts else ""
+    experts = ": its experts are stacked in one tensor per layer" if shape.experts else ""
     raise UserError(
         f"{architecture} has no linear layer {', '.join(missing)}{experts}",
         where="train.target_modules",
-        fix=f"Set train.target_modules to [{', '.join(shape.names)}], or to a subset.",
+        fix=f"Set train.target_modules to [{', '.join(known)}], or to a subset.",
     )
 
 
@@ -305,7 +314,9 @@ def read_shape(path: Path) -> Shape:
         known = json.loads(cache.read_text(encoding="utf-8"))
         walk = known.pop("walk")
         linears = tuple(Linear(**each) for each in walk["linears"])
-        return Shape(**known, walk=Walk(linears, walk["others"], tuple(walk["towers"])))
+        experts = tuple(Linear(**each) for each in walk["experts"])
+        walked = Walk(linears, walk["others"], tuple(walk["towers"]), experts, walk["transposed"])
+        return Shape(**known, walk=walked)
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not walked yet, or by another version
     require_torch()
@@ -404,6 +415,8 @@ def _walked(found: Shape, whole: Any, architecture: str, where: str) -> Shape:
     towers = drop_towers(model)
     linears: Counter[tuple[str, int, int, bool, bool]] = Counter()
     experts = 0
+    stacked: Counter[tuple[str, int, int]] = Counter()
+    transposed = False
     for layer in layers:
         for name, part in layer.named_modules():
             last = name.rpartition(".")[2]
@@ -411,6 +424,12 @@ def _walked(found: Shape, whole: Any, architecture: str, where: str) -> Shape:
             if isinstance(part, nn.Linear) and last not in _ROUTERS and "indexer" not in name:
                 half = not any(each in name for each in _FEED_FORWARD)
                 linears[last, part.in_features, part.out_features, half, part.bias is not None] += 1
+            if last == EXPERTS and {"gate_up_proj", "down_proj"} <= dict(part.named_parameters(recurse=False)).keys():
+                transposed = getattr(part, "is_transposed", False)  # as peft reads it
+                for key in ("gate_up_proj", "down_proj"):
+                    count, *sizes = getattr(part, key).shape
+                    inputs, outputs = sizes if transposed else reversed(sizes)
+                    stacked[key, inputs, outputs] += count
         experts = max([experts, *(p.shape[0] for n, p in layer.named_parameters() if p.dim() == 3 and "expert" in n)])
     if not linears:
         raise UserError(f"The decoder layers of {architecture} have no linear layer", where=where)
@@ -418,7 +437,8 @@ def _walked(found: Shape, whole: Any, architecture: str, where: str) -> Shape:
     rows = tuple(Linear(n, i, o, count, half, bias) for (n, i, o, half, bias), count in kept.items())
     total = sum(weight.numel() for weight in model.parameters())
     others = total - sum(each.count * each.inputs * each.outputs for each in rows)
-    walk = Walk(rows, others, towers)
+    stacks = tuple(Linear(n, i, o, count, attention=False, bias=False) for (n, i, o), count in stacked.items())
+    walk = Walk(rows, others, towers, stacks, transposed)
     return replace(found, walk=walk, experts=experts, chosen=found.chosen if experts else 0)
 
 

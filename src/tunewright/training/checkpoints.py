@@ -252,6 +252,7 @@ def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
             "base_model_name_or_path": base.spec,
             "revision": base.commit,
             "target_modules": sorted(config["target_modules"]),
+            "target_parameters": sorted(config["target_parameters"]) if config.get("target_parameters") else None,
         }
         write_json(folder / CONFIG, {**config, **settled})
         seal(folder)

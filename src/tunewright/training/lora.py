@@ -13,7 +13,9 @@ from peft import LoraConfig, TaskType
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from tunewright.adapters.lora_weights import EXPERT_PARAMETERS
 from tunewright.config import Quantization, TrainConfig
+from tunewright.config.train import EXPERTS
 from tunewright.core.errors import UserError
 from tunewright.models.loading import device
 
@@ -25,7 +27,8 @@ def lora_config(settings: TrainConfig, *, outside: str | None = None) -> Any:
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=[name for name in settings.target_modules if name != EXPERTS],
+        target_parameters=list(EXPERT_PARAMETERS) if EXPERTS in settings.target_modules else None,
         # A vision tower is dropped here, but present wherever else peft loads the adapter.
         exclude_modules=outside,
         use_rslora=settings.use_rslora,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.config import Config
+from tunewright.config.train import EXPERTS
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
@@ -69,6 +70,11 @@ def estimate_memory(project: OpenProject, options: MemoryOptions = MemoryOptions
     settings = config.train
     if settings.use_dora:
         reporter.warn("DoRA needs more memory than this estimate, which counts LoRA only.")
+    if EXPERTS in settings.target_modules:
+        reporter.warn(
+            "LoRA on experts needs more memory than this estimate: each layer whose activations are kept also keeps "
+            "a changed copy of its experts."
+        )
     tokens = options.length or settings.max_length
     shared, answer = options.shared, options.answer
     if shared + (answer or 1) > tokens:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright.adapters.registry import CONFIG, Adapter, find_adapter, list_adapters, require_compatible
 from tunewright.config import TrainConfig
 from tunewright.config.project import ProjectFolder
+from tunewright.config.train import EXPERTS
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import listed
@@ -71,7 +72,10 @@ def require_parent(
 def _require_same_settings(parent: Adapter, settings: TrainConfig) -> None:
     stored: Mapping[str, Any] = json.loads((parent.folder / CONFIG).read_text(encoding="utf-8"))
     pairs = {
-        "target_modules": (sorted(stored["target_modules"]), sorted(settings.target_modules)),
+        "target_modules": (
+            sorted([*stored["target_modules"], *([EXPERTS] if stored.get("target_parameters") else [])]),
+            sorted(settings.target_modules),
+        ),
         "lora_r": (stored["r"], settings.lora_r),
         "lora_alpha": (stored["lora_alpha"], settings.lora_alpha),
         "use_rslora": (bool(stored.get("use_rslora")), settings.use_rslora),

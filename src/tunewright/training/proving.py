@@ -20,7 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tunewright.adapters.lora_weights import load_lora_weights
+from tunewright.adapters.lora_weights import EXPERT_PARAMETERS, load_lora_weights
+from tunewright.config.train import EXPERTS
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, slow
 from tunewright.generation.batched_lora import Lora
@@ -197,11 +198,12 @@ def packing_fault(own: Any, reference: Any, shape: Shape) -> str | None:
     attention.register()
     own.set_attn_implementation(attention.NAME)
     add_token_losses(own)
-    packed = _with_lora(own, shape.names, fused=True).train()
+    targets = (*shape.names, EXPERTS) if shape.walk and shape.walk.experts else shape.names
+    packed = _with_lora(own, targets, fused=True).train()
     plain = copy.deepcopy(reference)
     drop_towers(plain)
     plain.set_attn_implementation("eager")
-    separate = _with_lora(plain, shape.names).train()
+    separate = _with_lora(plain, targets).train()
     wanted = torch.cat([_row_losses(separate, row, label) for row, label in zip(rows, labels, strict=True)])
     wanted_gradients = _gradients(separate, wanted.mean())
     whole = torch.stack([gradient.norm() for gradient in wanted_gradients.values()]).norm()
@@ -316,7 +318,12 @@ def _row_losses(model: Any, row: list[int], label: list[int]) -> Tensor:
 def _with_lora(model: Any, targets: Sequence[str], *, fused: bool = False, outside: str | None = None) -> Any:
     """Return the model with a random adapter, the same for models of the same layers."""
     lora = LoraConfig(
-        task_type="CAUSAL_LM", r=_RANK, lora_alpha=_ALPHA, target_modules=list(targets), exclude_modules=outside
+        task_type="CAUSAL_LM",
+        r=_RANK,
+        lora_alpha=_ALPHA,
+        target_modules=[name for name in targets if name != EXPERTS],
+        target_parameters=list(EXPERT_PARAMETERS) if EXPERTS in targets else None,
+        exclude_modules=outside,
     )
     if fused:
         use_fused_lora(lora)

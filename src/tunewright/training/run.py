@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright.adapters.registry import HISTORY, Adapter
 from tunewright.chat import Tokens
 from tunewright.config import BETA, Config, TrainConfig, metric_name
+from tunewright.config.train import EXPERTS
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import finishing
 from tunewright.core.io import digest
@@ -337,6 +338,12 @@ def require_fsdp_supported(settings: TrainConfig, *, packed: bool = True) -> Non
             f"{key} is not supported with FSDP",
             where=key,
             fix="Start without FSDP (`accelerate launch --multi_gpu`).",
+        )
+    if EXPERTS in settings.target_modules:
+        raise UserError(
+            "LoRA on experts is not supported with FSDP",
+            where="train.target_modules",
+            fix=f"Remove {EXPERTS}, or start without FSDP (`accelerate launch --multi_gpu`).",
         )
     if settings.replay is not None:
         raise UserError(
