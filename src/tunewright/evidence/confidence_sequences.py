@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import gammainc, gammaln
 
-from tunewright.evidence.statistics import Floats
+from tunewright.evidence.statistics import Floats, Integers
 
 ALPHA = 0.05
 FEWEST_UNITS = 100
@@ -125,7 +125,7 @@ def _rho(tightest_at: float, alpha: float) -> float:
 
 
 def unit_differences(
-    units: Sequence[str],
+    units: Sequence[str] | Integers,
     human: Floats,
     judge: Floats | None = None,
     labelled: Floats | float = 1.0,
@@ -150,7 +150,7 @@ def unit_differences(
         sampled: probability with which the request was sent to the shadow. With one probability for all requests,
             leave it at 1 and pass the sampled requests. Otherwise pass the other requests as well, with NaN and 0.
     """
-    _, first, codes = np.unique(np.asarray(units, dtype=str), return_index=True, return_inverse=True)
+    _, first, codes = np.unique(np.asarray(units), return_index=True, return_inverse=True)
     codes = np.argsort(np.argsort(first))[codes]
     judged: Floats = np.zeros_like(human) if judge is None else judge
     known = ~np.isnan(human)
