@@ -114,7 +114,7 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _reply(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
-        names = sorted(f.name for f in self.folder.iterdir())
+        names = sorted(str(f.relative_to(self.folder)) for f in self.folder.rglob("*") if f.is_file())
         if "/gated/" in path:
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
         if path.startswith("/api/models/org/tiny"):
@@ -126,7 +126,7 @@ class _Hub(BaseHTTPRequestHandler):
             info = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
             return self._send(200, json.dumps(info).encode(), {}, body)
         if path.startswith("/org/tiny/resolve/"):
-            content = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
+            content = (self.folder / path.split("/", 5)[5]).read_bytes()
             etag = hashlib.sha256(content).hexdigest()
             return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
         return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
@@ -196,11 +196,13 @@ def test_duplicate_weights_of_a_hub_base_are_downloaded_once(
 ) -> None:
     before = _resolve(str(base), tmp_path).digest
     shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
+    (base / "original").mkdir()
+    shutil.copyfile(base / "model.safetensors", base / "original" / "model.safetensors")
     assert _resolve(str(base), tmp_path).digest == before
     hub.RequestHandlerClass.folder = base  # type: ignore[attr-defined]
     fetched = _resolve("org/tiny", tmp_path)
     assert fetched.digest == before
-    assert sorted(path.name for path in fetched.folder.glob("*.safetensors")) == ["model.safetensors"]
+    assert sorted(path.name for path in fetched.folder.rglob("*.safetensors")) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(

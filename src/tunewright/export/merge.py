@@ -32,7 +32,7 @@ from tunewright.metrics import Scorer, open_scorers, score_all
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import INDEX, Base
 from tunewright.models.families import read_shape
-from tunewright.models.loading import device, load_model, with_adapters
+from tunewright.models.loading import dequantization, device, load_model, with_adapters
 from tunewright.models.memory_plan import available_memory, gigabytes
 
 _GENERATION = "generation_config.json"
@@ -256,7 +256,12 @@ def load_folder(folder: Path, trained: TrainedModel) -> Any:
         return (
             getattr(transformers, trained.base.architecture)
             .from_pretrained(
-                folder, dtype=trained.arithmetic, device_map=device(), local_files_only=True, use_safetensors=True
+                folder,
+                dtype=trained.arithmetic,
+                quantization_config=dequantization(folder),
+                device_map=device(),
+                local_files_only=True,
+                use_safetensors=True,
             )
             .eval()
         )

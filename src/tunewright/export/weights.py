@@ -176,6 +176,12 @@ class Weights:
         names = read_shape(base.folder / "config.json").names if dequantized else ()
         self._quantized = tuple(f".{layer}.weight" for layer in names)
         for name, change in self.changes.items():
+            if f"{name}_blocks" in self.base:
+                raise UserError(
+                    "LoRA on experts cannot be merged into weights in MXFP4",
+                    where=base.spec,
+                    fix="Use the adapter with peft, or train on a checkpoint in bfloat16.",
+                )
             if name not in self.base:
                 raise UserError(f"The adapter changes {name}, which {base.spec} does not have", where=base.spec)
             wanted, found = (*change.b.shape[:-1], change.a.shape[-1]), tuple(self.base[name].shape)

@@ -20,7 +20,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json, write_text
 from tunewright.core.locks import in_use, remove_abandoned
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.models.families import check_architecture, read_shape, text_name
+from tunewright.models.families import check_architecture, is_mxfp4, read_config, read_shape, text_name
 from tunewright.models.sources import (
     BUNDLED,
     CONSOLIDATED,
@@ -88,6 +88,9 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
     if revision is not None and commit is None:
         raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
     architecture = check_base_folder(folder)
+    if find_spec("torch") is not None and is_mxfp4(read_config(folder / "config.json")):
+        size = 2 * read_shape(folder / "config.json").parameters / 1e9
+        reporter.say(f"{spec} stores its experts in MXFP4. They are dequantized: {size:,.1f} GB in bfloat16.")
     return Base(spec, folder, commit, architecture, _file_digests(folder))
 
 

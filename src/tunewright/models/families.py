@@ -104,16 +104,20 @@ def check_architecture(path: Path) -> str:
             f"{architecture} has no text_config: its text model is not described", where=where, fix=supported
         )
     quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if quantization:
+    if quantization and not is_mxfp4(config):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         fix = "Use the original base in bfloat16, float16 or float32."
         if method == "fp8":
             # Ministral 3 and Devstral 2 are published in FP8; Ministral 3 also in bfloat16, under another name.
             fix += " For Ministral 3 that is the repository whose name ends in -BF16."
-        if method == "mxfp4":
-            fix += " gpt-oss is also published in bfloat16, under names that end in -BF16."
         raise UserError(f"The weights are already quantized ({method})", where=where, fix=fix)
     return architecture
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` is of a gpt-oss whose experts are stored in MXFP4, as OpenAI publishes it."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return method == "mxfp4" and config.get("architectures") == ["GptOssForCausalLM"]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -344,9 +348,12 @@ def load_config(path: Path, architecture: str) -> Any:
         )
     try:
         # transformers writes an infinite number as an object.
-        return wanted.from_dict(wanted._decode_special_floats(read_config(path)))
+        config = wanted.from_dict(wanted._decode_special_floats(read_config(path)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"Not a valid configuration of {architecture}: {error}", where=str(path)) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the loaded model is dequantized
+    return config
 
 
 def shape_of(whole: Any, architecture: str, where: str = "") -> Shape:

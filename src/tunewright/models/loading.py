@@ -24,11 +24,12 @@ from tunewright.core.errors import UserError
 from tunewright.core.installation import install_command
 from tunewright.models import quiet_transformers
 from tunewright.models.bases import Base
-from tunewright.models.families import drop_towers, read_shape, require_quantizable
+from tunewright.models.families import drop_towers, is_mxfp4, read_config, read_shape, require_quantizable
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers.utils.quantization_config import Mxfp4Config
 
 TEKKEN = "tekken.json"
 """The tokenizer file of Mistral's own code."""
@@ -95,7 +96,9 @@ def load_model(
         model: PreTrainedModel = getattr(transformers, base.architecture).from_pretrained(
             base.folder,
             dtype=getattr(torch, dtype),
-            quantization_config=nf4_config(dtype, shardable=shardable) if quantization == "nf4" else None,
+            quantization_config=nf4_config(dtype, shardable=shardable)
+            if quantization == "nf4"
+            else dequantization(base.folder),
             device_map=place or device(),
             local_files_only=True,
             trust_remote_code=False,
@@ -112,6 +115,18 @@ def load_model(
     model.own_cache = base.own_cache  # type: ignore[assignment]  # read where a batch is made: new_batch
     model.eval()
     return model
+
+
+def dequantization(folder: Path) -> Mxfp4Config | None:
+    """Return the setting that dequantizes a model's experts from MXFP4 as they are read; None if they are not in it.
+
+    Without it transformers computes in MXFP4 where it finds kernels, through which no gradient passes.
+    """
+    if not is_mxfp4(read_config(folder / "config.json")):
+        return None
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    return Mxfp4Config(dequantize=True)
 
 
 def named(base: Base, quantization: Quantization) -> str:

@@ -51,7 +51,8 @@ def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter:
                     repository,
                     revision=commit,
                     allow_patterns=_WANTED,
-                    ignore_patterns=f"{CONSOLIDATED}*",
+                    # gpt-oss has its weights again in other folders, for other programs.
+                    ignore_patterns=[f"{CONSOLIDATED}*", "*/*.safetensors"],
                     local_files_only=offline is not None,
                 )
             )
