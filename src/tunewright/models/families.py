@@ -158,7 +158,7 @@ class Linear:
     bias: bool
 
 
-_LLAMA = {"LlamaForCausalLM": "LlamaConfig", "MistralForCausalLM": "MistralConfig"}
+LLAMA = {"LlamaForCausalLM": "LlamaConfig", "MistralForCausalLM": "MistralConfig"}
 """Architectures with the linear layers of a Llama, to the classes of their configurations."""
 
 
@@ -308,7 +308,7 @@ def read_shape(path: Path) -> Shape:
     The dimensions of a Llama or Mistral are enough. Any other model is walked, once for each config, which needs torch.
     """
     architecture = check_architecture(path)
-    if architecture in _LLAMA:
+    if architecture in LLAMA:
         with quiet_transformers():
             return _dimensions(load_config(path, architecture), architecture, str(path))
     # As text, because some configurations have infinite numbers.
@@ -336,8 +336,8 @@ def load_config(path: Path, architecture: str) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    if architecture in _LLAMA:  # without torch there is no class of the model
-        wanted: Any = getattr(transformers, _LLAMA[architecture])
+    if architecture in LLAMA:  # without torch there is no class of the model
+        wanted: Any = getattr(transformers, LLAMA[architecture])
     else:
         wanted = getattr(getattr(transformers, architecture, None), "config_class", None)
     if wanted is None:

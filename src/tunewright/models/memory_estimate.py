@@ -68,6 +68,8 @@ class TrainingSetup:
     card: bool = False
     """True on a CUDA GPU, False on the CPU."""
     dropout: bool = False
+    padded: bool = False
+    """True on the plain path (training.packing.padding): padded rows, and the head's logits of all trained tokens."""
 
     @property
     def copies_inputs(self) -> bool:
@@ -101,7 +103,7 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The shape of one micro-batch: rows that share a prefix, packed into one row without padding."""
+    """The shape of one micro-batch: rows that share a prefix, packed into one row without padding, or padded rows."""
 
     rows: int
     shared: int
@@ -329,9 +331,13 @@ def layer_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
 
 
 def head_bytes(shape: Shape, setup: TrainingSetup, trained: int) -> int:
-    """Return the bytes of the head: a tile's logits and their sum in float32, states and their gradients."""
+    """Return the bytes of the head: a tile's logits and their sum in float32, states and their gradients.
+
+    On the plain path it is all trained tokens' log-probabilities, their gradient, and that of the logits.
+    """
     tile = min(trained, max(1, TILE_LOGITS // shape.vocabulary))
-    return 2 * FLOAT * tile * shape.vocabulary + 2 * setup.number * shape.hidden * trained
+    logits = 3 * trained if setup.padded else 2 * tile
+    return FLOAT * logits * shape.vocabulary + 2 * setup.number * shape.hidden * trained
 
 
 def malloc_bytes(setup: TrainingSetup, passing: int) -> int:

@@ -175,14 +175,23 @@ class Plan:
 
 
 def plan(
-    base: str, shape: Shape, settings: TrainConfig, memory: Memory, *, rows: int, length: int, shared: int, answer: int
+    base: str,
+    shape: Shape,
+    settings: TrainConfig,
+    memory: Memory,
+    *,
+    rows: int,
+    length: int,
+    answer: int,
+    shared: int = 0,
+    padded: bool = False,
 ) -> Plan:
     """Plan LoRA and QLoRA in this memory: with no layer recomputed, with all, and with the number in the config.
 
     ``shared`` tokens of each row are the prefix of all rows, and ``answer`` tokens are trained; of
-    a shorter row, all after the prefix.
+    a shorter row, all after the prefix. ``padded`` rows share nothing.
     """
-    setups = []
+    setups, shared = [], 0 if padded else shared
     recomputed = recomputed_layers(settings, shape.layers, card=memory.card)
     numbers: list[int | Literal["all"]] = [0, "all"]
     if recomputed is not None and recomputed not in numbers:
@@ -191,7 +200,7 @@ def plan(
     # NF4 would quantize next to nothing of a mixture of experts (models.families).
     for nf4 in (False,) if shape.experts else (False, True):
         for number in numbers:
-            setup = replace(training_setup(settings, card=memory.card), nf4=nf4, recomputed=number)
+            setup = replace(training_setup(settings, card=memory.card), nf4=nf4, recomputed=number, padded=padded)
 
             def fits(rows: int, length: int, setup: TrainingSetup = setup) -> bool:
                 return estimate(shape, setup, _load(rows, length, shared, answer)).total <= memory.bytes

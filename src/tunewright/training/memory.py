@@ -21,7 +21,14 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import current_manifest, load_version
 from tunewright.models.bases import base_config, local_base
-from tunewright.models.families import Shape, check_architecture, read_shape, require_quantizable, resolve_targets
+from tunewright.models.families import (
+    LLAMA,
+    Shape,
+    check_architecture,
+    read_shape,
+    require_quantizable,
+    resolve_targets,
+)
 from tunewright.models.loading import require_kernels
 from tunewright.models.memory_plan import (
     Memory,
@@ -92,10 +99,24 @@ def estimate_memory(project: OpenProject, options: MemoryOptions = MemoryOptions
     if settings.method in ("dpo", "orpo"):  # the chosen and the rejected answer go through together
         at_once *= 2
         reporter.say(f"{settings.method.upper()}: each of the {at_once // 2:,} pairs of a micro-batch is two rows.")
-    made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
+    padded = not trains_packed(model_config, architecture, reporter)
+    if padded:
+        ignored = " --shared changes nothing: the rows share no prefix." if shared else ""
+        reporter.say(f"Rows are padded, because this base cannot be trained on packed rows.{ignored}")
+    batch = {"rows": at_once, "length": tokens, "shared": shared, "answer": answer or tokens}
+    made = plan(spec, shape, settings, memory, **batch, padded=padded)
     longest = None if alone else _longest_row(project, spec, revision)
     checked = check_memory(made, settings, longest, rows=options.rows is not None, length=options.length is not None)
     return made, checked
+
+
+def trains_packed(model_config: Path, architecture: str, reporter: Reporter) -> bool:
+    """Return whether a base is trained on packed rows; any base but a Llama or Mistral is proved, which needs torch."""
+    if architecture in LLAMA:
+        return True
+    from tunewright.training.proving import prove
+
+    return prove(model_config, reporter).packed
 
 
 def _longest_row(project: OpenProject, spec: str, revision: str | None) -> int | None:
@@ -143,11 +164,12 @@ def require_room(project: OpenProject) -> None:
     _require_card(shape, project)
     from tunewright.training.proving import TRAINS, require_config_proofs
 
-    require_config_proofs(model_config, config.base_model, TRAINS, reporter)
+    proofs = require_config_proofs(model_config, config.base_model, TRAINS, reporter)
     recomputed_layers(settings, shape.layers, card=memory.card)
     if distributed.is_sharded():
         return  # each card holds a part of the base
-    least = plan(config.base_model, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
+    one_row = {"rows": 1, "length": SHORT_ROW, "answer": SHORT_ROW}
+    least = plan(config.base_model, shape, settings, memory, **one_row, padded=not proofs.packed)
     own = least.used[settings.quantization == "nf4"]
     short = (
         f"{config.base_model} needs at least {gigabytes(own.least)} to train ({own.setup.name}); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class RecomputedLayers:
         load = BatchShape(rows, shared, own, min(own, -(-len(batch.targets) // rows)))
         # The base is on the card already.
         available = available_memory(None).bytes + weight_bytes(self.shape, self.setup)
-        self.count = fewest_recomputed(self.shape, self.setup, load, available)
+        setup = replace(self.setup, padded=isinstance(batch, PaddedBatch))
+        self.count = fewest_recomputed(self.shape, setup, load, available)
 
     def recompute_more(self) -> bool:
         """Recompute half of the remaining layers too; return False if the config forbids it or none remains."""
