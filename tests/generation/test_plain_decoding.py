@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-from making.plain_models import HYBRIDS, TARGETS, VOCABULARY, Hybrid, hybrid_model
+from making.lora_models import with_lora
+from making.plain_models import HYBRIDS, Hybrid, hybrid_model, targets
 from making.wandering_models import PAD, STOPS, llama, mistral, reference, with_adapters
 from making.wandering_models import VOCABULARY as WORDS
 from tunewright.generation import plain_decoding
 from tunewright.generation.decoding import Batch
 from tunewright.generation.generate import generate
-from tunewright.generation.plain_decoding import PlainBatch, PlainCache, new_batch
+from tunewright.generation.plain_decoding import PlainBatch, new_batch
 from tunewright.generation.requests import Completion, Request
 
 
-def _requests(count: int, *adapters: str | None, words: int = VOCABULARY, tokens: int = 8, **how: Any) -> list[Request]:
+def _requests(count: int, *adapters: str | None, words: int = 256, tokens: int = 8, **how: Any) -> list[Request]:
     draw = random.Random(count)
     return [
         Request(
@@ -30,15 +30,6 @@ def _requests(count: int, *adapters: str | None, words: int = VOCABULARY, tokens
         )
         for index in range(count)
     ]
-
-
-def _with_lora(model: Any, targets: list[str]) -> Any:
-    torch.manual_seed(1)
-    wrapped: Any = get_peft_model(model, LoraConfig(r=3, target_modules=targets), "one")
-    for name, weight in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    return wrapped.eval()
 
 
 @torch.inference_mode()
@@ -64,7 +55,8 @@ def _plain(model: Any) -> Any:
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_answers_are_those_of_the_forward_over_the_whole_text(kind: Hybrid) -> None:
-    model = _with_lora(_plain(hybrid_model(kind)), TARGETS[kind])
+    base = _plain(hybrid_model(kind))
+    model = with_lora(base, targets(base), name="one").eval()
     assert isinstance(new_batch(model, stop_ids=STOPS, pad_id=PAD), PlainBatch)
     requests = _requests(6, None, "one")
     expected = [_forward_over_the_whole_text(model, request) for request in requests if request.adapter]
@@ -91,10 +83,12 @@ def test_rows_that_join_and_leave_answer_as_alone(window: int | None) -> None:
 
 
 def test_chunked_attention_counts_chunks_from_each_text_when_rows_of_other_lengths_join() -> None:
-    """Llama 4: the chunks of a padded row begin at its text, and these texts are up to eight chunks long."""
-    model = _plain(hybrid_model("llama4"))
-    assert model.config.attention_chunk_size == 8
-    requests = [Request(tuple(range(3, 3 + length)), None, 25) for length in (5, 23, 40, 9, 7, 8)]
+    """Llama 4: the chunks of a padded row begin at its text, and these texts are up to five chunks long."""
+    model = _plain(hybrid_model("llama4_text"))
+    assert model.config.attention_chunk_size == 16
+    for layer in model.model.layers:
+        layer.self_attn.floor_scale = 8192  # as published: transformers counts padding among these positions
+    requests = [Request(tuple(range(3, 3 + length)), None, 25) for length in (9, 46, 60, 17, 15, 16)]
     expected = [_forward_over_the_whole_text(model, request) for request in requests]
     for batch_size in (2, 4):
         assert _generate(model, requests, batch_size) == expected
@@ -185,12 +179,3 @@ def test_rows_that_cannot_be_prefilled_leave_the_batch_unchanged() -> None:
     while batch.rows:
         batch.step()
     assert row.completion == reference(model, first)
-
-
-def test_state_space_cache_counts_its_columns() -> None:
-    model = hybrid_model("mamba2")
-    batch = PlainBatch(model, stop_ids=(), pad_id=PAD)
-    batch.admit([Request((8, 9, 10), None, 4)])
-    (group,) = batch._groups.values()
-    assert isinstance(group.cache, PlainCache)
-    assert group.cache.columns == 3

@@ -36,19 +36,26 @@ def chat_of(tokenizer: Any, kind: Literal["own", "plain"] = "own", today: date =
     return chat_format(tokenizer, stop_ids=frozenset([tokenizer.eos_token_id]), kind=kind, today=today)
 
 
-def build_shrunk(folder: Path, kind: str, architecture: str, **values: Any) -> Path:
-    """Write the shrunk copy of a published configuration, with a byte-level tokenizer, into ``folder``."""
+def shrunk_config(kind: str, **values: Any) -> Any:
+    """Return the shrunk copy of a configuration that transformers has by default, with the vocabulary of bytes."""
     import transformers
 
-    from tunewright.models.shrunk import random_model, shrunk
+    from tunewright.models.shrunk import shrunk
 
     small = shrunk(transformers.AutoConfig.for_model(kind, **values))
     text, tokenizer = small.get_text_config(), byte_tokenizer()
     text.vocab_size = text.vocab_size_per_layer_input = len(tokenizer) + 5
     for key in ("bos", "eos", "pad"):
         setattr(text, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
-    random_model(small, architecture).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return small
+
+
+def build_shrunk(folder: Path, kind: str, architecture: str, **values: Any) -> Path:
+    """Write a random model of `shrunk_config`, with a byte-level tokenizer, into ``folder``."""
+    from tunewright.models.shrunk import random_model
+
+    random_model(shrunk_config(kind, **values), architecture).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

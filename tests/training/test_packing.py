@@ -15,21 +15,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.attention import varlen
-from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from making.lora_models import Rows, assert_equal_gradients, gradients, separate_losses, with_lora
 from making.property_examples import examples
 from making.tiny_bases import ARCHITECTURES, KINDS, Kind, tiny_model
-from tunewright.config import Quantization, TrainConfig
+from tunewright.config import TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import ATTENTION, MLP, drop_towers, shape_of
 from tunewright.models.loading import load_model
-from tunewright.training.lora import use_fused_lora
 from tunewright.training.packing import Group, attention, pack, plan_groups
 from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 from tunewright.training.packing.pack import GROUP_COST, common_prefix, computed_tokens
@@ -37,9 +35,6 @@ from tunewright.training.recomputation import RecomputedLayers
 from tunewright.training.rows import IGNORED
 
 VOCABULARY = 61
-TARGETS = (*ATTENTION, *MLP)
-
-Rows = list[list[int]]
 
 
 def _model(
@@ -51,7 +46,6 @@ def _model(
     layers: int = 2,
     fused: bool = True,
 ) -> Any:
-    """Return a random model with LoRA whose B matrices are not zero, so that A's gradients are not zero either."""
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 8 * heads,
@@ -65,39 +59,13 @@ def _model(
     targets = shape_of(base.config, ARCHITECTURES[kind]).names
     drop_towers(base)
     add_token_losses(base)
-    return _with_lora(base, fused=fused, targets=targets)
+    return with_lora(base, targets, fused=fused)
 
 
-def _with_lora(
-    base: Any, *, fused: bool = True, targets: Sequence[str] = TARGETS, quantization: Quantization = "none"
-) -> Any:
-    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=list(targets))
-    if fused:
-        use_fused_lora(lora, quantization)
-    model: Any = get_peft_model(base, lora)
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.2)
-    return model.train()
-
-
-def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _one_by_one(model: Any, rows: Rows, labels: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the reference: each row alone through transformers' own attention and logits."""
+def _separate(model: Any, rows: Rows, labels: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     model.base_model.model.set_attn_implementation("eager")
-    wanted = sum(label != IGNORED for row in labels for label in row[1:])
-    total = torch.zeros(())
-    for row, label in zip(rows, labels, strict=True):
-        logits = model(input_ids=torch.tensor([row])).logits[0, :-1]
-        total = total + cross_entropy(logits, torch.tensor(label[1:]), reduction="sum", ignore_index=IGNORED)
-    loss = total / wanted
-    return loss.detach(), _gradients(model, loss)
+    loss = separate_losses(model, rows, labels).mean()
+    return loss.detach(), gradients(model, loss)
 
 
 def _packed(
@@ -106,21 +74,12 @@ def _packed(
     attention.register()
     model.base_model.model.set_attn_implementation(attention.NAME)
     loss = batch_token_losses(model, pack(rows, labels, share=share, groups=groups)).mean()
-    return loss.detach(), _gradients(model, loss)
+    return loss.detach(), gradients(model, loss)
 
 
 def _assert_equal(ours: tuple[Tensor, dict[str, Tensor]], reference: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Within float32 rounding: relative 1e-5 for each LoRA matrix's gradient as a whole.
-
-    A gradient that cancels out (of the query's weights, where there is but one key) is compared with the whole:
-    a tenth of it times 1e-5 is eight times float32's own step.
-    """
     assert float(ours[0]) == pytest.approx(float(reference[0]), rel=1e-5)
-    assert ours[1].keys() == reference[1].keys()
-    whole = torch.stack([gradient.norm() for gradient in reference[1].values()]).norm()
-    for name, gradient in ours[1].items():
-        difference = (gradient - reference[1][name]).norm()
-        assert difference <= 1e-5 * max(reference[1][name].norm(), whole / 10), name
+    assert_equal_gradients(ours[1], reference[1])
 
 
 def _rows(prefixes: Sequence[int], suffixes: Sequence[int], answers: Sequence[int], seed: int = 0) -> tuple[Rows, Rows]:
@@ -171,7 +130,7 @@ CASES = {
 def test_packed_loss_and_gradients_equal_those_of_separate_rows(case: str, kind: Kind, shape: dict[str, Any]) -> None:
     rows, labels = CASES[case]
     model = _model(kind, **shape)
-    reference = _one_by_one(model, rows, labels)
+    reference = _separate(model, rows, labels)
     for share in (True, False):
         _assert_equal(_packed(model, rows, labels, share=share), reference)
 
@@ -189,7 +148,7 @@ def test_packed_loss_and_gradients_equal_those_of_separate_rows_for_any_batch(
     rests, answers = zip(*suffixes, strict=True)
     rows, labels = _rows([length + 1 for length in prefixes], rests, answers, seed)
     model = _model("mistral", window=window)
-    _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
+    _assert_equal(_packed(model, rows, labels), _separate(model, rows, labels))
 
 
 def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
@@ -199,7 +158,7 @@ def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
         label[8:12] = row[8:12]
     model = _model("llama")
     assert plan_groups(rows) == [Group(20, (0, 1, 2))] or plan_groups(rows)[0].prefix == 20
-    _assert_equal(_packed(model, rows, labels), _one_by_one(model, rows, labels))
+    _assert_equal(_packed(model, rows, labels), _separate(model, rows, labels))
 
 
 @pytest.mark.parametrize("recomputed", ["all", 1])
@@ -207,7 +166,7 @@ def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
 def test_recomputed_layers_change_no_bit_of_loss_and_gradients(kind: Kind, recomputed: Any) -> None:
     rows, labels = CASES["several prefixes"]
     model = _model(kind)
-    losses, gradients = _packed(model, rows, labels)
+    losses, before = _packed(model, rows, labels)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = TrainConfig(gradient_checkpointing=recomputed)
@@ -216,7 +175,7 @@ def test_recomputed_layers_change_no_bit_of_loss_and_gradients(kind: Kind, recom
     assert layers == [True, recomputed == "all"]
     again = _packed(model, rows, labels)
     assert torch.equal(again[0], losses)
-    assert all(torch.equal(again[1][name], each) for name, each in gradients.items())
+    assert all(torch.equal(again[1][name], each) for name, each in before.items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -224,9 +183,9 @@ def test_packed_gradients_equal_those_of_separate_rows_over_nf4(tiny_base_folder
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
     quantized = load_model(base, "float32", "nf4")
     add_token_losses(quantized)
-    model = _with_lora(quantized, quantization="nf4")
+    model = with_lora(quantized, (*ATTENTION, *MLP), fused=True, quantization="nf4")
     rows, labels = CASES["several prefixes"]
-    reference = _one_by_one(model, rows, labels)
+    reference = _separate(model, rows, labels)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -236,17 +195,17 @@ def test_packed_gradients_equal_those_of_separate_rows_over_nf4(tiny_base_folder
 def test_fused_lora_gives_the_gradients_of_peft_layers() -> None:
     rows, labels = CASES["one instruction"]
     _assert_equal(
-        _packed(_model("llama", fused=True), rows, labels), _one_by_one(_model("llama", fused=False), rows, labels)
+        _packed(_model("llama", fused=True), rows, labels), _separate(_model("llama", fused=False), rows, labels)
     )
 
 
 def test_bfloat16_attention_is_close_to_float32_for_long_and_short_suffixes() -> None:
     rows, labels = _rows([30], [3, 140, 150, 9], [4, 3, 2, 5])
     model = _model("llama")
-    reference = _one_by_one(model, rows, labels)
-    loss, gradients = _packed(model.to(torch.bfloat16), rows, labels)
+    reference = _separate(model, rows, labels)
+    loss, found = _packed(model.to(torch.bfloat16), rows, labels)
     assert float(loss) == pytest.approx(float(reference[0]), rel=0.02)
-    for name, gradient in gradients.items():
+    for name, gradient in found.items():
         cosine = torch.cosine_similarity(gradient.float().flatten(), reference[1][name].flatten(), dim=0)
         assert cosine > 0.99, name
 

@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from replay_helpers import replay_project, shorten_turns
-from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl import SFTConfig
 
 import tunewright
-from making.plain_models import HYBRIDS, TARGETS, VOCABULARY, Hybrid, build_hybrid, hybrid_model
-from making.tiny_bases import byte_tokenizer, tiny_model
+from making.lora_models import Rows, assert_equal_gradients, gradients, separate_losses, with_lora
+from making.plain_models import HYBRIDS, PUBLISHED, Hybrid, hybrid_model, targets
+from making.tiny_bases import build_shrunk, tiny_model
 from making.training_runs import Heard, new_config, tiny_preference_project, training_project
 from tunewright.api import Project
 from tunewright.config import TrainConfig
@@ -34,83 +31,52 @@ from tunewright.training.recomputation import RecomputedLayers
 from tunewright.training.rows import IGNORED
 from tunewright.training.run import require_fsdp_supported
 from tunewright.training.train import TrainResult, train
-from tunewright.training.trainer import Trainer
 
-Rows = list[list[int]]
 LENGTHS = (25, 9, 17, 2, 30)
 
 
 def _rows(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> tuple[Rows, Rows]:
     """Rows whose second half is trained, the last one in two places."""
     luck = random.Random(seed)
-    rows = [[luck.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+    rows = [[luck.randrange(3, 256) for _ in range(length)] for length in lengths]
     labels = [[IGNORED] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
     labels[-1][2:4] = rows[-1][2:4]
     return rows, labels
 
 
-def _with_lora(base: Any, targets: Sequence[str]) -> Any:
-    model: Any = get_peft_model(
-        base, LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=list(targets))
-    )
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.2)
-    return model.train()
-
-
-def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _one_by_one(model: Any, rows: Rows, labels: Rows) -> Tensor:
-    """The losses of the trained tokens, each row alone through transformers' own forward."""
-    losses = []
-    for row, label in zip(rows, labels, strict=True):
-        logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1].float()
-        kept = torch.tensor(label[1:]) != IGNORED
-        losses.append(cross_entropy(logits[kept], torch.tensor(label[1:])[kept], reduction="none"))
-    return torch.cat(losses)
-
-
-def _assert_close(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
-    assert ours.keys() == reference.keys()
-    whole = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
-    for name, gradient in ours.items():
-        assert (gradient - reference[name]).norm() <= 1e-5 * max(reference[name].norm(), whole / 10), name
+def _hybrid(kind: Hybrid) -> Any:
+    model = hybrid_model(kind)
+    return with_lora(model, targets(model))
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_padded_rows_give_the_losses_and_gradients_of_rows_one_by_one(kind: Hybrid) -> None:
     rows, labels = _rows()
-    model = _with_lora(hybrid_model(kind), TARGETS[kind])
-    reference = _one_by_one(model, rows, labels)
-    expected = _gradients(model, reference.sum())
+    model = _hybrid(kind)
+    reference = separate_losses(model, rows, labels)
+    expected = gradients(model, reference.sum())
     losses = batch_token_losses(model, pad(rows, labels))
     assert torch.allclose(losses, reference, rtol=1e-5, atol=1e-5)
-    _assert_close(_gradients(model, losses.sum()), expected)
+    assert_equal_gradients(gradients(model, losses.sum()), expected)
 
 
 def test_padded_rows_give_the_losses_and_gradients_of_packed_rows() -> None:
     rows, labels = _rows()
-    base = tiny_model("llama", vocab_size=VOCABULARY)
+    base = tiny_model("llama", vocab_size=256)
     attention.register()
     add_token_losses(base)
-    model = _with_lora(base, ["q_proj", "v_proj", "down_proj"])
+    model = with_lora(base, ["q_proj", "v_proj", "down_proj"])
     padded = batch_token_losses(model, pad(rows, labels))
-    gradients = _gradients(model, padded.sum())
+    expected = gradients(model, padded.sum())
     base.set_attn_implementation(attention.NAME)
     packed = batch_token_losses(model, pack(rows, labels, share=True))
     assert torch.allclose(padded, packed, rtol=1e-5, atol=1e-5)
-    _assert_close(gradients, _gradients(model, packed.sum()))
+    assert_equal_gradients(expected, gradients(model, packed.sum()))
 
 
 def test_loss_of_replayed_padded_rows_is_their_divergence_from_the_base() -> None:
     rows, labels = _rows()
-    model = _with_lora(hybrid_model("qwen3.5"), TARGETS["qwen3.5"])
+    model = _hybrid("qwen3_5_text")
     batch = pad(rows, labels, replayed=[False, True, False, False, True])
     assert batch.replayed is not None and batch.learnt is not None
     assert sorted([*batch.replayed.tolist(), *batch.learnt.tolist()]) == list(range(len(batch.targets)))
@@ -166,66 +132,6 @@ def test_measured_padding_counts_computed_and_shareable_tokens() -> None:
     )
 
 
-def _trainer(work: Path, model: Any, rows: Dataset, targets: list[str]) -> Trainer:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 2,
-        "learning_rate": 0.01,
-    }
-    settings |= {
-        "max_steps": 6,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
-    settings |= {
-        "max_length": None,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "seed": 3,
-        "router_aux_loss_coef": 0.0,
-    }
-    return Trainer(
-        model,
-        share=False,
-        plain=True,
-        args=SFTConfig(output_dir=str(work), **settings),
-        train_dataset=rows,
-        eval_dataset=rows.select(range(3)),
-        processing_class=byte_tokenizer(),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=targets),
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3.5", "granite-hybrid", "llama4"])
-def test_trainer_of_padded_rows_learns_evaluates_and_resumes(kind: Hybrid, tmp_path: Path) -> None:
-    ids, labels = _rows([5 + n % 9 for n in range(16)])
-    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
-
-    def made(work: Path) -> Trainer:
-        torch.manual_seed(0)
-        return _trainer(work, hybrid_model(kind), rows, TARGETS[kind])
-
-    whole = made(tmp_path / "whole")
-    before = whole.evaluate()["eval_loss"]
-    whole.train()
-    model: Any = whole.model
-    model.eval()
-    after = whole.evaluate()["eval_loss"]
-    with torch.no_grad():
-        assert after == pytest.approx(float(_one_by_one(model, ids[:3], labels[:3]).mean()), rel=1e-5)
-    assert after < before
-    again = made(tmp_path / "again")
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    resumed: Any = again.model
-    weights = dict(resumed.named_parameters())
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, weights[name]), name
-
-
 def _train(project: Project, *, packed: bool = True, own_cache: bool = True) -> TrainResult:
     base = replace(project.base, packed=packed, own_cache=own_cache)
     return train(project.folder, project.data.version(), base, project.chat, project.reporter)
@@ -266,13 +172,19 @@ def test_stopped_padded_run_resumes_to_the_same_adapter(tmp_path: Path, tiny_bas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3.5", "granite-hybrid", "llama4"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "granitemoehybrid", "llama4_text"])
 def test_base_that_fails_packing_trains_and_answers_on_the_plain_path(
     kind: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     heard = Heard()
-    project = training_project(tmp_path / "project", build_hybrid(tmp_path / kind, kind), heard, count=80, epochs=1)
+    project = training_project(
+        tmp_path / "project",
+        build_shrunk(tmp_path / kind, kind, PUBLISHED[kind][0], **PUBLISHED[kind][1]),
+        heard,
+        count=80,
+        epochs=1,
+    )
     adapter = project.train().adapter
     assert adapter.lineage["training"]["padding"]["computed"] > adapter.lineage["training"]["padding"]["tokens"]
     assert any(line.startswith("Rows are padded") for line in heard.lines)
@@ -310,20 +222,20 @@ def test_padded_preference_run_has_the_losses_of_the_packed_run(
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["qwen3.5", "llama4"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "llama4_text"])
 def test_recomputed_layers_of_padded_rows_give_the_same_gradients(kind: Hybrid, tiny_base_folder: Path) -> None:
     """A Llama4ForCausalLM is its own decoder."""
     rows, labels = _rows()
-    model = _with_lora(hybrid_model(kind), TARGETS[kind])
+    model = _hybrid(kind)
     batch = pad(rows, labels)
-    expected = _gradients(model, batch_token_losses(model, batch).sum())
+    expected = gradients(model, batch_token_losses(model, batch).sum())
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     recomputed = RecomputedLayers(TrainConfig(gradient_checkpointing=1), read_shape(tiny_base_folder / "config.json"))
     recomputed.apply(model)
     flags = [part.gradient_checkpointing for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     assert flags == [True] + [False] * (len(flags) - 1)
-    _assert_close(_gradients(model, batch_token_losses(model, batch).sum()), expected)
+    assert_equal_gradients(gradients(model, batch_token_losses(model, batch).sum()), expected)
     recomputed.auto = True
     recomputed.plan(batch)
     assert recomputed.count == 0, "so small a batch fits"

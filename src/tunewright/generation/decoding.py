@@ -310,7 +310,7 @@ class Batch:
         begins, columns = packed[:, :1], torch.arange(cache.get_seq_length() + new, device=device)  # [rows, 1], [total]
         arguments = {
             "input_ids": packed[:, 1:],
-            "attention_mask": self._attended(columns, begins, cache) if any(first) else None,
+            "attention_mask": (columns >= begins).long() if any(first) else None,  # [rows, total]
             # Positions count from each row's first token; padding gets 0 and is masked.
             "position_ids": (columns[-new:] - begins).clamp(min=0),  # [rows, time]
             "cache": cache,
@@ -321,10 +321,6 @@ class Batch:
         with self._adapters.use_adapters(adapters), self._masking():
             logits: Tensor = self._model(**arguments).logits[:, -1]
         return logits
-
-    def _attended(self, columns: Tensor, begins: Tensor, cache: Cache) -> Tensor | None:  # noqa: ARG002
-        """Return 1 for each row's text and 0 for its padding [rows, total]."""
-        return (columns >= begins).long()
 
     @contextmanager
     def _masking(self) -> Iterator[None]:

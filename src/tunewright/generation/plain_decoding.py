@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
-    CacheLayerMixin,
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -205,13 +204,6 @@ class PlainBatch(Batch):
         assert isinstance(cache, PlainCache)
         cache.columns += ids.shape[1]
         return logits
-
-    def _attended(self, columns: Tensor, begins: Tensor, cache: Cache) -> Tensor | None:
-        assert isinstance(cache, PlainCache)
-        # After the prompt no column is padding. A model without attention expects a mask of the new columns.
-        if cache.columns and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-            return None
-        return super()._attended(columns, begins, cache)
 
     @contextmanager
     def _masking(self) -> Iterator[None]:
