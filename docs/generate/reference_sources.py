@@ -13,7 +13,7 @@ import tunewright.serving
 from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import Manifest as AdapterManifest
-from tunewright.api import Project, ProjectAdapters, ProjectData, ProjectExport
+from tunewright.api import Project, ProjectAdapters, ProjectData, ProjectExport, ProjectShadow
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -33,7 +33,13 @@ from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest, error_document
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
-from tunewright.serving.options import DeployOptions, EngineOptions, ReleaseTestOptions, ServeOptions
+from tunewright.serving.options import (
+    DeployOptions,
+    EngineOptions,
+    ReleaseTestOptions,
+    ServeOptions,
+    ShadowPlanOptions,
+)
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.audit import Audit
 from tunewright.serving.tenants.releases import Releases
@@ -94,6 +100,7 @@ OPTIONS = (
     ReleaseTestOptions,
     RemoveOptions,
     ServeOptions,
+    ShadowPlanOptions,
 )
 """Options classes, whose fields are documented by their `Option`."""
 
@@ -102,6 +109,7 @@ GROUPS = {
     "project.data": ProjectData,
     "project.adapters": ProjectAdapters,
     "project.export": ProjectExport,
+    "project.shadow": ProjectShadow,
 }
 """Classes whose methods are verbs, by the expression that returns them."""
 
@@ -119,6 +127,7 @@ API: dict[str, tuple[Any, ...]] = {
     "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping, RemoveOptions),
     "project.adapters": (*functions_of(ProjectAdapters), ImportOptions),
     "project.export": (*functions_of(ProjectExport), CompressedOptions, GgufOptions, HubOptions, OllamaOptions),
+    "project.shadow": (*functions_of(ProjectShadow), ShadowPlanOptions),
     "project.keys": (TrustedKeys,),
     "project.runs": (TrainingRuns,),
     "project.state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from states import raw, reservation, with_tenant
+from states import DIGESTS, raw, reservation, with_tenant
+from states import SHIP as SHIPPED
 
 from making.command_line import (
     Ran,
@@ -36,6 +37,7 @@ from tunewright.generation.constraints import Grammar
 from tunewright.serving.options import ServeOptions
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.quota import RequestUsage
+from tunewright.serving.tenants.releases import Candidate
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +340,35 @@ def test_audit_verify_names_a_request_with_changed_usage(project: Path) -> None:
         execute("UPDATE requests SET completion_tokens = 3")
     ran = _run(project, "audit", "verify")
     assert (ran.code, ran.stdout) == (1, "request 1: its tokens do not add up\n")
+
+
+def test_shadow_plan_measures_the_newest_shadow_and_the_traffic(project: Path) -> None:
+    with State(f"sqlite:///{project}/serving/state.sqlite") as state:
+        caller, release = with_tenant(state)
+        ran = _run(project, "shadow", "plan", release.alias)
+        assert (ran.code, "share of answers that differ is unknown" in ran.stderr) == (2, True)
+        shadow = state.releases.start_candidate(release.alias, Candidate("courts-2", DIGESTS["b"], None), SHIPPED)
+        for place in range(40):
+            number = state.quota.reserve(reservation(caller, shadow), "g")
+            state.quota.settle(number, RequestUsage(3, 4, 0.0, 0.0, 0.0, "stop"))
+            state.quota.record_shadow(number, shadow.id, "a", "b" if place < 3 else "a", None)
+    made = document(project, "shadow", "plan", release.alias)
+    assert (made["differs"], made["shadowed"], made["units"], made["per_day"]) == (0.075, 40, 40, 40)
+    three, five, ten = made["needs"]
+    assert three["requests"] > five["requests"] > three["labels"] > five["labels"] > 0
+    assert ten["requests"] is None
+    ran = _run(project, "shadow", "plan", release.alias)
+    assert "7.5% of the answers differ (40 answers in the shadow, 40 users or requests without a user)" in ran.stdout
+    assert "Only 3 of 40 answers in the shadow differ" in ran.stderr
+    assumed = document(project, "shadow", "plan", release.alias, "--differs", "50%")
+    assert (assumed["differs"], assumed["shadowed"], assumed["per_day"]) == (0.5, 0, 40)
+
+
+def test_shadow_plan_with_both_assumptions_needs_no_release(project: Path) -> None:
+    ran = _run(project, "shadow", "plan", "courts", "--differs", "12%", "--per-day", "300")
+    assert (ran.code, "courts: 12% of the answers differ (assumed); 300 requests a day." in ran.stdout) == (0, True)
+    assert not (project / "serving").exists()
+    assert _run(project, "shadow", "plan", "courts", "--differs", "12%").code == 2
 
 
 def test_state_is_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:

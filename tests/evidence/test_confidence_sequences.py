@@ -18,6 +18,7 @@ from tunewright.evidence.confidence_sequences import (
     largest_difference,
     unit_differences,
 )
+from tunewright.evidence.sequence_power import shadow_needs
 from tunewright.evidence.statistics import Floats
 
 VECTORS: dict[str, Any] = json.loads(Path(__file__).with_name("sequence_vectors.json").read_text())
@@ -176,3 +177,34 @@ def test_good_judge_narrows_the_bounds_and_a_random_one_does_not_widen_them() ->
         widths[name] = found.high[-1] - found.low[-1]
     assert widths["good"] < 0.75 * widths["none"]
     assert widths["coin"] < 1.02 * widths["none"]
+
+
+def _stops(values: Floats) -> Floats:
+    """Return the first look of each run at which its candidate is worse."""
+    worse = confidence_sequence(values).high < 0
+    assert worse.any(axis=1).all()
+    stops: Floats = worse.argmax(axis=1) + 1.0
+    return stops
+
+
+def test_planned_requests_equal_the_quantiles_of_simulated_shadows() -> None:
+    needed = shadow_needs([(1, 1)] * 12 + [(1, 0)] * 88, 0.05)
+    stops = _stops(_draw(np.random.default_rng(5), 1500, 2500, 0.12, -0.05))
+    assert needed.median_requests == pytest.approx(np.quantile(stops, 0.5), rel=0.12)
+    assert needed.requests == pytest.approx(np.quantile(stops, 0.8), rel=0.12)
+    assert needed.median_labels == pytest.approx(0.12 * np.quantile(stops, 0.5), rel=0.15)
+
+
+def test_planned_requests_and_labels_count_all_of_a_unit() -> None:
+    single = shadow_needs([(1, 1), (1, 0)], 0.1)
+    triple = shadow_needs([(3, 3), (3, 0)], 0.1)
+    assert single.median_requests is not None
+    assert triple.median_requests == pytest.approx(3 * single.median_requests, rel=0.03)
+    assert triple.median_labels == pytest.approx(0.5 * 3 * single.median_requests, rel=0.1)
+
+
+def test_plan_of_a_difference_that_too_few_answers_allow_is_empty() -> None:
+    units = [(1, 1)] * 3 + [(1, 0)] * 97
+    assert shadow_needs(units, 0.03).requests is not None
+    assert shadow_needs(units, 0.05).requests is None
+    assert shadow_needs([(4, 0)], 0.03).labels is None

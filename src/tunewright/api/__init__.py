@@ -18,7 +18,7 @@ from tunewright.open_project import OpenProject
 from tunewright.pipeline import RunResult as RunResult  # users import it from here
 from tunewright.report import verbs as reports
 from tunewright.serving import releases as release_verbs
-from tunewright.serving import serve
+from tunewright.serving import serve, shadow_plan
 from tunewright.synthesis import verbs as synthesis
 from tunewright.training import memory
 
@@ -98,6 +98,13 @@ class ProjectExport(ProjectGroup):
     ollama = exports.ollama
 
 
+class ProjectShadow(ProjectGroup):
+    """Verbs on an alias's shadows."""
+
+    plan = shadow_plan.plan
+    show = release_verbs.shadow
+
+
 class Project(OpenProject):
     """An open project, with a method for each command.
 
@@ -149,7 +156,6 @@ class Project(OpenProject):
     releasable = release_verbs.releasable
     releases = release_verbs.releases
     rollback = release_verbs.rollback
-    shadow = release_verbs.shadow
     undeploy = release_verbs.undeploy
 
     def __init__(self, folder: ProjectFolder, reporter: Reporter | None = None) -> None:
@@ -169,6 +175,11 @@ class Project(OpenProject):
     def export(self) -> ProjectExport:
         """Verbs that export an adapter."""
         return ProjectExport(self)
+
+    @property
+    def shadow(self) -> ProjectShadow:
+        """Verbs on an alias's shadows."""
+        return ProjectShadow(self)
 
     @property
     def keys(self) -> TrustedKeys:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunewright.cli.app import DEPLOY, app, command, given_options, refuse_unused
+from tunewright.cli.app import DEPLOY, app, command, given_options, group, refuse_unused
 from tunewright.cli.console import Session
 from tunewright.cli.evaluate import verdict_text
 from tunewright.core.errors import UserError
-from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions
+from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions, ShadowPlanOptions
 
 if TYPE_CHECKING:
     from tunewright.serving.releases import DeployResult
@@ -185,13 +185,36 @@ def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
     run.show(made.as_dict(), *releases_blocks([made]))
 
 
-@command(app, "shadow", panel=DEPLOY, example="tunewright shadow legal", status=False, database=True)
-def shadow(run: Session, alias: Alias) -> None:
+shadow_app = group("shadow", DEPLOY, "Plan a shadow, and show its answers. Experimental.")
+
+
+@command(shadow_app, "show", example="tunewright shadow show legal", status=False, database=True)
+def shadow_show(run: Session, alias: Alias) -> None:
     """Compare the answers of an alias's shadow candidates with the answers that were returned. Experimental."""
     from tunewright.serving.tenants.blocks import shadow_blocks
 
-    lines = run.project.shadow(alias)
+    lines = run.project.shadow.show(alias)
     run.show({"asked": lines}, *shadow_blocks(lines))
+
+
+@command(
+    shadow_app,
+    "plan",
+    example="tunewright shadow plan legal --differs 12% --per-day 300",
+    status=False,
+    database=True,
+    options=ShadowPlanOptions,
+)
+def shadow_plan(run: Session, alias: Alias, options: ShadowPlanOptions = ShadowPlanOptions()) -> None:
+    """Estimate requests, labels and days until a shadow finds a difference of 3, 5 or 10 points. Experimental.
+
+    Answers that differ need a label by a person, and equal answers need none. You may look after every request and
+    stop early.
+    """
+    from tunewright.serving.shadow_plan import plan_blocks
+
+    made = run.project.shadow.plan(alias, options)
+    run.show(made, *plan_blocks(made))
 
 
 @command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, database=True)

@@ -96,7 +96,11 @@ def items_to_settle(difference: float, interval: Interval, margin: float, items:
         return None
     # An interval's half width falls with the root of the items.
     needed = items * max(_POWER_FACTOR * (half / gap) ** 2, 1.1)
-    # Up to two significant digits: more would be false precision.
+    return two_digits(needed)
+
+
+def two_digits(needed: float) -> int:
+    """Round a positive number up to two significant digits: more would be false precision."""
     step = int(10 ** max(math.floor(math.log10(needed)) - 1, 0))
     return math.ceil(needed / step) * step
 

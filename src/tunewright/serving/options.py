@@ -57,7 +57,7 @@ def percent(text: str, where: str) -> float:
     match = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,4})?)%", text)
     if match is None or not float(match[1]):
         raise UserError(
-            f"Invalid traffic share {text!r}", where=where, fix="Use a percentage such as 10% or 0.5%, below 100%."
+            f"Invalid percentage {text!r}", where=where, fix="Use a percentage such as 10% or 0.5%, below 100%."
         )
     return float(match[1]) / 100
 
@@ -97,6 +97,20 @@ class DeployOptions(ReleaseTestOptions):
         Option("Do not add the trained system prompt to requests without a system message.", name="--no-system-prompt"),
     ] = True
     constrain: Annotated[bool, Option("Constrain answers by evaluate.structured_outputs: texts or calls.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadowPlanOptions:
+    """Assumptions of a shadow's plan; an option without a value is measured on the alias."""
+
+    differs: Annotated[
+        float | None,
+        Option(
+            "Share of the answers that differ, such as 12%.", default="measured on the newest shadow", parse=percent
+        ),
+    ] = None
+    """Above 0 and below 1; each request is then a unit of its own."""
+    per_day: Annotated[int | None, Option("Requests a day.", default="measured on the last 28 days", min=1)] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, RequestUsage
-from tunewright.serving.tenants.releases import Candidate
+from tunewright.serving.tenants.releases import Candidate, Release
+from tunewright.serving.tenants.tenants import Caller
 
 DAY = 86_400
 
@@ -95,6 +96,35 @@ def test_roll_up_deletes_and_counts_shadow_answers(state_url: str, clock: Clock)
             clock.now += DAY
         assert state.usage_rollup.roll_up(DAY * 20_001.0).shadow_answers == 1
         assert len(state.usage.shadow_lines("courts-acme")) == 1
+
+
+def test_shadow_units_count_answers_of_the_newest_shadow_by_end_user(state_url: str, clock: Clock) -> None:
+    with State(state_url, "ann", clock) as state:
+        caller, _ = with_tenant(state)
+        other, _ = with_tenant(state, "globex")
+
+        def ask(by: Caller, release: Release, end_user: str | None, answer: str | None) -> None:
+            number = state.quota.reserve(replace(reservation(by, release), end_user=end_user), "g")
+            state.quota.settle(number, used())
+            state.quota.record_shadow(number, release.id, "a", answer, None if answer else "the server stopped")
+
+        assert state.usage.shadow_units("courts-acme") == []
+        former = state.releases.start_candidate("courts-acme", Candidate("courts-2", DIGESTS["b"], None), SHIP)
+        ask(caller, former, "eve", "b")
+        assert state.usage.shadow_units("courts-acme") == [(1, 1)]
+        newer = state.releases.start_candidate("courts-acme", Candidate("courts-3", DIGESTS["c"], None), SHIP)
+        ask(caller, newer, "eve", None)
+        assert state.usage.shadow_units("courts-acme") == [(1, 1)], "the newest that answered"
+        for by, end_user, answer in (
+            (caller, "eve", "b"),
+            (other, "eve", "a"),
+            (caller, None, "b"),
+            (caller, "eve", "a"),
+            (caller, None, "a"),
+        ):
+            ask(by, newer, end_user, answer)
+        assert state.usage.shadow_units("courts-acme") == [(2, 1), (1, 0), (1, 1), (1, 0)]
+        assert state.usage.shadow_units("courts-globex") == []
 
 
 @pytest.mark.parametrize("before", [DAY * 20_000 + 1.0, DAY * 20_001.0])

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Integer,
     RowMapping,
     and_,
+    case,
     cast,
     delete,
     func,
@@ -236,6 +237,24 @@ class Usage:
         with self._database.reading() as connection:
             rows = connection.execute(query).mappings().all()
         return [ShadowLine(**{**row, "time": str(iso(row["time"]))}) for row in rows]
+
+    def shadow_units(self, alias: str) -> list[tuple[int, int]]:
+        """Return the answered requests of each unit of an alias's newest shadow, and how many differing answers it has.
+
+        A unit is a tenant's end user, or else a request. The result is empty if no shadow has answered.
+        """
+        shadows = shadow_answers.join(requests, shadow_answers.c.request_id == requests.c.id)
+        shadows = shadows.join(releases, shadow_answers.c.release_id == releases.c.id)
+        answered = and_(releases.c.alias == alias, shadow_answers.c.shadow_answer.is_not(None))
+        newest = select(releases.c.candidate_digest).select_from(shadows).where(answered)
+        newest = newest.order_by(releases.c.id.desc()).limit(1)
+        nameless = case((requests.c.end_user.is_(None), requests.c.id))
+        differing = func.sum(case((shadow_answers.c.shadow_answer != shadow_answers.c.answer, 1), else_=0))
+        query = select(func.count(), differing).select_from(shadows)
+        query = query.where(answered, releases.c.candidate_digest == newest.scalar_subquery())
+        query = query.group_by(requests.c.tenant_id, requests.c.end_user, nameless).order_by(func.min(requests.c.id))
+        with self._database.reading() as connection:
+            return [(int(count), int(other)) for count, other in connection.execute(query)]
 
     def faults(self) -> list[str]:
         """Return a sentence for each request whose usage contradicts itself, its key or its release.
