@@ -81,19 +81,20 @@ def test_empirical_bernstein_boundary_is_wider_than_the_asymptotic_one_everywher
     assert (wider > asymptotic_boundary(squares, 0.025)).all()
 
 
-def test_sequence_has_both_kinds_of_bounds_around_its_running_mean() -> None:
+@pytest.mark.parametrize("largest", [1.0, 4.0])
+def test_sequence_has_both_kinds_of_bounds_around_its_running_mean(largest: float) -> None:
     values = np.array([1.0, 0, 0, -1, 0.5] * 40)
-    found = confidence_sequence(values)
+    found = confidence_sequence(values, largest=largest)
     for look in (0, 3, FEWEST_UNITS - 2, FEWEST_UNITS - 1, 199):
         so_far = values[: look + 1]
         if len(so_far) < FEWEST_UNITS:
-            radius = empirical_bernstein_boundary(np.array([(so_far**2).sum()]), 0.025)[0] / len(so_far)
+            radius = empirical_bernstein_boundary(np.array([(so_far**2).sum()]), 0.025, largest)[0] / len(so_far)
         else:
             radius = asymptotic_boundary(np.array([so_far.var() * len(so_far)]), 0.025)[0] / len(so_far)
         mean = so_far.mean()
         assert found.means[look] == pytest.approx(mean)
-        assert found.low[look] == pytest.approx(max(mean - radius, -1))
-        assert found.high[look] == pytest.approx(min(mean + radius, 1))
+        assert found.low[look] == pytest.approx(max(mean - radius, -largest))
+        assert found.high[look] == pytest.approx(min(mean + radius, largest))
 
 
 @pytest.mark.parametrize("differ", [0.05, 0.3, 1.0])
