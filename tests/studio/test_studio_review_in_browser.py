@@ -212,6 +212,54 @@ def test_typed_edit_is_saved_with_wrong_and_asked_for_with_other_verdicts(page: 
     press_to_next(page, "u")
 
 
+def test_typed_text_comes_back_until_its_verdict_is_recorded(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "tunewright.yaml").write_text("name: drafts\n")
+    write_jsonl(tmp_path / "pairs.jsonl", [row | {"completion": f"answer {n}"} for n, row in enumerate(pairs(60))])
+    assert tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path).code == 0
+    assert page.context.browser is not None
+    first = Studio(tmp_path, "ada")
+    with serving(first.app()) as url:
+        tab = signed_in(page.context.browser, first.address(url))
+        tab.goto("/review")
+        row, stored = row_key(tab), tab.input_value("#output")
+        assert not tab.is_visible("#typed-before")
+        tab.keyboard.press("n")
+        tab.keyboard.type("why it is odd")
+        tab.keyboard.press("Escape")
+        tab.keyboard.press("e")
+        tab.fill("#output", "typed\nand not sent")
+        tab.reload()
+        assert (tab.input_value("#note"), tab.input_value("#output")) == ("why it is odd", "typed\nand not sent")
+        assert tab.is_visible("#typed-before") and tab.is_visible("#output")
+    for lease in (tmp_path / ".tunewright/leases").glob("tmp*"):
+        lease.unlink()  # it would end with the process of the first studio
+    second = Studio(tmp_path, "ada")  # signs everybody out
+    with serving(second.app(), port=int(url.rpartition(":")[2])):
+        tab.reload()
+        tab.goto(second.address(url))
+        tab.wait_for_url(f"{url}/review")
+        assert row_key(tab) == row and tab.input_value("#output") == "typed\nand not sent"
+        tab.keyboard.press("Escape")
+        press_to_next(tab, "w")
+        assert row_key(tab) != row
+        assert _reviews(tmp_path).notes[row]["ada"] == "why it is odd"
+        assert tab.evaluate("localStorage.length") == 0, "a recorded text is in the project"
+        tab.keyboard.press("n")
+        tab.keyboard.type("left by an undo")
+        tab.keyboard.press("Escape")
+        press_to_next(tab, "u")
+        assert row_key(tab) == row and tab.input_value("#output") == "typed\nand not sent"
+        tab.keyboard.press("e")
+        tab.fill("#output", "another one")
+        tab.reload()
+        assert tab.input_value("#output") == "another one"
+        with tab.expect_navigation():
+            tab.click("#typed-before >> text=Discard")
+        assert tab.input_value("#output") == "typed\nand not sent" != stored and not tab.is_visible("#typed-before")
+        assert faults(tab) == []
+        tab.context.close()
+
+
 def test_two_reviewers_at_once_lose_nothing(page: Page, address: str, project: Path) -> None:
     assert page.context.browser is not None
     other = signed_in(page.context.browser, address)

@@ -72,6 +72,7 @@ def compare_page(visit: Visit) -> Response:
         progress=blind.progress,
         keys=blind.verdict_keys,
         pair=pair,
+        last=blind.latest(),
         result=human_eval_section(visit.project.human_eval_results(evaluation, against=against)) if complete else None,
     )
 

@@ -67,6 +67,38 @@ document.addEventListener("submit", event => {
 });
 addEventListener("pageshow", () => { sent = false; });
 
+// Typed text comes back after a reload, a restart of the studio or `u`, until the verdict on its row is recorded. The
+// browser keeps it: the studio would need a request a key press, and would store text that nobody sent.
+const judging = document.querySelector("[data-drafts]");
+if (judging) {
+  const draftOf = key => key && `${judging.dataset.drafts} ${key}`;
+  const here = draftOf(judging.elements.key?.value), recorded = draftOf(judging.dataset.recorded);
+  // A row that is shown once more may have new text.
+  if (recorded && recorded !== here && sessionStorage.getItem("sent") === recorded) localStorage.removeItem(recorded);
+  sessionStorage.removeItem("sent");
+  const kept = JSON.parse(localStorage.getItem(here) ?? "{}");
+  const keep = () => localStorage.setItem(here, JSON.stringify(kept));
+  for (const field of [...judging.elements].filter(each => each.localName === "textarea")) {
+    const typed = kept[field.name], unsaved = field.name === "output" && !("shown" in field.dataset);
+    if (typed === field.value && !unsaved) {
+      delete kept[field.name];
+      keep();
+    } else if (typed !== undefined && typed !== field.value) {
+      field.value = typed;
+      field.closest("details").open = true;
+      document.getElementById("typed-before").hidden = false;
+    }
+    field.addEventListener("input", () => {
+      kept[field.name] = field.value;
+      keep();
+    });
+  }
+  judging.addEventListener("submit", () => sessionStorage.setItem("sent", here));
+  for (const link of document.querySelectorAll("[data-discard]")) {
+    link.addEventListener("click", () => localStorage.removeItem(here));
+  }
+}
+
 // A file that the studio would refuse is not sent first.
 document.addEventListener("change", event => {
   const largest = Number(event.target.dataset?.largest);
