@@ -15,6 +15,9 @@ from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.evidence import make_items
 from making.human_evaluations import save
 from making.studio_client import Browser, restarted
+from tunewright.data.options import ReviewOptions
+from tunewright.data.review.reviews import Verdict
+from tunewright.data.versions import Member
 
 EVALUATION = f"{7:012x}"
 
@@ -110,3 +113,62 @@ def test_row_shows_the_thinking_before_its_answer(browser: Browser, project: Pat
     html = browser.get(f"/rows/{key}")
     shown = html[html.index('<dl class="conversation">') :]
     assert shown.index("<em>nobody &lt;signed&gt; it</em>") < shown.index("a model")
+
+
+def test_rows_are_filtered_by_answer_verdict_and_flag_and_sorted_by_the_address(
+    browser: Browser, project: Path
+) -> None:
+    data = library.open(project).data
+    version, numbers = data.version(), data.numbers()
+    judged, disputed = [m for m in version.domain if m.split == "train" and m.example.output != "an edited answer"][:2]
+    said: list[tuple[str, Member, Verdict]] = [
+        ("ada", judged, "wrong"),
+        ("ada", disputed, "wrong"),
+        ("ben", disputed, "right"),
+    ]
+    for name, member, verdict in said:
+        review = data.review(name, options=ReviewOptions(conflicts=True))
+        review.judge(review.item(member.key), verdict)
+    try:
+        wrong = browser.get("/rows?verdict=wrong&sort=newest")
+        newest = sorted((judged, disputed), key=lambda m: -numbers[m.key])
+        assert re.findall('href="/rows/([0-9a-f]{64})"', wrong) == [m.key for m in newest]
+        assert (
+            _keys(browser.get("/rows?verdict=disputed")) == _keys(browser.get("/rows?verdict=right")) == {disputed.key}
+        )
+        flagged = browser.get("/rows?flag=wrong")
+        assert _keys(flagged) == {judged.key} and '<td class="words">wrong</td>' in flagged
+        assert judged.key not in _keys(browser.get(f"/rows?verdict=none&q={judged.key}"))
+        assert ", wrong." in browser.get(f"/rows/{judged.key}")
+    finally:
+        for name, member, _ in said:
+            data.review(name, options=ReviewOptions(conflicts=True)).undo(member.key)
+    assert _keys(browser.get("/rows?answer=a+model")) == {
+        m.key for m in version.members if m.example.output == "a model"
+    }
+    by_answer = browser.get("/rows?sort=answer&split=test")
+    shown = [
+        next(m for m in version.members if m.key == key) for key in re.findall('href="/rows/([0-9a-f]{64})"', by_answer)
+    ]
+    assert shown == sorted(shown, key=lambda m: (m.example.output.casefold(), numbers[m.key]))
+
+
+def test_search_finds_a_number_first(browser: Browser, project: Path) -> None:
+    numbers = library.open(project).data.numbers()
+    key = next(m.key for m in library.open(project).data.version().members if m.example.output == "a model")
+    for typed in (str(numbers[key]), f"Row+{numbers[key]}", f"%23{numbers[key]}"):
+        page = browser.get(f"/rows?q={typed}")
+        assert re.findall('<a href="/rows/([0-9a-f]{64})">(.*?)</a> <small>(.*?)</small>', page)[0] == (
+            key,
+            f"Row {numbers[key]}",
+            key[:12],
+        )
+
+
+def test_empty_result_says_which_filter_to_take_back(browser: Browser) -> None:
+    page = browser.get("/rows?q=nothing-like-it&flag=generated&split=train&sort=newest")
+    assert "No row matches all of these filters." in page
+    (rest,) = re.findall('<a href="/rows\\?([^"]*)">Without Search “nothing-like-it”: 1 row</a>', page)
+    assert len(_keys(browser.get(f"/rows?{unescape(rest)}"))) == 1
+    assert "Without Flag" not in page
+    assert "Unknown verdict &#39;good&#39;" in browser.client.get("/rows?verdict=good").text

@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +26,11 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data import dedup, trace, versions
 from tunewright.data.dedup.leakage import LeakageReport, measure_leakage
-from tunewright.data.examples import Example
+from tunewright.data.examples import Example, find_labels
 from tunewright.data.readers.validate import rejected_messages
 from tunewright.data.remove import count_measured
 from tunewright.data.review.edits import superseded_keys
-from tunewright.data.review.reviews import VerdictEvent, read_reviews
+from tunewright.data.review.reviews import ReviewLog, VerdictEvent, read_reviews
 from tunewright.data.review.suspects import conflicts
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.trace import KnownPlaces, RowOrigin, RowUse, metadata_by_key, places_by_key, row_uses
@@ -109,7 +110,11 @@ def checkout(project: OpenFolder, version: str) -> Manifest:
     return versions.checkout(project.folder.dataset, version)
 
 
-FLAGS = ("suspect", "conflict", "generated", "edited", "mixed")
+FLAGS = ("suspect", "wrong", "conflict", "generated", "edited", "mixed")
+SORTS = ("newest", "question", "answer")
+"""Orders of rows, besides the order of their numbers."""
+NO_VERDICT = "none"
+DISPUTED = "disputed"
 
 
 @dataclass(frozen=True)
@@ -117,14 +122,20 @@ class RowQuery:
     """Conditions that a row must meet; every row meets an empty query."""
 
     words: str = ""
-    """Words, separated by white space; each occurs in the key, input or output, ignoring case."""
+    """Words, separated by white space; each occurs in the key, input or output, ignoring case. Or a row's number."""
     split: str = ""
+    answer: str = ""
+    """The whole answer; a part of it where no row has this answer."""
+    verdict: str = ""
+    """A verdict that a reviewer gave, ``NO_VERDICT`` or ``DISPUTED``."""
     cluster: str = ""
     """First digits of the cluster."""
     source: str = ""
     """The file that the row was first read from."""
     flag: str = ""
     """One of ``FLAGS``."""
+    sort: str = ""
+    """One of ``SORTS``."""
 
 
 class RowIndex:
@@ -138,8 +149,10 @@ class RowIndex:
         self._version = version
         self._texts = tuple(f"{m.key} {m.example.input_text} {m.example.output}".casefold() for m in version.members)
 
-    def find(self, query: RowQuery, suspects: AbstractSet[str] = frozenset()) -> list[Member]:
-        """Return the matching rows, sorted by key; ``suspects`` are the keys of rows with that flag."""
+    def find(
+        self, query: RowQuery, reviews: ReviewLog, suspects: Mapping[str, object] = MappingProxyType({})
+    ) -> list[Member]:
+        """Return the matching rows in order; ``suspects`` has the keys of rows with that flag, the worst first."""
         members = self._version.members
         places: Sequence[int] = range(len(members))
         if query.split:
@@ -151,12 +164,49 @@ class RowIndex:
             places = [i for i in places if sources[i] == query.source]
         if query.flag in ("generated", "mixed"):
             places = [i for i in places if getattr(members[i], query.flag)]
+        elif query.flag == "wrong":
+            places = [i for i in places if reviews.finding(members[i].key) == "wrong"]
         elif query.flag:
             flagged = suspects if query.flag == "suspect" else self._flagged[query.flag]
             places = [i for i in places if members[i].key in flagged]
-        for word in query.words.casefold().split():
-            places = [i for i in places if word in self._texts[i]]
-        return [members[i] for i in places]
+        if query.answer:
+            wanted = query.answer.strip()
+            whole = [i for i in places if members[i].example.output.strip() == wanted]
+            part = wanted.casefold()
+            places = whole or [i for i in places if part in members[i].example.output.casefold()]
+        if query.verdict:
+            places = [i for i in places if query.verdict in verdicts_on(reviews, members[i].key)]
+        number = re.fullmatch(r"(?:row\s*|#)?(\d+)", query.words.strip().casefold())
+        named = int(number[1]) if number else 0
+        words = query.words.casefold().split()
+        places = [
+            i
+            for i in places
+            if all(word in self._texts[i] for word in words) or (named and self.numbers.get(members[i].key) == named)
+        ]
+        return sorted((members[i] for i in places), key=self._order(query, named, suspects))
+
+    def _order(self, query: RowQuery, named: int, suspects: Mapping[str, object]) -> Callable[[Member], Any]:
+        """Return the key by which the rows of a query are sorted; a row that the search names is the first."""
+        rank = {key: place for place, key in enumerate(suspects)}
+
+        def order(member: Member) -> tuple[bool, str | int, int]:
+            number = self.numbers.get(member.key, 0)
+            if query.sort in ("question", "answer"):
+                text = member.example.input_text if query.sort == "question" else member.example.output
+                return number != named, text.casefold(), number
+            by = -number if query.sort == "newest" else rank.get(member.key, 0)
+            return number != named, by, number
+
+        return order
+
+    @cached_property
+    def answers(self) -> dict[str, int]:
+        """The number of rows with each answer, in alphabetical order; empty if the answers are no classes."""
+        outputs = [member.example.output for member in self._version.domain]
+        found = find_labels(outputs)
+        counts = Counter(output.strip() for output in outputs)
+        return {label: counts[label] for label in sorted(found)}
 
     @cached_property
     def sources(self) -> list[str]:
@@ -179,9 +229,10 @@ class RowIndex:
         """The number of each row, by pair key."""
         return row_numbers(self._dataset, self._version.manifest)
 
-    def flags_of(self, member: Member) -> list[str]:
+    def flags_of(self, member: Member, reviews: ReviewLog) -> list[str]:
         """Return a row's flags; ``suspect`` is not among them."""
-        flags = [flag for flag in ("conflict", "edited") if member.key in self._flagged[flag]]
+        flags = ["wrong"] if reviews.finding(member.key) == "wrong" else []
+        flags += [flag for flag in ("conflict", "edited") if member.key in self._flagged[flag]]
         return flags + [flag for flag in ("generated", "mixed") if getattr(member, flag)]
 
     @cached_property
@@ -190,6 +241,12 @@ class RowIndex:
             "conflict": frozenset(each.key for each in conflicts(self._version.domain)),
             "edited": frozenset(superseded_keys(self._dataset, self._version.manifest).values()),
         }
+
+
+def verdicts_on(reviews: ReviewLog, key: str) -> set[str]:
+    """Return the current verdicts on a row, with ``DISPUTED`` if they differ; of a row without one, ``NO_VERDICT``."""
+    verdicts = {str(judged.verdict) for judged in reviews.current_verdicts(key).values()}
+    return (verdicts | ({DISPUTED} if reviews.disputed(key) else set())) or {NO_VERDICT}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.browse import RowIndex
 from tunewright.data.review.label_models import NeighborIndex
+from tunewright.data.review.reviews import REVIEWS_FILE, ReviewLog, read_reviews
 from tunewright.data.review.session import ReviewSession
 from tunewright.data.trace import KnownPlaces
 from tunewright.data.versions import DatasetVersion, current_manifest, list_versions
@@ -106,6 +107,13 @@ class Visit:
         """The current version's rows, ready to be searched."""
         version, dataset = self.version, self.project.folder.dataset
         return self.cache.once("rows", version.digest, lambda: RowIndex(dataset, version))
+
+    @property
+    def reviews(self) -> ReviewLog:
+        """All reviews of rows, as they are on disk now."""
+        file = self.project.folder.dataset / REVIEWS_FILE
+        stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+        return self.cache.once("reviews", stamp, lambda: read_reviews(self.project.folder.dataset))
 
     @property
     def places(self) -> KnownPlaces:

@@ -10,12 +10,13 @@ from tunewright.studio.pages import (
     playground,
     project,
     review,
+    rows,
     settings,
     tenants,
     training,
 )
 from tunewright.studio.visit import Handler
 
-_PAGES = (project, data, review, settings, evaluate, compare, training, deploy, tenants, playground)
+_PAGES = (project, data, rows, review, settings, evaluate, compare, training, deploy, tenants, playground)
 HANDLERS: tuple[tuple[tuple[str, str], Handler], ...] = tuple(item for page in _PAGES for item in page.HANDLERS.items())
 """Each page's method and path, with its function."""

@@ -1,10 +1,9 @@
-"""The dataset: its versions, files on their way into it, and its rows."""
+"""The dataset: its versions, and files on their way into it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from itertools import chain, zip_longest
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
@@ -16,27 +15,23 @@ from tunewright.config.io import write_section
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
-from tunewright.data.browse import FLAGS, RowQuery, row_history
-from tunewright.data.dedup import cluster_counts
 from tunewright.data.dedup.leakage import similarity_blocks
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.splits import SPLITS
 from tunewright.data.task import TaskOfAnswers, task_of
-from tunewright.data.trace import find_row
 from tunewright.data.versions import current_manifest
 from tunewright.data.versions.diff import comparability, summary, word_changes
 from tunewright.data.versions.version import version_table
 from tunewright.evidence.power import split_power, split_power_text
-from tunewright.render.blocks import Cell, Column, Table, table, words
+from tunewright.render.blocks import table, words
 from tunewright.studio.access import ChangedRows
-from tunewright.studio.pages.review import next_row, stored_searches
-from tunewright.studio.visit import Handlers, PageReporter, Visit, path_of, positive_numbers
+from tunewright.studio.pages.rows import row_link
+from tunewright.studio.visit import Handlers, PageReporter, Visit, positive_numbers
 from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
     from tunewright.data.preview import Effect, FilePreview
-    from tunewright.data.versions import Member
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's folder."""
@@ -262,8 +257,8 @@ def leakage_page(visit: Visit) -> Response:
         if row.of is not None:
             held_out, trained = by_key[row.key], by_key[row.of]
             text = f"{row.split}: {excerpt(held_out.example.input_text)}"
-            near = _row_link(trained, excerpt(trained.example.input_text))
-            pairs.append((f"{row.similarity:.2f}", _row_link(held_out, text), near))
+            near = row_link(trained, excerpt(trained.example.input_text))
+            pairs.append((f"{row.similarity:.2f}", row_link(held_out, text), near))
     return visit.page(
         "leakage.html.j2",
         "Leakage",
@@ -334,96 +329,6 @@ def _on_page(refusal: UserError) -> str:
     return str(UserError(refusal.what, where=refusal.where, fix=fix or None))
 
 
-_ON_A_PAGE = 50  # rows
-_KEYS = {"q": "words", "split": "split", "cluster": "cluster", "source": "source", "flag": "flag"}
-"""Parameters of the address, and the fields of `RowQuery` that they set."""
-
-
-def rows_page(visit: Visit) -> Response:
-    """Show the rows of the current version that match a search and filters."""
-    given = {name: visit.query.get(name, "").strip() for name in _KEYS}
-    query = RowQuery(**{_KEYS[name]: value for name, value in given.items()})
-    for value, known, what in ((query.split, SPLITS, "split"), (query.flag, FLAGS, "flag")):
-        if value and value not in known:
-            raise UserError(f"Unknown {what} {value!r}", fix=f"Choose from {', '.join(known)}.")
-    searches = stored_searches(visit) if query.flag == "suspect" else {}
-    suspects: dict[str, str] = {}
-    # The most suspicious of each search first.
-    for each in chain.from_iterable(zip_longest(*searches.values())):
-        if each is not None:
-            suspects.setdefault(each.key, each.detail)
-    rows = visit.rows.find(query, suspects.keys())
-    if suspects:
-        rank = {key: place for place, key in enumerate(suspects)}
-        rows.sort(key=lambda row: rank[row.key])
-    shown, numbers = visit.shown(rows, _ON_A_PAGE)
-    return visit.page(
-        "rows.html.j2",
-        "Rows",
-        rows=_rows_table(visit, shown, suspects),
-        **numbers,
-        given=given,
-        # The next and the previous page have the same filters.
-        address=urlencode({name: value for name, value in given.items() if value}),
-        splits=SPLITS,
-        sources=visit.rows.sources,
-        flags=FLAGS,
-        searched=bool(searches) or query.flag != "suspect",
-    )
-
-
-def _rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, str]) -> Table:
-    rows = []
-    for member in members:
-        reason = suspects.get(member.key)
-        flags = [*visit.rows.flags_of(member), *([f"suspect: {reason}"] if reason else [])]
-        texts = map(excerpt, (member.example.input_text, member.example.output))
-        rows.append((_row_link(member), member.split, *texts, ", ".join(flags)))
-    head = (Column("Row", words=True, of="digest"), *words("Split", "Question", "Answer", "Flags"))
-    return table("Rows", head, rows)
-
-
-def _row_link(member: Member, text: str | None = None) -> Cell:
-    """Return a cell that leads to a row's page."""
-    return Cell(member.key[:12] if text is None else text, link=path_of("rows", member.key))
-
-
-def row_page(visit: Visit) -> Response:
-    """Show one row: its conversation, tokens with the loss mask, history, and the rows most similar to it."""
-    from tunewright.chat.inspection import view
-
-    member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
-    chat = visit.chat
-    history = row_history(visit.project.folder, visit.version, member.key, visit.places)
-    mine = (visit.session.reviewer, visit.version.digest)
-    return visit.page(
-        "row.html.j2",
-        f"Row {visit.rows.numbers.get(member.key, member.key[:12])}",
-        member=member,
-        flags=visit.rows.flags_of(member),
-        metadata=visit.rows.metadata.get(member.key, {}),
-        counts=cluster_counts(visit.version, member),
-        tokens=[view(chat, row) for row in chat.rows(member.example.messages)],
-        history=history,
-        mine=any((each.reviewer, each.version) == mine for each in history.reviews),
-        neighbors=[] if member.mixed else visit.neighbors.of(member.key),
-        excerpt=excerpt,
-    )
-
-
-def take_back(visit: Visit) -> Response:
-    """Withdraw the reviewer's verdict on a row of the current version, and show the review, which offers it again."""
-    member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
-    review = visit.project.data.review(visit.session.reviewer, version=visit.version)
-    undone = review.undo(member.key)
-    if undone is None:
-        return visit.go(path_of("rows", member.key), "There is no verdict of yours on this row to take back.")
-    shown = next_row(visit, "sample", review)
-    if shown is None or shown.member.key != member.key:
-        return visit.go(path_of("rows", member.key), "Taken back. The review offers the row again in its turn.")
-    return visit.go("/review", "Taken back. Judge the row again, or edit its answer.")
-
-
 HANDLERS: Handlers = {
     ("GET", "/data"): data_page,
     ("GET", "/data/check"): check_page,
@@ -434,7 +339,4 @@ HANDLERS: Handlers = {
     ("POST", "/data/checkout"): checkout,
     ("GET", "/data/diff"): diff_page,
     ("GET", "/data/leakage"): leakage_page,
-    ("GET", "/rows"): rows_page,
-    ("GET", "/rows/{row}"): row_page,
-    ("POST", "/rows/{row}/take-back"): take_back,
 }
