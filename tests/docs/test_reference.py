@@ -79,7 +79,7 @@ def test_python_page_has_every_verb_of_a_project_by_the_name_that_is_called() ->
             if not isinstance(each, property) and "deprecated" not in (each.__doc__ or "").lower():
                 assert f"### `{group}.{name}()`\n" in page, name
     assert 'open(root: str | Path = ".", reporter: Reporter | None = None) -> Project' in page.replace("'", '"')
-    assert "- `evaluation`: ID, folder or evidence file (None: the newest)." in page
+    assert "- `evaluation`: number, ID, folder or evidence file (None: the newest)." in page
 
 
 def test_stability_page_names_everything_that_is_marked_as_experimental() -> None:
