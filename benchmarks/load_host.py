@@ -33,7 +33,7 @@ from unittest.mock import patch
 from tunewright.adapters.lineage import SystemPrompt
 from tunewright.adapters.registry import list_adapters
 from tunewright.chat import ChatFormat
-from tunewright.chat.format import Tokens
+from tunewright.chat.rendering import Tokens
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter

@@ -27,7 +27,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from gpu_cases.bases import base_in_memory, build, shape_of, tokenizer, write_folder
 from gpu_cases.plan import MODELS, OURS
 from gpu_cases.reporting import Report, Skipped, host_syncs, peak_flops, synchronize
-from tunewright.chat.format import Tokens
+from tunewright.chat.rendering import Tokens
 from tunewright.config import PRESETS, Config
 from tunewright.core.progress import LogReporter
 from tunewright.models import quiet_transformers

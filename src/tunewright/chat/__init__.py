@@ -10,7 +10,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tunewright.chat.encoder import TextEncoder
-from tunewright.chat.format import ChatFormat, Tokens
+from tunewright.chat.format import ChatFormat
+from tunewright.chat.rendering import Tokens
 from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind, ToolsKind
 from tunewright.chat.tool_form import rendered_calls
 from tunewright.config import ChatConfig, DataConfig, ReasoningMode

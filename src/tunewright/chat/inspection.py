@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from tunewright.chat.format import ChatFormat, Tokens
+from tunewright.chat.format import ChatFormat
+from tunewright.chat.rendering import Tokens
 
 
 @dataclass(frozen=True)

@@ -275,8 +275,8 @@ def _prompt_tokens(
     project: OpenProject, found: Evidence, stored: str | None, turns: Sequence[Mapping[str, Any]]
 ) -> Sequence[TokenView]:
     """Return the tokens of messages, if they are the tokens that the model was given."""
-    from tunewright.chat.format import Tokens
     from tunewright.chat.inspection import view
+    from tunewright.chat.rendering import Tokens
 
     if stored is None:
         return ()

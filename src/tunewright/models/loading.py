@@ -118,7 +118,7 @@ def load_model(
 
 
 def dequantization(folder: Path) -> Mxfp4Config | None:
-    """Return the setting that dequantizes a model's experts from MXFP4 as they are read; None if they are not in it.
+    """Return the setting that dequantizes a model's experts from MXFP4 on loading; None if they are not in it.
 
     Without it transformers computes in MXFP4 where it finds kernels, through which no gradient passes.
     """

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunewright.chat.format import ChatFormat, RenderedRow, Tokens
+from tunewright.chat.format import ChatFormat
+from tunewright.chat.rendering import RenderedRow, Tokens
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.config import ReasoningMode, TrainConfig
 from tunewright.core.errors import UserError
