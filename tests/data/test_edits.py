@@ -15,7 +15,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.data.review.acceptance import SequentialPlan
-from tunewright.data.review.edits import apply_edits, superseded_keys
+from tunewright.data.review.edits import apply_edits, pending_edits, superseded_keys
 from tunewright.data.review.report import review_report
 from tunewright.data.review.reviews import (
     DrawEvent,
@@ -28,6 +28,7 @@ from tunewright.data.review.reviews import (
 )
 from tunewright.data.review.session import ReviewItem
 from tunewright.data.versions import load_version
+from tunewright.data.versions.logs import read_removals
 
 
 @pytest.fixture
@@ -57,6 +58,39 @@ def test_apply_edits_changes_answers_but_not_splits_or_clusters(project: Project
     assert after.manifest.counts == before.manifest.counts
     assert after.split_digest("train") == before.split_digest("train")
     assert after.split_digest("test") != before.split_digest("test")
+
+
+def test_rows_left_out_are_gone_with_the_edits_and_do_not_come_back_with_their_file(project: ProjectFolder) -> None:
+    before = load_version(project.dataset)
+    gone, edited, disputed = (m.key for m in [m for m in before.members if m.split == "train"][:3])
+    _edit(project, edited, "a better answer")
+    ada, ben = review(project), review(project, "ben")
+    ada.judge(ReviewItem(ada.members[gone], 1), "leave-out")
+    ben.judge(ReviewItem(ben.members[gone], 1), "wrong")
+    ada.judge(ReviewItem(ada.members[disputed], 1), "leave-out")
+    _edit(project, disputed, "another answer", "ben")
+    assert [each.member.key for each in pending_edits(read_reviews(project.dataset), before)][2:] == [disputed]
+    result = apply_edits(project, Listener())
+    after = load_version(project.dataset)
+    assert (result.left_out, result.disputed) == ((gone,), (disputed,))
+    assert after.manifest.message == "1 answer edited and 1 row left out in review (ada)"
+    assert {m.example.question_key for m in before.members} - {m.example.question_key for m in after.members} == {
+        next(m.example.question_key for m in before.members if m.key == gone)
+    }
+    assert read_removals(project.dataset).out[gone].because == "left out in review (ada)"
+    again = add_pairs(project, [(m.example.input_text, m.example.output) for m in before.members if m.key == gone])
+    assert gone not in {m.key for m in again.members}
+    assert "not reviewed" in status(project)
+
+
+def test_leaving_out_too_many_rows_changes_nothing(project: ProjectFolder) -> None:
+    before, session = load_version(project.dataset), review(project)
+    for member in [m for m in before.members if m.split == "test"]:
+        session.judge(ReviewItem(member, 1), "leave-out")
+    with pytest.raises(UserError, match="No test row would be left, nothing was removed"):
+        apply_edits(project, Listener())
+    assert load_version(project.dataset).digest == before.digest
+    assert not read_removals(project.dataset).events
 
 
 def test_apply_edits_names_clusters_after_their_smallest_key(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_answers_that_rows_have_are_buttons_and_enter_takes_the_suggested_one(br
     assert read_reviews(project / "dataset").current_verdicts(key) == {}
 
 
+def test_row_is_left_out_by_its_verdict_and_gone_in_the_next_version(browser: Browser, project: Path) -> None:
+    key = row_key(browser.get("/review"))
+    assert "l</kbd> leave out" in browser.judge("leave-out")
+    edits = browser.get("/review/edits")
+    assert f'href="/rows/{key}"' in edits and "leave out: " in edits and "Such a version gets a new sample" in edits
+    assert "1 row left out in review (ada)" in browser.send("/review/apply", "/review/edits").text
+    assert key not in {member.key for member in library.open(project).data.version().members}
+    assert "The row was removed: left out in review (ada)" in browser.client.get(f"/rows/{key}").text
+
+
 @pytest.mark.slow
 def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> None:
     refused = browser.send("/review/find-suspects", "/review/suspects", adapter="--help")

@@ -126,7 +126,7 @@ def edit_text(text: str) -> str | None:
     return edited[:-1] if edited.endswith("\n") and not text.endswith("\n") else edited
 
 
-KEYS = "r right   w wrong   e edit   s skip   n note   u undo   q quit"
+KEYS = "r right   w wrong   e edit   l leave out   s skip   n note   u undo   q quit"
 
 Judge = Annotated[
     str | None,
@@ -165,14 +165,17 @@ def data_review(
     status: Annotated[bool, typer.Option("--status", help="Show the state of the review and exit.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write the next rows to a CSV file for a spreadsheet.")] = None,
     import_file: Import = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Make a new version with the edited answers.")] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Make a new version with the edits, without rows left out.")
+    ] = False,
     message: Annotated[
         str, typer.Option("--message", "-m", help="Message stored with the version (--apply only).")
     ] = "",
 ) -> int | None:
     """Judge a random sample of rows until the version is accepted ("under 5% wrong, at 95%") or rejected.
 
-    Keys: r right, w wrong, e edit in $EDITOR, s skip, n note, u undo, q quit. A review resumes where it stopped.
+    Keys: r right, w wrong, e edit in $EDITOR, l leave out, s skip, n note, u undo, q quit. A review resumes where it
+    stopped.
     With --status, the exit code is 0 for accepted, 3 for rejected, 4 for undecided.
     """
     action = chosen_action({"--status": status, "--export": export, "--import": import_file, "--apply": apply})

@@ -26,11 +26,11 @@ from tunewright.data.dedup import count_near_repeats
 from tunewright.data.examples import INSTRUCTIONS, Example
 from tunewright.data.options import RemoveOptions
 from tunewright.data.pii import message_texts
-from tunewright.data.review.edits import superseded_keys, without_unaccepted
+from tunewright.data.review.edits import require_enough, superseded_keys, without_unaccepted
 from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.review.suspects import remove_cached_suspects
 from tunewright.data.selection import count_rows_of_earlier_files, row_document, select
-from tunewright.data.splits import MINIMUM_CLUSTERS, SPLITS, Split
+from tunewright.data.splits import SPLITS, Split
 from tunewright.data.trace import AdapterExposure, Origins, adapter_exposure, read_origins
 from tunewright.data.versions import (
     DatasetVersion,
@@ -169,7 +169,7 @@ def remove(project: OpenFolder, options: RemoveOptions = RemoveOptions()) -> Rem
         left = [m for m in parent.members if m.key not in going]
         family = _with_former_rows(dataset, parent, chosen, members, {m.key for m in left}) if purge else {}
         if going:
-            _require_enough(left)
+            require_enough(left, "data remove")
         result = _result(project.folder, parent, list(going.values()), family, left, origins, because)
         if options.dry_run:
             return replace(result, dry_run=True)
@@ -238,20 +238,6 @@ def _result(
         purged=0,
         holders=(),
     )
-
-
-def _require_enough(left: Iterable[Member]) -> None:
-    domain = [m for m in left if not m.mixed]
-    clusters = len({m.cluster for m in domain})
-    empty = next((split for split in SPLITS if all(m.split != split for m in domain)), None)
-    what = f"No {empty} row would be left, nothing was removed"
-    if empty is None:
-        what = (
-            f"Only {len(domain):,} rows in {clusters} independent clusters would be left (minimum {MINIMUM_CLUSTERS} "
-            "clusters), nothing was removed"
-        )
-    if empty is not None or clusters < MINIMUM_CLUSTERS:
-        raise UserError(what, where="data remove", fix="Add rows first, or remove fewer.")
 
 
 def _save(

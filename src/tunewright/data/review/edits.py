@@ -1,8 +1,8 @@
-"""Applying reviewers' edits: a new dataset version with the corrected answers."""
+"""Applying reviewers' edits: a new dataset version with the corrected answers, without the rows to leave out."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tunewright.data.pii import secret_kinds
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.validate import edited_answer
 from tunewright.data.review.reviews import (
+    CHANGES,
     REVIEWS_FILE,
     ReviewLog,
     VerdictEvent,
@@ -25,6 +26,7 @@ from tunewright.data.review.reviews import (
     event_digest,
     read_reviews,
 )
+from tunewright.data.splits import MINIMUM_CLUSTERS, SPLITS
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -37,6 +39,7 @@ from tunewright.data.versions import (
     save_version,
     short,
 )
+from tunewright.data.versions.logs import Removal, append_removals
 from tunewright.data.versions.version import new_manifest, rename_clusters
 
 
@@ -64,10 +67,14 @@ class EditResult:
     edited: tuple[AppliedEdit, ...]
     disputed: tuple[str, ...]
     """Pair keys of disputed edits (different answers, or a verdict "right"), left unchanged."""
+    left_out: tuple[str, ...] = ()
+    """Pair keys of the rows that the new version lacks, because reviewers left them out."""
 
 
 def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = "") -> EditResult:
     """Create a version from the current one with the edited answers; splits are unchanged.
+
+    Rows with the verdict ``leave-out`` are removed as by `data remove`: adding their file does not bring them back.
 
     A row keeps its cluster, which depends on its input. With data.split_by: output_template it also
     depends on the output; the next `data add` recomputes it. If the pair with the new answer exists
@@ -77,15 +84,17 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
     with locked(dataset):
         parent = load_version(dataset)
         reviews = read_reviews(dataset)
-        chosen, disputed = _chosen(reviews, parent)
+        agreed, disputed = _chosen(reviews, parent)
+        chosen = {key: said for key, said in agreed.items() if said[0].verdict == "edit"}
+        gone = {m.key: m.example for m in parent.members if m.key in agreed.keys() - chosen.keys()}
         if disputed:
             named = ", ".join(short(key) for key in disputed[:10])
-            reporter.warn(f"{len(disputed):,} edited rows left unchanged, because reviewers disagree: {named}")
-        if not chosen:
+            reporter.warn(f"{len(disputed):,} rows stay unchanged, because reviewers disagree: {named}")
+        if not agreed:
             raise UserError(
-                "No row of the current version has an edit that reviewers agree on",
+                "No row of the current version has an edit that reviewers agree on, or is to be left out",
                 where=str(dataset / REVIEWS_FILE),
-                fix="Record edits in `tunewright data review` with the key e.",
+                fix="Record edits in `tunewright data review` with the key e, and rows to leave out with l.",
             )
         for key, edits in chosen.items():  # a log from elsewhere may contain secrets
             if found := secret_kinds(edits[0].output or "", project.config.data.allow):
@@ -95,14 +104,26 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
                     fix="Review the row again without the secret. Revoke the secret: it is in the log.",
                 )
         members, edited = _apply(parent, chosen, reviews)
+        if twice := [e for e in edited if e.now in gone]:
+            edited_key, same = short(twice[0].before), short(twice[0].now)
+            raise UserError(
+                f"Row {edited_key} is edited into the text of row {same}, which is to be left out",
+                where=REVIEWS_FILE,
+                fix="Take one of the two verdicts back.",
+            )
+        members = [member for member in members if member.key not in gone]
+        if gone:
+            require_enough(members, "data review")
         collapsed = [e for e in edited if e.collapsed]
         if collapsed:
             named = ", ".join(f"{short(e.before)} became {short(e.now)}" for e in collapsed[:10])
             reporter.warn(f"{len(collapsed):,} edited rows duplicate an existing row and were merged: {named}")
-        names = sorted({name for e in edited for name in e.reviewers})
-        own = f"{count_of(len(edited), 'answer')} edited in review ({', '.join(names)})"
+        names = ", ".join(sorted({judged.reviewer for said in agreed.values() for judged in said}))
+        parts = [f"{count_of(len(edited), 'answer')} edited"] if edited else []
+        parts += [f"{count_of(len(gone), 'row')} left out"] if gone else []
+        own = f"{' and '.join(parts)} in review ({names})"
         source = SourceFile(
-            name=f"{dataset.name}/{REVIEWS_FILE}", sha256=file_digest(dataset / REVIEWS_FILE), rows=len(edited)
+            name=f"{dataset.name}/{REVIEWS_FILE}", sha256=file_digest(dataset / REVIEWS_FILE), rows=len(agreed)
         )
         now = {e.now for e in edited}
         members = rename_clusters(without_unaccepted(dataset, parent.manifest, members, reporter, now))
@@ -128,6 +149,19 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             }
             for e in sorted(edited, key=lambda e: e.line)
         ]
+        because = f"left out in review ({names})"
+        imports += [
+            {
+                "source": source.name,
+                "line": reviews.line(agreed[key][0]),
+                "fate": "removed",
+                "key": key,
+                "reason": because,
+            }
+            for key in gone
+        ]
+        # The log comes first, as in `data remove`.
+        append_removals(dataset, Removal.of_rows("removed", gone, because, dataset.parent))
         version = save_version(dataset, version, members, imports, reporter)
         # The new version continues its parent's sample, so that an edit does not cost the review.
         before = (parent.digest, [m.key for m in parent.domain])
@@ -135,17 +169,17 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
         drawn = continued_draw(read_reviews(dataset), before, after, {edit.before: edit.now for edit in edited})
         if drawn is not None:
             append_reviews(dataset, [drawn])
-    return EditResult(version, tuple(edited), tuple(disputed))
+    return EditResult(version, tuple(edited), tuple(disputed), tuple(gone))
 
 
 def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list[VerdictEvent]], list[str]]:
-    """Return the edits that all reviewers of a row agree on, by pair key, and the keys of disputed ones."""
+    """Return the changes that all reviewers of a row agree on, by pair key, and the keys of disputed ones."""
     chosen: dict[str, list[VerdictEvent]] = {}
     disputed: list[str] = []
     for member in version.domain:
         if member.key not in reviews.stacks:
             continue
-        edits = [judged for judged in reviews.current_verdicts(member.key).values() if judged.verdict == "edit"]
+        edits = [judged for judged in reviews.current_verdicts(member.key).values() if judged.verdict in CHANGES]
         if not edits:
             continue
         if reviews.disputed(member.key):
@@ -182,6 +216,21 @@ def _apply(
         edited.append(AppliedEdit(member.key, key, names, line, review, collapsed=key in members))
         members.setdefault(key, replace(member, example=example, key=key))
     return rename_clusters(list(members.values())), edited
+
+
+def require_enough(left: Iterable[Member], where: str) -> None:
+    """Refuse a version with too few clusters, or without rows in a split; ``left`` are its members."""
+    domain = [m for m in left if not m.mixed]
+    clusters = len({m.cluster for m in domain})
+    empty = next((split for split in SPLITS if all(m.split != split for m in domain)), None)
+    what = f"No {empty} row would be left, nothing was removed"
+    if empty is None:
+        what = (
+            f"Only {len(domain):,} rows in {clusters} independent clusters would be left (minimum {MINIMUM_CLUSTERS} "
+            "clusters), nothing was removed"
+        )
+    if empty is not None or clusters < MINIMUM_CLUSTERS:
+        raise UserError(what, where=where, fix="Add rows first, or remove fewer.")
 
 
 def superseded_keys(dataset: Path, manifest: Manifest) -> dict[str, str]:
@@ -235,10 +284,10 @@ def without_unaccepted(
 
 @dataclass(frozen=True)
 class PendingEdit:
-    """A row with edits that are in no version yet: reviewer to new answer."""
+    """A row with changes that are in no version yet: reviewer to new answer, None to leave the row out."""
 
     member: Member
-    outputs: dict[str, str]
+    outputs: dict[str, str | None]
     disputed: bool
 
 
@@ -247,7 +296,7 @@ def pending_edits(reviews: ReviewLog, version: DatasetVersion) -> list[PendingEd
     chosen, disputed = _chosen(reviews, version)
     members = {member.key: member for member in version.domain}
     return [
-        PendingEdit(members[key], {name: e.output for name, e in said.items() if e.output is not None}, key in disputed)
+        PendingEdit(members[key], {name: e.output for name, e in said.items() if e.verdict in CHANGES}, key in disputed)
         for key in (*chosen, *disputed)
         if (said := reviews.current_verdicts(key))
     ]

@@ -116,6 +116,7 @@ class ReviewerCounts:
     right: int
     wrong: int
     edit: int
+    leave_out: int
     skip: int
 
 
@@ -128,9 +129,9 @@ class ReviewReport:
     drawn: DrawEvent | None
     agreements: tuple[Agreement, ...]
     edits: int
-    """Edited rows that are not in a version yet: number."""
+    """Rows that the next version changes or leaves out: number."""
     disputed: int
-    """Edited rows whose reviewers disagree, which stay unchanged: number."""
+    """Rows with such verdicts whose reviewers disagree, which stay unchanged: number."""
     generated: int
     """Rows whose answer a model wrote: number."""
     accepted: int
@@ -224,7 +225,7 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
         generated=len(generated),
         accepted=len(generated) - len(unaccepted_keys(dataset, version.manifest, generated)),
         conflicts=tuple(key for key in reviews.stacks if key in judged and reviews.disputed(key)),
-        reviewers=tuple(ReviewerCounts(name, **{v: said[name][v] for v in VERDICTS}) for name in sorted(said)),
+        reviewers=tuple(ReviewerCounts(name, *(said[name][v] for v in VERDICTS)) for name in sorted(said)),
     )
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -35,10 +35,12 @@ from tunewright.core.log import (
 from tunewright.data.review.acceptance import Finding, Outcome, SamplingPlan, judge, sample_order
 
 REVIEWS_FILE = "reviews.jsonl"
-Verdict = Literal["right", "wrong", "edit", "skip"]
+Verdict = Literal["right", "wrong", "edit", "leave-out", "skip"]
 PURGED = "[purged]"
 """Text that replaces the reviewer's answer if the row was purged."""
-VERDICTS: tuple[Verdict, ...] = ("right", "wrong", "edit", "skip")
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+CHANGES = ("edit", "leave-out")
+"""Verdicts that change the row in the next version."""
 
 
 class _Event(BaseModel):
@@ -120,9 +122,9 @@ class ReviewLog(AnnotationLog[VerdictEvent]):
         return {name: stack[-1] for name, stack in alone.items() if stack}
 
     def disputed(self, key: str) -> bool:
-        """Return whether reviewers disagree on a row: right against wrong, or different edits."""
+        """Return whether reviewers disagree on a row: right against wrong, or different changes of it."""
         said = [judged for judged in self.current_verdicts(key).values() if judged.verdict != "skip"]
-        outputs = {judged.output for judged in said if judged.verdict == "edit"}
+        outputs = {judged.output for judged in said if judged.verdict in CHANGES}
         return len({judged.verdict == "right" for judged in said}) > 1 or len(outputs) > 1
 
     def finding(self, key: str) -> Finding | None:

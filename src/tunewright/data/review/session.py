@@ -68,7 +68,12 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
     """
 
     log: ReviewLog
-    verdict_keys = (("r", "right", "right"), ("w", "wrong", "wrong"), ("s", "skip", "skip"))
+    verdict_keys = (
+        ("r", "right", "right"),
+        ("w", "wrong", "wrong"),
+        ("l", "leave-out", "leave out"),
+        ("s", "skip", "skip"),
+    )
     sheet_columns = ("row", "draw", "answer", "verdict", "new_output")
     sheet_command = "tunewright data review --export"
     note_kind = NoteEvent

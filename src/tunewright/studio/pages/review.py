@@ -289,7 +289,7 @@ def agreement_page(visit: Visit) -> Response:
         (review.members[key], sorted(review.log.current_verdicts(key).items())) for key in report.conflicts[:_ON_A_PAGE]
     ]
     rows = (
-        (each.name, *(f"{count:,}" for count in (each.right, each.wrong, each.edit, each.skip)))
+        (each.name, *(f"{count:,}" for count in (each.right, each.wrong, each.edit, each.leave_out, each.skip)))
         for each in report.reviewers
     )
     return visit.page(
@@ -297,7 +297,7 @@ def agreement_page(visit: Visit) -> Response:
         "Review",
         queues=_QUEUES.values(),
         report=report,
-        reviewers=table("Reviewers", (*words("Reviewer"), "Right", "Wrong", "Edited", "Skipped"), rows),
+        reviewers=table("Reviewers", (*words("Reviewer"), "Right", "Wrong", "Edited", "Left out", "Skipped"), rows),
         conflicts=conflicts,
         mine=review.needed,
         excerpt=excerpt,
@@ -316,6 +316,7 @@ def edits_page(visit: Visit) -> Response:
         edits=edits[:_ON_A_PAGE],
         count=len(edits),
         agreed=len(agreed),
+        leaving_out=sum(None in edit.outputs.values() for edit in agreed),
         outcome=review_report(visit.project.folder.dataset, visit.version).outcome,
         changes=word_changes,
     )
