@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from making.command_line import tiny_project
 from making.command_line import tunewright as run
@@ -282,6 +285,29 @@ def test_base_that_cannot_be_packed_has_the_reason_and_can_be_used(
     assert ran.document["vllm"].endswith(" lists it and its adapters.")
     assert vllm_support("Gemma3nForCausalLM").endswith("serve them with the engine peft, or merged.")
     assert vllm_support("OfNoOneForCausalLM").endswith(" does not list it: serve it with the engine peft.")
+
+
+def test_doctor_proves_a_bases_own_weights_and_finds_a_broken_one(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    ran = run("doctor", "--base", folder, "--full", "--json")
+    assert ran.code == 0
+    assert {each["name"]: each["reason"] for each in ran.document["full"]["proofs"]} == dict.fromkeys(
+        ("layers", "packing", "cache", "adapter", "memory")
+    )
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, file, metadata={"format": "pt"})
+    ran = run("doctor", "--base", folder, "--full", "--json")
+    assert ran.code == 3
+    assert all(each["passed"] for each in ran.document["proofs"])
+    assert ran.document["full"]["proofs"][0]["reason"] == "the logits of the loaded model differ by inf%"
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    ran = run("doctor", "--base", folder, "--full")
+    assert (ran.code, "needs " in ran.stderr and "Leave out --full" in ran.stderr) == (2, True)
 
 
 def test_doctor_exits_with_3_for_a_base_without_decoder_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import typer
 from tunewright._version import __version__
 from tunewright.cli.app import PROJECT, app, command
 from tunewright.cli.console import FAILED, MEASURED_NO, Session
-from tunewright.core.errors import TRAIN_PACKAGES
+from tunewright.core.errors import TRAIN_PACKAGES, UserError
 from tunewright.core.installation import install_command
 from tunewright.render.blocks import Block, Cell, ToneOfResult, table, words
 
@@ -72,14 +72,22 @@ def doctor(
             help="Prove this base instead: which of its layers, packing, cache, adapter, memory and chat template work."
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="With --base: prove its own weights too, on the CPU; needs 16 bytes a parameter."),
+    ] = False,
 ) -> int | None:
     """Check versions, devices, memory, disk, hub access, engines and extras, and show the command that mends each gap.
 
     Exit code 0 if the basic commands work, 1 if not. With --base: 0 if the base can be used, 3 if not. The proofs run
-    on a shrunk copy of its config.json with random weights; no weights are downloaded or loaded.
+    on a shrunk copy of its config.json with random weights; without --full no weights are downloaded or loaded.
     """
     if base is not None:
-        return _prove(run, base)
+        return _prove(run, base, full=full)
+    if full:
+        raise UserError(
+            "--full needs --base", where="--full", fix="Name the base: tunewright doctor --base BASE --full"
+        )
     checks = [check for part in _PARTS for check in part(run.folder)]
     works = not any(check.state == "problem" for check in checks)
     summary = "The basic commands work." if works else "Some basic commands do not work on this machine."
@@ -90,15 +98,18 @@ def doctor(
     return None if works else FAILED
 
 
-def _prove(run: Session, base: str) -> int:
+def _prove(run: Session, base: str, *, full: bool) -> int:
     from tunewright.chat import open_chat
     from tunewright.engines.vllm import vllm_support
     from tunewright.models.bases import base_config, local_base
     from tunewright.models.proofs import blocks
-    from tunewright.training.proving import prove
+    from tunewright.training.proving import prove, prove_weights
     from tunewright.training.template_proof import prove_template
 
     proofs = prove(base_config(base, None, run.folder, run.reporter), run.reporter)
+    whole = prove_weights(base, run.folder, run.reporter) if full else None
+    shown: list[Block | str] = ["On a shrunk copy with random weights:", *blocks(proofs)]
+    shown += ["", "On its own weights, with short texts:", *blocks(whole), ""] if whole else []
     here = local_base(base, None, run.folder, run.reporter)
     # Whether a template's tokens were trained is read from the weights.
     findings = prove_template(lambda: open_chat(here)) if here and any(here.folder.glob("*.safetensors")) else ()
@@ -108,9 +119,9 @@ def _prove(run: Session, base: str) -> int:
     if findings:
         template = table("Chat template", words("Part", "Result", "Meaning, or why it failed"), rows)
     vllm = vllm_support(proofs.architecture)
-    document = {**proofs.model_dump(), "template": findings, "vllm": vllm}
-    run.show(document, f"{base}: {proofs.architecture}", *blocks(proofs), template, vllm)
-    usable = proofs.layers and not any(each.state == "failed" for each in findings)
+    document = {**proofs.model_dump(), "full": whole, "template": findings, "vllm": vllm}
+    run.show(document, f"{base}: {proofs.architecture}", *shown, template, vllm)
+    usable = proofs.layers and (whole is None or whole.layers) and not any(each.state == "failed" for each in findings)
     return 0 if usable else MEASURED_NO
 
 
@@ -267,7 +278,6 @@ def _hub(_folder: Path) -> Iterator[Check]:
 
 
 def _engines_and_extras(_folder: Path) -> Iterator[Check]:
-    from tunewright.core.errors import UserError
     from tunewright.engines.environment import TOOLS, find
     from tunewright.models.sources import BUNDLED, has_packaged
 

@@ -86,13 +86,19 @@ def available_memory(gpu: str | None) -> Memory:
         # The driver counts torch's cache as used, but the next model can have it.
         free += torch.cuda.memory_reserved(own) - torch.cuda.memory_allocated(own)
         return Memory(free, True, f"{gigabytes(free)} free on this machine's {torch.cuda.get_device_name(own)}")
+    own_memory = machine_memory()
+    return replace(own_memory, source=f"{own_memory.source}; no GPU is present")
+
+
+def machine_memory() -> Memory:
+    """Return the free memory of this machine or, if that is less, what is left to this container."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
     limit = container_left()
     if limit is not None and limit < free:
-        return Memory(limit, False, f"{gigabytes(limit)} left to this container; no GPU is present")
-    return Memory(free, False, f"{gigabytes(free)} free in this machine's memory; no GPU is present")
+        return Memory(limit, False, f"{gigabytes(limit)} left to this container")
+    return Memory(free, False, f"{gigabytes(free)} free in this machine's memory")
 
 
 def container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:

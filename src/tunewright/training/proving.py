@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -29,7 +30,7 @@ from tunewright.generation.decoding import Batch
 from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.generation.requests import Request, Row
 from tunewright.models import quiet_transformers
-from tunewright.models.bases import Base
+from tunewright.models.bases import Base, base_config, resolve_base
 from tunewright.models.families import (
     Shape,
     check_architecture,
@@ -40,6 +41,9 @@ from tunewright.models.families import (
     shape_of,
     text_name,
 )
+from tunewright.models.loading import dequantization, load_model
+from tunewright.models.memory_estimate import FLOAT
+from tunewright.models.memory_plan import gigabytes, machine_memory
 from tunewright.models.proofs import Name, Proof, Proofs, identity, keep, read_kept
 from tunewright.models.shrunk import VOCABULARY, WINDOW, random_model, shrunk
 from tunewright.training.lora import use_fused_lora
@@ -51,6 +55,8 @@ TOLERANCE = 1e-3
 """Largest relative difference of logits, losses and gradients that rounding in float32 explains."""
 TRAINS: tuple[Name, ...] = ("layers", "adapter")
 """The proofs that training needs."""
+_COPIES = 4
+"""Copies of the weights that a proof holds at once."""
 _RANK, _ALPHA = 3, 6
 _STATEFUL = ("linear_attention", "mamba", "conv", "recurrent")
 _TEXT = 3 * WINDOW
@@ -97,21 +103,68 @@ def proved(base: Base, reporter: Reporter, needed: Sequence[Name] = ("layers",))
     return replace(base, packed=base.packed and proofs.packed, own_cache=base.own_cache and proofs.own_cache)
 
 
+def prove_weights(spec: str, root: Path, reporter: Reporter) -> Proofs:
+    """Return the proofs of a base's own weights in float32, made at first use; they are fetched if memory suffices.
+
+    Their text is short: what begins after it, such as a sliding window, is proved on the shrunk copy only.
+
+    Raises:
+        UserError: no such base, or this machine lacks the memory.
+    """
+    path = base_config(spec, None, root, reporter)
+    architecture = check_architecture(path)
+    whole = load_config(path, architecture)
+    needed, memory = _COPIES * FLOAT * shape_of(whole, architecture).parameters, machine_memory()
+    if needed > memory.bytes:
+        raise UserError(
+            f"{spec} needs {gigabytes(needed)} to be proved with its own weights, in float32; {memory.source}",
+            where="--full",
+            fix="Leave out --full: the proofs of the shrunk copy need little memory.",
+        )
+    base = resolve_base(spec, None, root, reporter)
+    key = identity({"config": read_config(path), "weights": base.digest})
+    kept = read_kept(key)
+    if kept is not None:
+        return kept
+
+    def reference() -> Any:
+        return getattr(transformers, architecture).from_pretrained(
+            base.folder,
+            dtype=torch.float32,
+            quantization_config=dequantization(base.folder),
+            local_files_only=True,
+            use_safetensors=True,
+        )
+
+    with slow(reporter, f"Proving {spec} with its own weights"), quiet_transformers():
+        with torch.random.fork_rng(devices=[]):
+            made = _proofs(whole, architecture, reference, lambda: load_model(base, "float32", "none", "cpu"))
+        proofs = Proofs(architecture=architecture, identity=key, proofs=made)
+    keep(proofs)
+    return proofs
+
+
 def prove_config(whole: Any, architecture: str) -> tuple[Proof, ...]:
     """Return the proofs of a configuration, on its shrunk copy."""
+    return _proofs(whole, architecture, lambda: random_model(shrunk(whole), architecture))
+
+
+def _proofs(
+    whole: Any, architecture: str, make: Callable[[], Any], load: Callable[[], Any] | None = None
+) -> tuple[Proof, ...]:
+    """Return the proofs of the model that ``make`` returns; ``load`` as in `layers_fault`."""
     made: dict[str, Any] = {}
 
     def layers() -> str | None:
         shape_of(whole, architecture)  # is it a causal decoder?
-        made["config"] = shrunk(whole)
-        made["shape"] = shape_of(made["config"], architecture)
-        made["model"] = random_model(made["config"], architecture)
-        return layers_fault(made["model"], made["shape"])
+        made["model"] = make().eval()
+        made["shape"] = shape_of(made["model"].config, architecture)
+        return layers_fault(made["model"], made["shape"], load=load)
 
     def on_copy(fault: Callable[[Any, Any, Shape], str | None]) -> Callable[[], str | None]:
         def run() -> str | None:
             if "model" not in made:
-                return "the shrunk copy cannot be made"
+                return "the model cannot be made"
             found = _fault(lambda: fault(copy.deepcopy(made["model"]), made["model"], made["shape"]))
             return None if found is None else _layers_without_attention(whole) or found
 
@@ -156,17 +209,26 @@ def _layers_without_attention(whole: Any) -> str | None:
     return f"layers of the kind {', '.join(others)} carry a state from one token to the next" if others else None
 
 
-def layers_fault(model: Any, shape: Shape, change: Callable[[Any], None] = lambda _: None) -> str | None:
+def layers_fault(
+    model: Any,
+    shape: Shape,
+    change: Callable[[Any], None] = lambda _: None,
+    *,
+    load: Callable[[], Any] | None = None,
+) -> str | None:
     """Return why the loaded model is not the described one; None if it is.
 
-    The copy is saved and loaded as a base is, and ``change`` is applied to what was loaded.
+    It is what ``load`` returns; without, the model is saved and loaded as a base is. ``change`` is applied to it.
     """
     ids = torch.tensor([_text(_TEXT, 0)])
     with torch.inference_mode():
         wanted = model(input_ids=ids, use_cache=False).logits
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        loaded = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    if load is not None:
+        loaded = load()
+    else:
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            loaded = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     drop_towers(loaded)
     change(loaded)
     with torch.inference_mode():
@@ -331,7 +393,8 @@ def _with_lora(model: Any, targets: Sequence[str], *, fused: bool = False, outsi
     generator = torch.Generator().manual_seed(7)
     for name, weight in adapted.named_parameters():
         if ".lora_" in name:
-            weight.data.normal_(std=0.3, generator=generator)
+            # Small beside wide layers: a model of large random changes amplifies rounding.
+            weight.data.normal_(std=min(0.3, 1.5 * weight.shape[-1] ** -0.5), generator=generator)
     return adapted
 
 
