@@ -312,6 +312,38 @@ def test_server_without_a_live_alias_says_that_it_refuses_every_question(browser
         shell.terminate()
 
 
+def test_server_without_tenants_says_that_it_does_not_answer_aliases(browser: Visitor, project: Path) -> None:
+    good, base = _good(project), library.open(project).folder.config.base_model
+    with _state(project) as state:
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+    jobs = project / ".tunewright" / "jobs"
+    for number, command in ((5, "serve"), (6, "deploy")):
+        folder = jobs / f"{number:016x}"
+        folder.mkdir(parents=True)
+        record = {"command": [command, "courts"], "started": "2026-01-01T00:00:00+00:00"}
+        (folder / "job.json").write_text(json.dumps(record))
+        (folder / "log").write_text(
+            f"Serving at http://127.0.0.1:1/v1\n  {base}\n  {good.name}\nCtrl-C stops the server.\n"
+        )
+    (folder / "exit_code").write_text("0")
+    assert 'href="/tenants">Add a tenant</a>' in browser.get(f"/jobs/{6:016x}")
+    server = jobs / f"{5:016x}"
+    with subprocess.Popen(["/bin/sh", "-c", "read line", str(server)], stdin=subprocess.PIPE) as shell:
+        (server / "pid").write_text(str(shell.pid))
+        with _state(project) as state:
+            state.tenants.add("acme", ["courts"])
+        for path in ("/deploy", f"/jobs/{5:016x}", f"/jobs/{6:016x}"):
+            page = browser.get(path)
+            assert "without tenants, so a request names an adapter" in page and "API key from" not in page, path
+        made = browser.sent("/tenants/acme", "/tenants/acme/keys")
+        assert "127.0.0.1:1" not in made and "Base URL" not in made, "it takes no key"
+        log = (server / "log").read_text().replace(f"  {base}\n  {good.name}", "  courts")
+        (server / "log").write_text(log)
+        assert "New releases apply within a second" in browser.get("/deploy")
+        assert "The running server answers with it" in browser.get(f"/jobs/{6:016x}")
+        shell.terminate()
+
+
 @pytest.mark.slow
 def test_server_runs_next_to_another_job_and_shows_how_to_ask_it(browser: Visitor, project: Path) -> None:
     sent = browser.fill("/deploy", "/server", port="0")

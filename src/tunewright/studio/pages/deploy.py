@@ -14,7 +14,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.text import capitalised
 from tunewright.render.blocks import Cell, Column, Table, table, words
 from tunewright.serving.serve import has_state
-from tunewright.studio.jobs import RELEASES, SERVER, EngineState, Job, engines, outcome, served
+from tunewright.studio.jobs import RELEASES, SERVER, EngineState, Job, Served, engines, outcome, served
 from tunewright.studio.visit import Handlers, Visit, in_form, path_of
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def deploy_page(visit: Visit) -> Response:
         server=server,
         served=running,
         keys=needs_keys(visit),
+        follows=follows_releases(visit, running),
         serve=project.folder.config.serve,
         made=made,
         engines_table=_engines_table(engines(running)) if running else None,
@@ -138,6 +139,11 @@ def needs_keys(visit: Visit) -> bool:
         return False
     with visit.project.state() as state:
         return state.tenants.any()
+
+
+def follows_releases(visit: Visit, server: Served | None) -> bool:
+    """Return whether a running server answers aliases. One that was started without tenants lists the base instead."""
+    return needs_keys(visit) if server is None else visit.project.folder.config.base_model not in server.models
 
 
 def deploy(visit: Visit) -> Response:

@@ -24,7 +24,7 @@ from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.report.page import summary
 from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job, refusal, served
-from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
+from tunewright.studio.pages.deploy import follows_releases, made, needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import EVALUATE_PAGE, ListedEvaluation, evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -226,7 +226,8 @@ def job_page(visit: Visit) -> Response:
         refusal=refusal(job),
         serving=(newest := visit.jobs.server()) is not None and newest.state == "running",
         served=server,
-        keys=server is not None and needs_keys(visit),
+        keys=needs_keys(visit),
+        follows=follows_releases(visit, None if newest is None else served(newest)),
         next_page=_next_page(job),
     )
 

@@ -16,7 +16,7 @@ from tunewright.core.errors import UserError
 from tunewright.serving.options import LimitOptions
 from tunewright.serving.serve import has_state
 from tunewright.studio.jobs import Served, served
-from tunewright.studio.pages.deploy import newest_releases, require_state
+from tunewright.studio.pages.deploy import follows_releases, newest_releases, require_state
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _key_page(visit: Visit, made: NewKey, tenant: Tenant) -> Response:
         "New API key",
         made=made,
         tenant=tenant.name,
-        served=Served(running.url if running else "", aliases),
+        served=Served(running.url if running and follows_releases(visit, running) else "", aliases),
         minute=minute,
     )
 
