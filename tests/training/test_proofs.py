@@ -118,7 +118,7 @@ def _expected(name: str) -> set[str]:
 
 
 def test_page_lists_the_proved_architectures_with_what_fails_and_what_vllm_serves() -> None:
-    rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.count("|") == 5]
+    rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.count("|") == 6]
     shown = {
         architecture: (set(re.findall(r"`(\w+)`", row[3])), row[4].strip())
         for row in rows

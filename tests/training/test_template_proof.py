@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +29,12 @@ PUBLISHED = {
     "qwen2_5": (["<|im_end|>"], {"functions": "passed", "thinking": "absent"}),
     "qwen3": (["<|im_end|>"], {"functions": "passed", "thinking": "passed"}),
     "qwen3_5_think": (["<|im_end|>"], {"functions": "absent", "thinking": "passed"}),
+    "gemma": (["<end_of_turn>"], {"system": "absent", "functions": "absent", "thinking": "absent"}),
     "gemma3": (["<end_of_turn>"], {"functions": "absent", "thinking": "absent"}),
     "gemma4_v5": (["<turn|>"], {"functions": "absent", "thinking": "passed"}),
     "gptoss": (["<|return|>", "<|call|>"], {"functions": "absent", "thinking": "passed", "date": "passed"}),
     "llama3_1": (["<|eot_id|>"], {"functions": "passed", "thinking": "absent", "date": "passed"}),
+    "llama3_2": (["<|eot_id|>"], {"functions": "passed", "thinking": "absent", "date": "passed"}),
     "phi3": (["<|end|>"], {"functions": "absent", "thinking": "absent"}),
 }
 
@@ -43,6 +47,12 @@ def test_published_template_passes(name: str) -> None:
     assert {part: proof[part].state for part in expected} == expected
     assert all(end in proof["end tokens"].found for end in ends)
     assert proof["date"].state == expected.get("date", "absent")
+
+
+def test_page_names_the_published_templates_that_are_proved() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "models.md").read_text(encoding="utf-8")
+    named = {name for cell in re.findall(r"\| trl: (.+) \|\n", page) for name in re.findall(r"`(\w+)`", cell)}
+    assert named == set(PUBLISHED)
 
 
 def test_magistral_passes_and_keeps_earlier_thinking() -> None:

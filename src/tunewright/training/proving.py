@@ -393,7 +393,7 @@ def _with_lora(model: Any, targets: Sequence[str], *, fused: bool = False, outsi
     generator = torch.Generator().manual_seed(7)
     for name, weight in adapted.named_parameters():
         if ".lora_" in name:
-            # Small beside wide layers: a model of large random changes amplifies rounding.
+            # Smaller for wide layers: a model with large random changes amplifies rounding.
             weight.data.normal_(std=min(0.3, 1.5 * weight.shape[-1] ** -0.5), generator=generator)
     return adapted
 
