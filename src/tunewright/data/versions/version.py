@@ -170,17 +170,18 @@ def short(digest: str) -> str:
 
 def version_table(versions: Sequence[Manifest], current: Manifest | None = None) -> Table:
     """Return the table of dataset versions; if there are several, the current one has a star."""
-    mixed = any(v.counts.mixed for v in versions)
+    numbered, mixed = any(v.numbers for v in versions), any(v.counts.mixed for v in versions)
     numbers = ("Rows", "Train", "Dev", "Test", *(["Mixed in"] if mixed else []), "Clusters", "Families", "Conflicts")
     rows = []
     for version in versions:
         c = version.counts
         counts = (c.rows, c.train, c.dev, c.test, *([c.mixed] if mixed else []), c.clusters, c.families, c.conflicts)
         star = "*" if len(versions) > 1 and current is not None and version.digest == current.digest else ""
-        number = str(version.numbers.version) if version.numbers else ""
-        texts = (number, short(version.digest) + star, version.created[:16].replace("T", " "))
+        number = [str(version.numbers.version) if version.numbers else ""] if numbered else []
+        texts = (*number, short(version.digest) + star, version.created[:16].replace("T", " "))
         rows.append((*texts, *(f"{n:,}" for n in counts), version.message))
-    return table("Versions", ("No.", *words("Version", "Created (UTC)"), *numbers, *words("Message")), rows)
+    first = ("No.",) if numbered else ()
+    return table("Versions", (*first, *words("Version", "Created (UTC)"), *numbers, *words("Message")), rows)
 
 
 def manifest_seal(document: Mapping[str, Any]) -> str:
