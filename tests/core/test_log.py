@@ -126,3 +126,8 @@ def test_numbers_stay_with_their_names_and_one_given_twice_is_refused(tmp_path: 
     with pytest.raises(UserError, match=r"The number 3 was given twice, (.|\n)*Use a name: ours, theirs\."):
         name_numbered(ours / "adapters", "3")
     assert name_numbered(ours / "adapters", "2") == "legal-99aa"
+    # A full disk cuts the line that is being written.
+    other.write_bytes(other.read_bytes()[:-20])
+    assert read_numbers(theirs / "adapters") == {"legal-4f1c": 1, "legal-99aa": 2}
+    give_number(theirs / "adapters", "again")
+    assert name_numbered(theirs / "adapters", "3") == "again"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunewright.core.errors import UserError
-from tunewright.core.log import SealedLine, extend, numbered_lines
+from tunewright.core.log import SealedLine, extend, numbered_lines, whole_lines
 
 NUMBERS_FILE = "numbers.jsonl"
 
@@ -24,7 +24,7 @@ class _Number(SealedLine):
 def read_numbers(folder: Path) -> dict[str, int]:
     """Return the number of each name that a folder of the project stores, or stored."""
     path = folder.parent / NUMBERS_FILE
-    return _numbers(path.read_bytes(), folder) if path.is_file() else {}
+    return _numbers(whole_lines(path.read_bytes())[0], folder) if path.is_file() else {}
 
 
 def give_number(folder: Path, name: str) -> None:

@@ -14,6 +14,7 @@ from tunewright.adapters.registry import Adapter, list_adapters, require_compati
 from tunewright.config import Config, MetricName
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import digest, json_document
+from tunewright.core.numbers import give_number
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
@@ -359,6 +360,7 @@ def _measured_before(
 ) -> EvaluateResult:
     """Return existing evidence, with the config's current prices and suites, which change no other measurement."""
     folder = comparison.folder
+    give_number(folder.parent, folder.name)  # a command that was killed after it wrote the evidence gave none
     newest = find_evaluation(folder.parent)
     if newest != folder:
         arm_runner.reporter.warn(

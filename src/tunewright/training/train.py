@@ -20,6 +20,7 @@ from tunewright.config import Config, ReasoningMode, TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text, writing
+from tunewright.core.numbers import give_number
 from tunewright.core.progress import LogReporter, Reporter, slow
 from tunewright.core.text import count_of
 from tunewright.data.versions import DatasetVersion
@@ -143,7 +144,9 @@ def train(
     work = work or project.work / "training" / identity[:12]
     if (existing := find_trained(place, config.name, identity)) is not None:
         if distributed.is_main_process():
-            shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed after it stored its adapter
+            # A run that was killed after it stored its adapter left its folder, and maybe no number.
+            shutil.rmtree(work, ignore_errors=True)
+            give_number(place, existing.name)
         return TrainResult(existing, trained=False)
     # The key is tried now, not after hours of training, and only in the process that stores.
     if signer is None and adapters is None and distributed.is_main_process():
