@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -96,13 +97,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
                 where=str(dataset / REVIEWS_FILE),
                 fix="Record edits in `tunewright data review` with the key e, and rows to leave out with l.",
             )
-        for key, edits in chosen.items():  # a log from elsewhere may contain secrets
-            if found := secret_kinds(edits[0].output or "", project.config.data.allow):
-                raise UserError(
-                    f"The edited answer of row {short(key)} by {edits[0].reviewer} contains a secret ({found})",
-                    where=REVIEWS_FILE,
-                    fix="Review the row again without the secret. Revoke the secret: it is in the log.",
-                )
+        _require_no_secrets(chosen, project)
         members, edited = _apply(parent, chosen, reviews)
         if twice := [e for e in edited if e.now in gone]:
             edited_key, same = short(twice[0].before), short(twice[0].now)
@@ -137,29 +132,8 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             mix=parent.manifest.mix,
             near_duplicates=count_near_repeats(members, parent.manifest.settings.dedup_threshold, reporter),
         )
-        imports = [
-            {
-                "source": source.name,
-                "line": e.line,
-                "review": e.review,
-                "fate": "edited",
-                "key": e.now,
-                "before": e.before,
-                "reviewers": list(e.reviewers),
-            }
-            for e in sorted(edited, key=lambda e: e.line)
-        ]
         because = f"left out in review ({names})"
-        imports += [
-            {
-                "source": source.name,
-                "line": reviews.line(agreed[key][0]),
-                "fate": "removed",
-                "key": key,
-                "reason": because,
-            }
-            for key in gone
-        ]
+        imports = _records(source.name, edited, {key: reviews.line(agreed[key][0]) for key in gone}, because)
         # The log comes first, as in `data remove`.
         append_removals(dataset, Removal.of_rows("removed", gone, because, dataset.parent))
         version = save_version(dataset, version, members, imports, reporter)
@@ -170,6 +144,37 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
         if drawn is not None:
             append_reviews(dataset, [drawn])
     return EditResult(version, tuple(edited), tuple(disputed), tuple(gone))
+
+
+def _require_no_secrets(chosen: Mapping[str, Sequence[VerdictEvent]], project: ProjectFolder) -> None:
+    """Refuse edited answers with secrets, which a log from elsewhere may contain."""
+    for key, edits in chosen.items():
+        if found := secret_kinds(edits[0].output or "", project.config.data.allow):
+            raise UserError(
+                f"The edited answer of row {short(key)} by {edits[0].reviewer} contains a secret ({found})",
+                where=REVIEWS_FILE,
+                fix="Review the row again without the secret. Revoke the secret: it is in the log.",
+            )
+
+
+def _records(source: str, edited: Sequence[AppliedEdit], gone: Mapping[str, int], because: str) -> list[dict[str, Any]]:
+    """Return the records of imports.jsonl; ``gone`` are the rows left out, by pair key, with their lines of the log."""
+    changed = [
+        {
+            "source": source,
+            "line": e.line,
+            "review": e.review,
+            "fate": "edited",
+            "key": e.now,
+            "before": e.before,
+            "reviewers": list(e.reviewers),
+        }
+        for e in sorted(edited, key=lambda e: e.line)
+    ]
+    removed = [
+        {"source": source, "line": line, "fate": "removed", "key": key, "reason": because} for key, line in gone.items()
+    ]
+    return changed + removed
 
 
 def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list[VerdictEvent]], list[str]]:
