@@ -8,12 +8,14 @@ from typing import Any
 
 from reference_config import described
 from reference_sources import (
+    MAX_FEEDBACK_BYTES,
     REQUESTS,
     ROUTES,
     SERVING_SOURCE,
     ApiError,
     ChatRequest,
     CompletionRequest,
+    FeedbackRequest,
     MessagesRequest,
     ResponsesRequest,
     error_document,
@@ -26,6 +28,7 @@ _PURPOSE = {
     "POST /v1/responses": "Answer messages as chat completions do, in the format of OpenAI's responses API; nothing is "
     "stored.",
     "POST /v1/messages": "Answer messages as chat completions do, in Anthropic's format.",
+    "POST /v1/feedback": "Store a tenant's feedback on one of its responses.",
     "GET /v1/models": "List the models that the caller may use.",
     "GET /v1/models/NAME": "Describe one of them.",
     "GET /ready": "`200` while requests are answered; `503` while the server drains, or its engine or state is down.",
@@ -67,6 +70,7 @@ def pages() -> dict[str, str]:
         '  -d \'{"model": "legal", "messages": [{"role": "user", "content": "District Court, D. Minnesota"}]}\'',
         "```\n",
         *(line for route, model in REQUESTS.items() for line in _request(route, model)),
+        *_feedback(),
         *_errors(),
     ]
     return {"reference/http.md": "\n".join(out)}
@@ -97,6 +101,32 @@ def _request(route: str, model: _Request) -> list[str]:
         "Any other field or value is refused:\n",
         "```json",
         json.dumps(_refusal(model), indent=2),
+        "```\n",
+    ]
+
+
+def _feedback() -> list[str]:
+    return [
+        "## Feedback\n",
+        "`POST /v1/feedback`\n",
+        "| field | type | |",
+        "| --- | --- | --- |",
+        *(
+            f"| `{name}` | {described(field.annotation, tuple(field.metadata))} | "
+            f"{'required' if field.is_required() else 'optional'} |"
+            for name, field in FeedbackRequest.model_fields.items()
+        ),
+        "",
+        f"At least one optional field must be set. The body has at most {MAX_FEEDBACK_BYTES:,} bytes. `id` is the id "
+        "of a response that the tenant received. Feedback with the same `id` replaces the earlier feedback. The "
+        "reply's `status` is `recorded`, `replaced`, or `unchanged` for the same feedback again. `redacted` counts the "
+        "secrets and personal data that placeholders replaced, by kind.\n",
+        "```json",
+        json.dumps(
+            {"id": "chatcmpl-…", "object": "feedback", "status": "recorded", "redacted": {"email": 1}},
+            indent=2,
+            ensure_ascii=False,
+        ),
         "```\n",
     ]
 

@@ -32,7 +32,12 @@ from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError, parse_request
 from tunewright.serving.gateway.messages_api import MessagesRequest, error_document
 from tunewright.serving.gateway.responses_api import ResponsesRequest
-from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
+from tunewright.serving.gateway.schemas import (
+    MAX_FEEDBACK_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    FeedbackRequest,
+)
 from tunewright.serving.options import (
     DeployOptions,
     EngineOptions,
@@ -42,6 +47,7 @@ from tunewright.serving.options import (
 )
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.audit import Audit
+from tunewright.serving.tenants.feedback import Feedback
 from tunewright.serving.tenants.releases import Releases
 from tunewright.serving.tenants.tenants import Keys, Tenants
 from tunewright.serving.tenants.usage import Usage, UsageRollup
@@ -52,6 +58,7 @@ __all__ = [
     "COMMANDS",
     "DOCUMENTS",
     "GROUPS",
+    "MAX_FEEDBACK_BYTES",
     "OPTIONS",
     "REQUESTS",
     "ROUTES",
@@ -61,6 +68,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "Config",
+    "FeedbackRequest",
     "MessagesRequest",
     "Option",
     "ResponsesRequest",
@@ -130,7 +138,7 @@ API: dict[str, tuple[Any, ...]] = {
     "project.shadow": (*functions_of(ProjectShadow), ShadowPlanOptions),
     "project.keys": (TrustedKeys,),
     "project.runs": (TrainingRuns,),
-    "project.state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),
+    "project.state": (State, Tenants, Keys, Usage, UsageRollup, Feedback, Releases, Audit),
     "Results": (RunResult, Verdict, Evidence, Advice),
     "Errors": (UserError,),
 }

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tunewright.evidence.logged_access import LogLine
 from tunewright.generation.constraints import Grammar
 from tunewright.serving.options import ServeOptions
 from tunewright.serving.tenants import State
+from tunewright.serving.tenants.feedback import FeedbackValues
 from tunewright.serving.tenants.quota import RequestUsage
 from tunewright.serving.tenants.releases import Candidate
 
@@ -340,6 +342,37 @@ def test_audit_verify_names_a_request_with_changed_usage(project: Path) -> None:
         execute("UPDATE requests SET completion_tokens = 3")
     ran = _run(project, "audit", "verify")
     assert (ran.code, ran.stdout) == (1, "request 1: its tokens do not add up\n")
+
+
+def test_tenant_feedback_counts_by_alias_and_adapter_and_guards_cells(project: Path) -> None:
+    assert document(project, "tenant", "add", "globex")["name"] == "globex"
+    assert "No feedback yet." in _run(project, "tenant", "feedback").stdout
+    with State(f"sqlite:///{project}/serving/state.sqlite") as state:
+        caller, release = with_tenant(state)
+        values: Any = (("up", 1.0, None, None), ("down", 0.5, "=1+1", "too long"), ("up", None, None, None))
+        for place, each in enumerate(values):
+            named = replace(reservation(caller, release), response_id=f"chatcmpl-{place}")
+            state.quota.settle(state.quota.reserve(named, "g"), RequestUsage(3, 4, 0.0, 0.0, 0.0, "stop"))
+            state.feedback.record(caller.tenant_id, f"chatcmpl-{place}", FeedbackValues(*each))
+        with raw(f"sqlite:///{project}/serving/state.sqlite") as execute:
+            execute("UPDATE requests SET started = started - 200000, finished = finished - 200000")
+    found = document(project, "tenant", "feedback", "acme", "--alias", release.alias)
+    counts = {"answers": 3, "up": 2, "down": 1, "mean_score": 0.75, "corrections": 1}
+    assert found["feedback"] == [{"alias": release.alias, "digest": release.digest, **counts}]
+    assert [line["correction"] for line in found["lines"]] == [None, "=1+1", None]
+    rows = list(csv.DictReader(io.StringIO(_run(project, "tenant", "feedback", "--csv").stdout)))
+    assert [(row["response_id"], row["thumb"], row["score"], row["correction"]) for row in rows] == [
+        ("chatcmpl-0", "up", "1.0", ""),
+        ("chatcmpl-1", "down", "0.5", "'=1+1"),
+        ("chatcmpl-2", "up", "", ""),
+    ]
+    for others in (("globex",), ("--alias", "recipes")):
+        assert document(project, "tenant", "feedback", *others) == {"feedback": [], "lines": []}
+    assert _run(project, "tenant", "feedback", "nobody").code == 2
+    assert _run(project, "tenant", "feedback", "--csv", "--json").code == 2
+    pruned = _run(project, "tenant", "prune-usage", "--before", time.strftime("%Y-%m-%d", time.gmtime()))
+    assert "Rolled up 3 requests of 1 days. Deleted with them: feedback on 3 answers." in pruned.stdout
+    assert document(project, "tenant", "feedback")["lines"] == []
 
 
 def test_shadow_plan_measures_the_newest_shadow_and_the_traffic(project: Path) -> None:

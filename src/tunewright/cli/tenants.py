@@ -116,7 +116,7 @@ def tenant_usage(
     """Show requests and tokens by tenant, alias and adapter."""
     from tunewright.serving.tenants.blocks import days_table, usage_table
     from tunewright.serving.tenants.database import iso, parse_time
-    from tunewright.serving.tenants.usage import usage_csv
+    from tunewright.serving.tenants.usage import UsageLine, lines_csv
 
     if csv and run.as_json:
         raise UserError("--csv and --json are mutually exclusive", where="--csv", fix="Choose one.")
@@ -129,13 +129,36 @@ def tenant_usage(
             if pruned is not None and (begins is None or begins < pruned):
                 day = str(iso(pruned))[:10]
                 run.reporter.warn(f"Requests before {day} were pruned: `tunewright tenant usage` has their sums.")
-            run.print_out(usage_csv(state.usage.lines(name, begins)))
+            run.print_out(lines_csv(UsageLine, state.usage.lines(name, begins)))
         elif by_day:
             days = state.usage.by_day(name, begins)
             run.show({"days": days}, days_table(days) if days else "No requests yet.")
         else:
             sums = state.usage.sums(name, begins)
             run.show({"usage": sums}, usage_table(sums) if sums else "No requests yet.")
+
+
+@command(tenant_app, "feedback", example="tunewright tenant feedback acme --alias legal", status=False, database=True)
+def tenant_feedback(
+    run: Session,
+    name: AnyName = None,
+    alias: Annotated[str | None, typer.Option(help="Count only answers of this alias.", show_default="all")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the feedback on every answer as CSV on stdout.")] = False,
+) -> None:
+    """Show tenants' feedback on answers by alias and adapter: thumbs, scores and corrections."""
+    from tunewright.serving.tenants.blocks import feedback_table
+    from tunewright.serving.tenants.feedback import FeedbackLine, feedback_sums
+    from tunewright.serving.tenants.usage import lines_csv
+
+    if csv and run.as_json:
+        raise UserError("--csv and --json are mutually exclusive", where="--csv", fix="Choose one.")
+    with run.project.state() as state:
+        lines = state.feedback.lines(name, alias)
+    if csv:
+        run.print_out(lines_csv(FeedbackLine, lines))
+    else:
+        sums = feedback_sums(lines)
+        run.show({"feedback": sums, "lines": lines}, feedback_table(sums) if sums else "No feedback yet.")
 
 
 @command(
@@ -154,6 +177,8 @@ def tenant_prune_usage(
     text = f"Rolled up {pruned.requests:,} requests of {pruned.days:,} days."
     if pruned.shadow_answers:
         text += f" Deleted with them: {pruned.shadow_answers:,} answers of shadow candidates."
+    if pruned.feedback:
+        text += f" Deleted with them: feedback on {pruned.feedback:,} answers."
     run.show(pruned, text)
 
 

@@ -18,7 +18,7 @@ from tunewright.core.errors import UserError
 from tunewright.serving.options import LimitOptions
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.quota import LOST_SECONDS, LimitExceededError, Limits, RequestUsage, changed_limits
-from tunewright.serving.tenants.usage import UsageLine, usage_csv
+from tunewright.serving.tenants.usage import UsageLine, lines_csv
 
 LIMITS = st.builds(
     Limits,
@@ -239,7 +239,7 @@ def test_usage_has_lines_and_totals(state_url: str, tmp_path: Path) -> None:
             ("globex", "courts-globex", "stop"),
             ("globex", "courts-globex", None),
         ]
-        head, *rows = usage_csv(lines).splitlines()
+        head, *rows = lines_csv(UsageLine, lines).splitlines()
         assert head.split(",") == list(UsageLine.__dataclass_fields__)
         assert rows[0].endswith(",100,200,0.01,0.02,0.03,stop,'=ann")
         assert rows[1].endswith(",,,,,,,")

@@ -7,19 +7,22 @@ import re
 import stat
 import string
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from states import Clock, raw, with_tenant
+from sqlalchemy.exc import IntegrityError
+from states import Clock, raw, reservation, with_tenant
 
 from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.data.pii import find
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.database import StateUnavailableError
+from tunewright.serving.tenants.feedback import FeedbackValues
 from tunewright.serving.tenants.quota import Limits
 from tunewright.serving.tenants.tables import SCHEMA_VERSION
 from tunewright.serving.tenants.tenants import InvalidKeyError
@@ -206,13 +209,37 @@ def test_invalid_changes_are_refused_and_change_nothing(state: State) -> None:
     assert len(state.audit.lines()) == lines
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+@pytest.mark.parametrize("version", [5, SCHEMA_VERSION + 1])
 def test_state_of_another_schema_is_refused(state_url: str, version: int) -> None:
     State(state_url).close()
     with raw(state_url) as execute:
         execute(f"UPDATE tunewright_schema SET version = {version}")
     with pytest.raises(UserError, match=f"schema {version}, and this tunewright supports schema {SCHEMA_VERSION}"):
         State(state_url)
+
+
+def test_state_of_schema_6_is_upgraded_and_keeps_its_requests(state_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with State(state_url) as state:
+        caller, release = with_tenant(state)
+        state.quota.reserve(reservation(caller, release), "g")
+        before = state.usage.lines()
+    with raw(state_url) as execute:
+        execute("DROP TABLE feedback")
+        execute("DROP INDEX requests_by_response_id")
+        execute("ALTER TABLE requests DROP COLUMN response_id")
+        execute("UPDATE tunewright_schema SET version = 6")
+    with State(state_url) as state:
+        assert state.usage.lines() == before
+        named = replace(reservation(caller, release), response_id="chatcmpl-1")
+        state.quota.reserve(named, "g")
+        up = FeedbackValues("up", None, None, None)
+        assert state.feedback.record(caller.tenant_id, "chatcmpl-1", up) == "recorded"
+        with pytest.raises(IntegrityError):
+            state.quota.reserve(named, "g")
+    State(state_url).close()
+    assert [record.message for record in caplog.records] == [
+        f"the serving state was upgraded to schema {SCHEMA_VERSION}; earlier builds refuse it"
+    ]
 
 
 def test_database_with_foreign_tables_is_refused_and_unchanged(state_url: str) -> None:

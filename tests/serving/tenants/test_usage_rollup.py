@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from states import DIGESTS, SHIP, Clock, reservation, with_tenant
 from making.property_examples import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants import State
+from tunewright.serving.tenants.feedback import Feedback, FeedbackValues
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, RequestUsage
 from tunewright.serving.tenants.releases import Candidate, Release
 from tunewright.serving.tenants.tenants import Caller
@@ -96,6 +99,34 @@ def test_roll_up_deletes_and_counts_shadow_answers(state_url: str, clock: Clock)
             clock.now += DAY
         assert state.usage_rollup.roll_up(DAY * 20_001.0).shadow_answers == 1
         assert len(state.usage.shadow_lines("courts-acme")) == 1
+
+
+def test_roll_up_deletes_and_counts_feedback(state_url: str, clock: Clock) -> None:
+    with State(state_url, "ann", clock) as state:
+        caller, release = with_tenant(state)
+        up = FeedbackValues("up", None, None, None)
+        for response_id in ("chatcmpl-1", "chatcmpl-2"):
+            number = state.quota.reserve(replace(reservation(caller, release), response_id=response_id), "g")
+            state.quota.settle(number, used())
+            assert state.feedback.record(caller.tenant_id, response_id, up) == "recorded"
+            clock.now += DAY
+        pruned = state.usage_rollup.roll_up(DAY * 20_001.0)
+        assert (pruned.days, pruned.requests, pruned.feedback) == (1, 1, 1)
+        assert [line.response_id for line in state.feedback.lines()] == ["chatcmpl-2"]
+        assert state.feedback.record(caller.tenant_id, "chatcmpl-1", up) is None
+        assert state.verify().faults == ()
+
+
+def test_same_feedback_sent_to_two_servers_is_recorded_once(state_url: str) -> None:
+    with State(state_url) as state, State(state_url) as other, ThreadPoolExecutor(8) as threads:
+        caller, release = with_tenant(state)
+        up = FeedbackValues("up", None, None, None)
+        for place in range(20):
+            response_id = f"chatcmpl-{place}"
+            state.quota.reserve(replace(reservation(caller, release), response_id=response_id), "g")
+            record = partial(Feedback.record, tenant_id=caller.tenant_id, response_id=response_id, values=up)
+            statuses = list(threads.map(record, [state.feedback, other.feedback] * 4))
+            assert sorted(str(status) for status in statuses) == ["recorded", *["unchanged"] * 7]
 
 
 def test_shadow_units_count_answers_of_the_newest_shadow_by_end_user(state_url: str, clock: Clock) -> None:

@@ -38,13 +38,20 @@ from tunewright.serving.gateway.responses import (
     sse_events,
 )
 from tunewright.serving.gateway.responses_api import ResponsesFormat, ResponsesRequest
-from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
-from tunewright.serving.gateway.tenant_auth import Auth, Principal
+from tunewright.serving.gateway.schemas import (
+    MAX_FEEDBACK_BYTES,
+    ChatRequest,
+    CompletionRequest,
+    FeedbackRequest,
+    RequestBody,
+)
+from tunewright.serving.gateway.tenant_auth import Auth, Principal, TenantPrincipal
 from tunewright.serving.tenants.database import StateUnavailableError
 
 log = logging.getLogger("tunewright")
 
 _MESSAGES = "/v1/messages"
+_FEEDBACK = "/v1/feedback"
 ADAPTER_HEADER = "x-tunewright-adapter"
 SYSTEM_HEADER = "x-tunewright-system"
 
@@ -56,7 +63,7 @@ _FORMATS: Mapping[str, tuple[type[ChatRequest | CompletionRequest | ResponsesReq
 }
 """The body of each route, and the format of its response, which is made from the body."""
 ROUTES = (
-    *(f"POST {path}" for path in _FORMATS),
+    *(f"POST {path}" for path in (*_FORMATS, _FEEDBACK)),
     *(f"GET {path}" for path in ("/v1/models", "/v1/models/NAME", "/ready", "/health")),
 )
 
@@ -122,6 +129,7 @@ class Gateway:
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),  # a base's name may contain slashes
             *(Route(path, partial(self._answer, path=path), methods=["POST"]) for path in _FORMATS),
+            Route(_FEEDBACK, self._feedback, methods=["POST"]),
             Route("/v1/embeddings", _no_embeddings, methods=["POST"]),
         ]
         error_handlers: dict[Any, Any] = {
@@ -172,6 +180,19 @@ class Gateway:
             if name not in principal.models():
                 raise model_not_found(name, principal.models())
             return JSONResponse(_model_document(name))
+
+    async def _feedback(self, http: HttpRequest) -> Response:
+        principal = await self._authenticate(http)
+        if not isinstance(principal, TenantPrincipal):
+            message = (
+                "Feedback needs a server with tenants, which stores requests. Create one with `tunewright tenant add`, "
+                "and start the server again."
+            )
+            raise ApiError(message, status=404, code="feedback_not_supported")
+        async with principal.counting():
+            body = await read_body(http, MAX_FEEDBACK_BYTES, self._limits.body_timeout_s)
+            feedback = parse_request(FeedbackRequest, body)
+            return JSONResponse(await principal.auth.record_feedback(principal.caller.tenant_id, feedback))
 
     async def _authenticate(self, http: HttpRequest) -> Principal:
         # Anthropic's clients send their key as x-api-key.
@@ -235,7 +256,8 @@ class Gateway:
                     raise EngineStoppedError(self._engine.stopped)
                 self._queue.resize(self._engine.max_num_seqs, self._engines)  # an engine may have stopped
                 tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
-                admission = await principal.admit(requests[0].target, tokens, body.end_user)
+                response_id = response_format.response_id
+                admission = await principal.admit(requests[0].target, tokens, body.end_user, response_id)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
             self.metrics.refused(tenant, as_api_error(error).code or "")
             raise

@@ -150,7 +150,7 @@ class AnonymousAuth:
         prompt, grammar = self.system_prompts.get(body.model), self._grammars.get(body.model)
         return Target(body.model, self._models[body.model], system_prompt=prompt, grammar=grammar)
 
-    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:  # noqa: ARG002 - no quota
+    async def admit(self, target: Target, tokens: int, end_user: str | None, response_id: str) -> Admission:  # noqa: ARG002 - no quota
         return Admission(settle=lambda _usage: None)
 
 

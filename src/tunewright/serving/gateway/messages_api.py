@@ -280,7 +280,7 @@ class MessagesFormat:
 
     def __init__(self, body: MessagesRequest) -> None:
         self._model = body.model
-        self._id = f"msg_{new_id()}"
+        self.response_id = f"msg_{new_id()}"
         self._index = -1  # index of the last block
         self._block: Literal["text", "tool_use"] | None = None  # in progress
         self._answer: GenerationRequest | None = None
@@ -336,7 +336,13 @@ class MessagesFormat:
         return [] if open_block is None else [{"type": "content_block_stop", "index": self._index}]
 
     def _message(self, content: list[Document], answer: GenerationRequest | None, usage: TokenUsage) -> Document:
-        head = {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content}
+        head = {
+            "id": self.response_id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": content,
+        }
         return {**head, **_stop(answer), "usage": {**_usage(usage), "service_tier": "standard"}}
 
 

@@ -32,6 +32,10 @@ class ResponseFormat(Protocol):
     """The documents of one response, which share an id."""
 
     @property
+    def response_id(self) -> str:
+        """The id, as the client receives it."""
+
+    @property
     def end(self) -> str:
         """The last event of a stream."""
 
@@ -83,6 +87,10 @@ class _OpenAIResponse:
     created: int = field(default_factory=now)
     end: str = "data: [DONE]\n\n"
 
+    @property
+    def response_id(self) -> str:
+        return f"{self.prefix}-{self.id}"
+
     def last_chunks(self, usage: TokenUsage) -> list[Document]:
         """Return a chunk with the usage and without choices, if the request asks for it."""
         return [self._document([], usage=usage.as_dict(), chunk=True)] if self.body.include_usage else []
@@ -93,7 +101,7 @@ class _OpenAIResponse:
 
     def _document(self, choices: list[Document], *, chunk: bool = False, **more: Any) -> Document:
         kind = self.chunk_kind if chunk else self.kind
-        head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.body.model}
+        head = {"id": self.response_id, "object": kind, "created": self.created, "model": self.body.model}
         tier = {} if self.body.service_tier is None else {"service_tier": "default"}
         return {**head, "choices": choices, **more, **tier}
 

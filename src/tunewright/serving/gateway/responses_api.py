@@ -215,7 +215,7 @@ class ResponsesFormat:
 
     def __init__(self, body: ResponsesRequest) -> None:
         self._body = body
-        self._id, self._created = f"resp_{new_id()}", now()
+        self.response_id, self._created = f"resp_{new_id()}", now()
         self._numbers = count()
         self._answer: GenerationRequest | None = None
         self._items: list[Document] = []
@@ -327,7 +327,7 @@ class ResponsesFormat:
         body = self._body
         text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
         return {
-            "id": self._id,
+            "id": self.response_id,
             "object": "response",
             "created_at": self._created,
             "status": self._status,

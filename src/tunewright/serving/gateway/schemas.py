@@ -409,6 +409,28 @@ class CompletionRequest(_CompletionFields):
 
 RequestBody = ChatRequest | CompletionRequest
 
+MAX_FEEDBACK_BYTES = 131_072
+"""Maximum size of a feedback's body: two texts of full length, in characters of three bytes."""
+FeedbackText = Annotated[str, Field(min_length=1, max_length=16_384, pattern=r"^[^\x00]*$")]
+"""Long enough for an answer, and short enough to be searched for secrets in half a second."""
+
+
+class FeedbackRequest(Part):
+    """The body of ``POST /v1/feedback``."""
+
+    id: Label
+    thumb: Literal["up", "down"] | None = None
+    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    correction: FeedbackText | None = None
+    reason: FeedbackText | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.model_dump(exclude={"id"}, exclude_none=True):
+            message = "The feedback is empty: send thumb, score, correction or reason."
+            raise ApiError(message, code="missing_required_parameter")
+        return self
+
 
 @dataclass(frozen=True)
 class TokenUsage:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from weakref import WeakValueDictionary
 
 from tunewright.core.io import canonical_json
@@ -33,9 +34,10 @@ from tunewright.serving.gateway.auth import (
     model_not_found,
 )
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.schemas import RequestBody
+from tunewright.serving.gateway.schemas import FeedbackRequest, RequestBody
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.database import AsyncState, StateUnavailableError, ceil_seconds
+from tunewright.serving.tenants.feedback import FeedbackValues
 from tunewright.serving.tenants.quota import LOST_SECONDS, LimitExceededError, Outcome, RequestUsage, Reservation
 from tunewright.serving.tenants.releases import Answer
 from tunewright.serving.tenants.tenants import Caller, InvalidKeyError
@@ -79,6 +81,7 @@ class TenantAuth:
         # One reservation of a tenant at a time: the state's threads take them in the order of arrival, and another
         # tenant would wait for hundreds of them.
         self._reserving: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
+        self._recording_feedback: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._keep: Callable[[Mapping[str, Collection[str]]], None] = lambda _callers: None
 
     @property
@@ -195,6 +198,22 @@ class TenantAuth:
             if isinstance(error, StateUnavailableError):
                 self._report_trouble(error)
             raise
+
+    async def record_feedback(self, tenant_id: int, body: FeedbackRequest) -> dict[str, Any]:
+        """Store a tenant's feedback on one of its requests, and return the response's document."""
+        # One of a tenant at a time, and not in the state's threads: the search in a text takes up to half a second.
+        async with self._recording_feedback.setdefault(tenant_id, asyncio.Lock()):
+            values, redacted = await asyncio.to_thread(FeedbackValues.redacted, **body.model_dump(exclude={"id"}))
+            try:
+                recording = self._async_state.submit(self._state.feedback.record, tenant_id, body.id, values)
+                status = await self._async_state.answer(recording)
+            except StateUnavailableError as error:
+                self._report_trouble(error)
+                raise
+        if status is None:  # the same for another tenant's request
+            message = f"The request {body.id} does not exist or you do not have access to it."
+            raise ApiError(message, status=404, param="id", code="request_not_found")
+        return {"id": body.id, "object": "feedback", "status": status, "redacted": redacted}
 
     async def _reserve(self, reservation: Reservation) -> int:
         reserving = self._async_state.submit(self._state.quota.reserve, reservation, self.gateway)
@@ -333,12 +352,12 @@ class TenantPrincipal:
         canary = in_canary_share(self.caller.tenant, body, candidate.digest, candidate.share)
         return target(candidate.answer if canary else release.answer)
 
-    async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
+    async def admit(self, target: Target, tokens: int, end_user: str | None, response_id: str) -> Admission:
         """Reserve the most ``tokens`` that the request can use. Call it right after :meth:`target`."""
         assert target.digest is not None and target.release_id is not None
         caller, digest = self.caller, target.digest
         reservation = Reservation(
-            caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens, end_user
+            caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens, end_user, response_id
         )
         try:
             number = await self.auth.reserve(reservation)

@@ -11,6 +11,7 @@ from typing import Any
 from tunewright.core.io import canonical_json
 from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.tenants.database import Database, StateUnavailableError
+from tunewright.serving.tenants.feedback import Feedback
 from tunewright.serving.tenants.quota import Quota
 from tunewright.serving.tenants.releases import Releases
 from tunewright.serving.tenants.tenants import Key, Keys, Tenant, Tenants
@@ -49,6 +50,7 @@ class State:
         self.keys = Keys(self.database, actor)
         self.quota = Quota(self.database)
         self.usage = Usage(self.database)
+        self.feedback = Feedback(self.database)
         self.usage_rollup = UsageRollup(self.database, actor)
         self.audit = Audit(self.database)
 

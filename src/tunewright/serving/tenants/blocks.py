@@ -9,6 +9,7 @@ from typing import Any
 from tunewright.core.clock import minute
 from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Table, table, words
 from tunewright.serving.tenants.audit import AuditLine
+from tunewright.serving.tenants.feedback import FeedbackSum
 from tunewright.serving.tenants.releases import Candidate, Release
 from tunewright.serving.tenants.tenants import Key, Tenant
 from tunewright.serving.tenants.usage import DayTotal, ShadowLine, UsageSum
@@ -65,6 +66,17 @@ def days_table(days: Sequence[DayTotal]) -> Table:
         counts = (f"{count:,}" for count in (each.requests, each.prompt_tokens, each.completion_tokens))
         rows.append((each.day, each.tenant, each.alias, each.digest[:_SHORT], *counts))
     return table("Usage by day", head, rows)
+
+
+def feedback_table(sums: Sequence[FeedbackSum]) -> Table:
+    """Return counts of feedback by alias and adapter."""
+    rows = []
+    for each in sums:
+        mean = "-" if each.mean_score is None else f"{each.mean_score:.3f}"
+        up, down, corrections = (f"{count:,}" for count in (each.up, each.down, each.corrections))
+        rows.append((each.alias, each.digest[:_SHORT], f"{each.answers:,}", up, down, mean, corrections))
+    head = (_ALIAS, _ADAPTER, "Answers with feedback", "Up", "Down", "Mean score", "Corrections")
+    return table("Feedback by adapter", head, rows)
 
 
 def releases_blocks(releases: Sequence[Release]) -> tuple[Block, ...]:

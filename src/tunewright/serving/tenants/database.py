@@ -18,13 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
+from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select, update
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
 
 from tunewright.core.errors import UserError
 from tunewright.core.installation import install_command
 from tunewright.core.io import write_text, writing
-from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, schema
+from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, requests_by_response_id, schema
 
 BUSY_SECONDS = 10
 """Timeout of a writer that waits for others, each of which locks SQLite for well under a millisecond."""
@@ -202,7 +202,13 @@ class Database:
                 connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             if inspect(connection).has_table(schema.name):
                 version = connection.execute(select(schema.c.version)).scalar_one()
-                if version != SCHEMA_VERSION:
+                if version == 6:
+                    connection.exec_driver_sql("ALTER TABLE requests ADD COLUMN response_id VARCHAR(64)")
+                    requests_by_response_id.create(connection)
+                    metadata.create_all(connection)  # the missing tables
+                    connection.execute(update(schema).values(version=SCHEMA_VERSION))
+                    log.warning("the serving state was upgraded to schema %d; earlier builds refuse it", SCHEMA_VERSION)
+                elif version != SCHEMA_VERSION:
                     raise UserError(
                         f"The serving state has schema {version}, and this tunewright supports schema {SCHEMA_VERSION}",
                         where=self.name,

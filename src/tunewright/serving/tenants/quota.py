@@ -121,6 +121,8 @@ class Reservation:
     """Maximum number of tokens of prompts and answers together."""
     end_user: str | None = None
     """The tenant's label for its user."""
+    response_id: str | None = None
+    """The response's id, as the client receives it."""
 
 
 @dataclass(frozen=True)

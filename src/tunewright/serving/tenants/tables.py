@@ -3,6 +3,7 @@
 tenants --< tenant_aliases        the aliases that a tenant may call
    |---< api_keys                 hashes; a key may have fewer aliases than its tenant
    |---< requests >--- releases   a row for each request: its reservation, then its usage
+   |                 '---- feedback   the tenant's opinion of the answer
    |---< unmetered_requests       the other requests of the last minute: refused ones, and lists of models
    '---< usage_days               daily totals of deleted requests
 releases                          alias to adapter digest; rows are added, never changed
@@ -28,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 NAME = String(63)
 DIGEST = String(64)
@@ -123,6 +124,7 @@ requests = Table(
     Column("outcome", String(16)),
     Column("finished", Double),
     Column("end_user", LongText),  # the tenant's label for its user
+    Column("response_id", String(64)),  # with its prefix, such as chatcmpl-; null before schema 7
     # For the limits: a tenant's requests of the last minute, and its unfinished ones.
     Index("requests_by_time", "tenant_id", "started"),
 )
@@ -132,6 +134,7 @@ Index(
     sqlite_where=requests.c.finished.is_(None),
     postgresql_where=requests.c.finished.is_(None),
 )
+requests_by_response_id = Index("requests_by_response_id", requests.c.response_id, unique=True)
 
 # These requests have no usage and only count towards requests per minute.
 unmetered_requests = Table(
@@ -172,6 +175,19 @@ shadow_answers = Table(
     Column("answer", LongText),
     Column("shadow_answer", LongText),
     Column("why_not", LongText),  # why the shadow has no answer
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    # Feedback that arrives while its request is deleted goes with it.
+    Column("request_id", ForeignKey("requests.id", ondelete="CASCADE"), primary_key=True),
+    Column("time", Double, nullable=False),
+    Column("thumb", String(4)),  # up or down
+    Column("score", Double),  # from 0 to 1
+    # Texts without secrets and personal data, which placeholders replace.
+    Column("correction", LongText),
+    Column("reason", LongText),
 )
 
 gateways = Table(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from sqlalchemy import (
     Connection,
@@ -30,6 +32,7 @@ from tunewright.serving.tenants.audit import Audited, Change
 from tunewright.serving.tenants.database import Database, iso
 from tunewright.serving.tenants.tables import (
     api_keys,
+    feedback,
     key_uses,
     releases,
     requests,
@@ -129,6 +132,8 @@ class RollupResult:
     requests: int
     shadow_answers: int
     """Answers of shadows to those requests, which were deleted; they have no total."""
+    feedback: int
+    """Feedback on those requests, which was deleted; it has no total."""
 
 
 @dataclass(frozen=True)
@@ -314,13 +319,12 @@ class UsageRollup(Audited):
                 where="--before",
                 fix="Requests are rolled up by whole days: use a date like 2026-11-25.",
             )
-        days = rolled_up = shadows = 0
+        total = Counter[str]()
         if first is not None:
             for day in range(int(first // DAY_SECONDS), int(before // DAY_SECONDS)):
                 with self._changing() as change:
-                    counts = _roll_up_day(change, day, now - _MIN_AGE_SECONDS)
-                days, rolled_up, shadows = days + bool(counts[0]), rolled_up + counts[0], shadows + counts[1]
-        return RollupResult(days, rolled_up, shadows)
+                    total.update(_roll_up_day(change, day, now - _MIN_AGE_SECONDS))
+        return RollupResult(**{field.name: total[field.name] for field in fields(RollupResult)})
 
     def days(self) -> list[DayTotal]:
         """Return the totals of all days."""
@@ -329,14 +333,15 @@ class UsageRollup(Audited):
             return [DayTotal.of(row) for row in connection.execute(query).mappings()]
 
 
-def usage_csv(lines: Sequence[UsageLine]) -> str:
-    """Return a CSV table with the fields of `UsageLine` as columns; unknown values are empty."""
+def lines_csv(kind: type[Any], lines: Sequence[Any]) -> str:
+    """Return a CSV table of lines of one dataclass, whose fields are the columns; unknown values are empty."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(UsageLine)], lineterminator="\n")
+    writer = csv.DictWriter(out, [field.name for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
     for line in lines:
-        # Clients choose this text, and a spreadsheet may take it for a formula.
-        writer.writerow({**asdict(line), "end_user": safe_cell(line.end_user or "")})
+        # Clients choose some of the texts, and a spreadsheet may take them for formulas.
+        cells = asdict(line).items()
+        writer.writerow({name: safe_cell(value) if isinstance(value, str) else value for name, value in cells})
     return out.getvalue()
 
 
@@ -358,8 +363,8 @@ def _require_whole_day(connection: Connection, tenant_id: int | None, since: flo
         )
 
 
-def _roll_up_day(change: Change, day: int, until: float) -> tuple[int, int]:
-    """Roll up a day, and return the numbers of deleted requests and shadow answers."""
+def _roll_up_day(change: Change, day: int, until: float) -> dict[str, int]:
+    """Roll up a day, and return what was rolled up, by the fields of `RollupResult`."""
     connection = change.connection
     # A request in progress has no usage yet; it is left for the next call.
     old = and_(
@@ -372,7 +377,7 @@ def _roll_up_day(change: Change, day: int, until: float) -> tuple[int, int]:
     query = query.join(tenants, requests.c.tenant_id == tenants.c.id).where(old).group_by(*_BY, tenants.c.name)
     rows = connection.execute(query).mappings().all()
     if not rows:
-        return 0, 0
+        return {}
     for row in rows:
         by = {name: row[name] for name in ("day", *(column.name for column in _BY))}
         same = and_(*(usage_days.c[name] == value for name, value in by.items()))
@@ -387,10 +392,12 @@ def _roll_up_day(change: Change, day: int, until: float) -> tuple[int, int]:
             connection.execute(insert(key_uses).values(key_id=key, last_used=last))
         elif known < last:
             connection.execute(update(key_uses).where(key_uses.c.key_id == key).values(last_used=last))
-    shadows = connection.execute(
-        delete(shadow_answers).where(shadow_answers.c.request_id.in_(select(requests.c.id).where(old)))
-    ).rowcount
-    rolled_up = connection.execute(delete(requests).where(old)).rowcount
-    totals = [asdict(DayTotal.of(row)) for row in rows]
-    change.log("usage.rollup", _date(day), requests=rolled_up, shadow_answers=shadows, totals=totals)
-    return rolled_up, shadows
+    deleted = {
+        table.name: connection.execute(
+            delete(table).where(table.c.request_id.in_(select(requests.c.id).where(old)))
+        ).rowcount
+        for table in (shadow_answers, feedback)
+    }
+    deleted["requests"] = connection.execute(delete(requests).where(old)).rowcount
+    change.log("usage.rollup", _date(day), **deleted, totals=[asdict(DayTotal.of(row)) for row in rows])
+    return {"days": 1, **deleted}
