@@ -288,13 +288,16 @@ class Leases:
         self._file: IO[bytes] | None = None
         self._held: dict[tuple[str, str], tuple[str, float]] = {}  # by screen and queue: leased item, lease's end
 
-    def next(self, session: AnnotationSession[Any, ItemT, Any], screen: str, queue: str) -> ItemT | None:
-        """Return the session's next item that is on no other screen, leased to this one."""
+    def next(
+        self, session: AnnotationSession[Any, ItemT, Any], screen: str, queue: str, key: str | None = None
+    ) -> ItemT | None:
+        """Return the session's next item, or the one with this key, leased to this screen; None: on other screens."""
         busy = UserError("Another process has been choosing a row for 10 s", where=str(self._folder), fix="Try again.")
         with locked_folder(self._folder, busy, FILE_S), writing(self._folder):
             time = monotonic()
             held = [(key, end) for (other, _), (key, end) in self._held.items() if other != screen]
-            item = session.next([key for key, end in [*held, *self._of_others()] if 0 < end - time <= LEASE_S])
+            leased = [each for each, end in [*held, *self._of_others()] if 0 < end - time <= LEASE_S]
+            item = session.next(leased) if key is None else None if key in leased else session.item(key)
             if item is None:
                 self._held.pop((screen, queue), None)
             else:

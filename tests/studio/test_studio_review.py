@@ -109,17 +109,52 @@ def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> No
     assert 'name="key"' in browser.get("/review/suspects")
 
 
-def test_verdict_is_taken_back_on_the_page_of_its_row(browser: Browser, ben: Browser, project: Path) -> None:
+def test_row_is_judged_edited_and_taken_back_on_its_page(browser: Browser, project: Path) -> None:
+    member = next(m for m in library.open(project).data.version().domain if m.split == "test")
+    page = f"/rows/{member.key}"
+    shown = browser.get(page)
+    assert "l</kbd> leave out" in shown and "s</kbd> skip" not in shown and "Your verdict" not in shown
+    assert "Recorded: leave-out." in browser.judge("leave-out", page=page, seen="", note="why it goes")
+    assert "Your verdict: leave-out." in browser.get(page)
+    late = browser.judge("right", page=page, seen="")
+    assert "Nothing was recorded" in late, "the page is older than the verdict"
+    seen = _seen(browser.get(page))
+    saved = browser.judge("edit", page=page, seen=seen, output="teal again", new_label="teal again")
+    assert f"Edit saved: <del>{member.example.output}</del><ins>teal again</ins>" in saved
+    assert f"Your verdict: edit: <del>{member.example.output}</del><ins>teal again</ins>" in saved
+    assert "teal again</textarea>" in saved, "an edit begins with the reviewer's own"
+    back = browser.judge("undo", page=page, seen=_seen(saved))
+    assert "Taken back." in back and "Your verdict: leave-out." in back
+    history = unescape(back.partition("<summary>Reviews: ")[2].partition("</ul>")[0])
+    said = re.findall(r"ada, version <code>\w+</code>: (.*?)</li>", history)
+    edit = f"edit: <del>{member.example.output}</del><ins>teal again</ins>"
+    assert said == ["note “why it goes”", "leave-out", edit, "took the verdict back"]
+    found = read_reviews(project / "dataset")
+    assert found.latest_draw(library.open(project).data.version().digest) is None, "no sample is drawn"
+    assert found.current_verdicts(member.key)["ada"].settles is True, "other verdicts were in sight"
+
+
+def test_row_on_another_screen_cannot_be_judged_on_its_page(browser: Browser, ben: Browser) -> None:
     key = row_key(browser.get("/review"))
-    assert "Take back" not in browser.get(f"/rows/{key}")
-    browser.judge("right")
-    browser.judge("right")
-    assert "Take back" not in ben.get(f"/rows/{key}"), "the verdict of another reviewer"
-    back = browser.send(f"/rows/{key}/take-back", f"/rows/{key}")
-    assert back.url.path == "/review" and row_key(back.text) == key
-    assert read_reviews(project / "dataset").current_verdicts(key) == {}
-    again = browser.send(f"/rows/{key}/take-back", "/review")
-    assert "no verdict of yours" in again.text
+    assert "Another reviewer has this row on the screen." in ben.get(f"/rows/{key}")
+    assert "r</kbd> right" in browser.get(f"/rows/{key}"), "the same session has the lease"
+    other = row_key(ben.get("/review"))
+    assert "Another reviewer has this row on the screen." in browser.get(f"/rows/{other}")
+
+
+def test_text_that_a_row_page_refuses_stays_in_its_form(browser: Browser, project: Path) -> None:
+    page = f"/rows/{library.open(project).data.version().domain[0].key}"
+    browser.get(page)
+    refused = browser.judge("edit", page=page, seen="", output="key AKIAIOSFODNN7EXAMPLZ here")
+    assert "contains a secret" in refused and "key AKIAIOSFODNN7EXAMPLZ here</textarea>" in refused
+    asked = browser.judge("right", page=page, seen="", output="typed before")
+    assert "No verdict was recorded: you changed the answer." in asked and "typed before</textarea>" in asked
+
+
+def _seen(html: str) -> str:
+    """Return the verdicts that a row's page shows, from its form."""
+    (seen,) = re.findall('name="seen" value="([^"]*)"', html)
+    return str(seen)
 
 
 def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: Path) -> None:

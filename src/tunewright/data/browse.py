@@ -30,7 +30,7 @@ from tunewright.data.examples import Example, find_labels
 from tunewright.data.readers.validate import rejected_messages
 from tunewright.data.remove import count_measured
 from tunewright.data.review.edits import superseded_keys
-from tunewright.data.review.reviews import ReviewLog, VerdictEvent, read_reviews
+from tunewright.data.review.reviews import DrawEvent, NoteEvent, ReviewLog, UndoEvent, VerdictEvent, read_reviews
 from tunewright.data.review.suspects import conflicts
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.trace import KnownPlaces, RowOrigin, RowUse, metadata_by_key, places_by_key, row_uses
@@ -256,8 +256,8 @@ class RowHistory:
     origin: RowOrigin
     versions: tuple[Manifest, ...]
     """Versions that have the row."""
-    reviews: tuple[VerdictEvent, ...]
-    """The current verdict of each reviewer."""
+    reviews: tuple[VerdictEvent | NoteEvent | UndoEvent, ...]
+    """All verdicts and notes, and each verdict that was taken back."""
     adapters: tuple[RowUse, ...]
     """Adapters whose dataset version has the row, or may have it."""
     evaluations: tuple[str, ...]
@@ -267,12 +267,12 @@ class RowHistory:
 def row_history(project: ProjectFolder, version: DatasetVersion, key: str, places: KnownPlaces) -> RowHistory:
     """Return the history of a row, by its full key."""
     dataset = project.dataset
-    verdicts = read_reviews(dataset).current_verdicts(key).values()
+    events = [event for event in read_reviews(dataset).events if not isinstance(event, DrawEvent)]
     uses = row_uses(dataset, project.adapters, [key], places)[key]
     return RowHistory(
         origin=trace.blame(dataset, version, key),
         versions=tuple(each for each in list_versions(dataset) if key in (places.of(each.digest) or ())),
-        reviews=tuple(sorted(verdicts, key=lambda each: (each.when, each.nth or 0))),
+        reviews=tuple(event for event in events if event.key == key),
         adapters=tuple(use for use in uses if use.use != "absent"),
         evaluations=tuple(count_measured(project.evaluations, [key])),
     )

@@ -278,8 +278,9 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         return super().note(item, text)
 
     def draft(self, card: ReviewItem) -> str:
-        """Return the text that an edit starts from: the answer, or the reviewer's edit of it that was taken back."""
-        edited = self.log.withdrawn_edit(card.key, self.reviewer)
+        """Return the text that an edit starts from: the answer, or the reviewer's edit of it, also if taken back."""
+        mine = self.verdict(card.key)
+        edited = mine.output if mine is not None else self.log.withdrawn_edit(card.key, self.reviewer)
         return card.member.example.output if edited in (None, PURGED) else edited
 
     def export_sheet(self, path: Path, most: int, places: Mapping[str, str]) -> int:

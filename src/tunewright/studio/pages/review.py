@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
@@ -23,10 +25,12 @@ from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
 from tunewright.render.blocks import table, words
 from tunewright.studio.access import ChangedText, RefusedVerdict
-from tunewright.studio.visit import Handlers, Visit, verdict_of
+from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
 _ON_A_PAGE = 100  # edits or conflicts
 _ROW_S = 8  # seconds for a verdict on a short row
+ONE_ROW = "row"
+"""The review of one row, on its page."""
 _MOST_LABELS = 50
 """Different answers that get a key each."""
 
@@ -63,7 +67,7 @@ _QUEUES = {
 def review_page(visit: Visit) -> Response:
     """Show the next row of a queue, or its result."""
     queue = _queue(visit)
-    review = _review(visit, queue)
+    review = review_of(visit, queue)
     if review is None:
         found = next((name for name in reversed(stored_searches(visit)) if name), "")
         if found and not _adapter(visit, queue):
@@ -107,17 +111,10 @@ def _show(
         queue=_QUEUES[queue],
         adapter=_adapter(visit, queue),
         status=review.status,
-        keys=review.verdict_keys,
         left=_left(review),
-        card=card,
         last=last,
         last_note=last and review.note_on(last.key),
-        draft=review.draft(card) if draft is None and card is not None else draft,
-        changes=None if draft is None else word_changes(stored, draft),
-        note=review.note_on(key) if note is None else note,
-        labels=[] if card is None else _labels(visit),
-        new_label=new_label,
-        place=_place(visit, queue),
+        **judging(visit, queue, review, card, draft, note, new_label),
         waiting=LEASE_S // 60 if card is None and review.next() is not None else 0,
         verdicts=[
             (
@@ -136,6 +133,29 @@ def _show(
         running=visit.jobs.running() if queue == "suspects" else None,
         excerpt=excerpt,
     )
+
+
+def judging(
+    visit: Visit,
+    queue: str,
+    review: ReviewSession,
+    card: ReviewItem | None,
+    draft: str | None,
+    note: str | None,
+    new_label: str,
+) -> dict[str, Any]:
+    """Return what the buttons and fields of a row show, as for `_show`."""
+    return {
+        "card": card,
+        "mine": None if card is None else review.verdict(card.key),
+        "keys": review.verdict_keys if queue != ONE_ROW else review.verdict_keys[:-1],
+        "draft": review.draft(card) if draft is None and card is not None else draft,
+        "changes": None if draft is None or card is None else word_changes(card.member.example.output, draft),
+        "note": review.note_on("" if card is None else card.key) if note is None else note,
+        "labels": [] if card is None else _labels(visit),
+        "new_label": new_label,
+        "place": _place(visit, queue),
+    }
 
 
 def next_row(visit: Visit, queue: str, review: ReviewSession) -> ReviewItem | None:
@@ -160,17 +180,23 @@ def _left(review: ReviewSession) -> str:
     return f"At least {review.needed:,} more until the verdict"
 
 
-def judge_row(visit: Visit) -> Response:
-    """Record the reviewer's input on the row that the form was made for."""
-    queue, action = _queue(visit), visit.form.get("action", "")
-    back = _place(visit, queue)
-    review = _review(visit, queue)
+def judge_next(visit: Visit) -> Response:
+    """Record the reviewer's input on a row of a queue."""
+    queue = _queue(visit)
+    review = review_of(visit, queue)
     if review is None:
-        return visit.go(back)
-    if action == "again":
+        return visit.go(_place(visit, queue))
+    if visit.form.get("action") == "again":
         visit.cache.reviews.pop(_kept_as(visit, queue))
-        return visit.go(back)
-    card = review.open_item(visit.form.get("key", ""))
+        return visit.go(_place(visit, queue))
+    return judge_row(visit, queue, review, review.open_item(visit.form.get("key", "")), _show)
+
+
+def judge_row(
+    visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, show: Callable[..., Response]
+) -> Response:
+    """Record the reviewer's input on the row that the form was made for; ``show`` is `_show` of the form's page."""
+    action, back = visit.form.get("action", ""), _place(visit, queue)
     output, note = _typed(visit, review)
     if card is None and (action != "undo" or output or note):
         # Another session, a second tab, the terminal, or the same form sent twice.
@@ -182,30 +208,28 @@ def judge_row(visit: Visit) -> Response:
         said = review.note(card, note)
         if review.note_on(card.key) != note.strip():
             visit.session.messages.append(said)
-            return _show(visit, queue, review, card, output, note)
+            return show(visit, queue, review, card, output, note)
     if action == "undo" and output is None:
-        undone = review.undo()
-        shown = next_row(visit, queue, review)
+        undone = review.undo(visit.form.get("key", "") if queue == ONE_ROW else None)
+        shown = undone if queue == ONE_ROW else next_row(visit, queue, review)
         if undone is not None and (shown is None or shown.key != undone.key):
             return visit.go(back, f"Taken back: row {undone.key[:12]}, which is not next in this list.")
         return visit.go(back, "Taken back." if undone is not None else "There is nothing to take back.")
     assert card is not None
     label = visit.form.get("label")
     if label is not None and output is None:
-        if refused := review.edit(card, label):
-            visit.session.messages.append(refused)
-        return visit.go(back)
+        return visit.go(back, review.edit(card, label))
     # An edited row is a wrong one, and its text says more.
     if action in ("edit", "preview") or (action == "wrong" and output is not None and output.strip()):
-        return _edited(visit, queue, review, card)
+        return _edited(visit, queue, review, card, show)
     verdict = None if action in ("undo", "note") or label is not None else verdict_of(review, action)
     if output is not None and action != "wrong":
         unsaved = "No verdict was recorded: you changed the answer. Save the edit (Ctrl Enter) or cancel it (c)."
         visit.session.messages += [each for each in (said, "" if action == "note" else unsaved) if each]
-        return _show(visit, queue, review, card, output)
+        return show(visit, queue, review, card, output)
     if verdict is not None:
         review.judge(card, verdict)
-        said = ""
+        said = f"Recorded: {verdict}." if queue == ONE_ROW else ""
     return visit.go(back, said)
 
 
@@ -229,18 +253,20 @@ def _typed(visit: Visit, review: ReviewSession) -> tuple[str | None, str | None]
     return output, note
 
 
-def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -> Response:
+def _edited(
+    visit: Visit, queue: str, review: ReviewSession, card: ReviewItem, show: Callable[..., Response]
+) -> Response:
     """Show the differences of an edited answer, or save it; a text that cannot be saved stays in the form."""
     stored, output = card.member.example.output, visit.form.get("output", "")
     if visit.form["action"] == "preview":
-        return _show(visit, queue, review, card, draft=output)
+        return show(visit, queue, review, card, draft=output)
     labels = _labels(visit)
     if refused := review.edit_fault(card, output):
         visit.session.messages.append(refused)
-        return _show(visit, queue, review, card, draft=output)
+        return show(visit, queue, review, card, draft=output)
     if labels and output.strip() not in labels and visit.form.get("new_label", "").split() != output.split():
         visit.session.messages.append(f"No row has the answer {excerpt(output)}. To add it, save the edit again.")
-        return _show(visit, queue, review, card, draft=output, new_label=output.strip())
+        return show(visit, queue, review, card, draft=output, new_label=output.strip())
     review.edit(card, output)
     return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
 
@@ -283,7 +309,7 @@ def _stored(visit: Visit, name: str) -> list[Suspect] | None:
 def agreement_page(visit: Visit) -> Response:
     """Show how far reviewers agree, and the rows on which they do not."""
     report = review_report(visit.project.folder.dataset, visit.version)
-    review = _review(visit, "conflicts")
+    review = review_of(visit, "conflicts")
     assert review is not None
     conflicts = [
         (review.members[key], sorted(review.log.current_verdicts(key).items())) for key in report.conflicts[:_ON_A_PAGE]
@@ -351,6 +377,8 @@ def _adapter(visit: Visit, queue: str) -> str:
 
 
 def _place(visit: Visit, queue: str) -> str:
+    if queue == ONE_ROW:
+        return path_of("rows", visit.place["row"])
     adapter = _adapter(visit, queue)
     return _QUEUES[queue].path + (f"?{urlencode({'adapter': adapter})}" if adapter else "")
 
@@ -359,7 +387,7 @@ def _kept_as(visit: Visit, queue: str) -> tuple[str, ...]:
     return (visit.version.digest, visit.session.reviewer, queue, _adapter(visit, queue))
 
 
-def _review(visit: Visit, queue: str) -> ReviewSession | None:
+def review_of(visit: Visit, queue: str) -> ReviewSession | None:
     """Return the reviewer's session on a queue of the current version; None if its suspects were not searched yet."""
     version = visit.version
     kept, place = visit.cache.reviews, _kept_as(visit, queue)
@@ -372,8 +400,11 @@ def _review(visit: Visit, queue: str) -> ReviewSession | None:
     suspects = _stored(visit, place[-1]) if queue == "suspects" else None
     if queue == "suspects" and suspects is None:
         return None
-    queues = {name: name == queue for name in ("suspects", "second", "conflicts")}
-    options = ReviewOptions(adapter=adapter, **queues)
+    # On a row's page the verdicts of others are in sight, as in the review of conflicts, and no sample is drawn.
+    conflicts = queue in ("conflicts", ONE_ROW)
+    options = ReviewOptions(
+        adapter=adapter, suspects=queue == "suspects", second=queue == "second", conflicts=conflicts
+    )
     kept[place] = visit.project.data.review(
         visit.session.reviewer, options=options, known_suspects=suspects, version=version
     )
@@ -382,11 +413,11 @@ def _review(visit: Visit, queue: str) -> ReviewSession | None:
 
 HANDLERS: Handlers = {
     ("GET", "/review"): review_page,
-    ("POST", "/review"): judge_row,
+    ("POST", "/review"): judge_next,
     ("GET", "/review/agreement"): agreement_page,
     ("GET", "/review/edits"): edits_page,
     ("POST", "/review/apply"): apply_edits,
     ("POST", "/review/find-suspects"): find_suspects,
     ("GET", "/review/{queue}"): review_page,
-    ("POST", "/review/{queue}"): judge_row,
+    ("POST", "/review/{queue}"): judge_next,
 }

@@ -10,16 +10,19 @@ from urllib.parse import urlencode
 
 from starlette.responses import Response
 
+from tunewright.annotation import LEASE_S
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.browse import DISPUTED, FLAGS, NO_VERDICT, SORTS, RowQuery, row_history
 from tunewright.data.dedup import cluster_counts
 from tunewright.data.review.label_models import excerpt
-from tunewright.data.review.reviews import VERDICTS
+from tunewright.data.review.reviews import VERDICTS, event_digest
+from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
+from tunewright.data.versions.diff import word_changes
 from tunewright.render.blocks import Cell, Table, table, words
-from tunewright.studio.pages.review import next_row, stored_searches
+from tunewright.studio.pages.review import ONE_ROW, judge_row, judging, review_of, stored_searches
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -97,13 +100,46 @@ def row_link(member: Member, text: str) -> Cell:
 
 
 def row_page(visit: Visit) -> Response:
-    """Show one row: its conversation, tokens with the loss mask, history, and the rows most similar to it."""
+    """Show one row: its conversation, the review of it, tokens with the loss mask, history, and similar rows."""
+    member, review = _row(visit)
+    card = None
+    if not member.mixed:
+        card = visit.leases.next(review, visit.session.form_token, ONE_ROW, member.key)
+    return _show(visit, ONE_ROW, review, card)
+
+
+def judge(visit: Visit) -> Response:
+    """Record the reviewer's input on the row, unless somebody judged it since the page was made."""
+    member, review = _row(visit)
+    fresh = not member.mixed and visit.form.get("seen") == _seen(review, member.key)
+    return judge_row(visit, ONE_ROW, review, review.item(member.key) if fresh else None, _show)
+
+
+def _row(visit: Visit) -> tuple[Member, ReviewSession]:
+    member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
+    review = review_of(visit, ONE_ROW)
+    assert review is not None, "only suspects need a search first"
+    return member, review
+
+
+def _seen(review: ReviewSession, key: str) -> str:
+    """Return which verdicts on a row a page shows."""
+    return " ".join(sorted(event_digest(judged) for judged in review.log.current_verdicts(key).values()))
+
+
+def _show(
+    visit: Visit,
+    queue: str,
+    review: ReviewSession,
+    card: ReviewItem | None,
+    draft: str | None = None,
+    note: str | None = None,
+    new_label: str = "",
+) -> Response:
     from tunewright.chat.inspection import view
 
-    member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
+    member, _ = _row(visit)
     chat = visit.chat
-    history = row_history(visit.project.folder, visit.version, member.key, visit.places)
-    mine = (visit.session.reviewer, visit.version.digest)
     return visit.page(
         "row.html.j2",
         f"Row {visit.rows.numbers.get(member.key, member.key[:12])}",
@@ -112,28 +148,18 @@ def row_page(visit: Visit) -> Response:
         metadata=visit.rows.metadata.get(member.key, {}),
         counts=cluster_counts(visit.version, member),
         tokens=[view(chat, row) for row in chat.rows(member.example.messages)],
-        history=history,
-        mine=any((each.reviewer, each.version) == mine for each in history.reviews),
+        history=row_history(visit.project.folder, visit.version, member.key, visit.places),
+        **judging(visit, queue, review, card, draft, note, new_label),
+        seen=_seen(review, member.key),
+        waiting=LEASE_S // 60,
+        word_changes=word_changes,
         neighbors=[] if member.mixed else visit.neighbors.of(member.key),
         excerpt=excerpt,
     )
 
 
-def take_back(visit: Visit) -> Response:
-    """Withdraw the reviewer's verdict on a row of the current version, and show the review, which offers it again."""
-    member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
-    review = visit.project.data.review(visit.session.reviewer, version=visit.version)
-    undone = review.undo(member.key)
-    if undone is None:
-        return visit.go(path_of("rows", member.key), "There is no verdict of yours on this row to take back.")
-    shown = next_row(visit, "sample", review)
-    if shown is None or shown.member.key != member.key:
-        return visit.go(path_of("rows", member.key), "Taken back. The review offers the row again in its turn.")
-    return visit.go("/review", "Taken back. Judge the row again, or edit its answer.")
-
-
 HANDLERS: Handlers = {
     ("GET", "/rows"): rows_page,
     ("GET", "/rows/{row}"): row_page,
-    ("POST", "/rows/{row}/take-back"): take_back,
+    ("POST", "/rows/{row}"): judge,
 }
