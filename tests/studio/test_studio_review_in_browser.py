@@ -288,3 +288,22 @@ def test_two_reviewers_at_once_lose_nothing(page: Page, address: str, project: P
     page.goto("/review/agreement")
     assert "ada and ben agree on" in page.inner_text("body")
     other.context.close()
+
+
+def test_keys_judge_a_row_on_its_page_and_a_recorded_text_is_no_draft(page: Page, project: Path) -> None:
+    key = library.open(project).data.version().domain[-1].key
+    page.goto(f"/rows/{key}")
+    page.keyboard.press("n")
+    page.fill("#note", "why")
+    page.keyboard.press("Escape")
+    press_to_next(page, "l")
+    assert _reviews(project).current_verdicts(key)["ada"].verdict == "leave-out"
+    page.keyboard.press("e")
+    page.fill("#output", "an answer from its page")
+    press_to_next(page, "Control+Enter")
+    assert _reviews(project).current_verdicts(key)["ada"].output == "an answer from its page"
+    assert page.is_hidden("#typed-before") and page.input_value("#output") == "an answer from its page"
+    assert faults(page) == [] and (not AXE.exists() or axe_faults(page) == [])
+    press_to_next(page, "u")
+    press_to_next(page, "u")
+    assert _reviews(project).current_verdicts(key) == {} and _reviews(project).notes[key] == {"ada": "why"}
