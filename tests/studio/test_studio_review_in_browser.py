@@ -306,4 +306,4 @@ def test_keys_judge_a_row_on_its_page_and_a_recorded_text_is_no_draft(page: Page
     assert faults(page) == [] and (not AXE.exists() or axe_faults(page) == [])
     press_to_next(page, "u")
     press_to_next(page, "u")
-    assert _reviews(project).current_verdicts(key) == {} and _reviews(project).notes[key] == {"ada": "why"}
+    assert "ada" not in _reviews(project).current_verdicts(key) and _reviews(project).notes[key]["ada"] == "why"
