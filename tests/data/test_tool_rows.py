@@ -25,6 +25,7 @@ from tool_rows import (
 )
 
 from tunewright.config import DataConfig
+from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import LogReporter
 from tunewright.data import tools
@@ -312,3 +313,18 @@ def test_fix_file_writes_any_format_as_chat_rows(tmp_path: Path, written: Callab
     assert (row["tools"], {"messages", "tools"} <= row.keys()) == (json.loads(canonical_json(TOOLS)), True)
     assert example_from_object(row, DataConfig()) == OSLO
     assert check_files([tmp_path / "out.jsonl"], DataConfig(), LogReporter()).ok
+
+
+def test_fix_file_writes_a_table_from_a_table_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Only the copy of a CSV file"):
+        fix_file(_write(tmp_path, [as_openai(OSLO)]), tmp_path / "out.csv", DataConfig())
+    assert not (tmp_path / "out.csv").exists()
+    (tmp_path / "in.csv").write_text('id,output,system,instruction\n1,yes," ",a\n2,,be kind,b\n3,"no, no",be kind,c\n')
+    changes = fix_file(tmp_path / "in.csv", tmp_path / "out.csv", DataConfig())
+    assert [(change.line, change.code, change.left_out) for change in changes] == [
+        (2, "E401", False),
+        (3, "E401", True),
+    ]
+    copy = (tmp_path / "out.csv").read_text(encoding="utf-8-sig")
+    assert copy == 'id,output,system,instruction\n1,yes,,a\n3,"no, no",be kind,c\n'
+    assert check_files([tmp_path / "out.csv"], DataConfig(), LogReporter()).ok

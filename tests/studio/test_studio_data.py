@@ -278,6 +278,24 @@ def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> N
     assert (project / "uploads" / "chat.jsonl").read_bytes() == content
 
 
+def test_corrected_copy_of_a_spreadsheet_is_one_with_the_same_columns(project: Path) -> None:
+    rows = "".join(f"{n};{row['completion']};=1+{n};{row['prompt']}\r\n" for n, row in enumerate(pairs(6, seed=8)))
+    content = f'Export 2026;;;\r\nid;reply;sum;question\r\n{rows}7;;no answer;who\r\n8;ä;"a;b";où\r\n'.encode("cp1252")
+    chosen = {"input": "question", "output": "reply"}
+    with restarted(project) as browser:
+        browser.upload("desk.csv", content)
+        path = "/data/check?file=desk.csv&header_row=2&input=question&output=reply"
+        fixed = browser.send("/data/fix", path, header_row="2", **chosen)
+        assert dict(fixed.url.params) == {"file": "desk-corrected.csv", **chosen}
+        assert '<th scope="row">9</th><td>left out: ' in fixed.text and "chat rows" not in fixed.text
+        columns = re.findall('<th scope="col">([^<]*)', fixed.text)
+        assert [name.strip() for name in columns][-4:] == ["id", "reply", "sum", "question"]
+        assert "<dd>7</dd><dt>new rows</dt>" in fixed.text
+    copy = (project / "uploads" / "desk-corrected.csv").read_bytes().decode("utf-8-sig")
+    kept = content.decode("cp1252").replace("\r\n", "\n").partition("\n")[2]
+    assert copy == kept.replace("7;;no answer;who\n", "")
+
+
 def test_file_is_not_added_to_a_dataset_that_changed_since_the_page(project: Path) -> None:
     with restarted(project) as browser:
         browser.upload("faq.csv", _csv(10, seed=3))

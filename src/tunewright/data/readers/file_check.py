@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,7 +159,10 @@ class Change:
 
 
 def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) -> list[Change]:
-    """Write a corrected copy of a file of pairs as chat rows (JSON Lines, UTF-8), and return each change.
+    """Write a corrected copy of a file of pairs, and return each change.
+
+    The copy of a CSV file is a CSV file with the same columns, if the name ``out`` ends in .csv; other copies have chat
+    rows (JSON Lines, UTF-8).
 
     A fault is repaired if there is only one way to do so (docs/how-to/file-formats.md). Rows with other faults are left
     out and listed. The config's system turn is not written, since it is put before pairs when they are added.
@@ -171,21 +175,34 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     notes: list[str] = []
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
+    table = out.suffix.lower() == ".csv"
+    if table and not source.delimiter:
+        what = f"Only the copy of a CSV file can be a CSV file (got {source.kind})"
+        raise UserError(what, where=str(out), fix="End the name of the copy in .jsonl.")
     plain = data.model_copy(update={"system_prompt": None})
-    with new_file(out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as copy:
+    # Spreadsheets recognise UTF-8 by the byte-order mark.
+    with (
+        new_file(out) as temporary,
+        temporary.open("w", encoding="utf-8-sig" if table else "utf-8", newline="") as copy,
+    ):
         written = 0
-        for row in _fix_rows(source, plain, changes):
-            copy.write(json.dumps(row, ensure_ascii=False) + "\n")
+        lines = csv.writer(copy, delimiter=source.delimiter or ",", lineterminator="\n")
+        for row in _fix_rows(source, plain, changes, table):
+            if table:
+                lines.writerows([row.values()] if written else [row, row.values()])
+            else:
+                copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
             raise UserError("Every row has a fault that cannot be repaired", where=str(path), fix="Correct the file.")
     whole = [note.removeprefix(f"{path}: ") for note in notes]
-    if source.encoding and source.encoding.mark:
+    if source.encoding and source.encoding.mark and not table:
         whole.insert(0, f"{source.encoding.name} with a byte-order mark written as plain UTF-8")
     return [Change(str(path), 1, None, what) for what in whole] + changes
 
 
-def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
+def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change], table: bool) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the copy; those of a ``table`` keep their columns."""
     kinds: set[str] = set()
     for line, row, above, parent in source.rows:
         try:
@@ -198,6 +215,12 @@ def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change]) -> It
         except RowError as fault:
             changes.append(Change(source.name, line, fault.code, f"left out: {fault}", left_out=True))
             continue
+        texts = (_as_lines(conversation.turns), _as_lines(turns))
+        changes += [Change(source.name, line, code, what, False, *texts) for code, what in done]
+        if table:
+            # Each turn is a column; the only repair is to leave a blank one out.
+            yield row | {str(turn.path[0]): "" for turn in conversation.turns if done and turn not in turns}
+            continue
         if conversation.kind not in kinds and conversation.kind != "OpenAI chats":
             kinds.add(conversation.kind)
             what = f"{conversation.kind} written as chat rows, from here on"
@@ -205,8 +228,6 @@ def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change]) -> It
         dropped = [key for key in data.drop_columns if key in row]
         if dropped:
             changes.append(Change(source.name, line, None, f"dropped by data.drop_columns: {', '.join(dropped)}"))
-        texts = (_as_lines(conversation.turns), _as_lines(turns))
-        changes += [Change(source.name, line, code, what, False, *texts) for code, what in done]
         lost += [key for key in metadata if key in _CHAT_KEYS]  # these keys have a meaning in chat rows
         if lost:
             changes.append(Change(source.name, line, None, f"keys not in the copy: {', '.join(lost)}"))

@@ -75,6 +75,8 @@ class SourceFile:
     encoding: Encoding | None = None
     table: bool = False
     """True if the rows have columns."""
+    delimiter: str = ""
+    """The delimiter of a CSV file; empty for other formats."""
 
 
 def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | None = None) -> SourceFile:
@@ -128,8 +130,9 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
             head = head.lstrip() + more
         kind, reader = _text_reader(head, path, data, notes)
     table = kind.startswith("CSV")
+    delimiter = (separator_line(head) or delimiter_of(head, data)) if table else ""
     kind += f" in {compression}" if compression else ""
-    return SourceFile(str(path), kind, _text_rows(path, encoding, task, reader), encoding, table=table)
+    return SourceFile(str(path), kind, _text_rows(path, encoding, task, reader), encoding, table, delimiter)
 
 
 def is_workbook(path: Path) -> bool:

@@ -224,7 +224,7 @@ def csv_rows(
         if any(escaped(name) is not None for name in header):
             raise UserError("Not UTF-8", where=f"{path}:{line}", fix="Save the file as UTF-8.")
         used, others = header_columns(header, rows, f"{path}:{line}", data, notes)
-        places = {name: header.index(name) for name in (*used, *others)}
+        places = dict(sorted(((name, header.index(name)) for name in (*used, *others)), key=lambda place: place[1]))
         for start, fields in rows:
             yield RawRow(start, _csv_row(fields, len(header), places, used))
 

@@ -197,17 +197,20 @@ def add_file(visit: Visit) -> Response:
 def fix_file(visit: Visit) -> Response:
     """Write a corrected copy of an uploaded file, and show what adding the copy would do."""
     _, file = _file(visit, visit.form)
-    copy = visit.project.folder.root / UPLOADS / f"{file.name.partition('.')[0]}-corrected.jsonl"
+    ending = ".csv" if file.suffix.lower() == ".csv" else ".jsonl"
+    copy = visit.project.folder.root / UPLOADS / f"{file.name.partition('.')[0]}-corrected{ending}"
+    # The copy has no lines above its header; its columns are the file's.
+    kept = {name: value for name, value in visit.form.items() if ending == ".csv" and name in ("input", "output")}
     changes = visit.project.data.fix_file(file, copy, _mapping(visit.form))
     if not changes:
-        return visit.go(_check_path(copy.name), f"Wrote {copy.name}.")
+        return visit.go(_check_path(copy.name, kept), f"Wrote {copy.name}.")
     rows = [
         (str(each.line), each.what, _short(each.before), "(left out)" if each.left_out else _short(each.after))
         for each in changes[:_CHANGES]
     ]
     shown = ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed:", rows)
     more = f"{len(changes) - _CHANGES:,} more changes are not shown." if len(changes) > _CHANGES else ""
-    return visit.go(_check_path(copy.name), shown, more)
+    return visit.go(_check_path(copy.name, kept), shown, more)
 
 
 def _short(text: str | None) -> str:
