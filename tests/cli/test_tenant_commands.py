@@ -429,6 +429,14 @@ def test_serve_no_auth_answers_all_clients(project: Path) -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200
 
 
+def test_deploy_says_that_a_server_without_tenants_does_not_answer_aliases(project: Path) -> None:
+    first, _ = _adapters(project)
+    with open_project(project).serve(options=ServeOptions(port=0)).running():
+        ran = _run(project, "deploy", "courts", first.name, *FORCE, "--untested", "a test")
+    assert "No running server answers aliases." in ran.stdout and "that runs without tenants" in ran.stdout
+    assert "No server is running" not in ran.stdout
+
+
 def test_serve_with_tenants_refuses_adapter_names_and_no_auth(project: Path) -> None:
     _run(project, "tenant", "add", "acme")
     name = find_adapter(project / "adapters").name
