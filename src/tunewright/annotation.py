@@ -291,13 +291,22 @@ class Leases:
     def next(
         self, session: AnnotationSession[Any, ItemT, Any], screen: str, queue: str, key: str | None = None
     ) -> ItemT | None:
-        """Return the session's next item, or the one with this key, leased to this screen; None: on other screens."""
+        """Return the session's next item, or the one with this key, leased to this screen.
+
+        None: other screens have the item with this key, or every item that is left.
+        """
         busy = UserError("Another process has been choosing a row for 10 s", where=str(self._folder), fix="Try again.")
         with locked_folder(self._folder, busy, FILE_S), writing(self._folder):
             time = monotonic()
-            held = [(key, end) for (other, _), (key, end) in self._held.items() if other != screen]
-            leased = [each for each, end in [*held, *self._of_others()] if 0 < end - time <= LEASE_S]
-            item = session.next(leased) if key is None else None if key in leased else session.item(key)
+            held = [lease for (other, _), lease in self._held.items() if other != screen]
+            leased = [taken for taken, end in [*held, *self._of_others()] if 0 < end - time <= LEASE_S]
+            item: ItemT | None
+            if key is None:
+                item = session.next(leased)
+            elif key in leased:
+                item = None
+            else:
+                item = session.item(key)
             if item is None:
                 self._held.pop((screen, queue), None)
             else:

@@ -224,7 +224,8 @@ def csv_rows(
         if any(escaped(name) is not None for name in header):
             raise UserError("Not UTF-8", where=f"{path}:{line}", fix="Save the file as UTF-8.")
         used, others = header_columns(header, rows, f"{path}:{line}", data, notes)
-        places = dict(sorted(((name, header.index(name)) for name in (*used, *others)), key=lambda place: place[1]))
+        # In the file's order, which its corrected copy keeps.
+        places = {name: header.index(name) for name in sorted((*used, *others), key=header.index)}
         for start, fields in rows:
             yield RawRow(start, _csv_row(fields, len(header), places, used))
 

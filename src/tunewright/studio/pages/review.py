@@ -83,22 +83,25 @@ def review_page(visit: Visit) -> Response:
             chosen=_adapter(visit, queue) or ("base" if len(judges) == 2 else ""),
             running=visit.jobs.running(),
         )
-    return _show(visit, queue, review, next_row(visit, queue, review))
+    return _show(visit, queue, review, next_row(visit, queue, review), Typed())
 
 
-def _show(
-    visit: Visit,
-    queue: str,
-    review: ReviewSession,
-    card: ReviewItem | None,
-    draft: str | None = None,
-    note: str | None = None,
-    new_label: str = "",
-) -> Response:
-    """Return the page of a row; ``draft`` is an edited answer, and ``note`` a note, that is not saved yet.
+@dataclass(frozen=True)
+class Typed:
+    """The texts that a reviewer typed on a row and has not saved; None where no text was typed."""
 
-    ``new_label`` is an edited answer that no row has, and that is saved if it is sent again.
-    """
+    draft: str | None = None
+    """An edited answer."""
+    note: str | None = None
+    new_label: str = ""
+    """An edited answer that no row has, and that is saved if it is sent again."""
+
+
+Show = Callable[[Visit, str, ReviewSession, ReviewItem | None, Typed], Response]
+"""Returns the page of a row in a queue."""
+
+
+def _show(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, typed: Typed) -> Response:
     key = "" if card is None else card.key
     stored = "" if card is None else card.member.example.output
     answer = None if card is None else visit.answers.of(key, visit.session.reviewer)
@@ -114,7 +117,7 @@ def _show(
         left=_left(review),
         last=last,
         last_note=last and review.note_on(last.key),
-        **judging(visit, queue, review, card, draft, note, new_label),
+        **judging(visit, queue, review, card, typed),
         waiting=LEASE_S // 60 if card is None and review.next() is not None else 0,
         verdicts=[
             (
@@ -135,25 +138,18 @@ def _show(
     )
 
 
-def judging(
-    visit: Visit,
-    queue: str,
-    review: ReviewSession,
-    card: ReviewItem | None,
-    draft: str | None,
-    note: str | None,
-    new_label: str,
-) -> dict[str, Any]:
-    """Return what the buttons and fields of a row show, as for `_show`."""
+def judging(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, typed: Typed) -> dict[str, Any]:
+    """Return what the buttons and fields of a row show."""
+    draft = typed.draft
     return {
         "card": card,
         "mine": None if card is None else review.verdict(card.key),
-        "keys": review.verdict_keys if queue != ONE_ROW else review.verdict_keys[:-1],
+        "keys": [each for each in review.verdict_keys if queue != ONE_ROW or each[1] != "skip"],
         "draft": review.draft(card) if draft is None and card is not None else draft,
         "changes": None if draft is None or card is None else word_changes(card.member.example.output, draft),
-        "note": review.note_on("" if card is None else card.key) if note is None else note,
+        "note": review.note_on("" if card is None else card.key) if typed.note is None else typed.note,
         "labels": [] if card is None else _labels(visit),
-        "new_label": new_label,
+        "new_label": typed.new_label,
         "place": _place(visit, queue),
     }
 
@@ -192,10 +188,8 @@ def judge_next(visit: Visit) -> Response:
     return judge_row(visit, queue, review, review.open_item(visit.form.get("key", "")), _show)
 
 
-def judge_row(
-    visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, show: Callable[..., Response]
-) -> Response:
-    """Record the reviewer's input on the row that the form was made for; ``show`` is `_show` of the form's page."""
+def judge_row(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, show: Show) -> Response:
+    """Record the reviewer's input on the row that the form was made for; ``show`` returns the form's page."""
     action, back = visit.form.get("action", ""), _place(visit, queue)
     output, note = _typed(visit, review)
     if card is None and (action != "undo" or output or note):
@@ -208,7 +202,7 @@ def judge_row(
         said = review.note(card, note)
         if review.note_on(card.key) != note.strip():
             visit.session.messages.append(said)
-            return show(visit, queue, review, card, output, note)
+            return show(visit, queue, review, card, Typed(output, note))
     if action == "undo" and output is None:
         undone = review.undo(visit.form.get("key", "") if queue == ONE_ROW else None)
         shown = undone if queue == ONE_ROW else next_row(visit, queue, review)
@@ -226,7 +220,7 @@ def judge_row(
     if output is not None and action != "wrong":
         unsaved = "No verdict was recorded: you changed the answer. Save the edit (Ctrl Enter) or cancel it (c)."
         visit.session.messages += [each for each in (said, "" if action == "note" else unsaved) if each]
-        return show(visit, queue, review, card, output)
+        return show(visit, queue, review, card, Typed(output))
     if verdict is not None:
         review.judge(card, verdict)
         said = f"Recorded: {verdict}." if queue == ONE_ROW else ""
@@ -253,20 +247,18 @@ def _typed(visit: Visit, review: ReviewSession) -> tuple[str | None, str | None]
     return output, note
 
 
-def _edited(
-    visit: Visit, queue: str, review: ReviewSession, card: ReviewItem, show: Callable[..., Response]
-) -> Response:
+def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem, show: Show) -> Response:
     """Show the differences of an edited answer, or save it; a text that cannot be saved stays in the form."""
     stored, output = card.member.example.output, visit.form.get("output", "")
     if visit.form["action"] == "preview":
-        return show(visit, queue, review, card, draft=output)
+        return show(visit, queue, review, card, Typed(output))
     labels = _labels(visit)
     if refused := review.edit_fault(card, output):
         visit.session.messages.append(refused)
-        return show(visit, queue, review, card, draft=output)
+        return show(visit, queue, review, card, Typed(output))
     if labels and output.strip() not in labels and visit.form.get("new_label", "").split() != output.split():
         visit.session.messages.append(f"No row has the answer {excerpt(output)}. To add it, save the edit again.")
-        return show(visit, queue, review, card, draft=output, new_label=output.strip())
+        return show(visit, queue, review, card, Typed(output, new_label=output.strip()))
     review.edit(card, output)
     return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
 

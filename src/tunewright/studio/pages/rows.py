@@ -22,7 +22,7 @@ from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
 from tunewright.data.versions.diff import word_changes
 from tunewright.render.blocks import Cell, Table, table, words
-from tunewright.studio.pages.review import ONE_ROW, judge_row, judging, review_of, stored_searches
+from tunewright.studio.pages.review import ONE_ROW, Typed, judge_row, judging, review_of, stored_searches
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def row_page(visit: Visit) -> Response:
     card = None
     if not member.mixed:
         card = visit.leases.next(review, visit.session.form_token, ONE_ROW, member.key)
-    return _show(visit, ONE_ROW, review, card)
+    return _show(visit, ONE_ROW, review, card, Typed())
 
 
 def judge(visit: Visit) -> Response:
@@ -127,15 +127,7 @@ def _seen(review: ReviewSession, key: str) -> str:
     return " ".join(sorted(event_digest(judged) for judged in review.log.current_verdicts(key).values()))
 
 
-def _show(
-    visit: Visit,
-    queue: str,
-    review: ReviewSession,
-    card: ReviewItem | None,
-    draft: str | None = None,
-    note: str | None = None,
-    new_label: str = "",
-) -> Response:
+def _show(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, typed: Typed) -> Response:
     from tunewright.chat.inspection import view
 
     member, _ = _row(visit)
@@ -149,7 +141,7 @@ def _show(
         counts=cluster_counts(visit.version, member),
         tokens=[view(chat, row) for row in chat.rows(member.example.messages)],
         history=row_history(visit.project.folder, visit.version, member.key, visit.places),
-        **judging(visit, queue, review, card, draft, note, new_label),
+        **judging(visit, queue, review, card, typed),
         seen=_seen(review, member.key),
         waiting=LEASE_S // 60,
         word_changes=word_changes,
