@@ -371,7 +371,7 @@ def test_tenant_feedback_counts_by_alias_and_adapter_and_guards_cells(project: P
     assert _run(project, "tenant", "feedback", "nobody").code == 2
     assert _run(project, "tenant", "feedback", "--csv", "--json").code == 2
     pruned = _run(project, "tenant", "prune-usage", "--before", time.strftime("%Y-%m-%d", time.gmtime()))
-    assert "Rolled up 3 requests of 1 days. Deleted with them: feedback on 3 answers." in pruned.stdout
+    assert "Rolled up 3 requests of 1 day. Deleted with them: feedback on 3 answers." in pruned.stdout
     assert document(project, "tenant", "feedback")["lines"] == []
 
 
@@ -433,7 +433,7 @@ def test_deploy_says_that_a_server_without_tenants_does_not_answer_aliases(proje
     first, _ = _adapters(project)
     with open_project(project).serve(options=ServeOptions(port=0)).running():
         ran = _run(project, "deploy", "courts", first.name, *FORCE, "--untested", "a test")
-    assert "No running server answers aliases." in ran.stdout and "that runs without tenants" in ran.stdout
+    assert "No running server answers aliases." in ran.stdout and "needs a restart" in ran.stdout
     assert "No server is running" not in ran.stdout
 
 

@@ -139,12 +139,6 @@ def promote(run: Session, alias: Alias, options: ReleaseTestOptions = ReleaseTes
     return _show(run, alias, run.project.promote(alias, options))
 
 
-_NONE_FOLLOWS = (
-    "No running server answers aliases. Once there is a tenant, start `tunewright serve`, or start a server again "
-    "that runs without tenants."
-)
-
-
 def _show(run: Session, alias: str, result: DeployResult) -> int | None:
     """Show a release, or the isolation test or the serving check that it did not pass."""
     from tunewright.gate.results import isolation_blocks, serving_blocks
@@ -161,7 +155,14 @@ def _show(run: Session, alias: str, result: DeployResult) -> int | None:
         return result.exit_code
     running = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
     # A server that was started without tenants does not share this state, so it is not counted.
-    text = running if result.servers else _NONE_FOLLOWS
+    text = (
+        running
+        if result.servers
+        else (
+            "No running server answers aliases. Add a tenant, then start `tunewright serve`. A server that was started "
+            "before the first tenant needs a restart."
+        )
+    )
     run.show(result.as_dict(), *checked, *releases_blocks([result.release]), text)
     return None
 

@@ -10,6 +10,7 @@ from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import FAILED, Session
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
 from tunewright.serving.options import LimitOptions
 
 if TYPE_CHECKING:
@@ -174,11 +175,17 @@ def tenant_prune_usage(
     day = parse_time(before, "--before")
     with run.project.state() as state:
         pruned = state.usage_rollup.roll_up(day)
-    text = f"Rolled up {pruned.requests:,} requests of {pruned.days:,} days."
-    if pruned.shadow_answers:
-        text += f" Deleted with them: {pruned.shadow_answers:,} answers of shadow candidates."
-    if pruned.feedback:
-        text += f" Deleted with them: feedback on {pruned.feedback:,} answers."
+    text = f"Rolled up {count_of(pruned.requests, 'request')} of {count_of(pruned.days, 'day')}."
+    deleted = [
+        text
+        for count, text in (
+            (pruned.shadow_answers, f"{count_of(pruned.shadow_answers, 'answer')} of shadow candidates"),
+            (pruned.feedback, f"feedback on {count_of(pruned.feedback, 'answer')}"),
+        )
+        if count
+    ]
+    if deleted:
+        text += f" Deleted with them: {' and '.join(deleted)}."
     run.show(pruned, text)
 
 

@@ -185,8 +185,8 @@ class Gateway:
         principal = await self._authenticate(http)
         if not isinstance(principal, TenantPrincipal):
             message = (
-                "Feedback needs a server with tenants, which stores requests. Create one with `tunewright tenant add`, "
-                "and start the server again."
+                "Feedback needs a server with tenants, which stores requests. Add a tenant with "
+                "`tunewright tenant add` and restart the server."
             )
             raise ApiError(message, status=404, code="feedback_not_supported")
         async with principal.counting():

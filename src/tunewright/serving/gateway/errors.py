@@ -48,7 +48,7 @@ def as_api_error(error: AnyError) -> ApiError:
         return error
     later = {"Retry-After": "5"}
     if isinstance(error, StateUnavailableError):
-        message = "Authentication is temporarily unavailable."
+        message = "The serving state is temporarily unavailable."
         return ApiError(message, status=503, code="state_unavailable", headers=later)
     if isinstance(error, EngineStoppedError):
         return ApiError(str(error), status=503, code="engine_stopped", headers=later)
