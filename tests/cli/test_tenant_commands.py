@@ -433,7 +433,7 @@ def test_deploy_says_that_a_server_without_tenants_does_not_answer_aliases(proje
     first, _ = _adapters(project)
     with open_project(project).serve(options=ServeOptions(port=0)).running():
         ran = _run(project, "deploy", "courts", first.name, *FORCE, "--untested", "a test")
-    assert "No running server answers aliases." in ran.stdout and "needs a restart" in ran.stdout
+    assert "No running server answers aliases: start `tunewright serve`, or restart it" in ran.stdout
     assert "No server is running" not in ran.stdout
 
 

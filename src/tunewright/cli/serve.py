@@ -153,16 +153,10 @@ def _show(run: Session, alias: str, result: DeployResult) -> int | None:
         table = isolation_blocks(result.isolation, len(result.isolation.adapters))
         run.show(result.as_dict(), *table, f"{alias} is unchanged.")
         return result.exit_code
-    running = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
     # A server that was started without tenants does not share this state, so it is not counted.
-    text = (
-        running
-        if result.servers
-        else (
-            "No running server answers aliases. Add a tenant, then start `tunewright serve`. A server that was started "
-            "before the first tenant needs a restart."
-        )
-    )
+    text = "No running server answers aliases: start `tunewright serve`, or restart it, once there is a tenant."
+    if result.servers:
+        text = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
     run.show(result.as_dict(), *checked, *releases_blocks([result.release]), text)
     return None
 
