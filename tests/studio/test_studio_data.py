@@ -285,6 +285,10 @@ def test_corrected_copy_of_a_spreadsheet_is_one_with_the_same_columns(project: P
     with restarted(project) as browser:
         browser.upload("desk.csv", content)
         path = "/data/check?file=desk.csv&header_row=2&input=question&output=reply"
+        # The fault shows its row, with the columns of the file.
+        faulty = re.search('<th scope="row">9</th><td[^>]*>(.*?)</td>', browser.get(path), re.DOTALL)
+        assert faulty is not None
+        assert re.sub("<[^>]*>", "", faulty[1]).split("id ")[1] == "7reply (empty)sum no answerquestion who"
         fixed = browser.send("/data/fix", path, header_row="2", **chosen)
         assert dict(fixed.url.params) == {"file": "desk-corrected.csv", **chosen}
         assert '<th scope="row">9</th><td>left out: ' in fixed.text and "chat rows" not in fixed.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -82,6 +84,36 @@ def test_next_page_keeps_the_filters(browser: Browser) -> None:
     assert '<option value="train" selected>' in second
 
 
+def test_filtered_rows_are_sent_whole_for_a_spreadsheet_or_as_conversations(
+    browser: Browser, project: Path, tmp_path: Path
+) -> None:
+    page = browser.get("/rows?split=train&sort=answer")
+    assert "page 1 of 1" not in page
+    sheet, lines = (unescape(address) for address in re.findall('href="(/rows[.][^"]*)" download', page))
+    data = library.open(project).data
+    wanted = {m.key: m for m in data.version().members if m.split == "train"}
+    answer = browser.client.get(sheet)
+    name = f"rows-{data.version().digest[:12]}.csv"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{name}"'
+    rows = list(csv.DictReader(io.StringIO(answer.content.decode("utf-8-sig"))))
+    assert {row["key"]: (row["question"], row["answer"]) for row in rows} == {
+        key: (member.example.input_text, member.example.output) for key, member in wanted.items()
+    }
+    assert [row["answer"].casefold() for row in rows] == sorted(row["answer"].casefold() for row in rows)
+    assert {int(row["number"]) for row in rows} == {data.numbers()[key] for key in wanted}
+    assert {row["flags"] for row in rows if row["answer"] == "an edited answer"} <= {"edited"}
+    sent = [json.loads(line) for line in browser.client.get(lines).text.splitlines()]
+    assert sent == [wanted[row["key"]].example.as_row() for row in rows]
+    # The file names its rows in a terminal.
+    (tmp_path / name).write_bytes(browser.client.get("/rows.csv?flag=edited&split=train").content)
+    listed = tunewright("data", "remove", "-p", project, "--keys", tmp_path / name, "--dry-run", "--json")
+    assert [row["key"] for row in listed.document["rows"]] == [
+        k for k in wanted if wanted[k].example.output == "an edited answer"
+    ]
+    refused = browser.client.get("/rows.xlsx?split=train")
+    assert refused.status_code == 400 and "Choose from csv, jsonl." in refused.text
+
+
 def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_it(
     browser: Browser, project: Path
 ) -> None:
@@ -95,7 +127,13 @@ def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_i
             json.dumps(lineage | {"dataset": {"digest": digest}}), encoding="utf-8"
         )
     items = make_items(12)
-    save(project / "evaluations" / EVALUATION, [items[0].model_copy(update={"key": row.key}), *items[1:]])
+    numbers = data.numbers()
+    (before,) = (key for key, number in numbers.items() if number == numbers[row.key] and key != row.key)
+    keys = (row.key, before, *(item.key for item in items[2:]))
+    save(
+        project / "evaluations" / EVALUATION,
+        [item.model_copy(update={"key": key}) for item, key in zip(items, keys, strict=True)],
+    )
     page = browser.get(f"/rows/{row.key}")
     history = unescape(page.partition('id="history"')[2].partition('id="nearest"')[0])
     for version in versions:
@@ -106,6 +144,12 @@ def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_i
     assert "Replaces, with the same question" in history
     other = browser.get(f"/rows/{next(m.key for m in data.version().members if m.example.output == 'a model')}")
     assert "generated.jsonl:1" in other and "No evaluation has measured on the row." in other
+    # An item leads to the row whose reference it has, to correct it there.
+    now, edited, gone = (browser.get(f"/evidence/{EVALUATION}/{number}") for number in (1, 2, 3))
+    for page in (now, edited):
+        assert f'Is the reference wrong? <a href="/rows/{row.key}#judge">' in page
+    assert "edited since" in edited and "edited since" not in now
+    assert "no longer in the dataset" in gone and "/rows/" not in gone.partition("<main")[2]
 
 
 def test_row_shows_the_thinking_before_its_answer(browser: Browser, project: Path) -> None:

@@ -32,15 +32,21 @@ def one_line_end(text: str) -> str:
 
 
 def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a new CSV file atomically, each cell by :func:`safe_cell`."""
+    """Write a new CSV file of :func:`sheet` atomically."""
     if path.exists():
         raise UserError("The file already exists", where=str(path), fix="Choose another name.")
+    write_text(path, sheet(columns, rows))
+
+
+def sheet(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return the text of a CSV file, each cell by :func:`safe_cell`."""
     text = io.StringIO()
+    # Spreadsheets recognise UTF-8 by the byte-order mark.
+    text.write("\ufeff")
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     table.writerow(columns)
     table.writerows([safe_cell(cell) for cell in row] for row in rows)
-    # Spreadsheets recognise UTF-8 by the byte-order mark.
-    write_text(path, "\ufeff" + text.getvalue())
+    return text.getvalue()
 
 
 def read_sheet(path: Path, needed: Sequence[str], made_by: str) -> list[tuple[int, dict[str, str]]]:

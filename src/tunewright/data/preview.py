@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.config import DataConfig
 from tunewright.config.project import OpenFolder
 from tunewright.core.errors import UserError
 from tunewright.data import notices
@@ -19,7 +20,8 @@ from tunewright.data.notices import Conflict
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.readers import SourceRow, file_check, source_size
 from tunewright.data.readers.file_check import Change, FileCheck
-from tunewright.data.readers.sources import first_rows, is_workbook
+from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.sources import first_rows, is_workbook, open_source
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS, Split
 
@@ -178,6 +180,18 @@ def preview_file(project: OpenFolder, file: str | Path, mapping: ColumnMapping =
     given = {key: value for key, value in mapping.given.items() if key in ("rows", "sheet", "header_row")}
     rows = first_rows(Path(file), settings_of(Path(file), project.folder).model_copy(update=given))[:3]
     return FilePreview(tuple(dict.fromkeys(key for row in rows for key in row)), tuple(rows))
+
+
+def rows_at(file: Path, data: DataConfig, lines: Collection[int]) -> dict[int, dict[str, Any]]:
+    """Return a file's unchecked rows at these lines or rows, as far as they can be parsed."""
+    found: dict[int, dict[str, Any]] = {}
+    last = max(lines, default=0)
+    for raw in open_source(file, data, []).rows:
+        if raw.line > last:
+            break
+        if raw.line in lines and not isinstance(raw.row, RowError):
+            found[raw.line] = raw.row
+    return found
 
 
 def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
     from tunewright.data.preview import Effect, FilePreview
+    from tunewright.data.readers import Fault
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's folder."""
@@ -137,8 +138,22 @@ def check_page(visit: Visit) -> Response:
         by_form=_by_form(visit),
         power=_power(visit, checked.effect) if checked and checked.effect else "",
         most=_FAULTS,
+        faulty_rows=_faulty_rows(visit, file, checked.files.faults[:_FAULTS]) if checked else {},
         cell=_cell,
     )
+
+
+def _faulty_rows(visit: Visit, file: Path, faults: Sequence[Fault]) -> dict[int, list[tuple[str, str]]]:
+    """Return the columns of faulty rows with the beginnings of their values, as far as the rows can be parsed."""
+    from tunewright.data.add import map_columns
+    from tunewright.data.given_split import settings_of
+    from tunewright.data.preview import rows_at
+
+    if not faults:
+        return {}
+    data = map_columns(settings_of(file, visit.project.folder), _mapping(visit.query), [file])
+    rows = rows_at(file, data, {fault.line for fault in faults})
+    return {line: [(name, _cell(value)) for name, value in row.items()] for line, row in rows.items()}
 
 
 def _power(visit: Visit, effect: Effect) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -17,7 +18,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.numbers import read_numbers
 from tunewright.core.text import count_of
 from tunewright.data.review.label_models import excerpt
-from tunewright.data.versions import current_manifest
+from tunewright.data.trace import find_row
+from tunewright.data.versions import Member, current_manifest
 from tunewright.evidence.blocks import evaluation_sections
 from tunewright.evidence.files import CHANGES, DEV_PREFIX, EVIDENCE_FILE, ItemFilter, chosen_items, load_evidence
 from tunewright.evidence.schema import Evidence, Item
@@ -261,6 +263,7 @@ def item_page(visit: Visit) -> Response:
         id=visit.place["evaluation"],
         evidence=evidence,
         item=item,
+        row=_row_of(visit, item),
         number=number,
         choice=choice,
         before=max((each for each in numbers if each < number), default=None),
@@ -268,6 +271,14 @@ def item_page(visit: Visit) -> Response:
         answers=[(shown_answer(item, arm, evidence.metric), _scores(item, arm)) for arm in item.answers],
         versions={f"incumbent-{each.name}": ", ".join(each.versions) for each in compared},
     )
+
+
+def _row_of(visit: Visit, item: Item) -> Member | None:
+    """Return the current version's row that the item measured on, also if it was edited since; None if it is gone."""
+    with suppress(UserError):  # no row has the number, or there is no version
+        number = visit.rows.numbers.get(item.key)
+        return None if number is None else find_row(visit.project.folder.dataset, visit.version, str(number))
+    return None
 
 
 def _item(visit: Visit, items: list[Item]) -> tuple[int, Item]:

@@ -11,11 +11,13 @@ from urllib.parse import urlencode
 from starlette.responses import Response
 
 from tunewright.annotation import LEASE_S
+from tunewright.core.csv import sheet
 from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json
 from tunewright.core.text import count_of
-from tunewright.data.browse import DISPUTED, FLAGS, NO_VERDICT, SORTS, RowQuery, row_history
+from tunewright.data.browse import DISPUTED, FLAGS, NO_VERDICT, SORTS, RowQuery, row_history, verdicts_on
 from tunewright.data.dedup import cluster_counts
-from tunewright.data.review.label_models import excerpt
+from tunewright.data.review.label_models import Suspect, excerpt
 from tunewright.data.review.reviews import VERDICTS, event_digest
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.splits import SPLITS
@@ -42,22 +44,19 @@ _KEYS = {
 """Parameters of the address, and the fields of `RowQuery` that they set."""
 _NAMES = {"q": "Search", "source": "File"}
 """Names of filters on the page, where they are not the parameter's."""
+_COLUMNS = ("key", "number", "split", "question", "answer", "verdicts", "flags")
+"""Columns of the CSV file; `tunewright data remove --keys` reads the first."""
+_FILES = {"csv": "text/csv", "jsonl": "application/jsonl"}
+"""Media types of the files of rows, by their endings."""
 _CHOICES = {"split": SPLITS, "flag": FLAGS, "verdict": (*VERDICTS, DISPUTED, NO_VERDICT), "sort": SORTS}
 
 
 def rows_page(visit: Visit) -> Response:
     """Show the rows of the current version that match a search and filters."""
-    given = {name: visit.query.get(name, "").strip() for name in _KEYS}
-    for name, known in _CHOICES.items():
-        if given[name] and given[name] not in known:
-            raise UserError(f"Unknown {name} {given[name]!r}", fix=f"Choose from {', '.join(known)}.")
-    query = RowQuery(**{_KEYS[name]: value for name, value in given.items()})
+    given = _given(visit)
+    query = _query(given)
     searches = stored_searches(visit) if query.flag == "suspect" else {}
-    suspects: dict[str, str] = {}
-    # The most suspicious of each search first.
-    for each in chain.from_iterable(zip_longest(*searches.values())):
-        if each is not None:
-            suspects.setdefault(each.key, each.detail)
+    suspects = _reasons(searches)
     rows = visit.rows.find(query, visit.reviews, suspects)
     shown, numbers = visit.shown(rows, _ON_A_PAGE)
     filters = {name: value for name, value in given.items() if value}
@@ -73,7 +72,7 @@ def rows_page(visit: Visit) -> Response:
         rows=_rows_table(visit, shown, suspects),
         **numbers,
         given=given,
-        # The next and the previous page have the same filters.
+        # The next and the previous page, and the files, have the same filters.
         address=urlencode(filters),
         choices=_CHOICES,
         answers=visit.rows.answers,
@@ -83,14 +82,63 @@ def rows_page(visit: Visit) -> Response:
     )
 
 
+def rows_file(visit: Visit) -> Response:
+    """Send all rows that match a search and filters: a CSV file for a spreadsheet, or JSON lines of chat rows."""
+    query, ending = _query(_given(visit)), visit.place["ending"]
+    if ending not in _FILES:
+        raise UserError(f"Rows cannot be downloaded as {ending!r}", fix=f"Choose from {', '.join(_FILES)}.")
+    suspects = _reasons(stored_searches(visit)) if query.flag == "suspect" else {}
+    found = visit.rows.find(query, visit.reviews, suspects)
+    if ending == "csv":
+        text = sheet(_COLUMNS, (_cells(visit, member, suspects) for member in found))
+    else:
+        text = "".join(f"{canonical_json(member.example.as_row())}\n" for member in found)
+    name = f"rows-{visit.version.digest[:12]}.{ending}"
+    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    return Response(text, media_type=_FILES[ending], headers=headers)
+
+
+def _given(visit: Visit) -> dict[str, str]:
+    """Return the parameters of the address that choose rows; an absent one is empty."""
+    given = {name: visit.query.get(name, "").strip() for name in _KEYS}
+    for name, known in _CHOICES.items():
+        if given[name] and given[name] not in known:
+            raise UserError(f"Unknown {name} {given[name]!r}", fix=f"Choose from {', '.join(known)}.")
+    return given
+
+
+def _query(given: Mapping[str, str]) -> RowQuery:
+    return RowQuery(**{_KEYS[name]: value for name, value in given.items()})
+
+
+def _reasons(searches: Mapping[str, Sequence[Suspect]]) -> dict[str, str]:
+    """Return each suspect's reason by its key, the most suspicious of each search first."""
+    reasons: dict[str, str] = {}
+    for each in chain.from_iterable(zip_longest(*searches.values())):
+        if each is not None:
+            reasons.setdefault(each.key, each.detail)
+    return reasons
+
+
+def _flags(visit: Visit, member: Member, suspects: Mapping[str, str]) -> str:
+    reason = suspects.get(member.key)
+    return ", ".join([*visit.rows.flags_of(member, visit.reviews), *([f"suspect: {reason}"] if reason else [])])
+
+
+def _cells(visit: Visit, member: Member, suspects: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a row of the CSV file: see `_COLUMNS`."""
+    example, number = member.example, visit.rows.numbers[member.key]
+    verdicts = ", ".join(sorted(verdicts_on(visit.reviews, member.key) - {NO_VERDICT}))
+    texts = (example.input_text, example.output)
+    return (member.key, str(number), member.split, *texts, verdicts, _flags(visit, member, suspects))
+
+
 def _rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, str]) -> Table:
     rows = []
     for member in members:
-        reason = suspects.get(member.key)
-        flags = [*visit.rows.flags_of(member, visit.reviews), *([f"suspect: {reason}"] if reason else [])]
         texts = map(excerpt, (member.example.input_text, member.example.output))
         name = Cell(f"Row {visit.rows.numbers[member.key]}", note=member.key[:12], link=path_of("rows", member.key))
-        rows.append((name, member.split, *texts, ", ".join(flags)))
+        rows.append((name, member.split, *texts, _flags(visit, member, suspects)))
     return table("Rows", words("Row", "Split", "Question", "Answer", "Flags"), rows)
 
 
@@ -152,6 +200,7 @@ def _show(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | No
 
 HANDLERS: Handlers = {
     ("GET", "/rows"): rows_page,
+    ("GET", "/rows.{ending}"): rows_file,
     ("GET", "/rows/{row}"): row_page,
     ("POST", "/rows/{row}"): judge,
 }
