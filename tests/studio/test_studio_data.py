@@ -274,7 +274,8 @@ def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> N
         assert "Wrote chat-corrected.jsonl." in fixed.text and '<th scope="row">4</th><td>left out: ' in fixed.text
         assert "Question: q a Answer: a" in fixed.text and "&#39;role&#39;" not in fixed.text
         again = browser.send("/data/fix", "/data/check?file=chat.jsonl")
-        assert again.status_code == 400 and "exists already" in again.text
+        # The refusal stands on the file's page.
+        assert again.status_code == 400 and "exists already" in again.text and 'id="faults"' in again.text
     assert (project / "uploads" / "chat.jsonl").read_bytes() == content
 
 

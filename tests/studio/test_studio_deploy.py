@@ -248,17 +248,29 @@ def test_tenant_forms_do_what_the_command_line_does(browser: Visitor, project: P
     assert "acme may call recipes, laws and no longer calls courts" in changed
     second_tab = browser.client.post("/tenants/acme/aliases", data=before | {"alias courts": "on"})
     assert second_tab.status_code == 400 and "changed meanwhile" in second_tab.text
-    assert browser.fill("/tenants/acme", "/tenants/acme/aliases", aliases="no/name").status_code == 400
+    # A refusal stands in the form, with what was typed, and says what holds now.
+    assert "changed meanwhile, to laws, recipes." in second_tab.text and "<h1>Tenant acme</h1>" in second_tab.text
+    refused = browser.fill("/tenants/acme", "/tenants/acme/aliases", aliases="no/name", **{"alias laws": "on"})
+    assert refused.status_code == 400 and 'name="aliases" autocomplete="off" value="no/name"' in refused.text
+    assert re.findall('name="alias ([^"]*)" checked', refused.text) == ["laws"]
     stale = browser.hidden("/tenants/acme", "/tenants/acme/limits")
     browser.sent("/tenants/acme", "/tenants/acme/limits", requests="none", tokens="10000", concurrency="4")
     late = browser.client.post("/tenants/acme/limits", data=stale | {"requests": "1"})
     assert late.status_code == 400 and "changed meanwhile" in late.text
-    assert browser.fill("/tenants/acme", "/tenants/acme/limits", requests="-5").status_code == 400
+    assert "to requests none, tokens 10000, concurrency 4." in late.text
+    refused = browser.fill("/tenants/acme", "/tenants/acme/limits", requests="-5", tokens="70")
+    assert refused.status_code == 400 and 'id="wrong-requests">Invalid limit &#39;-5&#39;</span>' in refused.text
+    assert (
+        'name="requests" value="-5" aria-invalid="true"' in refused.text and 'name="tokens" value="70"' in refused.text
+    )
     (acme,) = tunewright("tenant", "list", "-p", project, "--json").document["tenants"]
     assert (acme["aliases"], acme["limits"]) == (
         ["laws", "recipes"],
         {"requests_per_minute": None, "tokens_per_minute": 10000, "concurrency": 4},
     )
+    refused = browser.fill("/tenants/acme", "/tenants/acme/keys", expires="soon")
+    assert refused.status_code == 400 and "Invalid duration &#39;soon&#39;" in refused.text
+    assert 'name="expires" autocomplete="off" value="soon"' in refused.text
     first = browser.fill("/tenants/acme", "/tenants/acme/keys")
     (prefix,) = set(re.findall(r"tw_[0-9a-f]{10}", first.text))
     second = browser.fill("/tenants/acme", f"/tenants/acme/keys/{prefix}/rotate", overlap="2h")
@@ -272,6 +284,19 @@ def test_tenant_forms_do_what_the_command_line_does(browser: Visitor, project: P
     assert (acme["aliases"], acme["keys"]) == ([], 0)
     audit = browser.get("/audit?verify=1")
     assert "all as written" in audit and "tenant.limit" in audit
+
+
+def test_refused_tenant_keeps_the_form(browser: Visitor, project: Path) -> None:
+    with _state(project) as state:
+        state.releases.deploy("courts", _good(project).name, _good(project).digest, GROUNDS)
+    typed = {"name": "acme", "aliases": "laws", "requests": "ten", "alias courts": "on"}
+    refused = browser.fill("/tenants", "/tenants", **typed)
+    assert refused.status_code == 400 and "<h1>Tenants</h1>" in refused.text
+    for name in ("name", "aliases", "requests"):
+        assert re.search(f'<input id="{name}"[^>]* value="{typed[name]}"', refused.text), name
+    assert 'name="alias courts" checked' in refused.text
+    assert 'id="wrong-requests">Invalid limit &#39;ten&#39;' in refused.text
+    assert tunewright("tenant", "list", "-p", project, "--json").document["tenants"] == []
 
 
 def test_live_aliases_are_ticked_for_tenants_and_keys(browser: Visitor, project: Path) -> None:

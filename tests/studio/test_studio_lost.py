@@ -101,8 +101,9 @@ def test_file_is_kept_when_another_command_is_writing_the_dataset(browser: Brows
     browser.upload("five.jsonl", rows.encode())
     before = library.open(project).data.version().digest
     with locked(project / "dataset"):
-        refused = browser.send("/data/add", "/data/check?file=five.jsonl")
+        refused = browser.send("/data/add", "/data/check?file=five.jsonl", message="five more")
         assert refused.status_code == 400 and "Another command is changing this dataset" in refused.text
+        assert '<input id="message" name="message" value="five more">' in refused.text
     assert library.open(project).data.version().digest == before
     assert (project / "uploads" / "five.jsonl").read_text() == rows
     assert "is new" in browser.send("/data/add", "/data/check?file=five.jsonl").text

@@ -223,13 +223,16 @@ Handlers = dict[tuple[str, str], Handler]
 
 
 def in_form(path: str, page: Handler, handler: Handler) -> Handler:
-    """Return a form's handler that shows a refusal on the form's page, with everything that was typed."""
+    """Return a form's handler that shows a refusal on the form's page, with everything that was typed.
+
+    ``path`` is the page's, with names of places in braces as in the form's own path.
+    """
 
     def handle(visit: Visit) -> Response:
         try:
             return handler(visit)
         except UserError as refusal:
-            visit.refusal, visit.path = refusal, path
+            visit.refusal, visit.path = refusal, path.format_map(visit.place)
             shown = page(visit)
             shown.status_code = 400
             return shown

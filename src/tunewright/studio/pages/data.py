@@ -27,7 +27,7 @@ from tunewright.evidence.power import split_power, split_power_text
 from tunewright.render.blocks import table, words
 from tunewright.studio.access import ChangedRows
 from tunewright.studio.pages.rows import row_link
-from tunewright.studio.visit import Handlers, PageReporter, Visit, positive_numbers
+from tunewright.studio.visit import Handlers, PageReporter, Visit, in_form, positive_numbers
 from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
@@ -154,6 +154,12 @@ def _faulty_rows(visit: Visit, file: Path, faults: Sequence[Fault]) -> dict[int,
     data = map_columns(settings_of(file, visit.project.folder), _mapping(visit.query), [file])
     rows = rows_at(file, data, {fault.line for fault in faults})
     return {line: [(name, _cell(value)) for name, value in row.items()] for line, row in rows.items()}
+
+
+def _check_again(visit: Visit) -> Response:
+    """Show the page of the file whose form was refused."""
+    visit.query = {name: value for name, value in visit.form.items() if name in ("file", *_FLAGS, *_MAPPING)}
+    return check_page(visit)
 
 
 def _power(visit: Visit, effect: Effect) -> str:
@@ -350,11 +356,11 @@ def _on_page(refusal: UserError) -> str:
 HANDLERS: Handlers = {
     ("GET", "/data"): data_page,
     ("GET", "/data/check"): check_page,
-    ("POST", "/data/add"): add_file,
-    ("POST", "/data/fix"): fix_file,
+    ("POST", "/data/add"): in_form("/data/check", _check_again, add_file),
+    ("POST", "/data/fix"): in_form("/data/check", _check_again, fix_file),
     ("POST", "/data/split-by"): choose_split,
     ("POST", "/data/metric"): choose_metric,
-    ("POST", "/data/checkout"): checkout,
+    ("POST", "/data/checkout"): in_form("/data", data_page, checkout),
     ("GET", "/data/diff"): diff_page,
     ("GET", "/data/leakage"): leakage_page,
 }

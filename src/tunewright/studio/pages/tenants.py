@@ -17,7 +17,7 @@ from tunewright.serving.options import LimitOptions
 from tunewright.serving.serve import has_state
 from tunewright.studio.jobs import Served, served
 from tunewright.studio.pages.deploy import follows_releases, newest_releases, require_state
-from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.visit import Handlers, Visit, in_form, path_of
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants import State
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 _DAYS = 30  # of usage
 _DAY = 86_400
+TENANT_PAGE = "/tenants/{tenant}"
 _TICKED = "alias "
 """Begins the name of an alias's checkbox."""
 _LIMITS = ("requests", "tokens", "concurrency")
+_AGAIN = "Check the form, and send it again to set yours."
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def tenants_page(visit: Visit) -> Response:
         "Tenants",
         tenants=[tenants_table(tenants)] if tenants else [],
         live=_offered(visit),
+        ticked=_ticked(visit),
         days=days,
         usage=[usage_table(sums)] if sums else [],
     )
@@ -110,6 +113,7 @@ def tenant_page(visit: Visit) -> Response:
         f"Tenant {name}",
         tenant=tenant,
         offered=_offered(visit, tenant.aliases),
+        ticked=_ticked(visit),
         limits=dict(zip(_LIMITS, _shown(tenant.limits), strict=True)),
         keys=keys,
         days=days,
@@ -130,7 +134,8 @@ def change_aliases(visit: Visit) -> Response:
         before = state.tenants.get(name).aliases
         # A page of an earlier state must not undo what another tab or the terminal has set.
         if visit.form.get("seen") != " ".join(before):
-            raise UserError("The aliases were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
+            what = f"The aliases were changed meanwhile, to {', '.join(before) or 'none'}. Nothing was done"
+            raise UserError(what, fix=_AGAIN)
         granted = [alias for alias in wanted if alias not in before]
         revoked = [alias for alias in before if alias not in wanted]
         if granted:  # first: an invalid name changes nothing
@@ -151,7 +156,8 @@ def change_limits(visit: Visit) -> Response:
         found = state.tenants.get(name)
         # A page of an earlier state must not undo what another tab or the terminal has set.
         if visit.form.get("seen") != ", ".join(_shown(found.limits)):
-            raise UserError("The limits were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
+            now = ", ".join(f"{name} {value}" for name, value in zip(_LIMITS, _shown(found.limits), strict=True))
+            raise UserError(f"The limits were changed meanwhile, to {now}. Nothing was done", fix=_AGAIN)
         state.tenants.limit(name, _limits(visit, found.limits))
     return visit.go(path_of("tenants", name), f"The limits of {name} hold from its next request on.")
 
@@ -234,26 +240,34 @@ def _require_same_keys(visit: Visit, state: State) -> None:
 
 def _aliases(visit: Visit) -> list[str]:
     """Return the ticked and the typed aliases."""
-    ticked = [field.removeprefix(_TICKED) for field in visit.form if field.startswith(_TICKED)]
     typed = visit.form.get("aliases", "").replace(",", " ").split()
-    return list(dict.fromkeys([*ticked, *typed]))
+    return list(dict.fromkeys([*_ticked(visit), *typed]))
+
+
+def _ticked(visit: Visit) -> list[str]:
+    return [field.removeprefix(_TICKED) for field in visit.form if field.startswith(_TICKED)]
 
 
 def _seconds(visit: Visit, field: str) -> float | None:
     from tunewright.serving.tenants.database import duration
 
     text = visit.form.get(field, "").strip()
-    return duration(text, field.capitalize()) if text else None
+    return duration(text, field) if text else None
 
 
 HANDLERS: Handlers = {
     ("GET", "/tenants"): tenants_page,
-    ("POST", "/tenants"): add_tenant,
-    ("GET", "/tenants/{tenant}"): tenant_page,
-    ("POST", "/tenants/{tenant}/aliases"): change_aliases,
-    ("POST", "/tenants/{tenant}/limits"): change_limits,
-    ("POST", "/tenants/{tenant}/disable"): disable_tenant,
-    ("POST", "/tenants/{tenant}/keys"): add_key,
-    ("POST", "/tenants/{tenant}/keys/{key}/rotate"): rotate_key,
-    ("POST", "/tenants/{tenant}/keys/{key}/revoke"): revoke_key,
+    ("POST", "/tenants"): in_form("/tenants", tenants_page, add_tenant),
+    ("GET", TENANT_PAGE): tenant_page,
+    **{
+        ("POST", f"{TENANT_PAGE}/{form}"): in_form(TENANT_PAGE, tenant_page, handler)
+        for form, handler in {
+            "aliases": change_aliases,
+            "limits": change_limits,
+            "disable": disable_tenant,
+            "keys": add_key,
+            "keys/{key}/rotate": rotate_key,
+            "keys/{key}/revoke": revoke_key,
+        }.items()
+    },
 }
