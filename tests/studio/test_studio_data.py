@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator
 from html import unescape
@@ -299,6 +300,18 @@ def test_corrected_copy_of_a_spreadsheet_is_one_with_the_same_columns(project: P
     copy = (project / "uploads" / "desk-corrected.csv").read_bytes().decode("utf-8-sig")
     kept = content.decode("cp1252").replace("\r\n", "\n").partition("\n")[2]
     assert copy == kept.replace("7;;no answer;who\n", "")
+
+
+def test_faults_of_generated_rows_are_shown_in_a_project_whose_own_files_are_documents(project: Path) -> None:
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("data:\n", "data:\n  rows: items[]\n", 1))
+    asked = {"role": "user", "content": "what nobody answered"}
+    rows = [{"messages": [asked, {"role": "assistant", "content": text}]} for text in ("an answer", " ")]
+    content = "".join(json.dumps({**row, "generated": {"teacher": "big"}}) + "\n" for row in rows)
+    with restarted(project) as browser:
+        page = browser.upload("generated.jsonl", content.encode())
+        assert page.status_code == 200, page.text
+        assert "what nobody answered" in page.text.partition('id="faults"')[2]
 
 
 def test_file_is_not_added_to_a_dataset_that_changed_since_the_page(project: Path) -> None:

@@ -18,7 +18,7 @@ from tunewright.data.add_plan import AddPlan, plan_add
 from tunewright.data.given_split import require_given_rows, settings_of
 from tunewright.data.notices import Conflict
 from tunewright.data.options import AddOptions, ColumnMapping
-from tunewright.data.readers import SourceRow, file_check, source_size
+from tunewright.data.readers import SourceRow, file_check, has_generated_rows, source_size, unmapped
 from tunewright.data.readers.file_check import Change, FileCheck
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.readers.sources import first_rows, is_workbook, open_source
@@ -186,7 +186,7 @@ def rows_at(file: Path, data: DataConfig, lines: Collection[int]) -> dict[int, d
     """Return a file's unchecked rows at these lines or rows, as far as they can be parsed."""
     found: dict[int, dict[str, Any]] = {}
     last = max(lines, default=0)
-    for raw in open_source(file, data, []).rows:
+    for raw in open_source(file, unmapped(data) if has_generated_rows(file) else data, []).rows:
         if raw.line > last:
             break
         if raw.line in lines and not isinstance(raw.row, RowError):
