@@ -118,7 +118,19 @@ def row_key(page: Page) -> str:
     return page.locator("[name=key]").first.input_value()
 
 
+def awake(page: Page) -> None:
+    """Wait until keys press the page's buttons: they rest after a page change."""
+    page.wait_for_selector("body[data-keys=awake]")
+
+
 def press_to_next(page: Page, key: str) -> None:
     """Press a key that leads to the next page."""
+    awake(page)
     with page.expect_navigation():
         page.keyboard.press(key)
+
+
+def click_to_next(page: Page, action: str) -> None:
+    """Press the button of a verdict with the mouse."""
+    with page.expect_navigation():
+        page.click(f"#judge button[value={action}]")

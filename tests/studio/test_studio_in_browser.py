@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import tunewright as library
-from making.browser import AXE, EXECUTABLE, axe_faults, faults, press_to_next, row_key, show, signed_in, wait_for
+from making.browser import AXE, EXECUTABLE, awake, axe_faults, faults, press_to_next, row_key, show, signed_in, wait_for
 from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.evidence import make_history
 from making.human_evaluations import evaluation
@@ -196,6 +196,7 @@ def test_slow_connection_neither_loses_nor_doubles_a_keystroke(slow: Page, proje
     slow.goto("/review")
     for key, verdict in (("r", "right"), ("w", "wrong"), ("s", "skip"), ("r", "right")):
         before, row = len(_reviews(project).stacks), row_key(slow)
+        awake(slow)
         with slow.expect_navigation():
             slow.keyboard.press(key)
             slow.keyboard.press(key)
@@ -239,8 +240,7 @@ def test_second_tab_records_nothing_and_keeps_the_typed_text(page: Page, project
     row = row_key(page)
     second.keyboard.press("e")
     second.fill("#output", "typed in the second tab")
-    with page.expect_navigation():
-        page.keyboard.press("w")
+    press_to_next(page, "w")
     with second.expect_navigation():
         second.keyboard.press("Control+Enter")
     assert _reviews(project).current_verdicts(row)["ada"].verdict == "wrong"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,18 @@ import pytest
 from attacks import ATTACKS, PLANTED
 
 import tunewright as library
-from making.browser import AXE, EXECUTABLE, axe_faults, faults, press_to_next, row_key, show, signed_in
+from making.browser import (
+    AXE,
+    EXECUTABLE,
+    awake,
+    axe_faults,
+    click_to_next,
+    faults,
+    press_to_next,
+    row_key,
+    show,
+    signed_in,
+)
 from making.command_line import pairs, tunewright, write_jsonl
 from making.evidence import make_items
 from making.human_evaluations import begin, save
@@ -79,7 +91,7 @@ def test_attacks_in_rows_notes_edits_and_names_are_text(page: Page, width: int, 
                 break
             assert "The model's own answer" in text
             seen.add(row_key(page))
-            press_to_next(page, "s")
+            click_to_next(page, "skip")
         if path == "/review/conflicts":
             assert len(seen) == len(ATTACKS)
             press_to_next(page, "o")  # offer them again
@@ -112,6 +124,48 @@ def test_each_key_of_a_row(page: Page, project: Path) -> None:
         assert _reviews(project).current_verdicts(second)["ada"].verdict == verdict
         press_to_next(page, "u")
         assert _reviews(project).current_verdicts(second) == {}
+
+
+def test_question_mark_lists_the_keys_of_a_page(page: Page) -> None:
+    for path, width, dark in (("/review", 360, True), (f"/compare/{7:012x}", 1100, False)):
+        show(page, path, width=width, dark=dark)
+        awake(page)
+        page.keyboard.press("?")
+        listed = page.locator("#keys dl").inner_text().split("\n")
+        assert page.is_visible("#keys") and {"n", "write a note", "s", "skip", "u", "undo"} <= set(listed)
+        assert faults(page) == [] and (not AXE.exists() or axe_faults(page) == [])
+        row = row_key(page)
+        page.keyboard.press("s")
+        assert not page.evaluate("sent"), "keys press nothing behind the list"
+        page.keyboard.press("Escape")
+        assert page.is_hidden("#keys")
+        press_to_next(page, "s")
+        assert row_key(page) != row
+        press_to_next(page, "u")
+    page.goto("/data")
+    page.keyboard.press("?")
+    assert page.is_hidden("#keys") and page.is_hidden("#show-keys"), "no keys"
+
+
+def test_keys_judge_no_row_for_a_second_after_a_page_change(page: Page, address: str, project: Path) -> None:
+    assert page.context.browser is not None
+    tab = signed_in(page.context.browser, address)
+    tab.clock.install()
+    tab.clock.pause_at(time.time() + 3600)
+    tab.goto("/review")
+    row, before = row_key(tab), _reviews(project)
+    tab.keyboard.press("r")
+    tab.keyboard.press("n")
+    tab.keyboard.type("right")
+    assert not tab.evaluate("sent") and tab.input_value("#note") == "right", "a note can be begun at once"
+    tab.keyboard.press("Escape")
+    tab.clock.run_for(999)
+    tab.keyboard.press("r")
+    assert not tab.evaluate("sent") and _reviews(project).stacks == before.stacks
+    tab.clock.run_for(1)
+    press_to_next(tab, "s")
+    assert row_key(tab) != row and _reviews(project).notes[row]["ada"] == "right"
+    tab.context.close()
 
 
 def test_enter_takes_the_suggested_answer_and_a_number_another_one(page: Page, tmp_path: Path) -> None:
@@ -150,7 +204,7 @@ def test_typed_note_goes_with_any_verdict(page: Page, project: Path) -> None:
         assert (found.current_verdicts(row)["ada"].verdict, found.notes[row]["ada"]) == (verdict, f"why {verdict}")
         if key != "r":
             press_to_next(page, "u")
-            assert row_key(page) == row
+            assert row_key(page) == row and page.input_value("#note") == f"why {verdict}"
     assert "with your note" in page.inner_text("main")
     second = row_key(page)
     page.click("text=write a note")
@@ -274,8 +328,8 @@ def test_two_reviewers_at_once_lose_nothing(page: Page, address: str, project: P
     for _ in range(10):
         mine.append(row_key(page))
         theirs.append(row_key(other))
-        press_to_next(page, "r")
-        press_to_next(other, "r")
+        click_to_next(page, "right")
+        click_to_next(other, "right")
     found = _reviews(project)
     assert [found.current_verdicts(key)["ada"].verdict for key in mine] == ["right"] * 10
     assert [found.current_verdicts(key)["ben"].verdict for key in theirs] == ["right"] * 10
@@ -291,7 +345,8 @@ def test_two_reviewers_at_once_lose_nothing(page: Page, address: str, project: P
 
 
 def test_keys_judge_a_row_on_its_page_and_a_recorded_text_is_no_draft(page: Page, project: Path) -> None:
-    key = library.open(project).data.version().domain[-1].key
+    domain, judged = library.open(project).data.version().domain, _reviews(project).stacks
+    key = next(member.key for member in domain if member.key not in judged)
     page.goto(f"/rows/{key}")
     page.keyboard.press("n")
     page.fill("#note", "why")

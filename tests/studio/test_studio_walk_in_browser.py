@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from making.browser import EXECUTABLE, chromium, press_to_next, row_key, signed_in, wait_for
+from making.browser import EXECUTABLE, chromium, click_to_next, press_to_next, row_key, signed_in, wait_for
 from making.word_bases import messages, word_base
 from tunewright.studio.jobs import Jobs
 
@@ -224,7 +224,7 @@ def compare_blind(walk: Walk) -> None:
     while walk.page.locator("#judge").count():
         right = walk.page.locator("main p.text").first.inner_text().split()[-1]
         sides = [walk.page.locator(".sides p.text").nth(side).inner_text() for side in (0, 1)]
-        press_to_next(walk.page, "ab"[sides.index(right)] if right in sides else "x")
+        click_to_next(walk.page, "AB"[sides.index(right)] if right in sides else "neither")
     assert "People prefer tuned" in walk.said()
 
 

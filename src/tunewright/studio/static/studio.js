@@ -22,7 +22,8 @@ addEventListener("hashchange", sendToken);
 
 // A letter presses the button or opens the part that shows it, unless somebody is typing.
 // Answers have numbers, of two digits if there are more than nine.
-let sent = false, digits = "";
+let sent = false, digits = "", waking;
+const keys = document.getElementById("keys");
 document.addEventListener("keydown", event => {
   const typing = event.target.closest("input, textarea, select");
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && typing) {
@@ -33,7 +34,7 @@ document.addEventListener("keydown", event => {
     typing.blur();
     return;
   }
-  if (typing || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
+  if (typing || event.ctrlKey || event.altKey || event.metaKey || event.repeat || keys?.open) return;
   // Enter is the key of a link or button that has the focus.
   if (event.key === "Enter" && event.target.closest("a, button, summary")) return;
   let pressed = event.key.toLowerCase();
@@ -45,11 +46,36 @@ document.addEventListener("keydown", event => {
   if (!target) return;
   digits = "";
   event.preventDefault();
+  // What opens a part or leads to a page judges nothing; letters after an ignored "note" would press buttons.
+  if (document.body.dataset.keys === "resting" && target.form) return;
   const part = target.closest("details");
   // A part that is open stays open: its key leads back to the text.
   if (!(part?.open && target.localName === "summary")) target.click();
   part?.querySelector("textarea")?.focus();
 });
+
+// Keys rest for a second after a page change: a key pressed twice was meant for the row before.
+function rest() {
+  document.body.dataset.keys = "resting";
+  clearTimeout(waking);
+  waking = setTimeout(() => { document.body.dataset.keys = "awake"; }, 1000);
+}
+rest();
+
+// The list of the page's keys, from its buttons.
+const keyed = [...document.querySelectorAll("main :is([data-key], [data-enter]):not(:disabled)")];
+const showKeys = document.getElementById("show-keys");
+if (showKeys && keyed.length) {
+  showKeys.hidden = false;
+  for (const each of keyed) {
+    const [key, text, name] = [document.createElement("dt"), document.createElement("dd"), each.cloneNode(true)];
+    key.append(name.querySelector("kbd"));
+    text.textContent = name.textContent.trim();
+    keys.querySelector("dl").append(key, text);
+  }
+  showKeys.addEventListener("click", () => keys.showModal());
+  keys.querySelector("button").addEventListener("click", () => keys.close());
+}
 
 // A text that is typed chooses what it belongs to.
 document.addEventListener("input", event => {
@@ -65,7 +91,10 @@ document.addEventListener("submit", event => {
   const shown = event.submitter?.closest(".verdicts") && document.querySelector("[data-shown]");
   if (shown) shown.disabled = shown.value === shown.defaultValue;
 });
-addEventListener("pageshow", () => { sent = false; });
+addEventListener("pageshow", event => {
+  sent = false;
+  if (event.persisted) rest();
+});
 
 // Typed text comes back after a reload, a restart of the studio or `u`, until the verdict on its row is recorded. The
 // browser keeps it: the studio would need a request a key press, and would store text that nobody sent.
