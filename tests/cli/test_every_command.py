@@ -148,6 +148,7 @@ def test_completion_script_is_shown_for_the_shell_in_use() -> None:
         ("crossval --folds 1", "--folds"),
         ("data check a.csv b.csv --fix c.csv", "--fix"),
         ("data check a.csv --fix c.csv --redact", "--redact"),
+        ("data check a.csv --leave-out 2", "--leave-out"),
         ("data from-documents a.md --estimate --out x", "--out"),
         ("data generate a.jsonl --estimate --out x", "--out"),
         ("data review --status --apply", "--status --apply"),

@@ -178,6 +178,24 @@ def test_fix_file_writes_nothing_when_no_row_is_left(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+def test_fix_file_leaves_out_chosen_rows_and_their_repetitions(tmp_path: Path) -> None:
+    text = "question;answer;note\nq;B;x\nq;A;y\nother;B;z\n Q ;B;later\nq;;\n"
+    (tmp_path / "in.csv").write_text(text)
+    data = DataConfig(input="question", output="answer")
+    with pytest.raises(UserError, match="no row at line 1, 7"):
+        fix_file(tmp_path / "in.csv", tmp_path / "out.csv", data, leave_out={1, 2, 7})
+    with pytest.raises(UserError, match="Every row is left out"):
+        fix_file(tmp_path / "in.csv", tmp_path / "out.csv", data, leave_out={2, 3, 4})
+    assert not (tmp_path / "out.csv").exists()
+    changes = fix_file(tmp_path / "in.csv", tmp_path / "out.csv", data, leave_out={2, 6})
+    assert (tmp_path / "out.csv").read_text("utf-8-sig") == "question;answer;note\nq;A;y\nother;B;z\n"
+    assert [(change.line, change.what, change.left_out) for change in changes if change.line < 6] == [
+        (2, "left out, as chosen", True),
+        (5, "left out: it repeats line 2, which was chosen", True),
+    ]
+    assert changes[0].before == "user: q\nassistant: B" and changes[-1].code == "E401"
+
+
 _turns = st.lists(
     st.fixed_dictionaries(
         {

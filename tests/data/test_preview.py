@@ -177,6 +177,10 @@ def test_check_command_refuses_options_without_effect(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", _rows(30))
     fixed = tunewright("data", "check", path, "--fix", tmp_path / "b.jsonl", "--replace", "-p", project.root)
     assert (fixed.code, "--fix does not use --replace" in fixed.stderr) == (2, True)
+    copy = tmp_path / "c.jsonl"
+    left = tunewright("data", "check", path, "--fix", copy, "--leave-out", "3", "-p", project.root)
+    assert (left.code, "a.jsonl:3: left out, as chosen" in left.stdout) == (0, True)
+    assert len(copy.read_text().splitlines()) == 29
     assert tunewright("data", "add", path, "-p", project.root).code == 0
     version = tunewright("data", "check", "--skip-bad", "-p", project.root)
     assert (version.code, "--skip-bad requires files" in version.stderr) == (2, True)

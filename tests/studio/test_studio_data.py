@@ -274,9 +274,12 @@ def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> N
         assert fixed.url.params["file"] == "chat-corrected.jsonl"
         assert "Wrote chat-corrected.jsonl." in fixed.text and '<th scope="row">4</th><td>left out: ' in fixed.text
         assert "Question: q a Answer: a" in fixed.text and "&#39;role&#39;" not in fixed.text
-        again = browser.send("/data/fix", "/data/check?file=chat.jsonl")
+        again = browser.send("/data/fix", "/data/check?file=chat-corrected.jsonl")
+        assert again.url.params["file"] == "chat-corrected-2.jsonl", "no file is overwritten"
+        browser.upload("faulty.jsonl", content.splitlines()[-1])
+        refused = browser.send("/data/fix", "/data/check?file=faulty.jsonl")
         # The refusal stands on the file's page.
-        assert again.status_code == 400 and "exists already" in again.text and 'id="faults"' in again.text
+        assert refused.status_code == 400 and "Every row has a fault" in refused.text and 'id="faults"' in refused.text
     assert (project / "uploads" / "chat.jsonl").read_bytes() == content
 
 
@@ -378,3 +381,37 @@ def test_files_of_the_config_can_be_picked_and_others_cannot(project: Path) -> N
         assert "<dd>1</dd><dt>new rows</dt>" in browser.get("/data/check?file=pairs.jsonl")
         for name in ("./tunewright.yaml", "../project/pairs.jsonl", str(project / "pairs.jsonl"), ""):
             assert browser.client.get("/data/check", params={"file": name}).status_code == 400, name
+
+
+def test_answer_of_a_conflict_within_a_file_is_chosen_and_the_copy_lacks_the_other(
+    browser: Browser, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    browser.send("/new", "/new", name="desk", choice="other", base_model=str(tiny_base_folder))
+    first, second = pairs(120)[3]["prompt"], pairs(120)[7]["prompt"]
+    more = f"200;{first};mauve\r\n201;{second};pink\r\n202;{first};mauve\r\n"
+    browser.upload("faq.csv", _csv(120) + more.encode())
+    checked = "/data/check?file=faq.csv&input=question&output=reply"
+    page = unescape(browser.get(checked))
+    assert "2 inputs with different outputs" in page and "Let a new answer replace" not in page.partition("<form")[0]
+    offered = re.findall(r'name="(keep \d)" value="([\d ]+)"> <strong dir="auto">"(\w+)"', page)
+    lines = {answer: (field, line) for field, line, answer in offered}
+    assert lines.keys() >= {"mauve", "pink"} and [int(line) for _, line in (lines["mauve"], lines["pink"])] == [5, 9]
+    names = {"input": "question", "output": "reply", "choose": "yes"}
+    nothing = browser.send("/data/fix", checked, **names)
+    assert "No answer was chosen" in nothing.text and len(re.findall("keep 1", nothing.text)) == 2
+    field, _ = lines["mauve"]
+    kept = next(line for of, line, answer in offered if of == field and answer != "mauve")
+    one = browser.send("/data/fix", checked, **names, **{field: kept})
+    assert "left out, as chosen" in one.text and "it repeats line 122, which was chosen" in one.text
+    assert "1 input with different outputs" in one.text and one.url.params["file"] == "faq-corrected.csv"
+    here = f"/data/check?{one.url.query.decode()}"
+    two = browser.send("/data/fix", here, **names, **{"keep 1": lines["pink"][1]})
+    assert two.url.params["file"] == "faq-corrected-2.csv" and "Add the file" in two.text
+    assert "different outputs" not in two.text
+    copy = (tmp_path / "Help Desk/uploads/faq-corrected-2.csv").read_text("utf-8-sig")
+    rows = list(csv.reader(copy.splitlines(), delimiter=";"))
+    assert rows[0] == ["id", "question", "reply"] and len(rows) == 121 and ["201", second, "pink"] in rows
+    browser.send("/data/add", f"/data/check?{two.url.query.decode()}", input="question", output="reply")
+    browser.upload("more.csv", f"question,reply\n{second},navy\n{second},green\n".encode())
+    known = unescape(browser.get("/data/check?file=more.csv&input=question&output=reply"))
+    assert "Let a new answer replace" in known and re.search(r'value="2 3"> <strong dir="auto">"pink"', known)

@@ -86,6 +86,12 @@ def data_check(
         typer.Argument(help="Files of pairs.", show_default="the current version, else data.sources in the config"),
     ] = None,
     fix: Annotated[Path | None, typer.Option(help="Write a corrected copy of one file to this path.")] = None,
+    leave_out: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Line whose row, and each repetition of it, is not in the copy (repeatable).", show_default="none"
+        ),
+    ] = None,
     options: AddOptions = AddOptions(),
 ) -> int | None:
     """Show what `data add` would do with files or, without files, what training sees of the current version.
@@ -102,12 +108,14 @@ def data_check(
     if not of_files and (mapping or adding):
         named = ", ".join([*mapping, *adding])
         raise UserError(f"{named} requires files (got none)", fix="Name the files.")
+    if leave_out and fix is None:
+        raise UserError("--leave-out requires --fix", where="--leave-out", fix="Name the copy with --fix.")
     if fix is not None:
         if files is None or len(files) != 1:
             what = f"--fix requires exactly one file (got {len(files or ())})"
             raise UserError(what, where="--fix", fix="Name one file.")
         refuse_unused("--fix", {**dict.fromkeys(adding, True), "--cluster": run.cluster is not None})
-        changes = run.project.data.fix_file(files[0], fix, options.mapping)
+        changes = run.project.data.fix_file(files[0], fix, options.mapping, leave_out=leave_out or ())
         left_out = sum(change.left_out for change in changes)
         done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
         document = {"out": str(fix), "changes": changes}

@@ -181,7 +181,8 @@ def conflicting(conflicts: Sequence[Conflict], inputs: int, *, accepted: bool) -
         most = "Every input has" if len(conflicts) == inputs else "Most inputs have"
         lead = f"{most} several outputs. If these are alternative references, use --accept-conflicts.\n"
     fix = (
-        "Keep the right output of each input. If the files correct rows of the dataset, use --replace. If several "
+        "Keep the right output of each input: `tunewright data check FILE --fix COPY --leave-out LINE` writes a copy "
+        "without a wrong one. If the files correct rows of the dataset, use --replace. If several "
         "outputs are right, use --accept-conflicts or data.conflicts: accept."
     )
     if accepted:

@@ -204,9 +204,14 @@ def sheets(_project: OpenFolder, file: str | Path) -> tuple[str, ...]:
 
 
 def fix_file(
-    project: OpenFolder, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()
+    project: OpenFolder,
+    file: str | Path,
+    out: str | Path,
+    mapping: ColumnMapping = ColumnMapping(),
+    *,
+    leave_out: Collection[int] = (),
 ) -> list[Change]:
-    """Write a corrected copy of a file of pairs, and list every change."""
+    """Write a corrected copy of a file of pairs without the rows at ``leave_out`` lines, and list every change."""
     data = map_columns(settings_of(Path(file), project.folder), mapping, [Path(file)])
     with project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
-        return file_check.fix_file(Path(file), Path(out), data, task)
+        return file_check.fix_file(Path(file), Path(out), data, task, leave_out)

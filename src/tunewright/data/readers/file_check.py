@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -20,6 +21,7 @@ from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.examples import ROLES, Example, RowFile, call_id
 from tunewright.data.pii import LABELS, find_in_value, message_texts, value_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
+from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.sources import SourceFile, open_source
@@ -148,7 +150,7 @@ class Change:
     code: str | None
     what: str
     left_out: bool = False
-    """True if the row is not in the copy, because no safe repair exists."""
+    """True if the row is not in the copy, because no safe repair exists or because it was chosen."""
     before: str | None = None
     """The conversation as it was, if it was repaired."""
     after: str | None = None
@@ -158,8 +160,13 @@ class Change:
         return f"{self.source}:{self.line}: {self.what}"
 
 
-def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) -> list[Change]:
+def fix_file(
+    path: Path, out: Path, data: DataConfig, task: Task | None = None, leave_out: Collection[int] = ()
+) -> list[Change]:
     """Write a corrected copy of a file of pairs, and return each change.
+
+    ``leave_out`` are lines (in a file without lines: numbers of rows) whose rows the copy lacks, with every row that
+    repeats them.
 
     The copy of a CSV file is a CSV file with the same columns, if the name ``out`` ends in .csv; other copies have chat
     rows (JSON Lines, UTF-8).
@@ -173,13 +180,14 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
         what = "The copy would overwrite the original" if same else "The file exists already"
         raise UserError(what, where=str(out), fix="Name a new file; files are not corrected in place.")
     notes: list[str] = []
+    plain = data.model_copy(update={"system_prompt": None})
+    chosen = _chosen_pairs(path, plain, leave_out)
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
     table = out.suffix.lower() == ".csv"
     if table and not source.delimiter:
         what = f"Only the copy of a CSV file can be a CSV file (got {source.kind})"
         raise UserError(what, where=str(out), fix="End the name of the copy in .jsonl.")
-    plain = data.model_copy(update={"system_prompt": None})
     # Spreadsheets recognise UTF-8 by the byte-order mark.
     with (
         new_file(out) as temporary,
@@ -187,35 +195,68 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     ):
         written = 0
         lines = csv.writer(copy, delimiter=source.delimiter or ",", lineterminator="\n")
-        for row in _fix_rows(source, plain, changes, table):
+        for row in _fix_rows(source, plain, changes, table, chosen):
             if table:
                 lines.writerows([row.values()] if written else [row, row.values()])
             else:
                 copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
-            raise UserError("Every row has a fault that cannot be repaired", where=str(path), fix="Correct the file.")
+            what = "Every row is left out" if chosen else "Every row has a fault that cannot be repaired"
+            raise UserError(what, where=str(path), fix="Correct the file.")
     whole = [note.removeprefix(f"{path}: ") for note in notes]
     if source.encoding and source.encoding.mark and not table:
         whole.insert(0, f"{source.encoding.name} with a byte-order mark written as plain UTF-8")
     return [Change(str(path), 1, None, what) for what in whole] + changes
 
 
-def _fix_rows(source: SourceFile, data: DataConfig, changes: list[Change], table: bool) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the copy; those of a ``table`` keep their columns."""
+def _chosen_pairs(path: Path, data: DataConfig, lines: Collection[int]) -> dict[tuple[str, str], int]:
+    """Return the pairs at these lines with the first of their lines."""
+    chosen: dict[tuple[str, str], int] = {}
+    missing = set(lines)
+    for raw in open_source(path, data, []).rows if lines else ():
+        if raw.line in lines:
+            missing.discard(raw.line)
+            with suppress(RowError):  # left out because of its fault
+                chosen.setdefault(_pair(_parse(raw, data)[1]), raw.line)
+    if missing:
+        what = f"The file has no row at line {', '.join(map(str, sorted(missing)))}"
+        raise UserError(what, where="--leave-out", fix="`tunewright data check FILE` names lines.")
+    return chosen
+
+
+def _pair(example: Example) -> tuple[str, str]:
+    return example.prompt_key, example.output.strip()
+
+
+def _parse(raw: RawRow, data: DataConfig) -> tuple[Conversation, Example, list[Turn], list[tuple[str, str]]]:
+    """Return a row's conversation, and what `_repair` makes of it; raise a fault that has no repair."""
+    if isinstance(raw.row, RowError):
+        raise raw.row
+    conversation = parse_conversation(raw.row, data, raw.above, raw.parent)
+    return conversation, *_repair(conversation, data)
+
+
+def _fix_rows(
+    source: SourceFile, data: DataConfig, changes: list[Change], table: bool, chosen: Mapping[tuple[str, str], int]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the copy; those of a ``table`` keep their columns, and ``chosen`` pairs are left out."""
     kinds: set[str] = set()
-    for line, row, above, parent in source.rows:
+    for raw in source.rows:
+        line, row = raw.line, raw.row
         try:
-            if isinstance(row, RowError):
-                raise row
-            groups = groups_of(row, data, parent)
-            conversation = parse_conversation(row, data, above, parent)
-            example, turns, done = _repair(conversation, data)
+            conversation, example, turns, done = _parse(raw, data)
+            assert not isinstance(row, RowError)
+            groups = groups_of(row, data, raw.parent)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
             changes.append(Change(source.name, line, fault.code, f"left out: {fault}", left_out=True))
             continue
         texts = (_as_lines(conversation.turns), _as_lines(turns))
+        if (first := chosen.get(_pair(example))) is not None:
+            what = "left out, as chosen" if first == line else f"left out: it repeats line {first}, which was chosen"
+            changes.append(Change(source.name, line, None, what, True, texts[0]))
+            continue
         changes += [Change(source.name, line, code, what, False, *texts) for code, what in done]
         if table:
             # Each turn is a column; the only repair is to leave a blank one out.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
@@ -31,6 +33,7 @@ from tunewright.studio.visit import Handlers, PageReporter, Visit, in_form, posi
 from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:
+    from tunewright.data.notices import Conflict
     from tunewright.data.preview import Effect, FilePreview
     from tunewright.data.readers import Fault
 
@@ -56,6 +59,9 @@ _SPLIT_BY = {
     "output_template": "Answers of the same form stay in one split too.",
 }
 _MAPPING = ("sheet", "header_row", "input", "output")
+_COPY = re.compile(r"-corrected(-\d+)?$")
+_KEEP = "keep "
+"""Begins the name of a field that chooses one answer of a conflict."""
 _HEADER_ROW = re.compile(r"--header-row (\d+)")
 
 
@@ -121,6 +127,10 @@ def check_page(visit: Visit) -> Response:
             *refusals,
         ]
     fields = {name: value for name, value in visit.query.items() if name in (*_FLAGS, *_MAPPING) and value}
+    conflicts = [(each.input, _choices(file, each)) for each in checked.conflicts] if checked else []
+    known = not conflicts or any(each.place.startswith("version ") for _, choices in conflicts for each in choices)
+    # A new answer replaces known ones only.
+    flags = {name: text for name, text in _FLAGS.items() if known or name != "replace"}
     return visit.page(
         "check.html.j2",
         "Data",
@@ -133,13 +143,18 @@ def check_page(visit: Visit) -> Response:
         preview=preview,
         checked=checked,
         # Paths as people know them: relative to the project's folder.
-        refusals=dict.fromkeys(_on_page(refusal).replace(f"{visit.project.folder.root}/", "") for refusal in refusals),
+        refusals=dict.fromkeys(
+            _on_page(refusal, flags).replace(f"{visit.project.folder.root}/", "") for refusal in refusals
+        ),
         version=_current(visit),
         by_form=_by_form(visit),
         power=_power(visit, checked.effect) if checked and checked.effect else "",
         most=_FAULTS,
         faulty_rows=_faulty_rows(visit, file, checked.files.faults[:_FAULTS]) if checked else {},
         cell=_cell,
+        conflicts=conflicts[:_FAULTS],
+        keep=_KEEP,
+        excerpt=excerpt,
     )
 
 
@@ -216,13 +231,22 @@ def add_file(visit: Visit) -> Response:
 
 
 def fix_file(visit: Visit) -> Response:
-    """Write a corrected copy of an uploaded file, and show what adding the copy would do."""
-    _, file = _file(visit, visit.form)
+    """Write a corrected copy of an uploaded file, and show what adding the copy would do.
+
+    The copy lacks the rows of answers that were not chosen.
+    """
+    name, file = _file(visit, visit.form)
     ending = ".csv" if file.suffix.lower() == ".csv" else ".jsonl"
-    copy = visit.project.folder.root / UPLOADS / f"{file.name.partition('.')[0]}-corrected{ending}"
+    uploads, stem = visit.project.folder.root / UPLOADS, f"{_COPY.sub('', file.name.partition('.')[0])}-corrected"
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    copy = next(free for each in names if not (free := uploads / f"{each}{ending}").exists())
+    fields = [value for field, value in visit.form.items() if field.startswith(_KEEP)]
+    lines = {int(line) for value in fields for line in value.split() if line.isdecimal()}
+    if not lines and "choose" in visit.form:
+        return visit.go(_check_path(name, visit.form), "No answer was chosen. Nothing was written.")
     # The copy has no lines above its header; its columns are the file's.
     kept = {name: value for name, value in visit.form.items() if ending == ".csv" and name in ("input", "output")}
-    changes = visit.project.data.fix_file(file, copy, _mapping(visit.form))
+    changes = visit.project.data.fix_file(file, copy, _mapping(visit.form), leave_out=lines)
     if not changes:
         return visit.go(_check_path(copy.name, kept), f"Wrote {copy.name}.")
     rows = [
@@ -232,6 +256,25 @@ def fix_file(visit: Visit) -> Response:
     shown = ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed:", rows)
     more = f"{len(changes) - _CHANGES:,} more changes are not shown." if len(changes) > _CHANGES else ""
     return visit.go(_check_path(copy.name, kept), shown, more)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer of a conflict, its place, and the lines that the file has to leave out to keep it; empty if none."""
+
+    answer: str
+    place: str
+    leave_out: str
+
+
+def _choices(file: Path, conflict: Conflict) -> list[Choice]:
+    """Return the answers of a conflict, of which at least one is in the file."""
+    lines = [int(place.rpartition(":")[2]) if place.startswith(f"{file}:") else 0 for place in conflict.places]
+    choices = []
+    for line, output, place in sorted(zip(lines, conflict.outputs, conflict.places, strict=True)):
+        others = [str(other) for other in lines if other not in (0, line)]
+        choices.append(Choice(output, f"line {line}" if line else place, " ".join(others)))
+    return choices
 
 
 def _short(text: str | None) -> str:
@@ -342,10 +385,12 @@ def _add_options(fields: dict[str, str]) -> AddOptions:
     )
 
 
-def _on_page(refusal: UserError) -> str:
-    """Return a refusal with the page's own choice in place of the command's options."""
+def _on_page(refusal: UserError, flags: Mapping[str, str]) -> str:
+    """Return a refusal with the page's own choices, such as its ``flags``, in place of the command's options."""
     fix = refusal.fix or ""
-    ticks = [f'tick "{text}"' for name, text in _FLAGS.items() if f"--{name.replace('_', '-')}" in fix]
+    ticks = [f'tick "{text}"' for name, text in flags.items() if f"--{name.replace('_', '-')}" in fix]
+    if "--leave-out" in fix:
+        ticks.insert(0, "choose the answers to keep")
     if "--input" in fix:
         ticks = ["choose the columns of the question and of the answer"]
     if ticks:
