@@ -45,6 +45,12 @@ class Browser:
         assert answer.status_code == 200, answer.text
         return answer.text
 
+    def get_whole(self, path: str) -> str:
+        """Return a page's HTML, once all of its parts are computed."""
+        while computing := re.search('data-computing="([^"]*)"', html := self.get(path)):
+            self.client.get(computing[1])
+        return html
+
     def send(self, path: str, page: str, **fields: str) -> httpx.Response:
         """Send a form with the hidden fields of the page that it stands on."""
         html = self.get(page)

@@ -38,7 +38,7 @@ def _send(browser: Browser, **fields: str) -> tuple[int, str]:
 def test_evaluation_counts_its_answers_before_it_is_started(project: Path) -> None:
     with restarted(project) as browser:
         assert 'href="/evaluate"' in browser.get("/")
-        page = unescape(browser.get("/evaluate"))
+        page = unescape(browser.get_whole("/evaluate"))
         assert not list((project / ".tunewright").glob("generations/*")), "the page computed answers"
         for split in ("test", "dev"):
             expected = library.open(project).estimate_evaluation(dev=split == "dev", embed=False)
@@ -66,7 +66,7 @@ def test_evaluation_counts_its_answers_before_it_is_started(project: Path) -> No
 def test_plan_of_the_next_training_stands_above_its_button(project: Path) -> None:
     version = library.open(project).data.version()
     with restarted(project) as browser:
-        page = unescape(browser.get("/train"))
+        page = unescape(browser.get_whole("/train"))
         plan = page[: page.index('value="train"')]
         count = len(version.examples("train"))
         assert f"{count:,} train rows of version {version.digest[:12]}" in plan
@@ -85,4 +85,4 @@ def test_evaluation_is_started_and_limited_by_buttons(project: Path) -> None:
         job = jobs.all()[0]
         assert job.command[:5] == ("evaluate", name, "--dev", "--minutes", "5")
         assert job.state == "done", job.log.read_text()
-        assert "nothing left to compute" in browser.get("/evaluate")
+        assert "nothing left to compute" in browser.get_whole("/evaluate")

@@ -171,6 +171,6 @@ def test_evidence_of_schema_2_says_that_it_has_no_prompts(project: Path, items: 
     found = library.open(project).item_prompts(older.id, items[0].key)
     assert [each.arm for each in found] == [arm.name for arm in older.arms]
     with restarted(project) as browser:
-        page = unescape(browser.get(f"/evidence/{older.id}/1/prompts"))
+        page = unescape(browser.get_whole(f"/evidence/{older.id}/1/prompts"))
         assert page.count("stored no prompts") == 1
     assert library.open(project).verdict(older.id) == verdict(older)

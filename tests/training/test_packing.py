@@ -25,12 +25,13 @@ from making.property_examples import examples
 from making.tiny_bases import ARCHITECTURES, KINDS, Kind, tiny_model
 from tunewright.config import TrainConfig
 from tunewright.core.progress import LogReporter
+from tunewright.core.text import common_prefix
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import ATTENTION, MLP, drop_towers, shape_of
 from tunewright.models.loading import load_model
 from tunewright.training.packing import Group, attention, pack, plan_groups
 from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
-from tunewright.training.packing.pack import GROUP_COST, common_prefix, computed_tokens
+from tunewright.training.packing.pack import GROUP_COST, computed_tokens
 from tunewright.training.recomputation import RecomputedLayers
 from tunewright.training.rows import IGNORED
 

@@ -50,8 +50,8 @@ def changes(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, int, int,
 
     Its search takes cubic time where words repeat. Then everything between the common beginning and end is one change.
     """
-    head = _equal_until(old, new)
-    tail = min(_equal_until(old[::-1], new[::-1]), min(len(old), len(new)) - head)
+    head = common_prefix(old, new)
+    tail = min(common_prefix(old[::-1], new[::-1]), min(len(old), len(new)) - head)
     a, b = old[head : len(old) - tail], new[head : len(new) - tail]
     counts = Counter(word for word in b if not word.isspace())
     steps = sum(counts[word] for word in a) * min(len(a), len(b))
@@ -96,7 +96,7 @@ def excerpts(texts: Sequence[str]) -> list[str]:
 
 
 def _distinct(line: str, others: Sequence[str]) -> str:
-    same = max((_equal_until(line, other) for other in others), default=0)
+    same = max((common_prefix(line, other) for other in others), default=0)
     if same < _LONGEST - 1:
         return f'"{_cut(line)}"'
     # At a word's beginning, unless the word is longer than the text shown before the difference.
@@ -104,9 +104,12 @@ def _distinct(line: str, others: Sequence[str]) -> str:
     return f'"…{_cut(line[start:])}"'
 
 
-def _equal_until(one: Sequence[str], other: Sequence[str]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Return the length of the common prefix of two rows, in tokens or characters."""
+    for place, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return place
+    return min(len(a), len(b))
 
 
 def _cut(line: str) -> str:

@@ -19,6 +19,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
+from tunewright.core.text import common_prefix
 from tunewright.data.examples import Message
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
@@ -42,7 +43,6 @@ from tunewright.evidence.statistics import RESAMPLES
 from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, references_of, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.training.packing.pack import common_prefix
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import json_document
 from tunewright.core.log import parse_line
 from tunewright.core.progress import Reporter
-from tunewright.core.text import count_of
+from tunewright.core.text import common_prefix, count_of
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import Arm, ArmKind
-from tunewright.training.packing.pack import common_prefix
 
 _KEY = "evaluate.instructions"
 _ENDS = (re.compile(r"(?s).*\n\s*"), re.compile(r"(?s).*[:.?!]\s+"))

@@ -28,6 +28,23 @@ class Work:
     """A time limit may leave the arm out."""
 
 
+@dataclass(frozen=True)
+class AnswersEstimate:
+    """The number of answers that a command has to compute, at most."""
+
+    text: str
+    """The estimate in words."""
+    answers: int
+    """All answers, including kept ones."""
+    kept: int
+    """Answers that are already in the journal."""
+
+    @property
+    def missing(self) -> int:
+        """The number of answers to compute."""
+        return self.answers - self.kept
+
+
 class AnswerRate:
     """The rate of a command's answers so far."""
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
-    from tunewright.evaluation.workload import AnswersEstimate
+    from tunewright.evaluation.time_limit import AnswersEstimate
     from tunewright.evidence.schema import Advice
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult

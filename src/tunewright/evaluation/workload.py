@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tunewright.adapters.registry import Adapter
 from tunewright.core.io import digest
@@ -25,28 +25,11 @@ from tunewright.evaluation.arms import (
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.runner import parent_of, plan_comparison
-from tunewright.evaluation.time_limit import TimeLimit, Work
+from tunewright.evaluation.time_limit import AnswersEstimate, TimeLimit, Work
 from tunewright.evidence.files import EVIDENCE_FILE
 
 Contest = tuple[Adapter | None, Split]
 """The comparison of an adapter (None: one that is not trained yet) with the prompting arms on a split."""
-
-
-@dataclass(frozen=True)
-class AnswersEstimate:
-    """The number of answers that a command has to compute, at most."""
-
-    text: str
-    """The estimate in words."""
-    answers: int
-    """All answers, including kept ones."""
-    kept: int
-    """Answers that are already in the journal."""
-
-    @property
-    def missing(self) -> int:
-        """The number of answers to compute."""
-        return self.answers - self.kept
 
 
 def estimated_answers(runner: ArmRunner, contest: Contest) -> AnswersEstimate:

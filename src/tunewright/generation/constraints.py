@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
-from llguidance.hf import from_tokenizer
 
 from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
@@ -192,5 +191,7 @@ def answer_affixes(tokenizer: Any, answer_ids: Sequence[int], text: str) -> tupl
 
     ``answer_ids`` are the answer ``text`` in the base's chat format, without its end token.
     """
+    from llguidance.hf import from_tokenizer  # it imports transformers
+
     before, _, after = from_tokenizer(tokenizer).decode_str(list(answer_ids)).partition(text)
     return before, after

@@ -6,9 +6,8 @@ import asyncio
 import hashlib
 import ipaddress
 import secrets
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from threading import Lock
 from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
-from anyio import sleep, to_thread
+from anyio import move_on_after, sleep, to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -33,7 +32,6 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError, missing_extra
 from tunewright.core.io import write_bytes
 from tunewright.core.log import authored_by
-from tunewright.core.processes import NOTHING, Process, end, start
 from tunewright.core.text import capitalised, visible
 from tunewright.render.html import page_templates
 from tunewright.serving.gateway.server import serve
@@ -50,15 +48,17 @@ from tunewright.studio.access import (
     require_same_origin,
     reviewer_name,
 )
+from tunewright.studio.computed import Computed, PageReporter
 from tunewright.studio.jobs import Jobs, read_entry
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
 from tunewright.studio.pages.project import NEW_PROJECT
 from tunewright.studio.playing import Playing
-from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
+from tunewright.studio.visit import Cache, Handler, StillComputedError, Visit
 from tunewright.studio.words import ROLES, advice, by_commands, note
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
+_WAIT_S = 2.0  # for a part of a page, in one request
 _TYPED = ("question", "answer", "output", "note", "message")
 """Fields whose text is worth keeping when a session has ended."""
 _MOST_ENDED = 8
@@ -99,7 +99,7 @@ class Studio:
         self._visitor = StudioSession(reviewer, read_only=True) if demo else None
         self._ended_forms = asyncio.Semaphore(_MOST_ENDED)
         self._lock = Lock()  # pages read and write the project's files one at a time
-        self._cache = Cache(Playing(self._root))
+        self._cache = Cache(Playing(self._root), Computed(self._root))
         self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
         self._templates = page_templates("tunewright.studio", _PAGES)
         self._templates.filters |= {
@@ -118,6 +118,7 @@ class Studio:
             Route("/sign-in", self._sign_in, methods=["POST"]),
             Route(_UPLOAD, self._upload, methods=["POST"]),
             Route("/jobs/{job}/events", self._events, methods=["GET"]),
+            Route("/computed/{part}", self._wait_for_part, methods=["GET"]),
             Route("/playground/{question}/events", self._answer_events, methods=["GET"]),
             Route("/playground/{question}/answers", self._wait_for_answers, methods=["GET"]),
             *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
@@ -127,6 +128,7 @@ class Studio:
         refusal = self._error(403, "This demo is read-only; nothing was changed", fix=fix)
         return Starlette(
             routes=routes,
+            lifespan=self._until_shutdown,
             # A page of another site whose name points at this address (DNS rebinding) has another Host header.
             middleware=[
                 Middleware(WithHeaders),
@@ -142,6 +144,11 @@ class Studio:
             },
         )
 
+    @asynccontextmanager
+    async def _until_shutdown(self, _app: Starlette) -> AsyncIterator[None]:
+        yield
+        self._cache.computed.close()
+
     def run(self, host: str, port: int, on_ready: Callable[[str], None]) -> None:
         """Serve until Ctrl-C or SIGTERM; ``on_ready`` is called with the address that signs a browser in."""
         local = host == "localhost"
@@ -151,21 +158,17 @@ class Studio:
             fix = "Pass --password-file, or leave --host out."
             raise UserError("Other machines could reach the studio without a password", where=f"--host {host}", fix=fix)
         hosts = _LOOPBACK if local else ("*",)
-        children: list[Process] = []
 
         def ready(url: str) -> None:
             on_ready(self.address(url))
             if find_spec("torch") is not None:
-                # The first reading of torch's files takes many seconds. A child does it, so that no click waits for it.
-                command = [sys.executable, "-c", "import torch, transformers"]
-                children.append(start(command, stdin=NOTHING, stdout=NOTHING, stderr=NOTHING))
+                # Its files are read now, which takes many seconds, so that no part of a page waits for that.
+                self._cache.computed.warm()
 
         try:
             serve(self.app(hosts), host, port, GatewayConfig(), on_ready=ready)
         finally:
             self.close()
-            for child in children:
-                end(child)
 
     def close(self) -> None:
         """Free the playground's base."""
@@ -218,6 +221,8 @@ class Studio:
             with authored_by(session.reviewer):
                 try:
                     return handler(visit)
+                except StillComputedError as waiting:
+                    return visit.page("computing.html.j2", "One moment", part=waiting.part)
                 except (UserError, ModuleNotFoundError) as error:
                     refusal = missing_extra(error) or error
                     if not isinstance(refusal, UserError):
@@ -316,6 +321,15 @@ class Studio:
                 await sleep(0.5)
 
         return StreamingResponse(lines(), media_type="text/event-stream")
+
+    async def _wait_for_part(self, request: Request) -> Response:
+        """Answer when a part of a page has been computed, or after some time; the page is then read again."""
+        self._require_session(request)
+        key = str(request.path_params["part"])
+        with move_on_after(_WAIT_S):
+            while self._cache.computed.is_waiting(key) and not await request.is_disconnected():
+                await sleep(0.1)
+        return Response(status_code=204)
 
     async def _answer_events(self, request: Request) -> Response:
         """Stream the answers to a question; a browser that leaves ends their computation."""

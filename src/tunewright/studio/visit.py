@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -16,7 +17,6 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from tunewright.annotation import AnnotationSession, ItemT, Leases, VerdictT
 from tunewright.api import Project
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter
 from tunewright.data.browse import RowIndex
 from tunewright.data.review.label_models import NeighborIndex
 from tunewright.data.review.reviews import REVIEWS_FILE, ReviewLog, read_reviews
@@ -26,29 +26,27 @@ from tunewright.data.versions import DatasetVersion, current_manifest, list_vers
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.evaluation.stored_answers import RowAnswers, evaluated_files
 from tunewright.studio.access import Notice, StudioSession
+from tunewright.studio.computed import Computed, Function, PageReporter, Part
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.playing import Playing
 
 if TYPE_CHECKING:
-    from tunewright.chat import ChatFormat
     from tunewright.data.dedup.leakage import LeakageReport
 
 T = TypeVar("T")
 
 
-class PageReporter(LogReporter):
-    """Collects messages for the page that is being made."""
+class StillComputedError(Exception):
+    """The whole page waits for a part."""
 
-    def __init__(self) -> None:
-        self.messages: list[str] = []
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        super().__init__(part.key)
 
-    def say(self, message: str) -> None:
-        """Add a message."""
-        self.messages.append(message)
 
-    def warn(self, message: str) -> None:
-        """Add a warning."""
-        self.messages.append(f"Warning: {message}")
+def stamps(files: Iterable[Path]) -> list[tuple[str, int]]:
+    """Return what changes when a file is written: its path and the time of its change."""
+    return [(str(file), file.stat().st_mtime_ns) for file in files]
 
 
 @dataclass
@@ -56,6 +54,7 @@ class Cache:
     """Kept between requests: objects that take seconds to make, and a reviewer's skipped rows."""
 
     playing: Playing
+    computed: Computed
     reviews: dict[tuple[str, ...], ReviewSession] = field(default_factory=dict)
     """Reviews by version, reviewer and choice of rows."""
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
@@ -144,20 +143,42 @@ class Visit:
         return self.cache.once("leakage", deciding, lambda: measure_leakage(version, seed, self.project.reporter))
 
     @property
-    def chat(self) -> ChatFormat:
-        """The project's chat format."""
-        config = self.project.folder.config
-        deciding = (config.base_model, config.revision, config.chat)
-        # The project was opened for this request, and its functions would read the tokenizer again.
-        self.project.chat = self.cache.once("chat", deciding, lambda: self.project.chat)
-        return self.project.chat
-
-    @property
     def answers(self) -> RowAnswers:
         """The adapter's stored answers to rows."""
         files = evaluated_files(self.project.folder.evaluations)
         stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
         return self.cache.once("answers", stamps, self.project.row_answers)
+
+    def computed(self, function: Function, *arguments: object, deciding: Sequence[object] = ()) -> Part:
+        """Return a part of the page that needs torch or transformers, as far as it has been computed.
+
+        The current version and the config decide it too.
+        """
+        folder, manifest = self.project.folder, current_manifest(self.project.folder.dataset)
+        version = None if manifest is None else manifest.digest
+        decided = (version, folder.config.model_dump(mode="json"), *deciding)
+        return self.cache.computed.part(function, arguments, decided)
+
+    def needed(self, function: Function, *arguments: object, deciding: Sequence[object] = (), wait: bool) -> Any:
+        """Return the value of a part without which there is no page.
+
+        Args:
+            function: as for :meth:`computed`, like ``arguments`` and ``deciding``.
+            wait: wait for it. Otherwise a page says that it is being computed; a file and a form have no such page.
+
+        Raises:
+            StillComputedError: it is not there yet.
+            UserError: it could not be computed.
+        """
+        part = self.computed(function, *arguments, deciding=deciding)
+        if not part.done and wait:
+            self.cache.computed.wait_for(part)
+            part = self.computed(function, *arguments, deciding=deciding)
+        if not part.done:
+            raise StillComputedError(part)
+        if part.refusal:
+            raise UserError(part.refusal)
+        return part.value
 
     def shown(self, found: Sequence[T], size: int) -> tuple[Sequence[T], dict[str, int]]:
         """Return the part of a long list that the address asks for, and the numbers of its pages for a template."""

@@ -28,8 +28,9 @@ from tunewright.data.versions.version import version_table
 from tunewright.evidence.power import split_power, split_power_text
 from tunewright.render.blocks import table, words
 from tunewright.studio.access import ChangedRows
+from tunewright.studio.computed import PageReporter
 from tunewright.studio.pages.rows import row_link
-from tunewright.studio.visit import Handlers, PageReporter, Visit, in_form, positive_numbers
+from tunewright.studio.visit import Handlers, Visit, in_form, positive_numbers
 from tunewright.studio.words import ROLES, TURN
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.responses import HTMLResponse, Response
@@ -20,16 +20,15 @@ from tunewright.core.text import count_of
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.trace import find_row
 from tunewright.data.versions import Member, current_manifest
+from tunewright.evaluation.stored import item_prompts
 from tunewright.evidence.blocks import evaluation_sections
 from tunewright.evidence.files import CHANGES, DEV_PREFIX, EVIDENCE_FILE, ItemFilter, chosen_items, load_evidence
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import metric_label
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.report.items import shown_answer
-from tunewright.studio.visit import Handlers, Visit, in_form, path_of, positive_numbers
-
-if TYPE_CHECKING:
-    from tunewright.evaluation.workload import AnswersEstimate
+from tunewright.studio.computed import Part, evaluation_estimates
+from tunewright.studio.visit import Handlers, Visit, in_form, path_of, positive_numbers, stamps
 
 _NEWEST = 10  # evaluations on the project's page
 
@@ -75,29 +74,18 @@ def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluati
 EVALUATE_PAGE = "/evaluate"
 
 
-@dataclass(frozen=True)
-class _Split:
-    """An evaluation on one split: its answers, or the reason why they are unknown."""
-
-    split: str
-    estimate: AnswersEstimate | None
-    unknown: str = ""
-
-
 def evaluate_page(visit: Visit) -> Response:
     """Show how many answers an evaluation has to compute, and start it with the choices of the command line."""
     folder = visit.project.folder
     manifest = current_manifest(folder.dataset)
     adapters = [a for a in list_adapters(folder.adapters) if manifest and a.dataset in (None, manifest.digest)]
     chosen = _adapter(adapters, visit.query.get("adapter"))
-    choices = [] if chosen is None else [_split(visit, chosen, dev=dev) for dev in (False, True)]
     return visit.page(
         "evaluate.html.j2",
         "Evaluate",
         adapters=adapters[::-1],
         chosen=chosen,
-        choices=choices,
-        first=choices[0] if choices else None,
+        estimates=None if chosen is None else _estimates(visit, chosen),
         items=_items(visit) if manifest else "",
         metric=metric_label(metric_name(folder.config.evaluate.metric)),
         settings=folder.config.evaluate,
@@ -118,26 +106,15 @@ def _adapter(adapters: list[Adapter], name: str | None) -> Adapter | None:
     return trained[-1] if trained else None
 
 
-def _split(visit: Visit, adapter: Adapter, *, dev: bool) -> _Split:
-    """Return the estimate, again only if a file that decides it has changed: prompts of all arms take seconds."""
-    folder, split = visit.project.folder, "dev" if dev else "test"
+def _estimates(visit: Visit, adapter: Adapter) -> Part:
+    """Return each split's estimate, computed again only if a file that decides it has changed: prompts take seconds."""
+    folder = visit.project.folder
     files = [
-        folder.root / "tunewright.yaml",
         *sorted(folder.work.glob("generations/*")),
         *sorted(folder.evaluations.glob("*.json*")),
         *sorted(folder.evaluations.glob("[!.]*/evidence.json")),
     ]
-    stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
-    manifest = current_manifest(folder.dataset)
-    deciding = (stamps, None if manifest is None else manifest.digest)
-
-    def estimate() -> AnswersEstimate:
-        return visit.project.estimate_evaluation(adapter.name, dev=dev, embed=False)
-
-    try:
-        return _Split(split, visit.cache.once(("estimate", adapter.digest, dev), deciding, estimate))
-    except UserError as error:
-        return _Split(split, None, str(error))
+    return visit.computed(evaluation_estimates, adapter.name, deciding=[adapter.digest, *stamps(files)])
 
 
 def _items(visit: Visit) -> str:
@@ -302,13 +279,14 @@ def prompts_page(visit: Visit) -> Response:
     """Show each arm's stored prompt for an item as tokens, and the demonstrations in it."""
     _, items = visit.project.evidence(visit.place["evaluation"])
     number, item = _item(visit, items)
+    place = visit.project.evaluation(visit.place["evaluation"])
     return visit.page(
         "prompts.html.j2",
         f"Prompts of item {number}",
         id=visit.place["evaluation"],
         number=number,
         back=path_of("evidence", visit.place["evaluation"], str(number)),
-        prompts=visit.project.item_prompts(visit.place["evaluation"], item.key),
+        prompts=visit.computed(item_prompts, place.name, item.key, deciding=stamps(sorted(place.glob("*.json*")))),
         excerpt=excerpt,
         turn_text=_turn_text,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -13,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tunewright.annotation import LEASE_S
-from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.examples import class_like, find_labels
 from tunewright.data.options import ReviewOptions
@@ -22,10 +20,12 @@ from tunewright.data.review.label_models import Suspect, excerpt
 from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.review.session import ReviewItem, ReviewSession
+from tunewright.data.review.suspects import FOLDER as SUSPECTS
 from tunewright.data.versions.diff import short_changes, word_changes
 from tunewright.render.blocks import table, words
+from tunewright.studio import computed
 from tunewright.studio.access import ChangedText, RefusedVerdict
-from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
+from tunewright.studio.visit import Handlers, Visit, path_of, stamps, verdict_of
 
 _ON_A_PAGE = 100  # edits or conflicts
 _ROW_S = 8  # seconds for a verdict on a short row
@@ -69,7 +69,7 @@ def review_page(visit: Visit) -> Response:
     queue = _queue(visit)
     review = review_of(visit, queue)
     if review is None:
-        found = next((name for name in reversed(stored_searches(visit)) if name), "")
+        found = next((name for name in reversed(searches(visit)) if name), "")
         if found and not _adapter(visit, queue):
             return visit.go(f"{_QUEUES[queue].path}?{urlencode({'adapter': found})}")
         judges = _judges(visit)
@@ -281,21 +281,33 @@ def _judges(visit: Visit) -> list[tuple[str, str]]:
     return [("", default), ("base", "the base model: how unlikely it finds the answer"), *named]
 
 
-def stored_searches(visit: Visit) -> dict[str, list[Suspect]]:
+def searches(visit: Visit, *, wait: bool = False) -> dict[str, list[Suspect]]:
     """Return the suspects of each search whose result is stored, by judge; an empty name is the default search."""
-    found: dict[str, list[Suspect]] = {}
-    for name in ["", *(name for name, _ in _judges(visit) if name)]:
-        with suppress(UserError):  # an adapter of another base judges no rows
-            if (suspects := _stored(visit, name)) is not None:
-                found[name] = suspects
+    judges, deciding = _judges(visit), _stored_searches(visit)
+    if not judges or not deciding:
+        return computed.stored_searches(visit.project, [""] if deciding else [])
+    names = ["", *(name for name, _ in judges if name)]
+    found: dict[str, list[Suspect]] = visit.needed(computed.stored_searches, names, deciding=deciding, wait=wait)
     return found
 
 
 def _stored(visit: Visit, name: str) -> list[Suspect] | None:
-    judges = _judges(visit)
-    if judges and (name or len(judges) > 2):
-        _ = visit.chat  # kept between requests: the tokenizer takes seconds
-    return visit.project.data.stored_suspects(visit.version, name or None)
+    deciding = _stored_searches(visit)
+    if not deciding:
+        return None
+    if not _judges(visit):
+        return computed.stored_suspects(visit.project, name)
+    # The chat format decides which adapter fits.
+    found: list[Suspect] | None = visit.needed(computed.stored_suspects, name, deciding=deciding, wait=bool(visit.form))
+    return found
+
+
+def _stored_searches(visit: Visit) -> list[object]:
+    """Return what decides the results of stored searches; nothing if none is stored."""
+    folder = visit.project.folder
+    files = sorted((folder.work / SUSPECTS).glob("*.json"))
+    names = [path.name for path in (*folder.adapters.glob("[!.]*"), *folder.fold_adapters.glob("[!.]*"))]
+    return [sorted(names), stamps(files)] if files else []
 
 
 def agreement_page(visit: Visit) -> Response:

@@ -24,7 +24,8 @@ from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
 from tunewright.data.versions.diff import word_changes
 from tunewright.render.blocks import Cell, Table, table, words
-from tunewright.studio.pages.review import ONE_ROW, Typed, judge_row, judging, review_of, stored_searches
+from tunewright.studio.computed import row_tokens
+from tunewright.studio.pages.review import ONE_ROW, Typed, judge_row, judging, review_of, searches
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def rows_page(visit: Visit) -> Response:
     """Show the rows of the current version that match a search and filters."""
     given = _given(visit)
     query = _query(given)
-    searches = stored_searches(visit) if query.flag == "suspect" else {}
-    suspects = _reasons(searches)
+    found_by = searches(visit) if query.flag == "suspect" else {}
+    suspects = _reasons(found_by)
     rows = visit.rows.find(query, visit.reviews, suspects)
     shown, numbers = visit.shown(rows, _ON_A_PAGE)
     filters = {name: value for name, value in given.items() if value}
@@ -77,7 +78,7 @@ def rows_page(visit: Visit) -> Response:
         choices=_CHOICES,
         answers=visit.rows.answers,
         sources=visit.rows.sources,
-        searched=bool(searches) or query.flag != "suspect",
+        searched=bool(found_by) or query.flag != "suspect",
         hints=hints,
     )
 
@@ -87,7 +88,7 @@ def rows_file(visit: Visit) -> Response:
     query, ending = _query(_given(visit)), visit.place["ending"]
     if ending not in _FILES:
         raise UserError(f"Rows cannot be downloaded as {ending!r}", fix=f"Choose from {', '.join(_FILES)}.")
-    suspects = _reasons(stored_searches(visit)) if query.flag == "suspect" else {}
+    suspects = _reasons(searches(visit, wait=True)) if query.flag == "suspect" else {}
     found = visit.rows.find(query, visit.reviews, suspects)
     if ending == "csv":
         text = sheet(_COLUMNS, (_cells(visit, member, suspects) for member in found))
@@ -176,10 +177,7 @@ def _seen(review: ReviewSession, key: str) -> str:
 
 
 def _show(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, typed: Typed) -> Response:
-    from tunewright.chat.inspection import view
-
     member, _ = _row(visit)
-    chat = visit.chat
     return visit.page(
         "row.html.j2",
         f"Row {visit.rows.numbers.get(member.key, member.key[:12])}",
@@ -187,7 +185,7 @@ def _show(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | No
         flags=visit.rows.flags_of(member, visit.reviews),
         metadata=visit.rows.metadata.get(member.key, {}),
         counts=cluster_counts(visit.version, member),
-        tokens=[view(chat, row) for row in chat.rows(member.example.messages)],
+        tokens=visit.computed(row_tokens, member.key),
         history=row_history(visit.project.folder, visit.version, member.key, visit.places),
         **judging(visit, queue, review, card, typed),
         seen=_seen(review, member.key),

@@ -44,12 +44,11 @@ class _Summary:
 def train_page(visit: Visit) -> Response:
     """Show all runs, sweeps and learning curves, and the forms that start one."""
     runs, folder = visit.project.runs, visit.project.folder
-    plan: list[Table] = []
-    if (current := current_manifest(folder.dataset)) is not None:
+    plan = None
+    if current_manifest(folder.dataset) is not None:
         # The time of the next training is estimated from finished ones.
         trained = sorted(path.name for path in (*folder.adapters.glob("[!.]*"), *folder.pilot_adapters.glob("[!.]*")))
-        deciding = (current.digest, folder.config, trained)
-        plan = [visit.cache.once("plan", deciding, lambda: training_plan(visit.project))]
+        plan = visit.computed(training_plan, deciding=trained)
     numbers = read_numbers(folder.adapters)
     return visit.page(
         "train.html.j2",

@@ -179,14 +179,35 @@ if (asked) {
   };
 }
 
+// This page as it is now; null if the connection ended before it was there, or in the middle of it.
+async function newest() {
+  const text = await fetch(location.href).then(answer => answer.text()).catch(() => null);
+  return text === null ? null : new DOMParser().parseFromString(text, "text/html");
+}
+
+// A part of the page that the studio still computes is shown when it is there.
+async function complete(part) {
+  const waited = await fetch(part.dataset.computing).catch(() => null);
+  const next = waited?.ok ? (await newest()) : null;
+  if (next) {
+    const made = next.getElementById(part.id);
+    if (!made) return location.reload();
+    if (!made.dataset.computing) {
+      label(made);
+      return part.replaceWith(made);
+    }
+    part.dataset.computing = made.dataset.computing;
+  }
+  setTimeout(complete, 1000, part);
+}
+document.querySelectorAll("[data-computing]").forEach(complete);
+
 // A run in progress: its part of the page is made again, and at its end the whole page.
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 async function refresh() {
   const live = document.getElementById("live");
-  // A connection may end before the page is there, or in the middle of it.
-  const text = document.hidden ? null : await fetch(location.href).then(answer => answer.text()).catch(() => null);
-  if (text !== null) {
-    const page = new DOMParser().parseFromString(text, "text/html");
+  const page = document.hidden ? null : await newest();
+  if (page) {
     const next = page.getElementById("live");
     if (!next) return location.reload();
     // Who reads a table by keys keeps the place.

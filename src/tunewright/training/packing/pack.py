@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tunewright.core.text import common_prefix
 from tunewright.training.packing.layout import Layout, lay_out
 from tunewright.training.rows import IGNORED
 
@@ -71,14 +72,6 @@ def plan_groups(rows: Sequence[Sequence[int]]) -> list[Group]:
 def computed_tokens(rows: Sequence[Sequence[int]], groups: Sequence[Group]) -> int:
     """Return the tokens that go through the model: each group's prefix once, and all suffixes."""
     return sum(map(len, rows)) - sum((len(group.rows) - 1) * group.prefix for group in groups)
-
-
-def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    """Return the length of the common prefix of two rows, in tokens or characters."""
-    for place, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return place
-    return min(len(a), len(b))
 
 
 class TensorBatch:
