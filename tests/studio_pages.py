@@ -56,7 +56,7 @@ def main() -> None:
         studios = Studio(project, "ann"), Studio(empty, "ann")
         with serving(studios[0].app()) as url, serving(studios[1].app()) as new_url, chromium() as browser:
             page = signed_in(browser, studios[0].address(url))
-            found = crawled(page, ["/", compared(page), asked(page)])
+            found = crawled(page, ["/", "/rows/change?split=test&change=leave-out", compared(page), asked(page)])
             wrong = [fault for name, path in found.items() for fault in pictures(page, path, options.out / name)]
             page = signed_in(browser, studios[1].address(new_url))
             for path in WITHOUT_PROJECT:

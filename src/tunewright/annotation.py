@@ -209,8 +209,8 @@ class AnnotationSession(ABC, Generic[VerdictMarkT, ItemT, VerdictT]):
         return self.log.notes.get(key, {}).get(self.reviewer, "")
 
     def mark(self, kind: type[MarkT], key: str, **facts: Any) -> MarkT:
-        """Return an event of this reviewer, now."""
-        return kind(key=key, reviewer=self.reviewer, when=now(), **facts)
+        """Return an event of this reviewer, now or at the time ``when``."""
+        return kind(**{"key": key, "reviewer": self.reviewer, "when": now(), **facts})
 
     def record(self, events: Sequence[Mark]) -> None:
         """Record events together."""

@@ -52,7 +52,8 @@ def test_visitor_reads_every_page_without_sign_in_and_changes_no_file(client: ht
     before = _contents(finished)
     # Every page that needs neither a name nor a file, also those that do not exist yet.
     paths = [path for (method, path), _ in HANDLERS if method == "GET" and "{" not in path]
-    for path in {*paths, f"/compare/{EVALUATION}"} - {"/new", "/data/check", "/data/diff", "/train/compare"}:
+    named = {f"/compare/{EVALUATION}", "/rows/change?split=test&change=leave-out"}
+    for path in {*paths, *named} - {"/new", "/data/check", "/data/diff", "/rows/change", "/train/compare"}:
         page = client.get(path)
         assert page.status_code == 200 and "A read-only demo" in page.text, path
         forms = re.findall('<form method="post".*?</form>', page.text, re.DOTALL)

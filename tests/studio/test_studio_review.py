@@ -307,3 +307,70 @@ def test_stored_answer_of_the_model_stands_next_to_the_row_unless_it_waits_for_a
     while (pair := blind.next()) is not None:
         blind.answer(pair, "A")
     assert "The model's own answer" in unescape(browser.get("/review"))
+
+
+def _filtered(browser: Browser, project: Path, label: str) -> tuple[str, set[str]]:
+    """Return the address of the rows of an answer, and their keys."""
+    domain = library.open(project).data.version().domain
+    keys = {member.key for member in domain if member.example.output == label}
+    assert f"Leave out these {len(keys)} rows" in browser.get(f"/rows?answer={label}")
+    return f"/rows/change?answer={label}&change=", keys
+
+
+def test_rows_of_a_filter_are_left_out_together_after_a_question_and_come_back(
+    browser: Browser, ben: Browser, project: Path
+) -> None:
+    address, keys = _filtered(browser, project, "navy")
+    asked = browser.get(f"{address}leave-out")
+    assert f"Leave out {len(keys)} rows?" in asked and "Filter: Answer “navy”." in asked
+    seen = re.findall('name="(seen|count)" value="([^"]*)"', asked)
+    form = {"answer": "navy", "change": "leave-out", **dict(seen)}
+    one = sorted(keys)[0]
+    browser.judge("leave-out", page=f"/rows/{one}", seen="")
+    again = browser.send("/rows/change", f"{address}leave-out", **form)
+    assert f"changed meanwhile: {len(keys)} before, {len(keys) - 1} now. Nothing was recorded" in again.text
+    assert set(read_reviews(project / "dataset").stacks) == {one}
+    form |= dict(re.findall('name="(seen|count)" value="([^"]*)"', again.text))
+    other = sorted(keys)[1]
+    ben.judge("right", page=f"/rows/{other}", seen="")
+    done = browser.send("/rows/change", f"{address}leave-out", **form)
+    assert f"{len(keys) - 1} rows: left out in the next version." in done.text and done.url.path == "/rows"
+    assert "because other reviewers disagree: 1 row." in done.text
+    reviews = read_reviews(project / "dataset")
+    assert {key for key in keys if reviews.current_verdicts(key)["ada"].verdict == "leave-out"} == keys
+    assert f"You changed {len(keys) - 1} rows together" not in ben.get("/rows")
+    when = re.findall('name="when" value="([^"]*)"', done.text)
+    assert "There is nothing to take back" in browser.send("/rows/undo", "/rows", when="2020").text
+    assert f"Taken back: {len(keys) - 1} rows." in browser.send("/rows/undo", "/rows", when=when[0]).text
+    assert set(read_reviews(project / "dataset").current_verdicts(one)) == {"ada"}, "judged on its page"
+    assert read_reviews(project / "dataset").current_verdicts(other).keys() == {"ben"}
+    assert "Take them back" not in browser.get("/rows")
+
+
+def test_answer_of_the_rows_of_a_filter_is_set_together(browser: Browser, project: Path) -> None:
+    address, keys = _filtered(browser, project, "navy")
+    asked = browser.get(f"{address}edit&output=mauve")
+    assert f"Set the answer of {len(keys)} rows to “mauve”?" in asked
+    form = {"answer": "navy", "change": "edit", "output": "mauve"}
+    form |= dict(re.findall('name="(seen|count)" value="([^"]*)"', asked))
+    assert "the answer is &#34;mauve&#34;" in browser.send("/rows/change", f"{address}edit&output=mauve", **form).text
+    assert f"{len(keys)} answers edited in review (ada)" in browser.send("/review/apply", "/review/edits").text
+    domain = library.open(project).data.version().domain
+    assert "navy" not in {m.example.output for m in domain} and sum(m.example.output == "mauve" for m in domain) > 5
+    assert "Take them back" not in browser.get("/rows"), "a version has them"
+
+
+def test_change_of_rows_refuses_no_filter_an_unknown_answer_and_an_empty_split(browser: Browser, project: Path) -> None:
+    assert "Change these" not in browser.get("/rows") and "Change these" in browser.get("/rows?split=test")
+    for query, said in (
+        ("change=leave-out", "No filter chooses rows"),
+        ("split=test&change=purge", "Unknown change"),
+        ("split=test&change=edit&output=none+has+it", "No row has the answer"),
+    ):
+        refused = browser.client.get(f"/rows/change?{query}")
+        assert refused.status_code == 400 and said in refused.text
+    asked = browser.get("/rows/change?split=test&change=leave-out&output=mauve")
+    form = {"split": "test", "change": "leave-out"} | dict(re.findall('name="(seen|count)" value="([^"]*)"', asked))
+    refused = browser.send("/rows/change", "/rows/change?split=test&change=leave-out", **form)
+    assert refused.status_code == 400 and "No test row would be left, nothing was removed" in refused.text
+    assert "Leave out" in refused.text and read_reviews(project / "dataset").stacks == {}

@@ -22,6 +22,7 @@ from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan
 from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
+    CHANGES,
     PURGED,
     VERDICTS,
     DrawEvent,
@@ -240,9 +241,29 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
             self._skipped.add(card.key)  # offered once, also if it is still disputed
             if verdict == "skip":
                 return
-        settles = True if self.conflicts else None
-        facts = {"verdict": verdict, "output": output, "draw": self._draw_of(card.key), "settles": settles}
-        self.record([self.mark(VerdictEvent, card.key, **facts)])
+        self.judge_together([card.key], verdict, output)
+
+    def judge_together(self, keys: Sequence[str], verdict: Verdict, output: str | None = None) -> None:
+        """Record one verdict on several rows at one time, by which they can be taken back together."""
+        facts = {"verdict": verdict, "output": output, "settles": True if self.conflicts else None, "when": now()}
+        self.record([self.mark(VerdictEvent, key, draw=self._draw_of(key), **facts) for key in keys])
+
+    def judged_together(self) -> tuple[str, list[str]]:
+        """Return the newest time at which this reviewer changed several rows of the version, and the rows' keys."""
+        groups: dict[str, list[str]] = {}
+        for key in self.log.stacks:
+            mine = self.verdict(key)
+            if mine is not None and mine.verdict in CHANGES and self.counts(mine):
+                groups.setdefault(mine.when, []).append(key)
+        return max(((when, keys) for when, keys in groups.items() if len(keys) > 1), default=("", []))
+
+    def undo_together(self, when: str) -> int:
+        """Take back this reviewer's changes of the newest time, if it is ``when``; return their number."""
+        newest, keys = self.judged_together()
+        if newest != when:
+            return 0
+        self.record([self.mark(UndoEvent, key) for key in keys])
+        return len(keys)
 
     def _draw_of(self, key: str) -> int | None:
         """Return the number of the sample that a row is judged for; None for suspects and generated rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tunewright.studio.pages import (
+    bulk,
     compare,
     data,
     deploy,
@@ -17,6 +18,6 @@ from tunewright.studio.pages import (
 )
 from tunewright.studio.visit import Handler
 
-_PAGES = (project, data, rows, review, settings, evaluate, compare, training, deploy, tenants, playground)
+_PAGES = (project, data, bulk, rows, review, settings, evaluate, compare, training, deploy, tenants, playground)
 HANDLERS: tuple[tuple[tuple[str, str], Handler], ...] = tuple(item for page in _PAGES for item in page.HANDLERS.items())
 """Each page's method and path, with its function."""

@@ -148,7 +148,7 @@ def judging(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | 
         "draft": review.draft(card) if draft is None and card is not None else draft,
         "changes": None if draft is None or card is None else word_changes(card.member.example.output, draft),
         "note": review.note_on("" if card is None else card.key) if typed.note is None else typed.note,
-        "labels": [] if card is None else _labels(visit),
+        "labels": [] if card is None else labels_of(visit),
         "new_label": typed.new_label,
         "place": _place(visit, queue),
     }
@@ -227,7 +227,7 @@ def judge_row(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem 
     return visit.go(back, said)
 
 
-def _labels(visit: Visit) -> list[str]:
+def labels_of(visit: Visit) -> list[str]:
     """Return the version's different answers in alphabetical order, if they are few classes."""
     labels = find_labels(member.example.output for member in visit.version.domain)
     return sorted(labels) if len(labels) <= _MOST_LABELS else []
@@ -252,7 +252,7 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem, s
     stored, output = card.member.example.output, visit.form.get("output", "")
     if visit.form["action"] == "preview":
         return show(visit, queue, review, card, Typed(output))
-    labels = _labels(visit)
+    labels = labels_of(visit)
     if refused := review.edit_fault(card, output):
         visit.session.messages.append(refused)
         return show(visit, queue, review, card, Typed(output))

@@ -25,7 +25,7 @@ from tunewright.data.trace import find_row
 from tunewright.data.versions.diff import word_changes
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.studio.computed import row_tokens
-from tunewright.studio.pages.review import ONE_ROW, Typed, judge_row, judging, review_of, searches
+from tunewright.studio.pages.review import ONE_ROW, Typed, judge_row, judging, labels_of, review_of, searches
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _CHOICES = {"split": SPLITS, "flag": FLAGS, "verdict": (*VERDICTS, DISPUTED, NO_
 
 def rows_page(visit: Visit) -> Response:
     """Show the rows of the current version that match a search and filters."""
-    given = _given(visit)
+    given = given_filters(visit.query)
     query = _query(given)
     found_by = searches(visit) if query.flag == "suspect" else {}
     suspects = _reasons(found_by)
@@ -70,7 +70,7 @@ def rows_page(visit: Visit) -> Response:
     return visit.page(
         "rows.html.j2",
         "Rows",
-        rows=_rows_table(visit, shown, suspects),
+        rows=rows_table(visit, shown, suspects),
         **numbers,
         given=given,
         # The next and the previous page, and the files, have the same filters.
@@ -78,18 +78,28 @@ def rows_page(visit: Visit) -> Response:
         choices=_CHOICES,
         answers=visit.rows.answers,
         sources=visit.rows.sources,
+        filtered=bool(filter_texts(given)),
+        labels=labels_of(visit),
+        together=changed_together(visit),
         searched=bool(found_by) or query.flag != "suspect",
         hints=hints,
     )
 
 
+def changed_together(visit: Visit) -> tuple[str, int]:
+    """Return the newest time at which the reviewer changed several rows together, and their number."""
+    review = review_of(visit, ONE_ROW)
+    assert review is not None, "only suspects need a search first"
+    when, keys = review.judged_together()
+    return when, len(keys)
+
+
 def rows_file(visit: Visit) -> Response:
     """Send all rows that match a search and filters: a CSV file for a spreadsheet, or JSON lines of chat rows."""
-    query, ending = _query(_given(visit)), visit.place["ending"]
+    ending = visit.place["ending"]
     if ending not in _FILES:
         raise UserError(f"Rows cannot be downloaded as {ending!r}", fix=f"Choose from {', '.join(_FILES)}.")
-    suspects = _reasons(searches(visit, wait=True)) if query.flag == "suspect" else {}
-    found = visit.rows.find(query, visit.reviews, suspects)
+    found, suspects = found_rows(visit, given_filters(visit.query))
     if ending == "csv":
         text = sheet(_COLUMNS, (_cells(visit, member, suspects) for member in found))
     else:
@@ -99,13 +109,27 @@ def rows_file(visit: Visit) -> Response:
     return Response(text, media_type=_FILES[ending], headers=headers)
 
 
-def _given(visit: Visit) -> dict[str, str]:
-    """Return the parameters of the address that choose rows; an absent one is empty."""
-    given = {name: visit.query.get(name, "").strip() for name in _KEYS}
+def found_rows(visit: Visit, given: Mapping[str, str]) -> tuple[list[Member], dict[str, str]]:
+    """Return the rows that match the filters, and the reasons of suspects if the filters need them."""
+    query = _query(given)
+    suspects = _reasons(searches(visit, wait=True)) if query.flag == "suspect" else {}
+    return visit.rows.find(query, visit.reviews, suspects), suspects
+
+
+def given_filters(fields: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters of an address or a form that choose rows; an absent one is empty."""
+    given = {name: fields.get(name, "").strip() for name in _KEYS}
     for name, known in _CHOICES.items():
         if given[name] and given[name] not in known:
             raise UserError(f"Unknown {name} {given[name]!r}", fix=f"Choose from {', '.join(known)}.")
     return given
+
+
+def filter_texts(given: Mapping[str, str]) -> list[str]:
+    """Return the filters that choose rows, in words."""
+    return [
+        f"{_NAMES.get(name, name.capitalize())} “{value}”" for name, value in given.items() if value and name != "sort"
+    ]
 
 
 def _query(given: Mapping[str, str]) -> RowQuery:
@@ -134,7 +158,8 @@ def _cells(visit: Visit, member: Member, suspects: Mapping[str, str]) -> tuple[s
     return (member.key, str(number), member.split, *texts, verdicts, _flags(visit, member, suspects))
 
 
-def _rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, str]) -> Table:
+def rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, str]) -> Table:
+    """Return the table of rows, each with a link to its page."""
     rows = []
     for member in members:
         texts = map(excerpt, (member.example.input_text, member.example.output))
