@@ -70,7 +70,7 @@ def test_free_arm_is_called_better_where_its_interval_lies_above_zero() -> None:
     assert "margin" not in worse.reasons[0]
     assert worse.causes and worse.causes_title == "If you still want an adapter:"
     assert "If you still want an adapter:" in verdict_text(worse).plain
-    assert worse.next_step.startswith("no model is needed; if you still want an adapter: ")
+    assert worse.next_step.startswith("No model is needed. If you still want an adapter: ")
     as_good = verdict(_with_free(make_items(600, tuned=1.0, retrieved=0.3), 1.0))
     assert "is not worse than tuned" in as_good.reasons[0]
     assert decided(make_evidence(make_items(120, tuned=0.05, retrieved=0.6))).causes_title == "Likely causes:"

@@ -214,8 +214,9 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     releases = library.open(project).releases()
     assert [each.action for each in releases] == ["deploy", "canary", "rollback", "undeploy"]
     assert [each.author for each in releases] == ["ann", "ann", "ada", "ada"]
-    assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
     assert browser.fill("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
+    assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
+    assert "/rollback" not in browser.get("/deploy/courts"), "no earlier release answers otherwise"
 
 
 def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, project: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from statistics import fmean
 from typing import Protocol
 
-from tunewright.core.text import visible
+from tunewright.core.text import count_of, visible
 
 log = logging.getLogger("tunewright")
 
@@ -174,7 +174,7 @@ class WithoutBars:
 def duration(seconds: float) -> str:
     """Return a duration in words: ``40 seconds``, ``7 minutes``, ``3.5 hours``."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return count_of(round(seconds), "second")
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 

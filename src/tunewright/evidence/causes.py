@@ -78,7 +78,7 @@ def decided(evidence: Evidence, known: ProjectFacts | None = None) -> Verdict:
         return found
     step = reasons[0].next_command
     if found.reasons[0].startswith(NO_MODEL):
-        step = f"no model is needed; if you still want an adapter: {step}"
+        step = f"{NO_MODEL}. If you still want an adapter: {step}"
     return replace(found, causes=reasons, next_step=step)
 
 

@@ -128,12 +128,12 @@ def verdict(evidence: Evidence) -> Verdict:
         decision = "don't ship"
     elif against == "judge" and decision == "ship":
         decision = "can't tell"
-    decision, first, compared = _without_model(evidence, decision)
+    decision, plain, first, compared = _without_model(evidence, decision)
     measured, further = _measurement(evidence, contrast), _further(evidence, contrast)
     settled = (*first, measured, *why, *whose, *compared)
     reasons = (*settled, *further, *regressions, *said, *_cautions(evidence, contrast))
     replaced = replacements(evidence, decision)
-    summary = " ".join([*first, plain_measurement(evidence, contrast)])
+    summary = " ".join([*plain, plain_measurement(evidence, contrast)])
     next_step = _next_step(evidence, decision, undecided=undecided)
     return Verdict(decision, reasons, evidence.split, replacements=replaced, summary=summary, next_step=next_step)
 
@@ -182,23 +182,26 @@ def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, 
     return decision, list(found.reasons)
 
 
-def _without_model(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str], list[str]]:
-    """Return the decision after the free arms; the first reason, if no model is needed; else a further one."""
+def _without_model(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str], list[str], list[str]]:
+    """Return the decision after the free arms; if no model is needed, that in plain words and as the first reason.
+
+    Else the last list has a further reason.
+    """
     free = evidence.free
     drop = None if free is None else free.tuned
     if free is None or drop is None:
-        return decision, [], []
+        return decision, [], [], []
     ours, tuned = (_scored(evidence, evidence.arm(name)) for name in (free.best, evidence.contrasts[0].treatment))
     low, high = (points_text(-end) for end in (drop.interval.high, drop.interval.low))
     items = count_of(drop.items, evidence.items_text)
     measured = f"{points_text(-drop.value)} points, 95% interval {low} to {high}, on {items}."
     if not free.enough:
         unclear = " They cannot show whether a model is needed." if drop.interval.low <= evidence.margin else ""
-        return decision, [], [f"{ours}, without a model, against {tuned}: {measured}{unclear}"]
+        return decision, [], [], [f"{ours}, without a model, against {tuned}: {measured}{unclear}"]
     text = f"{NO_MODEL}: {ours} is not worse than {tuned} by the margin of {_points(evidence.margin)}"
     if drop.interval.high < 0:
         text = f"{NO_MODEL}: {ours} is better than {tuned}"
-    return "don't ship", [f"{text}: {measured}"], []
+    return "don't ship", [f"{text}."], [f"{text}: {measured}"], []
 
 
 def decisive_preferences(evidence: Evidence) -> tuple[Literal["people", "judge"] | None, list[str]]:
@@ -453,16 +456,16 @@ def plain_measurement(evidence: Evidence, contrast: Contrast) -> str:
         score_text(contrast.metric, evidence.arm(name).score(contrast.metric).value)
         for name in (contrast.treatment, contrast.control)
     )
-    questions = f"{contrast.scored:,} {evidence.split} question{'' if contrast.scored == 1 else 's'}"
+    rows = count_of(contrast.scored, f"{evidence.split} row")
     if evidence.design == "cross-fitted":
-        questions = questions.replace(f"{evidence.split} ", "")
+        rows = count_of(contrast.scored, "row")
     rival = f"the base with its best prompt ({contrast.control})"
     if evidence.metrics[contrast.metric].kind == "right or wrong":
-        scored = f"The adapter answers {tuned} of {questions} right, and {rival} {other}"
+        scored = f"The adapter answers {tuned} of {rows} right, and {rival} {other}"
     else:
         label = metric_label(contrast.metric)
         by = "" if label in tuned else f", by {label}"
-        scored = f"On {questions} the adapter scores {tuned}, and {rival} {other}{by}"
+        scored = f"On {rows} the adapter scores {tuned}, and {rival} {other}{by}"
     return f"{scored}: {_unsigned(100 * contrast.difference)}. {_certainty(contrast.interval)}"
 
 

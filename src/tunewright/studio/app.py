@@ -55,7 +55,7 @@ from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
 from tunewright.studio.pages.project import NEW_PROJECT
 from tunewright.studio.playing import Playing
 from tunewright.studio.visit import Cache, Handler, StillComputedError, Visit
-from tunewright.studio.words import ROLES, advice, by_commands, note
+from tunewright.studio.words import ROLES, advice, by_commands, note, version_name
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _WAIT_S = 2.0  # for a part of a page, in one request
@@ -106,6 +106,7 @@ class Studio:
             "commands": by_commands,
             "role": lambda name: ROLES.get(name, name),
             "capital": capitalised,
+            "version": version_name,
         }
         content = b"".join(path.read_bytes() for path in sorted(_STATIC.rglob("*")) if path.is_file())
         self._templates.globals["static"] = self._static = f"/static/{hashlib.sha256(content).hexdigest()[:12]}"

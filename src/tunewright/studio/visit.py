@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from tunewright.annotation import AnnotationSession, ItemT, Leases, VerdictT
 from tunewright.api import Project
 from tunewright.core.errors import UserError
+from tunewright.core.numbers import read_numbers
 from tunewright.data.browse import RowIndex
 from tunewright.data.review.label_models import NeighborIndex
 from tunewright.data.review.reviews import REVIEWS_FILE, ReviewLog, read_reviews
@@ -180,6 +181,21 @@ class Visit:
             raise UserError(part.refusal)
         return part.value
 
+    def row_name(self, key: str) -> str:
+        """Return a row's name on a page, "Row 17"; a row that no version here has is named by its key."""
+        with suppress(UserError):  # there is no version
+            if (number := self.rows.numbers.get(key)) is not None:
+                return f"Row {number}"
+        return f"Row {key[:12]}"
+
+    def evaluation_name(self, name: str) -> str:
+        """Return an evaluation's name on a page, "Evaluation 2"; one without a number is named by its digest."""
+        return f"Evaluation {read_numbers(self.project.folder.evaluations).get(name, name)}"
+
+    def run_name(self, name: str) -> str:
+        """Return a training run's name on a page, "Run 3"; one without a number, because it runs, has its own name."""
+        return f"Run {read_numbers(self.project.folder.adapters).get(name, name)}"
+
     def shown(self, found: Sequence[T], size: int) -> tuple[Sequence[T], dict[str, int]]:
         """Return the part of a long list that the address asks for, and the numbers of its pages for a template."""
         pages = max(1, -(-len(found) // size))
@@ -203,6 +219,8 @@ class Visit:
             demo=self.session.read_only,
             form=self.form,
             refused=self.refusal,
+            row_name=self.row_name,
+            evaluation_name=self.evaluation_name,
             messages=[*self.session.take_messages(), *self._reported()],
             **values,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from tunewright.config import Config
+from tunewright.data.versions import Manifest, short
 
 ROLES = {"system": "Instructions", "user": "Question", "assistant": "Answer", "tool": "Tool result"}
 """Roles of a conversation, in the words of people who review its pairs."""
@@ -76,6 +77,11 @@ class Advice:
     """Sentences with a key of ``tunewright.yaml``."""
     field: str = ""
     """The first such key that the page Settings has."""
+
+
+def version_name(version: Manifest) -> str:
+    """Return a dataset version's name on a page, "version 2"; versions of earlier releases have a digest only."""
+    return f"version {version.numbers.version if version.numbers else short(version.digest)}"
 
 
 def advice(fix: str | None) -> Advice:

@@ -35,26 +35,35 @@ def comparisons_page(visit: Visit) -> Response:
     rows: list[tuple[str | Cell, ...]] = []
     for name in names[:_NEWEST]:
         try:
-            rows += _progress_rows(name, visit.project.human_eval_progress(folder / name))
+            rows += _progress_rows(visit, name, visit.project.human_eval_progress(folder / name))
         except UserError as error:
-            rows.append((name, str(error), "", "", "", ""))
-    head = (Column("Evaluation", words=True, of="digest"), *words("Against", "Reviewer"), "Judged", "Skipped", "Left")
+            rows.append((visit.evaluation_name(name), str(error), "", "", "", ""))
+    head = (Column("Evaluation", words=True), *words("Against", "Reviewer"), "Judged", "Skipped", "Left")
     comparisons = table("Answers of evaluations on the test split", head, rows)
     dataset, older = visit.project.folder.dataset, len(names[_NEWEST:])
     review = review_report(dataset, visit.version) if current_manifest(dataset) else None
     return visit.page("comparisons.html.j2", "Compare", comparisons=comparisons, review=review, left_out=older)
 
 
-def _progress_rows(name: str, comparisons: Sequence[ComparisonProgress]) -> Iterator[tuple[str | Cell, ...]]:
+def _progress_rows(
+    visit: Visit, name: str, comparisons: Sequence[ComparisonProgress]
+) -> Iterator[tuple[str | Cell, ...]]:
     """Yield how far each reviewer has compared an evaluation's answers."""
     for each in comparisons:
         link = path_of("compare", name, *([each.against] if each.against else []))
         against = each.against or "best prompting arm"
         for reviewer, at in each.reviewers.items():
             judged = f"{at.answered} of {at.asked}"
-            yield Cell(name, link=link), against, reviewer, judged, str(at.skipped), str(at.asked - at.answered)
+            yield (
+                Cell(visit.evaluation_name(name), link=link),
+                against,
+                reviewer,
+                judged,
+                str(at.skipped),
+                str(at.asked - at.answered),
+            )
         if not each.reviewers:
-            yield Cell(name, link=link), against, "not begun", "", "", ""
+            yield Cell(visit.evaluation_name(name), link=link), against, "not begun", "", "", ""
 
 
 def compare_page(visit: Visit) -> Response:
@@ -160,7 +169,7 @@ def judge_page(visit: Visit) -> Response:
     shown, numbers = visit.shown(chosen, _ON_A_PAGE)
     return visit.page(
         "judge.html.j2",
-        f"Judge of {name}",
+        f"Judge of {visit.evaluation_name(name).lower()}",
         id=name,
         settings=settings,
         ready=ready,

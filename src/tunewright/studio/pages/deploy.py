@@ -179,13 +179,17 @@ def alias_page(visit: Visit) -> Response:
         history, shadows, usage = state.releases.history(alias), state.usage.shadow_lines(alias), state.usage.sums()
     now = history[-1]
     used = [each for each in usage if each.alias == alias]
+    live = None if now.undeployed else now.answer
+    earlier = {
+        each.answer: each for each in history if not each.undeployed and each.answer != live
+    }  # the newest of each
     return visit.page(
         "alias.html.j2",
         f"Alias {alias}",
         now=now,
         live=next((each for each in history[::-1] if each.action not in _TRIALS), now),
         made=made,
-        history=history[::-1],
+        restorable=sorted(earlier.values(), key=lambda each: -each.number),
         running=visit.jobs.running(),
         usage=usage_table(used, now) if used else None,
         shadows=shadow_blocks(shadows) if shadows else (),
@@ -211,7 +215,8 @@ def undeploy(visit: Visit) -> Response:
     """Stop answering on an alias."""
     alias = _current(visit)
     if visit.form.get("alias", "").strip() != alias:
-        raise UserError("The typed alias is another one. Nothing was done", fix=f"Type {alias} to undeploy it.")
+        what = "The typed alias is another one. Nothing was done"
+        raise UserError(what, where="alias", fix=f"Type {alias} to undeploy it.")
     made = visit.project.undeploy(alias, because=visit.form.get("because", "").strip() or None)
     return visit.go(path_of("deploy", alias), f"{alias} answers nothing from release {made.number} on.")
 
@@ -224,7 +229,7 @@ def _current(visit: Visit) -> str:
     if visit.form.get("release") != str(newest):
         raise UserError(
             f"{alias} has changed meanwhile: its newest release is {newest}. Nothing was done",
-            fix="Go back, reload the page and look again.",
+            fix="Look at it again before you send the form.",
         )
     return alias
 
@@ -259,9 +264,9 @@ HANDLERS: Handlers = {
     ("GET", "/deploy"): deploy_page,
     ("POST", "/deploy"): in_form("/deploy", deploy_page, deploy),
     ("GET", "/deploy/{alias}"): alias_page,
-    ("POST", "/deploy/{alias}/promote"): promote,
-    ("POST", "/deploy/{alias}/rollback"): rollback,
-    ("POST", "/deploy/{alias}/undeploy"): undeploy,
+    ("POST", "/deploy/{alias}/promote"): in_form("/deploy/{alias}", alias_page, promote),
+    ("POST", "/deploy/{alias}/rollback"): in_form("/deploy/{alias}", alias_page, rollback),
+    ("POST", "/deploy/{alias}/undeploy"): in_form("/deploy/{alias}", alias_page, undeploy),
     ("POST", "/server"): in_form("/deploy", deploy_page, start_server),
     ("GET", "/audit"): audit_page,
 }

@@ -174,7 +174,7 @@ def evidence_page(visit: Visit) -> Response:
     verdict = visit.project.verdict(name)
     return visit.page(
         "evidence.html.j2",
-        f"Evaluation {read_numbers(visit.project.folder.evaluations).get(name, name)}",
+        visit.evaluation_name(name),
         id=name,
         evidence=evidence,
         verdict=verdict,

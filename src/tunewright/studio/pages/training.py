@@ -110,7 +110,7 @@ def run_page(visit: Visit) -> Response:
     steps = [row for row in history if "loss" in row]
     return visit.page(
         "run.html.j2",
-        f"Run {read_numbers(visit.project.folder.adapters).get(run.name, run.name)}",
+        visit.run_name(run.name),
         run=run,
         state=run.state,
         best=_best(run) if history else "",
@@ -221,16 +221,16 @@ def compare_page(visit: Visit) -> Response:
         "Runs compared",
         runs=found.runs,
         differing=found.differing,
-        settings=_settings_table(found.runs, found.differing),
+        settings=_settings_table(visit, found.runs, found.differing),
         evaluations=_by_step(found.runs),
         charts=_comparison_charts(found.runs),
     )
 
 
-def _settings_table(runs: Sequence[TrainingRun], differing: Mapping[str, Sequence[str]]) -> Table:
+def _settings_table(visit: Visit, runs: Sequence[TrainingRun], differing: Mapping[str, Sequence[str]]) -> Table:
     """Return the runs next to each other, with the config keys that differ."""
     rows: list[tuple[str | Cell, ...]] = [
-        ("Page", *(Cell("its numbers", link=path_of("train", "runs", run.name)) for run in runs)),
+        ("Page", *(Cell(visit.run_name(run.name), link=path_of("train", "runs", run.name)) for run in runs)),
         ("State", *(run.state for run in runs)),
         ("Best evaluation", *map(_best, runs)),
         *((key, *values) for key, values in differing.items()),
