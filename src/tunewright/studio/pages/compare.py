@@ -49,21 +49,15 @@ def _progress_rows(
     visit: Visit, name: str, comparisons: Sequence[ComparisonProgress]
 ) -> Iterator[tuple[str | Cell, ...]]:
     """Yield how far each reviewer has compared an evaluation's answers."""
+    title = visit.evaluation_name(name)
     for each in comparisons:
         link = path_of("compare", name, *([each.against] if each.against else []))
         against = each.against or "best prompting arm"
         for reviewer, at in each.reviewers.items():
             judged = f"{at.answered} of {at.asked}"
-            yield (
-                Cell(visit.evaluation_name(name), link=link),
-                against,
-                reviewer,
-                judged,
-                str(at.skipped),
-                str(at.asked - at.answered),
-            )
+            yield Cell(title, link=link), against, reviewer, judged, str(at.skipped), str(at.asked - at.answered)
         if not each.reviewers:
-            yield Cell(visit.evaluation_name(name), link=link), against, "not begun", "", "", ""
+            yield Cell(title, link=link), against, "not begun", "", "", ""
 
 
 def compare_page(visit: Visit) -> Response:

@@ -180,9 +180,8 @@ def alias_page(visit: Visit) -> Response:
     now = history[-1]
     used = [each for each in usage if each.alias == alias]
     live = None if now.undeployed else now.answer
-    earlier = {
-        each.answer: each for each in history if not each.undeployed and each.answer != live
-    }  # the newest of each
+    # The newest release of each answer that the alias does not give now.
+    earlier = {each.answer: each for each in history if not each.undeployed and each.answer != live}
     return visit.page(
         "alias.html.j2",
         f"Alias {alias}",
