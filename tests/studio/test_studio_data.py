@@ -84,7 +84,7 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     assert again.url.path == "/" and "has a project already" in again.text
 
     asked = browser.upload("faq.csv", _csv(120))
-    assert "Which column is the question, and which is the answer?" in asked.text
+    assert "Which column is the input, and which is the answer?" in asked.text
     assert 'role="alert"' not in asked.text and "Unknown columns" not in asked.text and "--input" not in asked.text
     assert "cannot be added" not in asked.text and len(re.findall("<select [^>]* required>", asked.text)) == 2
     half = browser.get("/data/check?file=faq.csv&input=question")
@@ -96,7 +96,7 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     chosen = "/data/check?file=faq.csv&input=question&output=reply"
     checked = browser.get(chosen)
     assert "<dd>120</dd><dt>new rows</dt>" in checked
-    assert 'question <span class="tag">question</span>' in checked
+    assert 'question <span class="tag">input</span>' in checked
     added = browser.send("/data/add", chosen, input="question", output="reply", message="the help desk's export")
     assert "is new: 120 rows." in added.text and 'href="/review">Review a random sample' in added.text
     version = library.open(folder).data.version()
@@ -245,7 +245,7 @@ def test_sheet_of_a_workbook_is_chosen(project: Path) -> None:
         asked = browser.upload("desk.xlsx", content.getvalue()).text
         assert "Which sheet has the pairs?" in asked and '<option value="June">' in asked
         assert 'role="alert"' not in asked and "--sheet" not in asked
-        assert "Which column is the question" in browser.get("/data/check?file=desk.xlsx&sheet=June")
+        assert "Which column is the input" in browser.get("/data/check?file=desk.xlsx&sheet=June")
         checked = browser.get("/data/check?file=desk.xlsx&sheet=June&input=question&output=reply")
         assert "June " in checked and "<dd>6</dd><dt>new rows</dt>" in checked
 
@@ -257,7 +257,7 @@ def test_header_below_titles_is_chosen(project: Path) -> None:
         asked = browser.upload("desk.csv", content).text
         assert "Which row has the names" in asked and 'name="header_row" type="number" min="1" value="3"' in asked
         columns = browser.get("/data/check?file=desk.csv&header_row=3")
-        assert "Which column is the question" in columns and '<option value="reply">' in columns
+        assert "Which column is the input" in columns and '<option value="reply">' in columns
         assert '<input type="hidden" name="header_row" value="3">' in columns
         checked = browser.get("/data/check?file=desk.csv&header_row=3&input=question&output=reply")
         assert "<dd>6</dd><dt>known before</dt>" in checked
@@ -273,7 +273,7 @@ def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> N
         fixed = browser.send("/data/fix", "/data/check?file=chat.jsonl")
         assert fixed.url.params["file"] == "chat-corrected.jsonl"
         assert "Wrote chat-corrected.jsonl." in fixed.text and '<th scope="row">4</th><td>left out: ' in fixed.text
-        assert "Question: q a Answer: a" in fixed.text and "&#39;role&#39;" not in fixed.text
+        assert "Input: q a Answer: a" in fixed.text and "&#39;role&#39;" not in fixed.text
         again = browser.send("/data/fix", "/data/check?file=chat-corrected.jsonl")
         assert again.url.params["file"] == "chat-corrected-2.jsonl", "no file is overwritten"
         browser.upload("faulty.jsonl", content.splitlines()[-1])

@@ -324,7 +324,7 @@ def test_live_aliases_are_ticked_for_tenants_and_keys(browser: Visitor, project:
     assert "Nothing was changed" in browser.sent("/tenants/acme", "/tenants/acme/aliases", **ticked)
 
 
-def test_server_without_a_live_alias_says_that_it_refuses_every_question(browser: Visitor, project: Path) -> None:
+def test_server_without_a_live_alias_says_that_it_refuses_every_request(browser: Visitor, project: Path) -> None:
     # Such a server prints no model below its address; the shell stands for its process.
     folder = project / ".tunewright" / "jobs" / f"{5:016x}"
     folder.mkdir(parents=True)
@@ -332,9 +332,9 @@ def test_server_without_a_live_alias_says_that_it_refuses_every_question(browser
     (folder / "log").write_text("Serving at http://127.0.0.1:1/v1\n\nCtrl-C stops the server.\n")
     with subprocess.Popen(["/bin/sh", "-c", "read line", str(folder)], stdin=subprocess.PIPE) as shell:
         (folder / "pid").write_text(str(shell.pid))
-        assert "refuses every question" in browser.get(f"/jobs/{folder.name}")
+        assert "refuses every request" in browser.get(f"/jobs/{folder.name}")
         page = browser.get("/deploy")
-        assert "refuses every question" in page and "curl" not in page
+        assert "refuses every request" in page and "curl" not in page
         shell.terminate()
 
 

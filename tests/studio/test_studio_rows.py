@@ -96,7 +96,7 @@ def test_filtered_rows_are_sent_whole_for_a_spreadsheet_or_as_conversations(
     name = f"rows-{data.version().digest[:12]}.csv"
     assert answer.headers["content-disposition"] == f'attachment; filename="{name}"'
     rows = list(csv.DictReader(io.StringIO(answer.content.decode("utf-8-sig"))))
-    assert {row["key"]: (row["question"], row["answer"]) for row in rows} == {
+    assert {row["key"]: (row["input"], row["answer"]) for row in rows} == {
         key: (member.example.input_text, member.example.output) for key, member in wanted.items()
     }
     assert [row["answer"].casefold() for row in rows] == sorted(row["answer"].casefold() for row in rows)
@@ -142,7 +142,7 @@ def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_i
     assert f"seen-1: {'trained' if row.split == 'train' else row.split}" in history
     assert "unseen-2" not in history
     assert f'href="/report/{EVALUATION}"' in history
-    assert "Replaces, with the same question" in history
+    assert "Replaces, with the same input" in history
     other = browser.get(f"/rows/{next(m.key for m in data.version().members if m.example.output == 'a model')}")
     assert "generated.jsonl:1" in other and "No evaluation has measured on the row." in other
     # An item leads to the row whose reference it has, to correct it there.

@@ -149,7 +149,7 @@ def make_project(walk: Walk, base: Path) -> None:
 def add_rows(walk: Walk) -> None:
     walk.page.set_input_files("#file", {"name": "rows.csv", "mimeType": "text/csv", "buffer": table()})
     walk.press("Check the file")
-    walk.page.get_by_label("Question", exact=True).select_option("Message")
+    walk.page.get_by_label("Input", exact=True).select_option("Message")
     walk.page.get_by_label("Answer", exact=True).select_option("Colour")
     walk.press("Check the rows")
     assert "1 faulty row" in walk.said()

@@ -111,7 +111,7 @@ def checkout(project: OpenFolder, version: str) -> Manifest:
 
 
 FLAGS = ("suspect", "wrong", "conflict", "generated", "edited", "mixed")
-SORTS = ("newest", "question", "answer")
+SORTS = ("newest", "input", "answer")
 """Orders of rows, besides the order of their numbers."""
 NO_VERDICT = "none"
 DISPUTED = "disputed"
@@ -192,8 +192,8 @@ class RowIndex:
 
         def order(member: Member) -> tuple[bool, str | int, int]:
             number = self.numbers.get(member.key, 0)
-            if query.sort in ("question", "answer"):
-                text = member.example.input_text if query.sort == "question" else member.example.output
+            if query.sort in ("input", "answer"):
+                text = member.example.input_text if query.sort == "input" else member.example.output
                 return number != named, text.casefold(), number
             by = -number if query.sort == "newest" else rank.get(member.key, 0)
             return number != named, by, number

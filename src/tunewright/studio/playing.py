@@ -119,7 +119,7 @@ class Playing:
         """Return a question."""
         found = self._questions.get(name)
         if found is None:
-            raise UserError("The question is not in memory any more", fix="Ask it again on the page Playground.")
+            raise UserError("The input is not in memory any more", fix="Ask it again on the page Playground.")
         return found
 
     async def answers(self, question: AskedQuestion) -> AsyncGenerator[tuple[int, str], None]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from tunewright.config import Config
 from tunewright.data.versions import Manifest, short
 
-ROLES = {"system": "Instructions", "user": "Question", "assistant": "Answer", "tool": "Tool result"}
+ROLES = {"system": "Instructions", "user": "Input", "assistant": "Answer", "tool": "Tool result"}
 """Roles of a conversation, in the words of people who review its pairs."""
 TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
 """A role at the beginning of a line."""

@@ -190,7 +190,7 @@ def _rows_table(name: str, rows: Sequence[_Row], arms: tuple[str, str], outcome:
     for row in rows:
         link = path_of("judge", name, str(row.number)) + (f"?{urlencode({'outcome': outcome})}" if outcome else "")
         found.append((Cell(str(row.number), link=link), row.outcome, *item_texts(row.item, arms)))
-    return table("Judged items", words("Item", "Outcome", "Question", "Reference", *arms), found)
+    return table("Judged items", words("Item", "Outcome", "Input", "Reference", *arms), found)
 
 
 def _arms(evidence: Evidence) -> tuple[str, str]:

@@ -52,11 +52,11 @@ _CHANGES = 20  # changes of a corrected copy, on the next page
 _FLAGS = {
     "skip_bad": "Leave faulty rows out",
     "redact": "Replace secrets and personal data with placeholders",
-    "accept_conflicts": "Keep questions with different answers",
-    "replace": "Let a new answer replace the known one of the same question",
+    "accept_conflicts": "Keep inputs with different answers",
+    "replace": "Let a new answer replace the known one of the same input",
 }
 _SPLIT_BY = {
-    "input": "Only similar questions stay in one split.",
+    "input": "Only similar inputs stay in one split.",
     "output_template": "Answers of the same form stay in one split too.",
 }
 _MAPPING = ("sheet", "header_row", "input", "output")
@@ -187,7 +187,7 @@ def _power(visit: Visit, effect: Effect) -> str:
 
 
 def _by_form(visit: Visit) -> bool | None:
-    """Return whether answers of one form stay in one split; None if that is decided or is not a question here."""
+    """Return whether answers of one form stay in one split; None if that is decided or does not matter here."""
     if _current(visit):
         return None
     chosen = visit.project.folder.config.data.split_by == "output_template"
@@ -393,7 +393,7 @@ def _on_page(refusal: UserError, flags: Mapping[str, str]) -> str:
     if "--leave-out" in fix:
         ticks.insert(0, "choose the answers to keep")
     if "--input" in fix:
-        ticks = ["choose the columns of the question and of the answer"]
+        ticks = ["choose the columns of the input and of the answer"]
     if ticks:
         fix = f"Correct the file, or {' or '.join(ticks)} below, and check again."
     return str(UserError(refusal.what, where=refusal.where, fix=fix or None))

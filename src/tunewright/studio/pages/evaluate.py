@@ -194,11 +194,11 @@ def _items_table(name: str, chosen: Sequence[tuple[int, Item, str]], choice: _Ch
         link = f"{path_of('evidence', name, str(number))}?{choice.query}"
         nearest = "" if item.nearest is None else f"{item.nearest:.2f}"
         rows.append((Cell(str(number), link=link), change, *item_texts(item, arms), nearest))
-    return table("Items", (*words("Item", "Effect", "Question", "Reference", *arms), "Similarity"), rows)
+    return table("Items", (*words("Item", "Effect", "Input", "Reference", *arms), "Similarity"), rows)
 
 
 def item_texts(item: Item, arms: Sequence[str]) -> list[str]:
-    """Return the beginnings of an item's question, its reference, and each arm's answer."""
+    """Return the beginnings of an item's input, its reference, and each arm's answer."""
     answers = (excerpt(item.answers[arm]) if arm in item.answers else "no answer" for arm in arms)
     return [excerpt(item.input), excerpt(item.reference), *answers]
 

@@ -87,7 +87,7 @@ def ask(visit: Visit) -> Response:
     """Take a question; its page starts the answers."""
     text, limit = visit.form.get("question", ""), visit.form.get("limit", "").strip()
     if not text.strip():
-        raise UserError("The question is empty", where="question", fix="Type one.")
+        raise UserError("The input is empty", where="question", fix="Type one.")
     if limit and not (limit.isascii() and limit.isdigit() and 0 < int(limit) < 10**6):
         raise UserError(
             f"Invalid number of tokens {limit!r}", where="limit", fix="Use a number above 0, or leave it empty."
@@ -119,7 +119,7 @@ def question_page(visit: Visit) -> Response:
     columns = [(model, question.answers.get(model)) for model in question.models]
     return visit.page(
         "question.html.j2",
-        "Question",
+        "Input",
         id=visit.place["question"],
         question=question,
         names=_NAMES,
@@ -152,7 +152,7 @@ def write_row(visit: Visit) -> Response:
         raise UserError("There is no such answer", fix="Go back and choose one.")
     text, answer = visit.form.get("question", ""), visit.form.get("answer", "")
     if not (text.strip() and answer.strip()):
-        raise UserError("The question or the answer is empty", fix="Go back and type it.")
+        raise UserError("The input or the answer is empty", fix="Go back and type it.")
     earlier = question.earlier(visit.form["model"])
     turns = [message.as_dict() for message in conversation(text, shared_system(question.version), earlier)]
     origin = {

@@ -45,7 +45,7 @@ _KEYS = {
 """Parameters of the address, and the fields of `RowQuery` that they set."""
 _NAMES = {"q": "Search", "source": "File"}
 """Names of filters on the page, where they are not the parameter's."""
-_COLUMNS = ("key", "number", "split", "question", "answer", "verdicts", "flags")
+_COLUMNS = ("key", "number", "split", "input", "answer", "verdicts", "flags")
 """Columns of the CSV file; `tunewright data remove --keys` reads the first."""
 _FILES = {"csv": "text/csv", "jsonl": "application/jsonl"}
 """Media types of the files of rows, by their endings."""
@@ -165,7 +165,7 @@ def rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, s
         texts = map(excerpt, (member.example.input_text, member.example.output))
         name = Cell(f"Row {visit.rows.numbers[member.key]}", note=member.key[:12], link=path_of("rows", member.key))
         rows.append((name, member.split, *texts, _flags(visit, member, suspects)))
-    return table("Rows", words("Row", "Split", "Question", "Answer", "Flags"), rows)
+    return table("Rows", words("Row", "Split", "Input", "Answer", "Flags"), rows)
 
 
 def row_link(member: Member, text: str) -> Cell:
