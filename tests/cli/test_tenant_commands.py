@@ -39,6 +39,8 @@ from tunewright.serving.options import ServeOptions
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.feedback import FeedbackValues
 from tunewright.serving.tenants.quota import RequestUsage
+from tunewright.serving.tenants.record_keys import KeyFile
+from tunewright.serving.tenants.records import NewRecord
 from tunewright.serving.tenants.releases import Candidate
 
 
@@ -382,7 +384,8 @@ def test_shadow_plan_measures_the_newest_shadow_and_the_traffic(project: Path) -
         assert (ran.code, "share of answers that differ is unknown" in ran.stderr) == (2, True)
         shadow = state.releases.start_candidate(release.alias, Candidate("courts-2", DIGESTS["b"], None), SHIPPED)
         for place in range(40):
-            number = state.quota.reserve(reservation(caller, shadow), "g")
+            named = replace(reservation(caller, shadow), response_id=f"chatcmpl-{place}")
+            number = state.quota.reserve(named, "g")
             state.quota.settle(number, RequestUsage(3, 4, 0.0, 0.0, 0.0, "stop"))
             state.quota.record_shadow(number, shadow.id, "a", "b" if place < 3 else "a", None)
     made = document(project, "shadow", "plan", release.alias)
@@ -507,3 +510,51 @@ def test_serve_refuses_an_address_in_use_before_loading_the_base(project: Path) 
     assert ran.code == 2
     assert f"Cannot listen on 127.0.0.1 port {port}" in ran.stderr
     assert "Loading" not in ran.stderr
+
+
+def test_requests_are_recorded_under_a_contract_read_and_forgotten(project: Path) -> None:
+    url = f"sqlite:///{project}/serving/state.sqlite"
+    with State(url) as state:
+        caller, release = with_tenant(state)
+    ran = _run(project, "tenant", "record", "acme")
+    assert (ran.code, "--contract: Recording needs the reference of a contract" in ran.stderr) == (2, True)
+    assert _run(project, "tenant", "record", "nobody", "--contract", "DPA-17").code == 2
+    assert _run(project, "tenant", "record", "acme", "--contract", "DPA-17", "--stop").code == 2
+    assert document(project, "tenant", "records") == {"recordings": []}
+    ran = _run(project, "tenant", "record", "acme", "--contract", "DPA-17", "--days", "7", "--share", "50%")
+    assert "set gateway.record to true in the config" in ran.stderr
+    key = project / "serving" / "record.key"
+    assert str(key) in ran.stdout and key.stat().st_mode & 0o777 == 0o600
+    (found,) = document(project, "tenant", "records", "acme")["recordings"]
+    assert (found["contract"], found["days"], found["share"], found["records"]) == ("DPA-17", 7, 0.5, 0)
+    with State(url) as state:
+        for place, end_user in enumerate(("eve", "bob")):
+            named = replace(reservation(caller, release), response_id=f"chatcmpl-{place}", end_user=end_user)
+            number = state.quota.reserve(named, "g")
+            keys = KeyFile(key).keys("acme")
+            unit = keys.digest("user", end_user)
+            body = keys.encrypt({"path": "/", "request": {"user": place}, "answers": [], "redacted": {}}, number)
+            state.records.write([NewRecord(number, unit, "user", unit, 0.5, body)], {caller.tenant_id: place})
+    assert "2 users" in _run(project, "tenant", "records").stdout
+    assert _run(project, "tenant", "records", "--read").code == 2
+    lines = [json.loads(line) for line in _run(project, "tenant", "records", "acme", "--read").stdout.splitlines()]
+    assert lines == document(project, "tenant", "records", "acme", "--read")["records"]
+    assert [(line["id"], line["request"]) for line in lines] == [
+        ("chatcmpl-0", {"user": 0}),
+        ("chatcmpl-1", {"user": 1}),
+    ]
+    assert _run(project, "tenant", "forget", "acme").code == 2
+    assert _run(project, "tenant", "forget", "acme", "--all", "--user", "eve").code == 2
+    assert "nothing was deleted" in _run(project, "tenant", "forget", "acme", "--user", "nobody").stdout
+    ran = _run(project, "tenant", "forget", "acme", "--user", "eve")
+    assert "Forgot 1 request: deleted 1 record, feedback on 0 answers and 0 answers of shadows." in ran.stdout
+    assert document(project, "tenant", "forget", "acme", "--request", "chatcmpl-1")["records"] == 1
+    (found,) = document(project, "tenant", "records")["recordings"]
+    assert (found["records"], found["dropped"]) == (0, 1)
+    assert "not recorded any more" in _run(project, "tenant", "record", "acme", "--stop").stdout
+    assert "stopped" in _run(project, "tenant", "records").stdout
+    shown = _run(project, "audit", "show").stdout
+    for action in ("record.start", "record.read", "record.forget", "record.stop"):
+        assert action in shown
+    assert "eve" not in shown
+    assert _run(project, "audit", "verify").code == 0

@@ -22,7 +22,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
-from tunewright.data.pii import LABELS, allowed_note, blocked, find, redact, scan, warned
+from tunewright.data.pii import LABELS, allowed_note, blocked, find, redact, redact_value, scan, warned
 from tunewright.data.pii.personal import iban_valid, luhn
 from tunewright.data.pii.secret_patterns import checksummed
 
@@ -336,3 +336,30 @@ def test_redact_is_complete_and_idempotent(samples: list[Sample], between: str) 
 def test_find_detects_nothing_in_clean_real_data(name: str) -> None:
     rows = [(f"{name}:{i}", example) for i, example in enumerate(DATA_SETS[name](), start=1)]
     assert scan(rows).counts == {}
+
+
+def test_redact_value_opens_json_texts_and_numbers_placeholders_as_asked() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def number(kind: str, value: str) -> int:
+        asked.append((kind, value))
+        return 100_000 + len(asked)
+
+    arguments = json.dumps({"to": ["Maria@uni-bonn.de"], "card": 4539578763621486, "password": "hunter2-Vq8"})
+    given = {"arguments": arguments, "content": "to maria@uni-bonn.de", "n": 3, "other": '{"b": [1]}', "text": "{x"}
+    value, counts = redact_value(given, number)
+    assert json.loads(value.pop("arguments")) == {
+        "to": ["<EMAIL_100001>"],
+        "card": "<CARD_100002>",
+        "password": "<PASSWORD_100003>",
+    }
+    assert value == {"content": "to <EMAIL_100001>", "n": 3, "other": '{"b": [1]}', "text": "{x"}
+    assert counts == {"email": 2, "card": 1, "password": 1}
+    assert asked[0] == ("email", "maria@uni-bonn.de")
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_placeholder_with_six_digits_is_no_finding(kind: str) -> None:
+    placeholder = f"<{kind.upper()}_493817>"
+    value = {"password": placeholder, "text": f"{placeholder} {placeholder}, born {placeholder}", kind: placeholder}
+    assert redact_value(value, lambda _kind, _value: 0) == (value, {})

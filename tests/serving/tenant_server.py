@@ -23,6 +23,7 @@ from tunewright.serving.gateway.auth import ServedAdapter
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
 from tunewright.serving.tenants import State
+from tunewright.serving.tenants.record_keys import KeyFile
 from tunewright.serving.tenants.releases import Grounds
 
 SHIP = Grounds("ship", "0123456789ab")
@@ -86,7 +87,12 @@ class Running:
 
 @contextmanager
 def tenant_server(
-    state_url: str, adapters: Mapping[str, Stored], *, stop_ids: frozenset[int] = STOPS, max_num_seqs: int = 8
+    state_url: str,
+    adapters: Mapping[str, Stored],
+    *,
+    stop_ids: frozenset[int] = STOPS,
+    max_num_seqs: int = 8,
+    record_key: KeyFile | None = None,
 ) -> Iterator[Running]:
     """A server that answers tenants by the state."""
     by_digest = {stored.digest: stored for stored in adapters.values()}
@@ -100,7 +106,7 @@ def tenant_server(
     pad = TOKENIZER.pad_token_id
     engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_num_seqs=max_num_seqs, context_length=CONTEXT)
     reported = StopAfter()
-    access = TenantAuth(State(state_url, serving=True), engine, locate, reported)
+    access = TenantAuth(State(state_url, serving=True), engine, locate, reported, record_key)
     try:
         with serving(Gateway(engine, access, texts(), LIMITS).app) as url:
             running = Running(url, engine, reported)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,8 +74,9 @@ def _shadow_answers(project: Path) -> None:
         made = state.releases.start_candidate("courts", Candidate("next", "c" * 64, None), grounds)
         state.tenants.add("acme", ["courts"])
         caller = state.keys.caller(state.keys.create("acme")[0])
-        for text in ATTACKS:
-            number = state.quota.reserve(reservation(caller, made), "g")
+        for place, text in enumerate(ATTACKS):
+            named = replace(reservation(caller, made), response_id=f"chatcmpl-{place}")
+            number = state.quota.reserve(named, "g")
             state.quota.record_shadow(number, made.id, text, f"{text} too", None)
             state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -398,7 +399,7 @@ def test_pages_of_releases_and_tenants_fit_and_can_be_read(browser: Visitor, pro
         made = state.releases.start_candidate("courts", Candidate("next" * 20, "c" * 64, None), GROUNDS)
         state.tenants.add("acme", ["courts"])
         caller = state.keys.caller(state.keys.create("acme")[0])
-        number = state.quota.reserve(reservation(caller, made), "g")
+        number = state.quota.reserve(replace(reservation(caller, made), response_id="chatcmpl-1"), "g")
         state.quota.record_shadow(number, made.id, "verylongword" * 40, "another", None)
         state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
     with chromium() as chrome:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunewright.cli.app import DEPLOY, command, group
+from tunewright.cli.app import DEPLOY, command, given_options, group, refuse_unused
 from tunewright.cli.console import FAILED, Session
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
-from tunewright.serving.options import LimitOptions
+from tunewright.serving.options import LimitOptions, RecordOptions
 
 if TYPE_CHECKING:
     from tunewright.render import blocks
@@ -163,6 +163,103 @@ def tenant_feedback(
 
 
 @command(
+    tenant_app,
+    "record",
+    example="tunewright tenant record acme --contract DPA-2026-17 --days 30",
+    status=False,
+    database=True,
+    options=RecordOptions,
+)
+def tenant_record(
+    run: Session,
+    name: Name,
+    options: RecordOptions = RecordOptions(),
+    stop: Annotated[bool, typer.Option("--stop", help="Record no further request; the records stay.")] = False,
+) -> None:
+    """Record a tenant's requests and answers from its next request on, encrypted and without personal data."""
+    from tunewright.serving.tenants.blocks import recordings_table
+    from tunewright.serving.tenants.record_keys import KeyFile
+
+    folder = run.project.folder
+    if stop:
+        refuse_unused("--stop", dict.fromkeys(given_options(options), True))
+        with run.project.state() as state:
+            found = state.records.stop(name)
+        run.show(
+            found, f"{name} is not recorded any more. `tunewright tenant forget {name} --all` deletes the records."
+        )
+        return
+    if options.contract is None:
+        fix = "Name the contract that permits to record this tenant's requests: --contract DPA-2026-17."
+        raise UserError("Recording needs the reference of a contract", where="--contract", fix=fix)
+    with run.project.state() as state:
+        share = 1.0 if options.share is None else options.share
+        found = state.records.start(name, options.contract, options.days, share, KeyFile(folder.record_key))
+    if not folder.config.gateway.record:
+        run.reporter.warn("Nothing is recorded yet: set gateway.record to true in the config, and restart the server.")
+    key = f"The key is in {folder.record_key}. Without it, the records cannot be read: keep a copy in another place."
+    run.show(found, recordings_table([found]), key)
+
+
+@command(tenant_app, "records", example="tunewright tenant records acme", status=False, database=True)
+def tenant_records(
+    run: Session,
+    name: AnyName = None,
+    read: Annotated[
+        bool,
+        typer.Option("--read", help="Print a tenant's decrypted records as JSON Lines; the audit log says who did."),
+    ] = False,
+) -> None:
+    """Show which tenants are recorded under which contract, and how many requests."""
+    from pydantic_core import to_json, to_jsonable_python
+
+    from tunewright.serving.tenants.blocks import recordings_table
+    from tunewright.serving.tenants.record_keys import KeyFile
+
+    if read and name is None:
+        raise UserError(
+            "--read needs a tenant", where="--read", fix="Name it: `tunewright tenant records acme --read`."
+        )
+    with run.project.state() as state:
+        if read and name is not None:
+            records = state.records.read(name, KeyFile(run.project.folder.record_key))
+            lines = "".join(f"{to_json(record).decode()}\n" for record in records)
+            run.show({"records": to_jsonable_python(records)}, alone=lines)
+            return
+        known = state.records.list(name)
+    run.show({"recordings": known}, recordings_table(known) if known else "No requests are recorded.")
+
+
+@command(tenant_app, "forget", example="tunewright tenant forget acme --user customer-17", status=False, database=True)
+def tenant_forget(
+    run: Session,
+    name: Name,
+    user: Annotated[str | None, typer.Option(help="End user, as requests name it: safety_identifier or user.")] = None,
+    request: Annotated[str | None, typer.Option(help="Id of a response, such as chatcmpl-….")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All requests of the tenant.")] = False,
+) -> None:
+    """Delete records, feedback, shadows' answers and the end user's name of requests. Their usage is kept."""
+    from tunewright.serving.tenants.record_keys import KeyFile
+
+    if sum((user is not None, request is not None, everything)) != 1:
+        fix = "Use --user ID for an end user, --request ID for one request, or --all for all of the tenant's."
+        raise UserError("Choose one of --user, --request and --all", where="--user", fix=fix)
+    with run.project.state() as state:
+        file = KeyFile(run.project.folder.record_key)
+        done = state.records.forget(name, file, user=user, response_id=request)
+    if not done.scrubbed:
+        run.reporter.warn(
+            "Other programs were reading the serving state, so its write-ahead log may still contain deleted text: "
+            "run the command again."
+        )
+    deleted = (
+        f"Forgot {count_of(done.requests, 'request')}: deleted {count_of(done.records, 'record')}, feedback on "
+        f"{count_of(done.feedback, 'answer')} and {count_of(done.shadow_answers, 'answer')} of shadows."
+    )
+    run.show(done, deleted if done.requests else "No such request is stored: nothing was deleted.")
+
+
+@command(
     tenant_app, "prune-usage", example="tunewright tenant prune-usage --before 2026-11-01", status=False, database=True
 )
 def tenant_prune_usage(
@@ -181,6 +278,7 @@ def tenant_prune_usage(
         for count, text in (
             (pruned.shadow_answers, f"{count_of(pruned.shadow_answers, 'answer')} of shadow candidates"),
             (pruned.feedback, f"feedback on {count_of(pruned.feedback, 'answer')}"),
+            (pruned.request_records, f"records of {count_of(pruned.request_records, 'request')}"),
         )
         if count
     ]

@@ -266,6 +266,10 @@ class GatewayConfig(ConfigSection):
     """Seconds for the whole request (600: the default timeout of OpenAI's client)."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30
     """Seconds that running answers have to finish when the server shuts down."""
+    record: bool = False
+    """Record the requests of the tenants that `tunewright tenant record` names, encrypted and without secrets
+    and personal data (false: no request's text is stored).
+    """
 
 
 class ComputeConfig(ConfigSection):

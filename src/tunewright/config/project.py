@@ -113,6 +113,11 @@ class ProjectFolder:
         return self.root / "serving" / "state.sqlite"
 
     @property
+    def record_key(self) -> Path:
+        """The key of recorded requests; made when the first tenant is recorded."""
+        return self.root / "serving" / "record.key"
+
+    @property
     def exports(self) -> Path:
         """The folder of exports, with one folder each."""
         return self.root / "exports"

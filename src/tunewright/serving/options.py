@@ -114,6 +114,23 @@ class ShadowPlanOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """Terms on which a tenant's requests are recorded."""
+
+    contract: Annotated[str | None, Option("Reference of the contract that permits it, stored in the audit log.")] = (
+        None
+    )
+    days: Annotated[int, Option("Days until a record is deleted.", min=1, max=3650)] = 30
+    share: Annotated[
+        float | None,
+        Option(
+            "Share of the units to record, each with all of its requests, such as 10%.", default="all", parse=percent
+        ),
+    ] = None
+    """Above 0 and below 1; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LimitOptions:
     """New limits of a tenant, each a number or ``none``; an omitted limit stays."""
 

@@ -198,8 +198,13 @@ def _for_tenants(project: OpenProject, state: State, names: Sequence[str], confi
         return ServedAdapter(adapter.folder, system_prompt(adapter, project.folder.dataset))
 
     from tunewright.serving.gateway.server import Service, TenantSource
+    from tunewright.serving.tenants.record_keys import KeyFile
 
-    served = TenantSource(state, locate, {adapter.name: adapter.folder for adapter in trained})
+    record_key = None
+    if config.gateway.record:  # checked before the base is loaded, which takes minutes if it is large
+        record_key = KeyFile(project.folder.record_key)
+        state.records.require_keys(record_key)
+    served = TenantSource(state, locate, {adapter.name: adapter.folder for adapter in trained}, record_key)
     return Service(config, project.base, project.chat, held, served, project.reporter)
 
 

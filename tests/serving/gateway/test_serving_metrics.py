@@ -25,6 +25,7 @@ from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import Auth, TenantAuth
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.quota import Limits, RequestUsage
+from tunewright.serving.tenants.record_keys import KeyFile
 from tunewright.serving.tenants.releases import Candidate
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -145,6 +146,24 @@ def test_metrics_have_a_listener_of_their_own_with_tenants_aliases_and_releases(
             until(metrics, "resident_adapter", None, digest=one)
             for path in ("/metrics", "/v1/metrics"):
                 assert client.get(path).status_code == 404
+
+
+def test_metrics_count_recorded_requests_and_gaps(state: State, state_url: str, tmp_path: Path) -> None:
+    state.releases.deploy("courts", "courts-1", DIGESTS["a"], SHIP)
+    state.tenants.add("acme", ["courts"])
+    key, _ = state.keys.create("acme")
+    file = KeyFile(tmp_path / "record.key")
+    state.records.start("acme", "DPA-17", 30, 1.0, file)
+    served = ServedAdapter(tmp_path, SystemPrompt(None))
+    engine = ScriptedEngine()
+    access = TenantAuth(State(state_url), engine, lambda _name, _digest: served, LogReporter(), KeyFile(file.path))
+    with server(engine, access) as (client, metrics):
+        client.headers["Authorization"] = f"Bearer {key}"
+        for path in (file.path.with_name("moved"), file.path):
+            (file.path if path != file.path else path.with_name("moved")).rename(path)
+            assert client.post("/v1/chat/completions", json={"model": "courts", "messages": HELLO}).status_code == 200
+        until(metrics, "recorded_requests_total", 1, tenant="acme")
+        until(metrics, "unrecorded_requests_total", 1, tenant="acme")
 
 
 def test_metrics_name_the_port_when_the_address_is_in_use() -> None:

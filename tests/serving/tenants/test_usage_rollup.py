@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def test_roll_up_deletes_and_counts_shadow_answers(state_url: str, clock: Clock)
     with State(state_url, "ann", clock) as state:
         caller, _ = with_tenant(state)
         release = state.releases.start_candidate("courts-acme", Candidate("courts-2", DIGESTS["b"], None), SHIP)
-        for _ in range(2):
-            number = state.quota.reserve(reservation(caller, release), "g")
+        for place in range(2):
+            number = state.quota.reserve(replace(reservation(caller, release), response_id=f"{place}"), "g")
             state.quota.settle(number, used())
             state.quota.record_shadow(number, release.id, "a", "b", None)
             clock.now += DAY
@@ -134,8 +135,11 @@ def test_shadow_units_count_answers_of_the_newest_shadow_by_end_user(state_url: 
         caller, _ = with_tenant(state)
         other, _ = with_tenant(state, "globex")
 
+        ids = count()
+
         def ask(by: Caller, release: Release, end_user: str | None, answer: str | None) -> None:
-            number = state.quota.reserve(replace(reservation(by, release), end_user=end_user), "g")
+            named = replace(reservation(by, release), end_user=end_user, response_id=f"{next(ids)}")
+            number = state.quota.reserve(named, "g")
             state.quota.settle(number, used())
             state.quota.record_shadow(number, release.id, "a", answer, None if answer else "the server stopped")
 

@@ -201,32 +201,57 @@ def redact(
     ``allow`` are as for ``scan``; permitted kinds are not replaced.
     """
     named = [each for message in example.messages for each in message_texts(message)]
+    last = Counter[str]()  # the highest number of each kind's placeholders
+    for _, text in named:
+        for kind, found in _PLACEHOLDER.findall(text):
+            last[kind.lower()] = max(last[kind.lower()], int(found))
+
+    def following(kind: str, _value: str) -> int:
+        last[kind] += 1
+        return last[kind]
+
+    texts, counts = _redacted(named, following, also, allow)
+    if not counts:
+        return example, {}
+    left = iter(texts)
+    return Example(tuple(with_texts(message, left) for message in example.messages)), counts
+
+
+def redact_value(value: Any, number: Callable[[str, str], int]) -> tuple[Any, dict[str, int]]:
+    """Return a JSON value with a placeholder for each finding in its keys, texts and numbers, and counts by kind.
+
+    A text that is a JSON object or list itself, such as the arguments of a call, is searched value by value and stays
+    valid JSON. ``number`` returns the number in the placeholder of a kind and a value.
+    """
+    opened = _opened(value)
+    texts, counts = _redacted(list(value_texts(opened)), number)
+    return (_with_values(opened, iter(texts)) if counts else value), counts
+
+
+def _redacted(
+    named: Sequence[tuple[str, str]],
+    number: Callable[[str, str], int],
+    also: Finder | None = None,
+    allow: Collection[str] = (),
+) -> tuple[list[str], dict[str, int]]:
+    """Return texts, each of which comes with its key, with placeholders for all findings, and counts by kind."""
     keys, texts = [name for name, _ in named], [text for _, text in named]
     names: dict[tuple[str, str], str] = {}
-    last = Counter[str]()  # the highest number of each kind's placeholders
-    for text in texts:
-        for kind, number in _PLACEHOLDER.findall(text):
-            last[kind.lower()] = max(last[kind.lower()], int(number))
     counts = Counter[str]()
     # Repeat, since a replacement can expose a match in the text next to it.
     while True:
         found = [find_in_value(key, text, also) for key, text in zip(keys, texts, strict=True)]
         if all(finding.kind in allow for findings in found for finding in findings):
-            break
+            return texts, dict(counts)
         for text, findings in zip(texts, found, strict=True):
             for finding in findings:
                 if finding.kind in allow:
                     continue
                 value = _identity(finding.kind, text[finding.start : finding.end])
                 if (finding.kind, value) not in names:
-                    last[finding.kind] += 1
-                    names[finding.kind, value] = f"<{finding.kind.upper()}_{last[finding.kind]}>"
+                    names[finding.kind, value] = f"<{finding.kind.upper()}_{number(finding.kind, value)}>"
         again = _occurrences(names, counts)
         texts = [_replace(text, findings, names, counts, again) for text, findings in zip(texts, found, strict=True)]
-    if not names:
-        return example, {}
-    left = iter(texts)
-    return Example(tuple(with_texts(message, left) for message in example.messages)), dict(counts)
 
 
 def _replace(
@@ -373,6 +398,8 @@ def value_texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for inner in value:
             yield from value_texts(inner, name)
+    elif isinstance(value, _JsonText):
+        yield from value_texts(value.value, name)
     elif value is not None and not isinstance(value, bool):
         yield name, str(value)
 
@@ -382,7 +409,32 @@ def _with_values(value: Any, texts: Iterator[str]) -> Any:
         return {next(texts): _with_values(inner, texts) for inner in value.values()}
     if isinstance(value, list):
         return [_with_values(inner, texts) for inner in value]
+    if isinstance(value, _JsonText):
+        inner = _with_values(value.value, texts)
+        return value.text if inner == value.value else canonical_json(inner)
     if value is None or isinstance(value, bool):
         return value
     text = next(texts)
     return value if text == str(value) else text
+
+
+@dataclass(frozen=True)
+class _JsonText:
+    """A text that is a JSON object or list, and its value."""
+
+    text: str
+    value: Any
+
+
+def _opened(value: Any) -> Any:
+    """Return a JSON value in which each text of an object or a list is opened."""
+    if isinstance(value, dict):
+        return {key: _opened(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_opened(inner) for inner in value]
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return _JsonText(value, _opened(json.loads(value)))
+        except ValueError:
+            return value
+    return value

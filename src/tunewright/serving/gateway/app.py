@@ -25,6 +25,7 @@ from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.messages_api import MessagesFormat, MessagesRequest, error_document
 from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
+from tunewright.serving.gateway.recorder import Received
 from tunewright.serving.gateway.request import GenerationRequest
 from tunewright.serving.gateway.request_handler import RequestHandler, Shadows
 from tunewright.serving.gateway.responses import (
@@ -54,6 +55,8 @@ _MESSAGES = "/v1/messages"
 _FEEDBACK = "/v1/feedback"
 ADAPTER_HEADER = "x-tunewright-adapter"
 SYSTEM_HEADER = "x-tunewright-system"
+RECORD_HEADER = "x-tunewright-record"
+"""In a request: any value but "on" forbids to record it; "on" permits nothing by itself."""
 
 _FORMATS: Mapping[str, tuple[type[ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest], Any]] = {
     "/v1/chat/completions": (ChatRequest, ChatCompletionResponse),
@@ -114,6 +117,7 @@ class Gateway:
             running=[handler.requests[0].tenant for handler in handlers if not handler.waiting],
             released=self._auth.released,
             resident=self._auth.resident if self._pool is None else self._pool.resident,
+            records=self._auth.recorder.counts if self._auth.recorder is not None else None,
             engines=() if self._pool is None else self._pool.engines,
         )
 
@@ -257,7 +261,8 @@ class Gateway:
                 self._queue.resize(self._engine.max_num_seqs, self._engines)  # an engine may have stopped
                 tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
                 response_id = response_format.response_id
-                admission = await principal.admit(requests[0].target, tokens, body.end_user, response_id)
+                received, recorded = Received(path, raw, body), _may_record(http)
+                admission = await principal.admit(requests[0].target, tokens, response_id, received, recorded=recorded)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
             self.metrics.refused(tenant, as_api_error(error).code or "")
             raise
@@ -326,6 +331,8 @@ class Gateway:
         usage = handler.settle()
         tenant, target = handler.requests[0].tenant, handler.requests[0].target
         if usage is not None:
+            if handler.admission.record is not None:
+                handler.admission.record([request.answer for request in handler.requests])
             self.metrics.settled(tenant, target.name, usage)
             span.set(
                 {
@@ -349,6 +356,10 @@ async def _no_embeddings(_http: HttpRequest) -> Response:
         "with vLLM (--runner pooling) or Text Embeddings Inference, and use its base URL for embeddings."
     )
     raise ApiError(message, status=404, code="embeddings_not_supported")
+
+
+def _may_record(http: HttpRequest) -> bool:
+    return all(value.strip().lower() == "on" for value in http.headers.getlist(RECORD_HEADER))
 
 
 def _model_document(name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tunewright.adapters.lineage import SystemPrompt
 from tunewright.chat.call_grammar import CallGrammars
@@ -16,6 +16,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import AdapterFailedError, Engine
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.recorder import Received
 from tunewright.serving.gateway.schemas import RequestBody
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.database import AsyncState
@@ -93,6 +94,8 @@ class Admission:
 
     settle: Callable[[RequestUsage], None]
     shadow: Shadow | None = None
+    record: Callable[[Sequence[dict[str, Any]]], None] | None = None
+    """Records the request with its answers; None: it is not recorded."""
 
 
 def model_not_found(name: str, models: Sequence[str]) -> ApiError:
@@ -112,6 +115,7 @@ class AnonymousAuth:
     available = True
     name = "everybody"
     max_tokens = None
+    recorder = None
 
     def __init__(
         self,
@@ -150,7 +154,15 @@ class AnonymousAuth:
         prompt, grammar = self.system_prompts.get(body.model), self._grammars.get(body.model)
         return Target(body.model, self._models[body.model], system_prompt=prompt, grammar=grammar)
 
-    async def admit(self, target: Target, tokens: int, end_user: str | None, response_id: str) -> Admission:  # noqa: ARG002 - no quota
+    async def admit(
+        self,
+        target: Target,  # noqa: ARG002 - no quota
+        tokens: int,  # noqa: ARG002
+        response_id: str,  # noqa: ARG002
+        received: Received,  # noqa: ARG002
+        *,
+        recorded: bool,  # noqa: ARG002
+    ) -> Admission:
         return Admission(settle=lambda _usage: None)
 
 

@@ -47,6 +47,8 @@ class ServerState:
     released: Sequence[Released]
     resident: Sequence[str]
     engines: Sequence[RemoteEngine] = ()
+    records: tuple[Mapping[str, int], Mapping[str, int]] | None = None
+    """Recorded requests, and requests that could not be recorded, by tenant; None: the server records none."""
 
 
 class Metrics:
@@ -130,6 +132,15 @@ class _Gauges(Collector):
         yield _gauge("resident_adapter", "1 for each adapter in memory.", resident, "digest")
         released = [((each.alias, (each.digest or "base")[:12], each.role), each.number) for each in now.released]
         yield _gauge("release", "Release number of an alias's adapter.", released, "alias", "digest", "role")
+        if now.records is not None:
+            for name, text, counts in (
+                ("recorded_requests", "Recorded requests.", now.records[0]),
+                ("unrecorded_requests", "Requests whose record was dropped: a gap.", now.records[1]),
+            ):
+                recorded = CounterMetricFamily(f"tunewright_{name}", text, labels=["tenant"])
+                for tenant, count in counts.items():
+                    recorded.add_metric([tenant], count)
+                yield recorded
         if not now.engines:
             return
         up = [((each.url,), each.up) for each in now.engines]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.chat.tool_calls import Call
@@ -246,6 +246,16 @@ class GenerationRequest:
     def recorded(self) -> str:
         """The whole answer as one text: one line of JSON for each call."""
         return as_turn(self.text, self.calls).text
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The answer so far as JSON, with the reason why it ended."""
+        answer: dict[str, Any] = {"content": self.text, "finish": self.outcome}
+        if self.reasoning:
+            answer["reasoning_content"] = self.reasoning
+        if self.calls:
+            answer["tool_calls"] = [{"name": name, "arguments": arguments} for name, arguments in self.calls]
+        return answer
 
     def _scored(self, token: int, found: TokenLogprob) -> ScoredToken:
         top = tuple((self._piece(likely), logprob) for likely, logprob in found.top[: self.engine_request.logprobs])

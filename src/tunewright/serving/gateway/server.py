@@ -32,6 +32,7 @@ from tunewright.serving.gateway.metrics import exposed
 from tunewright.serving.gateway.preprocess import Tokenization
 from tunewright.serving.gateway.tenant_auth import Auth, TenantAuth
 from tunewright.serving.tenants import State
+from tunewright.serving.tenants.record_keys import KeyFile
 
 _DEFAULT_LIMITS = GatewayConfig()
 _FLUSH_SECONDS = 5
@@ -185,6 +186,8 @@ class TenantSource:
     state: State
     locate: Callable[[str, str], ServedAdapter]
     live: Mapping[str, Path]
+    record_key: KeyFile | None = None
+    """The key of recorded requests; None: no request is recorded."""
 
 
 class Service:
@@ -223,7 +226,7 @@ class Service:
         )
         self._engine = start_engine(config.serve.engine, config, spec, reporter)
         if isinstance(served, TenantSource):
-            self._auth: Auth = TenantAuth(served.state, self._engine, served.locate, reporter)
+            self._auth: Auth = TenantAuth(served.state, self._engine, served.locate, reporter, served.record_key)
         else:
             prompts = {name: adapter.system_prompt for name, adapter in adapters.items()}
             for name, prompt in prompts.items():

@@ -34,11 +34,13 @@ from tunewright.serving.gateway.auth import (
     model_not_found,
 )
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.recorder import Received, Recorder
 from tunewright.serving.gateway.schemas import FeedbackRequest, RequestBody
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.database import AsyncState, StateUnavailableError, ceil_seconds
 from tunewright.serving.tenants.feedback import FeedbackValues
 from tunewright.serving.tenants.quota import LOST_SECONDS, LimitExceededError, Outcome, RequestUsage, Reservation
+from tunewright.serving.tenants.record_keys import KeyFile
 from tunewright.serving.tenants.releases import Answer
 from tunewright.serving.tenants.tenants import Caller, InvalidKeyError
 
@@ -68,9 +70,16 @@ class TenantAuth:
     reports_load = False  # in `/health`: tenants could observe each other by the number of requests
 
     def __init__(
-        self, state: State, engine: Engine, locate: Callable[[str, str], ServedAdapter], reporter: Reporter
+        self,
+        state: State,
+        engine: Engine,
+        locate: Callable[[str, str], ServedAdapter],
+        reporter: Reporter,
+        record_key: KeyFile | None = None,
     ) -> None:
         self._state = state
+        self.recorder = None if record_key is None else Recorder(state, record_key)
+        """Records requests; None if this server records none."""
         self._async_state = AsyncState(state.database)
         self.router = ReleaseRouter(state, self._async_state, engine, locate, reporter)
         self._reporter = reporter
@@ -119,6 +128,8 @@ class TenantAuth:
             following.cancel()
             with suppress(asyncio.CancelledError):
                 await following
+            if self.recorder is not None:
+                await asyncio.to_thread(self.recorder.close)
             self._async_state.close(lambda: self._state.quota.remove_gateway(self.gateway))
 
     async def authenticate(self, authorization: str | None) -> TenantPrincipal:
@@ -352,10 +363,15 @@ class TenantPrincipal:
         canary = in_canary_share(self.caller.tenant, body, candidate.digest, candidate.share)
         return target(candidate.answer if canary else release.answer)
 
-    async def admit(self, target: Target, tokens: int, end_user: str | None, response_id: str) -> Admission:
-        """Reserve the most ``tokens`` that the request can use. Call it right after :meth:`target`."""
+    async def admit(
+        self, target: Target, tokens: int, response_id: str, received: Received, *, recorded: bool
+    ) -> Admission:
+        """Reserve the most ``tokens`` that the request can use. Call it right after :meth:`target`.
+
+        The request is recorded if it, its tenant and the server permit it.
+        """
         assert target.digest is not None and target.release_id is not None
-        caller, digest = self.caller, target.digest
+        caller, digest, end_user = self.caller, target.digest, received.body.end_user
         reservation = Reservation(
             caller.tenant_id, caller.key_id, target.name, target.release_id, digest, tokens, end_user, response_id
         )
@@ -367,7 +383,10 @@ class TenantPrincipal:
             raise _over_limit(error) from None
         self._counted = True
         shadow = None if target.shadow is None else self.auth.shadow(number, target)
-        return Admission(settle=lambda usage: self.auth.settle(number, digest, usage), shadow=shadow)
+        record = None
+        if recorded and caller.record_share is not None and self.auth.recorder is not None:
+            record = partial(self.auth.recorder.put, caller, number, response_id, received)
+        return Admission(lambda usage: self.auth.settle(number, digest, usage), shadow, record)
 
 
 Auth = AnonymousAuth | TenantAuth

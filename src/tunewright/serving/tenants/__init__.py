@@ -13,12 +13,13 @@ from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.tenants.database import Database, StateUnavailableError
 from tunewright.serving.tenants.feedback import Feedback
 from tunewright.serving.tenants.quota import Quota
+from tunewright.serving.tenants.records import Recording, Records, recording_terms
 from tunewright.serving.tenants.releases import Releases
 from tunewright.serving.tenants.tenants import Key, Keys, Tenant, Tenants
 from tunewright.serving.tenants.usage import DayTotal, Usage, UsageRollup
 
-Records = dict[str, dict[str, Any]]
-"""Fields to compare, by their subject: a tenant, a key, or the usage of a day, tenant, alias and adapter."""
+Replayed = dict[str, dict[str, Any]]
+"""Fields to compare, by their subject: a tenant, a key, a recording, or the usage of a day, tenant, alias, adapter."""
 
 
 class State:
@@ -51,6 +52,7 @@ class State:
         self.quota = Quota(self.database)
         self.usage = Usage(self.database)
         self.feedback = Feedback(self.database)
+        self.records = Records(self.database, actor)
         self.usage_rollup = UsageRollup(self.database, actor)
         self.audit = Audit(self.database)
 
@@ -89,7 +91,7 @@ class State:
         differing = sorted(release for release in releases if logged.get(release) != stored.get(release))
         faults = [f"release {number} of {alias} differs from the audit log" for alias, number in differing]
         if not check.faults:  # a log with gaps cannot be replayed
-            tables = self.tenants.list(), self.keys.list(), self.usage_rollup.days()
+            tables = self.tenants.list(), self.keys.list(), self.usage_rollup.days(), self.records.list()
             faults += _differing(self.audit.lines(), *tables)
         faults += self.usage.faults()
         return replace(check, faults=(*check.faults, *faults))
@@ -108,23 +110,28 @@ class State:
 
 
 def _differing(
-    lines: Iterable[AuditLine], tenants: Iterable[Tenant], keys: Iterable[Key], usage: Iterable[DayTotal]
+    lines: Iterable[AuditLine],
+    tenants: Iterable[Tenant],
+    keys: Iterable[Key],
+    usage: Iterable[DayTotal],
+    recordings: Iterable[Recording],
 ) -> list[str]:
-    """Return a sentence for each tenant, key and day that differs from what all log lines together say."""
+    """Return a sentence for each tenant, key, recording and day that differs from what all log lines together say."""
     logged = replay(lines)
-    stored: Records = {f"tenant {each.name}": _tenant(each.aliases, asdict(each.limits)) for each in tenants}
+    stored: Replayed = {f"tenant {each.name}": _tenant(each.aliases, asdict(each.limits)) for each in tenants}
     for key in keys:
         stored[f"key {key.prefix}"] = _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked)
+    stored |= {f"recording of {each.tenant}": recording_terms(each) for each in recordings}
     stored |= {f"usage of {total.name}": total.counts for total in usage}
     differing = [name for name in logged.keys() | stored.keys() if logged.get(name) != stored.get(name)]
-    kinds = "tenant ", "key ", "usage of "
+    kinds = "tenant ", "key ", "recording of ", "usage of "
     names = [name for kind in kinds for name in sorted(differing) if name.startswith(kind)]
     return [f"{name} differs from the audit log" for name in names]
 
 
-def replay(lines: Iterable[AuditLine]) -> Records:
+def replay(lines: Iterable[AuditLine]) -> Replayed:
     """Replay a whole log, the oldest line first."""
-    found: Records = {}
+    found: Replayed = {}
     for line in lines:
         details = json.loads(line.details)
         tenant, key = f"tenant {line.subject}", f"key {line.subject}"
@@ -144,6 +151,10 @@ def replay(lines: Iterable[AuditLine]) -> Records:
                 found[key] |= {"expires": details["old_expires"], "replaced_by": details["new"]}
             case "key.revoke":
                 found[key]["revoked"] = True
+            case "record.start":
+                found[f"recording of {line.subject}"] = {**details, "stopped": False}
+            case "record.stop":
+                found[f"recording of {line.subject}"]["stopped"] = True
             case "usage.rollup":
                 for total in (DayTotal(**total) for total in details["totals"]):
                     so_far = found.setdefault(f"usage of {total.name}", dict.fromkeys(total.counts, 0))

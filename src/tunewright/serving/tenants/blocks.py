@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunewright.core.clock import minute
+from tunewright.core.text import count_of
 from tunewright.render.blocks import Block, Cell, Column, Lead, Notes, Table, table, words
 from tunewright.serving.tenants.audit import AuditLine
 from tunewright.serving.tenants.feedback import FeedbackSum
+from tunewright.serving.tenants.records import Recording
 from tunewright.serving.tenants.releases import Candidate, Release
 from tunewright.serving.tenants.tenants import Key, Tenant
 from tunewright.serving.tenants.usage import DayTotal, ShadowLine, UsageSum
@@ -77,6 +79,19 @@ def feedback_table(sums: Sequence[FeedbackSum]) -> Table:
         rows.append((each.alias, each.digest[:_SHORT], f"{each.answers:,}", up, down, mean, corrections))
     head = (_ALIAS, _ADAPTER, "Answers with feedback", "Up", "Down", "Mean score", "Corrections")
     return table("Feedback by adapter", head, rows)
+
+
+def recordings_table(recordings: Sequence[Recording]) -> Table:
+    """Return the terms on which tenants are recorded, and counts of their records."""
+    rows = []
+    for each in recordings:
+        state = "recording" if each.stopped is None else f"stopped {each.stopped[:10]}"
+        terms = (each.contract, state, f"{each.days}", f"{100 * each.share:.4g}%")
+        units = ", ".join(count_of(count, kind) for kind, count in each.units.items()) or "-"
+        oldest = "-" if each.oldest is None else each.oldest[:10]
+        rows.append((each.tenant, *terms, f"{each.records:,}", units, f"{each.dropped:,}", oldest))
+    head = (_TENANT, *words("Contract", "State"), "Days", "Share", "Records", *words("Units"), "Dropped", "Oldest")
+    return table("Recorded requests", head, rows)
 
 
 def releases_blocks(releases: Sequence[Release]) -> tuple[Block, ...]:

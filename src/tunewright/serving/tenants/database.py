@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -150,6 +150,26 @@ class Database:
         if self._ahead is None:
             self._ahead = ahead
         return now + max(0.0, self._ahead - ahead)
+
+    def not_after(self, now: float) -> float:
+        """Return the earlier of ``now`` and the time by this process's own count since it opened the state.
+
+        A clock that moves forward then expires nothing early. The time in which the machine was suspended is not
+        counted.
+        """
+        assert self._ahead is not None, "it is set when the state is opened"
+        return now + min(0.0, self._ahead - (now - self.steady()))
+
+    def scrub(self) -> bool:
+        """Write SQLite's log into its file and empty it: deleted text is in neither then. False: others read from it.
+
+        PostgreSQL decides itself when the bytes of deleted rows leave its files.
+        """
+        if not self.is_sqlite:
+            return True
+        with self._translated_errors(), closing(self._engine.raw_connection()) as connection:
+            busy, *_ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
     def close(self) -> None:
         """Close all connections."""
@@ -296,6 +316,8 @@ def _on_sqlite_connect(connection: Any, _record: Any) -> None:
     _set_wal(connection)
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
+    # On every connection: bytes that moved to another page would otherwise stay in the old one.
+    connection.execute("PRAGMA secure_delete=ON")
 
 
 def _set_wal(connection: Any) -> None:

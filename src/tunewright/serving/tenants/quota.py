@@ -19,7 +19,14 @@ from sqlalchemy import Connection, Row, Select, Table, bindparam, delete, func, 
 from tunewright.core.errors import UserError
 from tunewright.serving.options import LimitOptions
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.tables import gateways, requests, shadow_answers, tenants, unmetered_requests
+from tunewright.serving.tenants.tables import (
+    gateways,
+    request_records,
+    requests,
+    shadow_answers,
+    tenants,
+    unmetered_requests,
+)
 
 WINDOW_SECONDS = 60.0
 LOST_SECONDS = 45.0
@@ -195,10 +202,16 @@ class Quota:
     def record_shadow(
         self, number: int, release_id: int, answer: str, shadow_answer: str | None, why_not: str | None
     ) -> None:
-        """Record a request's live answer, and the shadow's or the reason why it has none."""
+        """Record a request's live answer, and the shadow's or the reason why it has none.
+
+        The answers to a request that was forgotten meanwhile are dropped.
+        """
         row = {"answer": answer, "shadow_answer": shadow_answer, "why_not": why_not}
         of = select(shadow_answers.c.request_id).where(shadow_answers.c.request_id == number)
+        asked = select(requests.c.id).where(requests.c.id == number, requests.c.response_id.is_not(None))
         with self._database.writing() as connection:
+            if connection.execute(asked.with_for_update()).first() is None:
+                return
             if connection.execute(of).first() is None:  # otherwise an earlier attempt was committed without a reply
                 connection.execute(insert(shadow_answers).values(request_id=number, release_id=release_id, **row))
 
@@ -207,6 +220,7 @@ class Quota:
 
         The unfinished requests of servers without a heartbeat get the outcome "lost". After a jump of
         the clock, and after the start of this server, the other servers first get time for a heartbeat.
+        Then records of requests whose retention has ended are deleted too.
         """
         with self._database.writing() as connection:
             now = self._database.now(connection)
@@ -225,6 +239,10 @@ class Quota:
                 .where(requests.c.finished.is_(None), requests.c.gateway.not_in(living))
                 .values(outcome="lost", finished=now)
             )
+            ended = request_records.c.expires <= self._database.not_after(now)
+            expired = connection.execute(delete(request_records).where(ended)).rowcount
+        if expired:
+            log.info("%d records of requests were deleted at the end of their retention", expired)
 
     def _clock_is_steady(self, now: float) -> bool:
         """Return whether the clock has not jumped in the last `_SETTLED_SECONDS`, for which this server must run."""

@@ -3,7 +3,9 @@
 tenants --< tenant_aliases        the aliases that a tenant may call
    |---< api_keys                 hashes; a key may have fewer aliases than its tenant
    |---< requests >--- releases   a row for each request: its reservation, then its usage
-   |                 '---- feedback   the tenant's opinion of the answer
+   |                 |---- feedback   the tenant's opinion of the answer
+   |                 '---- request_records   its text and the answer's, encrypted
+   |---- recordings               the contract under which a tenant's requests are recorded
    |---< unmetered_requests       the other requests of the last minute: refused ones, and lists of models
    '---< usage_days               daily totals of deleted requests
 releases                          alias to adapter digest; rows are added, never changed
@@ -22,6 +24,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -124,7 +127,9 @@ requests = Table(
     Column("outcome", String(16)),
     Column("finished", Double),
     Column("end_user", LongText),  # the tenant's label for its user
-    Column("response_id", String(64)),  # with its prefix, such as chatcmpl-; null before schema 7
+    # With its prefix, such as chatcmpl-. Null before schema 7, and of a forgotten request: what still arrives for it,
+    # its record, its shadow's answer or feedback, finds no request and is dropped.
+    Column("response_id", String(64)),
     # For the limits: a tenant's requests of the last minute, and its unfinished ones.
     Index("requests_by_time", "tenant_id", "started"),
 )
@@ -188,6 +193,35 @@ feedback = Table(
     # Texts without secrets and personal data, which placeholders replace.
     Column("correction", LongText),
     Column("reason", LongText),
+)
+
+recordings = Table(
+    "recordings",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("contract", LongText, nullable=False),
+    Column("days", Integer, nullable=False),  # of retention
+    Column("share", Double, nullable=False),  # of the units, above 0 and at most 1
+    Column("started", Double, nullable=False),
+    Column("stopped", Double),
+    Column("key_id", String(16), nullable=False),  # of the key file; it reveals nothing about the key
+    Column("dropped", BigInteger, nullable=False),  # requests that could not be recorded
+)
+
+request_records = Table(
+    "request_records",
+    metadata,
+    Column("request_id", ForeignKey("requests.id", ondelete="CASCADE"), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    # Keyed digests: of the end user, of the conversation's beginning or of the request; and of the end user.
+    Column("unit", DIGEST, nullable=False),
+    Column("unit_kind", String(12), nullable=False),
+    Column("subject", DIGEST),
+    Column("probability", Double, nullable=False),  # with which its unit was sampled
+    Column("expires", Double, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # encrypted JSON, without secrets and personal data
+    Index("request_records_by_tenant", "tenant_id"),
+    Index("request_records_by_expiry", "expires"),
 )
 
 gateways = Table(

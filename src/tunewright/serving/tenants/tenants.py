@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, delete, func, insert, or_, select, update
 
 from tunewright.core.errors import UserError
 from tunewright.core.text import token_checksum
 from tunewright.serving.tenants.audit import Audited, Change
 from tunewright.serving.tenants.database import iso
 from tunewright.serving.tenants.quota import UNLIMITED, Limits, check_limits
-from tunewright.serving.tenants.tables import api_keys, key_uses, requests, tenant_aliases, tenants
+from tunewright.serving.tenants.tables import api_keys, key_uses, recordings, requests, tenant_aliases, tenants
 
 _PREFIX_BYTES = 5
 _SECRET_BYTES = 32
@@ -39,10 +39,19 @@ _BROKEN = "Invalid API key: its checksum is wrong, so part of it is missing or m
 
 # Built once, since every request runs it; it returns a row for each alias of the key's tenant.
 _KEY_WITH_ALIASES = (
-    select(api_keys, tenants.c.name, tenants.c.requests_per_minute, tenants.c.tokens_per_minute, tenant_aliases.c.alias)
+    select(
+        api_keys,
+        tenants.c.name,
+        tenants.c.requests_per_minute,
+        tenants.c.tokens_per_minute,
+        tenant_aliases.c.alias,
+        recordings.c.share,
+        recordings.c.key_id,
+    )
     .select_from(api_keys)
     .join(tenants)
     .outerjoin(tenant_aliases, tenant_aliases.c.tenant_id == tenants.c.id)
+    .outerjoin(recordings, and_(recordings.c.tenant_id == tenants.c.id, recordings.c.stopped.is_(None)))
     .where(api_keys.c.prefix == bindparam("prefix"))
 )
 
@@ -278,6 +287,10 @@ class Caller:
     """The tenant's limit; None means no limit."""
     tokens_per_minute: int | None
     """The same."""
+    record_share: float | None = None
+    """The share of its requests that are recorded; None means that the tenant is not recorded."""
+    record_key: str | None = None
+    """The id of the key file of its records."""
 
 
 class InvalidKeyError(Exception):
@@ -383,7 +396,8 @@ class Keys(Audited):
                 raise InvalidKeyError(f"This API key is {state}.")
         own = frozenset(row.alias for row in rows if row.alias is not None)
         aliases = own if row.aliases is None else own & frozenset(row.aliases)
-        return Caller(row.tenant_id, row.name, row.id, aliases, row.requests_per_minute, row.tokens_per_minute)
+        limits = row.requests_per_minute, row.tokens_per_minute
+        return Caller(row.tenant_id, row.name, row.id, aliases, *limits, row.share, row.key_id)
 
 
 def key_hash(key: str) -> str:

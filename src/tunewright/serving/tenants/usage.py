@@ -35,6 +35,7 @@ from tunewright.serving.tenants.tables import (
     feedback,
     key_uses,
     releases,
+    request_records,
     requests,
     shadow_answers,
     tenants,
@@ -134,6 +135,8 @@ class RollupResult:
     """Answers of shadows to those requests, which were deleted; they have no total."""
     feedback: int
     """Feedback on those requests, which was deleted; it has no total."""
+    request_records: int
+    """Records of those requests, which were deleted."""
 
 
 @dataclass(frozen=True)
@@ -396,7 +399,7 @@ def _roll_up_day(change: Change, day: int, until: float) -> dict[str, int]:
         table.name: connection.execute(
             delete(table).where(table.c.request_id.in_(select(requests.c.id).where(old)))
         ).rowcount
-        for table in (shadow_answers, feedback)
+        for table in (shadow_answers, feedback, request_records)
     }
     deleted["requests"] = connection.execute(delete(requests).where(old)).rowcount
     change.log("usage.rollup", _date(day), **deleted, totals=[asdict(DayTotal.of(row)) for row in rows])
