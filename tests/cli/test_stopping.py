@@ -33,7 +33,7 @@ from tunewright.cli.stopping import mark_command_process
 
 mark_command_process()
 try:
-    with session({as_json}, kept=RESUMES):
+    with session({as_json}, kept=RESUMES, log_json={log_json}):
         {before}
         print("busy", flush=True)
         {work}
@@ -48,9 +48,11 @@ THREAD = "threading.Thread(target=time.sleep, args=(600,)).start()"
 """A thread that the interpreter's end waits for."""
 
 
-def _started(work: str, *, before: str = "pass", as_json: bool = False) -> subprocess.Popen[str]:
+def _started(
+    work: str, *, before: str = "pass", as_json: bool = False, log_json: bool = False
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.format(before=before, work=work, as_json=as_json)],
+        [sys.executable, "-c", BUSY.format(before=before, work=work, as_json=as_json, log_json=log_json)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -78,6 +80,14 @@ def test_stop_is_announced_and_command_exits_with_130(number: signal.Signals) ->
         "\nStopping. Ctrl-C again ends at once.",
         f"Stopped; {kept}.\n",
     ]
+
+
+def test_requested_stop_is_no_error_in_the_log_of_a_job() -> None:
+    process = _started("while True: time.sleep(0.01)", before=PATIENT, log_json=True)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    last = json.loads(stderr.splitlines()[-1])
+    assert (last["level"], last["message"].partition(";")[0]) == ("info", "Stopped")
 
 
 @pytest.mark.parametrize(("before", "work"), [("pass", NATIVE), (THREAD, "time.sleep(600)")])

@@ -318,6 +318,8 @@ def _fail(current: Session, error: UserError, code: int) -> NoReturn:
     current.console.quiet = False
     if current.as_json:
         _write(_json_text({"error": error.as_dict()}, one_line=current.log_json))
+    elif isinstance(current.reporter, JsonReporter) and code == STOPPED:
+        current.reporter.say(f"{error}.")  # somebody asked for it
     elif isinstance(current.reporter, JsonReporter):
         current.reporter.error(error.as_dict())
     else:

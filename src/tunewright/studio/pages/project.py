@@ -229,7 +229,21 @@ def job_page(visit: Visit) -> Response:
         keys=needs_keys(visit),
         follows=follows_releases(visit, None if newest is None else served(newest)),
         next_page=_next_page(job),
+        run=_run_of(visit, job),
     )
+
+
+def _run_of(visit: Visit, job: Job) -> str | None:
+    """Return the page with the curves of the job's training, in progress or finished; None without one."""
+    if job.command[0] not in ("train", "run") or {"--sweep", "--curve"} & set(job.command):
+        return None
+    runs = visit.project.runs
+    if job.state == "running":
+        name = run.name if (run := runs.unfinished) is not None and run.state == "running" else None
+    else:
+        log = job.log.read_text(encoding="utf-8", errors="replace")
+        name = next((run.name for run in runs.list() if run.adapter is not None and run.name in log), None)
+    return name and path_of("train", "runs", name)
 
 
 def _next_page(job: Job) -> tuple[str, str] | None:

@@ -106,13 +106,19 @@ def run_page(visit: Visit) -> Response:
     run = visit.project.runs.find(visit.place["run"])
     if run.name != visit.place["run"]:
         return visit.go(path_of("train", "runs", run.name), "The run has finished: this is its adapter.")
-    history = run.history
+    folder = visit.project.folder
+    current, history = current_manifest(folder.dataset), run.history
     steps = [row for row in history if "loss" in row]
     return visit.page(
         "run.html.j2",
         visit.run_name(run.name),
         run=run,
         state=run.state,
+        # Curves, folds and pilots have adapters that `evaluate` does not take.
+        evaluable=run.adapter is not None
+        and run.adapter.folder.parent == folder.adapters
+        and run.adapter.dataset is not None
+        and run.adapter.dataset == (None if current is None else current.digest),
         best=_best(run) if history else "",
         charts=_run_charts(history, run.metric),
         evaluations=_evaluations_table(run),
