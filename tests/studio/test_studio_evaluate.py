@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from html import unescape
 from pathlib import Path
@@ -47,11 +49,12 @@ def test_evaluation_counts_its_answers_before_it_is_started(project: Path) -> No
 
         ran = tunewright("evaluate", "--estimate", "-p", project, "--json")
         answers = ran.document["answers"]
-        assert set(answers) == {"text", "answers", "kept"}
+        assert set(answers) == {"text", "answers", "kept", "seconds"}
         assert answers["kept"] == 0 and answers["text"].startswith("To answer: "), ran.stderr
         assert not list((project / ".tunewright").glob("generations/*")), "the estimate computed answers"
         assert not (project / "evaluations" / "access_log.jsonl").exists(), "the test split was opened"
         assert answers["text"] in page
+        assert answers["seconds"] is None and "The time is not known before the first answers" in page
 
         assert _send(browser, action="evaluate", adapter="nobody")[0] == 400
         code, text = _send(browser, action="evaluate", adapter=_adapter(project), minutes="0")
@@ -85,4 +88,19 @@ def test_evaluation_is_started_and_limited_by_buttons(project: Path) -> None:
         job = jobs.all()[0]
         assert job.command[:5] == ("evaluate", name, "--dev", "--minutes", "5")
         assert job.state == "done", job.log.read_text()
-        assert "nothing left to compute" in browser.get_whole("/evaluate")
+        page = browser.get_whole("/evaluate")
+        assert "nothing left to compute" in page
+        # The answers on dev were timed, so the time on test is known.
+        assert re.search("<td>about [0-9]+ seconds</td>", page) and "earlier answers of this project" in page
+
+
+def test_finished_training_leads_to_its_curves_and_to_the_evaluation(project: Path) -> None:
+    name = _adapter(project)
+    job = project / ".tunewright" / "jobs" / f"{7:016x}"
+    job.mkdir(parents=True)
+    (job / "job.json").write_text(json.dumps({"command": ["train"], "started": "2026-01-01T00:00:00+00:00"}))
+    (job / "log").write_text(f"Stored {name}\n")
+    (job / "exit_code").write_text("0")
+    with restarted(project) as browser:
+        assert f'href="/train/runs/{name}">The run' in browser.get(f"/jobs/{job.name}")
+        assert f'href="/evaluate?adapter={name}">Evaluate the adapter' in browser.get(f"/train/runs/{name}")

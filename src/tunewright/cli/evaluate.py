@@ -38,7 +38,8 @@ def evaluate(
         bool,
         typer.Option(
             "--estimate",
-            help="Count the answers to compute, and estimate calls, tokens and cost of the incumbents'; send nothing.",
+            help="Count the answers to compute and estimate their time, and the calls, tokens and cost of the "
+            "incumbents'; send nothing.",
         ),
     ] = False,
 ) -> None:

@@ -30,6 +30,7 @@ from tunewright.evaluation.answer_worker import (
     EmbeddedAnswers,
     RequestBatch,
 )
+from tunewright.evaluation.speeds import Speeds
 from tunewright.evaluation.time_limit import AnswerRate
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Grammar
@@ -190,7 +191,6 @@ class Generator:
         self.quantization = quantization
         self.folder = work / "generations"
         self.reporter = reporter
-        self.rate = AnswerRate(reporter)
         self.stop = stop
         self.grammar = grammar
         self.engine = engine
@@ -202,6 +202,8 @@ class Generator:
         self._vllm: VllmAnswers | None = None
         if engine.environment is not None and workers is None:
             self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
+        # Arms that a cluster answers at the same time do not say how long one takes.
+        self.rate = AnswerRate(reporter, None if workers else lambda *timed: self.speeds.add_answers(*timed))
         self._announced = False
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
@@ -219,6 +221,11 @@ class Generator:
     def rows(self) -> int:
         """Number of rows that decode at once, in each worker of a cluster."""
         return (self._cluster or self._vllm or self._embedded).rows
+
+    @cached_property
+    def speeds(self) -> Speeds:
+        """The times of earlier answers here."""
+        return Speeds(self.folder.parent, {"base": self.base.digest, **self.inputs, "device": self._where})
 
     @cached_property
     def constraints(self) -> AnswerConstraints | None:

@@ -38,6 +38,9 @@ class AnswersEstimate:
     """All answers, including kept ones."""
     kept: int
     """Answers that are already in the journal."""
+    seconds: float | None = None
+    """The expected time of the answers, by earlier ones of the project on this machine, with the suites that were timed
+    here; None if no answer was timed."""
 
     @property
     def missing(self) -> int:
@@ -48,8 +51,10 @@ class AnswersEstimate:
 class AnswerRate:
     """The rate of a command's answers so far."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, keep: Callable[[str, int, float, bool], None] | None = None) -> None:
         self._reporter = reporter
+        self._keep = keep
+        """Called with each answered arm: its name, answers and seconds, and whether they contain loading the model."""
         self._began = monotonic()
         self._timed: list[tuple[int, float]] = []
         """Answers and seconds of each answered arm."""
@@ -80,7 +85,10 @@ class AnswerRate:
                 self.advance()
 
             yield advance
-        self._timed.append((answers, monotonic() - began))
+        seconds = monotonic() - began
+        if self._keep is not None:
+            self._keep(title.partition(" on ")[0], answers, seconds, not self._timed)
+        self._timed.append((answers, seconds))
 
     def seconds_with(self, answers: int) -> float | None:
         """Return the seconds from the command's start to the end of further answers; None before an arm was timed."""

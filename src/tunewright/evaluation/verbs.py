@@ -239,7 +239,7 @@ def evaluate(
 def estimate_evaluation(
     project: OpenProject, adapter: str | None = None, *, dev: bool = False, embed: bool = True
 ) -> AnswersEstimate:
-    """Return the number of answers that :meth:`evaluate` has to compute; none is computed.
+    """Return the number of answers that :meth:`evaluate` has to compute, and their expected time; none is computed.
 
     Args:
         adapter: a name or its beginning (None: the newest; without any, one that is still to be trained).

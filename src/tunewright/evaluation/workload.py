@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from tunewright.adapters.registry import Adapter
 from tunewright.core.io import digest
+from tunewright.core.progress import duration
+from tunewright.core.text import first_of
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import MOST_ITEMS, NOISE, ArmRunner
@@ -22,9 +24,11 @@ from tunewright.evaluation.arms import (
     other_instructions,
     tuned_optimized,
 )
+from tunewright.evaluation.benchmarks.runner import suite_names
 from tunewright.evaluation.frozen_answers import Split
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.runner import parent_of, plan_comparison
+from tunewright.evaluation.speeds import Speeds
 from tunewright.evaluation.time_limit import AnswersEstimate, TimeLimit, Work
 from tunewright.evidence.files import EVIDENCE_FILE
 
@@ -35,6 +39,7 @@ Contest = tuple[Adapter | None, Split]
 def estimated_answers(runner: ArmRunner, contest: Contest) -> AnswersEstimate:
     """Count the answers of an evaluation; none is computed."""
     works = contest_works(runner, contest)
+    measured = contest[0] is not None and contest[1] == "test" and not works
     if known_advice(runner, advice_file(runner)) is None:
         prepare(runner)
         works += choice_works(runner)
@@ -45,9 +50,24 @@ def estimated_answers(runner: ArmRunner, contest: Contest) -> AnswersEstimate:
         text = f"To answer: at most {missing:,} of {missing + kept:,} answers{others}."
     if contest[0] is None:
         text += " This counts an adapter that is not trained yet."
-    if contest[1] == "test" and runner.project.config.regressions.measures:
-        text += " Not counted: the suites of the regressions section."
-    return AnswersEstimate(text, missing + kept, kept)
+    suites = suite_names(runner.project.config.regressions) if contest[1] == "test" and not measured else []
+    seconds, took = expected_time(runner.generator.speeds, works, suites)
+    return AnswersEstimate(f"{text} {took}" if missing or suites else text, missing + kept, kept, seconds)
+
+
+def expected_time(speeds: Speeds, works: Sequence[Work], suites: Sequence[str]) -> tuple[float | None, str]:
+    """Return the expected seconds of answers and suites with their ground in words; None if no answer was timed."""
+    answers, checks = speeds.of_answers(works), {name: speeds.of_suite(name) for name in suites}
+    untimed = [name for name, seconds in checks.items() if seconds is None]
+    timed = sum(seconds for seconds in checks.values() if seconds is not None)
+    more = f" Checks of general abilities come on top, which were not timed here yet: {first_of(untimed)}."
+    if answers is None:
+        text = "The time is not known before the first answers, whose log shows the time left."
+        return None, text + more * bool(untimed)
+    text = f"About {duration(answers + timed)}, by earlier answers of this project on this machine"
+    if timed:
+        text += f"; {duration(timed)} of them for checks of general abilities"
+    return answers + timed, f"{text}.{more * bool(untimed)}"
 
 
 def time_limit(

@@ -32,6 +32,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError, missing_extra
 from tunewright.core.io import write_bytes
 from tunewright.core.log import authored_by
+from tunewright.core.progress import duration
 from tunewright.core.text import capitalised, visible
 from tunewright.render.html import page_templates
 from tunewright.serving.gateway.server import serve
@@ -107,6 +108,7 @@ class Studio:
             "role": lambda name: ROLES.get(name, name),
             "capital": capitalised,
             "version": version_name,
+            "duration": duration,
         }
         content = b"".join(path.read_bytes() for path in sorted(_STATIC.rglob("*")) if path.is_file())
         self._templates.globals["static"] = self._static = f"/static/{hashlib.sha256(content).hexdigest()[:12]}"

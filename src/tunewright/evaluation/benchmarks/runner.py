@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.config.evaluate import LmEvalSuite as Settings
+from tunewright.config.evaluate import RegressionsConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
@@ -66,6 +68,13 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
     return suites
 
 
+def suite_names(config: RegressionsConfig) -> list[str]:
+    """Return the names of the config's suites; no file is read."""
+    files = (*config.multiple_choice, *config.instruction_following)
+    own = [SamplesSuite.name] if config.samples else []
+    return [*own, *(Path(suite.file).stem for suite in files), *(suite.task for suite in config.lm_eval)]
+
+
 def measure_suites(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> tuple[Benchmarks, bool]:
     """Measure the suites with the adapter off and on, or read their measurement; True if anything was measured."""
     project, generator = arm_runner.project, arm_runner.generator
@@ -109,8 +118,10 @@ def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Bench
     measured: list[Suite] = []
     not_measured: list[str] = []
     for suite in suites:
+        began = monotonic()
         try:
             measured.append(suite.measure(bench))
+            bench.generator.speeds.add_suite(suite.name, monotonic() - began)
         except UserError as error:
             if suite.margin is not None:  # this suite decides: without it there is no result
                 raise
