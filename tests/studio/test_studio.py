@@ -148,9 +148,11 @@ def test_sign_in_asks_for_the_name_and_leads_back_to_the_page(url: str) -> None:
     for back_to in ("//evil.example/x", "https://evil.example", "/\\evil.example", "\t//evil.example"):
         answer = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD, "back": back_to})
         assert answer.headers["location"].startswith("/") and "//evil" not in answer.headers["location"][:3]
-    for name in ("\u202e", "x" * 300, "a\x00b"):
-        refused = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD, "reviewer": name})
+    for name, why in (("\u202e", "not printable"), ("x" * 300, "too long"), ("a\x00b", "not printable")):
+        refused = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD, "reviewer": name, "back": "/rows"})
         assert refused.status_code == 400 and "set-cookie" not in refused.headers
+        assert f"name is {why}. Type another one." in refused.text and 'name="back" value="/rows"' in refused.text
+        assert "x" * 300 in refused.text or why != "too long"
     forged = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD}, headers={"Cookie": "tunewright_reviewer=%0A%00"})
     assert forged.status_code == 303, "a cookie of another program"
     ended = httpx.post(f"{url}/review", data={"note": "x"}, headers={"Referer": f"{url}/review/suspects?adapter=base"})

@@ -277,6 +277,12 @@ def test_tenant_forms_do_what_the_command_line_does(browser: Visitor, project: P
     (prefix,) = set(re.findall(r"tw_[0-9a-f]{10}", first.text))
     second = browser.fill("/tenants/acme", f"/tenants/acme/keys/{prefix}/rotate", overlap="2h")
     (newer,) = set(re.findall(r"tw_[0-9a-f]{10}", second.text))
+    refused = browser.fill("/tenants/acme", f"/tenants/acme/keys/{newer}/rotate", overlap="2 moons")
+    assert refused.status_code == 400 and sorted(re.findall('name="overlap" value="([^"]*)"', refused.text)) == [
+        "2 moons",
+        "24h",
+    ]
+    assert refused.text.count('id="wrong-overlap"') == 1
     assert "is revoked" in browser.sent("/tenants/acme", f"/tenants/acme/keys/{newer}/revoke")
     keys = tunewright("tenant", "key", "list", "-p", project, "--json").document["keys"]
     assert {key["prefix"]: key["state"] for key in keys} == {prefix: "valid", newer: "revoked"}

@@ -147,6 +147,7 @@ def test_text_that_a_row_page_refuses_stays_in_its_form(browser: Browser, projec
     browser.get(page)
     refused = browser.judge("edit", page=page, seen="", output="key AKIAIOSFODNN7EXAMPLZ here")
     assert "contains a secret" in refused and "key AKIAIOSFODNN7EXAMPLZ here</textarea>" in refused
+    assert 'name="back" value="/r' in refused, "the form's page"
     asked = browser.judge("right", page=page, seen="", output="typed before")
     assert "No verdict was recorded: you changed the answer." in asked and "typed before</textarea>" in asked
 
@@ -178,6 +179,7 @@ def test_refused_and_late_edits_keep_the_typed_text(browser: Browser) -> None:
     stale = row_key(browser.get("/review"))
     refused = browser.judge("edit", output="key AKIAIOSFODNN7EXAMPLZ here")
     assert "contains a secret" in refused and "key AKIAIOSFODNN7EXAMPLZ here</textarea>" in refused
+    assert 'name="back" value="/r' in refused, "the form's page"
     browser.judge("right")
     late = browser.send("/review", "/review", action="edit", output="a long text", key=stale)
     assert "Nothing was recorded" in late.text and "You typed: " in late.text and "a long text" in late.text

@@ -82,6 +82,8 @@ class StudioSession:
     form_token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     messages: list[Notice] = field(default_factory=list)
     """Shown on the next page, once."""
+    refused_name: tuple[str, str] | None = None
+    """A reviewer's name that was refused, and the reason; shown on the next page, once."""
 
     def take_messages(self) -> list[Notice]:
         """Return the messages and forget them."""
@@ -141,7 +143,8 @@ def reviewer_name(text: str) -> str:
     """Return the name that a person typed."""
     name = " ".join(text.split())
     if not name or not name.isprintable() or len(quote(name)) > _LONGEST_NAME:
-        raise UserError("The reviewer's name is empty, too long or not printable", fix="Go back and type another one.")
+        what = "empty" if not name else "too long" if name.isprintable() else "not printable"
+        raise UserError(f"The reviewer's name is {what}", where="reviewer", fix="Type another one.")
     return name
 
 

@@ -242,7 +242,11 @@ class Studio:
     async def _sign_in(self, request: Request) -> Response:
         form = await read_form(request, MAX_SIGN_IN)
         typed, back = form.get("reviewer", ""), form.get("back", "/")
-        name = reviewer_name(typed) if typed.strip() else kept_reviewer(request)
+        try:
+            name = reviewer_name(typed) if typed.strip() else kept_reviewer(request)
+        except UserError as refusal:
+            page = self._sign_in_text(request, f"{refusal.what}. {refusal.fix}", back, reviewer=typed)
+            return HTMLResponse(page, status_code=400)
         address = request.client.host if request.client else ""
         cookie = self._access.sign_in(form.get("secret", ""), address, name)
         if cookie is None:
@@ -264,8 +268,10 @@ class Studio:
         back = request.headers.get("referer", "").partition("://")[2].partition("/")[2]
         return HTMLResponse(self._sign_in_text(request, wrong, f"/{back}", typed), status_code=403)
 
-    def _sign_in_text(self, request: Request, wrong: str, back: str, typed: Sequence[str] = ()) -> str:
-        kind, name = "token" if self._token is not None else "password", kept_reviewer(request)
+    def _sign_in_text(
+        self, request: Request, wrong: str, back: str, typed: Sequence[str] = (), reviewer: str = ""
+    ) -> str:
+        kind, name = "token" if self._token is not None else "password", reviewer or kept_reviewer(request)
         page = self._templates.get_template("sign_in.html.j2")
         return page.render(wrong=wrong, kind=kind, back=back, reviewer=name, typed=typed)
 

@@ -207,6 +207,7 @@ class Visit:
         """Return a page."""
         folder = self.project.folder
         name = folder.root.name
+        refused_name, self.session.refused_name = self.session.refused_name, None
         with suppress(UserError):  # a config with a fault, which a page reports
             name = folder.config.name if folder.has_config else name
         text = self.templates.get_template(template).render(
@@ -221,6 +222,7 @@ class Visit:
             refused=self.refusal,
             row_name=self.row_name,
             evaluation_name=self.evaluation_name,
+            refused_name=refused_name,
             messages=[*self.session.take_messages(), *self._reported()],
             **values,
         )

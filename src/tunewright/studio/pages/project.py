@@ -197,10 +197,14 @@ def _deploy_stage(project: Project) -> Stage:
 
 def choose_reviewer(visit: Visit) -> Response:
     """Record reviews under another name from now on."""
-    visit.session.reviewer = name = reviewer_name(visit.form.get("reviewer", ""))
-    back = visit.form.get("back", "/")
-    page = visit.go(back if back.startswith("/") and not back.startswith("//") else "/", f"You review as {name} now.")
-    return keep_reviewer(page, name)
+    typed, back = visit.form.get("reviewer", ""), visit.form.get("back", "/")
+    back = back if back.startswith("/") and not back.startswith("//") else "/"
+    try:
+        visit.session.reviewer = name = reviewer_name(typed)
+    except UserError as refusal:
+        visit.session.refused_name = typed, f"{refusal.what}. {refusal.fix}"
+        return visit.go(back)
+    return keep_reviewer(visit.go(back, f"You review as {name} now."), name)
 
 
 def start_job(visit: Visit) -> Response:

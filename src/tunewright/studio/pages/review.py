@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tunewright.annotation import LEASE_S
+from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.examples import class_like, find_labels
 from tunewright.data.options import ReviewOptions
@@ -25,7 +27,7 @@ from tunewright.data.versions.diff import short_changes, word_changes
 from tunewright.render.blocks import table, words
 from tunewright.studio import computed
 from tunewright.studio.access import ChangedText, RefusedVerdict
-from tunewright.studio.visit import Handlers, Visit, path_of, stamps, verdict_of
+from tunewright.studio.visit import Handlers, Visit, in_form, path_of, stamps, verdict_of
 
 _ON_A_PAGE = 100  # edits or conflicts
 _ROW_S = 8  # seconds for a verdict on a short row
@@ -190,7 +192,9 @@ def judge_next(visit: Visit) -> Response:
 
 def judge_row(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | None, show: Show) -> Response:
     """Record the reviewer's input on the row that the form was made for; ``show`` returns the form's page."""
+    # A page that shows the form again is the queue's.
     action, back = visit.form.get("action", ""), _place(visit, queue)
+    visit.path = back
     output, note = _typed(visit, review)
     if card is None and (action != "undo" or output or note):
         # Another session, a second tab, the terminal, or the same form sent twice.
@@ -201,8 +205,7 @@ def judge_row(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem 
     if card is not None and note is not None:
         said = review.note(card, note)
         if review.note_on(card.key) != note.strip():
-            visit.session.messages.append(said)
-            return show(visit, queue, review, card, Typed(output, note))
+            return _refuse(visit, "note", said, partial(show, visit, queue, review, card, Typed(output, note)))
     if action == "undo" and output is None:
         undone = review.undo(visit.form.get("key", "") if queue == ONE_ROW else None)
         shown = undone if queue == ONE_ROW else next_row(visit, queue, review)
@@ -218,9 +221,10 @@ def judge_row(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem 
         return _edited(visit, queue, review, card, show)
     verdict = None if action in ("undo", "note") or label is not None else verdict_of(review, action)
     if output is not None and action != "wrong":
+        visit.session.messages += [said] if said else []
         unsaved = "No verdict was recorded: you changed the answer. Save the edit (Ctrl Enter) or cancel it (c)."
-        visit.session.messages += [each for each in (said, "" if action == "note" else unsaved) if each]
-        return show(visit, queue, review, card, Typed(output))
+        again = partial(show, visit, queue, review, card, Typed(output))
+        return again() if action == "note" else _refuse(visit, "output", unsaved, again)
     if verdict is not None:
         review.judge(card, verdict)
         said = f"Recorded: {verdict}." if queue == ONE_ROW else ""
@@ -254,13 +258,22 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem, s
         return show(visit, queue, review, card, Typed(output))
     labels = labels_of(visit)
     if refused := review.edit_fault(card, output):
-        visit.session.messages.append(refused)
-        return show(visit, queue, review, card, Typed(output))
+        return _refuse(visit, "output", refused, partial(show, visit, queue, review, card, Typed(output)))
     if labels and output.strip() not in labels and visit.form.get("new_label", "").split() != output.split():
-        visit.session.messages.append(f"No row has the answer {excerpt(output)}. To add it, save the edit again.")
-        return show(visit, queue, review, card, Typed(output, new_label=output.strip()))
+        asked = f"No row has the answer {excerpt(output)}. To add it, save the edit again."
+        typed = Typed(output, new_label=output.strip())
+        return _refuse(visit, "output", asked, partial(show, visit, queue, review, card, typed))
     review.edit(card, output)
     return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
+
+
+def _refuse(visit: Visit, field: str, text: str, show: Callable[[], Response]) -> Response:
+    """Show the page of a form that was refused, with the reason next to its field."""
+    what, _, fix = text.removesuffix(".").partition(". ")
+    visit.refusal = UserError(what, where=field, fix=f"{fix}." if fix else None)
+    page = show()
+    page.status_code = 400
+    return page
 
 
 def find_suspects(visit: Visit) -> Response:
@@ -269,6 +282,11 @@ def find_suspects(visit: Visit) -> Response:
     chosen = ("--adapter", adapter) if adapter else ()
     said = "When the search is done, this page links to the suspects."
     return visit.start("data", "suspects", *chosen, message=said)
+
+
+def _suspects_again(visit: Visit) -> Response:
+    visit.place = {"queue": "suspects"}
+    return review_page(visit)
 
 
 def _judges(visit: Visit) -> list[tuple[str, str]]:
@@ -420,8 +438,8 @@ HANDLERS: Handlers = {
     ("POST", "/review"): judge_next,
     ("GET", "/review/agreement"): agreement_page,
     ("GET", "/review/edits"): edits_page,
-    ("POST", "/review/apply"): apply_edits,
-    ("POST", "/review/find-suspects"): find_suspects,
+    ("POST", "/review/apply"): in_form("/review/edits", edits_page, apply_edits),
+    ("POST", "/review/find-suspects"): in_form("/review/suspects", _suspects_again, find_suspects),
     ("GET", "/review/{queue}"): review_page,
     ("POST", "/review/{queue}"): judge_next,
 }

@@ -116,6 +116,7 @@ def tenant_page(visit: Visit) -> Response:
         ticked=_ticked(visit),
         limits=dict(zip(_LIMITS, _shown(tenant.limits), strict=True)),
         keys=keys,
+        rotated=visit.place.get("key", "") if "overlap" in visit.form else "",
         days=days,
         usage=[usage_table(sums)] if sums else [],
         minute=minute,

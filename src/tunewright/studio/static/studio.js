@@ -102,8 +102,8 @@ const judging = document.querySelector("[data-drafts]");
 if (judging) {
   const draftOf = key => key && `${judging.dataset.drafts} ${key}`;
   const here = draftOf(judging.elements.key?.value), recorded = draftOf(judging.dataset.recorded);
-  // A row that is shown once more may have new text.
-  if (recorded && recorded !== here && sessionStorage.getItem("sent") === recorded) localStorage.removeItem(recorded);
+  // A row that is shown once more may have new text. A refused text is not recorded, even if its row has a verdict.
+  if (!document.querySelector("[data-refused]") && recorded && recorded !== here && sessionStorage.getItem("sent") === recorded) localStorage.removeItem(recorded);
   sessionStorage.removeItem("sent");
   const kept = JSON.parse(localStorage.getItem(here) ?? "{}");
   const keep = () => localStorage.setItem(here, JSON.stringify(kept));
@@ -122,7 +122,11 @@ if (judging) {
       keep();
     });
   }
-  judging.addEventListener("submit", () => sessionStorage.setItem("sent", here));
+  judging.addEventListener("submit", () => {
+    sessionStorage.setItem("sent", here);
+    // A verdict in another tab has removed the texts of this one, which may be refused.
+    if (Object.keys(kept).length) keep();
+  });
   for (const link of document.querySelectorAll("[data-discard]")) {
     link.addEventListener("click", () => localStorage.removeItem(here));
   }
