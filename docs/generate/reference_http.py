@@ -62,6 +62,7 @@ def pages() -> dict[str, str]:
         "| --- | --- |",
         *(f"| `{route}` | {_PURPOSE[route]} |" for route in ROUTES),
         "",
+        "A request with `x-tunewright-record: off` is never recorded. "
         "Every answer carries `x-tunewright-adapter` (the digest of the adapter that answered, or `none`) and "
         "`x-tunewright-system` (where the system prompt came from).\n",
         "```bash",

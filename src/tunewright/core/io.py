@@ -127,8 +127,8 @@ def _probe(folder: Path) -> int | None:
     return None
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary file next to it, fsync, rename."""
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file atomically: temporary file next to it, fsync, rename; nobody else can read it before it is there."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -138,7 +138,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(mode)
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):  # report the first error

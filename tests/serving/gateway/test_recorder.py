@@ -143,6 +143,33 @@ def test_all_requests_of_a_sampled_user_are_recorded_and_none_of_others(recordin
     assert {each.probability for each in found} == {0.5}
 
 
+@on_sqlite
+def test_forgotten_user_is_in_no_file_also_with_an_answer_in_progress(recording: Recording, tmp_path: Path) -> None:
+    planted, client = "planted-eve-7731", recording.server.client(recording.key)
+    recording.state.records.start("acme", "DPA-17", 30, 1.0, recording.file)
+    asked: list[Any] = [{"role": "user", "content": f"I am {planted}"}]
+    whole = recording.post(messages=asked, user=planted)
+    reply: Any = client.post("/feedback", body={"id": whole["id"], "reason": planted}, cast_to=object)
+    assert reply["status"] == "recorded"
+    recording.post(messages=ASKED, user="bob")
+    recording.records(2)
+    stream = client.chat.completions.create(
+        model="courts", messages=asked, max_tokens=50_000, stream=True, user=planted
+    )
+    with stream as chunks:
+        next(chunks)
+        done = recording.state.records.forget("acme", recording.file, user=planted)
+        assert (done.requests, done.records, done.feedback, done.scrubbed) == (2, 1, 1, True)
+    until(lambda: [line.outcome for line in recording.state.usage.lines()][-1] == "disconnected")
+    last = recording.post(messages=ASKED, user="bob")  # recorded after the interrupted answer
+    assert recording.records(2)[-1].id == last["id"]
+    recording.state.database.scrub()
+    found = {path for path in tmp_path.rglob("*") if path.is_file() and planted.encode() in path.read_bytes()}
+    assert found == set()
+    assert done.digest is not None
+    assert any(done.digest in line.details for line in recording.state.audit.lines()), "the tombstone"
+
+
 def test_server_without_the_setting_records_nothing(
     state: State, state_url: str, two_tenants: dict[str, str], adapters: dict[str, Stored], tmp_path: Path
 ) -> None:

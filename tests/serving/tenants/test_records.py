@@ -304,6 +304,21 @@ def test_lost_wrong_or_public_key_file_is_one_error_and_the_records_stay(state: 
     state.records.require_keys(KeyFile(file.path))
 
 
+def test_lost_key_file_is_replaced_once_nothing_needs_it(state: State, file: KeyFile) -> None:
+    acme = recorded_tenant(state, file)
+    acme.record(*acme.ask())
+    file.path.unlink()
+    fresh = KeyFile(file.path)
+    for step in (lambda: state.records.stop("acme"), lambda: state.records.forget("acme", fresh)):
+        with pytest.raises(UserError, match="is missing"):
+            state.records.start("acme", "DPA-18", 30, 1.0, fresh)
+        step()
+    state.records.start("acme", "DPA-18", 30, 1.0, fresh)
+    again = Tenant(state, fresh, acme.caller, acme.release, asked=1)
+    assert again.record(*again.ask()) == 1
+    assert len(state.records.read("acme", fresh)) == 1
+
+
 def test_swapped_or_changed_record_is_refused(state: State, state_url: str, file: KeyFile) -> None:
     acme = recorded_tenant(state, file)
     (first, _), (second, _) = ((number, acme.record(number, name)) for number, name in (acme.ask(), acme.ask()))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 from functools import cached_property
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, write_text, writing
+from tunewright.core.io import canonical_json, write_bytes, write_text
 
 _HEAD = "tunewright-record-key-1 "
 _FILE = re.compile(_HEAD + r"([0-9a-f]{64})\n?")
@@ -94,17 +93,11 @@ class KeyFile:
 
     def create(self) -> None:
         """Create the file with a new key, if it does not exist."""
-        with writing(self.path):
-            if not self.path.parent.exists():
-                write_text(self.path.parent / ".gitignore", "*\n")
-            try:
-                handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                return
-            with os.fdopen(handle, "w") as file:
-                file.write(f"{_HEAD}{secrets.token_hex(32)}\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if self.path.exists():
+            return
+        if not self.path.parent.exists():
+            write_text(self.path.parent / ".gitignore", "*\n")
+        write_bytes(self.path, f"{_HEAD}{secrets.token_hex(32)}\n".encode(), 0o600)
 
     def keys(self, tenant: str, key_id: str | None = None) -> RecordKeys:
         """Return a tenant's keys; ``key_id`` is the id of the file that its records need.
