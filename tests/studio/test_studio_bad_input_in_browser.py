@@ -11,6 +11,8 @@ import pytest
 
 from making.browser import AXE, EXECUTABLE, awake, axe_faults, chromium, faults, press_to_next, row_key, show, signed_in
 from making.command_line import pairs, tunewright, write_jsonl
+from making.evidence import make_items
+from making.human_evaluations import save
 from tunewright.data.review.reviews import ReviewLog, read_reviews
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
@@ -186,3 +188,18 @@ def test_refused_edit_or_note_stays_with_the_reason_next_to_its_field(ada: Page,
     ada.keyboard.press("Escape")
     press_to_next(ada, "r")
     assert _reviews(project).notes[row] == {"ada": "he sent his key"}
+
+
+def test_note_on_a_pair_that_another_tab_judged_is_not_lost(ada: Page, project: Path) -> None:
+    save(project / "evaluations" / f"{7:012x}", make_items(12))
+    ada.goto(f"/compare/{7:012x}")
+    pair = row_key(ada)
+    second = ada.context.new_page()
+    second.goto(f"/compare/{7:012x}")
+    _type(second, note="the note")
+    press_to_next(ada, "a")
+    press_to_next(second, "b")
+    said = second.locator("[data-refused]").inner_text()
+    assert "That pair was judged meanwhile." in said and "the note" in said and row_key(second) != pair
+    press_to_next(ada, "u")
+    assert row_key(ada) == pair and ada.input_value("#note") == "the note"

@@ -403,7 +403,8 @@ def test_answer_of_a_conflict_within_a_file_is_chosen_and_the_copy_lacks_the_oth
     kept = next(line for of, line, answer in offered if of == field and answer != "mauve")
     one = browser.send("/data/fix", checked, **names, **{field: kept})
     assert "left out, as chosen" in one.text and "it repeats line 122, which was chosen" in one.text
-    assert "1 input with different outputs" in one.text and one.url.params["file"] == "faq-corrected.csv"
+    assert "1 input with different outputs" in one.text and one.text.count(">Keep this answer</button>") == 2
+    assert one.url.params["file"] == "faq-corrected.csv"
     here = f"/data/check?{one.url.query.decode()}"
     two = browser.send("/data/fix", here, **names, **{"keep 1": lines["pink"][1]})
     assert two.url.params["file"] == "faq-corrected-2.csv" and "Add the file" in two.text
@@ -414,4 +415,6 @@ def test_answer_of_a_conflict_within_a_file_is_chosen_and_the_copy_lacks_the_oth
     browser.send("/data/add", f"/data/check?{two.url.query.decode()}", input="question", output="reply")
     browser.upload("more.csv", f"question,reply\n{second},navy\n{second},green\n".encode())
     known = unescape(browser.get("/data/check?file=more.csv&input=question&output=reply"))
-    assert "Let a new answer replace" in known and re.search(r'value="2 3"> <strong dir="auto">"pink"', known)
+    assert "Let a new answer replace" in known and re.search(
+        r'value="2 3">Keep this answer</button> <strong dir="auto">"pink"', known
+    )

@@ -161,6 +161,15 @@ class ReviewLog(AnnotationLog[VerdictEvent]):
         theirs = [line for line, event in edits if event.reviewer in record["reviewers"]]
         return record["line"] if record["line"] in theirs else theirs[-1] if theirs else None
 
+    def changed_together(self, reviewer: str, version: str) -> tuple[str, list[str]]:
+        """Return the newest time at which a reviewer changed several rows of a version, and the rows' keys."""
+        groups: dict[str, list[str]] = {}
+        for key, stacks in self.stacks.items():
+            mine = stacks[reviewer][-1] if stacks.get(reviewer) else None
+            if mine is not None and mine.verdict in CHANGES and mine.version == version:
+                groups.setdefault(mine.when, []).append(key)
+        return max(((when, keys) for when, keys in groups.items() if len(keys) > 1), default=("", []))
+
     def withdrawn_edit(self, key: str, reviewer: str) -> str | None:
         """Return the answer that the reviewer edited and took back, unless the row was judged after that."""
         stack: list[str | None] = []

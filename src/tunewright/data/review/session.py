@@ -22,7 +22,6 @@ from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan
 from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
-    CHANGES,
     PURGED,
     VERDICTS,
     DrawEvent,
@@ -248,18 +247,9 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         facts = {"verdict": verdict, "output": output, "settles": True if self.conflicts else None, "when": now()}
         self.record([self.mark(VerdictEvent, key, draw=self._draw_of(key), **facts) for key in keys])
 
-    def judged_together(self) -> tuple[str, list[str]]:
-        """Return the newest time at which this reviewer changed several rows of the version, and the rows' keys."""
-        groups: dict[str, list[str]] = {}
-        for key in self.log.stacks:
-            mine = self.verdict(key)
-            if mine is not None and mine.verdict in CHANGES and self.counts(mine):
-                groups.setdefault(mine.when, []).append(key)
-        return max(((when, keys) for when, keys in groups.items() if len(keys) > 1), default=("", []))
-
     def undo_together(self, when: str) -> int:
         """Take back this reviewer's changes of the newest time, if it is ``when``; return their number."""
-        newest, keys = self.judged_together()
+        newest, keys = self.log.changed_together(self.reviewer, self.version.digest)
         if newest != when:
             return 0
         self.record([self.mark(UndoEvent, key) for key in keys])

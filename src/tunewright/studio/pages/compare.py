@@ -18,6 +18,7 @@ from tunewright.evidence.human_eval import agreement_table, human_eval_section
 from tunewright.evidence.judge import judge_section
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.render.blocks import Cell, Column, Table, table, words
+from tunewright.studio.access import RefusedVerdict
 from tunewright.studio.pages.evaluate import item_texts
 from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
@@ -93,8 +94,8 @@ def judge_pair(visit: Visit) -> Response:
         if "note" in visit.form:
             blind.note(pair, note)
     elif action != "undo" or note:
-        text = f" Your note was: {note}" if note else ""
-        return visit.go(back, f"That pair was judged meanwhile. Nothing was recorded for it now.{text}")
+        text = "That pair was judged meanwhile. Nothing was recorded for it now."
+        return visit.go(back, RefusedVerdict(text, "", [note] if note else []))
     if action == "undo":
         return visit.go(back, "Taken back." if blind.undo() is not None else "There is nothing to take back.")
     assert pair is not None

@@ -233,7 +233,9 @@ def judge_row(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem 
 
 def labels_of(visit: Visit) -> list[str]:
     """Return the version's different answers in alphabetical order, if they are few classes."""
-    labels = find_labels(member.example.output for member in visit.version.domain)
+    version = visit.version
+    outputs = (member.example.output for member in version.domain)
+    labels = visit.cache.once("labels", version.digest, lambda: find_labels(outputs))
     return sorted(labels) if len(labels) <= _MOST_LABELS else []
 
 

@@ -80,18 +80,10 @@ def rows_page(visit: Visit) -> Response:
         sources=visit.rows.sources,
         filtered=bool(filter_texts(given)),
         labels=labels_of(visit),
-        together=changed_together(visit),
+        together=visit.reviews.changed_together(visit.session.reviewer, visit.version.digest),
         searched=bool(found_by) or query.flag != "suspect",
         hints=hints,
     )
-
-
-def changed_together(visit: Visit) -> tuple[str, int]:
-    """Return the newest time at which the reviewer changed several rows together, and their number."""
-    review = review_of(visit, ONE_ROW)
-    assert review is not None, "only suspects need a search first"
-    when, keys = review.judged_together()
-    return when, len(keys)
 
 
 def rows_file(visit: Visit) -> Response:
