@@ -24,6 +24,8 @@ from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.quota import RequestUsage
+from tunewright.serving.tenants.record_keys import KeyFile
+from tunewright.serving.tenants.records import NewRecord
 from tunewright.serving.tenants.releases import Candidate, Grounds
 from tunewright.studio import Studio
 from tunewright.studio.jobs import Job, Jobs
@@ -424,3 +426,37 @@ def test_pages_of_releases_and_tenants_fit_and_can_be_read(browser: Visitor, pro
         wait_for(page.locator("[data-copy=secret]")).to_have_text("Copied")
         assert page.evaluate("navigator.clipboard.readText()") == page.input_value("#secret")
         assert faults(page) == []
+
+
+def test_differing_answers_of_a_shadow_are_judged_blind_and_the_alias_shows_the_sequence(
+    browser: Visitor, project: Path
+) -> None:
+    good, file = _good(project), KeyFile(project / "serving" / "record.key")
+    with _state(project) as state:
+        state.tenants.add("acme", ["courts"])
+        state.records.start("acme", "DPA-17", 30, 1.0, file)
+        key, _ = state.keys.create("acme")
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        shadow = state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, None), GROUNDS)
+        caller = state.keys.caller(key)
+        for place, answer in enumerate(("the same", "from the shadow", "from the shadow too")):
+            number = state.quota.reserve(replace(reservation(caller, shadow), response_id=f"chatcmpl-{place}"), "g")
+            state.quota.settle(number, RequestUsage(3, 4, 0.0, 0.1, 0.2, "stop"))
+            request = {"messages": [{"role": "user", "content": f"case <{place}>"}]}
+            body = file.keys("acme").encrypt({"path": "/v1/chat/completions", "request": request}, number)
+            record = NewRecord(number, f"{place}" * 64, "request", None, 1.0, body)
+            state.records.write([record], {})
+            state.quota.record_shadow(number, shadow.id, "the same", answer, None)
+    alias = browser.get("/deploy/courts")
+    assert "2 wait for a verdict" in alias and "1 unit with 1 request" in alias
+    page = browser.get("/deploy/courts/review")
+    assert "0 of 2 pairs judged" in page and "case <1>" in page
+    assert "tiny-000000000bad" not in page and good.name not in page and "write a note" not in page
+    next_page = browser.sent("/deploy/courts/review", "/deploy/courts/review", action="both")
+    assert "1 of 2 pairs judged" in next_page and "case <2>" in next_page
+    waiting = browser.hidden("/deploy/courts/review", "/deploy/courts/review") | {"action": "A"}
+    with _state(project) as state:
+        state.records.forget("acme", file, response_id="chatcmpl-2")
+    gone = browser.client.post("/deploy/courts/review", data=waiting, follow_redirects=True)
+    assert "judged or deleted meanwhile" in gone.text and "No pair waits for your verdict" in gone.text
+    assert "2 units with 2 requests" in browser.get("/deploy/courts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ KEYS = (
     "a A is better   b B is better   g both good   x neither",
     "v view the reference   s skip   n note   u undo   q quit",
 )
+SHADOW_KEYS = (KEYS[0], "s skip   u undo   q quit")
 
 
 @command(app, "judge", panel=EVALUATE, example="tunewright judge --estimate", kept=RESUMES)
@@ -208,7 +210,7 @@ def progress_text(progress: Progress) -> str:
     return f"{progress.answered} of {progress.asked} pairs judged{skipped}{same}"
 
 
-def pair_screen(pair: BlindPair, progress: Progress, width: int) -> list[RenderableType]:
+def pair_screen(pair: BlindPair, progress: Progress, width: int, keys: Sequence[str] = KEYS) -> list[RenderableType]:
     """Return one pair: the input, both answers, the reference if requested, and the keys."""
     panels = [Panel(_plain(text), title=name, title_align="left") for name, text in (("A", pair.a), ("B", pair.b))]
     answers: list[RenderableType] = [*panels]
@@ -227,7 +229,7 @@ def pair_screen(pair: BlindPair, progress: Progress, width: int) -> list[Rendera
         parts.append(Panel(_plain(pair.reference), title="Reference", title_align="left", style="green"))
     if pair.note:
         parts.append(_plain(f"Your note: {pair.note}"))
-    return [*parts, *(Text(line, style="bold") for line in KEYS)]
+    return [*parts, *(Text(line, style="bold") for line in keys)]
 
 
 def _plain(text: str) -> Text:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunewright.cli.app import DEPLOY, app, command, given_options, group, refuse_unused
 from tunewright.cli.console import Session
+from tunewright.cli.data_review import Import, Reviewer, annotate, chosen_action, require_terminal
 from tunewright.cli.evaluate import verdict_text
+from tunewright.cli.preferences import SHADOW_KEYS, pair_screen, progress_text
 from tunewright.core.errors import UserError
-from tunewright.serving.options import DeployOptions, ReleaseTestOptions, ServeOptions, ShadowPlanOptions
+from tunewright.serving.options import (
+    DeployOptions,
+    ReleaseTestOptions,
+    ServeOptions,
+    ShadowPlanOptions,
+    ShadowReviewOptions,
+)
 
 if TYPE_CHECKING:
     from tunewright.serving.releases import DeployResult
@@ -217,6 +226,65 @@ def shadow_plan(run: Session, alias: Alias, options: ShadowPlanOptions = ShadowP
 
     made = run.project.shadow.plan(alias, options)
     run.show(made, *plan_blocks(made))
+
+
+@command(
+    shadow_app,
+    "review",
+    example="tunewright shadow review legal --reviewer ann",
+    status=False,
+    database=True,
+    options=ShadowReviewOptions,
+)
+def shadow_review(
+    run: Session,
+    alias: Alias,
+    reviewer: Reviewer = None,
+    export: Annotated[Path | None, typer.Option(help="Write the remaining pairs to a CSV file.")] = None,
+    import_file: Import = None,
+    options: ShadowReviewOptions = ShadowReviewOptions(),
+) -> None:
+    """Judge the answers of an alias's newest shadow that differ from the live answers, blind. Experimental.
+
+    Needs recorded requests (`tenant record`). Keys: a A is better, b B is better, g both good, x neither, s skip, u
+    undo, q quit. Resumes where it stopped.
+    """
+    chosen_action({"--export": export, "--import": import_file})
+    if export is None and import_file is None:
+        require_terminal("tunewright shadow review --export FILE.csv")
+    blind = run.project.shadow.review(alias, options, reviewer=reviewer)
+    if export is not None:
+        count = blind.export_sheet(export)
+        text = f"Wrote {count} pairs to {export}: fill in verdict (A, B, both, neither or skip)"
+        run.show({"file": str(export), "pairs": count}, text)
+        return
+    if import_file is not None:
+        taken = blind.import_sheet(import_file)
+        run.reporter.say(f"{taken.recorded} verdicts recorded, {taken.known} known, {taken.blank} pairs without one")
+    else:
+        annotate(
+            run, blind, lambda pair: pair_screen(pair, blind.progress, run.console.width, SHADOW_KEYS), {}, blind.next
+        )
+    at = blind.progress
+    document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
+    run.show(document, f"{progress_text(at)}. `tunewright shadow status {alias}` shows what they say.")
+
+
+@command(
+    shadow_app,
+    "status",
+    example="tunewright shadow status legal",
+    status=False,
+    database=True,
+    options=ShadowReviewOptions,
+)
+def shadow_status(run: Session, alias: Alias, options: ShadowReviewOptions = ShadowReviewOptions()) -> None:
+    """Show what the verdicts on an alias's newest shadow say now, valid at every look. Experimental.
+
+    The margin is that of the config at the first look. `promote` takes the finding as evidence.
+    """
+    found = run.project.shadow.status(alias, options)
+    run.show(found, *found.blocks)
 
 
 @command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, database=True)

@@ -14,6 +14,9 @@ from tunewright.config import MetricName
 from tunewright.metrics import p_text, points_text, score_text
 from tunewright.render.blocks import Bar, Tone
 
+Outcome = Literal["better", "not worse", "worse", "can't tell"]
+"""A comparison at one look of a confidence sequence."""
+
 
 class Part(BaseModel):
     """A part of the evidence: frozen, with finite numbers and no extra keys."""

@@ -24,11 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.special import gammainc, gammaln
 
+from tunewright.evidence.common import Outcome
 from tunewright.evidence.statistics import Floats, Integers
 
 ALPHA = 0.05
@@ -39,8 +39,6 @@ TIGHTEST_AT = 50.0
 
 It changes widths by a few percent and must be chosen before the first look.
 """
-
-Outcome = Literal["better", "not worse", "worse", "can't tell"]
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _draw_lines(axes: Axes, panel: blocks.Lines, shown: blocks.Lines) -> None:
     values = [y for line in panel.lines for _, y in line.points] or [0.0]
     low, high = min(values), max(values)
     # A score's axis begins at zero, since a cut one exaggerates gains. That would flatten a loss.
-    low = low if not panel.from_zero and low > high / 2 and high - low > high / 20 else 0
+    low = low if low < 0 or (not panel.from_zero and low > high / 2 and high - low > high / 20) else 0
     axes.set_ylim(low - (0.08 * (high - low) if low else 0), (high + 0.08 * (high - low)) or 1)
     if shown.doubling:
         axes.set_xscale("log", base=2)

@@ -114,6 +114,15 @@ class ShadowPlanOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShadowReviewOptions:
+    """Terms of a shadow's review, declared at the first look."""
+
+    max_units: Annotated[
+        int, Option("Units after which the sequence ends with can't tell (first call only).", min=100, max=100_000)
+    ] = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordOptions:
     """Terms on which a tenant's requests are recorded."""
 

@@ -19,6 +19,7 @@ from tunewright.serving.options import DeployOptions, ReleaseTestOptions
 from tunewright.serving.serve import adapter_of, missing_evidence, open_state, require_servable, served_grammar
 
 if TYPE_CHECKING:
+    from tunewright.evidence.shadow import ShadowFinding
     from tunewright.gate.results import IsolationTest, ServingCheck
     from tunewright.serving.release_tests import EngineUnderTest, IsolationRunner
     from tunewright.serving.tenants import State
@@ -171,9 +172,23 @@ def promote(project: OpenProject, alias: str, options: ReleaseTestOptions = Rele
         test, check, passes = gate.run(options, forced=before.grounds.because is not None)
         if not passes:
             return DeployResult(None, None, test, check)
-        grounds = replace(before.grounds, isolation=test, untested=options.untested, serving=check)
+        shadow = _shadow_finding(project, alias) if candidate.share is None else None
+        grounds = replace(before.grounds, isolation=test, untested=options.untested, serving=check, shadow=shadow)
         made = state.releases.promote(alias, grounds)
         return DeployResult(made, None, test, check, len(state.quota.servers()))
+
+
+def _shadow_finding(project: OpenProject, alias: str) -> ShadowFinding:
+    """Return what people's verdicts on a shadow's answers show now; warn if it is no reason to promote it."""
+    from tunewright.evidence.shadow import nothing_found
+    from tunewright.serving.shadow_review import status
+
+    now = status(project, alias)
+    found = nothing_found(now.margin) if now.finding is None else now.finding
+    if found.outcome in ("worse", "can't tell"):
+        why = "people have judged none of its answers in the shadow" if not found.units else found.summary
+        project.reporter.warn(f"{now.candidate} is promoted, and its shadow does not show that it is not worse: {why}.")
+    return found
 
 
 def rollback(project: OpenProject, alias: str, number: int | None = None) -> Release:

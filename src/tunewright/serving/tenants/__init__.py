@@ -15,6 +15,7 @@ from tunewright.serving.tenants.feedback import Feedback
 from tunewright.serving.tenants.quota import Quota
 from tunewright.serving.tenants.records import Recording, Records, recording_terms
 from tunewright.serving.tenants.releases import Releases
+from tunewright.serving.tenants.shadow_reviews import ShadowReviews
 from tunewright.serving.tenants.tenants import Key, Keys, Tenant, Tenants
 from tunewright.serving.tenants.usage import DayTotal, Usage, UsageRollup
 
@@ -53,6 +54,7 @@ class State:
         self.usage = Usage(self.database)
         self.feedback = Feedback(self.database)
         self.records = Records(self.database, actor)
+        self.shadow_reviews = ShadowReviews(self.database, actor)
         self.usage_rollup = UsageRollup(self.database, actor)
         self.audit = Audit(self.database)
 

@@ -108,6 +108,8 @@ def releases_blocks(releases: Sequence[Release]) -> tuple[Block, ...]:
             reasons.append(f"{name} was forced: {grounds.because}")
         if grounds.untested is not None and each.action != "rollback":
             reasons.append(f"{name} was not tested: {grounds.untested}")
+        if grounds.shadow is not None and each.action == "promote":
+            reasons.append(f"{name}, in the shadow, by people's verdicts: {grounds.shadow.summary}")
         if grounds.because is not None and each.undeployed:
             reasons.append(f"{name} was undeployed: {grounds.because}")
     return (found, Notes(tuple(reasons))) if reasons else (found,)

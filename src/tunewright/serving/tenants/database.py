@@ -224,6 +224,7 @@ class Database:
                 version = connection.execute(select(schema.c.version)).scalar_one()
                 if version == 6:
                     connection.exec_driver_sql("ALTER TABLE requests ADD COLUMN response_id VARCHAR(64)")
+                    connection.exec_driver_sql("ALTER TABLE releases ADD COLUMN shadow JSON")
                     requests_by_response_id.create(connection)
                     metadata.create_all(connection)  # the missing tables
                     connection.execute(update(schema).values(version=SCHEMA_VERSION))

@@ -26,6 +26,8 @@ from tunewright.serving.tenants.tables import (
     request_records,
     requests,
     shadow_answers,
+    shadow_units,
+    shadow_verdicts,
     tenants,
 )
 from tunewright.serving.tenants.tenants import find_tenant
@@ -256,10 +258,15 @@ class Records(Audited):
             elif response_id is not None:
                 of = of.where(requests.c.response_id == response_id)
             numbers = change.connection.execute(of.with_for_update()).scalars().all()
+            forgotten = set[str]()
             for some in slices(numbers, _AT_ONCE):
                 nameless = {"end_user": None, "response_id": None}
                 same = update(requests).where(requests.c.id.in_(some)).values(**nameless)
                 counts["requests"] += change.connection.execute(same).rowcount
+                if response_id is None:  # a unit keeps its name while only one of its requests is deleted
+                    units = select(request_records.c.unit).where(request_records.c.request_id.in_(some))
+                    forgotten.update(change.connection.execute(units).scalars())
+                change.connection.execute(delete(shadow_verdicts).where(shadow_verdicts.c.request_id.in_(some)))
                 for name, table in tables.items():
                     deleted = delete(table).where(table.c.request_id.in_(some))
                     counts[name] += change.connection.execute(deleted).rowcount
@@ -268,6 +275,12 @@ class Records(Audited):
             if (asked := user or response_id) is not None:
                 with suppress(UserError):  # without the right file, deletion must still be possible
                     tombstone = file.keys(tenant).digest(scope, asked)
+                    forgotten.add(tombstone)  # the unit of a user whose records have expired
+            nameless_units = update(shadow_units).where(shadow_units.c.tenant_id == row.id).values(unit=None)
+            if scope == "tenant":
+                change.connection.execute(nameless_units)
+            for some_units in slices(sorted(forgotten), _AT_ONCE):
+                change.connection.execute(nameless_units.where(shadow_units.c.unit.in_(some_units)))
             change.log("record.forget", tenant, scope=scope, tombstone=tombstone, **counts)
         return ForgetResult(**counts, digest=tombstone, scrubbed=self._database.scrub())
 

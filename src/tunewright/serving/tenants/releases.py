@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, func, insert, select
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.evidence.shadow import ShadowFinding
 from tunewright.gate.results import IsolationTest, ServingCheck
 from tunewright.serving.tenants.audit import Audited, Change
 from tunewright.serving.tenants.database import iso
@@ -44,6 +45,8 @@ class Grounds:
     """The reason for a release without that test, and without the serving check."""
     serving: ServingCheck | None = None
     """The serving check of its adapter."""
+    shadow: ShadowFinding | None = None
+    """What the review of its answers in the shadow had shown when it was promoted; None: no such review decided."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,16 @@ class Release:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the release as ``--json`` prints it."""
-        return {**asdict(self), "created": iso(self.created)}
+        document = {**asdict(self), "created": iso(self.created)}
+        if self.grounds.shadow is None:  # as the audit log has releases from before schema 7
+            del document["grounds"]["shadow"]
+        return document
 
 
 _REFUSED = "isolation.refused"
 _NOT_AS_TRAINED = "serving.refused"
 _ISOLATION, _SERVING = TypeAdapter(IsolationTest), TypeAdapter(ServingCheck)
+_SHADOW = TypeAdapter(ShadowFinding)
 
 
 class Releases(Audited):
@@ -166,6 +173,8 @@ class Releases(Audited):
         found = [_release(row).as_dict() for row in rows]
         for release, row in zip(found, rows, strict=True):
             release["grounds"] |= {"isolation": row.isolation, "serving": row.serving}
+            if row.shadow is not None:
+                release["grounds"]["shadow"] = row.shadow
         return found
 
     def passed(self, subject: str) -> IsolationTest | None:
@@ -433,7 +442,8 @@ def _release(row: Row[Any]) -> Release:
         candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds, row.candidate_grammar)
     isolation = None if row.isolation is None else _ISOLATION.validate_python(row.isolation)
     serving = None if row.serving is None else _SERVING.validate_python(row.serving)
-    grounds = Grounds(row.verdict, row.evaluation, row.because, isolation, row.untested, serving)
+    shadow = None if row.shadow is None else _SHADOW.validate_python(row.shadow)
+    grounds = Grounds(row.verdict, row.evaluation, row.because, isolation, row.untested, serving, shadow)
     head = row.id, row.alias, row.number, row.action, row.adapter, row.digest
     return Release(*head, candidate, row.restores, grounds, row.author, row.created, row.system_prompt, row.grammar)
 

@@ -103,6 +103,7 @@ releases = Table(
     # The rule that answers match if their request sets no form; null: any text.
     Column("grammar", LongText),
     Column("candidate_grammar", LongText),
+    Column("shadow", JSON(none_as_null=True)),  # what the review of its shadow showed
     UniqueConstraint("alias", "number"),
 )
 
@@ -180,6 +181,40 @@ shadow_answers = Table(
     Column("answer", LongText),
     Column("shadow_answer", LongText),
     Column("why_not", LongText),  # why the shadow has no answer
+)
+
+# Terms of a shadow's review, declared before the first look.
+shadow_reviews = Table(
+    "shadow_reviews",
+    metadata,
+    Column("release_id", ForeignKey("releases.id"), primary_key=True, autoincrement=False),
+    Column("margin", Double, nullable=False),
+    Column("most_units", Integer, nullable=False),
+)
+
+shadow_verdicts = Table(
+    "shadow_verdicts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("release_id", ForeignKey("releases.id"), nullable=False),
+    Column("request_id", ForeignKey("requests.id", ondelete="CASCADE"), nullable=False),
+    Column("reviewer", LongText, nullable=False),
+    Column("verdict", String(8)),  # live, shadow, both, neither or skip; null withdraws the reviewer's last one
+    Column("time", Double, nullable=False),
+    Index("shadow_verdicts_by_request", "request_id"),
+)
+
+# The units of a shadow's sequence. Numbers only: they stay when a unit's requests are deleted.
+shadow_units = Table(
+    "shadow_units",
+    metadata,
+    Column("release_id", ForeignKey("releases.id"), primary_key=True),
+    Column("place", Integer, primary_key=True, autoincrement=False),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("unit", DIGEST),  # null: it was forgotten
+    Column("requests", Integer, nullable=False),
+    Column("differing", Integer, nullable=False),
+    Column("value", Double, nullable=False),  # mean difference, candidate minus live
 )
 
 feedback = Table(

@@ -13,11 +13,12 @@ from tunewright.studio.pages import (
     review,
     rows,
     settings,
+    shadow,
     tenants,
     training,
 )
 from tunewright.studio.visit import Handler
 
-_PAGES = (project, data, bulk, rows, review, settings, evaluate, compare, training, deploy, tenants, playground)
+_PAGES = (project, data, bulk, rows, review, settings, evaluate, compare, training, deploy, shadow, tenants, playground)
 HANDLERS: tuple[tuple[tuple[str, str], Handler], ...] = tuple(item for page in _PAGES for item in page.HANDLERS.items())
 """Each page's method and path, with its function."""

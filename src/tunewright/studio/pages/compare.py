@@ -73,6 +73,7 @@ def compare_page(visit: Visit) -> Response:
         evaluation=evaluation,
         path=_path(visit),
         against=against,
+        shadow="",
         progress=blind.progress,
         keys=blind.verdict_keys,
         pair=pair,

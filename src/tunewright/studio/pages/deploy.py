@@ -180,6 +180,9 @@ def alias_page(visit: Visit) -> Response:
     now = history[-1]
     used = [each for each in usage if each.alias == alias]
     live = None if now.undeployed else now.answer
+    # A look settles units of the sequence, which a visitor of a demo must not.
+    shadowed = any(each.action == "shadow" for each in history) and not visit.session.read_only
+    review = visit.project.shadow.status(alias) if shadowed else None
     # The newest release of each answer that the alias does not give now.
     earlier = {each.answer: each for each in history if not each.undeployed and each.answer != live}
     return visit.page(
@@ -192,6 +195,7 @@ def alias_page(visit: Visit) -> Response:
         running=visit.jobs.running(),
         usage=usage_table(used, now) if used else None,
         shadows=shadow_blocks(shadows) if shadows else (),
+        review=review,
         releases=releases_blocks(history[::-1]),
     )
 
