@@ -12,7 +12,7 @@ from tunewright.evidence.human_eval import RaterAgreement
 from tunewright.render.blocks import Block, Lead, Line, Lines, Notes, Tone, table, words
 
 COUNTED_S = 24 * 3600.0
-"""Only requests of a unit's first day count, so that the unit can be complete while its user goes on asking."""
+"""Only requests of a unit's first day count, so that the unit can be complete while its user continues."""
 COMPLETE_S = COUNTED_S + 3600.0
 """After this time no request of the first day is still to be recorded."""
 _FEWEST_COMMON = 10
@@ -99,7 +99,7 @@ class Look:
 
 @dataclass(frozen=True)
 class ShadowFinding:
-    """What a sequence showed at one look."""
+    """The finding of a sequence at one look."""
 
     outcome: Outcome
     margin: float

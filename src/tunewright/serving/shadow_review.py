@@ -29,7 +29,7 @@ SIDES: tuple[Side, ...] = get_args(Side)
 _SIDE_OF: Mapping[str, Side] = {side.lower(): side for side in SIDES}
 COLUMNS = ("request", "input", "A", "B", "verdict")
 _SHARED = 5
-"""One of so many pairs goes to every reviewer, for their agreement."""
+"""One pair in this number goes to every reviewer, for their agreement."""
 _SCORES = {"live": -1, "shadow": 1, "both": 0, "neither": 0}
 
 
@@ -86,7 +86,7 @@ def _read(project: OpenProject, state: State, alias: str, options: ShadowReviewO
 def status(project: OpenProject, alias: str, options: ShadowReviewOptions = ShadowReviewOptions()) -> ShadowStatus:
     """Return what the verdicts on an alias's newest shadow show now. You may look at any time, and stop.
 
-    A unit whose differing answers have verdicts enters the sequence and stays as it is: later verdicts on it count for
+    A unit whose differing answers have verdicts enters the sequence and does not change: later verdicts on it count for
     the reviewers' agreement only.
 
     Args:

@@ -225,6 +225,9 @@ def test_state_of_schema_6_is_upgraded_and_keeps_its_requests(state_url: str, ca
         before = state.usage.lines()
     with raw(state_url) as execute:
         execute("DROP TABLE feedback")
+        for table in ("shadow_verdicts", "shadow_units", "shadow_reviews"):
+            execute(f"DROP TABLE {table}")
+        execute("ALTER TABLE releases DROP COLUMN shadow")
         execute("DROP INDEX requests_by_response_id")
         execute("ALTER TABLE requests DROP COLUMN response_id")
         execute("UPDATE tunewright_schema SET version = 6")

@@ -46,7 +46,7 @@ class ShadowTrial:
     margin: float
     """The loss, as a share, up to which the candidate is not worse."""
     most_units: int
-    """The maximum: a sequence of so many units without another outcome ends with *can't tell*."""
+    """The maximum: a sequence of this length without another outcome ends with *can't tell*."""
 
 
 @dataclass(frozen=True)
