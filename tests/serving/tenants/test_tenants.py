@@ -218,19 +218,23 @@ def test_state_of_another_schema_is_refused(state_url: str, version: int) -> Non
         State(state_url)
 
 
-def test_state_of_schema_6_is_upgraded_and_keeps_its_requests(state_url: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("version", [6, 7])
+def test_state_of_an_earlier_schema_is_upgraded_and_keeps_its_requests(
+    version: int, state_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with State(state_url) as state:
         caller, release = with_tenant(state)
         state.quota.reserve(reservation(caller, release), "g")
         before = state.usage.lines()
     with raw(state_url) as execute:
-        execute("DROP TABLE feedback")
-        for table in ("shadow_verdicts", "shadow_units", "shadow_reviews"):
+        for table in ("shadow_verdicts", "shadow_units", "shadow_reviews", "request_records", "recordings"):
             execute(f"DROP TABLE {table}")
         execute("ALTER TABLE releases DROP COLUMN shadow")
-        execute("DROP INDEX requests_by_response_id")
-        execute("ALTER TABLE requests DROP COLUMN response_id")
-        execute("UPDATE tunewright_schema SET version = 6")
+        if version == 6:
+            execute("DROP TABLE feedback")
+            execute("DROP INDEX requests_by_response_id")
+            execute("ALTER TABLE requests DROP COLUMN response_id")
+        execute("UPDATE tunewright_schema SET version = :version", version=version)
     with State(state_url) as state:
         assert state.usage.lines() == before
         named = replace(reservation(caller, release), response_id="chatcmpl-1")

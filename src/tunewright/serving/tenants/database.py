@@ -222,10 +222,11 @@ class Database:
                 connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             if inspect(connection).has_table(schema.name):
                 version = connection.execute(select(schema.c.version)).scalar_one()
-                if version == 6:
-                    connection.exec_driver_sql("ALTER TABLE requests ADD COLUMN response_id VARCHAR(64)")
+                if version in (6, 7):
+                    if version == 6:
+                        connection.exec_driver_sql("ALTER TABLE requests ADD COLUMN response_id VARCHAR(64)")
+                        requests_by_response_id.create(connection)
                     connection.exec_driver_sql("ALTER TABLE releases ADD COLUMN shadow JSON")
-                    requests_by_response_id.create(connection)
                     metadata.create_all(connection)  # the missing tables
                     connection.execute(update(schema).values(version=SCHEMA_VERSION))
                     log.warning("the serving state was upgraded to schema %d; earlier builds refuse it", SCHEMA_VERSION)

@@ -123,7 +123,7 @@ class Release:
     def as_dict(self) -> dict[str, Any]:
         """Return the release as ``--json`` prints it."""
         document = {**asdict(self), "created": iso(self.created)}
-        if self.grounds.shadow is None:  # as the audit log has releases from before schema 7
+        if self.grounds.shadow is None:  # as the audit log has releases from before schema 8
             del document["grounds"]["shadow"]
         return document
 

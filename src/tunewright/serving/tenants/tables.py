@@ -32,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 NAME = String(63)
 DIGEST = String(64)
