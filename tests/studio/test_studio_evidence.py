@@ -58,7 +58,7 @@ def test_evaluation_is_shown_with_its_verdict_and_contrasts(browser: Browser, it
         assert "<dt>McNemar</dt>" in shown
     answer = summary(make_evidence(items))
     home = unescape(browser.get("/"))
-    assert answer.answer == "Ship: 67 of 100 right; the best prompt gets 30"
+    assert answer.answer == "Ship: 80 of 120 right; the best prompt gets 36"
     assert home.index(answer.answer) < home.index(found.summary) < home.index(answer.made)
     assert "tuned − retrieved-4" in page and f"/report/{EVALUATION}" in page
 

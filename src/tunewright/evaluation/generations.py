@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -202,8 +203,10 @@ class Generator:
         self._vllm: VllmAnswers | None = None
         if engine.environment is not None and workers is None:
             self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
+        # Weak, as a generator without references must free its model immediately, and not in a later collection.
+        weak = weakref.proxy(self)
         # Arms that a cluster answers at the same time do not say how long one takes.
-        self.rate = AnswerRate(reporter, None if workers else lambda *timed: self.speeds.add_answers(*timed))
+        self.rate = AnswerRate(reporter, None if workers else lambda *timed: weak.speeds.add_answers(*timed))
         self._announced = False
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:

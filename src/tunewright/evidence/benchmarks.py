@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tunewright.core.text import capitalised
 from tunewright.evidence.common import Interval, Part
 from tunewright.evidence.non_inferiority import Result
 from tunewright.render.blocks import (
@@ -137,7 +138,7 @@ def standing(benchmarks: Benchmarks) -> RegressionResult:
     """
     deciding = [suite for suite in benchmarks.suites if suite.gates]
     asked = any(suite.margin is not None for suite in benchmarks.suites)
-    reasons = tuple(suite_text(suite) for suite in benchmarks.suites) + tuple(
+    reasons = tuple(capitalised(suite_text(suite)) for suite in benchmarks.suites) + tuple(
         f"Not measured: {reason}" for reason in benchmarks.not_measured
     )
     results = {suite.result for suite in deciding}

@@ -110,6 +110,8 @@ class Summary:
     """The measurement in plain words."""
     made: str
     """Date, author, base and data set of the measurement."""
+    cautions: tuple[str, ...]
+    """The reasons to doubt the measurement."""
     reasons: tuple[Block, ...]
     """The reasons, and likely causes."""
     numbers: tuple[Number, ...]
@@ -126,13 +128,14 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
     tone = "" if control.kind == "zero-shot" else "prompting"
     return Summary(
         headline=result.headline,
-        answer=_answer(evidence, result.headline, ours, theirs),
+        answer=_answer(evidence, result.headline, (ours, theirs)),
         bars=tuple((round(100 * value, 1), tone) for value, tone in zip(values, ("tuned", "prompting"), strict=True))
         if evidence.metrics[first.metric].kind == "right or wrong"
         else (),
         tone=_TONES[result.decision],
         measured=result.summary,
         made=_made(evidence),
+        cautions=tuple(each for each in result.reasons if each.startswith("Caution: ")),
         reasons=result.blocks(result.reasons),
         numbers=(
             Number(ours, treatment.name, "tuned"),
@@ -144,12 +147,13 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
     )
 
 
-def _answer(evidence: Evidence, headline: str, ours: str, theirs: str) -> str:
+def _answer(evidence: Evidence, headline: str, scores: Sequence[str]) -> str:
     first = evidence.contrasts[0]
     if evidence.metrics[first.metric].kind != "right or wrong":
-        return f"{headline}: the adapter scores {ours}; the best prompt scores {theirs}"
-    right = [round(100 * evidence.arm(name).score(first.metric).value) for name in (first.treatment, first.control)]
-    return f"{headline}: {right[0]} of 100 right; the best prompt gets {right[1]}"
+        return f"{headline}: the adapter scores {scores[0]}; the best prompt scores {scores[1]}"
+    shares = (evidence.arm(name).score(first.metric).value for name in (first.treatment, first.control))
+    ours, theirs = (round(share * first.scored) for share in shares)
+    return f"{headline}: {ours:,} of {first.scored:,} right; the best prompt gets {theirs:,}"
 
 
 def _made(evidence: Evidence) -> str:

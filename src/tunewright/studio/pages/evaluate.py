@@ -48,6 +48,8 @@ class ListedEvaluation:
     evidence: Evidence | None = None
     number: int | None = None
     """None for an evaluation of an earlier release."""
+    adapter: str = ""
+    """The evaluated adapter's name, or the start of its digest if it is not here any more."""
 
 
 def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluation]:
@@ -56,6 +58,7 @@ def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluati
         project.folder.evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True
     )
     found, numbers = [], read_numbers(project.folder.evaluations)
+    adapters = {each.digest: each.name for each in list_adapters(project.folder.adapters)}
     for file in files[:most]:
         name = file.parent.name
         try:
@@ -67,7 +70,10 @@ def evaluations_of(project: Project, most: int = _NEWEST) -> list[ListedEvaluati
             against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
             reason = " ".join([verdict.summary, *against])
             listed = ListedEvaluation(name, verdict.decision, reason, on_test, verdict.reasons[0], verdict.next_step)
-            found.append(replace(listed, evidence=load_evidence(file), number=numbers.get(name)))
+            evidence = load_evidence(file)
+            digest = str(evidence.lineage.get("adapter", {}).get("digest", ""))
+            adapter = adapters.get(digest, digest[:12])
+            found.append(replace(listed, evidence=evidence, number=numbers.get(name), adapter=adapter))
     return found
 
 
