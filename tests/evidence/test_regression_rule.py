@@ -147,4 +147,4 @@ def test_suite_of_copies_needs_more_items_than_one_of_distinct_items() -> None:
     assert fourfold.items_needed == pytest.approx(4 * (once.items_needed or 0), rel=0.02)
     assert fourfold.limit >= once.limit
     assert "S, 400 items in 100 clusters: " in standing(_general(fourfold)).reasons[0]
-    assert "s, 100 items: " in standing(_general(once)).reasons[0]
+    assert "S, 100 items: " in standing(_general(once)).reasons[0]
