@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -220,6 +221,56 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert browser.fill("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
     assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
     assert "/rollback" not in browser.get("/deploy/courts"), "no earlier release answers otherwise"
+
+
+def test_go_back_offers_only_adapters_that_can_answer_and_names_each(browser: Visitor, project: Path) -> None:
+    good, bad = _good(project), "tiny-000000000bad"
+    offered = '<option value="([^"]*)">([^<]*)</option>'
+    with _state(project) as state:
+        state.releases.deploy("laws", "gone", "90e" * 21 + "0", GROUNDS)
+        state.releases.deploy("laws", good.name, good.digest, GROUNDS)
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        state.releases.start_candidate("courts", Candidate(bad, "bad0" * 16, 0.1), GROUNDS)
+    assert re.findall(offered, browser.get("/deploy/laws")) == [], "its earlier adapter is not in the project"
+    assert re.findall(offered, browser.get("/deploy/courts")) == [("", f"only the live adapter: {good.name}")]
+    with _state(project) as state:
+        state.releases.promote("courts", GROUNDS)
+    assert re.findall(offered, browser.get("/deploy/courts")) == [("", f"the previous adapter: {good.name}")]
+    browser.sent("/deploy/courts", "/deploy/courts/rollback", to="")
+    assert re.findall(offered, browser.get("/deploy/courts")) == [("3", f"release 3: {bad}")], "no adapter is before it"
+
+
+def test_trial_needs_a_live_adapter_and_its_job_says_what_it_answers(browser: Visitor, project: Path) -> None:
+    tried = {"alias": "courts", "adapter": _good(project).name, "no_system_prompt": "on"}
+    for trial in ({"trial": "canary", "share": "25%"}, {"trial": "shadow"}):
+        refused = browser.fill("/deploy", "/deploy", **tried, **trial)
+        assert refused.status_code == 400 and 'id="wrong-trial">No adapter is live on courts yet' in refused.text
+        assert (
+            f'value="{trial["trial"]}" selected' in refused.text and 'name="no_system_prompt" checked' in refused.text
+        )
+    assert _jobs(project).all() == []
+    said = {}
+    for number, word in enumerate(("--canary=50%", "--shadow", "--constrain")):
+        folder = project / ".tunewright" / "jobs" / f"{number:016x}"
+        folder.mkdir(parents=True)
+        command = ["deploy", "courts", "tiny", word]
+        (folder / "job.json").write_text(json.dumps({"command": command, "started": "2026-01-01T00:00:00+00:00"}))
+        (folder / "log").touch()
+        (folder / "exit_code").write_text("0")
+        said[word] = browser.get(f"/jobs/{folder.name}")
+    assert "tiny on trial: it answers 50% of the requests, the live adapter the rest." in said["--canary=50%"]
+    assert "tiny on trial: it gets a copy of each request" in said["--shadow"]
+    assert "has the release." in said["--constrain"] and "on trial" not in said["--constrain"]
+
+
+def test_port_in_use_is_refused_on_the_page(browser: Visitor, project: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = browser.fill("/deploy", "/server", port=str(port))
+    assert refused.status_code == 400
+    assert f'id="wrong-port">Cannot listen on 127.0.0.1 port {port}: Address already in use</span>' in refused.text
+    assert f'value="{port}"' in refused.text and "Choose another address or port" in refused.text
+    assert _jobs(project).all() == []
 
 
 def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, project: Path) -> None:

@@ -52,9 +52,11 @@ def test_running_job_shows_one_bar_its_newest_message_and_a_folded_log(browser: 
         assert 'value="45" max="66"' in page and "Training &lt;b&gt;: 45/66 steps, 2 min left" in page
         assert '<span id="said">Loading the base</span>' in page and "<details>\n  <summary>Log" in page
         assert "Ray cluster" not in page
+        assert 'id="live"><a href="/jobs/' in browser.get("/train"), "the part that its script reads again"
         config = project / "tunewright.yaml"
         config.write_text(config.read_text() + "compute:\n  cluster: auto\n")
         assert "The machines of the Ray cluster share the work" in browser.get(f"/jobs/{folder.name}")
+    assert "is running" not in browser.get("/train")
     with browser.client.stream("GET", f"/jobs/{folder.name}/events") as events:
         sent = list(events.iter_lines())
     assert [line for line in sent if line.startswith("data: ") and "{" not in line] == [

@@ -322,6 +322,14 @@ def outcome(job: Job) -> str:
     return job.state if job.exit_code is None else _OUTCOMES.get(job.exit_code, job.state)
 
 
+def trial_of(job: Job) -> str:
+    """Return what the adapter of a release's job does while it is on trial; empty if it answers every request."""
+    share = next((word.removeprefix("--canary=") for word in job.command if word.startswith("--canary=")), None)
+    if share is not None:
+        return f"answers {share} of the requests, the live adapter the rest"
+    return "gets a copy of each request, and nobody receives its answers" if "--shadow" in job.command else ""
+
+
 def refusal(job: Job) -> list[str]:
     """Return what to do after a check refused a release; empty if none did."""
     if job.command[0] not in RELEASES or job.exit_code not in (3, 4):

@@ -163,8 +163,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while attempting")[0]  # Python repeats the address
         raise UserError(
-            f"Cannot listen on {host} port {port}: {error.strerror}",
+            f"Cannot listen on {host} port {port}: {reason}",
             fix="Choose another address or port (0 takes a free one), or stop the program that uses it.",
         ) from error
 

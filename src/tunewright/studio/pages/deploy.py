@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -13,6 +14,7 @@ from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.core.text import capitalised
 from tunewright.render.blocks import Cell, Column, Table, table, words
+from tunewright.serving.gateway.server import require_free
 from tunewright.serving.serve import has_state
 from tunewright.studio.jobs import RELEASES, SERVER, EngineState, Job, Served, engines, outcome, served
 from tunewright.studio.visit import Handlers, Visit, in_form, path_of
@@ -156,9 +158,14 @@ def deploy(visit: Visit) -> Response:
     adapter = visit.chosen("adapter", {each.name for each in list_adapters(visit.project.folder.adapters)})
     trial = visit.chosen("trial", _TRIALS)
     live = next((each for each in newest_releases(visit.project) if each.alias == alias), None)
-    if trial != "all" and live is not None and not live.undeployed and live.adapter == adapter:
-        fix = "Choose another adapter, or let it answer every request."
-        raise UserError(f"{adapter} is live on {alias} already, so there is nothing to try", where="adapter", fix=fix)
+    if trial != "all":
+        if live is None or live.undeployed:
+            what = f"No adapter is live on {alias} yet, so there is nothing to compare with"
+            raise UserError(what, where="trial", fix="Let this one answer every request first.")
+        if live.adapter == adapter:
+            fix = "Choose another adapter, or let it answer every request."
+            what = f"{adapter} is live on {alias} already, so there is nothing to try"
+            raise UserError(what, where="adapter", fix=fix)
     options = [option for name, option in _SWITCHES.items() if name in visit.form]
     if trial == "shadow":
         options.append("--shadow")
@@ -177,20 +184,32 @@ def alias_page(visit: Visit) -> Response:
     alias = visit.place["alias"]
     with visit.project.state() as state:
         history, shadows, usage = state.releases.history(alias), state.usage.shadow_lines(alias), state.usage.sums()
+        back = None
+        with suppress(UserError):  # there is no adapter before the live one
+            back = state.releases.rollback_target(alias)
     now = history[-1]
     used = [each for each in usage if each.alias == alias]
     live = None if now.undeployed else now.answer
     # A look settles units of the sequence, which a visitor of a demo must not.
     shadowed = any(each.action == "shadow" for each in history) and not visit.session.read_only
     review = visit.project.shadow.status(alias) if shadowed else None
-    # The newest release of each answer that the alias does not give now.
-    earlier = {each.answer: each for each in history if not each.undeployed and each.answer != live}
+    here = {(each.name, each.digest) for each in list_adapters(visit.project.folder.adapters)}
+    # The newest release of each answer that the alias does not give now, of adapters that are still here.
+    earlier = {
+        each.answer: each
+        for each in history
+        if not each.undeployed and each.answer != live and (each.adapter, each.digest) in here
+    }
+    first = back if back is not None and (back.adapter, back.digest) in here else None
+    if first is not None:
+        earlier.pop(first.answer, None)
     return visit.page(
         "alias.html.j2",
         f"Alias {alias}",
         now=now,
         live=next((each for each in history[::-1] if each.action not in _TRIALS), now),
         made=made,
+        back=first,
         restorable=sorted(earlier.values(), key=lambda each: -each.number),
         running=visit.jobs.running(),
         usage=usage_table(used, now) if used else None,
@@ -242,8 +261,12 @@ def start_server(visit: Visit) -> Response:
     port = visit.form.get("port", "")
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise UserError(f"Invalid port {port!r}", where="port", fix="Use a number from 0 to 65535; 0 is any free port.")
-    # The page shows engines, from the metrics; only on this machine, because they name all tenants.
     serve = visit.project.folder.config.serve
+    try:
+        require_free(serve.host, int(port))
+    except UserError as taken:
+        raise UserError(taken.what, where="port", fix=taken.fix) from None
+    # The page shows engines, from the metrics; only on this machine, because they name all tenants.
     unseen = serve.engines and serve.metrics_port is None
     words = ["--metrics-host=127.0.0.1", "--metrics-port=0"] if unseen else []
     return visit.start(SERVER, f"--port={port}", *words)

@@ -23,7 +23,7 @@ from tunewright.open_project import new_project, project_name
 from tunewright.render.blocks import Cell, Table, table, words
 from tunewright.report.page import summary
 from tunewright.studio.access import keep_reviewer, reviewer_name
-from tunewright.studio.jobs import SERVER, Job, refusal, served
+from tunewright.studio.jobs import SERVER, Job, refusal, served, trial_of
 from tunewright.studio.pages.deploy import follows_releases, made, needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import EVALUATE_PAGE, ListedEvaluation, evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
@@ -228,6 +228,7 @@ def job_page(visit: Visit) -> Response:
         message=message,
         cluster=visit.project.folder.config.compute.cluster if shared else None,
         refusal=refusal(job),
+        trial=trial_of(job),
         serving=(newest := visit.jobs.server()) is not None and newest.state == "running",
         served=server,
         keys=needs_keys(visit),

@@ -206,16 +206,18 @@ async function complete(part) {
 }
 document.querySelectorAll("[data-computing]").forEach(complete);
 
-// A run in progress: its part of the page is made again, and at its end the whole page.
+// A job in progress: its part of the page is made again, and at its end the whole page, unless a form was changed.
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 async function refresh() {
   const live = document.getElementById("live");
   const page = document.hidden ? null : await newest();
   if (page) {
     const next = page.getElementById("live");
-    if (!next) return location.reload();
+    const fields = [...document.querySelectorAll("main :is(input, textarea)")];
+    const changed = fields.some(each => each.checked !== each.defaultChecked || (each.type !== "checkbox" && each.value !== each.defaultValue));
+    if (!next && !changed) return location.reload();
     // Who reads a table by keys keeps the place.
-    if (!live.contains(document.activeElement)) {
+    if (next && !live.contains(document.activeElement)) {
       label(next);
       live.replaceWith(next);
     }
