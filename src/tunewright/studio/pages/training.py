@@ -151,7 +151,7 @@ def _steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 
 _NUMBERS = {
-    "learning_rate": ("Learning rate", 1.0),
+    "learning_rate": ("Learning rate × 10,000", 1e4),
     "tokens_per_s": ("Tokens per second", 1.0),
     "memory_bytes": ("Memory, GiB", 1 / 2**30),
 }
