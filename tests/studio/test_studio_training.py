@@ -75,7 +75,10 @@ def test_run_in_progress_is_shown_with_its_numbers_and_as_stopped_without_its_pr
         page = browser.get(f"/train/runs/{RUN}")
         assert 'id="live"' in page
         assert "running" in browser.get("/train")
-    assert _figures(page) == ["Training and dev loss, and the score on dev, by optimizer step", "Learning rate × 10,000 by step"]
+    assert _figures(page) == [
+        "Training and dev loss, and the score on dev, by optimizer step",
+        "Learning rate × 10,000 by step",
+    ]
     assert " style=" not in page, "the Content-Security-Policy forbids inline styles"
     assert f"{make_history(12)[-1]['loss']:.4g}" in page
     stopped = browser.get(f"/train/runs/{RUN}")
