@@ -64,14 +64,18 @@ def new_page(browser: Browser, url: str | None = None) -> Page:
     return page
 
 
-def signed_in(browser: Browser, address: str, password: str = "") -> Page:
-    """Return a tab that is signed in to a studio: by its address, whose script sends the token, or by the password."""
+def signed_in(browser: Browser, address: str, password: str = "", reviewer: str = "") -> Page:
+    """Return a tab that is signed in to a studio: by its address, whose script fills in the token, or by the password.
+
+    Without a ``reviewer``, the proposed name is taken; with a password there is no proposal.
+    """
     page = new_page(browser, address.partition("/sign-in")[0])
     page.goto(address)
     if password:
         page.fill("#secret", password)
-        page.fill("#reviewer", "ada")
-        page.click("#sign-in button")
+    if reviewer or password:
+        page.fill("#reviewer", reviewer or "ada")
+    page.click("#sign-in button")
     page.wait_for_url(lambda url: "/sign-in" not in url)
     return page
 

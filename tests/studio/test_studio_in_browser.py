@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import tunewright as library
-from making.browser import AXE, EXECUTABLE, awake, axe_faults, faults, press_to_next, row_key, show, signed_in, wait_for
+from making.browser import (
+    AXE,
+    EXECUTABLE,
+    awake,
+    axe_faults,
+    faults,
+    new_page,
+    press_to_next,
+    row_key,
+    show,
+    signed_in,
+    wait_for,
+)
 from making.command_line import pairs, tiny_project, tunewright, write_jsonl
 from making.evidence import make_history
 from making.human_evaluations import evaluation
@@ -128,6 +140,20 @@ def test_new_project_page_fits_and_can_be_read(page: Page, tmp_path: Path) -> No
             assert page.title() == "New project: tunewright"
             assert faults(page) == []
             assert not AXE.exists() or axe_faults(page) == []
+
+
+def test_address_asks_a_new_browser_for_the_name_of_its_person_once(page: Page, address: str) -> None:
+    assert page.context.browser is not None
+    ben = new_page(page.context.browser)
+    ben.goto(address)
+    assert ben.input_value("#reviewer") == "ada" and not ben.is_visible("#secret")
+    ben.fill("#reviewer", "ben")
+    ben.click("#sign-in button")
+    wait_for(ben.locator("header summary")).to_have_text("Reviewer: ben")
+    later = ben.context.new_page()
+    later.goto(address)
+    wait_for(later.locator("header summary")).to_have_text("Reviewer: ben")
+    ben.context.close()
 
 
 def test_tab_reaches_everything_on_each_page_in_its_order(page: Page) -> None:

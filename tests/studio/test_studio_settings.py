@@ -111,10 +111,16 @@ def test_task_proposes_its_metric_and_saves_nothing(browser: Browser, project: P
 
 def test_wrong_values_are_named_beside_their_fields_and_what_was_typed_stays(browser: Browser, project: Path) -> None:
     before = (project / "tunewright.yaml").read_bytes()
-    answer = saved(browser, train_epochs="many", evaluate_margin="3", judge_model="a-model", evaluate_metric="{oops")
+    wrong = {"train_epochs": "many", "evaluate_margin": "3", "evaluate_metric": "{oops", "base_model": "/no/such/base"}
+    answer = saved(browser, judge_model="a-model", **wrong)
     assert answer.status_code == 400
     html = unescape(answer.text)
-    assert html.count('class="wrong"') == 3
+    assert html.count('class="wrong"') == 4
+    assert (
+        "'/no/such/base' is neither a folder nor a hub id" in html.partition('for="base_model"')[2].partition("for=")[0]
+    )
+    marked = ["base_model", "train.epochs", "evaluate.metric", "evaluate.margin"]
+    assert re.findall('<a href="#([^"]*)">', html.partition('role="alert"')[2].partition("</p>")[0]) == marked
     assert "got 'many'" in html.partition('for="train.epochs"')[2].partition("for=")[0]
     fields = shown(answer.text)
     assert (fields["train.epochs"], fields["judge.model"], fields["evaluate.metric"]) == ("many", "a-model", "{oops")

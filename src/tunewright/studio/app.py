@@ -95,6 +95,7 @@ class Studio:
             _ = ProjectFolder(self._root).config
         secret = secrets.token_urlsafe(24) if password is None else password
         self._token = secret if password is None and not demo else None
+        self._reviewer = reviewer
         self._access = Access(secret, f"tunewright_studio_{secrets.token_hex(4)}", reviewer)
         # One session for all visitors: without forms, nothing distinguishes them.
         self._visitor = StudioSession(reviewer, read_only=True) if demo else None
@@ -271,9 +272,11 @@ class Studio:
     def _sign_in_text(
         self, request: Request, wrong: str, back: str, typed: Sequence[str] = (), reviewer: str = ""
     ) -> str:
-        kind, name = "token" if self._token is not None else "password", reviewer or kept_reviewer(request)
+        kind, known = "token" if self._token is not None else "password", kept_reviewer(request)
+        # Who started the studio is likely the first to open its address; with a password, everybody types a name.
+        name = reviewer or known or (self._reviewer if kind == "token" else "")
         page = self._templates.get_template("sign_in.html.j2")
-        return page.render(wrong=wrong, kind=kind, back=back, reviewer=name, typed=typed)
+        return page.render(wrong=wrong, kind=kind, back=back, reviewer=name, known=known, typed=typed)
 
     async def _upload(self, request: Request) -> Response:
         """Store a file in the project's `UPLOADS`, whole or not at all."""

@@ -18,11 +18,13 @@ from tunewright.core.errors import UserError
 from tunewright.core.options import TaskName
 from tunewright.data.task import TASKS, Task, task_of
 from tunewright.data.versions import current_manifest
+from tunewright.models.bases import check_spec
 from tunewright.studio.visit import Handlers, Visit
 from tunewright.studio.words import SETTINGS
 
 SETTINGS_PAGE = "/settings"
 _GROUPS = {"": "Model", "data": "Rows", "train": "Training", "evaluate": "Evaluation", "judge": "Judge"}
+_BASE = "base_model"
 _METRIC = "evaluate.metric"
 _CHOICES = "choices"
 """The field of a metric's allowed answers, which the metric's key holds in the file."""
@@ -148,12 +150,15 @@ def save_settings(visit: Visit) -> Response:
     text = path.read_bytes().decode("utf-8-sig")
     for name in sorted(changed):
         try:
-            with_keys(text, path, _values(typed, {name}))
+            values = _values(typed, {name})
+            with_keys(text, path, values)
+            if name == _BASE:
+                check_spec(values[name], path.parent)
         except (UserError, ValueError) as refusal:
             what = refusal.what if isinstance(refusal, UserError) else str(refusal)
             refusals[name] = what.removeprefix(f"{name}: ")
     if refusals:
-        return _page(visit, typed, known, refusals={"": "Nothing was saved: see the marked settings.", **refusals})
+        return _page(visit, typed, known, refusals={"": "Nothing was saved. Correct the marked settings.", **refusals})
     values = _values(typed, changed)
     if not values:
         return visit.go(SETTINGS_PAGE, "No setting was changed.")

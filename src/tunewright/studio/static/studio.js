@@ -1,6 +1,6 @@
 "use strict";
 
-// The token of the address signs in by itself. Without JavaScript it is typed.
+// The token of the address signs in by itself, once the browser knows its person's name. Without JavaScript it is typed.
 const signIn = document.getElementById("sign-in");
 // The page that asked for the sign-in, also if the address of the studio is opened after it in this tab.
 if (signIn) {
@@ -14,7 +14,9 @@ function sendToken() {
   if (!signIn || !location.hash.startsWith("#token=")) return;
   signIn.elements.secret.value = decodeURIComponent(location.hash.slice("#token=".length));
   history.replaceState(null, "", location.pathname);
-  signIn.submit();
+  if ("known" in signIn.dataset) return signIn.submit();
+  for (const each of signIn.querySelectorAll("[for=secret], #secret")) each.hidden = true;
+  signIn.elements.reviewer.select();
 }
 sendToken();
 // The address may be opened in a tab that shows this page already.
