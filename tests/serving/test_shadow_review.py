@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.session import Side
 from tunewright.evidence.confidence_sequences import confidence_sequence
-from tunewright.evidence.shadow import COMPLETE_S, Asked, settling
+from tunewright.evidence.shadow import COMPLETE_S, Asked, Look, settling
 from tunewright.serving.options import ReleaseTestOptions, ShadowReviewOptions
 from tunewright.serving.shadow_review import ShadowVerdict
 from tunewright.serving.tenants import State
+from tunewright.serving.tenants.feedback import FeedbackValues
 from tunewright.serving.tenants.quota import RequestUsage
 from tunewright.serving.tenants.record_keys import KeyFile
 from tunewright.serving.tenants.records import NewRecord, unit_of
@@ -209,6 +211,65 @@ def test_reviewer_who_is_always_wrong_is_found_by_agreement(traffic: Traffic) ->
     assert found.finding is not None and found.finding.outcome == "can't tell"
     shown = tunewright("shadow", "status", ALIAS, "-p", traffic.project.folder.root)
     assert "Two reviewers agree no more than chance would" in shown.stdout and "lower bound" not in shown.stderr
+
+
+def test_shadow_whose_engine_dies_for_days_adds_no_unit_and_is_counted(traffic: Traffic) -> None:
+    for day in range(14):
+        for place in range(4):
+            traffic.clock[0] += DAY / 4
+            user = f"user-{day}-{place}"
+            traffic.ask(user, "a", None if 5 <= day < 8 else "b", right="a")
+            if (day, place) == (4, 3):
+                traffic.ask(user, "a", None)
+    traffic.judge("ann")
+    found = traffic.project.shadow.status(ALIAS)
+    assert (found.unanswered, found.pairs, found.waiting, found.incomplete) == (13, 44, 0, 0)
+    assert found.kinds == {"user": 44} and found.finding is not None
+    assert (found.finding.units, found.finding.requests, found.finding.value) == (44, 44, -1.0)
+    shown = tunewright("shadow", "status", ALIAS, "-p", traffic.project.folder.root).stdout
+    assert re.search(r"Without an answer in the shadow +13\b", shown)
+
+
+def test_clock_that_jumps_during_the_review_settles_no_unit_twice_and_changes_no_look(traffic: Traffic) -> None:
+    traffic.project.clock = lambda: traffic.clock[0]
+    before: list[Look] = []
+    for day, jump in enumerate([0.0, DAY, -DAY, -DAY, DAY, 0.0, 2 * DAY]):
+        for place in range(6):
+            traffic.clock[0] += DAY / 6
+            # Each user asks again after the jump.
+            for user in (f"user-{day}-{place}", f"user-{day - 1}-{place}"):
+                traffic.ask(user, "a", "b" if place % 2 else "a", right="a")
+            if place == 3:
+                traffic.clock[0] += jump
+                traffic.judge("ann")
+                looks = traffic.project.shadow.status(ALIAS).looks
+                assert looks[: len(before)] == before
+                before = looks
+    traffic.judge("ann")
+    found = traffic.project.shadow.status(ALIAS)
+    assert found.looks[: len(before)] == before and found.waiting == 0
+    assert found.finding is not None and found.finding.value == pytest.approx(-0.5, abs=0.05)
+    assert found.finding.units + found.incomplete == 48 and found.kinds == {"user": 48}
+    trial = traffic.state.shadow_reviews.trial(ALIAS, found.margin, found.most_units)
+    units = [unit.unit for unit in traffic.state.shadow_reviews.settled(trial)]
+    assert len(units) == len(set(units)) == found.finding.units > len(before) // 2
+    assert traffic.state.verify().faults == ()
+
+
+def test_repeated_verdict_counts_once_and_feedback_is_no_verdict(traffic: Traffic) -> None:
+    response_id = traffic.ask("user-1", "a", "b", right="a")
+    tenant = traffic.state.keys.caller(traffic.key).tenant_id
+    down = FeedbackValues("down", None, None, None)
+    said = [traffic.state.feedback.record(tenant, response_id, down) for _ in range(3)]
+    assert said == ["recorded", "unchanged", "unchanged"]
+    assert traffic.project.shadow.status(ALIAS).waiting == 1
+    review = traffic.project.shadow.review(ALIAS, reviewer="ann")
+    pair = review.item(response_id)
+    for _ in range(3):
+        review.judge(pair, "A" if pair.a == "a" else "B")
+    found = traffic.project.shadow.status(ALIAS)
+    assert found.finding is not None and (found.finding.labels, found.finding.value) == (1, -1.0)
+    assert found.finding.reviewers == ("ann",) and found.agreements == ()
 
 
 def test_review_by_a_sheet_is_blind_and_refuses_changed_answers(traffic: Traffic, tmp_path: Path) -> None:

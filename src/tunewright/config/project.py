@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,8 @@ class OpenFolder:
     def __init__(self, folder: ProjectFolder, reporter: Reporter) -> None:
         self.folder = folder
         self.reporter = reporter
+        self.clock: Callable[[], float] | None = None
+        """Seconds since 1970 in the serving state, in place of the database's clock (tests)."""
 
 
 def require_absent(root: Path, names: Iterable[str]) -> None:

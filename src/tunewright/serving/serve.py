@@ -246,7 +246,7 @@ def open_state(project: OpenProject, *, make: bool = False, serving: bool = Fals
             fix = "Check the path, or create a state there with `tunewright tenant add` or `tunewright deploy`."
             raise UserError("There is no serving state", where=named, fix=fix)
         project.reporter.say(f"Creating a serving state: {named}")
-    return State(url, current_author(project.folder.root), serving=serving)
+    return State(url, current_author(project.folder.root), project.clock, serving=serving)
 
 
 def all_served(project: OpenProject, names: Sequence[str] = ()) -> tuple[Quantization, dict[str, Path], int]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,22 @@ import httpx
 import openai
 import pytest
 from scripted_engine import LIMITS, TOKENIZATION, ScriptedEngine, scripted_server
+from states import DIGESTS
 from tenant_server import SHIP, Stored, deploy, tenant_server, until
 
-from tunewright.engines.protocol import Delta, RequestFailedError
+from tunewright.adapters.lineage import SystemPrompt
+from tunewright.core.progress import LogReporter
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError
 from tunewright.generation.requests import Request
 from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import Admission, AnonymousAuth, Target
+from tunewright.serving.gateway.auth import Admission, AnonymousAuth, ServedAdapter, Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.fair_scheduler import AdmissionQueue
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.schemas import CompletionRequest
 from tunewright.serving.gateway.server import serving
+from tunewright.serving.gateway.tenant_auth import TenantAuth
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.quota import Limits
 from tunewright.serving.tenants.releases import Candidate
@@ -135,6 +140,43 @@ def test_request_with_several_prompts_is_recorded_once(tmp_path: Path, adapters:
     assert (line.prompt_tokens, line.completion_tokens) == (12, answer.usage.completion_tokens)
     assert line.end_user == "ann"
     assert answer.usage.prompt_tokens == 12
+
+
+class DyingEngine(ScriptedEngine):
+    """Dies after the first token of an answer of this adapter, and restarts."""
+
+    dies_on: str | None = None
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        async for delta in super().deltas(request):
+            yield delta
+            if request.adapter == self.dies_on:
+                raise EngineStoppedError("the engine died")
+
+
+def has_shadows(state: State, count: int) -> bool:
+    return len(state.usage.shadow_lines("courts")) == count
+
+
+def test_shadow_whose_engine_dies_has_no_answer_and_the_live_one_stays(tmp_path: Path) -> None:
+    url, engine = f"sqlite:///{tmp_path}/state.sqlite", DyingEngine()
+    with State(url, "ann") as state:
+        state.releases.deploy("courts", "one", DIGESTS["a"], SHIP)
+        state.releases.start_candidate("courts", Candidate("two", DIGESTS["b"], None), SHIP)
+        state.tenants.add("acme", ["courts"])
+        key, _ = state.keys.create("acme")
+        folder = ServedAdapter(tmp_path, SystemPrompt(None))
+        auth = TenantAuth(State(url, serving=True), engine, lambda _name, _digest: folder, LogReporter())
+        with scripted_server(engine, auth) as client:
+            for number, dies_on in enumerate((None, DIGESTS["b"], None), 1):
+                engine.dies_on = dies_on
+                asked = {"model": "courts", "prompt": "one"}
+                reply = client.post(URL, json=asked, headers={"Authorization": f"Bearer {key}"})
+                assert (reply.status_code, reply.json()["choices"][0]["text"]) == (200, "aa")
+                until(partial(has_shadows, state, number))
+        before, died, after = state.usage.shadow_lines("courts")
+    assert (before.shadow_answer, before.why_not) == (after.shadow_answer, after.why_not) == ("aa", None)
+    assert (died.answer, died.shadow_answer, died.why_not) == ("aa", None, "the engine died")
 
 
 def test_shadow_skips_requests_with_several_prompts(tmp_path: Path, adapters: dict[str, Stored]) -> None:
