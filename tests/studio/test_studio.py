@@ -185,7 +185,7 @@ def test_blind_comparison_hides_the_arms_and_the_estimate_until_it_is_complete(b
             assert "Reference</h2>" in browser.send(path, path, action="reference").text
             assert "why not" in browser.send(path, path, action="note", note="why not").text
             browser.send(path, path, action="A")
-            assert "Taken back." in browser.send(path, path, action="undo").text
+            assert "Taken back: " in browser.send(path, path, action="undo").text
         browser.send(path, path, action="A")
         asked += 1
     assert "prefer" in html

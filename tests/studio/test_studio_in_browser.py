@@ -281,7 +281,8 @@ def test_comparison_by_keys_alone(page: Page) -> None:
     first = row_key(page)
     press_to_next(page, "v")
     assert "Reference" in page.inner_text("body")
+    assert page.get_attribute("body", "data-keys") == "awake", "the same pair"
     press_to_next(page, "a")
     assert row_key(page) != first
     press_to_next(page, "u")
-    assert row_key(page) == first
+    assert row_key(page) == first and "Taken back: A on pair 1." in page.inner_text("main")

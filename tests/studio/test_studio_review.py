@@ -124,7 +124,7 @@ def test_row_is_judged_edited_and_taken_back_on_its_page(browser: Browser, proje
     assert f"Your verdict: edit: <del>{member.example.output}</del><ins>teal again</ins>" in saved
     assert "teal again</textarea>" in saved, "an edit begins with the reviewer's own"
     back = browser.judge("undo", page=page, seen=_seen(saved))
-    assert "Taken back." in back and "Your verdict: leave-out." in back
+    assert "Taken back: edit on row" in back and "Your verdict: leave-out." in back
     history = unescape(back.partition("<summary>Reviews: ")[2].partition("</ul>")[0])
     said = re.findall(r"ada, version <code>\w+</code>: (.*?)</li>", history)
     edit = f"edit: <del>{member.example.output}</del><ins>teal again</ins>"
@@ -277,7 +277,7 @@ def test_second_review_is_blind_and_its_conflict_is_settled_with_both_in_sight(
     found = read_reviews(project / "dataset")
     assert found.finding(key) == "wrong"
     assert found.current_verdicts(key)["ben"].settles
-    assert "Taken back." in ben.judge("undo", page="/review/conflicts")
+    assert "Taken back: " in ben.judge("undo", page="/review/conflicts")
     assert read_reviews(project / "dataset").disputed(key)
 
 

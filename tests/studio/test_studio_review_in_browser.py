@@ -161,6 +161,7 @@ def test_keys_judge_no_row_for_a_second_after_a_page_change(page: Page, address:
     tab.keyboard.press("Escape")
     tab.clock.run_for(999)
     tab.keyboard.press("r")
+    assert "r pressed nothing" in tab.inner_text(".verdicts output")
     assert not tab.evaluate("sent") and _reviews(project).stacks == before.stacks
     tab.clock.run_for(1)
     press_to_next(tab, "s")
@@ -188,6 +189,7 @@ def test_enter_takes_the_suggested_answer_and_a_number_another_one(page: Page, t
         assert number is not None and len(number) == len(str(len({row["completion"] for row in rows})))
         for digit in number[:-1]:
             page.keyboard.press(digit)
+            assert "type the next digit" in page.inner_text(".verdicts output")
         press_to_next(page, number[-1])
         assert _reviews(tmp_path).current_verdicts(second)["ada"].output == label
 
@@ -311,6 +313,54 @@ def test_typed_text_comes_back_until_its_verdict_is_recorded(page: Page, tmp_pat
             tab.click("#typed-before >> text=Discard")
         assert tab.input_value("#output") == "typed\nand not sent" != stored and not tab.is_visible("#typed-before")
         assert faults(tab) == []
+        tab.context.close()
+
+
+def test_typed_text_of_any_form_comes_back_until_it_is_sent(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "tunewright.yaml").write_text("name: drafts\n")
+    assert page.context.browser is not None
+    studio = Studio(tmp_path, "ada")
+    with serving(studio.app()) as url:
+        tab = signed_in(page.context.browser, studio.address(url))
+        tab.goto("/tenants")
+        tab.fill("#name", "front-desk")
+        tab.fill("#requests", "many")
+        tab.goto("/settings")
+        field = "[name='data.system_prompt']"
+        tab.fill(field, "Name the\ncolour.")
+        tab.fill("[name='judge.api_key_env']", "sk-pasted-by-mistake")
+        tab.reload()
+        assert tab.input_value(field) == "Name the\ncolour." and tab.is_visible("#typed-before")
+        assert tab.input_value("[name='judge.api_key_env']") == "" and faults(tab) == []
+        tab.context.set_offline(True)
+        with tab.expect_event("requestfailed"):
+            tab.click(".settings .verdicts button")
+        tab.context.set_offline(False)
+        tab.goto("/settings")
+        assert tab.input_value(field) == "Name the\ncolour.", "a lost connection has saved nothing"
+        with tab.expect_navigation():
+            tab.click(".settings .verdicts button")
+        assert "Name the" in (tmp_path / "tunewright.yaml").read_text()
+        assert "front-desk" in tab.evaluate("JSON.stringify(localStorage)")
+        assert "Name the" not in tab.evaluate("JSON.stringify(localStorage)"), "a saved text is in the project"
+        tab.goto("/tenants")
+        assert (tab.input_value("#name"), tab.input_value("#requests")) == ("front-desk", "many")
+        with tab.expect_navigation():
+            tab.click("form[action='/tenants'] button")
+        tab.goto("/tenants")
+        assert tab.input_value("#requests") == "many", "a refused form is not sent"
+        tab.fill("#requests", "60")
+        with tab.expect_navigation():
+            tab.click("form[action='/tenants'] button")
+        assert tab.evaluate("localStorage.length") == 0
+        tab.fill("#expires", "30d")
+        with tab.expect_navigation():
+            tab.click("form[action$='/keys'] button")
+        assert tab.evaluate("localStorage.length") == 0 and "Copy the API key" in tab.inner_text("main")
+        tab.goto("/tenants/front-desk")
+        tab.fill("[data-confirms]", "front-desk")
+        tab.reload()
+        assert tab.input_value("[data-confirms]") == "", "a confirmation is typed each time"
         tab.context.close()
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from starlette.responses import Response
 
+from tunewright.annotation import AnnotationSession
 from tunewright.core.errors import UserError
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
-from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
+from tunewright.evaluation.human_eval.session import BlindPair, BlindReview, ComparisonProgress
 from tunewright.evidence.files import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.evidence.human_eval import agreement_table, human_eval_section
 from tunewright.evidence.judge import judge_section
@@ -77,7 +78,6 @@ def compare_page(visit: Visit) -> Response:
         progress=blind.progress,
         keys=blind.verdict_keys,
         pair=pair,
-        last=blind.latest(),
         result=human_eval_section(visit.project.human_eval_results(evaluation, against=against)) if complete else None,
     )
 
@@ -98,13 +98,21 @@ def judge_pair(visit: Visit) -> Response:
         text = "That pair was judged meanwhile. Nothing was recorded for it now."
         return visit.go(back, RefusedVerdict(text, "", [note] if note else []))
     if action == "undo":
-        return visit.go(back, "Taken back." if blind.undo() is not None else "There is nothing to take back.")
+        return visit.go(back, taken_back(blind))
     assert pair is not None
     if action == "reference":
         blind.show_reference(pair)
     elif action != "note":
         blind.judge(pair, verdict_of(blind, action))
     return visit.go(back)
+
+
+def taken_back(blind: AnnotationSession[Any, BlindPair, Any]) -> str:
+    """Take back the reviewer's latest verdict on a pair, and return a message that names it."""
+    last, pair = blind.latest(), blind.undo()
+    if last is None or pair is None:
+        return "There is nothing to take back."
+    return f"Taken back: {last.verdict} on pair {pair.number}."
 
 
 def _comparison(visit: Visit) -> BlindReview:

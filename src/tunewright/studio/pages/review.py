@@ -207,11 +207,15 @@ def judge_row(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem 
         if review.note_on(card.key) != note.strip():
             return _refuse(visit, "note", said, partial(show, visit, queue, review, card, Typed(output, note)))
     if action == "undo" and output is None:
-        undone = review.undo(visit.form.get("key", "") if queue == ONE_ROW else None)
+        of_row = visit.form.get("key", "") if queue == ONE_ROW else None
+        last = review.latest() if of_row is None else review.verdict(of_row)
+        undone = review.undo(of_row)
+        if last is None or undone is None:
+            return visit.go(back, "There is nothing to take back.")
         shown = undone if queue == ONE_ROW else next_row(visit, queue, review)
-        if undone is not None and (shown is None or shown.key != undone.key):
-            return visit.go(back, f"Taken back: row {undone.key[:12]}, which is not next in this list.")
-        return visit.go(back, "Taken back." if undone is not None else "There is nothing to take back.")
+        elsewhere = ", which is not next in this list" if shown is None or shown.key != undone.key else ""
+        name = visit.row_name(undone.key)
+        return visit.go(back, f"Taken back: {last.verdict} on {name[0].lower()}{name[1:]}{elsewhere}.")
     assert card is not None
     label = visit.form.get("label")
     if label is not None and output is None:

@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from tunewright.core.errors import UserError
 from tunewright.serving.shadow_review import ShadowReview
+from tunewright.studio.pages.compare import taken_back
 from tunewright.studio.visit import Handlers, Visit, path_of, verdict_of
 
 
@@ -20,7 +21,6 @@ def shadow_page(visit: Visit) -> Response:
         progress=blind.progress,
         keys=blind.verdict_keys,
         pair=blind.next(),
-        last=blind.latest(),
         result=None,
     )
 
@@ -30,7 +30,7 @@ def judge_shadow_pair(visit: Visit) -> Response:
     blind, action = _review(visit), visit.form.get("action", "")
     back = path_of("deploy", visit.place["alias"], "review")
     if action == "undo":
-        return visit.go(back, "Taken back." if blind.undo() is not None else "There is nothing to take back.")
+        return visit.go(back, taken_back(blind))
     pair = blind.next()
     if pair is None or pair.key != visit.form.get("key"):
         return visit.go(back, "That pair was judged or deleted meanwhile. Nothing was recorded for it now.")

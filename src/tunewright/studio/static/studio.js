@@ -26,6 +26,7 @@ addEventListener("hashchange", sendToken);
 // Answers have numbers, of two digits if there are more than nine.
 let sent = false, digits = "", waking;
 const keys = document.getElementById("keys");
+const say = text => document.querySelectorAll(".verdicts output").forEach(place => { place.textContent = text; });
 document.addEventListener("keydown", event => {
   const typing = event.target.closest("input, textarea, select");
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && typing) {
@@ -43,26 +44,88 @@ document.addEventListener("keydown", event => {
   if (/^\d$/.test(pressed)) {
     digits = document.querySelector(`[data-key^="${digits}${pressed}"]`) ? digits + pressed : pressed;
     pressed = digits;
+  } else {
+    digits = "";
   }
   const target = document.querySelector(`[data-key="${CSS.escape(pressed)}"]`);
+  const more = digits && !target && document.querySelector(`[data-key^="${digits}"]`);
+  say(more ? `${digits}…: type the next digit of the answer's number.` : "");
   if (!target) return;
   digits = "";
   event.preventDefault();
   // What opens a part or leads to a page judges nothing; letters after an ignored "note" would press buttons.
-  if (document.body.dataset.keys === "resting" && target.form) return;
+  if (document.body.dataset.keys === "resting" && target.form) {
+    say(`${event.key} pressed nothing: keys rest for a second after a page change. Press it again.`);
+    return;
+  }
   const part = target.closest("details");
   // A part that is open stays open: its key leads back to the text.
   if (!(part?.open && target.localName === "summary")) target.click();
   part?.querySelector("textarea")?.focus();
 });
 
-// Keys rest for a second after a page change: a key pressed twice was meant for the row before.
+// A text that is typed chooses what it belongs to.
+document.addEventListener("input", event => {
+  const choice = document.getElementById(event.target.dataset?.chooses);
+  if (choice && event.target.value) choice.checked = true;
+});
+
+// Typed text comes back after a reload, a restart of the studio or `u`, until its form is recorded. The browser keeps
+// it: the studio would need a request a key press, and would store text that nobody sent. Passwords and keys are not kept.
+const typedBefore = document.getElementById("typed-before"), posts = document.querySelectorAll("main form[method=post]");
+const TYPED = "textarea, input:is(:not([type]), [type=text], [type=number]):not([data-confirms], [name*=api_key])";
+const fieldsOf = form => [...form.elements].filter(each => each.matches(TYPED));
+// A form of a row or a file keeps a text for each of them.
+function draftOf(form) {
+  const about = ["key", "file", "after"].map(name => form.elements[name]?.value).filter(Boolean).join(" ");
+  return [typedBefore.dataset.drafts, form.dataset.drafts ?? form.getAttribute("action"), about || fieldsOf(form)[0]?.name].join(" ");
+}
+const draftSent = sessionStorage.getItem("sent"), judging = document.getElementById("judge");
+sessionStorage.removeItem("sent");
+// A form that is recorded leads to another address. After a lost connection there is none.
+const redirected = performance.getEntriesByType("navigation")[0]?.redirectCount > 0;
+if (draftSent && !document.querySelector("[data-refused]") && (redirected || document.querySelector("[data-recorded]"))) {
+  localStorage.removeItem(draftSent);
+}
+const keepers = new Map();
+for (const form of typedBefore ? posts : []) {
+  const draft = draftOf(form), kept = JSON.parse(localStorage.getItem(draft) ?? "{}");
+  const keep = () => (Object.keys(kept).length ? localStorage.setItem(draft, JSON.stringify(kept)) : localStorage.removeItem(draft));
+  keepers.set(form, keep);
+  for (const field of fieldsOf(form)) {
+    // A page that answers a form shows texts that are not saved.
+    const isSaved = () => field.value === field.defaultValue && !("answers" in document.body.dataset);
+    const typed = kept[field.name];
+    if (typed !== undefined && typed !== field.value) {
+      field.value = typed;
+      field.dispatchEvent(new Event("input", { bubbles: true }));
+      const part = field.closest("details");
+      if (part) part.open = true;
+      if (typedBefore.hidden) form.before(typedBefore);
+      typedBefore.hidden = false;
+    } else if (isSaved() && typed !== undefined) {
+      delete kept[field.name];
+      keep();
+    }
+    field.addEventListener("input", () => {
+      kept[field.name] = field.value;
+      if (isSaved()) delete kept[field.name];
+      keep();
+    });
+  }
+}
+for (const link of document.querySelectorAll("[data-discard]")) {
+  link.addEventListener("click", () => { for (const form of keepers.keys()) localStorage.removeItem(draftOf(form)); });
+}
+
+// Keys rest for a second after a change of the row: a key pressed twice was meant for the row before.
 function rest() {
   document.body.dataset.keys = "resting";
   clearTimeout(waking);
   waking = setTimeout(() => { document.body.dataset.keys = "awake"; }, 1000);
 }
-rest();
+if (typedBefore && judging && draftSent === draftOf(judging)) document.body.dataset.keys = "awake";
+else rest();
 
 // The list of the page's keys, from its buttons.
 const keyed = [...document.querySelectorAll("main :is([data-key], [data-enter]):not(:disabled)")];
@@ -79,60 +142,26 @@ if (showKeys && keyed.length) {
   keys.querySelector("button").addEventListener("click", () => keys.close());
 }
 
-// A text that is typed chooses what it belongs to.
-document.addEventListener("input", event => {
-  const choice = document.getElementById(event.target.dataset?.chooses);
-  if (choice && event.target.value) choice.checked = true;
-});
-
 // A key that is pressed twice before the next page is there is one verdict.
 document.addEventListener("submit", event => {
-  if (sent) event.preventDefault();
+  if (sent) return event.preventDefault();
   sent = true;
+  if (keepers.has(event.target)) {
+    sessionStorage.setItem("sent", draftOf(event.target));
+    // A verdict in another tab has removed the texts of this one, which may be refused.
+    keepers.get(event.target)();
+  }
   // An answer that nobody changed does not travel with a verdict.
   const shown = event.submitter?.closest(".verdicts") && document.querySelector("[data-shown]");
   if (shown) shown.disabled = shown.value === shown.defaultValue;
 });
 addEventListener("pageshow", event => {
   sent = false;
-  if (event.persisted) rest();
+  if (event.persisted) {
+    sessionStorage.removeItem("sent");
+    rest();
+  }
 });
-
-// Typed text comes back after a reload, a restart of the studio or `u`, until the verdict on its row is recorded. The
-// browser keeps it: the studio would need a request a key press, and would store text that nobody sent.
-const judging = document.querySelector("[data-drafts]");
-if (judging) {
-  const draftOf = key => key && `${judging.dataset.drafts} ${key}`;
-  const here = draftOf(judging.elements.key?.value), recorded = draftOf(judging.dataset.recorded);
-  // A row that is shown once more may have new text. A refused text is not recorded, even if its row has a verdict.
-  if (!document.querySelector("[data-refused]") && recorded && recorded !== here && sessionStorage.getItem("sent") === recorded) localStorage.removeItem(recorded);
-  sessionStorage.removeItem("sent");
-  const kept = JSON.parse(localStorage.getItem(here) ?? "{}");
-  const keep = () => localStorage.setItem(here, JSON.stringify(kept));
-  for (const field of [...judging.elements].filter(each => each.localName === "textarea")) {
-    const typed = kept[field.name], unsaved = field.name === "output" && !("shown" in field.dataset);
-    if (typed === field.value && !unsaved) {
-      delete kept[field.name];
-      keep();
-    } else if (typed !== undefined && typed !== field.value) {
-      field.value = typed;
-      field.closest("details").open = true;
-      document.getElementById("typed-before").hidden = false;
-    }
-    field.addEventListener("input", () => {
-      kept[field.name] = field.value;
-      keep();
-    });
-  }
-  judging.addEventListener("submit", () => {
-    sessionStorage.setItem("sent", here);
-    // A verdict in another tab has removed the texts of this one, which may be refused.
-    if (Object.keys(kept).length) keep();
-  });
-  for (const link of document.querySelectorAll("[data-discard]")) {
-    link.addEventListener("click", () => localStorage.removeItem(here));
-  }
-}
 
 // A file that the studio would refuse is not sent first.
 document.addEventListener("change", event => {
