@@ -281,6 +281,24 @@ def test_second_review_is_blind_and_its_conflict_is_settled_with_both_in_sight(
     assert read_reviews(project / "dataset").disputed(key)
 
 
+def test_review_says_what_counts_as_wrong_and_what_waits_and_leads_to_the_edits_of_a_rejected_sample(
+    browser: Browser, ben: Browser, project: Path
+) -> None:
+    page = browser.get("/review")
+    assert "<em>leave out</em> all count as wrong" in page and "under 5% of all its rows are wrong" in page
+    waiting = browser.judge("right")  # ben has the row before it on the screen
+    assert "1 more is judged and counts once the rows before it are" in waiting
+    judged = ben.judge("edit", output="another answer", new_label="another answer")
+    assert "more is judged" not in judged and "1 of 2 wrong" in judged
+    last = "Your last verdict, on <a [^>]*>row [0-9]+</a>: edit: <del>.*</del><ins>another answer</ins>"
+    assert re.search(last, judged.replace("\n", ""))
+    judged = browser.judge("leave-out")
+    assert "Rejected: " in judged and "Nobody has looked at " in judged
+    assert 'class="primary" href="/review/edits">see and apply the edits' in judged
+    edits = browser.get("/review/edits")
+    assert edits.count("gets a new sample") == 1 and "starts at 0 rows" not in edits
+
+
 def test_skipped_rows_are_offered_again_on_request(browser: Browser, ben: Browser, project: Path) -> None:
     key = row_key(browser.get("/review"))
     browser.judge("right")
@@ -338,6 +356,9 @@ def test_rows_of_a_filter_are_left_out_together_after_a_question_and_come_back(
     done = browser.send("/rows/change", f"{address}leave-out", **form)
     assert f"{len(keys) - 1} rows: left out in the next version." in done.text and done.url.path == "/rows"
     assert "because other reviewers disagree: 1 row." in done.text
+    assert "next version: left out" in done.text
+    nothing = browser.get(f"{address}leave-out")
+    assert "No row of the filter needs this change" in nothing and "Leave out 0 rows" not in nothing
     reviews = read_reviews(project / "dataset")
     assert {key for key in keys if reviews.current_verdicts(key)["ada"].verdict == "leave-out"} == keys
     assert f"You changed {len(keys) - 1} rows together" not in ben.get("/rows")
@@ -355,7 +376,15 @@ def test_answer_of_the_rows_of_a_filter_is_set_together(browser: Browser, projec
     assert f"Set the answer of {len(keys)} rows to “mauve”?" in asked
     form = {"answer": "navy", "change": "edit", "output": "mauve"}
     form |= dict(re.findall('name="(seen|count)" value="([^"]*)"', asked))
-    assert "the answer is &#34;mauve&#34;" in browser.send("/rows/change", f"{address}edit&output=mauve", **form).text
+    done = browser.send("/rows/change", f"{address}edit&output=mauve", **form).text
+    assert "the answer is &#34;mauve&#34;" in done and "next version: &#34;mauve&#34;" in done
+    when = re.findall('name="when" value="([^"]*)"', done)
+    browser.send("/rows/undo", "/rows", when=when[0])
+    assert "your edit, taken back" not in browser.get(f"/rows/{min(keys)}"), "nobody typed it on this row"
+    browser.send("/rows/change", f"{address}edit&output=mauve", **form)
+    inputs = {m.example.input_text for m in library.open(project).data.version().domain if m.key in keys}
+    edits = browser.get("/review/edits")
+    assert all(f'<td dir="auto">&#34;{each}&#34;</td>' in edits for each in inputs)
     assert f"{len(keys)} answers edited in review (ada)" in browser.send("/review/apply", "/review/edits").text
     domain = library.open(project).data.version().domain
     assert "navy" not in {m.example.output for m in domain} and sum(m.example.output == "mauve" for m in domain) > 5

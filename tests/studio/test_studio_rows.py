@@ -144,7 +144,7 @@ def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_i
     assert f'href="/report/{EVALUATION}"' in history
     assert "Replaces, with the same input" in history
     other = browser.get(f"/rows/{next(m.key for m in data.version().members if m.example.output == 'a model')}")
-    assert "generated.jsonl:1" in other and "No evaluation has measured on the row." in other
+    assert "generated.jsonl, line 1 " in other and "No evaluation has measured on the row." in other
     # An item leads to the row whose reference it has, to correct it there.
     now, edited, gone = (browser.get(f"/evidence/{EVALUATION}/{number}") for number in (1, 2, 3))
     for page in (now, edited):

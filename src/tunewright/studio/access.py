@@ -41,6 +41,7 @@ _REVIEWER = "tunewright_reviewer"
 """Cookie with the reviewer's name. All studios of a host share it: the browser belongs to one person."""
 _KEPT_S = 400 * 24 * 3600  # the longest that browsers keep a cookie
 _LONGEST_NAME = 200  # bytes, as for the files of human evaluation
+_NAME_FIX = f"Type at most {_LONGEST_NAME} letters. Accents and other scripts count several times."
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def reviewer_name(text: str) -> str:
     name = " ".join(text.split())
     if not name or not name.isprintable() or len(quote(name)) > _LONGEST_NAME:
         what = "empty" if not name else "too long" if name.isprintable() else "not printable"
-        raise UserError(f"The reviewer's name is {what}", where="reviewer", fix="Type another one.")
+        raise UserError(f"The reviewer's name is {what}", where="reviewer", fix=_NAME_FIX)
     return name
 
 

@@ -171,15 +171,25 @@ class ReviewLog(AnnotationLog[VerdictEvent]):
         return max(((when, keys) for when, keys in groups.items() if len(keys) > 1), default=("", []))
 
     def withdrawn_edit(self, key: str, reviewer: str) -> str | None:
-        """Return the answer that the reviewer edited and took back, unless the row was judged after that."""
-        stack: list[str | None] = []
+        """Return the answer that the reviewer edited and took back, unless the row was judged after that.
+
+        None also for an edit of several rows together, whose answer nobody typed on this row.
+        """
+        stack: list[VerdictEvent] = []
         last = None
         for event in self.events:
             if isinstance(event, VerdictEvent | UndoEvent) and (event.key, event.reviewer) == (key, reviewer):
                 last = stack.pop() if isinstance(event, UndoEvent) and stack else None
                 if isinstance(event, VerdictEvent):
-                    stack.append(event.output)
-        return last
+                    stack.append(event)
+        if last is None or any(
+            isinstance(event, VerdictEvent)
+            and (event.reviewer, event.when, event.output) == (reviewer, last.when, last.output)
+            and event.key != key
+            for event in self.events
+        ):
+            return None
+        return last.output
 
 
 def read_reviews(dataset: Path) -> ReviewLog:
@@ -367,6 +377,12 @@ class Sample:
             if found is None:
                 return
             yield found
+
+    def ahead(self, reviews: ReviewLog) -> int:
+        """Return how many rows have a finding that does not count yet, because a row before them has none."""
+        counted = sum(1 for _ in self.findings(reviews))
+        judged = {key for key in reviews.stacks if reviews.finding(key) is not None}
+        return sum(key in judged for key in self.order[counted:])
 
     def outcome(self, reviews: ReviewLog) -> Outcome:
         """Return the state of the acceptance test."""

@@ -156,6 +156,14 @@ class ReviewSession(AnnotationSession[VerdictEvent, ReviewItem, Verdict]):
         return None if self._sample is None else self._sample.outcome(self.log)
 
     @property
+    def ahead(self) -> int:
+        """Judged rows of an undecided sample that count once the rows before them are judged: number."""
+        found = self.outcome
+        if self._sample is None or found is None or self.second or self.conflicts or found.decision != "continue":
+            return 0
+        return self._sample.ahead(self.log)
+
+    @property
     def status(self) -> str:
         """State in one line; for suspects, the number reviewed; for second reviews and conflicts, the number left."""
         if self.conflicts:

@@ -119,6 +119,10 @@ def _show(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem | No
         left=_left(review),
         last=last,
         last_note=last and review.note_on(last.key),
+        last_output=last and review.members[last.key].example.output,
+        word_changes=word_changes,
+        unjudged=len(review.members.keys() - {key for key in review.log.stacks if review.log.finding(key)}),
+        ahead=review.ahead,
         **judging(visit, queue, review, card, typed),
         waiting=LEASE_S // 60 if card is None and review.next() is not None else 0,
         verdicts=[
@@ -368,6 +372,7 @@ def edits_page(visit: Visit) -> Response:
         "Review",
         queues=_QUEUES.values(),
         edits=edits[:_ON_A_PAGE],
+        excerpt=excerpt,
         count=len(edits),
         agreed=len(agreed),
         leaving_out=sum(None in edit.outputs.values() for edit in agreed),

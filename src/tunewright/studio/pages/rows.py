@@ -18,7 +18,7 @@ from tunewright.core.text import count_of
 from tunewright.data.browse import DISPUTED, FLAGS, NO_VERDICT, SORTS, RowQuery, row_history, verdicts_on
 from tunewright.data.dedup import cluster_counts
 from tunewright.data.review.label_models import Suspect, excerpt
-from tunewright.data.review.reviews import VERDICTS, event_digest
+from tunewright.data.review.reviews import CHANGES, VERDICTS, event_digest
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
@@ -156,8 +156,19 @@ def rows_table(visit: Visit, members: Sequence[Member], suspects: Mapping[str, s
     for member in members:
         texts = map(excerpt, (member.example.input_text, member.example.output))
         name = Cell(f"Row {visit.rows.numbers[member.key]}", note=member.key[:12], link=path_of("rows", member.key))
-        rows.append((name, member.split, *texts, _flags(visit, member, suspects)))
+        flags = ", ".join(filter(None, [_flags(visit, member, suspects), _coming(visit, member)]))
+        rows.append((name, member.split, *texts, flags))
     return table("Rows", words("Row", "Split", "Input", "Answer", "Flags"), rows)
+
+
+def _coming(visit: Visit, member: Member) -> str:
+    """Return what the next version changes in a row; empty for nothing."""
+    judged = visit.reviews.current_verdicts(member.key).values()
+    changes = {each.output for each in judged if each.verdict in CHANGES}
+    if not changes or member.mixed or visit.reviews.disputed(member.key):
+        return ""
+    (output,) = changes
+    return "next version: " + ("left out" if output is None else excerpt(output))
 
 
 def row_link(member: Member, text: str) -> Cell:

@@ -29,8 +29,9 @@ const keys = document.getElementById("keys");
 const say = text => document.querySelectorAll(".verdicts output").forEach(place => { place.textContent = text; });
 document.addEventListener("keydown", event => {
   const typing = event.target.closest("input, textarea, select");
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && typing) {
-    (typing.closest("details") ?? typing.form)?.querySelector("[data-enter]")?.click();
+  const field = typing ?? document.querySelector("main [aria-invalid]");
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && field) {
+    (field.closest("details") ?? field.form)?.querySelector("[data-enter]")?.click();
     return;
   }
   if (event.key === "Escape" && typing) {
@@ -80,7 +81,7 @@ function draftOf(form) {
   const about = ["key", "file", "after"].map(name => form.elements[name]?.value).filter(Boolean).join(" ");
   return [typedBefore.dataset.drafts, form.dataset.drafts ?? form.getAttribute("action"), about || fieldsOf(form)[0]?.name].join(" ");
 }
-const draftSent = sessionStorage.getItem("sent"), judging = document.getElementById("judge");
+const draftSent = sessionStorage.getItem("sent"), judging = document.querySelector("form#judge");
 sessionStorage.removeItem("sent");
 // A form that is recorded leads to another address. After a lost connection there is none.
 const redirected = performance.getEntriesByType("navigation")[0]?.redirectCount > 0;
@@ -118,6 +119,16 @@ for (const link of document.querySelectorAll("[data-discard]")) {
   link.addEventListener("click", () => { for (const form of keepers.keys()) localStorage.removeItem(draftOf(form)); });
 }
 
+// The field of a refusal. The second of two letters that were pressed as keys would be typed into it.
+const refusedField = document.querySelector("[aria-invalid]");
+if (refusedField && sessionStorage.getItem("typing")) refusedField.focus();
+else refusedField?.scrollIntoView({ block: "center" });
+sessionStorage.removeItem("typing");
+// On a phone the menu scrolls.
+const menu = document.querySelector("header nav ul");
+const current = menu?.querySelector("[aria-current]");
+if (current) menu.scrollLeft = current.offsetLeft - menu.offsetLeft - menu.clientWidth / 3;
+
 // Keys rest for a second after a change of the row: a key pressed twice was meant for the row before.
 function rest() {
   document.body.dataset.keys = "resting";
@@ -132,10 +143,17 @@ const keyed = [...document.querySelectorAll("main :is([data-key], [data-enter]):
 const showKeys = document.getElementById("show-keys");
 if (showKeys && keyed.length) {
   showKeys.hidden = false;
-  for (const each of keyed) {
+  const numbered = keyed.filter(each => each.closest("#labels"));
+  for (const each of keyed.filter(each => !numbered.includes(each))) {
     const [key, text, name] = [document.createElement("dt"), document.createElement("dd"), each.cloneNode(true)];
     key.append(name.querySelector("kbd"));
     text.textContent = name.textContent.trim();
+    keys.querySelector("dl").append(key, text);
+  }
+  if (numbered.length) {
+    const [key, text] = [document.createElement("dt"), document.createElement("dd")];
+    key.textContent = "number";
+    text.textContent = "the answer with this number on the page";
     keys.querySelector("dl").append(key, text);
   }
   showKeys.addEventListener("click", () => keys.showModal());
@@ -146,6 +164,7 @@ if (showKeys && keyed.length) {
 document.addEventListener("submit", event => {
   if (sent) return event.preventDefault();
   sent = true;
+  if (document.activeElement?.matches("input, textarea, button")) sessionStorage.setItem("typing", "yes");
   if (keepers.has(event.target)) {
     sessionStorage.setItem("sent", draftOf(event.target));
     // A verdict in another tab has removed the texts of this one, which may be refused.
