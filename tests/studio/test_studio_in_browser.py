@@ -90,7 +90,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     write_jsonl(folder / "pairs.jsonl", [*pairs(120), {"prompt": f"<b>{LONG}</b> \u05e9\u05dc", "completion": LONG}])
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     write_jsonl(folder / "more.jsonl", [{"prompt": pairs(1)[0]["prompt"], "completion": f"{LONG} <b>"}])
-    assert tunewright("data", "add", folder / "more.jsonl", "--replace", "-p", folder).code == 0
+    assert tunewright("data", "add", folder / "more.jsonl", "--replace", "-m", LONG, "-p", folder).code == 0
     assert tunewright("tenant", "add", "acme", "--alias", "colours", "-p", folder).code == 0
     evaluation(folder / "evaluations" / EVALUATION, count=12)
     for name in RUNS:
@@ -276,8 +276,25 @@ def test_second_tab_records_nothing_and_keeps_the_typed_text(page: Page, project
     second.close()
 
 
+def test_phone_shows_both_answers_above_the_buttons_and_the_page_in_the_menu(page: Page) -> None:
+    show(page, f"/compare/{EVALUATION}", width=360)
+    answers, buttons = page.locator(".sides").bounding_box(), page.locator(".verdicts").bounding_box()
+    assert answers is not None and buttons is not None and answers["y"] + answers["height"] <= buttons["y"]
+    inside = """(() => {
+      const [menu, link] = ["ul", "[aria-current]"].map(
+        each => document.querySelector(`header nav ${each}`).getBoundingClientRect());
+      return menu.left <= link.left && link.right <= menu.right;
+    })()"""
+    for path in (f"/compare/{EVALUATION}", "/train", "/deploy", "/tenants"):
+        page.goto(path)
+        assert page.evaluate(inside), path
+    show(page, "/data", width=1100)
+    assert LONG in page.inner_text("main")
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].every(each => each.scrollWidth <= each.clientWidth)")
+
+
 def test_comparison_by_keys_alone(page: Page) -> None:
-    page.goto(f"/compare/{EVALUATION}")
+    show(page, f"/compare/{EVALUATION}", width=1100)
     first = row_key(page)
     press_to_next(page, "v")
     assert "Reference" in page.inner_text("body")

@@ -184,6 +184,10 @@ def test_enter_takes_the_suggested_answer_and_a_number_another_one(page: Page, t
         press_to_next(page, "Enter")
         assert _reviews(tmp_path).current_verdicts(first)["ada"].output == suspects[first].suggested
         second = row_key(page)
+        page.keyboard.press("?")
+        listed = page.locator("#keys dl").inner_text()
+        assert listed.count("the answer with this number") == 1 and "edit the answer" in listed
+        page.keyboard.press("Escape")
         button = page.locator("#labels button").last
         number, label = button.get_attribute("data-key"), button.get_attribute("value")
         assert number is not None and len(number) == len(str(len({row["completion"] for row in rows})))
@@ -349,6 +353,9 @@ def test_typed_text_of_any_form_comes_back_until_it_is_sent(page: Page, tmp_path
             tab.click("form[action='/tenants'] button")
         tab.goto("/tenants")
         assert tab.input_value("#requests") == "many", "a refused form is not sent"
+        with tab.expect_navigation():
+            tab.click("form[action='/tenants'] button")
+        assert tab.evaluate("document.activeElement.name") == "requests", "a refusal leads to its field"
         tab.fill("#requests", "60")
         with tab.expect_navigation():
             tab.click("form[action='/tenants'] button")
