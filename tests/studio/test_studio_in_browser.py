@@ -290,7 +290,7 @@ def test_phone_shows_both_answers_above_the_buttons_and_the_page_in_the_menu(pag
         assert page.evaluate(inside), path
     show(page, "/data", width=1100)
     assert LONG in page.inner_text("main")
-    assert page.evaluate("[...document.querySelectorAll('.scroll')].every(each => each.scrollWidth <= each.clientWidth)")
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].every(p => p.scrollWidth <= p.clientWidth)")
 
 
 def test_comparison_by_keys_alone(page: Page) -> None:
