@@ -297,6 +297,7 @@ def test_corrected_copy_of_a_spreadsheet_is_one_with_the_same_columns(project: P
         fixed = browser.send("/data/fix", path, header_row="2", **chosen)
         assert dict(fixed.url.params) == {"file": "desk-corrected.csv", **chosen}
         assert '<th scope="row">9</th><td>left out: ' in fixed.text and "chat rows" not in fixed.text
+        assert 'dir="auto">id: 7, reply: , sum: no answer, question: who</td>' in fixed.text, "the whole row"
         columns = re.findall('<th scope="col">([^<]*)', fixed.text)
         assert [name.strip() for name in columns][-4:] == ["id", "reply", "sum", "question"]
         assert "<dd>7</dd><dt>new rows</dt>" in fixed.text

@@ -119,6 +119,7 @@ def test_wrong_values_are_named_beside_their_fields_and_what_was_typed_stays(bro
     assert (
         "'/no/such/base' is neither a folder nor a hub id" in html.partition('for="base_model"')[2].partition("for=")[0]
     )
+    assert "Not a name, nor options in braces" in html.partition('for="evaluate.metric"')[2].partition("for=")[0]
     marked = ["base_model", "train.epochs", "evaluate.metric", "evaluate.margin"]
     assert re.findall('<a href="#([^"]*)">', html.partition('role="alert"')[2].partition("</p>")[0]) == marked
     assert "got 'many'" in html.partition('for="train.epochs"')[2].partition("for=")[0]

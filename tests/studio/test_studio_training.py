@@ -117,7 +117,9 @@ def test_compared_runs_show_what_differs_and_their_curves(browser: Browser, proj
     assert _figures(page) == ["Training loss by step", "Dev loss by step", "Dev: exact match, % by step"]
     assert all(page.count(f">{name}</text>") == 3 for name in names), "in each legend"
     assert page.count(">75.0%, dev loss 0.669</td>") == 2
-    assert "at least two runs (got 1)" in browser.client.get(f"/train/compare?run.{names[0]}=on").text
+    few = browser.client.get(f"/train/compare?run.{names[0]}=on").text
+    assert "at least two runs (got 1)" in few and "Compare the marked runs" in few
+    assert f'aria-label="Compare {names[0]}" checked' in few and f'aria-label="Compare {names[1]}">' in few
 
 
 def test_sweep_and_curve_are_read_from_their_files(browser: Browser, project: Path) -> None:

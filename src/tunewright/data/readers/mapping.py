@@ -203,7 +203,8 @@ def _mapping(input_: str | None, output: str | None, ignore: tuple[str, ...], in
                 raise UserError(what, where=_where(other), fix="Set both, to a template or the name of a key.")
         return None
     if input_ == output:
-        raise UserError(f'"{input_}" cannot be both input and output', where=_where("output"))
+        fix = "Use another column for one of them."
+        raise UserError(f'"{input_}" cannot be both input and output', where=_where("output"), fix=fix)
     sides = [_side(name, text, in_document) for name, text in (("input", input_), ("output", output))]
     for side in sides:
         left_out = [key for key in side.keys if key in ignore]

@@ -86,7 +86,9 @@ def _limit(text: str, where: str) -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**53):
         raise UserError(
-            f"Invalid limit {text!r}", where=where, fix=f"Use a number from 1 to 2^53 - 1, or {_UNLIMITED}."
+            f"Invalid limit {text!r}",
+            where=where,
+            fix=f"Use a number from 1 to 9,007,199,254,740,991, or {_UNLIMITED}.",
         )
     return int(text)
 

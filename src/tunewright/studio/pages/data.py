@@ -36,7 +36,6 @@ from tunewright.studio.words import ROLES, TURN
 if TYPE_CHECKING:
     from tunewright.data.notices import Conflict
     from tunewright.data.preview import Effect, FilePreview
-    from tunewright.data.readers import Fault
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's folder."""
@@ -128,6 +127,7 @@ def check_page(visit: Visit) -> Response:
             *refusals,
         ]
     fields = {name: value for name, value in visit.query.items() if name in (*_FLAGS, *_MAPPING) and value}
+    faults = checked.files.faults[:_FAULTS] if checked else []
     conflicts = [(each.input, _choices(file, each)) for each in checked.conflicts] if checked else []
     known = not conflicts or any(each.place.startswith("version ") for _, choices in conflicts for each in choices)
     # A new answer replaces known ones only.
@@ -138,6 +138,7 @@ def check_page(visit: Visit) -> Response:
         file=name,
         fields=fields,
         step=_step(refusals, preview, fields),
+        found=not any("--input" in (refusal.fix or "") for refusal in refusals),
         header_row=next((found[1] for each in refusals if (found := _HEADER_ROW.search(each.fix or ""))), ""),
         flags=_FLAGS,
         sheets=sheets,
@@ -151,7 +152,7 @@ def check_page(visit: Visit) -> Response:
         by_form=_by_form(visit),
         power=_power(visit, checked.effect) if checked and checked.effect else "",
         most=_FAULTS,
-        faulty_rows=_faulty_rows(visit, file, checked.files.faults[:_FAULTS]) if checked else {},
+        faulty_rows=_rows_at(visit, file, visit.query, {fault.line for fault in faults}),
         cell=_cell,
         conflicts=conflicts[:_FAULTS],
         keep=_KEEP,
@@ -159,16 +160,16 @@ def check_page(visit: Visit) -> Response:
     )
 
 
-def _faulty_rows(visit: Visit, file: Path, faults: Sequence[Fault]) -> dict[int, list[tuple[str, str]]]:
-    """Return the columns of faulty rows with the beginnings of their values, as far as the rows can be parsed."""
+def _rows_at(visit: Visit, file: Path, fields: dict[str, str], lines: set[int]) -> dict[int, list[tuple[str, str]]]:
+    """Return the columns of rows with the beginnings of their values, as far as the rows can be parsed."""
     from tunewright.data.add import map_columns
     from tunewright.data.given_split import settings_of
     from tunewright.data.preview import rows_at
 
-    if not faults:
+    if not lines:
         return {}
-    data = map_columns(settings_of(file, visit.project.folder), _mapping(visit.query), [file])
-    rows = rows_at(file, data, {fault.line for fault in faults})
+    data = map_columns(settings_of(file, visit.project.folder), _mapping(fields), [file])
+    rows = rows_at(file, data, lines)
     return {line: [(name, _cell(value)) for name, value in row.items()] for line, row in rows.items()}
 
 
@@ -250,8 +251,12 @@ def fix_file(visit: Visit) -> Response:
     changes = visit.project.data.fix_file(file, copy, _mapping(visit.form), leave_out=lines)
     if not changes:
         return visit.go(_check_path(copy.name, kept), f"Wrote {copy.name}.")
+    lost = _rows_at(visit, file, visit.form, {each.line for each in changes[:_CHANGES] if each.left_out})
+    whole = {line: ", ".join(f"{column}: {text}" for column, text in row) for line, row in lost.items()}
     rows = [
-        (str(each.line), each.what, _short(each.before), "(left out)" if each.left_out else _short(each.after))
+        (str(each.line), each.what, whole.get(each.line, _short(each.before)), "(left out)")
+        if each.left_out
+        else (str(each.line), each.what, _short(each.before), _short(each.after))
         for each in changes[:_CHANGES]
     ]
     shown = ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed:", rows)
@@ -396,7 +401,8 @@ def _on_page(refusal: UserError, flags: Mapping[str, str]) -> str:
         ticks = ["choose the columns of the input and of the answer"]
     if ticks:
         fix = f"Correct the file, or {' or '.join(ticks)} below, and check again."
-    return str(UserError(refusal.what, where=refusal.where, fix=fix or None))
+    where = None if "(--" in (refusal.where or "") else refusal.where  # an option; the page has its field
+    return str(UserError(refusal.what, where=where, fix=fix or None))
 
 
 HANDLERS: Handlers = {

@@ -115,7 +115,10 @@ def stages(project: Project, evaluations: list[ListedEvaluation], version: Calla
     against = "" if few else advice_against_training(found)
     state = "done" if current else "next" if accepted and not against else "open"
     text = few or f"{count_of(len(adapters), 'adapter')}, {len(current)} trained on the current version"
-    about = "The base model learns from the train rows. The result is an adapter, a small file next to the base."
+    base = folder.config.base_model
+    about = (
+        f"The base model {base} learns from the train rows. The result is an adapter, a small file next to the base."
+    )
     if against and not current:
         about = f"Follow the advice ({against}), or train anyway. {about}"
     link, command = ("/train", "Runs, sweeps and curves"), "tunewright data add FILE" if few else "tunewright train"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
@@ -99,13 +100,17 @@ def _value(field: _Field, text: str) -> Any:
     if field.kind == "lines":
         return [_value(_Field("", "", "line", ""), line) for line in text.splitlines() if line.strip()]
     text = text.strip()
-    if field.kind == "number":
-        for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    return parse_value(text) if text.startswith("{") else text or None
+    if field.kind == "number" and text:
+        try:
+            return int(text) if re.fullmatch("[+-]?[0-9]+", text) else float(text)
+        except ValueError:
+            raise ValueError(f"Not a number (got {text!r})") from None
+    if not text.startswith("{"):
+        return text or None
+    try:
+        return parse_value(text)
+    except ValueError:
+        raise ValueError(f"Not a name, nor options in braces such as {{choices: [yes, no]}} (got {text!r})") from None
 
 
 def _values(texts: Mapping[str, str], changed: set[str]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def train_page(visit: Visit) -> Response:
         sweeps=runs.sweeps(),
         curves=runs.curves(),
         running=visit.jobs.running(),
+        query=visit.query,
     )
 
 
@@ -278,7 +279,7 @@ HANDLERS: Handlers = {
     ("GET", "/train"): train_page,
     ("POST", "/train"): in_form("/train", train_page, start_training),
     ("GET", "/train/runs/{run}"): run_page,
-    ("GET", "/train/compare"): compare_page,
+    ("GET", "/train/compare"): in_form("/train", train_page, compare_page),
     ("GET", "/train/sweeps/{sweep}"): sweep_page,
     ("GET", "/train/curves/{curve}"): curve_page,
 }
