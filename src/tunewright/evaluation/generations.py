@@ -17,8 +17,10 @@ from tunewright.chat.answers import answer_text, stop_strings
 from tunewright.chat.call_grammar import CallGrammars
 from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
@@ -287,8 +289,12 @@ class Generator:
 
         Tokens of thinking are counted too.
         """
-        known = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained).answers
-        found = [known[digest(prompt)] for prompt in arm.prompts]
+        journal = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained)
+        known, keys = journal.answers, [digest(prompt) for prompt in arm.prompts]
+        if lost := sum(key not in known for key in keys):
+            what = f"The journal has lost {count_of(lost, 'answer')} that this command had stored in it"
+            raise UserError(what, where=str(journal.path), fix="Do not remove files meanwhile, and run it again.")
+        found = [known[key] for key in keys]
         counts = self._text_tokens([answer.text for answer in found])
         return [
             ArmAnswer(answer.text, answer.truncated, prompt, answer.thinking + count + (not answer.truncated))
