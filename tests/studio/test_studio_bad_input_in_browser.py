@@ -64,7 +64,8 @@ def _wrong(page: Page, field: str) -> str:
     assert described is not None and page.locator(field).get_attribute("aria-invalid") == "true"
     assert page.locator("[role=alert]").count() == 1
     text = page.locator(f"#{described}")
-    found = [fault for fault in faults(page) if "status of 400" not in fault]  # Chromium logs refused forms
+    # Chromium logs refused forms, and that the keys' closed dialog does not take the focus from the refused field.
+    found = [each for each in faults(page) if "status of 400" not in each and "Autofocus processing" not in each]
     assert text.is_visible() and found == [] and (not AXE.exists() or axe_faults(page) == [])
     return text.inner_text()
 
@@ -148,7 +149,7 @@ def test_refused_name_stays_in_its_field_and_the_typed_note_on_its_row(
     ada.click("header summary")
     ada.fill("[name=reviewer]", name)
     press_to_next(ada, "Enter")
-    assert _wrong(ada, "[name=reviewer]") == f"The reviewer's name is {reason}. Type another one."
+    assert _wrong(ada, "[name=reviewer]").startswith(f"The reviewer's name is {reason}. Type at most 200 letters.")
     assert ada.input_value("[name=reviewer]") == name and ada.input_value("#note") == "typed before"
     assert row_key(ada) == row and "Reviewer: ada" in ada.inner_text("header")
     ada.fill("[name=reviewer]", "Zoë")
