@@ -327,8 +327,11 @@ def test_file_is_not_added_to_a_dataset_that_changed_since_the_page(project: Pat
         write_jsonl(project / "more.jsonl", pairs(5, seed=9))
         assert tunewright("data", "add", project / "more.jsonl", "-p", project).code == 0
         between = library.open(project).data.version().digest
-        late = browser.send("/data/add", path, input="question", output="reply", version=old)
-        assert "Nothing was added" in late.text and late.url.path == "/data/check"
+        typed = {"input": "question", "output": "reply", "message": "my note"}
+        late = browser.send("/data/add", path, **typed, version=old)
+        form = late.text.partition('action="/data/add"')[2]
+        assert late.status_code == 400 and 'value="my note"' in form and 'id="wrong-version"' in form
+        assert f'name="version" value="{between}"' in form and 'name="output" value="reply"' in form
         assert library.open(project).data.version().digest == between
         browser.send("/data/add", path, input="question", output="reply")
     assert len(library.open(project).data.version().members) == 135

@@ -223,10 +223,10 @@ def _step(refusals: Sequence[UserError], preview: FilePreview | None, fields: di
 
 def add_file(visit: Visit) -> Response:
     """Add an uploaded file as a new version."""
-    name, file = _file(visit, visit.form)
+    _, file = _file(visit, visit.form)
     if visit.form.get("version", "") != _current(visit):
-        message = "Another tab or a terminal changed the dataset. Nothing was added; this is the effect now."
-        return visit.go(_check_path(name, visit.form), message)
+        what = "Another tab or a terminal changed the dataset. Nothing was added; this page shows the effect now"
+        raise UserError(what, where="version", fix="Add the file again if the effect is right.")
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state, version = "is new" if added.created else "has all of these rows already", added.version
     return visit.go("/data", f"Version {version.digest[:12]} {state}: {count_of(version.counts.rows, 'row')}.")

@@ -122,7 +122,7 @@ for (const link of document.querySelectorAll("[data-discard]")) {
 // The field of a refusal. The second of two letters that were pressed as keys would be typed into it.
 const refusedField = document.querySelector("[aria-invalid]");
 if (refusedField && sessionStorage.getItem("typing")) refusedField.focus();
-else refusedField?.scrollIntoView({ block: "center" });
+else (refusedField ?? document.querySelector("main form .wrong"))?.scrollIntoView({ block: "center" });
 sessionStorage.removeItem("typing");
 // On a phone the menu scrolls.
 const menu = document.querySelector("header nav ul");
