@@ -127,7 +127,7 @@ def test_attacks_are_text_in_the_playground(page: Page) -> None:
         page.fill("#limit", "4")
         page.get_by_label("The best prompting arm").uncheck()
         with page.expect_navigation():
-            page.click("text=Ask")
+            page.get_by_role("button", name="Ask").click()
         wait_for(page.get_by_text("Add to the dataset")).to_be_visible()
         _require_text(page, "question")
         with page.expect_navigation():

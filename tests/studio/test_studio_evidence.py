@@ -146,21 +146,21 @@ def test_prompts_page_shows_what_the_models_were_given(tmp_path: Path, tiny_base
     asked = [message["content"] for message in prompts[best.name].messages]
     assert len(asked) >= 2 * best.shots + 1 and all(content in text for content in asked)
     with restarted(folder) as browser:
-        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
+        page = unescape(browser.get_whole(f"/evidence/{evidence.id}/1/prompts"))
         assert page.count("exactly those that the model was given") == len(prompts)
         more = folder / "more.jsonl"
         more.write_text('{"prompt": "something new", "completion": "something"}\n')
         library.open(folder).data.add([more])
         shutil.rmtree(folder / ".tunewright")  # as in a copy of the project
-        assert unescape(browser.get(f"/evidence/{evidence.id}/1/prompts")) == page
+        assert unescape(browser.get_whole(f"/evidence/{evidence.id}/1/prompts")) == page
         config = folder / "tunewright.yaml"
         config.write_text(config.read_text().replace("train:\n", "chat:\n  template: plain\ntrain:\n", 1))
     with restarted(folder) as browser:
-        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
+        page = unescape(browser.get_whole(f"/evidence/{evidence.id}/1/prompts"))
         assert page.count("The base or the chat template has changed") == len(prompts)
         assert all(content in page for content in asked)
         (folder / "evaluations" / evidence.id / PROMPTS_FILE).unlink()  # as after a purge of rows
-        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
+        page = unescape(browser.get_whole(f"/evidence/{evidence.id}/1/prompts"))
         assert page.count("The prompts were deleted") == 1
         assert library.open(folder).verdict(evidence.id).reasons
 
