@@ -73,7 +73,8 @@ def test_light_and_dark_themes_differ_and_are_readable(page: Page, file: Path) -
 def test_labels_of_figures_can_be_scrolled_to(page: Page, file: Path) -> None:
     show(page, file, width=390)
     outside = """[...document.querySelectorAll("figure svg text")].filter(text => {
-      const own = text.getBoundingClientRect(), figure = text.closest("figure"), left = figure.getBoundingClientRect().left;
+      const own = text.getBoundingClientRect(), figure = text.closest("figure");
+      const left = figure.getBoundingClientRect().left;
       const scrolls = figure.scrollWidth <= figure.clientWidth || getComputedStyle(figure).overflowX == "auto";
       return own.left < left || own.right > left + figure.scrollWidth || !scrolls;
     }).map(text => text.textContent.trim())"""
