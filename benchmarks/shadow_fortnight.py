@@ -9,7 +9,8 @@ rows, so that the true difference is known: the share of right answers (exact ma
 Users are drawn for 14 days: they ask on their first day, and some return. Their requests go through the server, in
 waves of four. Only the clock is scripted: the server, the review and the status take the time from it. Every evening
 the reviewer judges the open pairs: they see the request and two answers, and compare them with the reference. With the
-probability `--error` they give another verdict, drawn from the other three.
+probability `--error` they give another verdict, drawn from the other three. So two truths are printed: that of all the
+traffic, and that of the units in the sequence. The wrong verdicts alone move the sequence's mean from the second one.
 
 Prints a table, and writes benchmarks/results/shadow_fortnight.json.
 """
@@ -50,6 +51,7 @@ from tunewright.serving.shadow_plan import plan_blocks
 from tunewright.serving.shadow_review import SIDES, ShadowVerdict
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.record_keys import KeyFile
+from tunewright.serving.tenants.shadow_reviews import ShadowPair
 
 RESULTS = Path(__file__).with_name("results") / "shadow_fortnight.json"
 DAYS, DAY = 14, 86_400.0
@@ -97,6 +99,8 @@ class Evening:
     differing: int
     labels: int
     units: int
+    truth: float
+    """The mean difference of these units by the references, from the answers that their users were given."""
     value: float
     low: float
     high: float
@@ -112,7 +116,7 @@ class Truth:
     by_request: float
     """Candidate minus live, over all requests."""
     by_unit: float
-    """Over users, each by the mean of their first day: what the sequence estimates."""
+    """Over all users, each by the mean of their first day; the last ones are not in the sequence yet."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def main() -> None:
         with served(project) as server:
             answers = server.measured(list(references))
             found = fortnight(server, references, answers, asks, options.error, rng)
-        show(project, found)
+        show(project, found, options.error)
     settings = {name: getattr(options, name) for name in ("users", "inputs", "error", "seed")}
     seconds = round(time.perf_counter() - began)
     result = {name: value for name, value in asdict(found).items() if name != "status"}
@@ -275,7 +279,8 @@ def fortnight(
     """
     project, clock = server.project, server.project.clock
     assert isinstance(clock, Clock)
-    evenings, sent, labels, wrong = list[Evening](), 0, 0, 0
+    evenings, sent, wrong = list[Evening](), 0, 0
+    right: dict[str, str] = {}
     for day in range(1, DAYS + 1):
         evening = START + day * DAY
         today = [ask for ask in asks if evening - DAY <= ask.time < evening]
@@ -286,9 +291,9 @@ def fortnight(
             server.send(wave, sent)
         clock.now = evening
         judged, mistakes = judge(project, references, error, rng)
-        labels, wrong = labels + judged, wrong + mistakes
+        right, wrong = right | judged, wrong + mistakes
         status = project.shadow.status(ALIAS)
-        evenings.append(evening_of(day, labels, status))
+        evenings.append(evening_of(day, len(right), status, truth_of_settled(server.state, status, right)))
     given = Counter((line.answer, line.shadow_answer) for line in server.state.usage.shadow_lines(ALIAS))
     expected: Counter[tuple[str, str | None]] = Counter(
         (answers["live"][ask.input], answers["candidate"][ask.input]) for ask in asks
@@ -309,19 +314,22 @@ def is_right(text: str, reference: str) -> bool:
     return text.strip() == reference.strip()
 
 
-def judge(project: Project, references: Mapping[str, str], error: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Judge the open pairs without knowing the adapters, and return the numbers of verdicts and of wrong ones."""
+def judge(
+    project: Project, references: Mapping[str, str], error: float, rng: np.random.Generator
+) -> tuple[dict[str, str], int]:
+    """Judge the open pairs without knowing the adapters; return their right answers and the count of wrong verdicts."""
     review, wrong = project.shadow.review(ALIAS, reviewer="script"), 0
-    marks = []
+    marks, expected = [], dict[str, str]()
     for key in review.open_keys():
         pair = review.item(key)
-        right = is_right(pair.a, references[pair.input]), is_right(pair.b, references[pair.input])
+        expected[key] = references[pair.input]
+        right = is_right(pair.a, expected[key]), is_right(pair.b, expected[key])
         verdict = {(True, False): "A", (False, True): "B", (True, True): "both", (False, False): "neither"}[right]
         if rng.random() < error:
             verdict, wrong = rng.choice([side for side in VERDICTS if side != verdict]), wrong + 1
         marks.append(review.mark(ShadowVerdict, key, verdict=verdict))
     review.record(marks)
-    return len(marks), wrong
+    return expected, wrong
 
 
 def truth_of(asks: Sequence[Ask], references: Mapping[str, str], answers: Answers) -> Truth:
@@ -340,30 +348,54 @@ def truth_of(asks: Sequence[Ask], references: Mapping[str, str], answers: Answer
     return Truth(float(right["live"].mean()), float(right["candidate"].mean()), float(difference.mean()), by_unit)
 
 
-def evening_of(day: int, labels: int, status: ShadowStatus) -> Evening:
+def truth_of_settled(state: State, status: ShadowStatus, expected: Mapping[str, str]) -> float:
+    """Return the true mean difference of the units in the sequence, by the right answers to their differing pairs."""
+    lines = {line.request: line for line in state.usage.shadow_lines(ALIAS)}
+    trial = state.shadow_reviews.trial(ALIAS, status.margin, status.most_units)
+    units: dict[str | None, list[ShadowPair]] = {}
+    for pair in state.shadow_reviews.pairs(trial)[0]:
+        units.setdefault(pair.unit, []).append(pair)
+    values = []
+    for settled in state.shadow_reviews.settled(trial):
+        pairs = units[settled.unit]
+        counted = [pair for pair in pairs if pair.started - pairs[0].started < COUNTED_S]
+        differing = [(lines[pair.number], expected[pair.id]) for pair in counted if pair.differs]
+        gains = [is_right(line.shadow_answer or "", text) - is_right(line.answer, text) for line, text in differing]
+        values.append(sum(gains) / len(counted))
+    return float(np.mean(values)) if values else 0.0
+
+
+def evening_of(day: int, labels: int, status: ShadowStatus, truth: float) -> Evening:
     """Return a day's look."""
     head = day, status.pairs, status.differing, labels
     if status.finding is None:
-        return Evening(*head, 0, 0.0, -1.0, 1.0, "can't tell")
+        return Evening(*head, 0, truth, 0.0, -1.0, 1.0, "can't tell")
     found = status.finding
-    return Evening(*head, found.units, found.value, found.low, found.high, found.outcome)
+    return Evening(*head, found.units, truth, found.value, found.low, found.high, found.outcome)
 
 
-def show(project: Project, found: Fortnight) -> None:
+def show(project: Project, found: Fortnight, error: float) -> None:
     """Print the sequence next to the truth."""
     console, table = Console(width=110), Table("day", "requests", "differing", "labels", "units")
-    for title in ("difference", "95% bounds", "outcome"):
+    for title in ("truth", "difference", "95% bounds", "outcome"):
         table.add_column(title)
     for each in found.evenings:
         counts = (f"{count:,}" for count in (each.day, each.requests, each.differing, each.labels, each.units))
         ends = f"{points(each.low)} to {points(each.high)}"
-        table.add_row(*counts, points(each.value), ends, each.outcome)
+        table.add_row(*counts, points(each.truth), points(each.value), ends, each.outcome)
     console.print(table)
     truth = found.truth
     console.print(
         f"Truth: {truth.live:.1%} right live, {truth.candidate:.1%} in the shadow; {points(truth.by_request)} points "
         f"by request, {points(truth.by_unit)} by user. {found.users} users, {found.inputs} inputs; "
         f"{found.wrong_verdicts} wrong verdicts; {found.as_measured:.1%} of the pairs were answered as before."
+    )
+    # Of the three other verdicts on a pair of which one answer is right, one is 2 away and two are 1 away.
+    last = found.evenings[-1]
+    console.print(
+        f"Truth of the {last.units} units in the sequence: {points(last.truth)}. The wrong verdicts moved it by "
+        f"{points(last.value - last.truth)}; on average, an error of {error:.0%} moves it by "
+        f"{points(-4 / 3 * error * last.truth)}."
     )
     if (decided := found.decided) is not None:
         at = found.status.reached.get(decided.outcome)

@@ -37,8 +37,10 @@ def test_shadow_that_is_worse_by_a_known_amount_is_found_within_a_fortnight(
     assert found.as_measured == 1.0, "the server answers as before"
     assert found.decided is not None and found.decided.outcome == "worse"
     assert 0 < found.wrong_verdicts < 0.15 * last.labels
-    # A wrong verdict moves the mean towards 0 by up to 2 x 5%.
-    assert last.low - 0.1 < found.truth.by_unit < last.high
+    # A wrong verdict moves its unit by up to 2, and nothing else moves the mean from the units' truth.
+    moved = [abs(evening.value - evening.truth) * evening.units for evening in found.evenings]
+    assert 0 < max(moved) <= 2 * found.wrong_verdicts
+    assert last.low - 0.1 < last.truth < last.high
     # The looks only add units, and each user is in the sequence at most once.
     units = [evening.units for evening in found.evenings]
     assert units == sorted(units) and units[0] == 0 and status.incomplete > 0
