@@ -80,6 +80,8 @@ def test_pieces_join_to_the_answer_that_is_read_whole(name: str) -> None:
             assume(False)  # a text that reads as calls
         read = chat.tool_form.form.read(text)
         assume((read is None) is not bool(calls))
+        # The stream cannot take a call back when text follows it; the reader of whole answers sees that there is none.
+        assume(calls or all(chat.tool_form.form.read(text[:end]) is None for end in range(len(text))))
         said, made, _ = streamed(chat, list(text) if bytewise else split(text, places))
         assert [(name, json.loads(given)) for name, given in made] == [
             (name, json.loads(given)) for name, given in calls
@@ -89,6 +91,13 @@ def test_pieces_join_to_the_answer_that_is_read_whole(name: str) -> None:
         assert (said, made) == streamed(chat, [text])[:2], "whatever the pieces"
 
     check()
+
+
+def test_call_without_a_mark_stays_a_call_when_text_follows() -> None:
+    chat = family("llama3_1")
+    text = '{"name": "f", "parameters": {}} and more'
+    assert chat.tool_form.form.read(text) is None
+    assert streamed(chat, list(text))[1] == [("f", "{}")]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
