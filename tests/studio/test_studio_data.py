@@ -337,6 +337,38 @@ def test_file_is_not_added_to_a_dataset_that_changed_since_the_page(project: Pat
     assert len(library.open(project).data.version().members) == 135
 
 
+def test_uploaded_file_is_removed_unless_a_version_or_the_config_names_it(project: Path) -> None:
+    mapping = {"input": "question", "output": "reply"}
+    with restarted(project) as browser:
+        for name in ("wrong.csv", "used.csv", "listed.csv"):
+            browser.upload(name, _csv(10, seed=len(name)))
+        check = "/data/check?input=question&output=reply&file="
+        browser.send("/data/add", f"{check}used.csv", **mapping)
+        config = project / "tunewright.yaml"
+        config.write_text(config.read_text().replace("pairs.jsonl", "uploads/listed.csv"))
+        before = {path: path.read_bytes() for path in project.rglob("*.*") if path.is_file()}
+
+        def remove(name: str, **fields: str) -> tuple[int, str]:
+            seen = re.search('name="seen" value="([^"]*)"', browser.get(f"{check}wrong.csv"))
+            assert seen is not None
+            sent = browser.send("/data/remove", f"{check}{name}", **{"seen": seen[1], **fields})
+            return sent.status_code, unescape(sent.text)
+
+        page = browser.get(f"{check}wrong.csv")
+        assert "(10 examples in 1 file) from" in page and ">Remove wrong.csv</button>" in page
+        assert "Rows of version 2 come from used.csv, so the file stays." in browser.get(f"{check}used.csv")
+        for name, why in (("used.csv", "Rows of version 2 come from used.csv"), ("listed.csv", "in data.sources")):
+            status, text = remove(name)
+            assert status == 400 and f"{why}. Nothing was removed" in text
+        status, text = remove("wrong.csv", seen="1")
+        assert status == 400 and "was changed meanwhile. Nothing was removed" in text
+        assert {path: path.read_bytes() for path in before} == before
+        status, text = remove("wrong.csv")
+        assert status == 200 and "Removed wrong.csv from the folder uploads." in text
+        assert {path for path in before if not path.exists()} == {project / "uploads" / "wrong.csv"}
+        assert browser.client.get(f"{check}wrong.csv").status_code == 400
+
+
 def test_difference_of_two_versions_is_that_of_the_command_line(project: Path) -> None:
     first = library.open(project).data.version()
     edited = first.members[0].example

@@ -31,7 +31,7 @@ from tunewright.studio.access import ChangedRows
 from tunewright.studio.computed import PageReporter
 from tunewright.studio.pages.rows import row_link
 from tunewright.studio.visit import Handlers, Visit, in_form, positive_numbers
-from tunewright.studio.words import ROLES, TURN
+from tunewright.studio.words import ROLES, TURN, version_name
 
 if TYPE_CHECKING:
     from tunewright.data.notices import Conflict
@@ -156,6 +156,8 @@ def check_page(visit: Visit) -> Response:
         cell=_cell,
         conflicts=conflicts[:_FAULTS],
         keep=_KEEP,
+        why_kept=_why_kept(visit, name),
+        seen=file.stat().st_mtime_ns,
         excerpt=excerpt,
     )
 
@@ -230,6 +232,30 @@ def add_file(visit: Visit) -> Response:
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state, version = "is new" if added.created else "has all of these rows already", added.version
     return visit.go("/data", f"Version {version.digest[:12]} {state}: {count_of(version.counts.rows, 'row')}.")
+
+
+def _why_kept(visit: Visit, name: str) -> str:
+    """Return why a file cannot be removed: a version or the config names it; empty if it can be."""
+    stored = f"{UPLOADS}/{name}"
+    if name.startswith("./") or f"./{stored}" in _files(visit):
+        return f"{CONFIG_FILE} lists {name} in data.sources"
+    for version in visit.project.data.log():
+        mixed = [] if version.mix is None else [version.mix.source]
+        # The sheet of a workbook is FILE:SHEET; a second file of a name has its digest behind an @.
+        if any(re.fullmatch(rf"{re.escape(stored)}([:@].*)?", each.name) for each in (*version.sources, *mixed)):
+            return f"Rows of {version_name(version)} come from {name}"
+    return ""
+
+
+def remove_file(visit: Visit) -> Response:
+    """Delete an uploaded file that no version has rows of."""
+    name, file = _file(visit, visit.form)
+    if why := _why_kept(visit, name):
+        raise UserError(f"{why}. Nothing was removed", fix="Keep the file, to which the history of rows leads.")
+    if visit.form.get("seen") != str(file.stat().st_mtime_ns):
+        raise UserError(f"{name} was changed meanwhile. Nothing was removed", fix="Look at the file, and try again.")
+    file.unlink()
+    return visit.go("/data", f"Removed {name} from the folder {UPLOADS}. No version has rows of it.")
 
 
 def fix_file(visit: Visit) -> Response:
@@ -410,6 +436,7 @@ HANDLERS: Handlers = {
     ("GET", "/data/check"): check_page,
     ("POST", "/data/add"): in_form("/data/check", _check_again, add_file),
     ("POST", "/data/fix"): in_form("/data/check", _check_again, fix_file),
+    ("POST", "/data/remove"): in_form("/data/check", _check_again, remove_file),
     ("POST", "/data/split-by"): choose_split,
     ("POST", "/data/metric"): choose_metric,
     ("POST", "/data/checkout"): in_form("/data", data_page, checkout),
